@@ -1,0 +1,22 @@
+"""Fused kernels for FLARE: LoRA whose bottleneck fuses a source- and a target-language stream.
+
+Needs torch; Triton where there is one (``backends()`` says whether and why not). Knows nothing of PEFT or transformers.
+"""
+
+from . import reference
+from .backends import BackendStatus, backends, select_backend
+from .function import fused_lora
+from .fusion import FUSIONS
+from .joint import fused_lora_qkv
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FUSIONS",
+    "BackendStatus",
+    "backends",
+    "fused_lora",
+    "fused_lora_qkv",
+    "reference",
+    "select_backend",
+]

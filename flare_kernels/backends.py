@@ -1,0 +1,111 @@
+"""Which implementation of the primitives runs where, and why another one does not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from .fusion import EAGER_FUSIONS
+
+BACKENDS: tuple[str, ...] = ("triton", "torch", "reference")
+
+#: tl.dot on bfloat16 and the kernels' tile sizes need Ampere or newer.
+MINIMUM_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on this machine, and the reason where it cannot (empty where it can)."""
+
+    available: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.available
+
+    def __str__(self) -> str:
+        return "available" if self.available else f"not available: {self.reason}"
+
+
+def interpreting() -> bool:
+    """True where Triton runs kernels on the CPU (TRITON_INTERPRET=1, read by Triton when kernels are defined)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Name -> status of every backend; ``str()`` of a status names the reason.
+
+    "triton" runs on CUDA devices of capability 8.0 or newer, or on the CPU under TRITON_INTERPRET=1; "torch" and
+    "reference" run anywhere.
+    """
+    return {"triton": _triton_status(), "torch": BackendStatus(True), "reference": BackendStatus(True)}
+
+
+def _triton_status() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, "the package triton is not installed (it exists for Linux only)")
+    if interpreting():
+        return BackendStatus(True)
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "no CUDA device is visible, and TRITON_INTERPRET=1 is not set")
+    refusals = [_device_refusal(index) for index in range(torch.cuda.device_count())]
+    if all(refusals):
+        return BackendStatus(False, "; ".join(refusals))
+    return BackendStatus(True)
+
+
+@functools.cache
+def _device_refusal(index: int) -> str:
+    """Why the kernels cannot run on this CUDA device; empty where they can."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= MINIMUM_CAPABILITY:
+        return ""
+    name = torch.cuda.get_device_name(index)
+    return f"{name} (cuda:{index}) has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+
+
+def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str | None = None) -> str:
+    """The backend that ``backend="auto"`` takes for tensors on this device in this compute dtype.
+
+    float64 and CPUs (also under the interpreter, which is for tests) take "torch"; CUDA devices that can run the
+    kernels take "triton"; the fusions that mix positions take "reference".
+    """
+    device = torch.device(device)
+    if fusion in EAGER_FUSIONS:
+        return "reference"
+    if device.type != "cuda" or dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return "torch"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return "torch" if _device_refusal(index) else "triton"
+
+
+def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module with the five primitives for a backend name ("auto" included).
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run for this device and dtype; the message says why.
+    """
+    if backend == "auto":
+        backend = select_backend(device, dtype)
+    if backend == "torch":
+        return importlib.import_module("flare_kernels.torch_ops")
+    if backend == "triton":
+        status = _triton_status()
+        if not status:
+            raise ValueError(f"backend='triton' is {status}; use backend='auto' or 'torch'")
+        if dtype == torch.float64:
+            raise ValueError("backend='triton' has no float64 form; use backend='torch' or 'reference'")
+        if device.type != "cuda" and not interpreting():
+            raise ValueError(f"backend='triton' runs on CUDA, the tensors are on {device}; use backend='auto' or 'torch'")
+        if device.type == "cuda":
+            refusal = _device_refusal(device.index if device.index is not None else torch.cuda.current_device())
+            if refusal:
+                raise ValueError(f"backend='triton' cannot run here: {refusal}; use backend='torch'")
+        return importlib.import_module("flare_kernels.triton_ops")
+    raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")

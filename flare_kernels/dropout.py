@@ -1,0 +1,116 @@
+"""Dropout as packed one-bit keep masks: drawn once, kept for the backward pass, never a dropped copy of x.
+
+A mask of an (M, K) stream is uint8 (M, ceil(K / 8)); bit j of byte b says whether column 8 b + j is kept; bits past
+column K are zero. It is a pure function of (seed, stream, row, byte): Philox 4x32-10 with
+
+    counter = (byte, row, stream, 0)    key = (low, high word of the seed)
+
+gives 128 bits, cut into eight 16-bit numbers u_j (j even: low half of word j // 2, odd: its high half); column 8 b + j
+is kept where u_j >= round(p * 65536). The torch and the Triton form give the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+#: Numbers of the two streams: masks of one seed are independent across them.
+TARGET_STREAM, SOURCE_STREAM = 0, 1
+
+_LEVELS = 1 << 16
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+#: Mask bytes drawn at a time by the torch form: what it holds stays in the cache.
+_CHUNK_BYTES = 1 << 15
+
+
+def drop_threshold(p: float) -> int:
+    """round(p * 65536): a column is kept where its 16-bit number is not below it."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p={p!r} is not a probability (0 to 1)")
+    return round(p * _LEVELS)
+
+
+def keep_scale(p: float) -> float:
+    """1 / (1 - p') for the probability p' that the 16-bit threshold stands for; 0 where everything is dropped."""
+    kept = _LEVELS - drop_threshold(p)
+    return _LEVELS / kept if kept else 0.0
+
+
+def draw_seed(device: torch.device | str) -> Tensor:
+    """An int64 scalar from the default generator of the device, left there.
+
+    Checkpointing restores that generator before it recomputes, so the same masks come again; nothing waits for the
+    device, and a CUDA graph replays with a new seed each time.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def packed_mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Tensor | None:
+    """Packed keep bits of a (rows, cols) stream, uint8 (rows, ceil(cols / 8)), on the seed's device.
+
+    A pure function of its arguments. None for p = 0 (all kept), all zero for p = 1.
+
+    Args:
+        seed: int64 scalar tensor, from :func:`draw_seed`.
+        p: probability of dropping, to a resolution of 1/65536.
+        stream: which stream the mask is for (TARGET_STREAM, SOURCE_STREAM, or any other number below 2**31).
+    """
+    threshold = drop_threshold(p)
+    if p == 0.0:
+        return None
+    if threshold == _LEVELS or rows == 0 or cols == 0:
+        return torch.zeros((rows, (cols + 7) // 8), dtype=torch.uint8, device=seed.device)
+    if seed.is_cuda and importlib.util.find_spec("triton") is not None:
+        from .triton_ops.keep_bits import keep_bits
+
+        return keep_bits(seed, rows, cols, threshold, stream)
+    return keep_bits_torch(seed, rows, cols, threshold, stream)
+
+
+def unpack(mask: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
+    """Keep bits as a (rows, cols) tensor of ones and zeros."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(-1) >> shifts).bitwise_and_(1)
+    return bits.flatten(1)[:, :cols].to(dtype)
+
+
+def keep_bits_torch(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -> Tensor:
+    """The plain PyTorch form of the generator, on any device, a few rows at a time."""
+    n_bytes = (cols + 7) // 8
+    out = torch.empty((rows, n_bytes), dtype=torch.uint8, device=seed.device)
+    o_byte = torch.arange(n_bytes, dtype=torch.int64, device=seed.device)
+    chunk = max(1, _CHUNK_BYTES // n_bytes)
+    for start in range(0, rows, chunk):
+        end = min(start + chunk, rows)
+        o_row = torch.arange(start, end, dtype=torch.int64, device=seed.device)
+        counter = (o_byte.expand(end - start, n_bytes), o_row.unsqueeze(1).expand(end - start, n_bytes))
+        words = philox(seed, *counter, stream)
+        b_out = out[start:end].zero_()
+        for j in range(8):
+            number = (words[j // 2] >> (16 * (j % 2))) & 0xFFFF
+            b_out |= (number >= threshold).to(torch.uint8) << j
+    if cols % 8:
+        out[:, -1] &= (1 << cols % 8) - 1
+    return out
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 of counter (c0, c1, c2, 0) and key = seed: four words below 2**32, int64.
+
+    int64 products wrap modulo 2**64, which leaves both of their 32-bit halves right.
+    """
+    x0, x1 = c0, c1
+    x2, x3 = torch.full_like(c0, c2, memory_format=torch.contiguous_format), torch.zeros_like(c0)
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(_ROUNDS):
+        product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
+        x0 = ((product1 >> 32) & _MASK32).bitwise_xor_(x1).bitwise_xor_(key0)
+        x2 = ((product0 >> 32) & _MASK32).bitwise_xor_(x3).bitwise_xor_(key1)
+        x1, x3 = product1.bitwise_and_(_MASK32), product0.bitwise_and_(_MASK32)
+        key0, key1 = (key0 + _KEY_STEPS[0]) & _MASK32, (key1 + _KEY_STEPS[1]) & _MASK32
+    return x0, x1, x2, x3

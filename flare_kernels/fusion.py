@@ -1,0 +1,60 @@
+"""The element-wise fusion functions phi(S, T) and their derivatives (FLARE, section 3; method in the README).
+
+Shapes: S and T are (..., m, r): the down-projected source and target stream. H = phi(S, T) has the same shape. Every
+formula here is plain PyTorch; the Triton forms of the same formulas stand in ``triton_ops/device.py``.
+
+    add       H = S + T                dT = dH                  dS = dH
+    mul       H = S * T                dT = dH * S              dS = dH * T
+    add_relu  H = relu(S) + relu(T)    dT = dH * [T > 0]        dS = dH * [S > 0]
+    mul_relu  H = relu(S) * relu(T)    dT = dH*relu(S)*[T > 0]  dS = dH*relu(T)*[S > 0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One element-wise fusion: its forward, its derivative, and whether the derivative needs S and T themselves."""
+
+    name: str
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    is_linear: bool = False
+
+    def __call__(self, S: Tensor, T: Tensor) -> Tensor:
+        return self.forward(S, T)
+
+
+def _mul_relu_backward(dH: Tensor, S: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+    return dH * S.relu() * (T > 0), dH * T.relu() * (S > 0)
+
+
+_REGISTRY: dict[str, Fusion] = {
+    fusion.name: fusion
+    for fusion in (
+        # backward: (dH, S, T) -> (dT, dS)
+        Fusion("add", lambda S, T: S + T, lambda dH, S, T: (dH, dH), is_linear=True),
+        Fusion("mul", lambda S, T: S * T, lambda dH, S, T: (dH * S, dH * T)),
+        Fusion("add_relu", lambda S, T: S.relu() + T.relu(), lambda dH, S, T: (dH * (T > 0), dH * (S > 0))),
+        Fusion("mul_relu", lambda S, T: S.relu() * T.relu(), _mul_relu_backward),
+    )
+}
+
+#: Fusions with fused kernels.
+FUSIONS: tuple[str, ...] = tuple(_REGISTRY)
+
+#: Fusions that mix positions; offered through :mod:`flare_kernels.reference` only.
+EAGER_FUSIONS: tuple[str, ...] = ("cross_attention", "matmul", "matmul_relu")
+
+
+def get_fusion(name: str) -> Fusion:
+    """The fusion of that name. Raises ValueError for a name that has no fused kernel."""
+    try:
+        return _REGISTRY[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"fusion={name!r} is not one of {', '.join(FUSIONS)} (or None for plain LoRA)") from None

@@ -1,0 +1,124 @@
+"""The oracle: FLARE's mathematics in plain PyTorch, differentiated by autograd, in any dtype including float64.
+
+Every kernel test compares with this module. Nothing here is fused, saved or rounded on purpose; read it as the
+definition of what the fast forms compute (paper section 3, equations 1 to 4; method in the README).
+
+Shapes: B batch, m length, d input width, n output width, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dropout as _dropout
+from .fusion import EAGER_FUSIONS, FUSIONS, get_fusion
+
+
+def fuse(
+    S: Tensor, T: Tensor, fusion: str | None, weights: Mapping[str, Tensor] | None = None, *, heads: int = 1
+) -> Tensor:
+    """phi(S, T) alone: (..., m, r) and (..., m, r) -> (..., m, r).
+
+    Args:
+        S: down-projected source stream.
+        T: down-projected target stream.
+        fusion: one of ``FUSIONS`` or ``"cross_attention"``, ``"matmul"``, ``"matmul_relu"``; None gives T.
+        weights: for ``cross_attention``: ``query.weight``, ``key.weight``, ``value.weight`` (r, r) and the three
+            ``.bias`` (r). The query comes from the source, key and value from the target; no mask, no output projection.
+        heads: attention heads of ``cross_attention``; must divide r.
+
+    Raises:
+        ValueError: unknown fusion, missing weights, or heads that do not divide r.
+    """
+    if fusion is None:
+        return T
+    if fusion in FUSIONS:
+        return get_fusion(fusion)(S, T)
+    if fusion == "matmul":
+        return S @ (T.transpose(-1, -2) @ T)
+    if fusion == "matmul_relu":
+        S, T = S.relu(), T.relu()
+        return S @ (T.transpose(-1, -2) @ T)
+    if fusion == "cross_attention":
+        return _cross_attention(S, T, weights, heads)
+    raise ValueError(f"fusion={fusion!r} is not one of {', '.join(FUSIONS + EAGER_FUSIONS)} (or None)")
+
+
+def _cross_attention(S: Tensor, T: Tensor, weights: Mapping[str, Tensor] | None, heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt(r / heads)) V with Q = Wq S + bq, K = Wk T + bk, V = Wv T + bv."""
+    wanted = [f"{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")]
+    missing = [name for name in wanted if weights is None or name not in weights]
+    if missing or weights is None:
+        raise ValueError(f"weights: cross_attention needs {', '.join(wanted)}; missing: {', '.join(missing)}")
+    r = T.shape[-1]
+    if heads < 1 or r % heads:
+        raise ValueError(f"heads={heads} must divide the rank r={r}")
+
+    def split(stream: Tensor, part: str) -> Tensor:
+        projected = F.linear(stream, weights[f"{part}.weight"], weights[f"{part}.bias"])
+        return projected.unflatten(-1, (heads, r // heads)).transpose(-2, -3)
+
+    query, key, value = split(S, "query"), split(T, "key"), split(T, "value")
+    attention = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(r // heads), dim=-1)
+    return (attention @ value).transpose(-2, -3).flatten(-2)
+
+
+def drop(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+    """Inverted dropout of x (..., d) with the packed mask that the fused forms regenerate from the same seed."""
+    if p == 0.0:
+        return x
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    mask = _dropout.packed_mask(seed, rows, x.shape[-1], p, stream)
+    return x * (_dropout.unpack(mask, x.shape[-1], x.dtype) * _dropout.keep_scale(p)).view(x.shape)
+
+
+def fused_lora(
+    x: Tensor,
+    x_source: Tensor | None,
+    base_output: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    fusion: str | None = "add_relu",
+    source_bottleneck: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str = "reference",
+    weights: Mapping[str, Tensor] | None = None,
+    heads: int = 1,
+) -> Tensor:
+    """y = base_output + scaling * phi(x_source A^T, x A^T) B^T, written as it reads; arguments as
+    :func:`flare_kernels.fused_lora`, plus ``weights`` and ``heads`` of :func:`fuse`. ``backend`` is ignored.
+
+    ``base_output`` is left as it is. Adapters are cast to x's dtype (x to base_output's under autocast).
+    """
+    del backend
+    dtype = compute_dtype(x, base_output)
+    x = x.to(dtype)
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    p = dropout_p if training else 0.0
+    seed = _dropout.draw_seed(x.device) if p > 0 else torch.zeros((), dtype=torch.int64)
+    T = drop(x, p, seed, _dropout.TARGET_STREAM) @ A.T
+    if fusion is None or (x_source is None and source_bottleneck is None):
+        H = T
+    else:
+        if source_bottleneck is None:
+            assert x_source is not None
+            S = drop(x_source.to(dtype), p, seed, _dropout.SOURCE_STREAM) @ A.T
+        else:
+            S = source_bottleneck.to(dtype)
+        H = fuse(S, T, fusion, weights, heads=heads)
+    return base_output + (scaling * (H @ B.T)).to(base_output.dtype)
+
+
+def compute_dtype(x: Tensor, base_output: Tensor) -> torch.dtype:
+    """x's dtype, or base_output's where autocast left x in float32 and made the frozen product 16 bit wide."""
+    if x.dtype == torch.float32 and base_output.dtype in (torch.float16, torch.bfloat16):
+        return base_output.dtype
+    return x.dtype
