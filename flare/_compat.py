@@ -1,0 +1,135 @@
+"""Every private or semi-private symbol of PEFT and transformers that this package leans on, in one place.
+
+Each stands here under a name of ours, so that an upgrade that moves one fails in ``tests/test_compat.py`` with its
+name, and not somewhere in training.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from packaging.version import Version
+from torch import nn
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+REQUIRED = {"transformers": ("5.17", "5.24"), "peft": ("0.21", "0.23")}
+
+
+def check_versions() -> None:
+    """Raises ImportError, naming the package and both versions, where an installed one is older than the oldest tested.
+
+    A newer one than tested is let through: `pip` warns of it, and the symbols below fail by name if they are gone.
+    """
+    for package, (oldest, _) in REQUIRED.items():
+        installed = importlib.metadata.version(package)
+        if Version(installed) < Version(oldest):
+            raise ImportError(f"flare needs {package}>={oldest}, found {installed}: pip install -U '{package}>={oldest}'")
+
+
+check_versions()
+
+# --- PEFT: a tuner type of our own ------------------------------------------------------------------------------------
+# register_peft_method refuses names outside the closed enum PeftType; these maps are what it would fill.
+from peft.mapping import (  # noqa: E402
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
+from peft.tuners.lora.layer import LoraLayer  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK  # noqa: E402
+from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTunerLayer",
+    "LoraLayer",
+    "LoraLinear",
+    "is_bnb_linear",
+    "is_bnb_lora",
+    "register_tuner",
+    "set_adapters_disabled",
+    "unwrap_compiled",
+]
+
+
+class FlareType(str):
+    """"FLARE" where PEFT expects a member of its enum: equal to the string, with the ``value`` that is read of it."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+
+FLARE = FlareType("FLARE")
+
+
+def register_tuner(config: type, tuner: type, hotswap_keys: list[str]) -> None:
+    """Make PEFT find our config and tuner by ``peft_type: FLARE``; adapter weights keep LoRA's names."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[FLARE] = config  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[FLARE] = tuner  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[FLARE] = "lora_"  # type: ignore[index]
+    CONFIG_KEYS_TO_CHECK[FLARE] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
+
+
+def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
+    """Switch a tuner layer or a modules_to_save wrapper without touching requires_grad; the former state."""
+    before: bool = module._disable_adapters  # type: ignore[assignment]
+    module._disable_adapters = disabled  # type: ignore[assignment]
+    return before
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------------------------
+
+
+def is_bnb_lora(cls: type) -> bool:
+    """Whether the class is PEFT's LoRA layer over a bitsandbytes linear (told by name: nothing is imported)."""
+    return cls.__module__ == "peft.tuners.lora.bnb" and cls.__name__ in ("Linear8bitLt", "Linear4bit")
+
+
+def is_bnb_linear(module: nn.Module) -> bool:
+    """Whether the module is a bitsandbytes linear, whose ``training`` flag must never be flipped."""
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper, or the module itself."""
+    original: Any = getattr(module, "_orig_mod", module)
+    return original
+
+
+# --- transformers.Trainer ---------------------------------------------------------------------------------------------
+
+#: Private methods of Trainer that FlareTrainer extends: the first decides which columns of a data set are kept, the
+#: second counts tokens. An override of a method that is gone would be silence, so FlareTrainer checks.
+TRAINER_METHODS = ("_set_signature_columns_if_needed", "_track_num_input_tokens")
+
+
+def check_trainer(trainer: type) -> None:
+    """Raises ImportError, naming the methods, where a Trainer class lacks one that FlareTrainer extends."""
+    gone = [name for name in TRAINER_METHODS if not callable(getattr(trainer, name, None))]
+    if gone:
+        raise ImportError(
+            f"transformers {importlib.metadata.version('transformers')}: {trainer.__name__} has no {', '.join(gone)}, "
+            "which FlareTrainer extends; install a version that pyproject.toml admits"
+        )
+
+
+def signature_columns(trainer: Any) -> list[str]:
+    """The data set columns a Trainer keeps, once ``_set_signature_columns_if_needed`` has run; the list itself."""
+    columns: list[str] = trainer._signature_columns
+    return columns
+
+
+def loss_shifts_labels(trainer: Any) -> bool:
+    """Whether the Trainer found that the model's loss predicts the next token (the first label is then no target)."""
+    shifts: bool = trainer._loss_shifts_labels
+    return shifts

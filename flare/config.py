@@ -1,0 +1,99 @@
+"""FlareConfig: LoRA's configuration plus how two streams fuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flare_kernels import FUSIONS
+from peft import LoraConfig
+
+from ._compat import FLARE
+
+#: Fusions named by the paper and its release that this version does not run yet.
+PLANNED_FUSIONS = ("cross_attention", "matmul", "matmul_relu")
+
+SOURCE_PADDING = ("keep", "zero")
+SOURCE_MEMORY = ("auto", "keep")
+
+# LoRA variants whose forward is not s * phi(S, T) B^T; each would be fused in name only.
+_VARIANTS = (
+    "use_dora",
+    "use_bdlora",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+)
+
+
+@dataclass
+class FlareConfig(LoraConfig):
+    """Configuration of a fusing adapter; every field of :class:`peft.LoraConfig` keeps its meaning.
+
+    Fields are flat and are saved in ``adapter_config.json``.
+
+    Raises:
+        ValueError: a value that is not accepted, or a LoRA variant that cannot fuse; the message names the field.
+    """
+
+    r: int = field(default=64, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha; the adapter is scaled by alpha / r."})
+    fusion: str | None = field(
+        default="add_relu",
+        metadata={"help": "phi(S, T): 'add', 'mul', 'add_relu', 'mul_relu', or None for plain LoRA."},
+    )
+    source_layer_offset: int = field(
+        default=1,
+        metadata={
+            "help": "1 (the paper): block i fuses with the source's output of block i. "
+            "0 (the authors' release): with the source's input of block i."
+        },
+    )
+    source_padding: str = field(
+        default="keep",
+        metadata={"help": "'keep': pad positions carry their hidden state. 'zero': S = 0 where there is no source."},
+    )
+    source_dropout: bool = field(
+        default=False, metadata={"help": "Whether the source pass keeps the model's dropout on, as in the release."}
+    )
+    source_memory: str = field(
+        default="auto", metadata={"help": "How source states wait for backward: 'auto' or 'keep'."}
+    )
+    fusion_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Which LoRA targets fuse, by name; default: self-attention query and value projections."},
+    )
+    cross_attention_heads: int = field(default=1, metadata={"help": "Heads of fusion='cross_attention'."})
+    latent_dim: int | None = field(default=None, metadata={"help": "FLARE MT: width of the MT encoder."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = FLARE  # type: ignore[assignment]
+        if self.fusion in PLANNED_FUSIONS:
+            raise ValueError(f"fusion={self.fusion!r} is not in this version yet; accepted: {', '.join(FUSIONS)}, None")
+        _one_of("fusion", self.fusion, (*FUSIONS, None))
+        _one_of("source_layer_offset", self.source_layer_offset, (1, 0))
+        _one_of("source_padding", self.source_padding, SOURCE_PADDING)
+        _one_of("source_memory", self.source_memory, SOURCE_MEMORY)
+        if self.latent_dim is not None:
+            raise ValueError(f"latent_dim={self.latent_dim!r}: FLARE MT is not in this version yet; leave it None")
+        if self.r < 1:
+            raise ValueError(f"r={self.r!r} must be a positive integer")
+        if self.cross_attention_heads < 1 or self.r % self.cross_attention_heads:
+            raise ValueError(f"cross_attention_heads={self.cross_attention_heads!r} must divide r={self.r}")
+        if isinstance(self.fusion_modules, (set, tuple)):
+            self.fusion_modules = sorted(self.fusion_modules)
+        elif isinstance(self.fusion_modules, str):
+            self.fusion_modules = [self.fusion_modules]
+        if self.fusion is not None:
+            variants = [name for name in _VARIANTS if getattr(self, name, None)]
+            if variants:
+                raise ValueError(f"{', '.join(variants)} cannot be combined with a fusion; leave it out or set fusion=None")
+
+
+def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
+    if value not in accepted or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not accepted; one of: {', '.join(map(repr, accepted))}")

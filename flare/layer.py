@@ -1,0 +1,165 @@
+"""The adapter layers: PEFT's LoRA linears whose forward runs on flare_kernels and can take a source stream.
+
+A layer is made by PEFT as always and then *adopted*: its class is exchanged for a subclass of the class PEFT chose
+(plain or bitsandbytes), so parameters, names, hooks and optimizers stay what they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flare_kernels import fused_lora
+from torch import Tensor, nn
+
+from ._compat import LoraLayer, LoraLinear, is_bnb_lora
+
+if TYPE_CHECKING:
+    from .source_pass import LayerSource
+
+MERGE_REFUSED = (
+    "adapter {name!r} fuses two streams (fusion={fusion!r}): phi(S, T) depends on the source text and cannot be merged "
+    "into the base weights. Keep the adapter beside the model (save_pretrained), or train with fusion=None, which merges."
+)
+
+
+class FlareLayer:
+    """What every adopted layer has beside PEFT's own state. A mixin in front of a class of PEFT's.
+
+    It derives from nothing, so that Python can exchange an instance's class for one that has it (as FSDP2 does).
+
+    flare_fusion: adapter name -> fusion of this layer (None: plain LoRA here).
+    flare_unmergeable: adapter name -> the fusion of its config, on every layer of an adapter that fuses anywhere.
+    flare_key: this layer's dotted path in the base model, the key under which the source pass files its S.
+    """
+
+    other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, "flare_fusion", "flare_unmergeable")
+
+    flare_fusion: dict[str, str | None]
+    flare_unmergeable: dict[str, str]
+    flare_key: str
+    _flare_source: LayerSource | None
+
+    if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
+        base_layer: nn.Module
+        lora_A: nn.ModuleDict
+        lora_B: nn.ModuleDict
+        lora_dropout: nn.ModuleDict
+        scaling: dict[str, float]
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+        in_features: int
+
+        def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None: ...
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., m, d) -> (..., m, n): the frozen product plus every active adapter's share.
+
+        Falls to PEFT's own forward where the adapter is off, merged, or a batch mixes adapters by name.
+
+        Raises:
+            ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
+        """
+        source = self._flare_source
+        if kwargs.get("adapter_names") is not None and source is not None:
+            raise ValueError(
+                "adapter_names (several adapters in one batch) cannot be combined with source_input_ids or "
+                "source_states: run one adapter per batch, or leave the source out"
+            )
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        self._check_forward_args(x, *args, **kwargs)
+        kwargs.pop("alora_offsets", None)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                result = self._add_adapter(name, x, result, source)
+        return result
+
+    def _add_adapter(self, name: str, x: Tensor, result: Tensor, source: LayerSource | None) -> Tensor:
+        lora_B = self.lora_B[name]
+        fusion = self.flare_fusion.get(name)
+        x_source, bottleneck = (None, None) if source is None or fusion is None else source.of(name)
+        result = fused_lora(
+            x,
+            x_source,
+            result,
+            self.lora_A[name].weight,
+            lora_B.weight,
+            scaling=self.scaling[name],
+            fusion=fusion,
+            source_bottleneck=bottleneck,
+            dropout_p=getattr(self.lora_dropout[name], "p", 0.0),
+            training=self.lora_dropout[name].training,
+        )
+        if lora_B.bias is not None:  # PEFT's lora_bias
+            result = result + (self.scaling[name] * lora_B.bias).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's merge. Raises ValueError for an adapter that fuses: phi cannot be merged."""
+        self.check_mergeable(adapter_names)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+
+    def check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Raises ValueError where one of the adapters (default: the active ones) fuses two streams."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.flare_unmergeable:
+                raise ValueError(MERGE_REFUSED.format(name=name, fusion=self.flare_unmergeable[name]))
+
+
+class FlareLinear(FlareLayer, LoraLinear):
+    """FLARE over a plain ``torch.nn.Linear``."""
+
+
+@functools.cache
+def _flare_class(cls: type) -> type | None:
+    """Our subclass of a LoRA class of PEFT's; None for one that cannot run on the kernels."""
+    if cls is LoraLinear:
+        return FlareLinear
+    if is_bnb_lora(cls):
+        return type(f"Flare{cls.__name__}", (FlareLayer, cls), {"__module__": __name__})
+    return None
+
+
+def __getattr__(name: str) -> type:
+    """The classes over bitsandbytes, for unpickling; they are made on first use."""
+    if name in ("FlareLinear8bitLt", "FlareLinear4bit"):
+        import peft.tuners.lora as lora
+
+        made = _flare_class(getattr(lora, name.removeprefix("Flare")))
+        assert made is not None
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def adopt(module: nn.Module, key: str) -> str:
+    """Exchange a PEFT LoRA layer's class for ours, in place.
+
+    Returns:
+        Why it was declined; empty where it is (or already was) adopted. A declined layer stays stock LoRA.
+    """
+    if isinstance(module, FlareLayer):
+        module.flare_key = key
+        return ""
+    if not isinstance(module, LoraLayer):
+        return f"{type(module).__name__} is not a LoRA layer"
+    cls = _flare_class(type(module))
+    if cls is None:
+        return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} is not supported"
+    if module.lora_variant:
+        return f"it uses a LoRA variant ({', '.join(type(v).__name__ for v in module.lora_variant.values())})"
+    if getattr(module, "fan_in_fan_out", False):
+        return "its weight is stored as (in, out) (fan_in_fan_out)"
+    module.__class__ = cls
+    module.flare_fusion, module.flare_unmergeable = {}, {}
+    module.flare_key, module._flare_source = key, None
+    return ""
+
+
+def weight_of(layer: LoraLayer, adapter: str) -> torch.nn.Parameter:
+    """lora_A's weight (r, d) of an adapter."""
+    weight: torch.nn.Parameter = layer.lora_A[adapter].weight
+    return weight

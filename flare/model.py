@@ -1,0 +1,238 @@
+"""FlareModel: PEFT's LoRA tuner whose layers run on flare_kernels and whose query and value adapters fuse two streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from ._compat import LoraLayer, register_tuner
+from .config import FlareConfig
+from .layer import MERGE_REFUSED, FlareLayer, adopt
+from .routing import ModelMap
+from .runtime import SOURCE_ARGUMENTS, Runtime, attach, detach, encode, runtime_of
+from .source_states import SourceStates
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One adapter on one LoRA module: whether it fuses, how, and the reason where it does not."""
+
+    module: str
+    adapter: str
+    fused: bool
+    fusion: str | None
+    reason: str
+    backend_layer: str
+
+
+class FastLoraReport(tuple[ReportRow, ...]):
+    """Every LoRA module of a model; prints as a table."""
+
+    __slots__ = ()
+
+    @property
+    def fused(self) -> tuple[ReportRow, ...]:
+        """The rows that fuse two streams."""
+        return tuple(row for row in self if row.fused)
+
+    @property
+    def declined(self) -> tuple[ReportRow, ...]:
+        """The rows that do not, each with its reason."""
+        return tuple(row for row in self if not row.fused)
+
+    def __str__(self) -> str:
+        if not self:
+            return "no LoRA modules"
+        head = f"{len(self.fused)} of {len(self)} LoRA modules fuse two streams"
+        width = max(len(row.module) for row in self)
+        lines = [
+            f"  {row.module:<{width}}  {row.adapter}  {row.fusion if row.fused else 'plain LoRA: ' + row.reason}"
+            for row in self
+        ]
+        return "\n".join([head, *lines])
+
+
+class FlareModel(LoraModel):
+    """The tuner that PEFT makes for ``peft_type: FLARE``. Users meet it through :func:`flare.fast_lora`."""
+
+    def __init__(self, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(model, config, adapter_name, **kwargs)
+
+    # --- adapters come and go -----------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: FlareConfig, model_config: dict[str, Any]) -> FlareConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = ModelMap.of(self.model).default_targets()
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, then our classes, fusions and hooks on what it made."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.wire(adapter_name)
+
+    def wire(self, adapter: str) -> None:
+        """Adopt the adapter's layers, decide which of them fuse, and install the hooks."""
+        config = cast(FlareConfig, self.peft_config[adapter])
+        runtime = runtime_of(self.model)
+        if runtime is None:
+            runtime = Runtime(ModelMap.of(self.model) if config.fusion is not None else ModelMap({}, {}, ()), {})
+        elif config.fusion is not None and not runtime.map.sites:
+            runtime.map = ModelMap.of(self.model)
+        runtime.clear()
+        runtime.configs[adapter] = config
+        for path, module in self.model.named_modules():
+            if not isinstance(module, LoraLayer) or adapter not in _adapters_of(module):
+                continue
+            reason = adopt(module, path)
+            if not reason:
+                assert isinstance(module, FlareLayer)
+                reason = self._why_not(runtime, config, path, module)
+                module.flare_fusion[adapter] = None if reason else config.fusion
+                if config.fusion is not None:
+                    module.flare_unmergeable[adapter] = config.fusion
+                if not reason and module not in runtime.layers:
+                    runtime.layers.append(module)
+            if reason:
+                runtime.reasons[path, adapter] = reason
+        attach(self.model, runtime)
+
+    def _why_not(self, runtime: Runtime, config: FlareConfig, path: str, layer: FlareLayer) -> str:
+        """Why this LoRA module does not fuse; empty where it does."""
+        if config.fusion is None:
+            return "fusion=None"
+        site = runtime.map.sites.get(path)
+        if site is None:
+            return "it is not a projection of a block's attention"
+        if site.is_cross_attention:
+            return "cross-attention does not fuse"
+        name = path.rpartition(".")[2]
+        if config.fusion_modules is None:
+            if path not in runtime.map.query_and_value:
+                return "only self-attention query and value projections fuse (fusion_modules)"
+        elif name not in config.fusion_modules and path not in config.fusion_modules:
+            return f"it is not in fusion_modules={list(config.fusion_modules)}"
+        hidden = _hidden_size(self.model)
+        if hidden is not None and layer.in_features != hidden:
+            return f"its input is {layer.in_features} wide, the source's hidden state {hidden}"
+        return ""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's delete_adapter; the adapter's fusions go with it."""
+        super().delete_adapter(adapter_name)
+        runtime = runtime_of(self.model)
+        if runtime is not None:
+            runtime.clear()
+            runtime.configs.pop(adapter_name, None)
+            runtime.reasons = {key: why for key, why in runtime.reasons.items() if key[1] != adapter_name}
+            runtime.layers = [layer for layer in runtime.layers if any(f for f in layer.flare_fusion.values())]
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's add_weighted_adapter. Raises ValueError for adapters that fuse differently: weights trained for one
+        phi mean nothing under another.
+        """
+        keys = ("fusion", "source_layer_offset", "source_padding")
+        known = [name for name in adapters if name in self.peft_config]
+        for key in keys:
+            values = {name: getattr(self.peft_config[name], key) for name in known}
+            if len(set(values.values())) > 1:
+                raise ValueError(f"adapters: cannot combine adapters whose {key} differs: {values}")
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    # --- merging ------------------------------------------------------------------------------------------------------
+
+    def check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Raises ValueError, before anything is merged, where one of the adapters fuses two streams."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            config = self.peft_config.get(name)
+            if config is not None and config.fusion is not None:
+                raise ValueError(MERGE_REFUSED.format(name=name, fusion=config.fusion))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's merge_adapter; ValueError for a fusing adapter."""
+        self.check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """PEFT's merge_and_unload; ValueError for a fusing adapter."""
+        self.check_mergeable(adapter_names)
+        model = super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        detach(model)
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters and without our hooks."""
+        model = super().unload()
+        detach(model)
+        return model
+
+    # --- the source ---------------------------------------------------------------------------------------------------
+
+    def encode_source(self, source_input_ids: Tensor, source_attention_mask: Tensor | None = None) -> SourceStates:
+        """Hidden states of the frozen model on the source text, for the places where active adapters fuse.
+
+        Args:
+            source_input_ids: (B, m) token ids, padded to the length of the target text they will meet.
+            source_attention_mask: (B, m); left out means all ones.
+
+        Returns:
+            SourceStates, for ``model(..., source_states=...)``.
+
+        Raises:
+            TypeError, ValueError: ids that are no integer tensor (B, m), a mask of another shape, or no active adapter
+                that fuses.
+        """
+        runtime = runtime_of(self.model)
+        assert runtime is not None
+        source = {"source_input_ids": source_input_ids, "source_attention_mask": source_attention_mask}
+        with torch.no_grad():
+            return encode(self.model, runtime, source)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate, with plain LoRA. Raises ValueError for a source, which this version cannot decode
+        with: tokens would be fused with the wrong source positions.
+        """
+        given = [name for name in SOURCE_ARGUMENTS if kwargs.get(name) is not None]
+        if given:
+            raise ValueError(
+                f"generate: {', '.join(given)} is not supported in this version: generation with a source is not there "
+                "yet. Score candidates with forward(), or call generate without a source (plain LoRA)"
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name not in SOURCE_ARGUMENTS}
+        return cast(Any, self.model).generate(*args, **kwargs)
+
+    # --- what was done ------------------------------------------------------------------------------------------------
+
+    def fast_lora_report(self) -> FastLoraReport:
+        """Every LoRA module and adapter: fused, or declined and why."""
+        runtime = runtime_of(self.model)
+        reasons = {} if runtime is None else runtime.reasons
+        rows: list[ReportRow] = []
+        for path, module in self.model.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            for adapter in _adapters_of(module):
+                fusion = module.flare_fusion.get(adapter) if isinstance(module, FlareLayer) else None
+                reason = reasons.get((path, adapter), "")
+                rows.append(ReportRow(path, adapter, fusion is not None, fusion, reason, type(module).__name__))
+        return FastLoraReport(rows)
+
+
+def _adapters_of(layer: LoraLayer) -> Iterable[str]:
+    return [*layer.lora_A.keys(), *layer.lora_embedding_A.keys()]
+
+
+def _hidden_size(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "hidden_size", None)
+
+
+_OWN_FIELDS = sorted({f.name for f in fields(FlareConfig)} - {f.name for f in fields(FlareConfig.__mro__[1])})
+register_tuner(FlareConfig, FlareModel, [name for name in _OWN_FIELDS if name != "source_memory"])

@@ -1,0 +1,109 @@
+"""Which module of a transformers model is which: block stacks, self-attention modules, query and value projections.
+
+Nothing here knows an architecture by its class. A *stack* is a ModuleList whose children hold attention projections
+(`model.layers`, `bert.encoder.layer`, `encoder.block`); a *block* is one of its children; a *self-attention module* is
+the parent of a query or value projection that is not marked as cross-attention. In all supported families the model
+passes unknown keyword arguments from the stack's owner down to the attention modules, which is how the source travels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+QUERY_NAMES = ("q_proj", "query", "q", "q_lin", "query_proj", "wq")
+VALUE_NAMES = ("v_proj", "value", "v", "v_lin", "value_proj", "wv")
+FUSED_QKV_NAMES = ("query_key_value", "qkv_proj", "qkv", "Wqkv", "c_attn", "in_proj", "in_proj_weight")
+_CROSS_MARKS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a linear layer sits: paths are dotted names below the model, ``block`` counts from 0 within its stack."""
+
+    path: str
+    stack: str
+    block: int
+    attention: str
+    is_cross_attention: bool
+
+    @property
+    def owner(self) -> str:
+        """The module whose forward loops over the stack."""
+        return self.stack.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """The stacks of a model and the sites of its attention projections."""
+
+    stacks: dict[str, int]
+    sites: dict[str, Site]
+    query_and_value: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelMap:
+        """Map a transformers model.
+
+        Raises:
+            ValueError: no blocks, or no query and value projections; the message names the model and what was sought.
+        """
+        paths = [name for name, module in model.named_modules() if _is_projection(name, QUERY_NAMES + VALUE_NAMES, module)]
+        if not paths:
+            fused = sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} & set(FUSED_QKV_NAMES))
+            why = (
+                f"its query, key and value share one linear layer ({', '.join(fused)}), which cannot be told apart"
+                if fused
+                else f"no linear layer is named {', '.join(QUERY_NAMES)} or {', '.join(VALUE_NAMES)}"
+            )
+            raise ValueError(f"{type(model).__name__}: query and value projections cannot be found: {why}")
+        stacks = _stacks(model, paths)
+        if not stacks:
+            raise ValueError(
+                f"{type(model).__name__}: its blocks cannot be found: {paths[0]} lies below no torch.nn.ModuleList"
+            )
+        sites = {}
+        for name, module in model.named_modules():
+            site = _site(name, module, stacks, model)
+            if site is not None:
+                sites[name] = site
+        query_and_value = tuple(path for path in paths if path in sites and not sites[path].is_cross_attention)
+        return cls(stacks, sites, query_and_value)
+
+    def default_targets(self) -> set[str]:
+        """Names of the query and value projections, as LoRA's target_modules want them."""
+        return {path.rpartition(".")[2] for path in self.query_and_value}
+
+
+def _is_projection(path: str, names: tuple[str, ...], module: nn.Module) -> bool:
+    return path.rpartition(".")[2] in names and (isinstance(module, nn.Linear) or hasattr(module, "base_layer"))
+
+
+def _stacks(model: nn.Module, projections: list[str]) -> dict[str, int]:
+    """Outermost ModuleLists whose every child holds an attention projection -> number of blocks."""
+    stacks: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or not name:
+            continue
+        if any(name.startswith(f"{outer}.") for outer in stacks):
+            continue  # a list inside a block, as T5's `layer`
+        if all(any(path.startswith(f"{name}.{index}.") for path in projections) for index in range(len(module))):
+            stacks[name] = len(module)
+    return stacks
+
+
+def _site(path: str, module: nn.Module, stacks: dict[str, int], model: nn.Module) -> Site | None:
+    if not (isinstance(module, nn.Linear) or hasattr(module, "base_layer")) or path.endswith(".base_layer"):
+        return None
+    for stack in stacks:
+        if path.startswith(f"{stack}."):
+            block = int(path[len(stack) + 1 :].split(".")[0])
+            attention = path.rpartition(".")[0]
+            names = QUERY_NAMES + VALUE_NAMES
+            siblings = [child for child, _ in model.get_submodule(attention).named_children()]
+            if not any(name in siblings for name in names):
+                return None  # not a child of an attention module: an MLP, or BERT's attention.output.dense
+            below = path[len(stack) + 1 :] + "." + type(model.get_submodule(attention)).__name__
+            return Site(path, stack, block, attention, any(mark in below.lower() for mark in _CROSS_MARKS))
+    return None

@@ -1,0 +1,320 @@
+"""The hooks that take a source from a model's keyword arguments to its adapter layers.
+
+Four hooks, and no modeling code copied or patched:
+
+1. before the transformers model: take ``source_*`` out of the keyword arguments, run the source pass;
+2. before the owner of a block stack: hand the carrier on as a keyword argument of the blocks;
+3. before a self-attention module: take the carrier out and give each adapter layer its part;
+4. after it: take it away again; after the model: check that every fusing layer was reached.
+
+The functions find everything through the module they are called with, never through a closure, so a deep copy or a
+pickled model routes to its own layers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import FlareConfig
+from .layer import FlareLayer
+from .routing import ModelMap
+from .source_pass import (
+    Preparation,
+    SourceCarrier,
+    make_groups,
+    modules_with_dropout,
+    read_from_model,
+    read_from_states,
+    run_source_pass,
+)
+from .source_states import SourceStates, StateKey
+
+#: Keyword arguments of the model that belong to the source.
+SOURCE_ARGUMENTS = (
+    "source_input_ids",
+    "source_attention_mask",
+    "source_labels",
+    "source_decoder_input_ids",
+    "source_states",
+)
+_CARRIER = "flare_source"
+_RUNTIME = "_flare_runtime"
+_LAYERS = "_flare_layers"
+
+NO_SOURCE_WARNING = (
+    "A fusing adapter was trained without a source and is plain LoRA in this step. Pass source_input_ids and "
+    "source_attention_mask to the model. With transformers.Trainer, set remove_unused_columns=False (it drops columns "
+    "that the base model's forward does not name) or use flare.FlareTrainer, and pad with flare.FlareDataCollator."
+)
+
+
+@dataclass
+class Runtime:
+    """What the hooks of one transformers model share. Attached to the model; copied and pickled with it."""
+
+    map: ModelMap
+    configs: dict[str, FlareConfig]
+    layers: list[FlareLayer] = field(default_factory=list)
+    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+    carrier: SourceCarrier | None = None
+    in_source_pass: bool = False
+    warned: bool = False
+    quiet: list[nn.Module] | None = None
+
+    def wanted(self, stacks: set[str] | None = None) -> list[tuple[StateKey, str, FlareLayer]]:
+        """(state, adapter, layer) of every layer that fuses now; none where adapters are off or merged."""
+        result = []
+        for layer in self.layers:
+            if layer.disable_adapters or layer.merged:
+                continue
+            site = self.map.sites[layer.flare_key]
+            if stacks is not None and site.stack not in stacks:
+                continue
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A and layer.flare_fusion.get(adapter) is not None:
+                    key = StateKey(site.stack, site.block + self.configs[adapter].source_layer_offset)
+                    result.append((key, adapter, layer))
+        return result
+
+    def setting(self, name: str, adapters: set[str]) -> Any:
+        """A config field that adapters active together must share, as there is one source pass for all of them."""
+        values = {adapter: getattr(self.configs[adapter], name) for adapter in sorted(adapters)}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"adapters active together must share {name}, they have {values}: activate one at a time")
+        return next(iter(values.values()))
+
+    def clear(self) -> None:
+        """Forget what was read off the modules; called whenever adapters come or go."""
+        self.quiet = None
+        self.carrier = None
+
+
+def runtime_of(model: nn.Module) -> Runtime | None:
+    """The runtime attached to a transformers model."""
+    return model.__dict__.get(_RUNTIME)
+
+
+def attach(model: nn.Module, runtime: Runtime) -> None:
+    """Install the hooks for ``runtime.layers``; installs none twice."""
+    if _RUNTIME not in model.__dict__:
+        model.__dict__[_RUNTIME] = runtime
+        runtime.handles += [
+            model.register_forward_pre_hook(_before_model, with_kwargs=True),
+            model.register_forward_hook(_check_reached),
+            model.register_forward_hook(_after_model, always_call=True),
+        ]
+    for layer in runtime.layers:
+        site = runtime.map.sites[layer.flare_key]
+        owner = model.get_submodule(site.owner)
+        if owner is model or _RUNTIME not in owner.__dict__:
+            owner.__dict__[_RUNTIME] = runtime
+            if not any(hook is _before_stack for hook in owner._forward_pre_hooks.values()):
+                runtime.handles.append(owner.register_forward_pre_hook(_before_stack, with_kwargs=True))
+        attention = model.get_submodule(site.attention)
+        child = site.path.removeprefix(f"{site.attention}.")
+        children = attention.__dict__.setdefault(_LAYERS, [])
+        if not children:
+            runtime.handles += [
+                attention.register_forward_pre_hook(_before_attention, with_kwargs=True),
+                attention.register_forward_hook(_after_attention, always_call=True),
+            ]
+        if child not in children:
+            children.append(child)
+
+
+def detach(model: nn.Module) -> None:
+    """Take every hook and attribute of :func:`attach` off the model again."""
+    runtime = model.__dict__.pop(_RUNTIME, None)
+    if runtime is None:
+        return
+    for handle in runtime.handles:
+        handle.remove()
+    for module in model.modules():
+        module.__dict__.pop(_RUNTIME, None)
+        module.__dict__.pop(_LAYERS, None)
+
+
+# --- the hooks --------------------------------------------------------------------------------------------------------
+
+
+def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    runtime: Runtime = model.__dict__[_RUNTIME]
+    if runtime.in_source_pass:
+        return None
+    runtime.carrier = None
+    source = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
+    source = {name: value for name, value in source.items() if value is not None}
+    wanted = runtime.wanted()
+    if wanted and source:
+        runtime.carrier = carry(model, runtime, source, _target_shape(args, kwargs))
+    elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
+        runtime.warned = True
+        warnings.warn(NO_SOURCE_WARNING, UserWarning, stacklevel=2)
+    return args, kwargs
+
+
+def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    runtime: Runtime = owner.__dict__[_RUNTIME]
+    if runtime.carrier is None or runtime.in_source_pass:
+        return None
+    return args, {**kwargs, _CARRIER: runtime.carrier}
+
+
+def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    carrier = kwargs.pop(_CARRIER, None)
+    for child in attention.__dict__[_LAYERS]:
+        layer = attention.get_submodule(child)
+        if isinstance(layer, FlareLayer):
+            layer._flare_source = None if carrier is None else carrier.for_layer(layer.flare_key)
+    return args, kwargs
+
+
+def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
+    for child in attention.__dict__[_LAYERS]:
+        layer = attention.get_submodule(child)
+        if isinstance(layer, FlareLayer):
+            layer._flare_source = None
+
+
+def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
+    runtime: Runtime = model.__dict__[_RUNTIME]
+    carrier = runtime.carrier
+    if carrier is None or runtime.in_source_pass:
+        return
+    missed = sorted(carrier.expected - carrier.reached)
+    if missed:
+        raise RuntimeError(
+            f"the source did not reach {len(missed)} of {len(carrier.expected)} fusing layers (first: {missed[0]}): "
+            f"{type(model).__name__} does not pass unknown keyword arguments from its blocks to its attention"
+        )
+
+
+def _after_model(model: nn.Module, args: Any, output: Any) -> None:
+    runtime: Runtime = model.__dict__[_RUNTIME]
+    if not runtime.in_source_pass:
+        runtime.carrier = None
+
+
+# --- the source pass of one forward -----------------------------------------------------------------------------------
+
+
+def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tuple[int, ...] | None) -> SourceCarrier:
+    """Run the source pass (or read the given states) and return what travels to the layers.
+
+    Raises:
+        TypeError, ValueError: source arguments that do not fit; the message names the argument.
+    """
+    decoder = [name for name in ("source_labels", "source_decoder_input_ids") if name in source]
+    if decoder:
+        raise ValueError(f"{decoder[0]}: a source for the decoder is not in this version yet; leave it out")
+    # without source decoder inputs an encoder-decoder's decoder is plain LoRA
+    wanted = runtime.wanted(_readable_stacks(model, runtime))
+    adapters = {adapter for _, adapter, _ in wanted}
+    groups, weights = make_groups(wanted)
+    keys = {group.key for group in groups}
+    zero_pads = runtime.setting("source_padding", adapters) == "zero"
+    if "source_states" in source:
+        states = source["source_states"]
+        _check_states(states, source, target, runtime.setting("source_layer_offset", adapters))
+        prepare = _preparation(weights, states.attention_mask if zero_pads else None)
+        reader = read_from_states(states, keys)
+    else:
+        inputs = _backbone_inputs(model, source, target)
+        prepare = _preparation(weights, inputs["attention_mask"] if zero_pads else None)
+        dropout = runtime.setting("source_dropout", adapters)
+        if runtime.quiet is None:
+            runtime.quiet = modules_with_dropout(model)
+        reader = read_from_model(model, inputs, keys, dropout=dropout, quiet=runtime.quiet)
+    runtime.in_source_pass = True
+    try:
+        return run_source_pass(reader, prepare, groups, weights)
+    finally:
+        runtime.in_source_pass = False
+
+
+def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
+    """The states that the active adapters would read, computed now and kept; see ``FlareModel.encode_source``."""
+    wanted = runtime.wanted(_readable_stacks(model, runtime))
+    if not wanted:
+        raise ValueError("encode_source: no active adapter of this model fuses two streams (or adapters are disabled)")
+    adapters = {adapter for _, adapter, _ in wanted}
+    keys = {key for key, _, _ in wanted}
+    inputs = _backbone_inputs(model, source, None)
+    prepare = Preparation.under_autocast(inputs["input_ids"].device, None)
+    if runtime.quiet is None:
+        runtime.quiet = modules_with_dropout(model)
+    dropout = runtime.setting("source_dropout", adapters)
+    states: dict[StateKey, Tensor] = {}
+    runtime.in_source_pass = True
+    try:
+        read_from_model(model, inputs, keys, dropout=dropout, quiet=runtime.quiet)(
+            lambda key, hidden: states.__setitem__(key, prepare(hidden))
+        )
+    finally:
+        runtime.in_source_pass = False
+    return SourceStates(states, runtime.setting("source_layer_offset", adapters), inputs["attention_mask"])
+
+
+def _readable_stacks(model: nn.Module, runtime: Runtime) -> set[str]:
+    """The stacks that a source text reaches: all, or the encoder's in an encoder-decoder."""
+    stacks = set(runtime.map.stacks)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {stack for stack in stacks if "decoder" not in stack.split(".")}
+    return stacks
+
+
+def _preparation(weights: list[nn.Parameter], attention_mask: Tensor | None) -> Preparation:
+    return Preparation.under_autocast(weights[0].device, attention_mask)
+
+
+def _target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """(B, m) of the target text, where the call shows it."""
+    for candidate in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
+        if isinstance(candidate, Tensor):
+            return tuple(candidate.shape[:2])
+    return None
+
+
+def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> dict[str, Any]:
+    """Keyword arguments of the frozen pass, checked against the target's shape (B, m)."""
+    ids, mask = source.get("source_input_ids"), source.get("source_attention_mask")
+    if ids is None:
+        raise ValueError("source_attention_mask was given without source_input_ids: pass both, or neither")
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+        what = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"source_input_ids must be an integer tensor (B, m), got {what}")
+    if target is not None and tuple(ids.shape) != target:
+        raise ValueError(
+            f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {target}: both texts need the same "
+            "batch size and length; pad them to one length (flare.FlareDataCollator does)"
+        )
+    if mask is None:
+        mask = torch.ones_like(ids)
+    elif not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "use_cache" in inspect.signature(getattr(model, "base_model", model).forward).parameters:  # type: ignore[union-attr]
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] | None, offset: int) -> None:
+    if not isinstance(states, SourceStates):
+        raise TypeError(f"source_states must be a flare.SourceStates (from encode_source), got {type(states).__name__}")
+    if "source_input_ids" in source:
+        raise ValueError("source_input_ids and source_states were both given: pass the source once")
+    if states.offset != offset:
+        raise ValueError(f"source_states were read with source_layer_offset={states.offset}, the adapter has {offset}")
+    if target is not None and states.shape != target:
+        raise ValueError(
+            f"source_states are for a source of shape {states.shape}, the target's input_ids have {target}: "
+            "pad both texts to one length before encode_source"
+        )

@@ -1,0 +1,180 @@
+"""FlareTrainer: transformers' Trainer for rows of two texts.
+
+What the stock Trainer does with such rows, and what is different here:
+
+- it drops the ``source_*`` columns, because the base model's ``forward`` does not name them: kept;
+- it pads by ``tokenizer.pad``, which knows one text: FlareDataCollator is the default;
+- it counts the target's tokens and FLOPs: both streams are counted, the source also by itself;
+- with gradient accumulation it does not scale the loss of models that ignore ``num_items_in_batch`` (BERT, XLM-R, mT5,
+  and Llama with a classification head), so four steps of accumulation give four times the gradient: here it is the
+  gradient of one large batch, for every model and for micro-batches of unequal size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from . import _compat
+from .data import SOURCE_COLUMNS, FlareDataCollator, layout_of
+
+_compat.check_trainer(Trainer)
+
+
+class SourceTokens(TrainerCallback, ExportableState):
+    """Carries the number of source tokens seen through checkpoints; TrainerState has room for one number only."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seen": self.seen}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        name = type(self).__name__
+        saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
+        self.seen = saved.get("attributes", {}).get("seen", 0)
+        state.stateful_callbacks[name] = self.state()  # a checkpoint of the stock Trainer has no such entry
+
+
+class FlareTrainer(Trainer):
+    """transformers.Trainer for rows of two texts: the same arguments and, for rows without a source, the same results.
+
+    Differences: ``source_*`` columns are kept; the default collator is FlareDataCollator where ``processing_class`` is
+    a tokenizer (its layout follows the model); tokens and FLOPs of both streams are counted; gradient accumulation
+    gives the gradient of the large batch for every model family.
+
+    Args:
+        source_cache: for a later version; anything but None is a ValueError.
+    """
+
+    def __init__(self, *args: Any, source_cache: None = None, **kwargs: Any) -> None:
+        if source_cache is not None:
+            raise ValueError(
+                f"source_cache={source_cache!r}: keeping source states over epochs is not available in this version; "
+                "leave the argument out"
+            )
+        super().__init__(*args, **kwargs)
+        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        if given.get("data_collator") is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            self.data_collator = FlareDataCollator(self.processing_class, require_source=_fuses(self.model))
+        if isinstance(self.data_collator, FlareDataCollator) and self.data_collator.layout == "auto":
+            self.data_collator = replace(self.data_collator, layout=layout_of(self.model))
+        self.add_callback(SourceTokens)
+
+    # --- columns ------------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = _compat.signature_columns(self)
+        columns += [name for name in SOURCE_COLUMNS if name not in columns]
+
+    # --- gradient accumulation ----------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of one step, and over how many items their loss is a mean (rows for question answering)."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if items is None and self._normalises() and batches and all("start_positions" in b for b in batches):
+            rows = torch.tensor(sum(len(b["start_positions"]) for b in batches), device=device)
+            items = self.accelerator.gather(rows).sum() if self.args.average_tokens_across_devices else rows
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the mean over the whole accumulated batch.
+
+        A model that uses ``num_items_in_batch`` is given the micro-batch's own number, so that it returns the same as
+        one that ignores it: the mean over the micro-batch. That mean counts with items here / items in the batch.
+        """
+        here = self._items(inputs) if num_items_in_batch is not None and self._normalises() else None
+        if here is None or num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Without a labelled item the mean is 0 / 0; clamped, a model that divides by the number returns 0.
+        found = super().compute_loss(model, inputs, return_outputs, here.clamp(min=1))
+        loss = found[0] if return_outputs else found
+        loss = loss * (here / num_items_in_batch)
+        return (loss, found[1]) if return_outputs else loss
+
+    def _normalises(self) -> bool:
+        """Whether the loss is ours to normalise: not a user's own, nor one of a model or parallel mode without counts."""
+        return self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.args.n_gpu <= 1
+
+    def _items(self, inputs: dict[str, Tensor | Any]) -> Tensor | None:
+        """How many labelled items a micro-batch has, counted as Trainer counts the whole batch."""
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        if isinstance(labels, Tensor):
+            shifted = "shift_labels" not in inputs and _compat.loss_shifts_labels(self)
+            return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+        positions = inputs.get("start_positions")
+        return None if positions is None else torch.tensor(len(positions), device=positions.device)
+
+    # --- counts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_source_input_tokens_seen(self) -> int:
+        """Source tokens read so far, counted as ``include_num_input_tokens_seen`` says ("no" counts none)."""
+        return self._source_tokens().seen
+
+    def _source_tokens(self) -> SourceTokens:
+        # Looked up, not kept: restoring callbacks from a checkpoint replaces them.
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, SourceTokens))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Tensor | Any]) -> None:
+        super()._track_num_input_tokens(inputs)
+        mode, ids = self.args.include_num_input_tokens_seen, inputs.get("source_input_ids")
+        if mode == "no" or ids is None:
+            return
+        mask = inputs.get("source_attention_mask")
+        count = mask.sum() if mode == "non_padding" and mask is not None else ids.numel()
+        count = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
+        seen = self.accelerator.gather(count).sum().item()
+        self._source_tokens().seen += seen
+        self.state.num_input_tokens_seen += seen
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        """Trainer's estimate for the target (6 per parameter and token) plus the source's forward pass (2)."""
+        operations: int = super().floating_point_ops(inputs)
+        ids = inputs.get("source_input_ids")
+        if ids is not None and hasattr(self.model, "num_parameters"):
+            operations += 2 * ids.numel() * self.model.num_parameters(exclude_embeddings=True)
+        return operations
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer; ``num_input_tokens_seen`` counts both streams, ``num_source_input_tokens_seen`` the source."""
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_source_input_tokens_seen"] = self.num_source_input_tokens_seen
+        super().log(logs, start_time)
+
+
+def _fuses(model: Any) -> bool:
+    """Whether an adapter of the model fuses two streams, so that rows without a source are a mistake."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "fusion", None) is not None for config in configs)
+
+
+class FlareSeq2SeqTrainer(FlareTrainer, Seq2SeqTrainer):
+    """transformers.Seq2SeqTrainer with what :class:`FlareTrainer` adds."""
