@@ -120,7 +120,7 @@ class FlareTrainer(Trainer):
         return (loss, found[1]) if return_outputs else loss
 
     def _normalises(self) -> bool:
-        """Whether the loss is ours to normalise: not a user's own, nor one of a model or parallel mode without counts."""
+        """Whether the loss is ours to normalise: not a user's own, nor one of a model or mode without counts."""
         return self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.args.n_gpu <= 1
 
     def _items(self, inputs: dict[str, Tensor | Any]) -> Tensor | None:

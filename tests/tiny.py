@@ -1,0 +1,178 @@
+"""Tiny random models of each family, two-stream batches for them, and the eager form of FLARE to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCAB, HIDDEN, LAYERS = 64, 32, 3
+
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "num_labels": 3,
+    "pad_token_id": 1,
+}
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
+
+FAMILIES = ("bert", "xlmr", "llama")
+
+
+def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
+    """The tiny configuration of a family; dropouts are the library's defaults."""
+    made = {
+        "bert": lambda: transformers.BertConfig(**{**_ENCODER, **changes}),
+        "xlmr": lambda: transformers.XLMRobertaConfig(**{**_ENCODER, **changes}),
+        "llama": lambda: transformers.LlamaConfig(**{**_DECODER, **changes}),
+        "gemma2": lambda: transformers.Gemma2Config(**{**_DECODER, "head_dim": 8, **changes}),
+        "mt5": lambda: transformers.MT5Config(
+            **{
+                "vocab_size": VOCAB,
+                "d_model": HIDDEN,
+                "d_kv": 8,
+                "d_ff": 48,
+                "num_layers": LAYERS,
+                "num_decoder_layers": 2,
+                "num_heads": 4,
+                "decoder_start_token_id": 0,
+                **changes,
+            }
+        ),
+    }
+    return made[family]()
+
+
+CLASSES = {
+    "bert": transformers.BertForSequenceClassification,
+    "xlmr": transformers.XLMRobertaForSequenceClassification,
+    "llama": transformers.LlamaForCausalLM,
+    "gemma2": transformers.Gemma2ForCausalLM,
+    "mt5": transformers.MT5ForConditionalGeneration,
+}
+
+
+def model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
+    """A random tiny model in train mode, all of whose dropouts are off unless asked for."""
+    torch.manual_seed(seed)
+    made = CLASSES[family](config(family, **changes))
+    if "hidden_dropout_prob" not in changes and "dropout_rate" not in changes:
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        made.config.hidden_dropout_prob = made.config.attention_probs_dropout_prob = 0.0
+    return made.to(dtype).train()
+
+
+def randomize_lora(model: nn.Module, seed: int = 1) -> None:
+    """Random A and B: a zero B hides errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+
+
+def batch(family: str, *, B: int = 3, m: int = 9, seed: int = 2, source: bool = True) -> dict[str, Tensor]:
+    """A two-stream batch with padding on the family's side, of different lengths in the two streams."""
+    generator = torch.Generator().manual_seed(seed)
+    left = family in ("llama", "gemma2")
+
+    def stream(shortest: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(2, VOCAB, (B, m), generator=generator)
+        mask = torch.ones(B, m, dtype=torch.long)
+        for row in range(B):
+            pads = min(row, m - shortest)
+            where = slice(0, pads) if left else slice(m - pads, m)
+            mask[row, where] = 0
+        return ids.where(mask.bool(), torch.ones_like(ids)), mask
+
+    ids, mask = stream(3)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if source:
+        inputs["source_input_ids"], inputs["source_attention_mask"] = (t.flip(0) for t in stream(2))
+    if family in ("llama", "gemma2"):
+        inputs["labels"] = ids.where(mask.bool(), torch.full_like(ids, -100))
+    elif family == "mt5":
+        inputs["labels"] = torch.randint(2, VOCAB, (B, 5), generator=generator)
+    else:
+        inputs["labels"] = torch.randint(0, 3, (B,), generator=generator)
+    return inputs
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of all trained parameters by name."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+# --- eager FLARE: what a user would write by hand over PEFT's own layers ----------------------------------------------
+
+
+def source_hidden_states(peft_model: Any, inputs: dict[str, Tensor], offset: int) -> list[Tensor]:
+    """x_S of every block from a plain hooked pass of the frozen base model (dropouts are off in these models)."""
+    base = peft_model.get_base_model()
+    blocks = block_list(base)
+    states: list[Tensor] = []
+
+    def on_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def on_output(module: nn.Module, args: Any, output: Any) -> None:
+        states.append((output if isinstance(output, Tensor) else output[0]).detach())
+
+    handles = [
+        block.register_forward_pre_hook(on_input, with_kwargs=True) if offset == 0 else block.register_forward_hook(on_output)
+        for block in blocks
+    ]
+    with torch.no_grad(), peft_model.disable_adapter():
+        base.base_model(input_ids=inputs["source_input_ids"], attention_mask=inputs["source_attention_mask"])
+    for handle in handles:
+        handle.remove()
+    return states
+
+
+def block_list(base: nn.Module) -> nn.ModuleList:
+    """The block stack of an encoder or decoder model (not mT5)."""
+    return next(m for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and n.endswith(("layer", "layers")))
+
+
+@contextlib.contextmanager
+def eager_fusion(peft_model: Any, states: list[Tensor], phi: Any, names: tuple[str, ...]) -> Iterator[None]:
+    """Stock PEFT LoRA layers, their forward replaced by the method's formula in PEFT's own eager style."""
+    base = peft_model.get_base_model()
+    patched = []
+    for block, state in zip(block_list(base), states, strict=True):
+        for path, layer in block.named_modules():
+            if path.rpartition(".")[2] in names and hasattr(layer, "lora_A"):
+
+                def forward(x: Tensor, layer: Any = layer, state: Tensor = state) -> Tensor:
+                    A, B = layer.lora_A["default"], layer.lora_B["default"]
+                    result = layer.base_layer(x)
+                    T = A(x.to(A.weight.dtype))
+                    S = A(state.to(A.weight.dtype))
+                    return (result + B(phi(S, T)) * layer.scaling["default"]).to(result.dtype)
+
+                patched.append(layer)
+                layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in patched:
+            del layer.forward
