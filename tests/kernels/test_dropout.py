@@ -1,0 +1,107 @@
+"""Packed keep masks: the published Philox numbers, the same bits from both forms, the right rate, independence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flare_kernels import dropout
+
+
+def seed_of(number: int) -> torch.Tensor:
+    return torch.tensor(number, dtype=torch.int64)
+
+
+def test_philox_known_answers() -> None:
+    """The vectors of Random123 (kat_vectors, philox4x32 10) whose last counter word is zero, and their layout."""
+    zero = torch.zeros((1, 1), dtype=torch.int64)
+    words = dropout.philox(seed_of(0), zero, zero, 0)
+    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "p", "stream"), [(1, 1, 0.5, 0), (37, 77, 0.1, 1), (9, 1024, 0.3, 0), (20, 1100, 0.999, 3)]
+)
+def test_torch_and_triton_give_the_same_bits(rows: int, cols: int, p: float, stream: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from flare_kernels.triton_ops.keep_bits import keep_bits
+
+    threshold = dropout.drop_threshold(p)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for number in (0, 1, 2**33 + 5, 2**63 - 2):
+        seed = seed_of(number).to(device)
+        from_torch = dropout.keep_bits_torch(seed, rows, cols, threshold, stream)
+        assert torch.equal(keep_bits(seed, rows, cols, threshold, stream), from_torch)
+
+
+def test_mask_is_a_pure_function_of_its_arguments() -> None:
+    mask = dropout.packed_mask(seed_of(7), 50, 100, 0.4, dropout.TARGET_STREAM)
+    assert mask is not None and mask.dtype == torch.uint8 and mask.shape == (50, 13)
+    again = dropout.packed_mask(seed_of(7), 50, 100, 0.4, dropout.TARGET_STREAM)
+    assert torch.equal(mask, again)
+    # a row does not depend on how many rows there are, nor on how they are chunked
+    taller = dropout.packed_mask(seed_of(7), 6000, 100, 0.4, dropout.TARGET_STREAM)
+    assert torch.equal(taller[:50], mask)
+    assert not (mask[:, -1] >> (100 % 8)).any(), "bits past the last column"
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_keep_rate_and_independence(p: float) -> None:
+    rows, cols = 400, 1000
+    masks = [
+        dropout.packed_mask(seed_of(seed), rows, cols, p, stream)
+        for seed, stream in ((1, dropout.TARGET_STREAM), (1, dropout.SOURCE_STREAM), (2, dropout.TARGET_STREAM))
+    ]
+    kept = [dropout.unpack(mask, cols, torch.float64) for mask in masks]
+    deviation = math.sqrt(p * (1 - p) / (rows * cols))
+    for keep in kept:
+        assert abs(keep.mean() - (1 - p)) < 5 * deviation
+        # no column (of the eight of a byte, in particular) is favoured
+        assert (keep.mean(0) - (1 - p)).abs().max() < 6 * math.sqrt(p * (1 - p) / rows)
+    for left, right in ((0, 1), (0, 2)):
+        correlation = torch.corrcoef(torch.stack([kept[left].flatten(), kept[right].flatten()]))[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(rows * cols)
+    neighbours = torch.corrcoef(torch.stack([kept[0][:, :-1].flatten(), kept[0][:, 1:].flatten()]))[0, 1]
+    assert abs(neighbours) < 5 / math.sqrt(rows * cols)
+
+
+def test_extreme_probabilities() -> None:
+    assert dropout.packed_mask(seed_of(0), 3, 9, 0.0, 0) is None
+    assert dropout.keep_scale(0.0) == 1.0
+    nothing = dropout.packed_mask(seed_of(0), 3, 9, 1.0, 0)
+    assert nothing is not None and nothing.shape == (3, 2) and not nothing.any()
+    assert dropout.keep_scale(1.0) == 0.0
+    assert dropout.packed_mask(seed_of(0), 0, 9, 0.5, 0).shape == (0, 2)
+    # less than a level of resolution: kept, with a scale that says so
+    tiny = dropout.packed_mask(seed_of(0), 3, 9, 1e-9, 0)
+    assert dropout.unpack(tiny, 9, torch.float32).all() and dropout.keep_scale(1e-9) == 1.0
+    for p in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="dropout_p"):
+            dropout.keep_scale(p)
+
+
+def test_scale_belongs_to_the_rate_that_is_drawn() -> None:
+    assert dropout.keep_scale(0.1) == 65536 / (65536 - 6554)
+
+
+def test_unpack_is_bit_j_of_byte_b() -> None:
+    mask = torch.tensor([[0b00000101, 0b00000010]], dtype=torch.uint8)
+    expected = [1, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+    assert dropout.unpack(mask, 10, torch.bfloat16).tolist() == [expected]
+
+
+def test_seed_comes_from_the_generator_of_the_device() -> None:
+    torch.manual_seed(3)
+    first, second = dropout.draw_seed("cpu"), dropout.draw_seed(torch.device("cpu"))
+    assert first.dtype == torch.int64 and first.shape == () and first != second
+    torch.manual_seed(3)
+    assert dropout.draw_seed("cpu") == first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_and_cpu_masks_are_the_same() -> None:
+    on_cuda = dropout.packed_mask(seed_of(11).cuda(), 100, 500, 0.2, 1)
+    assert torch.equal(on_cuda.cpu(), dropout.packed_mask(seed_of(11), 100, 500, 0.2, 1))

@@ -1,0 +1,327 @@
+"""FlareDataCollator: one width for both texts, answers at one index, and errors for people."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from two_streams import BOS, CLS, PAD, SEP, rows, tiny, tokenizer
+
+from flare.data import FlareDataCollator, layout_of
+
+A, B, C, D, E, F, G, H = range(10, 18)  # word ids that read better than numbers
+
+
+def classes() -> list[dict]:
+    return [
+        {"input_ids": [CLS, A, SEP], "source_input_ids": [CLS, B, C, D, SEP], "labels": 2},
+        {"input_ids": [CLS, E, F, SEP], "source_input_ids": [CLS, G, SEP], "labels": 0},
+    ]
+
+
+# --- encoder ----------------------------------------------------------------------------------------------------------
+
+
+def test_both_texts_get_the_width_of_the_longest_of_either():
+    batch = FlareDataCollator(tokenizer())(classes())
+    assert batch["input_ids"].tolist() == [[CLS, A, SEP, PAD, PAD], [CLS, E, F, SEP, PAD]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert batch["source_input_ids"].tolist() == [[CLS, B, C, D, SEP], [CLS, G, SEP, PAD, PAD]]
+    assert batch["source_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [2, 0]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_the_tokenizers_padding_side_or_the_one_asked_for():
+    for collator in (
+        FlareDataCollator(tokenizer("left")),
+        FlareDataCollator(tokenizer("right"), padding_side="left"),
+    ):
+        batch = collator(classes())
+        assert batch["input_ids"].tolist() == [[PAD, PAD, CLS, A, SEP], [PAD, CLS, E, F, SEP]]
+        assert batch["source_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+
+
+def test_fixed_width_and_multiples():
+    fixed = FlareDataCollator(tokenizer(), padding="max_length", max_length=9)(classes())
+    rounded = FlareDataCollator(tokenizer(), pad_to_multiple_of=4)(classes())
+    for batch, width in ((fixed, 9), (rounded, 8)):
+        assert batch["input_ids"].shape == batch["source_input_ids"].shape == (2, width)
+        assert batch["source_attention_mask"].sum() == 8
+
+
+def test_masks_and_token_types_of_the_rows_are_kept():
+    given = classes()
+    for row in given:
+        row["attention_mask"] = [1] * (len(row["input_ids"]) - 1) + [0]
+        row["source_attention_mask"] = [0] + [1] * (len(row["source_input_ids"]) - 1)
+        row["token_type_ids"] = [0] + [1] * (len(row["input_ids"]) - 1)
+        row["source_token_type_ids"] = [0] * len(row["source_input_ids"])
+    batch = FlareDataCollator(tokenizer())(given)
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert batch["source_attention_mask"].tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]
+    assert "source_token_type_ids" not in batch
+
+    given[0]["source_token_type_ids"][1] = 1
+    with pytest.raises(ValueError, match=r"row 0: source_token_type_ids"):
+        FlareDataCollator(tokenizer())(given)
+
+
+def test_labels_per_token_are_padded_with_their_tokens():
+    given = [
+        {"input_ids": [CLS, A, SEP], "source_input_ids": [CLS, B, C, SEP], "labels": [-100, 2, -100]},
+        {"input_ids": [CLS, A, B, SEP], "source_input_ids": [CLS, C, SEP], "labels": [-100, 0, 1, -100]},
+    ]
+    right = FlareDataCollator(tokenizer("right"))(given)
+    left = FlareDataCollator(tokenizer("left"))(given)
+    assert right["labels"].tolist() == [[-100, 2, -100, -100], [-100, 0, 1, -100]]
+    assert left["labels"].tolist() == [[-100, -100, 2, -100], [-100, 0, 1, -100]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answer_positions_follow_their_tokens(side: str):
+    given = [
+        {"input_ids": [CLS, A, B, SEP], "source_input_ids": [CLS] * 7, "start_positions": 1, "end_positions": 2},
+        {"input_ids": [CLS, C, A, D, B, SEP], "source_input_ids": [CLS], "start_positions": 2, "end_positions": 4},
+    ]
+    batch = FlareDataCollator(tokenizer(side))(given)
+    at = torch.arange(2)
+    assert (batch["input_ids"][at, batch["start_positions"]] == A).all()
+    assert (batch["input_ids"][at, batch["end_positions"]] == B).all()
+
+
+def test_other_columns_tensors_and_label_names():
+    given = [
+        {
+            "input_ids": torch.tensor([A, B]),
+            "source_input_ids": torch.tensor([C]),
+            "label": 1,
+            "weight": 0.5,
+            "text": "x",
+        },
+        {"input_ids": torch.tensor([A]), "source_input_ids": torch.tensor([C]), "label": 0, "weight": 2.0, "text": "y"},
+    ]
+    batch = FlareDataCollator(tokenizer())(given)
+    assert batch["labels"].tolist() == [1, 0]
+    assert batch["weight"].tolist() == [0.5, 2.0]
+    assert set(batch) == {
+        "input_ids",
+        "attention_mask",
+        "source_input_ids",
+        "source_attention_mask",
+        "labels",
+        "weight",
+    }
+    several = FlareDataCollator(tokenizer())([{**row, "labels": [0.0, 1.0]} for row in classes()])
+    assert several["labels"].tolist() == [[0.0, 1.0], [0.0, 1.0]]
+
+
+# --- causal -----------------------------------------------------------------------------------------------------------
+
+
+def answers() -> list[dict]:
+    return [
+        {
+            "input_ids": [BOS, A, B, C, D],
+            "labels": [-100, -100, -100, C, D],
+            "source_input_ids": [BOS, E, F, G, H],
+            "source_labels": [-100, -100, -100, -100, H],
+        },
+        {
+            "input_ids": [BOS, A, C],
+            "labels": [-100, -100, C],
+            "source_input_ids": [BOS, E, G, H],
+            "source_labels": [-100, -100, G, H],
+        },
+    ]
+
+
+def test_causal_answers_start_at_one_index_in_both_streams():
+    batch = FlareDataCollator(tokenizer("left"))(answers())
+    assert batch["input_ids"].tolist() == [[PAD, BOS, A, B, C, D], [PAD, PAD, BOS, A, C, PAD]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [C, D], [-100] * 4 + [C, -100]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]]
+    assert batch["source_input_ids"].tolist() == [[BOS, E, F, G, H, PAD], [PAD, PAD, BOS, E, G, H]]
+    assert batch["source_attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+    assert "source_labels" not in batch
+
+
+def test_causal_source_of_prompt_only_is_masked_where_the_answer_stands():
+    given = [{k: v for k, v in row.items() if k != "source_labels"} for row in answers()]
+    for row in given:
+        row["source_input_ids"] = row["source_input_ids"][:2]
+    batch = FlareDataCollator(tokenizer("right"))(given)  # the layout does not depend on the tokenizer's side
+    assert batch["input_ids"].tolist() == [[BOS, A, B, C, D], [PAD, BOS, A, C, PAD]]
+    assert batch["source_input_ids"].tolist() == [[PAD, BOS, E, PAD, PAD], [PAD, BOS, E, PAD, PAD]]
+    assert batch["source_attention_mask"].tolist() == [[0, 1, 1, 0, 0]] * 2
+
+
+def test_causal_rows_that_were_padded_before_are_laid_out_anew():
+    given = answers()
+    given[1]["input_ids"] = [PAD, PAD, BOS, A, C]
+    given[1]["labels"] = [-100, -100, -100, -100, C]
+    given[1]["attention_mask"] = [0, 0, 1, 1, 1]
+    given[0]["attention_mask"] = [1] * 5
+    assert torch.equal(
+        FlareDataCollator(tokenizer())(given)["input_ids"], FlareDataCollator(tokenizer())(answers())["input_ids"]
+    )
+
+
+def test_causal_fixed_width_pads_prompts_on_the_left():
+    batch = FlareDataCollator(tokenizer(), padding="max_length", max_length=8)(answers())
+    assert batch["input_ids"].tolist()[0] == [PAD, PAD, PAD, BOS, A, B, C, D]
+    assert batch["source_input_ids"].tolist()[1] == [PAD, PAD, PAD, PAD, BOS, E, G, H]
+
+
+def test_prompts_without_labels_are_for_generation():
+    given = [{k: v for k, v in row.items() if "labels" not in k} for row in answers()]
+    batch = FlareDataCollator(tokenizer("right"), layout="causal")(given)
+    assert batch["input_ids"].tolist() == [[BOS, A, B, C, D], [PAD, PAD, BOS, A, C]]
+    assert batch["source_input_ids"].tolist() == [[BOS, E, F, G, H], [PAD, BOS, E, G, H]]
+
+
+def test_causal_truncation_cuts_the_start_of_prompts_and_keeps_the_opening_token():
+    aligned = FlareDataCollator(tokenizer(), max_length=5)
+    with pytest.raises(ValueError, match=r"longest prompt of the batch has 4 .* longest answer 2"):
+        aligned(answers())
+    batch = FlareDataCollator(tokenizer(), max_length=5, truncation=True)(answers())
+    assert batch["input_ids"].tolist() == [[BOS, A, B, C, D], [PAD, BOS, A, C, PAD]]
+    assert batch["source_input_ids"].tolist() == [[BOS, F, G, H, PAD], [PAD, BOS, E, G, H]]
+    with pytest.raises(ValueError, match=r"row 0: input_ids: the answer alone has 2 tokens and max_length is 1"):
+        FlareDataCollator(tokenizer(), max_length=1, truncation=True)(answers())
+
+
+# --- encoder-decoder --------------------------------------------------------------------------------------------------
+
+
+def test_seq2seq_labels_have_a_width_of_their_own():
+    given = [
+        {"input_ids": [A, B, SEP], "source_input_ids": [C, SEP], "labels": [D, SEP], "source_labels": [E, F, G, SEP]},
+        {"input_ids": [A, SEP], "source_input_ids": [C, SEP], "labels": [SEP], "source_labels": [SEP]},
+    ]
+    batch = FlareDataCollator(tokenizer(), layout="seq2seq")(given)
+    assert batch["input_ids"].shape == batch["source_input_ids"].shape == (2, 3)
+    assert batch["labels"].tolist() == [[D, SEP, -100, -100], [SEP, -100, -100, -100]]
+    assert batch["source_labels"].tolist() == [[E, F, G, SEP], [SEP, -100, -100, -100]]
+
+
+def test_seq2seq_decoder_inputs_are_padded_with_the_pad_token():
+    given = [
+        {"input_ids": [A], "source_input_ids": [C], "labels": [D, E], "source_decoder_input_ids": [PAD, F, G]},
+        {"input_ids": [A], "source_input_ids": [C], "labels": [D], "source_decoder_input_ids": [PAD, F]},
+    ]
+    batch = FlareDataCollator(tokenizer())(given)
+    assert batch["labels"].tolist() == [[D, E, -100], [D, -100, -100]]
+    assert batch["source_decoder_input_ids"].tolist() == [[PAD, F, G], [PAD, F, PAD]]
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("bert", "encoder"),
+        ("bert-tokens", "encoder"),
+        ("llama", "causal"),
+        ("llama-classes", "encoder"),
+        ("mt5", "seq2seq"),
+    ],
+)
+def test_the_models_layout(family: str, layout: str):
+    assert layout_of(tiny(family)) == layout
+
+
+@pytest.mark.parametrize("family", ["bert", "bert-tokens", "bert-spans", "xlmr", "llama", "llama-classes", "mt5"])
+def test_auto_finds_the_layout_that_the_model_wants(family: str):
+    given = rows(family, 6)
+    auto = FlareDataCollator(tokenizer())(given)
+    named = FlareDataCollator(tokenizer(), layout=layout_of(tiny(family)))(given)
+    assert auto.keys() == named.keys()
+    assert all(torch.equal(auto[name], named[name]) for name in auto)
+    assert tiny(family)(**{k: v for k, v in auto.items() if not k.startswith("source_")}).loss.isfinite()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def without(name: str, index: int | None = None) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != name or index not in (None, i)} for i, row in enumerate(classes())]
+
+
+def test_a_missing_source_is_an_error_unless_asked_for():
+    with pytest.raises(ValueError, match=r"no row has the column 'source_input_ids'.*remove_unused_columns"):
+        FlareDataCollator(tokenizer())(without("source_input_ids"))
+    plain = FlareDataCollator(tokenizer(), require_source=False)(without("source_input_ids"))
+    assert set(plain) == {"input_ids", "attention_mask", "labels"}
+    for require in (True, False):
+        with pytest.raises(ValueError, match=r"row 1 of the batch has no column 'source_input_ids'"):
+            FlareDataCollator(tokenizer(), require_source=require)(without("source_input_ids", 1))
+
+
+def test_latent_states_stand_for_a_source():
+    given = [
+        {**row, "source_states": [[0.5, 1.0]] * 3, "source_attention_mask": [1, 1, 0]}
+        for row in without("source_input_ids")
+    ]
+    batch = FlareDataCollator(tokenizer())(given)
+    assert batch["source_states"].shape == (2, 3, 2)
+    assert batch["source_attention_mask"].tolist() == [[1, 1, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_mask": [1, 1]}, r"row \d: attention_mask has 2 entries, input_ids has \d"),
+        ({"source_attention_mask": [1]}, r"row 0: source_attention_mask has 1 entries, source_input_ids has 5"),
+        ({"start_positions": 9, "end_positions": 9}, r"row 0: start_positions=9 is no position of its 3 input_ids"),
+        ({"source_labels": 1}, r"row 0: source_labels are for causal and encoder-decoder rows"),
+        ({"names": [[1], [2, 3]]}, r"column 'names' cannot be stacked"),
+    ],
+)
+def test_columns_that_do_not_fit(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        FlareDataCollator(tokenizer())([{**row, **change} for row in classes()])
+
+
+def test_rows_that_lack_what_others_have():
+    for name in ("labels", "weight"):
+        given = [{**row, "weight": 1.0} for row in classes()]
+        del given[1][name]
+        with pytest.raises(ValueError, match=rf"row 1 of the batch has no column '{name}'"):
+            FlareDataCollator(tokenizer())(given)
+    with pytest.raises(ValueError, match=r"row 0 has no column 'input_ids'"):
+        FlareDataCollator(tokenizer())(without("input_ids"))
+    with pytest.raises(ValueError, match="no rows"):
+        FlareDataCollator(tokenizer())([])
+
+
+def test_long_texts_are_an_error_or_cut_on_request():
+    with pytest.raises(ValueError, match=r"row 0: source_input_ids has 5 tokens and max_length is 4.*truncation=True"):
+        FlareDataCollator(tokenizer(), max_length=4)(classes())
+    batch = FlareDataCollator(tokenizer(), max_length=4, truncation=True)(classes())
+    assert batch["source_input_ids"].tolist() == [[CLS, B, C, SEP], [CLS, G, SEP, PAD]]
+    spans = [{"input_ids": [CLS, A, B, C, SEP], "source_input_ids": [A], "start_positions": 1, "end_positions": 3}]
+    with pytest.raises(ValueError, match=r"would cut off the answer \(end_positions=3\)"):
+        FlareDataCollator(tokenizer(), max_length=4, truncation=True)(spans)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "widest"}, r"padding='widest' is not known; use 'longest' or 'max_length'"),
+        ({"padding": "max_length"}, r"needs max_length"),
+        ({"truncation": True}, r"truncation=True needs max_length"),
+        ({"max_length": 10, "pad_to_multiple_of": 8}, r"max_length=10 is no multiple of pad_to_multiple_of=8"),
+        ({"layout": "prefix"}, r"layout='prefix' is not known"),
+        ({"padding_side": "top"}, r"padding_side='top' is not known"),
+    ],
+)
+def test_unknown_options(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        FlareDataCollator(tokenizer(), **options)
+
+
+def test_a_tokenizer_without_pad_token():
+    with pytest.raises(ValueError, match=r"no pad token.*tokenizer\.pad_token = tokenizer\.eos_token"):
+        FlareDataCollator(tokenizer(pad=False))

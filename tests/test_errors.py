@@ -1,0 +1,171 @@
+"""Every wrong input that the interface names gets an error that names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+import flare
+
+
+def fused(family: str = "llama", **overrides):
+    model = flare.fast_lora(tiny.model(family), **{"r": 4, **overrides})
+    tiny.randomize_lora(model)
+    return model
+
+
+CONFIGS = [
+    ({"fusion": "sum"}, "fusion='sum'.*'add', 'mul', 'add_relu', 'mul_relu', None"),
+    ({"fusion": "cross_attention"}, "fusion='cross_attention' is not in this version yet"),
+    ({"source_layer_offset": 2}, "source_layer_offset=2.*1, 0"),
+    ({"source_layer_offset": True}, "source_layer_offset=True"),
+    ({"source_padding": "drop"}, "source_padding='drop'.*'keep', 'zero'"),
+    ({"source_memory": "disk"}, "source_memory='disk'"),
+    ({"latent_dim": 8}, "latent_dim=8"),
+    ({"r": 0}, "r.*0"),
+    ({"r": 6, "cross_attention_heads": 4}, "cross_attention_heads=4 must divide r=6"),
+    ({"use_dora": True}, "use_dora cannot be combined with a fusion"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), CONFIGS, ids=[str(f) for f, _ in CONFIGS])
+def test_config(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        flare.FlareConfig(**fields)
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match=message):
+        flare.fast_lora(model, **fields)
+    assert not any("lora" in name for name, _ in model.named_modules()), "the model must be left as it was"
+
+
+def test_kinds_of_arguments() -> None:
+    with pytest.raises(TypeError, match="model must be a transformers model or a peft.PeftModel, got str"):
+        flare.fast_lora("bert-base-uncased")
+    with pytest.raises(TypeError, match="config must be a FlareConfig.*got dict"):
+        flare.fast_lora(tiny.model("bert"), {"r": 4})
+    with pytest.raises(TypeError, match="rank: no field of FlareConfig"):
+        flare.fast_lora(tiny.model("bert"), rank=4)
+
+
+class _Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+
+class _NoStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+
+
+def test_architectures_that_cannot_be_mapped() -> None:
+    with pytest.raises(ValueError, match="_Mlp: query and value projections cannot be found: no linear layer is named q_proj"):
+        flare.fast_lora(_Mlp())
+    with pytest.raises(ValueError, match="_NoStack: its blocks cannot be found"):
+        flare.fast_lora(_NoStack())
+    gpt_neox = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+    )
+    with pytest.raises(ValueError, match=r"GPTNeoX.*share one linear layer \(query_key_value\)"):
+        flare.fast_lora(gpt_neox)
+
+
+def test_nothing_that_fuses() -> None:
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match="nothing fuses: .*adapter 'default'.*Include the query and value projections"):
+        flare.fast_lora(model, target_modules=["up_proj"])
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_peft_models_that_cannot_be_adopted() -> None:
+    other = peft.get_peft_model(tiny.model("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="only LoRA adapters can fuse, this PeftModel has a IA3Model"):
+        flare.fast_lora(other)
+    with pytest.raises(ValueError, match="already run through flare"):
+        flare.fast_lora(fused())
+    merged = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base weights"):
+        flare.fast_lora(merged)
+
+
+def _longer(t: torch.Tensor) -> torch.Tensor:
+    return torch.cat([t, t[:, :1]], dim=1)
+
+
+SOURCES = [
+    ("length", lambda i: {"source_input_ids": _longer(i["source_input_ids"])}, ValueError, r"source_input_ids has shape \(3, 10\).*\(3, 9\)"),
+    ("batch", lambda i: {"source_input_ids": i["source_input_ids"][:2]}, ValueError, r"source_input_ids has shape \(2, 9\)"),
+    ("floats", lambda i: {"source_input_ids": i["source_input_ids"].float()}, TypeError, "source_input_ids must be an integer"),
+    ("list", lambda i: {"source_input_ids": [[1]]}, TypeError, "source_input_ids must be an integer.*list"),
+    ("mask", lambda i: {"source_attention_mask": torch.ones(3, 4)}, ValueError, r"source_attention_mask is \(3, 4\)"),
+    ("no ids", lambda i: {"source_input_ids": None}, ValueError, "source_attention_mask was given without source_input_ids"),
+    ("labels", lambda i: {"source_labels": i["source_input_ids"]}, ValueError, "source_labels"),
+    ("states", lambda i: {"source_states": torch.zeros(3, 9, 8)}, TypeError, "source_states must be a flare.SourceStates"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [s[1:] for s in SOURCES], ids=[s[0] for s in SOURCES])
+def test_source_arguments(change, error, message) -> None:
+    inputs = tiny.batch("llama")
+    with pytest.raises(error, match=message):
+        fused()(**{**inputs, **change(inputs)})
+
+
+def test_source_states_of_another_kind() -> None:
+    inputs = tiny.batch("llama")
+    rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
+    model, released = fused(), fused(source_layer_offset=0)
+    states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    with pytest.raises(ValueError, match="source_layer_offset=1, the adapter has 0"):
+        released(**rest, source_states=states)
+    with pytest.raises(ValueError, match="both given"):
+        model(**inputs, source_states=states)
+    with pytest.raises(ValueError, match=r"source of shape \(3, 9\).*\(2, 9\)"):
+        model(**{k: v[:2] for k, v in rest.items()}, source_states=states)
+    shallow = fused(layers_to_transform=[0], target_modules=["q_proj", "v_proj"])
+    partial = shallow.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    with pytest.raises(ValueError, match="lacks .*position=2"):
+        model(**rest, source_states=partial)
+
+
+def test_encode_source_without_a_fusing_adapter() -> None:
+    ids = tiny.batch("llama")["source_input_ids"]
+    with pytest.raises(ValueError, match="no active adapter of this model fuses"):
+        fused(fusion=None).encode_source(ids)
+
+
+def test_several_adapter_names_in_one_batch_with_a_source() -> None:
+    model = fused().eval()
+    model.add_adapter("second", flare.FlareConfig(r=4, task_type="CAUSAL_LM"))
+    inputs = tiny.batch("llama")
+    names = ["default", "second", "__base__"]
+    with pytest.raises(ValueError, match="adapter_names .* cannot be combined with source_input_ids"):
+        model(**inputs, adapter_names=names)
+    rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
+    mixed = model(**rest, adapter_names=names).logits
+    torch.testing.assert_close(mixed[0], model(**rest).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_with_different_source_settings_cannot_be_active_together() -> None:
+    model = fused()
+    model.add_adapter("second", flare.FlareConfig(r=4, source_padding="zero", task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="active together must share source_padding"):
+        model(**tiny.batch("llama"))
+
+
+def test_generate_with_a_source_is_refused_and_without_one_works() -> None:
+    model = fused().eval()
+    inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
+    with pytest.raises(ValueError, match="generate: source_input_ids, source_attention_mask is not supported"):
+        model.generate(**inputs, max_new_tokens=2)
+    rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
+    assert model.generate(**rest, max_new_tokens=2, do_sample=False).shape == (3, 11)

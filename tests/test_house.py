@@ -1,0 +1,215 @@
+"""The rules of the house: which package imports what, one version, one ruff."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("flare", "flare_kernels")
+
+
+def python(code: str) -> str:
+    """Run code in a fresh interpreter and return what it printed."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def sources(package: str) -> dict[str, Path]:
+    """Module name -> file, for every module of a package."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    assert package in found, f"{package}/__init__.py is missing"
+    return found
+
+
+def runs_later(node: ast.stmt) -> bool:
+    """Whether what stands inside is not run when the module is imported: functions, and what only type checkers see."""
+    for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    return for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def imported(module: str, path: Path, top_level_only: bool) -> set[str]:
+    """Dotted names that a file imports; `from a import b` counts as a and as a.b (b may be a module)."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    up = package.split(".")[: len(package.split(".")) - node.level + 1]
+                    base = ".".join([*up, base] if base else up)
+                names.add(base)
+                names.update(f"{base}.{alias.name}" for alias in node.names)
+            elif not (top_level_only and runs_later(node)):
+                for field in ("body", "orelse", "finalbody"):
+                    visit(getattr(node, field, []))
+                for handler in getattr(node, "handlers", []):
+                    visit(handler.body)
+
+    visit(ast.parse(path.read_text()).body)
+    return names
+
+
+# --- what flare_kernels may import ------------------------------------------------------------------------------------
+
+
+def test_flare_kernels_brings_no_hugging_face_library_along():
+    loaded = python(
+        """
+        import sys
+        import flare_kernels
+        print(*sorted({name.partition(".")[0] for name in sys.modules}))
+        """
+    ).split()
+    unwanted = {"flare", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib"}
+    assert not unwanted & set(loaded)
+    assert "torch" in loaded  # the check itself works
+
+
+def test_flare_kernels_files_import_only_torch_triton_and_the_standard_library():
+    allowed = {"torch", "triton", "flare_kernels", *sys.stdlib_module_names}
+    for module, path in sources("flare_kernels").items():
+        roots = {name.partition(".")[0] for name in imported(module, path, top_level_only=False)}
+        assert roots <= allowed, f"{path.relative_to(ROOT)} imports {sorted(roots - allowed)}"
+
+
+def test_flare_kernels_imports_without_triton_and_says_so():
+    printed = python(
+        """
+        import sys
+
+        class NoTriton:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "triton":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, NoTriton())
+        import torch
+        import flare_kernels
+
+        found = flare_kernels.backends()
+        print(found["torch"])
+        print("|", found["triton"])
+        x, A, B = torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1)
+        y = flare_kernels.fused_lora(x, x, torch.zeros(2, 4), A, B, scaling=1.0, fusion="add")
+        assert (y == 6).all(), y
+        """
+    )
+    usable, _, reason = printed.partition("|")
+    assert usable.strip()
+    assert "triton" in reason.lower(), f"backends() gives no reason for the missing triton: {reason}"
+
+
+# --- what flare may import --------------------------------------------------------------------------------------------
+
+
+def test_flare_imports_heavy_optional_packages_only_where_used():
+    optional = ("datasets", "matplotlib", "bitsandbytes")
+    loaded = python(
+        f"""
+        import sys
+        import transformers, peft, accelerate  # what these bring along themselves is not ours to judge
+
+        before = set(sys.modules)
+        import flare
+        import flare.cli
+        print(*[name for name in {optional!r} if name in sys.modules and name not in before])
+        """
+    )
+    assert loaded == ""
+    for module, path in sources("flare").items():
+        roots = {name.partition(".")[0] for name in imported(module, path, top_level_only=True)}
+        assert not roots & set(optional), f"{path.relative_to(ROOT)} imports {roots & set(optional)} at import time"
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    """One cycle of a directed graph, or None."""
+    state: dict[str, int] = {}
+    trail: list[str] = []
+
+    def walk(node: str) -> list[str] | None:
+        state[node] = 1
+        trail.append(node)
+        for following in sorted(graph[node]):
+            if state.get(following) == 1:
+                return [*trail[trail.index(following) :], following]
+            if following not in state and (found := walk(following)):
+                return found
+        trail.pop()
+        state[node] = 2
+        return None
+
+    for node in graph:
+        if node not in state and (found := walk(node)):
+            return found
+    return None
+
+
+def test_the_cycle_check_sees_a_cycle():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_cycles(package: str):
+    modules = sources(package)
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = imported(module, path, top_level_only=True)
+        # `from package import module` needs the submodule, not what its __init__ happens to collect
+        direct = {n for n in names if n in modules and n != module}
+        graph[module] = {n for n in direct if not any(d.startswith(n + ".") for d in direct)}
+    found = cycle(graph)
+    assert found is None, " -> ".join(found)
+
+
+# --- one version, one linter ------------------------------------------------------------------------------------------
+
+
+def test_one_version():
+    import flare
+    import flare_kernels
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "flare-kernels"
+    assert flare.__version__ == flare_kernels.__version__ == project["version"]
+    assert f"version: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
+    try:
+        installed = importlib.metadata.version("flare-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("flare-kernels is run from its folder and not installed")
+    assert installed == project["version"]
+
+
+def test_pre_commit_uses_the_pinned_ruff():
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
+    ruff = next(pin.removeprefix("ruff==") for pin in pins if pin.startswith("ruff"))
+    assert f"rev: v{ruff}" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_ci_tests_the_oldest_admitted_transformers_and_peft():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = re.search(r'^OLDEST="(.*)"$', (ROOT / ".ci/run").read_text(), re.MULTILINE).group(1).split()
+    for pin in oldest:
+        name, _, version = pin.partition("==")
+        admitted = next(d for d in dependencies if d.startswith(name))
+        floor = re.search(r">=([\d.]+)", admitted).group(1)
+        assert version == floor or version.startswith(floor + "."), f"{pin} is not the oldest of {admitted}"
+
+
+def test_packages_ship_their_types():
+    assert all((ROOT / package / "py.typed").exists() for package in PACKAGES)

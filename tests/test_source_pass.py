@@ -1,0 +1,276 @@
+"""The source pass: what runs, what it costs, what it leaves untouched, and that its gradients are exact."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import flare
+from flare.runtime import runtime_of
+
+
+def fused(family: str, *, base: dict | None = None, **overrides):
+    model = flare.fast_lora(tiny.model(family, **(base or {})), **{"r": 5, "lora_alpha": 7, **overrides})
+    tiny.randomize_lora(model)
+    return model
+
+
+def loss_and_gradients(model, *batches) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    losses = [model(**inputs).loss for inputs in batches]
+    sum(losses).backward()
+    return torch.stack(losses).detach(), tiny.gradients(model)
+
+
+def assert_same_gradients(got, want, *, exact: bool = False) -> None:
+    assert got.keys() == want.keys()
+    for name, grad in want.items():
+        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-7}
+        torch.testing.assert_close(got[name], grad, msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradient_checkpointing(family, use_reentrant, dropout) -> None:
+    """Fusion survives the recompute: same loss and gradients as without, in both modes, and not those of plain LoRA."""
+    inputs = tiny.batch(family)
+    model = fused(family, lora_dropout=dropout)
+    torch.manual_seed(11)
+    want_loss, want = loss_and_gradients(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    torch.manual_seed(11)
+    loss, got = loss_and_gradients(model, inputs)
+    if use_reentrant and dropout:  # S is drawn in the block there, not before it: another mask, as valid
+        assert not torch.allclose(got[next(iter(got))], torch.zeros(()))
+        return
+    torch.testing.assert_close(loss, want_loss)
+    assert_same_gradients(got, want)
+    _, plain = loss_and_gradients(model, {k: v for k, v in inputs.items() if not k.startswith("source")})
+    assert any(not torch.allclose(plain[name], want[name], rtol=1e-2) for name in want)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_two_forwards_before_one_backward(family) -> None:
+    first, second = tiny.batch(family, seed=3), tiny.batch(family, seed=4)
+    model = fused(family)
+    (_, a), (_, b) = loss_and_gradients(model, first), loss_and_gradients(model, second)
+    _, both = loss_and_gradients(model, first, second)
+    assert_same_gradients(both, {name: a[name] + b[name] for name in a})
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    inputs = tiny.batch("llama")
+    model = fused("llama")
+    (loss_a, a), (loss_b, b) = loss_and_gradients(model, inputs), loss_and_gradients(model, inputs)
+    assert torch.equal(loss_a, loss_b)
+    assert_same_gradients(a, b, exact=True)
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("bert", "classifier"), ("bert", "bert.pooler")])
+@pytest.mark.parametrize("offset", [1, 0])
+def test_only_the_blocks_that_are_needed_run(family, head, offset) -> None:
+    model = fused(family, source_layer_offset=offset)
+    base = model.get_base_model()
+    counts: dict[str, int] = {}
+
+    def count(name: str):
+        return lambda *_: counts.__setitem__(name, counts.get(name, 0) + 1)
+
+    for index, block in enumerate(tiny.block_list(base)):
+        block.register_forward_hook(count(f"block {index}"))
+    base.get_submodule(head).register_forward_hook(count("head"))
+    model(**tiny.batch(family)).loss.backward()
+    last = 2 if offset == 1 else 1
+    assert counts == {"block 0": 2, "block 1": 2, "block 2": last, "head": 1}
+
+
+def test_dropout_is_off_and_everything_is_put_back() -> None:
+    """Train mode with dropout: the source states are deterministic, the random state and all flags are untouched."""
+    model = fused("bert", base={"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3})
+    assert model.training
+    inputs = tiny.batch("bert")
+    ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]
+    flags = {name: module.training for name, module in model.named_modules()}
+    model.get_base_model().bert.encoder.layer[1].eval()
+    flags = {name: module.training for name, module in model.named_modules()}
+    state = torch.random.get_rng_state()
+    first, second = model.encode_source(ids, mask), model.encode_source(ids, mask)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert flags == {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    for a, b, c in zip(first, second, model.encode_source(ids, mask), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    noisy = fused("bert", base={"hidden_dropout_prob": 0.3}, source_dropout=True)
+    assert not torch.equal(next(iter(noisy.encode_source(ids, mask))), next(iter(noisy.encode_source(ids, mask))))
+
+
+def test_a_failing_pass_leaves_the_model_usable() -> None:
+    model = fused("llama")
+    inputs = tiny.batch("llama")
+    want, _ = loss_and_gradients(model, inputs)
+
+    def fail(*_) -> None:
+        raise RuntimeError("out of memory, say")
+
+    handle = tiny.block_list(model.get_base_model())[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        model(**inputs)
+    handle.remove()
+    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(loss_and_gradients(model, inputs)[0], want)
+
+
+def test_what_is_trained_never_feeds_back_into_the_source() -> None:
+    """Other adapters, another head: the same source states."""
+    model = fused("bert")
+    inputs = tiny.batch("bert")
+    ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]
+    before = list(model.encode_source(ids, mask))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.encode_source(ids, mask), strict=True))
+
+
+def test_trained_embeddings_stay_out_of_the_source() -> None:
+    model = fused("llama", modules_to_save=["embed_tokens"])
+    inputs = tiny.batch("llama")
+    before = list(model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"]))
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.modules_to_save["default"].weight.add_(1.0)
+    after = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("offset", [1, 0])
+def test_encode_source_gives_the_states_the_blocks_read(offset) -> None:
+    inputs = tiny.batch("llama")
+    model = fused("llama", source_layer_offset=offset)
+    states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    want = tiny.source_hidden_states(model, inputs, offset)
+    assert (len(states), states.offset, states.shape) == (tiny.LAYERS, offset, (3, 9))
+    assert states.nbytes == tiny.LAYERS * 3 * 9 * tiny.HIDDEN * 4
+    for got, x in zip(states, want, strict=True):
+        torch.testing.assert_close(got, x, rtol=0, atol=0)
+    want_loss, want_grads = loss_and_gradients(model, inputs)
+    rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
+    loss, grads = loss_and_gradients(model, {**rest, "source_states": states})
+    assert torch.equal(loss, want_loss)
+    assert_same_gradients(grads, want_grads, exact=True)
+
+
+def test_a_mask_left_out_means_all_ones() -> None:
+    inputs = tiny.batch("bert")
+    inputs["source_attention_mask"] = torch.ones_like(inputs["source_input_ids"])
+    model = fused("bert").eval()
+    want = model(**inputs).logits
+    del inputs["source_attention_mask"]
+    assert torch.equal(model(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("fusion", ["add", "add_relu", "mul"])
+def test_zeroed_pads(fusion) -> None:
+    """source_padding="zero": where there is no source token, add gives T, add_relu gives relu(T), mul is silent."""
+    inputs = tiny.batch("bert")
+    inputs["source_attention_mask"] = torch.zeros_like(inputs["source_attention_mask"])
+    inputs["source_attention_mask"][:, 0] = 1  # one token, so that the source pass itself is defined
+    outputs = {}
+
+    def run(**overrides) -> torch.Tensor:
+        model = fused("bert", **overrides).eval()
+        layer = model.get_base_model().bert.encoder.layer[0].attention.self.value
+        handle = layer.register_forward_hook(lambda m, a, y: outputs.update(x=a[0], y=y, layer=m))
+        model(**inputs)
+        handle.remove()
+        return outputs["y"]
+
+    y = run(fusion=fusion, source_padding="zero")
+    layer, x = outputs["layer"], outputs["x"]
+    T = x @ layer.lora_A["default"].weight.T
+    H = {"add": T, "add_relu": T.relu(), "mul": torch.zeros_like(T)}[fusion]
+    want = layer.base_layer(x) + layer.scaling["default"] * H @ layer.lora_B["default"].weight.T
+    torch.testing.assert_close(y[:, 1:], want[:, 1:])
+    assert not torch.allclose(y[:, 0], want[:, 0])
+    assert not torch.allclose(run(fusion=fusion, source_padding="keep")[:, 1:], want[:, 1:])
+
+
+def test_states_are_kept_once_and_only_where_a_gradient_asks() -> None:
+    inputs = tiny.batch("llama")
+    model = fused("llama", base={"dtype": torch.bfloat16})
+    runtime = runtime_of(model.get_base_model())
+    seen = []
+    attention = tiny.block_list(model.get_base_model())[0].self_attn
+    attention.register_forward_hook(lambda *_: seen.append(runtime.carrier))
+    model(**inputs)
+    kept = seen[-1].kept
+    assert len(kept) == tiny.LAYERS and all(state.dtype == torch.bfloat16 for state in kept.values())
+    with torch.no_grad():
+        model(**inputs)
+    assert not seen[-1].kept
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    model(**inputs)
+    assert not seen[-1].kept, "a frozen A needs no x_S"
+
+
+def test_autocast_keeps_one_copy_in_the_compute_dtype() -> None:
+    inputs = tiny.batch("bert")
+    model = fused("bert")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+        loss, grads = loss_and_gradients(model, inputs)
+        rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
+        same, same_grads = loss_and_gradients(model, {**rest, "source_states": states})
+    assert all(state.dtype == torch.bfloat16 for state in states)
+    assert torch.equal(loss, same)
+    assert_same_gradients(same_grads, grads, exact=True)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+
+
+def test_layers_that_transform_nothing_are_not_waited_for() -> None:
+    """Adapters on the first block only: the source pass ends there."""
+    model = fused("llama", layers_to_transform=[0], target_modules=["q_proj", "v_proj"])
+    runs = []
+    for index, block in enumerate(tiny.block_list(model.get_base_model())):
+        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+    model(**tiny.batch("llama"))
+    assert runs == [0, 0, 1, 2]
+
+
+def test_a_model_that_swallows_keyword_arguments_is_noticed(monkeypatch) -> None:
+    model = fused("llama")
+    block = tiny.block_list(model.get_base_model())[1]
+    plain = block.self_attn.forward
+    monkeypatch.setattr(type(block), "forward", _without_source(type(block).forward))
+    with pytest.raises(RuntimeError, match="did not reach 6 of 6 fusing layers.*LlamaForCausalLM"):
+        model(**tiny.batch("llama"))
+    assert plain is not None
+
+
+def _without_source(forward):
+    def narrowed(self, *args, **kwargs):
+        kwargs.pop("flare_source", None)
+        return forward(self, *args, **kwargs)
+
+    return narrowed
+
+
+def test_tied_copies_do_not_share_a_carrier() -> None:
+    """A copy made after a forward pass is independent of the original's last source."""
+    model = fused("bert")
+    inputs = tiny.batch("bert")
+    model(**inputs)
+    twin = copy.deepcopy(model)
+    assert runtime_of(twin.get_base_model()) is not runtime_of(model.get_base_model())
+    assert runtime_of(twin.get_base_model()).carrier is None
+    assert all(isinstance(layer, nn.Module) for layer in runtime_of(twin.get_base_model()).layers)
+    own = {id(m) for m in twin.modules()}
+    assert all(id(layer) in own for layer in runtime_of(twin.get_base_model()).layers)

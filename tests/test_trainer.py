@@ -1,0 +1,413 @@
+"""FlareTrainer: columns kept, gradients of the large batch, tokens of both streams, and the Trainer's own features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+from two_streams import rows, tiny, tokenizer
+
+from flare import _compat, fast_lora
+from flare.data import FlareDataCollator, layout_of
+from flare.trainer import FlareSeq2SeqTrainer, FlareTrainer
+
+TASKS = {
+    "bert": TaskType.SEQ_CLS,
+    "bert-tokens": TaskType.TOKEN_CLS,
+    "bert-spans": TaskType.QUESTION_ANS,
+    "xlmr": TaskType.SEQ_CLS,
+    "llama": TaskType.CAUSAL_LM,
+    "llama-classes": TaskType.SEQ_CLS,
+    "mt5": TaskType.SEQ_2_SEQ_LM,
+}
+
+
+def lora(family: str) -> Any:
+    """A stock PEFT LoRA model with a random B, so that every adapter weight has a gradient."""
+    model = get_peft_model(tiny(family), LoraConfig(r=4, task_type=TASKS[family]))
+    return randomised(model)
+
+
+def flare_model(family: str, **options: Any) -> Any:
+    return randomised(fast_lora(tiny(family), r=4, **options))
+
+
+def randomised(model: Any) -> Any:
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    common = {"learning_rate": 1e-3, "max_grad_norm": 0.0, "use_cpu": True, "seed": 3}
+    return TrainingArguments(output_dir=str(folder), **{**quiet, **common, **options})
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every step as the optimizer finds them."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def gradients(trainer_class: type, model: Any, data: list[dict], folder: Path, micro: int, steps: int, **options: Any):
+    """The gradients of one optimizer step over ``steps`` micro-batches of up to ``micro`` rows, and the logged loss."""
+    seen = Gradients()
+    trainer = trainer_class(
+        model=model,
+        args=arguments(
+            folder,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            logging_strategy="steps",
+            logging_steps=1,
+            **options,
+        ),
+        train_dataset=Dataset.from_list(data),
+        # one width for every batch: a softmax over positions (spans) and fused pad positions depend on it
+        data_collator=FlareDataCollator(tokenizer(), "max_length", 16, require_source=False, layout=layout_of(model)),
+        callbacks=[seen],
+    )
+    trainer.train()
+    (found,) = seen.steps
+    assert found
+    return found, trainer.state.log_history[0]["loss"]
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Relative error over all gradients together."""
+    assert found.keys() == wanted.keys()
+    difference = sum((found[n] - wanted[n]).square().sum() for n in wanted)
+    return (difference / sum(g.square().sum() for g in wanted.values())).sqrt().item()
+
+
+def norm(found: dict[str, torch.Tensor]) -> float:
+    return sum(g.square().sum() for g in found.values()).sqrt().item()
+
+
+# --- gradient accumulation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [8, 7], ids=["even", "uneven"])
+@pytest.mark.parametrize("family", TASKS)
+def test_accumulation_gives_the_gradient_of_the_large_batch(family: str, count: int, tmp_path: Path):
+    """Uneven: the last micro-batch is smaller. Labels per token and answers are unequally many in every row."""
+    data = rows(family, count, source=False)
+    whole, whole_loss = gradients(FlareTrainer, lora(family), data, tmp_path, micro=count, steps=1)
+    parts, parts_loss = gradients(FlareTrainer, lora(family), data, tmp_path, micro=2, steps=4)
+    assert distance(parts, whole) < 1e-5
+    assert parts_loss == pytest.approx(whole_loss, abs=2e-4)  # as it is logged
+
+    stock_whole, _ = gradients(Trainer, lora(family), data, tmp_path, micro=count, steps=1)
+    assert distance(whole, stock_whole) < 1e-6  # without accumulation nothing changes
+
+
+@pytest.mark.parametrize("family", ["bert", "bert-tokens", "xlmr", "llama-classes", "mt5"])
+def test_the_stock_trainer_is_four_times_off(family: str, tmp_path: Path):
+    """If this fails, transformers has mended it, and FlareTrainer.compute_loss may be redundant."""
+    data = rows(family, 8, source=False)
+    whole, _ = gradients(Trainer, lora(family), data, tmp_path, micro=8, steps=1)
+    parts, _ = gradients(Trainer, lora(family), data, tmp_path, micro=2, steps=4)
+    assert 3.0 < norm(parts) / norm(whole) < 5.0
+
+
+@pytest.mark.parametrize("family", ["bert", "bert-spans", "llama"])
+def test_accumulation_with_fusing_adapters(family: str, tmp_path: Path):
+    data = rows(family, 7)
+    whole, _ = gradients(FlareTrainer, flare_model(family), data, tmp_path, micro=7, steps=1)
+    parts, _ = gradients(FlareTrainer, flare_model(family), data, tmp_path, micro=2, steps=4)
+    assert distance(parts, whole) < 1e-5
+    plain, _ = gradients(FlareTrainer, flare_model(family, fusion=None), data, tmp_path, micro=7, steps=1)
+    assert distance(whole, plain) > 0.1  # the source took part
+
+
+def test_a_micro_batch_without_labelled_tokens_adds_nothing(tmp_path: Path):
+    data = rows("llama", 2, source=False)
+    silent = {**data[1], "labels": [-100] * len(data[1]["labels"])}
+    one, _ = gradients(FlareTrainer, lora("llama"), data[:1], tmp_path, micro=1, steps=1)
+    both, _ = gradients(FlareTrainer, lora("llama"), [data[0], silent], tmp_path, micro=1, steps=2)
+    assert distance(both, one) < 1e-6
+
+
+def test_a_loss_of_the_users_own_is_left_alone(tmp_path: Path):
+    counts = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        counts.append(int(num_items_in_batch))
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    trainer = FlareTrainer(
+        model=lora("bert"),
+        args=arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1),
+        train_dataset=Dataset.from_list(rows("bert", 8, source=False)),
+        processing_class=tokenizer(),
+        compute_loss_func=loss,
+    )
+    trainer.train()
+    assert counts == [8] * 4
+
+
+def test_label_smoothing_with_accumulation(tmp_path: Path):
+    data = rows("bert", 7, source=False)
+    smooth = {"label_smoothing_factor": 0.2}
+    whole, _ = gradients(FlareTrainer, lora("bert"), data, tmp_path, micro=7, steps=1, **smooth)
+    parts, _ = gradients(FlareTrainer, lora("bert"), data, tmp_path, micro=2, steps=4, **smooth)
+    hard, _ = gradients(FlareTrainer, lora("bert"), data, tmp_path, micro=7, steps=1)
+    assert distance(parts, whole) < 1e-5 < distance(hard, whole)
+
+
+# --- columns and collator ---------------------------------------------------------------------------------------------
+
+
+def spy(model: Any) -> list[dict[str, torch.Tensor]]:
+    """The keyword arguments of every call of a model."""
+    calls: list[dict[str, torch.Tensor]] = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("trainer_class", [FlareTrainer, Trainer])
+def test_source_columns_reach_the_model(trainer_class: type, tmp_path: Path):
+    model = flare_model("bert")
+    calls = spy(model)
+    data = Dataset.from_list([{**row, "text": "left out", "other": 1} for row in rows("bert", 4)])
+    trainer = trainer_class(
+        model=model,
+        args=arguments(tmp_path, per_device_train_batch_size=4, max_steps=1),
+        train_dataset=data,
+        **({"processing_class": tokenizer()} if trainer_class is FlareTrainer else {"data_collator": plain_collator()}),
+    )
+    trainer.train()
+    names = {name for name in calls[0] if name.startswith("source_")}
+    if trainer_class is Trainer:
+        assert names == set()  # what FlareTrainer is there for
+        return
+    assert names == {"source_input_ids", "source_attention_mask"}
+    assert calls[0]["source_input_ids"].shape == calls[0]["input_ids"].shape
+    assert "other" not in calls[0]  # remove_unused_columns still removes
+
+
+def plain_collator() -> FlareDataCollator:
+    return FlareDataCollator(tokenizer(), require_source=False)
+
+
+def test_the_default_collator_and_its_layout(tmp_path: Path):
+    args = arguments(tmp_path)
+    default = FlareTrainer(model=flare_model("llama"), args=args, processing_class=tokenizer()).data_collator
+    assert isinstance(default, FlareDataCollator)
+    assert (default.layout, default.require_source) == ("causal", True)
+    plain = FlareTrainer(model=lora("bert"), args=args, processing_class=tokenizer()).data_collator
+    assert (plain.layout, plain.require_source) == ("encoder", False)
+
+    own = FlareDataCollator(tokenizer(), max_length=16, padding="max_length")
+    kept = FlareTrainer(flare_model("bert"), args, own, processing_class=tokenizer()).data_collator
+    assert (kept.max_length, kept.layout, own.layout) == (16, "encoder", "auto")
+
+    def function(rows):
+        return rows
+
+    assert FlareTrainer(lora("bert"), args, function, processing_class=tokenizer()).data_collator is function
+    stock = Trainer(model=lora("bert"), args=args).data_collator
+    assert FlareTrainer(model=lora("bert"), args=args).data_collator is stock
+
+
+def test_rows_without_a_source_are_an_error_for_a_fusing_model(tmp_path: Path):
+    trainer = FlareTrainer(
+        model=flare_model("bert"),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(rows("bert", 4, source=False)),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(ValueError, match="no row has the column 'source_input_ids'"):
+        trainer.train()
+
+
+def test_source_cache_is_for_later(tmp_path: Path):
+    trainer = FlareTrainer(model=lora("bert"), args=arguments(tmp_path), source_cache=None)
+    assert isinstance(trainer, Trainer)
+    for cache in (True, object()):
+        with pytest.raises(ValueError, match=r"source_cache=.*not available in this version"):
+            FlareTrainer(model=lora("bert"), args=arguments(tmp_path), source_cache=cache)
+
+
+def test_the_private_methods_that_are_extended_exist():
+    for name in _compat.TRAINER_METHODS:
+        assert callable(getattr(Trainer, name)), name
+    _compat.check_trainer(Trainer)
+    with pytest.raises(ImportError, match="_track_num_input_tokens"):
+        _compat.check_trainer(object)
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["all", "non_padding", "no"])
+def test_tokens_of_both_streams_are_counted(mode: str, tmp_path: Path):
+    data = rows("bert", 8)
+    trainer = FlareTrainer(
+        model=flare_model("bert"),
+        args=arguments(
+            tmp_path,
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+            include_num_input_tokens_seen=mode,
+            logging_strategy="steps",
+            logging_steps=1,
+        ),
+        train_dataset=Dataset.from_list(data),
+        data_collator=FlareDataCollator(tokenizer(), padding="max_length", max_length=12),
+    )
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    if mode == "no":
+        assert "num_input_tokens_seen" not in last and "num_source_input_tokens_seen" not in last
+        return
+    target = 8 * 12 if mode == "all" else sum(len(row["input_ids"]) for row in data)
+    source = 8 * 12 if mode == "all" else sum(len(row["source_input_ids"]) for row in data)
+    assert last["num_source_input_tokens_seen"] == trainer.num_source_input_tokens_seen == source
+    assert last["num_input_tokens_seen"] == source + target
+
+
+def test_operations_of_the_source_pass_are_counted(tmp_path: Path):
+    trainer = FlareTrainer(model=flare_model("bert"), args=arguments(tmp_path), processing_class=tokenizer())
+    batch = trainer.data_collator(rows("bert", 4))
+    plain = {name: tensor for name, tensor in batch.items() if not name.startswith("source_")}
+    both, target = trainer.floating_point_ops(batch), trainer.floating_point_ops(plain)
+    assert both * 6 == target * 8 > 0  # forward and backward are 6, a forward pass alone is 2
+
+
+# --- the Trainer's own features ---------------------------------------------------------------------------------------
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def training(folder: Path, model: Any, **options: Any) -> FlareTrainer:
+    args = arguments(
+        folder,
+        per_device_train_batch_size=4,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        include_num_input_tokens_seen="all",
+        **options,
+    )
+    return FlareTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows("bert", 16)),
+        eval_dataset=Dataset.from_list(rows("bert", 8, seed=1)),
+        data_collator=FlareDataCollator(tokenizer(), padding="max_length", max_length=12),
+        compute_metrics=lambda found: {"right": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+    )
+
+
+def test_training_evaluation_and_resuming(tmp_path: Path):
+    straight = training(tmp_path / "a", flare_model("bert"))
+    before = weights(straight.model)
+    straight.train()
+    wanted, tokens = weights(straight.model), straight.num_source_input_tokens_seen
+    assert any(not torch.equal(before[n], wanted[n]) for n in wanted if "lora_A" in n)
+    assert tokens == 6 * 4 * 12
+    assert {"eval_loss", "eval_right"} <= straight.evaluate().keys()
+
+    state = json.loads((tmp_path / "a/checkpoint-2/trainer_state.json").read_text())
+    assert state["num_input_tokens_seen"] == 2 * 2 * 4 * 12
+    resumed = training(tmp_path / "a", flare_model("bert"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+    assert resumed.state.global_step == 6
+    assert resumed.num_source_input_tokens_seen == tokens
+    for name, value in weights(resumed.model).items():
+        torch.testing.assert_close(value, wanted[name], msg=name)
+
+    resumed.train()  # a second training starts to count anew
+    assert resumed.num_source_input_tokens_seen == tokens
+
+
+def test_resuming_a_checkpoint_of_the_stock_trainer(tmp_path: Path):
+    first = training(tmp_path, flare_model("bert"))
+    first.train()
+    file = tmp_path / "checkpoint-4/trainer_state.json"
+    state = json.loads(file.read_text())
+    assert state["stateful_callbacks"].pop("SourceTokens")
+    file.write_text(json.dumps(state))
+    again = training(tmp_path, flare_model("bert"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.num_source_input_tokens_seen == 2 * 4 * 12
+
+
+def test_load_best_model_at_end(tmp_path: Path):
+    class Spoil(TrainerCallback):
+        """Makes the model worse with every evaluation after the first."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                self.best = weights(model)
+            if state.global_step > 2:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        if p.requires_grad:
+                            p.add_(3 * torch.randn_like(p))
+
+    spoil = Spoil()
+    trainer = training(tmp_path, flare_model("bert"), load_best_model_at_end=True, metric_for_best_model="loss")
+    trainer.add_callback(spoil)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    for name, value in weights(trainer.model).items():
+        torch.testing.assert_close(value, spoil.best[name], msg=name)
+
+
+def test_seq2seq_trainer(tmp_path: Path):
+    model = lora("mt5")
+    calls = spy(model)
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    data = Dataset.from_list(rows("mt5", 8))
+    trainer = FlareSeq2SeqTrainer(
+        model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer()
+    )
+    assert isinstance(trainer, Seq2SeqTrainer) and isinstance(trainer, FlareTrainer)
+    assert trainer.data_collator.layout == "seq2seq"
+    trainer.train()
+    assert {"source_input_ids", "source_attention_mask", "source_labels"} <= calls[0].keys()
+    assert calls[0]["source_labels"].shape == calls[0]["labels"].shape
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_seq2seq_trainer_generates(tmp_path: Path):
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        predict_with_generate=True,
+        generation_max_length=5,
+    )
+    trainer = FlareSeq2SeqTrainer(model=lora("mt5"), args=args, processing_class=tokenizer())
+    found = trainer.predict(Dataset.from_list(rows("mt5", 3, source=False)))
+    assert found.predictions.shape[0] == 3
