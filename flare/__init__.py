@@ -1,21 +1,43 @@
 """FLARE: LoRA adapters that fuse a source-language and a target-language stream, on fused kernels.
 
 Importing this package registers ``peft_type: FLARE`` with PEFT, so ``PeftModel.from_pretrained`` finds saved adapters.
+The trainer and the baselines are imported on first use: transformers' Trainer brings datasets with it.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from flare_kernels import __version__
 
 from .adopt import fast_lora
 from .config import FlareConfig
+from .data import FlareDataCollator
 from .model import FlareModel
 from .source_states import SourceStates
 
+if TYPE_CHECKING:
+    from . import baselines
+    from .trainer import FlareSeq2SeqTrainer, FlareTrainer
+
 __all__ = [
     "FlareConfig",
+    "FlareDataCollator",
     "FlareModel",
+    "FlareSeq2SeqTrainer",
+    "FlareTrainer",
     "SourceStates",
     "__version__",
+    "baselines",
     "fast_lora",
 ]
+
+_LATER = {"FlareTrainer": ".trainer", "FlareSeq2SeqTrainer": ".trainer", "baselines": ".baselines"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name], __name__)
+    value = module if name == "baselines" else getattr(module, name)
+    globals()[name] = value
+    return value

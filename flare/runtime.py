@@ -39,6 +39,7 @@ from .source_states import SourceStates, StateKey
 SOURCE_ARGUMENTS = (
     "source_input_ids",
     "source_attention_mask",
+    "source_token_type_ids",
     "source_labels",
     "source_decoder_input_ids",
     "source_states",
@@ -286,7 +287,8 @@ def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int
     """Keyword arguments of the frozen pass, checked against the target's shape (B, m)."""
     ids, mask = source.get("source_input_ids"), source.get("source_attention_mask")
     if ids is None:
-        raise ValueError("source_attention_mask was given without source_input_ids: pass both, or neither")
+        given = ", ".join(sorted(source))
+        raise ValueError(f"{given} was given without source_input_ids: pass both, or neither")
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
         what = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"source_input_ids must be an integer tensor (B, m), got {what}")
@@ -301,7 +303,10 @@ def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int
         what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if "use_cache" in inspect.signature(getattr(model, "base_model", model).forward).parameters:  # type: ignore[union-attr]
+    if source.get("source_token_type_ids") is not None:
+        inputs["token_type_ids"] = source["source_token_type_ids"]
+    backbone: Any = getattr(model, "base_model", model)
+    if "use_cache" in inspect.signature(backbone.forward).parameters:
         inputs["use_cache"] = False
     return inputs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from two_streams import BOS, CLS, PAD, SEP, rows, tiny, tokenizer
+from two_streams import BOS, CLS, PAD, SEP, rows, task_model, tokenizer
 
 from flare.data import FlareDataCollator, layout_of
 
@@ -229,17 +229,17 @@ def test_seq2seq_decoder_inputs_are_padded_with_the_pad_token():
     ],
 )
 def test_the_models_layout(family: str, layout: str):
-    assert layout_of(tiny(family)) == layout
+    assert layout_of(task_model(family)) == layout
 
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "bert-spans", "xlmr", "llama", "llama-classes", "mt5"])
 def test_auto_finds_the_layout_that_the_model_wants(family: str):
     given = rows(family, 6)
     auto = FlareDataCollator(tokenizer())(given)
-    named = FlareDataCollator(tokenizer(), layout=layout_of(tiny(family)))(given)
+    named = FlareDataCollator(tokenizer(), layout=layout_of(task_model(family)))(given)
     assert auto.keys() == named.keys()
     assert all(torch.equal(auto[name], named[name]) for name in auto)
-    assert tiny(family)(**{k: v for k, v in auto.items() if not k.startswith("source_")}).loss.isfinite()
+    assert task_model(family)(**{k: v for k, v in auto.items() if not k.startswith("source_")}).loss.isfinite()
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

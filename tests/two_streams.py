@@ -1,75 +1,51 @@
-"""Tiny random models and rows of two texts, for the tests of collators, trainer and baselines."""
+"""Models and rows of two texts of every task, for the tests of collators, trainer and baselines."""
 
 from __future__ import annotations
 
 import random
 from typing import Any
 
+import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    BertConfig,
     BertForQuestionAnswering,
-    BertForSequenceClassification,
     BertForTokenClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
-    MT5Config,
-    MT5ForConditionalGeneration,
     PreTrainedTokenizerFast,
-    XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
 )
 
-VOCAB = 100
+VOCAB = tiny.VOCAB
 SPECIAL = ["<pad>", "<unk>", "[CLS]", "[SEP]", "<s>"]
 PAD, UNK, CLS, SEP, BOS = range(len(SPECIAL))
 
-_SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
-_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_BERT = {**_SMALL, **_NO_DROPOUT, "vocab_size": VOCAB, "pad_token_id": PAD}
-_LLAMA = {**_SMALL, "vocab_size": VOCAB, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": PAD}
-
-FAMILIES = {
-    "bert": (BertForSequenceClassification, BertConfig, {**_BERT, "max_position_embeddings": 64, "num_labels": 3}),
-    "bert-tokens": (BertForTokenClassification, BertConfig, {**_BERT, "num_labels": 3}),
-    "bert-spans": (BertForQuestionAnswering, BertConfig, _BERT),
-    "xlmr": (
-        XLMRobertaForSequenceClassification,
-        XLMRobertaConfig,
-        {**_BERT, "max_position_embeddings": 66, "type_vocab_size": 1, "num_labels": 3},
-    ),
-    "llama": (LlamaForCausalLM, LlamaConfig, _LLAMA),
-    "llama-classes": (LlamaForSequenceClassification, LlamaConfig, {**_LLAMA, "num_labels": 3}),
-    "mt5": (
-        MT5ForConditionalGeneration,
-        MT5Config,
-        {
-            "vocab_size": VOCAB,
-            "d_model": 32,
-            "d_kv": 16,
-            "d_ff": 37,
-            "num_layers": 2,
-            "num_decoder_layers": 2,
-            "num_heads": 2,
-            "dropout_rate": 0.0,
-            "pad_token_id": PAD,
-            "decoder_start_token_id": PAD,
-        },
-    ),
+# family of tests/tiny.py, model class, changes of its config
+TASKS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "bert": ("bert", tiny.CLASSES["bert"], {}),
+    "bert-tokens": ("bert", BertForTokenClassification, {}),
+    "bert-spans": ("bert", BertForQuestionAnswering, {"num_labels": 2}),
+    "xlmr": ("xlmr", tiny.CLASSES["xlmr"], {"type_vocab_size": 1}),
+    "llama": ("llama", tiny.CLASSES["llama"], {}),
+    "llama-classes": ("llama", LlamaForSequenceClassification, {"num_labels": 3}),
+    "mt5": ("mt5", tiny.CLASSES["mt5"], {}),
+}
+_NO_DROPOUT = {
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "xlmr": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "llama": {},
+    "mt5": {"dropout_rate": 0.0},
 }
 
 
-def tiny(family: str, seed: int = 0) -> Any:
-    """A random model of a family, without dropout."""
+def task_model(task: str, seed: int = 0) -> Any:
+    """A random model for a task, without dropout, whose pad token is that of :func:`tokenizer`."""
+    family, model_class, changes = TASKS[task]
     torch.manual_seed(seed)
-    model_class, config_class, fields = FAMILIES[family]
-    return model_class(config_class(**fields))
+    return model_class(tiny.config(family, pad_token_id=PAD, **_NO_DROPOUT[family], **changes))
 
 
 def tokenizer(padding_side: str = "right", pad: bool = True) -> PreTrainedTokenizerFast:
-    """Words w5 ... w99 with ids 5 ... 99; "[CLS] text [SEP]" as BERT has it."""
+    """Words w5 ... w63 with ids 5 ... 63; "[CLS] text [SEP]" as BERT has it."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCAB))])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,8 +58,8 @@ def tokenizer(padding_side: str = "right", pad: bool = True) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side=padding_side, **names)
 
 
-def rows(family: str, count: int, seed: int = 0, source: bool = True) -> list[dict[str, Any]]:
-    """Rows of unequal lengths (and, where labels are lists, unequal numbers of labels) for a family's task."""
+def rows(task: str, count: int, seed: int = 0, source: bool = True) -> list[dict[str, Any]]:
+    """Rows of unequal lengths (and, where labels are lists, unequal numbers of labels) for a task."""
     draw = random.Random(seed)
 
     def words(low: int, high: int) -> list[int]:
@@ -95,15 +71,15 @@ def rows(family: str, count: int, seed: int = 0, source: bool = True) -> list[di
         row: dict[str, Any] = {"input_ids": ids}
         if source:
             row["source_input_ids"] = [CLS, *words(3, 9), SEP]
-        if family in ("bert", "xlmr", "llama-classes"):
+        if task in ("bert", "xlmr", "llama-classes"):
             row["labels"] = draw.randrange(3)
-        elif family == "bert-tokens":
+        elif task == "bert-tokens":
             labelled = draw.randint(1, len(ids) - 2)
             row["labels"] = [draw.randrange(3) if 0 < i <= labelled else -100 for i in range(len(ids))]
-        elif family == "bert-spans":
+        elif task == "bert-spans":
             start = draw.randrange(1, len(ids) - 1)
             row |= {"start_positions": start, "end_positions": draw.randrange(start, len(ids) - 1)}
-        elif family == "llama":
+        elif task == "llama":
             prompt, answer = [BOS, *words(2, 6)], words(1, 5)
             row |= {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
             if source:

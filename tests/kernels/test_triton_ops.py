@@ -147,7 +147,8 @@ def test_shrink(shape: Shape, masked: bool, device: torch.device) -> None:
     T, S = triton_ops.shrink(i.x, i.x_source, i.A, mask=masks[0], mask_source=masks[1], **options)
     results = {}
     for dtype in (shape.compute, F64):
-        results[dtype] = [drop(x, bits, dtype) @ i.A.to(dtype).T for x, bits in zip((i.x, i.x_source), masks, strict=True)]
+        streams = zip((i.x, i.x_source), masks, strict=True)
+        results[dtype] = [drop(x, bits, dtype) @ i.A.to(dtype).T for x, bits in streams]
     for got, plain, truth in zip((T, S), results[shape.compute], results[F64], strict=True):
         assert got.dtype == shape.compute and got.is_contiguous()
         assert_close(got, plain, truth, shape.compute)
@@ -358,9 +359,21 @@ def test_float32_is_not_rounded_on_the_way(device: torch.device) -> None:
     x[:, 0] = value
     A = torch.zeros(16, 32, device=device)
     A[:, 0] = 1.0
-    T, _ = triton_ops.shrink(x, None, A, compute_dtype=F32)
-    assert (T == value).all()
+    projected, _ = triton_ops.shrink(x, None, A, compute_dtype=F32)
+    assert (projected == value).all()
     assert (triton_ops.grad_input(x[:, :16], A, dtype=F32)[:, 0] == value).all()
+
+
+def test_expand_rounds_once_and_to_even(device: torch.device) -> None:
+    """256 + 1.001 is nearer to 258 than to 256 in bfloat16; a delta that is rounded first gives 257, and so 256."""
+    y = torch.full((2, 16), 256.0, dtype=BF16, device=device)
+    T = torch.ones(2, 1, dtype=BF16, device=device)
+    B = torch.ones(16, 1, dtype=BF16, device=device)
+    triton_ops.expand_(y, T, None, B, scaling=1.001, fusion=None)
+    assert (y == 258.0).all()
+    y.fill_(256.0)
+    triton_ops.expand_(y, T, None, B, scaling=1.0, fusion=None)
+    assert (y == 256.0).all()
 
 
 def test_nan_is_not_hidden_by_relu(device: torch.device) -> None:

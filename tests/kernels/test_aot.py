@@ -1,0 +1,157 @@
+"""Ahead-of-time compilation: what CI relies on, in another process (the interpreter's kernels cannot be compiled)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there for Linux only")
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in the repository, without the interpreter unless asked for."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    """CI's selection, compiled (about a minute and a half on two cores)."""
+    result = run("-m", "flare_kernels.aot", "--json")
+    assert result.stdout.startswith("["), result.stderr
+    found = json.loads(result.stdout)
+    violations = [f"{r['kernel']} {r['case']}: {r['violation']}" for r in found if r["violation"]]
+    assert result.returncode == (1 if violations else 0), result.stderr
+    assert not violations, "\n".join(violations)
+    return found
+
+
+KERNELS = {"shrink", "expand", "grad_hidden", "grad_up", "grad_weight", "grad_input"}
+
+
+@pytest.mark.slow
+def test_ci_selection_compiles_within_limits(reports: list[dict]) -> None:
+    """Every configuration of the table in bfloat16 on three targets, and one case per kernel of each other kind."""
+    seen = {(r["kernel"], r["case"]["capability"], r["case"]["rank"]) for r in reports if r["case"]["aligned"]}
+    for capability in (80, 90, 100):
+        for rank in (16, 32, 64, 128):
+            assert {(kernel, capability, rank) for kernel in KERNELS} <= seen
+    on_hopper = [r for r in reports if r["case"]["capability"] == 90]
+    kinds = {
+        "float32": [r for r in on_hopper if r["case"]["dtype"] == "float32"],
+        "unaligned": [r for r in on_hopper if not r["case"]["aligned"]],
+    }
+    for kind, rows in kinds.items():
+        assert {r["kernel"] for r in rows} >= KERNELS, kind
+    # rank 256 takes other code than rank 128 only where R is walked inside the kernel
+    assert {r["kernel"] for r in on_hopper if r["case"]["rank"] == 256} >= {"expand", "grad_input"}
+    assert all(r["registers"] > 0 for r in reports)
+
+
+@pytest.mark.slow
+def test_large_cards_use_their_tensor_cores(tmp_path: Path) -> None:
+    """A 16-bit kernel compiles to wgmma on sm_90, and float32 to neither wgmma nor TF32 mma on any target."""
+    script = """
+import sys, triton
+from flare_kernels import aot
+from triton.backends.compiler import GPUTarget
+seen = []
+compile = triton.compile
+triton.compile = lambda *a, **k: seen.append(compile(*a, **k)) or seen[-1]
+for dtype, capability in (("bfloat16", 90), ("float32", 80), ("float32", 90)):
+    for launch in aot.record(aot.Case(capability, dtype=dtype)):
+        if launch.kernel.fn.__name__ == "sum_partials_kernel":
+            continue
+        error = aot.compile_unit(aot.specialise(launch, capability)).get("error")
+        ptx = seen[-1].asm["ptx"]
+        print(dtype, capability, launch.kernel.fn.__name__, "wgmma" in ptx, "mma." in ptx, error)
+"""
+    result = run("-c", script)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 3 * len(KERNELS)
+    for dtype, capability, kernel, wgmma, mma, error in lines:
+        assert error == "None", kernel
+        assert wgmma == str(dtype == "bfloat16"), (dtype, capability, kernel)
+        assert mma == str(dtype == "bfloat16"), (dtype, capability, kernel)
+
+
+def test_recorded_launches_are_specialised_as_triton_does() -> None:
+    """Our specialisation is that of the installed Triton's JIT, where it lets itself be asked without a driver."""
+    script = """
+import sys
+from flare_kernels import aot
+try:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+except ImportError as error:
+    sys.exit(f"cannot ask: {error}")
+backend = make_backend(GPUTarget("cuda", 90, 32))
+odd = aot.Case(90, aligned=False, adapter_dtype="float32")
+for case in (aot.Case(90, dropout=True), odd, aot.Case(90, rank=1, fusion=None)):
+    for launch in aot.record(case):
+        fn, unit = launch.kernel, aot.specialise(launch, 90)
+        bind = create_function_from_signature(fn.signature, fn.params, backend)
+        bound, specialization, _ = bind(**launch.args)
+        _, signature, constants, attributes = fn._pack_args(backend, {}, bound, specialization, None)
+        assert signature == dict(unit.signature), (signature, unit.signature)
+        assert constants == {(i,): v for i, v in unit.constants}, fn
+        assert {k for k, v in attributes.items() if v} == {(i,) for i in unit.divisible}, fn
+print("same")
+"""
+    result = run("-c", script)
+    if "cannot ask" in result.stderr:
+        pytest.skip(result.stderr.strip())
+    assert result.stdout.strip() == "same", result.stderr
+
+
+def test_every_row_of_the_table_is_launched() -> None:
+    """The cases of --all reach each row of the launch table, on the small and on the large cards."""
+    script = """
+from flare_kernels import aot
+from flare_kernels.triton_ops import config
+reached = set()
+for case in aot.all_cases():
+    if case.fusion == "mul_relu" and not case.dropout and case.dtype != "float16" and case.capability in (80, 89):
+        large = aot.SHARED_BYTES[case.capability] >= config.LARGE_SHARED_BYTES
+        reached |= {(launch.kernel.fn.__name__, large, launch.config) for launch in aot.record(case)}
+for kernel, operands, bucket, shared_bytes, row in config.all_configs():
+    large = shared_bytes >= config.LARGE_SHARED_BYTES
+    assert (kernel + "_kernel", large, row) in reached, (kernel, operands, bucket, shared_bytes, row)
+print("all")
+"""
+    result = run("-c", script)
+    assert result.stdout.strip() == "all", result.stderr
+
+
+def test_refuses_to_run_under_the_interpreter() -> None:
+    result = run("-m", "flare_kernels.aot", TRITON_INTERPRET="1")
+    assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
+
+
+def test_violations_are_found() -> None:
+    """Spills are errors for aligned 2-byte operands up to rank 128 only; too much shared memory always is."""
+    from flare_kernels.aot import Case, Report
+
+    def report(case: Case, spills: int = 0, shared: int = 0, error: str = "") -> str:
+        return Report("expand", case, "M64", 4, 2, registers=255, spills=spills, shared=shared, error=error).violation
+
+    assert "spills" in report(Case(90), spills=8)
+    assert "spills" in report(Case(80, rank=128, dropout=True), spills=8)
+    printed_only = ({"rank": 256}, {"dtype": "float32"}, {"aligned": False}, {"adapter_dtype": "float32"})
+    for case in (Case(90, **kind) for kind in printed_only):
+        assert not report(case, spills=8)
+    assert not report(Case(90), shared=200 * 1024)
+    assert "shared memory" in report(Case(89), shared=100 * 1024)
+    assert "shared memory" in report(Case(80, dtype="float32"), shared=164 * 1024)
+    assert report(Case(90), error="no such thing") == "no such thing"

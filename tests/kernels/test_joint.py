@@ -1,0 +1,174 @@
+"""The joint form for projections that share their input: the same numbers as one call per projection, fewer passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flare_kernels import FUSIONS, fused_lora, fused_lora_qkv, reference
+from torch import Tensor
+
+WIDTHS = {"q": 24, "k": 10, "v": 12}
+RANKS = {"q": 5, "k": 3, "v": 4}
+SUBSETS = [("q", "v"), ("q", "k", "v"), ("v",), ()]
+# the kernels are the same for every subset; one is enough under the interpreter
+CASES = [
+    *(pytest.param("torch", subset, id="torch-" + ("".join(subset) or "none")) for subset in SUBSETS),
+    pytest.param(
+        "triton",
+        ("q", "v"),
+        id="triton-qv",
+        marks=pytest.mark.skipif("not __import__('flare_kernels').backends()['triton']", reason="no Triton backend"),
+    ),
+]
+
+
+def make(dtype: torch.dtype, device: torch.device, d: int = 18) -> dict:
+    def randn(*shape: int) -> Tensor:
+        return (torch.randn(*shape, dtype=torch.float64) * 0.5).to(device, dtype)
+
+    return {
+        "x": randn(2, 7, d),
+        "x_source": randn(2, 7, d),
+        "W": {name: randn(n, d) for name, n in WIDTHS.items()},
+        "A": {name: randn(r, d) for name, r in RANKS.items()},
+        "B": {name: randn(WIDTHS[name], r) for name, r in RANKS.items()},
+        "S": {name: randn(2, 7, r) for name, r in RANKS.items()},
+        "G": {name: randn(2, 7, n) for name, n in WIDTHS.items()},
+    }
+
+
+def leaves_of(data: dict) -> dict[str, Tensor]:
+    flat = {"x": data["x"], "x_source": data["x_source"]}
+    for kind in ("A", "B", "S"):
+        flat |= {f"{kind}.{name}": value for name, value in data[kind].items()}
+    return {key: value.detach().clone().requires_grad_() for key, value in flat.items()}
+
+
+def run(call, data: dict, subset: tuple[str, ...]) -> dict[str, Tensor]:
+    """Outputs and gradients of call(leaves, adapters) -> {name: y}."""
+    leaves = leaves_of(data)
+    adapters = {name: (leaves[f"A.{name}"], leaves[f"B.{name}"], 0.5 + RANKS[name]) for name in subset}
+    ys = call(leaves, adapters)
+    assert list(ys) == list(WIDTHS)
+    sum((ys[name] * data["G"][name]).sum() for name in WIDTHS).backward()
+    return {**{f"y.{n}": y.detach() for n, y in ys.items()}, **{k: v.grad for k, v in leaves.items()}}
+
+
+def assert_equal(got: dict, want: dict, **tolerance: float) -> None:
+    for key, value in want.items():
+        if value is None:
+            assert got[key] is None or not got[key].any(), key
+        else:
+            torch.testing.assert_close(got[key], value, msg=key, **tolerance)
+
+
+@pytest.mark.parametrize(("backend", "subset"), CASES)
+@pytest.mark.parametrize("fusion", [*FUSIONS, None, {"q": "add", "v": "mul_relu"}, {"v": "add_relu"}], ids=str)
+@pytest.mark.parametrize("source", ["x_source", "S"])
+def test_equals_the_oracle(backend, subset, fusion, source, device) -> None:
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    data = make(dtype, device)
+
+    def sources(leaves, adapters) -> dict:
+        if source == "x_source":
+            return {"x_source": leaves["x_source"]}
+        return {"x_source": None, "source_bottleneck": {name: leaves[f"S.{name}"] for name in adapters}}
+
+    def joint(leaves, adapters):
+        base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
+        return fused_lora_qkv(leaves["x"], base_outputs=base, adapters=adapters, fusion=fusion, backend=backend, **sources(leaves, adapters))
+
+    def oracle(leaves, adapters):
+        base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
+        for name, (A, B, scaling) in adapters.items():
+            own = fusion.get(name) if isinstance(fusion, dict) else fusion
+            given = sources(leaves, adapters)
+            S = given.get("source_bottleneck", {}).get(name)
+            base[name] = reference.fused_lora(
+                leaves["x"], given["x_source"], base[name], A, B, scaling=scaling, fusion=own, source_bottleneck=S
+            )
+        return base
+
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    assert_equal(run(joint, data, subset), run(oracle, data, subset), **tolerance)
+
+
+@pytest.mark.parametrize("subset", SUBSETS, ids=["qv", "qkv", "v", "none"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_the_node_owns_dx_of_the_frozen_products(subset, dropout_p, device) -> None:
+    """With weights: values and gradients as the oracle's, from one dx buffer."""
+    data = make(torch.float64, device)
+    results = []
+    for backend in ("torch", "reference"):
+
+        def joint(leaves, adapters, backend=backend):
+            with torch.no_grad():
+                base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
+            torch.manual_seed(5)
+            return fused_lora_qkv(
+                leaves["x"],
+                leaves["x_source"],
+                base,
+                adapters,
+                weights=data["W"],
+                dropout_p=dropout_p,
+                training=True,
+                backend=backend,
+            )
+
+        results.append(run(joint, data, subset))
+    assert_equal(*results, rtol=1e-9, atol=1e-9)
+    want = sum(data["G"][name] @ W for name, W in data["W"].items())
+    if not subset:
+        torch.testing.assert_close(results[0]["x"], want)
+
+
+def test_each_stream_is_read_once(device, monkeypatch) -> None:
+    """One shrink and one grad_weight for q and v together."""
+    from flare_kernels import torch_ops
+
+    calls: list[str] = []
+    for name in ("shrink", "grad_weight", "grad_input"):
+        plain = getattr(torch_ops, name)
+        monkeypatch.setattr(torch_ops, name, lambda *a, _n=name, _f=plain, **k: (calls.append(_n), _f(*a, **k))[1])
+    data = make(torch.float32, device)
+
+    def joint(leaves, adapters):
+        base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
+        return fused_lora_qkv(leaves["x"], leaves["x_source"].detach(), base, adapters, backend="torch")
+
+    run(joint, data, ("q", "v"))
+    assert sorted(calls) == ["grad_input", "grad_weight", "shrink"]
+
+
+def test_matches_separate_calls_in_16_bit(device) -> None:
+    data = make(torch.bfloat16, device)
+
+    def joint(leaves, adapters):
+        base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
+        return fused_lora_qkv(leaves["x"], leaves["x_source"], base, adapters)
+
+    def separate(leaves, adapters):
+        base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
+        for name, (A, B, scaling) in adapters.items():
+            base[name] = fused_lora(leaves["x"], leaves["x_source"], base[name], A, B, scaling=scaling)
+        return base
+
+    assert_equal(run(joint, data, ("q", "v")), run(separate, data, ("q", "v")), rtol=0.05, atol=0.1)
+
+
+def test_wrong_input(device) -> None:
+    data = make(torch.float32, device)
+    base = {name: data["x"] @ W.T for name, W in data["W"].items()}
+    good = {"q": (data["A"]["q"], data["B"]["q"], 1.0)}
+    with pytest.raises(ValueError, match=r"adapters names \['o'\]"):
+        fused_lora_qkv(data["x"], None, base, {"o": good["q"]})
+    with pytest.raises(ValueError, match=r"fusion names \['o'\]"):
+        fused_lora_qkv(data["x"], data["x_source"], base, good, fusion={"o": "add"})
+    with pytest.raises(ValueError, match="give all or none"):
+        fused_lora_qkv(data["x"], None, base, good, weights={"q": data["W"]["q"]})
+    with pytest.raises(ValueError, match="lora_A of 'v' has shape"):
+        fused_lora_qkv(data["x"], None, base, {"v": (data["A"]["q"][:, :3], data["B"]["q"], 1.0)})
+    tracked = {name: (data["x"].clone().requires_grad_() @ W.T) for name, W in data["W"].items()}
+    with pytest.raises(ValueError, match="require grad while weights are given"):
+        fused_lora_qkv(data["x"], None, tracked, good, weights=data["W"])

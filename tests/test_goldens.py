@@ -1,0 +1,186 @@
+"""The authors' numbers, through flare.fast_lora on current transformers and PEFT, and through FlareTrainer.
+
+The selection in tests/goldens always runs; with FLARE_GOLDENS every case of the full set that this version covers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import flare
+
+OWN = Path(__file__).parent / "goldens"
+LOGITS, LOSS, GRAD_ABSOLUTE, GRAD_RELATIVE, STEP_LOSS, WEIGHTS = 5e-5, 1e-5, 1e-5, 1e-4, 5e-5, 5e-5
+_NOT_YET = ("cross_attention", "fuse_mt", "matmul", "generate")
+_CONFIG_KEYS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("layer_norm_eps", "rms_norm_eps", "rope_theta", "head_dim", "hidden_act", "attention_bias", "mlp_bias"),
+    *("tie_word_embeddings", "id2label"),
+)
+
+
+def _cases() -> list[Any]:
+    own = json.loads((OWN / "manifest.json").read_text())["cases"]
+    params = [pytest.param(OWN, name, id=name) for name in own]
+    full = os.environ.get("FLARE_GOLDENS")
+    if full and Path(full, "manifest.json").is_file():
+        every = json.loads(Path(full, "manifest.json").read_text())["cases"]
+        rest = [name for name in every if name not in own and not any(word in name for word in _NOT_YET)]
+        params += [pytest.param(Path(full), name, id=f"full-{name}") for name in rest]
+    return params
+
+
+CASES = _cases()
+TRAINING = [case for case in CASES if "train10" in case.values[1]]
+SINGLE = [case for case in CASES if "train10" not in case.values[1]]
+
+
+def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """The case's model with its base and adapter weights, its tensors, its manifest entry."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    case = manifest["cases"][name]
+    family = manifest["families"][case["family"]]
+    values = {k: v for k, v in family["config"].items() if k in _CONFIG_KEYS and v is not None}
+    if "id2label" in values:
+        values["num_labels"] = len(values.pop("id2label"))
+    if "rope_theta" in values:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "classifier_dropout")
+    cls = getattr(transformers, family["model_class"])
+    config = cls.config_class(**values, **dict.fromkeys(dropouts, 0.0))
+    config._attn_implementation = "eager"
+    model = cls(config)
+    stored = load_file(folder / family["base_file"])
+    missing, unexpected = model.load_state_dict({k.removeprefix("base."): v for k, v in stored.items()}, strict=False)
+    assert not unexpected and all("position_ids" in key or "inv_freq" in key for key in missing)
+    fusion = case["fusion"].replace("-", "_")
+    model = flare.fast_lora(
+        model,
+        fusion=None if fusion == "none" else fusion,
+        source_layer_offset=0,
+        r=case["r"],
+        lora_alpha=case["lora_alpha"],
+        target_modules=case["target_modules"],
+    )
+    tensors = load_file(folder / case["file"])
+    own = lora_parameters(model)
+    loaded = {k for k in tensors if k.startswith("adapter.") and not k.endswith(".f64")}
+    assert loaded == set(own)
+    with torch.no_grad():
+        for key in loaded:
+            own[key].copy_(tensors[key])
+    return model.train(), tensors, case
+
+
+def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Golden name -> parameter."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for half in ("lora_A", "lora_B"):
+            if f".{half}." in name:
+                path = name.split("base_model.model.", 1)[1].split(f".{half}")[0]
+                found[f"adapter.{path}.{half}"] = parameter
+    return found
+
+
+def inputs_of(tensors: dict[str, torch.Tensor], fusion: str) -> dict[str, torch.Tensor]:
+    """The keyword arguments of a step."""
+    inputs = {"input_ids": tensors["input_ids_target"], "attention_mask": tensors["attention_mask_target"]}
+    if fusion != "none":
+        inputs["source_input_ids"] = tensors["input_ids_source"]
+        inputs["source_attention_mask"] = tensors["attention_mask_source"]
+    return inputs | {k: tensors[k] for k in ("labels", "start_positions", "end_positions") if k in tensors}
+
+
+@pytest.mark.parametrize(("folder", "name"), SINGLE)
+def test_one_step(folder, name) -> None:
+    model, tensors, case = build(folder, name)
+    out = model(**inputs_of(tensors, case["fusion"]))
+    valid = tensors["attention_mask_target"].bool()
+    compared = 0
+    for key in ("logits", "start_logits", "end_logits"):
+        if key in tensors:
+            difference = (getattr(out, key) - tensors[key]).abs()
+            difference = difference[valid] if difference.shape[:2] == valid.shape else difference
+            assert difference.max() <= LOGITS, key
+            compared += 1
+    assert compared
+    assert abs(out.loss.item() - tensors["loss"].item()) <= LOSS
+    out.loss.backward()
+    for key, parameter in lora_parameters(model).items():
+        want = tensors["grad." + key]
+        allowed = GRAD_ABSOLUTE + GRAD_RELATIVE * want.abs().max()
+        assert (parameter.grad - want).abs().max() <= allowed, key
+
+
+class _Rows(torch.utils.data.Dataset):
+    """The training case's batches as single rows, in order."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], fusion: str) -> None:
+        stacked = {k.removeprefix("batches."): v for k, v in tensors.items() if k.startswith("batches.")}
+        steps = inputs_of(stacked, fusion)
+        self.batch_size = steps["input_ids"].shape[1]
+        self.columns = {k: v.flatten(0, 1) for k, v in steps.items()}
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {k: v[index] for k, v in self.columns.items()}
+
+
+@pytest.mark.parametrize(("folder", "name"), TRAINING)
+def test_ten_training_steps_through_flare_trainer(folder, name, tmp_path) -> None:
+    model, tensors, case = build(folder, name)
+    rows = _Rows(tensors, case["fusion"])
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=rows.batch_size,
+        max_steps=10,
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        optim="adamw_torch",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+
+    class InOrder(flare.FlareTrainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
+            return torch.utils.data.SequentialSampler(rows)
+
+    trainer = InOrder(model=model, args=arguments, train_dataset=rows)
+    losses: list[float] = []
+    compute = trainer.compute_loss
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        losses.append((result[0] if isinstance(result, tuple) else result).item())
+        return result
+
+    trainer.compute_loss = spy  # type: ignore[method-assign]
+    trainer.train()
+    want = tensors["loss_per_step"].tolist()
+    assert len(losses) == len(want) == 10
+    assert max(abs(a - b) for a, b in zip(losses, want, strict=True)) <= STEP_LOSS
+    for key, parameter in lora_parameters(model).items():
+        assert (parameter - tensors["final." + key]).abs().max() <= WEIGHTS, key
+    heads = {k.removeprefix("final.base."): v for k, v in tensors.items() if k.startswith("final.base.") and not k.endswith("f64")}
+    parameters = dict(model.named_parameters())
+    for key, weight in heads.items():
+        head, _, rest = key.partition(".")
+        trained = parameters[f"base_model.model.{head}.modules_to_save.default.{rest}"]
+        assert (trained - weight).abs().max() <= WEIGHTS, key
