@@ -25,7 +25,9 @@ def check_versions() -> None:
     for package, (oldest, _) in REQUIRED.items():
         installed = importlib.metadata.version(package)
         if Version(installed) < Version(oldest):
-            raise ImportError(f"flare needs {package}>={oldest}, found {installed}: pip install -U '{package}>={oldest}'")
+            raise ImportError(
+                f"flare needs {package}>={oldest}, found {installed}: pip install -U '{package}>={oldest}'"
+            )
 
 
 check_versions()
@@ -52,12 +54,11 @@ __all__ = [
     "is_bnb_lora",
     "register_tuner",
     "set_adapters_disabled",
-    "unwrap_compiled",
 ]
 
 
 class FlareType(str):
-    """"FLARE" where PEFT expects a member of its enum: equal to the string, with the ``value`` that is read of it."""
+    """ "FLARE" where PEFT expects a member of its enum: equal to the string, with the ``value`` that is read of it."""
 
     __slots__ = ()
 
@@ -95,15 +96,6 @@ def is_bnb_lora(cls: type) -> bool:
 def is_bnb_linear(module: nn.Module) -> bool:
     """Whether the module is a bitsandbytes linear, whose ``training`` flag must never be flipped."""
     return type(module).__module__.startswith("bitsandbytes.")
-
-
-# --- torch ------------------------------------------------------------------------------------------------------------
-
-
-def unwrap_compiled(module: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s wrapper, or the module itself."""
-    original: Any = getattr(module, "_orig_mod", module)
-    return original
 
 
 # --- transformers.Trainer ---------------------------------------------------------------------------------------------

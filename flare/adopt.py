@@ -60,7 +60,9 @@ def fast_lora(
         raise TypeError(f"config must be a FlareConfig, a peft.LoraConfig or None, got {type(config).__name__}")
     unknown = sorted(set(overrides) - _LORA_FIELDS - _OWN_FIELDS)
     if unknown:
-        raise TypeError(f"{', '.join(unknown)}: no field of FlareConfig; its own fields: {', '.join(sorted(_OWN_FIELDS))}")
+        raise TypeError(
+            f"{', '.join(unknown)}: no field of FlareConfig; its own fields: {', '.join(sorted(_OWN_FIELDS))}"
+        )
     if isinstance(model, PeftModel):
         adopted = _adopt_peft_model(model, config, overrides)
         _check(adopted, strict)
@@ -106,7 +108,7 @@ def _adopt_peft_model(model: PeftModel, config: LoraConfig | None, overrides: di
     configs = {name: _converted(name, old, config, overrides) for name, old in tuner.peft_config.items()}
     if any(new.fusion is not None for new in configs.values()):
         ModelMap.of(tuner.model)  # raises before the model is touched
-    if any(layer_merged(module) for module in tuner.modules()):
+    if any(_is_merged(module) for module in tuner.modules()):
         raise ValueError("model: its adapters are merged into the base weights; call model.unmerge_adapter() first")
     old_configs = dict(tuner.peft_config)
     tuner.peft_config.update(configs)
@@ -122,7 +124,7 @@ def _adopt_peft_model(model: PeftModel, config: LoraConfig | None, overrides: di
     return model
 
 
-def layer_merged(module: nn.Module) -> bool:
+def _is_merged(module: nn.Module) -> bool:
     """Whether a LoRA layer's adapters are merged into its base weight now."""
     return bool(getattr(module, "merged_adapters", None))
 
@@ -141,7 +143,7 @@ def _converted(name: str, old: LoraConfig, config: LoraConfig | None, overrides:
         ours, theirs = _comparable(given[key]), _comparable(getattr(old, key))
         if ours != theirs:
             raise ValueError(
-                f"{key}={given[key]!r} contradicts the trained adapter {name!r}, which has {key}={getattr(old, key)!r}: "
+                f"{key}={given[key]!r} contradicts the trained adapter {name!r}, which has {getattr(old, key)!r}: "
                 "leave it out, or start from the base model"
             )
     kept = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
@@ -162,7 +164,7 @@ def _check(model: PeftModel, strict: bool) -> None:
         if not any(row.adapter == name for row in report.fused):
             reasons = sorted({row.reason for row in report if row.adapter == name})
             raise ValueError(
-                f"nothing fuses: none of the LoRA modules of adapter {name!r} can take a source ({'; '.join(reasons)}). "
+                f"nothing fuses: no LoRA module of adapter {name!r} can take a source ({'; '.join(reasons)}). "
                 "Include the query and value projections in target_modules, or set fusion=None for plain LoRA"
             )
     if strict and wants:

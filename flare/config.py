@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flare_kernels import FUSIONS
 from peft import LoraConfig
+
+from flare_kernels import FUSIONS
 
 from ._compat import FLARE
 
@@ -91,7 +92,9 @@ class FlareConfig(LoraConfig):
         if self.fusion is not None:
             variants = [name for name in _VARIANTS if getattr(self, name, None)]
             if variants:
-                raise ValueError(f"{', '.join(variants)} cannot be combined with a fusion; leave it out or set fusion=None")
+                raise ValueError(
+                    f"{', '.join(variants)} cannot be combined with a fusion; leave it out or set fusion=None"
+                )
 
 
 def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:

@@ -6,12 +6,12 @@ A layer is made by PEFT as always and then *adopted*: its class is exchanged for
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from flare_kernels import fused_lora
 from torch import Tensor, nn
+
+from flare_kernels import fused_lora
 
 from ._compat import LoraLayer, LoraLinear, is_bnb_lora
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MERGE_REFUSED = (
     "adapter {name!r} fuses two streams (fusion={fusion!r}): phi(S, T) depends on the source text and cannot be merged "
-    "into the base weights. Keep the adapter beside the model (save_pretrained), or train with fusion=None, which merges."
+    "into the base weights. Keep the adapter beside the model (save_pretrained), or train with fusion=None."
 )
 
 
@@ -79,14 +79,14 @@ class FlareLayer:
         return result
 
     def _add_adapter(self, name: str, x: Tensor, result: Tensor, source: LayerSource | None) -> Tensor:
-        lora_B = self.lora_B[name]
+        lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         fusion = self.flare_fusion.get(name)
         x_source, bottleneck = (None, None) if source is None or fusion is None else source.of(name)
         result = fused_lora(
             x,
             x_source,
             result,
-            self.lora_A[name].weight,
+            lora_A.weight,
             lora_B.weight,
             scaling=self.scaling[name],
             fusion=fusion,
@@ -114,14 +114,14 @@ class FlareLinear(FlareLayer, LoraLinear):
     """FLARE over a plain ``torch.nn.Linear``."""
 
 
-@functools.cache
+_CLASSES: dict[type, type] = {LoraLinear: FlareLinear}
+
+
 def _flare_class(cls: type) -> type | None:
     """Our subclass of a LoRA class of PEFT's; None for one that cannot run on the kernels."""
-    if cls is LoraLinear:
-        return FlareLinear
-    if is_bnb_lora(cls):
-        return type(f"Flare{cls.__name__}", (FlareLayer, cls), {"__module__": __name__})
-    return None
+    if cls not in _CLASSES and is_bnb_lora(cls):
+        _CLASSES[cls] = type(f"Flare{cls.__name__}", (FlareLayer, cls), {"__module__": __name__})
+    return _CLASSES.get(cls)
 
 
 def __getattr__(name: str) -> type:

@@ -1,4 +1,4 @@
-"""FlareModel: PEFT's LoRA tuner whose layers run on flare_kernels and whose query and value adapters fuse two streams."""
+"""FlareModel: PEFT's LoRA tuner, its layers on flare_kernels, its query and value adapters fusing two streams."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def _adapters_of(layer: LoraLayer) -> Iterable[str]:
 
 
 def _hidden_size(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "hidden_size", None)
 

@@ -49,7 +49,9 @@ class ModelMap:
         Raises:
             ValueError: no blocks, or no query and value projections; the message names the model and what was sought.
         """
-        paths = [name for name, module in model.named_modules() if _is_projection(name, QUERY_NAMES + VALUE_NAMES, module)]
+        paths = [
+            name for name, module in model.named_modules() if _is_projection(name, QUERY_NAMES + VALUE_NAMES, module)
+        ]
         if not paths:
             fused = sorted({name.rpartition(".")[2] for name, _ in model.named_modules()} & set(FUSED_QKV_NAMES))
             why = (

@@ -290,8 +290,8 @@ def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int
         given = ", ".join(sorted(source))
         raise ValueError(f"{given} was given without source_input_ids: pass both, or neither")
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
-        what = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"source_input_ids must be an integer tensor (B, m), got {what}")
+        kind = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"source_input_ids must be an integer tensor (B, m), got {kind}")
     if target is not None and tuple(ids.shape) != target:
         raise ValueError(
             f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {target}: both texts need the same "
@@ -300,7 +300,7 @@ def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int
     if mask is None:
         mask = torch.ones_like(ids)
     elif not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        what = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if source.get("source_token_type_ids") is not None:

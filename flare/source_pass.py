@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flare_kernels import select_backend
-from flare_kernels import dropout as kernel_dropout
-from flare_kernels.backends import primitives
-from flare_kernels.function import Masks, rows, without_autocast
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from flare_kernels import dropout as kernel_dropout
+from flare_kernels import select_backend
+from flare_kernels.backends import primitives
+from flare_kernels.function import Masks, rows, without_autocast
 
 from ._compat import AuxiliaryTrainingWrapper, BaseTunerLayer, is_bnb_linear, set_adapters_disabled
 from .layer import FlareLayer, weight_of
@@ -173,7 +174,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def modules_with_dropout(model: nn.Module) -> list[nn.Module]:
-    """Modules whose training flag the source pass clears: all but bitsandbytes linears, which repack weights in eval."""
+    """Modules whose training flag the source pass clears: all but bitsandbytes linears, which repack in eval."""
     return [module for module in model.modules() if not is_bnb_linear(module)]
 
 
@@ -218,8 +219,8 @@ class Preparation:
 class SourcePass(torch.autograd.Function):
     """S of every group, and in backward the source's share of every dA. Shapes in the module's docstring.
 
-    ``kept`` is filled with the states (only where an A asks for a gradient): under reentrant checkpointing, which cannot
-    send a gradient into S, layers read x_S there.
+    ``kept`` is filled with the states (only where an A asks for a gradient): under reentrant checkpointing, which
+    cannot send a gradient into S, layers read x_S there.
     """
 
     @staticmethod
@@ -255,7 +256,7 @@ class SourcePass(torch.autograd.Function):
                         x_MK,
                         stacked,
                         compute_dtype=hidden.dtype,
-                        mask_source=masks.bits(*x_MK.shape, kernel_dropout.SOURCE_STREAM),
+                        mask_source=masks.bits(x_MK.shape, kernel_dropout.SOURCE_STREAM),
                         keep_scale=masks.scale,
                     )
                 S[index] = projected.view(*hidden.shape[:-1], -1)
@@ -289,7 +290,7 @@ class SourcePass(torch.autograd.Function):
                     None,
                     rows(dS),
                     x_MK,
-                    mask_source=masks.bits(*x_MK.shape, kernel_dropout.SOURCE_STREAM),
+                    mask_source=masks.bits(x_MK.shape, kernel_dropout.SOURCE_STREAM),
                     keep_scale=masks.scale,
                     grad_dtype=exact,
                 )

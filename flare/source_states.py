@@ -23,7 +23,7 @@ class StateKey:
 class SourceStates:
     """Hidden states of the frozen model on the source text.
 
-    states: StateKey -> x_S (B, m, d) in the dtype the adapters compute in, detached. Never S: that belongs to an adapter.
+    states: StateKey -> x_S (B, m, d) in the dtype the adapters compute in, detached. Never S: that is an adapter's.
     offset: the source_layer_offset they were read for.
     attention_mask: (B, m) of the source, or None where every position is a token.
     """

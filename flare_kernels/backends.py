@@ -102,7 +102,9 @@ def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> Module
         if dtype == torch.float64:
             raise ValueError("backend='triton' has no float64 form; use backend='torch' or 'reference'")
         if device.type != "cuda" and not interpreting():
-            raise ValueError(f"backend='triton' runs on CUDA, the tensors are on {device}; use backend='auto' or 'torch'")
+            raise ValueError(
+                f"backend='triton' runs on CUDA, the tensors are on {device}; use backend='auto' or 'torch'"
+            )
         if device.type == "cuda":
             refusal = _device_refusal(device.index if device.index is not None else torch.cuda.current_device())
             if refusal:

@@ -10,6 +10,7 @@ dropped-out copy of x. The joint form for projections that share their input is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -55,9 +56,9 @@ class Masks:
     seed: Tensor | None
     p: float
 
-    def bits(self, rows: int, cols: int, stream: int) -> Tensor | None:
-        """The packed keep-mask of a (rows, cols) stream, made from the seed; None without dropout."""
-        return None if self.seed is None else _dropout.packed_mask(self.seed, rows, cols, self.p, stream)
+    def bits(self, size: Sequence[int], stream: int) -> Tensor | None:
+        """The packed keep-mask of a stream of size (M, K), made from the seed; None without dropout."""
+        return None if self.seed is None else _dropout.packed_mask(self.seed, size[0], size[1], self.p, stream)
 
     @property
     def scale(self) -> float:
@@ -103,8 +104,8 @@ class FusedLoRA(torch.autograd.Function):
                 xs_MK,
                 A,
                 compute_dtype=call.dtype,
-                mask=masks.bits(*x_MK.shape, _dropout.TARGET_STREAM),
-                mask_source=None if xs_MK is None else masks.bits(*xs_MK.shape, _dropout.SOURCE_STREAM),
+                mask=masks.bits(x_MK.shape, _dropout.TARGET_STREAM),
+                mask_source=None if xs_MK is None else masks.bits(xs_MK.shape, _dropout.SOURCE_STREAM),
                 keep_scale=masks.scale,
                 sum_streams=call.fusion == "add",
             )
@@ -159,8 +160,10 @@ class FusedLoRA(torch.autograd.Function):
                 dS = dT
             two_streams = ctx.source_like is not None
             size = (G_MN.shape[0], A.shape[1])
-            mask = masks.bits(*size, _dropout.TARGET_STREAM) if needs_x or needs_A else None
-            mask_source = masks.bits(*size, _dropout.SOURCE_STREAM) if two_streams and (needs_source or needs_A) else None
+            mask = masks.bits(size, _dropout.TARGET_STREAM) if needs_x or needs_A else None
+            mask_source = (
+                masks.bits(size, _dropout.SOURCE_STREAM) if two_streams and (needs_source or needs_A) else None
+            )
             if needs_A:
                 dA = ops.grad_weight(
                     dT,

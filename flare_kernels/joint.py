@@ -80,10 +80,10 @@ class FusedLoRAJoint(torch.autograd.Function):
             if A_cat is not None:
                 masks = Masks(seed, call.p)
                 x_MK, xs_MK = rows(x), None if x_source is None else rows(x_source)
-                mask = masks.bits(*x_MK.shape, _dropout.TARGET_STREAM)
+                mask = masks.bits(x_MK.shape, _dropout.TARGET_STREAM)
                 options: dict[str, Any] = {"compute_dtype": call.dtype, "keep_scale": masks.scale}
                 if xs_MK is not None:
-                    bits = masks.bits(*xs_MK.shape, _dropout.SOURCE_STREAM)
+                    bits = masks.bits(xs_MK.shape, _dropout.SOURCE_STREAM)
                     if call.fused == A_cat.shape[0]:
                         T_cat, S_cat = call.ops.shrink(x_MK, xs_MK, A_cat, mask=mask, mask_source=bits, **options)
                     else:
@@ -98,7 +98,7 @@ class FusedLoRAJoint(torch.autograd.Function):
                 y = ys[call.names.index(projection.name)]
                 fusion = None if projection.fusion == "add" else projection.fusion
                 if projection.fusion == "add":  # linear: only H = S + T matters from here on
-                    T, S = T + S, None
+                    T, S = T if S is None else T + S, None
                 call.ops.expand_(rows(y), T, S, B, scaling=projection.scaling, fusion=fusion)
                 keep = needs or (needs_hidden and fusion is not None)
                 hidden += [T if keep else None, S if keep else None]
@@ -173,7 +173,7 @@ class FusedLoRAJoint(torch.autograd.Function):
             if needs_source and dS_cat is not None:
                 s_shape, s_dtype = ctx.source_like
                 A_fused = torch.cat([A.to(call.dtype) for A in As])[: call.fused]
-                bits = masks.bits(M, K, _dropout.SOURCE_STREAM)
+                bits = masks.bits((M, K), _dropout.SOURCE_STREAM)
                 dx_source = call.ops.grad_input(dS_cat, A_fused, mask=bits, keep_scale=masks.scale, dtype=s_dtype)
                 dx_source = dx_source.view(s_shape)
         dS_out = dS_cat.view(*shape[:-1], -1) if needs_S and dS_cat is not None else None
@@ -206,12 +206,11 @@ def _grad_A(
     masks: Masks,
 ) -> list[Tensor | None]:
     """dA of all adapters from one pass over each stream."""
-    two_streams = x_source is not None and dS_cat is not None
-    x_MK, xs_MK = rows(x), rows(x_source) if two_streams else None
+    x_MK, xs_MK = rows(x), None if x_source is None or dS_cat is None else rows(x_source)
     grad_dtype = torch.float32 if call.dtype != torch.float64 else torch.float64
-    mask = masks.bits(*x_MK.shape, _dropout.TARGET_STREAM)
-    mask_source = None if xs_MK is None else masks.bits(*xs_MK.shape, _dropout.SOURCE_STREAM)
-    if two_streams and call.fused < dT_cat.shape[1]:
+    mask = masks.bits(x_MK.shape, _dropout.TARGET_STREAM)
+    mask_source = None if xs_MK is None else masks.bits(xs_MK.shape, _dropout.SOURCE_STREAM)
+    if xs_MK is not None and call.fused < dT_cat.shape[1]:
         dA_cat = call.ops.grad_weight(
             dT_cat, x_MK, None, None, mask=mask, keep_scale=masks.scale, grad_dtype=grad_dtype
         )
@@ -222,7 +221,7 @@ def _grad_A(
         dA_cat = call.ops.grad_weight(
             dT_cat,
             x_MK,
-            dS_cat if two_streams else None,
+            dS_cat if xs_MK is not None else None,
             xs_MK,
             mask=mask,
             mask_source=mask_source,
@@ -253,7 +252,7 @@ def _grad_x(
         if dx is not None and masks.seed is None:
             dx.addmm_(dT_cat, A_cat)
         else:
-            bits = masks.bits(*size, _dropout.TARGET_STREAM)
+            bits = masks.bits(size, _dropout.TARGET_STREAM)
             share = call.ops.grad_input(dT_cat, A_cat, mask=bits, keep_scale=masks.scale, dtype=call.dtype)
             dx = share if dx is None else dx.add_(share)
     return None if dx is None else dx.to(dtype)
@@ -265,7 +264,7 @@ def fused_lora_qkv(
     base_outputs: Mapping[str, Tensor],
     adapters: Mapping[str, Adapter],
     *,
-    fusion: str | None | Mapping[str, str | None] = "add_relu",
+    fusion: str | Mapping[str, str | None] | None = "add_relu",
     source_bottleneck: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     dropout_p: float = 0.0,
@@ -338,7 +337,7 @@ def _check(
     x_source: Tensor | None,
     base_outputs: Mapping[str, Tensor],
     adapters: Mapping[str, Adapter],
-    fusion: str | None | Mapping[str, str | None],
+    fusion: str | Mapping[str, str | None] | None,
     source_bottleneck: Mapping[str, Tensor] | None,
     weights: Mapping[str, Tensor] | None,
     dropout_p: float,
@@ -353,13 +352,21 @@ def _check(
     if weights is not None and set(weights) != set(base_outputs):
         raise ValueError(f"weights names {sorted(weights)}, base_outputs has {sorted(base_outputs)}: give all or none")
     if isinstance(fusion, Mapping) and set(fusion) - set(base_outputs):
-        raise ValueError(f"fusion names {sorted(set(fusion) - set(base_outputs))}, base_outputs has {sorted(base_outputs)}")
+        raise ValueError(
+            f"fusion names {sorted(set(fusion) - set(base_outputs))}, base_outputs has {sorted(base_outputs)}"
+        )
     fusions: dict[str, str | None] = {}
     for name, (A, B, _) in adapters.items():
         own = fusion.get(name) if isinstance(fusion, Mapping) else fusion
         validation.check_fusion(own, "torch" if backend == "auto" else backend)
         S = None if source_bottleneck is None else source_bottleneck.get(name)
-        tensors = {"x": x, "x_source": x_source, f"base_outputs[{name!r}]": base_outputs[name], "lora_A": A, "lora_B": B}
+        tensors = {
+            "x": x,
+            "x_source": x_source,
+            f"base_outputs[{name!r}]": base_outputs[name],
+            "lora_A": A,
+            "lora_B": B,
+        }
         validation.check_dtypes({**tensors, "source_bottleneck": S})
         validation.check_streams(x, x_source, S)
         validation.check_adapter(x, base_outputs[name], A, B, S, where=name)
@@ -397,7 +404,15 @@ def _reference(
         if name in adapters:
             A, B, scaling = adapters[name]
             S = None if source_bottleneck is None else source_bottleneck.get(name)
-            options = {"scaling": scaling, "fusion": fusions[name], "source_bottleneck": S}
-            y = reference.fused_lora(x_target, x_other if S is None else None, y, A, B, **options)
+            y = reference.fused_lora(
+                x_target,
+                x_other if S is None else None,
+                y,
+                A,
+                B,
+                scaling=scaling,
+                fusion=fusions[name],
+                source_bottleneck=S,
+            )
         result[name] = y
     return result

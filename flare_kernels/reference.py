@@ -29,7 +29,8 @@ def fuse(
         T: down-projected target stream.
         fusion: one of ``FUSIONS`` or ``"cross_attention"``, ``"matmul"``, ``"matmul_relu"``; None gives T.
         weights: for ``cross_attention``: ``query.weight``, ``key.weight``, ``value.weight`` (r, r) and the three
-            ``.bias`` (r). The query comes from the source, key and value from the target; no mask, no output projection.
+            ``.bias`` (r). The query comes from the source, key and value from the target; no mask and no output
+            projection.
         heads: attention heads of ``cross_attention``; must divide r.
 
     Raises:
@@ -70,10 +71,10 @@ def _cross_attention(S: Tensor, T: Tensor, weights: Mapping[str, Tensor] | None,
 
 def drop(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
     """Inverted dropout of x (..., d) with the packed mask that the fused forms regenerate from the same seed."""
-    if p == 0.0:
-        return x
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     mask = _dropout.packed_mask(seed, rows, x.shape[-1], p, stream)
+    if mask is None:
+        return x
     return x * (_dropout.unpack(mask, x.shape[-1], x.dtype) * _dropout.keep_scale(p)).view(x.shape)
 
 

@@ -80,24 +80,22 @@ def grad_bottleneck(
     """
     dtype = (T if T is not None else G).dtype
     G = G.to(dtype)
-    plain = fusion is None or S is None
+    phi = None if fusion is None or S is None else get_fusion(fusion)
     dT = dS = dB = None
     if need_hidden:
         dH = _scaled_mm(G, B.to(dtype), scaling)
-        if plain:
+        if phi is None:
             dT = dH
-        elif fusion == "add":
-            dT = dS = dH
         else:
             assert T is not None and S is not None
-            dT, dS = get_fusion(fusion).backward(dH, S, T)
+            dT, dS = phi.backward(dH, S, T)
         if out_dT is not None:
             dT = out_dT.copy_(dT)
         if out_dS is not None and dS is not None:
             dS = out_dS.copy_(dS)
     if need_B:
         assert T is not None
-        H = T if plain else get_fusion(fusion)(S, T)
+        H = T if phi is None or S is None else phi(S, T)
         dB = _scaled_mm(G.T, H, scaling).to(B_grad_dtype)
     return dT, dS, dB
 

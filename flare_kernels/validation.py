@@ -67,7 +67,9 @@ def check_adapter(
             f"base_output{suffix} has shape {tuple(base_output.shape)}, expected {(*x.shape[:-1], 'n')} beside x"
         )
     if A.dim() != 2 or A.shape[1] != x.shape[-1]:
-        raise ValueError(f"lora_A{suffix} has shape {tuple(A.shape)}, expected (r, {x.shape[-1]}): x is {x.shape[-1]} wide")
+        raise ValueError(
+            f"lora_A{suffix} has shape {tuple(A.shape)}, expected (r, {x.shape[-1]}): x is {x.shape[-1]} wide"
+        )
     expected = (base_output.shape[-1], A.shape[0])
     if tuple(B.shape) != expected:
         raise ValueError(f"lora_B{suffix} has shape {tuple(B.shape)}, expected {expected}: (width of base_output, r)")

@@ -43,9 +43,9 @@ def test_config(fields, message) -> None:
 
 
 def test_kinds_of_arguments() -> None:
-    with pytest.raises(TypeError, match="model must be a transformers model or a peft.PeftModel, got str"):
+    with pytest.raises(TypeError, match=r"model must be a transformers model or a peft.PeftModel, got str"):
         flare.fast_lora("bert-base-uncased")
-    with pytest.raises(TypeError, match="config must be a FlareConfig.*got dict"):
+    with pytest.raises(TypeError, match=r"config must be a FlareConfig.*got dict"):
         flare.fast_lora(tiny.model("bert"), {"r": 4})
     with pytest.raises(TypeError, match="rank: no field of FlareConfig"):
         flare.fast_lora(tiny.model("bert"), rank=4)
@@ -64,7 +64,9 @@ class _NoStack(nn.Module):
 
 
 def test_architectures_that_cannot_be_mapped() -> None:
-    with pytest.raises(ValueError, match="_Mlp: query and value projections cannot be found: no linear layer is named q_proj"):
+    with pytest.raises(
+        ValueError, match="_Mlp: query and value projections cannot be found: no linear layer is named q_proj"
+    ):
         flare.fast_lora(_Mlp())
     with pytest.raises(ValueError, match="_NoStack: its blocks cannot be found"):
         flare.fast_lora(_NoStack())
@@ -79,7 +81,9 @@ def test_architectures_that_cannot_be_mapped() -> None:
 
 def test_nothing_that_fuses() -> None:
     model = tiny.model("llama")
-    with pytest.raises(ValueError, match="nothing fuses: .*adapter 'default'.*Include the query and value projections"):
+    with pytest.raises(
+        ValueError, match=r"nothing fuses: .*adapter 'default'.*Include the query and value projections"
+    ):
         flare.fast_lora(model, target_modules=["up_proj"])
     assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -101,15 +105,25 @@ def _longer(t: torch.Tensor) -> torch.Tensor:
 
 
 SOURCES = [
-    ("length", lambda i: {"source_input_ids": _longer(i["source_input_ids"])}, ValueError, r"source_input_ids has shape \(3, 10\).*\(3, 9\)"),
-    ("batch", lambda i: {"source_input_ids": i["source_input_ids"][:2]}, ValueError, r"source_input_ids has shape \(2, 9\)"),
-    ("floats", lambda i: {"source_input_ids": i["source_input_ids"].float()}, TypeError, "source_input_ids must be an integer"),
-    ("list", lambda i: {"source_input_ids": [[1]]}, TypeError, "source_input_ids must be an integer.*list"),
+    (
+        "length",
+        lambda i: {"source_input_ids": _longer(i["source_input_ids"])},
+        ValueError,
+        r"source_input_ids has shape \(3, 10\).*\(3, 9\)",
+    ),
+    ("batch", lambda i: {"source_input_ids": i["source_input_ids"][:2]}, ValueError, r"source_input_ids .* \(2, 9\)"),
+    ("floats", lambda i: {"source_input_ids": i["source_input_ids"].float()}, TypeError, "must be an integer tensor"),
+    ("list", lambda i: {"source_input_ids": [[1]]}, TypeError, "source_input_ids must be an integer .* got list"),
     ("mask", lambda i: {"source_attention_mask": torch.ones(3, 4)}, ValueError, r"source_attention_mask is \(3, 4\)"),
-    ("no ids", lambda i: {"source_input_ids": None}, ValueError, "source_attention_mask was given without source_input_ids"),
+    (
+        "no ids",
+        lambda i: {"source_input_ids": None},
+        ValueError,
+        "source_attention_mask was given without source_input",
+    ),
     ("labels", lambda i: {"source_labels": i["source_input_ids"]}, ValueError, "source_labels"),
-    ("states", lambda i: {"source_states": torch.zeros(3, 9, 8)}, TypeError, "source_states must be a flare.SourceStates"),
-]  # fmt: skip
+    ("states", lambda i: {"source_states": torch.zeros(3, 9, 8)}, TypeError, r"must be a flare\.SourceStates"),
+]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [s[1:] for s in SOURCES], ids=[s[0] for s in SOURCES])
@@ -132,7 +146,7 @@ def test_source_states_of_another_kind() -> None:
         model(**{k: v[:2] for k, v in rest.items()}, source_states=states)
     shallow = fused(layers_to_transform=[0], target_modules=["q_proj", "v_proj"])
     partial = shallow.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    with pytest.raises(ValueError, match="lacks .*position=2"):
+    with pytest.raises(ValueError, match=r"lacks .*position=2"):
         model(**rest, source_states=partial)
 
 
@@ -147,7 +161,7 @@ def test_several_adapter_names_in_one_batch_with_a_source() -> None:
     model.add_adapter("second", flare.FlareConfig(r=4, task_type="CAUSAL_LM"))
     inputs = tiny.batch("llama")
     names = ["default", "second", "__base__"]
-    with pytest.raises(ValueError, match="adapter_names .* cannot be combined with source_input_ids"):
+    with pytest.raises(ValueError, match=r"adapter_names .* cannot be combined with source_input_ids"):
         model(**inputs, adapter_names=names)
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
     mixed = model(**rest, adapter_names=names).logits

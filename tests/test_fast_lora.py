@@ -1,4 +1,4 @@
-"""fast_lora: what it fuses, that the numbers are the method's, and that PEFT's life cycle works as PEFT's users know it."""
+"""fast_lora: what it fuses, that the numbers are the method's, that PEFT's life cycle works as its users know it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import peft
 import pytest
 import tiny
 import torch
-from flare_kernels import FUSIONS, reference
 
 import flare
 from flare.layer import FlareLayer
+from flare_kernels import FUSIONS, reference
 
 QV = {"bert": ("query", "value"), "xlmr": ("query", "value"), "llama": ("q_proj", "v_proj")}
 
@@ -111,7 +111,7 @@ def test_the_report_says_what_fused_and_why_not() -> None:
 def test_strict_raises_and_leaves_the_model_as_it_was() -> None:
     model = tiny.model("llama")
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(ValueError, match="strict=True and .* were declined"):
+    with pytest.raises(ValueError, match=r"strict=True and .* were declined"):
         flare.fast_lora(model, r=4, target_modules="all-linear", strict=True)
     assert [name for name, _ in model.named_modules()] == names
     assert not model._forward_pre_hooks
@@ -119,7 +119,9 @@ def test_strict_raises_and_leaves_the_model_as_it_was() -> None:
 
 
 def test_fusion_modules_choose_what_fuses() -> None:
-    model = flare.fast_lora(tiny.model("llama"), r=4, target_modules=["q_proj", "v_proj", "o_proj"], fusion_modules=["v_proj"])
+    model = flare.fast_lora(
+        tiny.model("llama"), r=4, target_modules=["q_proj", "v_proj", "o_proj"], fusion_modules=["v_proj"]
+    )
     assert {row.module.rpartition(".")[2] for row in model.fast_lora_report().fused} == {"v_proj"}
 
 
@@ -178,7 +180,10 @@ def test_several_adapters() -> None:
     model.set_adapter("second")
     second = model(**inputs).logits
     assert not torch.allclose(first, second)
-    assert {(r.adapter, r.fusion) for r in model.fast_lora_report().fused} == {("default", "add_relu"), ("second", "mul")}
+    assert {(r.adapter, r.fusion) for r in model.fast_lora_report().fused} == {
+        ("default", "add_relu"),
+        ("second", "mul"),
+    }
     model.base_model.set_adapter(["default", "second"])
     both = model(**inputs).logits
     assert not torch.allclose(both, second) and not torch.allclose(both, first)
@@ -279,7 +284,8 @@ def test_bare_backbone() -> None:
 def test_a_peft_model_keeps_its_trained_adapter() -> None:
     inputs = tiny.batch("llama")
     stock = peft.get_peft_model(
-        tiny.model("llama"), peft.LoraConfig(r=6, lora_alpha=9, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+        tiny.model("llama"),
+        peft.LoraConfig(r=6, lora_alpha=9, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
     tiny.randomize_lora(stock)
     plain = stock(**without_source(inputs)).logits
@@ -311,7 +317,11 @@ def test_a_lora_config_gives_its_values() -> None:
 
 
 def test_defaults_and_task_types() -> None:
-    assert (flare.FlareConfig().r, flare.FlareConfig().lora_alpha, flare.FlareConfig().source_layer_offset) == (64, 128, 1)
+    assert (flare.FlareConfig().r, flare.FlareConfig().lora_alpha, flare.FlareConfig().source_layer_offset) == (
+        64,
+        128,
+        1,
+    )
     bert, llama = flare.fast_lora(tiny.model("bert")), flare.fast_lora(tiny.model("llama"))
     assert isinstance(bert, peft.PeftModelForSequenceClassification)
     assert isinstance(llama, peft.PeftModelForCausalLM)

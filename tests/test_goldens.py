@@ -22,7 +22,14 @@ LOGITS, LOSS, GRAD_ABSOLUTE, GRAD_RELATIVE, STEP_LOSS, WEIGHTS = 5e-5, 1e-5, 1e-
 _NOT_YET = ("cross_attention", "fuse_mt", "matmul", "generate")
 _CONFIG_KEYS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("intermediate_size", "max_position_embeddings", "type_vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *(
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    ),
     *("layer_norm_eps", "rms_norm_eps", "rope_theta", "head_dim", "hidden_act", "attention_bias", "mlp_bias"),
     *("tie_word_embeddings", "id2label"),
 )
@@ -178,7 +185,11 @@ def test_ten_training_steps_through_flare_trainer(folder, name, tmp_path) -> Non
     assert max(abs(a - b) for a, b in zip(losses, want, strict=True)) <= STEP_LOSS
     for key, parameter in lora_parameters(model).items():
         assert (parameter - tensors["final." + key]).abs().max() <= WEIGHTS, key
-    heads = {k.removeprefix("final.base."): v for k, v in tensors.items() if k.startswith("final.base.") and not k.endswith("f64")}
+    heads = {
+        k.removeprefix("final.base."): v
+        for k, v in tensors.items()
+        if k.startswith("final.base.") and not k.endswith("f64")
+    }
     parameters = dict(model.named_parameters())
     for key, weight in heads.items():
         head, _, rest = key.partition(".")

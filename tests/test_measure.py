@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+
 from flare.measure import StepTimer, peak_bytes, saved_bytes
 
 KIB = 1024  # bytes of a float32 tensor of 256 numbers
@@ -88,7 +89,7 @@ def test_growing_a_tensor_is_seen():
 def test_peak_sees_the_backward_pass():
     weight = torch.ones(256, requires_grad=True)
     with peak_bytes(live=[weight]) as peak:
-        # exp keeps its output; while exp's gradient is made, output, incoming gradient (expanded, 4 bytes) and result live
+        # While exp's gradient is made: its output, the incoming gradient (4 bytes, expanded) and the result live.
         loss = weight.exp().sum()
         loss.backward()
     assert weight.grad is not None

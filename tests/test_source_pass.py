@@ -250,7 +250,7 @@ def test_a_model_that_swallows_keyword_arguments_is_noticed(monkeypatch) -> None
     block = tiny.block_list(model.get_base_model())[1]
     plain = block.self_attn.forward
     monkeypatch.setattr(type(block), "forward", _without_source(type(block).forward))
-    with pytest.raises(RuntimeError, match="did not reach 6 of 6 fusing layers.*LlamaForCausalLM"):
+    with pytest.raises(RuntimeError, match=r"did not reach 6 of 6 fusing layers.*LlamaForCausalLM"):
         model(**tiny.batch("llama"))
     assert plain is not None
 

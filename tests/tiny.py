@@ -138,7 +138,9 @@ def source_hidden_states(peft_model: Any, inputs: dict[str, Tensor], offset: int
         states.append((output if isinstance(output, Tensor) else output[0]).detach())
 
     handles = [
-        block.register_forward_pre_hook(on_input, with_kwargs=True) if offset == 0 else block.register_forward_hook(on_output)
+        block.register_forward_pre_hook(on_input, with_kwargs=True)
+        if offset == 0
+        else block.register_forward_hook(on_output)
         for block in blocks
     ]
     with torch.no_grad(), peft_model.disable_adapter():

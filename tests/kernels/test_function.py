@@ -57,7 +57,10 @@ def assert_as_close_as_plain(got, plain, truth, dtype: torch.dtype) -> None:
 
 BACKEND = [
     "torch",
-    pytest.param("triton", marks=pytest.mark.skipif("not __import__('flare_kernels').backends()['triton']", reason="no Triton backend")),
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif("not __import__('flare_kernels').backends()['triton']", reason="no Triton backend"),
+    ),
 ]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flare_kernels import FUSIONS, fused_lora, fused_lora_qkv, reference
 from torch import Tensor
+
+from flare_kernels import FUSIONS, fused_lora, fused_lora_qkv, reference
 
 WIDTHS = {"q": 24, "k": 10, "v": 12}
 RANKS = {"q": 5, "k": 3, "v": 4}
@@ -76,7 +77,14 @@ def test_equals_the_oracle(backend, subset, fusion, source, device) -> None:
 
     def joint(leaves, adapters):
         base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
-        return fused_lora_qkv(leaves["x"], base_outputs=base, adapters=adapters, fusion=fusion, backend=backend, **sources(leaves, adapters))
+        return fused_lora_qkv(
+            leaves["x"],
+            base_outputs=base,
+            adapters=adapters,
+            fusion=fusion,
+            backend=backend,
+            **sources(leaves, adapters),
+        )
 
     def oracle(leaves, adapters):
         base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}

@@ -1,0 +1,133 @@
+"""The command `flare`: parse, call, print. What a command does stands in its own module."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 done, 2 something the user can mend, 130 interrupted)."""
+    parser = _parser()
+    arguments = vars(parser.parse_args(argv))
+    command = arguments.pop("command")
+    # bitsandbytes, where installed, announces missing CPU kernels on import, whether or not it is used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        return int(command(**arguments))
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def _demo(**options: object) -> int:
+    from .demo import DemoError, DemoSettings, run_demo
+
+    try:
+        run_demo(DemoSettings(**options), say=_say)  # type: ignore[arg-type]
+    except DemoError as error:
+        print(f"flare demo: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _info() -> int:
+    from flare_kernels import backends
+
+    from .demo.report import environment
+
+    here = environment()
+    for name, version in here["versions"].items():
+        _say(f"{name:<15}{version}")
+    _say(f"{'device':<15}{here['device']}")
+    _say(f"{'processor':<15}{here['cpu']}, {here['threads']} threads")
+    _say(f"{'platform':<15}{here['platform']}")
+    _say("kernel backends")
+    for name, status in backends().items():
+        _say(f"  {name:<13}{status}")
+    return 0
+
+
+def _say(line: str) -> None:
+    # tqdm's write keeps lines and progress bars apart.
+    from tqdm.auto import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    info = commands.add_parser("info", help="versions, device and kernel backends", description="For bug reports.")
+    info.set_defaults(command=_info)
+    demo = commands.add_parser(
+        "demo",
+        help="compare zero-shot, LoRA, input-level fusion and FLARE",
+        description="Cross-lingual transfer: zero-shot, plain LoRA, input-level fusion and FLARE on one base. Without "
+        "--model and --data it runs in a few minutes on a CPU, on a parallel corpus made by rule.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example on real data:\n  flare demo --model PATH_OR_HUB_ID --data FOLDER_OR_HUB_ID "
+        "--source english --target acehnese",
+    )
+    demo.set_defaults(command=_demo)
+    _demo_options(demo)
+    return parser
+
+
+def _demo_options(demo: argparse.ArgumentParser) -> None:
+    # Defaults stand in DemoSettings only; what is not given is not passed on.
+    missing = argparse.SUPPRESS
+
+    def add(group: argparse._ArgumentGroup, flag: str, text: str, kind: type = str, metavar: str | None = None) -> None:
+        group.add_argument(flag, type=kind, default=missing, metavar=metavar, help=text)
+
+    run = demo.add_argument_group("run")
+    add(
+        run,
+        "--output",
+        "folder for what the run writes: results.json, a table, a picture (default: flare-demo)",
+        Path,
+        "DIR",
+    )
+    add(run, "--seeds", "number of seeds (default: 3)", int, "N")
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=missing,
+        help="replace earlier results in the folder (default: keep them in its sub-folder earlier-N)",
+    )
+    add(run, "--rows", "use at most N rows of every part, for a quick look", int, "N")
+    add(run, "--threads", "CPU threads (default: PyTorch's choice)", int, "N")
+    add(run, "--cache-dir", "where the embedded base model is kept (default: ~/.cache/flare-kernels)", Path, "DIR")
+    run.add_argument("--no-progress", dest="progress", action="store_false", default=missing, help="no progress bars")
+
+    data = demo.add_argument_group("real data and a real model")
+    add(data, "--model", "folder or hub id of a transformers model", metavar="MODEL")
+    add(
+        data,
+        "--data",
+        "folder (one sub-folder per language, train.csv and test.csv with id, text, label) or hub id",
+        metavar="DATA",
+    )
+    add(data, "--source", "language the base is fine-tuned on", metavar="LANGUAGE")
+    add(data, "--target", "language the adapters are trained for", metavar="LANGUAGE")
+
+    recipe = demo.add_argument_group("recipe (defaults: embedded / real)")
+    add(recipe, "--fusion", "add, mul, add_relu or mul_relu (default: add_relu)", metavar="NAME")
+    add(recipe, "--noise", "share of words damaged in the noisy source, 0 for none (default: 0.15)", float, "SHARE")
+    add(recipe, "--r", "rank of the adapters (16 / 64)", int, "R")
+    add(recipe, "--alpha", "scale of the adapters times r (32 / 128)", float, "ALPHA")
+    add(recipe, "--epochs", "epochs over the pairs (10 / 8)", int, "N")
+    add(recipe, "--batch-size", "rows per step (32 / 32)", int, "N")
+    add(recipe, "--lr", "learning rate of the adapters (3e-3 / 1e-3)", float, "LR")
+    add(recipe, "--max-length", "tokens per text (24 / 64)", int, "M")
+    add(recipe, "--finetune-epochs", "epochs of full fine-tuning on the source language (15 / 5)", int, "N")
+    add(recipe, "--finetune-batch-size", "rows per step of it (32 / 16)", int, "N")
+    add(recipe, "--finetune-lr", "learning rate of it (1e-3 / 5e-5)", float, "LR")
+    add(recipe, "--pretrain-steps", "masked-language modelling steps of the embedded base (500)", int, "N")

@@ -1,0 +1,329 @@
+"""Compile the kernels ahead of time, for GPUs that need not be present, and report what the compiler made of them.
+
+``python -m flare_kernels.aot`` compiles each configuration of the launch table in bfloat16 for sm_80, sm_90 and sm_100
+and a few other cases; ``--all`` the whole grid. The public launchers are called on CPU tensors while
+:func:`flare_kernels.triton_ops.launch.recording` listens, so what is compiled is what would be launched: same
+arguments, same configuration, same specialisation. Exits with 1 if
+
+* a launch with aligned 2-byte operands and a rank up to 128 spills registers, or
+* a kernel needs more shared memory than a block may have on its target.
+
+Spills elsewhere are printed. Needs Triton, and its bundled ``cuobjdump``; no GPU and no driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fusion import FUSIONS
+
+#: Shared memory that one block may use, in bytes, by compute capability.
+_SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_BYTES = {capability: kb * 1024 for capability, kb in _SHARED_KB.items()}
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_TRITON_TYPE = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of calling the five primitives, on one target."""
+
+    capability: int
+    dtype: str = "bfloat16"
+    rank: int = 64
+    fusion: str | None = "mul_relu"
+    #: rows of 16-byte multiples, as every model has; else the odd widths that the kernels accept as well
+    aligned: bool = True
+    dropout: bool = False
+    #: dtype of A and B ("float32": PEFT's default); None for the dtype itself
+    adapter_dtype: str | None = None
+    #: dtype of x and G ("float32": autocast); None for the dtype itself
+    input_dtype: str | None = None
+
+    @property
+    def spills_are_errors(self) -> bool:
+        """Whether all operands are aligned, of 2 bytes, and the rank is at most 128."""
+        all_narrow = all(dtype in (None, "float16", "bfloat16") for dtype in (self.adapter_dtype, self.input_dtype))
+        return self.aligned and self.dtype != "float32" and all_narrow and self.rank <= 128
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to compile: a kernel specialised as a launch would specialise it. Picklable."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    divisible: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    capability: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a unit. ``spills`` is the stack frame in bytes, which only spills fill."""
+
+    kernel: str
+    case: Case
+    tiles: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    spills: int
+    shared: int
+    error: str = ""
+
+    @property
+    def violation(self) -> str:
+        if self.error:
+            return self.error
+        available = SHARED_BYTES[self.case.capability]
+        if self.shared > available:
+            return f"{self.shared} bytes of shared memory, sm_{self.case.capability} has {available}"
+        if self.spills and self.case.spills_are_errors:
+            return f"{self.spills} bytes of spills"
+        return ""
+
+
+def record(case: Case, *, rows: int = 16384) -> list[Any]:
+    """The launches that the five primitives make in this case, forward and backward."""
+    from . import triton_ops
+    from .triton_ops.keep_bits import keep_bits
+    from .triton_ops.launch import recording
+
+    dtype = _DTYPES[case.dtype]
+    adapter_dtype = _DTYPES[case.adapter_dtype or case.dtype]
+    input_dtype = _DTYPES[case.input_dtype or case.dtype]
+    M, K, N, R = rows, 1024, 1024, case.rank
+    if not case.aligned:
+        M, K, N = M - 3, K - 1, N - 3
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)  # never touched: no memory is spent
+
+    x, x_source = empty(M, K, dtype=input_dtype), empty(M, K, dtype=input_dtype)
+    A, B = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
+    y, G = empty(M, N), empty(M, N, dtype=input_dtype)
+    T, dT = empty(M, R), empty(M, R)
+    S, dS = (empty(M, R), empty(M, R)) if case.fusion else (None, None)
+    source = x_source if case.fusion else None
+    add = case.fusion == "add"
+    with recording(SHARED_BYTES[case.capability]) as launches:
+        masks: dict[str, Any] = {}
+        if case.dropout:
+            seed = torch.zeros((), dtype=torch.int64)
+            masks = {"mask": keep_bits(seed, M, K, 6554, 0), "keep_scale": 1.25}
+        both = masks | ({"mask_source": masks["mask"]} if masks and case.fusion else {})
+        triton_ops.shrink(x, source, A, compute_dtype=dtype, sum_streams=add, **both)
+        S, dS, fusion = (None, None, None) if add else (S, dS, case.fusion)  # "add" keeps the sum alone
+        triton_ops.expand_(y, T, S, B, scaling=2.0, fusion=fusion)
+        triton_ops.grad_bottleneck(G, T, S, B, scaling=2.0, fusion=fusion, B_grad_dtype=adapter_dtype)
+        triton_ops.grad_weight(dT, x, dT if add else dS, source, grad_dtype=adapter_dtype, **both)
+        triton_ops.grad_input(dT, A, dtype=input_dtype, **masks)
+    return launches
+
+
+def specialise(launch: Any, capability: int) -> Unit:
+    """The launch as Triton's JIT would compile it.
+
+    Pointers and integers divisible by 16 are marked so, an integer 1 and None become constants, floats are float32.
+    """
+    signature, constants, divisible = [], [], []
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.args[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            kind = "constexpr"
+            constants.append((index, value))
+        elif isinstance(value, Tensor):
+            kind = _TRITON_TYPE[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                divisible.append(index)
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(index)
+        signature.append((parameter.name, kind))
+    return Unit(
+        module=launch.kernel.fn.__module__,
+        kernel=launch.kernel.fn.__name__,
+        signature=tuple(signature),
+        constants=tuple(constants),
+        divisible=tuple(divisible),
+        num_warps=launch.config.num_warps,
+        num_stages=launch.config.num_stages,
+        capability=capability,
+    )
+
+
+def compile_unit(unit: Unit) -> dict[str, Any]:
+    """Compiles one unit and reads registers, spills and shared memory off the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        getattr(importlib.import_module(unit.module), unit.kernel),
+        signature=dict(unit.signature),
+        constexprs={(index,): value for index, value in unit.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in unit.divisible},
+    )
+    options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": True}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", unit.capability, 32), options=options)
+    except Exception as error:
+        return {"registers": 0, "spills": 0, "shared": 0, "error": f"{type(error).__name__}: {error}"}
+    registers, spills = _resource_usage(compiled.asm["cubin"])
+    return {"registers": registers, "spills": spills, "shared": int(compiled.metadata.shared)}
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, bytes of stack frame) of a cubin with one kernel."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def ci_cases() -> Iterator[Case]:
+    """What CI compiles: the table in bfloat16, and one case of each other kind per kernel."""
+    for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
+        yield Case(capability, rank=rank)
+    # sm_86 and sm_120 have the same rows and the same shared memory
+    yield from (Case(89, rank=rank) for rank in (16, 32, 64, 128))
+    yield Case(90, dtype="float32")
+    yield Case(90, aligned=False)
+    yield Case(90, rank=256)
+    yield Case(90, adapter_dtype="float32")
+    yield Case(90, dropout=True)
+
+
+def all_cases() -> Iterator[Case]:
+    """The whole grid."""
+    yield from ci_cases()
+    fusions = (None, *FUSIONS)
+    for capability, dtype, rank, fusion, aligned, dropout in itertools.product(
+        SHARED_BYTES, _DTYPES, (8, 16, 64, 128, 256), fusions, (True, False), (False, True)
+    ):
+        yield Case(capability, dtype, rank, fusion, aligned, dropout)
+    for capability, dtype, aligned in itertools.product(SHARED_BYTES, _DTYPES, (True, False)):
+        yield Case(capability, dtype, 32, aligned=aligned)
+    for capability, rank, dropout in itertools.product(SHARED_BYTES, (8, 16, 32, 64, 128, 256), (False, True)):
+        yield Case(capability, rank=rank, dropout=dropout, adapter_dtype="float32")
+        yield Case(capability, rank=rank, dropout=dropout, adapter_dtype="float32", input_dtype="float32")
+
+
+def compile_cases(cases: Iterable[Case], jobs: int = 2) -> Iterator[Report]:
+    """Compiles every distinct launch of the cases, in parallel; a launch counts for the first case that makes it."""
+    found: dict[Unit, tuple[Case, Any]] = {}
+    for case in cases:
+        for launch in record(case):
+            found.setdefault(specialise(launch, case.capability), (case, launch))
+    # spawned, not forked: torch and LLVM have threads
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for result, (case, launch) in zip(pool.map(compile_unit, found), found.values(), strict=True):
+            tiles = launch.config.tiles_of(launch.kernel.arg_names)
+            yield Report(
+                kernel=launch.kernel.fn.__name__.removesuffix("_kernel"),
+                case=case,
+                tiles=" ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in tiles.items()),
+                num_warps=launch.config.num_warps,
+                num_stages=launch.config.num_stages,
+                **result,
+            )
+
+
+_COLUMNS = ("kernel", "target", "dtype", "rank", "case", "tiles", "warps", "stages", "registers", "spills", "shared")
+
+
+def _row(report: Report) -> tuple[str, ...]:
+    case = report.case
+    kind = (
+        case.fusion or "plain",
+        "" if case.aligned else "unaligned",
+        "dropout" if case.dropout else "",
+        f"A,B {case.adapter_dtype}" if case.adapter_dtype else "",
+        f"x {case.input_dtype}" if case.input_dtype else "",
+    )
+    described = (report.kernel, f"sm_{case.capability}", case.dtype, str(case.rank), " ".join(filter(None, kind)))
+    options = (report.num_warps, report.num_stages, report.registers, report.spills, report.shared)
+    return (*described, report.tiles, *map(str, options))
+
+
+def _print_row(cells: Iterable[str]) -> None:
+    widths = (12, 7, 9, 5, 27, 16, 6, 7, 10, 7, 7)
+    print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip(), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: compile, print a row per launch, return 1 on a violation."""
+    parser = argparse.ArgumentParser(prog="python -m flare_kernels.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--all", action="store_true", help="the whole grid (an hour or more) instead of CI's selection")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes (default 2)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    try:
+        import triton
+    except ImportError:
+        print("flare_kernels.aot needs Triton, which is not installed", file=sys.stderr)
+        return 2
+    if triton.knobs.runtime.interpret:
+        print("flare_kernels.aot cannot compile under TRITON_INTERPRET=1: unset it", file=sys.stderr)
+        return 2
+
+    reports = []
+    if not options.json:
+        _print_row(_COLUMNS)
+    for report in compile_cases(all_cases() if options.all else ci_cases(), options.jobs):
+        reports.append(report)
+        if not options.json:
+            _print_row(_row(report))
+            if report.violation:
+                print(f"    VIOLATION: {report.violation}", flush=True)
+    violations = [report for report in reports if report.violation]
+    if options.json:
+        rows = [dataclasses.asdict(report) | {"violation": report.violation} for report in reports]
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{len(reports)} launches compiled, {len(violations)} violations")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

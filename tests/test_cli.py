@@ -1,0 +1,147 @@
+"""The command line: what it offers, and its errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flare.cli import main
+from flare.demo.settings import DemoError, DemoSettings
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = main(arguments)
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_lists_the_commands_there_are(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert "demo" in out and "info" in out
+    for absent in ("finetune", "translate", "evaluate", "bench"):
+        assert absent not in out
+
+
+def test_no_command_is_an_error(capsys):
+    status, _, err = run(capsys)
+    assert status == 2
+    assert "COMMAND" in err
+
+
+def test_info_names_versions_device_and_backends(capsys):
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    for word in ("torch", "transformers", "peft", "device", "triton", "reference", "available"):
+        assert word in out
+
+
+def test_python_m_flare_is_the_same():
+    done = subprocess.run(
+        [sys.executable, "-m", "flare", "demo", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    for option in (
+        "--output",
+        "--seeds",
+        "--model",
+        "--data",
+        "--source",
+        "--target",
+        "--fusion",
+        "--noise",
+        "--threads",
+    ):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seeds", "0"], ["--seeds", "1 or more", "got 0"]),
+        (["--seeds", "many"], ["--seeds", "invalid int"]),
+        (["--fusion", "concat"], ["--fusion", "add_relu", "concat"]),
+        (["--noise", "1"], ["--noise", "0 up to"]),
+        (["--lr", "0"], ["--lr", "greater than 0"]),
+        (["--max-length", "3"], ["--max-length", "4 or more"]),
+        (["--max-length", "65", "--pretrain-steps", "1"], ["--max-length", "64 or less"]),
+        (["--threads", "-1"], ["--threads"]),
+        (["--target", "acehnese"], ["--target", "--data"]),
+        (["--model", "somewhere"], ["--model", "--data"]),
+        (["--data", "somewhere"], ["--data", "--model"]),
+        (["--model", "m", "--data", "d", "--source", "english"], ["--target"]),
+        (["--model", "m", "--data", "d", "--source", "english", "--target", "english"], ["--source", "--target"]),
+        (["--model", "m", "--data", "/no/such", "--source", "a", "--target", "b"], ["--data", "/no/such"]),
+        (["--colour", "red"], ["--colour"]),
+    ],
+)
+def test_bad_values_name_the_option(capsys, tmp_path, arguments, words):
+    status, _, err = run(
+        capsys,
+        "demo",
+        "--output",
+        str(tmp_path / "out"),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--no-progress",
+        *arguments,
+    )
+    assert status == 2
+    for word in words:
+        assert word in err, err
+    assert "Traceback" not in err
+
+
+def test_output_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    status, _, err = run(capsys, "demo", "--output", str(tmp_path / "file"))
+    assert status == 2
+    assert "--output" in err and "another folder" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_every_option_reaches_the_settings(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("flare.demo.run_demo", lambda settings, say: seen.update(settings=settings))
+    flags = {
+        "--output": "o", "--seeds": "2", "--rows": "9", "--threads": "1", "--cache-dir": "c", "--model": "m", "--data": "d",
+        "--source": "s", "--target": "t", "--fusion": "mul", "--noise": "0.3", "--r": "4", "--alpha": "8", "--epochs": "2",
+        "--batch-size": "5", "--lr": "0.1", "--max-length": "12", "--finetune-epochs": "1", "--finetune-batch-size": "6",
+        "--finetune-lr": "0.2", "--pretrain-steps": "7",
+    }  # fmt: skip
+    assert main(["demo", "--overwrite", "--no-progress", *(word for item in flags.items() for word in item)]) == 0
+    settings = seen["settings"]
+    for flag, value in flags.items():
+        given = getattr(settings, flag[2:].replace("-", "_"))
+        assert str(given) in (value, f"{value}.0"), flag
+    assert settings.overwrite is True and settings.progress is False
+
+
+def test_defaults():
+    embedded = DemoSettings().resolved()
+    assert (embedded.r, embedded.epochs, embedded.seeds) == (16, 10, 3)
+    real = DemoSettings(model="m", data="d", source="english", target="acehnese").resolved()
+    assert (real.r, real.alpha, real.epochs, real.batch_size, real.lr, real.max_length) == (64, 128, 8, 32, 1e-3, 64)
+    assert DemoSettings(r=3).resolved().r == 3
+    with pytest.raises(DemoError, match="--r "):
+        DemoSettings(r=0).resolved()
+
+
+def test_interrupting_is_not_a_crash(monkeypatch, capsys):
+    def interrupted(settings, say):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flare.demo.run_demo", interrupted)
+    status, _, err = run(capsys, "demo")
+    assert status == 130
+    assert "Traceback" not in err

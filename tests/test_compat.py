@@ -1,0 +1,97 @@
+"""The private symbols of PEFT and transformers that flare leans on, by name: an upgrade that moves one fails here."""
+
+from __future__ import annotations
+
+import inspect
+
+import peft
+import pytest
+import tiny
+import transformers
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from flare import _compat
+
+
+def test_pefts_maps_accept_our_type() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+
+    import flare
+
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["FLARE"] is flare.FlareConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["FLARE"] is flare.FlareModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["FLARE"] == "lora_"
+    assert "fusion" in CONFIG_KEYS_TO_CHECK["FLARE"] and "use_rslora" in CONFIG_KEYS_TO_CHECK["FLARE"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [
+        (BaseTuner, "inject_adapter", ["model", "adapter_name"]),
+        (LoraModel, "_prepare_adapter_config", ["peft_config", "model_config"]),
+        (BaseTuner, "merge_adapter", ["adapter_names", "safe_merge"]),
+        (BaseTuner, "merge_and_unload", ["progressbar", "safe_merge", "adapter_names"]),
+        (BaseTuner, "unload", []),
+        (BaseTuner, "delete_adapter", ["adapter_name"]),
+        (LoraModel, "add_weighted_adapter", ["adapters"]),
+        (LoraLayer, "_check_forward_args", ["x"]),
+        (peft.tuners.lora.Linear, "merge", ["safe_merge", "adapter_names"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_methods_we_override_or_call(owner, name, parameters) -> None:
+    assert list(inspect.signature(getattr(owner, name)).parameters)[1 : 1 + len(parameters)] == parameters
+
+
+def test_attributes_of_a_lora_layer() -> None:
+    model = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
+    for name in (
+        "lora_A",
+        "lora_B",
+        "lora_dropout",
+        "scaling",
+        "lora_variant",
+        "base_layer",
+        "merged",
+        "lora_embedding_A",
+    ):
+        assert hasattr(layer, name), name
+    assert layer.disable_adapters is False and layer._disable_adapters is False
+    assert _compat.set_adapters_disabled(layer, True) is False and layer.disable_adapters is True
+    assert isinstance(LoraLayer.other_param_names, tuple) and "scaling" in LoraLayer.other_param_names
+    assert issubclass(LoraLayer, BaseTunerLayer)
+
+
+def test_a_modules_to_save_wrapper_switches_by_the_same_flag() -> None:
+    model = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    wrapper = model.get_base_model().classifier
+    assert isinstance(wrapper, _compat.AuxiliaryTrainingWrapper)
+    assert wrapper._disable_adapters is False and hasattr(wrapper, "original_module")
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "gemma2", "mt5"])
+def test_models_are_built_of_checkpointing_blocks_and_have_a_backbone(family) -> None:
+    model = tiny.model(family)
+    assert any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    assert isinstance(model.base_model, transformers.PreTrainedModel)
+
+
+def test_bitsandbytes_layers_are_told_by_name() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
+    import bitsandbytes as bnb
+    import peft.tuners.lora as lora
+
+    assert _compat.is_bnb_lora(lora.Linear4bit) and _compat.is_bnb_lora(lora.Linear8bitLt)
+    assert not _compat.is_bnb_lora(lora.Linear)
+    assert _compat.is_bnb_linear(bnb.nn.Linear4bit(4, 4)) and not _compat.is_bnb_linear(tiny.torch.nn.Linear(4, 4))
+
+
+def test_an_old_version_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(_compat.REQUIRED, "peft", ("99.0", "99.1"))
+    with pytest.raises(ImportError, match=r"flare needs peft>=99.0, found .*pip install"):
+        _compat.check_versions()

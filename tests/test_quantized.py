@@ -1,0 +1,77 @@
+"""Adapters over bitsandbytes' 4-bit and 8-bit linears, on the CPU: the quantised product stays with its library."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+
+import flare
+from flare_kernels import reference
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
+
+KINDS = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.model("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    return folder
+
+
+def quantized(checkpoint, kind: str):
+    """A tiny Llama whose linears are quantised, its other weights in bf16."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        quantization_config=transformers.BitsAndBytesConfig(**KINDS[kind]),
+        device_map={"": "cpu"},
+        dtype=torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_base(kind, checkpoint, tmp_path) -> None:
+    """Same numbers as the method over PEFT's own quantised layers; it trains, saves and reloads."""
+    inputs = tiny.batch("llama")
+    plain = {k: v for k, v in inputs.items() if not k.startswith("source_")}
+    lora = {"r": 4, "lora_alpha": 8}
+    stock = peft.get_peft_model(
+        quantized(checkpoint, kind), peft.LoraConfig(**lora, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    model = flare.fast_lora(quantized(checkpoint, kind), **lora)
+    for each in (stock, model):
+        tiny.randomize_lora(each)
+        each.train()  # in eval mode bitsandbytes repacks 4-bit weights on some CPUs
+    assert {row.backend_layer for row in model.fast_lora_report().fused} == {
+        {"nf4": "FlareLinear4bit", "int8": "FlareLinear8bitLt"}[kind]
+    }
+    states = tiny.source_hidden_states(stock, inputs, offset=1)
+    with (
+        torch.no_grad(),
+        tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), ("q_proj", "v_proj")),
+    ):
+        want = stock(**plain).logits
+    got = model(**inputs)
+    scale = want.abs().max().item()
+    assert (got.logits - want).abs().max() <= 0.05 * scale
+    with torch.no_grad():
+        assert (model(**plain).logits - got.logits).abs().max() > 0.05 * scale, "the source must matter"
+    got.loss.backward()
+    grads = tiny.gradients(model)
+    assert grads and all(torch.isfinite(g).all() and g.any() for g in grads.values())
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(quantized(checkpoint, kind), tmp_path).train()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, got.logits.detach(), rtol=0, atol=0)
