@@ -113,15 +113,53 @@ def test_output_that_is_a_file(capsys, tmp_path):
 def test_every_option_reaches_the_settings(monkeypatch):
     seen = {}
     monkeypatch.setattr("flare.demo.run_demo", lambda settings, say: seen.update(settings=settings))
-    flags = {
-        "--output": "o", "--seeds": "2", "--rows": "9", "--threads": "1", "--cache-dir": "c", "--model": "m", "--data": "d",
-        "--source": "s", "--target": "t", "--fusion": "mul", "--noise": "0.3", "--r": "4", "--alpha": "8", "--epochs": "2",
-        "--batch-size": "5", "--lr": "0.1", "--max-length": "12", "--finetune-epochs": "1", "--finetune-batch-size": "6",
-        "--finetune-lr": "0.2", "--pretrain-steps": "7",
-    }  # fmt: skip
-    assert main(["demo", "--overwrite", "--no-progress", *(word for item in flags.items() for word in item)]) == 0
+    words = [
+        "--output",
+        "o",
+        "--seeds",
+        "2",
+        "--rows",
+        "9",
+        "--threads",
+        "1",
+        "--cache-dir",
+        "c",
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--source",
+        "s",
+        "--target",
+        "t",
+        "--fusion",
+        "mul",
+        "--noise",
+        "0.3",
+        "--r",
+        "4",
+        "--alpha",
+        "8",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "5",
+        "--lr",
+        "0.1",
+        "--max-length",
+        "12",
+        "--finetune-epochs",
+        "1",
+        "--finetune-batch-size",
+        "6",
+        "--finetune-lr",
+        "0.2",
+        "--pretrain-steps",
+        "7",
+    ]
+    assert main(["demo", "--overwrite", "--no-progress", *words]) == 0
     settings = seen["settings"]
-    for flag, value in flags.items():
+    for flag, value in zip(words[::2], words[1::2], strict=True):
         given = getattr(settings, flag[2:].replace("-", "_"))
         assert str(given) in (value, f"{value}.0"), flag
     assert settings.overwrite is True and settings.progress is False

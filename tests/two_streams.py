@@ -26,6 +26,7 @@ TASKS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "bert-spans": ("bert", BertForQuestionAnswering, {"num_labels": 2}),
     "xlmr": ("xlmr", tiny.CLASSES["xlmr"], {"type_vocab_size": 1}),
     "llama": ("llama", tiny.CLASSES["llama"], {}),
+    "llama-text": ("llama", tiny.CLASSES["llama"], {}),  # no prompt: every token is a label
     "llama-classes": ("llama", LlamaForSequenceClassification, {"num_labels": 3}),
     "mt5": ("mt5", tiny.CLASSES["mt5"], {}),
 }
@@ -79,6 +80,8 @@ def rows(task: str, count: int, seed: int = 0, source: bool = True) -> list[dict
         elif task == "bert-spans":
             start = draw.randrange(1, len(ids) - 1)
             row |= {"start_positions": start, "end_positions": draw.randrange(start, len(ids) - 1)}
+        elif task == "llama-text":
+            row["labels"] = list(ids)
         elif task == "llama":
             prompt, answer = [BOS, *words(2, 6)], words(1, 5)
             row |= {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}

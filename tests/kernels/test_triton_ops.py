@@ -6,6 +6,7 @@ PEFT's layers make), plus one machine epsilon of that dtype at the scale of the 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from flare_kernels import dropout, triton_ops
+from flare_kernels import dropout, torch_ops, triton_ops
 from flare_kernels.fusion import FUSIONS, get_fusion
 from flare_kernels.triton_ops import config
 from flare_kernels.triton_ops.launch import recording
@@ -293,7 +294,7 @@ def test_sum_in_T_needs_no_S(device: torch.device) -> None:
     want_dT, _, want_dB = triton_ops.grad_bottleneck(i.G, i.T, i.S, i.B, **options)
     assert dS is None and torch.equal(dT, want_dT)
     torch.testing.assert_close(dB, want_dB)
-    frozen = triton_ops.grad_bottleneck(i.G, None, None, i.B, need_B=False, compute_dtype=F32, **options)
+    frozen = triton_ops.grad_bottleneck(i.G, None, None, i.B, need_B=False, **options)
     assert torch.equal(frozen[0], want_dT) and frozen[1:] == (None, None)
 
 
@@ -381,6 +382,14 @@ def test_nan_is_not_hidden_by_relu(device: torch.device) -> None:
     i.T[3, 2] = torch.nan
     triton_ops.expand_(i.y, i.T, i.S, i.B, scaling=SCALING, fusion="add_relu")
     assert i.y[3].isnan().all() and not i.y[4].isnan().any()
+
+
+def test_same_signatures_as_the_torch_backend() -> None:
+    """The autograd nodes are written once over either module."""
+    for name in triton_ops.__all__:
+        ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (triton_ops, torch_ops))
+        kinds = [[(key, p.kind, p.default) for key, p in side.items()] for side in (ours, theirs)]
+        assert kinds[0] == kinds[1], name
 
 
 def test_table_holds_every_choice() -> None:
