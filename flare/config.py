@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 
@@ -28,6 +30,15 @@ _VARIANTS = (
     "layer_replication",
     "target_parameters",
 )
+
+_CARD_HEADING = "## Loading this adapter"
+_CARD = f"""{_CARD_HEADING}
+
+A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the package
+`flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`) and,
+beside the usual inputs, `source_input_ids` and `source_attention_mask`. It cannot be merged into the base weights,
+because what it adds depends on the source text.
+"""
 
 
 @dataclass
@@ -69,6 +80,17 @@ class FlareConfig(LoraConfig):
     )
     cross_attention_heads: int = field(default=1, metadata={"help": "Heads of fusion='cross_attention'."})
     latent_dim: int | None = field(default=None, metadata={"help": "FLARE MT: width of the MT encoder."})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, which writes adapter_config.json; then says in the model card what loading this adapter takes."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        for card in (folder / "README.md", folder.parent / "README.md"):  # a named adapter lies one folder down
+            if card.is_file():
+                text = card.read_text(encoding="utf-8")
+                if _CARD_HEADING not in text:
+                    card.write_text(text.rstrip() + "\n\n" + _CARD, encoding="utf-8")
+                break
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -150,7 +150,8 @@ def test_save_and_load(family, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["peft_type"], saved["fusion"], saved["source_layer_offset"], saved["r"]) == ("FLARE", "mul", 0, 5)
-    assert (tmp_path / "README.md").is_file()
+    model.save_pretrained(tmp_path)  # a second time: the card must not grow
+    assert (tmp_path / "README.md").read_text().count("`import flare` before") == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         loaded = peft.PeftModel.from_pretrained(tiny.model(family), tmp_path).eval()
