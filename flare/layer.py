@@ -72,16 +72,27 @@ class FlareLayer:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("alora_offsets", None)
-        result = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                result = self._add_adapter(name, x, result, source)
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if x.dim() > 2 and _gives_a_view(self.base_layer) and not args and not kwargs:
+            # flat rows: the linear's output then stands in memory of its own and can be accumulated into
+            lead, x = x.shape[:-1], x.flatten(0, -2)
+            return self._with_adapters(active, x, self.base_layer(x), source, flat=True).unflatten(0, lead)
+        return self._with_adapters(active, x, self.base_layer(x, *args, **kwargs), source)
+
+    def _with_adapters(
+        self, active: list[str], x: Tensor, result: Tensor, source: LayerSource | None, flat: bool = False
+    ) -> Tensor:
+        for name in active:
+            result = self._add_adapter(name, x, result, source, flat)
         return result
 
-    def _add_adapter(self, name: str, x: Tensor, result: Tensor, source: LayerSource | None) -> Tensor:
+    def _add_adapter(self, name: str, x: Tensor, result: Tensor, source: LayerSource | None, flat: bool) -> Tensor:
         lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         fusion = self.flare_fusion.get(name)
         x_source, bottleneck = (None, None) if source is None or fusion is None else source.of(name)
+        if flat:
+            x_source = None if x_source is None else x_source.flatten(0, -2)
+            bottleneck = None if bottleneck is None else bottleneck.flatten(0, -2)
         result = fused_lora(
             x,
             x_source,
@@ -108,6 +119,15 @@ class FlareLayer:
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.flare_unmergeable:
                 raise ValueError(MERGE_REFUSED.format(name=name, fusion=self.flare_unmergeable[name]))
+
+
+def _gives_a_view(base_layer: nn.Module) -> bool:
+    """Whether a frozen layer returns a view for inputs of more than two dimensions, which would have to be copied.
+
+    torch.nn.Linear with a bias does (addmm, then view). One that somebody hooks is called as it would be without us.
+    """
+    hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks
+    return type(base_layer) is nn.Linear and base_layer.bias is not None and not hooked
 
 
 class FlareLinear(FlareLayer, LoraLinear):

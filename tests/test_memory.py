@@ -57,3 +57,29 @@ def test_saved_bytes_against_pefts_eager_layers(fusion, capsys) -> None:
         "x and x_source of every block must be there, or nothing was measured"
     )
     assert ours <= 0.4 * eager
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("train", [True, False])
+def test_the_frozen_output_is_accumulated_into_and_not_copied(family, train, monkeypatch) -> None:
+    """With a bias (BERT) or without (Llama): every adapter's result stands where the frozen linear's output stood."""
+    model = flare.fast_lora(tiny.model(family), r=4)
+    tiny.randomize_lora(model)
+    places = []
+    for name, layer in model.named_modules():
+        if name.endswith(".base_layer"):
+            plain = layer.forward
+
+            def noted(x, plain=plain):
+                y = plain(x)
+                places.append(y.untyped_storage().data_ptr())
+                return y
+
+            monkeypatch.setattr(layer, "forward", noted)
+            owner = model.get_submodule(name.removesuffix(".base_layer"))
+            owner.register_forward_hook(lambda m, a, y: places.append(y.untyped_storage().data_ptr()))
+    with torch.set_grad_enabled(train):
+        model(**tiny.batch(family))
+    pairs = list(zip(places[::2], places[1::2], strict=True))
+    assert len(pairs) == 2 * 2 * tiny.LAYERS, "source and target pass, query and value of each block"
+    assert all(before == after for before, after in pairs)
