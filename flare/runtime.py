@@ -206,6 +206,7 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
 # --- the source pass of one forward -----------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # the frozen pass stays eager under a compiled model: its hooks come and go
 def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tuple[int, ...] | None) -> SourceCarrier:
     """Run the source pass (or read the given states) and return what travels to the layers.
 

@@ -274,3 +274,15 @@ def test_tied_copies_do_not_share_a_carrier() -> None:
     assert all(isinstance(layer, nn.Module) for layer in runtime_of(twin.get_base_model()).layers)
     own = {id(m) for m in twin.modules()}
     assert all(id(layer) in own for layer in runtime_of(twin.get_base_model()).layers)
+
+
+def test_the_frozen_pass_stays_eager_under_a_compiled_model() -> None:
+    """torch.compile around the whole model: the same loss and gradients (graphs break at the source pass)."""
+    inputs = tiny.batch("llama")
+    model = fused("llama")
+    want_loss, want = loss_and_gradients(model, inputs)
+    model.zero_grad()
+    loss = torch.compile(model, backend="eager")(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), want_loss[0])
+    assert_same_gradients(tiny.gradients(model), want)
