@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
-    # bitsandbytes, where installed, announces missing CPU kernels on import, whether or not it is used.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return int(command(**arguments))
     except KeyboardInterrupt:
@@ -69,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="compare zero-shot, LoRA, input-level fusion and FLARE",
-        description="Cross-lingual transfer: zero-shot, plain LoRA, input-level fusion and FLARE on one base. Without "
-        "--model and --data it runs in a few minutes on a CPU, on a parallel corpus made by rule.",
+        description="Cross-lingual transfer: zero-shot, plain LoRA, input-level fusion and FLARE on one base.\n"
+        "Without --model and --data it runs in a few minutes on a CPU, on a parallel corpus made by rule.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example on real data:\n  flare demo --model PATH_OR_HUB_ID --data FOLDER_OR_HUB_ID "
         "--source english --target acehnese",
@@ -87,7 +84,7 @@ def _demo_options(demo: argparse.ArgumentParser) -> None:
     def add(group: argparse._ArgumentGroup, flag: str, text: str, kind: type = str, metavar: str | None = None) -> None:
         group.add_argument(flag, type=kind, default=missing, metavar=metavar, help=text)
 
-    run = demo.add_argument_group("run")
+    run = demo.add_argument_group("run (A / B: default on the embedded corpus / on real data)")
     add(
         run,
         "--output",
@@ -103,7 +100,7 @@ def _demo_options(demo: argparse.ArgumentParser) -> None:
         help="replace earlier results in the folder (default: keep them in its sub-folder earlier-N)",
     )
     add(run, "--rows", "use at most N rows of every part, for a quick look", int, "N")
-    add(run, "--threads", "CPU threads (default: PyTorch's choice)", int, "N")
+    add(run, "--threads", "CPU threads (default: 1 / PyTorch's choice)", int, "N")
     add(run, "--cache-dir", "where the embedded base model is kept (default: ~/.cache/flare-kernels)", Path, "DIR")
     run.add_argument("--no-progress", dest="progress", action="store_false", default=missing, help="no progress bars")
 
@@ -118,14 +115,14 @@ def _demo_options(demo: argparse.ArgumentParser) -> None:
     add(data, "--source", "language the base is fine-tuned on", metavar="LANGUAGE")
     add(data, "--target", "language the adapters are trained for", metavar="LANGUAGE")
 
-    recipe = demo.add_argument_group("recipe (defaults: embedded / real)")
+    recipe = demo.add_argument_group("recipe (A / B: default on the embedded corpus / on real data)")
     add(recipe, "--fusion", "add, mul, add_relu or mul_relu (default: add_relu)", metavar="NAME")
     add(recipe, "--noise", "share of words damaged in the noisy source, 0 for none (default: 0.15)", float, "SHARE")
     add(recipe, "--r", "rank of the adapters (16 / 64)", int, "R")
     add(recipe, "--alpha", "scale of the adapters times r (32 / 128)", float, "ALPHA")
     add(recipe, "--epochs", "epochs over the pairs (10 / 8)", int, "N")
     add(recipe, "--batch-size", "rows per step (32 / 32)", int, "N")
-    add(recipe, "--lr", "learning rate of the adapters (3e-3 / 1e-3)", float, "LR")
+    add(recipe, "--lr", "learning rate of the adapters (5e-3 / 1e-3)", float, "LR")
     add(recipe, "--max-length", "tokens per text (24 / 64)", int, "M")
     add(recipe, "--finetune-epochs", "epochs of full fine-tuning on the source language (15 / 5)", int, "N")
     add(recipe, "--finetune-batch-size", "rows per step of it (32 / 16)", int, "N")

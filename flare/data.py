@@ -207,6 +207,8 @@ class FlareDataCollator:
         if layout == "causal":
             _strip_padding(text)
             labels = text.columns.get("labels", [])
+            if labels:  # a first token is never predicted, but would be, from a pad, once padding stands before it
+                labels = text.columns["labels"] = [-100, *labels[1:]]
             text.split = next((i for i, label in enumerate(labels) if label != -100), len(text))
         self._fit(text, row, index, prefix, layout)
         return text

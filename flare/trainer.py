@@ -113,10 +113,10 @@ class FlareTrainer(Trainer):
         here = self._items(inputs) if num_items_in_batch is not None and self._normalises() else None
         if here is None or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Without a labelled item the mean is 0 / 0; clamped, a model that divides by the number returns 0.
+        # Without a labelled item the mean is 0 / 0, and its share none.
         found = super().compute_loss(model, inputs, return_outputs, here.clamp(min=1))
         loss = found[0] if return_outputs else found
-        loss = loss * (here / num_items_in_batch)
+        loss = torch.where(here > 0, loss * (here / num_items_in_batch), 0.0)
         return (loss, found[1]) if return_outputs else loss
 
     def _normalises(self) -> bool:

@@ -294,7 +294,7 @@ def _print_row(cells: Iterable[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line: compile, print a row per launch, return 1 on a violation."""
     parser = argparse.ArgumentParser(prog="python -m flare_kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--all", action="store_true", help="the whole grid (an hour or more) instead of CI's selection")
+    parser.add_argument("--all", action="store_true", help="compile the whole grid (some half an hour)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes (default 2)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)

@@ -82,6 +82,10 @@ def test_python_m_flare_is_the_same():
         (["--model", "m", "--data", "d", "--source", "english"], ["--target"]),
         (["--model", "m", "--data", "d", "--source", "english", "--target", "english"], ["--source", "--target"]),
         (["--model", "m", "--data", "/no/such", "--source", "a", "--target", "b"], ["--data", "/no/such"]),
+        (
+            ["--model", "m", "--data", "d", "--source", "a", "--target", "b", "--pretrain-steps", "1"],
+            ["--pretrain-steps", "embedded"],
+        ),
         (["--colour", "red"], ["--colour"]),
     ],
 )
@@ -113,50 +117,12 @@ def test_output_that_is_a_file(capsys, tmp_path):
 def test_every_option_reaches_the_settings(monkeypatch):
     seen = {}
     monkeypatch.setattr("flare.demo.run_demo", lambda settings, say: seen.update(settings=settings))
-    words = [
-        "--output",
-        "o",
-        "--seeds",
-        "2",
-        "--rows",
-        "9",
-        "--threads",
-        "1",
-        "--cache-dir",
-        "c",
-        "--model",
-        "m",
-        "--data",
-        "d",
-        "--source",
-        "s",
-        "--target",
-        "t",
-        "--fusion",
-        "mul",
-        "--noise",
-        "0.3",
-        "--r",
-        "4",
-        "--alpha",
-        "8",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "5",
-        "--lr",
-        "0.1",
-        "--max-length",
-        "12",
-        "--finetune-epochs",
-        "1",
-        "--finetune-batch-size",
-        "6",
-        "--finetune-lr",
-        "0.2",
-        "--pretrain-steps",
-        "7",
-    ]
+    text = (
+        "--output o --seeds 2 --rows 9 --threads 1 --cache-dir c --model m --data d --source s --target t --fusion mul "
+        "--noise 0.3 --r 4 --alpha 8 --epochs 2 --batch-size 5 --lr 0.1 --max-length 12 --finetune-epochs 1 "
+        "--finetune-batch-size 6 --finetune-lr 0.2 --pretrain-steps 7"
+    )
+    words = text.split()
     assert main(["demo", "--overwrite", "--no-progress", *words]) == 0
     settings = seen["settings"]
     for flag, value in zip(words[::2], words[1::2], strict=True):

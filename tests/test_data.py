@@ -167,6 +167,13 @@ def test_causal_rows_that_were_padded_before_are_laid_out_anew():
     )
 
 
+def test_causal_text_without_a_prompt_does_not_predict_its_first_token_from_padding():
+    given = [{"input_ids": [BOS, A, B], "labels": [BOS, A, B]}, {"input_ids": [BOS, A, C], "labels": [-100, -100, C]}]
+    batch = FlareDataCollator(tokenizer(), require_source=False)(given)
+    assert batch["input_ids"].tolist() == [[PAD, BOS, A, B], [BOS, A, C, PAD]]
+    assert batch["labels"].tolist() == [[-100, -100, A, B], [-100, -100, C, -100]]
+
+
 def test_causal_fixed_width_pads_prompts_on_the_left():
     batch = FlareDataCollator(tokenizer(), padding="max_length", max_length=8)(answers())
     assert batch["input_ids"].tolist()[0] == [PAD, PAD, PAD, BOS, A, B, C, D]

@@ -63,7 +63,7 @@ def test_memory_is_exact_and_in_the_expected_order(demo):
 
 def test_run_json_tells_how_it_was_made(demo):
     run = json.loads((demo[0] / "run.json").read_text())
-    assert run["settings"]["r"] == 4 and run["settings"]["lr"] == 3e-3
+    assert run["settings"]["r"] == 4 and run["settings"]["lr"] == 5e-3
     assert run["seeds"] == [0]
     assert run["environment"]["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
     assert {"date", "duration_s", "source_macro_f1", "sizes", "languages", "units"} <= set(run)
@@ -277,6 +277,15 @@ def test_from_the_hub(folder, monkeypatch):
     data = load_parallel("someone/parallel", "english", "vemari")
     assert data.train[0] == ("1", "english 1", "vemari 1", "good")
     assert ("someone/parallel", "vemari", "test") in calls
+
+    def script(name, language, split, revision="main"):
+        if revision == "main":
+            raise RuntimeError("Dataset scripts are no longer supported, but found parallel.py")
+        assert revision == "refs/convert/parquet"
+        return load_dataset(name, language, split)
+
+    monkeypatch.setattr(datasets, "load_dataset", script)
+    assert load_parallel("someone/parallel", "english", "vemari").train == data.train
 
     def fails(*_, **__):
         raise RuntimeError("no such data set")

@@ -92,12 +92,18 @@ def test_flare_kernels_imports_without_triton_and_says_so():
         """
         import sys
 
-        class NoTriton:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] == "triton":
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        class Hides:
+            # A finder that does not see triton, as where it is not installed.
+            def __init__(self, finder):
+                self.finder = finder
 
-        sys.meta_path.insert(0, NoTriton())
+            def find_spec(self, name, path=None, target=None):
+                return None if name.partition(".")[0] == "triton" else self.finder.find_spec(name, path, target)
+
+            def __getattr__(self, name):
+                return getattr(self.finder, name)
+
+        sys.meta_path[:] = [Hides(finder) for finder in sys.meta_path]
         import torch
         import flare_kernels
 

@@ -63,7 +63,16 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def gradients(trainer_class: type, model: Any, data: list[dict], folder: Path, micro: int, steps: int, **options: Any):
+def gradients(
+    trainer_class: type,
+    model: Any,
+    data: list[dict],
+    folder: Path,
+    micro: int,
+    steps: int,
+    layout: str | None = None,
+    **options: Any,
+):
     """The gradients of one optimizer step over ``steps`` micro-batches of up to ``micro`` rows, and the logged loss."""
     seen = Gradients()
     trainer = trainer_class(
@@ -79,7 +88,9 @@ def gradients(trainer_class: type, model: Any, data: list[dict], folder: Path, m
         ),
         train_dataset=Dataset.from_list(data),
         # one width for every batch: a softmax over positions (spans) and fused pad positions depend on it
-        data_collator=FlareDataCollator(tokenizer(), "max_length", 16, require_source=False, layout=layout_of(model)),
+        data_collator=FlareDataCollator(
+            tokenizer(), "max_length", 16, require_source=False, layout=layout or layout_of(model)
+        ),
         callbacks=[seen],
     )
     trainer.train()
@@ -132,6 +143,21 @@ def test_accumulation_with_fusing_adapters(family: str, tmp_path: Path):
     assert distance(parts, whole) < 1e-5
     plain, _ = gradients(FlareTrainer, flare_model(family, fusion=None), data, tmp_path, micro=7, steps=1)
     assert distance(whole, plain) > 0.1  # the source took part
+
+
+def test_accumulation_for_a_causal_model_that_ignores_the_count(tmp_path: Path):
+    """The first token of a row is no target of its loss, and so may not be counted, though it has a label."""
+    data = rows("llama-text", 7, source=False)
+
+    def model() -> Any:
+        made = lora("llama-text")
+        stock = made.get_base_model().loss_function
+        made.get_base_model().loss_function = lambda num_items_in_batch=None, **kwargs: stock(**kwargs)
+        return made
+
+    whole, _ = gradients(FlareTrainer, model(), data, tmp_path, micro=7, steps=1, layout="encoder")
+    parts, _ = gradients(FlareTrainer, model(), data, tmp_path, micro=2, steps=4, layout="encoder")
+    assert distance(parts, whole) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "bert-tokens"])

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, set_seed
 
-from flare.demo.corpus import CORPUS_VERSION, SUFFIXES, Corpus, english_words, vemari_word
+from .corpus import CORPUS_VERSION, SUFFIXES, Corpus, english_words, vemari_word
 
 # Raise it when the pre-training below changes in a way that BaseConfig does not show.
 RECIPE_VERSION = 1
@@ -39,13 +39,14 @@ class BaseConfig:
     positions: int = 128
     steps: int = 500
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     masked_share: float = 0.15
+    init_range: float = 0.05
     seed: int = 0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A sub-word tokenizer for both languages, written down rather than trained: stems are words, suffixes are pieces."""
+    """A sub-word tokenizer for both languages, written down, not trained: stems are words, suffixes are pieces."""
     words = english_words()
     pieces = [*_SPECIAL_TOKENS, ".", *words, *map(vemari_word, words), *(f"##{suffix}" for suffix in SUFFIXES)]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
@@ -156,12 +157,15 @@ def pretrain(
             intermediate_size=4 * config.width,
             max_position_embeddings=config.positions,
             type_vocab_size=2,
+            initializer_range=config.init_range,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
     rows = tokenizer([*corpus.pretrain_source, *corpus.pretrain_target])["input_ids"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=max(config.steps, 1), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=max(config.steps, 1), pct_start=0.1
+    )
     generator = torch.Generator().manual_seed(config.seed)
     model.train()
     order = torch.empty(0, dtype=torch.long)

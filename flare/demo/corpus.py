@@ -1,14 +1,14 @@
 """A small parallel corpus made by rule: English and a second language, three labels, no download.
 
-**English.** A grammar of some sixty words about guests, cooks, hotels and films. A clause either tells what somebody did
-("my friend praised the old hotel") or what something was like ("the soup was really awful"). The verb or the adjective
-carries the label: negative, neutral or positive. 12 % of the clauses are negated, which turns the polarity around
-("the soup was not awful" is positive; a neutral clause stays neutral). 15 % of the sentences contrast two clauses with
-"but"; the label is that of the second clause, and the first one says something else. Another 15 % join two clauses of one
-label with "and".
+**English.** A grammar of some sixty words about guests, cooks, hotels and films. A clause either tells what somebody
+did ("my friend praised the old hotel") or what something was like ("the soup was really awful"). The verb or the
+adjective carries the label: negative, neutral or positive. 12 % of the clauses are negated, which turns the polarity
+around ("the soup was not awful" is positive; a neutral clause stays neutral). 15 % of the sentences contrast two
+clauses with "but"; the label is that of the second clause, and the first one says something else. Another 15 % join
+two clauses of one label with "and".
 
-**The second language ("Vemari").** Every English stem has its own made-up word (`vemari_word`: three syllables spelled from a
-hash of the stem, so nothing is shared with English but the full stop). Grammar, by rule:
+**The second language ("Vemari").** Every English stem has its own made-up word (`vemari_word`: three syllables spelled
+from a hash of the stem, so nothing is shared with English but the full stop). Grammar, by rule:
 
 * the verb stands last: subject, object, adverb, verb;
 * the adjective follows its noun and the determiner comes last in its phrase;
@@ -208,7 +208,7 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(
-    finetune: int = 600,
+    finetune: int = 900,
     train: int = 300,
     test: int = 300,
     pretrain: int = 4000,

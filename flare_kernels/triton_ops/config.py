@@ -1,0 +1,157 @@
+"""Launch configurations: which tiles a kernel runs with, decided from dtypes, rank, alignment and shared memory only.
+
+There is no autotuning: a table, and rules that always end in one of its rows. The same call on the same kind of card
+therefore always runs the same code, which :mod:`flare_kernels.aot` compiles ahead of time, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+#: From this much shared memory per block on, a card gets the deeper pipelines (sm_80 163 KB, sm_90 and sm_100 227 KB).
+LARGE_SHARED_BYTES = 160 * 1024
+#: What sm_86, sm_89 and sm_120 allow a block: the other configurations must fit it.
+SMALL_SHARED_BYTES = 99 * 1024
+
+#: Ranks round up to one of these, or to the last; a rank above a row's BLOCK_R is walked in blocks.
+RANK_BUCKETS = (16, 32, 64, 128, 256)
+
+#: Operand classes: all in 2 bytes; 2-byte compute on some 4-byte operands; IEEE float32; 2-byte with unaligned rows.
+NARROW, MIXED, FLOAT32, UNALIGNED = "narrow", "mixed", "float32", "unaligned"
+OPERAND_CLASSES = (NARROW, MIXED, FLOAT32, UNALIGNED)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes (M tokens, K input width, N output width, R rank; 0 where a kernel has no such axis) and options."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    BLOCK_N: int
+    BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+    def tiles_of(self, names: Sequence[str]) -> dict[str, int]:
+        """The tile sizes that a kernel with these argument names takes."""
+        return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_K", "BLOCK_N", "BLOCK_R") if name in names}
+
+
+# Rows: BLOCK_M, BLOCK_K, BLOCK_N, largest BLOCK_R, warps, stages on a small card, stages on a large card.
+_Row = tuple[int, int, int, int, int, int, int]
+
+# 2-byte operands, one row per rank bucket.
+_NARROW_ROWS: dict[str, dict[int, _Row]] = {
+    "shrink": {
+        16: (64, 64, 0, 16, 8, 4, 4),
+        32: (64, 64, 0, 32, 4, 4, 4),
+        64: (64, 64, 0, 64, 4, 4, 4),
+        128: (64, 64, 0, 128, 8, 3, 4),
+        256: (64, 64, 0, 128, 8, 3, 4),
+    },
+    "expand": {
+        16: (128, 0, 64, 16, 8, 2, 2),
+        32: (128, 0, 64, 32, 8, 2, 2),
+        64: (128, 0, 64, 64, 8, 2, 2),
+        128: (64, 0, 64, 128, 4, 2, 3),
+        256: (64, 0, 128, 64, 8, 2, 3),
+    },
+    "grad_hidden": {
+        16: (64, 0, 128, 16, 4, 3, 4),
+        32: (64, 0, 128, 32, 4, 3, 4),
+        64: (64, 0, 128, 64, 4, 3, 4),
+        128: (64, 0, 64, 128, 8, 3, 4),
+        256: (64, 0, 64, 128, 8, 3, 4),
+    },
+    "grad_up": {
+        16: (64, 0, 64, 16, 8, 3, 4),
+        32: (64, 0, 64, 32, 8, 3, 4),
+        64: (64, 0, 128, 64, 8, 3, 4),
+        128: (64, 0, 64, 128, 8, 3, 3),
+        256: (64, 0, 64, 128, 8, 3, 3),
+    },
+    "grad_weight": {
+        16: (64, 64, 0, 16, 8, 3, 4),
+        32: (64, 64, 0, 32, 4, 3, 4),
+        64: (64, 128, 0, 64, 8, 2, 3),
+        128: (64, 128, 0, 128, 8, 2, 2),
+        256: (64, 128, 0, 128, 8, 2, 2),
+    },
+    "grad_input": {
+        16: (128, 64, 0, 16, 8, 2, 2),
+        32: (128, 64, 0, 32, 8, 2, 2),
+        64: (128, 64, 0, 64, 8, 2, 2),
+        128: (128, 64, 0, 128, 8, 2, 2),
+        256: (64, 128, 0, 64, 8, 2, 3),
+    },
+}
+
+# The other classes: one row per kernel for all ranks (BLOCK_R follows the rank up to the row's largest).
+_ROWS: dict[str, dict[str, _Row]] = {
+    MIXED: {
+        "shrink": (64, 32, 0, 128, 8, 3, 5),
+        "expand": (64, 0, 64, 128, 8, 2, 2),
+        "grad_hidden": (64, 0, 64, 128, 8, 2, 4),
+        "grad_up": (64, 0, 64, 128, 8, 2, 2),
+        "grad_weight": (64, 64, 0, 128, 8, 2, 2),
+        "grad_input": (64, 64, 0, 128, 8, 2, 2),
+    },
+    FLOAT32: {
+        "shrink": (32, 32, 0, 64, 4, 2, 2),
+        "expand": (32, 0, 64, 64, 8, 2, 2),
+        "grad_hidden": (32, 0, 32, 64, 4, 2, 2),
+        "grad_up": (32, 0, 64, 64, 8, 2, 2),
+        "grad_weight": (32, 64, 0, 64, 8, 2, 2),
+        "grad_input": (32, 64, 0, 64, 8, 2, 2),
+    },
+    UNALIGNED: {
+        "shrink": (32, 32, 0, 64, 4, 2, 2),
+        "expand": (32, 0, 64, 64, 4, 2, 2),
+        "grad_hidden": (32, 0, 32, 64, 4, 2, 2),
+        "grad_up": (32, 0, 64, 64, 4, 2, 2),
+        "grad_weight": (32, 64, 0, 64, 4, 2, 2),
+        "grad_input": (32, 64, 0, 64, 4, 2, 2),
+    },
+}
+
+KERNELS = tuple(_NARROW_ROWS)
+
+
+def rank_bucket(rank: int) -> int:
+    """The smallest bucket that holds the rank, or the largest bucket."""
+    return next((bucket for bucket in RANK_BUCKETS if rank <= bucket), RANK_BUCKETS[-1])
+
+
+def operand_class(compute_bytes: int, widest_bytes: int, aligned: bool) -> str:
+    """Class of a launch from the compute dtype's size, the widest operand's, and whether rows are 16-byte aligned."""
+    if compute_bytes == 4:
+        return FLOAT32
+    if not aligned:
+        return UNALIGNED
+    return NARROW if widest_bytes == 2 else MIXED
+
+
+@cache
+def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConfig:
+    """The configuration of one launch; every combination has one, on every card."""
+    bucket = rank_bucket(rank)
+    row = _NARROW_ROWS[kernel][bucket] if operands == NARROW else _ROWS[operands][kernel]
+    block_m, block_k, block_n, max_block_r, num_warps, stages_small, stages_large = row
+    if shared_bytes >= LARGE_SHARED_BYTES:
+        num_stages = stages_large
+    elif shared_bytes >= SMALL_SHARED_BYTES:
+        num_stages = stages_small
+    else:
+        num_stages = 1  # older and other cards: no copy of a tile waits in shared memory
+    return TileConfig(block_m, block_k, block_n, min(bucket, max_block_r), num_warps, num_stages)
+
+
+def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
+    """The whole table: (kernel, operand class, rank bucket, shared memory limit, configuration)."""
+    for kernel in KERNELS:
+        for operands in OPERAND_CLASSES:
+            for bucket in RANK_BUCKETS:
+                for shared_bytes in (SMALL_SHARED_BYTES, LARGE_SHARED_BYTES):
+                    yield kernel, operands, bucket, shared_bytes, choose(kernel, operands, bucket, shared_bytes)

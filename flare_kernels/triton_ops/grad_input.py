@@ -1,0 +1,120 @@
+"""The adapter's share of dL/dx.
+
+Shape legend: M tokens, K input width, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
+from .launch import cdiv, config_for, launch
+
+#: Programs wanted: beyond them, one program goes on to the next tile of K and keeps its dT.
+_TARGET_PROGRAMS = 512
+
+
+@triton.jit
+def grad_input_kernel(
+    dT,
+    A,
+    mask,
+    dx,
+    M,
+    K,
+    R,
+    keep_scale,
+    tiles_per_group,
+    dT_stride_m,
+    dT_stride_r,
+    A_stride_r,
+    A_stride_k,
+    mask_stride_m,
+    dx_stride_m,
+    HAS_MASK: tl.constexpr,
+    ONE_R_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dx = undrop(dT A) for BLOCK_M rows and one group of K tiles.
+
+    dT (M, R); A (R, K); dx (M, K), contiguous rows.
+    """
+    i_m = tl.program_id(0)
+    i_group = tl.program_id(1)
+    DTYPE: tl.constexpr = dT.dtype.element_ty
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = tl.arange(0, BLOCK_R)
+    m_m = o_m < M
+    m_r = o_r < R
+    if ONE_R_BLOCK:
+        b_dt = load_tile(dT, o_m, m_m, dT_stride_m, o_r, m_r, dT_stride_r)
+
+    i_start = i_group * tiles_per_group
+    for i_k in range(i_start, min(i_start + tiles_per_group, tl.cdiv(K, BLOCK_K))):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        b_dx = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+        if HAS_MASK:
+            # asked for before the product, so that it arrives meanwhile
+            b_byte = load_keep_bytes(mask, mask_stride_m, o_m, m_m, i_k * BLOCK_K, K, BLOCK_K)
+        if ONE_R_BLOCK:
+            b_A = round_to(load_tile(A, o_r, m_r, A_stride_r, o_k, m_k, A_stride_k), DTYPE)
+            b_dx = dot(b_dt, b_A, b_dx)
+        else:
+            for i_r in range(tl.cdiv(R, BLOCK_R)):
+                o_rr = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+                m_rr = o_rr < R
+                b_dt = load_tile(dT, o_m, m_m, dT_stride_m, o_rr, m_rr, dT_stride_r)
+                b_A = round_to(load_tile(A, o_rr, m_rr, A_stride_r, o_k, m_k, A_stride_k), DTYPE)
+                b_dx = dot(b_dt, b_A, b_dx)
+        if HAS_MASK:
+            b_dx = drop(b_dx * keep_scale, b_byte, BLOCK_M, BLOCK_K)
+        store_tile(dx, b_dx, o_m, m_m, dx_stride_m, o_k, m_k, 1)
+
+
+def grad_input(
+    dT: Tensor, A: Tensor, *, mask: Tensor | None = None, keep_scale: float = 1.0, dtype: torch.dtype
+) -> Tensor:
+    """dx = undrop(dT A), (M, K), contiguous, in dtype.
+
+    Args:
+        dT: (M, R) in the compute dtype, any strides.
+        A: (R, K), any float dtype; rounded to the compute dtype tile by tile.
+        mask: packed keep bits of the forward pass, (M, ceil(K / 8)); keep_scale the factor of what is kept.
+    """
+    (M, R), K = dT.shape, A.shape[1]
+    dx = torch.empty((M, K), dtype=dtype, device=dT.device)
+    if M == 0 or K == 0:
+        return dx
+    config = config_for("grad_input", R, dT.dtype, wide=(A, dx), thin=(dT,))
+    m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
+    tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(_TARGET_PROGRAMS, m_tiles)))
+    launch(
+        grad_input_kernel,
+        (m_tiles, cdiv(k_tiles, tiles_per_group)),
+        config,
+        dT.device,
+        dT=dT,
+        A=A,
+        mask=mask,
+        dx=dx,
+        M=M,
+        K=K,
+        R=R,
+        keep_scale=float(keep_scale),
+        tiles_per_group=tiles_per_group,
+        dT_stride_m=dT.stride(0),
+        dT_stride_r=dT.stride(1),
+        A_stride_r=A.stride(0),
+        A_stride_k=A.stride(1),
+        mask_stride_m=mask.stride(0) if mask is not None else 0,
+        dx_stride_m=dx.stride(0),
+        HAS_MASK=mask is not None,
+        ONE_R_BLOCK=config.BLOCK_R >= R,
+    )
+    return dx

@@ -1,0 +1,61 @@
+"""Packed keep bits of dropout; the format and the generator are defined in :mod:`flare_kernels.dropout`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import TileConfig
+from .launch import cdiv, launch
+
+#: Rows and mask bytes per program.
+_CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=128, BLOCK_N=0, BLOCK_R=0, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def pack_word(b_word, threshold, SHIFT: tl.constexpr):
+    """The two keep bits of one 32-bit word, at bits SHIFT and SHIFT + 1."""
+    b_low = ((b_word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    b_high = ((b_word >> 16).to(tl.int32) >= threshold).to(tl.int32)
+    return (b_low << SHIFT) | (b_high << (SHIFT + 1))
+
+
+@triton.jit
+def keep_bits_kernel(seed, out, rows, cols, n_bytes, threshold, stream, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out (rows, n_bytes) uint8: bit j of byte b is set where the 16-bit number of column 8 b + j reaches threshold."""
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_b = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b_zero = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
+    b_seed = tl.load(seed)
+    b_0, b_1, b_2, b_3 = tl.philox(
+        b_seed, b_zero + o_b[None, :], b_zero + o_m[:, None], b_zero + stream, b_zero, n_rounds=10
+    )
+    b_out = pack_word(b_0, threshold, 0) | pack_word(b_1, threshold, 2)
+    b_out = b_out | pack_word(b_2, threshold, 4) | pack_word(b_3, threshold, 6)
+    # no bit stands past the last column
+    b_valid = tl.minimum(tl.maximum(cols - o_b * 8, 0), 8)
+    b_out = b_out & ((1 << b_valid) - 1)[None, :]
+    p_out = out + o_m.to(tl.int64)[:, None] * n_bytes + o_b[None, :]
+    tl.store(p_out, b_out.to(tl.uint8), mask=(o_m < rows)[:, None] & (o_b < n_bytes)[None, :])
+
+
+def keep_bits(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -> Tensor:
+    """Packed keep bits, uint8 (rows, ceil(cols / 8)), contiguous; the same bits as ``dropout.keep_bits_torch``."""
+    n_bytes = cdiv(cols, 8)
+    out = torch.empty((rows, n_bytes), dtype=torch.uint8, device=seed.device)
+    launch(
+        keep_bits_kernel,
+        (cdiv(rows, _CONFIG.BLOCK_M), cdiv(n_bytes, _CONFIG.BLOCK_K)),
+        _CONFIG,
+        seed.device,
+        seed=seed,
+        out=out,
+        rows=rows,
+        cols=cols,
+        n_bytes=n_bytes,
+        threshold=threshold,
+        stream=stream,
+    )
+    return out
