@@ -68,7 +68,7 @@ class FlareDataCollator:
     """Pads target and source rows of any task to one width and makes tensors of them.
 
     A row holds ``input_ids``, ``labels`` (or ``start_positions`` and ``end_positions``, or none) and
-    ``source_input_ids``; ``attention_mask``, ``token_type_ids``, ``source_attention_mask``, ``source_labels`` and
+    ``source_input_ids``; ``attention_mask``, ``token_type_ids``, their ``source_`` twins, ``source_labels`` and
     ``source_decoder_input_ids`` are used where present. Masks left out are ones.
 
     Out comes a BatchEncoding of int64 tensors: ``input_ids``, ``attention_mask``, ``source_input_ids``,
@@ -200,8 +200,11 @@ class FlareDataCollator:
                     f"row {index}: {prefix}{name} has {len(column)} entries, {prefix}input_ids has {len(ids)}; "
                     "they must be equally long"
                 )
-        self._check_source_columns(row, index, columns, prefix, layout)
-
+        if prefix and layout == "encoder" and "source_labels" in row:
+            raise ValueError(
+                f"row {index}: source_labels are for causal and encoder-decoder rows; this batch has layout='encoder'. "
+                "Drop the column, or name the layout if 'auto' took it for another"
+            )
         split = 0 if self.padding_side == "right" else len(ids)
         text = Text(columns, split)
         if layout == "causal":
@@ -212,20 +215,6 @@ class FlareDataCollator:
             text.split = next((i for i, label in enumerate(labels) if label != -100), len(text))
         self._fit(text, row, index, prefix, layout)
         return text
-
-    def _check_source_columns(
-        self, row: dict[str, Any], index: int, columns: dict[str, list[Any]], prefix: str, layout: str
-    ) -> None:
-        if prefix and any(columns.get("token_type_ids", [])):
-            raise ValueError(
-                f"row {index}: source_token_type_ids has other values than 0 and the source pass takes none; "
-                "leave the column out to read the whole source as type 0"
-            )
-        if prefix and layout == "encoder" and "source_labels" in row:
-            raise ValueError(
-                f"row {index}: source_labels are for causal and encoder-decoder rows; this batch has layout='encoder'. "
-                "Drop the column, or name the layout if 'auto' took it for another"
-            )
 
     def _fit(self, text: Text, row: dict[str, Any], index: int, prefix: str, layout: str) -> None:
         """Bring one text down to max_length, or say that it is too long."""
@@ -285,7 +274,7 @@ class FlareDataCollator:
         for prefix, stream in texts.items():
             columns = [text.columns for text in stream]
             for name in _names(columns):
-                if prefix and name in ("labels", "token_type_ids"):
+                if prefix and name == "labels":
                     continue  # used above, but no argument of the model
                 _all_have(columns, name, prefix)
                 batch[prefix + name] = torch.tensor([_place(text, name, fills[name], left, right) for text in stream])
@@ -294,7 +283,7 @@ class FlareDataCollator:
                 moved = [text.moved + left - text.split for text in texts[""]]
                 batch[name] = torch.tensor([row[name] + by for row, by in zip(rows, moved, strict=True)])
         batch.update(self._decoder_columns(rows, layout))
-        taken = {*batch, *_LABEL_NAMES[1:], "source_token_type_ids", "source_labels"}
+        taken = {*batch, *_LABEL_NAMES[1:], "source_labels"}
         for name in _names(rows):
             if name not in taken and not any(isinstance(row.get(name), str) for row in rows):
                 _all_have(rows, name)

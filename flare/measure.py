@@ -30,7 +30,12 @@ from torch.utils._pytree import tree_iter
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    return (value for value in tree_iter(list(values)) if isinstance(value, Tensor))
+    """The tensors in nested containers and iterators, such as ``[model.parameters(), batch]``; other leaves count not."""
+    for value in tree_iter(list(values)):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Iterator):
+            yield from _tensors(value)
 
 
 class _Storages:

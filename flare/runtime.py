@@ -304,11 +304,13 @@ def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int
         what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if source.get("source_token_type_ids") is not None:
-        inputs["token_type_ids"] = source["source_token_type_ids"]
     backbone: Any = getattr(model, "base_model", model)
-    if "use_cache" in inspect.signature(backbone.forward).parameters:
+    accepted = inspect.signature(backbone.forward).parameters
+    if "use_cache" in accepted:
         inputs["use_cache"] = False
+    types = source.get("source_token_type_ids")
+    if types is not None and "token_type_ids" in accepted:
+        inputs["token_type_ids"] = types
     return inputs
 
 

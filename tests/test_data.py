@@ -55,16 +55,12 @@ def test_masks_and_token_types_of_the_rows_are_kept():
         row["attention_mask"] = [1] * (len(row["input_ids"]) - 1) + [0]
         row["source_attention_mask"] = [0] + [1] * (len(row["source_input_ids"]) - 1)
         row["token_type_ids"] = [0] + [1] * (len(row["input_ids"]) - 1)
-        row["source_token_type_ids"] = [0] * len(row["source_input_ids"])
+        row["source_token_type_ids"] = [0, 1] + [0] * (len(row["source_input_ids"]) - 2)
     batch = FlareDataCollator(tokenizer())(given)
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert batch["source_attention_mask"].tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]
-    assert "source_token_type_ids" not in batch
-
-    given[0]["source_token_type_ids"][1] = 1
-    with pytest.raises(ValueError, match=r"row 0: source_token_type_ids"):
-        FlareDataCollator(tokenizer())(given)
+    assert batch["source_token_type_ids"].tolist() == [[0, 1, 0, 0, 0], [0, 1, 0, 0, 0]]
 
 
 def test_labels_per_token_are_padded_with_their_tokens():

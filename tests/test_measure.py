@@ -196,3 +196,17 @@ def test_peak_on_a_gpu_is_the_allocators():
         a = torch.empty(1 << 20, device="cuda")
     assert peak.above_start == 4 << 20
     del a
+
+
+def test_iterators_inside_containers_are_read() -> None:
+    """`ignore=[model.parameters(), batch]` must not count the parameters, nor `live=[...]` forget them."""
+    layer = torch.nn.Linear(8, 8)
+    size = sum(p.nbytes for p in layer.parameters())
+    x = torch.randn(4, 8, requires_grad=True)
+    with saved_bytes(ignore=[layer.parameters(), x]) as saved:
+        y = layer(x)
+    del y
+    assert saved.total == 0
+    with peak_bytes(live=[layer.parameters()]) as peak:
+        pass
+    assert peak.at_start == size

@@ -175,6 +175,16 @@ def test_a_mask_left_out_means_all_ones() -> None:
     assert torch.equal(model(**inputs).logits, want)
 
 
+def test_token_types_of_a_pair_reach_the_source_pass() -> None:
+    inputs = tiny.batch("bert")
+    model = fused("bert").eval()
+    want = model(**inputs).logits
+    types = torch.zeros_like(inputs["source_input_ids"])
+    assert torch.equal(model(**inputs, source_token_type_ids=types).logits, want)
+    types[:, 4:] = 1
+    assert not torch.allclose(model(**inputs, source_token_type_ids=types).logits, want)
+
+
 @pytest.mark.parametrize("fusion", ["add", "add_relu", "mul"])
 def test_zeroed_pads(fusion) -> None:
     """source_padding="zero": where there is no source token, add gives T, add_relu gives relu(T), mul is silent."""
