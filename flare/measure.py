@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_iter
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors in nested containers and iterators, such as ``[model.parameters(), batch]``; other leaves count not."""
+    """The tensors in nested containers and iterators, such as ``[model.parameters(), batch]``; the rest is skipped."""
     for value in tree_iter(list(values)):
         if isinstance(value, Tensor):
             yield value
