@@ -7,6 +7,7 @@ name, and not somewhere in training.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from typing import Any
 
 from packaging.version import Version
@@ -32,6 +33,11 @@ def check_versions() -> None:
 
 check_versions()
 
+# PEFT imports bitsandbytes where it is installed, which warns on every CPU of an optional package that nobody needs.
+_BNB_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_BNB_LEVEL = _BNB_LOGGER.level
+_BNB_LOGGER.setLevel(logging.ERROR)
+
 # --- PEFT: a tuner type of our own ------------------------------------------------------------------------------------
 # register_peft_method refuses names outside the closed enum PeftType; these maps are what it would fill.
 from peft.mapping import (  # noqa: E402
@@ -44,6 +50,8 @@ from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
+
+_BNB_LOGGER.setLevel(_BNB_LEVEL)
 
 __all__ = [
     "AuxiliaryTrainingWrapper",
