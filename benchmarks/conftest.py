@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+from flare.environment import environment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -45,19 +45,6 @@ def measure(benchmark: Any) -> Callable[[Callable[[], object]], None]:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """Device, versions and date beside every result."""
-    machine_info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    machine_info["versions"] = {}
-    for name in ("flare-kernels", "torch", "triton", "transformers", "peft"):
-        try:
-            machine_info["versions"][name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            machine_info["versions"][name] = "not installed"
-
-
-def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:
-    """The commit, also where pytest-benchmark finds no repository of its own."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    commit_info["id"] = commit_info.get("id") or found.stdout.strip() or "unknown"
+    """Device, versions, commit and date beside every result; what names the machine itself is left out."""
+    machine_info.pop("node", None)
+    machine_info.update(environment(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))

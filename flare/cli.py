@@ -34,7 +34,7 @@ def _demo(**options: object) -> int:
 def _info() -> int:
     from flare_kernels import backends
 
-    from .demo.report import environment
+    from .environment import environment
 
     here = environment()
     for name, version in here["versions"].items():

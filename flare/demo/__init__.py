@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..environment import environment
 from .settings import DemoError, DemoSettings
 
 __all__ = ["DemoError", "DemoSettings", "run_demo"]
@@ -73,7 +74,7 @@ def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, A
         "source_macro_f1": run.source_f1,
         "seeds": list(range(settings.seeds)),
         "units": {"macro_f1": "percent", "seconds_per_step": "s, median", "peak_bytes": "B", "saved_bytes": "B"},
-        "environment": report.environment(),
+        "environment": environment(),
         "date": date.isoformat(timespec="seconds"),
         "duration_s": round(time.perf_counter() - began, 1),
     }
