@@ -73,13 +73,18 @@ def _device_refusal(index: int) -> str:
 def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str | None = None) -> str:
     """The backend that ``backend="auto"`` takes for tensors on this device in this compute dtype.
 
-    float64 and CPUs (also under the interpreter, which is for tests) take "torch"; CUDA devices that can run the
-    kernels take "triton"; the fusions that mix positions take "reference".
+    CPUs (also under the interpreter, which is for tests), float64 and float32 take "torch": cuBLAS is the safe choice
+    for IEEE float32 until the kernels have been timed against it. 16-bit calls on CUDA devices that can run the kernels
+    take "triton"; the fusions that mix positions take "reference".
     """
     device = torch.device(device)
     if fusion in EAGER_FUSIONS:
         return "reference"
-    if device.type != "cuda" or dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    if (
+        device.type != "cuda"
+        or dtype not in (torch.float16, torch.bfloat16)
+        or importlib.util.find_spec("triton") is None
+    ):
         return "torch"
     index = device.index if device.index is not None else torch.cuda.current_device()
     return "torch" if _device_refusal(index) else "triton"
