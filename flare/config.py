@@ -34,8 +34,9 @@ _CARD = f"""{_CARD_HEADING}
 
 A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the package
 `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`) and,
-beside the usual inputs, `source_input_ids` and `source_attention_mask`. It cannot be merged into the base weights,
-because what it adds depends on the source text.
+beside the usual inputs, `source_input_ids` and `source_attention_mask`, or, where its config has a `latent_dim`,
+`source_states`: the MT encoder's last hidden state. It cannot be merged into the base weights, because what it adds
+depends on the source text.
 """
 
 
