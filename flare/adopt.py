@@ -46,7 +46,8 @@ def fast_lora(
         **overrides: FlareConfig fields, e.g. ``fusion="mul"``, ``r=16``.
 
     Returns:
-        A ``peft.PeftModel``; call it with ``source_input_ids`` and ``source_attention_mask`` beside the usual inputs.
+        A ``peft.PeftModel``; call it with ``source_input_ids`` and ``source_attention_mask`` (with ``latent_dim``:
+        ``source_states``) beside the usual inputs.
         ``model.fast_lora_report()`` says what was fused and what was declined.
 
     Raises:

@@ -9,11 +9,9 @@ from typing import Any
 from peft import LoraConfig
 
 from flare_kernels import FUSIONS
+from flare_kernels.fusion import EAGER_FUSIONS
 
 from ._compat import FLARE
-
-#: Fusions named by the paper and its release that this version does not run yet.
-PLANNED_FUSIONS = ("cross_attention", "matmul", "matmul_relu")
 
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep")
@@ -36,8 +34,9 @@ _CARD = f"""{_CARD_HEADING}
 
 A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the package
 `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`) and,
-beside the usual inputs, `source_input_ids` and `source_attention_mask`. It cannot be merged into the base weights,
-because what it adds depends on the source text.
+beside the usual inputs, `source_input_ids` and `source_attention_mask`, or, where its config has a `latent_dim`,
+`source_states`: the MT encoder's last hidden state. It cannot be merged into the base weights, because what it adds
+depends on the source text.
 """
 
 
@@ -55,7 +54,10 @@ class FlareConfig(LoraConfig):
     lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha; the adapter is scaled by alpha / r."})
     fusion: str | None = field(
         default="add_relu",
-        metadata={"help": "phi(S, T): 'add', 'mul', 'add_relu', 'mul_relu', or None for plain LoRA."},
+        metadata={
+            "help": "phi(S, T): 'add', 'mul', 'add_relu', 'mul_relu', or None for plain LoRA; in eager PyTorch also "
+            "'cross_attention', and the authors' release's 'matmul' and 'matmul_relu'."
+        },
     )
     source_layer_offset: int = field(
         default=1,
@@ -78,8 +80,20 @@ class FlareConfig(LoraConfig):
         default=None,
         metadata={"help": "Which LoRA targets fuse, by name; default: self-attention query and value projections."},
     )
-    cross_attention_heads: int = field(default=1, metadata={"help": "Heads of fusion='cross_attention'."})
-    latent_dim: int | None = field(default=None, metadata={"help": "FLARE MT: width of the MT encoder."})
+    cross_attention_heads: int = field(
+        default=1,
+        metadata={
+            "help": "Heads of fusion='cross_attention'; must divide r. Its query, key and value start as torch's "
+            "nn.Linear does, and B at zero as in LoRA."
+        },
+    )
+    latent_dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "FLARE MT: width of the MT encoder whose last hidden state is then passed as source_states "
+            "(B, m, latent_dim). Adds the trained projection latent_proj; no source pass is run."
+        },
+    )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's, which writes adapter_config.json; then says in the model card what loading this adapter takes."""
@@ -95,14 +109,15 @@ class FlareConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = FLARE  # type: ignore[assignment]
-        if self.fusion in PLANNED_FUSIONS:
-            raise ValueError(f"fusion={self.fusion!r} is not in this version yet; accepted: {', '.join(FUSIONS)}, None")
-        _one_of("fusion", self.fusion, (*FUSIONS, None))
+        _one_of("fusion", self.fusion, (*FUSIONS, *EAGER_FUSIONS, None))
         _one_of("source_layer_offset", self.source_layer_offset, (1, 0))
         _one_of("source_padding", self.source_padding, SOURCE_PADDING)
         _one_of("source_memory", self.source_memory, SOURCE_MEMORY)
         if self.latent_dim is not None:
-            raise ValueError(f"latent_dim={self.latent_dim!r}: FLARE MT is not in this version yet; leave it None")
+            if isinstance(self.latent_dim, bool) or not isinstance(self.latent_dim, int) or self.latent_dim < 1:
+                raise ValueError(f"latent_dim={self.latent_dim!r} must be a positive integer, or None")
+            if self.fusion is None:
+                raise ValueError(f"latent_dim={self.latent_dim!r} needs a fusion, got fusion=None (plain LoRA)")
         if self.r < 1:
             raise ValueError(f"r={self.r!r} must be a positive integer")
         if self.cross_attention_heads < 1 or self.r % self.cross_attention_heads:

@@ -6,12 +6,14 @@ A layer is made by PEFT as always and then *adopted*: its class is exchanged for
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from flare_kernels import fused_lora
+from flare_kernels import fused_lora, reference
+from flare_kernels.fusion import EAGER_FUSIONS
 
 from ._compat import LoraLayer, LoraLinear, is_bnb_lora
 
@@ -24,6 +26,17 @@ MERGE_REFUSED = (
 )
 
 
+class CrossAttention(nn.Module):
+    """Query, key and value of ``fusion="cross_attention"`` in one layer: (r, r) with bias each, torch's Linear
+    initialisation. The layer reads the weights; this module is not called.
+    """
+
+    def __init__(self, r: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = nn.Linear(r, r), nn.Linear(r, r), nn.Linear(r, r)
+
+
 class FlareLayer:
     """What every adopted layer has beside PEFT's own state. A mixin in front of a class of PEFT's.
 
@@ -32,13 +45,18 @@ class FlareLayer:
     flare_fusion: adapter name -> fusion of this layer (None: plain LoRA here).
     flare_unmergeable: adapter name -> the fusion of its config, on every layer of an adapter that fuses anywhere.
     flare_key: this layer's dotted path in the base model, the key under which the source pass files its S.
+    lora_cross_attention: adapter name -> its CrossAttention, where it fuses by cross_attention.
+    latent_proj: adapter name -> FLARE MT's projection, on the first layer that fuses; there PEFT keeps it like lora_A.
     """
 
+    adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "lora_cross_attention", "latent_proj")
     other_param_names: tuple[str, ...] = (*LoraLayer.other_param_names, "flare_fusion", "flare_unmergeable")
 
     flare_fusion: dict[str, str | None]
     flare_unmergeable: dict[str, str]
     flare_key: str
+    lora_cross_attention: nn.ModuleDict
+    latent_proj: nn.ModuleDict
     _flare_source: LayerSource | None
 
     if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
@@ -51,6 +69,7 @@ class FlareLayer:
         disable_adapters: bool
         merged: bool
         in_features: int
+        r: dict[str, int]
 
         def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None: ...
 
@@ -73,7 +92,8 @@ class FlareLayer:
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("alora_offsets", None)
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if x.dim() > 2 and _gives_a_view(self.base_layer) and not args and not kwargs:
+        mixes = source is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
+        if x.dim() > 2 and not mixes and _gives_a_view(self.base_layer) and not args and not kwargs:
             # flat rows: the linear's output then stands in memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
             return self._with_adapters(active, x, self.base_layer(x), source, flat=True).unflatten(0, lead)
@@ -93,7 +113,14 @@ class FlareLayer:
         if flat:
             x_source = None if x_source is None else x_source.flatten(0, -2)
             bottleneck = None if bottleneck is None else bottleneck.flatten(0, -2)
-        result = fused_lora(
+        call: Any = fused_lora
+        if x_source is None and bottleneck is None:
+            fusion = None  # plain LoRA
+        elif fusion == "cross_attention":
+            attention = cast(CrossAttention, self.lora_cross_attention[name])
+            weights = dict(attention.named_parameters())
+            call = partial(reference.fused_lora, weights=weights, heads=attention.heads)
+        result = call(
             x,
             x_source,
             result,
@@ -108,6 +135,21 @@ class FlareLayer:
         if lora_B.bias is not None:  # PEFT's lora_bias
             result = result + (self.scaling[name] * lora_B.bias).to(result.dtype)
         return result
+
+    def add_cross_attention(self, adapter: str, heads: int) -> None:
+        """Query, key and value for an adapter, unless it has them."""
+        if adapter not in self.lora_cross_attention:
+            self._add_beside(self.lora_cross_attention, adapter, CrossAttention(self.r[adapter], heads))
+
+    def add_latent_projection(self, adapter: str, latent_dim: int) -> None:
+        """FLARE MT's projection (latent_dim -> d) for an adapter, unless it has one."""
+        if adapter not in self.latent_proj:
+            self._add_beside(self.latent_proj, adapter, nn.Linear(latent_dim, self.in_features))
+
+    def _add_beside(self, where: nn.ModuleDict, adapter: str, module: nn.Module) -> None:
+        """A module of an adapter's, with device, dtype and requires_grad of its lora_A."""
+        A = weight_of(self, adapter)
+        where[adapter] = module.to(A.device, A.dtype).requires_grad_(A.requires_grad)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's merge. Raises ValueError for an adapter that fuses: phi cannot be merged."""
@@ -176,10 +218,11 @@ def adopt(module: nn.Module, key: str) -> str:
     module.__class__ = cls
     module.flare_fusion, module.flare_unmergeable = {}, {}
     module.flare_key, module._flare_source = key, None
+    module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
+    module.lora_cross_attention.scaling = module.scaling  # where PEFT's hotswap looks for it, by the key's path
     return ""
 
 
-def weight_of(layer: LoraLayer, adapter: str) -> torch.nn.Parameter:
+def weight_of(layer: FlareLayer, adapter: str) -> torch.nn.Parameter:
     """lora_A's weight (r, d) of an adapter."""
-    weight: torch.nn.Parameter = layer.lora_A[adapter].weight
-    return weight
+    return cast(torch.nn.Parameter, layer.lora_A[adapter].weight)

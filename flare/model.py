@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -85,23 +86,29 @@ class FlareModel(LoraModel):
             runtime.map = ModelMap.of(self.model)
         runtime.clear()
         runtime.configs[adapter] = config
+        projected = False
         for path, module in self.model.named_modules():
             if not isinstance(module, LoraLayer) or adapter not in _adapters_of(module):
                 continue
             reason = adopt(module, path)
             if not reason:
                 assert isinstance(module, FlareLayer)
-                reason = self._why_not(runtime, config, path, module)
+                reason = self._why_not(runtime, config, path, module, adapter)
                 module.flare_fusion[adapter] = None if reason else config.fusion
                 if config.fusion is not None:
                     module.flare_unmergeable[adapter] = config.fusion
                 if not reason and module not in runtime.layers:
                     runtime.layers.append(module)
+                if not reason and config.fusion == "cross_attention":
+                    module.add_cross_attention(adapter, config.cross_attention_heads)
+                if not reason and config.latent_dim is not None and not projected:
+                    module.add_latent_projection(adapter, config.latent_dim)
+                    projected = True
             if reason:
                 runtime.reasons[path, adapter] = reason
         attach(self.model, runtime)
 
-    def _why_not(self, runtime: Runtime, config: FlareConfig, path: str, layer: FlareLayer) -> str:
+    def _why_not(self, runtime: Runtime, config: FlareConfig, path: str, layer: FlareLayer, adapter: str) -> str:
         """Why this LoRA module does not fuse; empty where it does."""
         if config.fusion is None:
             return "fusion=None"
@@ -119,6 +126,9 @@ class FlareModel(LoraModel):
         hidden = _hidden_size(self.model)
         if hidden is not None and layer.in_features != hidden:
             return f"its input is {layer.in_features} wide, the source's hidden state {hidden}"
+        rank, heads = layer.r[adapter], config.cross_attention_heads
+        if config.fusion == "cross_attention" and rank % heads:
+            return f"cross_attention_heads={heads} does not divide its rank {rank}"
         return ""
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -133,15 +143,54 @@ class FlareModel(LoraModel):
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """PEFT's add_weighted_adapter. Raises ValueError for adapters that fuse differently: weights trained for one
-        phi mean nothing under another.
+        phi mean nothing under another; or that train more than A and B, which is all PEFT combines.
         """
         keys = ("fusion", "source_layer_offset", "source_padding")
         known = [name for name in adapters if name in self.peft_config]
+        for name in known:
+            config = self.peft_config[name]
+            if config.fusion == "cross_attention" or config.latent_dim is not None:
+                what = "latent_proj" if config.latent_dim is not None else "cross_attention's query, key and value"
+                raise ValueError(f"adapters: {name!r} trains {what}, which cannot be combined: only A and B can")
         for key in keys:
             values = {name: getattr(self.peft_config[name], key) for name in known}
             if len(set(values.values())) > 1:
                 raise ValueError(f"adapters: cannot combine adapters whose {key} differs: {values}")
         super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    # --- saving and loading -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """A weight's name in a saved adapter: PEFT's, which looks for the adapter one component before the last only.
+
+        FLARE MT's projection is saved under one name, whichever layer holds it.
+        """
+        name = re.escape(adapter_name)
+        attention = re.fullmatch(rf"(.*\.lora_cross_attention)\.{name}(\.(query|key|value)\.(weight|bias))", key)
+        if attention:
+            return attention[1] + attention[2]
+        projection = re.fullmatch(rf"(base_model\.model\.)?.*\.latent_proj\.{name}\.(weight|bias)", key)
+        if projection:
+            return f"{projection[1] or ''}latent_proj.{projection[2]}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: FlareConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's. Raises ValueError where the weights lack FLARE MT's projection, which PEFT would not miss."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if config.latent_dim is not None:
+            missing = [
+                end for end in ("weight", "bias") if not any(_is_projection(k, adapter_name, end) for k in remapped)
+            ]
+            if missing:
+                names = ", ".join(f"latent_proj.{end}" for end in missing)
+                raise ValueError(
+                    f"the weights for adapter {adapter_name!r} (latent_dim={config.latent_dim}) lack {names}"
+                )
+        return remapped
 
     # --- merging ------------------------------------------------------------------------------------------------------
 
@@ -226,6 +275,10 @@ class FlareModel(LoraModel):
 
 def _adapters_of(layer: LoraLayer) -> Iterable[str]:
     return [*layer.lora_A.keys(), *layer.lora_embedding_A.keys()]
+
+
+def _is_projection(key: str, adapter: str, end: str) -> bool:
+    return key.endswith(f".latent_proj.{adapter}.{end}")
 
 
 def _hidden_size(model: nn.Module) -> int | None:

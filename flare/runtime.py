@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FlareConfig
+from .latent import carry_latent
 from .layer import FlareLayer
 from .routing import ModelMap
 from .source_pass import (
@@ -50,8 +51,9 @@ _LAYERS = "_flare_layers"
 
 NO_SOURCE_WARNING = (
     "A fusing adapter was trained without a source and is plain LoRA in this step. Pass source_input_ids and "
-    "source_attention_mask to the model. With transformers.Trainer, set remove_unused_columns=False (it drops columns "
-    "that the base model's forward does not name) or use flare.FlareTrainer, and pad with flare.FlareDataCollator."
+    "source_attention_mask to the model (with latent_dim: source_states). With transformers.Trainer, set "
+    "remove_unused_columns=False (it drops columns that the base model's forward does not name) or use "
+    "flare.FlareTrainer, and pad with flare.FlareDataCollator."
 )
 
 
@@ -219,6 +221,9 @@ def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tu
     # without source decoder inputs an encoder-decoder's decoder is plain LoRA
     wanted = runtime.wanted(_readable_stacks(model, runtime))
     adapters = {adapter for _, adapter, _ in wanted}
+    latent_dim = runtime.setting("latent_dim", adapters)
+    if latent_dim is not None:
+        return carry_latent(model, source, target, wanted, runtime.layers, latent_dim)
     groups, weights = make_groups(wanted)
     keys = {group.key for group in groups}
     zero_pads = runtime.setting("source_padding", adapters) == "zero"
@@ -247,6 +252,9 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     if not wanted:
         raise ValueError("encode_source: no active adapter of this model fuses two streams (or adapters are disabled)")
     adapters = {adapter for _, adapter, _ in wanted}
+    latent_dim = runtime.setting("latent_dim", adapters)
+    if latent_dim is not None:
+        raise ValueError(f"encode_source: an adapter with latent_dim={latent_dim} (FLARE MT) reads no source text")
     keys = {key for key, _, _ in wanted}
     inputs = _backbone_inputs(model, source, None)
     prepare = Preparation.under_autocast(inputs["input_ids"].device, None)

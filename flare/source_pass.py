@@ -333,6 +333,10 @@ class SourceCarrier:
             self.reentrant = True
         return LayerSource(self, layer)
 
+    def x_source(self, slot: tuple[str, str]) -> Tensor:
+        """The state x_S (B, m, d) of a (layer, adapter), for a layer that makes its own S."""
+        return self.kept[self.where[slot]]
+
     @property
     def expected(self) -> set[str]:
         """The layers that must be reached."""
@@ -351,8 +355,8 @@ class LayerSource:
         slot = (self.layer, adapter)
         if slot not in self.carrier.S:
             return None, None
-        if self.carrier.reentrant and self.carrier.kept:
-            return self.carrier.kept[self.carrier.where[slot]], None
+        if self.carrier.reentrant:
+            return self.carrier.x_source(slot), None
         return None, self.carrier.S[slot]
 
 

@@ -114,6 +114,8 @@ def fused_lora(
             S = drop(x_source.to(dtype), p, seed, _dropout.SOURCE_STREAM) @ A.T
         else:
             S = source_bottleneck.to(dtype)
+        if weights is not None:
+            weights = {name: weight.to(dtype) for name, weight in weights.items()}
         H = fuse(S, T, fusion, weights, heads=heads)
     return base_output + (scaling * (H @ B.T)).to(base_output.dtype)
 

@@ -38,6 +38,8 @@ def test_pefts_maps_accept_our_type() -> None:
         (BaseTuner, "unload", []),
         (BaseTuner, "delete_adapter", ["adapter_name"]),
         (LoraModel, "add_weighted_adapter", ["adapters"]),
+        (BaseTuner, "_remove_adapter_name_from_key", ["adapter_name"]),
+        (BaseTuner, "_remap_adapter_state_dict_for_load", ["config", "adapter_name", "state_dict"]),
         (LoraLayer, "_check_forward_args", ["x"]),
         (peft.tuners.lora.Linear, "merge", ["safe_merge", "adapter_names"]),
     ],

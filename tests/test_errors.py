@@ -19,13 +19,13 @@ def fused(family: str = "llama", **overrides):
 
 
 CONFIGS = [
-    ({"fusion": "sum"}, "fusion='sum'.*'add', 'mul', 'add_relu', 'mul_relu', None"),
-    ({"fusion": "cross_attention"}, "fusion='cross_attention' is not in this version yet"),
+    ({"fusion": "sum"}, "fusion='sum'.*'add', 'mul', 'add_relu', 'mul_relu', 'cross_attention', 'matmul', .*None"),
     ({"source_layer_offset": 2}, "source_layer_offset=2.*1, 0"),
     ({"source_layer_offset": True}, "source_layer_offset=True"),
     ({"source_padding": "drop"}, "source_padding='drop'.*'keep', 'zero'"),
     ({"source_memory": "disk"}, "source_memory='disk'"),
-    ({"latent_dim": 8}, "latent_dim=8"),
+    ({"latent_dim": 0}, "latent_dim=0 must be a positive integer"),
+    ({"latent_dim": 8, "fusion": None}, "latent_dim=8 needs a fusion"),
     ({"r": 0}, "r.*0"),
     ({"r": 6, "cross_attention_heads": 4}, "cross_attention_heads=4 must divide r=6"),
     ({"use_dora": True}, "use_dora cannot be combined with a fusion"),
@@ -131,6 +131,30 @@ def test_source_arguments(change, error, message) -> None:
     inputs = tiny.batch("llama")
     with pytest.raises(error, match=message):
         fused()(**{**inputs, **change(inputs)})
+
+
+LATENT = [
+    ({"source_input_ids": torch.ones(3, 9, dtype=torch.long)}, ValueError, "source_input_ids: .*latent_dim=8"),
+    ({"source_states": torch.zeros(3, 9, 7)}, ValueError, r"source_states has shape \(3, 9, 7\), .*\(B, m, 8\)"),
+    ({"source_states": torch.zeros(9, 8)}, ValueError, r"source_states has shape \(9, 8\)"),
+    ({"source_states": torch.zeros(3, 4, 8)}, ValueError, r"source_states has shape \(3, 4, 8\).*\(3, 9\)"),
+    ({"source_states": torch.zeros(3, 9, 8).long()}, TypeError, "source_states must be a floating tensor .*int64"),
+    ({"source_states": [0.0]}, TypeError, "source_states must be a floating tensor .*list"),
+    ({"source_attention_mask": torch.ones(3, 4)}, ValueError, r"source_attention_mask is \(3, 4\)"),
+    ({"source_states": None, "source_attention_mask": torch.ones(3, 9)}, ValueError, "without source_states"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), LATENT)
+def test_latent_source_arguments(change, error, message) -> None:
+    inputs = {**tiny.batch("llama", source=False), "source_states": torch.zeros(3, 9, 8)}
+    model = fused(latent_dim=8)
+    with pytest.raises(error, match=message):
+        model(**{**inputs, **change})
+    with pytest.raises(ValueError, match=r"encode_source: .*latent_dim=8"):
+        model.encode_source(inputs["input_ids"])
+    with pytest.raises(ValueError, match="'default' trains latent_proj"):
+        model.add_weighted_adapter(["default"], [1.0], "both", combination_type="linear")
 
 
 def test_source_states_of_another_kind() -> None:

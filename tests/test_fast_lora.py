@@ -30,7 +30,7 @@ def without_source(inputs: dict) -> dict:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", [*FUSIONS, "matmul", "matmul_relu"])
 @pytest.mark.parametrize("offset", [1, 0])
 def test_numbers_are_the_methods(family, fusion, offset) -> None:
     """Loss and every gradient against the formula written by hand over PEFT's eager layers."""
@@ -198,11 +198,76 @@ def test_several_adapters() -> None:
     torch.testing.assert_close(model(**inputs).logits, first)
 
 
-def test_hotswap(tmp_path) -> None:
+def cross_attentions(model) -> dict[str, torch.nn.Module]:
+    """Path below the model without the adapter's name -> query, key and value."""
+    return {
+        path.removeprefix("base_model.model.").rpartition(".lora_cross_attention.")[0]: module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[0].endswith(".lora_cross_attention")
+    }
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) -> None:
+    """Only where it fuses, float32 under a bf16 base; without a source the layer is plain LoRA."""
+    inputs = tiny.batch(family)
+    own = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
+    model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **own).eval()
+    report = model.fast_lora_report()
+    assert set(cross_attentions(model)) == {row.module for row in report.fused} and report.declined
+    trained = [p for module in cross_attentions(model).values() for p in module.parameters()]
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in trained)
+    model(**inputs).loss.backward()
+    assert all(p.grad is not None for p in trained)
+    want = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            base = tiny.model(family, dtype=torch.bfloat16)
+            loaded = peft.PeftModel.from_pretrained(
+                base, tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
+            ).eval()
+        torch.testing.assert_close(loaded(**inputs).logits, want, rtol=0, atol=0)
+        assert not any(p.requires_grad for p in loaded.parameters())
+    plain = fused(family, dtype=torch.bfloat16, target_modules="all-linear", r=4, fusion=None).eval()
+    lora = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+    plain.load_state_dict(lora, strict=False)
+    text = without_source(inputs)
+    torch.testing.assert_close(model(**text).logits, plain(**text).logits, rtol=0, atol=0)
+
+
+def test_cross_attention_of_several_adapters() -> None:
+    inputs = tiny.batch("llama")
+    stock = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model = flare.fast_lora(stock, fusion="cross_attention")  # an existing model gets it too
+    tiny.randomize_lora(model)
+    first = model(**inputs).logits
+    config = flare.FlareConfig(r=6, fusion="cross_attention", cross_attention_heads=3, rank_pattern={"v_proj": 4})
+    model.add_adapter("second", config)
+    flags = lambda name: {  # noqa: E731
+        p.requires_grad for path, p in model.named_parameters() if f"lora_cross_attention.{name}." in path
+    }
+    assert (flags("default"), flags("second")) == ({True}, {False})
+    model.set_adapter("second")
+    assert (flags("default"), flags("second")) == ({False}, {True})
+    declined = {row.reason for row in model.fast_lora_report().declined if row.adapter == "second"}
+    assert declined == {"cross_attention_heads=3 does not divide its rank 4"}
+    model(**inputs).loss.backward()
+    with pytest.raises(ValueError, match="'second' trains cross_attention's query, key and value"):
+        model.add_weighted_adapter(["second"], [1.0], "both", combination_type="linear")
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert not flags("second")
+    torch.testing.assert_close(model(**inputs).logits, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
+def test_hotswap(fusion, tmp_path) -> None:
     from peft.utils.hotswap import hotswap_adapter
 
     inputs = tiny.batch("llama")
-    model, other = fused("llama").eval(), fused("llama").eval()
+    model, other = fused("llama", fusion=fusion).eval(), fused("llama", fusion=fusion).eval()
     tiny.randomize_lora(other, seed=9)
     other.save_pretrained(tmp_path / "other")
     hotswap_adapter(model, tmp_path / "other", adapter_name="default")
@@ -230,8 +295,9 @@ MERGES = {
 
 
 @pytest.mark.parametrize("way", MERGES)
-def test_merging_a_fusing_adapter_is_refused_before_anything_is_merged(way) -> None:
-    model = fused("llama", target_modules="all-linear")
+@pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
+def test_merging_a_fusing_adapter_is_refused_before_anything_is_merged(way, fusion) -> None:
+    model = fused("llama", target_modules="all-linear", fusion=fusion)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"phi\(S, T\) depends on the source text and cannot be merged"):
         MERGES[way](model)

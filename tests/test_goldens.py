@@ -19,7 +19,7 @@ import flare
 
 OWN = Path(__file__).parent / "goldens"
 LOGITS, LOSS, GRAD_ABSOLUTE, GRAD_RELATIVE, STEP_LOSS, WEIGHTS = 5e-5, 1e-5, 1e-5, 1e-4, 5e-5, 5e-5
-_NOT_YET = ("cross_attention", "fuse_mt", "matmul", "generate")
+_NOT_YET = ("generate",)
 _CONFIG_KEYS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *(
@@ -70,6 +70,7 @@ def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[s
     missing, unexpected = model.load_state_dict({k.removeprefix("base."): v for k, v in stored.items()}, strict=False)
     assert not unexpected and all("position_ids" in key or "inv_freq" in key for key in missing)
     fusion = case["fusion"].replace("-", "_")
+    tensors = load_file(folder / case["file"])
     model = flare.fast_lora(
         model,
         fusion=None if fusion == "none" else fusion,
@@ -77,10 +78,11 @@ def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[s
         r=case["r"],
         lora_alpha=case["lora_alpha"],
         target_modules=case["target_modules"],
+        cross_attention_heads=case.get("cross_attention_heads") or 1,
+        latent_dim=tensors["mt_states"].shape[-1] if "mt_states" in tensors else None,
     )
-    tensors = load_file(folder / case["file"])
-    own = lora_parameters(model)
-    loaded = {k for k in tensors if k.startswith("adapter.") and not k.endswith(".f64")}
+    own = trained_parameters(model)
+    loaded = {k for k in tensors if k.startswith(("adapter.", "mt_proj.")) and not k.endswith(".f64")}
     assert loaded == set(own)
     with torch.no_grad():
         for key in loaded:
@@ -88,21 +90,26 @@ def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[s
     return model.train(), tensors, case
 
 
-def lora_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Golden name -> parameter."""
+def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Golden name -> parameter, but for the head's."""
     found = {}
     for name, parameter in model.named_parameters():
-        for half in ("lora_A", "lora_B"):
-            if f".{half}." in name:
-                path = name.split("base_model.model.", 1)[1].split(f".{half}")[0]
-                found[f"adapter.{path}.{half}"] = parameter
+        path, _, rest = name.removeprefix("base_model.model.").partition(".default.")
+        if path.endswith((".lora_A", ".lora_B")):
+            found[f"adapter.{path}"] = parameter
+        elif path.endswith(".lora_cross_attention"):
+            found[f"adapter.{path.replace('lora_cross', 'cross')}.{rest}"] = parameter
+        elif path.endswith(".latent_proj"):
+            found[f"mt_proj.{rest}"] = parameter
     return found
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], fusion: str) -> dict[str, torch.Tensor]:
     """The keyword arguments of a step."""
     inputs = {"input_ids": tensors["input_ids_target"], "attention_mask": tensors["attention_mask_target"]}
-    if fusion != "none":
+    if "mt_states" in tensors:
+        inputs["source_states"] = tensors["mt_states"]
+    elif fusion != "none":
         inputs["source_input_ids"] = tensors["input_ids_source"]
         inputs["source_attention_mask"] = tensors["attention_mask_source"]
     return inputs | {k: tensors[k] for k in ("labels", "start_positions", "end_positions") if k in tensors}
@@ -123,7 +130,7 @@ def test_one_step(folder, name) -> None:
     assert compared
     assert abs(out.loss.item() - tensors["loss"].item()) <= LOSS
     out.loss.backward()
-    for key, parameter in lora_parameters(model).items():
+    for key, parameter in trained_parameters(model).items():
         want = tensors["grad." + key]
         allowed = GRAD_ABSOLUTE + GRAD_RELATIVE * want.abs().max()
         assert (parameter.grad - want).abs().max() <= allowed, key
@@ -183,7 +190,7 @@ def test_ten_training_steps_through_flare_trainer(folder, name, tmp_path) -> Non
     want = tensors["loss_per_step"].tolist()
     assert len(losses) == len(want) == 10
     assert max(abs(a - b) for a, b in zip(losses, want, strict=True)) <= STEP_LOSS
-    for key, parameter in lora_parameters(model).items():
+    for key, parameter in trained_parameters(model).items():
         assert (parameter - tensors["final." + key]).abs().max() <= WEIGHTS, key
     heads = {
         k.removeprefix("final.base."): v

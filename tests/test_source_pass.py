@@ -55,6 +55,19 @@ def test_gradient_checkpointing(family, use_reentrant, dropout) -> None:
     assert any(not torch.allclose(plain[name], want[name], rtol=1e-2) for name in want)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("fusion", ["cross_attention", "matmul"])
+def test_gradient_checkpointing_of_fusions_that_mix_positions(family, use_reentrant, fusion) -> None:
+    inputs, model = tiny.batch(family), fused(family, fusion=fusion)
+    want_loss, want = loss_and_gradients(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    loss, got = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(loss, want_loss)
+    assert_same_gradients(got, want)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_two_forwards_before_one_backward(family) -> None:
     first, second = tiny.batch(family, seed=3), tiny.batch(family, seed=4)

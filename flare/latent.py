@@ -1,0 +1,116 @@
+"""FLARE MT: the source is an MT encoder's last hidden state h, projected once and read by every block.
+
+    x_S = latent_proj(h)        S_1 ... S_n = split(x_S A_cat^T)        h (B, m, latent_dim), x_S (B, m, d)
+
+There is no source pass: x_S is the same for all blocks, so all S of an adapter come from one wide product, and ordinary
+autograd takes the gradient to every A and, through dx_S, to the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layer import FlareLayer, weight_of
+from .source_pass import SourceCarrier
+from .source_states import StateKey
+
+#: Source arguments that are text for the base model, which FLARE MT does not read.
+_TEXT = ("source_input_ids", "source_token_type_ids")
+
+
+@dataclass(kw_only=True)
+class LatentCarrier(SourceCarrier):
+    """A carrier whose layers share one x_S per adapter."""
+
+    latent: Tensor  # h (B, m, latent_dim), a constant
+    mask: Tensor | None  # (B, m), only where the caller gave one
+    dtype: torch.dtype | None
+    projections: dict[str, nn.Linear]
+
+    def x_source(self, slot: tuple[str, str]) -> Tensor:
+        """x_S made anew from the projection's weights, so that a recompute inside a block has a graph of its own."""
+        return self.project(slot[1])
+
+    def project(self, adapter: str) -> Tensor:
+        """x_S (B, m, d) of an adapter."""
+        projection = self.projections[adapter]
+        weight, bias = (p.to(dtype=self.dtype) for p in (projection.weight, projection.bias))
+        x_source = F.linear(self.latent.to(weight.device, weight.dtype), weight, bias)
+        if self.mask is not None:
+            x_source = x_source * self.mask.unsqueeze(-1).to(x_source.device, x_source.dtype)
+        return x_source
+
+
+def carry_latent(
+    model: nn.Module,
+    source: dict[str, Any],
+    target: tuple[int, ...] | None,
+    wanted: list[tuple[StateKey, str, FlareLayer]],
+    layers: Iterable[FlareLayer],
+    latent_dim: int,
+) -> LatentCarrier:
+    """S of every fusing layer from the given latent states; ``layers`` hold the projections.
+
+    Raises:
+        TypeError, ValueError: source arguments that do not fit; the message names the argument.
+    """
+    latent, mask = _check_latent(source, target, latent_dim)
+    projections = {
+        adapter: cast(nn.Linear, layer.latent_proj[adapter]) for layer in layers for adapter in layer.latent_proj
+    }
+    members: dict[str, list[FlareLayer]] = {}
+    for _, adapter, layer in wanted:
+        members.setdefault(adapter, []).append(layer)
+    trained = [weight_of(layer, adapter) for _, adapter, layer in wanted]
+    trained += [parameter for adapter in members for parameter in projections[adapter].parameters()]
+    graded = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trained)
+    carrier = LatentCarrier(
+        {}, {}, {}, graded, latent=latent, mask=mask, dtype=getattr(model, "dtype", None), projections=projections
+    )
+    for adapter, own in members.items():
+        x_source = carrier.project(adapter)
+        dropout = own[0].lora_dropout[adapter]
+        x_source = F.dropout(x_source, getattr(dropout, "p", 0.0), dropout.training)
+        weights = [weight_of(layer, adapter) for layer in own]
+        stacked = torch.cat([A.to(x_source.device, x_source.dtype) for A in weights])
+        parts = F.linear(x_source, stacked).split([A.shape[0] for A in weights], dim=-1)
+        for layer, A, part in zip(own, weights, parts, strict=True):
+            carrier.S[layer.flare_key, adapter] = part.to(A.device)
+    return carrier
+
+
+def _check_latent(
+    source: dict[str, Any], target: tuple[int, ...] | None, latent_dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """source_states (B, m, latent_dim) and source_attention_mask (B, m) or None, checked against the target's shape."""
+    text = [name for name in _TEXT if name in source]
+    if text:
+        raise ValueError(
+            f"{', '.join(text)}: an adapter with latent_dim={latent_dim} (FLARE MT) reads no source text; pass the MT "
+            f"encoder's last hidden state as source_states (B, m, {latent_dim})"
+        )
+    latent, mask = source.get("source_states"), source.get("source_attention_mask")
+    if latent is None:
+        raise ValueError(f"{', '.join(sorted(source))} was given without source_states: pass both, or neither")
+    if not isinstance(latent, Tensor) or not latent.is_floating_point():
+        kind = f"a tensor of {latent.dtype}" if isinstance(latent, Tensor) else type(latent).__name__
+        raise TypeError(f"source_states must be a floating tensor (B, m, {latent_dim}) with latent_dim, got {kind}")
+    if latent.dim() != 3 or latent.shape[-1] != latent_dim:
+        raise ValueError(f"source_states has shape {tuple(latent.shape)}, expected (B, m, {latent_dim}): latent_dim")
+    if target is not None and tuple(latent.shape[:2]) != target:
+        raise ValueError(
+            f"source_states has shape {tuple(latent.shape)}, the target's input_ids {target}: both need the same batch "
+            "size and length; pad the MT encoder's states to the length of the target text"
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != latent.shape[:2]):
+        what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"source_attention_mask is {what}, expected (B, m) of source_states: {tuple(latent.shape[:2])}"
+        )
+    return latent.detach(), mask

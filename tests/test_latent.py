@@ -1,0 +1,165 @@
+"""FLARE MT: one trained projection of given latent states stands for the source in every block; no source pass."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import flare
+from flare_kernels import reference
+
+D = 7
+QV = ("q_proj", "v_proj")
+
+
+def fused(family: str = "llama", *, dtype: torch.dtype = torch.float32, **overrides):
+    model = flare.fast_lora(tiny.model(family, dtype=dtype), **{"r": 5, "lora_alpha": 7, "latent_dim": D, **overrides})
+    tiny.randomize_lora(model)
+    return model
+
+
+def batch(family: str = "llama", seed: int = 2) -> dict[str, torch.Tensor]:
+    inputs = tiny.batch(family, seed=seed, source=False)
+    generator = torch.Generator().manual_seed(seed)
+    inputs["source_states"] = torch.randn(*inputs["input_ids"].shape, D, generator=generator)
+    return inputs
+
+
+def projections(model) -> dict[str, nn.Linear]:
+    """Adapter name -> projection; one each."""
+    found = [
+        (name, module[name])
+        for path, module in model.named_modules()
+        if path.endswith("latent_proj")
+        for name in module
+    ]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+@pytest.mark.parametrize("fusion", ["add_relu", "mul", "matmul"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_numbers_are_the_methods(fusion, masked) -> None:
+    """Loss and every gradient, the projection's too, against the formula written by hand over PEFT's eager layers."""
+    inputs = batch()
+    mask = torch.ones(3, 9)
+    mask[0, 5:] = 0
+    stock = peft.get_peft_model(
+        tiny.model("llama"), peft.LoraConfig(r=5, lora_alpha=7, target_modules=list(QV), task_type="CAUSAL_LM")
+    )
+    model = fused(fusion=fusion)
+    tiny.randomize_lora(stock)
+    own = projections(model)["default"]
+    projection = nn.Linear(D, tiny.HIDDEN)
+    projection.load_state_dict(own.state_dict())
+    x_source = projection(inputs["source_states"]) * (mask.unsqueeze(-1) if masked else 1.0)
+    phi = lambda S, T: reference.fuse(S, T, fusion)  # noqa: E731
+    with tiny.eager_fusion(stock, [x_source] * tiny.LAYERS, phi, QV):
+        want = stock(**{k: v for k, v in inputs.items() if k != "source_states"})
+        want.loss.backward()
+    got = model(**inputs, **({"source_attention_mask": mask} if masked else {}))
+    got.loss.backward()
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+    grads = tiny.gradients(model)
+    for name, grad in tiny.gradients(stock).items():
+        torch.testing.assert_close(grads.pop(name), grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert len(grads) == 2
+    torch.testing.assert_close(own.weight.grad, projection.weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(own.bias.grad, projection.bias.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_source_pass_is_run() -> None:
+    model, runs = fused(), []
+    for index, block in enumerate(tiny.block_list(model.get_base_model())):
+        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+    model(**batch())
+    assert runs == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradient_checkpointing(family, use_reentrant, fusion) -> None:
+    inputs, model = batch(family), fused(family, fusion=fusion)
+    model(**inputs).loss.backward()
+    want = tiny.gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model(**inputs).loss.backward()
+    got = tiny.gradients(model)
+    assert any("latent_proj" in name and grad.abs().max() > 0 for name, grad in got.items())
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_save_and_load(family, tmp_path) -> None:
+    """Float32 under a bf16 base as A and B are; saved under one name, loaded under any, and missed where it lacks."""
+    inputs = batch(family)
+    model = fused(family, dtype=torch.bfloat16, fusion="cross_attention").eval()
+    want = model(**inputs).logits
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved["base_model.model.latent_proj.weight"].dtype == torch.float32
+    for low_cpu_mem_usage in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            loaded = peft.PeftModel.from_pretrained(
+                tiny.model(family, dtype=torch.bfloat16),
+                tmp_path,
+                adapter_name="other",
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            ).eval()
+        torch.testing.assert_close(loaded(**inputs).logits, want, rtol=0, atol=0)
+        assert projections(loaded)["other"].weight.dtype == torch.float32
+        assert not any(p.requires_grad for p in loaded.parameters())
+    del saved["base_model.model.latent_proj.bias"]
+    save_file(saved, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"adapter 'default' \(latent_dim=7\) lack latent_proj.bias"):
+        peft.PeftModel.from_pretrained(tiny.model(family), tmp_path)
+
+
+def test_several_adapters(tmp_path) -> None:
+    """Each has its own projection, trained with it and gone with it; none acts where adapters are disabled."""
+    inputs, model = batch(), fused()
+    first = model(**inputs).logits
+    text = {k: v for k, v in inputs.items() if k != "source_states"}
+    model.add_adapter("second", flare.FlareConfig(r=3, latent_dim=D, task_type="CAUSAL_LM"))
+    assert [p.weight.requires_grad for p in projections(model).values()] == [True, False]
+    torch.testing.assert_close(model(**inputs).logits, first, rtol=0, atol=0)
+    model.set_adapter("second")
+    assert [p.weight.requires_grad for p in projections(model).values()] == [False, True]
+    assert not torch.equal(projections(model)["default"].weight, projections(model)["second"].weight)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    reloaded = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path / "second")
+    torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    with model.disable_adapter():
+        want = tiny.model("llama")(**text).logits
+        torch.testing.assert_close(model(**inputs).logits, want, rtol=0, atol=0)
+    model.base_model.set_adapter(["default", "second"])
+    model(**inputs).loss.backward()
+    assert all(p.weight.grad is not None for p in projections(model).values())
+    model.base_model.set_adapter("default")
+    model.delete_adapter("second")
+    assert set(projections(model)) == {"default"}
+    torch.testing.assert_close(model(**inputs).logits, first, rtol=0, atol=0)
+    model.add_adapter("text", flare.FlareConfig(r=3, task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "text"])
+    with pytest.raises(ValueError, match="active together must share latent_dim"):
+        model(**inputs)
+    assert not any("latent" in name for name, _ in model.unload().named_parameters())
+
+
+def test_an_existing_peft_model_gets_a_projection() -> None:
+    stock = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    model = flare.fast_lora(stock, latent_dim=D)
+    tiny.randomize_lora(model)
+    model(**batch("bert")).loss.backward()
+    assert projections(model)["default"].weight.grad.abs().max() > 0
