@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layer import FlareLayer, weight_of
-from .source_pass import SourceCarrier
+from .source_pass import SourceCarrier, zero_pads
 from .source_states import StateKey
 
 #: Source arguments that are text for the base model, which FLARE MT does not read.
@@ -43,7 +43,7 @@ class LatentCarrier(SourceCarrier):
         weight, bias = (p.to(dtype=self.dtype) for p in (projection.weight, projection.bias))
         x_source = F.linear(self.latent.to(weight.device, weight.dtype), weight, bias)
         if self.mask is not None:
-            x_source = x_source * self.mask.unsqueeze(-1).to(x_source.device, x_source.dtype)
+            x_source = zero_pads(x_source, self.mask)
         return x_source
 
 
@@ -81,7 +81,7 @@ def carry_latent(
         stacked = torch.cat([A.to(x_source.device, x_source.dtype) for A in weights])
         parts = F.linear(x_source, stacked).split([A.shape[0] for A in weights], dim=-1)
         for layer, A, part in zip(own, weights, parts, strict=True):
-            carrier.S[layer.flare_key, adapter] = part.to(A.device)
+            carrier.S.setdefault(layer.flare_key, {})[adapter] = part.to(A.device)
     return carrier
 
 

@@ -97,7 +97,10 @@ class FlareLayer:
             # flat rows: the linear's output then stands in memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
             return self._with_adapters(active, x, self.base_layer(x), source, flat=True).unflatten(0, lead)
-        return self._with_adapters(active, x, self.base_layer(x, *args, **kwargs), source)
+        result = self.base_layer(x, *args, **kwargs)
+        if active and self.base_layer._forward_hooks:
+            result = result.clone()  # somebody may hold on to what the hook saw
+        return self._with_adapters(active, x, result, source)
 
     def _with_adapters(
         self, active: list[str], x: Tensor, result: Tensor, source: LayerSource | None, flat: bool = False
@@ -155,6 +158,11 @@ class FlareLayer:
         """PEFT's merge. Raises ValueError for an adapter that fuses: phi cannot be merged."""
         self.check_mergeable(adapter_names)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """PEFT's scaled B A. Raises ValueError for an adapter that fuses: its update is no matrix."""
+        self.check_mergeable([adapter])
+        return cast(Tensor, super().get_delta_weight(adapter))  # type: ignore[misc]
 
     def check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Raises ValueError where one of the adapters (default: the active ones) fuses two streams."""

@@ -8,6 +8,7 @@ passes unknown keyword arguments from the stack's owner down to the attention mo
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
@@ -65,17 +66,49 @@ class ModelMap:
             raise ValueError(
                 f"{type(model).__name__}: its blocks cannot be found: {paths[0]} lies below no torch.nn.ModuleList"
             )
+        _refuse_shared_blocks(model, stacks)
         sites = {}
         for name, module in model.named_modules():
             site = _site(name, module, stacks, model)
             if site is not None:
                 sites[name] = site
         query_and_value = tuple(path for path in paths if path in sites and not sites[path].is_cross_attention)
+        if query_and_value:
+            _refuse_lost_keywords(model, sites[query_and_value[0]])
         return cls(stacks, sites, query_and_value)
 
     def default_targets(self) -> set[str]:
         """Names of the query and value projections, as LoRA's target_modules want them."""
         return {path.rpartition(".")[2] for path in self.query_and_value}
+
+
+def _refuse_shared_blocks(model: nn.Module, stacks: dict[str, int]) -> None:
+    """One block that is run as several (ALBERT) would meet one source state where it should meet several."""
+    runs = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if len(stacks) == 1 and isinstance(runs, int):
+        ((stack, blocks),) = stacks.items()
+        if runs > blocks:
+            raise ValueError(
+                f"{type(model).__name__}: its config names {runs} blocks and {stack} holds {blocks}: blocks that share "
+                "their weights cannot be told apart, and each needs the source state of its own depth"
+            )
+
+
+def _refuse_lost_keywords(model: nn.Module, site: Site) -> None:
+    """Every module from the stack's owner down to the attention must take keyword arguments it does not know."""
+    inner = site.attention.removeprefix(f"{site.stack}.{site.block}").strip(".").split(".")
+    block = f"{site.stack}.{site.block}"
+    between = [".".join([block, *inner[:depth]]) for depth in range(len(inner))]
+    for path in (site.owner, *between):
+        module = model.get_submodule(path)
+        if isinstance(module, nn.ModuleList):
+            continue  # a container is not called
+        parameters = inspect.signature(module.forward).parameters.values()
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            raise ValueError(
+                f"{type(model).__name__}: the source cannot reach its attention: {type(module).__name__}.forward "
+                f"({path or 'the model'}) takes no further keyword arguments to pass on"
+            )
 
 
 def _is_projection(path: str, names: tuple[str, ...], module: nn.Module) -> bool:

@@ -29,7 +29,6 @@ from .source_pass import (
     Preparation,
     SourceCarrier,
     make_groups,
-    modules_with_dropout,
     read_from_model,
     read_from_states,
     run_source_pass,
@@ -69,7 +68,6 @@ class Runtime:
     carrier: SourceCarrier | None = None
     in_source_pass: bool = False
     warned: bool = False
-    quiet: list[nn.Module] | None = None
 
     def wanted(self, stacks: set[str] | None = None) -> list[tuple[StateKey, str, FlareLayer]]:
         """(state, adapter, layer) of every layer that fuses now; none where adapters are off or merged."""
@@ -94,8 +92,7 @@ class Runtime:
         return next(iter(values.values()))
 
     def clear(self) -> None:
-        """Forget what was read off the modules; called whenever adapters come or go."""
-        self.quiet = None
+        """Let go of the last source; called whenever adapters come or go."""
         self.carrier = None
 
 
@@ -156,11 +153,21 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     source = {name: value for name, value in source.items() if value is not None}
     wanted = runtime.wanted()
     if wanted and source:
+        _refuse_cached_steps(kwargs.get("past_key_values"), source)
         runtime.carrier = carry(model, runtime, source, _target_shape(args, kwargs))
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
         warnings.warn(NO_SOURCE_WARNING, UserWarning, stacklevel=2)
     return args, kwargs
+
+
+def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
+    """A step of generation: its positions would meet the wrong positions of the source."""
+    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
+        raise ValueError(
+            f"past_key_values holds earlier positions and {', '.join(sorted(source))} was given: this version cannot "
+            "decode with a source; pass the whole text at once, or leave the source out"
+        )
 
 
 def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,7 +200,7 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
         return
     missed = sorted(carrier.expected - carrier.reached)
     if missed:
-        raise RuntimeError(
+        raise ValueError(
             f"the source did not reach {len(missed)} of {len(carrier.expected)} fusing layers (first: {missed[0]}): "
             f"{type(model).__name__} does not pass unknown keyword arguments from its blocks to its attention"
         )
@@ -229,16 +236,14 @@ def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tu
     zero_pads = runtime.setting("source_padding", adapters) == "zero"
     if "source_states" in source:
         states = source["source_states"]
-        _check_states(states, source, target, runtime.setting("source_layer_offset", adapters))
+        _check_states(states, source, target, runtime.setting("source_layer_offset", adapters), weights[0].shape[1])
         prepare = _preparation(weights, states.attention_mask if zero_pads else None)
         reader = read_from_states(states, keys)
     else:
         inputs = _backbone_inputs(model, source, target)
         prepare = _preparation(weights, inputs["attention_mask"] if zero_pads else None)
         dropout = runtime.setting("source_dropout", adapters)
-        if runtime.quiet is None:
-            runtime.quiet = modules_with_dropout(model)
-        reader = read_from_model(model, inputs, keys, dropout=dropout, quiet=runtime.quiet)
+        reader = read_from_model(model, inputs, keys, dropout=dropout)
     runtime.in_source_pass = True
     try:
         return run_source_pass(reader, prepare, groups, weights)
@@ -258,15 +263,14 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     keys = {key for key, _, _ in wanted}
     inputs = _backbone_inputs(model, source, None)
     prepare = Preparation.under_autocast(inputs["input_ids"].device, None)
-    if runtime.quiet is None:
-        runtime.quiet = modules_with_dropout(model)
     dropout = runtime.setting("source_dropout", adapters)
     states: dict[StateKey, Tensor] = {}
     runtime.in_source_pass = True
     try:
-        read_from_model(model, inputs, keys, dropout=dropout, quiet=runtime.quiet)(
-            lambda key, hidden: states.__setitem__(key, prepare(hidden))
-        )
+        with torch.inference_mode(False):  # or training could not save them for its backward pass
+            read_from_model(model, inputs, keys, dropout=dropout)(
+                lambda key, hidden: states.__setitem__(key, prepare(hidden))
+            )
     finally:
         runtime.in_source_pass = False
     return SourceStates(states, runtime.setting("source_layer_offset", adapters), inputs["attention_mask"])
@@ -298,7 +302,7 @@ def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int
     if ids is None:
         given = ", ".join(sorted(source))
         raise ValueError(f"{given} was given without source_input_ids: pass both, or neither")
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 2:
         kind = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"source_input_ids must be an integer tensor (B, m), got {kind}")
     if target is not None and tuple(ids.shape) != target:
@@ -317,16 +321,29 @@ def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     types = source.get("source_token_type_ids")
+    if types is not None and tuple(types.shape) != tuple(ids.shape):
+        raise ValueError(
+            f"source_token_type_ids has shape {tuple(types.shape)}, expected the shape of source_input_ids: "
+            f"{tuple(ids.shape)}"
+        )
     if types is not None and "token_type_ids" in accepted:
         inputs["token_type_ids"] = types
     return inputs
 
 
-def _check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] | None, offset: int) -> None:
+def _check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] | None, offset: int, width: int) -> None:
     if not isinstance(states, SourceStates):
         raise TypeError(f"source_states must be a flare.SourceStates (from encode_source), got {type(states).__name__}")
-    if "source_input_ids" in source:
-        raise ValueError("source_input_ids and source_states were both given: pass the source once")
+    beside = sorted(set(source) - {"source_states"})
+    if beside:
+        raise ValueError(
+            f"{', '.join(beside)} and source_states were both given: pass the source once (the states carry their mask)"
+        )
+    if any(state.shape[-1] != width for state in states):
+        raise ValueError(
+            f"source_states are {next(iter(states)).shape[-1]} wide, this model's hidden state {width}: "
+            "make them with encode_source of this model"
+        )
     if states.offset != offset:
         raise ValueError(f"source_states were read with source_layer_offset={states.offset}, the adapter has {offset}")
     if target is not None and states.shape != target:

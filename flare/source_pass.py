@@ -82,7 +82,6 @@ def read_from_model(
     wanted: set[StateKey],
     *,
     dropout: bool,
-    quiet: list[nn.Module],
 ) -> Reader:
     """A reader that runs the frozen model: adapters off, no gradient, and (unless ``dropout``) every dropout off.
 
@@ -93,7 +92,6 @@ def read_from_model(
         inputs: keyword arguments of the backbone.
         wanted: the states to read.
         dropout: leave the modules' training mode as it is.
-        quiet: modules whose training flag to clear for the pass (see :func:`modules_with_dropout`).
     """
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
 
@@ -112,7 +110,7 @@ def read_from_model(
             stack.enter_context(torch.no_grad())
             stack.enter_context(adapters_off(model))
             if not dropout:
-                stack.enter_context(training_off(quiet))
+                stack.enter_context(training_off(model))
             with contextlib.suppress(_AllRead):
                 backbone(**inputs)
         if missing:
@@ -173,15 +171,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             set_adapters_disabled(module, before)
 
 
-def modules_with_dropout(model: nn.Module) -> list[nn.Module]:
-    """Modules whose training flag the source pass clears: all but bitsandbytes linears, which repack in eval."""
-    return [module for module in model.modules() if not is_bnb_linear(module)]
-
-
 @contextlib.contextmanager
-def training_off(modules: list[nn.Module]) -> Iterator[None]:
-    """``training = False`` without eval()'s walk over the tree; only flags that were set are set again."""
-    switched = [module for module in modules if module.training]
+def training_off(model: nn.Module) -> Iterator[None]:
+    """``training = False`` below a model, without eval()'s recursion; only flags that were set are set again.
+
+    Not on bitsandbytes linears, which repack their weights in eval mode.
+    """
+    switched = [module for module in model.modules() if module.training and not is_bnb_linear(module)]
     for module in switched:
         module.__dict__["training"] = False
     try:
@@ -192,6 +188,11 @@ def training_off(modules: list[nn.Module]) -> Iterator[None]:
 
 
 # --- the node ---------------------------------------------------------------------------------------------------------
+
+
+def zero_pads(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """hidden (B, m, d) with zeros, whatever stood there, where the mask (B, m) has none."""
+    return hidden.masked_fill(attention_mask.to(hidden.device).unsqueeze(-1) == 0, 0.0)
 
 
 @dataclass
@@ -206,7 +207,7 @@ class Preparation:
         if self.dtype is not None and hidden.dtype == torch.float32:
             hidden = hidden.to(self.dtype)
         if self.attention_mask is not None:
-            hidden = hidden * self.attention_mask.unsqueeze(-1).to(hidden.device, hidden.dtype)
+            hidden = zero_pads(hidden, self.attention_mask)
         return hidden
 
     @classmethod
@@ -259,7 +260,7 @@ class SourcePass(torch.autograd.Function):
                         mask_source=masks.bits(x_MK.shape, kernel_dropout.SOURCE_STREAM),
                         keep_scale=masks.scale,
                     )
-                S[index] = projected.view(*hidden.shape[:-1], -1)
+                S[index] = projected.view(*hidden.shape[:-1], sum(group.ranks))
 
         reader(visit)
         ctx.set_materialize_grads(False)
@@ -318,7 +319,7 @@ class SourceCarrier:
     It stays with the block's saved arguments, so a checkpoint's recompute finds the same S.
     """
 
-    S: dict[tuple[str, str], Tensor]  # (layer, adapter) -> (B, m, r)
+    S: dict[str, dict[str, Tensor]]  # layer -> adapter -> (B, m, r)
     where: dict[tuple[str, str], StateKey]
     kept: dict[StateKey, Tensor]
     graded: bool  # whether gradients were on where the source pass ran
@@ -331,7 +332,12 @@ class SourceCarrier:
         if self.graded and not torch.is_grad_enabled():
             # blocks that run without a graph where the model ran with one: reentrant checkpointing
             self.reentrant = True
-        return LayerSource(self, layer)
+        return LayerSource(
+            {
+                adapter: (self.x_source((layer, adapter)), None) if self.reentrant else (None, S)
+                for adapter, S in self.S.get(layer, {}).items()
+            }
+        )
 
     def x_source(self, slot: tuple[str, str]) -> Tensor:
         """The state x_S (B, m, d) of a (layer, adapter), for a layer that makes its own S."""
@@ -340,24 +346,18 @@ class SourceCarrier:
     @property
     def expected(self) -> set[str]:
         """The layers that must be reached."""
-        return {layer for layer, _ in self.S}
+        return set(self.S)
 
 
 @dataclass(frozen=True)
 class LayerSource:
-    """One layer's view of the carrier."""
+    """What one layer is handed: adapter -> (x_source, source_bottleneck), one of the two."""
 
-    carrier: SourceCarrier
-    layer: str
+    by_adapter: dict[str, tuple[Tensor | None, Tensor | None]]
 
     def of(self, adapter: str) -> tuple[Tensor | None, Tensor | None]:
-        """(x_source, source_bottleneck) for an adapter of this layer: one of the two, or neither."""
-        slot = (self.layer, adapter)
-        if slot not in self.carrier.S:
-            return None, None
-        if self.carrier.reentrant:
-            return self.carrier.x_source(slot), None
-        return None, self.carrier.S[slot]
+        """(x_source, source_bottleneck) for an adapter of this layer; neither where it does not fuse."""
+        return self.by_adapter.get(adapter, (None, None))
 
 
 def run_source_pass(
@@ -367,11 +367,11 @@ def run_source_pass(
     keep = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     kept: dict[StateKey, Tensor] = {}
     outputs = SourcePass.apply(reader, prepare, groups, kept, keep, *weights)
-    S: dict[tuple[str, str], Tensor] = {}
+    S: dict[str, dict[str, Tensor]] = {}
     where: dict[tuple[str, str], StateKey] = {}
     for group, output in zip(groups, outputs, strict=True):
         parts = output.split(list(group.ranks), dim=-1) if len(group.ranks) > 1 else (output,)
         for layer, part in zip(group.layers, parts, strict=True):
-            S[layer, group.adapter] = part
+            S.setdefault(layer, {})[group.adapter] = part
             where[layer, group.adapter] = group.key
     return SourceCarrier(S, where, kept, graded=keep)

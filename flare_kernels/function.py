@@ -39,14 +39,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def writable(base_output: Tensor) -> Tensor:
+def writable(base_output: Tensor, *beside: Tensor | None) -> Tensor:
     """base_output itself where the result may stand in its memory, else a copy of it.
 
-    A leaf that requires grad and a view are the caller's; memory that overlaps itself or has gaps cannot be
-    accumulated into as (M, n).
+    A leaf that requires grad, a view, a part of a larger storage, and memory that one of the tensors ``beside`` lives
+    in too, are still somebody's; memory with gaps cannot be accumulated into as (M, n). What PyTorch cannot tell from a
+    tensor of its own, a ``detach()`` that covers the whole, is written to.
     """
-    is_callers = (base_output.is_leaf and base_output.requires_grad) or base_output._is_view()
-    return base_output.clone(memory_format=torch.contiguous_format) if is_callers else base_output.contiguous()
+    storage = base_output.untyped_storage()
+    others = (other.untyped_storage().data_ptr() for other in beside if other is not None and other.numel())
+    is_somebodys = (
+        (base_output.is_leaf and base_output.requires_grad)
+        or base_output._is_view()
+        or storage.nbytes() > base_output.numel() * base_output.element_size()  # inference mode hides views
+        or (base_output.is_inference() and not torch.is_inference_mode_enabled())
+        or (base_output.numel() > 0 and storage.data_ptr() in others)
+    )
+    return base_output.clone(memory_format=torch.contiguous_format) if is_somebodys else base_output.contiguous()
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,8 @@ def fused_lora(
         x: (..., m, d) target stream.
         x_source: (..., m, d) source stream, or None.
         base_output: (..., m, n) output of the frozen linear, whatever its quantisation. It is consumed: the result
-            may stand in its memory, as with ``addmm_``; a leaf that requires grad, or a view, is copied first.
+            may stand in its memory, as with ``addmm_``; a leaf that requires grad, a view, or a tensor that shares
+            memory with x or the source, is copied first.
         lora_A: (r, d) as PEFT stores it, shared by both streams.
         lora_B: (n, r) as PEFT stores it.
         scaling: alpha / r.
@@ -228,7 +238,7 @@ def fused_lora(
             run here.
     """
     validation.check_fusion(fusion, backend)
-    validation.check_dropout(dropout_p)
+    validation.check_numbers(scaling, dropout_p)
     validation.check_dtypes(
         {
             "x": x,
@@ -264,4 +274,5 @@ def fused_lora(
     p = dropout_p if training else 0.0
     call = Call(primitives(backend, x.device, dtype), dtype, scaling, fusion, p)
     seed = _dropout.draw_seed(x.device) if p > 0.0 else None
-    return FusedLoRA.apply(x, x_source, source_bottleneck, writable(base_output), lora_A, lora_B, seed, call)
+    y = writable(base_output, x, x_source, source_bottleneck)
+    return FusedLoRA.apply(x, x_source, source_bottleneck, y, lora_A, lora_B, seed, call)

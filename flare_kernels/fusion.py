@@ -19,12 +19,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fusion:
-    """One element-wise fusion: its forward, its derivative, and whether the derivative needs S and T themselves."""
+    """One element-wise fusion: its forward and its derivative."""
 
     name: str
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    is_linear: bool = False
 
     def __call__(self, S: Tensor, T: Tensor) -> Tensor:
         return self.forward(S, T)
@@ -38,7 +37,7 @@ _REGISTRY: dict[str, Fusion] = {
     fusion.name: fusion
     for fusion in (
         # backward: (dH, S, T) -> (dT, dS)
-        Fusion("add", lambda S, T: S + T, lambda dH, S, T: (dH, dH), is_linear=True),
+        Fusion("add", lambda S, T: S + T, lambda dH, S, T: (dH, dH)),
         Fusion("mul", lambda S, T: S * T, lambda dH, S, T: (dH * S, dH * T)),
         Fusion("add_relu", lambda S, T: S.relu() + T.relu(), lambda dH, S, T: (dH * (T > 0), dH * (S > 0))),
         Fusion("mul_relu", lambda S, T: S.relu() * T.relu(), _mul_relu_backward),

@@ -176,7 +176,7 @@ class FusedLoRAJoint(torch.autograd.Function):
                 bits = masks.bits((M, K), _dropout.SOURCE_STREAM)
                 dx_source = call.ops.grad_input(dS_cat, A_fused, mask=bits, keep_scale=masks.scale, dtype=s_dtype)
                 dx_source = dx_source.view(s_shape)
-        dS_out = dS_cat.view(*shape[:-1], -1) if needs_S and dS_cat is not None else None
+        dS_out = dS_cat.view(*shape[:-1], call.fused) if needs_S and dS_cat is not None else None
         dys = [g if need else None for g, need in zip(grads, needs_y, strict=True)]
         dAs = [g if need else None for g, need in zip(dAs, needs_A, strict=True)]
         return (None, dx, dx_source, dS_out, None, *dys, *dAs, *dBs, *([None] * len(Ws)))
@@ -323,13 +323,21 @@ def fused_lora_qkv(
         x_source if fusing else None,
         S_cat,
         _dropout.draw_seed(x.device) if p > 0.0 else None,
-        *(writable(base_outputs[name]) for name in names),
+        *_writable(base_outputs, names, x, x_source, S_cat),
         *(adapters[name][0] for name in ordered),
         *(adapters[name][1] for name in ordered),
         *((weights[name] for name in names) if weights is not None else ()),
     )
     results = dict(zip(names, outputs, strict=True))
     return {name: results.get(name, y) for name, y in base_outputs.items()}
+
+
+def _writable(base_outputs: Mapping[str, Tensor], names: tuple[str, ...], *beside: Tensor | None) -> list[Tensor]:
+    """The outputs to accumulate into; none shares memory with another or with a tensor ``beside``."""
+    ys: list[Tensor] = []
+    for name in names:
+        ys.append(writable(base_outputs[name], *beside, *ys))
+    return ys
 
 
 def _check(
@@ -344,7 +352,9 @@ def _check(
     backend: str,
 ) -> dict[str, str | None]:
     """Validate a joint call; the fusion of every adapter (None: plain LoRA)."""
-    validation.check_dropout(dropout_p)
+    validation.check_numbers(1.0, dropout_p)
+    validation.check_dtypes({"x": x, "x_source": x_source})
+    validation.check_streams(x, x_source, None)
     for argument, mapping in (("adapters", adapters), ("source_bottleneck", source_bottleneck or {})):
         unknown = sorted(set(mapping) - set(base_outputs))
         if unknown:
@@ -355,10 +365,14 @@ def _check(
         raise ValueError(
             f"fusion names {sorted(set(fusion) - set(base_outputs))}, base_outputs has {sorted(base_outputs)}"
         )
-    fusions: dict[str, str | None] = {}
-    for name, (A, B, _) in adapters.items():
-        own = fusion.get(name) if isinstance(fusion, Mapping) else fusion
+    for own in fusion.values() if isinstance(fusion, Mapping) else (fusion,):
         validation.check_fusion(own, "torch" if backend == "auto" else backend)
+    for name, W in (weights or {}).items():
+        validation.check_weight(x, base_outputs[name], W, where=name)
+    fusions: dict[str, str | None] = {}
+    for name, (A, B, scaling) in adapters.items():
+        validation.check_numbers(scaling, dropout_p)
+        own = fusion.get(name) if isinstance(fusion, Mapping) else fusion
         S = None if source_bottleneck is None else source_bottleneck.get(name)
         tensors = {
             "x": x,

@@ -79,7 +79,18 @@ def check_adapter(
         )
 
 
-def check_dropout(dropout_p: float) -> None:
-    """Raises ValueError outside [0, 1]."""
+def check_weight(x: Tensor, base_output: Tensor, W: Tensor, where: str) -> None:
+    """Raises TypeError or ValueError where a frozen weight is not (n, d) beside base_output (..., n) and x (..., d)."""
+    name = f"weights[{where!r}]"
+    check_dtypes({name: W, "x": x})
+    expected = (base_output.shape[-1], x.shape[-1])
+    if tuple(W.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(W.shape)}, expected {expected}: (width of base_output, width of x)")
+
+
+def check_numbers(scaling: float, dropout_p: float) -> None:
+    """Raises TypeError for a scaling that is no number, ValueError for a probability outside [0, 1]."""
+    if not isinstance(scaling, int | float):
+        raise TypeError(f"scaling must be a number (alpha / r), got {type(scaling).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} must lie in [0, 1]")

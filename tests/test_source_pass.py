@@ -273,7 +273,7 @@ def test_a_model_that_swallows_keyword_arguments_is_noticed(monkeypatch) -> None
     block = tiny.block_list(model.get_base_model())[1]
     plain = block.self_attn.forward
     monkeypatch.setattr(type(block), "forward", _without_source(type(block).forward))
-    with pytest.raises(RuntimeError, match=r"did not reach 6 of 6 fusing layers.*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"did not reach 6 of 6 fusing layers.*LlamaForCausalLM"):
         model(**tiny.batch("llama"))
     assert plain is not None
 
@@ -309,3 +309,52 @@ def test_the_frozen_pass_stays_eager_under_a_compiled_model() -> None:
     loss.backward()
     torch.testing.assert_close(loss.detach(), want_loss[0])
     assert_same_gradients(tiny.gradients(model), want)
+
+
+def test_a_hook_on_the_frozen_layer_keeps_what_it_saw() -> None:
+    model = fused("llama").eval()
+    layer = tiny.block_list(model.get_base_model())[0].self_attn.q_proj
+    seen = []
+    layer.base_layer.register_forward_hook(lambda m, a, y: seen.append((y, y.clone())))
+    model(**tiny.batch("llama"))
+    assert seen and all(torch.equal(kept, copied) for kept, copied in seen)
+
+
+def test_a_source_at_a_cached_step_is_refused() -> None:
+    model = fused("llama").eval()
+    inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
+    rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
+    cache = model(**rest, use_cache=True).past_key_values
+    step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+    with pytest.raises(ValueError, match="cannot decode with a source"):
+        model(**step, source_input_ids=inputs["source_input_ids"][:, -1:])
+    model(**step)
+
+
+def test_a_module_exchanged_later_has_its_dropout_off_too() -> None:
+    model = fused("bert")
+    inputs = tiny.batch("bert")
+    ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]
+    model.encode_source(ids, mask)
+    model.get_base_model().bert.embeddings.dropout = nn.Dropout(0.5)
+    first, second = model.encode_source(ids, mask), model.encode_source(ids, mask)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_states_encoded_in_inference_mode_can_be_trained_on() -> None:
+    model = fused("llama")
+    inputs = tiny.batch("llama")
+    want_loss, want = loss_and_gradients(model, inputs)
+    with torch.inference_mode():
+        states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
+    loss, got = loss_and_gradients(model, {**rest, "source_states": states})
+    assert torch.equal(loss, want_loss)
+    assert_same_gradients(got, want, exact=True)
+
+
+def test_zeroed_pads_are_zero_whatever_stood_there() -> None:
+    from flare.source_pass import zero_pads
+
+    hidden = torch.tensor([[[1.0, float("nan")], [float("inf"), 2.0], [3.0, 4.0]]])
+    assert zero_pads(hidden, torch.tensor([[0, 0, 1]])).tolist() == [[[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]]]

@@ -301,3 +301,33 @@ def test_triton_refuses_float64_by_name(device) -> None:
         pytest.skip(str(flare_kernels.backends()["triton"]))
     with pytest.raises(ValueError, match="no float64"):
         fused_lora(**make((2, 3), 8, 6, 5, torch.float64, device), scaling=1.0, backend="triton")
+
+
+def test_memory_that_is_shared_with_an_input_is_not_written_to(device) -> None:
+    """x, the source or a second output in base_output's storage: the same values and gradients as from copies."""
+    x, A, B = torch.randn(6, 8), torch.randn(4, 8), torch.randn(8, 4)
+    x, A, B = (t.to(device) for t in (x, A, B))
+
+    def dA(x: Tensor, x_source: Tensor | None, y: Tensor, joint: bool) -> Tensor:
+        leaf = A.clone().requires_grad_()
+        if joint:
+            out = flare_kernels.fused_lora_qkv(x, x_source, {"q": y}, {"q": (leaf, B, 0.5)})["q"]
+        else:
+            out = fused_lora(x, x_source, y, leaf, B, scaling=0.5)
+        out.square().sum().backward()
+        return leaf.grad
+
+    for joint in (False, True):
+        want = dA(x, x.clone(), x.clone(), joint)
+        shared = x.clone()
+        torch.testing.assert_close(dA(shared, x, shared, joint), want)
+        shared = x.clone()
+        torch.testing.assert_close(dA(x, shared, shared, joint), want)
+    twice = torch.zeros(6, 8, device=device)
+    ys = flare_kernels.fused_lora_qkv(x, None, {"q": twice, "k": twice}, dict.fromkeys(("q", "k"), (A, B, 1.0)))
+    torch.testing.assert_close(ys["q"], x @ A.T @ B.T)
+    torch.testing.assert_close(ys["k"], ys["q"])
+    with torch.inference_mode():
+        wide = torch.zeros(12, 8, device=device)
+        fused_lora(x, None, wide[:6], A, B, scaling=1.0)
+        assert not wide.any(), "inference mode hides that this is a view"

@@ -180,3 +180,26 @@ def test_wrong_input(device) -> None:
     tracked = {name: (data["x"].clone().requires_grad_() @ W.T) for name, W in data["W"].items()}
     with pytest.raises(ValueError, match="require grad while weights are given"):
         fused_lora_qkv(data["x"], None, tracked, good, weights=data["W"])
+
+
+def test_no_rows(device) -> None:
+    """M = 0 with a given bottleneck, forward and backward."""
+    S = torch.zeros(2, 0, 4, device=device, requires_grad=True)
+    A, B = torch.randn(4, 18, device=device, requires_grad=True), torch.randn(6, 4, device=device, requires_grad=True)
+    base = {"q": torch.zeros(2, 0, 6, device=device)}
+    x = torch.zeros(2, 0, 18, device=device)
+    ys = fused_lora_qkv(x, None, base, {"q": (A, B, 1.0)}, source_bottleneck={"q": S})
+    ys["q"].sum().backward()
+    assert ys["q"].shape == (2, 0, 6) and S.grad.shape == S.shape
+    assert not A.grad.any() and not B.grad.any()
+
+
+def test_weights_are_checked(device) -> None:
+    data = make(torch.float32, device)
+    base = {name: data["x"] @ W.T for name, W in data["W"].items()}
+    with pytest.raises(ValueError, match=r"weights\['q'\] has shape"):
+        fused_lora_qkv(data["x"], None, base, {}, weights={**data["W"], "q": data["W"]["q"].T})
+    with pytest.raises(TypeError, match=r"weights\['q'\] has dtype torch.int8"):
+        fused_lora_qkv(data["x"], None, base, {}, weights={**data["W"], "q": data["W"]["q"].to(torch.int8)})
+    with pytest.raises(TypeError, match="scaling must be a number"):
+        fused_lora_qkv(data["x"], None, base, {"q": (data["A"]["q"], data["B"]["q"], "1")})
