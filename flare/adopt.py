@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -9,10 +11,12 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from ._compat import FLARE
+from ._compat import FLARE, LoraLayer
 from .config import FlareConfig
+from .layer import FlareLayer
 from .model import FastLoraReport, FlareModel
 from .routing import ModelMap
+from .runtime import detach, runtime_of
 
 _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
@@ -23,8 +27,12 @@ _TASKS = {
 }
 _LORA_FIELDS = {f.name for f in fields(LoraConfig)}
 _OWN_FIELDS = {f.name for f in fields(FlareConfig)} - _LORA_FIELDS
-# not properties of trained weights, so they may be set anew on an existing adapter
-_FREE_FIELDS = {"lora_dropout", "inference_mode", "task_type", "peft_type", "peft_version", "base_model_name_or_path"}
+# not properties of trained weights: lora_dropout is set anew on an existing adapter, the others are written by PEFT
+_FREE_FIELDS = {"lora_dropout", "peft_type", "peft_version", "base_model_name_or_path"}
+_FIXED_BY_PEFT = {"task_type", "inference_mode"}
+_SET_BY_PEFT = ("peft_config", "_require_grads_hook", "_require_grads_hooks")  # attributes of the transformers model
+# what adopting adds to a layer of PEFT's
+_ADOPTED = ("flare_fusion", "flare_unmergeable", "flare_key", "_flare_source", "lora_cross_attention", "latent_proj")
 
 
 def fast_lora(
@@ -39,7 +47,8 @@ def fast_lora(
 
     Args:
         model: a transformers model, modified in place as by ``get_peft_model``, or a PEFT LoRA model: its trained
-            adapters are kept, and r, alpha and targets come from them.
+            adapters are kept, and r, alpha and targets come from them; lora_dropout may be set anew. A call that
+            raises leaves either as it was.
         config: FlareConfig, ``peft.LoraConfig`` (its values, with FLARE's defaults for the rest), or None.
         adapter_name: name of the new adapter; with a PEFT model the existing names stay.
         strict: raise where any LoRA module is declined, instead of leaving it plain LoRA.
@@ -52,8 +61,9 @@ def fast_lora(
 
     Raises:
         TypeError: model or config of another kind, or an override that is no field of FlareConfig.
-        ValueError: an architecture whose blocks or projections cannot be found, nothing that fuses, an override that
-            contradicts a trained adapter, or (``strict``) a declined module.
+        ValueError: an architecture whose blocks or projections cannot be found, nothing that fuses, a name in
+            fusion_modules that no LoRA module has, an override that contradicts a trained adapter, or (``strict``) a
+            declined module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model or a peft.PeftModel, got {type(model).__name__}")
@@ -65,21 +75,42 @@ def fast_lora(
             f"{', '.join(unknown)}: no field of FlareConfig; its own fields: {', '.join(sorted(_OWN_FIELDS))}"
         )
     if isinstance(model, PeftModel):
-        adopted = _adopt_peft_model(model, config, overrides)
-        _check(adopted, strict)
-        return adopted
+        return _adopt_peft_model(model, config, overrides, strict)
     own = make_config(config, overrides)
     if own.fusion is not None:
         ModelMap.of(model)  # raises before the model is touched
     if own.task_type is None:
         own.task_type = infer_task_type(model)
-    peft_model = get_peft_model(model, own, adapter_name=adapter_name)
-    try:
+    with _as_it_was(model):
+        peft_model = get_peft_model(model, own, adapter_name=adapter_name)
         _check(peft_model, strict)
-    except ValueError:
-        peft_model.base_model.unload()  # leave the caller's model as it was
-        raise
     return peft_model
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give a transformers model its own modules, flags, hooks and attributes back where the body raises."""
+    modules = [(module, dict(module._modules), set(module._forward_hooks)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = {name: model.__dict__[name] for name in _SET_BY_PEFT if name in model.__dict__}
+    routed = runtime_of(model) is not None  # it has adapters of ours, by transformers' add_adapter
+    try:
+        yield
+    except Exception:
+        if not routed:
+            detach(model)
+        for module, children, hooks in modules:
+            for name, child in children.items():
+                if getattr(module, name) is not child:
+                    setattr(module, name, child)
+            for hook in set(module._forward_hooks) - hooks:  # PEFT's, under gradient checkpointing
+                del module._forward_hooks[hook]
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for name in _SET_BY_PEFT:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(attributes)
+        raise
 
 
 def make_config(config: LoraConfig | None, overrides: dict[str, Any]) -> FlareConfig:
@@ -98,7 +129,9 @@ def infer_task_type(model: nn.Module) -> str | None:
     return None
 
 
-def _adopt_peft_model(model: PeftModel, config: LoraConfig | None, overrides: dict[str, Any]) -> PeftModel:
+def _adopt_peft_model(
+    model: PeftModel, config: LoraConfig | None, overrides: dict[str, Any], strict: bool
+) -> PeftModel:
     tuner = model.base_model
     if isinstance(tuner, FlareModel):
         raise ValueError(
@@ -111,18 +144,43 @@ def _adopt_peft_model(model: PeftModel, config: LoraConfig | None, overrides: di
         ModelMap.of(tuner.model)  # raises before the model is touched
     if any(_is_merged(module) for module in tuner.modules()):
         raise ValueError("model: its adapters are merged into the base weights; call model.unmerge_adapter() first")
-    old_configs = dict(tuner.peft_config)
+    old_configs, old_type = dict(tuner.peft_config), model.peft_type
+    layers: list[tuple[Any, type]] = [(m, type(m)) for m in tuner.modules() if isinstance(m, LoraLayer)]
     tuner.peft_config.update(configs)
     tuner.__class__ = FlareModel
     model.peft_type = FLARE
     try:
         for name in configs:
             tuner.wire(name)
-    except ValueError:
-        tuner.__class__, model.peft_type = LoraModel, old_configs[next(iter(old_configs))].peft_type
+        _check(model, strict)
+    except Exception:  # leave the caller's model as it was
+        detach(tuner.model)
+        for module, cls in layers:
+            release(module, cls)
+        tuner.__class__, model.peft_type = LoraModel, old_type
         tuner.peft_config.update(old_configs)
         raise
+    for name, new in configs.items():
+        if new.lora_dropout != old_configs[name].lora_dropout:
+            _set_dropout(layers, name, new.lora_dropout)
     return model
+
+
+def release(module: nn.Module, cls: type) -> None:
+    """Undo :func:`flare.layer.adopt`: the layer gets its former class back and loses what was added to it."""
+    if not isinstance(module, FlareLayer):
+        return
+    for name in _ADOPTED:
+        delattr(module, name)
+    module.__class__ = cls  # type: ignore[assignment]
+
+
+def _set_dropout(layers: list[tuple[Any, type]], adapter: str, p: float) -> None:
+    """A new lora_dropout on every layer of an adapter, as PEFT makes it."""
+    for module, _ in layers:
+        if adapter in module.lora_dropout:
+            dropout = nn.Dropout(p) if p > 0 else nn.Identity()
+            module.lora_dropout[adapter] = dropout.train(module.training)
 
 
 def _is_merged(module: nn.Module) -> bool:
@@ -142,13 +200,18 @@ def _converted(name: str, old: LoraConfig, config: LoraConfig | None, overrides:
     given.update(overrides)
     for key in sorted(set(given) & _LORA_FIELDS - _FREE_FIELDS):
         ours, theirs = _comparable(given[key]), _comparable(getattr(old, key))
+        if ours != theirs and key in _FIXED_BY_PEFT:
+            raise ValueError(
+                f"{key}={given[key]!r}: it is fixed by the PeftModel, whose adapter {name!r} has "
+                f"{getattr(old, key)!r}: leave it out, or set it where the PeftModel is made"
+            )
         if ours != theirs:
             raise ValueError(
                 f"{key}={given[key]!r} contradicts the trained adapter {name!r}, which has {getattr(old, key)!r}: "
                 "leave it out, or start from the base model"
             )
     kept = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
-    own = {key: value for key, value in given.items() if key in _OWN_FIELDS}
+    own = {key: value for key, value in given.items() if key in _OWN_FIELDS or key == "lora_dropout"}
     return FlareConfig(**{**kept, **own})
 
 
@@ -157,11 +220,19 @@ def _comparable(value: Any) -> Any:
 
 
 def _check(model: PeftModel, strict: bool) -> None:
-    """Nothing fusing always raises; anything declined raises under strict."""
+    """Raises where nothing fuses or no module has a name in fusion_modules, and under strict where one is declined."""
     tuner = model.base_model
     report: FastLoraReport = tuner.fast_lora_report()
     wants = [name for name, config in tuner.peft_config.items() if config.fusion is not None]
     for name in wants:
+        paths = {row.module for row in report if row.adapter == name}
+        names = {path.rpartition(".")[2] for path in paths}
+        unknown = [module for module in tuner.peft_config[name].fusion_modules or () if module not in names | paths]
+        if unknown:
+            raise ValueError(
+                f"fusion_modules: {', '.join(map(repr, unknown))} matches no LoRA module of adapter {name!r}, which "
+                f"has {', '.join(sorted(names))}; use these names or full paths, or add to target_modules"
+            )
         if not any(row.adapter == name for row in report.fused):
             reasons = sorted({row.reason for row in report if row.adapter == name})
             raise ValueError(

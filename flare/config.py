@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ _VARIANTS = (
     "target_parameters",
 )
 
+# Initialisations that take what they put into A and B out of the base weights; these are beginnings (pissa_niter_4).
+_CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
 _CARD_HEADING = "## Loading this adapter"
 _CARD = f"""{_CARD_HEADING}
 
@@ -47,7 +51,8 @@ class FlareConfig(LoraConfig):
     Fields are flat and are saved in ``adapter_config.json``.
 
     Raises:
-        ValueError: a value that is not accepted, or a LoRA variant that cannot fuse; the message names the field.
+        TypeError, ValueError: a value that is not accepted, or, with a fusion, a LoRA variant that cannot fuse, or an
+            initialisation or bias that changes the base model; the message names the field.
     """
 
     r: int = field(default=64, metadata={"help": "Rank of the adapter."})
@@ -96,42 +101,84 @@ class FlareConfig(LoraConfig):
     )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's, which writes adapter_config.json; then says in the model card what loading this adapter takes."""
+        """PEFT's, which writes adapter_config.json; then says in PEFT's model card what loading this adapter takes."""
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         for card in (folder / "README.md", folder.parent / "README.md"):  # a named adapter lies one folder down
-            if card.is_file():
-                text = card.read_text(encoding="utf-8")
+            if not card.is_file():
+                continue
+            text = card.read_text(encoding="utf-8", errors="surrogateescape")
+            if _is_pefts_card(text):
                 if _CARD_HEADING not in text:
-                    card.write_text(text.rstrip() + "\n\n" + _CARD, encoding="utf-8")
+                    card.write_text(text.rstrip() + "\n\n" + _CARD, encoding="utf-8", errors="surrogateescape")
                 break
 
     def __post_init__(self) -> None:
+        self._check_values()
+        if self.fusion is not None:
+            self._check_fuses()
         super().__post_init__()
         self.peft_type = FLARE  # type: ignore[assignment]
-        _one_of("fusion", self.fusion, (*FUSIONS, *EAGER_FUSIONS, None))
-        _one_of("source_layer_offset", self.source_layer_offset, (1, 0))
-        _one_of("source_padding", self.source_padding, SOURCE_PADDING)
-        _one_of("source_memory", self.source_memory, SOURCE_MEMORY)
-        if self.latent_dim is not None:
-            if isinstance(self.latent_dim, bool) or not isinstance(self.latent_dim, int) or self.latent_dim < 1:
-                raise ValueError(f"latent_dim={self.latent_dim!r} must be a positive integer, or None")
-            if self.fusion is None:
-                raise ValueError(f"latent_dim={self.latent_dim!r} needs a fusion, got fusion=None (plain LoRA)")
-        if self.r < 1:
-            raise ValueError(f"r={self.r!r} must be a positive integer")
-        if self.cross_attention_heads < 1 or self.r % self.cross_attention_heads:
-            raise ValueError(f"cross_attention_heads={self.cross_attention_heads!r} must divide r={self.r}")
         if isinstance(self.fusion_modules, (set, tuple)):
             self.fusion_modules = sorted(self.fusion_modules)
         elif isinstance(self.fusion_modules, str):
             self.fusion_modules = [self.fusion_modules]
-        if self.fusion is not None:
-            variants = [name for name in _VARIANTS if getattr(self, name, None)]
-            if variants:
-                raise ValueError(
-                    f"{', '.join(variants)} cannot be combined with a fusion; leave it out or set fusion=None"
-                )
+
+    def _check_values(self) -> None:
+        """Each field on its own, and those that must fit together."""
+        _one_of("fusion", self.fusion, (*FUSIONS, *EAGER_FUSIONS, None))
+        _one_of("source_layer_offset", self.source_layer_offset, (1, 0))
+        _one_of("source_padding", self.source_padding, SOURCE_PADDING)
+        _one_of("source_memory", self.source_memory, SOURCE_MEMORY)
+        _positive("r", self.r)
+        _positive("cross_attention_heads", self.cross_attention_heads)
+        if self.r % self.cross_attention_heads:
+            raise ValueError(f"cross_attention_heads={self.cross_attention_heads!r} must divide r={self.r}")
+        if self.latent_dim is not None:
+            _positive("latent_dim", self.latent_dim, ", or None")
+            if self.fusion is None:
+                raise ValueError(f"latent_dim={self.latent_dim!r} needs a fusion, got fusion=None (plain LoRA)")
+        if not isinstance(self.source_dropout, bool):
+            raise TypeError(f"source_dropout={self.source_dropout!r} must be True or False")
+        if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, (int, float)):
+            raise TypeError(f"lora_dropout={self.lora_dropout!r} must be a number from 0 to 1")
+        if not 0 <= self.lora_dropout <= 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} must be a number from 0 to 1")
+        names: object = self.fusion_modules
+        many = isinstance(names, (list, set, tuple)) and all(isinstance(name, str) for name in names)
+        if names is not None and not isinstance(names, str) and not many:
+            raise TypeError(f"fusion_modules={names!r} must be a name, a list of names, or None")
+
+    def _check_fuses(self) -> None:
+        """What a fusion rules out: other forwards than LoRA's, and anything that changes the model the source reads."""
+        variants = [name for name in _VARIANTS if getattr(self, name, None)]
+        if variants:
+            raise ValueError(f"{', '.join(variants)} cannot be combined with a fusion; leave it out or set fusion=None")
+        why = "the source pass reads the frozen base model, and this changes its"
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+            raise ValueError(
+                f"init_lora_weights={init!r} cannot be combined with a fusion: {why} weights; use True, 'gaussian', "
+                "'orthogonal' or 'eva', or set fusion=None"
+            )
+        if self.bias != "none":
+            raise ValueError(
+                f"bias={self.bias!r} cannot be combined with a fusion: {why} biases; use bias='none' (lora_bias=True "
+                "trains biases of the adapter's own), or set fusion=None"
+            )
+
+
+def _is_pefts_card(text: str) -> bool:
+    """Whether a README.md is a model card of PEFT's: its front matter says ``library_name: peft``."""
+    front = re.match(r"---\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    return front is not None and re.search(r"^library_name:\s*['\"]?peft['\"]?\s*$", front[1], re.MULTILINE) is not None
+
+
+def _positive(name: str, value: object, otherwise: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be a positive integer{otherwise}")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer{otherwise}")
 
 
 def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:

@@ -15,7 +15,7 @@ from ._compat import LoraLayer, register_tuner
 from .config import FlareConfig
 from .layer import MERGE_REFUSED, FlareLayer, adopt
 from .routing import ModelMap
-from .runtime import SOURCE_ARGUMENTS, Runtime, attach, detach, encode, runtime_of
+from .runtime import SOURCE_ARGUMENTS, Runtime, attach, detach, encode, readable_stacks, runtime_of
 from .source_states import SourceStates
 
 
@@ -117,6 +117,8 @@ class FlareModel(LoraModel):
             return "it is not a projection of a block's attention"
         if site.is_cross_attention:
             return "cross-attention does not fuse"
+        if site.stack not in readable_stacks(self.model, runtime):
+            return "the decoder gets no source in this version"
         name = path.rpartition(".")[2]
         if config.fusion_modules is None:
             if path not in runtime.map.query_and_value:
@@ -141,22 +143,36 @@ class FlareModel(LoraModel):
             runtime.reasons = {key: why for key, why in runtime.reasons.items() if key[1] != adapter_name}
             runtime.layers = [layer for layer in runtime.layers if any(f for f in layer.flare_fusion.values())]
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """PEFT's add_weighted_adapter. Raises ValueError for adapters that fuse differently: weights trained for one
-        phi mean nothing under another; or that train more than A and B, which is all PEFT combines.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """PEFT's add_weighted_adapter, for fusing adapters as far as a combination of A and B means something there.
+
+        Raises:
+            ValueError: adapters that fuse differently (weights trained for one phi mean nothing under another) or that
+                train more than A and B; a fusion, combination_type or weight under which an adapter combined with an
+                empty one would not be itself.
         """
-        keys = ("fusion", "source_layer_offset", "source_padding")
         known = [name for name in adapters if name in self.peft_config]
         for name in known:
             config = self.peft_config[name]
             if config.fusion == "cross_attention" or config.latent_dim is not None:
                 what = "latent_proj" if config.latent_dim is not None else "cross_attention's query, key and value"
                 raise ValueError(f"adapters: {name!r} trains {what}, which cannot be combined: only A and B can")
-        for key in keys:
+        for key in ("fusion", "source_layer_offset", "source_padding"):
             values = {name: getattr(self.peft_config[name], key) for name in known}
             if len(set(values.values())) > 1:
                 raise ValueError(f"adapters: cannot combine adapters whose {key} differs: {values}")
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+        fusion = self.peft_config[known[0]].fusion if known else None
+        if fusion is not None:
+            _check_combination(fusion, combination_type, weights)
+        super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
     # --- saving and loading -------------------------------------------------------------------------------------------
 
@@ -223,6 +239,18 @@ class FlareModel(LoraModel):
 
     # --- the source ---------------------------------------------------------------------------------------------------
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's. Raises ValueError for ``adapter_names`` with a source: here, because hooks that PEFT has installed
+        outlive an error in the forward.
+        """
+        given = [name for name in SOURCE_ARGUMENTS if kwargs.get(name) is not None]
+        if given and kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names (several adapters in one batch) cannot be combined with {', '.join(given)}: run one "
+                "adapter per batch, or leave the source out"
+            )
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
     def encode_source(self, source_input_ids: Tensor, source_attention_mask: Tensor | None = None) -> SourceStates:
         """Hidden states of the frozen model on the source text, for the places where active adapters fuse.
 
@@ -279,6 +307,22 @@ def _adapters_of(layer: LoraLayer) -> Iterable[str]:
 
 def _is_projection(key: str, adapter: str, end: str) -> bool:
     return key.endswith(f".latent_proj.{adapter}.{end}")
+
+
+def _check_combination(fusion: str, combination_type: str, weights: Iterable[float]) -> None:
+    """Raises ValueError where PEFT's combination of A and B matrices is not one of what fusing adapters add.
+
+    Other combination types mix the ranks or make B A anew, which phi, taken per rank, does not survive; with mul a
+    weight on A counts twice; and relu does not pass a negative weight on.
+    """
+    accepted = "accepted: fusion 'add' or 'add_relu', combination_type 'linear' or 'cat', weights above 0"
+    weights = list(weights)
+    if fusion not in ("add", "add_relu"):
+        raise ValueError(f"adapters: those with fusion={fusion!r} cannot be combined; {accepted}")
+    if combination_type not in ("linear", "cat"):
+        raise ValueError(f"combination_type={combination_type!r} cannot combine adapters that fuse; {accepted}")
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f"weights={weights!r} cannot combine adapters that fuse; {accepted}")
 
 
 def _hidden_size(model: nn.Module) -> int | None:

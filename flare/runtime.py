@@ -226,7 +226,7 @@ def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tu
     if decoder:
         raise ValueError(f"{decoder[0]}: a source for the decoder is not in this version yet; leave it out")
     # without source decoder inputs an encoder-decoder's decoder is plain LoRA
-    wanted = runtime.wanted(_readable_stacks(model, runtime))
+    wanted = runtime.wanted(readable_stacks(model, runtime))
     adapters = {adapter for _, adapter, _ in wanted}
     latent_dim = runtime.setting("latent_dim", adapters)
     if latent_dim is not None:
@@ -253,7 +253,7 @@ def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tu
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
     """The states that the active adapters would read, computed now and kept; see ``FlareModel.encode_source``."""
-    wanted = runtime.wanted(_readable_stacks(model, runtime))
+    wanted = runtime.wanted(readable_stacks(model, runtime))
     if not wanted:
         raise ValueError("encode_source: no active adapter of this model fuses two streams (or adapters are disabled)")
     adapters = {adapter for _, adapter, _ in wanted}
@@ -276,7 +276,7 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     return SourceStates(states, runtime.setting("source_layer_offset", adapters), inputs["attention_mask"])
 
 
-def _readable_stacks(model: nn.Module, runtime: Runtime) -> set[str]:
+def readable_stacks(model: nn.Module, runtime: Runtime) -> set[str]:
     """The stacks that a source text reaches: all, or the encoder's in an encoder-decoder."""
     stacks = set(runtime.map.stacks)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
