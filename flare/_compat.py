@@ -86,6 +86,10 @@ def register_tuner(config: type, tuner: type, hotswap_keys: list[str]) -> None:
     CONFIG_KEYS_TO_CHECK[FLARE] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
 
 
+#: What PEFT writes onto a transformers model when it wraps it, also under gradient checkpointing.
+SET_BY_PEFT = ("peft_config", "_require_grads_hook", "_require_grads_hooks")
+
+
 def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
     """Switch a tuner layer or a modules_to_save wrapper without touching requires_grad; the former state."""
     before: bool = module._disable_adapters  # type: ignore[assignment]

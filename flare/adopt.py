@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from ._compat import FLARE, LoraLayer
+from ._compat import FLARE, SET_BY_PEFT, LoraLayer
 from .config import FlareConfig
 from .layer import FlareLayer
 from .model import FastLoraReport, FlareModel
@@ -30,7 +30,6 @@ _OWN_FIELDS = {f.name for f in fields(FlareConfig)} - _LORA_FIELDS
 # not properties of trained weights: lora_dropout is set anew on an existing adapter, the others are written by PEFT
 _FREE_FIELDS = {"lora_dropout", "peft_type", "peft_version", "base_model_name_or_path"}
 _FIXED_BY_PEFT = {"task_type", "inference_mode"}
-_SET_BY_PEFT = ("peft_config", "_require_grads_hook", "_require_grads_hooks")  # attributes of the transformers model
 # what adopting adds to a layer of PEFT's
 _ADOPTED = ("flare_fusion", "flare_unmergeable", "flare_key", "_flare_source", "lora_cross_attention", "latent_proj")
 
@@ -92,7 +91,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Give a transformers model its own modules, flags, hooks and attributes back where the body raises."""
     modules = [(module, dict(module._modules), set(module._forward_hooks)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    attributes = {name: model.__dict__[name] for name in _SET_BY_PEFT if name in model.__dict__}
+    attributes = {name: model.__dict__[name] for name in SET_BY_PEFT if name in model.__dict__}
     routed = runtime_of(model) is not None  # it has adapters of ours, by transformers' add_adapter
     try:
         yield
@@ -107,7 +106,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 del module._forward_hooks[hook]
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-        for name in _SET_BY_PEFT:
+        for name in SET_BY_PEFT:
             model.__dict__.pop(name, None)
         model.__dict__.update(attributes)
         raise

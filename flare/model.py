@@ -61,15 +61,16 @@ class FastLoraReport(tuple[ReportRow, ...]):
 class FlareModel(LoraModel):
     """The tuner that PEFT makes for ``peft_type: FLARE``. Users meet it through :func:`flare.fast_lora`."""
 
-    def __init__(self, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(model, config, adapter_name, **kwargs)
-
     # --- adapters come and go -----------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: FlareConfig, model_config: dict[str, Any]) -> FlareConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = ModelMap.of(self.model).default_targets()
-        return peft_config
+            try:
+                peft_config.target_modules = ModelMap.of(self.model).default_targets()
+            except ValueError:
+                if peft_config.fusion is not None:
+                    raise
+        return cast(FlareConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, then our classes, fusions and hooks on what it made."""
@@ -104,8 +105,7 @@ class FlareModel(LoraModel):
                 if not reason and config.latent_dim is not None and not projected:
                     module.add_latent_projection(adapter, config.latent_dim)
                     projected = True
-            if reason:
-                runtime.reasons[path, adapter] = reason
+            runtime.reasons[path, adapter] = reason
         attach(self.model, runtime)
 
     def _why_not(self, runtime: Runtime, config: FlareConfig, path: str, layer: FlareLayer, adapter: str) -> str:

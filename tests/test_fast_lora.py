@@ -332,6 +332,20 @@ def test_a_deep_copy_and_a_pickle_route_to_their_own_layers() -> None:
         tiny.randomize_lora(model)
 
 
+def test_plain_lora_needs_no_map_of_the_model() -> None:
+    """fusion=None on an architecture that cannot fuse: PEFT's own targets and layers, with PEFT's numbers."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, attn_pdrop=0, resid_pdrop=0
+    )
+    model = flare.fast_lora(transformers.GPT2LMHeadModel(config).eval(), fusion=None, r=4)
+    assert {row.reason for row in model.fast_lora_report()} == {"its weight is stored as (in, out) (fan_in_fan_out)"}
+    assert model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 16)
+    with pytest.raises(ValueError, match="share one linear layer"):
+        flare.fast_lora(transformers.GPT2LMHeadModel(config))
+
+
 def test_bare_backbone() -> None:
     """A model with no head and no task type takes a source too."""
     import transformers
