@@ -358,3 +358,23 @@ def test_zeroed_pads_are_zero_whatever_stood_there() -> None:
 
     hidden = torch.tensor([[[1.0, float("nan")], [float("inf"), 2.0], [3.0, 4.0]]])
     assert zero_pads(hidden, torch.tensor([[0, 0, 1]])).tolist() == [[[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]]]
+
+
+def test_dropout_of_the_source_is_the_same_in_both_directions() -> None:
+    """S is linear in A, so <dA, A> = <G, S> holds only if backward drops what forward dropped."""
+    from flare.source_pass import Preparation, make_groups, read_from_states, run_source_pass
+
+    model = fused("llama", lora_dropout=0.4).double()
+    inputs = tiny.batch("llama")
+    states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    groups, weights = make_groups(runtime_of(model.get_base_model()).wanted())
+    assert all(group.dropout_p == 0.4 for group in groups)
+    reader = read_from_states(states, {group.key for group in groups})
+    carrier = run_source_pass(reader, Preparation(), groups, weights)
+    S = [part for by_adapter in carrier.S.values() for part in by_adapter.values()]
+    G = [torch.randn_like(part) for part in S]
+    dA = torch.autograd.grad(S, weights, G)
+    for weight, grad, part, g in zip(weights, dA, S, G, strict=True):
+        torch.testing.assert_close((grad * weight).sum(), (g * part).sum())
+    again = run_source_pass(reader, Preparation(), groups, weights)
+    assert any(not torch.equal(part, again.S[layer]["default"]) for layer, part in zip(carrier.S, S, strict=True))
