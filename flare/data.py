@@ -141,7 +141,7 @@ class FlareDataCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
         """Collate rows (see the class) into one batch."""
-        read = _read(rows)
+        read = read_rows(rows)
         layout = self._layout(read)
         targets, sources = self._texts(read, layout)
         texts = {"": targets, "source_": sources} if sources else {"": targets}
@@ -329,7 +329,7 @@ class FlareDataCollator:
         }
 
 
-def _read(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError("the collator was given no rows")
     read = [_without_empty(row) for row in rows]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BatchEncoding
 
-from ..data import FlareDataCollator, Text, _read
+from ..data import FlareDataCollator, Text, read_rows
 from .lora import plain_lora
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class InputFusionCollator(FlareDataCollator):
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
         """Collate rows (see the class) into one batch of single texts."""
-        read = _read(rows)
+        read = read_rows(rows)
         layout = self._layout(read)
         targets, sources = self._texts(read, layout)
         if sources:
