@@ -69,15 +69,13 @@ class Runtime:
     in_source_pass: bool = False
     warned: bool = False
 
-    def wanted(self, stacks: set[str] | None = None) -> list[tuple[StateKey, str, FlareLayer]]:
+    def wanted(self) -> list[tuple[StateKey, str, FlareLayer]]:
         """(state, adapter, layer) of every layer that fuses now; none where adapters are off or merged."""
         result = []
         for layer in self.layers:
             if layer.disable_adapters or layer.merged:
                 continue
             site = self.map.sites[layer.flare_key]
-            if stacks is not None and site.stack not in stacks:
-                continue
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A and layer.flare_fusion.get(adapter) is not None:
                     key = StateKey(site.stack, site.block + self.configs[adapter].source_layer_offset)
@@ -113,10 +111,9 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
     for layer in runtime.layers:
         site = runtime.map.sites[layer.flare_key]
         owner = model.get_submodule(site.owner)
-        if owner is model or _RUNTIME not in owner.__dict__:
+        if not any(hook is _before_stack for hook in owner._forward_pre_hooks.values()):
             owner.__dict__[_RUNTIME] = runtime
-            if not any(hook is _before_stack for hook in owner._forward_pre_hooks.values()):
-                runtime.handles.append(owner.register_forward_pre_hook(_before_stack, with_kwargs=True))
+            runtime.handles.append(owner.register_forward_pre_hook(_before_stack, with_kwargs=True))
         attention = model.get_submodule(site.attention)
         child = site.path.removeprefix(f"{site.attention}.")
         children = attention.__dict__.setdefault(_LAYERS, [])
@@ -154,7 +151,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     wanted = runtime.wanted()
     if wanted and source:
         _refuse_cached_steps(kwargs.get("past_key_values"), source)
-        runtime.carrier = carry(model, runtime, source, _target_shape(args, kwargs))
+        runtime.carrier = carry(model, runtime, wanted, source, _target_shape(args, kwargs))
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
         warnings.warn(NO_SOURCE_WARNING, UserWarning, stacklevel=2)
@@ -216,7 +213,13 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
 
 
 @torch.compiler.disable  # the frozen pass stays eager under a compiled model: its hooks come and go
-def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tuple[int, ...] | None) -> SourceCarrier:
+def carry(
+    model: nn.Module,
+    runtime: Runtime,
+    wanted: list[tuple[StateKey, str, FlareLayer]],
+    source: dict[str, Any],
+    target: tuple[int, ...] | None,
+) -> SourceCarrier:
     """Run the source pass (or read the given states) and return what travels to the layers.
 
     Raises:
@@ -225,8 +228,6 @@ def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tu
     decoder = [name for name in ("source_labels", "source_decoder_input_ids") if name in source]
     if decoder:
         raise ValueError(f"{decoder[0]}: a source for the decoder is not in this version yet; leave it out")
-    # without source decoder inputs an encoder-decoder's decoder is plain LoRA
-    wanted = runtime.wanted(readable_stacks(model, runtime))
     adapters = {adapter for _, adapter, _ in wanted}
     latent_dim = runtime.setting("latent_dim", adapters)
     if latent_dim is not None:
@@ -253,7 +254,7 @@ def carry(model: nn.Module, runtime: Runtime, source: dict[str, Any], target: tu
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
     """The states that the active adapters would read, computed now and kept; see ``FlareModel.encode_source``."""
-    wanted = runtime.wanted(readable_stacks(model, runtime))
+    wanted = runtime.wanted()
     if not wanted:
         raise ValueError("encode_source: no active adapter of this model fuses two streams (or adapters are disabled)")
     adapters = {adapter for _, adapter, _ in wanted}
