@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from flare_kernels import dropout as kernel_dropout
 from flare_kernels import select_backend
 from flare_kernels.backends import primitives
-from flare_kernels.function import Masks, rows, without_autocast
+from flare_kernels.node import Masks, rows, without_autocast
 
 from ._compat import AuxiliaryTrainingWrapper, BaseTunerLayer, is_bnb_linear, set_adapters_disabled
 from .layer import FlareLayer, weight_of

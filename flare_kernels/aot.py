@@ -51,7 +51,7 @@ _TRITON_TYPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One way of calling the five primitives, on one target."""
+    """One way of calling the primitives, on one target."""
 
     capability: int
     dtype: str = "bfloat16"
@@ -60,6 +60,8 @@ class Case:
     #: rows of 16-byte multiples, as every model has; else the odd widths that the kernels accept as well
     aligned: bool = True
     dropout: bool = False
+    #: projections in one launch (query and value, say)
+    projections: int = 1
     #: dtype of A and B ("float32": PEFT's default); None for the dtype itself
     adapter_dtype: str | None = None
     #: dtype of x and G ("float32": autocast); None for the dtype itself
@@ -113,7 +115,7 @@ class Report:
 
 
 def record(case: Case, *, rows: int = 16384) -> list[Any]:
-    """The launches that the five primitives make in this case, forward and backward."""
+    """The launches that the primitives make in this case, forward and backward."""
     from . import triton_ops
     from .triton_ops.keep_bits import keep_bits
     from .triton_ops.launch import recording
@@ -121,7 +123,7 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
     dtype = _DTYPES[case.dtype]
     adapter_dtype = _DTYPES[case.adapter_dtype or case.dtype]
     input_dtype = _DTYPES[case.input_dtype or case.dtype]
-    M, K, N, R = rows, 1024, 1024, case.rank
+    M, K, N, R, count = rows, 1024, 1024, case.rank, case.projections
     if not case.aligned:
         M, K, N = M - 3, K - 1, N - 3
 
@@ -129,24 +131,38 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
         return torch.empty(shape, dtype=dtype)  # never touched: no memory is spent
 
     x, x_source = empty(M, K, dtype=input_dtype), empty(M, K, dtype=input_dtype)
-    A, B = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
-    y, G = empty(M, N), empty(M, N, dtype=input_dtype)
-    T, dT = empty(M, R), empty(M, R)
-    S, dS = (empty(M, R), empty(M, R)) if case.fusion else (None, None)
+    # each projection of its own width, as query and value may be
+    widths = [N >> i for i in range(count)] if case.aligned else [N - i for i in range(count)]
+    As, Bs = [empty(R, K, dtype=adapter_dtype)] * count, [empty(n, R, dtype=adapter_dtype) for n in widths]
+    ys, Gs = [empty(M, n) for n in widths], [empty(M, n, dtype=input_dtype) for n in widths]
+    T, dT = empty(M, count * R), empty(M, count * R)
+    S, dS = (empty(M, count * R), empty(M, count * R)) if case.fusion else (None, None)
     source = x_source if case.fusion else None
     add = case.fusion == "add"
+    common: dict[str, Any] = {"scalings": [2.0] * count, "fusion": case.fusion}
     with recording(SHARED_BYTES[case.capability]) as launches:
         masks: dict[str, Any] = {}
         if case.dropout:
             seed = torch.zeros((), dtype=torch.int64)
             masks = {"mask": keep_bits(seed, M, K, 6554, 0), "keep_scale": 1.25}
         both = masks | ({"mask_source": masks["mask"]} if masks and case.fusion else {})
+        # what is stacked has the compute dtype; a single adapter is read as it is
+        A = triton_ops.stack(As, dtype) if count > 1 else As[0]
         triton_ops.shrink(x, source, A, compute_dtype=dtype, sum_streams=add, **both)
-        S, dS, fusion = (None, None, None) if add else (S, dS, case.fusion)  # "add" keeps the sum alone
-        triton_ops.expand_(y, T, S, B, scaling=2.0, fusion=fusion)
-        triton_ops.grad_bottleneck(G, T, S, B, scaling=2.0, fusion=fusion, B_grad_dtype=adapter_dtype)
+        few = [y[:8] for y in ys]
+        # with a second stream, or (compiled for one rank) with S given
+        forms: list[list[Tensor]] = [[], [T[:8, :R]] * count] if case.fusion and R == 64 else [[]]
+        for given in forms if triton_ops.can_decode(8, [R] * count) and not case.dropout else []:
+            x_few = source[:8] if source is not None and not given else None
+            triton_ops.decode(x[:8], x_few, given, few, As, Bs, compute_dtype=dtype, keep=bool(given), **common)
+        S, dS = (None, None) if add else (S, dS)  # "add" keeps the sum alone
+        common["fusion"] = None if add else case.fusion
+        triton_ops.expand_(ys, T, S, Bs, **common)
+        triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=adapter_dtype, **common)
         triton_ops.grad_weight(dT, x, dT if add else dS, source, grad_dtype=adapter_dtype, **both)
-        triton_ops.grad_input(dT, A, dtype=input_dtype, **masks)
+        dx = triton_ops.grad_input(dT, A, dtype=input_dtype, **masks)
+        if count > 1:
+            triton_ops.grad_input(dT, A, dtype=input_dtype, out=dx, **masks)
     return launches
 
 
@@ -232,6 +248,10 @@ def ci_cases() -> Iterator[Case]:
     yield Case(90, rank=256)
     yield Case(90, adapter_dtype="float32")
     yield Case(90, dropout=True)
+    for capability in (80, 90, 100, 89):
+        yield Case(capability, projections=2)  # query and value
+    yield Case(90, projections=3)
+    yield Case(90, projections=2, adapter_dtype="float32")
 
 
 def all_cases() -> Iterator[Case]:
@@ -278,6 +298,7 @@ def _row(report: Report) -> tuple[str, ...]:
         case.fusion or "plain",
         "" if case.aligned else "unaligned",
         "dropout" if case.dropout else "",
+        f"{case.projections} projections" if case.projections > 1 else "",
         f"A,B {case.adapter_dtype}" if case.adapter_dtype else "",
         f"x {case.input_dtype}" if case.input_dtype else "",
     )

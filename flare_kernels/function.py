@@ -1,19 +1,14 @@
-"""The adapter of one projection as one autograd node over five primitives.
+"""The autograd function over :mod:`flare_kernels.node`, and the public function for one projection.
 
-    T = x A^T    S = x_source A^T    H = phi(S, T)    y = base_output + s H B^T            (paper, section 3)
-    dB = s G^T H    dH = s G B    dx = dT A    dA = dT^T x + dS^T x_source                 (G = dL/dy)
-
-Saved for backward: x and x_source as they came (only where A asks for a gradient), T and S rounded to the compute
-dtype (only H where phi is linear), and with dropout the seed, from which the masks are made again. Never a cast or
-dropped-out copy of x. The joint form for projections that share their input is in :mod:`flare_kernels.joint`.
+Saved for backward: x and x_source as they came (only where an A asks for a gradient), T and S rounded to the compute
+dtype (only H where phi is linear), A in the compute dtype where it had to be stacked or cast, and with dropout the
+seed, from which the masks are made again. Never a cast or dropped-out copy of x. The form for projections that share
+their input is in :mod:`flare_kernels.joint`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,22 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dropout as _dropout
-from . import reference, validation
-from .backends import primitives, select_backend
+from . import library, node, reference, validation
 from .fusion import EAGER_FUSIONS
+from .node import Call, Hidden, Needs, without_autocast
 from .reference import compute_dtype
-
-
-def rows(x: Tensor) -> Tensor:
-    """(..., m, c) as (M, c); a view wherever the strides allow one."""
-    return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The primitives choose their dtypes themselves; autocast inside them would round a second time."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def writable(base_output: Tensor, *beside: Tensor | None) -> Tensor:
@@ -58,142 +41,132 @@ def writable(base_output: Tensor, *beside: Tensor | None) -> Tensor:
     return base_output.clone(memory_format=torch.contiguous_format) if is_somebodys else base_output.contiguous()
 
 
-@dataclass(frozen=True)
-class Masks:
-    """Dropout of one call: the seed (a tensor, so that nothing waits for the device) and the probability."""
-
-    seed: Tensor | None
-    p: float
-
-    def bits(self, size: Sequence[int], stream: int) -> Tensor | None:
-        """The packed keep-mask of a stream of size (M, K), made from the seed; None without dropout."""
-        return None if self.seed is None else _dropout.packed_mask(self.seed, size[0], size[1], self.p, stream)
-
-    @property
-    def scale(self) -> float:
-        return _dropout.keep_scale(self.p) if self.seed is not None else 1.0
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is constant in one call of the node: everything that is not a tensor."""
-
-    ops: ModuleType
-    dtype: torch.dtype
-    scaling: float
-    fusion: str | None
-    p: float
-
-
 class FusedLoRA(torch.autograd.Function):
-    """y (..., n) = base_output + scaling * phi(S, T) B^T, accumulated into base_output's memory.
+    """y_i (..., n_i) += s_i phi_i(S_i, T_i) B_i^T in the memory of every output that has an adapter.
 
-    Shapes: x, x_source (..., d); bottleneck (..., r); y (..., n); A (r, d); B (n, r); seed () int64 or None.
+    Shapes: x, x_source (..., d); seed () int64 or None; then, of the numbers that ``sizes`` states, outputs y_i, given
+    S_i (..., r_i), A_i (r_i, d), B_i (n_i, r_i) in stacking order, and W_i (n_i, d) where products are owned.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
+        call: Call,
+        sizes: tuple[int, ...],
         x: Tensor,
         x_source: Tensor | None,
-        bottleneck: Tensor | None,
-        y: Tensor,
-        A: Tensor,
-        B: Tensor,
         seed: Tensor | None,
-        call: Call,
-    ) -> Tensor:
-        needs_x, needs_source, needs_bottleneck, _, needs_A, needs_B = ctx.needs_input_grad[:6]
-        needs_hidden = needs_x or needs_source or needs_bottleneck or needs_A
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ys, Ss, As, Bs, Ws = split(tensors, sizes)
+        _, needs_Ss, needs_As, needs_Bs, _ = split(ctx.needs_input_grad[5:], sizes)
+        needs = Needs(ctx.needs_input_grad[2], ctx.needs_input_grad[3], needs_Ss, needs_As, needs_Bs)
         with without_autocast(x.device):
-            masks = Masks(seed, call.p)
-            x_MK, xs_MK = rows(x), None if x_source is None else rows(x_source)
-            T, S = call.ops.shrink(
-                x_MK,
-                xs_MK,
-                A,
-                compute_dtype=call.dtype,
-                mask=masks.bits(x_MK.shape, _dropout.TARGET_STREAM),
-                mask_source=None if xs_MK is None else masks.bits(xs_MK.shape, _dropout.SOURCE_STREAM),
-                keep_scale=masks.scale,
-                sum_streams=call.fusion == "add",
-            )
-            if bottleneck is not None:
-                S = rows(bottleneck).to(call.dtype)
-            fusion = call.fusion
-            if fusion == "add":  # linear: only H = S + T matters from here on
-                T, S, fusion = (T if S is None else T.add_(S)), None, None
-            call.ops.expand_(rows(y), T, S, B, scaling=call.scaling, fusion=fusion)
-        ctx.mark_dirty(y)
-        ctx.call, ctx.fusion = call, fusion
-        keep_streams = needs_A
-        keep_bottleneck = needs_B or (needs_hidden and fusion is not None)
+            hidden = node.forward(call, x, x_source, Ss, seed, ys, As, Bs, keep=needs.anything)
+        ctx.mark_dirty(*ys)
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.sizes, ctx.needs = call, sizes, needs
+        keep_streams = any(needs.A)
+        # T is needed for dB, and T and S where dH goes through phi
+        nonlinear = any(group.launch_fusion is not None for group in call.groups)
+        keep_hidden = any(needs.B) or (needs.hidden and nonlinear)
+        stacked = hidden.A if needs.x or needs.x_source else None
+        if As and stacked is As[0]:
+            stacked = None
         ctx.save_for_backward(
             x if keep_streams else None,
             x_source if keep_streams else None,
-            T if keep_bottleneck else None,
-            S if keep_bottleneck else None,
-            A,
-            B,
+            hidden.T if keep_hidden else None,
+            hidden.S if keep_hidden else None,
+            stacked,
             seed,
+            *(*As, *Bs, *Ws),
         )
         ctx.x_like = (x.shape, x.dtype)
         ctx.source_like = None if x_source is None else (x_source.shape, x_source.dtype)
-        ctx.bottleneck_like = None if bottleneck is None else (bottleneck.shape, bottleneck.dtype)
-        return y
+        ctx.S_likes = [(S.shape, S.dtype) for S in Ss]
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, x_source, T, S, A, B, seed = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        device = next((G.device for G in grads if G is not None), None)
+        if device is None:
+            return (None,) * len(ctx.needs_input_grad)
         call: Call = ctx.call
-        ops = call.ops
-        needs_x, needs_source, needs_bottleneck, needs_y, needs_A, needs_B = ctx.needs_input_grad[:6]
-        needs_hidden = needs_x or needs_source or needs_bottleneck or needs_A
-        dx = dx_source = d_bottleneck = dA = None
-        with without_autocast(G.device):
-            masks = Masks(seed, call.p)
-            G_MN = rows(G)
-            dT, dS, dB = ops.grad_bottleneck(
-                G_MN if T is not None else G_MN.to(call.dtype),
-                T,
-                S,
-                B,
-                scaling=call.scaling,
-                fusion=ctx.fusion,
-                need_hidden=needs_hidden,
-                need_B=needs_B,
-                B_grad_dtype=B.dtype,
+        x, x_source, T, S, A, seed, *rest = ctx.saved_tensors
+        _, As, Bs, Ws = split(rest, (0, *ctx.sizes[2:]))
+        (x_shape, x_dtype), source_like = ctx.x_like, ctx.source_like
+        with without_autocast(device):
+            found = node.backward(
+                call,
+                ctx.needs,
+                x,
+                x_source,
+                Hidden(T, S, As[0] if A is None and len(As) == 1 and As[0].dtype == call.dtype else A),
+                As,
+                Bs,
+                Ws,
+                seed,
+                grads,
+                d=x_shape[-1],
+                x_dtype=x_dtype,
+                source_dtype=None if source_like is None else source_like[1],
             )
-            if call.fusion == "add":
-                dS = dT
-            two_streams = ctx.source_like is not None
-            size = (G_MN.shape[0], A.shape[1])
-            mask = masks.bits(size, _dropout.TARGET_STREAM) if needs_x or needs_A else None
-            mask_source = (
-                masks.bits(size, _dropout.SOURCE_STREAM) if two_streams and (needs_source or needs_A) else None
-            )
-            if needs_A:
-                dA = ops.grad_weight(
-                    dT,
-                    rows(x),
-                    dS if two_streams else None,
-                    rows(x_source) if two_streams else None,
-                    mask=mask,
-                    mask_source=mask_source,
-                    keep_scale=masks.scale,
-                    grad_dtype=A.dtype,
-                )
-            if needs_x:
-                shape, dtype = ctx.x_like
-                dx = ops.grad_input(dT, A, mask=mask, keep_scale=masks.scale, dtype=dtype).view(shape)
-            if needs_source:
-                shape, dtype = ctx.source_like
-                dx_source = ops.grad_input(dS, A, mask=mask_source, keep_scale=masks.scale, dtype=dtype).view(shape)
-            if needs_bottleneck:
-                shape, dtype = ctx.bottleneck_like
-                d_bottleneck = dS.to(dtype).view(shape)
-        return dx, dx_source, d_bottleneck, G if needs_y else None, dA, dB, None, None
+        needs_ys = ctx.needs_input_grad[5 : 5 + ctx.sizes[0]]
+        return (
+            None,
+            None,
+            None if found.x is None else found.x.view(x_shape),
+            None if found.x_source is None else found.x_source.view(source_like[0]),
+            None,
+            *(G if need else None for G, need in zip(grads, needs_ys, strict=True)),
+            *(
+                None if dS is None else dS.to(to).view(like)
+                for dS, (like, to) in zip(found.S, ctx.S_likes, strict=True)
+            ),
+            *found.A,
+            *found.B,
+            *([None] * len(Ws)),
+        )
+
+
+def split(items: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Consecutive parts of a sequence."""
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(tuple(items[start : start + size]))
+        start += size
+    return parts
+
+
+def apply(
+    backend: str,
+    dtype: torch.dtype,
+    adapters: Sequence[library.Adapter],
+    p: float,
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ws: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """One call of the node with gradients: in place, or as an operator of its own while torch.compile traces.
+
+    adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first. p: dropout that acts.
+    """
+    p = p if adapters else 0.0
+    seed = _dropout.draw_seed(x.device) if p > 0.0 else None
+    if torch.compiler.is_compiling():
+        return library.apply(backend, dtype, adapters, p, x, x_source, Ss, seed, ys, As, Bs, Ws)
+    call = library.build_call(backend, x.device, dtype, adapters, outputs=len(ys), owns_products=bool(Ws), p=p)
+    own: list[Tensor] = []
+    for y in ys:  # none shares memory with another or with an input
+        own.append(writable(y, x, x_source, *Ss, *own))
+    sizes = (len(ys), len(Ss), len(As), len(Bs), len(Ws))
+    return FusedLoRA.apply(call, sizes, x, x_source, seed, *own, *Ss, *As, *Bs, *Ws)  # type: ignore[no-any-return]
 
 
 def fused_lora(
@@ -269,10 +242,7 @@ def fused_lora(
             training=training,
         )
     dtype = compute_dtype(x, base_output)
-    if backend == "auto":
-        backend = select_backend(x.device, dtype, fusion)
+    Ss = [] if source_bottleneck is None else [source_bottleneck]
+    adapters = [(0, lora_A.shape[0], float(scaling), fusion)]
     p = dropout_p if training else 0.0
-    call = Call(primitives(backend, x.device, dtype), dtype, scaling, fusion, p)
-    seed = _dropout.draw_seed(x.device) if p > 0.0 else None
-    y = writable(base_output, x, x_source, source_bottleneck)
-    return FusedLoRA.apply(x, x_source, source_bottleneck, y, lora_A, lora_B, seed, call)
+    return apply(backend, dtype, adapters, p, x, x_source, Ss, [base_output], [lora_A], [lora_B], [])[0]

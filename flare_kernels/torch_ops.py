@@ -1,13 +1,15 @@
-"""The five primitives of the adapter in plain PyTorch: BLAS calls that accumulate in place, any device, any dtype.
+"""The primitives of the adapter in plain PyTorch: BLAS calls that accumulate in place, any device, any dtype.
 
 This is the fallback where Triton cannot run, the only backend for float64, and the bar that the kernels in
-:mod:`flare_kernels.triton_ops` must beat. Both modules export the same five functions, so the autograd nodes in
-:mod:`flare_kernels.function` are written once.
+:mod:`flare_kernels.triton_ops` must beat. Both modules export the same functions, so the autograd node in
+:mod:`flare_kernels.node` is written once.
 
 Shape legend: M tokens, K input width, N output width, R rank; every tensor is 2-D. Suffixes of names follow it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,9 +26,16 @@ def _dropped(x_MK: Tensor, mask: Tensor | None, keep_scale: float, dtype: torch.
     return x_MK * _dropout.unpack(mask, x_MK.shape[1], dtype).mul_(keep_scale)
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _scaled_mm(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
     """scaling * a @ b with one rounding: the scale is applied to the accumulator."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling, out=out)
+
+
+def stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The matrices (R_i, K) below each other in dtype, (sum of R_i, K); a single one of dtype is itself."""
+    if len(As) == 1:
+        return As[0].to(dtype)
+    return torch.cat([A.to(dtype) for A in As])
 
 
 def shrink(
@@ -53,51 +62,66 @@ def shrink(
     return (S, None) if sum_streams and T is None else (T, S)
 
 
-def expand_(y: Tensor, T: Tensor, S: Tensor | None, B: Tensor, *, scaling: float, fusion: str | None) -> None:
-    """y (M, N) += scaling * phi(S, T) B^T, in place."""
+def expand_(
+    ys: Sequence[Tensor],
+    T: Tensor,
+    S: Tensor | None,
+    Bs: Sequence[Tensor],
+    *,
+    scalings: Sequence[float],
+    fusion: str | None,
+    outs: Sequence[Tensor] | None = None,
+) -> None:
+    """y_i (M, N_i) += scaling_i * phi(S_i, T_i) B_i^T, in place (or into outs), for projections of one rank."""
+    if outs is not None:
+        for out, y in zip(outs, ys, strict=True):
+            out.copy_(y)
+        ys = outs
     H = T if fusion is None or S is None else get_fusion(fusion)(S, T)
-    # in y's dtype: a no-op where it is the compute dtype, an upcast of the narrow H where y is wider
-    y.addmm_(H.to(y.dtype), B.to(T.dtype).to(y.dtype).T, alpha=scaling)
+    R = Bs[0].shape[1]
+    for i, (y, B, scaling) in enumerate(zip(ys, Bs, scalings, strict=True)):
+        # in y's dtype: a no-op where it is the compute dtype, an upcast of the narrow H where y is wider
+        y.addmm_(H[:, i * R : (i + 1) * R].to(y.dtype), B.to(T.dtype).to(y.dtype).T, alpha=scaling)
 
 
 def grad_bottleneck(
-    G: Tensor,
+    Gs: Sequence[Tensor],
     T: Tensor | None,
     S: Tensor | None,
-    B: Tensor,
+    Bs: Sequence[Tensor],
     *,
-    scaling: float,
+    scalings: Sequence[float],
     fusion: str | None,
-    need_hidden: bool = True,
-    need_B: bool = True,
-    B_grad_dtype: torch.dtype,
-    out_dT: Tensor | None = None,
-    out_dS: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """From G = dL/dy (M, N): dH = scaling * G B, dT and dS through phi, dB = scaling * G^T H.
+    dT: Tensor | None = None,
+    dS: Tensor | None = None,
+    B_grad_dtype: torch.dtype | None = None,
+) -> list[Tensor] | None:
+    """From G_i = dL/dy_i (M, N_i): dH_i = scaling_i * G_i B_i, through phi to dT and dS; dB_i = scaling_i * G_i^T H_i.
 
-    T may be None where nothing asks for it (plain LoRA with a frozen B); G then has the compute dtype.
+    dT, dS and B_grad_dtype are None where nothing asks for that part, T where nothing needs it.
     """
-    dtype = (T if T is not None else G).dtype
-    G = G.to(dtype)
+    given = T if T is not None else dT
+    assert given is not None, "grad_bottleneck needs T where dB is wanted, and dT where it is not"
+    dtype, R = given.dtype, Bs[0].shape[1]
     phi = None if fusion is None or S is None else get_fusion(fusion)
-    dT = dS = dB = None
-    if need_hidden:
-        dH = _scaled_mm(G, B.to(dtype), scaling)
-        if phi is None:
-            dT = dH
-        else:
-            assert T is not None and S is not None
-            dT, dS = phi.backward(dH, S, T)
-        if out_dT is not None:
-            dT = out_dT.copy_(dT)
-        if out_dS is not None and dS is not None:
-            dS = out_dS.copy_(dS)
-    if need_B:
-        assert T is not None
-        H = T if phi is None or S is None else phi(S, T)
-        dB = _scaled_mm(G.T, H, scaling).to(B_grad_dtype)
-    return dT, dS, dB
+    dBs = []
+    for i, (G, B, scaling) in enumerate(zip(Gs, Bs, scalings, strict=True)):
+        G, columns = G.to(dtype), slice(i * R, (i + 1) * R)
+        own_T, own_S = (None if t is None else t[:, columns] for t in (T, S))
+        if dT is not None:
+            if phi is None:
+                _scaled_mm(G, B.to(dtype), scaling, out=dT[:, columns])
+            else:
+                assert own_T is not None and own_S is not None
+                dH_T, dH_S = phi.backward(_scaled_mm(G, B.to(dtype), scaling), own_S, own_T)
+                dT[:, columns].copy_(dH_T)
+                if dS is not None:
+                    dS[:, columns].copy_(dH_S)
+        if B_grad_dtype is not None:
+            assert own_T is not None
+            H = own_T if phi is None or own_S is None else phi(own_S, own_T)
+            dBs.append(_scaled_mm(G.T, H, scaling).to(B_grad_dtype))
+    return None if B_grad_dtype is None else dBs
 
 
 def grad_weight(
@@ -123,10 +147,18 @@ def grad_weight(
 
 
 def grad_input(
-    dT: Tensor, A: Tensor, *, mask: Tensor | None = None, keep_scale: float = 1.0, dtype: torch.dtype
+    dT: Tensor,
+    A: Tensor,
+    *,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dx (M, K) = dT A, masked and scaled as the forward's dropout was, in dtype."""
+    """dx (M, K) = dT A, masked and scaled as the forward's dropout was, in dtype; with ``out``, out += that."""
+    if out is not None and mask is None and out.dtype == dT.dtype:
+        return out.addmm_(dT, A.to(dT.dtype))
     dx = dT @ A.to(dT.dtype)
     if mask is not None:
         dx.mul_(_dropout.unpack(mask, dx.shape[1], dx.dtype).mul_(keep_scale))
-    return dx.to(dtype)
+    return dx.to(dtype) if out is None else out.add_(dx)

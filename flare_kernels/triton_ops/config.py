@@ -33,6 +33,8 @@ class TileConfig:
     BLOCK_R: int
     num_warps: int
     num_stages: int
+    #: programs wanted: fewer tiles than that are cut further, more share a program
+    programs: int = 256
 
     def tiles_of(self, names: Sequence[str]) -> dict[str, int]:
         """The tile sizes that a kernel with these argument names takes."""
@@ -58,16 +60,9 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
         128: (64, 0, 64, 128, 4, 2, 3),
         256: (64, 0, 128, 64, 8, 2, 3),
     },
-    "grad_hidden": {
+    "grad_bottleneck": {
         16: (64, 0, 128, 16, 8, 3, 4),
-        32: (64, 0, 128, 32, 4, 3, 4),
-        64: (64, 0, 128, 64, 4, 3, 4),
-        128: (64, 0, 64, 128, 8, 3, 4),
-        256: (64, 0, 64, 128, 8, 3, 4),
-    },
-    "grad_up": {
-        16: (64, 0, 64, 16, 8, 3, 4),
-        32: (64, 0, 64, 32, 8, 3, 4),
+        32: (64, 0, 128, 32, 8, 3, 4),
         64: (64, 0, 128, 64, 8, 3, 4),
         128: (64, 0, 64, 128, 8, 3, 3),
         256: (64, 0, 64, 128, 8, 3, 3),
@@ -86,6 +81,8 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
         128: (128, 64, 0, 128, 8, 2, 2),
         256: (64, 128, 0, 64, 8, 2, 3),
     },
+    "shrink_decode": {rank: (16, 64, 0, min(rank, 128), 4, 2, 3) for rank in RANK_BUCKETS},
+    "expand_decode": {rank: (16, 0, 64, min(rank, 128), 4, 1, 1) for rank in RANK_BUCKETS},
 }
 
 # The other classes: one row per kernel for all ranks (BLOCK_R follows the rank up to the row's largest).
@@ -93,30 +90,44 @@ _ROWS: dict[str, dict[str, _Row]] = {
     MIXED: {
         "shrink": (64, 32, 0, 128, 8, 3, 5),
         "expand": (64, 0, 64, 128, 8, 2, 2),
-        "grad_hidden": (64, 0, 64, 128, 8, 2, 4),
-        "grad_up": (64, 0, 64, 128, 8, 2, 2),
+        "grad_bottleneck": (64, 0, 64, 128, 8, 2, 2),
         "grad_weight": (64, 64, 0, 128, 8, 2, 2),
         "grad_input": (64, 64, 0, 128, 8, 2, 2),
+        "shrink_decode": (16, 64, 0, 128, 4, 2, 3),
+        "expand_decode": (16, 0, 64, 128, 4, 1, 1),
     },
     FLOAT32: {
         "shrink": (32, 32, 0, 64, 4, 2, 2),
         "expand": (32, 0, 64, 64, 8, 2, 2),
-        "grad_hidden": (32, 0, 32, 64, 4, 2, 2),
-        "grad_up": (32, 0, 64, 64, 8, 2, 2),
+        "grad_bottleneck": (32, 0, 64, 64, 8, 2, 2),
         "grad_weight": (32, 64, 0, 64, 8, 2, 2),
         "grad_input": (32, 64, 0, 64, 8, 2, 2),
+        "shrink_decode": (16, 64, 0, 128, 4, 2, 2),
+        "expand_decode": (16, 0, 32, 128, 4, 1, 1),
     },
     UNALIGNED: {
         "shrink": (32, 32, 0, 64, 4, 2, 2),
         "expand": (32, 0, 64, 64, 4, 2, 2),
-        "grad_hidden": (32, 0, 32, 64, 4, 2, 2),
-        "grad_up": (32, 0, 64, 64, 4, 2, 2),
+        "grad_bottleneck": (32, 0, 64, 64, 4, 2, 2),
         "grad_weight": (32, 64, 0, 64, 4, 2, 2),
         "grad_input": (32, 64, 0, 64, 4, 2, 2),
+        "shrink_decode": (16, 64, 0, 128, 4, 2, 2),
+        "expand_decode": (16, 0, 32, 128, 4, 1, 1),
     },
 }
 
 KERNELS = tuple(_NARROW_ROWS)
+
+# Programs wanted per kernel: one to four for each of some 130 multiprocessors of a large card.
+_PROGRAMS = {
+    "shrink": 128,
+    "expand": 512,
+    "grad_bottleneck": 192,
+    "grad_weight": 256,
+    "grad_input": 512,
+    "shrink_decode": 1,
+    "expand_decode": 1,
+}
 
 
 def rank_bucket(rank: int) -> int:
@@ -145,7 +156,7 @@ def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConf
         num_stages = stages_small
     else:
         num_stages = 1  # older and other cards: no copy of a tile waits in shared memory
-    return TileConfig(block_m, block_k, block_n, min(bucket, max_block_r), num_warps, num_stages)
+    return TileConfig(block_m, block_k, block_n, min(bucket, max_block_r), num_warps, num_stages, _PROGRAMS[kernel])
 
 
 def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:

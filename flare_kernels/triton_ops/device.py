@@ -87,6 +87,19 @@ def fuse_grad(b_dh, b_t, b_s, FUSION: tl.constexpr):
 
 
 @triton.jit
+def pick(i, a_0, a_1, a_2, COUNT: tl.constexpr):
+    """The i-th of the first COUNT arguments; the rest may be None."""
+    a = a_0
+    if COUNT > 1:
+        if i == 1:
+            a = a_1
+    if COUNT > 2:
+        if i == 2:
+            a = a_2
+    return a
+
+
+@triton.jit
 def load_keep_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.constexpr):
     """Packed keep bits of rows o_m and columns i_column .. i_column + BLOCK_K (both multiples of 8), as bytes."""
     o_byte = i_column // 8 + tl.arange(0, BLOCK_K // 8)

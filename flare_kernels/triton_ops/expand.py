@@ -1,58 +1,100 @@
-"""Fusion and up-projection, added to the frozen linear's output where that stands.
+"""Fusion and up-projection of up to three projections in one launch, added to the frozen linears' outputs.
 
-Shape legend: M tokens, N output width, R rank.
+Shape legend: M tokens, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T and S.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import FUSION_ID, dot, fuse, load_tile, round_to, store_tile
-from .launch import cdiv, config_for, launch
-
-#: Programs wanted: beyond them, one program goes on to the next tile of N and keeps its H.
-_TARGET_PROGRAMS = 512
+from .device import FUSION_ID, dot, fuse, load_tile, pick, round_to, store_tile
+from .launch import batches, cdiv, config_for, launch, numbered, numbered_strides
 
 
 @triton.jit
 def expand_kernel(
-    y,
+    y_0,
+    y_1,
+    y_2,
+    out_0,
+    out_1,
+    out_2,
     T,
     S,
-    B,
+    B_0,
+    B_1,
+    B_2,
     M,
-    N,
+    N_0,
+    N_1,
+    N_2,
     R,
-    scaling,
+    scaling_0,
+    scaling_1,
+    scaling_2,
+    groups_0,
+    groups_01,
     tiles_per_group,
-    y_stride_m,
-    y_stride_n,
+    y_0_stride_m,
+    y_0_stride_n,
+    y_1_stride_m,
+    y_1_stride_n,
+    y_2_stride_m,
+    y_2_stride_n,
     T_stride_m,
     T_stride_r,
     S_stride_m,
     S_stride_r,
-    B_stride_n,
-    B_stride_r,
+    B_0_stride_n,
+    B_0_stride_r,
+    B_1_stride_n,
+    B_1_stride_r,
+    B_2_stride_n,
+    B_2_stride_r,
+    COUNT: tl.constexpr,
     FUSION: tl.constexpr,
     ONE_R_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y += scaling * phi(S, T) B^T for BLOCK_M rows and one group of N tiles.
+    """out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and one group of N tiles of one projection.
 
-    y (M, N); T, S (M, R); B (N, R). phi is rounded to the compute dtype, the sum once, to y's dtype.
+    y_i, out_i (M, N_i) of the same strides, and the same memory where the sum stands in place; T, S (M, COUNT R);
+    B_i (N_i, R). Groups below groups_0 are projection 0's, below groups_01 projection 1's. phi is rounded to the
+    compute dtype, the sum once, to y's dtype.
     """
     i_m = tl.program_id(0)
     i_group = tl.program_id(1)
     DTYPE: tl.constexpr = T.dtype.element_ty
+    i_p = 0
+    if COUNT > 1:
+        i_p = (i_group >= groups_0).to(tl.int32)
+    if COUNT > 2:
+        i_p += (i_group >= groups_01).to(tl.int32)
+    y = pick(i_p, y_0, y_1, y_2, COUNT)
+    out = pick(i_p, out_0, out_1, out_2, COUNT)
+    B = pick(i_p, B_0, B_1, B_2, COUNT)
+    N = pick(i_p, N_0, N_1, N_2, COUNT)
+    scaling = pick(i_p, scaling_0, scaling_1, scaling_2, COUNT)
+    y_stride_m = pick(i_p, y_0_stride_m, y_1_stride_m, y_2_stride_m, COUNT)
+    y_stride_n = pick(i_p, y_0_stride_n, y_1_stride_n, y_2_stride_n, COUNT)
+    B_stride_n = pick(i_p, B_0_stride_n, B_1_stride_n, B_2_stride_n, COUNT)
+    B_stride_r = pick(i_p, B_0_stride_r, B_1_stride_r, B_2_stride_r, COUNT)
+    if COUNT > 1:
+        i_group -= pick(i_p, 0, groups_0, groups_01, COUNT)
+        T += i_p * R * T_stride_r
+        if FUSION != 0:
+            S += i_p * R * S_stride_r
+
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = tl.arange(0, BLOCK_R)
     m_m = o_m < M
     m_r = o_r < R
-
     if ONE_R_BLOCK:
         b_t = load_tile(T, o_m, m_m, T_stride_m, o_r, m_r, T_stride_r)
         b_s = b_t
@@ -81,48 +123,72 @@ def expand_kernel(
                 b_h = round_to(fuse(b_t, b_s, FUSION), DTYPE)
                 b_B = round_to(load_tile(B, o_n, m_n, B_stride_n, o_rr, m_rr, B_stride_r), DTYPE)
                 b_acc = dot(b_h, tl.trans(b_B), b_acc)
-        store_tile(y, b_y.to(tl.float32) + scaling * b_acc, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
+        store_tile(out, b_y.to(tl.float32) + scaling * b_acc, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
 
 
-def expand_(y: Tensor, T: Tensor, S: Tensor | None, B: Tensor, *, scaling: float, fusion: str | None) -> None:
-    """y += scaling * phi(S, T) B^T, in place.
+def expand_(
+    ys: Sequence[Tensor],
+    T: Tensor,
+    S: Tensor | None,
+    Bs: Sequence[Tensor],
+    *,
+    scalings: Sequence[float],
+    fusion: str | None,
+    outs: Sequence[Tensor] | None = None,
+) -> None:
+    """y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, for projections of one rank that share phi.
 
     Args:
-        y: (M, N), any strides, float16, bfloat16 or float32; the sum is float32 and rounded once.
-        T, S: (M, R) in the compute dtype, any strides; without S (or with fusion None) H = T.
-        B: (N, R), any float dtype; rounded to the compute dtype tile by tile.
+        ys: (M, N_i) each, any strides, float16, bfloat16 or float32; the sum is float32 and rounded once.
+        T, S: (M, len(ys) R) in the compute dtype, any strides, projection i's columns at i R; without S (or with fusion
+            None) H = T.
+        Bs: (N_i, R) each, any float dtype; rounded to the compute dtype tile by tile.
+        scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
+        outs: where the results go instead; of the dtypes, shapes and strides of ys.
     """
     fusion = None if S is None else fusion
     S = None if fusion is None else S
-    (M, N), R = y.shape, T.shape[1]
-    if M == 0 or N == 0:
-        return
-    config = config_for("expand", R, T.dtype, wide=(y,), thin=(T, S, B))
-    m_tiles, n_tiles = cdiv(M, config.BLOCK_M), cdiv(N, config.BLOCK_N)
-    tiles_per_group = cdiv(n_tiles, min(n_tiles, cdiv(_TARGET_PROGRAMS, m_tiles)))
-    launch(
-        expand_kernel,
-        (m_tiles, cdiv(n_tiles, tiles_per_group)),
-        config,
-        y.device,
-        y=y,
-        T=T,
-        S=S,
-        B=B,
-        M=M,
-        N=N,
-        R=R,
-        scaling=float(scaling),
-        tiles_per_group=tiles_per_group,
-        y_stride_m=y.stride(0),
-        y_stride_n=y.stride(1),
-        T_stride_m=T.stride(0),
-        T_stride_r=T.stride(1),
-        S_stride_m=S.stride(0) if S is not None else 0,
-        S_stride_r=S.stride(1) if S is not None else 0,
-        B_stride_n=B.stride(0),
-        B_stride_r=B.stride(1),
-        FUSION=FUSION_ID[fusion],
-        ONE_R_BLOCK=config.BLOCK_R >= R,
-    )
+    R = Bs[0].shape[1]
+    for at in batches(ys, Bs):
+        y, B, scale = ys[at], Bs[at], scalings[at]
+        columns = slice(at.start * R, at.stop * R)
+        T_MR, S_MR = T[:, columns], None if S is None else S[:, columns]
+        M, widths = y[0].shape[0], [one.shape[1] for one in y]
+        if M == 0 or not any(widths):
+            continue
+        config = config_for(
+            "expand", R, T.dtype, wide=y, thin=(T_MR, S_MR, *B), rows=M, width=max(one.shape[1] for one in y)
+        )
+        m_tiles = cdiv(M, config.BLOCK_M)
+        n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
+        # beyond the programs wanted, one program goes on to the next tile of N and keeps its H
+        tiles_per_group = cdiv(sum(n_tiles), min(sum(n_tiles), cdiv(config.programs, m_tiles)))
+        groups = [cdiv(tiles, tiles_per_group) for tiles in n_tiles]
+        launch(
+            expand_kernel,
+            (m_tiles, sum(groups)),
+            config,
+            T.device,
+            **numbered("y", y),
+            **numbered("out", y if outs is None else outs[at]),
+            T=T_MR,
+            S=S_MR,
+            **numbered("B", B),
+            M=M,
+            **numbered("N", widths, 0),
+            R=R,
+            **numbered("scaling", [float(one) for one in scale], 0.0),
+            groups_0=groups[0],
+            groups_01=sum(groups[:2]),
+            tiles_per_group=tiles_per_group,
+            **numbered_strides("y", y, "mn"),
+            T_stride_m=T_MR.stride(0),
+            T_stride_r=T_MR.stride(1),
+            S_stride_m=S_MR.stride(0) if S_MR is not None else 0,
+            S_stride_r=S_MR.stride(1) if S_MR is not None else 0,
+            **numbered_strides("B", B, "nr"),
+            COUNT=len(y),
+            FUSION=FUSION_ID[fusion],
+            ONE_R_BLOCK=config.BLOCK_R >= R,
+        )

@@ -1,32 +1,38 @@
-"""From dL/dy to the bottleneck: dH = scaling * G B, through phi to dT and dS, and dB = scaling * G^T phi(S, T).
+"""From dL/dy to the bottleneck, for up to three projections in one launch and in about one pass over dL/dy.
 
-Shape legend: M tokens, N output width, R rank. Two kernels: rows of dH own all of N, strips of dB own a share of M;
-neither needs an atomic.
+    dH_i = scaling_i G_i B_i, through phi to dT_i and dS_i        dB_i = scaling_i G_i^T phi(S_i, T_i)
+
+Shape legend: M tokens, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T, S, dT and dS.
+
+Two kinds of programs share the launch, and no atomic is needed: *row programs* own BLOCK_M rows of one dH_i and walk
+all of N_i; *strip programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i. They are numbered
+chunk by chunk, rows before strips, so that a chunk of G is still in the L2 cache when the second kind reads it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import FUSION_ID, dot, fuse, fuse_grad, load_tile, round_to, store_tile
-from .launch import TL_DTYPE, cdiv, config_for, launch, split_sum
+from .device import FUSION_ID, dot, fuse, fuse_grad, load_tile, pick, round_to, store_tile
+from .launch import TL_DTYPE, batches, cdiv, config_for, launch, numbered, numbered_strides, split_sum
 from .partials import sum_partials
-
-#: Programs wanted where the rows are cut: about two per multiprocessor of a large card.
-_TARGET_PROGRAMS = 256
 
 
 @triton.jit
-def grad_hidden_kernel(
+def grad_hidden_tile(
     G,
     T,
     S,
     B,
     dT,
     dS,
+    i_m,
+    i_r,
     M,
     N,
     R,
@@ -49,18 +55,14 @@ def grad_hidden_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dH = scaling * G B; dT = dH * dphi/dT, dS = dH * dphi/dS (FUSION 0: dT = dH alone).
+    """dH = scaling * G B; dT = dH * dphi/dT, dS = dH * dphi/dS (FUSION 0: dT = dH alone) for BLOCK_M rows.
 
-    G (M, N); T, S, dT, dS (M, R); B (N, R). The derivatives use T and S as stored, so both passes see the same phi.
+    The derivatives use T and S as stored, so both passes see the same phi.
     """
-    r_tiles = tl.cdiv(R, BLOCK_R)
-    i_m = tl.program_id(0) // r_tiles
-    i_r = tl.program_id(0) % r_tiles
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_m = o_m < M
     m_r = o_r < R
-
     b_dh = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for i_n in range(tl.cdiv(N, BLOCK_N)):
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,7 +71,6 @@ def grad_hidden_kernel(
         b_B = round_to(load_tile(B, o_n, m_n, B_stride_n, o_r, m_r, B_stride_r), DTYPE)
         b_dh = dot(b_G, b_B, b_dh)
     b_dh *= scaling
-
     if FUSION == 0:
         store_tile(dT, b_dh, o_m, m_m, dT_stride_m, o_r, m_r, dT_stride_r)
     else:
@@ -81,44 +82,38 @@ def grad_hidden_kernel(
 
 
 @triton.jit
-def grad_up_kernel(
+def grad_up_tile(
     G,
     T,
     S,
     out,
+    i_n,
+    i_r,
+    i_start,
+    i_end,
     M,
     N,
     R,
     scaling,
-    tiles_per_split,
     G_stride_m,
     G_stride_n,
     T_stride_m,
     T_stride_r,
     S_stride_m,
     S_stride_r,
-    out_stride_split,
+    DTYPE: tl.constexpr,
     FUSION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[i_split] = scaling * G^T phi(S, T) over the rows of one split.
-
-    G (M, N); T, S (M, R); out (splits, N, R), contiguous. A program owns BLOCK_N columns of G.
-    """
-    i_n = tl.program_id(0)
-    i_r = tl.program_id(1)
-    i_split = tl.program_id(2)
-    DTYPE: tl.constexpr = T.dtype.element_ty
+    """out = scaling * G^T phi(S, T) for BLOCK_N columns of G, over row tiles i_start .. i_end; out (N, R) dense."""
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n = o_n < N
     m_r = o_r < R
-
     b_dB = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    i_start = i_split * tiles_per_split
-    for i_m in range(i_start, min(i_start + tiles_per_split, tl.cdiv(M, BLOCK_M))):
+    for i_m in range(i_start, min(i_end, tl.cdiv(M, BLOCK_M))):
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         m_m = o_m < M
         b_t = load_tile(T, o_m, m_m, T_stride_m, o_r, m_r, T_stride_r)
@@ -129,143 +124,265 @@ def grad_up_kernel(
         # loaded as its transpose: a tile turned round in registers is not copied ahead before Hopper
         b_G = round_to(load_tile(G, o_n, m_n, G_stride_n, o_m, m_m, G_stride_m), DTYPE)
         b_dB = dot(b_G, b_h, b_dB)
-
-    out += i_split.to(tl.int64) * out_stride_split
     store_tile(out, b_dB * scaling, o_n, m_n, R, o_r, m_r, 1)
 
 
+@triton.jit
+def grad_bottleneck_kernel(
+    G_0,
+    G_1,
+    G_2,
+    T,
+    S,
+    B_0,
+    B_1,
+    B_2,
+    dT,
+    dS,
+    out,
+    M,
+    N_0,
+    N_1,
+    N_2,
+    R,
+    scaling_0,
+    scaling_1,
+    scaling_2,
+    tiles_per_chunk,
+    out_stride_chunk,
+    G_0_stride_m,
+    G_0_stride_n,
+    G_1_stride_m,
+    G_1_stride_n,
+    G_2_stride_m,
+    G_2_stride_n,
+    T_stride_m,
+    T_stride_r,
+    S_stride_m,
+    S_stride_r,
+    B_0_stride_n,
+    B_0_stride_r,
+    B_1_stride_n,
+    B_1_stride_r,
+    B_2_stride_n,
+    B_2_stride_r,
+    dT_stride_m,
+    dT_stride_r,
+    dS_stride_m,
+    dS_stride_r,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    FUSION: tl.constexpr,
+    FUSION_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Row programs (ROWS) write dT_i and dS_i, strip programs (STRIPS) out[i_chunk] = the chunk's dB_0, dB_1, dB_2.
+
+    G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is what
+    stands in H, FUSION_GRAD what dH goes through: 0 where dT = dH is all that is asked for.
+    """
+    r_tiles = tl.cdiv(R, BLOCK_R)
+    n_tiles_0 = tl.cdiv(N_0, BLOCK_N)
+    n_tiles_01 = n_tiles_0
+    n_tiles = n_tiles_0
+    if COUNT > 1:
+        n_tiles_01 += tl.cdiv(N_1, BLOCK_N)
+        n_tiles = n_tiles_01
+    if COUNT > 2:
+        n_tiles += tl.cdiv(N_2, BLOCK_N)
+    row_programs = tiles_per_chunk * COUNT * r_tiles if ROWS else 0
+    strip_programs = n_tiles * r_tiles if STRIPS else 0
+    i_chunk = tl.program_id(0) // (row_programs + strip_programs)
+    i_program = tl.program_id(0) % (row_programs + strip_programs)
+    i_r = i_program % r_tiles
+
+    if ROWS:
+        if i_program < row_programs:
+            i_p = (i_program // r_tiles) % COUNT
+            i_m = i_chunk * tiles_per_chunk + i_program // (r_tiles * COUNT)
+            if i_m * BLOCK_M < M:
+                grad_hidden_tile(
+                    pick(i_p, G_0, G_1, G_2, COUNT),
+                    T + i_p * R * T_stride_r if FUSION_GRAD != 0 else T,
+                    S + i_p * R * S_stride_r if FUSION_GRAD != 0 else S,
+                    pick(i_p, B_0, B_1, B_2, COUNT),
+                    dT + i_p * R * dT_stride_r,
+                    dS + i_p * R * dS_stride_r if FUSION_GRAD != 0 else dS,
+                    i_m,
+                    i_r,
+                    M,
+                    pick(i_p, N_0, N_1, N_2, COUNT),
+                    R,
+                    pick(i_p, scaling_0, scaling_1, scaling_2, COUNT),
+                    pick(i_p, G_0_stride_m, G_1_stride_m, G_2_stride_m, COUNT),
+                    pick(i_p, G_0_stride_n, G_1_stride_n, G_2_stride_n, COUNT),
+                    T_stride_m,
+                    T_stride_r,
+                    S_stride_m,
+                    S_stride_r,
+                    pick(i_p, B_0_stride_n, B_1_stride_n, B_2_stride_n, COUNT),
+                    pick(i_p, B_0_stride_r, B_1_stride_r, B_2_stride_r, COUNT),
+                    dT_stride_m,
+                    dT_stride_r,
+                    dS_stride_m,
+                    dS_stride_r,
+                    DTYPE,
+                    FUSION_GRAD,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_R,
+                )
+    if STRIPS:
+        if i_program >= row_programs:
+            i_n = (i_program - row_programs) // r_tiles
+            i_p = 0
+            if COUNT > 1:
+                i_p = (i_n >= n_tiles_0).to(tl.int32)
+            if COUNT > 2:
+                i_p += (i_n >= n_tiles_01).to(tl.int32)
+            o_out = pick(i_p, 0, N_0, N_0 + N_1, COUNT).to(tl.int64) * R if COUNT > 1 else 0
+            grad_up_tile(
+                pick(i_p, G_0, G_1, G_2, COUNT),
+                T + i_p * R * T_stride_r,
+                S + i_p * R * S_stride_r if FUSION != 0 else S,
+                out + i_chunk.to(tl.int64) * out_stride_chunk + o_out,
+                i_n - (pick(i_p, 0, n_tiles_0, n_tiles_01, COUNT) if COUNT > 1 else 0),
+                i_r,
+                i_chunk * tiles_per_chunk,
+                (i_chunk + 1) * tiles_per_chunk,
+                M,
+                pick(i_p, N_0, N_1, N_2, COUNT),
+                R,
+                pick(i_p, scaling_0, scaling_1, scaling_2, COUNT),
+                pick(i_p, G_0_stride_m, G_1_stride_m, G_2_stride_m, COUNT),
+                pick(i_p, G_0_stride_n, G_1_stride_n, G_2_stride_n, COUNT),
+                T_stride_m,
+                T_stride_r,
+                S_stride_m,
+                S_stride_r,
+                DTYPE,
+                FUSION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_R,
+            )
+
+
 def grad_bottleneck(
-    G: Tensor,
+    Gs: Sequence[Tensor],
     T: Tensor | None,
     S: Tensor | None,
-    B: Tensor,
+    Bs: Sequence[Tensor],
     *,
-    scaling: float,
+    scalings: Sequence[float],
     fusion: str | None,
-    need_hidden: bool = True,
-    need_B: bool = True,
-    B_grad_dtype: torch.dtype,
-    out_dT: Tensor | None = None,
-    out_dS: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dT, dS and dB from G = dL/dy.
+    dT: Tensor | None = None,
+    dS: Tensor | None = None,
+    B_grad_dtype: torch.dtype | None = None,
+) -> list[Tensor] | None:
+    """dT, dS and dB_i from G_i = dL/dy_i, for projections of one rank that share phi.
 
     Args:
-        G: (M, N), any strides and float dtype; rounded to the compute dtype (T's, or its own without T) tile by tile.
-        T, S: (M, R), any strides, as stored by the forward pass; None where nothing asks for them (without S, H = T).
-        B: (N, R), any float dtype; rounded to the compute dtype tile by tile.
-        need_hidden, need_B: what to compute; the rest is None.
-        B_grad_dtype: dtype of dB, which is summed in float32.
-        out_dT, out_dS: (M, R) destinations, any strides.
+        Gs: (M, N_i) each, any strides and float dtype; rounded to the compute dtype (T's or dT's) tile by tile.
+        T, S: (M, len(Gs) R), any strides, as stored by the forward pass, projection i's columns at i R; None where
+            nothing asks for them (without S, H = T).
+        Bs: (N_i, R) each, any float dtype; rounded to the compute dtype tile by tile.
+        scalings: one number per projection.
+        fusion: None, "add", "mul", "add_relu" or "mul_relu".
+        dT, dS: destinations like T, any strides; None where it is not wanted. dS is for a phi of two.
+        B_grad_dtype: dtype of dB, which is summed in float32; None where dB is not wanted.
 
     Returns:
-        dT, dS (M, R): dS is None without fusion and dT itself for "add"; dB (N, R), contiguous.
+        dB_i (N_i, R), parts of one buffer; None where B_grad_dtype is.
+
+    Raises:
+        ValueError: dB is wanted without T, or nothing is.
     """
-    dtype = (T if T is not None else G).dtype
     fusion = None if S is None else fusion
-    (M, N), R = G.shape, B.shape[1]
-    dT = dS = dB = None
-    if need_hidden:
-        dT, dS = _grad_hidden(G, T, S, B, scaling, fusion, dtype, out_dT, out_dS)
-    if need_B:
-        if T is None:
-            raise ValueError("T is None, but dB = scaling * G^T phi(S, T) needs it")
-        dB = torch.empty((N, R), dtype=B_grad_dtype, device=G.device)
-        if M == 0 or N == 0:
-            dB.zero_()
-        else:
-            _grad_up(G, T, None if fusion is None else S, scaling, fusion, dB)
-    return dT, dS, dB
+    given = T if T is not None else dT
+    if given is None or (B_grad_dtype is not None and T is None):
+        raise ValueError("grad_bottleneck needs T where dB is wanted, and dT or B_grad_dtype to know what is")
+    R = Bs[0].shape[1]
+    dBs: list[Tensor] = []
+    for at in batches(Gs, Bs):
+        columns = slice(at.start * R, at.stop * R)
+        T_MR, S_MR, dT_MR, dS_MR = (None if t is None else t[:, columns] for t in (T, S, dT, dS))
+        dBs += _one_launch(Gs[at], T_MR, S_MR, Bs[at], scalings[at], fusion, dT_MR, dS_MR, B_grad_dtype, given.dtype)
+    return None if B_grad_dtype is None else dBs
 
 
-def _grad_hidden(
-    G: Tensor,
+def _one_launch(
+    Gs: Sequence[Tensor],
     T: Tensor | None,
     S: Tensor | None,
-    B: Tensor,
-    scaling: float,
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
     fusion: str | None,
+    dT: Tensor | None,
+    dS: Tensor | None,
+    B_grad_dtype: torch.dtype | None,
     dtype: torch.dtype,
-    out_dT: Tensor | None,
-    out_dS: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    (M, N), R = G.shape, B.shape[1]
-    dT = torch.empty((M, R), dtype=dtype, device=G.device) if out_dT is None else out_dT
+) -> list[Tensor]:
+    M, R = Gs[0].shape[0], Bs[0].shape[1]
+    widths = [G.shape[1] for G in Gs]
+    device = Gs[0].device
+    dB = None if B_grad_dtype is None else torch.empty((sum(widths), R), dtype=B_grad_dtype, device=device)
     is_linear = fusion in (None, "add")  # then dT = dS = dH, whatever T and S are
-    dS: Tensor | None = None
-    if not is_linear:
-        dS = torch.empty((M, R), dtype=dtype, device=G.device) if out_dS is None else out_dS
-    if is_linear:
-        T = S = None
-    if M == 0 or N == 0:
-        dT.zero_()
-        if dS is not None:
-            dS.zero_()
+    if M == 0 or sum(widths) == 0:
+        for out in (dT, dS, dB):
+            if out is not None:
+                out.zero_()
     else:
-        config = config_for("grad_hidden", R, dtype, wide=(G,), thin=(B,))
+        config = config_for("grad_bottleneck", R, dtype, wide=Gs, thin=(T, S, *Bs), rows=M, width=max(widths))
+        r_tiles = cdiv(R, config.BLOCK_R)
+        strips = sum(cdiv(N, config.BLOCK_N) for N in widths) * r_tiles if dB is not None else 0
+        if dB is None:  # no sum over the rows is cut: one chunk
+            chunks, tiles_per_chunk = 1, cdiv(M, config.BLOCK_M)
+        else:
+            chunks, tiles_per_chunk = split_sum(M, config.BLOCK_M, strips, target=config.programs)
+        rows = tiles_per_chunk * len(Gs) * r_tiles if dT is not None else 0
+        partials = dB if chunks == 1 else torch.empty((chunks, sum(widths), R), dtype=torch.float32, device=device)
         launch(
-            grad_hidden_kernel,
-            (cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R),),
+            grad_bottleneck_kernel,
+            (chunks * (rows + strips),),
             config,
-            G.device,
-            G=G,
+            device,
+            **numbered("G", Gs),
             T=T,
-            S=S,
-            B=B,
+            S=S if fusion is not None else None,
+            **numbered("B", Bs),
             dT=dT,
-            dS=dS,
+            dS=None if is_linear else dS,
+            out=partials,
             M=M,
-            N=N,
+            **numbered("N", widths, 0),
             R=R,
-            scaling=float(scaling),
-            G_stride_m=G.stride(0),
-            G_stride_n=G.stride(1),
+            **numbered("scaling", [float(one) for one in scalings], 0.0),
+            tiles_per_chunk=tiles_per_chunk,
+            out_stride_chunk=sum(widths) * R,
+            **numbered_strides("G", Gs, "mn"),
             T_stride_m=T.stride(0) if T is not None else 0,
             T_stride_r=T.stride(1) if T is not None else 0,
-            S_stride_m=S.stride(0) if S is not None else 0,
-            S_stride_r=S.stride(1) if S is not None else 0,
-            B_stride_n=B.stride(0),
-            B_stride_r=B.stride(1),
-            dT_stride_m=dT.stride(0),
-            dT_stride_r=dT.stride(1),
-            dS_stride_m=dS.stride(0) if dS is not None else 0,
-            dS_stride_r=dS.stride(1) if dS is not None else 0,
+            S_stride_m=S.stride(0) if S is not None and fusion is not None else 0,
+            S_stride_r=S.stride(1) if S is not None and fusion is not None else 0,
+            **numbered_strides("B", Bs, "nr"),
+            dT_stride_m=dT.stride(0) if dT is not None else 0,
+            dT_stride_r=dT.stride(1) if dT is not None else 0,
+            dS_stride_m=dS.stride(0) if dS is not None and not is_linear else 0,
+            dS_stride_r=dS.stride(1) if dS is not None and not is_linear else 0,
+            COUNT=len(Gs),
+            ROWS=dT is not None,
+            STRIPS=dB is not None,
             DTYPE=TL_DTYPE[dtype],
-            FUSION=FUSION_ID[None if is_linear else fusion],
+            FUSION=FUSION_ID[fusion],
+            FUSION_GRAD=FUSION_ID[None if is_linear else fusion],
         )
-    if fusion == "add":
-        dS = dT if out_dS is None else out_dS.copy_(dT)
-    return dT, dS
-
-
-def _grad_up(G: Tensor, T: Tensor, S: Tensor | None, scaling: float, fusion: str | None, dB: Tensor) -> None:
-    (M, N), R = G.shape, T.shape[1]
-    config = config_for("grad_up", R, T.dtype, wide=(G,), thin=(T, S))
-    n_tiles, r_tiles = cdiv(N, config.BLOCK_N), cdiv(R, config.BLOCK_R)
-    splits, tiles_per_split = split_sum(M, config.BLOCK_M, n_tiles * r_tiles, target=_TARGET_PROGRAMS)
-    partials = dB if splits == 1 else torch.empty((splits, N, R), dtype=torch.float32, device=G.device)
-    launch(
-        grad_up_kernel,
-        (n_tiles, r_tiles, splits),
-        config,
-        G.device,
-        G=G,
-        T=T,
-        S=S,
-        out=partials,
-        M=M,
-        N=N,
-        R=R,
-        scaling=float(scaling),
-        tiles_per_split=tiles_per_split,
-        G_stride_m=G.stride(0),
-        G_stride_n=G.stride(1),
-        T_stride_m=T.stride(0),
-        T_stride_r=T.stride(1),
-        S_stride_m=S.stride(0) if S is not None else 0,
-        S_stride_r=S.stride(1) if S is not None else 0,
-        out_stride_split=N * R,
-        FUSION=FUSION_ID[fusion],
-    )
-    if splits > 1:
-        sum_partials(partials, dB)
+        if chunks > 1 and dB is not None and partials is not None:
+            sum_partials(partials, dB)
+    if fusion == "add" and dS is not None and dT is not None:
+        dS.copy_(dT)
+    return [] if dB is None else list(dB.split(widths))

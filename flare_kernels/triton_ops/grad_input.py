@@ -13,9 +13,6 @@ from torch import Tensor
 from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
 from .launch import cdiv, config_for, launch
 
-#: Programs wanted: beyond them, one program goes on to the next tile of K and keeps its dT.
-_TARGET_PROGRAMS = 512
-
 
 @triton.jit
 def grad_input_kernel(
@@ -35,14 +32,15 @@ def grad_input_kernel(
     mask_stride_m,
     dx_stride_m,
     HAS_MASK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     ONE_R_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dx = undrop(dT A) for BLOCK_M rows and one group of K tiles.
+    """dx = undrop(dT A), or dx += undrop(dT A) (ACCUMULATE), for BLOCK_M rows and one group of K tiles.
 
-    dT (M, R); A (R, K); dx (M, K), contiguous rows.
+    dT (M, R); A (R, K); dx (M, K), contiguous rows. The sum is rounded once.
     """
     i_m = tl.program_id(0)
     i_group = tl.program_id(1)
@@ -62,6 +60,8 @@ def grad_input_kernel(
         if HAS_MASK:
             # asked for before the product, so that it arrives meanwhile
             b_byte = load_keep_bytes(mask, mask_stride_m, o_m, m_m, i_k * BLOCK_K, K, BLOCK_K)
+        if ACCUMULATE:
+            b_before = load_tile(dx, o_m, m_m, dx_stride_m, o_k, m_k, 1)
         if ONE_R_BLOCK:
             b_A = round_to(load_tile(A, o_r, m_r, A_stride_r, o_k, m_k, A_stride_k), DTYPE)
             b_dx = dot(b_dt, b_A, b_dx)
@@ -74,26 +74,37 @@ def grad_input_kernel(
                 b_dx = dot(b_dt, b_A, b_dx)
         if HAS_MASK:
             b_dx = drop(b_dx * keep_scale, b_byte, BLOCK_M, BLOCK_K)
+        if ACCUMULATE:
+            b_dx += b_before.to(tl.float32)
         store_tile(dx, b_dx, o_m, m_m, dx_stride_m, o_k, m_k, 1)
 
 
 def grad_input(
-    dT: Tensor, A: Tensor, *, mask: Tensor | None = None, keep_scale: float = 1.0, dtype: torch.dtype
+    dT: Tensor,
+    A: Tensor,
+    *,
+    mask: Tensor | None = None,
+    keep_scale: float = 1.0,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dx = undrop(dT A), (M, K), contiguous, in dtype.
+    """dx = undrop(dT A), (M, K), contiguous, in dtype; with ``out``, out += undrop(dT A), and out is returned.
 
     Args:
         dT: (M, R) in the compute dtype, any strides.
         A: (R, K), any float dtype; rounded to the compute dtype tile by tile.
         mask: packed keep bits of the forward pass, (M, ceil(K / 8)); keep_scale the factor of what is kept.
+        dtype: of dx, where there is no ``out``.
+        out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
     """
     (M, R), K = dT.shape, A.shape[1]
-    dx = torch.empty((M, K), dtype=dtype, device=dT.device)
+    dx = torch.empty((M, K), dtype=dtype, device=dT.device) if out is None else out
     if M == 0 or K == 0:
         return dx
-    config = config_for("grad_input", R, dT.dtype, wide=(A, dx), thin=(dT,))
+    config = config_for("grad_input", R, dT.dtype, wide=(A, dx), thin=(dT,), rows=M, width=K)
     m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
-    tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(_TARGET_PROGRAMS, m_tiles)))
+    # beyond the programs wanted, one program goes on to the next tile of K and keeps its dT
+    tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(config.programs, m_tiles)))
     launch(
         grad_input_kernel,
         (m_tiles, cdiv(k_tiles, tiles_per_group)),
@@ -115,6 +126,7 @@ def grad_input(
         mask_stride_m=mask.stride(0) if mask is not None else 0,
         dx_stride_m=dx.stride(0),
         HAS_MASK=mask is not None,
+        ACCUMULATE=out is not None,
         ONE_R_BLOCK=config.BLOCK_R >= R,
     )
     return dx

@@ -14,9 +14,6 @@ from .device import dot, drop_transposed, load_keep_bytes_transposed, load_tile,
 from .launch import cdiv, config_for, launch, split_sum
 from .partials import sum_partials
 
-#: Programs wanted where the rows are cut: about two per multiprocessor of a large card.
-_TARGET_PROGRAMS = 256
-
 
 @triton.jit
 def grad_weight_kernel(
@@ -137,9 +134,10 @@ def grad_weight(
     dA = torch.empty((R, K), dtype=grad_dtype, device=grad.device)
     if M == 0 or K == 0:
         return dA.zero_()
-    config = config_for("grad_weight", R, grad.dtype, wide=(stream, stream_source), thin=(grad, grad_source))
+    wide, thin = (stream, stream_source), (grad, grad_source)
+    config = config_for("grad_weight", R, grad.dtype, wide=wide, thin=thin, rows=M, width=K)
     k_tiles, r_tiles = cdiv(K, config.BLOCK_K), cdiv(R, config.BLOCK_R)
-    splits, tiles_per_split = split_sum(M, config.BLOCK_M, k_tiles * r_tiles, target=_TARGET_PROGRAMS)
+    splits, tiles_per_split = split_sum(M, config.BLOCK_M, k_tiles * r_tiles, target=config.programs)
     partials = dA if splits == 1 else torch.empty((splits, R, K), dtype=torch.float32, device=grad.device)
     launch(
         grad_weight_kernel,

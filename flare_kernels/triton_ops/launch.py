@@ -20,6 +20,8 @@ _FALLBACK_SHARED_BYTES = 99 * 1024
 #: The fewest tiles worth a program of their own, and the most partial results worth adding up afterwards.
 _MIN_TILES_PER_SPLIT = 4
 _MAX_SPLITS = 64
+#: Projections that one launch can hold: query, key and value.
+MAX_PROJECTIONS = 3
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -41,6 +43,7 @@ class _Recorder:
 
 
 _recorder: _Recorder | None = None
+_counters: list[list[str]] = []
 
 
 @contextlib.contextmanager
@@ -54,12 +57,25 @@ def recording(shared_bytes: int) -> Iterator[list[Launch]]:
         _recorder = previous
 
 
+@contextlib.contextmanager
+def counting() -> Iterator[list[str]]:
+    """Within it launches run as always, and the names of their kernels are collected."""
+    names: list[str] = []
+    _counters.append(names)
+    try:
+        yield names
+    finally:
+        _counters.remove(names)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], config: TileConfig, device: torch.device, **args: Any) -> None:
     """Runs ``kernel[grid](**args)`` with the tiles of config that the kernel names, on the device of its tensors."""
     args.update(config.tiles_of(kernel.arg_names))
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, args, config))
         return
+    for names in _counters:
+        names.append(kernel.fn.__name__)
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**args, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
@@ -93,10 +109,41 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def batches(*operands: Sequence[Tensor]) -> Iterator[slice]:
+    """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, whose tensors have the same dtypes."""
+    kinds = [tuple(tensor.dtype for tensor in of_one) for of_one in zip(*operands, strict=True)]
+    start = 0
+    for end in range(1, len(kinds) + 1):
+        if end == len(kinds) or kinds[end] != kinds[start] or end - start == MAX_PROJECTIONS:
+            yield slice(start, end)
+            start = end
+
+
+def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str, Any]:
+    """Arguments name_0, name_1 and name_2 of a kernel; ``missing`` where there are fewer values."""
+    return {f"{name}_{i}": values[i] if i < len(values) else missing for i in range(MAX_PROJECTIONS)}
+
+
+def numbered_strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
+    """Arguments such as y_0_stride_m for the axes of (up to) three matrices."""
+    return {
+        f"{name}_{i}_stride_{axis}": tensors[i].stride(dim) if i < len(tensors) else 0
+        for i in range(MAX_PROJECTIONS)
+        for dim, axis in enumerate(axes)
+    }
+
+
 def config_for(
-    kernel: str, rank: int, compute_dtype: torch.dtype, *, wide: Sequence[Tensor | None], thin: Sequence[Tensor | None]
+    kernel: str,
+    rank: int,
+    compute_dtype: torch.dtype,
+    *,
+    wide: Sequence[Tensor | None],
+    thin: Sequence[Tensor | None],
+    rows: int,
+    width: int,
 ) -> TileConfig:
-    """Configuration for a launch whose operands have a wide row (x, G, y, A) or one of rank elements (T, S, B)."""
+    """Configuration for a launch over (rows, width); operands have wide rows (x, G, y, A) or thin ones (T, S, B)."""
     given = [x for x in (*wide, *thin) if x is not None]
     # rows of a handful of elements cannot be aligned, and need not be
     aligned = is_aligned(*wide) and (rank <= 16 or is_aligned(*thin))

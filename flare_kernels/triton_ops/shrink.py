@@ -14,9 +14,6 @@ from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
 from .launch import TL_DTYPE, cdiv, config_for, launch, split_sum
 from .partials import sum_partials
 
-#: Programs wanted: about one per multiprocessor of a large card. Above, no partial results are worth their traffic.
-_TARGET_PROGRAMS = 128
-
 
 @triton.jit
 def shrink_kernel(
@@ -143,9 +140,9 @@ def shrink(
     if M == 0 or K == 0:
         out.zero_()
     else:
-        config = config_for("shrink", R, compute_dtype, wide=(first, second, A), thin=())
+        config = config_for("shrink", R, compute_dtype, wide=(first, second, A), thin=(), rows=M, width=K)
         programs = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
-        splits, tiles_per_split = split_sum(K, config.BLOCK_K, programs, target=_TARGET_PROGRAMS)
+        splits, tiles_per_split = split_sum(K, config.BLOCK_K, programs, target=config.programs)
         partials = out if splits == 1 else torch.empty((splits, streams, M, R), dtype=torch.float32, device=out.device)
         launch(
             shrink_kernel,

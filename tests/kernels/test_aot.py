@@ -35,7 +35,7 @@ def reports() -> list[dict]:
     return found
 
 
-KERNELS = {"shrink", "expand", "grad_hidden", "grad_up", "grad_weight", "grad_input"}
+KERNELS = {"shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input", "shrink_decode", "expand_decode"}
 
 
 @pytest.mark.slow

@@ -149,6 +149,58 @@ def test_each_stream_is_read_once(device, monkeypatch) -> None:
     assert sorted(calls) == ["grad_input", "grad_weight", "shrink"]
 
 
+LAUNCHES = {
+    # forward, backward: stack, shrink, expand; grad_bottleneck, grad_weight, grad_input
+    130: (["stack", "shrink", "expand"], ["grad_bottleneck", "grad_weight", "grad_input"]),
+    # a few tokens: no stacking, and none of A in the forward pass
+    9: (["shrink_decode", "expand_decode"], ["grad_bottleneck", "stack", "grad_weight", "grad_input"]),
+}
+
+
+@pytest.mark.skipif("not __import__('flare_kernels').backends()['triton']", reason="no Triton backend")
+@pytest.mark.parametrize("tokens", LAUNCHES)
+@pytest.mark.parametrize("fusion", ["add", "add_relu"])
+def test_launches_of_query_and_value(tokens, fusion, device) -> None:
+    """Two adapters of one rank and phi: one launch per step for both, and the numbers of the plain form."""
+    from flare_kernels.triton_ops.launch import counting
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, device=device) * 0.3
+
+    x_source, W = randn(tokens, 48), {name: randn(n, 48) for name, n in WIDTHS.items()}
+    given = {"x": randn(tokens, 48), "A.q": randn(6, 48), "A.v": randn(6, 48)}
+    given |= {f"B.{name}": randn(WIDTHS[name], 6) for name in ("q", "v")}
+    G = {name: randn(tokens, n) for name, n in WIDTHS.items()}
+    results = []
+    for backend in ("torch", "triton"):
+        t = {name: value.clone().requires_grad_() for name, value in given.items()}
+        with torch.no_grad():
+            base = {name: t["x"] @ w.T for name, w in W.items()}
+        adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5) for name in ("q", "v")}
+        with counting() as forward:
+            ys = fused_lora_qkv(t["x"], x_source, base, adapters, weights=W, fusion=fusion, backend=backend)
+        with counting() as backward:
+            torch.autograd.backward(list(ys.values()), list(G.values()))
+        results.append({**ys, **{name: leaf.grad for name, leaf in t.items()}})
+        counted = [
+            [n.removesuffix("_kernel") for n in names if n != "sum_partials_kernel"] for names in (forward, backward)
+        ]
+        assert counted == ([[], []] if backend == "torch" else list(LAUNCHES[tokens]))
+    assert_equal(*reversed(results), rtol=1e-4, atol=1e-5)
+
+
+def test_a_given_S_that_lies_side_by_side_is_not_copied(device) -> None:
+    from flare_kernels.node import side_by_side
+
+    S = torch.randn(2, 7, 9, device=device)
+    parts = [part.reshape(14, -1) for part in S.split([4, 5], dim=-1)]
+    assert side_by_side(parts).data_ptr() == S.data_ptr() and torch.equal(side_by_side(parts), S.flatten(0, 1))
+    apart = [parts[1], parts[0]]
+    assert torch.equal(side_by_side(apart), torch.cat(apart, dim=1))
+    other = [parts[0], parts[1].clone()]
+    assert torch.equal(side_by_side(other), S.flatten(0, 1))
+
+
 def test_matches_separate_calls_in_16_bit(device) -> None:
     data = make(torch.bfloat16, device)
 

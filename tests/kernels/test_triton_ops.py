@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from flare_kernels import dropout, torch_ops, triton_ops
 from flare_kernels.fusion import FUSIONS, get_fusion
 from flare_kernels.triton_ops import config
-from flare_kernels.triton_ops.launch import recording
+from flare_kernels.triton_ops.launch import counting, recording
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALL = (None, *FUSIONS)
@@ -173,7 +173,7 @@ def test_expand(shape: Shape, fusion: str | None, device: torch.device) -> None:
     i = make(shape, device)
     S = None if fusion is None else i.S
     y = i.y.clone()
-    assert triton_ops.expand_(y, i.T, S, i.B, scaling=SCALING, fusion=fusion) is None
+    assert triton_ops.expand_([y], i.T, S, [i.B], scalings=[SCALING], fusion=fusion) is None
     results = {}
     for dtype in (shape.compute, F64):
         results[dtype] = i.y.to(dtype) + SCALING * (hidden(i.T, i.S, fusion, dtype) @ i.B.to(dtype).T)
@@ -187,26 +187,141 @@ def test_grad_bottleneck(shape: Shape, fusion: str | None, device: torch.device)
     i = make(shape, device)
     S = None if fusion is None else i.S
     B_grad_dtype = shape.adapter or shape.compute
-    options = {"scaling": SCALING, "fusion": fusion, "B_grad_dtype": B_grad_dtype}
-    dT, dS, dB = triton_ops.grad_bottleneck(i.G, i.T, S, i.B, **options)
+    options = {"scalings": [SCALING], "fusion": fusion}
+    dT, dS = torch.empty_like(i.T), None if fusion is None else torch.empty_like(i.T)
+    (dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], dT=dT, dS=dS, B_grad_dtype=B_grad_dtype, **options)
     results = {}
     for dtype in (shape.compute, F64):
         dH = SCALING * (i.G.to(dtype) @ i.B.to(dtype))
         grads = (dH, None) if fusion is None else get_fusion(fusion).backward(dH, i.S.to(dtype), i.T.to(dtype))
         results[dtype] = [*grads, (SCALING * i.G.to(dtype)).T @ hidden(i.T, i.S, fusion, dtype)]
     for got, plain, truth in zip((dT, dS, dB), results[shape.compute], results[F64], strict=True):
-        if truth is None:
-            assert got is None
-        else:
+        if truth is not None:
             assert_close(got, plain, truth, shape.compute)
-    assert dT.dtype == shape.compute and dB.dtype == B_grad_dtype
-    assert fusion != "add" or dS is dT
+    assert dB.dtype == B_grad_dtype
 
     # halves can be left out
-    nothing = triton_ops.grad_bottleneck(i.G, i.T, S, i.B, need_hidden=False, **options)
-    assert nothing[:2] == (None, None) and torch.equal(nothing[2], dB)
-    only_hidden = triton_ops.grad_bottleneck(i.G, i.T, S, i.B, need_B=False, **options)
-    assert only_hidden[2] is None and torch.equal(only_hidden[0], dT)
+    (only_dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], B_grad_dtype=B_grad_dtype, **options)
+    assert torch.equal(only_dB, dB)
+    only_dT = torch.empty_like(dT)
+    half = None if dS is None else torch.empty_like(dT)
+    assert triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], dT=only_dT, dS=half, **options) is None
+    assert torch.equal(only_dT, dT)
+
+
+WIDTHS = (70, 33, 48)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("rank", [5, 16, 130])
+@pytest.mark.parametrize("fusion", [None, "mul_relu"])
+def test_several_projections_in_one_launch(count: int, rank: int, fusion: str | None, device: torch.device) -> None:
+    """Query, key and value of different widths: the numbers of one call each, and one launch for all."""
+    parts = [make(Shape(M=130, N=N, R=rank), device) for N in WIDTHS[:count]]
+    scalings = [0.5 + i for i in range(count)]
+    T, S = torch.cat([i.T for i in parts], 1), torch.cat([i.S for i in parts], 1) if fusion else None
+    ys, Gs, Bs = ([getattr(i, name) for i in parts] for name in ("y", "G", "B"))
+    outs = [torch.empty_like(y) for y in ys]
+    dT, dS = torch.empty_like(T), torch.empty_like(T) if fusion else None
+    options = {"scalings": scalings, "fusion": fusion}
+    with counting() as names:
+        triton_ops.expand_(ys, T, S, Bs, outs=outs, **options)
+        dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=F32, **options)
+    assert [n for n in names if n != "sum_partials_kernel"] == ["expand_kernel", "grad_bottleneck_kernel"]
+    for at, i in enumerate(parts):
+        columns = slice(at * rank, (at + 1) * rank)
+        want = i.y.clone()
+        alone = {"scalings": scalings[at : at + 1], "fusion": fusion}
+        S_i, dS_i = (i.S, torch.empty_like(i.T)) if fusion else (None, None)
+        triton_ops.expand_([want], i.T, S_i, [i.B], **alone)
+        dT_i = torch.empty_like(i.T)
+        (dB,) = triton_ops.grad_bottleneck([i.G], i.T, S_i, [i.B], dT=dT_i, dS=dS_i, B_grad_dtype=F32, **alone)
+        assert torch.equal(outs[at], want) and not torch.equal(ys[at], want)
+        assert torch.equal(dT[:, columns], dT_i)
+        assert dS is None or torch.equal(dS[:, columns], dS_i)
+        torch.testing.assert_close(dBs[at], dB, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
+def test_stack(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
+    to, adapter = dtypes
+    As = [torch.randn(r, 37, device=device).to(adapter) for r in (5, 9, 16)]
+    As[1] = strided(As[1], "transposed")
+    for count in (1, 2, 3):
+        stacked = triton_ops.stack(As[:count], to)
+        assert stacked.dtype == to and torch.equal(stacked, torch.cat([A.to(to) for A in As[:count]]))
+    assert triton_ops.stack(As[:1], adapter) is As[0]
+    assert torch.equal(triton_ops.stack([*As, As[0]], to), torch.cat([A.to(to) for A in (*As, As[0])]))
+
+
+DECODE_SHAPES = [
+    Shape(M=1, K=600, N=65, R=16, compute=BF16, adapter=F32),
+    Shape(M=37, K=96, N=65, R=5, compute=F32),
+    Shape(M=64, K=2100, N=40, R=64, compute=F16),
+    Shape(M=3, K=33, N=17, R=128, compute=BF16),
+]
+
+
+@pytest.mark.parametrize("shape", DECODE_SHAPES, ids=str)
+@pytest.mark.parametrize("fusion", ALL, ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["x_source", "S"])
+def test_decode(shape: Shape, fusion: str | None, given: bool, device: torch.device) -> None:
+    """A few tokens: two launches for two projections, T and S kept where wanted."""
+    i, j = make(shape, device), make(replace(shape, N=shape.N + 7), device)
+    x_source = None if fusion is None or given else i.x_source
+    Ss = [i.S, j.S] if fusion is not None and given else []
+    outs = [torch.empty_like(i.y), torch.empty_like(j.y)]
+    call = {"compute_dtype": shape.compute, "scalings": [SCALING, 2.0], "fusion": fusion}
+    with counting() as names:
+        T, S = triton_ops.decode(i.x, x_source, Ss, [i.y, j.y], [i.A, j.A], [i.B, j.B], keep=True, outs=outs, **call)
+    assert names == ["shrink_decode_kernel", "expand_decode_kernel"]
+    for at, (k, scaling) in enumerate(((i, SCALING), (j, 2.0))):
+        columns, results = slice(at * shape.R, (at + 1) * shape.R), {}
+        for dtype in (shape.compute, F64):
+            A = k.A.to(shape.compute).to(dtype)
+            T_k = i.x.to(dtype) @ A.T
+            S_k = k.S.to(dtype) if given else i.x_source.to(dtype) @ A.T
+            H = hidden(T_k, S_k, fusion, dtype)
+            results[dtype] = (k.y.to(dtype) + scaling * (H @ k.B.to(dtype).T), H if fusion == "add" else T_k, S_k)
+        plain, truth = results[shape.compute], results[F64]
+        assert_close(outs[at], plain[0], truth[0], shape.compute)
+        assert_close(T[:, columns], plain[1], truth[1], shape.compute)
+        if fusion in (None, "add"):
+            assert S is None
+        else:
+            assert_close(S[:, columns], plain[2], truth[2], shape.compute)
+    assert triton_ops.decode(
+        i.x, x_source, Ss[:1], [i.y], [i.A], [i.B], keep=False, **(call | {"scalings": [1.0]})
+    ) == (
+        None,
+        None,
+    )
+
+
+def test_decoding_a_row_does_not_depend_on_the_rows_beside_it(device: torch.device) -> None:
+    shape = Shape(M=64, K=2100, N=40, R=16, compute=BF16)
+    i = make(shape, device)
+    call = {"compute_dtype": BF16, "scalings": [SCALING], "fusion": "mul", "keep": False}
+
+    def rows(at: slice) -> Tensor:
+        out = torch.empty_like(i.y[at])
+        triton_ops.decode(i.x[at], i.x_source[at], [], [i.y[at]], [i.A], [i.B], outs=[out], **call)
+        return out
+
+    together = rows(slice(0, 64))
+    for at in (slice(0, 1), slice(17, 18), slice(20, 45), slice(63, 64)):
+        assert torch.equal(rows(at), together[at])
+
+
+def test_grad_input_adds_to_what_is_there(device: torch.device) -> None:
+    i = make(Shape(compute=BF16), device)
+    for mask in (None, i.mask):
+        before = torch.randn_like(i.x)
+        out = before.clone()
+        options = {"mask": mask, "keep_scale": KEEP_SCALE}
+        assert triton_ops.grad_input(i.T, i.A, dtype=BF16, out=out, **options) is out
+        plain, truth = (before.to(to) + drop(i.T.to(to) @ i.A.to(to), mask, to) for to in (BF16, F64))
+        assert_close(out, plain, truth, BF16)
 
 
 @by_shape
@@ -249,11 +364,10 @@ def test_any_strides(how: str, device: torch.device) -> None:
     j = replace(i, **{name: strided(getattr(i, name), how) for name in names.split()})
     assert not any(tensor.is_contiguous() for tensor in j[names])
 
-    def run(k: Inputs, y: Tensor, out_dT: Tensor, out_dS: Tensor) -> list[Tensor]:
-        triton_ops.expand_(y, k.T, k.S, k.B, scaling=SCALING, fusion="mul_relu")
-        options = {"scaling": SCALING, "fusion": "mul_relu", "B_grad_dtype": F32, "out_dT": out_dT, "out_dS": out_dS}
-        dT, dS, dB = triton_ops.grad_bottleneck(k.G, k.T, k.S, k.B, **options)
-        assert dT is out_dT and dS is out_dS
+    def run(k: Inputs, y: Tensor, dT: Tensor, dS: Tensor) -> list[Tensor]:
+        phi = {"scalings": [SCALING], "fusion": "mul_relu"}
+        triton_ops.expand_([y], k.T, k.S, [k.B], **phi)
+        (dB,) = triton_ops.grad_bottleneck([k.G], k.T, k.S, [k.B], dT=dT, dS=dS, B_grad_dtype=F32, **phi)
         masks = {"mask": k.mask, "mask_source": k.mask_source, "keep_scale": KEEP_SCALE}
         return [
             *triton_ops.shrink(k.x, k.x_source, k.A, compute_dtype=F32, **masks),
@@ -276,26 +390,29 @@ def test_any_strides(how: str, device: torch.device) -> None:
 
 def test_add_writes_both_destinations(device: torch.device) -> None:
     i = make(Shape(), device)
-    outs = torch.empty_like(i.T), torch.empty_like(i.T)
-    options = {"scaling": SCALING, "fusion": "add", "B_grad_dtype": F32, "out_dT": outs[0], "out_dS": outs[1]}
-    dT, dS, _ = triton_ops.grad_bottleneck(i.G, i.T, i.S, i.B, **options)
-    assert dT is outs[0] and dS is outs[1] and torch.equal(dT, dS)
+    dT, dS = torch.empty_like(i.T), torch.empty_like(i.T)
+    triton_ops.grad_bottleneck([i.G], i.T, i.S, [i.B], scalings=[SCALING], fusion="add", dT=dT, dS=dS)
+    torch.testing.assert_close(dT, SCALING * i.G @ i.B)
+    assert torch.equal(dT, dS)
 
 
 def test_sum_in_T_needs_no_S(device: torch.device) -> None:
     """Fusion "add" may hand on T + S alone, and with a frozen B neither is needed for dH."""
     i = make(Shape(), device)
     y, want = i.y.clone(), i.y.clone()
-    triton_ops.expand_(y, i.T + i.S, None, i.B, scaling=SCALING, fusion="add")
-    triton_ops.expand_(want, i.T, i.S, i.B, scaling=SCALING, fusion="add")
+    phi = {"scalings": [SCALING], "fusion": "add"}
+    triton_ops.expand_([y], i.T + i.S, None, [i.B], **phi)
+    triton_ops.expand_([want], i.T, i.S, [i.B], **phi)
     torch.testing.assert_close(y, want)
-    options = {"scaling": SCALING, "fusion": "add", "B_grad_dtype": F32}
-    dT, dS, dB = triton_ops.grad_bottleneck(i.G, i.T + i.S, None, i.B, **options)
-    want_dT, _, want_dB = triton_ops.grad_bottleneck(i.G, i.T, i.S, i.B, **options)
-    assert dS is None and torch.equal(dT, want_dT)
+    dT, want_dT, frozen_dT = (torch.empty_like(i.T) for _ in range(3))
+    (dB,) = triton_ops.grad_bottleneck([i.G], i.T + i.S, None, [i.B], dT=dT, B_grad_dtype=F32, **phi)
+    (want_dB,) = triton_ops.grad_bottleneck([i.G], i.T, i.S, [i.B], dT=want_dT, B_grad_dtype=F32, **phi)
+    assert torch.equal(dT, want_dT)
     torch.testing.assert_close(dB, want_dB)
-    frozen = triton_ops.grad_bottleneck(i.G, None, None, i.B, need_B=False, **options)
-    assert torch.equal(frozen[0], want_dT) and frozen[1:] == (None, None)
+    triton_ops.grad_bottleneck([i.G], None, None, [i.B], dT=frozen_dT, **phi)
+    assert torch.equal(frozen_dT, want_dT)
+    with pytest.raises(ValueError, match="needs T"):
+        triton_ops.grad_bottleneck([i.G], None, None, [i.B], dT=frozen_dT, B_grad_dtype=F32, **phi)
 
 
 def test_dropout_on_one_stream_only(device: torch.device) -> None:
@@ -310,10 +427,11 @@ def test_dropout_on_one_stream_only(device: torch.device) -> None:
 
 def test_no_rows(device: torch.device) -> None:
     i = make(Shape(M=0), device)
-    options = {"scaling": SCALING, "fusion": "mul", "B_grad_dtype": F32}
+    phi = {"scalings": [SCALING], "fusion": "mul"}
     T, S = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=F32)
-    triton_ops.expand_(i.y, T, S, i.B, scaling=SCALING, fusion="mul")
-    dT, dS, dB = triton_ops.grad_bottleneck(i.G, T, S, i.B, **options)
+    triton_ops.expand_([i.y], T, S, [i.B], **phi)
+    dT, dS = torch.empty_like(T), torch.empty_like(S)
+    (dB,) = triton_ops.grad_bottleneck([i.G], T, S, [i.B], dT=dT, dS=dS, B_grad_dtype=F32, **phi)
     dA = triton_ops.grad_weight(dT, i.x, dS, i.x_source, grad_dtype=F32)
     dx = triton_ops.grad_input(dT, i.A, dtype=F32)
     assert [t.shape[0] for t in (T, S, dT, dS, dx)] == [0] * 5
@@ -329,9 +447,11 @@ def test_sums_that_are_split_repeat_their_bits(dtype: torch.dtype, device: torch
     rows = make(replace(shape, K=48), device)  # rows are cut where there are few columns
 
     def run() -> list[Tensor]:
-        options = {"scaling": SCALING, "fusion": "mul", "B_grad_dtype": F32}
+        phi = {"scalings": [SCALING], "fusion": "mul"}
         T, S = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=dtype)
-        dT, dS, dB = triton_ops.grad_bottleneck(rows.G, rows.T, rows.S, rows.B, **options)
+        dT, dS = torch.empty_like(rows.T), torch.empty_like(rows.S)
+        outs = {"dT": dT, "dS": dS, "B_grad_dtype": F32}
+        (dB,) = triton_ops.grad_bottleneck([rows.G], rows.T, rows.S, [rows.B], **outs, **phi)
         dA = triton_ops.grad_weight(rows.T, rows.x, rows.S, rows.x_source, grad_dtype=F32)
         return [T, S, dT, dS, dB, dA]
 
@@ -370,23 +490,23 @@ def test_expand_rounds_once_and_to_even(device: torch.device) -> None:
     y = torch.full((2, 16), 256.0, dtype=BF16, device=device)
     T = torch.ones(2, 1, dtype=BF16, device=device)
     B = torch.ones(16, 1, dtype=BF16, device=device)
-    triton_ops.expand_(y, T, None, B, scaling=1.001, fusion=None)
+    triton_ops.expand_([y], T, None, [B], scalings=[1.001], fusion=None)
     assert (y == 258.0).all()
     y.fill_(256.0)
-    triton_ops.expand_(y, T, None, B, scaling=1.0, fusion=None)
+    triton_ops.expand_([y], T, None, [B], scalings=[1.0], fusion=None)
     assert (y == 256.0).all()
 
 
 def test_nan_is_not_hidden_by_relu(device: torch.device) -> None:
     i = make(Shape(), device)
     i.T[3, 2] = torch.nan
-    triton_ops.expand_(i.y, i.T, i.S, i.B, scaling=SCALING, fusion="add_relu")
+    triton_ops.expand_([i.y], i.T, i.S, [i.B], scalings=[SCALING], fusion="add_relu")
     assert i.y[3].isnan().all() and not i.y[4].isnan().any()
 
 
 def test_same_signatures_as_the_torch_backend() -> None:
     """The autograd nodes are written once over either module."""
-    for name in triton_ops.__all__:
+    for name in sorted({*triton_ops.__all__} - {"decode", "can_decode"}):  # what only the kernels have
         ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (triton_ops, torch_ops))
         kinds = [[(key, p.kind, p.default) for key, p in side.items()] for side in (ours, theirs)]
         assert kinds[0] == kinds[1], name
@@ -412,7 +532,7 @@ def test_rank_above_the_largest_bucket(device: torch.device) -> None:
     torch.testing.assert_close(T, i.x @ i.A.T)
     torch.testing.assert_close(S, i.x_source @ i.A.T)
     y = i.y.clone()
-    triton_ops.expand_(y, i.T, i.S, i.B, scaling=SCALING, fusion="mul")
+    triton_ops.expand_([y], i.T, i.S, [i.B], scalings=[SCALING], fusion="mul")
     torch.testing.assert_close(y, i.y + SCALING * (i.S * i.T) @ i.B.T, rtol=1e-5, atol=1e-5)
     dA = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
     torch.testing.assert_close(dA, i.T.T @ i.x + i.S.T @ i.x_source, rtol=1e-5, atol=1e-5)

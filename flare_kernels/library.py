@@ -1,0 +1,269 @@
+"""The node as operators of ``torch.library``: what ``torch.compile`` sees instead of the in-place autograd function.
+
+``flare_kernels::lora`` takes the frozen outputs and returns new tensors (a compiler frees the old ones itself, and the
+kernels read and write the same bytes either way), ``flare_kernels::lora_backward`` forms all gradients. Both are opaque
+to the compiler and have fake forms, so a compiled layer is one graph, and a CUDA graph can capture it.
+
+Optional results are empty tensors: an operator cannot return None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import node
+from .backends import primitives, select_backend
+from .node import Call, Hidden, Needs, make_call, without_autocast
+
+#: (output index, rank, scaling, fusion) of an adapter.
+Adapter = tuple[int, int, float, str | None]
+
+
+def build_call(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapters: Sequence[Adapter],
+    *,
+    outputs: int,
+    owns_products: bool,
+    p: float,
+) -> Call:
+    """The call of the node on the primitives of a backend ("auto" included)."""
+    if backend == "auto":
+        backend = select_backend(device, dtype)
+    ops = primitives(backend, device, dtype)
+    return make_call(ops, dtype, adapters, outputs=outputs, owns_products=owns_products, p=p)
+
+
+def apply(
+    backend: str,
+    dtype: torch.dtype,
+    adapters: Sequence[Adapter],
+    p: float,
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    seed: Tensor | None,
+    ys: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ws: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """y_i + s_i phi_i(S_i, T_i) B_i^T for every output, as new tensors; the arguments are the node's."""
+    streams = [x] if x_source is None else [x, x_source]
+    differentiable = [*streams, *Ss, *ys, *As, *Bs]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    results = lora(
+        x,
+        x_source,
+        list(Ss),
+        seed,
+        list(ys),
+        list(As),
+        list(Bs),
+        list(Ws),
+        [adapter[0] for adapter in adapters],
+        [adapter[2] for adapter in adapters],
+        ",".join(adapter[3] or "none" for adapter in adapters),
+        p,
+        keep,
+        dtype,
+        backend,
+    )
+    return tuple(results[: len(ys)])
+
+
+def _adapters(outputs: Sequence[int], scalings: Sequence[float], fusions: str, As: Sequence[Tensor]) -> list[Adapter]:
+    names = [None if name == "none" else name for name in fusions.split(",")] if As else []
+    ranks = [A.shape[0] for A in As]
+    return list(zip(outputs, ranks, scalings, names, strict=True))
+
+
+def _kept_sizes(
+    x: Tensor, x_source: Tensor | None, As: Sequence[Tensor], fusions: str, keep: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of T and of S as the operator returns them; a given S is not returned again."""
+    names = fusions.split(",") if As else []
+    M = x.shape[:-1].numel()
+    R = sum(A.shape[0] for A in As)
+    fused = sum(A.shape[0] for A, name in zip(As, names, strict=True) if name != "none")
+    needs_S = x_source is not None and any(name not in ("none", "add") for name in names)
+    return ((M, R) if keep and As else (0,)), ((M, fused) if keep and needs_S else (0,))
+
+
+@torch.library.custom_op("flare_kernels::lora", mutates_args=())
+def lora(
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    seed: Tensor | None,
+    ys: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ws: Sequence[Tensor],
+    outputs: Sequence[int],
+    scalings: Sequence[float],
+    fusions: str,
+    p: float,
+    keep: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """[y_i + s_i phi_i(S_i, T_i) B_i^T ..., T, S]; T (M, R) and S (M, fused) where ``keep`` and they are needed."""
+    adapters = _adapters(outputs, scalings, fusions, As)
+    call = build_call(backend, x.device, dtype, adapters, outputs=len(ys), owns_products=bool(Ws), p=p)
+    dense = [y.contiguous() for y in ys]
+    outs = [torch.empty_like(y) if i in outputs else y.clone() for i, y in enumerate(dense)]
+    with without_autocast(x.device):
+        hidden = node.forward(call, x, x_source, Ss, seed, dense, As, Bs, keep=keep, outs=outs)
+    T_size, S_size = _kept_sizes(x, x_source, As, fusions, keep)
+    nothing = x.new_empty((0,), dtype=dtype)
+    # T and S are parts of one buffer, which two results of an operator may not be
+    T = hidden.T.contiguous() if len(T_size) == 2 and hidden.T is not None else nothing
+    S = hidden.S.clone() if len(S_size) == 2 and hidden.S is not None else nothing.clone()
+    return [*outs, T, S]
+
+
+@lora.register_fake
+def _(
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    seed: Tensor | None,
+    ys: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ws: Sequence[Tensor],
+    outputs: Sequence[int],
+    scalings: Sequence[float],
+    fusions: str,
+    p: float,
+    keep: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    sizes = _kept_sizes(x, x_source, As, fusions, keep)
+    return [*(y.new_empty(y.shape) for y in ys), *(x.new_empty(size, dtype=dtype) for size in sizes)]
+
+
+@torch.library.custom_op("flare_kernels::lora_backward", mutates_args=())
+def lora_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    seed: Tensor | None,
+    T: Tensor,
+    S: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ws: Sequence[Tensor],
+    outputs: Sequence[int],
+    scalings: Sequence[float],
+    fusions: str,
+    p: float,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """[dx, dx_source, dS_i ..., dA_i ..., dB_i ...], empty where ``needs`` (in that order) does not ask for one."""
+    adapters = _adapters(outputs, scalings, fusions, As)
+    call = build_call(backend, x.device, dtype, adapters, outputs=len(grads), owns_products=bool(Ws), p=p)
+    S_node: Tensor | None = S if S.dim() == 2 else None
+    if S_node is None and Ss and not all(group.launch_fusion is None for group in call.groups):
+        S_node = node.side_by_side([node.rows(given) for given in Ss]).to(dtype)
+    asked = _needs(needs, len(Ss), len(As))
+    with without_autocast(x.device):
+        found = node.backward(
+            call,
+            asked,
+            x,
+            x_source,
+            Hidden(T if T.dim() == 2 else None, S_node),
+            As,
+            Bs,
+            Ws,
+            seed,
+            grads,
+            d=x.shape[-1],
+            x_dtype=x.dtype,
+            source_dtype=None if x_source is None else x_source.dtype,
+        )
+    likes = [x, x_source, *Ss, *As, *Bs]
+    results: list[Tensor] = []
+    for grad, like in zip([found.x, found.x_source, *found.S, *found.A, *found.B], likes, strict=True):
+        if grad is None or like is None:
+            results.append(x.new_empty((0,)))
+        else:  # parts of a shared buffer become tensors of their own
+            whole = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size() and grad.is_contiguous()
+            results.append(
+                (grad if whole else grad.clone(memory_format=torch.contiguous_format)).to(like.dtype).view(like.shape)
+            )
+    return results
+
+
+@lora_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    seed: Tensor | None,
+    T: Tensor,
+    S: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ws: Sequence[Tensor],
+    outputs: Sequence[int],
+    scalings: Sequence[float],
+    fusions: str,
+    p: float,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    likes = [x, x_source, *Ss, *As, *Bs]
+    return [
+        x.new_empty((0,)) if like is None or not need else like.new_empty(like.shape)
+        for like, need in zip(likes, needs, strict=True)
+    ]
+
+
+def _needs(flags: Sequence[bool], count_S: int, count_A: int) -> Needs:
+    """The flags of (x, x_source, S_i ..., A_i ..., B_i ...) by name."""
+    x, x_source, *rest = flags
+    of_S, of_A, of_B = rest[:count_S], rest[count_S : count_S + count_A], rest[count_S + count_A :]
+    return Needs(x, x_source, tuple(of_S), tuple(of_A), tuple(of_B))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, x_source, Ss, seed, ys, As, Bs, Ws, *constants = inputs
+    ctx.constants, ctx.sizes = constants, (len(Ss), len(ys), len(As), len(Ws))
+    ctx.save_for_backward(x, x_source, seed, *output[len(ys) :], *Ss, *As, *Bs, *Ws)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    count_S, count_y, count_A, count_W = ctx.sizes
+    x, x_source, seed, T, S, *rest = ctx.saved_tensors
+    Ss, rest = rest[:count_S], rest[count_S:]
+    As, Bs, Ws = rest[:count_A], rest[count_A : 2 * count_A], rest[2 * count_A :]
+    outputs, scalings, fusions, p, _, dtype, backend = ctx.constants
+    asked = ctx.needs_input_grad
+    needs = [bool(asked[0]), bool(asked[1]), *map(bool, asked[2]), *map(bool, asked[5]), *map(bool, asked[6])]
+    given = list(grads[:count_y])
+    found = lora_backward(
+        given, x, x_source, Ss, seed, T, S, As, Bs, Ws, outputs, scalings, fusions, p, needs, dtype, backend
+    )
+    found = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    dx, dx_source, *rest = found
+    dSs, dAs, dBs = rest[:count_S], rest[count_S : count_S + count_A], rest[count_S + count_A :]
+    dys = [G if need else None for G, need in zip(given, asked[4], strict=True)]
+    return dx, dx_source, dSs, None, dys, dAs, dBs, [None] * count_W, *([None] * len(ctx.constants))
+
+
+lora.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,339 @@
+"""The forward pass for a handful of tokens (decoding): two launches for all projections, whatever the width.
+
+Shape legend: M tokens, K input width, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T and S.
+
+The first launch cuts the sum over K, so that enough programs read A, and stores float32 partial results. The second
+adds them in a fixed order where it needs them, fuses, and projects up. How the sum is cut depends on K alone and tiles
+do not depend on M, so a row's result does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import FUSION_ID, dot, fuse, load_tile, pick, round_to, store_tile
+from .launch import MAX_PROJECTIONS, TL_DTYPE, cdiv, config_for, launch, numbered, numbered_strides
+
+#: The most tokens that take this path.
+MAX_ROWS = 64
+#: The largest rank: one block of R.
+MAX_RANK = 128
+#: Parts that a sum over K is cut into, and how many of them are added at a time.
+_SPLITS = 16
+_SPLITS_PER_STEP = 4
+
+
+@triton.jit
+def shrink_decode_kernel(
+    x,
+    x_source,
+    A_0,
+    A_1,
+    A_2,
+    partials,
+    M,
+    K,
+    R,
+    tiles_per_split,
+    x_stride_m,
+    x_stride_k,
+    x_source_stride_m,
+    x_source_stride_k,
+    A_0_stride_r,
+    A_0_stride_k,
+    A_1_stride_r,
+    A_1_stride_k,
+    A_2_stride_r,
+    A_2_stride_k,
+    COUNT: tl.constexpr,
+    STREAMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """partials[i_split, 0] = x A^T and, of two STREAMS, partials[i_split, 1] = x_source A^T over one split's K tiles.
+
+    x, x_source (M, K); A_i (R, K); partials (splits, STREAMS, M, COUNT R), float32, contiguous.
+    """
+    i_m = tl.program_id(0)
+    i_split = tl.program_id(1)
+    i_p = tl.program_id(2)
+    A = pick(i_p, A_0, A_1, A_2, COUNT)
+    A_stride_r = pick(i_p, A_0_stride_r, A_1_stride_r, A_2_stride_r, COUNT)
+    A_stride_k = pick(i_p, A_0_stride_k, A_1_stride_k, A_2_stride_k, COUNT)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_r = tl.arange(0, BLOCK_R)
+    m_m = o_m < M
+    m_r = o_r < R
+    b_t = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    b_s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    i_start = i_split * tiles_per_split
+    for i_k in range(i_start, min(i_start + tiles_per_split, tl.cdiv(K, BLOCK_K))):
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = o_k < K
+        b_A = round_to(load_tile(A, o_r, m_r, A_stride_r, o_k, m_k, A_stride_k), DTYPE)
+        b_x = round_to(load_tile(x, o_m, m_m, x_stride_m, o_k, m_k, x_stride_k), DTYPE)
+        b_t = dot(b_x, tl.trans(b_A), b_t)
+        if STREAMS == 2:
+            b_x = round_to(load_tile(x_source, o_m, m_m, x_source_stride_m, o_k, m_k, x_source_stride_k), DTYPE)
+            b_s = dot(b_x, tl.trans(b_A), b_s)
+    partials += i_split * STREAMS * M * COUNT * R + i_p * R
+    store_tile(partials, b_t, o_m, m_m, COUNT * R, o_r, m_r, 1)
+    if STREAMS == 2:
+        store_tile(partials + M * COUNT * R, b_s, o_m, m_m, COUNT * R, o_r, m_r, 1)
+
+
+@triton.jit
+def add_partials(
+    partials,
+    stride_split,
+    stride_m,
+    splits,
+    o_m,
+    m_m,
+    o_r,
+    m_r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS_PER_STEP: tl.constexpr,
+):
+    """The (BLOCK_M, BLOCK_R) tile of partials.sum(0), in a fixed order."""
+    b_sum = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for i_start in range(0, splits, SPLITS_PER_STEP):
+        o_s = i_start + tl.arange(0, SPLITS_PER_STEP)
+        p_tile = partials + o_s[:, None, None] * stride_split + o_m[None, :, None] * stride_m + o_r[None, None, :]
+        m_tile = (o_s < splits)[:, None, None] & m_m[None, :, None] & m_r[None, None, :]
+        b_sum += tl.sum(tl.load(p_tile, mask=m_tile, other=0.0), axis=0)
+    return b_sum
+
+
+@triton.jit
+def expand_decode_kernel(
+    y_0,
+    y_1,
+    y_2,
+    out_0,
+    out_1,
+    out_2,
+    partials,
+    S_0,
+    S_1,
+    S_2,
+    B_0,
+    B_1,
+    B_2,
+    T_out,
+    S_out,
+    M,
+    N_0,
+    N_1,
+    N_2,
+    R,
+    splits,
+    scaling_0,
+    scaling_1,
+    scaling_2,
+    y_0_stride_m,
+    y_0_stride_n,
+    y_1_stride_m,
+    y_1_stride_n,
+    y_2_stride_m,
+    y_2_stride_n,
+    S_0_stride_m,
+    S_0_stride_r,
+    S_1_stride_m,
+    S_1_stride_r,
+    S_2_stride_m,
+    S_2_stride_r,
+    B_0_stride_n,
+    B_0_stride_r,
+    B_1_stride_n,
+    B_1_stride_r,
+    B_2_stride_n,
+    B_2_stride_r,
+    COUNT: tl.constexpr,
+    STREAMS: tl.constexpr,
+    FUSION: tl.constexpr,
+    KEEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SPLITS_PER_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and BLOCK_N columns of one projection.
+
+    T from the partial sums; S from theirs (two STREAMS) or given, S_i (M, R). y_i, out_i (M, N_i); B_i (N_i, R). KEEP:
+    the first tile of each projection also stores T and S (M, COUNT R) (for "add" their sum, in T) for a backward pass.
+    """
+    i_m = tl.program_id(0)
+    i_n = tl.program_id(1)
+    tiles_0 = tl.cdiv(N_0, BLOCK_N)
+    tiles_01 = tiles_0
+    i_p = 0
+    if COUNT > 1:
+        tiles_01 += tl.cdiv(N_1, BLOCK_N)
+        i_p = (i_n >= tiles_0).to(tl.int32)
+    if COUNT > 2:
+        i_p += (i_n >= tiles_01).to(tl.int32)
+    y = pick(i_p, y_0, y_1, y_2, COUNT)
+    out = pick(i_p, out_0, out_1, out_2, COUNT)
+    B = pick(i_p, B_0, B_1, B_2, COUNT)
+    N = pick(i_p, N_0, N_1, N_2, COUNT)
+    scaling = pick(i_p, scaling_0, scaling_1, scaling_2, COUNT)
+    y_stride_m = pick(i_p, y_0_stride_m, y_1_stride_m, y_2_stride_m, COUNT)
+    y_stride_n = pick(i_p, y_0_stride_n, y_1_stride_n, y_2_stride_n, COUNT)
+    B_stride_n = pick(i_p, B_0_stride_n, B_1_stride_n, B_2_stride_n, COUNT)
+    B_stride_r = pick(i_p, B_0_stride_r, B_1_stride_r, B_2_stride_r, COUNT)
+    if COUNT > 1:
+        i_n -= pick(i_p, 0, tiles_0, tiles_01, COUNT)
+
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+    m_m = o_m < M
+    m_n = o_n < N
+    m_r = o_r < R
+    # asked for before the sums, so that they arrive meanwhile
+    b_y = load_tile(y, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
+    b_B = round_to(load_tile(B, o_n, m_n, B_stride_n, o_r, m_r, B_stride_r), DTYPE)
+
+    partials += i_p * R
+    stride_split = STREAMS * M * COUNT * R
+    b_t = add_partials(partials, stride_split, COUNT * R, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R, SPLITS_PER_STEP)
+    b_t = round_to(b_t, DTYPE)
+    b_s = b_t
+    if STREAMS == 2:
+        b_s = add_partials(
+            partials + M * COUNT * R,
+            stride_split,
+            COUNT * R,
+            splits,
+            o_m,
+            m_m,
+            o_r,
+            m_r,
+            BLOCK_M,
+            BLOCK_R,
+            SPLITS_PER_STEP,
+        )
+        b_s = round_to(b_s, DTYPE)
+    elif FUSION != 0:
+        S = pick(i_p, S_0, S_1, S_2, COUNT)
+        S_stride_m = pick(i_p, S_0_stride_m, S_1_stride_m, S_2_stride_m, COUNT)
+        S_stride_r = pick(i_p, S_0_stride_r, S_1_stride_r, S_2_stride_r, COUNT)
+        b_s = round_to(load_tile(S, o_m, m_m, S_stride_m, o_r, m_r, S_stride_r), DTYPE)
+    b_h = round_to(fuse(b_t, b_s, FUSION), DTYPE)
+    b_acc = dot(b_h, tl.trans(b_B), tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32))
+    store_tile(out, b_y.to(tl.float32) + scaling * b_acc, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
+
+    if KEEP:
+        if i_n == 0:
+            if FUSION == 1:  # add: only the sum matters from here on
+                b_t = b_h
+            store_tile(T_out + i_p * R, b_t, o_m, m_m, COUNT * R, o_r, m_r, 1)
+            if FUSION > 1:
+                store_tile(S_out + i_p * R, b_s, o_m, m_m, COUNT * R, o_r, m_r, 1)
+
+
+def can_decode(rows: int, ranks: Sequence[int]) -> bool:
+    """Whether :func:`decode` takes a call of so many tokens with adapters of these ranks."""
+    return 0 < rows <= MAX_ROWS and len(ranks) <= MAX_PROJECTIONS and len(set(ranks)) == 1 and ranks[0] <= MAX_RANK
+
+
+def decode(
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    *,
+    compute_dtype: torch.dtype,
+    scalings: Sequence[float],
+    fusion: str | None,
+    keep: bool,
+    outs: Sequence[Tensor] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """y_i += scaling_i * phi(x_source A_i^T, x A_i^T) B_i^T, in place, for a few tokens, in two launches.
+
+    Args:
+        x, x_source: (M, K), any strides and float dtype, M at most MAX_ROWS.
+        Ss: (M, R) each, instead of x_source: S, given; empty where it is not.
+        ys: (M, N_i) each, of one dtype; As: (R, K); Bs: (N_i, R), of one dtype each, any strides.
+        fusion: None, "add", "mul", "add_relu" or "mul_relu", the same for all.
+        keep: whether T and S are wanted for a backward pass.
+        outs: where the results go instead; of the dtypes, shapes and strides of ys.
+
+    Returns:
+        T, S: (M, len(ys) R) in compute_dtype; None where they are not wanted. For "add": (T + S, None).
+    """
+    fusion = None if x_source is None and not Ss else fusion
+    (M, K), R, count = x.shape, As[0].shape[0], len(ys)
+    streams = 1 if x_source is None else 2
+    device = x.device
+    config = config_for("shrink_decode", R, compute_dtype, wide=(x, x_source, *As), thin=(), rows=M, width=K)
+    k_tiles = cdiv(K, config.BLOCK_K)
+    tiles_per_split = cdiv(k_tiles, _SPLITS)
+    splits = cdiv(k_tiles, tiles_per_split)
+    partials = torch.empty((splits, streams, M, count * R), dtype=torch.float32, device=device)
+    launch(
+        shrink_decode_kernel,
+        (cdiv(M, config.BLOCK_M), splits, count),
+        config,
+        device,
+        x=x,
+        x_source=x_source,
+        **numbered("A", As),
+        partials=partials,
+        M=M,
+        K=K,
+        R=R,
+        tiles_per_split=tiles_per_split,
+        x_stride_m=x.stride(0),
+        x_stride_k=x.stride(1),
+        x_source_stride_m=x_source.stride(0) if x_source is not None else 0,
+        x_source_stride_k=x_source.stride(1) if x_source is not None else 0,
+        **numbered_strides("A", As, "rk"),
+        COUNT=count,
+        STREAMS=streams,
+        DTYPE=TL_DTYPE[compute_dtype],
+    )
+    T = torch.empty((M, count * R), dtype=compute_dtype, device=device) if keep else None
+    S = torch.empty_like(T) if T is not None and fusion not in (None, "add") else None
+    widths = [y.shape[1] for y in ys]
+    config = config_for("expand_decode", R, compute_dtype, wide=ys, thin=(*Ss, *Bs), rows=M, width=max(widths))
+    launch(
+        expand_decode_kernel,
+        (cdiv(M, config.BLOCK_M), sum(cdiv(N, config.BLOCK_N) for N in widths)),
+        config,
+        device,
+        **numbered("y", ys),
+        **numbered("out", ys if outs is None else outs),
+        partials=partials,
+        **numbered("S", Ss),
+        **numbered("B", Bs),
+        T_out=T,
+        S_out=S,
+        M=M,
+        **numbered("N", widths, 0),
+        R=R,
+        splits=splits,
+        **numbered("scaling", [float(one) for one in scalings], 0.0),
+        **numbered_strides("y", ys, "mn"),
+        **numbered_strides("S", Ss, "mr"),
+        **numbered_strides("B", Bs, "nr"),
+        COUNT=count,
+        STREAMS=streams,
+        FUSION=FUSION_ID[fusion],
+        KEEP=keep,
+        DTYPE=TL_DTYPE[compute_dtype],
+        SPLITS_PER_STEP=_SPLITS_PER_STEP,
+    )
+    return T, S
