@@ -31,6 +31,24 @@ def _demo(**options: object) -> int:
     return 0
 
 
+def _bench(tune: bool, arguments: list[str], **options: object) -> int:
+    from .bench import BenchError, run_benchmarks, run_tuner
+
+    try:
+        if not tune:
+            if options:
+                named = ", ".join(f"--{name}" for name in options)
+                raise BenchError(f"{named}: only with --tune (what is meant for pytest goes behind --)")
+            return run_benchmarks(arguments)
+        if arguments:
+            raise BenchError(f"{' '.join(arguments)}: --tune takes no arguments for pytest")
+        run_tuner(**options, say=_say)  # type: ignore[arg-type]
+    except BenchError as error:
+        print(f"flare bench: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _info() -> int:
     from flare_kernels import backends
 
@@ -45,7 +63,21 @@ def _info() -> int:
     _say("kernel backends")
     for name, status in backends().items():
         _say(f"  {name:<13}{status}")
+    _say(f"{'launch table':<15}{_launch_table()}")
     return 0
+
+
+def _launch_table() -> str:
+    import torch
+
+    from flare_kernels.launch_table import table_for
+
+    if not torch.cuda.is_available():
+        return "none (no CUDA device)"
+    table = table_for(torch.cuda.get_device_name())
+    if table.path is None:
+        return "none: launches follow the general rule (flare bench --tune measures one)"
+    return f"{len(table.entries)} entries from {table.path}, {table.about.get('date', 'undated')}"
 
 
 def _say(line: str) -> None:
@@ -63,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     info = commands.add_parser("info", help="versions, device and kernel backends", description="For bug reports.")
     info.set_defaults(command=_info)
+    bench = commands.add_parser(
+        "bench",
+        help="run the benchmarks, or tune the kernels' launches for this GPU",
+        description="Without --tune: pytest benchmarks/ of the checkout. With --tune: time every candidate launch and "
+        "its plain PyTorch form on this GPU, print what was found, and write the table that later runs use.",
+    )
+    bench.set_defaults(command=_bench)
+    _bench_options(bench)
     demo = commands.add_parser(
         "demo",
         help="compare zero-shot, LoRA, input-level fusion and FLARE",
@@ -75,6 +115,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
     _demo_options(demo)
     return parser
+
+
+def _bench_options(bench: argparse.ArgumentParser) -> None:
+    missing = argparse.SUPPRESS
+    bench.add_argument("--tune", action="store_true", help="tune instead of running the benchmarks")
+    bench.add_argument("--shapes", nargs="+", default=missing, metavar="NAME", help="models' shapes to tune for")
+    bench.add_argument("--tokens", nargs="+", type=int, default=missing, metavar="M", help="tokens in a call")
+    bench.add_argument("--ranks", nargs="+", type=int, default=missing, metavar="R", help="ranks of the adapters")
+    bench.add_argument("--budget", type=float, default=missing, metavar="SECONDS", help="begin nothing new after this")
+    bench.add_argument("--jobs", type=int, default=missing, metavar="N", help="compiler processes (default: all)")
+    bench.add_argument("--output", type=Path, default=missing, metavar="FILE", help="table (default: the user's cache)")
+    bench.add_argument("--overwrite", action="store_true", default=missing, help="replace a table that is there")
+    bench.add_argument("arguments", nargs="*", metavar="-- PYTEST", help="without --tune: arguments for pytest")
 
 
 def _demo_options(demo: argparse.ArgumentParser) -> None:

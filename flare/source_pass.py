@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flare_kernels import dropout as kernel_dropout
-from flare_kernels import select_backend
 from flare_kernels.backends import primitives
 from flare_kernels.node import Masks, rows, without_autocast
 
@@ -306,7 +305,7 @@ def _stack(group: Group, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Ten
 
 
 def _ops(x: Tensor) -> Any:
-    return primitives(select_backend(x.device, x.dtype), x.device, x.dtype)
+    return primitives("auto", x.device, x.dtype)
 
 
 # --- what travels to the layers ---------------------------------------------------------------------------------------

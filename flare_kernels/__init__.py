@@ -4,7 +4,7 @@ Needs torch; Triton where there is one (``backends()`` says whether and why not)
 """
 
 from . import reference
-from .backends import BackendStatus, backends, select_backend
+from .backends import BackendStatus, backends, launch_plan, select_backend
 from .function import fused_lora
 from .fusion import FUSIONS
 from .joint import fused_lora_qkv
@@ -17,6 +17,7 @@ __all__ = [
     "backends",
     "fused_lora",
     "fused_lora_qkv",
+    "launch_plan",
     "reference",
     "select_backend",
 ]

@@ -275,18 +275,23 @@ def compile_cases(cases: Iterable[Case], jobs: int = 2) -> Iterator[Report]:
     for case in cases:
         for launch in record(case):
             found.setdefault(specialise(launch, case.capability), (case, launch))
+    for result, (case, launch) in zip(compile_units(found, jobs), found.values(), strict=True):
+        tiles = launch.config.tiles_of(launch.kernel.arg_names)
+        yield Report(
+            kernel=launch.kernel.fn.__name__.removesuffix("_kernel"),
+            case=case,
+            tiles=" ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in tiles.items()),
+            num_warps=launch.config.num_warps,
+            num_stages=launch.config.num_stages,
+            **result,
+        )
+
+
+def compile_units(units: Iterable[Unit], jobs: int = 2) -> Iterator[dict[str, Any]]:
+    """:func:`compile_unit` of each unit, in order, in ``jobs`` processes."""
     # spawned, not forked: torch and LLVM have threads
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for result, (case, launch) in zip(pool.map(compile_unit, found), found.values(), strict=True):
-            tiles = launch.config.tiles_of(launch.kernel.arg_names)
-            yield Report(
-                kernel=launch.kernel.fn.__name__.removesuffix("_kernel"),
-                case=case,
-                tiles=" ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in tiles.items()),
-                num_warps=launch.config.num_warps,
-                num_stages=launch.config.num_stages,
-                **result,
-            )
+        yield from pool.map(compile_unit, units)
 
 
 _COLUMNS = ("kernel", "target", "dtype", "rank", "case", "tiles", "warps", "stages", "registers", "spills", "shared")

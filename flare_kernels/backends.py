@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -73,6 +74,9 @@ def _device_refusal(index: int) -> str:
 def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str | None = None) -> str:
     """The backend that ``backend="auto"`` takes for tensors on this device in this compute dtype.
 
+    Where that is "triton", each step of a call still takes the form that the launch table prefers at its size:
+    :func:`launch_plan` says which.
+
     CPUs (also under the interpreter, which is for tests), float64 and float32 take "torch": cuBLAS is the safe choice
     for IEEE float32 until the kernels have been timed against it. 16-bit calls on CUDA devices that can run the kernels
     take "triton"; the fusions that mix positions take "reference".
@@ -90,14 +94,42 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str |
     return "torch" if _device_refusal(index) else "triton"
 
 
+def launch_plan(
+    M: int,
+    d: int,
+    widths: Sequence[int],
+    r: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+) -> dict[str, str]:
+    """What "auto" does with each step of a call, in words: which form, which tiles, and what decided.
+
+    Args:
+        M: tokens. d: width of the input. widths: width of each adapted projection's output. r: rank of each adapter.
+        dtype: compute dtype, of all (aligned) tensors. device: where they are.
+
+    Returns:
+        step -> its form, such as "triton, TileConfig(...) (tuned table)" or "torch (no Triton form for cpu)".
+    """
+    chosen = select_backend(device, dtype)
+    if chosen == "triton":
+        from .dispatch import launch_plan as plan_of_kernels
+
+        return plan_of_kernels(M, d, widths, r, dtype=dtype, device=device)
+    why = f"torch (what {device} takes in {dtype})"
+    return dict.fromkeys(("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"), why)
+
+
 def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with the five primitives for a backend name ("auto" included).
+    """The module with the primitives for a backend name; for "auto" the one that chooses per call, where Triton runs.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run for this device and dtype; the message says why.
     """
     if backend == "auto":
-        backend = select_backend(device, dtype)
+        chosen = select_backend(device, dtype)
+        return importlib.import_module(f"flare_kernels.{'dispatch' if chosen == 'triton' else 'torch_ops'}")
     if backend == "torch":
         return importlib.import_module("flare_kernels.torch_ops")
     if backend == "triton":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import node
-from .backends import primitives, select_backend
+from .backends import primitives
 from .node import Call, Hidden, Needs, make_call, without_autocast
 
 #: (output index, rank, scaling, fusion) of an adapter.
@@ -34,8 +34,6 @@ def build_call(
     p: float,
 ) -> Call:
     """The call of the node on the primitives of a backend ("auto" included)."""
-    if backend == "auto":
-        backend = select_backend(device, dtype)
     ops = primitives(backend, device, dtype)
     return make_call(ops, dtype, adapters, outputs=outputs, owns_products=owns_products, p=p)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flare.cli import main
 from flare.demo.settings import DemoError, DemoSettings
@@ -24,8 +25,8 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_the_commands_there_are(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    assert "demo" in out and "info" in out
-    for absent in ("finetune", "translate", "evaluate", "bench"):
+    assert "demo" in out and "info" in out and "bench" in out
+    for absent in ("finetune", "translate", "evaluate"):
         assert absent not in out
 
 
@@ -40,6 +41,46 @@ def test_info_names_versions_device_and_backends(capsys):
     assert status == 0
     for word in ("torch", "transformers", "peft", "device", "triton", "reference", "available"):
         assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tune", "--shapes", "gpt-9"], ["--shapes gpt-9", "llama-3.1-8b", "xlm-r-large"]),
+        (["--tune", "--tokens", "0"], ["--tokens [0]", "1 and more"]),
+        (["--tune", "--", "-k", "x"], ["-k x", "no arguments for pytest"]),
+        (["--ranks", "8"], ["--ranks", "only with --tune"]),
+        pytest.param(
+            ["--tune"],
+            ["CUDA device", "general rule"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="would tune"),
+        ),
+    ],
+    ids=["shape", "tokens", "pytest", "no-tune", "no-gpu"],
+)
+def test_bench_says_what_is_wrong(capsys, tmp_path, arguments, words):
+    status, _, err = run(capsys, "bench", *arguments)
+    assert status == 2
+    for word in ("flare bench: error:", *words):
+        assert word in err
+
+
+def test_bench_runs_the_checkouts_benchmarks(capfd):
+    status, out, _ = run(capfd, "bench", "--", "--collect-only", "-q", "-p", "no:cacheprovider")
+    assert status == 0
+    assert "test_projection.py" in out
+
+
+def test_bench_tune_does_not_replace_a_table(capsys, tmp_path, monkeypatch):
+    """A table that is there stays, unless --overwrite says otherwise."""
+    path = tmp_path / "table.json"
+    path.write_text("mine")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "Some GPU")
+    status, _, err = run(capsys, "bench", "--tune", "--output", str(path))
+    assert status == 2 and "already there" in err and "--overwrite" in err
+    assert path.read_text() == "mine"
 
 
 def test_python_m_flare_is_the_same():

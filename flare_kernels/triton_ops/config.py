@@ -1,11 +1,14 @@
-"""Launch configurations: which tiles a kernel runs with, decided from dtypes, rank, alignment and shared memory only.
+"""Launch configurations: which tiles a kernel runs with, where no tuned table says otherwise.
 
-There is no autotuning: a table, and rules that always end in one of its rows. The same call on the same kind of card
-therefore always runs the same code, which :mod:`flare_kernels.aot` compiles ahead of time, row by row.
+Decided from dtypes, rank, alignment and shared memory only, by rules that always end in one of the rows below; there is
+no autotuning. The same call on the same kind of card therefore always runs the same code, which
+:mod:`flare_kernels.aot` compiles ahead of time, row by row. A table that ``flare bench --tune`` measured
+(:mod:`flare_kernels.launch_table`) goes first.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -166,3 +169,27 @@ def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
             for bucket in RANK_BUCKETS:
                 for shared_bytes in (SMALL_SHARED_BYTES, LARGE_SHARED_BYTES):
                     yield kernel, operands, bucket, shared_bytes, choose(kernel, operands, bucket, shared_bytes)
+
+
+#: What the tuner tries for aligned 2-byte operands: BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs wanted.
+_CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "shrink": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (128, 264)),
+    "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (264, 512, 1056)),
+    "grad_bottleneck": ((64, 128), (0,), (64, 128), (4, 8), (3, 4), (128, 192, 264)),
+    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (128, 256, 512)),
+    "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (264, 512, 1056)),
+    "shrink_decode": ((16,), (64, 128, 256), (0,), (4, 8), (2, 3), (1,)),
+    "expand_decode": ((16,), (0,), (32, 64, 128), (2, 4), (1,), (1,)),
+}
+
+
+def candidates(kernel: str, operands: str, rank: int, shared_bytes: int) -> Iterator[TileConfig]:
+    """What the tuner tries: the general rule's choice first, then (for aligned 2-byte operands) the grid around it."""
+    general = choose(kernel, operands, rank, shared_bytes)
+    yield general
+    if operands != NARROW:
+        return
+    for BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs in itertools.product(*_CANDIDATES[kernel]):
+        found = TileConfig(BLOCK_M, BLOCK_K, BLOCK_N, general.BLOCK_R, warps, stages, programs)
+        if found != general:
+            yield found

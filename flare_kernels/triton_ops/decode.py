@@ -308,7 +308,7 @@ def decode(
     T = torch.empty((M, count * R), dtype=compute_dtype, device=device) if keep else None
     S = torch.empty_like(T) if T is not None and fusion not in (None, "add") else None
     widths = [y.shape[1] for y in ys]
-    config = config_for("expand_decode", R, compute_dtype, wide=ys, thin=(*Ss, *Bs), rows=M, width=max(widths))
+    config = config_for("expand_decode", R, compute_dtype, wide=ys, thin=(*Ss, *Bs), rows=M, width=K)
     launch(
         expand_decode_kernel,
         (cdiv(M, config.BLOCK_M), sum(cdiv(N, config.BLOCK_N) for N in widths)),

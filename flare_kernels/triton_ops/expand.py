@@ -157,9 +157,7 @@ def expand_(
         M, widths = y[0].shape[0], [one.shape[1] for one in y]
         if M == 0 or not any(widths):
             continue
-        config = config_for(
-            "expand", R, T.dtype, wide=y, thin=(T_MR, S_MR, *B), rows=M, width=max(one.shape[1] for one in y)
-        )
+        config = config_for("expand", R, T.dtype, wide=y, thin=(T_MR, S_MR, *B), rows=M, width=max(widths))
         m_tiles = cdiv(M, config.BLOCK_M)
         n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
         # beyond the programs wanted, one program goes on to the next tile of N and keeps its H

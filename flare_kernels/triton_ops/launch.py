@@ -12,7 +12,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .config import TileConfig, choose, operand_class
+from ..launch_table import ROW_BOUNDS, WIDTH_BOUNDS, Entry, Key, bucket, table_for
+from .config import TileConfig, choose, operand_class, rank_bucket
 
 #: What a device of unknown make is credited with: the least that cards since 2020 allow a block.
 _FALLBACK_SHARED_BYTES = 99 * 1024
@@ -44,6 +45,7 @@ class _Recorder:
 
 _recorder: _Recorder | None = None
 _counters: list[list[str]] = []
+_forced: dict[str, TileConfig] = {}
 
 
 @contextlib.contextmanager
@@ -148,7 +150,56 @@ def config_for(
     # rows of a handful of elements cannot be aligned, and need not be
     aligned = is_aligned(*wide) and (rank <= 16 or is_aligned(*thin))
     operands = operand_class(compute_dtype.itemsize, max(x.element_size() for x in given), aligned)
-    return choose(kernel, operands, rank, shared_memory_bytes(given[0].device))
+    return _forced.get(kernel) or choose_config(kernel, operands, rank, rows, width, given[0].device)
+
+
+def choose_config(kernel: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> TileConfig:
+    """The configuration of a launch: the tuned table's where it has one, else the general rule's."""
+    entry = tuned_entry(step_of(kernel), operands, rank, rows, width, device)
+    tiles = entry.tiles.get(kernel) if entry is not None else None
+    if tiles is None:
+        return choose(kernel, operands, rank, shared_memory_bytes(device))
+    return _tile_config(tuple(sorted(tiles.items())))
+
+
+@contextlib.contextmanager
+def forcing(**configs: TileConfig) -> Iterator[None]:
+    """Within it the kernels named run with these configurations (for the tuner)."""
+    before = dict(_forced)
+    _forced.update(configs)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key:
+    """The table's key of a launch of these sizes."""
+    return Key(step, operands, rank_bucket(rank), bucket(rows, ROW_BOUNDS), bucket(width, WIDTH_BOUNDS))
+
+
+def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> Entry | None:
+    """The entry that a tuned table has for a step, None where it has none."""
+    if device.type != "cuda":
+        return None
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return table_for(_gpu_name(index)).entries.get(table_key(step, operands, rank, rows, width))
+
+
+def step_of(kernel: str) -> str:
+    """The primitive that a kernel belongs to."""
+    return "decode" if kernel.endswith("_decode") else kernel
+
+
+@lru_cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@lru_cache
+def _tile_config(tiles: tuple[tuple[str, int], ...]) -> TileConfig:
+    return TileConfig(**dict(tiles))
 
 
 def split_sum(length: int, block: int, programs: int, *, target: int) -> tuple[int, int]:

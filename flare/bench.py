@@ -1,0 +1,113 @@
+"""`flare bench`: the benchmarks of a checkout, and the offline tuner of the kernels' launches."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from flare_kernels import tune
+from flare_kernels.launch_table import LaunchTable, package_path, user_path
+
+from .environment import environment
+
+#: What `--tune` measures unless told: the sizes of the papers' two kinds of models.
+SHAPES = ("llama-3.1-8b", "xlm-r-large")
+TOKENS = (1, 16, 512, 2048, 8192, 32768)
+RANKS = (8, 64, 128)
+
+
+class BenchError(Exception):
+    """Something the user can mend."""
+
+
+def run_benchmarks(arguments: Sequence[str]) -> int:
+    """`pytest benchmarks/` of the checkout that this package runs from; pytest's exit status.
+
+    Raises:
+        BenchError: there is no checkout, or pytest-benchmark is not installed.
+    """
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    if not (folder / "conftest.py").exists():
+        raise BenchError("the benchmarks are in the repository, not in the installed package: clone it and run there")
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise BenchError("pytest-benchmark is not installed: pip install 'flare-kernels[dev]'")
+    import pytest
+
+    return int(pytest.main([str(folder), *arguments]))
+
+
+def run_tuner(
+    *,
+    shapes: Sequence[str] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+    ranks: Sequence[int] = RANKS,
+    budget: float = float("inf"),
+    jobs: int | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Measure this GPU's launch table and write it, entry by entry; where it is.
+
+    Args:
+        shapes: names in ``flare_kernels.tune.SHAPES``. tokens, ranks: sizes to measure.
+        budget: seconds after which no new size is begun.
+        jobs: compiler processes (default: all processors).
+        output: file to write; default: the user's cache, where every later process finds it.
+        overwrite: replace a table that is there (default: refuse).
+
+    Raises:
+        BenchError: no CUDA device that the kernels run on, an unknown shape, sizes that are not positive, or a table
+            that is already there.
+    """
+    unknown = sorted(set(shapes) - set(tune.SHAPES))
+    if unknown:
+        raise BenchError(f"--shapes {', '.join(unknown)}: known are {', '.join(tune.SHAPES)}")
+    for name, values in (("--tokens", tokens), ("--ranks", ranks)):
+        if not values or min(values) < 1:
+            raise BenchError(f"{name} {list(values)}: give numbers of 1 and more")
+    if not torch.cuda.is_available():
+        raise BenchError(
+            "--tune times the kernels on a CUDA device, and torch sees none. Nothing was written; without a table "
+            "launches follow the general rule."
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.get_device_name(device)
+    path = output or user_path(gpu)
+    if path.exists() and not overwrite:
+        raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
+    about = environment() | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    chosen = [tune.SHAPES[name] for name in shapes]
+    say(f"tuning launches for {gpu}; entries go to {path} as they are found")
+    try:
+        wanted = list(tune.problems(chosen, tokens, ranks, device))
+        tune.precompile(wanted, device, jobs or os.cpu_count() or 1, say)
+        table = tune.tune(
+            chosen,
+            tokens,
+            ranks,
+            device=device,
+            about=about,
+            budget_s=budget,
+            say=say,
+            save=lambda table: table.save(path),
+        )
+    except ValueError as error:
+        raise BenchError(str(error)) from error
+    _summarise(table, path, say)
+    return path
+
+
+def _summarise(table: LaunchTable, path: Path, say: Callable[[str], None]) -> None:
+    plain = sum(entry.form == "torch" for entry in table.entries.values())
+    say(f"{len(table.entries)} entries, {plain} of them plain PyTorch, in {path}")
+    if path == user_path(table.gpu):
+        say("later processes of this user take it by themselves")
+    else:
+        say(f"to use it: FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
+    say(f"a table for everybody with this card belongs in flare_kernels/tables/{package_path(table.gpu).name}")

@@ -1,0 +1,145 @@
+"""Tuned launches of one kind of GPU: what ``flare bench --tune`` found, and how a launch finds its entry.
+
+The table is optional: a launch without an entry takes the general rule of ``triton_ops/config.py``, on any GPU. It is
+read once per process, from the first of these that exists:
+
+1. the file that the environment variable FLARE_LAUNCH_TABLE names (an empty value: no table at all);
+2. ``~/.cache/flare-kernels/launch/<gpu>.json``, where the tuner writes;
+3. ``flare_kernels/tables/<gpu>.json``, which comes with the package.
+
+An entry says, for a step at a range of sizes, whether its Triton kernel or its plain PyTorch form is used, and with
+which tiles. A file that cannot be read is reported once and ignored.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: Layout of the file.
+FORMAT = 1
+ENVIRONMENT_VARIABLE = "FLARE_LAUNCH_TABLE"
+
+#: Sizes up to and including each bound share an entry; above the last there is one more bucket.
+ROW_BOUNDS = (64, 256, 1024, 4096, 16384)
+WIDTH_BOUNDS = (1024, 2048, 3584, 4096)
+
+
+def bucket(size: int, bounds: tuple[int, ...]) -> int:
+    """The number of the bucket that holds a size."""
+    return bisect.bisect_left(bounds, size)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which launches an entry is for: a step, its operand class, the rank bucket, and buckets of rows and width.
+
+    Width: of the input (K) for shrink, grad_weight, grad_input, decode; of the widest output (N) for the others.
+    """
+
+    step: str
+    operands: str
+    rank: int
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """form: "triton" or "torch". tiles: kernel -> fields of its TileConfig. us: what was measured, in microseconds."""
+
+    form: str
+    tiles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    us: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class LaunchTable:
+    """The entries of one GPU and where they come from: ``about`` holds versions, commit, date and conditions."""
+
+    gpu: str
+    entries: dict[Key, Entry] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the table, whole or not at all."""
+        rows = [asdict(key) | asdict(entry) for key, entry in self.entries.items()]
+        document = {"format": FORMAT, "gpu": self.gpu, "about": self.about, "entries": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")
+        scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> LaunchTable:
+        """The table in a file.
+
+        Raises:
+            ValueError: it is no launch table, or of another format; the message says what is wrong.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["format"] != FORMAT:
+                raise ValueError(f"format {document['format']!r}, this version reads {FORMAT}")
+            entries = dict(_parse(row) for row in document["entries"])
+            return cls(str(document["gpu"]), entries, dict(document["about"]), path)
+        except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, ValueError) as error:
+            raise ValueError(f"{path} is no launch table: {type(error).__name__}: {error}") from error
+
+
+def _parse(row: Mapping[str, Any]) -> tuple[Key, Entry]:
+    key = Key(str(row["step"]), str(row["operands"]), int(row["rank"]), int(row["rows"]), int(row["width"]))
+    if row["form"] not in ("triton", "torch"):
+        raise ValueError(f"form {row['form']!r} is neither 'triton' nor 'torch'")
+    tiles = {str(kernel): {str(k): int(v) for k, v in of_one.items()} for kernel, of_one in row["tiles"].items()}
+    for kernel, of_one in tiles.items():
+        blocks = [value for name, value in of_one.items() if name.startswith("BLOCK_") and value]
+        if any(value < 8 or value & (value - 1) for value in blocks) or of_one.get("programs", 1) < 1:
+            raise ValueError(f"tiles of {kernel} are not powers of two: {of_one}")
+    return key, Entry(row["form"], tiles, {str(k): float(v) for k, v in row.get("us", {}).items()})
+
+
+def file_name(gpu: str) -> str:
+    """A GPU's name as a file name: "NVIDIA H200" is nvidia-h200.json."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+def user_path(gpu: str) -> Path:
+    """Where the tuner writes by default."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "flare-kernels" / "launch" / file_name(gpu)
+
+
+def package_path(gpu: str) -> Path:
+    """Where the package keeps a table that comes with it."""
+    return Path(__file__).parent / "tables" / file_name(gpu)
+
+
+@functools.cache
+def table_for(gpu: str) -> LaunchTable:
+    """The table in force for a GPU in this process; one without entries where there is none."""
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named == "":
+        return LaunchTable(gpu)
+    for path in [Path(named)] if named is not None else [user_path(gpu), package_path(gpu)]:
+        if named is None and not path.exists():
+            continue
+        try:
+            table = LaunchTable.read(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; general launch configurations are used", RuntimeWarning, stacklevel=2)
+            continue
+        if table.gpu != gpu:
+            warnings.warn(f"{path} is for {table.gpu}, this is {gpu}; it is ignored", RuntimeWarning, stacklevel=2)
+            continue
+        return table
+    return LaunchTable(gpu)

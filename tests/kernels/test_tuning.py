@@ -1,0 +1,268 @@
+"""Launch tables: the file, the lookup, what "auto" does with an entry, and the tuner (with a timer that is told)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import flare_kernels
+from flare_kernels import dispatch, launch_table, torch_ops, triton_ops, tune
+from flare_kernels.launch_table import Entry, Key, LaunchTable
+from flare_kernels.triton_ops import config, launch
+
+TILES = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 0, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3, "programs": 264}
+KEY = Key("shrink", "narrow", 64, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """No table of the machine's user, and none remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(launch_table.ENVIRONMENT_VARIABLE, raising=False)
+    launch_table.table_for.cache_clear()
+    yield
+    launch_table.table_for.cache_clear()
+
+
+def test_a_table_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    table = LaunchTable("Some GPU 1", {KEY: Entry("triton", {"shrink": TILES}, {"torch": 2.5})}, {"date": "today"})
+    path = launch_table.user_path("Some GPU 1")
+    assert path.name == "some-gpu-1.json" and not path.exists()
+    assert launch_table.table_for("Some GPU 1").entries == {}
+    launch_table.table_for.cache_clear()
+    table.save(path)
+    found = launch_table.table_for("Some GPU 1")
+    assert (found.entries, found.about, found.path) == (table.entries, table.about, path)
+    assert launch_table.table_for("Another GPU").entries == {}
+
+
+DAMAGE = {
+    "cut off": lambda text: text[:40],
+    "another format": lambda text: text.replace('"format": 1', '"format": 9'),
+    "no form": lambda text: text.replace('"triton"', '"cuda"'),
+    "tiles": lambda text: text.replace('"BLOCK_M": 64', '"BLOCK_M": 65'),
+    "a list": lambda text: "[]",
+    "another GPU": lambda text: text.replace("Some GPU", "Other GPU"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_or_foreign_table_is_reported_and_ignored(damage: str, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "table.json"
+    LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}).save(path)
+    whole = path.read_text()
+    monkeypatch.setenv(launch_table.ENVIRONMENT_VARIABLE, str(path))
+    assert launch_table.table_for("Some GPU").entries
+    launch_table.table_for.cache_clear()
+    path.write_text(DAMAGE[damage](whole))
+    assert path.read_text() != whole
+    with pytest.warns(RuntimeWarning, match=r"table\.json is (no launch table|for Other GPU)"):
+        assert launch_table.table_for("Some GPU").entries == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        launch_table.table_for("Some GPU")
+
+
+def test_no_table_on_request(monkeypatch) -> None:
+    LaunchTable("Some GPU", {KEY: Entry("torch")}).save(launch_table.user_path("Some GPU"))
+    monkeypatch.setenv(launch_table.ENVIRONMENT_VARIABLE, "")
+    assert launch_table.table_for("Some GPU").entries == {}
+
+
+def test_sizes_share_entries_by_bucket() -> None:
+    def key(rows: int, width: int, rank: int = 64) -> Key:
+        return launch.table_key("shrink", "narrow", rank, rows, width)
+
+    assert key(8192, 4096) == key(16384, 3585, 33)
+    assert len({key(64, 1024), key(65, 1024), key(64, 1025), key(64, 1024, 65), key(10**6, 1024)}) == 5
+
+
+def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
+    """The lookup of a CUDA device, without one: the table's tiles where it has an entry, else the general rule's."""
+    device = torch.device("cuda", 0)
+    LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
+    monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
+    general = config.choose("shrink", "narrow", 64, config.SMALL_SHARED_BYTES)
+    for gpu, want in (("Some GPU", config.TileConfig(**TILES)), ("Other GPU", general)):
+        monkeypatch.setattr(launch, "_gpu_name", lambda index, gpu=gpu: gpu)
+        assert launch.choose_config("shrink", "narrow", 64, 8192, 4096, device) == want
+    monkeypatch.setattr(launch, "_gpu_name", lambda index: "Some GPU")
+    assert launch.choose_config("shrink", "narrow", 64, 64, 4096, device) == general
+    assert launch.choose_config("shrink", "narrow", 64, 8192, 4096, torch.device("cpu")).programs == general.programs
+    plan = dispatch.launch_plan(8192, 4096, (4096, 1024), 32, device=device)
+    assert "BLOCK_M=64" in plan["shrink"] and "tuned table" in plan["shrink"]
+    assert "general rule" in plan["expand"] and "decode" not in plan
+    assert set(dispatch.launch_plan(8, 4096, (4096,), 32, device=device)) >= {"decode", "grad_weight"}
+
+
+def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
+    """Each step on its own: the plain form where an entry says so, with the kernels' numbers either way."""
+    used: list[tuple[str, str]] = []
+    for module, name in ((torch_ops, "torch"), (triton_ops, "triton")):
+        for step in ("shrink", "expand_", "grad_bottleneck", "grad_weight", "grad_input"):
+            plain = getattr(module, step)
+
+            def noted(*args, _name=name, _step=step, _plain=plain, **kwargs):
+                used.append((_step.strip("_"), _name))
+                return _plain(*args, **kwargs)
+
+            monkeypatch.setattr(module, step, noted)
+    x, x_source, A, B = (torch.randn(*size, device=device) for size in ((70, 24), (70, 24), (5, 24), (9, 5)))
+    mask = torch.full((70, 3), 0b10110101, dtype=torch.uint8, device=device)
+
+    def run() -> list[torch.Tensor]:
+        T, S = dispatch.shrink(x, x_source, A, compute_dtype=x.dtype)
+        y = torch.zeros(70, 9, device=device)
+        phi = {"scalings": [0.5], "fusion": "mul"}
+        dispatch.expand_([y], T, S, [B], **phi)
+        dT, dS = torch.empty_like(T), torch.empty_like(S)
+        (dB,) = dispatch.grad_bottleneck([y], T, S, [B], dT=dT, dS=dS, B_grad_dtype=B.dtype, **phi)
+        dA = dispatch.grad_weight(dT, x, dS, x_source, grad_dtype=A.dtype)
+        return [T, S, y, dT, dS, dB, dA, dispatch.grad_input(dT, A, dtype=x.dtype)]
+
+    steps = ["shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"]
+    want = run()
+    assert used == [(step, "triton") for step in steps]
+    for chosen in steps:
+        used.clear()
+        entry = Entry("torch")
+        monkeypatch.setattr(dispatch, "tuned_entry", lambda step, *_, c=chosen, e=entry: e if step == c else None)
+        for got, expected in zip(run(), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert used == [(step, "torch" if step == chosen else "triton") for step in steps]
+    # with dropout always the kernels, which copy no stream
+    monkeypatch.setattr(dispatch, "tuned_entry", lambda *_: Entry("torch"))
+    used.clear()
+    dispatch.shrink(x, None, A, compute_dtype=x.dtype, mask=mask, keep_scale=2.0)
+    dispatch.grad_weight(want[3], x, None, None, mask=mask, keep_scale=2.0, grad_dtype=A.dtype)
+    dispatch.grad_input(want[3], A, mask=mask, keep_scale=2.0, dtype=x.dtype)
+    assert used == [(step, "triton") for step in ("shrink", "grad_weight", "grad_input")]
+    # dx added to a buffer: one BLAS call
+    used.clear()
+    dispatch.grad_input(want[3], A, dtype=x.dtype, out=torch.zeros(70, 24, device=device))
+    assert used == [("grad_input", "torch")]
+
+
+SMALL = tune.Shape("small", 48, (40, 24))
+
+
+def test_the_tuner_takes_the_fastest_that_is_right(monkeypatch, device, tmp_path: Path) -> None:
+    """Timed by a table of made-up times: the fastest right configuration wins, a wrong one and a slow one do not."""
+    # the first is the general rule's; 8 warps are "fastest", but wrong; 2 stages come next
+    monkeypatch.setattr(
+        config, "_CANDIDATES", dict.fromkeys(config.KERNELS, ((64,), (32,), (32,), (4, 8), (2, 3), (7,)))
+    )
+
+    def running(problem: tune.Problem) -> config.TileConfig | None:
+        return launch._forced.get(problem.step)
+
+    correct = tune.is_correct
+
+    def is_correct(problem: tune.Problem, run) -> bool:
+        right = correct(problem, run)
+        assert right
+        return (running(problem).num_warps, running(problem).num_stages) != (8, 2)
+
+    monkeypatch.setattr(tune, "is_correct", is_correct)
+    for problem in tune.problems([SMALL], [70], [8], device):
+        if problem.step not in ("shrink", "grad_weight"):
+            continue
+
+        def timer(run, inputs, problem=problem, factor: float = 1.0) -> float:
+            run(inputs[0])
+            tiles = running(problem)
+            return 50.0 if tiles is None else factor * ({4: 20.0, 8: 10.0}[tiles.num_warps] + tiles.num_stages)
+
+        finding = tune.tune_one(problem, device, timer)
+        assert (finding.torch_us, finding.triton_us, finding.form) == (50.0, 13.0, "triton")
+        tiles = finding.entry().tiles[problem.step]
+        assert (tiles["num_warps"], tiles["num_stages"], tiles["programs"]) == (8, 3, 7)
+        assert finding.tried == 5 and len(finding.refused) == 1 and "wrong numbers" in finding.refused[0]
+        slow = tune.tune_one(problem, device, functools.partial(timer, factor=9.0))
+        assert slow.form == "torch" and slow.entry().tiles == {}
+        assert slow.entry().us["torch"] == 50.0 and slow.entry().us["triton"] == 9 * 13.0
+
+
+def test_a_tuned_table_is_written_as_it_grows(monkeypatch, device, tmp_path: Path) -> None:
+    if device.type == "cuda":
+        pytest.skip("the interpreter's table is for the CPU")
+    monkeypatch.setattr(config, "_CANDIDATES", dict.fromkeys(config.KERNELS, ((64,), (32,), (32,), (4,), (2,), (7,))))
+    said: list[str] = []
+    path = tmp_path / "table.json"
+    sizes: list[int] = []
+
+    def save(table: LaunchTable) -> None:
+        table.save(path)
+        sizes.append(len(json.loads(path.read_text())["entries"]))
+
+    table = tune.tune(
+        [SMALL],
+        [3, 70],
+        [8],
+        device=device,
+        about={"date": "today"},
+        timer=lambda run, inputs: (run(inputs[0]), 1.0)[1],
+        say=said.append,
+        save=save,
+    )
+    assert {key.step for key in table.entries} == set(tune.STEPS)
+    assert sizes == list(range(1, len(tune.STEPS) + 1))
+    assert LaunchTable.read(path).entries == table.entries
+    assert said[0] == tune.HEADER and sum("triton" in line for line in said) >= len(tune.STEPS)
+    short = tune.tune([SMALL], [70], [8], device=device, about={}, budget_s=-1.0, say=said.append)
+    assert not short.entries and "5 problems were left out" in said[-1]
+
+
+def test_wrong_numbers_are_seen(device) -> None:
+    """The tuner's own check fails for a form that is slightly off, and for NaN."""
+    for problem in tune.problems([SMALL], [70], [8], device):
+        assert tune.is_correct(problem, lambda t, p=problem: p.run(triton_ops, t)), problem
+        off = lambda t, p=problem: [one * 1.05 for one in p.run(torch_ops, t)]  # noqa: E731
+        assert not tune.is_correct(problem, off), problem
+        assert not tune.is_correct(problem, lambda t, p=problem: [one * torch.nan for one in p.run(torch_ops, t)])
+
+
+def test_the_tuner_says_why_it_cannot_run() -> None:
+    device = torch.device("meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "interpreting", lambda: False)
+        with pytest.raises(ValueError, match="nothing to tune: the triton backend is"):
+            tune.tune([SMALL], [70], [8], device=device, about={}, say=lambda line: None)
+
+
+def test_variants_compile_ahead_of_time_as_they_will_be_launched() -> None:
+    """What the tuner compiles in advance is what a launch with those tiles asks for (in a process that can compile)."""
+    script = """
+import itertools, torch
+from flare_kernels import aot, tune
+from flare_kernels.triton_ops import config
+torch.cuda.get_device_capability = lambda device: (9, 0)
+config._CANDIDATES = dict.fromkeys(config.KERNELS, ((64,), (64,), (64,), (4,), (3,), (132,)))
+shape, device, said = tune.Shape("small", 512, (512, 256)), torch.device("cpu"), []
+wanted = [p for p in tune.problems([shape], [256], [64], device) if p.step in ("shrink", "grad_input")]
+units = []
+aot.compile_units = lambda found, jobs: units.extend(found) or [aot.compile_unit(unit) for unit in units]
+count = tune.precompile(wanted, device, 1, said.append)
+assert count == len(units) and all("error" not in aot.compile_unit(unit) for unit in units)
+print(*sorted({unit.kernel for unit in units}), len({unit.num_stages for unit in units}), said[0])
+"""
+    root = Path(__file__).parents[2]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("grad_input_kernel shrink_kernel sum_partials_kernel 3 compiling")
+
+
+def test_the_plan_where_the_kernels_do_not_run() -> None:
+    plan = flare_kernels.launch_plan(8192, 4096, (4096, 1024), 64, device="cpu")
+    assert set(plan) == set(tune.STEPS) - {"decode"} and all("torch (what cpu takes" in step for step in plan.values())
