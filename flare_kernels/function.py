@@ -1,9 +1,9 @@
 """The autograd function over :mod:`flare_kernels.node`, and the public function for one projection.
 
 Saved for backward: x and x_source as they came (only where an A asks for a gradient), T and S rounded to the compute
-dtype (only H where phi is linear), A in the compute dtype where it had to be stacked or cast, and with dropout the
-seed, from which the masks are made again. Never a cast or dropped-out copy of x. The form for projections that share
-their input is in :mod:`flare_kernels.joint`.
+dtype (only H where phi is linear), A and B in the compute dtype where they had to be stacked or cast, and with dropout
+the seed, from which the masks are made again. Never a cast or dropped-out copy of x. The form for projections that
+share their input is in :mod:`flare_kernels.joint`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class FusedLoRA(torch.autograd.Function):
             hidden.T if keep_hidden else None,
             hidden.S if keep_hidden else None,
             stacked,
+            hidden.B if needs.hidden else None,
             seed,
             *(*As, *Bs, *Ws),
         )
@@ -94,7 +95,7 @@ class FusedLoRA(torch.autograd.Function):
         if device is None:
             return (None,) * len(ctx.needs_input_grad)
         call: Call = ctx.call
-        x, x_source, T, S, A, seed, *rest = ctx.saved_tensors
+        x, x_source, T, S, A, B, seed, *rest = ctx.saved_tensors
         _, As, Bs, Ws = split(rest, (0, *ctx.sizes[2:]))
         (x_shape, x_dtype), source_like = ctx.x_like, ctx.source_like
         with without_autocast(device):
@@ -103,7 +104,7 @@ class FusedLoRA(torch.autograd.Function):
                 ctx.needs,
                 x,
                 x_source,
-                Hidden(T, S, As[0] if A is None and len(As) == 1 and As[0].dtype == call.dtype else A),
+                Hidden(T, S, As[0] if A is None and len(As) == 1 and As[0].dtype == call.dtype else A, B),
                 As,
                 Bs,
                 Ws,

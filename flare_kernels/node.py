@@ -151,12 +151,14 @@ def make_call(
 class Hidden:
     """What the forward pass leaves for the backward pass, in the compute dtype.
 
-    T (M, R): for "add" T + S. S (M, fused): None where no phi needs it. A (R, d): None where it was not stacked.
+    T (M, R): for "add" T + S. S (M, fused): None where no phi needs it. A (R, d) and B (sum of n_i, r): the weights
+    below each other; None where they were not stacked or, for B, had the compute dtype.
     """
 
     T: Tensor | None = None
     S: Tensor | None = None
     A: Tensor | None = None
+    B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def forward(
         )
         return Hidden(T, S)
     A = ops.stack(As, dtype)
+    B, Bs = _narrow(ops, Bs, dtype)
     T, S = _shrink(call, x_MK, xs_MK, S_given, A, Masks(seed, call.p))
     for group in call.groups:
         at, columns = group.members, group.columns
@@ -248,7 +251,20 @@ def forward(
         )
     if all(group.launch_fusion is None for group in call.groups):
         S = None
-    return Hidden(T, S, A)
+    return Hidden(T, S, A, B)
+
+
+def _narrow(
+    ops: Any, Bs: Sequence[Tensor], dtype: torch.dtype, B: Tensor | None = None
+) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """The B_i in the compute dtype, and the tensor they are parts of; None and as they are where they have it already.
+
+    Cast once, not tile by tile: every row of tiles reads them.
+    """
+    if all(one.dtype == dtype for one in Bs) or len({one.shape[1] for one in Bs}) > 1:
+        return None, Bs
+    B = ops.stack(Bs, dtype) if B is None else B
+    return B, B.split([one.shape[0] for one in Bs])
 
 
 def _can_decode(
@@ -322,7 +338,10 @@ def backward(
     Gs = [None if G is None else rows(G) for G in grads]
     device, M = next((G.device, G.shape[0]) for G in Gs if G is not None)
     masks = Masks(seed, call.p)
-    dT, dS, dBs = _to_bottleneck(call, needs, hidden, Bs, Gs, source_dtype is not None, M, device)
+    dtypes = [B.dtype for B in Bs]
+    if needs.hidden:  # else only dB is formed, which no B enters
+        _, Bs = _narrow(ops, Bs, dtype, hidden.B)
+    dT, dS, dBs = _to_bottleneck(call, needs, hidden, Bs, dtypes, Gs, source_dtype is not None, M, device)
     dAs: list[Tensor | None] = [None] * len(As)
     dx = dx_source = None
     A = hidden.A
@@ -350,6 +369,7 @@ def _to_bottleneck(
     needs: Needs,
     hidden: Hidden,
     Bs: Sequence[Tensor],
+    B_dtypes: list[torch.dtype],
     Gs: list[Tensor | None],
     two_streams: bool,
     M: int,
@@ -376,9 +396,9 @@ def _to_bottleneck(
         for p, B in zip(members, B_group, strict=True):
             G = Gs[p.output]
             G_group.append(torch.zeros((M, B.shape[0]), dtype=call.dtype, device=device) if G is None else G)
-        wanted = needs.B[at]
+        wanted, grad_dtypes = needs.B[at], B_dtypes[at]
         fuses = group.launch_fusion is not None
-        dtypes: set[torch.dtype | None] = {B.dtype for B, want in zip(B_group, wanted, strict=True) if want}
+        dtypes: set[torch.dtype | None] = {to for to, want in zip(grad_dtypes, wanted, strict=True) if want}
         for dtype_B in dtypes or {None}:
             found = call.ops.grad_bottleneck(
                 G_group,
@@ -392,7 +412,7 @@ def _to_bottleneck(
                 B_grad_dtype=dtype_B,
             )
             for i, index in enumerate(range(at.start, at.stop)):
-                if found is not None and wanted[i] and B_group[i].dtype == dtype_B:
+                if found is not None and wanted[i] and grad_dtypes[i] == dtype_B:
                     dBs[index] = found[i]
         if dS is not None and dT is not None and group.fusion == "add" and not dS_is_dT:
             dS[:, columns].copy_(dT[:, columns])

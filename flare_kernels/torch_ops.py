@@ -31,11 +31,11 @@ def _scaled_mm(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) 
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling, out=out)
 
 
-def stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The matrices (R_i, K) below each other in dtype, (sum of R_i, K); a single one of dtype is itself."""
-    if len(As) == 1:
-        return As[0].to(dtype)
-    return torch.cat([A.to(dtype) for A in As])
+    if len(weights) == 1:
+        return weights[0].to(dtype)
+    return torch.cat([weight.to(dtype) for weight in weights])
 
 
 def shrink(

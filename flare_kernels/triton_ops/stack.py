@@ -1,6 +1,7 @@
-"""The A matrices of several adapters as one matrix in the compute dtype.
+"""The weights of several adapters below each other, in the compute dtype: one launch, once per pass.
 
-Shape legend: K input width, R rank.
+The kernels round what they are given tile by tile, but a float32 A or B would be read once per row of tiles, at twice
+the bytes. Shape legend: R rows, K columns.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from .config import TileConfig
 from .device import load_tile, pick, store_tile
 from .launch import MAX_PROJECTIONS, cdiv, launch, numbered, numbered_strides
 
-#: Rows and columns per program.
-_CONFIG = TileConfig(BLOCK_M=0, BLOCK_K=512, BLOCK_N=0, BLOCK_R=8, num_warps=4, num_stages=1)
+#: Elements per program, and the most columns.
+_ELEMENTS, _MAX_COLUMNS = 4096, 512
 
 
 @triton.jit
@@ -63,25 +64,31 @@ def stack_kernel(
     store_tile(out, b_A, o_r, o_r < R, K, o_k, o_k < K, 1)
 
 
-def stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _config(columns: int) -> TileConfig:
+    block_k = min(_MAX_COLUMNS, max(16, triton.next_power_of_2(columns)))
+    return TileConfig(0, block_k, 0, _ELEMENTS // block_k, num_warps=4, num_stages=1)
+
+
+def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The matrices (R_i, K) below each other in dtype, (sum of R_i, K), contiguous; a single one of dtype is itself."""
-    if len(As) == 1 and As[0].dtype == dtype:
-        return As[0]
-    if len(As) > MAX_PROJECTIONS or len({A.dtype for A in As}) > 1:
-        return torch.cat([A.to(dtype) for A in As])
-    K = As[0].shape[1]
-    out = torch.empty((sum(A.shape[0] for A in As), K), dtype=dtype, device=As[0].device)
-    if K:
+    if len(weights) == 1 and weights[0].dtype == dtype:
+        return weights[0]
+    if len(weights) > MAX_PROJECTIONS or len({weight.dtype for weight in weights}) > 1:
+        return torch.cat([weight.to(dtype) for weight in weights])
+    K = weights[0].shape[1]
+    out = torch.empty((sum(weight.shape[0] for weight in weights), K), dtype=dtype, device=weights[0].device)
+    if out.numel():
+        config = _config(K)
         launch(
             stack_kernel,
-            (sum(cdiv(A.shape[0], _CONFIG.BLOCK_R) for A in As), cdiv(K, _CONFIG.BLOCK_K)),
-            _CONFIG,
+            (sum(cdiv(weight.shape[0], config.BLOCK_R) for weight in weights), cdiv(K, config.BLOCK_K)),
+            config,
             out.device,
-            **numbered("A", As),
+            **numbered("A", weights),
             out=out,
             K=K,
-            **numbered("R", [A.shape[0] for A in As], 0),
-            **numbered_strides("A", As, "rk"),
-            COUNT=len(As),
+            **numbered("R", [weight.shape[0] for weight in weights], 0),
+            **numbered_strides("A", weights, "rk"),
+            COUNT=len(weights),
         )
     return out

@@ -1,0 +1,141 @@
+"""What only a CUDA device can show: graph capture, other streams and devices, what runs behind the caller's back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flare_kernels import fused_lora, fused_lora_qkv, launch_plan, select_backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or select_backend("cuda", torch.bfloat16) != "triton",
+        reason="needs a CUDA device that the kernels run on",
+    ),
+]
+CUDA = torch.device("cuda")
+WIDTHS = {"q": 256, "k": 64, "v": 64}
+
+
+def make(M: int, device: torch.device = CUDA, d: int = 256, r: int = 16) -> dict[str, Tensor]:
+    def randn(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return (torch.randn(*size, device=device) * scale).to(dtype)
+
+    t = {"x": randn(M, d), "x_source": randn(M, d)}
+    for name, n in WIDTHS.items():
+        t |= {f"W.{name}": randn(n, d, scale=d**-0.5), f"G.{name}": randn(M, n)}
+        t |= {f"A.{name}": randn(r, d, scale=d**-0.5, dtype=torch.float32)}
+        t |= {f"B.{name}": randn(n, r, scale=r**-0.5, dtype=torch.float32)}
+    for name in ("x", "A.q", "B.q", "A.v", "B.v"):
+        t[name].requires_grad_()
+    return t
+
+
+def forward(t: dict[str, Tensor], **options) -> list[Tensor]:
+    with torch.no_grad():
+        base = {name: t["x"] @ t[f"W.{name}"].T for name in WIDTHS}
+    adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5) for name in ("q", "v")}
+    weights = {name: t[f"W.{name}"] for name in WIDTHS}
+    return list(fused_lora_qkv(t["x"], t["x_source"], base, adapters, weights=weights, **options).values())
+
+
+def step(t: dict[str, Tensor], **options) -> list[Tensor]:
+    ys = forward(t, **options)
+    leaves = [tensor for tensor in t.values() if tensor.requires_grad]
+    return [*ys, *torch.autograd.grad(ys, leaves, [t[f"G.{name}"] for name in WIDTHS])]
+
+
+@pytest.mark.parametrize("M", [16, 300])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_training_step_is_captured_in_a_cuda_graph(M: int, p: float) -> None:
+    """Replays give the eager step's bits; with dropout each replay draws masks of its own."""
+    t = make(M)
+    options = {"dropout_p": p, "training": True}
+    want = step(t, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(t, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = step(t, **options)
+    replays = []
+    for _ in range(2):
+        for tensor in static:
+            tensor.detach().fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        replays.append([tensor.detach().clone() for tensor in static])
+    assert not any(tensor.isnan().any() for tensor in replays[0])
+    same = [torch.equal(a, b) for a, b in zip(*replays, strict=True)]
+    if p == 0.0:
+        assert all(same) and all(torch.equal(a, b) for a, b in zip(replays[0], want, strict=True))
+    else:
+        assert not any(same[i] for i in (0, 2)), "q and v must differ from replay to replay"
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_decoding_takes_two_kernels_and_no_atomics(M: int) -> None:
+    """As the profiler sees it, beside the three frozen products."""
+    t = make(M)
+    with torch.no_grad():
+        base = {name: t["x"] @ t[f"W.{name}"].T for name in WIDTHS}
+        adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5) for name in ("q", "v")}
+        fused_lora_qkv(t["x"], t["x_source"], base, adapters)  # compiled
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            fused_lora_qkv(t["x"], t["x_source"], base, adapters)
+            torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages() if event.self_device_time_total > 0]
+    assert sorted(names) == ["expand_decode_kernel", "shrink_decode_kernel"], names
+    assert "decode" in launch_plan(M, 256, (256, 64), 16)
+
+
+def test_a_side_stream_is_respected() -> None:
+    """Inputs that a slow kernel on the same side stream is still writing."""
+    t = make(300)
+    want = step(t)
+    fresh = t["x"].detach().clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        t["x"].data.fill_(torch.nan)
+        torch.cuda._sleep(50_000_000)
+        t["x"].data.copy_(fresh)
+        got = step(t)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    torch.manual_seed(0)
+    t = make(300)
+    other = {k: v.detach().to("cuda:1").requires_grad_(v.requires_grad) for k, v in t.items()}
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(step(other), step(t), strict=True):
+        assert a.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("M", [1, 64, 300, 8192])
+@pytest.mark.parametrize("fusion", ["add", "mul", "add_relu", "mul_relu", None])
+def test_auto_on_real_sizes(M: int, fusion: str | None) -> None:
+    """Widths of a real model against float64, forward and backward, with the launches that "auto" chooses."""
+    d, n, r = 1024, 1024, 64
+    x, x_source = (torch.randn(M, d, device=CUDA).bfloat16() for _ in range(2))
+    A, B = torch.randn(r, d, device=CUDA) * d**-0.5, torch.randn(n, r, device=CUDA) * r**-0.5
+    base, G = (torch.randn(M, n, device=CUDA).bfloat16() for _ in range(2))
+
+    def run(backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        leaves = [v.detach().to(dtype or v.dtype).clone().requires_grad_() for v in (x, A, B)]
+        source, given = (v.to(dtype or v.dtype) for v in (x_source, base))
+        y = fused_lora(leaves[0], source, given.clone(), *leaves[1:], scaling=0.5, fusion=fusion, backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, G.to(y.dtype))]
+
+    truth, plain, got = run("reference", torch.float64), run("reference"), run("auto")
+    for exact, usual, ours in zip(truth, plain, got, strict=True):
+        eps = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= 2 * (usual.double() - exact).abs().max() + eps
