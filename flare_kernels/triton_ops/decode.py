@@ -23,9 +23,8 @@ from .launch import MAX_PROJECTIONS, TL_DTYPE, cdiv, config_for, launch, numbere
 MAX_ROWS = 64
 #: The largest rank: one block of R.
 MAX_RANK = 128
-#: Parts that a sum over K is cut into, and how many of them are added at a time.
+#: The most parts that a sum over K is cut into.
 _SPLITS = 16
-_SPLITS_PER_STEP = 4
 
 
 @triton.jit
@@ -91,25 +90,20 @@ def shrink_decode_kernel(
 
 @triton.jit
 def add_partials(
-    partials,
-    stride_split,
-    stride_m,
-    splits,
-    o_m,
-    m_m,
-    o_r,
-    m_r,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SPLITS_PER_STEP: tl.constexpr,
+    partials, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """The (BLOCK_M, BLOCK_R) tile of partials.sum(0), in a fixed order."""
+    """The (BLOCK_M, BLOCK_R) tile of partials.sum(0), in a fixed order; splits is a multiple of 4."""
     b_sum = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for i_start in range(0, splits, SPLITS_PER_STEP):
-        o_s = i_start + tl.arange(0, SPLITS_PER_STEP)
-        p_tile = partials + o_s[:, None, None] * stride_split + o_m[None, :, None] * stride_m + o_r[None, None, :]
-        m_tile = (o_s < splits)[:, None, None] & m_m[None, :, None] & m_r[None, None, :]
-        b_sum += tl.sum(tl.load(p_tile, mask=m_tile, other=0.0), axis=0)
+    p_tile = partials + o_m[:, None] * stride_m + o_r[None, :]
+    m_tile = m_m[:, None] & m_r[None, :]
+    for _ in range(0, splits, 4):
+        # four loads under way at a time
+        b_0 = tl.load(p_tile, mask=m_tile, other=0.0)
+        b_1 = tl.load(p_tile + stride_split, mask=m_tile, other=0.0)
+        b_2 = tl.load(p_tile + 2 * stride_split, mask=m_tile, other=0.0)
+        b_3 = tl.load(p_tile + 3 * stride_split, mask=m_tile, other=0.0)
+        b_sum += (b_0 + b_1) + (b_2 + b_3)
+        p_tile += 4 * stride_split
     return b_sum
 
 
@@ -162,7 +156,6 @@ def expand_decode_kernel(
     FUSION: tl.constexpr,
     KEEP: tl.constexpr,
     DTYPE: tl.constexpr,
-    SPLITS_PER_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -206,23 +199,13 @@ def expand_decode_kernel(
 
     partials += i_p * R
     stride_split = STREAMS * M * COUNT * R
-    b_t = add_partials(partials, stride_split, COUNT * R, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R, SPLITS_PER_STEP)
+    stride_m = COUNT * R
+    b_t = add_partials(partials, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
     b_t = round_to(b_t, DTYPE)
     b_s = b_t
     if STREAMS == 2:
-        b_s = add_partials(
-            partials + M * COUNT * R,
-            stride_split,
-            COUNT * R,
-            splits,
-            o_m,
-            m_m,
-            o_r,
-            m_r,
-            BLOCK_M,
-            BLOCK_R,
-            SPLITS_PER_STEP,
-        )
+        sources = partials + M * stride_m
+        b_s = add_partials(sources, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
         b_s = round_to(b_s, DTYPE)
     elif FUSION != 0:
         S = pick(i_p, S_0, S_1, S_2, COUNT)
@@ -281,7 +264,8 @@ def decode(
     config = config_for("shrink_decode", R, compute_dtype, wide=(x, x_source, *As), thin=(), rows=M, width=K)
     k_tiles = cdiv(K, config.BLOCK_K)
     tiles_per_split = cdiv(k_tiles, _SPLITS)
-    splits = cdiv(k_tiles, tiles_per_split)
+    # rounded up to what the second launch adds at a time: a part without tiles is zero
+    splits = 4 * cdiv(k_tiles, 4 * tiles_per_split)
     partials = torch.empty((splits, streams, M, count * R), dtype=torch.float32, device=device)
     launch(
         shrink_decode_kernel,
@@ -334,6 +318,5 @@ def decode(
         FUSION=FUSION_ID[fusion],
         KEEP=keep,
         DTYPE=TL_DTYPE[compute_dtype],
-        SPLITS_PER_STEP=_SPLITS_PER_STEP,
     )
     return T, S
