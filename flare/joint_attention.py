@@ -49,7 +49,7 @@ class JointCall:
     """
 
     def __init__(self, x: Tensor, waiting: dict[str, nn.Module]) -> None:
-        self.x = x
+        self.x, self.version = x, _version(x)
         self.waiting = waiting
         self.outputs: dict[str, Tensor] | None = None
 
@@ -58,12 +58,17 @@ class JointCall:
 
         Only an adapted projection starts the joint computation; one that was called before takes no part in it.
         """
-        if x is not self.x or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x is not self.x or _version(x) != self.version:
             return None
         if self.outputs is None and isinstance(self.waiting.get(name), FlareLayer):
             self.outputs = _outputs(x, self.waiting)
         self.waiting.pop(name, None)
         return None if self.outputs is None else self.outputs.pop(name, None)
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to in place; not known of inference tensors."""
+    return 0 if x.is_inference() else x._version
 
 
 # --- what a projection brings to the call -----------------------------------------------------------------------------

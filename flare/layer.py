@@ -59,7 +59,7 @@ class FlareLayer:
     lora_cross_attention: nn.ModuleDict
     latent_proj: nn.ModuleDict
     _flare_source: LayerSource | None
-    _flare_joint: Callable[[Tensor], Tensor | None] | None = None  # where joint_attention computes it with its siblings
+    _flare_joint: Callable[[Tensor], Tensor | None] | None = None  # during an attention's forward: joint_attention's
 
     if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
         base_layer: nn.Module
