@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 
+from . import joint_attention
 from ._compat import FLARE, SET_BY_PEFT, LoraLayer
 from .config import FlareConfig
 from .layer import FlareLayer
@@ -104,6 +105,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                     setattr(module, name, child)
             for hook in set(module._forward_hooks) - hooks:  # PEFT's, under gradient checkpointing
                 del module._forward_hooks[hook]
+        if routed:
+            joint_attention.wire(model)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         for name in SET_BY_PEFT:

@@ -6,6 +6,7 @@ A layer is made by PEFT as always and then *adopted*: its class is exchanged for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,6 +59,7 @@ class FlareLayer:
     lora_cross_attention: nn.ModuleDict
     latent_proj: nn.ModuleDict
     _flare_source: LayerSource | None
+    _flare_joint: Callable[[Tensor], Tensor | None] | None = None  # during an attention's forward: joint_attention's
 
     if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
         base_layer: nn.Module
@@ -91,35 +93,46 @@ class FlareLayer:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("alora_offsets", None)
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self._flare_joint is not None and not args and not kwargs:
+            joint = self._flare_joint(x)
+            if joint is not None:
+                return joint
+        active = self.active_here()
         mixes = source is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
         if x.dim() > 2 and not mixes and _gives_a_view(self.base_layer) and not args and not kwargs:
             # flat rows: the linear's output then stands in memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
-            return self._with_adapters(active, x, self.base_layer(x), source, flat=True).unflatten(0, lead)
+            return self._with_adapters(active, x, self.base_layer(x), flat=True).unflatten(0, lead)
         result = self.base_layer(x, *args, **kwargs)
         if active and self.base_layer._forward_hooks:
             result = result.clone()  # somebody may hold on to what the hook saw
-        return self._with_adapters(active, x, result, source)
+        return self._with_adapters(active, x, result)
 
-    def _with_adapters(
-        self, active: list[str], x: Tensor, result: Tensor, source: LayerSource | None, flat: bool = False
-    ) -> Tensor:
+    def active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def source_of(self, adapter: str) -> tuple[str | None, Tensor | None, Tensor | None]:
+        """(fusion, x_source (..., m, d), bottleneck (..., m, r)) of this forward; all None where it is plain LoRA."""
+        fusion = self.flare_fusion.get(adapter)
+        if self._flare_source is None or fusion is None:
+            return None, None, None
+        x_source, bottleneck = self._flare_source.of(adapter)
+        return (None if x_source is None and bottleneck is None else fusion), x_source, bottleneck
+
+    def _with_adapters(self, active: list[str], x: Tensor, result: Tensor, flat: bool = False) -> Tensor:
         for name in active:
-            result = self._add_adapter(name, x, result, source, flat)
+            result = self._add_adapter(name, x, result, flat)
         return result
 
-    def _add_adapter(self, name: str, x: Tensor, result: Tensor, source: LayerSource | None, flat: bool) -> Tensor:
+    def _add_adapter(self, name: str, x: Tensor, result: Tensor, flat: bool) -> Tensor:
         lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
-        fusion = self.flare_fusion.get(name)
-        x_source, bottleneck = (None, None) if source is None or fusion is None else source.of(name)
+        fusion, x_source, bottleneck = self.source_of(name)
         if flat:
             x_source = None if x_source is None else x_source.flatten(0, -2)
             bottleneck = None if bottleneck is None else bottleneck.flatten(0, -2)
         call: Any = fused_lora
-        if x_source is None and bottleneck is None:
-            fusion = None  # plain LoRA
-        elif fusion == "cross_attention":
+        if fusion == "cross_attention":
             attention = cast(CrossAttention, self.lora_cross_attention[name])
             weights = dict(attention.named_parameters())
             call = partial(reference.fused_lora, weights=weights, heads=attention.heads)

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
+from . import joint_attention
 from ._compat import LoraLayer, register_tuner
 from .config import FlareConfig
 from .layer import MERGE_REFUSED, FlareLayer, adopt
@@ -142,6 +143,7 @@ class FlareModel(LoraModel):
             runtime.configs.pop(adapter_name, None)
             runtime.reasons = {key: why for key, why in runtime.reasons.items() if key[1] != adapter_name}
             runtime.layers = [layer for layer in runtime.layers if any(f for f in layer.flare_fusion.values())]
+            joint_attention.wire(self.model)
 
     def add_weighted_adapter(
         self,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 QUERY_NAMES = ("q_proj", "query", "q", "q_lin", "query_proj", "wq")
+KEY_NAMES = ("k_proj", "key", "k", "k_lin", "key_proj", "wk")
 VALUE_NAMES = ("v_proj", "value", "v", "v_lin", "value_proj", "wv")
 FUSED_QKV_NAMES = ("query_key_value", "qkv_proj", "qkv", "Wqkv", "c_attn", "in_proj", "in_proj_weight")
 _CROSS_MARKS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
@@ -139,6 +140,12 @@ def _site(path: str, module: nn.Module, stacks: dict[str, int], model: nn.Module
             siblings = [child for child, _ in model.get_submodule(attention).named_children()]
             if not any(name in siblings for name in names):
                 return None  # not a child of an attention module: an MLP, or BERT's attention.output.dense
-            below = path[len(stack) + 1 :] + "." + type(model.get_submodule(attention)).__name__
-            return Site(path, stack, block, attention, any(mark in below.lower() for mark in _CROSS_MARKS))
+            is_cross = is_cross_attention(path[len(stack) + 1 :], model.get_submodule(attention))
+            return Site(path, stack, block, attention, is_cross)
     return None
+
+
+def is_cross_attention(path: str, attention: nn.Module) -> bool:
+    """Whether a path, or the class of the attention module it leads to, is marked as cross-attention."""
+    marked = f"{path}.{type(attention).__name__}".lower()
+    return any(mark in marked for mark in _CROSS_MARKS)

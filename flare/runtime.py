@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import joint_attention
 from .config import FlareConfig
 from .latent import carry_latent
 from .layer import FlareLayer
@@ -100,7 +101,7 @@ def runtime_of(model: nn.Module) -> Runtime | None:
 
 
 def attach(model: nn.Module, runtime: Runtime) -> None:
-    """Install the hooks for ``runtime.layers``; installs none twice."""
+    """Install the hooks for ``runtime.layers``, none twice, and those for projections that share their input."""
     if _RUNTIME not in model.__dict__:
         model.__dict__[_RUNTIME] = runtime
         runtime.handles += [
@@ -124,6 +125,7 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
             ]
         if child not in children:
             children.append(child)
+    joint_attention.wire(model)
 
 
 def detach(model: nn.Module) -> None:
@@ -131,6 +133,7 @@ def detach(model: nn.Module) -> None:
     runtime = model.__dict__.pop(_RUNTIME, None)
     if runtime is None:
         return
+    joint_attention.unwire(model)
     for handle in runtime.handles:
         handle.remove()
     for module in model.modules():

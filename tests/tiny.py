@@ -34,6 +34,7 @@ _DECODER = {
 }
 
 FAMILIES = ("bert", "xlmr", "llama")
+_CAUSAL = ("llama", "gemma2", "qwen3", "mistral")
 
 
 def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
@@ -42,6 +43,22 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
         "bert": lambda: transformers.BertConfig(**{**_ENCODER, **changes}),
         "xlmr": lambda: transformers.XLMRobertaConfig(**{**_ENCODER, **changes}),
         "llama": lambda: transformers.LlamaConfig(**{**_DECODER, **changes}),
+        "roberta": lambda: transformers.RobertaConfig(**{**_ENCODER, **changes}),
+        "distilbert": lambda: transformers.DistilBertConfig(
+            **{
+                "vocab_size": VOCAB,
+                "dim": HIDDEN,
+                "n_layers": LAYERS,
+                "n_heads": 4,
+                "hidden_dim": 48,
+                "max_position_embeddings": 64,
+                "num_labels": 3,
+                "pad_token_id": 1,
+                **changes,
+            }
+        ),
+        "qwen3": lambda: transformers.Qwen3Config(**{**_DECODER, "head_dim": 8, **changes}),
+        "mistral": lambda: transformers.MistralConfig(**{**_DECODER, "head_dim": 8, **changes}),
         "gemma2": lambda: transformers.Gemma2Config(**{**_DECODER, "head_dim": 8, **changes}),
         "mt5": lambda: transformers.MT5Config(
             **{
@@ -64,6 +81,10 @@ CLASSES = {
     "bert": transformers.BertForSequenceClassification,
     "xlmr": transformers.XLMRobertaForSequenceClassification,
     "llama": transformers.LlamaForCausalLM,
+    "roberta": transformers.RobertaForSequenceClassification,
+    "distilbert": transformers.DistilBertForSequenceClassification,
+    "qwen3": transformers.Qwen3ForCausalLM,
+    "mistral": transformers.MistralForCausalLM,
     "gemma2": transformers.Gemma2ForCausalLM,
     "mt5": transformers.MT5ForConditionalGeneration,
 }
@@ -93,7 +114,7 @@ def randomize_lora(model: nn.Module, seed: int = 1) -> None:
 def batch(family: str, *, B: int = 3, m: int = 9, seed: int = 2, source: bool = True) -> dict[str, Tensor]:
     """A two-stream batch with padding on the family's side, of different lengths in the two streams."""
     generator = torch.Generator().manual_seed(seed)
-    left = family in ("llama", "gemma2")
+    left = family in _CAUSAL
 
     def stream(shortest: int) -> tuple[Tensor, Tensor]:
         ids = torch.randint(2, VOCAB, (B, m), generator=generator)
@@ -108,7 +129,7 @@ def batch(family: str, *, B: int = 3, m: int = 9, seed: int = 2, source: bool = 
     inputs = {"input_ids": ids, "attention_mask": mask}
     if source:
         inputs["source_input_ids"], inputs["source_attention_mask"] = (t.flip(0) for t in stream(2))
-    if family in ("llama", "gemma2"):
+    if family in _CAUSAL:
         inputs["labels"] = ids.where(mask.bool(), torch.full_like(ids, -100))
     elif family == "mt5":
         inputs["labels"] = torch.randint(2, VOCAB, (B, 5), generator=generator)
