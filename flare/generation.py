@@ -183,7 +183,7 @@ def generate(
     """transformers' generate with a source; see ``FlareModel.generate``."""
     if source_padding not in (None, *SOURCE_PADDING):
         raise ValueError(f"source_padding={source_padding!r} is not accepted; one of: {', '.join(SOURCE_PADDING)}")
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("generate: gradient checkpointing drops the KV cache in train mode; call model.eval() first")
     how = _generate_decoder_only if not runtime.map.decoders else _generate_encoder_decoder
     return how(model, runtime, source, source_alignment, source_padding, args, kwargs)
