@@ -27,6 +27,7 @@ from .runtime import (
     backbone_inputs,
     carry,
     check_ids,
+    check_reached,
 )
 from .source_decoding import (
     AlignedText,
@@ -100,12 +101,16 @@ class Options:
     """Generation options as generate will resolve them: its arguments, its generation_config, the model's."""
 
     model: Any
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        places = (self.kwargs.get("generation_config"), self.model.generation_config)
-        found = [self.kwargs.get(name), *(getattr(place, name, None) for place in places)]
-        return next((value for value in found if value is not None), default)
+    def get(self, name: str) -> Any:
+        given = self.kwargs.get("generation_config", self.args[1] if len(self.args) > 1 else None)
+        found = [
+            self.kwargs.get(name),
+            *(getattr(place, name, None) for place in (given, self.model.generation_config)),
+        ]
+        return next((value for value in found if value is not None), None)
 
     def token_ids(self, name: str) -> list[int]:
         """An option that is a token id, several, or none."""
@@ -185,6 +190,7 @@ def generate(
         raise ValueError(f"source_padding={source_padding!r} is not accepted; one of: {', '.join(SOURCE_PADDING)}")
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("generate: gradient checkpointing drops the KV cache in train mode; call model.eval() first")
+    source = {name: one.to(model.device) if isinstance(one, Tensor) else one for name, one in source.items()}
     how = _generate_decoder_only if not runtime.map.decoders else _generate_encoder_decoder
     return how(model, runtime, source, source_alignment, source_padding, args, kwargs)
 
@@ -198,7 +204,7 @@ def _generate_decoder_only(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    options = Options(model, kwargs)
+    options = Options(model, args, kwargs)
     wanted = runtime.wanted()
     _refuse_options(options)
     if alignment == "training":
@@ -250,7 +256,7 @@ def _decoding(
     inputs = backbone_inputs(model, source, shape)
     if "token_type_ids" in inputs:
         raise ValueError("source_token_type_ids: generate does not know the types of new tokens; leave it out")
-    ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     if not bool(mask[:, -1].all()):
         raise ValueError(
             "source_attention_mask ends in padding: the source is gone on with after its last position; pad both "
@@ -318,7 +324,7 @@ def _generate_encoder_decoder(
             "encoder_outputs cannot be combined with a source, which the encoder reads too; pass input_ids, or leave "
             "the source out"
         )
-    options = Options(model, kwargs)
+    options = Options(model, args, kwargs)
     in_encoder, in_decoder = runtime.by_stack(runtime.wanted())
     target = tuple(_target_ids(args, kwargs)[0].shape[:2])
     decodes = [name for name in DECODER_ARGUMENTS if name in source]
@@ -337,9 +343,11 @@ def _generate_encoder_decoder(
             carrier = carry(model, runtime, in_encoder, given, target, source_padding=padding)
     runtime.carrier = carrier  # generate calls the encoder by itself, and the hook before its blocks finds it here
     try:
-        return model.generate(*args, **kwargs)
+        found = model.generate(*args, **kwargs)
     finally:
         runtime.carrier = None
+    check_reached(model, carrier)
+    return found
 
 
 def _both_stacks(

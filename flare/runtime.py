@@ -225,9 +225,12 @@ def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
 
 def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
     runtime: Runtime = model.__dict__[_RUNTIME]
-    carrier = runtime.carrier
-    if carrier is None or runtime.in_source_pass:
-        return
+    if runtime.carrier is not None and not runtime.in_source_pass:
+        check_reached(model, runtime.carrier)
+
+
+def check_reached(model: nn.Module, carrier: SourceCarrier) -> None:
+    """Raises ValueError where a fusing layer has run, or been passed by, without its source."""
     missed = sorted(carrier.expected - carrier.reached)
     if missed:
         raise ValueError(

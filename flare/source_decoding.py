@@ -102,15 +102,14 @@ class SourceDecoding:
                 return states
             if rows % own:
                 raise ValueError(f"input_ids has {rows} rows and the source {own}: they do not belong together")
-            self.rows = torch.arange(own).repeat_interleave(rows // own)
+            self.rows = torch.arange(own, device=states.device).repeat_interleave(rows // own)
         if len(self.rows) != rows:
             raise ValueError(f"past_key_values belongs to {len(self.rows)} rows, the forward has {rows}")
         return states.index_select(0, self.rows.to(states.device))
 
     def select_rows(self, rows: Tensor) -> None:
         """The target's rows were reordered, repeated or dropped: row i is what row ``rows[i]`` was."""
-        rows = rows.to("cpu", torch.long)
-        self.rows = rows if self.rows is None else self.rows[rows]
+        self.rows = rows if self.rows is None else self.rows[rows.to(self.rows.device)]
 
 
 @dataclass
@@ -206,7 +205,7 @@ class AlignedText(SourceDecoding):
         ids = self.text.next_ids
         assert ids is not None
         new = self.text.read(model, runtime, wanted, ids)
-        if bool(self.done.any()):
+        if self.held:
             new = {
                 layer: {name: self._unless_done(self.held[layer][name], one) for name, one in own.items()}
                 for layer, own in new.items()

@@ -221,7 +221,7 @@ def test_embeddings_in_place_of_ids() -> None:
 
 def test_a_cache_goes_on_where_it_ended() -> None:
     model, inputs = fused(), prompts()
-    sequences, logits = generated(model, inputs, 6)
+    sequences, _ = generated(model, inputs, 6)
     first = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=1, return_dict_in_generate=True)
     cache = copy.deepcopy(first.past_key_values)
     assert isinstance(cache, SourceCache)
@@ -253,11 +253,11 @@ def test_keep_is_independent_where_no_source_is_shorter_and_warns_once_where_one
     inputs["source_attention_mask"] = torch.ones_like(inputs["source_attention_mask"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sequences, logits = generated(model, inputs, source_padding="keep")
-    alone, own = generated(model, row_of(inputs, 2), source_padding="keep")
+        _, logits = generated(model, inputs, source_padding="keep")
+    _, own = generated(model, row_of(inputs, 2), source_padding="keep")
     torch.testing.assert_close(own[0], logits[2], **TOLERANCE)
     with pytest.warns(UserWarning, match="source_padding='keep' and a source prompt that is shorter"):
-        kept, kept_logits = generated(model, prompts(), source_padding="keep")
+        _, kept_logits = generated(model, prompts(), source_padding="keep")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generated(model, prompts(), source_padding="keep")
@@ -269,7 +269,6 @@ def test_keep_is_independent_where_no_source_is_shorter_and_warns_once_where_one
 
 def test_several_adapters() -> None:
     model, inputs = fused(), prompts()
-    first, _ = generated(model, inputs)
     model.add_adapter("second", flare.FlareConfig(r=4, fusion="mul", source_padding="zero", task_type="CAUSAL_LM"))
     tiny.randomize_lora(model, seed=4)
     model.double()
@@ -382,6 +381,16 @@ def test_options_that_are_refused(options, message) -> None:
         fused().generate(**prompts(), **{"max_new_tokens": 2, "pad_token_id": 1, **options})
 
 
+def test_a_generation_config_given_by_position() -> None:
+    model, inputs = fused(), prompts()
+    own = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=1, do_sample=False)
+    ids = inputs.pop("input_ids")
+    sequences, _ = generated(model, {"input_ids": ids, **inputs}, 3)
+    assert torch.equal(model.generate(ids, own, **inputs), sequences)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(ids, transformers.GenerationConfig(use_cache=False), **inputs)
+
+
 def test_an_assistant_is_refused_and_a_dynamic_cache_by_name_is_not() -> None:
     model = fused()
     with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM"):
@@ -433,6 +442,6 @@ def test_train_mode_with_checkpointing_is_refused() -> None:
     model = fused()
     model.gradient_checkpointing_enable()
     model.train()
-    with pytest.raises(ValueError, match="call model.eval\\(\\) first"):
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         model.generate(**prompts(), max_new_tokens=2)
     assert model.eval().generate(**prompts(), max_new_tokens=2, pad_token_id=1).shape == (3, 9)
