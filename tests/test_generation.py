@@ -219,6 +219,35 @@ def test_embeddings_in_place_of_ids() -> None:
     assert torch.equal(new, sequences[:, 7:])
 
 
+def test_the_collators_prompts() -> None:
+    from two_streams import tokenizer
+
+    rows = [{"input_ids": [5, 6, 7], "source_input_ids": [8, 9]}, {"input_ids": [9], "source_input_ids": [5, 6, 7, 8]}]
+    batch = flare.FlareDataCollator(tokenizer(), layout="causal")(rows)
+    model = fused()
+    sequences = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for row, given in enumerate(rows):
+        alone = flare.FlareDataCollator(tokenizer(), layout="causal")([given])
+        own = model.generate(**alone, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(own[0, -4:], sequences[row, -4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_and_autocast(dtype) -> None:
+    """The first step's logits are close to float64's; in float32 the text is the same."""
+    model, inputs = fused(fusion="add"), prompts()
+    want, logits = generated(model, inputs, 4)
+    model = model.to(dtype)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            sequences, close = generated(model, inputs, 4)
+        tolerance = 1e-4 if dtype == torch.float32 and not autocast else 0.05
+        assert (close[:, 0] - logits[:, 0]).abs().max() < tolerance
+        assert sequences.shape == want.shape
+    if dtype == torch.float32:
+        assert torch.equal(generated(model, inputs, 4)[0], want)
+
+
 def test_a_cache_goes_on_where_it_ended() -> None:
     model, inputs = fused(), prompts()
     sequences, _ = generated(model, inputs, 6)
@@ -241,6 +270,21 @@ def test_a_cache_goes_on_where_it_ended() -> None:
 def test_alone_and_in_a_batch(padding, fusion) -> None:
     """Zero is generate's default, whatever the adapter was trained with."""
     model, inputs = fused(source_padding=padding, fusion=fusion), prompts()
+    sequences, logits = generated(model, inputs)
+    for row in range(3):
+        alone, own = generated(model, row_of(inputs, row))
+        assert torch.equal(alone[0, -6:], sequences[row, -6:])
+        torch.testing.assert_close(own[0], logits[row], **TOLERANCE)
+
+
+def test_absolute_positions_are_counted_from_a_rows_first_token() -> None:
+    torch.manual_seed(0)
+    sizes = {name: tiny._DECODER[name] for name in tiny._DECODER if name != "num_key_value_heads"}
+    base = transformers.BioGptForCausalLM(transformers.BioGptConfig(**sizes))
+    base.generation_config.eos_token_id = None
+    model = flare.fast_lora(base, r=5)
+    tiny.randomize_lora(model)
+    model, inputs = model.double().eval(), prompts()
     sequences, logits = generated(model, inputs)
     for row in range(3):
         alone, own = generated(model, row_of(inputs, row))
