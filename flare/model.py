@@ -253,7 +253,8 @@ class FlareModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def encode_source(self, source_input_ids: Tensor, source_attention_mask: Tensor | None = None) -> SourceStates:
-        """Hidden states of the frozen model on the source text, for the places where active adapters fuse.
+        """Hidden states of the frozen model on the source text, for the places where active adapters fuse; of an
+        encoder-decoder the encoder's alone (its decoder fuses where a forward is given the source's decoder input).
 
         Args:
             source_input_ids: (B, m) token ids, padded to the length of the target text they will meet.

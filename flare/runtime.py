@@ -2,7 +2,8 @@
 
 Four hooks, and no modeling code copied or patched:
 
-1. before the transformers model: take ``source_*`` out of the keyword arguments, run the source pass;
+1. before the transformers model: take ``source_*`` out of the keyword arguments, run the source pass; in a step of
+   generation, ask the source that the KV cache carries for its next positions (flare.source_decoding);
 2. before the owner of a block stack: hand the carrier on as a keyword argument of the blocks;
 3. before a self-attention module: take the carrier out and give each adapter layer its part;
 4. after it: take it away again; after the model: check that every fusing layer was reached.

@@ -66,6 +66,7 @@ class SourceDecoding:
         """S of the target's next ``length`` positions, one row per source row."""
         raise NotImplementedError
 
+    @torch.compiler.disable  # as in training, the frozen pass stays eager under a compiled model
     def carry(
         self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], shape: tuple[int, ...] | None, past: int
     ) -> SourceCarrier:
@@ -173,7 +174,8 @@ def read_states(
     masks = {} if pads is None else {group.key.stack: pads for group in groups}
     reader = read_from_run(model, run, {group.key for group in groups}, dropout=dropout, to_the_end=True)
     prepare = Preparation.under_autocast(next(model.parameters()).device, masks)
-    with runtime.source_pass():
+    # eager also where the model itself is compiled: it is called as a whole here, and its hooks come and go
+    with runtime.source_pass(), torch.compiler.set_stance("force_eager"):
         return run_source_pass(reader, prepare, groups, weights).S
 
 

@@ -248,6 +248,15 @@ def test_other_dtypes_and_autocast(dtype) -> None:
         assert torch.equal(generated(model, inputs, 4)[0], want)
 
 
+def test_a_compiled_model() -> None:
+    model, inputs = fused(), prompts()
+    want, logits = generated(model, inputs, 2)
+    model.get_base_model().compile(backend="eager")
+    sequences, compiled = generated(model, inputs, 2)
+    assert torch.equal(sequences, want)
+    torch.testing.assert_close(compiled, logits, **TOLERANCE)
+
+
 def test_a_cache_goes_on_where_it_ended() -> None:
     model, inputs = fused(), prompts()
     sequences, _ = generated(model, inputs, 6)
