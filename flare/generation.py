@@ -40,6 +40,7 @@ from .source_decoding import (
     slots_of,
 )
 from .source_pass import SourceCarrier
+from .source_states import SourceStates
 
 ALIGNMENTS = ("training", "release")
 
@@ -218,7 +219,8 @@ def _generate_decoder_only(
         decoding = _decoding(model, runtime, wanted, source, alignment, padding or "zero", target, options)
     if options.get("cache_implementation") is not None:
         kwargs["cache_implementation"] = None  # dynamic, which is what is passed
-    return model.generate(*args, **kwargs, past_key_values=_cache_with(model, decoding))
+    kwargs["past_key_values"] = _cache_with(model, decoding)
+    return model.generate(*args, **kwargs)
 
 
 def _target_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -328,7 +330,7 @@ def _generate_encoder_decoder(
     in_encoder, in_decoder = runtime.by_stack(runtime.wanted())
     target = tuple(_target_ids(args, kwargs)[0].shape[:2])
     decodes = [name for name in DECODER_ARGUMENTS if name in source]
-    if "source_states" in source and decodes:
+    if decodes and isinstance(source.get("source_states"), SourceStates):
         raise ValueError(f"{decodes[0]} and source_states were both given: the states are the encoder's alone")
     with torch.no_grad():
         if decodes and in_decoder:
@@ -339,8 +341,9 @@ def _generate_encoder_decoder(
             if options.get("cache_implementation") is not None:
                 kwargs["cache_implementation"] = None
         else:
-            given = {name: value for name, value in source.items() if name not in decodes}
-            carrier = carry(model, runtime, in_encoder, given, target, source_padding=padding)
+            if all(runtime.configs[adapter].latent_dim is None for _, adapter, _ in in_encoder):
+                source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
+            carrier = carry(model, runtime, in_encoder, source, target, source_padding=padding)
     runtime.carrier = carrier  # generate calls the encoder by itself, and the hook before its blocks finds it here
     try:
         found = model.generate(*args, **kwargs)

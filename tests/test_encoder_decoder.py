@@ -303,6 +303,9 @@ def test_latent_states_are_the_encoders() -> None:
     sequences, logits = generated(model, {**text, "source_states": latent}, 4)
     want = model(**text, decoder_input_ids=sequences[:, :-1], source_states=latent).logits
     torch.testing.assert_close(logits, want.float(), **TOLERANCE)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"source_labels: an adapter with latent_dim=6 .* reads no source text"):
+            call(**text, source_states=latent, source_labels=inputs["source_labels"])
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
