@@ -73,7 +73,10 @@ class FlareConfig(LoraConfig):
     )
     source_padding: str = field(
         default="keep",
-        metadata={"help": "'keep': pad positions carry their hidden state. 'zero': S = 0 where there is no source."},
+        metadata={
+            "help": "'keep': pad positions carry their hidden state. 'zero': S = 0 where there is no source, so that a "
+            "causal model's left-padded row does not depend on its batch (generate's default)."
+        },
     )
     source_dropout: bool = field(
         default=False, metadata={"help": "Whether the source pass keeps the model's dropout on, as in the release."}

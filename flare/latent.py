@@ -21,7 +21,7 @@ from .source_pass import SourceCarrier, zero_pads
 from .source_states import StateKey
 
 #: Source arguments that are text for the base model, which FLARE MT does not read.
-_TEXT = ("source_input_ids", "source_token_type_ids")
+_TEXT = ("source_input_ids", "source_token_type_ids", "source_labels", "source_decoder_input_ids")
 
 
 @dataclass(kw_only=True)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from . import joint_attention
 from ._compat import LoraLayer, register_tuner
 from .config import FlareConfig
+from .generation import ALIGNMENTS, generate
 from .layer import MERGE_REFUSED, FlareLayer, adopt
 from .routing import ModelMap
-from .runtime import SOURCE_ARGUMENTS, Runtime, attach, detach, encode, readable_stacks, runtime_of
+from .runtime import SOURCE_ARGUMENTS, Runtime, attach, detach, encode, runtime_of
 from .source_states import SourceStates
 
 
@@ -118,8 +119,8 @@ class FlareModel(LoraModel):
             return "it is not a projection of a block's attention"
         if site.is_cross_attention:
             return "cross-attention does not fuse"
-        if site.stack not in readable_stacks(self.model, runtime):
-            return "the decoder gets no source in this version"
+        if config.latent_dim is not None and site.stack in runtime.map.decoders:
+            return "with latent_dim only the encoder of an encoder-decoder fuses: the states are of the encoder's text"
         name = path.rpartition(".")[2]
         if config.fusion_modules is None:
             if path not in runtime.map.query_and_value:
@@ -254,7 +255,8 @@ class FlareModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def encode_source(self, source_input_ids: Tensor, source_attention_mask: Tensor | None = None) -> SourceStates:
-        """Hidden states of the frozen model on the source text, for the places where active adapters fuse.
+        """Hidden states of the frozen model on the source text, for the places where active adapters fuse; of an
+        encoder-decoder the encoder's alone (its decoder fuses where a forward is given the source's decoder input).
 
         Args:
             source_input_ids: (B, m) token ids, padded to the length of the target text they will meet.
@@ -273,18 +275,41 @@ class FlareModel(LoraModel):
         with torch.no_grad():
             return encode(self.model, runtime, source)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate, with plain LoRA. Raises ValueError for a source, which this version cannot decode
-        with: tokens would be fused with the wrong source positions.
+    def generate(
+        self, *args: Any, source_alignment: str = "training", source_padding: str | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' generate, fusing where a source is given; without one it is the base model's, with plain LoRA.
+
+        The frozen model writes its own greedy continuation of the source, a token for each of the target's; greedy
+        search, sampling, beams, several sequences per prompt and chunked prefill are transformers'.
+
+        Args:
+            *args, **kwargs: as the base model's generate, and the source arguments of forward. Prompts of both texts
+                stand on the right of one width (padding_side="left"). FLARE MT: ``source_states`` of the prompt. An
+                encoder-decoder's decoder fuses where ``source_labels`` (of which only the presence counts) or
+                ``source_decoder_input_ids`` (what the source's decoder begins with) are given, as in forward.
+            source_alignment: "training": prompt position j meets the source's prompt position j, new token t the
+                source's token t, and a source that has ended is held at its end token. "release": the whole prompt and
+                every new token meet one late position of the source, as in the authors' release (decoder-only).
+            source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch;
+                "keep": the padding's states. Default: "zero" for a decoder-only model, whatever the adapter's config
+                says; the adapter's own for an encoder-decoder; the release's rule knows "keep" alone.
+
+        Raises:
+            TypeError, ValueError: source arguments that do not fit, or an option that cannot be combined with a source
+                (use_cache=False, a cache of one's own, assisted and contrastive decoding, ...); the message names it.
         """
-        given = [name for name in SOURCE_ARGUMENTS if kwargs.get(name) is not None]
-        if given:
+        if source_alignment not in ALIGNMENTS:
             raise ValueError(
-                f"generate: {', '.join(given)} is not supported in this version: generation with a source is not there "
-                "yet. Score candidates with forward(), or call generate without a source (plain LoRA)"
+                f"source_alignment={source_alignment!r} is not accepted; one of: {', '.join(map(repr, ALIGNMENTS))}"
             )
+        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if kwargs.get(name) is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in SOURCE_ARGUMENTS}
-        return cast(Any, self.model).generate(*args, **kwargs)
+        runtime = runtime_of(self.model)
+        assert runtime is not None
+        if not source or not runtime.wanted():
+            return cast(Any, self.model).generate(*args, **kwargs)
+        return generate(self.model, runtime, source, source_alignment, source_padding, args, kwargs)
 
     # --- what was done ------------------------------------------------------------------------------------------------
 

@@ -38,11 +38,12 @@ class Site:
 
 @dataclass(frozen=True)
 class ModelMap:
-    """The stacks of a model and the sites of its attention projections."""
+    """The stacks of a model and the sites of its attention projections; ``decoders``: an encoder-decoder's decoder."""
 
     stacks: dict[str, int]
     sites: dict[str, Site]
     query_and_value: tuple[str, ...]
+    decoders: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelMap:
@@ -76,7 +77,9 @@ class ModelMap:
         query_and_value = tuple(path for path in paths if path in sites and not sites[path].is_cross_attention)
         if query_and_value:
             _refuse_lost_keywords(model, sites[query_and_value[0]])
-        return cls(stacks, sites, query_and_value)
+        paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        decoders = frozenset(stack for stack in stacks if paired and "decoder" in stack.split("."))
+        return cls(stacks, sites, query_and_value, decoders)
 
     def default_targets(self) -> set[str]:
         """Names of the query and value projections, as LoRA's target_modules want them."""

@@ -2,7 +2,8 @@
 
 Four hooks, and no modeling code copied or patched:
 
-1. before the transformers model: take ``source_*`` out of the keyword arguments, run the source pass;
+1. before the transformers model: take ``source_*`` out of the keyword arguments, run the source pass; in a step of
+   generation, ask the source that the KV cache carries for its next positions (flare.source_decoding);
 2. before the owner of a block stack: hand the carrier on as a keyword argument of the blocks;
 3. before a self-attention module: take the carrier out and give each adapter layer its part;
 4. after it: take it away again; after the model: check that every fusing layer was reached.
@@ -13,8 +14,10 @@ pickled model routes to its own layers.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +48,14 @@ SOURCE_ARGUMENTS = (
     "source_decoder_input_ids",
     "source_states",
 )
+#: Of these, what an encoder-decoder's decoder reads.
+DECODER_ARGUMENTS = ("source_labels", "source_decoder_input_ids")
+#: A state, and the adapter and layer that read it.
+Wanted = tuple[StateKey, str, FlareLayer]
+
+#: Attribute of a target's KV cache that holds the source decoded beside it (flare.source_decoding).
+SOURCE_OF_CACHE = "flare_decoding"
+
 _CARRIER = "flare_source"
 _RUNTIME = "_flare_runtime"
 _LAYERS = "_flare_layers"
@@ -69,8 +80,9 @@ class Runtime:
     carrier: SourceCarrier | None = None
     in_source_pass: bool = False
     warned: bool = False
+    warned_padding: bool = False
 
-    def wanted(self) -> list[tuple[StateKey, str, FlareLayer]]:
+    def wanted(self) -> list[Wanted]:
         """(state, adapter, layer) of every layer that fuses now; none where adapters are off or merged."""
         result = []
         for layer in self.layers:
@@ -89,6 +101,23 @@ class Runtime:
         if len(set(values.values())) > 1:
             raise ValueError(f"adapters active together must share {name}, they have {values}: activate one at a time")
         return next(iter(values.values()))
+
+    def by_stack(self, wanted: list[Wanted]) -> tuple[list[Wanted], list[Wanted]]:
+        """What is read of the source text, and what of an encoder-decoder's decoder."""
+        decoders = self.map.decoders
+        return (
+            [one for one in wanted if one[0].stack not in decoders],
+            [one for one in wanted if one[0].stack in decoders],
+        )
+
+    @contextlib.contextmanager
+    def source_pass(self) -> Iterator[None]:
+        """While the frozen model runs: the hooks stand aside."""
+        self.in_source_pass = True
+        try:
+            yield
+        finally:
+            self.in_source_pass = False
 
     def clear(self) -> None:
         """Let go of the last source; called whenever adapters come or go."""
@@ -151,10 +180,15 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     runtime.carrier = None
     source = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
     source = {name: value for name, value in source.items() if value is not None}
-    wanted = runtime.wanted()
+    wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
-        _refuse_cached_steps(kwargs.get("past_key_values"), source)
-        runtime.carrier = carry(model, runtime, wanted, source, _target_shape(args, kwargs))
+        _refuse_cached_steps(cache, source)
+        runtime.carrier = carry(
+            model, runtime, wanted, source, _target_shape(args, kwargs), _decoder_shape(args, kwargs)
+        )
+    elif wanted and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
+        shape = (_decoder_shape if runtime.map.decoders else _target_shape)(args, kwargs)
+        runtime.carrier = getattr(cache, SOURCE_OF_CACHE).carry(model, runtime, wanted, shape, cache.get_seq_length())
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
         warnings.warn(NO_SOURCE_WARNING, UserWarning, stacklevel=2)
@@ -165,8 +199,8 @@ def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
     """A step of generation: its positions would meet the wrong positions of the source."""
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
-            f"past_key_values holds earlier positions and {', '.join(sorted(source))} was given: this version cannot "
-            "decode with a source; pass the whole text at once, or leave the source out"
+            f"past_key_values holds earlier positions and {', '.join(sorted(source))} was given: these positions would "
+            "meet the wrong ones of the source; use model.generate, or pass the whole text at once"
         )
 
 
@@ -195,9 +229,12 @@ def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
 
 def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
     runtime: Runtime = model.__dict__[_RUNTIME]
-    carrier = runtime.carrier
-    if carrier is None or runtime.in_source_pass:
-        return
+    if runtime.carrier is not None and not runtime.in_source_pass:
+        check_reached(model, runtime.carrier)
+
+
+def check_reached(model: nn.Module, carrier: SourceCarrier) -> None:
+    """Raises ValueError where a fusing layer has run, or been passed by, without its source."""
     missed = sorted(carrier.expected - carrier.reached)
     if missed:
         raise ValueError(
@@ -219,45 +256,65 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
 def carry(
     model: nn.Module,
     runtime: Runtime,
-    wanted: list[tuple[StateKey, str, FlareLayer]],
+    wanted: list[Wanted],
     source: dict[str, Any],
     target: tuple[int, ...] | None,
+    decoder_target: tuple[int, ...] | None = None,
+    source_padding: str | None = None,
 ) -> SourceCarrier:
     """Run the source pass (or read the given states) and return what travels to the layers.
+
+    Args:
+        model, runtime, wanted: the transformers model, its runtime and what fuses now.
+        source: the source arguments that were given.
+        target, decoder_target: (B, m) of the target text and (B, u) of its decoder's input, to be checked against.
+        source_padding: in place of the adapters' own.
 
     Raises:
         TypeError, ValueError: source arguments that do not fit; the message names the argument.
     """
-    decoder = [name for name in ("source_labels", "source_decoder_input_ids") if name in source]
-    if decoder:
-        raise ValueError(f"{decoder[0]}: a source for the decoder is not in this version yet; leave it out")
+    decoder = [name for name in DECODER_ARGUMENTS if name in source]
+    if decoder and not runtime.map.decoders:
+        raise ValueError(
+            f"{decoder[0]}: {type(model).__name__} is no encoder-decoder, whose decoder these are for; leave it out"
+        )
+    if not decoder:
+        wanted, _ = runtime.by_stack(wanted)
+        if not wanted:
+            raise ValueError(
+                f"{', '.join(sorted(source))}: the active adapters fuse in the decoder only, which reads source_labels "
+                "or source_decoder_input_ids; pass one of them too"
+            )
     adapters = {adapter for _, adapter, _ in wanted}
     latent_dim = runtime.setting("latent_dim", adapters)
     if latent_dim is not None:
         return carry_latent(model, source, target, wanted, runtime.layers, latent_dim)
     groups, weights = make_groups(wanted)
     keys = {group.key for group in groups}
-    zero_pads = runtime.setting("source_padding", adapters) == "zero"
+    zero_pads = (source_padding or runtime.setting("source_padding", adapters)) == "zero"
+    device = weights[0].device
     if "source_states" in source:
         states = source["source_states"]
         _check_states(states, source, target, runtime.setting("source_layer_offset", adapters), weights[0].shape[1])
-        prepare = _preparation(weights, states.attention_mask if zero_pads else None)
+        masks = {} if states.attention_mask is None else dict.fromkeys(runtime.map.stacks, states.attention_mask)
         reader = read_from_states(states, keys)
     else:
-        inputs = _backbone_inputs(model, source, target)
-        prepare = _preparation(weights, inputs["attention_mask"] if zero_pads else None)
+        inputs = backbone_inputs(model, source, target)
+        masks = dict.fromkeys(runtime.map.stacks, inputs["attention_mask"])
+        if decoder:
+            inputs["decoder_input_ids"], mask = _decoder_inputs(model, source, decoder_target)
+            masks |= dict.fromkeys(runtime.map.decoders, mask)
         dropout = runtime.setting("source_dropout", adapters)
         reader = read_from_model(model, inputs, keys, dropout=dropout)
-    runtime.in_source_pass = True
-    try:
-        return run_source_pass(reader, prepare, groups, weights)
-    finally:
-        runtime.in_source_pass = False
+    with runtime.source_pass():
+        return run_source_pass(reader, Preparation.under_autocast(device, masks if zero_pads else {}), groups, weights)
 
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
     """The states that the active adapters would read, computed now and kept; see ``FlareModel.encode_source``."""
-    wanted = runtime.wanted()
+    wanted, in_decoder = runtime.by_stack(runtime.wanted())
+    if not wanted and in_decoder:
+        raise ValueError("encode_source: the active adapters fuse in the decoder only, which this does not read")
     if not wanted:
         raise ValueError("encode_source: no active adapter of this model fuses two streams (or adapters are disabled)")
     adapters = {adapter for _, adapter, _ in wanted}
@@ -265,31 +322,16 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     if latent_dim is not None:
         raise ValueError(f"encode_source: an adapter with latent_dim={latent_dim} (FLARE MT) reads no source text")
     keys = {key for key, _, _ in wanted}
-    inputs = _backbone_inputs(model, source, None)
-    prepare = Preparation.under_autocast(inputs["input_ids"].device, None)
+    inputs = backbone_inputs(model, source, None)
+    prepare = Preparation.under_autocast(inputs["input_ids"].device)
     dropout = runtime.setting("source_dropout", adapters)
     states: dict[StateKey, Tensor] = {}
-    runtime.in_source_pass = True
-    try:
-        with torch.inference_mode(False):  # or training could not save them for its backward pass
-            read_from_model(model, inputs, keys, dropout=dropout)(
-                lambda key, hidden: states.__setitem__(key, prepare(hidden))
-            )
-    finally:
-        runtime.in_source_pass = False
+    # without inference mode, or training could not save them for its backward pass
+    with runtime.source_pass(), torch.inference_mode(False):
+        read_from_model(model, inputs, keys, dropout=dropout)(
+            lambda key, hidden: states.__setitem__(key, prepare(key, hidden))
+        )
     return SourceStates(states, runtime.setting("source_layer_offset", adapters), inputs["attention_mask"])
-
-
-def readable_stacks(model: nn.Module, runtime: Runtime) -> set[str]:
-    """The stacks that a source text reaches: all, or the encoder's in an encoder-decoder."""
-    stacks = set(runtime.map.stacks)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {stack for stack in stacks if "decoder" not in stack.split(".")}
-    return stacks
-
-
-def _preparation(weights: list[nn.Parameter], attention_mask: Tensor | None) -> Preparation:
-    return Preparation.under_autocast(weights[0].device, attention_mask)
 
 
 def _target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
@@ -300,15 +342,58 @@ def _target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, .
     return None
 
 
-def _backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> dict[str, Any]:
+def _decoder_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """(B, u) of the target's decoder input; a model that makes it of its input_ids has it as long as these."""
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        given = kwargs.get(name)
+        if isinstance(given, Tensor) and given.dim() > 1:
+            return tuple(given.shape[:2])
+    return _target_shape(args, kwargs)
+
+
+def _decoder_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """The frozen decoder's input ids (B, u), and where they are tokens; checked against the target's (B, u).
+
+    The start token is one, and so is what follows it unless it is padding: -100 in labels, else the pad token.
+    """
+    name = "source_decoder_input_ids" if "source_decoder_input_ids" in source else "source_labels"
+    ids = check_ids(name, source[name], "(B, u)")
+    if target is not None and tuple(ids.shape) != target:
+        raise ValueError(
+            f"{name} has shape {tuple(ids.shape)}, the target's labels or decoder_input_ids {target}: both need the "
+            "same batch size and length; pad them to one length (flare.FlareDataCollator does)"
+        )
+    mask = torch.ones_like(ids)
+    if name == "source_decoder_input_ids":
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        if pad is not None:
+            mask[:, 1:] = (ids[:, 1:] != pad).to(mask.dtype)
+        return ids, mask
+    mask[:, 1:] = (ids[:, :-1] != -100).to(mask.dtype)
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        raise ValueError(
+            f"source_labels: {type(model).__name__} does not say how its decoder reads labels "
+            "(prepare_decoder_input_ids_from_labels); pass source_decoder_input_ids"
+        )
+    return shift(labels=ids), mask
+
+
+def check_ids(name: str, ids: Any, shape: str) -> Tensor:
+    """Token ids of two dimensions; TypeError, naming the argument, for anything else."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 2:
+        kind = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor {shape}, got {kind}")
+    return ids
+
+
+def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> dict[str, Any]:
     """Keyword arguments of the frozen pass, checked against the target's shape (B, m)."""
     ids, mask = source.get("source_input_ids"), source.get("source_attention_mask")
     if ids is None:
         given = ", ".join(sorted(source))
         raise ValueError(f"{given} was given without source_input_ids: pass both, or neither")
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 2:
-        kind = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"source_input_ids must be an integer tensor (B, m), got {kind}")
+    check_ids("source_input_ids", ids, "(B, m)")
     if target is not None and tuple(ids.shape) != target:
         raise ValueError(
             f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {target}: both texts need the same "
@@ -341,7 +426,8 @@ def _check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] |
     beside = sorted(set(source) - {"source_states"})
     if beside:
         raise ValueError(
-            f"{', '.join(beside)} and source_states were both given: pass the source once (the states carry their mask)"
+            f"{', '.join(beside)} and source_states were both given: pass the source once (the states carry their "
+            "mask; of an encoder-decoder they are the encoder's)"
         )
     if any(state.shape[-1] != width for state in states):
         raise ValueError(

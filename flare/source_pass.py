@@ -14,7 +14,7 @@ forward and backward; another strategy changes only where :meth:`SourcePass.back
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,13 @@ def read_from_model(
         dropout: leave the modules' training mode as it is.
     """
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
+    return read_from_run(model, lambda: backbone(**inputs), wanted, dropout=dropout)
+
+
+def read_from_run(
+    model: nn.Module, run: Callable[[], object], wanted: set[StateKey], *, dropout: bool, to_the_end: bool = False
+) -> Reader:
+    """:func:`read_from_model` for any way to run the frozen model; ``to_the_end`` where its output is wanted too."""
 
     def read(visit: Visitor) -> None:
         missing = set(wanted)
@@ -100,7 +107,7 @@ def read_from_model(
         def note(key: StateKey, hidden: Tensor) -> None:
             missing.discard(key)
             visit(key, hidden)
-            if not missing:
+            if not missing and not to_the_end:
                 raise _AllRead
 
         with contextlib.ExitStack() as stack:
@@ -111,7 +118,7 @@ def read_from_model(
             if not dropout:
                 stack.enter_context(training_off(model))
             with contextlib.suppress(_AllRead):
-                backbone(**inputs)
+                run()
         if missing:
             raise RuntimeError(f"the source pass ended without reaching {sorted(missing)}: its blocks were not all run")
 
@@ -198,22 +205,22 @@ def zero_pads(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 class Preparation:
     """What a hidden state goes through before it is projected or kept."""
 
-    attention_mask: Tensor | None = None  # (B, m) where source_padding="zero", else None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # stack -> (B, m), where source_padding="zero"
     dtype: torch.dtype | None = None  # autocast's, where autocast is on
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, key: StateKey, hidden: Tensor) -> Tensor:
         hidden = hidden.detach()
         if self.dtype is not None and hidden.dtype == torch.float32:
             hidden = hidden.to(self.dtype)
-        if self.attention_mask is not None:
-            hidden = zero_pads(hidden, self.attention_mask)
+        if key.stack in self.masks:
+            hidden = zero_pads(hidden, self.masks[key.stack])
         return hidden
 
     @classmethod
-    def under_autocast(cls, device: torch.device, attention_mask: Tensor | None) -> Preparation:
+    def under_autocast(cls, device: torch.device, masks: Mapping[str, Tensor] | None = None) -> Preparation:
         """The preparation for the autocast state that is in force now."""
         on = torch.is_autocast_enabled(device.type)
-        return cls(attention_mask, torch.get_autocast_dtype(device.type) if on else None)
+        return cls(masks or {}, torch.get_autocast_dtype(device.type) if on else None)
 
 
 class SourcePass(torch.autograd.Function):
@@ -240,7 +247,7 @@ class SourcePass(torch.autograd.Function):
         seeds: list[Tensor | None] = [None] * len(groups)
 
         def visit(key: StateKey, hidden: Tensor) -> None:
-            hidden = prepare(hidden)
+            hidden = prepare(key, hidden)
             if keep:
                 kept[key] = hidden
             x_MK = rows(hidden)

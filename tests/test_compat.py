@@ -84,6 +84,17 @@ def test_models_are_built_of_checkpointing_blocks_and_have_a_backbone(family) ->
     assert isinstance(model.base_model, transformers.PreTrainedModel)
 
 
+@pytest.mark.parametrize("cache", [transformers.DynamicCache, transformers.EncoderDecoderCache])
+def test_caches_tell_what_happens_to_their_rows(cache) -> None:
+    for name in ("reorder_cache", "batch_select_indices", "get_seq_length", "crop"):
+        assert callable(getattr(cache, name)), name
+
+
+def test_an_encoder_decoder_says_how_its_decoder_reads_labels() -> None:
+    method = transformers.MT5ForConditionalGeneration.prepare_decoder_input_ids_from_labels
+    assert "labels" in inspect.signature(method).parameters
+
+
 def test_bitsandbytes_layers_are_told_by_name() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
     import bitsandbytes as bnb

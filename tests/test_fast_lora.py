@@ -127,7 +127,7 @@ def test_fusion_modules_choose_what_fuses() -> None:
 
 @pytest.mark.parametrize("family", ["gemma2", "mt5"])
 def test_other_families_need_no_new_mechanism(family) -> None:
-    """The source moves the loss and reaches every fusing layer; mT5's decoder and cross-attention are plain LoRA."""
+    """The source moves the loss and reaches every fusing layer; mT5's decoder, which gets none here, is plain LoRA."""
     model = fused(family)
     inputs = tiny.batch(family)
     with_source, plain = model(**inputs).loss, model(**without_source(inputs)).loss

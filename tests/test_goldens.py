@@ -19,7 +19,6 @@ import flare
 
 OWN = Path(__file__).parent / "goldens"
 LOGITS, LOSS, GRAD_ABSOLUTE, GRAD_RELATIVE, STEP_LOSS, WEIGHTS = 5e-5, 1e-5, 1e-5, 1e-4, 5e-5, 5e-5
-_NOT_YET = ("generate",)
 _CONFIG_KEYS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *(
@@ -41,14 +40,15 @@ def _cases() -> list[Any]:
     full = os.environ.get("FLARE_GOLDENS")
     if full and Path(full, "manifest.json").is_file():
         every = json.loads(Path(full, "manifest.json").read_text())["cases"]
-        rest = [name for name in every if name not in own and not any(word in name for word in _NOT_YET)]
+        rest = [name for name in every if name not in own]
         params += [pytest.param(Path(full), name, id=f"full-{name}") for name in rest]
     return params
 
 
 CASES = _cases()
 TRAINING = [case for case in CASES if "train10" in case.values[1]]
-SINGLE = [case for case in CASES if "train10" not in case.values[1]]
+GENERATION = [case for case in CASES if "generate" in case.values[1]]
+SINGLE = [case for case in CASES if case not in TRAINING + GENERATION]
 
 
 def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
@@ -134,6 +134,23 @@ def test_one_step(folder, name) -> None:
         want = tensors["grad." + key]
         allowed = GRAD_ABSOLUTE + GRAD_RELATIVE * want.abs().max()
         assert (parameter.grad - want).abs().max() <= allowed, key
+
+
+@pytest.mark.parametrize(("folder", "name"), GENERATION)
+def test_generation_by_the_releases_rule(folder, name) -> None:
+    model, tensors, case = build(folder, name)
+    out = model.eval().generate(
+        **inputs_of(tensors, case["fusion"]),
+        source_alignment="release",
+        max_new_tokens=case["max_new_tokens"],
+        do_sample=False,
+        eos_token_id=case["eos_token_ids"],
+        pad_token_id=case["pad_token_id"],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert torch.equal(out.sequences, tensors["target_sequences"])
+    assert (torch.stack(out.logits) - tensors["target_step_logits"]).abs().max() <= LOGITS
 
 
 class _Rows(torch.utils.data.Dataset):

@@ -227,18 +227,6 @@ def test_other_initialisations_leave_the_source_the_base_models(init) -> None:
             assert torch.equal(parameter, want[name.replace(".base_layer", "")]), name
 
 
-# --- an encoder-decoder's decoder -------------------------------------------------------------------------------------
-
-
-def test_a_decoder_that_no_source_reaches_is_declined() -> None:
-    report = fused("mt5").fast_lora_report()
-    assert report.fused and all(row.module.startswith("encoder.") for row in report.fused)
-    decoder = {row.reason for row in report if row.module.startswith("decoder.") and "SelfAttention" in row.module}
-    assert decoder == {"the decoder gets no source in this version"}
-    with pytest.raises(ValueError, match=r"nothing fuses: .*the decoder gets no source"):
-        flare.fast_lora(tiny.model("mt5"), r=4, target_modules=r"decoder\..*\.SelfAttention\.(q|v)")
-
-
 # --- values of FlareConfig --------------------------------------------------------------------------------------------
 
 

@@ -75,3 +75,16 @@ def test_quantised_base(kind, checkpoint, tmp_path) -> None:
     again = peft.PeftModel.from_pretrained(quantized(checkpoint, kind), tmp_path).train()
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, got.logits.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_over_a_quantised_base(kind, checkpoint) -> None:
+    """The cached steps agree with one forward of the finished prompt, and the source moves them."""
+    model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_padding="zero").eval()
+    tiny.randomize_lora(model)
+    inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first = model.generate(**inputs, **options).logits[0]
+    want = model(**inputs).logits[:, -1].float()
+    plain = model.generate(**{k: v for k, v in inputs.items() if not k.startswith("source")}, **options).logits[0]
+    assert (first - want).abs().max() < 0.02 < (first - plain).abs().max()

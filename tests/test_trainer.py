@@ -440,3 +440,33 @@ def test_seq2seq_trainer_generates(tmp_path: Path):
     trainer = FlareSeq2SeqTrainer(model=lora("mt5"), args=args, processing_class=tokenizer())
     found = trainer.predict(Dataset.from_list(rows("mt5", 3, source=False)))
     assert found.predictions.shape[0] == 3
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_seq2seq_trainer_generates_with_the_source(tmp_path: Path, decoder: bool):
+    """Predictions are those of model.generate on the same batch: both stacks fuse where rows have source_labels."""
+    model = flare_model("mt5")
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        per_device_eval_batch_size=3,
+        predict_with_generate=True,
+        generation_max_length=5,
+    )
+    kept = rows("mt5", 3)
+    given = kept if decoder else [{k: v for k, v in row.items() if k != "source_labels"} for row in kept]
+    trainer = FlareSeq2SeqTrainer(model=model, args=args, processing_class=tokenizer())
+    found = trainer.predict(Dataset.from_list(given)).predictions
+    batch = trainer.data_collator(given)
+    assert ("source_labels" in batch) == decoder
+    text = {name: batch[name] for name in batch if name != "labels"}
+    want = model.eval().generate(**text, max_length=5)
+    assert torch.equal(torch.as_tensor(found)[:, : want.shape[1]], want)
+    if decoder:
+        start = torch.zeros(3, 1, dtype=torch.long)
+        text = {name: value for name, value in text.items() if name != "source_labels"}
+        assert torch.equal(model.generate(**text, source_decoder_input_ids=start, max_length=5), want)
+    plain = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_length=5)
+    assert not torch.equal(plain, want)

@@ -1,0 +1,287 @@
+"""The source beside a target that is generated token by token: which S each new position of the target meets.
+
+A target's KV cache carries one of the classes below (flare.generation makes it). At every forward of the target it is
+asked for the S of as many positions as that forward has, advances by as many, and knows how the target's rows (beams,
+several samples of one prompt) belong to its own.
+
+    AlignedText   as in training: prompt position j meets the source's prompt position j, new token t the source's
+                  token t. The frozen model writes its own greedy continuation, with a KV cache of its own. A row is
+                  done once its end token has been fed, and holds that token's S; where all are done nothing runs.
+    LateText      the authors' release: every position meets one late position of the source, decoded beforehand.
+    GivenStates   FLARE MT, whose states are given: prompt by prompt, then the last real state is held.
+
+Nothing here holds a module, so a cache can be copied without its model. Shapes: B rows of the source, m its prompt, q
+positions that one forward asks for, r the rank; S is layer -> adapter -> (B, q, r).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .source_pass import Preparation, SourceCarrier, make_groups, read_from_run, run_source_pass
+
+if TYPE_CHECKING:
+    from .runtime import Runtime, Wanted
+
+States = dict[str, dict[str, Tensor]]
+Slots = frozenset[tuple[str, str]]
+
+
+def slots_of(wanted: list[Wanted]) -> Slots:
+    """The (layer, adapter) pairs that fuse."""
+    return frozenset((layer.flare_key, adapter) for _, adapter, layer in wanted)
+
+
+def map_states(states: States, change: Callable[[Tensor], Tensor]) -> States:
+    """The same layers and adapters with other tensors."""
+    return {layer: {name: change(one) for name, one in own.items()} for layer, own in states.items()}
+
+
+def join_states(parts: list[States]) -> States:
+    """Parts laid one after the other along the positions."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        layer: {name: torch.cat([part[layer][name] for part in parts], dim=1) for name in own}
+        for layer, own in parts[0].items()
+    }
+
+
+@dataclass(kw_only=True)
+class SourceDecoding:
+    """What all have in common: how far the source has been used, and whose row is whose."""
+
+    slots: Slots
+    in_decoder: bool = False  # whether the layers stand in an encoder-decoder's decoder
+    used: int = 0  # positions of the target that have been given their S
+    rows: Tensor | None = None  # target row -> source row, once the target's first forward has shown how many it has
+
+    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+        """S of the target's next ``length`` positions, one row per source row."""
+        raise NotImplementedError
+
+    @torch.compiler.disable  # as in training, the frozen pass stays eager under a compiled model
+    def carry(
+        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], shape: tuple[int, ...] | None, past: int
+    ) -> SourceCarrier:
+        """What travels to the layers in one forward of the target.
+
+        Args:
+            model, runtime, wanted: the transformers model, its runtime and what fuses now.
+            shape: (rows, q) of the forward.
+            past: positions that the target's cache holds.
+
+        Raises:
+            ValueError: the forward does not go on where the last one ended, or other adapters are active by now.
+        """
+        mine = runtime.by_stack(wanted)[self.in_decoder]
+        if slots_of(mine) != self.slots:
+            raise ValueError("past_key_values: other adapters were active when this generation began; begin anew")
+        if shape is None or past != self.used:
+            raise ValueError(
+                f"past_key_values holds {past} positions and its source has been used for {self.used}: a cache with a "
+                "source only goes forward, position by position; it cannot be cropped, reset or used twice"
+            )
+        rows, length = shape
+        with torch.no_grad():
+            found = self.states(model, runtime, mine, length)
+            self.used += length
+            found = map_states(found, lambda one: self._for_target(one, rows))
+        return SourceCarrier(found, {}, {}, graded=False)
+
+    def _for_target(self, states: Tensor, rows: int) -> Tensor:
+        """One row for each of the target's rows."""
+        own = states.shape[0]
+        if self.rows is None:
+            if rows == own:
+                return states
+            if rows % own:
+                raise ValueError(f"input_ids has {rows} rows and the source {own}: they do not belong together")
+            self.rows = torch.arange(own, device=states.device).repeat_interleave(rows // own)
+        if len(self.rows) != rows:
+            raise ValueError(f"past_key_values belongs to {len(self.rows)} rows, the forward has {rows}")
+        return states.index_select(0, self.rows.to(states.device))
+
+    def select_rows(self, rows: Tensor) -> None:
+        """The target's rows were reordered, repeated or dropped: row i is what row ``rows[i]`` was."""
+        self.rows = rows if self.rows is None else self.rows[rows.to(self.rows.device)]
+
+
+@dataclass
+class FrozenText:
+    """The frozen model reading the source text piece by piece, with a KV cache, and choosing what comes next."""
+
+    mask: Tensor  # (B, m) of the prompt, then also of what came after it
+    cache: Any
+    dropout: bool  # source_dropout
+    zero_pads: bool
+    encoder_outputs: Any = None  # of an encoder-decoder, whose encoder's mask is then ``encoder_mask``
+    encoder_mask: Tensor | None = None
+    next_ids: Tensor | None = None  # (B, 1), the greedy choice after what was read last
+
+    def read(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], ids: Tensor) -> States:
+        """Read token ids (B, q) behind what was read before; their S."""
+        past, length = self.cache.get_seq_length(), ids.shape[1]
+        missing = past + length - self.mask.shape[1]
+        if missing > 0:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), missing)], dim=1)
+        mask = self.mask[:, : past + length]
+        outputs: list[Any] = []
+        inputs = self._inputs(model, ids, mask)
+
+        def run() -> None:
+            outputs.append(model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True))
+
+        pads = mask[:, past:] if self.zero_pads else None
+        found = read_states(model, runtime, wanted, run, pads, self.dropout)
+        # as generate chooses, so that ties fall alike
+        self.next_ids = outputs[0].logits[:, -1].to(dtype=torch.float32).argmax(dim=-1, keepdim=True)
+        return found
+
+    def _inputs(self, model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        accepted = inspect.signature(model.forward).parameters
+        if self.encoder_outputs is not None:
+            return {
+                "encoder_outputs": self.encoder_outputs,
+                "attention_mask": self.encoder_mask,
+                "decoder_input_ids": ids,
+            }
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in accepted:  # counted from a row's first token, as generate counts
+            positions = mask.long().cumsum(-1) - 1
+            inputs["position_ids"] = positions.masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = 1
+        return inputs
+
+
+def read_states(
+    model: nn.Module,
+    runtime: Runtime,
+    wanted: list[Wanted],
+    run: Callable[[], object],
+    pads: Tensor | None,
+    dropout: bool,
+) -> States:
+    """Run the frozen model to its end; S of what it read, zero where ``pads`` (B, q) has zeros."""
+    groups, weights = make_groups(wanted)
+    masks = {} if pads is None else {group.key.stack: pads for group in groups}
+    reader = read_from_run(model, run, {group.key for group in groups}, dropout=dropout, to_the_end=True)
+    prepare = Preparation.under_autocast(next(model.parameters()).device, masks)
+    # eager also where the model itself is compiled: it is called as a whole here, and its hooks come and go
+    with runtime.source_pass(), torch.compiler.set_stance("force_eager"):
+        return run_source_pass(reader, prepare, groups, weights).S
+
+
+@dataclass(kw_only=True)
+class AlignedText(SourceDecoding):
+    """The source decodes along; see the module."""
+
+    text: FrozenText
+    prompt: Tensor  # (B, m)
+    end_ids: Tensor  # the tokens that end a text; may be none
+    done: Tensor = field(init=False)  # (B,), whether a row's end token has been read
+    held: States = field(default_factory=dict)  # S of the position read last, (B, 1, r)
+
+    def __post_init__(self) -> None:
+        self.done = torch.zeros(len(self.prompt), dtype=torch.bool, device=self.prompt.device)
+
+    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+        parts = []
+        piece = self.prompt[:, self.used : self.used + length]
+        if piece.shape[1]:
+            parts.append(self.text.read(model, runtime, wanted, piece))
+        for _ in range(length - piece.shape[1]):
+            parts.append(self._next_token(model, runtime, wanted))
+        return join_states(parts)
+
+    def _next_token(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted]) -> States:
+        if bool(self.done.all()):
+            return self.held
+        ids = self.text.next_ids
+        assert ids is not None
+        new = self.text.read(model, runtime, wanted, ids)
+        if self.held:
+            new = {
+                layer: {name: self._unless_done(self.held[layer][name], one) for name, one in own.items()}
+                for layer, own in new.items()
+            }
+        self.done = self.done | torch.isin(ids[:, 0], self.end_ids)
+        self.held = new
+        return new
+
+    def _unless_done(self, held: Tensor, new: Tensor) -> Tensor:
+        return torch.where(self.done[:, None, None].to(new.device), held, new)
+
+
+@dataclass(kw_only=True)
+class LateText(SourceDecoding):
+    """The authors' rule: at target length n (prompt included) every position meets the source's step min(n - 1, T - 1).
+
+    Step 0 is the source's prompt, each of the T - 1 others one new token; of a step longer than the forward only the
+    last position counts. Rows that stop before the others go on with pad tokens.
+    """
+
+    steps: list[States]
+
+    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+        step = self.steps[min(self.used + length, len(self.steps)) - 1]
+
+        def at(one: Tensor) -> Tensor:
+            if one.shape[1] > length:
+                one = one[:, -1:]
+            return one.expand(-1, length, -1)
+
+        return map_states(step, at)
+
+
+def decode_to_the_end(
+    model: nn.Module,
+    runtime: Runtime,
+    wanted: list[Wanted],
+    text: FrozenText,
+    prompt: Tensor,
+    end_ids: Tensor,
+    pad_id: int,
+    most: int,
+) -> list[States]:
+    """S of every step of the source's own greedy generation of at most ``most`` tokens, as LateText wants them."""
+    steps = [text.read(model, runtime, wanted, prompt)]
+    done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    while len(steps) < most:
+        assert text.next_ids is not None
+        ids = text.next_ids.masked_fill(done[:, None], pad_id)
+        done = done | torch.isin(ids[:, 0], end_ids)
+        if bool(done.all()):
+            break
+        steps.append(text.read(model, runtime, wanted, ids))
+    return steps
+
+
+@dataclass(kw_only=True)
+class GivenStates(SourceDecoding):
+    """S of the whole prompt, given; new tokens hold each row's last real one."""
+
+    given: States
+    mask: Tensor | None  # (B, m), where states are real; left out: everywhere
+
+    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+        start = self.used
+
+        def at(one: Tensor) -> Tensor:
+            positions = torch.arange(start, start + length, device=one.device)
+            width = one.shape[1]
+            last = torch.full((len(one),), width - 1, device=one.device)
+            if self.mask is not None:
+                real = self.mask.to(one.device) != 0
+                last = torch.where(real, torch.arange(width, device=one.device), 0).amax(dim=1)
+            index = torch.where(positions < width, positions, last[:, None])
+            return one.gather(1, index[:, :, None].expand(-1, -1, one.shape[2]))
+
+        return map_states(self.given, at)
