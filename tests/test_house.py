@@ -219,3 +219,8 @@ def test_ci_tests_the_oldest_admitted_transformers_and_peft():
 
 def test_packages_ship_their_types():
     assert all((ROOT / package / "py.typed").exists() for package in PACKAGES)
+
+
+def test_golden_numbers_stay_small():
+    """They are a selection; the full set is found through FLARE_GOLDENS."""
+    assert sum(path.stat().st_size for path in (ROOT / "tests" / "goldens").iterdir()) < 3_000_000
