@@ -18,7 +18,7 @@ from torch import Tensor
 from . import torch_ops, triton_ops
 from .triton_ops.config import operand_class
 from .triton_ops.decode import MAX_RANK, MAX_ROWS
-from .triton_ops.launch import choose_config, is_aligned, tuned_entry
+from .triton_ops.launch import choose_config, is_aligned, tuned_entries, tuned_entry
 
 stack = triton_ops.stack
 
@@ -28,6 +28,8 @@ def _form(
 ) -> ModuleType:
     """The module whose form of a step the table prefers; the kernels' where it has no entry."""
     given = [tensor for tensor in tensors if tensor is not None]
+    if not tuned_entries(given[0].device):
+        return triton_ops
     widest = max(tensor.element_size() for tensor in given)
     operands = operand_class(dtype.itemsize, widest, is_aligned(*given))
     entry = tuned_entry(step, operands, rank, rows, width, given[0].device)

@@ -240,10 +240,11 @@ def forward(
         at, columns = group.members, group.columns
         if group.fusion == "add" and S is not None:
             T[:, columns].add_(S[:, columns])
+        T_group, S_group = (T, S) if len(call.groups) == 1 else (T[:, columns], None if S is None else S[:, columns])
         ops.expand_(
             targets[at],
-            T[:, columns],
-            S[:, columns] if S is not None and group.launch_fusion is not None else None,
+            T_group,
+            S_group if group.launch_fusion is not None else None,
             Bs[at],
             scalings=scalings[at],
             fusion=group.launch_fusion,

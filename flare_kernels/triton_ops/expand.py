@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import FUSION_ID, dot, fuse, load_tile, pick, round_to, store_tile
-from .launch import batches, cdiv, config_for, launch, numbered, numbered_strides
+from .launch import batches, cdiv, columns_of, config_for, launch, numbered, numbered_strides
 
 
 @triton.jit
@@ -152,8 +152,8 @@ def expand_(
     R = Bs[0].shape[1]
     for at in batches(ys, Bs):
         y, B, scale = ys[at], Bs[at], scalings[at]
-        columns = slice(at.start * R, at.stop * R)
-        T_MR, S_MR = T[:, columns], None if S is None else S[:, columns]
+        T_MR, S_MR = columns_of(T, at, R, len(ys)), columns_of(S, at, R, len(ys))
+        assert T_MR is not None
         M, widths = y[0].shape[0], [one.shape[1] for one in y]
         if M == 0 or not any(widths):
             continue

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import FUSION_ID, dot, fuse, fuse_grad, load_tile, pick, round_to, store_tile
-from .launch import TL_DTYPE, batches, cdiv, config_for, launch, numbered, numbered_strides, split_sum
+from .launch import TL_DTYPE, batches, cdiv, columns_of, config_for, launch, numbered, numbered_strides, split_sum
 from .partials import sum_partials
 
 
@@ -309,8 +309,7 @@ def grad_bottleneck(
     R = Bs[0].shape[1]
     dBs: list[Tensor] = []
     for at in batches(Gs, Bs):
-        columns = slice(at.start * R, at.stop * R)
-        T_MR, S_MR, dT_MR, dS_MR = (None if t is None else t[:, columns] for t in (T, S, dT, dS))
+        T_MR, S_MR, dT_MR, dS_MR = (columns_of(t, at, R, len(Gs)) for t in (T, S, dT, dS))
         dBs += _one_launch(Gs[at], T_MR, S_MR, Bs[at], scalings[at], fusion, dT_MR, dS_MR, B_grad_dtype, given.dtype)
     return None if B_grad_dtype is None else dBs
 
@@ -385,4 +384,6 @@ def _one_launch(
             sum_partials(partials, dB)
     if fusion == "add" and dS is not None and dT is not None:
         dS.copy_(dT)
-    return [] if dB is None else list(dB.split(widths))
+    if dB is None:
+        return []
+    return [dB] if len(widths) == 1 else list(dB.split(widths))

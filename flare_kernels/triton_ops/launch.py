@@ -113,12 +113,23 @@ def cdiv(a: int, b: int) -> int:
 
 def batches(*operands: Sequence[Tensor]) -> Iterator[slice]:
     """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, whose tensors have the same dtypes."""
+    count = len(operands[0])
+    if count <= MAX_PROJECTIONS and all(len({tensor.dtype for tensor in of_one}) == 1 for of_one in operands):
+        yield slice(0, count)
+        return
     kinds = [tuple(tensor.dtype for tensor in of_one) for of_one in zip(*operands, strict=True)]
     start = 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start] or end - start == MAX_PROJECTIONS:
             yield slice(start, end)
             start = end
+
+
+def columns_of(T: Tensor | None, at: slice, rank: int, count: int) -> Tensor | None:
+    """The columns of some of ``count`` projections, each ``rank`` wide; T itself where they are all."""
+    if T is None or at == slice(0, count):
+        return T
+    return T[:, at.start * rank : at.stop * rank]
 
 
 def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str, Any]:
@@ -181,10 +192,15 @@ def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key
 
 def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> Entry | None:
     """The entry that a tuned table has for a step, None where it has none."""
+    entries = tuned_entries(device)
+    return entries.get(table_key(step, operands, rank, rows, width)) if entries else None
+
+
+def tuned_entries(device: torch.device) -> dict[Key, Entry]:
+    """What the tuned table of a device holds; empty where there is none."""
     if device.type != "cuda":
-        return None
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return table_for(_gpu_name(index)).entries.get(table_key(step, operands, rank, rows, width))
+        return {}
+    return table_for(_gpu_name(device.index if device.index is not None else torch.cuda.current_device())).entries
 
 
 def step_of(kernel: str) -> str:

@@ -130,6 +130,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
         dA = dispatch.grad_weight(dT, x, dS, x_source, grad_dtype=A.dtype)
         return [T, S, y, dT, dS, dB, dA, dispatch.grad_input(dT, A, dtype=x.dtype)]
 
+    monkeypatch.setattr(dispatch, "tuned_entries", lambda device: {"some": "entries"})
     steps = ["shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"]
     want = run()
     assert used == [(step, "triton") for step in steps]
