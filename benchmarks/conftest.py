@@ -1,20 +1,91 @@
-"""Shared by all benchmarks: the device, seeds, synchronised timing, and what a result file says of its origin."""
+"""Shared by all benchmarks: which cases run, how a case is measured, and where its rows go.
+
+A case (one shape of one question) has several variants, each a test of its own. The first of them measures all,
+interleaved: build, gate, count, time. The others report what was measured then. `--results FILE` keeps the rows.
+"""
 
 from __future__ import annotations
 
-import datetime
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+import results
+import shapes
+import sweep
+import timing
 import torch
-
-from flare.environment import environment
+from gate import WrongResult
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_CLOCK = timing.Replay()
+_recorder = results.Recorder(None)
+
+
+@dataclass
+class Variant:
+    """One way to do what a case asks.
+
+    Attributes:
+        call: runs it once.
+        check: raises where its results are wrong; runs before anything is counted or timed.
+        count: bytes, launches and FLOPs of one call.
+        facts: what else belongs in its row.
+    """
+
+    call: Callable[[], object]
+    check: Callable[[], None]
+    count: Callable[[], dict[str, Any]] = dict
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+#: A variant, or the reason why it cannot run here.
+Variants = Mapping[str, Variant | str]
+
+
+@dataclass
+class _Measured:
+    case: str
+    rows: dict[str, dict[str, Any]]
+    samples: dict[str, timing.Samples]
+
+
+_last: _Measured | None = None
+_ceilings: timing.Ceilings | None = None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("flare benchmarks")
+    group.addoption("--results", type=Path, help="keep the rows of this run in a JSON file, written after every case")
+    group.addoption("--part", type=int, help="run only this part of the grid (see benchmarks/sweep.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _recorder.path = config.getoption("--results")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test our timer; leave out what is not in the part, and skip cases that were done before."""
+    part = config.getoption("--part")
+    wanted = None if part is None else sweep.cases_of(part)
+    finished = set() if part is None else results.done(sweep.result_folders())
+    kept = []
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=_CLOCK))
+        case = getattr(getattr(item, "callspec", None), "params", {}).get("shape")
+        if case is not None and wanted is not None and case.case not in wanted:
+            continue
+        if case is not None and case.case in finished:
+            item.add_marker(pytest.mark.skip(reason="a result of these sources exists"))
+        kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture
@@ -29,22 +100,107 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[[Callable[[], object]], None]:
-    """Time a call with pytest-benchmark: warmed up, and finished on the device before the clock is read."""
+def ceilings() -> timing.Ceilings:
+    """Copy bandwidth and matrix-product rate of the device, measured once in this run."""
+    global _ceilings
+    if _ceilings is None:
+        _ceilings = timing.ceilings(DEVICE)
+        _recorder.run = results.run_conditions(grid=shapes.grid(), ceilings=asdict(_ceilings))
+    return _ceilings
 
-    def run(call: Callable[[], object]) -> None:
-        def synchronised() -> None:
-            call()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
 
-        rounds, warmup = (30, 5) if DEVICE.type == "cuda" else (8, 2)
-        benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=warmup, iterations=1)
+@pytest.fixture
+def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
+    """Measure a case once, all its variants interleaved, and report one of them to pytest-benchmark.
+
+    The function takes the shape, the variant's name, ``build`` (which makes the variants, called once), conditions (one
+    line for the row) and ``queue_ahead`` (see timing.py; False for calls that wait for the device themselves).
+    """
+
+    def run(
+        shape: shapes.Shape,
+        variant: str,
+        build: Callable[[], Variants],
+        conditions: str,
+        *,
+        queue_ahead: bool = True,
+        how: timing.Effort | None = None,
+    ) -> None:
+        global _last
+        if _last is None or _last.case != shape.case:
+            _last = None
+            gc.collect()
+            _last = _measure(shape, build, conditions, queue_ahead, how)
+            gc.collect()
+            _recorder.add(_last.rows.values())
+        row = _last.rows[variant]
+        benchmark.group = shape.case
+        benchmark.extra_info.update({key: row[key] for key in row if key not in ("case", "variant")})
+        if row["status"] == "skipped":
+            pytest.skip(row["reason"])
+        if row["status"] != "timed":
+            pytest.fail(f"{variant} was not timed: {row['reason']}", pytrace=False)
+        durations = _last.samples[variant].device_s
+        _CLOCK.load(durations)
+        benchmark.pedantic(lambda: None, rounds=len(durations), iterations=1, warmup_rounds=0)
 
     return run
+
+
+def _measure(
+    shape: shapes.Shape,
+    build: Callable[[], Variants],
+    conditions: str,
+    queue_ahead: bool,
+    how: timing.Effort | None,
+) -> _Measured:
+    """Gate, count and time every variant of a case; one that fails is reported, and keeps no other from its row."""
+    variants = build()
+    rows = {name: _head(shape, name, conditions) for name in variants}
+    ready: dict[str, Variant] = {}
+    for name, variant in variants.items():
+        if isinstance(variant, str):
+            rows[name].update(status="skipped", reason=variant)
+            continue
+        try:
+            variant.check()
+            rows[name].update(variant.facts, counters=variant.count())
+            ready[name] = variant
+        except WrongResult as error:
+            rows[name].update(status="wrong", reason=str(error))
+        except torch.OutOfMemoryError as error:
+            rows[name].update(status="failed", reason=f"out of memory: {str(error).splitlines()[0]}")
+        except Exception as error:  # the other variants' rows must not be lost with it
+            rows[name].update(status="failed", reason=f"{type(error).__name__}: {error}")
+    samples = {}
+    if ready:
+        calls = {name: variant.call for name, variant in ready.items()}
+        samples = timing.interleave(calls, DEVICE, queue_ahead=queue_ahead, how=how)
+        for name, taken in samples.items():
+            rows[name].update(status="timed", **taken.row())
+            if "target_tokens" in rows[name]:
+                rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / taken.median
+    return _Measured(shape.case, rows, samples)
+
+
+def _head(shape: shapes.Shape, variant: str, conditions: str) -> dict[str, Any]:
+    model = shape.model
+    sizes = {key: value for key, value in asdict(shape).items() if key not in ("model", "question")}
+    return {
+        "case": shape.case,
+        "variant": variant,
+        "question": shape.question,
+        "family": model.family,
+        "model": model.name,
+        "stand_in": model.stand_in,
+        "headline": shape.headline,
+        "shape": {**sizes, "d": model.d, "n_q": model.n_q, "n_v": model.n_v},
+        "conditions": conditions,
+        "status": "failed",
+    }
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Device, versions, commit and date beside every result; what names the machine itself is left out."""
     machine_info.pop("node", None)
-    machine_info.update(environment(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    machine_info.update(results.run_conditions())

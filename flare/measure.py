@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -234,18 +234,18 @@ _aten: Any = torch.ops.aten
 _Shape = tuple[int, ...]
 
 
-def _addmm_flops(added: _Shape, a: _Shape, b: _Shape, **_: Any) -> int:
+def _addmm_flops(added: _Shape, a: _Shape, b: _Shape) -> int:
     """(..., M, K) by (..., K, N)."""
     return 2 * int(torch.Size(a).numel()) * b[-1]
 
 
-def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: _Shape) -> int:
     """Scores and values of query (B, heads, m, c), key (B, heads, k, c), value (B, heads, k, v)."""
     scores = query[0] * query[1] * query[2] * key[2]
     return 2 * scores * (query[3] + value[3])
 
 
-def _attention_backward_flops(grad: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(grad: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: _Shape) -> int:
     """Scores once more, and four products for the gradients of scores, query, key and value."""
     scores = query[0] * query[1] * query[2] * key[2]
     return 2 * scores * (3 * query[3] + 2 * value[3])
@@ -275,6 +275,37 @@ class FlopCount:
     by_op: dict[str, int] = field(default_factory=dict)
 
 
+class _FlopMode(TorchDispatchMode):
+    """PyTorch's formulas without its module tracker, whose hooks do not bear `torch.autograd.grad`."""
+
+    def __init__(self, result: FlopCount) -> None:
+        super().__init__()
+        self._result = result
+        self._formulas: dict[Any, Any] = {**flop_registry}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        op = func._overloadpacket
+        own = _MORE_FLOPS.get(op)
+        if own is None and op not in self._formulas:
+            with self:  # an operator made of others counts as these
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        out = func(*args, **kwargs)
+        if own is not None:
+            self._note(op, own(*(tuple(arg.shape) for arg in args if isinstance(arg, Tensor))))
+        elif op in self._formulas:
+            self._note(op, self._formulas[op](*args, **kwargs, out_val=out))
+        return out
+
+    def _note(self, op: Any, flops: int) -> None:
+        self._result.total += flops
+        self._result.by_op[str(op)] = self._result.by_op.get(str(op), 0) + flops
+
+
 @contextmanager
 def count_flops() -> Iterator[FlopCount]:
     """Count the FLOPs of matrix products and attention inside the block, forward and backward.
@@ -283,10 +314,8 @@ def count_flops() -> Iterator[FlopCount]:
     products: 2 forward, and 5 backward where it computes the scores again.
     """
     result = FlopCount()
-    with FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS) as mode:
+    with _FlopMode(result):
         yield result
-    result.total = mode.get_total_flops()
-    result.by_op = {str(op): count for op, count in mode.get_flop_counts().get("Global", {}).items()}
 
 
 @dataclass
