@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import shapes
 import sweep
 import timing
 import torch
-from gate import WrongResult
+from cases import Measured, Variants, measure
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,35 +28,7 @@ _CLOCK = timing.Replay()
 _recorder = results.Recorder(None)
 
 
-@dataclass
-class Variant:
-    """One way to do what a case asks.
-
-    Attributes:
-        call: runs it once.
-        check: raises where its results are wrong; runs before anything is counted or timed.
-        count: bytes, launches and FLOPs of one call.
-        facts: what else belongs in its row.
-    """
-
-    call: Callable[[], object]
-    check: Callable[[], None]
-    count: Callable[[], dict[str, Any]] = dict
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-#: A variant, or the reason why it cannot run here.
-Variants = Mapping[str, Variant | str]
-
-
-@dataclass
-class _Measured:
-    case: str
-    rows: dict[str, dict[str, Any]]
-    samples: dict[str, timing.Samples]
-
-
-_last: _Measured | None = None
+_last: Measured | None = None
 _ceilings: timing.Ceilings | None = None
 
 
@@ -68,6 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     _recorder.path = config.getoption("--results")
+    if config.getoption("--part") is not None:
+        _recorder.resume()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -130,7 +104,7 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
         if _last is None or _last.case != shape.case:
             _last = None
             gc.collect()
-            _last = _measure(shape, build, conditions, queue_ahead, how)
+            _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
             gc.collect()
             _recorder.add(_last.rows.values())
         row = _last.rows[variant]
@@ -145,59 +119,6 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
         benchmark.pedantic(lambda: None, rounds=len(durations), iterations=1, warmup_rounds=0)
 
     return run
-
-
-def _measure(
-    shape: shapes.Shape,
-    build: Callable[[], Variants],
-    conditions: str,
-    queue_ahead: bool,
-    how: timing.Effort | None,
-) -> _Measured:
-    """Gate, count and time every variant of a case; one that fails is reported, and keeps no other from its row."""
-    variants = build()
-    rows = {name: _head(shape, name, conditions) for name in variants}
-    ready: dict[str, Variant] = {}
-    for name, variant in variants.items():
-        if isinstance(variant, str):
-            rows[name].update(status="skipped", reason=variant)
-            continue
-        try:
-            variant.check()
-            rows[name].update(variant.facts, counters=variant.count())
-            ready[name] = variant
-        except WrongResult as error:
-            rows[name].update(status="wrong", reason=str(error))
-        except torch.OutOfMemoryError as error:
-            rows[name].update(status="failed", reason=f"out of memory: {str(error).splitlines()[0]}")
-        except Exception as error:  # the other variants' rows must not be lost with it
-            rows[name].update(status="failed", reason=f"{type(error).__name__}: {error}")
-    samples = {}
-    if ready:
-        calls = {name: variant.call for name, variant in ready.items()}
-        samples = timing.interleave(calls, DEVICE, queue_ahead=queue_ahead, how=how)
-        for name, taken in samples.items():
-            rows[name].update(status="timed", **taken.row())
-            if "target_tokens" in rows[name]:
-                rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / taken.median
-    return _Measured(shape.case, rows, samples)
-
-
-def _head(shape: shapes.Shape, variant: str, conditions: str) -> dict[str, Any]:
-    model = shape.model
-    sizes = {key: value for key, value in asdict(shape).items() if key not in ("model", "question")}
-    return {
-        "case": shape.case,
-        "variant": variant,
-        "question": shape.question,
-        "family": model.family,
-        "model": model.name,
-        "stand_in": model.stand_in,
-        "headline": shape.headline,
-        "shape": {**sizes, "d": model.d, "n_q": model.n_q, "n_v": model.n_v},
-        "conditions": conditions,
-        "status": "failed",
-    }
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

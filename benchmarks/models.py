@@ -122,7 +122,7 @@ def quantise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
                 compute_dtype=dtype,
                 quant_type="nf4",
             )
-            new.weight = bnb.nn.Params4bit(linear.weight.data.to(dtype), requires_grad=False, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(linear.weight.data.to(dtype).cpu(), requires_grad=False, quant_type="nf4")
             new.bias = linear.bias
             owner, _, name = path.rpartition(".")
             setattr(blocks.get_submodule(owner), name, new.to(device))

@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flare.environment import environment
-
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
 #: What a measured number depends on; how it is summed up and drawn afterwards does not.
@@ -33,6 +31,8 @@ def fingerprint(root: Path = ROOT) -> str:
 
 def run_conditions(**more: Any) -> dict[str, Any]:
     """Device, versions, commit, sources and date of this process; FLARE_COMMIT names the commit where git cannot."""
+    from flare.environment import environment  # brings torch along, which reading results does not need
+
     found = environment()
     found["commit"] = os.environ.get("FLARE_COMMIT") or found["commit"]
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -46,6 +46,13 @@ class Recorder:
         self.path = path
         self.run: dict[str, Any] = {}
         self.cases: list[dict[str, Any]] = []
+
+    def resume(self) -> None:
+        """Go on with the file of an earlier run of the same sources, where there is one."""
+        if self.path is not None and self.path.exists() and is_result(self.path):
+            earlier = load(self.path)
+            if earlier["run"].get("sources") == fingerprint():
+                self.cases = earlier["cases"]
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Keep the rows of a case, in place of earlier ones."""

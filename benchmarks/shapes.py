@@ -214,7 +214,7 @@ def kernels(which: str) -> list[KernelShape]:
     if which == "tiny":
         return [KernelShape(m, p, q, 512, 16) for m, q in ((TINY_LLAMA, "v"), (TINY_XLMR, "q")) for p in PRIMITIVES]
     projections = [(LLAMA, "q"), (LLAMA, "v"), (XLMR, "q")]
-    sizes, ranks = (64, 8192), (64,)
+    sizes, ranks = (8192,), (64,)
     if which == "full":
         projections += [(MT5, "q"), (GEMMA2, "q"), (GEMMA2, "v")]
         sizes, ranks = (1, 16, 64, 256, 1024, 2048, 8192, 32768), (8, 64, 128)

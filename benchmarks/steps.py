@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from conftest import Variant, Variants
+from cases import Variant, Variants
 from gate import WrongResult
 from models import METHODS, PRECISION, Models, base_model, batch_of, gradients, joined, quiet, refusal
 from shapes import StepShape
-from timing import device_launches, wall_seconds
+from timing import Effort, device_launches, wall_seconds
 from torch import Tensor
 
 import flare_kernels
@@ -23,6 +23,11 @@ from flare.measure import count_calls, count_flops, count_ops, peak_bytes, saved
 WHOLE_MODEL = {torch.bfloat16: 0.15, torch.float32: 1e-3}
 #: The block question's vocabulary: a head and an embedding that cost next to nothing.
 _SMALL_VOCABULARY = 1024
+
+
+def effort(device: torch.device) -> Effort:
+    """A whole step is long: fewer rounds."""
+    return Effort(6.0, 5, 30, 2) if device.type == "cuda" else Effort(0.35, 3, 10, 1)
 
 
 def dtype_of(device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import shapes
 from models import METHODS
-from steps import build
+from steps import build, effort
 
 CONDITIONS = (
     "forward + backward of a one-block model, LoRA on query and value, random weights, full rows, no checkpointing"
@@ -22,4 +22,4 @@ CONDITIONS = (
 @pytest.mark.parametrize("variant", METHODS)
 @pytest.mark.parametrize("shape", shapes.blocks(shapes.grid()), ids=lambda s: s.case)
 def test_block(compare: Any, shape: shapes.StepShape, variant: str, device: Any) -> None:
-    compare(shape, variant, lambda: build(shape, device), CONDITIONS, queue_ahead=False)
+    compare(shape, variant, lambda: build(shape, device), CONDITIONS, queue_ahead=False, how=effort(device))

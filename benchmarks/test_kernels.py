@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import shapes
 import torch
-from conftest import Variant, Variants
+from cases import Variant, Variants
 from gate import exact, poisoned, require_correct
 from primitives import DTYPE, flops, module, moved, operands, oracle, run
 from timing import Ceilings, Rotation, device_launches

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 #: Device cycles to sleep before the first event, while the host queues the call's launches (about 2 ms).
 _QUEUE_CYCLES = 4_000_000
 #: More copies than this make no difference and take long to draw.
-_MOST_COPIES = 512
+_MOST_COPIES = 2048
 #: A CPU's cache is not asked for: its seconds are reported and never asserted.
 _CPU_COPIES = 2
 
@@ -140,8 +140,8 @@ class Effort:
 
 
 def effort(device: torch.device) -> Effort:
-    """A second for a group on a GPU, a third of one on a CPU."""
-    return Effort(1.0, 10, 100, 3) if device.type == "cuda" else Effort(0.35, 3, 20, 1)
+    """Half a second for a group on a GPU, a third of one on a CPU; bounded in rounds."""
+    return Effort(0.5, 10, 100, 3) if device.type == "cuda" else Effort(0.35, 3, 20, 1)
 
 
 def interleave(
