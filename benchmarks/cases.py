@@ -29,8 +29,16 @@ class Variant:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A variant that cannot run here: why, and what can be counted nevertheless."""
+
+    reason: str
+    counters: dict[str, Any]
+
+
 #: A variant, or the reason why it cannot run here.
-Variants = Mapping[str, Variant | str]
+Variants = Mapping[str, Variant | Skipped | str]
 
 
 @dataclass
@@ -56,7 +64,9 @@ def measure(
     ready: dict[str, Variant] = {}
     for name, variant in variants.items():
         if isinstance(variant, str):
-            rows[name].update(status="skipped", reason=variant)
+            variant = Skipped(variant, {})
+        if isinstance(variant, Skipped):
+            rows[name].update(status="skipped", reason=variant.reason, counters=variant.counters)
             continue
         try:
             variant.check()

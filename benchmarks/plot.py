@@ -176,7 +176,9 @@ def _section(question: str, rows: list[Row]) -> str:
     for row in _folded(rows):
         case = row["case"].partition("/")[2]
         if row["status"] != "timed":
-            cells = [f"{row['status']}: {row['reason']}", *[""] * (len(columns) - 1)]
+            # what was counted without running it stands in its column
+            known = [cell(row, rows) if name == "launches" else "" for name, cell in columns[1:]]
+            cells = [f"{row['status']}: {row['reason']}", *("" if cell == "-" else cell for cell in known)]
         else:
             cells = [cell(row, rows) for _, cell in columns]
         lines.append(f"| {case} | {row['variant']} | " + " | ".join(cells) + " |")
@@ -331,7 +333,7 @@ def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
         plt.Line2D([], [], marker="o", linestyle="", mfc="none", color="#333333", label=timed_model(timed, False)),
     ]
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    axis.set_yscale("log", base=2)
     axis.set_xlim(left, right)
     axis.set_ylim(top=2 * rate / giga)
     for side in (axis.xaxis, axis.yaxis):

@@ -38,6 +38,18 @@ def module(variant: str, device: torch.device) -> ModuleType | str:
     return backends.primitives("triton", device, DTYPE) if status else f"Triton kernels: {status}"
 
 
+def recorded_launches(shape: KernelShape) -> int | None:
+    """How many Triton kernels a call launches, told without running one; None where there is no Triton."""
+    try:
+        from flare_kernels import triton_ops
+        from flare_kernels.triton_ops.launch import recording
+    except ImportError:
+        return None
+    with recording(shared_bytes=227 * 1024) as launches:
+        run(shape.primitive, triton_ops, operands(shape, torch.device("cpu")))
+    return len(launches)
+
+
 def operands(shape: KernelShape, device: torch.device) -> Operands:
     """Random inputs of unit scale; adapters as they are stored for bf16 training."""
     M, r, d, n = shape.M, shape.r, shape.model.d, shape.n

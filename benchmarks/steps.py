@@ -27,7 +27,7 @@ _SMALL_VOCABULARY = 1024
 
 def effort(device: torch.device) -> Effort:
     """A whole step is long: fewer rounds."""
-    return Effort(6.0, 5, 30, 2) if device.type == "cuda" else Effort(0.35, 3, 10, 1)
+    return Effort(6.0, 5, 30, 2) if device.type == "cuda" else Effort(0.6, 5, 10, 1)
 
 
 def dtype_of(device: torch.device) -> torch.dtype:

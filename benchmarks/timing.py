@@ -140,8 +140,8 @@ class Effort:
 
 
 def effort(device: torch.device) -> Effort:
-    """Half a second for a group on a GPU, a third of one on a CPU; bounded in rounds."""
-    return Effort(0.5, 10, 100, 3) if device.type == "cuda" else Effort(0.35, 3, 20, 1)
+    """Half a second for a group on a GPU, little more on a CPU; bounded in rounds."""
+    return Effort(0.5, 10, 100, 3) if device.type == "cuda" else Effort(0.6, 5, 30, 1)
 
 
 def interleave(

@@ -209,6 +209,12 @@ def test_parts_of_a_sweep_hold_every_case_once_and_are_balanced() -> None:
         assert max(loads) < 500 and max(loads) - min(loads) <= max(cases.values())
 
 
+def test_a_part_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLARE_BENCH_GRID", "tiny")
+    with pytest.raises(ValueError, match="parts 1 to"):
+        module("sweep").cases_of(99)
+
+
 # --- summary ----------------------------------------------------------------------------------------------------------
 
 KEYS = {
@@ -340,5 +346,3 @@ def test_a_sweeps_part_is_not_measured_twice(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stdout + second.stderr
     assert "a result of these sources exists" in second.stdout
     assert (tmp_path / "sweep-1.json").read_text() == before
-    unknown = run("bash", "benchmarks/run_gpu.sh", "sweep", "99", PYTEST_ADDOPTS=few, **dry)
-    assert unknown.returncode != 0 and "parts 1 to" in unknown.stdout

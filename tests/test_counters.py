@@ -139,6 +139,14 @@ def test_a_step_does_the_arithmetic_of_the_method_and_no_more(method: str) -> No
     assert flops.total == theory(width)
 
 
+def test_the_source_pass_ends_where_nothing_more_is_read() -> None:
+    """With the release's offset the last block's output is not read, and the last block is not run."""
+    model = flare.fast_lora(tiny.model("xlmr"), r=r, source_layer_offset=0)
+    with count_calls(tiny.block_list(model.get_base_model())) as calls:
+        model(**batch(m, source=True))
+    assert calls.total == 2 * tiny.LAYERS - 1
+
+
 def test_flare_does_less_than_input_level_fusion() -> None:
     """The paper's bound on the frozen part: source forward + target forward and backward, against all of it at 2m."""
     assert flare_step(512) < 0.76 * lora_step(2 * 512)
@@ -237,14 +245,54 @@ def test_ops_of_a_joint_call_do_not_double_those_on_the_streams() -> None:
     assert two.by_op["addmm_"] == 2
 
 
-def test_launches_of_the_kernels() -> None:
-    """Under Triton's interpreter here: one shrink and one expand in forward."""
+@pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 6), ("joint", 3, 9)])
+def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None:
+    """At most so many Triton kernels (listed, not run), and no PyTorch operator on anything as wide as a stream."""
+    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
+    t = tensors()
+    names = ("q", "v") if name == "joint" else ("q",)
+    leaves = [t["x"], *(t[f"{each}.{part}"] for each in names for part in "AB")]
+    base = {each: torch.randn(TOKENS, WIDTH).bfloat16() for each in names}
+    G = [torch.randn(TOKENS, WIDTH).bfloat16() for _ in names]
+    adapters = {each: (t[f"{each}.A"], t[f"{each}.B"], 2.0) for each in names}
+
+    def call() -> list[Tensor]:
+        if name == "one":
+            y = fused_lora(t["x"], t["x_source"], base["q"], t["q.A"], t["q.B"], scaling=2.0, backend="triton")
+            return [y]
+        return list(fused_lora_qkv(t["x"], t["x_source"], base, adapters, backend="triton").values())
+
+    with launch.recording(227 * 1024) as launches, count_ops() as ops:
+        ys = call()
+        in_forward = len(launches)
+        torch.autograd.grad(ys, leaves, G)
+    assert 2 <= in_forward <= forward
+    assert 4 <= len(launches) - in_forward <= backward
+    assert not {"mm", "addmm", "addmm_", "mul", "relu"} & set(ops.ops)
+
+
+def test_launches_while_decoding() -> None:
+    """M = 1 to 64 with the source's bottleneck known: at most one launch down and one up for each projection."""
+    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
+    t = tensors()
+    adapters = {each: (t[f"{each}.A"], t[f"{each}.B"], 2.0) for each in ("q", "v")}
+    for tokens in (1, 16, 64):
+        base = {each: torch.randn(tokens, WIDTH).bfloat16() for each in adapters}
+        S = {each: torch.randn(tokens, RANK).bfloat16() for each in adapters}
+        with torch.no_grad(), launch.recording(227 * 1024) as launches:
+            fused_lora_qkv(
+                torch.randn(tokens, WIDTH).bfloat16(), None, base, adapters, source_bottleneck=S, backend="triton"
+            )
+        assert 2 <= len(launches) <= 3
+
+
+def test_launches_are_counted_as_kernels() -> None:
+    """Under Triton's interpreter here, where this version lists its launches."""
     launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
     if not hasattr(launch, "counting"):
-        pytest.skip("this version does not list its launches (flare_kernels.triton_ops.launch.counting)")
-    t = {name: tensor.detach().half()[:64] if name[0] == "x" else tensor for name, tensor in tensors().items()}
+        pytest.skip("this version does not list the launches it runs (flare_kernels.triton_ops.launch.counting)")
+    t = {name: tensor.detach().half() for name, tensor in tensors().items()}
     base = torch.randn(64, WIDTH).half()
-    A, up = t["q.A"].half(), t["q.B"].half()
     with count_ops() as ops, torch.no_grad():
-        fused_lora(t["x"], t["x_source"], base, A, up, scaling=2.0, backend="triton")
+        fused_lora(t["x"][:64], t["x_source"][:64], base, t["q.A"], t["q.B"], scaling=2.0, backend="triton")
     assert len(ops.kernels) == 2, ops.kernels
