@@ -104,6 +104,8 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
         if _last is None or _last.case != shape.case:
             _last = None
             gc.collect()
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
             _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
             gc.collect()
             _recorder.add(_last.rows.values())

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-#: Device cycles to sleep before the first event, while the host queues the call's launches (about 2 ms).
-_QUEUE_CYCLES = 4_000_000
+#: Device cycles to sleep before the first event, while the host queues the call's launches (about 4 ms).
+_QUEUE_CYCLES = 8_000_000
 #: More copies than this make no difference and take long to draw.
 _MOST_COPIES = 2048
 #: A CPU's cache is not asked for: its seconds are reported and never asserted.
