@@ -89,6 +89,12 @@ def measure(
     return Measured(shape.case, rows, samples)
 
 
+def failed(shape: shapes.Shape, variant: str, conditions: str, error: Exception) -> Measured:
+    """A case whose variants could not even be built: one row that says so."""
+    row = {**_head(shape, variant, conditions), "reason": f"{type(error).__name__}: {error}"}
+    return Measured(shape.case, {variant: row}, {})
+
+
 def _head(shape: shapes.Shape, variant: str, conditions: str) -> dict[str, Any]:
     model = shape.model
     sizes = {key: value for key, value in asdict(shape).items() if key not in ("model", "question")}

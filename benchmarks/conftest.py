@@ -19,7 +19,7 @@ import shapes
 import sweep
 import timing
 import torch
-from cases import Measured, Variants, measure
+from cases import Measured, Variants, failed, measure
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -106,10 +106,13 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
             gc.collect()
             if DEVICE.type == "cuda":
                 torch.cuda.empty_cache()
-            _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
+            try:
+                _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
+            except Exception as error:  # of building it: its other variants need not try again
+                _last = failed(shape, variant, conditions, error)
             gc.collect()
             _recorder.add(_last.rows.values())
-        row = _last.rows[variant]
+        row = _last.rows.get(variant) or next(iter(_last.rows.values()))
         benchmark.group = shape.case
         benchmark.extra_info.update({key: row[key] for key in row if key not in ("case", "variant")})
         if row["status"] == "skipped":

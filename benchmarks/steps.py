@@ -46,7 +46,8 @@ def depth_that_fits(shape: StepShape, device: torch.device) -> int:
         of_head = 2 * model.vocabulary * model.d
     weights = 2 * (2 * model.d * model.n_q + 2 * model.d * model.n_v + 3 * model.d * model.inner)
     twice_as_long = 2 * tokens * 2 * (12 * model.d + 5 * model.inner)
-    scores = twice_as_long // 2 + shape.B * model.heads * shape.m**2 * 8
+    eager_length = (2 if model.family == "gemma2" else 1) * shape.m  # Gemma 2 has no other attention
+    scores = eager_length * twice_as_long // (2 * shape.m) + shape.B * model.heads * eager_length**2 * 8
     stacks = 2 if model.family == "mt5" else 1
     fits = int((total - of_head) / (stacks * (weights + max(twice_as_long, scores))))
     return max(1, min(shape.depth or model.layers, fits))
@@ -140,7 +141,8 @@ def _variant(
         with count_ops() as launched, count_flops() as flops:
             call()
         found["launches"] = device_launches(call, device) or launched.total
-        if flare_kernels.select_backend(device, dtype_of(device)) == "torch":  # a Triton kernel's FLOPs are not seen
+        # what runs inside a Triton kernel, or in bitsandbytes, is not seen
+        if shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
             found["flops"] = flops.total
         found["parts_s"] = _parts(method, models, batch, optimizer, block_only)
         return found

@@ -229,6 +229,8 @@ def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Vari
         try:
             call()
         except ValueError as refused:
+            if not provider.source:
+                raise
             return str(refused)
 
         def check() -> None:

@@ -154,6 +154,26 @@ def test_a_wrong_kernel_fails_its_benchmark_and_is_not_timed(tmp_path: Path) -> 
     assert rows["grad_input"]["status"] == "timed", "a wrong one must not take others with it"
 
 
+def test_a_case_that_cannot_be_built_is_tried_once_and_reported(tmp_path: Path) -> None:
+    (tmp_path / "breaks.py").write_text(
+        "import sys\n"
+        "def pytest_collection_finish(session):\n"
+        "    def fails(*a):\n"
+        "        print('BUILT')\n"
+        "        raise RuntimeError('no such luck')\n"
+        "    sys.modules['test_kernels'].variants = fails\n"
+    )
+    done = run(
+        *(sys.executable, "-m", "pytest", "-q", "-s", "-p", "breaks", "-p", "no:cacheprovider"),
+        *("benchmarks/test_kernels.py", "-k", "xlmr-q/shrink", "--results", str(tmp_path / "r.json")),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]),
+        FLARE_BENCH_GRID="tiny",
+    )
+    assert done.returncode == 1 and done.stdout.count("BUILT") == 1, done.stdout + done.stderr
+    (row,) = module("results").load(tmp_path / "r.json")["cases"]
+    assert row["status"] == "failed" and "no such luck" in row["reason"]
+
+
 # --- result files -----------------------------------------------------------------------------------------------------
 
 
