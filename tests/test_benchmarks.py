@@ -174,6 +174,16 @@ def test_a_case_that_cannot_be_built_is_tried_once_and_reported(tmp_path: Path) 
     assert row["status"] == "failed" and "no such luck" in row["reason"]
 
 
+@pytest.mark.parametrize(("model", "megabytes"), [("LLAMA", 139.5 + 172.6 + 93.6 + 140.5 + 137.4), ("XLMR", 226.3)])
+def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float) -> None:
+    """Worked out by hand for M = 8192, r = 64, bf16: down, up, bottleneck gradients, dA, dx added to dx."""
+    shapes = module("shapes")
+    shape = shapes.ProjectionShape(getattr(shapes, model), 8192, 64)
+    floor = module("test_projection").adapter_bytes
+    assert floor(shape, accumulate_dx=True) / 1e6 == pytest.approx(megabytes, rel=2e-3)
+    assert floor(shape, accumulate_dx=True) - floor(shape, accumulate_dx=False) == 2 * 8192 * shape.model.d
+
+
 # --- result files -----------------------------------------------------------------------------------------------------
 
 
