@@ -23,6 +23,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_OUTPUT ?= demo-output
 DEMO_ARGS ?=
+BENCH_OUTPUT ?= bench-output
 
 comma := ,
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -47,6 +48,7 @@ help: ## this list
 	@echo "  PINS            more requirements, such as transformers==5.17.0"
 	@echo "  WORKERS         $(WORKERS) test processes; PYTEST_ARGS more arguments for pytest"
 	@echo "  DEMO_OUTPUT     $(DEMO_OUTPUT); DEMO_ARGS more arguments for flare demo, such as --seeds 1"
+	@echo "  BENCH_OUTPUT    $(BENCH_OUTPUT), where make bench leaves rows, table and pictures"
 
 env: $(STAMP) ## make the environment and nothing else
 
@@ -97,13 +99,16 @@ format: $(STAMP) ## let ruff mend and format
 types: $(STAMP) ## mypy over both packages
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the comparisons: small sizes on a CPU, the papers' sizes on a GPU
-	$(BIN)/python -m pytest benchmarks/ $(PYTEST_ARGS)
+bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (two minutes)
+	@echo "==> pytest benchmarks/, rows go to $(BENCH_OUTPUT)"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest benchmarks/ -q --benchmark-columns=median,iqr,rounds \
+	  --results "$(BENCH_OUTPUT)/results.json" $(PYTEST_ARGS)
+	@$(BIN)/python benchmarks/plot.py "$(BENCH_OUTPUT)/results.json" --output "$(BENCH_OUTPUT)"
 
 compile-all: $(STAMP) ## compile every kernel configuration for every GPU generation (no GPU needed)
 	$(BIN)/python -m flare_kernels.aot --all
 
-clean: ## remove what make made: environments, caches, build folders, demo-output
+clean: ## remove what make made: environments, caches, build folders, demo-output, bench-output
 	@for v in .venv .venv-oldest "$(VENV)"; do if ls "$$v"/.flare-made-* >/dev/null 2>&1; then echo "removing $$v"; rm -rf "$$v"; fi; done
-	@rm -rf build dist flare_kernels.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	@rm -rf build dist flare_kernels.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	@for d in flare flare_kernels tests benchmarks; do if [ -d $$d ]; then find $$d -name __pycache__ -type d -prune -exec rm -rf {} +; fi; done

@@ -1,20 +1,65 @@
-"""Shared by all benchmarks: the device, seeds, synchronised timing, and what a result file says of its origin."""
+"""Shared by all benchmarks: which cases run, how a case is measured, and where its rows go.
+
+A case (one shape of one question) has several variants, each a test of its own. The first of them measures all,
+interleaved: build, gate, count, time. The others report what was measured then. `--results FILE` keeps the rows.
+"""
 
 from __future__ import annotations
 
-import datetime
+import gc
 import os
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+import results
+import shapes
+import sweep
+import timing
 import torch
-
-from flare.environment import environment
+from cases import Measured, Variants, failed, measure
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_CLOCK = timing.Replay()
+_recorder = results.Recorder(None)
+
+
+_last: Measured | None = None
+_ceilings: timing.Ceilings | None = None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("flare benchmarks")
+    group.addoption("--results", type=Path, help="keep the rows of this run in a JSON file, written after every case")
+    group.addoption("--part", type=int, help="run only this part of the grid (see benchmarks/sweep.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _recorder.path = config.getoption("--results")
+    if config.getoption("--part") is not None:
+        _recorder.resume()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test our timer; leave out what is not in the part, and skip cases that were done before."""
+    part = config.getoption("--part")
+    wanted = None if part is None else sweep.cases_of(part)
+    finished = set() if part is None else results.done(sweep.result_folders())
+    kept = []
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=_CLOCK))
+        case = getattr(getattr(item, "callspec", None), "params", {}).get("shape")
+        if case is not None and wanted is not None and case.case not in wanted:
+            continue
+        if case is not None and case.case in finished:
+            item.add_marker(pytest.mark.skip(reason="a result of these sources exists"))
+        kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 @pytest.fixture
@@ -29,17 +74,54 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[[Callable[[], object]], None]:
-    """Time a call with pytest-benchmark: warmed up, and finished on the device before the clock is read."""
+def ceilings() -> timing.Ceilings:
+    """Copy bandwidth and matrix-product rate of the device, measured once in this run."""
+    global _ceilings
+    if _ceilings is None:
+        _ceilings = timing.ceilings(DEVICE)
+        _recorder.run = results.run_conditions(grid=shapes.grid(), ceilings=asdict(_ceilings))
+    return _ceilings
 
-    def run(call: Callable[[], object]) -> None:
-        def synchronised() -> None:
-            call()
+
+@pytest.fixture
+def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
+    """Measure a case once, all its variants interleaved, and report one of them to pytest-benchmark.
+
+    The function takes the shape, the variant's name, ``build`` (which makes the variants, called once), conditions (one
+    line for the row) and ``queue_ahead`` (see timing.py; False for calls that wait for the device themselves).
+    """
+
+    def run(
+        shape: shapes.Shape,
+        variant: str,
+        build: Callable[[], Variants],
+        conditions: str,
+        *,
+        queue_ahead: bool = True,
+        how: timing.Effort | None = None,
+    ) -> None:
+        global _last
+        if _last is None or _last.case != shape.case:
+            _last = None
+            gc.collect()
             if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-
-        rounds, warmup = (30, 5) if DEVICE.type == "cuda" else (8, 2)
-        benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=warmup, iterations=1)
+                torch.cuda.empty_cache()
+            try:
+                _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
+            except Exception as error:  # of building it: its other variants need not try again
+                _last = failed(shape, variant, conditions, error)
+            gc.collect()
+            _recorder.add(_last.rows.values())
+        row = _last.rows.get(variant) or next(iter(_last.rows.values()))
+        benchmark.group = shape.case
+        benchmark.extra_info.update({key: row[key] for key in row if key not in ("case", "variant")})
+        if row["status"] == "skipped":
+            pytest.skip(row["reason"])
+        if row["status"] != "timed":
+            pytest.fail(f"{variant} was not timed: {row['reason']}", pytrace=False)
+        durations = _last.samples[variant].device_s
+        _CLOCK.load(durations)
+        benchmark.pedantic(lambda: None, rounds=len(durations), iterations=1, warmup_rounds=0)
 
     return run
 
@@ -47,4 +129,4 @@ def measure(benchmark: Any) -> Callable[[Callable[[], object]], None]:
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     """Device, versions, commit and date beside every result; what names the machine itself is left out."""
     machine_info.pop("node", None)
-    machine_info.update(environment(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    machine_info.update(results.run_conditions())

@@ -1,18 +1,76 @@
 #!/usr/bin/env bash
-# On a GPU machine: the tests that run kernels, then the benchmarks; JSON under the folder named by $OUT, or under
-# benchmarks/results/<gpu>. Nothing is installed: it takes the python3 on the PATH and the packages that are there.
+# On a GPU machine:
+#
+#   benchmarks/run_gpu.sh            the tests that run kernels, then every number of summary.json; under 9 minutes
+#   benchmarks/run_gpu.sh sweep N    part N of the whole grid (python benchmarks/sweep.py lists the parts); under 9 minutes
+#
+# Results go to the folder $OUT, else to benchmarks/results/<gpu>. Each step has a time limit of its own, and what was
+# measured before one ran out is kept. A sweep skips cases that have a result of the same sources in either folder.
+# Nothing is installed: it takes python3 (or $PYTHON) and the packages that are there. Where there is no git, name the
+# commit: FLARE_COMMIT=... . FLARE_BENCH_DRY=1 takes the same path with tiny sizes, on a CPU too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+DRY=${FLARE_BENCH_DRY:-}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-GPU=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())') || {
-  echo "run_gpu.sh needs a CUDA device that torch can see"; exit 2; }
-RESULTS=${OUT:-benchmarks/results/$GPU}
+if [ -n "$DRY" ]; then
+  export FLARE_BENCH_GRID=tiny
+elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "run_gpu.sh needs a CUDA device that torch can see (FLARE_BENCH_DRY=1 runs tiny sizes without)"
+  exit 2
+fi
+RESULTS=${OUT:-benchmarks/results/$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); import sweep; print(sweep.gpu_name())')}
 mkdir -p "$RESULTS"
 status=0
-echo "== tests on $GPU"
-timeout 240 python3 -m pytest tests/kernels tests/test_fast_lora.py tests/test_source_pass.py tests/test_goldens.py \
-  -q --deselect tests/kernels/test_aot.py -p no:cacheprovider -x 2>&1 | tee "$RESULTS/tests.txt" || status=1
-echo "== benchmarks"
-timeout 270 python3 -m pytest benchmarks -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
-  --benchmark-json="$RESULTS/benchmarks.json" 2>&1 | tee "$RESULTS/benchmarks.txt" || status=1
+
+# step SECONDS NAME COMMAND...: run with a limit, log, go on whatever happens
+step() {
+  local limit=$1 name=$2
+  shift 2
+  echo "== $name (at most ${limit}s)" | tee -a "$LOG"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG"
+  local code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] && return
+  [ "$code" -eq 124 ] && echo "== $name: stopped after ${limit}s; what was measured is kept" | tee -a "$LOG"
+  status=1
+}
+bench() { # bench SECONDS NAME FILE ARGUMENTS...
+  local limit=$1 name=$2 file=$3
+  shift 3
+  step "$limit" "$name" "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
+    --results "$RESULTS/$file" "$@"
+}
+
+if [ "${1:-}" = sweep ]; then
+  part=${2:?"which part? python benchmarks/sweep.py lists them"}
+  [ -n "$DRY" ] || export FLARE_BENCH_GRID=full
+  LOG="$RESULTS/sweep-$part.txt"
+  : > "$LOG"
+  bench 520 "part $part" "sweep-$part.json" benchmarks --part "$part"
+  exit $status
+fi
+
+LOG="$RESULTS/log.txt"
+: > "$LOG"
+if [ -n "$DRY" ]; then
+  step 60 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_measure.py -k peak
+  bench 120 "summary" results.json benchmarks/test_projection.py benchmarks/test_training_step.py \
+    -k "xlmr-qv or step/xlmr"
+  bench 60 "more" more.json benchmarks/test_generation.py -k decode/xlmr/M1-
+else
+  step 140 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 tests/kernels tests/test_fast_lora.py \
+    tests/test_source_pass.py tests/test_goldens.py --deselect tests/kernels/test_aot.py
+  bench 230 "summary" results.json benchmarks/test_projection.py benchmarks/test_training_step.py
+  bench 110 "more" more.json benchmarks/test_generation.py benchmarks/test_kernels.py benchmarks/test_block.py
+fi
+MEASURED=()
+for file in results.json more.json; do [ -f "$RESULTS/$file" ] && MEASURED+=("$RESULTS/$file"); done
+if [ ${#MEASURED[@]} -eq 0 ]; then
+  echo "nothing was measured: see $LOG"
+  exit 1
+fi
+step 20 "summary.json" "$PYTHON" benchmarks/summary.py "${MEASURED[@]}" --output "$RESULTS/summary.json"
+if "$PYTHON" -c 'import matplotlib' 2>/dev/null; then
+  step 30 "table and pictures" "$PYTHON" benchmarks/plot.py "${MEASURED[@]}" --output "$RESULTS"
+fi
 exit $status

@@ -1,62 +1,304 @@
-"""Sizes that the benchmarks run: the papers' models on a GPU, small stand-ins of the same proportions on a CPU."""
+"""Sizes that the benchmarks run: models from their published configurations, and the grids of cases over them.
+
+Three grids: ``tiny`` (what a CPU runs: stand-ins of the same proportions), ``main`` (what a GPU runs unless told
+otherwise: everything that `summary.json` needs, and a few sizes around it) and ``full`` (everything).
+Letters: d width, M tokens, B rows, m tokens a row, r rank, L blocks.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 import torch
+
+GRIDS = ("tiny", "main", "full")
+PRIMITIVES = ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input")
+PRECISIONS = ("plain", "nf4")  # of the frozen weights: the dtype in the row, or bitsandbytes' 4 bits
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A transformer: width, inner width of the feed-forward layer, heads, and how wide the key and value heads are."""
+
+    name: str
+    family: str
+    d: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    bias: bool = False
+    stand_in: bool = False
+
+    @property
+    def n_q(self) -> int:
+        """Output width of the query projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def n_v(self) -> int:
+        """Output width of the key and of the value projection."""
+        return self.kv_heads * self.head_dim
+
+
+LLAMA = ModelShape("Llama 3.1 8B", "llama", 4096, 14336, 32, 32, 8, 128, 128256)
+XLMR = ModelShape("XLM-R Large", "xlmr", 1024, 4096, 24, 16, 16, 64, 250002, bias=True)
+GEMMA2 = ModelShape("Gemma 2 9B", "gemma2", 3584, 14336, 42, 16, 8, 256, 256000)
+MT5 = ModelShape("mT5-XL", "mt5", 2048, 5120, 24, 32, 32, 64, 250112)
+
+TINY_LLAMA = ModelShape("Llama-like", "llama", 256, 896, 2, 4, 1, 64, 256, stand_in=True)
+TINY_XLMR = ModelShape("XLM-R-like", "xlmr", 128, 512, 2, 2, 2, 64, 256, bias=True, stand_in=True)
+TINY_GEMMA2 = ModelShape("Gemma-2-like", "gemma2", 128, 512, 2, 2, 1, 64, 256, stand_in=True)
+TINY_MT5 = ModelShape("mT5-like", "mt5", 128, 320, 2, 2, 2, 64, 256, stand_in=True)
+
+REAL = (LLAMA, XLMR, GEMMA2, MT5)
+TINY = (TINY_LLAMA, TINY_XLMR, TINY_GEMMA2, TINY_MT5)
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """One of the five primitives on one projection ("q" or "v") of a model."""
+
+    model: ModelShape
+    primitive: str
+    projection: str
+    M: int
+    r: int
+
+    question = "kernels"
+
+    @property
+    def n(self) -> int:
+        """Output width."""
+        return self.model.n_q if self.projection == "q" else self.model.n_v
+
+    @property
+    def case(self) -> str:
+        return f"kernels/{self.model.family}-{self.projection}/{self.primitive}/M{self.M}-r{self.r}"
+
+    @property
+    def headline(self) -> bool:
+        return self.model.stand_in or (self.M == 8192 and self.r == 64)
+
+    @property
+    def estimate_s(self) -> float:
+        """Seconds the case takes on a data-centre GPU, for balancing the parts of a sweep."""
+        return 2.0 + 2e-4 * self.M
 
 
 @dataclass(frozen=True)
 class ProjectionShape:
-    """Query and value projection of one block: d input width, n_q and n_v output widths, M tokens, r rank."""
+    """Query and value projection of one block (with ``key`` the frozen key projection too)."""
 
-    name: str
-    d: int
-    n_q: int
-    n_v: int
-    bias: bool
+    model: ModelShape
     M: int
     r: int
+    key: bool = False
+    precision: str = "plain"
+
+    question = "projection"
+
+    @property
+    def case(self) -> str:
+        which = "qkv" if self.key else "qv"
+        return f"projection/{self.model.family}-{which}/{self.precision}/M{self.M}-r{self.r}"
+
+    @property
+    def headline(self) -> bool:
+        usual = not self.key and self.precision == "plain"
+        return usual and (self.model.stand_in or (self.M == 8192 and self.r == 64))
+
+    @property
+    def estimate_s(self) -> float:
+        return 20.0 + 5e-4 * self.M
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """A whole training step: an encoder with classification head, B rows of m tokens."""
+    """B rows of m tokens through ``depth`` blocks (None: as many as fit the device's memory)."""
 
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    vocabulary: int
+    model: ModelShape
     B: int
     m: int
     r: int
+    depth: int | None = None
+    precision: str = "plain"
+    question: str = "step"
+
+    @property
+    def case(self) -> str:
+        depth = "" if self.depth is None else f"-L{self.depth}"
+        return f"{self.question}/{self.model.family}/{self.precision}/B{self.B}-m{self.m}-r{self.r}{depth}"
+
+    @property
+    def headline(self) -> bool:
+        usual = self.question == "step" and self.precision == "plain"
+        return usual and (self.model.stand_in or (self.m == 512 and self.B == 16 and self.r == 64))
+
+    @property
+    def estimate_s(self) -> float:
+        big = self.model.d > 1024
+        depth = self.depth or (16 if big else self.model.layers)
+        return (15.0 if big else 8.0) + 2e-9 * self.B * self.m * depth * self.model.d**1.5
 
 
-ON_GPU = torch.cuda.is_available()
+@dataclass(frozen=True)
+class DecodeShape:
+    """The adapters of one block on M new tokens, the source's bottleneck known."""
 
-PROJECTIONS = (
-    [
-        ProjectionShape("llama-3.1-8b", 4096, 4096, 1024, False, M, r)
-        for M in (64, 512, 2048, 8192, 32768)
-        for r in (8, 64, 128)
+    model: ModelShape
+    M: int
+    r: int
+
+    question = "decode"
+
+    @property
+    def case(self) -> str:
+        return f"decode/{self.model.family}/M{self.M}-r{self.r}"
+
+    @property
+    def headline(self) -> bool:
+        return self.model.stand_in or (self.M == 1 and self.r == 64)
+
+    @property
+    def estimate_s(self) -> float:
+        return 4.0
+
+
+@dataclass(frozen=True)
+class GenerateShape:
+    """`generate`: B prompts of m tokens, ``new`` tokens each."""
+
+    model: ModelShape
+    B: int
+    m: int
+    new: int
+    r: int
+    depth: int
+
+    question = "generate"
+
+    @property
+    def case(self) -> str:
+        return f"generate/{self.model.family}/B{self.B}-m{self.m}-new{self.new}-r{self.r}-L{self.depth}"
+
+    @property
+    def headline(self) -> bool:
+        return self.model.stand_in or (self.B == 1 and self.r == 64)
+
+    @property
+    def estimate_s(self) -> float:
+        return 20.0 + 0.004 * self.new * self.depth * 10
+
+
+Shape = KernelShape | ProjectionShape | StepShape | DecodeShape | GenerateShape
+
+
+def grid() -> str:
+    """The grid in force: FLARE_BENCH_GRID, else ``main`` where there is a GPU and ``tiny`` where there is none.
+
+    Raises:
+        ValueError: a grid of another name.
+    """
+    chosen = os.environ.get("FLARE_BENCH_GRID") or ("main" if torch.cuda.is_available() else "tiny")
+    if chosen not in GRIDS:
+        raise ValueError(f"FLARE_BENCH_GRID={chosen!r} is not one of {', '.join(GRIDS)}")
+    return chosen
+
+
+def kernels(which: str) -> list[KernelShape]:
+    """Five primitives; M from 1 to 32k, r in 8, 64, 128."""
+    if which == "tiny":
+        return [KernelShape(m, p, q, 512, 16) for m, q in ((TINY_LLAMA, "v"), (TINY_XLMR, "q")) for p in PRIMITIVES]
+    projections = [(LLAMA, "q"), (LLAMA, "v"), (XLMR, "q")]
+    sizes, ranks = (8192,), (64,)
+    if which == "full":
+        projections += [(MT5, "q"), (GEMMA2, "q"), (GEMMA2, "v")]
+        sizes, ranks = (1, 16, 64, 256, 1024, 2048, 8192, 32768), (8, 64, 128)
+    return [KernelShape(m, p, q, M, r) for m, q in projections for p in PRIMITIVES for M in sizes for r in ranks]
+
+
+def projections(which: str) -> list[ProjectionShape]:
+    """q and v; with the frozen k; over nf4 weights."""
+    if which == "tiny":
+        base = [ProjectionShape(TINY_LLAMA, 512, 8), ProjectionShape(TINY_XLMR, 512, 8)]
+        return [*base, replace(base[0], key=True), replace(base[0], precision="nf4")]
+    if which == "main":
+        base = [ProjectionShape(model, 8192, 64) for model in (LLAMA, XLMR)]
+        return [*base, replace(base[0], key=True), replace(base[0], precision="nf4")]
+    base = [
+        ProjectionShape(model, M, r) for model in REAL for M in (1, 64, 512, 2048, 8192, 32768) for r in (8, 64, 128)
     ]
-    + [
-        ProjectionShape("xlm-r-large", 1024, 1024, 1024, True, M, r)
-        for M in (64, 512, 2048, 8192, 32768)
-        for r in (8, 64, 128)
-    ]
-    if ON_GPU
-    else [
-        ProjectionShape("llama-like", 256, 256, 64, False, 512, 16),
-        ProjectionShape("xlm-r-like", 128, 128, 128, True, 512, 16),
-    ]
-)
+    more = [ProjectionShape(model, 8192, 64) for model in REAL]
+    return [*base, *(replace(s, key=True) for s in more), *(replace(s, precision="nf4") for s in more)]
 
-STEPS = (
-    [StepShape("xlm-r-large", 1024, 4096, 24, 16, 250002, 16, m, 64) for m in (128, 256)]
-    if ON_GPU
-    else [StepShape("xlm-r-like", 128, 512, 4, 4, 1000, 8, 32, 16)]
-)
+
+def blocks(which: str) -> list[StepShape]:
+    """One transformer block."""
+    if which == "tiny":
+        return [StepShape(model, 2, 32, 8, depth=1, question="block") for model in TINY]
+    if which == "main":
+        return [StepShape(model, 16, 512, 64, depth=1, question="block") for model in (LLAMA, XLMR)]
+    return [
+        StepShape(model, 8192 // m, m, 64, depth=1, precision=precision, question="block")
+        for model in REAL
+        for m in (128, 512)
+        for precision in PRECISIONS
+    ]
+
+
+def steps(which: str) -> list[StepShape]:
+    """Whole training steps."""
+    if which == "tiny":
+        tiny = [StepShape(model, 4, 32, 8, depth=model.layers) for model in TINY]
+        return [*tiny, replace(tiny[0], precision="nf4")]
+    if which == "main":
+        return [StepShape(model, 16, 512, 64) for model in (XLMR, LLAMA)]
+    return [
+        StepShape(model, 8192 // m, m, 64, precision=precision)
+        for model in REAL
+        for m in (128, 512)
+        for precision in PRECISIONS
+    ]
+
+
+def scaling(which: str) -> list[StepShape]:
+    """One thing varied at a time around a middle: m, batch, r, depth."""
+    if which == "main":
+        return []
+    if which == "tiny":
+        middle = StepShape(TINY_LLAMA, 2, 32, 8, depth=2, question="scaling")
+        varied = [{"m": 16}, {"m": 64}, {"B": 1}, {"r": 4}, {"depth": 1}]
+        return [middle, *(replace(middle, **change) for change in varied)]
+    found: dict[str, StepShape] = {}
+    for model in (XLMR, LLAMA):
+        middle = StepShape(model, 16, 256, 64, depth=8, question="scaling")
+        changes: list[dict[str, int]] = [{}]
+        changes += [{"m": m} for m in (64, 128, 512, 1024)]
+        changes += [{"B": B} for B in (1, 4, 32)]
+        changes += [{"r": r} for r in (8, 128)]
+        changes += [{"depth": depth} for depth in (1, 2, 4, 16)]
+        for change in changes:
+            shape = replace(middle, **change)  # type: ignore[arg-type]
+            found[shape.case] = shape
+    return list(found.values())
+
+
+def decoding(which: str) -> list[DecodeShape]:
+    """Adapters on a few new tokens."""
+    if which == "tiny":
+        return [DecodeShape(model, M, 8) for model in (TINY_LLAMA, TINY_XLMR) for M in (1, 16)]
+    models, sizes = ((LLAMA, XLMR), (1, 64)) if which == "main" else (REAL, (1, 2, 4, 8, 16, 32, 64))
+    return [DecodeShape(model, M, 64) for model in models for M in sizes]
+
+
+def generation(which: str) -> list[GenerateShape]:
+    """Whole `generate` calls of the decoders."""
+    if which == "tiny":
+        return [GenerateShape(TINY_LLAMA, 2, 16, 4, 8, depth=2)]
+    if which == "main":
+        return [GenerateShape(LLAMA, 1, 128, 16, 64, depth=8)]
+    return [GenerateShape(model, B, 128, 32, 64, depth=16) for model in (LLAMA, GEMMA2) for B in (1, 8, 64)]

@@ -1,4 +1,4 @@
-"""What a training step costs: seconds, live tensor bytes, bytes kept for the backward pass.
+"""What a training step costs: seconds, live tensor bytes, bytes kept for the backward pass, FLOPs, launches.
 
 The process's own memory says little about a training step (allocators keep what was freed), so memory is counted in
 tensor storages here: each storage once, however many views it has.
@@ -9,24 +9,31 @@ tensor storages here: each storage once, however many views it has.
 
 On the CPU both counts are exact for tensors that PyTorch operators return; scratch memory inside one operator is not
 seen there. Measure on a step of its own: the counting slows it down.
+
+`count_flops`, `count_ops` and `count_calls` count arithmetic, launches and executions of modules in the same manner:
+they tell a regression of cost on any machine, where seconds would only hint at one.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import statistics
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -93,6 +100,11 @@ class PeakBytes:
     def above_start(self) -> int:
         """How far the peak lay above the start."""
         return self.peak - self.at_start
+
+    @property
+    def transient(self) -> int:
+        """How far the peak lay above what still lived at the end: memory that was only passed through."""
+        return self.peak - self.current
 
     def _change(self, by: int) -> None:
         self.current += by
@@ -202,6 +214,192 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
             yield result
     finally:
         storages.clear()
+
+
+def transient_bytes(call: Callable[[], object], *, device: torch.device | str | None = None) -> int:
+    """Bytes that a call needs for a while: its peak minus what lives after it, its result and what backward needs.
+
+    What the call consumes must be made inside it, or its death would not be seen (see `peak_bytes`).
+    """
+    with peak_bytes(device=device) as peak:
+        kept = call()
+    transient = peak.transient
+    del kept
+    return transient
+
+
+# --- arithmetic, launches, executions ---------------------------------------------------------------------------------
+
+_aten: Any = torch.ops.aten
+_Shape = tuple[int, ...]
+
+
+def _addmm_flops(added: _Shape, a: _Shape, b: _Shape) -> int:
+    """(..., M, K) by (..., K, N)."""
+    return 2 * int(torch.Size(a).numel()) * b[-1]
+
+
+def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: _Shape) -> int:
+    """Scores and values of query (B, heads, m, c), key (B, heads, k, c), value (B, heads, k, v)."""
+    scores = query[0] * query[1] * query[2] * key[2]
+    return 2 * scores * (query[3] + value[3])
+
+
+def _attention_backward_flops(grad: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: _Shape) -> int:
+    """Scores once more, and four products for the gradients of scores, query, key and value."""
+    scores = query[0] * query[1] * query[2] * key[2]
+    return 2 * scores * (3 * query[3] + 2 * value[3])
+
+
+#: Products that PyTorch's own counter does not know: in place, and attention on a CPU.
+_MORE_FLOPS: dict[Any, Any] = {
+    _aten.addmm_: _addmm_flops,
+    _aten.baddbmm_: _addmm_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+#: Operators that give a tensor its shape, its memory or its name, and compute nothing. Views are recognised as such.
+_NO_WORK = {
+    *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),
+    *("detach", "detach_", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_"),
+    *("is_same_size", "sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "item"),
+}
+
+
+@dataclass
+class FlopCount:
+    """Result of `count_flops`: floating-point operations of all products (2 per multiply-add), and by operator."""
+
+    total: int = 0
+    by_op: dict[str, int] = field(default_factory=dict)
+
+
+class _FlopMode(TorchDispatchMode):
+    """PyTorch's formulas without its module tracker, whose hooks do not bear `torch.autograd.grad`."""
+
+    def __init__(self, result: FlopCount) -> None:
+        super().__init__()
+        self._result = result
+        self._formulas: dict[Any, Any] = {**flop_registry}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        op = func._overloadpacket
+        own = _MORE_FLOPS.get(op)
+        if own is None and op not in self._formulas:
+            with self:  # an operator made of others counts as these
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        out = func(*args, **kwargs)
+        if own is not None:
+            self._note(op, own(*(tuple(arg.shape) for arg in args if isinstance(arg, Tensor))))
+        elif op in self._formulas:
+            self._note(op, self._formulas[op](*args, **kwargs, out_val=out))
+        return out
+
+    def _note(self, op: Any, flops: int) -> None:
+        self._result.total += flops
+        self._result.by_op[str(op)] = self._result.by_op.get(str(op), 0) + flops
+
+
+@contextmanager
+def count_flops() -> Iterator[FlopCount]:
+    """Count the FLOPs of matrix products and attention inside the block, forward and backward.
+
+    Element-wise work is not counted, nor is what runs inside a Triton kernel. An attention operator counts as its
+    products: 2 forward, and 5 backward where it computes the scores again.
+    """
+    result = FlopCount()
+    with _FlopMode(result):
+        yield result
+
+
+@dataclass
+class OpCount:
+    """Result of `count_ops`.
+
+    Attributes:
+        ops: names of the operators that computed something, in order; each is at least one launch on a GPU.
+        kernels: names of this package's Triton kernels, in order.
+    """
+
+    ops: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Launches: operators plus kernels."""
+        return len(self.ops) + len(self.kernels)
+
+    @property
+    def by_op(self) -> dict[str, int]:
+        """How often each occurred, the most frequent first."""
+        return dict(Counter([*self.ops, *self.kernels]).most_common())
+
+
+class _OpMode(TorchDispatchMode):
+    def __init__(self, ops: list[str]) -> None:
+        super().__init__()
+        self._ops = ops
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace in ("profiler", "prim") or func.is_view or name in _NO_WORK:
+            return result
+        outputs = list(_tensors([result]))
+        if outputs and all(output.numel() == 0 for output in outputs):
+            return result
+        self._ops.append(name)
+        return result
+
+
+@contextmanager
+def count_ops() -> Iterator[OpCount]:
+    """Count the operators inside the block that compute: no views, no bare allocations, nothing of size 0."""
+    result = OpCount()
+    with ExitStack() as stack:
+        counting = _kernel_counter()
+        names = [] if counting is None else stack.enter_context(counting())
+        stack.enter_context(_OpMode(result.ops))
+        yield result
+    result.kernels = list(names)
+
+
+def _kernel_counter() -> Any:
+    """The context manager that lists launches of Triton kernels; None where there is no Triton or it has none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return getattr(importlib.import_module("flare_kernels.triton_ops.launch"), "counting", None)
+
+
+@dataclass
+class CallCount:
+    """Result of `count_calls`: how often the modules ran, each time counted (a checkpoint's recompute too)."""
+
+    total: int = 0
+
+
+@contextmanager
+def count_calls(modules: Iterable[nn.Module]) -> Iterator[CallCount]:
+    """Count forward calls of modules inside the block, for instance executions of a model's blocks."""
+    result = CallCount()
+
+    def called(*_: Any) -> None:
+        result.total += 1
+
+    handles = [module.register_forward_pre_hook(called) for module in modules]
+    try:
+        yield result
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass

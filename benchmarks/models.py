@@ -1,0 +1,304 @@
+"""Whole models with random weights, and the ways to train them on two texts that are compared.
+
+One set of weights serves all methods: the stock PEFT model is copied, module by module but not weight by weight, and
+the copies get this package's layers. So the methods can be timed in turn, and a big model is held once.
+
+==============  ======================================================================================================
+lora            plain LoRA on this package's layers; no source
+input-fusion    the same layers on one text of source + target, 2m tokens
+authors         FLARE as its authors run it: PEFT's layers, eager attention, the source through the whole model with its
+                head and all hidden states, x_S = the input of each block
+eager-sdpa      the same with PyTorch's fused attention
+flare           this package
+==============  ======================================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+import transformers
+from shapes import ModelShape, StepShape
+from torch import Tensor, nn
+
+import flare
+from flare.routing import ModelMap
+from flare_kernels import reference
+
+FUSION = "add_relu"
+METHODS = ("lora", "input-fusion", "authors", "eager-sdpa", "flare")
+PRECISION = torch.bfloat16
+Batch = dict[str, Tensor]
+
+_TARGETS = {
+    "xlmr": ["query", "value"],
+    "llama": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "mt5": ["q", "v"],
+}
+_TASKS = {"xlmr": "SEQ_CLS", "llama": "CAUSAL_LM", "gemma2": "CAUSAL_LM", "mt5": "SEQ_2_SEQ_LM"}
+
+
+def config_of(model: ModelShape, depth: int, positions: int) -> Any:
+    """The transformers configuration of a model of the given depth, without dropout."""
+    if model.family == "xlmr":
+        return transformers.XLMRobertaConfig(
+            vocab_size=model.vocabulary,
+            hidden_size=model.d,
+            intermediate_size=model.inner,
+            num_hidden_layers=depth,
+            num_attention_heads=model.heads,
+            max_position_embeddings=positions + 2,
+            num_labels=3,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    if model.family == "mt5":
+        return transformers.MT5Config(
+            vocab_size=model.vocabulary,
+            d_model=model.d,
+            d_ff=model.inner,
+            d_kv=model.head_dim,
+            num_heads=model.heads,
+            num_layers=depth,
+            num_decoder_layers=depth,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    make = {"llama": transformers.LlamaConfig, "gemma2": transformers.Gemma2Config}[model.family]
+    return make(
+        vocab_size=model.vocabulary,
+        hidden_size=model.d,
+        intermediate_size=model.inner,
+        num_hidden_layers=depth,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        max_position_embeddings=max(positions, 8192),
+    )
+
+
+_CLASSES = {
+    "xlmr": transformers.XLMRobertaForSequenceClassification,
+    "llama": transformers.LlamaForCausalLM,
+    "gemma2": transformers.Gemma2ForCausalLM,
+    "mt5": transformers.MT5ForConditionalGeneration,
+}
+
+
+def base_model(
+    model: ModelShape, depth: int, positions: int, device: torch.device, dtype: torch.dtype, precision: str = "plain"
+) -> Any:
+    """A random model on the device; with nf4 the linears of its blocks are bitsandbytes'."""
+    with torch.device(device):
+        made = _CLASSES[model.family](config_of(model, depth, positions))
+    made = made.to(device, dtype)
+    if precision == "nf4":
+        quantise(made, device, dtype)
+    return made
+
+
+def quantise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Put nf4 weights in place of those of every linear inside the blocks."""
+    import bitsandbytes as bnb
+
+    for stack in ModelMap.of(model).stacks:
+        blocks = model.get_submodule(stack)
+        for path, linear in list(blocks.named_modules()):
+            if type(linear) is not nn.Linear:
+                continue
+            new = bnb.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                compute_dtype=dtype,
+                quant_type="nf4",
+            )
+            new.weight = bnb.nn.Params4bit(linear.weight.data.to(dtype).cpu(), requires_grad=False, quant_type="nf4")
+            new.bias = linear.bias
+            owner, _, name = path.rpartition(".")
+            setattr(blocks.get_submodule(owner), name, new.to(device))
+    model.is_loaded_in_4bit = True
+
+
+def refusal(precision: str) -> str | None:
+    """Why a precision cannot run here; None where it can."""
+    if precision == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    return None
+
+
+def batch_of(shape: StepShape, device: torch.device) -> Batch:
+    """Full rows, so that every method reads the same tokens. Labels: a class; the text itself; 1/4 as many tokens."""
+    size, words = (shape.B, shape.m), shape.model.vocabulary
+    batch = {name: torch.randint(5, words, size, device=device) for name in ("input_ids", "source_input_ids")}
+    if shape.model.family == "xlmr":
+        labels = torch.randint(0, 3, (shape.B,), device=device)
+    elif shape.model.family == "mt5":
+        labels = torch.randint(5, words, (shape.B, shape.m // 4), device=device)
+    else:
+        labels = batch["input_ids"].clone()
+    return {**batch, "labels": labels}
+
+
+def joined(batch: Batch) -> Batch:
+    """Source and target as one text of 2m tokens; a causal model's labels are the target's."""
+    ids = torch.cat([batch["source_input_ids"], batch["input_ids"]], dim=1)
+    labels = batch["labels"]
+    if labels.shape == batch["input_ids"].shape:
+        labels = torch.cat([torch.full_like(labels, -100), labels], dim=1)
+    return {"input_ids": ids, "labels": labels}
+
+
+# --- one set of weights, three sets of modules ------------------------------------------------------------------------
+
+
+@dataclass
+class Models:
+    """PEFT's stock LoRA model, this package's plain LoRA and FLARE, over the same weights."""
+
+    stock: Any
+    eager: Any  # PEFT's, with eager attention
+    lora: Any
+    flare: Any
+    family: str
+
+    @classmethod
+    def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
+        """LoRA on query and value, adapters in the model's dtype, B not zero."""
+        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=_TARGETS[family], task_type=_TASKS[family])
+        stock = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+        for name, parameter in stock.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        eager, plain, fusing = (_same_weights(stock) for _ in range(3))
+        eager.get_base_model().set_attn_implementation("eager")
+        made = cls(stock, eager, flare.fast_lora(plain, fusion=None), flare.fast_lora(fusing, fusion=FUSION), family)
+        for model in (made.stock, made.eager, made.lora, made.flare):
+            model.train()
+        return made
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.stock.parameters() if p.requires_grad]
+
+    def blocks(self, method: str) -> list[nn.Module]:
+        """The blocks of the model that a method runs; an encoder-decoder's encoder's."""
+        return _blocks(self.of_method(method).get_base_model())
+
+    def of_method(self, method: str) -> Any:
+        """The model that a method runs."""
+        own = {"lora": self.lora, "input-fusion": self.lora, "flare": self.flare, "authors": self.eager}
+        return own.get(method, self.stock)
+
+    def refusal(self, method: str) -> str | None:
+        """Why a method has no row for this model; None where it has one."""
+        attention = self.stock.get_base_model().config._attn_implementation
+        if method == "eager-sdpa" and attention != "sdpa":
+            return f"transformers runs this model with {attention} attention: see the row authors"
+        return None
+
+    def loss(self, method: str, batch: Batch) -> Tensor:
+        """The forward pass of a method, its source pass included."""
+        if method == "lora":
+            return self.lora(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        if method == "input-fusion":
+            return self.lora(**joined(batch)).loss
+        if method == "flare":
+            return self.flare(**batch).loss
+        model = self.of_method(method)
+        return self.eager_loss(model, batch, self.all_states(model, batch))
+
+    def all_states(self, model: Any, batch: Batch) -> list[Tensor]:
+        """The authors' source pass: the whole model, its head included, and every hidden state of it."""
+        base = model.get_base_model()
+        call: dict[str, Any] = {"input_ids": batch["source_input_ids"], "output_hidden_states": True}
+        with torch.no_grad(), model.disable_adapter():
+            source = base.get_encoder() if self.family == "mt5" else base
+            return list(source(**call).hidden_states)
+
+    def block_outputs(self, model: Any, batch: Batch) -> list[Tensor]:
+        """What this package's default reads: the output of every block on the source text."""
+        base = model.get_base_model()
+        states: list[Tensor] = []
+
+        def note(block: nn.Module, args: Any, output: Any) -> None:
+            states.append(output if isinstance(output, Tensor) else output[0])
+
+        handles = [block.register_forward_hook(note) for block in _blocks(base)]
+        try:
+            with torch.no_grad(), model.disable_adapter():
+                source = base.get_encoder() if self.family == "mt5" else base
+                source(input_ids=batch["source_input_ids"])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states
+
+    def eager_loss(self, model: Any, batch: Batch, states: list[Tensor]) -> Tensor:
+        """The method over PEFT's own layers, block i fusing with states[i]."""
+        with _fusing(model, states, _TARGETS[self.family]):
+            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+
+def _blocks(base: Any) -> list[nn.Module]:
+    stacks = [stack for stack in ModelMap.of(base).stacks if "decoder" not in stack.split(".")]
+    return [block for stack in stacks for block in base.get_submodule(stack)]
+
+
+@contextlib.contextmanager
+def _fusing(model: Any, states: list[Tensor], targets: list[str]) -> Iterator[None]:
+    """PEFT's layers, their forward replaced by the method's formula, written as PEFT writes LoRA."""
+    patched = []
+    for block, state in zip(_blocks(model.get_base_model()), states, strict=False):
+        for path, layer in block.named_modules():
+            if path.rpartition(".")[2] in targets and hasattr(layer, "lora_A"):
+                layer.forward = _eager_forward(layer, state)
+                patched.append(layer)
+    try:
+        yield
+    finally:
+        for layer in patched:
+            del layer.forward
+
+
+def _eager_forward(layer: Any, state: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        A, up, dropout = layer.lora_A["default"], layer.lora_B["default"], layer.lora_dropout["default"]
+        result = layer.base_layer(x)
+        T = A(dropout(layer._cast_input_dtype(x, A.weight.dtype)))
+        S = A(dropout(layer._cast_input_dtype(state, A.weight.dtype)))
+        return (result + up(reference.fuse(S, T, FUSION)) * layer.scaling["default"]).to(result.dtype)
+
+    return forward
+
+
+def _same_weights(model: nn.Module) -> Any:
+    """A copy of the modules that shares every parameter and buffer."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+def gradients(models: Models, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of the adapters by name, whichever method the loss is of: they share the weights."""
+    named = [(n, p) for n, p in models.stock.named_parameters() if p.requires_grad and "lora_" in n]
+    grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return {name: grad for (name, _), grad in zip(named, grads, strict=True) if grad is not None}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of other libraries about their own deprecated calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,418 @@
+"""Tables and pictures from result files.
+
+    python benchmarks/plot.py results.json [more.json ...] --output FOLDER
+
+Writes table.md, and where the rows for it are there: scaling.png (time and memory against m), roofline.png (each
+kernel against the device's ceilings) and parts.png (where a step's time goes). Every row is shown, also those where
+this package loses and those that were skipped, with their reason. Each picture's caption says device, versions, commit,
+date and conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import results
+
+Row = dict[str, Any]
+
+#: One colour per method, the same in every picture (Okabe and Ito's palette, told apart by colour-blind readers).
+COLOURS = {
+    "flare": "#0072B2",
+    "lora": "#56B4E9",
+    "input-fusion": "#E69F00",
+    "authors": "#D55E00",
+    "eager-sdpa": "#CC79A7",
+    "peer": "#999999",
+}
+LABELS = {
+    "flare": "FLARE, this package",
+    "lora": "plain LoRA",
+    "input-fusion": "input-level fusion, 2m",
+    "authors": "FLARE as its authors run it",
+    "eager-sdpa": "FLARE eager, sdpa",
+}
+_PARTS = {"source": "#009E73", "forward": "#56B4E9", "backward": "#0072B2", "optimizer": "#999999"}
+_MARKERS = {"shrink": "o", "expand": "s", "grad_bottleneck": "^", "grad_weight": "D", "grad_input": "v"}
+_FAMILY_MARKS = {"llama": "-", "xlmr": "--", "gemma2": ":", "mt5": "-."}
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def seconds(value: float) -> str:
+    """A duration with a unit that suits it, to three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def size(value: float | None) -> str:
+    """Bytes with a unit that suits them."""
+    if value is None:
+        return "-"
+    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= least:
+            return f"{value / least:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def caption(run: dict[str, Any], conditions: Iterable[str] = ()) -> str:
+    """Device, versions, commit, date and conditions of a run, as one sentence."""
+    device = (
+        run["device"]
+        if run["device"] != "cpu"
+        else f"CPU ({run['cpu']}, {run['threads']} thread{'s' * (run['threads'] > 1)})"
+    )
+    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "transformers", "peft"))
+    said = "; ".join(dict.fromkeys(conditions))
+    commit = run["commit"] or f"sources {run['sources']}"
+    return f"{device}; {versions}; commit {commit}, {run['date'][:10]}." + (f" Conditions: {said}." if said else "")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(run: dict[str, Any], rows: list[Row]) -> str:
+    """All rows in Markdown, one section a question."""
+    parts = [f"Measured on {caption(run)}"]
+    if any(row["stand_in"] for row in rows):
+        parts.append(
+            "**Small stand-ins on a CPU**: FLOPs, bytes and launches are exact; seconds only say how this CPU does."
+        )
+    for question, title in _TITLES.items():
+        own = [row for row in rows if row["question"] == question]
+        if own:
+            parts += [f"## {title}", f"{own[0]['conditions']}.", _section(question, own)]
+    return "\n\n".join(parts) + "\n"
+
+
+_TITLES = {
+    "projection": "q and v projections",
+    "kernels": "Kernels against their floors",
+    "block": "One transformer block",
+    "step": "A training step",
+    "decode": "Adapters while decoding",
+    "generate": "generate",
+    "scaling": "How cost grows",
+}
+
+
+def _speed(row: Row, rows: list[Row]) -> str:
+    """How many times the time of the package's own row of the same case."""
+    own = next((r for r in rows if r["case"] == row["case"] and r["variant"] in _OURS and "median_s" in r), None)
+    return "-" if own is None else f"{row['median_s'] / own['median_s']:.2f}"
+
+
+_OURS = ("flare-joint", "flare")
+_COLUMNS: dict[str, list[tuple[str, Callable[[Row, list[Row]], str]]]] = {
+    "time": [
+        ("median", lambda row, rows: seconds(row["median_s"])),
+        ("IQR", lambda row, rows: seconds(row["q75_s"] - row["q25_s"])),
+        ("host clock", lambda row, rows: seconds(row["wall_median_s"])),
+        ("× ours", _speed),
+    ],
+    "memory": [
+        ("saved", lambda row, rows: size(_counter(row, "saved_bytes"))),
+        ("transient", lambda row, rows: size(_counter(row, "transient_bytes"))),
+        ("peak", lambda row, rows: size(_counter(row, "peak_bytes"))),
+    ],
+    "work": [
+        ("launches", lambda row, rows: _count(row, "launches")),
+        ("GFLOP", lambda row, rows: _giga(_counter(row, "flops"))),
+    ],
+    "floor": [
+        ("floor", lambda row, rows: seconds(row["floor_s"]) if "floor_s" in row else "-"),
+        ("× floor", lambda row, rows: f"{row['median_s'] / row['floor_s']:.2f}" if "floor_s" in row else "-"),
+        ("transient", lambda row, rows: size(_counter(row, "transient_bytes"))),
+        ("launches", lambda row, rows: _count(row, "launches")),
+    ],
+    "tokens": [("tokens/s", lambda row, rows: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-")],
+    "blocks": [
+        ("depth", lambda row, rows: str(row.get("depth", "-"))),
+        ("block runs", lambda row, rows: _count(row, "block_executions")),
+    ],
+    "saved": [
+        ("saved", lambda row, rows: size(_counter(row, "saved_bytes"))),
+        ("peak", lambda row, rows: size(_counter(row, "peak_bytes"))),
+    ],
+}
+_KINDS = {
+    "projection": ("time", "memory", "work"),
+    "kernels": ("time", "floor"),
+    "block": ("time", "saved", "work", "blocks"),
+    "step": ("time", "tokens", "saved", "work", "blocks"),
+    "scaling": ("time", "tokens", "saved", "work", "blocks"),
+    "decode": ("time", "floor"),
+    "generate": ("time", "tokens"),
+}
+
+
+def _counter(row: Row, name: str) -> float | None:
+    value: float | None = row.get("counters", {}).get(name)
+    return value
+
+
+def _count(row: Row, name: str) -> str:
+    value = _counter(row, name)
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _giga(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.3g}"
+
+
+def _section(question: str, rows: list[Row]) -> str:
+    columns = [column for kind in _KINDS[question] for column in _COLUMNS[kind]]
+    lines = [
+        "| case | row | " + " | ".join(name for name, _ in columns) + " |",
+        "|---|---|" + "---:|" * len(columns),
+    ]
+    for row in _folded(rows):
+        case = row["case"].partition("/")[2]
+        if row["status"] != "timed":
+            # what was counted without running it stands in its column
+            known = [cell(row, rows) if name == "launches" else "" for name, cell in columns[1:]]
+            cells = [f"{row['status']}: {row['reason']}", *("" if cell == "-" else cell for cell in known)]
+        else:
+            cells = [cell(row, rows) for _, cell in columns]
+        lines.append(f"| {case} | {row['variant']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _folded(rows: list[Row]) -> list[Row]:
+    """A case none of whose rows could run here, for one reason, is one row."""
+    by_case: dict[str, list[Row]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], []).append(row)
+    found = []
+    for own in by_case.values():
+        reasons = {(row["status"], row.get("reason")) for row in own}
+        one = len(own) > 1 and len(reasons) == 1 and own[0]["status"] != "timed"
+        found += [{**own[0], "variant": f"all {len(own)}"}] if one else own
+    return found
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+        }
+    )
+    return plt
+
+
+def _save(figure: Any, path: Path, said: str) -> None:
+    """With the caption under the axes, wrapped to the figure's width."""
+    width = int(figure.get_figwidth() * 15.5)
+    lines = textwrap.wrap(said, width)
+    strip = 0.17 * (len(lines) + 1) / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom")
+    figure.savefig(path, dpi=150)
+
+
+def along_m(rows: list[Row]) -> dict[str, list[Row]]:
+    """Model -> the rows in which m alone varies (scaling), or those of the steps where no such rows exist."""
+    timed = [row for row in rows if row["status"] == "timed" and row["question"] == "scaling"]
+    found: dict[str, list[Row]] = {}
+    for row in timed:
+        found.setdefault(row["model"], []).append(row)
+    kept = {}
+    for model, own in found.items():
+        middle = own[0]["shape"]  # the first case is the middle
+        kept[model] = [
+            r
+            for r in own
+            if all(r["shape"][key] == middle[key] for key in ("B", "r", "precision")) and r["depth"] == own[0]["depth"]
+        ]
+    return {model: own for model, own in kept.items() if len({row["shape"]["m"] for row in own}) > 1}
+
+
+def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
+    """Seconds a step and peak memory against m, a column for each model."""
+    models = along_m(rows)
+    if not models:
+        return False
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        2, len(models), figsize=(max(6.4, 4.8 * len(models)), 6.6), squeeze=False, sharex="col", layout="constrained"
+    )
+    for column, (model, own) in enumerate(models.items()):
+        first = own[0]
+        for method in reversed(LABELS):  # ours last, on top
+            line = sorted((r for r in own if r["variant"] == method), key=lambda r: r["shape"]["m"])
+            if not line:
+                continue
+            at = [r["shape"]["m"] for r in line]
+            style = {"color": COLOURS[method], "marker": "o", "markersize": 4, "label": LABELS[method]}
+            low = [1e3 * (r["median_s"] - r["q25_s"]) for r in line]
+            high = [1e3 * (r["q75_s"] - r["median_s"]) for r in line]
+            axes[0][column].errorbar(at, [1e3 * r["median_s"] for r in line], [low, high], capsize=2, **style)
+            axes[1][column].plot(at, [r["counters"]["peak_bytes"] / 2**20 for r in line], **style)
+        axes[0][column].set_title(
+            f"{model}, B = {first['shape']['B']}, depth {first['depth']}, r = {first['shape']['r']}"
+        )
+        axes[1][column].set_xlabel("m, tokens of each text")
+        for axis in (axes[0][column], axes[1][column]):
+            axis.set_xscale("log", base=2)
+            ticks = sorted({r["shape"]["m"] for r in own})
+            axis.set_xticks(ticks, [str(m) for m in ticks])
+            axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("ms a step (median, quartiles)")
+    axes[1][0].set_ylabel("peak memory, MiB")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    axes[0][0].legend(handles[::-1], labels[::-1], fontsize=8)
+    _save(figure, path, caption(run, [r["conditions"] for own in models.values() for r in own]))
+    plt.close(figure)
+    return True
+
+
+def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
+    """FLOP/s reached against FLOP per byte that must move, under the ceilings measured in the same run."""
+    timed = [r for r in rows if r["question"] == "kernels" and r["status"] == "timed" and r["headline"]]
+    if not timed or "ceilings" not in run:
+        return False
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7.2, 5.2), layout="constrained")
+    bandwidth, rate = run["ceilings"]["copy_bytes_per_s"], run["ceilings"]["matmul_flops_per_s"]
+    intensities = [r["flops"] / r["floor_bytes"] for r in timed]
+    left, right = min([*intensities, rate / bandwidth]) / 2, max([*intensities, rate / bandwidth]) * 2
+    ridge = rate / bandwidth
+    giga = 1e9
+    axis.plot([left, ridge, right], [left * bandwidth / giga, rate / giga, rate / giga], color="black", linewidth=1.2)
+    axis.annotate(
+        f"copy {bandwidth / giga:,.0f} GB/s, matrix product {rate / giga:,.0f} GFLOP/s",
+        (right, rate / giga),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8.5,
+    )
+    for row, intensity in zip(timed, intensities, strict=True):
+        ours = row["variant"] == "flare"
+        colour = COLOURS["flare" if ours else "peer"]
+        axis.scatter(
+            intensity,
+            row["flops"] / row["median_s"] / giga,
+            marker=_MARKERS[row["shape"]["primitive"]],
+            s=48,
+            facecolors=colour if row["family"] == "llama" else "none",
+            edgecolors=colour,
+            linewidths=1.4,
+            zorder=3,
+        )
+    handles = [
+        plt.Line2D([], [], marker=mark, linestyle="", color="#333333", label=name) for name, mark in _MARKERS.items()
+    ]
+    handles += [
+        plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[name], label=label)
+        for name, label in (("flare", "Triton kernel"), ("peer", "PyTorch form"))
+        if any(r["variant"] == name for r in timed)
+    ]
+    handles += [
+        plt.Line2D([], [], marker="o", linestyle="", color="#333333", label=timed_model(timed, True)),
+        plt.Line2D([], [], marker="o", linestyle="", mfc="none", color="#333333", label=timed_model(timed, False)),
+    ]
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xlim(left, right)
+    axis.set_ylim(top=2 * rate / giga)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(lambda value, _: f"{value:,.4g}")
+        side.set_minor_formatter(lambda value, _: "")
+    axis.set_xlabel("FLOP per byte that must move")
+    axis.set_ylabel("GFLOP/s")
+    axis.set_title("Each kernel under the device's ceilings")
+    axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path, caption(run, [*(r["conditions"] for r in timed), run["ceilings"]["conditions"]]))
+    plt.close(figure)
+    return True
+
+
+def timed_model(rows: list[Row], llama: bool) -> str:
+    """The names of the models whose marks are filled (the Llama family) or hollow (the others)."""
+    names = dict.fromkeys(r["model"] for r in rows if (r["family"] == "llama") == llama)
+    return f"{', '.join(names) or '-'} ({'filled' if llama else 'hollow'})"
+
+
+def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
+    """Source pass, forward, backward and optimizer of each method's step, stacked."""
+    timed = [r for r in rows if r["question"] == "step" and r["status"] == "timed" and r["headline"]]
+    models = list(dict.fromkeys(r["model"] for r in timed))
+    if not models:
+        return False
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        len(models), 1, figsize=(8.0, 0.9 + 1.75 * len(models)), squeeze=False, layout="constrained"
+    )
+    for axis, model in zip(axes[:, 0], models, strict=True):
+        own = [r for r in timed if r["model"] == model]
+        for place, row in enumerate(own):
+            left = 0.0
+            for part, colour in _PARTS.items():
+                width = 1e3 * row["counters"]["parts_s"][part]
+                axis.barh(place, width, left=left, color=colour, label=part if place == 0 else None)
+                left += width
+            axis.annotate(
+                f"{left:.3g}", (left, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axis.set_yticks(range(len(own)), [LABELS[r["variant"]] for r in own], fontsize=8.5)
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.margins(x=0.08)
+        shape = own[0]["shape"]
+        axis.set_title(
+            f"{model}, B = {shape['B']}, m = {shape['m']}, depth {own[0]['depth']}, r = {shape['r']}", fontsize=10
+        )
+    axes[-1][0].set_xlabel("ms of a step, each part timed from an idle device to an idle device")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _PARTS.values()]
+    figure.legend(handles, ["source pass", "forward", "backward", "optimizer"], ncols=4, loc="outside upper center")
+    _save(figure, path, caption(run, [r["conditions"] for r in timed]))
+    plt.close(figure)
+    return True
+
+
+def draw_all(loaded: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """The table and every picture that there are rows for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = loaded[0]["run"]
+    rows = [row for result in loaded for row in result["cases"]]
+    written = [folder / "table.md"]
+    written[0].write_text(table(run, rows))
+    for name, draw in (("scaling.png", draw_scaling), ("roofline.png", draw_roofline), ("parts.png", draw_parts)):
+        if draw(run, rows, folder / name):
+            written.append(folder / name)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read result files, write table and pictures."""
+    parser = argparse.ArgumentParser(description="table and pictures from benchmark results")
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    for path in draw_all([results.load(path) for path in args.results if path.exists()], args.output):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The one place that calls the five primitives directly; every other benchmark goes through the public functions.
+
+A case is one primitive on one projection. ``operands`` draws what it needs, ``run`` calls it in a module of primitives
+("flare": what the package picks on this device, "peer": the plain BLAS form), ``oracle`` gives the same results in
+float64, ``moved`` and ``flops`` say what it must at least move and do.
+Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n); A (r, d); B (n, r).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from shapes import KernelShape
+from torch import Tensor
+
+import flare_kernels
+from flare_kernels import backends, torch_ops
+from flare_kernels.fusion import get_fusion
+
+FUSION = "add_relu"
+SCALING = 2.0
+DTYPE = torch.bfloat16
+_BYTES = DTYPE.itemsize
+
+Operands = dict[str, Tensor]
+Results = dict[str, Tensor | None]
+
+
+def module(variant: str, device: torch.device) -> ModuleType | str:
+    """The primitives behind a variant, or why they cannot run here."""
+    if variant == "peer":
+        return torch_ops
+    status = flare_kernels.backends()["triton"]
+    if device.type != "cuda":
+        return f"Triton kernels: {status}" if not status else "Triton kernels are timed on a CUDA device only"
+    return backends.primitives("triton", device, DTYPE) if status else f"Triton kernels: {status}"
+
+
+def recorded_launches(shape: KernelShape) -> int | None:
+    """How many Triton kernels a call launches, told without running one; None where there is no Triton."""
+    try:
+        from flare_kernels import triton_ops
+        from flare_kernels.triton_ops.launch import recording
+    except ImportError:
+        return None
+    with recording(shared_bytes=227 * 1024) as launches:
+        run(shape.primitive, triton_ops, operands(shape, torch.device("cpu")))
+    return len(launches)
+
+
+def operands(shape: KernelShape, device: torch.device) -> Operands:
+    """Random inputs of unit scale; adapters as they are stored for bf16 training."""
+    M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*size, device=device, dtype=DTYPE) * scale
+
+    made = {
+        "shrink": lambda: {"x": randn(M, d), "x_source": randn(M, d), "A": randn(r, d, scale=d**-0.5)},
+        "expand": lambda: {
+            "y": randn(M, n),
+            "T": randn(M, r),
+            "S": randn(M, r),
+            "B": randn(n, r, scale=r**-0.5),
+        },
+        "grad_bottleneck": lambda: {
+            "G": randn(M, n),
+            "T": randn(M, r),
+            "S": randn(M, r),
+            "B": randn(n, r, scale=n**-0.5),
+        },
+        "grad_weight": lambda: {"dT": randn(M, r), "x": randn(M, d), "dS": randn(M, r), "x_source": randn(M, d)},
+        "grad_input": lambda: {"dT": randn(M, r), "A": randn(r, d, scale=r**-0.5)},
+    }
+    return made[shape.primitive]()
+
+
+def run(primitive: str, ops: ModuleType, t: Operands) -> Results:
+    """One call. ``expand`` writes into t["y"], as in training."""
+    call: Any = ops
+    if primitive == "shrink":
+        T, S = call.shrink(t["x"], t["x_source"], t["A"], compute_dtype=DTYPE)
+        return {"T": T, "S": S}
+    if primitive == "expand":
+        call.expand_(t["y"], t["T"], t["S"], t["B"], scaling=SCALING, fusion=FUSION)
+        return {"y": t["y"]}
+    if primitive == "grad_bottleneck":
+        dT, dS, dB = call.grad_bottleneck(
+            t["G"], t["T"], t["S"], t["B"], scaling=SCALING, fusion=FUSION, B_grad_dtype=torch.float32
+        )
+        return {"dT": dT, "dS": dS, "dB": dB}
+    if primitive == "grad_weight":
+        return {"dA": call.grad_weight(t["dT"], t["x"], t["dS"], t["x_source"], grad_dtype=torch.float32)}
+    return {"dx": call.grad_input(t["dT"], t["A"], dtype=DTYPE)}
+
+
+def oracle(primitive: str, t: Operands) -> dict[str, Tensor]:
+    """The same in float64, written out; t in float64."""
+    if primitive == "shrink":
+        return {"T": t["x"] @ t["A"].T, "S": t["x_source"] @ t["A"].T}
+    if primitive == "expand":
+        return {"y": t["y"] + SCALING * get_fusion(FUSION)(t["S"], t["T"]) @ t["B"].T}
+    if primitive == "grad_bottleneck":
+        phi = get_fusion(FUSION)
+        dT, dS = phi.backward(SCALING * t["G"] @ t["B"], t["S"], t["T"])
+        return {"dT": dT, "dS": dS, "dB": SCALING * t["G"].T @ phi(t["S"], t["T"])}
+    if primitive == "grad_weight":
+        return {"dA": t["dT"].T @ t["x"] + t["dS"].T @ t["x_source"]}
+    return {"dx": t["dT"] @ t["A"]}
+
+
+def moved(shape: KernelShape) -> int:
+    """Fewest bytes through memory: every input read once, every output written once (y read and written)."""
+    M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
+    stream, bottleneck, out, A, B = (_BYTES * size for size in (M * d, M * r, M * n, r * d, n * r))
+    return {
+        "shrink": 2 * stream + A + 2 * bottleneck,
+        "expand": 2 * out + 2 * bottleneck + B,
+        "grad_bottleneck": out + 4 * bottleneck + B + 4 * n * r,
+        "grad_weight": 2 * stream + 2 * bottleneck + 4 * r * d,
+        "grad_input": stream + bottleneck + A,
+    }[shape.primitive]
+
+
+def flops(shape: KernelShape) -> int:
+    """Floating-point operations of the products."""
+    M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
+    wide, out = 2 * M * r * d, 2 * M * r * n
+    return {
+        "shrink": 2 * wide,
+        "expand": out,
+        "grad_bottleneck": 2 * out,
+        "grad_weight": 2 * wide,
+        "grad_input": wide,
+    }[shape.primitive]

@@ -1,0 +1,257 @@
+"""One number per target from the result files of one run.
+
+    python benchmarks/summary.py results.json [more.json ...] --output summary.json
+
+Every number is a ratio of two rows that were timed in turn on the same device. ``targets`` says which are met; on
+stand-in sizes or without a GPU nothing is judged, and the summary says so. A number whose rows are missing is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import results
+
+FAMILIES = ("llama", "xlmr")
+_QUESTIONS = ("projection", "step", "decode")
+Row = dict[str, Any]
+Rows = dict[tuple[str, str], Row]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One number of the summary: how it comes from rows, what it must be, and in words what it is."""
+
+    name: str
+    says: str
+    number: Callable[[Rows, str], float]
+    bound: str = ""
+    limits: tuple[float, float] | None = None
+
+    def met(self, family: str, value: float | None) -> bool | None:
+        """Whether a value is within its target; None where there is no target or no value."""
+        if self.limits is None or value is None:
+            return None
+        limit = self.limits[FAMILIES.index(family)]
+        return {"<=": value <= limit, ">=": value >= limit, ">": value > limit}[self.bound]
+
+
+def _seconds(rows: Rows, family: str, question: str, variant: str) -> float:
+    return float(_row(rows, family, question, variant)["median_s"])
+
+
+def _row(rows: Rows, family: str, question: str, variant: str) -> Row:
+    return rows[f"{question}/{family}", variant]
+
+
+def _over(question: str, slow: str, fast: str) -> Callable[[Rows, str], float]:
+    """Seconds of one row over those of another."""
+    return lambda rows, family: _seconds(rows, family, question, slow) / _seconds(rows, family, question, fast)
+
+
+def _adapter_over_floor(rows: Rows, family: str) -> float:
+    joint = _row(rows, family, "projection", "flare-joint")
+    above = joint["median_s"] - _seconds(rows, family, "projection", "frozen")
+    return float(above / joint["adapter_floor_s"])
+
+
+def _adapter_alone(rows: Rows, family: str) -> float:
+    row = _row(rows, family, "projection", "flare-adapter-only")
+    return float(row["median_s"] / row["floor_s"])
+
+
+def _against_addmm(rows: Rows, family: str) -> float:
+    best = min(_seconds(rows, family, "projection", name) for name in ("addmm-separate", "addmm-joint"))
+    return best / _seconds(rows, family, "projection", "flare-joint")
+
+
+def _counter(question: str, name: str, ours: str, theirs: str) -> Callable[[Rows, str], float]:
+    def number(rows: Rows, family: str) -> float:
+        first, second = (_row(rows, family, question, variant)["counters"][name] for variant in (ours, theirs))
+        return float(first / second)
+
+    return number
+
+
+KEYS = (
+    Key(
+        "adapter_over_floor",
+        "adapters of q and v, forward + backward (total minus the frozen products), over their DRAM floor",
+        _adapter_over_floor,
+        "<=",
+        (1.35, 1.3),
+    ),
+    Key(
+        "qv_speedup_vs_peft_bf16",
+        "q and v with frozen products, forward + backward: PEFT eager, bf16 adapters, over ours",
+        _over("projection", "peft-bf16", "flare-joint"),
+        ">=",
+        (1.25, 1.6),
+    ),
+    Key(
+        "qv_speedup_vs_peft_fp32",
+        "the same over PEFT's default: float32 adapters under bf16 autocast",
+        _over("projection", "peft-fp32-autocast", "flare-joint-fp32-autocast"),
+        ">=",
+        (1.75, 2.5),
+    ),
+    Key(
+        "qv_speedup_vs_peft_dropout",
+        "the same with lora_dropout 0.1 in both",
+        _over("projection", "peft-bf16-dropout", "flare-joint-dropout"),
+        ">=",
+        (1.45, 2.0),
+    ),
+    Key(
+        "qv_speedup_vs_compile",
+        "the same over torch.compile of the eager form",
+        _over("projection", "peft-bf16-compile", "flare-joint"),
+        ">",
+        (1.0, 1.0),
+    ),
+    Key(
+        "qv_speedup_vs_addmm",
+        "the same over the faster of the hand-written addmm forms",
+        _against_addmm,
+        ">",
+        (1.0, 1.0),
+    ),
+    Key(
+        "forward_transient_vs_eager",
+        "transient bytes of the adapters' forward over PEFT eager's",
+        _counter("projection", "transient_bytes", "flare-joint", "peft-bf16"),
+        "<=",
+        (0.05, 0.05),
+    ),
+    Key("step_vs_lora", "a whole step over plain LoRA's", _over("step", "flare", "lora")),
+    Key(
+        "step_vs_input_fusion",
+        "a whole step, m = 512, over input-level fusion's at 2m",
+        _over("step", "flare", "input-fusion"),
+        "<=",
+        (0.76, 0.70),
+    ),
+    Key(
+        "peak_vs_input_fusion",
+        "peak memory of a whole step over input-level fusion's at 2m",
+        _counter("step", "peak_bytes", "flare", "input-fusion"),
+    ),
+    Key(
+        "step_speedup_vs_authors",
+        "FLARE as the authors run it over ours, a whole step",
+        _over("step", "authors", "flare"),
+        ">=",
+        (1.5, 1.5),
+    ),
+)
+BESIDE = (
+    Key("adapter_alone_over_floor", "the adapters' node alone, measured directly, over its own floor", _adapter_alone),
+    Key(
+        "decode_launches",
+        "kernels of one block's adapters while decoding",
+        lambda rows, family: float(_row(rows, family, "decode", "flare")["counters"]["launches"]),
+        "<=",
+        (2, 2),
+    ),
+)
+
+
+def headline_rows(loaded: list[dict[str, Any]]) -> Rows:
+    """(question/family, variant) -> row, of the cases that the summary is about."""
+    return {
+        (f"{row['question']}/{row['family']}", row["variant"]): row
+        for result in loaded
+        for row in result["cases"]
+        if row["headline"] and row["status"] == "timed" and row["question"] in _QUESTIONS
+    }
+
+
+def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of the result files of one run.
+
+    Raises:
+        ValueError: no files, or files of different sources or devices.
+    """
+    if not loaded:
+        raise ValueError("no result files were given")
+    for name in ("sources", "device"):
+        found = {result["run"][name] for result in loaded}
+        if len(found) > 1:
+            raise ValueError(f"the result files are of different runs: {name} {sorted(found)}")
+    rows = headline_rows(loaded)
+    numbers: dict[str, dict[str, float | None]] = {}
+    targets: dict[str, dict[str, Any]] = {}
+    run = loaded[0]["run"]
+    judged = run["device"] != "cpu" and bool(rows) and not any(row["stand_in"] for row in rows.values())
+    for key in (*KEYS, *BESIDE):
+        numbers[key.name] = {family: _number(key, rows, family) for family in FAMILIES}
+        if key.limits is not None:
+            targets[key.name] = {
+                family: {
+                    "target": f"{key.bound} {key.limits[index]:g}",
+                    "met": key.met(family, numbers[key.name][family]) if judged else None,
+                }
+                for index, family in enumerate(FAMILIES)
+            }
+    return {
+        **{key.name: numbers[key.name] for key in KEYS},
+        "beside": {key.name: numbers[key.name] for key in BESIDE},
+        "targets": targets,
+        "judged": judged,
+        "note": "" if judged else "stand-in sizes or no GPU: these numbers are no statement about the targets",
+        "device": run["device"],
+        "versions": run["versions"],
+        "commit": run["commit"],
+        "sources": run["sources"],
+        "date": run["date"],
+        "ceilings": run.get("ceilings"),
+        "conditions": {row["case"]: row["conditions"] for row in rows.values()},
+        "depths": {row["case"]: row["depth"] for row in rows.values() if "depth" in row},
+        "spread": _spread(rows),
+        "meaning": {key.name: key.says for key in (*KEYS, *BESIDE)},
+    }
+
+
+def _number(key: Key, rows: Rows, family: str) -> float | None:
+    try:
+        return float(f"{key.number(rows, family):.4g}")
+    except (KeyError, ZeroDivisionError, TypeError):
+        return None
+
+
+def _spread(rows: Rows) -> dict[str, float]:
+    """The widest interquartile range over the median among the rows of a case: differences below it are noise."""
+    found: dict[str, float] = {}
+    for row in rows.values():
+        own = (row["q75_s"] - row["q25_s"]) / row["median_s"]
+        found[row["case"]] = round(max(found.get(row["case"], 0.0), own), 4)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read result files, write the summary, print what was met."""
+    parser = argparse.ArgumentParser(description="summary.json from benchmark results")
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(arguments)
+    summary = summarise([results.load(path) for path in args.results if path.exists()])
+    text = json.dumps(summary, indent=1) + "\n"
+    if args.output:
+        args.output.write_text(text)
+    for key in (*KEYS, *BESIDE):
+        where = summary if key in KEYS else summary["beside"]
+        for family in FAMILIES:
+            target = summary["targets"].get(key.name, {}).get(family, {"target": "", "met": None})
+            verdict = {True: "met", False: "NOT MET", None: ""}[target["met"]]
+            print(f"{key.name:32}{family:7}{where[key.name][family]!s:>10}  {target['target']:8}{verdict}")
+    if summary["note"]:
+        print(summary["note"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""What does one transformer block cost, forward and backward, with and without a source?
+
+A model of one block of the real transformers classes, with random weights and a vocabulary of 1,024 (so that embedding
+and head cost next to nothing), gradients reaching the block's input as inside a deep model. FLARE reads the source
+through the frozen block first; input-level fusion reads source and target as one text of 2m tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import shapes
+from models import METHODS
+from steps import build, effort
+
+CONDITIONS = (
+    "forward + backward of a one-block model, LoRA on query and value, random weights, full rows, no checkpointing"
+)
+
+
+@pytest.mark.parametrize("variant", METHODS)
+@pytest.mark.parametrize("shape", shapes.blocks(shapes.grid()), ids=lambda s: s.case)
+def test_block(compare: Any, shape: shapes.StepShape, variant: str, device: Any) -> None:
+    compare(shape, variant, lambda: build(shape, device), CONDITIONS, queue_ahead=False, how=effort(device))

@@ -1,0 +1,279 @@
+"""What do the adapters cost while tokens are generated?
+
+``decode``: the adapters of one block's q and v on M new tokens, forward only, the source's bottleneck S known:
+launches, device seconds, and on a GPU a CUDA graph of the call, whose replay must give the same bits. ``generate``:
+tokens per second of whole `generate` calls (greedy) on models of real width. PROVIDERS is the place for a new way to
+generate.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import shapes
+import torch
+from cases import Variant, Variants
+from gate import WrongResult, exact, poisoned, require_correct
+from models import FUSION, Models, base_model, quiet
+from steps import dtype_of
+from timing import Effort, Rotation, device_launches
+from torch import Tensor
+
+from flare.measure import count_ops, peak_bytes, transient_bytes
+from flare_kernels import fused_lora_qkv, reference
+
+BF16 = torch.bfloat16
+SCALING = 2.0
+Inputs = dict[str, Tensor]
+
+# --- the adapters alone -----------------------------------------------------------------------------------------------
+
+DECODE_VARIANTS = ("eager", "addmm", "flare", "flare-graph")
+DECODE_CONDITIONS = "bf16, add_relu, q and v adapters of one block, forward, S given, no frozen product"
+
+
+def decode_inputs(shape: shapes.DecodeShape, device: torch.device) -> Inputs:
+    """x (M, d), and per projection the frozen output y (M, n), S (M, r), A (r, d), B (n, r)."""
+    d = shape.model.d
+
+    def randn(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*size, device=device, dtype=BF16) * scale
+
+    t = {"x": randn(shape.M, d)}
+    for name, n in (("q", shape.model.n_q), ("v", shape.model.n_v)):
+        t[f"{name}.y"] = randn(shape.M, n)
+        t[f"{name}.S"] = randn(shape.M, shape.r)
+        t[f"{name}.A"] = randn(shape.r, d, scale=d**-0.5)
+        t[f"{name}.B"] = randn(n, shape.r, scale=shape.r**-0.5)
+    return t
+
+
+def decode_moved(shape: shapes.DecodeShape) -> int:
+    """Fewest bytes: x, S, A and B read, both y read and written."""
+    d, n = shape.model.d, shape.model.n_q + shape.model.n_v
+    return 2 * (shape.M * d + 2 * shape.M * shape.r + 2 * shape.r * d + n * shape.r + 2 * shape.M * n)
+
+
+def decode_eager(t: Inputs) -> dict[str, Tensor]:
+    """The formula, an operation at a time."""
+    return {
+        name: reference.fused_lora(
+            t["x"],
+            None,
+            t[f"{name}.y"],
+            t[f"{name}.A"],
+            t[f"{name}.B"],
+            scaling=SCALING,
+            fusion=FUSION,
+            source_bottleneck=t[f"{name}.S"],
+        )
+        for name in ("q", "v")
+    }
+
+
+def decode_fused(backend: str) -> Callable[[Inputs], dict[str, Tensor]]:
+    """The public joint call, accumulating into y."""
+
+    def run(t: Inputs) -> dict[str, Tensor]:
+        return fused_lora_qkv(
+            t["x"],
+            None,
+            {name: t[f"{name}.y"] for name in ("q", "v")},
+            {name: (t[f"{name}.A"], t[f"{name}.B"], SCALING) for name in ("q", "v")},
+            fusion=FUSION,
+            source_bottleneck={name: t[f"{name}.S"] for name in ("q", "v")},
+            backend=backend,
+        )
+
+    return run
+
+
+def decode_variants(shape: shapes.DecodeShape, device: torch.device, ceilings: Any) -> Variants:
+    """The eager formula, the addmm form, what the package picks, and that in a CUDA graph."""
+    rotation = Rotation(lambda: decode_inputs(shape, device), device)
+    moved = decode_moved(shape)
+    floor = {"floor_bytes": moved, "floor_s": moved / ceilings.copy_bytes_per_s}
+
+    def variant(run: Callable[[Inputs], dict[str, Tensor]]) -> Variant:
+        def check() -> None:
+            t = decode_inputs(shape, device)
+            truth = decode_eager(exact(t))
+            plain = decode_eager(t)
+            with torch.no_grad(), poisoned():
+                require_correct(run(t), truth, plain, dtype=BF16)
+
+        def call() -> None:
+            with torch.no_grad():
+                run(rotation.next())
+
+        def count() -> dict[str, Any]:
+            with count_ops() as launched:
+                call()
+            return {
+                "launches": device_launches(call, device) or launched.total,
+                "transient_bytes": transient_bytes(lambda: run(rotation.next()), device=device),
+            }
+
+        return Variant(call, check, count, dict(floor))
+
+    made: dict[str, Variant | str] = {
+        "eager": variant(decode_eager),
+        "addmm": variant(decode_fused("torch")),
+        "flare": variant(decode_fused("auto")),
+    }
+    made["flare-graph"] = "CUDA graphs need a CUDA device" if device.type != "cuda" else _graphed(rotation, floor)
+    return made
+
+
+def _graphed(rotation: Rotation, floor: dict[str, Any]) -> Variant:
+    """One graph per set of inputs; its replay against the plain call, bit for bit."""
+    run = decode_fused("auto")
+    sets = rotation.sets
+    outputs = ("q.y", "v.y")
+    graphs: list[Any] = []
+
+    def capture() -> None:
+        for t in sets:
+            run({k: v.clone() for k, v in t.items()})  # compiled before it is captured
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run(t)
+            graphs.append(graph)
+
+    def check() -> None:
+        with torch.no_grad():
+            capture()
+            t = sets[0]
+            before = {name: t[name].clone() for name in outputs}
+            graphs[0].replay()
+            torch.cuda.synchronize()
+            replayed = {name: t[name].clone() for name in outputs}
+            for name in outputs:
+                t[name].copy_(before[name])
+            run(t)
+        for name in outputs:
+            if not torch.equal(t[name], replayed[name]) or torch.equal(replayed[name], before[name]):
+                raise WrongResult(f"{name}: the graph's replay differs from the call it captured")
+
+    turn = itertools.count()
+    return Variant(lambda: graphs[next(turn) % len(graphs)].replay(), check, facts=dict(floor))
+
+
+@pytest.mark.parametrize("variant", DECODE_VARIANTS)
+@pytest.mark.parametrize("shape", shapes.decoding(shapes.grid()), ids=lambda s: s.case)
+def test_decode_adapters(compare: Any, shape: shapes.DecodeShape, variant: str, device: Any, ceilings: Any) -> None:
+    compare(shape, variant, lambda: decode_variants(shape, device, ceilings), DECODE_CONDITIONS)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to generate: whether it needs the source, and which of the models it calls."""
+
+    name: str
+    generate: Callable[[Models, Inputs, dict[str, Any]], Tensor]
+    source: bool = False
+
+
+def _without_adapters(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
+    with models.stock.disable_adapter():
+        return models.stock.generate(input_ids=batch["input_ids"], **options)
+
+
+def _peft_lora(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
+    return models.stock.generate(input_ids=batch["input_ids"], **options)
+
+
+def _lora(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
+    return models.lora.generate(input_ids=batch["input_ids"], **options)
+
+
+def _flare(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
+    return models.flare.generate(input_ids=batch["input_ids"], source_input_ids=batch["source_input_ids"], **options)
+
+
+PROVIDERS = (
+    Provider("no-adapters", _without_adapters),
+    Provider("peft-lora", _peft_lora),
+    Provider("lora", _lora),
+    Provider("flare", _flare, source=True),
+)
+GENERATE_CONDITIONS = "greedy, key-value cache, random weights, full rows, prompt included in the time"
+
+
+def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Variants:
+    """Every provider on one set of weights; one that the library refuses is skipped with its reason."""
+    dtype = dtype_of(device)
+    with quiet():
+        base = base_model(shape.model, shape.depth, shape.m + shape.new, device, dtype)
+        base.generation_config.pad_token_id = 0
+        models = Models.of(base, shape.model.family, shape.r, dtype)
+    for model in (models.stock, models.lora, models.flare):
+        model.eval()
+    words = shape.model.vocabulary
+    batch = {k: torch.randint(5, words, (shape.B, shape.m), device=device) for k in ("input_ids", "source_input_ids")}
+    options = {"max_new_tokens": shape.new, "min_new_tokens": shape.new, "do_sample": False}
+
+    def variant(provider: Provider) -> Variant | str:
+        def call() -> Tensor:
+            with torch.no_grad(), quiet():
+                return provider.generate(models, batch, options)
+
+        try:
+            call()
+        except ValueError as refused:
+            if not provider.source:
+                raise
+            return str(refused)
+
+        def check() -> None:
+            made = call()
+            if made.shape != (shape.B, shape.m + shape.new) or not torch.equal(made[:, : shape.m], batch["input_ids"]):
+                raise WrongResult(f"generated {tuple(made.shape)}, or not behind the prompt")
+            _require_next_token(provider, models, batch, made[:, shape.m])
+
+        def count() -> dict[str, Any]:
+            with count_ops() as launched:
+                call()
+            with peak_bytes(device=device) as peak:
+                call()
+            return {
+                "launches": device_launches(call, device) or launched.total,
+                "peak_bytes_above_start": peak.above_start,
+            }
+
+        facts = {"target_tokens": shape.B * shape.new, "depth": shape.depth, "dtype": str(dtype).removeprefix("torch.")}
+        return Variant(call, check, count, facts)
+
+    return {provider.name: variant(provider) for provider in PROVIDERS}
+
+
+def _require_next_token(provider: Provider, models: Models, batch: Inputs, token: Tensor) -> None:
+    """The first new token is (nearly) the likeliest by PEFT's own layers on the prompt."""
+    with torch.no_grad(), quiet():
+        if provider.source:
+            logits = models.flare(**batch).logits[:, -1]
+        elif provider.name == "no-adapters":
+            with models.stock.disable_adapter():
+                logits = models.stock(input_ids=batch["input_ids"]).logits[:, -1]
+        else:
+            logits = models.stock(input_ids=batch["input_ids"]).logits[:, -1]
+    best, chosen = logits.amax(-1), logits.gather(-1, token[:, None])[:, 0]
+    slack = 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(-1)
+    if not bool((best - chosen <= slack).all()):
+        raise WrongResult("the first new token is not the likeliest one")
+
+
+@pytest.mark.parametrize("variant", [provider.name for provider in PROVIDERS])
+@pytest.mark.parametrize("shape", shapes.generation(shapes.grid()), ids=lambda s: s.case)
+def test_generate(compare: Any, shape: shapes.GenerateShape, variant: str, device: Any) -> None:
+    how = Effort(5.0, 3, 10, 1) if device.type == "cuda" else Effort(0.5, 3, 5, 1)
+    build = lambda: generate_variants(shape, device)  # noqa: E731
+    compare(shape, variant, build, GENERATE_CONDITIONS, queue_ahead=False, how=how)

@@ -1,0 +1,67 @@
+"""How far is each of the five primitives from its floor, and from the plain BLAS form of the same step?
+
+bf16, fusion add_relu. The floor is the bytes that the step must move (primitives.moved) over the copy bandwidth
+measured in the same run. On a CPU only the BLAS form runs; the launches of both are exact there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import shapes
+import torch
+from cases import Skipped, Variant, Variants
+from gate import exact, poisoned, require_correct
+from primitives import DTYPE, flops, module, moved, operands, oracle, recorded_launches, run
+from timing import Ceilings, Rotation, device_launches
+
+from flare.measure import count_ops, transient_bytes
+from flare_kernels import torch_ops
+
+VARIANTS = ("flare", "peer")
+CONDITIONS = "bf16, add_relu, one projection, both streams, dropout 0, inputs rotated through twice the L2 cache"
+
+
+def variants(shape: shapes.KernelShape, device: torch.device, ceilings: Ceilings) -> Variants:
+    """The kernel the package picks, and its peer in plain PyTorch."""
+    rotation = Rotation(lambda: operands(shape, device), device)
+    floor = {
+        "floor_bytes": moved(shape),
+        "flops": flops(shape),
+        "floor_s": moved(shape) / ceilings.copy_bytes_per_s,
+    }
+
+    def variant(name: str) -> Variant | Skipped:
+        ops = module(name, device)
+        if isinstance(ops, str):
+            return Skipped(ops, {"launches": recorded_launches(shape)})
+
+        def check() -> None:
+            t = operands(shape, device)
+            truth = oracle(shape.primitive, exact(t))
+            plain = run(shape.primitive, torch_ops, {k: v.clone() for k, v in t.items()})
+            with poisoned():
+                out = run(shape.primitive, ops, t)
+            require_correct(out, truth, plain, dtype=DTYPE)
+
+        def call() -> None:
+            run(shape.primitive, ops, rotation.next())
+
+        def count() -> dict[str, Any]:
+            with count_ops() as launched:
+                call()
+            return {
+                "launches": device_launches(call, device) or launched.total,
+                "transient_bytes": transient_bytes(lambda: run(shape.primitive, ops, rotation.next()), device=device),
+            }
+
+        return Variant(call, check, count, facts=floor)
+
+    return {name: variant(name) for name in VARIANTS}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", shapes.kernels(shapes.grid()), ids=lambda s: s.case)
+def test_kernel(compare: Any, shape: shapes.KernelShape, variant: str, device: Any, ceilings: Ceilings) -> None:
+    compare(shape, variant, lambda: variants(shape, device, ceilings), CONDITIONS)

@@ -1,0 +1,20 @@
+"""How does the cost of a step grow with the text's length m, the batch, the rank and the depth?
+
+One of them varied at a time around a middle; the rows of test_training_step.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import shapes
+from models import METHODS
+from steps import build, effort
+from test_training_step import CONDITIONS
+
+
+@pytest.mark.parametrize("variant", METHODS)
+@pytest.mark.parametrize("shape", shapes.scaling(shapes.grid()), ids=lambda s: s.case)
+def test_scaling(compare: Any, shape: shapes.StepShape, variant: str, device: Any) -> None:
+    compare(shape, variant, lambda: build(shape, device), CONDITIONS, queue_ahead=False, how=effort(device))

@@ -1,0 +1,298 @@
+"""What a step and an adapter cost, counted and not timed: arithmetic, bytes and launches, against written-out formulas.
+
+A change that makes the package do more work, or keep or pass through more memory, fails here without a GPU.
+Shape letters: B rows, m tokens a row, M = B m, d width, f inner width of a block, L blocks, r rank, n output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flare
+from flare.measure import count_calls, count_flops, count_ops, saved_bytes, transient_bytes
+from flare_kernels import fused_lora, fused_lora_qkv, reference
+
+B, m, d, f, L, r, CLASSES = 3, 16, 32, 48, 3, 4, 3
+M = B * m
+
+
+# --- the counters themselves ------------------------------------------------------------------------------------------
+
+
+def test_flops_of_products_in_place_and_out_of_place() -> None:
+    a, b, c = torch.randn(4, 5), torch.randn(5, 6), torch.randn(4, 6)
+    with count_flops() as flops:
+        a @ b
+        torch.addmm(c, a, b)
+        c.addmm_(a, b)
+        c * c
+    assert flops.total == 3 * 2 * 4 * 5 * 6
+
+
+def test_flops_of_attention_do_not_depend_on_its_implementation() -> None:
+    q = torch.randn(2, 4, 16, 8)
+    with count_flops() as fused:
+        F.scaled_dot_product_attention(q, q, q)
+    with count_flops() as eager:
+        torch.softmax(q @ q.transpose(-1, -2), -1) @ q
+    assert fused.total == eager.total == 2 * (2 * 2 * 4 * 16 * 16 * 8)
+
+
+def test_ops_that_compute_count_and_views_do_not() -> None:
+    x = torch.randn(4, 6)
+    with count_ops() as ops:
+        x.view(6, 4).t()[1:].detach()
+        torch.empty(3)
+        torch.empty(0, 2) + 1
+        (x + 1).mul_(2).sum()
+    assert ops.ops == ["add", "mul_", "sum"]
+
+
+def test_ops_of_a_backward_pass_are_seen() -> None:
+    x = torch.randn(4, requires_grad=True)
+    y = x.exp().sum()
+    with count_ops() as ops:
+        y.backward()
+    assert "mul" in ops.ops
+
+
+def test_transient_bytes_leave_out_what_stays() -> None:
+    def call() -> Tensor:
+        a = torch.empty(256)
+        b = torch.empty(512)
+        return a + b[:256]
+
+    # at the sum all three live; the result stays
+    assert transient_bytes(call) == 4 * (256 + 512)
+
+
+def test_calls_are_counted_with_a_checkpoints_recompute() -> None:
+    layer = torch.nn.Linear(4, 4)
+    x = torch.randn(2, 4, requires_grad=True)
+    with count_calls([layer]) as calls:
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert calls.total == 2
+    layer(x)
+    assert calls.total == 2, "the count ends with the block"
+
+
+# --- a whole step -----------------------------------------------------------------------------------------------------
+
+
+def make(fusion: str | None) -> Any:
+    size = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": L, "num_labels": CLASSES}
+    model = flare.fast_lora(tiny.model("xlmr", **size), fusion=fusion, r=r, lora_alpha=2 * r)
+    model.get_base_model().set_attn_implementation("eager")
+    tiny.randomize_lora(model)
+    return model
+
+
+def batch(width: int, source: bool) -> dict[str, Tensor]:
+    names = ("input_ids", "source_input_ids") if source else ("input_ids",)
+    made = {name: torch.randint(2, tiny.VOCAB, (B, width)) for name in names}
+    return {**made, "labels": torch.randint(0, CLASSES, (B,))}
+
+
+def block_forward(width: int) -> int:
+    """FLOPs of one frozen block on B rows: four (d, d) linears, two (d, f), scores and values."""
+    return 2 * B * width * (4 * d * d + 2 * d * f) + 4 * B * width**2 * d
+
+
+def lora_step(width: int) -> int:
+    """FLOPs of a plain LoRA step, query and value adapted, a trained classification head on the first position."""
+    tokens = B * width
+    head = 3 * 2 * B * (d * d + d * CLASSES)  # forward, weight and input gradient
+    frozen = 3 * L * block_forward(width) - L * 2 * tokens * (4 * d * d + 2 * d * f)  # no gradient of frozen weights
+    adapter = 2 * tokens * r * (3 * d + 3 * d)  # down, dA, dx; up, dH, dB
+    first = 2 * tokens * 3 * d * d + 2 * 2 * tokens * r * d  # the first block's input asks for no gradient, nor its key
+    first += 2 * B * width**2 * d
+    return head + frozen + 2 * L * adapter - first
+
+
+def flare_step(width: int) -> int:
+    """The same, the source's forward pass, and each adapter's S and dA from it."""
+    return lora_step(width) + L * block_forward(width) + 2 * L * 2 * (2 * B * width * r * d)
+
+
+STEPS: dict[str, tuple[str | None, int, bool, Callable[[int], int], int]] = {
+    "lora": (None, m, False, lora_step, L),
+    "flare": ("add_relu", m, True, flare_step, 2 * L),
+    "input-fusion": (None, 2 * m, False, lora_step, L),
+}
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_a_step_does_the_arithmetic_of_the_method_and_no_more(method: str) -> None:
+    fusion, width, source, theory, executions = STEPS[method]
+    model, inputs = make(fusion), batch(width, source)
+    blocks = tiny.block_list(model.get_base_model())
+    with count_calls(blocks) as calls, count_flops() as flops:
+        model(**inputs).loss.backward()
+    assert calls.total == executions
+    assert flops.total == theory(width)
+
+
+def test_the_source_pass_ends_where_nothing_more_is_read() -> None:
+    """With the release's offset the last block's output is not read, and the last block is not run."""
+    model = flare.fast_lora(tiny.model("xlmr"), r=r, source_layer_offset=0)
+    with count_calls(tiny.block_list(model.get_base_model())) as calls:
+        model(**batch(m, source=True))
+    assert calls.total == 2 * tiny.LAYERS - 1
+
+
+def test_flare_does_less_than_input_level_fusion() -> None:
+    """The paper's bound on the frozen part: source forward + target forward and backward, against all of it at 2m."""
+    assert flare_step(512) < 0.76 * lora_step(2 * 512)
+
+
+# --- one adapter ------------------------------------------------------------------------------------------------------
+
+TOKENS, WIDTH, RANK = 512, 256, 8
+BF16 = 2
+
+
+def tensors(adapter_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    def randn(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*size).to(dtype)
+
+    made = {"x": randn(TOKENS, WIDTH).requires_grad_(), "x_source": randn(TOKENS, WIDTH), "W": randn(WIDTH, WIDTH)}
+    for name in ("q", "v"):
+        made[f"{name}.A"] = randn(RANK, WIDTH, dtype=adapter_dtype).requires_grad_()
+        made[f"{name}.B"] = randn(WIDTH, RANK, dtype=adapter_dtype).requires_grad_()
+    return made
+
+
+def eager(t: dict[str, Tensor]) -> Tensor:
+    """PEFT's arithmetic: the streams in the adapter's dtype, every product and sum an operation of its own."""
+    A, up = t["q.A"], t["q.B"]
+    base = F.linear(t["x"].detach(), t["W"])
+    T, S = F.linear(t["x"].to(A.dtype), A), F.linear(t["x_source"].to(A.dtype), A)
+    return (base + F.linear(reference.fuse(S, T, "add_relu"), up) * 2.0).to(base.dtype)
+
+
+def fused(t: dict[str, Tensor], **options: Any) -> Tensor:
+    base = F.linear(t["x"].detach(), t["W"])
+    return fused_lora(t["x"], t["x_source"], base, t["q.A"], t["q.B"], scaling=2.0, backend="torch", **options)
+
+
+def joint(t: dict[str, Tensor]) -> dict[str, Tensor]:
+    base = {name: F.linear(t["x"].detach(), t["W"]) for name in ("q", "v")}
+    adapters = {name: (t[f"{name}.A"], t[f"{name}.B"], 2.0) for name in ("q", "v")}
+    return fused_lora_qkv(t["x"], t["x_source"], base, adapters, backend="torch")
+
+
+def test_transient_memory_of_the_adapters_forward() -> None:
+    """At most 5 % of eager's, which passes B H and s B H through memory; ours makes phi(S, T) and its two terms.
+
+    The fallback's bytes here (the kernels make phi in registers), at r / n = 1 / 32, between the models' 1/64 and 1/16.
+    """
+    t = tensors()
+    y = TOKENS * WIDTH * BF16
+    theirs, ours = transient_bytes(lambda: eager(t)), transient_bytes(lambda: fused(t))
+    assert theirs == 2 * y + 2 * TOKENS * RANK * BF16, "frozen output, scaled product, T and S, beside the sum"
+    assert ours == 3 * TOKENS * RANK * BF16
+    assert ours <= 0.05 * theirs
+
+
+def test_saved_bytes_are_the_streams_and_their_bottlenecks() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        t = tensors(dtype)
+        weights = [tensor for name, tensor in t.items() if name[0] in "qvW"]
+        with saved_bytes(ignore=[weights]) as saved:
+            kept: Any = fused(t)
+        assert saved.total == 2 * TOKENS * WIDTH * BF16 + 2 * TOKENS * RANK * BF16
+        with saved_bytes(ignore=[weights]) as saved:
+            kept = joint(t)
+        assert saved.total == 2 * TOKENS * WIDTH * BF16 + 2 * 2 * TOKENS * RANK * BF16, "each stream once for q and v"
+        with saved_bytes(ignore=[weights]) as saved:
+            kept = eager(t)
+        del kept
+        if dtype == torch.float32:
+            assert saved.total > 2 * 2 * TOKENS * WIDTH * BF16, "eager keeps wide copies, or this compares nothing"
+
+
+def test_ops_of_one_adapter_call() -> None:
+    """Forward and backward of the fallback: every product once, none of the eager form's passes over y."""
+    t, dtype = tensors(), torch.bfloat16
+    G = torch.randn(TOKENS, WIDTH).to(dtype)
+    inputs = [t["x"], t["q.A"], t["q.B"]]
+    base = F.linear(t["x"].detach(), t["W"])
+    with count_ops() as forward:
+        y = fused_lora(t["x"], t["x_source"], base, t["q.A"], t["q.B"], scaling=2.0, backend="torch")
+    assert forward.by_op == {"mm": 2, "relu": 2, "add": 1, "addmm_": 1}
+    with count_ops() as backward:
+        torch.autograd.grad(y, inputs, G)
+    # dH and dB with their scale; phi and its derivative; dA from two streams; dx
+    assert backward.by_op == {"addmm": 2, "gt": 2, "mul": 2, "relu": 2, "add": 1, "mm": 2, "addmm_": 1}
+
+
+def test_ops_of_a_joint_call_do_not_double_those_on_the_streams() -> None:
+    t = tensors()
+    base = {name: F.linear(t["x"].detach(), t["W"]) for name in ("q", "v")}
+    adapters = {name: (t[f"{name}.A"], t[f"{name}.B"], 2.0) for name in ("q", "v")}
+    with count_ops() as one, torch.no_grad():
+        fused_lora_qkv(t["x"], t["x_source"], {"q": base["q"].clone()}, {"q": adapters["q"]}, backend="torch")
+    with count_ops() as two, torch.no_grad():
+        fused_lora_qkv(t["x"], t["x_source"], base, adapters, backend="torch")
+    assert one.by_op["mm"] == two.by_op["mm"] == 2, "each stream is read once"
+    assert two.by_op["addmm_"] == 2
+
+
+@pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 6), ("joint", 3, 9)])
+def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None:
+    """At most so many Triton kernels (listed, not run), and no PyTorch operator on anything as wide as a stream."""
+    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
+    t = tensors()
+    names = ("q", "v") if name == "joint" else ("q",)
+    leaves = [t["x"], *(t[f"{each}.{part}"] for each in names for part in "AB")]
+    base = {each: torch.randn(TOKENS, WIDTH).bfloat16() for each in names}
+    G = [torch.randn(TOKENS, WIDTH).bfloat16() for _ in names]
+    adapters = {each: (t[f"{each}.A"], t[f"{each}.B"], 2.0) for each in names}
+
+    def call() -> list[Tensor]:
+        if name == "one":
+            y = fused_lora(t["x"], t["x_source"], base["q"], t["q.A"], t["q.B"], scaling=2.0, backend="triton")
+            return [y]
+        return list(fused_lora_qkv(t["x"], t["x_source"], base, adapters, backend="triton").values())
+
+    with launch.recording(227 * 1024) as launches, count_ops() as ops:
+        ys = call()
+        in_forward = len(launches)
+        torch.autograd.grad(ys, leaves, G)
+    assert 2 <= in_forward <= forward
+    assert 4 <= len(launches) - in_forward <= backward
+    assert not {"mm", "addmm", "addmm_", "mul", "relu"} & set(ops.ops)
+
+
+def test_launches_while_decoding() -> None:
+    """M = 1 to 64 with the source's bottleneck known: at most one launch down and one up for each projection."""
+    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
+    t = tensors()
+    adapters = {each: (t[f"{each}.A"], t[f"{each}.B"], 2.0) for each in ("q", "v")}
+    for tokens in (1, 16, 64):
+        base = {each: torch.randn(tokens, WIDTH).bfloat16() for each in adapters}
+        S = {each: torch.randn(tokens, RANK).bfloat16() for each in adapters}
+        with torch.no_grad(), launch.recording(227 * 1024) as launches:
+            fused_lora_qkv(
+                torch.randn(tokens, WIDTH).bfloat16(), None, base, adapters, source_bottleneck=S, backend="triton"
+            )
+        assert 2 <= len(launches) <= 3
+
+
+def test_launches_are_counted_as_kernels() -> None:
+    """Under Triton's interpreter here, where this version lists its launches."""
+    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
+    if not hasattr(launch, "counting"):
+        pytest.skip("this version does not list the launches it runs (flare_kernels.triton_ops.launch.counting)")
+    t = {name: tensor.detach().half() for name, tensor in tensors().items()}
+    base = torch.randn(64, WIDTH).half()
+    with count_ops() as ops, torch.no_grad():
+        fused_lora(t["x"][:64], t["x_source"][:64], base, t["q.A"], t["q.B"], scaling=2.0, backend="triton")
+    assert len(ops.kernels) == 2, ops.kernels
