@@ -1,4 +1,4 @@
-"""The one place that calls the five primitives directly; every other benchmark goes through the public functions.
+"""The one place that calls the primitives directly; every other benchmark goes through the public functions.
 
 A case is one primitive on one projection. ``operands`` draws what it needs, ``run`` calls it in a module of primitives
 ("flare": what the package picks on this device, "peer": the plain BLAS form), ``oracle`` gives the same results in
@@ -29,13 +29,18 @@ Results = dict[str, Tensor | None]
 
 
 def module(variant: str, device: torch.device) -> ModuleType | str:
-    """The primitives behind a variant, or why they cannot run here."""
+    """The primitives behind a variant, or why they cannot run here.
+
+    "flare" is what the package picks at each size, "triton" the kernels alone, "peer" the plain BLAS form.
+    """
     if variant == "peer":
         return torch_ops
     status = flare_kernels.backends()["triton"]
     if device.type != "cuda":
         return f"Triton kernels: {status}" if not status else "Triton kernels are timed on a CUDA device only"
-    return backends.primitives("triton", device, DTYPE) if status else f"Triton kernels: {status}"
+    if not status:
+        return f"Triton kernels: {status}"
+    return backends.primitives("auto" if variant == "flare" else "triton", device, DTYPE)
 
 
 def recorded_launches(shape: KernelShape) -> int | None:
@@ -84,12 +89,12 @@ def run(primitive: str, ops: ModuleType, t: Operands) -> Results:
         T, S = call.shrink(t["x"], t["x_source"], t["A"], compute_dtype=DTYPE)
         return {"T": T, "S": S}
     if primitive == "expand":
-        call.expand_(t["y"], t["T"], t["S"], t["B"], scaling=SCALING, fusion=FUSION)
+        call.expand_([t["y"]], t["T"], t["S"], [t["B"]], scalings=[SCALING], fusion=FUSION)
         return {"y": t["y"]}
     if primitive == "grad_bottleneck":
-        dT, dS, dB = call.grad_bottleneck(
-            t["G"], t["T"], t["S"], t["B"], scaling=SCALING, fusion=FUSION, B_grad_dtype=torch.float32
-        )
+        dT, dS = torch.empty_like(t["T"]), torch.empty_like(t["S"])
+        outs: dict[str, Any] = {"dT": dT, "dS": dS, "B_grad_dtype": torch.float32}
+        (dB,) = call.grad_bottleneck([t["G"]], t["T"], t["S"], [t["B"]], scalings=[SCALING], fusion=FUSION, **outs)
         return {"dT": dT, "dS": dS, "dB": dB}
     if primitive == "grad_weight":
         return {"dA": call.grad_weight(t["dT"], t["x"], t["dS"], t["x_source"], grad_dtype=torch.float32)}

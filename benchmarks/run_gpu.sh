@@ -2,6 +2,7 @@
 # On a GPU machine:
 #
 #   benchmarks/run_gpu.sh            the tests that run kernels, then every number of summary.json; under 9 minutes
+#   benchmarks/run_gpu.sh tune       times every candidate launch; launch-table.json for flare_kernels/tables; under 9 minutes
 #   benchmarks/run_gpu.sh sweep N    part N of the whole grid (python benchmarks/sweep.py lists the parts); under 9 minutes
 #
 # Results go to the folder $OUT, else to benchmarks/results/<gpu>. Each step has a time limit of its own, and what was
@@ -47,6 +48,14 @@ if [ "${1:-}" = sweep ]; then
   LOG="$RESULTS/sweep-$part.txt"
   : > "$LOG"
   bench 520 "part $part" "sweep-$part.json" benchmarks --part "$part"
+  exit $status
+fi
+
+if [ "${1:-}" = tune ]; then
+  LOG="$RESULTS/tune.txt"
+  : > "$LOG"
+  # compiling is not timed by --budget: the limit of the step keeps what was found by then
+  step 530 "tune" "$PYTHON" -u -m flare bench --tune --overwrite --output "$RESULTS/launch-table.json" --budget 400 "${@:2}"
   exit $status
 fi
 

@@ -1,4 +1,4 @@
-"""How far is each of the five primitives from its floor, and from the plain BLAS form of the same step?
+"""How far is each of the primitives from its floor, and from the plain BLAS form of the same step?
 
 bf16, fusion add_relu. The floor is the bytes that the step must move (primitives.moved) over the copy bandwidth
 measured in the same run. On a CPU only the BLAS form runs; the launches of both are exact there.
@@ -19,12 +19,12 @@ from timing import Ceilings, Rotation, device_launches
 from flare.measure import count_ops, transient_bytes
 from flare_kernels import torch_ops
 
-VARIANTS = ("flare", "peer")
+VARIANTS = ("flare", "triton", "peer")
 CONDITIONS = "bf16, add_relu, one projection, both streams, dropout 0, inputs rotated through twice the L2 cache"
 
 
 def variants(shape: shapes.KernelShape, device: torch.device, ceilings: Ceilings) -> Variants:
-    """The kernel the package picks, and its peer in plain PyTorch."""
+    """What the package picks at this size, the kernel, and its peer in plain PyTorch."""
     rotation = Rotation(lambda: operands(shape, device), device)
     floor = {
         "floor_bytes": moved(shape),

@@ -1,9 +1,9 @@
 """The autograd function over :mod:`flare_kernels.node`, and the public function for one projection.
 
 Saved for backward: x and x_source as they came (only where an A asks for a gradient), T and S rounded to the compute
-dtype (only H where phi is linear), A and B in the compute dtype where they had to be stacked or cast, and with dropout
-the seed, from which the masks are made again. Never a cast or dropped-out copy of x. The form for projections that
-share their input is in :mod:`flare_kernels.joint`.
+dtype (only H where phi is linear), A and B in the compute dtype where they had to be stacked or cast and are small
+beside x, and with dropout the seed, from which the masks are made again. Never a cast or dropped-out copy of x. The
+form for projections that share their input is in :mod:`flare_kernels.joint`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from . import library, node, reference, validation
 from .fusion import EAGER_FUSIONS
 from .node import Call, Hidden, Needs, without_autocast
 from .reference import compute_dtype
+
+#: Weights in the compute dtype are kept for the backward pass where x is so many times as large.
+_KEPT_SHARE = 16
 
 
 def writable(base_output: Tensor, *beside: Tensor | None) -> Tensor:
@@ -70,16 +73,14 @@ class FusedLoRA(torch.autograd.Function):
         # T is needed for dB, and T and S where dH goes through phi
         nonlinear = any(group.launch_fusion is not None for group in call.groups)
         keep_hidden = any(needs.B) or (needs.hidden and nonlinear)
-        stacked = hidden.A if needs.x or needs.x_source else None
-        if As and stacked is As[0]:
-            stacked = None
+        A, B = (hidden.A if needs.x or needs.x_source else None), (hidden.B if needs.hidden else None)
         ctx.save_for_backward(
             x if keep_streams else None,
             x_source if keep_streams else None,
             hidden.T if keep_hidden else None,
             hidden.S if keep_hidden else None,
-            stacked,
-            hidden.B if needs.hidden else None,
+            _worth_keeping(A, As, x),
+            _worth_keeping(B, Bs, x),
             seed,
             *(*As, *Bs, *Ws),
         )
@@ -130,6 +131,13 @@ class FusedLoRA(torch.autograd.Function):
             *found.B,
             *([None] * len(Ws)),
         )
+
+
+def _worth_keeping(stacked: Tensor | None, weights: Sequence[Tensor], x: Tensor) -> Tensor | None:
+    """Weights that were stacked or cast, where they are small beside x; else the backward pass makes them again."""
+    if stacked is None or any(stacked is weight for weight in weights) or _KEPT_SHARE * stacked.nbytes > x.nbytes:
+        return None
+    return stacked
 
 
 def split(items: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, ...]]:

@@ -58,8 +58,9 @@ def fused_lora_qkv(
     p = dropout_p if training else 0.0
     if backend == "reference":
         return _reference(x, x_source, base_outputs, adapters, fusions, source_bottleneck, weights, p)
-    # without weights a projection with no adapter has nothing to do in the node
-    names = tuple(base_outputs) if weights is not None else tuple(name for name in base_outputs if name in adapters)
+    # a projection with no adapter has something to do in the node only where the node owns its share of dx
+    owns_dx = weights is not None and x.requires_grad and torch.is_grad_enabled()
+    names = tuple(base_outputs) if owns_dx else tuple(name for name in base_outputs if name in adapters)
     if not names:
         return dict(base_outputs)
     dtype = compute_dtype(x, next(iter(base_outputs.values())))
@@ -77,7 +78,7 @@ def fused_lora_qkv(
         [base_outputs[name] for name in names],
         [adapters[name][0] for name in ordered],
         [adapters[name][1] for name in ordered],
-        [weights[name] for name in names] if weights is not None else [],
+        [weights[name] for name in names] if owns_dx and weights is not None else [],
     )
     results = dict(zip(names, outputs, strict=True))
     return {name: results.get(name, y) for name, y in base_outputs.items()}

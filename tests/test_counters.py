@@ -207,10 +207,13 @@ def test_saved_bytes_are_the_streams_and_their_bottlenecks() -> None:
         weights = [tensor for name, tensor in t.items() if name[0] in "qvW"]
         with saved_bytes(ignore=[weights]) as saved:
             kept: Any = fused(t)
-        assert saved.total == 2 * TOKENS * WIDTH * BF16 + 2 * TOKENS * RANK * BF16
+        # what was cast (float32 adapters) or put below each other (both A, for q and v) is kept as well
+        cast, stacked = (2 * WIDTH * RANK * BF16 if dtype == torch.float32 else 0), 2 * WIDTH * RANK * BF16
+        assert saved.total == 2 * TOKENS * WIDTH * BF16 + 2 * TOKENS * RANK * BF16 + cast
         with saved_bytes(ignore=[weights]) as saved:
             kept = joint(t)
-        assert saved.total == 2 * TOKENS * WIDTH * BF16 + 2 * 2 * TOKENS * RANK * BF16, "each stream once for q and v"
+        bottlenecks = 2 * 2 * TOKENS * RANK * BF16
+        assert saved.total == 2 * TOKENS * WIDTH * BF16 + bottlenecks + cast + stacked, "each stream once for q and v"
         with saved_bytes(ignore=[weights]) as saved:
             kept = eager(t)
         del kept
@@ -229,8 +232,8 @@ def test_ops_of_one_adapter_call() -> None:
     assert forward.by_op == {"mm": 2, "relu": 2, "add": 1, "addmm_": 1}
     with count_ops() as backward:
         torch.autograd.grad(y, inputs, G)
-    # dH and dB with their scale; phi and its derivative; dA from two streams; dx
-    assert backward.by_op == {"addmm": 2, "gt": 2, "mul": 2, "relu": 2, "add": 1, "mm": 2, "addmm_": 1}
+    # dH and dB with their scale; phi and its derivative, put side by side; dA from two streams; dx
+    assert backward.by_op == {"addmm": 2, "gt": 2, "mul": 2, "copy_": 2, "relu": 2, "add": 1, "mm": 2, "addmm_": 1}
 
 
 def test_ops_of_a_joint_call_do_not_double_those_on_the_streams() -> None:
@@ -245,7 +248,7 @@ def test_ops_of_a_joint_call_do_not_double_those_on_the_streams() -> None:
     assert two.by_op["addmm_"] == 2
 
 
-@pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 6), ("joint", 3, 9)])
+@pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 5), ("joint", 3, 5)])
 def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None:
     """At most so many Triton kernels (listed, not run), and no PyTorch operator on anything as wide as a stream."""
     launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
@@ -272,7 +275,7 @@ def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None
 
 
 def test_launches_while_decoding() -> None:
-    """M = 1 to 64 with the source's bottleneck known: at most one launch down and one up for each projection."""
+    """M = 1 to 64 with the source's bottleneck known: one launch down and one up, for query and value together."""
     launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
     t = tensors()
     adapters = {each: (t[f"{each}.A"], t[f"{each}.B"], 2.0) for each in ("q", "v")}
@@ -283,7 +286,7 @@ def test_launches_while_decoding() -> None:
             fused_lora_qkv(
                 torch.randn(tokens, WIDTH).bfloat16(), None, base, adapters, source_bottleneck=S, backend="triton"
             )
-        assert 2 <= len(launches) <= 3
+        assert [one.kernel.fn.__name__ for one in launches] == ["shrink_decode_kernel", "expand_decode_kernel"]
 
 
 def test_launches_are_counted_as_kernels() -> None:

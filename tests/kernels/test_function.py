@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -212,9 +214,10 @@ def test_base_output_is_consumed_only_where_it_is_nobody_elses(device) -> None:
 
 
 @pytest.mark.parametrize("fusion", ALL)
-def test_saved_bytes(fusion, device) -> None:
-    """x, x_source, a rank-wide T and S (only H for linear phi), and B as cast: nothing more that grows with M."""
-    d, r, M = 256, 8, 64
+@pytest.mark.parametrize("M", [64, 128])
+def test_saved_bytes(M, fusion, device) -> None:
+    """x, x_source, a rank-wide T and S (only H for linear phi), and B as cast where it is small beside x; no more."""
+    d, r = 256, 8
     inputs = make((M,), d, d, r, torch.bfloat16, device, torch.float32)
     parameters = {inputs[k].requires_grad_().data_ptr() for k in ("lora_A", "lora_B")}
     saved: dict[int, int] = {}
@@ -228,7 +231,8 @@ def test_saved_bytes(fusion, device) -> None:
     streams = 1 if fusion is None else 2
     bottlenecks = 1 if fusion in (None, "add") else 2
     kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
-    assert kept == (streams * M * d + bottlenecks * M * r + d * r) * 2
+    cast = d * r if M >= 128 else 0
+    assert kept == (streams * M * d + bottlenecks * M * r + cast) * 2
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
@@ -263,6 +267,29 @@ def test_select_backend_says_what_auto_takes() -> None:
     statuses = flare_kernels.backends()
     assert statuses["torch"] and statuses["reference"]
     assert statuses["triton"] or statuses["triton"].reason
+
+
+def test_a_card_that_is_too_old_is_declined_by_name(monkeypatch) -> None:
+    """Turing (sm_75): backends() says why, "auto" takes the plain form, and asking for Triton is an error."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("flare_kernels.backends")
+    capability = {0: (7, 5), 1: (9, 0)}
+    module._device_refusal.cache_clear()
+    monkeypatch.setattr(module, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "Old GPU")
+    status = flare_kernels.backends()["triton"]
+    assert not status and "Old GPU (cuda:0) has compute capability 7.5, the kernels need 8.0" in status.reason
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert flare_kernels.select_backend(old, torch.bfloat16) == "torch"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert flare_kernels.backends()["triton"], "the other card can"
+    assert flare_kernels.select_backend(new, torch.bfloat16) == "triton"
+    with pytest.raises(ValueError, match=r"cannot run here: Old GPU"):
+        module.primitives("triton", old, torch.bfloat16)
+    module._device_refusal.cache_clear()
 
 
 BAD = [
