@@ -78,11 +78,13 @@ for dtype, capability in (("bfloat16", 90), ("float32", 80), ("float32", 90)):
     result = run("-c", script)
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert len(lines) == 3 * len(KERNELS)
+    assert {line[2].removesuffix("_kernel") for line in lines} == KERNELS
     for dtype, capability, kernel, wgmma, mma, error in lines:
         assert error == "None", kernel
-        assert wgmma == str(dtype == "bfloat16"), (dtype, capability, kernel)
-        assert mma == str(dtype == "bfloat16"), (dtype, capability, kernel)
+        # a tile of 16 tokens is too small for wgmma, not for the tensor cores' older instruction
+        narrow = dtype == "bfloat16"
+        assert wgmma == str(narrow and "decode" not in kernel), (dtype, capability, kernel)
+        assert mma == str(narrow), (dtype, capability, kernel)
 
 
 def test_recorded_launches_are_specialised_as_triton_does() -> None:
