@@ -14,6 +14,7 @@ from .adopt import fast_lora
 from .config import FlareConfig
 from .data import FlareDataCollator
 from .model import FlareModel
+from .source_cache import SourceStateCache
 from .source_states import SourceStates
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "FlareModel",
     "FlareSeq2SeqTrainer",
     "FlareTrainer",
+    "SourceStateCache",
     "SourceStates",
     "__version__",
     "baselines",

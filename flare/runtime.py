@@ -29,6 +29,7 @@ from .config import FlareConfig
 from .latent import carry_latent
 from .layer import FlareLayer
 from .routing import ModelMap
+from .source_cache import SourceStateCache
 from .source_pass import (
     Preparation,
     SourceCarrier,
@@ -78,6 +79,7 @@ class Runtime:
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
     carrier: SourceCarrier | None = None
+    source_cache: SourceStateCache | None = None
     in_source_pass: bool = False
     warned: bool = False
     warned_padding: bool = False
@@ -184,7 +186,13 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if wanted and source:
         _refuse_cached_steps(cache, source)
         runtime.carrier = carry(
-            model, runtime, wanted, source, _target_shape(args, kwargs), _decoder_shape(args, kwargs)
+            model,
+            runtime,
+            wanted,
+            source,
+            _target_shape(args, kwargs),
+            _decoder_shape(args, kwargs),
+            source_cache=runtime.source_cache,
         )
     elif wanted and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
         shape = (_decoder_shape if runtime.map.decoders else _target_shape)(args, kwargs)
@@ -261,6 +269,7 @@ def carry(
     target: tuple[int, ...] | None,
     decoder_target: tuple[int, ...] | None = None,
     source_padding: str | None = None,
+    source_cache: SourceStateCache | None = None,
 ) -> SourceCarrier:
     """Run the source pass (or read the given states) and return what travels to the layers.
 
@@ -269,6 +278,7 @@ def carry(
         source: the source arguments that were given.
         target, decoder_target: (B, m) of the target text and (B, u) of its decoder's input, to be checked against.
         source_padding: in place of the adapters' own.
+        source_cache: where rows of states are read and kept.
 
     Raises:
         TypeError, ValueError: source arguments that do not fit; the message names the argument.
@@ -304,10 +314,29 @@ def carry(
         if decoder:
             inputs["decoder_input_ids"], mask = _decoder_inputs(model, source, decoder_target)
             masks |= dict.fromkeys(runtime.map.decoders, mask)
-        dropout = runtime.setting("source_dropout", adapters)
-        reader = read_from_model(model, inputs, keys, dropout=dropout)
+        reader = read_from_model(model, inputs, keys, dropout=runtime.setting("source_dropout", adapters))
+    prepare = Preparation.under_autocast(device, masks if zero_pads else {})
+    if source_cache is not None and "source_states" not in source:
+        check_cacheable(runtime, adapters)
+        reader = source_cache.reader(model, inputs, keys, prepare, runtime.map.decoders)
     with runtime.source_pass():
-        return run_source_pass(reader, Preparation.under_autocast(device, masks if zero_pads else {}), groups, weights)
+        return run_source_pass(reader, prepare, groups, weights)
+
+
+def check_cacheable(runtime: Runtime, adapters: set[str]) -> None:
+    """Raises ValueError where the adapters' source states are none that could be kept over epochs."""
+    if not adapters:
+        raise ValueError("source_cache: no active adapter of this model fuses two streams; leave it out")
+    if runtime.setting("latent_dim", adapters) is not None:
+        raise ValueError(
+            "source_cache: an adapter with latent_dim (FLARE MT) runs no source pass, so there is nothing to keep; "
+            "leave it out"
+        )
+    if runtime.setting("source_dropout", adapters):
+        raise ValueError(
+            "source_cache: with source_dropout=True every source pass is another one, so its states cannot be kept; "
+            "use source_dropout=False (the default), or leave the cache out"
+        )
 
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
