@@ -10,6 +10,7 @@ authors         FLARE as its authors run it: PEFT's layers, eager attention, the
                 head and all hidden states, x_S = the input of each block
 eager-sdpa      the same with PyTorch's fused attention
 flare           this package
+flare-warm      this package, every source row in a SourceStateCache (on the device): no source pass is run
 ==============  ======================================================================================================
 """
 
@@ -34,7 +35,7 @@ from flare.routing import ModelMap
 from flare_kernels import reference
 
 FUSION = "add_relu"
-METHODS = ("lora", "input-fusion", "authors", "eager-sdpa", "flare")
+METHODS = ("lora", "input-fusion", "authors", "eager-sdpa", "flare", "flare-warm")
 PRECISION = torch.bfloat16
 Batch = dict[str, Tensor]
 
@@ -169,7 +170,9 @@ class Models:
     eager: Any  # PEFT's, with eager attention
     lora: Any
     flare: Any
+    warm: Any  # as flare, with a cache
     family: str
+    cache: flare.SourceStateCache | None = None  # of warm
 
     @classmethod
     def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
@@ -181,11 +184,14 @@ class Models:
                 parameter.data = parameter.data.to(dtype)
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.02)
-        eager, plain, fusing = (_same_weights(stock) for _ in range(3))
+        eager, plain, fusing, warm = (_same_weights(stock) for _ in range(4))
         eager.get_base_model().set_attn_implementation("eager")
-        made = cls(stock, eager, flare.fast_lora(plain, fusion=None), flare.fast_lora(fusing, fusion=FUSION), family)
-        for model in (made.stock, made.eager, made.lora, made.flare):
+        ours = (flare.fast_lora(plain, fusion=None), *(flare.fast_lora(m, fusion=FUSION) for m in (fusing, warm)))
+        made = cls(stock, eager, *ours, family)
+        for model in (made.stock, made.eager, made.lora, made.flare, made.warm):
             model.train()
+        made.cache = flare.SourceStateCache({"device": 1 << 50}, tiers=("device",))
+        made.warm.set_source_cache(made.cache)
         return made
 
     @property
@@ -198,7 +204,8 @@ class Models:
 
     def of_method(self, method: str) -> Any:
         """The model that a method runs."""
-        own = {"lora": self.lora, "input-fusion": self.lora, "flare": self.flare, "authors": self.eager}
+        own = {"lora": self.lora, "input-fusion": self.lora, "flare": self.flare, "flare-warm": self.warm}
+        own["authors"] = self.eager
         return own.get(method, self.stock)
 
     def refusal(self, method: str) -> str | None:
@@ -214,8 +221,8 @@ class Models:
             return self.lora(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         if method == "input-fusion":
             return self.lora(**joined(batch)).loss
-        if method == "flare":
-            return self.flare(**batch).loss
+        if method in ("flare", "flare-warm"):
+            return self.of_method(method)(**batch).loss
         model = self.of_method(method)
         return self.eager_loss(model, batch, self.all_states(model, batch))
 

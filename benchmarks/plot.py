@@ -23,6 +23,7 @@ Row = dict[str, Any]
 #: One colour per method, the same in every picture (Okabe and Ito's palette, told apart by colour-blind readers).
 COLOURS = {
     "flare": "#0072B2",
+    "flare-warm": "#009E73",
     "lora": "#56B4E9",
     "input-fusion": "#E69F00",
     "authors": "#D55E00",
@@ -31,6 +32,7 @@ COLOURS = {
 }
 LABELS = {
     "flare": "FLARE, this package",
+    "flare-warm": "FLARE, warm source cache",
     "lora": "plain LoRA",
     "input-fusion": "input-level fusion, 2m",
     "authors": "FLARE as its authors run it",

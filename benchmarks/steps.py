@@ -144,6 +144,8 @@ def _variant(
         # what runs inside a Triton kernel, or in bitsandbytes, is not seen
         if shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
             found["flops"] = flops.total
+        if method == "flare-warm" and models.cache is not None:
+            found["cache_bytes"] = models.cache.nbytes  # on the device, within peak_bytes; check's rows too
         found["parts_s"] = _parts(method, models, batch, optimizer, block_only)
         return found
 
@@ -222,7 +224,7 @@ def _plain_loss(method: str, models: Models, batch: dict[str, Tensor]) -> Tensor
         return models.stock(input_ids=batch["input_ids"], labels=batch["labels"]).loss
     if method == "input-fusion":
         return models.stock(**joined(batch)).loss
-    states = models.block_outputs if method == "flare" else models.all_states
+    states = models.block_outputs if method in ("flare", "flare-warm") else models.all_states
     return models.eager_loss(models.stock, batch, states(models.stock, batch))
 
 

@@ -150,6 +150,20 @@ KEYS = (
     ),
 )
 BESIDE = (
+    Key(
+        "warm_step_vs_lora",
+        "a whole step with every source row in a cache on the device, over plain LoRA's",
+        _over("step", "flare-warm", "lora"),
+        "<=",
+        (1.05, 1.05),
+    ),
+    Key(
+        "warm_step_vs_input_fusion",
+        "the same over input-level fusion's at 2m",
+        _over("step", "flare-warm", "input-fusion"),
+        "<=",
+        (0.55, 0.55),
+    ),
     Key("adapter_alone_over_floor", "the adapters' node alone, measured directly, over its own floor", _adapter_alone),
     Key(
         "decode_launches",

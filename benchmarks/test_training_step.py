@@ -18,7 +18,7 @@ from steps import build, effort
 
 CONDITIONS = (
     "forward + backward + AdamW, LoRA on query and value, random weights, full rows, no checkpointing, "
-    "source read anew in every step"
+    "source read anew in every step (flare-warm: from a cache on the device)"
 )
 
 
