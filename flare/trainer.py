@@ -153,7 +153,7 @@ class FlareTrainer(Trainer):
         logs["source_cache_hit_rate"] = (now.hits - hits) / max(now.rows - rows, 1)
         logs["source_cache_bytes"] = sum(now.nbytes.values())
         if now.seconds_saved is not None:
-            logs["source_cache_seconds_saved"] = round(now.seconds_saved, 3)
+            logs["source_cache_seconds_saved"] = round(now.seconds_saved, 3) + 0.0  # no -0.0
 
     # --- columns ------------------------------------------------------------------------------------------------------
 

@@ -250,6 +250,46 @@ def test_a_learned_position_is_part_of_the_key() -> None:
     assert cache.stats().hits == 0
 
 
+def test_rotary_frequencies_that_follow_the_width_make_it_count() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model, batch = fused("llama", source_padding="zero", base={"rope_parameters": rope}), batch_of("llama")
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    step(model, batch)
+    step(model, widened("llama", batch))
+    assert cache.stats().hits == 0
+
+
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_a_row_without_any_source_and_one_with_a_hole(tier, tmp_path) -> None:
+    model, batch = fused("bert", source_padding="zero"), batch_of("bert")
+    batch["source_attention_mask"][1] = 0
+    batch["source_attention_mask"][2] = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 0])
+    want = step(model, batch)
+    cache = cache_in(tier, tmp_path)
+    model.set_source_cache(cache)
+    for _ in range(2):
+        assert_same(step(model, batch), want)
+        cache.flush()
+    assert cache.stats().hits == 3
+    assert_same(step(model, take(batch, 2, 1)), (step(model, take(batch, 2, 1))), exact=False)
+    if tier == "disk":
+        safetensors.safe_open(shards(tmp_path)[0], "pt")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant) -> None:
+    model, batch = fused("llama"), batch_of("llama")
+    want = step(model, batch)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    for _ in range(2):
+        assert_same(step(model, batch), want, exact=False)
+    assert (cache.stats().rows, cache.stats().hits) == (6, 3)
+
+
 def test_another_width_is_said_once_with_kept_pads() -> None:
     model, batch = fused("bert"), batch_of("bert")
     want = step(model, widened("bert", batch))
@@ -354,11 +394,13 @@ def test_a_full_cache_stays_as_it_is(tier, tmp_path) -> None:
     cache = cache_in(tier, tmp_path, budget)
     wants = [step(model, batch) for batch in batches]
     model.set_source_cache(cache)
-    for _ in range(3):
-        for batch, want in zip(batches, wants, strict=True):
-            assert_same(step(model, batch), want, exact=False)
-        cache.flush()
-        assert cache.nbytes <= budget
+    with pytest.warns(UserWarning, match="the budget is spent") as said:
+        for _ in range(3):
+            for batch, want in zip(batches, wants, strict=True):
+                assert_same(step(model, batch), want, exact=False)
+            cache.flush()
+            assert cache.nbytes <= budget
+    assert len([one for one in said if "source_cache" in str(one.message)]) == 1
     stats = cache.stats()
     assert stats.entries == {tier: 5} and stats.hits == 2 * 5
     if tier == "disk":
@@ -596,6 +638,33 @@ def test_quantised_weights_are_part_of_the_fingerprint() -> None:
     before = fingerprint(scaled)
     linear.weight.quant_state.absmax.mul_(2)
     assert len(found) == 3 and fingerprint(scaled) != before
+
+
+def test_a_quantised_model_trains_with_a_cache_and_one_repacked_for_a_cpu_is_refused() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    base = tiny.model("llama", hidden_size=64, head_dim=16)
+    for layer in tiny.block_list(base):
+        old = layer.self_attn.o_proj
+        new = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, quant_type="nf4")
+        layer.self_attn.o_proj = new.to("cpu")
+    base.is_loaded_in_4bit = True
+    model, batch = flare.fast_lora(base, r=4), batch_of("llama")
+    tiny.randomize_lora(model)
+    want = step(model, batch)
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    for _ in range(2):
+        assert_same(step(model, batch), want)
+    assert cache.stats().hits == 3
+    model.eval()
+    with torch.no_grad():
+        model(**batch)  # bitsandbytes repacks what it runs, where this CPU has the instructions for it
+    if not getattr(new.weight.quant_state, "packing_format_for_cpu", False):
+        assert_same(step(model.train(), batch), want)
+        return
+    with pytest.raises(ValueError, match="bitsandbytes has repacked"):
+        model(**batch)
 
 
 def test_every_word_counts_in_a_checksum() -> None:

@@ -20,7 +20,7 @@ from .fingerprint import check_frozen, fingerprint
 from .memory import MemoryTier
 from .meter import CacheStats, Meter
 from .reader import CachedReader, Tier
-from .rows import counts_relatively
+from .rows import counts_relatively, needs_width
 from .shards import DiskTier
 from .trial import seconds_to_read
 
@@ -77,11 +77,11 @@ class SourceStateCache:
         self._base: str | None = None
         self._stamps: dict[int, tuple[Any, ...]] = {}
         self.relative: dict[int, bool] = {}
+        self.widths_count: dict[int, bool] = {}
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
         self._said: set[str] = set()
         self.contents: dict[str, tuple[int, ...]] = {}  # rows by their tokens alone -> padded widths
-        self.spent = False
         self._timed: list[float] = []
         self.held: list[tuple[str, Entry, dict[StateKey, int]]] = []
         atexit.register(_flush_at_exit, weakref.ref(self))
@@ -108,6 +108,7 @@ class SourceStateCache:
             )
         self._stamps[id(model)] = check_frozen(model)
         self.relative[id(model)] = counts_relatively(model)
+        self.widths_count[id(model)] = needs_width(model)
 
     def _guard(self, model: nn.Module) -> None:
         """Before every pass: the weights are those the cache was bound to; read again only where something moved."""
@@ -149,7 +150,7 @@ class SourceStateCache:
         return None
 
     def _promoted(self, key: str, entry: Entry, holder: Tier) -> Entry:
-        if isinstance(holder, DiskTier) and entry.data.numel():
+        if isinstance(holder, DiskTier) and entry.data.numel() and entry.ready is None:
             for tier in self._tiers[: self._tiers.index(holder)]:
                 room = tier.reserve(entry.data.numel(), self.device, self._left)
                 if room is not None:
@@ -171,9 +172,11 @@ class SourceStateCache:
         for tier in self._tiers:
             if isinstance(tier, MemoryTier) and tier.full is not None:
                 self.say(f"no memory for the {tier.name} tier ({tier.full}); it stays as it is")
-        if self._tiers and not self.spent:
-            self.spent = True
-            _log.info("source_cache: the budget is spent; what is kept stays, other rows are computed in every epoch")
+        if self._tiers and all(tier.full is None for tier in self._tiers):
+            self.say(
+                f"the budget is spent ({', '.join(self.tiers)}): the rows kept so far stay, others are computed in "
+                "every epoch"
+            )
         return None
 
     @property
@@ -263,7 +266,9 @@ class SourceStateCache:
         """One line for people."""
         now = self.stats()
         held = ", ".join(f"{name} {now.entries[name]} rows {_readable(now.nbytes[name])}" for name in self.tiers)
-        saved = "not known (no row was computed)" if now.seconds_saved is None else f"{now.seconds_saved:.1f} s saved"
+        saved = "time saved not known (no pass computed all its rows)"
+        if now.seconds_saved is not None:
+            saved = f"{round(now.seconds_saved, 1) + 0.0} s saved"  # no -0.0
         text = f"source_cache: {now.hits} of {now.rows} rows read ({now.hit_rate:.1%}), {saved}; {held or 'no tier'}"
         return f"{text}; {self._decided}" if self.decisions else text
 

@@ -70,6 +70,11 @@ def check_frozen(model: nn.Module) -> tuple[tuple[int, ...], ...]:
                 f"source_cache: the base model's {name} is trained (requires_grad=True), so its source states change "
                 "with every step; freeze it, train a copy (modules_to_save), or leave the cache out"
             )
+        if getattr(getattr(tensor, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"source_cache: bitsandbytes has repacked the base model's {name} for a CPU, as it does in eval mode, "
+                "and rounds its scales in that: states from before and after are of two models; leave the cache out"
+            )
         stamp.append((id(tensor), _version(tensor), _address(tensor)))
     return tuple(stamp)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Tier = MemoryTier | DiskTier
 
+#: Rows among which one that comes back in another width is noticed.
+_LOOKED_AT = 100_000
 _OTHER_WIDTH = (
     "source texts come back padded to another width, and with source_padding='keep' the padded width is "
     "part of what a row is, so they are computed anew. Pad every batch to one length (FlareDataCollator(padding="
@@ -46,9 +48,10 @@ class CachedReader:
         self.wanted = sorted(wanted)
         self.prepare = prepare
         self.device: torch.device = inputs["input_ids"].device
+        width = inputs["input_ids"].shape[1] if cache.widths_count[id(model)] else None
         self.rows = name_rows(
             _streams(inputs, wanted, prepare, decoders, cache.relative[id(model)]),
-            context_of(wanted, bool(prepare.masks), prepare.dtype),
+            context_of(wanted, bool(prepare.masks), prepare.dtype, width),
             bool(prepare.masks),
         )
         self.width = {key: _width(inputs, key, decoders) for key in self.wanted}
@@ -153,6 +156,8 @@ class CachedReader:
             return
         widths = tuple(self.width.values())
         for index in missing:
+            if len(self.cache.contents) >= _LOOKED_AT:
+                return
             before = self.cache.contents.setdefault(self.rows[index].content, widths)
             if before != widths:
                 self.cache.say(_OTHER_WIDTH)

@@ -50,13 +50,16 @@ def counts_relatively(model: nn.Module) -> bool:
     parts = {path.rpartition(".")[2] for path, _ in backbone.named_modules()}
     if any(mark in part for part in parts for mark in _ABSOLUTE):
         return False
+    return any(mark in part for part in parts for mark in _RELATIVE)
+
+
+def needs_width(model: nn.Module) -> bool:
+    """Whether hidden states depend on the width of the batch even without pads: rotary frequencies that follow it."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     rope: Any = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    if any(kind.get("rope_type", "default") not in _STEADY_ROPE for kind in kinds):
-        return False
-    return any(mark in part for part in parts for mark in _RELATIVE)
+    return any(kind.get("rope_type", "default") not in _STEADY_ROPE for kind in kinds)
 
 
 def name_rows(streams: Iterable[Stream], context: str, zero_pads: bool) -> list[Row]:
@@ -103,7 +106,7 @@ def _bytes(stream: Stream, index: int, span: slice) -> bytes:
     return f"{len(stream.columns)} {span.stop - span.start} ".encode() + b"".join(parts)
 
 
-def context_of(wanted: Iterable[StateKey], zero_pads: bool, dtype: torch.dtype | None) -> str:
+def context_of(wanted: Iterable[StateKey], zero_pads: bool, dtype: torch.dtype | None, width: int | None) -> str:
     """What a row's states depend on beside its tokens and the base model; ``dtype`` is autocast's, or None."""
     places = " ".join(f"{key.stack}:{key.position}" for key in sorted(wanted))
-    return f"{places} | {'zero' if zero_pads else 'keep'} | {dtype} | "
+    return f"{places} | {'zero' if zero_pads else 'keep'} | {dtype} | {width} | "
