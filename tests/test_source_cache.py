@@ -934,6 +934,33 @@ def test_killed_at_any_moment_it_still_opens(tmp_path) -> None:
         assert reopened(tmp_path, model, *range(min(done, 5))).stats().hits == 3 * min(done, 5)
 
 
+@pytest.mark.parametrize("stage", ["begun", "half written", "not synced", "not named"])
+def test_killed_at_each_step_of_writing_it_still_opens(stage, tmp_path, monkeypatch) -> None:
+    from flare.source_cache import shards as module
+
+    model = fused("bert")
+    published(tmp_path, model, 0)
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write() -> None:
+        if stage == "begun":
+            monkeypatch.setattr(module.fcntl, "flock", die)
+        elif stage == "half written":
+            monkeypatch.setattr(module, "bytes", die, raising=False)  # what fills up the first entry
+        elif stage == "not synced":
+            monkeypatch.setattr(module.os, "fsync", die)
+        else:
+            monkeypatch.setattr(module.Path, "rename", die)
+        published(tmp_path, model, 1)
+
+    assert os.waitpid(in_child(write), 0)[1] == signal.SIGKILL
+    assert len(shards(tmp_path)) == 1 and len(list(tmp_path.glob(f"*{UNFINISHED}"))) == 1
+    with silence():
+        assert reopened(tmp_path, model, 0, 1).stats().hits == 3
+
+
 def test_what_a_killed_process_left_is_cleared_away_and_a_living_ones_is_not(tmp_path) -> None:
     import fcntl
 
