@@ -137,3 +137,13 @@ def loss_shifts_labels(trainer: Any) -> bool:
     """Whether the Trainer found that the model's loss predicts the next token (the first label is then no target)."""
     shifts: bool = trainer._loss_shifts_labels
     return shifts
+
+
+def uses_reentrant_checkpointing(model: Any) -> bool:
+    """Whether transformers' activation checkpointing is on somewhere in a model, in its reentrant form."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if options.get("use_reentrant"):
+                return True
+    return False

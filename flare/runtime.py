@@ -29,8 +29,11 @@ from .config import FlareConfig
 from .latent import carry_latent
 from .layer import FlareLayer
 from .routing import ModelMap
+from .source_memory import AutocastState, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
 from .source_pass import (
+    Group,
     Preparation,
+    Reader,
     SourceCarrier,
     make_groups,
     read_from_model,
@@ -80,6 +83,7 @@ class Runtime:
     carrier: SourceCarrier | None = None
     in_source_pass: bool = False
     warned: bool = False
+    said: set[str] = field(default_factory=set)
     warned_padding: bool = False
 
     def wanted(self) -> list[Wanted]:
@@ -304,10 +308,62 @@ def carry(
         if decoder:
             inputs["decoder_input_ids"], mask = _decoder_inputs(model, source, decoder_target)
             masks |= dict.fromkeys(runtime.map.decoders, mask)
+        if zero_pads:
+            inputs = _without_trailing_pads(inputs)
         dropout = runtime.setting("source_dropout", adapters)
         reader = read_from_model(model, inputs, keys, dropout=dropout)
+    prepare = Preparation.under_autocast(device, masks if zero_pads else {})
+    memory = _memory(model, runtime, adapters, source, groups, weights, reader, prepare)
     with runtime.source_pass():
-        return run_source_pass(reader, Preparation.under_autocast(device, masks if zero_pads else {}), groups, weights)
+        return run_source_pass(reader, prepare, groups, weights, memory)
+
+
+def _without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's inputs without the last columns, where they are pads in every row: tokens never look there."""
+    used = inputs["attention_mask"].any(dim=0).nonzero()
+    width = int(used.max()) + 1 if len(used) else 1
+    per_token = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: value[:, :width] if name in per_token else value for name, value in inputs.items()}
+
+
+def _memory(
+    model: nn.Module,
+    runtime: Runtime,
+    adapters: set[str],
+    source: dict[str, Any],
+    groups: list[Group],
+    weights: list[nn.Parameter],
+    reader: Reader,
+    prepare: Preparation,
+) -> StateMemory:
+    """How this pass's states wait for backward; says once per reason why it is not as the config asks."""
+    ids = next((source[name] for name in ("source_input_ids", *DECODER_ARGUMENTS) if name in source), None)
+    device = weights[0].device
+    dtype = prepare.dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tokens = 0 if ids is None else ids.numel()
+    choice = choose(
+        runtime.setting("source_memory", adapters),
+        model,
+        device,
+        len({group.key for group in groups}) * tokens * weights[0].shape[1] * dtype.itemsize,
+        dropout=runtime.setting("source_dropout", adapters),
+        given="source_states" in source,
+        sharded=any(hasattr(module, "unshard") for module in model.modules()),
+    )
+    if choice.reason and choice.reason not in runtime.said:
+        runtime.said.add(choice.reason)
+        warnings.warn(choice.reason, UserWarning, stacklevel=2)
+    if choice.mode == "offload":
+        return Offload(device)
+    if choice.mode == "keep":
+        return Keep()
+
+    def read_again(visit: RowVisitor) -> None:
+        with runtime.source_pass():
+            reader(lambda key, hidden: visit(key, prepare.rows(key, hidden)))
+
+    inputs = [value for value in source.values() if isinstance(value, Tensor)]
+    return Recompute(read_again, AutocastState.now(device), inputs)
 
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
@@ -329,7 +385,7 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     # without inference mode, or training could not save them for its backward pass
     with runtime.source_pass(), torch.inference_mode(False):
         read_from_model(model, inputs, keys, dropout=dropout)(
-            lambda key, hidden: states.__setitem__(key, prepare(key, hidden))
+            lambda key, hidden: states.__setitem__(key, prepare(hidden))
         )
     return SourceStates(states, runtime.setting("source_layer_offset", adapters), inputs["attention_mask"])
 

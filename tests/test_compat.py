@@ -109,3 +109,13 @@ def test_an_old_version_is_named(monkeypatch) -> None:
     monkeypatch.setitem(_compat.REQUIRED, "peft", ("99.0", "99.1"))
     with pytest.raises(ImportError, match=r"flare needs peft>=99.0, found .*pip install"):
         _compat.check_versions()
+
+
+def test_reentrant_checkpointing_is_recognised():
+    model = tiny.model("bert")
+    assert not _compat.uses_reentrant_checkpointing(model)
+    for use_reentrant in (True, False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        assert _compat.uses_reentrant_checkpointing(model) is use_reentrant
+    model.gradient_checkpointing_disable()
+    assert not _compat.uses_reentrant_checkpointing(model)
