@@ -79,6 +79,8 @@ def run_tuner(
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     path = output or user_path(gpu)
+    if path.is_dir():
+        raise BenchError(f"--output {path} is a folder: name a file in it")
     if path.exists() and not overwrite:
         raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
     about = environment() | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
