@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from . import joint_attention
+from ._compat import is_data_parallel_replica
 from .config import FlareConfig
 from .latent import carry_latent
 from .layer import FlareLayer
 from .routing import ModelMap
+from .sharded import reshard_below
 from .source_pass import (
     Preparation,
     SourceCarrier,
@@ -183,6 +185,12 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
         _refuse_cached_steps(cache, source)
+        if is_data_parallel_replica(model):
+            raise ValueError(
+                f"{', '.join(sorted(source))} in a model under torch.nn.DataParallel, whose threads would share one "
+                "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
         runtime.carrier = carry(
             model, runtime, wanted, source, _target_shape(args, kwargs), _decoder_shape(args, kwargs)
         )
@@ -287,6 +295,7 @@ def carry(
             )
     adapters = {adapter for _, adapter, _ in wanted}
     latent_dim = runtime.setting("latent_dim", adapters)
+    reshard_below(model, (layer.flare_key for layer in (runtime.layers if latent_dim else (w[2] for w in wanted))))
     if latent_dim is not None:
         return carry_latent(model, source, target, wanted, runtime.layers, latent_dim)
     groups, weights = make_groups(wanted)
