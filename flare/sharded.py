@@ -46,14 +46,14 @@ def gathered(parameter: Tensor, dims: int = 2) -> Tensor:
     """A parameter of so many dimensions as a plain tensor; one that FSDP2 has sharded is gathered from all ranks.
 
     Raises:
-        ValueError: a parameter that is sharded in a way that cannot be gathered here (FSDP1, ZeRO-3), or over another
-            axis than the data (tensor parallelism).
+        ValueError: a parameter that is sharded in a way that cannot be gathered here (FSDP1), or over another axis
+            than the data (tensor parallelism).
     """
     if not isinstance(parameter, DTensor):
         if parameter.dim() != dims or parameter.numel() == 0:
             raise ValueError(
-                "an adapter's weight is not whole where the source is read: FSDP1 and DeepSpeed ZeRO-3 take weights "
-                "away between uses; a source needs FSDP2 (accelerate's fsdp_version: 2), DDP, or ZeRO up to stage 2"
+                "an adapter's weight is not whole where the source is read: FSDP1 takes weights away between uses; a "
+                "source needs FSDP2 (accelerate's fsdp_version: 2), DDP or DeepSpeed ZeRO"
             )
         return parameter
     if "tp" in (parameter.device_mesh.mesh_dim_names or ()):
