@@ -23,9 +23,10 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,6 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
 from flare import joint_attention, source_pass
+from flare.sharded import gathered
 
 D = 7  # of FLARE MT's latent states
 LR = 0.05
@@ -393,7 +395,12 @@ def errors(rank: int) -> dict[str, str]:
         )
         sharded(**batch("llama", rank))
 
+    def tensor_parallel() -> None:
+        mesh = init_device_mesh("cpu", (two_processes.WORLD,), mesh_dim_names=("tp",))
+        gathered(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+
     steps = {
+        "tp": tensor_parallel,
         "ddp": lambda: train(rank, "ddp", "bert", latent=True, reentrant=True),
         "fsdp2": lambda: train(rank, "fsdp2", "bert", latent=True, reentrant=True),
         "fsdp1": fsdp1,
@@ -409,6 +416,7 @@ def errors(rank: int) -> dict[str, str]:
 
 def test_what_an_engine_cannot_take_is_refused(tmp_path) -> None:
     for found in two_processes.run(tmp_path, errors):
+        assert "tensor parallelism" in found["tp"]
         assert "DistributedDataParallel" in found["ddp"] and "'use_reentrant': False" in found["ddp"]
         assert "FSDP2" in found["fsdp2"] and "'use_reentrant': False" in found["fsdp2"]
         assert "FSDP1" in found["fsdp1"] and "fsdp_version: 2" in found["fsdp1"]
