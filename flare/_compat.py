@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from packaging.version import Version
 from torch import nn
 
@@ -58,8 +60,11 @@ __all__ = [
     "BaseTunerLayer",
     "LoraLayer",
     "LoraLinear",
+    "after_backward",
+    "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
+    "is_data_parallel_replica",
     "register_tuner",
     "set_adapters_disabled",
 ]
@@ -108,6 +113,24 @@ def is_bnb_lora(cls: type) -> bool:
 def is_bnb_linear(module: nn.Module) -> bool:
     """Whether the module is a bitsandbytes linear, whose ``training`` flag must never be flipped."""
     return type(module).__module__.startswith("bitsandbytes.")
+
+
+# --- torch: engines for many GPUs -------------------------------------------------------------------------------------
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass that runs now is over; behind those that asked before (FSDP2 asks first)."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def inside_ddp() -> bool:
+    """Whether this is the forward of a model in DistributedDataParallel."""
+    return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def is_data_parallel_replica(module: nn.Module) -> bool:
+    """Whether the module is one of the copies that torch.nn.DataParallel makes in every forward."""
+    return getattr(module, "_is_replica", False)
 
 
 # --- transformers.Trainer ---------------------------------------------------------------------------------------------

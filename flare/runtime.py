@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from . import joint_attention
+from ._compat import is_data_parallel_replica
 from .config import FlareConfig
 from .latent import carry_latent
 from .layer import FlareLayer
 from .routing import ModelMap
+from .sharded import is_sharded, reshard_below
 from .source_memory import AutocastState, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
 from .source_pass import (
     Group,
@@ -187,6 +189,12 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
         _refuse_cached_steps(cache, source)
+        if is_data_parallel_replica(model):
+            raise ValueError(
+                f"{', '.join(sorted(source))} in a model under torch.nn.DataParallel, whose threads would share one "
+                "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
         runtime.carrier = carry(
             model, runtime, wanted, source, _target_shape(args, kwargs), _decoder_shape(args, kwargs)
         )
@@ -291,6 +299,7 @@ def carry(
             )
     adapters = {adapter for _, adapter, _ in wanted}
     latent_dim = runtime.setting("latent_dim", adapters)
+    reshard_below(model, (layer.flare_key for layer in (runtime.layers if latent_dim else (w[2] for w in wanted))))
     if latent_dim is not None:
         return carry_latent(model, source, target, wanted, runtime.layers, latent_dim)
     groups, weights = make_groups(wanted)
@@ -348,7 +357,7 @@ def _memory(
         len({group.key for group in groups}) * tokens * weights[0].shape[1] * dtype.itemsize,
         dropout=runtime.setting("source_dropout", adapters),
         given="source_states" in source,
-        sharded=any(hasattr(module, "unshard") for module in model.modules()),
+        sharded=is_sharded(model),
     )
     if choice.reason and choice.reason not in runtime.said:
         runtime.said.add(choice.reason)

@@ -28,6 +28,7 @@ from flare_kernels.node import Masks, rows, without_autocast
 
 from ._compat import AuxiliaryTrainingWrapper, BaseTunerLayer, is_bnb_linear, set_adapters_disabled
 from .layer import FlareLayer, weight_of
+from .sharded import gathered
 from .source_memory import Keep, StateMemory
 from .source_states import SourceStates, StateKey
 
@@ -383,19 +384,27 @@ def _ops(x: Tensor) -> Any:
 # --- what travels to the layers ---------------------------------------------------------------------------------------
 
 
-@dataclass
 class SourceCarrier:
     """The source of one forward pass, on its way to the layers as a keyword argument of the blocks.
 
-    It stays with the block's saved arguments, so a checkpoint's recompute finds the same S.
+    It stays with the block's saved arguments, so a checkpoint's recompute finds the same S. No dataclass: FSDP2's mixed
+    precision would hand each block a copy of one.
+
+    S: layer -> adapter -> (B, m, r).
+    where: (layer, adapter) -> the state that it reads; kept: these states.
+    graded: whether gradients were on where the source pass ran.
     """
 
-    S: dict[str, dict[str, Tensor]]  # layer -> adapter -> (B, m, r)
-    where: dict[tuple[str, str], StateKey]
-    kept: Mapping[StateKey, Tensor]
-    graded: bool  # whether gradients were on where the source pass ran
-    reentrant: bool = False
-    reached: set[str] = field(default_factory=set)
+    def __init__(
+        self,
+        S: dict[str, dict[str, Tensor]],
+        where: dict[tuple[str, str], StateKey],
+        kept: Mapping[StateKey, Tensor],
+        graded: bool,
+    ) -> None:
+        self.S, self.where, self.kept, self.graded = S, where, kept, graded
+        self.reentrant = False
+        self.reached: set[str] = set()
 
     def for_layer(self, layer: str) -> LayerSource:
         """What one layer is handed; notes that the source has reached it."""
@@ -403,12 +412,16 @@ class SourceCarrier:
         if self.graded and not torch.is_grad_enabled():
             # blocks that run without a graph where the model ran with one: reentrant checkpointing
             self.reentrant = True
+            self.check_reentrant()
         return LayerSource(
             {
                 adapter: (self.x_source((layer, adapter)), None) if self.reentrant else (None, S)
                 for adapter, S in self.S.get(layer, {}).items()
             }
         )
+
+    def check_reentrant(self) -> None:
+        """Raises ValueError where the source cannot be trained under reentrant checkpointing."""
 
     def x_source(self, slot: tuple[str, str]) -> Tensor:
         """The state x_S (B, m, d) of a (layer, adapter), for a layer that makes its own S."""
@@ -465,7 +478,7 @@ def run_source_pass(
     graded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     memory = (memory or Keep()) if graded else None
     sizes: dict[str, tuple[int, ...]] = {}
-    outputs = SourcePass.apply(reader, prepare, groups, memory, sizes, *weights)
+    outputs = SourcePass.apply(reader, prepare, groups, memory, sizes, *map(gathered, weights))
     S: dict[str, dict[str, Tensor]] = {}
     where: dict[tuple[str, str], StateKey] = {}
     for group, output in zip(groups, outputs, strict=True):

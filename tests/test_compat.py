@@ -7,6 +7,7 @@ import inspect
 import peft
 import pytest
 import tiny
+import torch
 import transformers
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
@@ -93,6 +94,29 @@ def test_caches_tell_what_happens_to_their_rows(cache) -> None:
 def test_an_encoder_decoder_says_how_its_decoder_reads_labels() -> None:
     method = transformers.MT5ForConditionalGeneration.prepare_decoder_input_ids_from_labels
     assert "labels" in inspect.signature(method).parameters
+
+
+def test_torch_says_which_engine_runs_a_model() -> None:
+    order: list[str] = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            _compat.after_backward(lambda: order.append("after"))
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: order.append("leaf"))
+    Node.apply(x).sum().backward()
+    assert order == ["leaf", "after"]
+    linear = torch.nn.Linear(2, 2)
+    assert _compat.is_data_parallel_replica(linear._replicate_for_data_parallel())
+    assert not _compat.is_data_parallel_replica(linear) and not _compat.inside_ddp()
+    assert "_active_ddp_module" in inspect.getsource(torch.nn.parallel.DistributedDataParallel._inside_ddp_forward)
 
 
 def test_bitsandbytes_layers_are_told_by_name() -> None:
