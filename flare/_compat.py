@@ -6,8 +6,10 @@ name, and not somewhere in training.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from packaging.version import Version
@@ -58,6 +60,7 @@ __all__ = [
     "BaseTunerLayer",
     "LoraLayer",
     "LoraLinear",
+    "compiled_calls_off",
     "is_bnb_linear",
     "is_bnb_lora",
     "register_tuner",
@@ -95,6 +98,24 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
     before: bool = module._disable_adapters  # type: ignore[assignment]
     module._disable_adapters = disabled  # type: ignore[assignment]
     return before
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compiled_calls_off(model: nn.Module) -> Iterator[None]:
+    """Modules that were compiled in place (``block.compile()``) run eagerly below a model.
+
+    A compiled call does not look for hooks that come and go, and the source pass reads its states through such hooks.
+    """
+    name = "_compiled_call_impl"
+    compiled = [(module, module.__dict__.pop(name)) for module in model.modules() if module.__dict__.get(name)]
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module.__dict__[name] = call
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------

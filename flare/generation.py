@@ -8,7 +8,6 @@ encoder's is fused once, as in a forward.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from .runtime import (
     carry,
     check_ids,
     check_reached,
+    warn_user,
 )
 from .source_decoding import (
     AlignedText,
@@ -294,7 +294,7 @@ def _warn_of_padding(runtime: Runtime, source_mask: Tensor, target_mask: Tensor 
         pads = pads & (target_mask.to(pads.device) != 0)
     if not runtime.warned_padding and bool(pads.any()):
         runtime.warned_padding = True
-        warnings.warn(PADDING_WARNING, UserWarning, stacklevel=2)
+        warn_user(PADDING_WARNING)
 
 
 def _most_new_tokens(options: Options, prompt: int) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -191,7 +192,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         runtime.carrier = getattr(cache, SOURCE_OF_CACHE).carry(model, runtime, wanted, shape, cache.get_seq_length())
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
-        warnings.warn(NO_SOURCE_WARNING, UserWarning, stacklevel=2)
+        warn_user(NO_SOURCE_WARNING)
     return args, kwargs
 
 
@@ -247,6 +248,20 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
     runtime: Runtime = model.__dict__[_RUNTIME]
     if not runtime.in_source_pass:
         runtime.carrier = None
+
+
+#: Packages between the user's line and ours.
+_NOT_THE_USERS = {"flare", "torch", "peft", "transformers", "accelerate", "trl", "contextlib"}
+
+
+@torch.compiler.disable
+def warn_user(message: str) -> None:
+    """A UserWarning at the innermost line that is no library's: the one a user can change."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # --- the source pass of one forward -----------------------------------------------------------------------------------
