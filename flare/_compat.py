@@ -61,6 +61,7 @@ __all__ = [
     "LoraLayer",
     "LoraLinear",
     "compiled_calls_off",
+    "enable_checkpointing",
     "is_bnb_linear",
     "is_bnb_lora",
     "register_tuner",
@@ -129,6 +130,17 @@ def is_bnb_lora(cls: type) -> bool:
 def is_bnb_linear(module: nn.Module) -> bool:
     """Whether the module is a bitsandbytes linear, whose ``training`` flag must never be flipped."""
     return type(module).__module__.startswith("bitsandbytes.")
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
+    """Gradient checkpointing by the name that this transformers has for it (``activation_checkpointing_enable``)."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 # --- transformers.Trainer ---------------------------------------------------------------------------------------------
