@@ -13,6 +13,7 @@ from . import _compat  # noqa: F401  (first: it checks versions before anything 
 from .adopt import fast_lora
 from .config import FlareConfig
 from .data import FlareDataCollator
+from .latent_encoder import LatentEncoder
 from .model import FlareModel
 from .source_states import SourceStates
 
@@ -27,6 +28,7 @@ __all__ = [
     "FlareModel",
     "FlareSeq2SeqTrainer",
     "FlareTrainer",
+    "LatentEncoder",
     "Recipe",
     "SourceStates",
     "__version__",

@@ -179,7 +179,7 @@ class Recipe:
         own: dict[str, Any] = {key: value for key, value in changes.items() if key in keys}
         adapter = {key: value for key, value in changes.items() if key in _ADAPTER_FIELDS}
         passed = {key: value for key, value in changes.items() if key not in keys and key not in _ADAPTER_FIELDS}
-        merged = {
+        merged: dict[str, Any] = {
             key: {**getattr(self, key), **value}
             if isinstance(value, dict) and isinstance(getattr(self, key), dict)
             else value
