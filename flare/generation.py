@@ -27,6 +27,7 @@ from .runtime import (
     carry,
     check_ids,
     check_reached,
+    note_target_masks,
     warn_user,
 )
 from .source_decoding import (
@@ -344,6 +345,7 @@ def _generate_encoder_decoder(
             if all(runtime.configs[adapter].latent_dim is None for _, adapter, _ in in_encoder):
                 source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
             carrier = carry(model, runtime, in_encoder, source, target, source_padding=padding)
+    note_target_masks(runtime, in_encoder, carrier, args, kwargs)
     runtime.carrier = carrier  # generate calls the encoder by itself, and the hook before its blocks finds it here
     try:
         found = model.generate(*args, **kwargs)

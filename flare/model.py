@@ -104,7 +104,7 @@ class FlareModel(LoraModel):
                 if not reason and module not in runtime.layers:
                     runtime.layers.append(module)
                 if not reason and config.fusion == "cross_attention":
-                    module.add_cross_attention(adapter, config.cross_attention_heads)
+                    module.add_cross_attention(adapter, config.cross_attention_heads, config.cross_attention_mask)
                 if not reason and config.latent_dim is not None and not projected:
                     module.add_latent_projection(adapter, config.latent_dim)
                     projected = True

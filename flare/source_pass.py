@@ -338,6 +338,7 @@ class SourceCarrier:
     graded: bool  # whether gradients were on where the source pass ran
     reentrant: bool = False
     reached: set[str] = field(default_factory=set)
+    target_masks: dict[str, Tensor] = field(default_factory=dict)  # layer -> (B, m), where a fusion looks at it
 
     def for_layer(self, layer: str) -> LayerSource:
         """What one layer is handed; notes that the source has reached it."""
