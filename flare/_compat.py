@@ -6,9 +6,10 @@ name, and not somewhere in training.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ __all__ = [
     "LoraLayer",
     "LoraLinear",
     "after_backward",
+    "compiled_calls_off",
+    "enable_checkpointing",
     "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
@@ -102,6 +105,24 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
     return before
 
 
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compiled_calls_off(model: nn.Module) -> Iterator[None]:
+    """Modules that were compiled in place (``block.compile()``) run eagerly below a model.
+
+    A compiled call does not look for hooks that come and go, and the source pass reads its states through such hooks.
+    """
+    name = "_compiled_call_impl"
+    compiled = [(module, module.__dict__.pop(name)) for module in model.modules() if module.__dict__.get(name)]
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module.__dict__[name] = call
+
+
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +134,17 @@ def is_bnb_lora(cls: type) -> bool:
 def is_bnb_linear(module: nn.Module) -> bool:
     """Whether the module is a bitsandbytes linear, whose ``training`` flag must never be flipped."""
     return type(module).__module__.startswith("bitsandbytes.")
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
+    """Gradient checkpointing by the name that this transformers has for it (``activation_checkpointing_enable``)."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 # --- torch: engines for many GPUs -------------------------------------------------------------------------------------

@@ -99,6 +99,13 @@ class FlareConfig(LoraConfig):
             "nn.Linear does, and B at zero as in LoRA."
         },
     )
+    cross_attention_mask: bool = field(
+        default=False,
+        metadata={
+            "help": "fusion='cross_attention': False (the authors' release): a position looks at all positions of the "
+            "target, padding and later ones too. True: not at padding, and in causal attention not at later ones."
+        },
+    )
     latent_dim: int | None = field(
         default=None,
         metadata={
@@ -141,6 +148,10 @@ class FlareConfig(LoraConfig):
         _positive("cross_attention_heads", self.cross_attention_heads)
         if self.r % self.cross_attention_heads:
             raise ValueError(f"cross_attention_heads={self.cross_attention_heads!r} must divide r={self.r}")
+        if not isinstance(self.cross_attention_mask, bool):
+            raise TypeError(f"cross_attention_mask={self.cross_attention_mask!r} must be True or False")
+        if self.cross_attention_mask and self.fusion != "cross_attention":
+            raise ValueError(f"cross_attention_mask=True needs fusion='cross_attention', got fusion={self.fusion!r}")
         if self.latent_dim is not None:
             _positive("latent_dim", self.latent_dim, ", or None")
             if self.source_memory in ("offload", "recompute"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -198,12 +199,13 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         runtime.carrier = carry(
             model, runtime, wanted, source, _target_shape(args, kwargs), _decoder_shape(args, kwargs)
         )
+        note_target_masks(runtime, wanted, runtime.carrier, args, kwargs)
     elif wanted and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
         shape = (_decoder_shape if runtime.map.decoders else _target_shape)(args, kwargs)
         runtime.carrier = getattr(cache, SOURCE_OF_CACHE).carry(model, runtime, wanted, shape, cache.get_seq_length())
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
-        warnings.warn(NO_SOURCE_WARNING, UserWarning, stacklevel=2)
+        warn_user(NO_SOURCE_WARNING)
     return args, kwargs
 
 
@@ -229,6 +231,8 @@ def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[
         layer = attention.get_submodule(child)
         if isinstance(layer, FlareLayer):
             layer._flare_source = None if carrier is None else carrier.for_layer(layer.flare_key)
+            mask = None if carrier is None else carrier.target_masks.get(layer.flare_key)
+            layer._flare_mask = None if mask is None else (mask, bool(getattr(attention, "is_causal", False)))
     return args, kwargs
 
 
@@ -236,7 +240,28 @@ def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
     for child in attention.__dict__[_LAYERS]:
         layer = attention.get_submodule(child)
         if isinstance(layer, FlareLayer):
-            layer._flare_source = None
+            layer._flare_source = layer._flare_mask = None
+
+
+def note_target_masks(
+    runtime: Runtime, wanted: list[Wanted], carrier: SourceCarrier, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """The target's masks (B, m), for the layers whose fusion looks at them (cross_attention_mask).
+
+    Raises:
+        ValueError: an attention mask of another form.
+    """
+    masked = [one for one in wanted if runtime.configs[one[1]].cross_attention_mask]
+    for key, adapter, layer in masked:
+        in_decoder = key.stack in runtime.map.decoders
+        name = "decoder_attention_mask" if in_decoder else "attention_mask"
+        mask, shape = kwargs.get(name), (_decoder_shape if in_decoder else _target_shape)(args, kwargs)
+        if mask is None and shape is not None:
+            mask = torch.ones(shape)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{name} is {what}: cross_attention_mask=True of adapter {adapter!r} needs it as (B, m)")
+        carrier.target_masks[layer.flare_key] = mask
 
 
 def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
@@ -259,6 +284,20 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
     runtime: Runtime = model.__dict__[_RUNTIME]
     if not runtime.in_source_pass:
         runtime.carrier = None
+
+
+#: Packages between the user's line and ours.
+_NOT_THE_USERS = {"flare", "torch", "peft", "transformers", "accelerate", "trl", "contextlib"}
+
+
+@torch.compiler.disable
+def warn_user(message: str) -> None:
+    """A UserWarning at the innermost line that is no library's: the one a user can change."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # --- the source pass of one forward -----------------------------------------------------------------------------------

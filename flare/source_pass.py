@@ -26,7 +26,13 @@ from flare_kernels import dropout as kernel_dropout
 from flare_kernels.backends import primitives
 from flare_kernels.node import Masks, rows, without_autocast
 
-from ._compat import AuxiliaryTrainingWrapper, BaseTunerLayer, is_bnb_linear, set_adapters_disabled
+from ._compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    compiled_calls_off,
+    is_bnb_linear,
+    set_adapters_disabled,
+)
 from .layer import FlareLayer, weight_of
 from .sharded import gathered
 from .source_memory import Keep, StateMemory
@@ -117,6 +123,7 @@ def read_from_run(
                 stack.callback(_listen(model, key, note).remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(adapters_off(model))
+            stack.enter_context(compiled_calls_off(model))
             if not dropout:
                 stack.enter_context(training_off(model))
             with contextlib.suppress(_AllRead):
@@ -405,6 +412,7 @@ class SourceCarrier:
         self.S, self.where, self.kept, self.graded = S, where, kept, graded
         self.reentrant = False
         self.reached: set[str] = set()
+        self.target_masks: dict[str, Tensor] = {}  # layer -> (B, m), where a fusion looks at it
 
     def for_layer(self, layer: str) -> LayerSource:
         """What one layer is handed; notes that the source has reached it."""

@@ -12,6 +12,7 @@ import transformers
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flare import _compat
@@ -89,6 +90,20 @@ def test_models_are_built_of_checkpointing_blocks_and_have_a_backbone(family) ->
 def test_caches_tell_what_happens_to_their_rows(cache) -> None:
     for name in ("reorder_cache", "batch_select_indices", "get_seq_length", "crop"):
         assert callable(getattr(cache, name)), name
+
+
+def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    module, calls = Own(2, 2), []
+    module.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    with _compat.compiled_calls_off(module):
+        module(torch.ones(2))
+        assert not calls
+    module(torch.ones(2))
+    assert calls
 
 
 def test_an_encoder_decoder_says_how_its_decoder_reads_labels() -> None:
