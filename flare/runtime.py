@@ -393,7 +393,7 @@ def _memory(
         runtime.setting("source_memory", adapters),
         model,
         device,
-        len({group.key for group in groups}) * tokens * weights[0].shape[1] * dtype.itemsize,
+        len({group.key for group in groups}) * tokens * weights[0].shape[-1] * dtype.itemsize,
         dropout=runtime.setting("source_dropout", adapters),
         given="source_states" in source,
         sharded=is_sharded(model),

@@ -14,6 +14,7 @@ autograd, so data-parallel hooks fire once.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -457,6 +458,8 @@ class KeptStates(Mapping[StateKey, Tensor]):
 
     def __init__(self, memory: StateMemory | None, prepare: Preparation, sizes: dict[str, tuple[int, ...]]) -> None:
         self.memory, self.prepare, self.sizes = memory, prepare, sizes
+        # one object per state as long as somebody holds it: query and value are computed together for one x_S
+        self._whole: weakref.WeakValueDictionary[StateKey, Tensor] = weakref.WeakValueDictionary()
 
     def __getitem__(self, key: StateKey) -> Tensor:
         if not isinstance(self.memory, Keep):
@@ -466,7 +469,10 @@ class KeptStates(Mapping[StateKey, Tensor]):
                 f"source's states, and source_memory is {mode!r}: checkpoint with use_reentrant=False, or "
                 "source_memory='keep'"
             )
-        return self.prepare.spread(key, self.memory.states[key], self.sizes[key.stack])
+        whole = self._whole.get(key)
+        if whole is None:
+            whole = self._whole[key] = self.prepare.spread(key, self.memory.states[key], self.sizes[key.stack])
+        return whole
 
     def __iter__(self) -> Iterator[StateKey]:
         return iter(self.memory.states if isinstance(self.memory, Keep) else ())
