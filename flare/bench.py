@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,9 +38,8 @@ def run_benchmarks(arguments: Sequence[str]) -> int:
         raise BenchError("the benchmarks are in the repository, not in the installed package: clone it and run there")
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise BenchError("pytest-benchmark is not installed: pip install 'flare-kernels[dev]'")
-    import pytest
-
-    return int(pytest.main([str(folder), *arguments]))
+    # A process of its own: pytest keeps state (plugins, imported conftests) that does not survive a second run in one.
+    return subprocess.run([sys.executable, "-m", "pytest", str(folder), *arguments], check=False).returncode
 
 
 def run_tuner(
