@@ -439,9 +439,15 @@ def _adapter_only(rotation: Rotation, frozen: Frozen, facts: dict[str, Any]) -> 
             list(truth.values()), [wide[key] for key in asked], [wide[f"{name}.G"] for name in truth]
         )
         truth |= {f"d{key}": grad for key, grad in zip(asked, grads, strict=True)}
+        plain: dict[str, Tensor | None] = dict.fromkeys(truth)
+        for name in ("q", "v"):  # outputs element by element: the frozen part would hide a wrong share
+            A, up = own[0][f"{name}.A"].to(BF16), own[0][f"{name}.B"].to(BF16)
+            plain[name] = reference.fused_lora(
+                own[0]["x"], own[0]["x_source"], own[0][f"{name}.Y"].clone(), A, up, scaling=SCALING, fusion=FUSION
+            )
         with poisoned():
             out = run(t)
-        require_correct({key: out[key] for key in truth}, truth, dtype=BF16)
+        require_correct({key: out[key] for key in truth}, truth, plain, dtype=BF16)
 
     return Variant(lambda: run(next(turn)), check, facts=facts)
 

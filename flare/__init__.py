@@ -1,7 +1,7 @@
 """FLARE: LoRA adapters that fuse a source-language and a target-language stream, on fused kernels.
 
 Importing this package registers ``peft_type: FLARE`` with PEFT, so ``PeftModel.from_pretrained`` finds saved adapters.
-The trainer and the baselines are imported on first use: transformers' Trainer brings datasets with it.
+The trainer, the recipes and the baselines are imported on first use: transformers' Trainer brings datasets with it.
 """
 
 import importlib
@@ -13,12 +13,14 @@ from . import _compat  # noqa: F401  (first: it checks versions before anything 
 from .adopt import fast_lora
 from .config import FlareConfig
 from .data import FlareDataCollator
+from .latent_encoder import LatentEncoder
 from .model import FlareModel
 from .source_cache import SourceStateCache
 from .source_states import SourceStates
 
 if TYPE_CHECKING:
-    from . import baselines
+    from . import baselines, recipes
+    from .recipes import Recipe, from_recipe
     from .trainer import FlareSeq2SeqTrainer, FlareTrainer
 
 __all__ = [
@@ -27,20 +29,31 @@ __all__ = [
     "FlareModel",
     "FlareSeq2SeqTrainer",
     "FlareTrainer",
+    "LatentEncoder",
+    "Recipe",
     "SourceStateCache",
     "SourceStates",
     "__version__",
     "baselines",
     "fast_lora",
+    "from_recipe",
+    "recipes",
 ]
 
-_LATER = {"FlareTrainer": ".trainer", "FlareSeq2SeqTrainer": ".trainer", "baselines": ".baselines"}
+_LATER = {
+    "FlareTrainer": ".trainer",
+    "FlareSeq2SeqTrainer": ".trainer",
+    "Recipe": ".recipes",
+    "from_recipe": ".recipes",
+    "recipes": ".recipes",
+    "baselines": ".baselines",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_LATER[name], __name__)
-    value = module if name == "baselines" else getattr(module, name)
+    value = module if _LATER[name] == f".{name}" else getattr(module, name)
     globals()[name] = value
     return value

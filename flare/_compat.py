@@ -6,10 +6,13 @@ name, and not somewhere in training.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from packaging.version import Version
 from torch import nn
 
@@ -58,8 +61,13 @@ __all__ = [
     "BaseTunerLayer",
     "LoraLayer",
     "LoraLinear",
+    "after_backward",
+    "compiled_calls_off",
+    "enable_checkpointing",
+    "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
+    "is_data_parallel_replica",
     "register_tuner",
     "set_adapters_disabled",
 ]
@@ -97,6 +105,24 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
     return before
 
 
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compiled_calls_off(model: nn.Module) -> Iterator[None]:
+    """Modules that were compiled in place (``block.compile()``) run eagerly below a model.
+
+    A compiled call does not look for hooks that come and go, and the source pass reads its states through such hooks.
+    """
+    name = "_compiled_call_impl"
+    compiled = [(module, module.__dict__.pop(name)) for module in model.modules() if module.__dict__.get(name)]
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module.__dict__[name] = call
+
+
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +134,35 @@ def is_bnb_lora(cls: type) -> bool:
 def is_bnb_linear(module: nn.Module) -> bool:
     """Whether the module is a bitsandbytes linear, whose ``training`` flag must never be flipped."""
     return type(module).__module__.startswith("bitsandbytes.")
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
+    """Gradient checkpointing by the name that this transformers has for it (``activation_checkpointing_enable``)."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+# --- torch: engines for many GPUs -------------------------------------------------------------------------------------
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass that runs now is over; behind those that asked before (FSDP2 asks first)."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def inside_ddp() -> bool:
+    """Whether this is the forward of a model in DistributedDataParallel."""
+    return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
+
+
+def is_data_parallel_replica(module: nn.Module) -> bool:
+    """Whether the module is one of the copies that torch.nn.DataParallel makes in every forward."""
+    return getattr(module, "_is_replica", False)
 
 
 # --- transformers.Trainer ---------------------------------------------------------------------------------------------
@@ -137,3 +192,13 @@ def loss_shifts_labels(trainer: Any) -> bool:
     """Whether the Trainer found that the model's loss predicts the next token (the first label is then no target)."""
     shifts: bool = trainer._loss_shifts_labels
     return shifts
+
+
+def uses_reentrant_checkpointing(model: Any) -> bool:
+    """Whether transformers' activation checkpointing is on somewhere in a model, in its reentrant form."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if options.get("use_reentrant"):
+                return True
+    return False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,9 +38,8 @@ def run_benchmarks(arguments: Sequence[str]) -> int:
         raise BenchError("the benchmarks are in the repository, not in the installed package: clone it and run there")
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise BenchError("pytest-benchmark is not installed: pip install 'flare-kernels[dev]'")
-    import pytest
-
-    return int(pytest.main([str(folder), *arguments]))
+    # A process of its own: pytest keeps state (plugins, imported conftests) that does not survive a second run in one.
+    return subprocess.run([sys.executable, "-m", "pytest", str(folder), *arguments], check=False).returncode
 
 
 def run_tuner(
@@ -79,6 +80,8 @@ def run_tuner(
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     path = output or user_path(gpu)
+    if path.is_dir():
+        raise BenchError(f"--output {path} is a folder: name a file in it")
     if path.exists() and not overwrite:
         raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
     about = environment() | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}

@@ -15,7 +15,7 @@ from flare_kernels.fusion import EAGER_FUSIONS
 from ._compat import FLARE
 
 SOURCE_PADDING = ("keep", "zero")
-SOURCE_MEMORY = ("auto", "keep")
+SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")
 
 # LoRA variants whose forward is not s * phi(S, T) B^T; each would be fused in name only.
 _VARIANTS = (
@@ -82,7 +82,11 @@ class FlareConfig(LoraConfig):
         default=False, metadata={"help": "Whether the source pass keeps the model's dropout on, as in the release."}
     )
     source_memory: str = field(
-        default="auto", metadata={"help": "How source states wait for backward: 'auto' or 'keep'."}
+        default="auto",
+        metadata={
+            "help": "How source states wait for backward: 'keep' (on the device), 'offload' (pinned host memory), "
+            "'recompute' (a second source pass, O(1) states in depth), or 'auto', which decides from sizes."
+        },
     )
     fusion_modules: list[str] | str | None = field(
         default=None,
@@ -93,6 +97,13 @@ class FlareConfig(LoraConfig):
         metadata={
             "help": "Heads of fusion='cross_attention'; must divide r. Its query, key and value start as torch's "
             "nn.Linear does, and B at zero as in LoRA."
+        },
+    )
+    cross_attention_mask: bool = field(
+        default=False,
+        metadata={
+            "help": "fusion='cross_attention': False (the authors' release): a position looks at all positions of the "
+            "target, padding and later ones too. True: not at padding, and in causal attention not at later ones."
         },
     )
     latent_dim: int | None = field(
@@ -137,12 +148,26 @@ class FlareConfig(LoraConfig):
         _positive("cross_attention_heads", self.cross_attention_heads)
         if self.r % self.cross_attention_heads:
             raise ValueError(f"cross_attention_heads={self.cross_attention_heads!r} must divide r={self.r}")
+        if not isinstance(self.cross_attention_mask, bool):
+            raise TypeError(f"cross_attention_mask={self.cross_attention_mask!r} must be True or False")
+        if self.cross_attention_mask and self.fusion != "cross_attention":
+            raise ValueError(f"cross_attention_mask=True needs fusion='cross_attention', got fusion={self.fusion!r}")
         if self.latent_dim is not None:
             _positive("latent_dim", self.latent_dim, ", or None")
+            if self.source_memory in ("offload", "recompute"):
+                raise ValueError(
+                    f"source_memory={self.source_memory!r} is for the states of a source pass, and an adapter with "
+                    f"latent_dim={self.latent_dim!r} (FLARE MT) has none: leave it out"
+                )
             if self.fusion is None:
                 raise ValueError(f"latent_dim={self.latent_dim!r} needs a fusion, got fusion=None (plain LoRA)")
         if not isinstance(self.source_dropout, bool):
             raise TypeError(f"source_dropout={self.source_dropout!r} must be True or False")
+        if self.source_dropout and self.source_memory == "recompute":
+            raise ValueError(
+                "source_memory='recompute' with source_dropout=True: the second source pass would draw other dropout "
+                "masks; use source_memory='keep' or 'offload', or source_dropout=False"
+            )
         if isinstance(self.lora_dropout, bool) or not isinstance(self.lora_dropout, (int, float)):
             raise TypeError(f"lora_dropout={self.lora_dropout!r} must be a number from 0 to 1")
         if not 0 <= self.lora_dropout <= 1:

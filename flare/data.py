@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchEncoding
 
@@ -30,6 +31,7 @@ SOURCE_COLUMNS = (
 )
 _LABEL_NAMES = ("labels", "label", "label_ids")
 _POSITIONS = ("start_positions", "end_positions")
+_NO_STATE = -1  # the id of a position without a state, among those of FLARE MT's states: -2, -3, ...
 _DECODER_IDS = ("decoder_input_ids", "source_decoder_input_ids")
 _DECODER_COLUMNS = ("labels", "source_labels", *_DECODER_IDS)
 
@@ -70,7 +72,8 @@ class FlareDataCollator:
 
     A row holds ``input_ids``, ``labels`` (or ``start_positions`` and ``end_positions``, or none) and
     ``source_input_ids``; ``attention_mask``, ``token_type_ids``, their ``source_`` twins, ``source_labels`` and
-    ``source_decoder_input_ids`` are used where present. Masks left out are ones.
+    ``source_decoder_input_ids`` are used where present. Masks left out are ones. FLARE MT: ``source_states`` (length,
+    latent_dim) of a row (flare.LatentEncoder) stand for ``source_input_ids`` and are padded as these would be.
 
     Out comes a BatchEncoding of int64 tensors: ``input_ids``, ``attention_mask``, ``source_input_ids``,
     ``source_attention_mask``, all (B, m); ``labels`` (B), (B, m) or, for encoder-decoders, (B, u) together with
@@ -188,6 +191,8 @@ class FlareDataCollator:
         with_source = self._with_source(rows)
         targets = [self._text(row, index, "", layout) for index, row in enumerate(rows)]
         sources = [self._text(row, index, "source_", layout) for index, row in enumerate(rows)] if with_source else []
+        if not with_source and _all_have(rows, "source_states"):
+            sources = [self._latent_text(row, index, layout) for index, row in enumerate(rows)]
         return targets, sources
 
     def _with_source(self, rows: list[dict[str, Any]]) -> bool:
@@ -234,6 +239,17 @@ class FlareDataCollator:
             text.split = next((i for i, label in enumerate(labels) if label != -100), len(text))
         self._fit(text, row, index, prefix, layout)
         return text
+
+    def _latent_text(self, row: dict[str, Any], index: int, layout: str) -> Text:
+        """FLARE MT's states of one row as a text, whose ids -2, -3, ... stand for its states (no token has such)."""
+        states = row["source_states"]
+        if not isinstance(states, Tensor) or states.dim() != 2:
+            shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise ValueError(f"row {index}: source_states is {shape}, expected numbers of shape (length, latent_dim)")
+        text = {"source_input_ids": [-2 - position for position in range(len(states))]}
+        if "source_attention_mask" in row:
+            text["source_attention_mask"] = row["source_attention_mask"]
+        return self._text(text, index, "source_", layout)
 
     def _fit(self, text: Text, row: dict[str, Any], index: int, prefix: str, layout: str) -> None:
         """Bring one text down to max_length, or say that it is too long."""
@@ -296,6 +312,10 @@ class FlareDataCollator:
                 if prefix and name == "labels":
                     continue  # used above, but no argument of the model
                 _all_have(columns, name, prefix)
+                if prefix and name == "input_ids" and "source_input_ids" not in rows[0]:
+                    placed = torch.tensor([_place(text, name, _NO_STATE, left, right) for text in stream])
+                    batch["source_states"] = _states(rows, placed)
+                    continue
                 batch[prefix + name] = torch.tensor([_place(text, name, fills[name], left, right) for text in stream])
         for name in _POSITIONS:
             if _all_have(rows, name):
@@ -372,6 +392,8 @@ def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _without_empty(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with plain lists and numbers, one name for labels, and no columns that hold None."""
     plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    if row.get("source_states") is not None:
+        plain["source_states"] = torch.as_tensor(row["source_states"], dtype=torch.float32)
     plain = {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items() if v is not None}
     given = [name for name in _LABEL_NAMES if name in plain]
     if given:
@@ -414,6 +436,15 @@ def _strip_padding(text: Text) -> None:
 def _place(text: Text, name: str, fill: int, left: int, right: int) -> list[Any]:
     column = text.columns[name]
     return [fill] * (left - text.split) + column + [fill] * (right - (len(column) - text.split))
+
+
+def _states(rows: list[dict[str, Any]], placed: Tensor) -> Tensor:
+    """FLARE MT's states (B, m, latent_dim) by their ids (B, m), zero where there is none."""
+    widths = {row["source_states"].shape[-1] for row in rows}
+    if len(widths) > 1:
+        raise ValueError(f"source_states have different widths: {sorted(widths)}; they must come from one MT encoder")
+    ended = [F.pad(row["source_states"], (0, 0, 0, 1)) for row in rows]  # -1 is the zero behind the last state
+    return torch.stack([states[-2 - ids] for states, ids in zip(ended, placed, strict=True)])
 
 
 def _stack(rows: list[dict[str, Any]], name: str) -> Tensor:

@@ -8,7 +8,6 @@ encoder's is fused once, as in a forward.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,8 @@ from .runtime import (
     carry,
     check_ids,
     check_reached,
+    note_target_masks,
+    warn_user,
 )
 from .source_decoding import (
     AlignedText,
@@ -294,7 +295,7 @@ def _warn_of_padding(runtime: Runtime, source_mask: Tensor, target_mask: Tensor 
         pads = pads & (target_mask.to(pads.device) != 0)
     if not runtime.warned_padding and bool(pads.any()):
         runtime.warned_padding = True
-        warnings.warn(PADDING_WARNING, UserWarning, stacklevel=2)
+        warn_user(PADDING_WARNING)
 
 
 def _most_new_tokens(options: Options, prompt: int) -> int:
@@ -344,6 +345,7 @@ def _generate_encoder_decoder(
             if all(runtime.configs[adapter].latent_dim is None for _, adapter, _ in in_encoder):
                 source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
             carrier = carry(model, runtime, in_encoder, source, target, source_padding=padding)
+    note_target_masks(runtime, in_encoder, carrier, args, kwargs)
     runtime.carrier = carrier  # generate calls the encoder by itself, and the hook before its blocks finds it here
     try:
         found = model.generate(*args, **kwargs)

@@ -67,7 +67,9 @@ class JointCall:
 
 
 def _version(x: Tensor) -> int:
-    """How often x was written to in place; not known of inference tensors."""
+    """How often x was written to in place. Not known of inference tensors: there an attention that wrote to its input
+    between its projections (none of transformers' does) would get the later ones of the input as it was.
+    """
     return 0 if x.is_inference() else x._version
 
 

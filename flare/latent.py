@@ -9,14 +9,16 @@ autograd takes the gradient to every A and, through dx_S, to the projection.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ._compat import inside_ddp
 from .layer import FlareLayer, weight_of
+from .sharded import REENTRANT, gathered
 from .source_pass import SourceCarrier, zero_pads
 from .source_states import StateKey
 
@@ -24,14 +26,30 @@ from .source_states import StateKey
 _TEXT = ("source_input_ids", "source_token_type_ids", "source_labels", "source_decoder_input_ids")
 
 
-@dataclass(kw_only=True)
 class LatentCarrier(SourceCarrier):
-    """A carrier whose layers share one x_S per adapter."""
+    """A carrier whose layers share one x_S per adapter.
 
-    latent: Tensor  # h (B, m, latent_dim), a constant
-    mask: Tensor | None  # (B, m), only where the caller gave one
-    dtype: torch.dtype | None
-    projections: dict[str, nn.Linear]
+    latent: h (B, m, latent_dim), a constant.
+    mask: (B, m), only where the caller gave one.
+    """
+
+    def __init__(
+        self,
+        graded: bool,
+        latent: Tensor,
+        mask: Tensor | None,
+        dtype: torch.dtype | None,
+        projections: dict[str, nn.Linear],
+    ) -> None:
+        super().__init__({}, {}, {}, graded)
+        self.latent, self.mask, self.dtype, self.projections = latent, mask, dtype, projections
+        parameters = [p for projection in projections.values() for p in projection.parameters()]
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+
+    def check_reentrant(self) -> None:
+        """Raises ValueError where an engine reduces a gradient as soon as the first block has sent its part."""
+        if self.sharded or inside_ddp():
+            raise ValueError(REENTRANT.format(engine="FSDP2" if self.sharded else "DistributedDataParallel"))
 
     def x_source(self, slot: tuple[str, str]) -> Tensor:
         """x_S made anew from the projection's weights, so that a recompute inside a block has a graph of its own."""
@@ -40,7 +58,7 @@ class LatentCarrier(SourceCarrier):
     def project(self, adapter: str) -> Tensor:
         """x_S (B, m, d) of an adapter."""
         projection = self.projections[adapter]
-        weight, bias = (p.to(dtype=self.dtype) for p in (projection.weight, projection.bias))
+        weight, bias = (p.to(self.dtype) for p in (gathered(projection.weight), gathered(projection.bias, dims=1)))
         x_source = F.linear(self.latent.to(weight.device, weight.dtype), weight, bias)
         if self.mask is not None:
             x_source = zero_pads(x_source, self.mask)
@@ -70,14 +88,12 @@ def carry_latent(
     trained = [weight_of(layer, adapter) for _, adapter, layer in wanted]
     trained += [parameter for adapter in members for parameter in projections[adapter].parameters()]
     graded = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trained)
-    carrier = LatentCarrier(
-        {}, {}, {}, graded, latent=latent, mask=mask, dtype=getattr(model, "dtype", None), projections=projections
-    )
+    carrier = LatentCarrier(graded, latent, mask, getattr(model, "dtype", None), projections)
     for adapter, own in members.items():
         x_source = carrier.project(adapter)
         dropout = own[0].lora_dropout[adapter]
         x_source = F.dropout(x_source, getattr(dropout, "p", 0.0), dropout.training)
-        weights = [weight_of(layer, adapter) for layer in own]
+        weights = [gathered(weight_of(layer, adapter)) for layer in own]
         stacked = torch.cat([A.to(x_source.device, x_source.dtype) for A in weights])
         parts = F.linear(x_source, stacked).split([A.shape[0] for A in weights], dim=-1)
         for layer, A, part in zip(own, weights, parts, strict=True):

@@ -6,11 +6,12 @@ A layer is made by PEFT as always and then *adopted*: its class is exchanged for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flare_kernels import fused_lora, reference
@@ -32,9 +33,9 @@ class CrossAttention(nn.Module):
     initialisation. The layer reads the weights; this module is not called.
     """
 
-    def __init__(self, r: int, heads: int) -> None:
+    def __init__(self, r: int, heads: int, masked: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.masked = heads, masked
         self.query, self.key, self.value = nn.Linear(r, r), nn.Linear(r, r), nn.Linear(r, r)
 
 
@@ -59,6 +60,7 @@ class FlareLayer:
     lora_cross_attention: nn.ModuleDict
     latent_proj: nn.ModuleDict
     _flare_source: LayerSource | None
+    _flare_mask: tuple[Tensor, bool] | None = None  # during an attention's forward: target's mask (B, m), is it causal
     _flare_joint: Callable[[Tensor], Tensor | None] | None = None  # during an attention's forward: joint_attention's
 
     if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
@@ -136,6 +138,13 @@ class FlareLayer:
             attention = cast(CrossAttention, self.lora_cross_attention[name])
             weights = dict(attention.named_parameters())
             call = partial(reference.fused_lora, weights=weights, heads=attention.heads)
+            if attention.masked:
+                if self._flare_mask is None:
+                    raise ValueError(
+                        f"cross_attention_mask=True of adapter {name!r}: the target's mask is not known here; pass "
+                        "attention_mask (B, m) as a keyword argument (generate's source_alignment='release' has none)"
+                    )
+                call = partial(masked_cross_attention, weights=weights, heads=attention.heads, mask=self._flare_mask)
         result = call(
             x,
             x_source,
@@ -152,10 +161,10 @@ class FlareLayer:
             result = result + (self.scaling[name] * lora_B.bias).to(result.dtype)
         return result
 
-    def add_cross_attention(self, adapter: str, heads: int) -> None:
+    def add_cross_attention(self, adapter: str, heads: int, masked: bool) -> None:
         """Query, key and value for an adapter, unless it has them."""
         if adapter not in self.lora_cross_attention:
-            self._add_beside(self.lora_cross_attention, adapter, CrossAttention(self.r[adapter], heads))
+            self._add_beside(self.lora_cross_attention, adapter, CrossAttention(self.r[adapter], heads, masked))
 
     def add_latent_projection(self, adapter: str, latent_dim: int) -> None:
         """FLARE MT's projection (latent_dim -> d) for an adapter, unless it has one."""
@@ -182,6 +191,49 @@ class FlareLayer:
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.flare_unmergeable:
                 raise ValueError(MERGE_REFUSED.format(name=name, fusion=self.flare_unmergeable[name]))
+
+
+def masked_cross_attention(
+    x: Tensor,
+    x_source: Tensor | None,
+    base_output: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    fusion: str,
+    source_bottleneck: Tensor | None,
+    dropout_p: float,
+    training: bool,
+    weights: Mapping[str, Tensor],
+    heads: int,
+    mask: tuple[Tensor, bool],
+) -> Tensor:
+    """cross_attention in which a position (of m) looks at real positions alone; in causal attention, at no later one.
+
+    x, x_source (B, m, d), source_bottleneck (B, m, r), base_output (B, m, n). A position always sees itself, so that
+    padding has a value of its own.
+    """
+    dtype = reference.compute_dtype(x, base_output)
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    T = F.dropout(x.to(dtype), dropout_p, training) @ A.T
+    if source_bottleneck is None:
+        assert x_source is not None
+        source_bottleneck = F.dropout(x_source.to(dtype), dropout_p, training) @ A.T
+    real, causal = mask
+    m = x.shape[-2]
+    seen = real.to(x.device).bool()[:, None, :].expand(-1, m, -1)
+    if causal:
+        seen = seen.tril()
+    seen = seen | torch.eye(m, dtype=torch.bool, device=x.device)
+
+    def split(stream: Tensor, part: str) -> Tensor:
+        weight, bias = (weights[f"{part}.{kind}"].to(dtype) for kind in ("weight", "bias"))
+        return F.linear(stream, weight, bias).unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+    query, key, value = split(source_bottleneck.to(dtype), "query"), split(T, "key"), split(T, "value")
+    H = F.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None]).transpose(-2, -3).flatten(-2)
+    return base_output + (scaling * (H @ B.T)).to(base_output.dtype)
 
 
 def _gives_a_view(base_layer: nn.Module) -> bool:

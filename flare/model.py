@@ -73,6 +73,7 @@ class FlareModel(LoraModel):
             except ValueError:
                 if peft_config.fusion is not None:
                     raise
+        _spare_the_head(self.model, peft_config)
         return cast(FlareConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +105,7 @@ class FlareModel(LoraModel):
                 if not reason and module not in runtime.layers:
                     runtime.layers.append(module)
                 if not reason and config.fusion == "cross_attention":
-                    module.add_cross_attention(adapter, config.cross_attention_heads)
+                    module.add_cross_attention(adapter, config.cross_attention_heads, config.cross_attention_mask)
                 if not reason and config.latent_dim is not None and not projected:
                     module.add_latent_projection(adapter, config.latent_dim)
                     projected = True
@@ -348,6 +349,20 @@ class FlareModel(LoraModel):
                 reason = reasons.get((path, adapter), "")
                 rows.append(ReportRow(path, adapter, fusion is not None, fusion, reason, type(module).__name__))
         return FastLoraReport(rows)
+
+
+#: Names of the heads that PEFT trains in full (modules_to_save) for these tasks.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def _spare_the_head(model: nn.Module, config: FlareConfig) -> None:
+    """Keep "all-linear" off a head that is trained in full, which PEFT does for sequence classification alone."""
+    targets, heads = config.target_modules, _HEADS.get(config.task_type or "", ())
+    if not isinstance(targets, str) or targets.lower() != "all-linear" or isinstance(config.exclude_modules, str):
+        return
+    own = [name for name in heads if isinstance(getattr(model, name, None), nn.Linear)]
+    if own:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *own})
 
 
 def _adapters_of(layer: LoraLayer) -> Iterable[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,13 +26,18 @@ import torch
 from torch import Tensor, nn
 
 from . import joint_attention
+from ._compat import is_data_parallel_replica
 from .config import FlareConfig
 from .latent import carry_latent
 from .layer import FlareLayer
 from .routing import ModelMap
+from .sharded import is_sharded, reshard_below
 from .source_cache import SourceStateCache
+from .source_memory import AutocastState, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
 from .source_pass import (
+    Group,
     Preparation,
+    Reader,
     SourceCarrier,
     make_groups,
     read_from_model,
@@ -82,6 +88,7 @@ class Runtime:
     source_cache: SourceStateCache | None = None
     in_source_pass: bool = False
     warned: bool = False
+    said: set[str] = field(default_factory=set)
     warned_padding: bool = False
 
     def wanted(self) -> list[Wanted]:
@@ -185,6 +192,12 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
         _refuse_cached_steps(cache, source)
+        if is_data_parallel_replica(model):
+            raise ValueError(
+                f"{', '.join(sorted(source))} in a model under torch.nn.DataParallel, whose threads would share one "
+                "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
         runtime.carrier = carry(
             model,
             runtime,
@@ -194,12 +207,13 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             _decoder_shape(args, kwargs),
             source_cache=runtime.source_cache,
         )
+        note_target_masks(runtime, wanted, runtime.carrier, args, kwargs)
     elif wanted and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
         shape = (_decoder_shape if runtime.map.decoders else _target_shape)(args, kwargs)
         runtime.carrier = getattr(cache, SOURCE_OF_CACHE).carry(model, runtime, wanted, shape, cache.get_seq_length())
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
-        warnings.warn(NO_SOURCE_WARNING, UserWarning, stacklevel=2)
+        warn_user(NO_SOURCE_WARNING)
     return args, kwargs
 
 
@@ -225,6 +239,8 @@ def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[
         layer = attention.get_submodule(child)
         if isinstance(layer, FlareLayer):
             layer._flare_source = None if carrier is None else carrier.for_layer(layer.flare_key)
+            mask = None if carrier is None else carrier.target_masks.get(layer.flare_key)
+            layer._flare_mask = None if mask is None else (mask, bool(getattr(attention, "is_causal", False)))
     return args, kwargs
 
 
@@ -232,7 +248,28 @@ def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
     for child in attention.__dict__[_LAYERS]:
         layer = attention.get_submodule(child)
         if isinstance(layer, FlareLayer):
-            layer._flare_source = None
+            layer._flare_source = layer._flare_mask = None
+
+
+def note_target_masks(
+    runtime: Runtime, wanted: list[Wanted], carrier: SourceCarrier, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """The target's masks (B, m), for the layers whose fusion looks at them (cross_attention_mask).
+
+    Raises:
+        ValueError: an attention mask of another form.
+    """
+    masked = [one for one in wanted if runtime.configs[one[1]].cross_attention_mask]
+    for key, adapter, layer in masked:
+        in_decoder = key.stack in runtime.map.decoders
+        name = "decoder_attention_mask" if in_decoder else "attention_mask"
+        mask, shape = kwargs.get(name), (_decoder_shape if in_decoder else _target_shape)(args, kwargs)
+        if mask is None and shape is not None:
+            mask = torch.ones(shape)
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{name} is {what}: cross_attention_mask=True of adapter {adapter!r} needs it as (B, m)")
+        carrier.target_masks[layer.flare_key] = mask
 
 
 def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
@@ -255,6 +292,20 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> None:
     runtime: Runtime = model.__dict__[_RUNTIME]
     if not runtime.in_source_pass:
         runtime.carrier = None
+
+
+#: Packages between the user's line and ours.
+_NOT_THE_USERS = {"flare", "torch", "peft", "transformers", "accelerate", "trl", "contextlib"}
+
+
+@torch.compiler.disable
+def warn_user(message: str) -> None:
+    """A UserWarning at the innermost line that is no library's: the one a user can change."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # --- the source pass of one forward -----------------------------------------------------------------------------------
@@ -297,6 +348,7 @@ def carry(
             )
     adapters = {adapter for _, adapter, _ in wanted}
     latent_dim = runtime.setting("latent_dim", adapters)
+    reshard_below(model, (layer.flare_key for layer in (runtime.layers if latent_dim else (w[2] for w in wanted))))
     if latent_dim is not None:
         return carry_latent(model, source, target, wanted, runtime.layers, latent_dim)
     groups, weights = make_groups(wanted)
@@ -314,13 +366,17 @@ def carry(
         if decoder:
             inputs["decoder_input_ids"], mask = _decoder_inputs(model, source, decoder_target)
             masks |= dict.fromkeys(runtime.map.decoders, mask)
+        if zero_pads:
+            inputs = _without_trailing_pads(inputs)
         reader = read_from_model(model, inputs, keys, dropout=runtime.setting("source_dropout", adapters))
-    prepare = Preparation.under_autocast(device, masks if zero_pads else {})
+    masks = masks if zero_pads else {}
+    prepare = Preparation.under_autocast(device, masks)
     if source_cache is not None and "source_states" not in source:
         check_cacheable(runtime, adapters)
-        reader = source_cache.reader(model, inputs, keys, prepare, runtime.map.decoders)
+        reader = source_cache.reader(model, inputs, keys, prepare, masks, runtime.map.decoders)
+    memory = _memory(model, runtime, adapters, source, groups, weights, reader, prepare)
     with runtime.source_pass():
-        return run_source_pass(reader, prepare, groups, weights)
+        return run_source_pass(reader, prepare, groups, weights, memory)
 
 
 def check_cacheable(runtime: Runtime, adapters: set[str]) -> None:
@@ -337,6 +393,54 @@ def check_cacheable(runtime: Runtime, adapters: set[str]) -> None:
             "source_cache: with source_dropout=True every source pass is another one, so its states cannot be kept; "
             "use source_dropout=False (the default), or leave the cache out"
         )
+
+
+def _without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's inputs without the last columns, where they are pads in every row: tokens never look there."""
+    used = inputs["attention_mask"].any(dim=0).nonzero()
+    width = int(used.max()) + 1 if len(used) else 1
+    per_token = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: value[:, :width] if name in per_token else value for name, value in inputs.items()}
+
+
+def _memory(
+    model: nn.Module,
+    runtime: Runtime,
+    adapters: set[str],
+    source: dict[str, Any],
+    groups: list[Group],
+    weights: list[nn.Parameter],
+    reader: Reader,
+    prepare: Preparation,
+) -> StateMemory:
+    """How this pass's states wait for backward; says once per reason why it is not as the config asks."""
+    ids = next((source[name] for name in ("source_input_ids", *DECODER_ARGUMENTS) if name in source), None)
+    device = weights[0].device
+    dtype = prepare.dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tokens = 0 if ids is None else ids.numel()
+    choice = choose(
+        runtime.setting("source_memory", adapters),
+        model,
+        device,
+        len({group.key for group in groups}) * tokens * weights[0].shape[-1] * dtype.itemsize,
+        dropout=runtime.setting("source_dropout", adapters),
+        given="source_states" in source,
+        sharded=is_sharded(model),
+    )
+    if choice.reason and choice.reason not in runtime.said:
+        runtime.said.add(choice.reason)
+        warnings.warn(choice.reason, UserWarning, stacklevel=2)
+    if choice.mode == "offload":
+        return Offload(device)
+    if choice.mode == "keep":
+        return Keep()
+
+    def read_again(visit: RowVisitor) -> None:
+        with runtime.source_pass():
+            reader(lambda key, hidden: visit(key, prepare.rows(key, hidden)))
+
+    inputs = [value for value in source.values() if isinstance(value, Tensor)]
+    return Recompute(read_again, AutocastState.now(device), inputs)
 
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
@@ -358,7 +462,7 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     # without inference mode, or training could not save them for its backward pass
     with runtime.source_pass(), torch.inference_mode(False):
         read_from_model(model, inputs, keys, dropout=dropout)(
-            lambda key, hidden: states.__setitem__(key, prepare(key, hidden))
+            lambda key, hidden: states.__setitem__(key, prepare(hidden))
         )
     return SourceStates(states, runtime.setting("source_layer_offset", adapters), inputs["attention_mask"])
 

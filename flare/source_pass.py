@@ -4,16 +4,17 @@
 
     forward    the reader hands over the source's hidden states block by block; each becomes S = x_S A^T at once, while
                it is still in cache
-    backward   receives all dS and forms dA = dS^T x_S from the states, as the node's strategy provides them
+    backward   receives all dS and forms dA = dS^T x_S from the states, as the node's memory (flare.source_memory)
+               brings them again: kept, copied back from the host, or computed a second time
 
 The target pass then fuses S with its own T and sees only the rank-r bottleneck. Both streams' shares of dA meet in
-autograd, so data-parallel hooks fire once. Strategy "keep" (the one there is) holds one copy of each state between
-forward and backward; another strategy changes only where :meth:`SourcePass.backward` reads x_S from.
+autograd, so data-parallel hooks fire once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +27,16 @@ from flare_kernels import dropout as kernel_dropout
 from flare_kernels.backends import primitives
 from flare_kernels.node import Masks, rows, without_autocast
 
-from ._compat import AuxiliaryTrainingWrapper, BaseTunerLayer, is_bnb_linear, set_adapters_disabled
+from ._compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    compiled_calls_off,
+    is_bnb_linear,
+    set_adapters_disabled,
+)
 from .layer import FlareLayer, weight_of
+from .sharded import gathered
+from .source_memory import Keep, StateMemory
 from .source_states import SourceStates, StateKey
 
 #: Called with every wanted state x_S (B, m, d), in the order in which the model produces them.
@@ -115,6 +124,7 @@ def read_from_run(
                 stack.callback(_listen(model, key, note).remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(adapters_off(model))
+            stack.enter_context(compiled_calls_off(model))
             if not dropout:
                 stack.enter_context(training_off(model))
             with contextlib.suppress(_AllRead):
@@ -201,33 +211,79 @@ def zero_pads(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return hidden.masked_fill(attention_mask.to(hidden.device).unsqueeze(-1) == 0, 0.0)
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of a padded text stand: rows of pads are neither projected nor kept.
+
+    index: (n,) of the tokens among B * m positions. size: (B, m).
+    """
+
+    index: Tensor
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Packing:
+        """The packing of a mask (B, m)."""
+        return cls(mask.flatten().nonzero().squeeze(-1), (int(mask.shape[0]), int(mask.shape[1])))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, m', c) as (n, c); m' is m, or less where what follows are pads in every row."""
+        index = self.index
+        if x.shape[1] != self.size[1]:
+            index = index // self.size[1] * x.shape[1] + index % self.size[1]
+        return x.flatten(0, 1).index_select(0, index.to(x.device))
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(n, c) as (B, m, c), zero elsewhere."""
+        whole = x.new_zeros(self.size[0] * self.size[1], x.shape[1])
+        return whole.index_copy_(0, self.index.to(x.device), x).view(*self.size, x.shape[1])
+
+
 @dataclass
 class Preparation:
-    """What a hidden state goes through before it is projected or kept."""
+    """What a hidden state goes through before it is projected or kept: rows (n, d) of the compute dtype."""
 
-    masks: Mapping[str, Tensor] = field(default_factory=dict)  # stack -> (B, m), where source_padding="zero"
+    packings: Mapping[str, Packing] = field(default_factory=dict)  # by stack, where source_padding="zero"
     dtype: torch.dtype | None = None  # autocast's, where autocast is on
 
-    def __call__(self, key: StateKey, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """A state (B, m, d), detached, in the compute dtype."""
         hidden = hidden.detach()
         if self.dtype is not None and hidden.dtype == torch.float32:
             hidden = hidden.to(self.dtype)
-        if key.stack in self.masks:
-            hidden = zero_pads(hidden, self.masks[key.stack])
         return hidden
+
+    def rows(self, key: StateKey, hidden: Tensor) -> Tensor:
+        """The rows (n, d) of a state (B, m, d) that are read."""
+        packing = self.packings.get(key.stack)
+        return rows(self(hidden)) if packing is None else packing.pack(self(hidden))
+
+    def spread(self, key: StateKey, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        """(n, c) as (B, m, c), where ``size`` is that of a state without packing."""
+        packing = self.packings.get(key.stack)
+        return x.view(*size, x.shape[-1]) if packing is None else packing.unpack(x)
+
+    def gather(self, key: StateKey, x: Tensor) -> Tensor:
+        """(B, m, c) as (n, c): the rows that :meth:`rows` reads."""
+        packing = self.packings.get(key.stack)
+        return rows(x) if packing is None else packing.pack(x)
 
     @classmethod
     def under_autocast(cls, device: torch.device, masks: Mapping[str, Tensor] | None = None) -> Preparation:
-        """The preparation for the autocast state that is in force now."""
+        """The preparation for the autocast state that is in force now; masks: stack -> (B, m), for "zero"."""
         on = torch.is_autocast_enabled(device.type)
-        return cls(masks or {}, torch.get_autocast_dtype(device.type) if on else None)
+        made: dict[int, Packing] = {}
+        for mask in (masks or {}).values():  # stacks that read one text share its mask
+            if id(mask) not in made:
+                made[id(mask)] = Packing.of(mask)
+        packings = {stack: made[id(mask)] for stack, mask in (masks or {}).items()}
+        return cls(packings, torch.get_autocast_dtype(device.type) if on else None)
 
 
 class SourcePass(torch.autograd.Function):
     """S of every group, and in backward the source's share of every dA. Shapes in the module's docstring.
 
-    ``kept`` is filled with the states (only where an A asks for a gradient): under reentrant checkpointing, which
-    cannot send a gradient into S, layers read x_S there.
+    ``memory`` (None where no A asks for a gradient) takes the states' rows and brings them again in backward.
     """
 
     @staticmethod
@@ -236,79 +292,97 @@ class SourcePass(torch.autograd.Function):
         reader: Reader,
         prepare: Preparation,
         groups: list[Group],
-        kept: dict[StateKey, Tensor],
-        keep: bool,
+        memory: StateMemory | None,
+        sizes: dict[str, tuple[int, ...]],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        by_key: dict[StateKey, list[int]] = {}
-        for index, group in enumerate(groups):
-            by_key.setdefault(group.key, []).append(index)
+        by_key = _by_key(groups)
         S: list[Tensor | None] = [None] * len(groups)
         seeds: list[Tensor | None] = [None] * len(groups)
 
         def visit(key: StateKey, hidden: Tensor) -> None:
-            hidden = prepare(key, hidden)
-            if keep:
-                kept[key] = hidden
-            x_MK = rows(hidden)
+            sizes[key.stack] = tuple(hidden.shape[:-1])
+            x = prepare.rows(key, hidden)
+            if memory is not None:
+                memory.put(key, x)
             for index in by_key[key]:
                 group = groups[index]
-                stacked = _stack(group, weights, hidden.dtype)
+                stacked = _stack(group, weights, x.dtype)
                 if group.dropout_p > 0.0:
-                    seeds[index] = kernel_dropout.draw_seed(hidden.device)
+                    seeds[index] = kernel_dropout.draw_seed(x.device)
                 masks = Masks(seeds[index], group.dropout_p)
-                with without_autocast(hidden.device):
-                    _, projected = _ops(hidden).shrink(
+                with without_autocast(x.device):
+                    _, projected = _ops(x).shrink(
                         None,
-                        x_MK,
+                        x,
                         stacked,
-                        compute_dtype=hidden.dtype,
-                        mask_source=masks.bits(x_MK.shape, kernel_dropout.SOURCE_STREAM),
+                        compute_dtype=x.dtype,
+                        mask_source=masks.bits(x.shape, kernel_dropout.SOURCE_STREAM),
                         keep_scale=masks.scale,
                     )
-                S[index] = projected.view(*hidden.shape[:-1], sum(group.ranks))
+                S[index] = prepare.spread(key, projected, sizes[key.stack])
 
         reader(visit)
         ctx.set_materialize_grads(False)
-        ctx.groups = groups
+        ctx.groups, ctx.prepare, ctx.memory = groups, prepare, memory
         ctx.weight_dtypes = [weight.dtype for weight in weights]
-        ctx.order = sorted(kept)
-        ctx.save_for_backward(*(kept[key] for key in ctx.order), *seeds)
+        saved = [] if memory is None else memory.saved()
+        ctx.saved_states = len(saved)
+        ctx.save_for_backward(*saved, *seeds)
         return tuple(S)  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
-        states = dict(zip(ctx.order, saved[: len(ctx.order)], strict=True))
-        seeds = saved[len(ctx.order) :]
+        states, seeds = saved[: ctx.saved_states], saved[ctx.saved_states :]
+        groups: list[Group] = ctx.groups
+        by_key = _by_key(groups)
         needs = ctx.needs_input_grad[5:]
         dA: list[Tensor | None] = [None] * len(needs)
-        for group, dS, seed in zip(ctx.groups, grads, seeds, strict=True):
-            own = range(group.first, group.first + len(group.ranks))
-            if dS is None or not any(needs[index] for index in own):
-                continue
-            x_MK = rows(states[group.key])
-            masks = Masks(seed, group.dropout_p)
-            exact = torch.float64 if x_MK.dtype == torch.float64 else torch.float32
-            with without_autocast(x_MK.device):
-                stacked = _ops(x_MK).grad_weight(
-                    None,
-                    None,
-                    rows(dS),
-                    x_MK,
-                    mask_source=masks.bits(x_MK.shape, kernel_dropout.SOURCE_STREAM),
-                    keep_scale=masks.scale,
-                    grad_dtype=exact,
-                )
-            for index, part in zip(own, stacked.split(list(group.ranks)), strict=True):
-                if needs[index]:
-                    dA[index] = part.to(ctx.weight_dtypes[index])
+        wanted = [
+            grad is not None and any(needs[group.first : group.first + len(group.ranks)])
+            for group, grad in zip(groups, grads, strict=True)
+        ]
+
+        def visit(key: StateKey, x: Tensor) -> None:
+            for index in by_key.get(key, ()):
+                group, dS = groups[index], grads[index]
+                if not wanted[index] or dS is None:
+                    continue
+                masks = Masks(seeds[index], group.dropout_p)
+                exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+                with without_autocast(x.device):
+                    stacked = _ops(x).grad_weight(
+                        None,
+                        None,
+                        ctx.prepare.gather(key, dS),
+                        x,
+                        mask_source=masks.bits(x.shape, kernel_dropout.SOURCE_STREAM),
+                        keep_scale=masks.scale,
+                        grad_dtype=exact,
+                    )
+                own = range(group.first, group.first + len(group.ranks))
+                for at, part in zip(own, stacked.split(list(group.ranks)), strict=True):
+                    if needs[at]:
+                        dA[at] = part.to(ctx.weight_dtypes[at])
+
+        if any(wanted):
+            ctx.memory.replay(states, visit)
         return (None, None, None, None, None, *dA)
 
 
+def _by_key(groups: list[Group]) -> dict[StateKey, list[int]]:
+    """State -> the indices of the groups that read it."""
+    found: dict[StateKey, list[int]] = {}
+    for index, group in enumerate(groups):
+        found.setdefault(group.key, []).append(index)
+    return found
+
+
 def _stack(group: Group, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    return torch.cat([A.detach().to(dtype) for A in weights[group.first : group.first + len(group.ranks)]])
+    own = [A.detach() for A in weights[group.first : group.first + len(group.ranks)]]
+    return primitives("auto", own[0].device, dtype).stack(own, dtype)  # type: ignore[no-any-return]
 
 
 def _ops(x: Tensor) -> Any:
@@ -318,19 +392,28 @@ def _ops(x: Tensor) -> Any:
 # --- what travels to the layers ---------------------------------------------------------------------------------------
 
 
-@dataclass
 class SourceCarrier:
     """The source of one forward pass, on its way to the layers as a keyword argument of the blocks.
 
-    It stays with the block's saved arguments, so a checkpoint's recompute finds the same S.
+    It stays with the block's saved arguments, so a checkpoint's recompute finds the same S. No dataclass: FSDP2's mixed
+    precision would hand each block a copy of one.
+
+    S: layer -> adapter -> (B, m, r).
+    where: (layer, adapter) -> the state that it reads; kept: these states.
+    graded: whether gradients were on where the source pass ran.
     """
 
-    S: dict[str, dict[str, Tensor]]  # layer -> adapter -> (B, m, r)
-    where: dict[tuple[str, str], StateKey]
-    kept: dict[StateKey, Tensor]
-    graded: bool  # whether gradients were on where the source pass ran
-    reentrant: bool = False
-    reached: set[str] = field(default_factory=set)
+    def __init__(
+        self,
+        S: dict[str, dict[str, Tensor]],
+        where: dict[tuple[str, str], StateKey],
+        kept: Mapping[StateKey, Tensor],
+        graded: bool,
+    ) -> None:
+        self.S, self.where, self.kept, self.graded = S, where, kept, graded
+        self.reentrant = False
+        self.reached: set[str] = set()
+        self.target_masks: dict[str, Tensor] = {}  # layer -> (B, m), where a fusion looks at it
 
     def for_layer(self, layer: str) -> LayerSource:
         """What one layer is handed; notes that the source has reached it."""
@@ -338,12 +421,16 @@ class SourceCarrier:
         if self.graded and not torch.is_grad_enabled():
             # blocks that run without a graph where the model ran with one: reentrant checkpointing
             self.reentrant = True
+            self.check_reentrant()
         return LayerSource(
             {
                 adapter: (self.x_source((layer, adapter)), None) if self.reentrant else (None, S)
                 for adapter, S in self.S.get(layer, {}).items()
             }
         )
+
+    def check_reentrant(self) -> None:
+        """Raises ValueError where the source cannot be trained under reentrant checkpointing."""
 
     def x_source(self, slot: tuple[str, str]) -> Tensor:
         """The state x_S (B, m, d) of a (layer, adapter), for a layer that makes its own S."""
@@ -366,13 +453,46 @@ class LayerSource:
         return self.by_adapter.get(adapter, (None, None))
 
 
+class KeptStates(Mapping[StateKey, Tensor]):
+    """What a memory keeps as states (B, m, d), for layers that make their own S under reentrant checkpointing."""
+
+    def __init__(self, memory: StateMemory | None, prepare: Preparation, sizes: dict[str, tuple[int, ...]]) -> None:
+        self.memory, self.prepare, self.sizes = memory, prepare, sizes
+        # one object per state as long as somebody holds it: query and value are computed together for one x_S
+        self._whole: weakref.WeakValueDictionary[StateKey, Tensor] = weakref.WeakValueDictionary()
+
+    def __getitem__(self, key: StateKey) -> Tensor:
+        if not isinstance(self.memory, Keep):
+            mode = "none" if self.memory is None else self.memory.name
+            raise ValueError(
+                "blocks run without a graph inside a forward with one (reentrant checkpointing), which needs the "
+                f"source's states, and source_memory is {mode!r}: checkpoint with use_reentrant=False, or "
+                "source_memory='keep'"
+            )
+        whole = self._whole.get(key)
+        if whole is None:
+            whole = self._whole[key] = self.prepare.spread(key, self.memory.states[key], self.sizes[key.stack])
+        return whole
+
+    def __iter__(self) -> Iterator[StateKey]:
+        return iter(self.memory.states if isinstance(self.memory, Keep) else ())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def run_source_pass(
-    reader: Reader, prepare: Preparation, groups: list[Group], weights: list[nn.Parameter]
+    reader: Reader,
+    prepare: Preparation,
+    groups: list[Group],
+    weights: list[nn.Parameter],
+    memory: StateMemory | None = None,
 ) -> SourceCarrier:
-    """Run the node and sort its outputs by layer and adapter."""
-    keep = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    kept: dict[StateKey, Tensor] = {}
-    outputs = SourcePass.apply(reader, prepare, groups, kept, keep, *weights)
+    """Run the node and sort its outputs by layer and adapter. memory: how states wait for backward (default: kept)."""
+    graded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    memory = (memory or Keep()) if graded else None
+    sizes: dict[str, tuple[int, ...]] = {}
+    outputs = SourcePass.apply(reader, prepare, groups, memory, sizes, *map(gathered, weights))
     S: dict[str, dict[str, Tensor]] = {}
     where: dict[tuple[str, str], StateKey] = {}
     for group, output in zip(groups, outputs, strict=True):
@@ -380,4 +500,4 @@ def run_source_pass(
         for layer, part in zip(group.layers, parts, strict=True):
             S.setdefault(layer, {})[group.adapter] = part
             where[layer, group.adapter] = group.key
-    return SourceCarrier(S, where, kept, graded=keep)
+    return SourceCarrier(S, where, KeptStates(memory, prepare, sizes), graded=graded)

@@ -18,21 +18,25 @@ from torch import Tensor
 from . import torch_ops, triton_ops
 from .triton_ops.config import operand_class
 from .triton_ops.decode import MAX_RANK, MAX_ROWS
-from .triton_ops.launch import choose_config, is_aligned, tuned_entries, tuned_entry
+from .triton_ops.launch import choose_config, class_of, tuned_entries, tuned_entry
 
 stack = triton_ops.stack
 
 
 def _form(
-    step: str, dtype: torch.dtype, rank: int, rows: int, width: int, tensors: Sequence[Tensor | None]
+    step: str,
+    dtype: torch.dtype,
+    rank: int,
+    rows: int,
+    width: int,
+    wide: Sequence[Tensor | None],
+    thin: Sequence[Tensor | None] = (),
 ) -> ModuleType:
     """The module whose form of a step the table prefers; the kernels' where it has no entry."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not tuned_entries(given[0].device):
+    device = next(tensor.device for tensor in wide if tensor is not None)
+    if not tuned_entries(device):
         return triton_ops
-    widest = max(tensor.element_size() for tensor in given)
-    operands = operand_class(dtype.itemsize, widest, is_aligned(*given))
-    entry = tuned_entry(step, operands, rank, rows, width, given[0].device)
+    entry = tuned_entry(step, class_of(rank, dtype, wide, thin), rank, rows, width, device)
     return torch_ops if entry is not None and entry.form == "torch" else triton_ops
 
 
@@ -49,7 +53,7 @@ def shrink(x: Tensor | None, x_source: Tensor | None, A: Tensor, **options: Any)
 def expand_(ys: Sequence[Tensor], T: Tensor, S: Tensor | None, Bs: Sequence[Tensor], **options: Any) -> None:
     """y_i += scaling_i * phi(S_i, T_i) B_i^T; see :func:`flare_kernels.triton_ops.expand_`."""
     width = max(y.shape[1] for y in ys)
-    form = _form("expand", T.dtype, Bs[0].shape[1], ys[0].shape[0], width, (*ys, T, S, *Bs))
+    form = _form("expand", T.dtype, Bs[0].shape[1], ys[0].shape[0], width, ys, (T, S, *Bs))
     form.expand_(ys, T, S, Bs, **options)
 
 
@@ -59,7 +63,7 @@ def grad_bottleneck(
     """dT, dS and dB_i; see :func:`flare_kernels.triton_ops.grad_bottleneck`."""
     given = T if T is not None else options["dT"]
     width = max(G.shape[1] for G in Gs)
-    form = _form("grad_bottleneck", given.dtype, Bs[0].shape[1], Gs[0].shape[0], width, (*Gs, T, S, *Bs))
+    form = _form("grad_bottleneck", given.dtype, Bs[0].shape[1], Gs[0].shape[0], width, Gs, (T, S, *Bs))
     return form.grad_bottleneck(Gs, T, S, Bs, **options)  # type: ignore[no-any-return]
 
 
@@ -71,7 +75,7 @@ def grad_weight(
     if grad is None or stream is None or options.get("mask") is not None or options.get("mask_source") is not None:
         return triton_ops.grad_weight(dT, x, dS, x_source, **options)
     M, K = stream.shape
-    form = _form("grad_weight", grad.dtype, grad.shape[1], M, K, (dT, x, dS, x_source))
+    form = _form("grad_weight", grad.dtype, grad.shape[1], M, K, (x, x_source), (dT, dS))
     return form.grad_weight(dT, x, dS, x_source, **options)  # type: ignore[no-any-return]
 
 
@@ -82,7 +86,7 @@ def grad_input(dT: Tensor, A: Tensor, **options: Any) -> Tensor:
         return triton_ops.grad_input(dT, A, **options)
     if out is not None and out.dtype == A.dtype == dT.dtype:
         return torch_ops.grad_input(dT, A, **options)
-    form = _form("grad_input", dT.dtype, dT.shape[1], dT.shape[0], A.shape[1], (dT, A))
+    form = _form("grad_input", dT.dtype, dT.shape[1], dT.shape[0], A.shape[1], (A,), (dT,))
     return form.grad_input(dT, A, **options)  # type: ignore[no-any-return]
 
 

@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -75,9 +76,16 @@ class LaunchTable:
         rows = [asdict(key) | asdict(entry) for key, entry in self.entries.items()]
         document = {"format": FORMAT, "gpu": self.gpu, "about": self.about, "entries": rows}
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False
+        ) as scratch:
+            scratch.write(json.dumps(document, indent=1) + "\n")
+        try:
+            os.chmod(scratch.name, 0o644)
+            os.replace(scratch.name, path)
+        except OSError:
+            os.unlink(scratch.name)
+            raise
 
     @classmethod
     def read(cls, path: Path) -> LaunchTable:
@@ -102,10 +110,39 @@ def _parse(row: Mapping[str, Any]) -> tuple[Key, Entry]:
         raise ValueError(f"form {row['form']!r} is neither 'triton' nor 'torch'")
     tiles = {str(kernel): {str(k): int(v) for k, v in of_one.items()} for kernel, of_one in row["tiles"].items()}
     for kernel, of_one in tiles.items():
-        blocks = [value for name, value in of_one.items() if name.startswith("BLOCK_") and value]
-        if any(value < 8 or value & (value - 1) for value in blocks) or of_one.get("programs", 1) < 1:
-            raise ValueError(f"tiles of {kernel} are not powers of two: {of_one}")
+        _check_tiles(key, kernel, of_one)
     return key, Entry(row["form"], tiles, {str(k): float(v) for k, v in row.get("us", {}).items()})
+
+
+#: Axes of each kernel's tiles; the steps that a table can name are those of these kernels.
+_AXES = {
+    "shrink": "MKR",
+    "expand": "MNR",
+    "grad_bottleneck": "MNR",
+    "grad_weight": "MKR",
+    "grad_input": "MKR",
+    "shrink_decode": "MKR",
+    "expand_decode": "MNR",
+}
+_OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "programs": range(1, 1 << 20)}
+
+
+def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
+    """Raises ValueError for tiles with which a launch of this step would fail, or be wrong."""
+    if kernel not in _AXES or key.step != ("decode" if kernel.endswith("_decode") else kernel):
+        raise ValueError(f"step {key.step!r} has no kernel {kernel!r}")
+    wanted = {f"BLOCK_{axis}" for axis in "MKNR"} | set(_OPTIONS)
+    if set(tiles) != wanted:
+        raise ValueError(f"tiles of {kernel} have the fields {sorted(tiles)}, expected {sorted(wanted)}")
+    for axis in _AXES[kernel]:
+        size = tiles[f"BLOCK_{axis}"]
+        if not 16 <= size <= 512 or size & (size - 1):
+            raise ValueError(f"tiles of {kernel}: BLOCK_{axis}={size} is no power of two from 16 to 512")
+    for name, accepted in _OPTIONS.items():
+        if tiles[name] not in accepted:
+            raise ValueError(f"tiles of {kernel}: {name}={tiles[name]} cannot be launched")
+    if kernel.endswith("_decode") and tiles["BLOCK_R"] < key.rank:
+        raise ValueError(f"tiles of {kernel}: BLOCK_R={tiles['BLOCK_R']} is less than the rank, {key.rank}")
 
 
 def file_name(gpu: str) -> str:
@@ -124,17 +161,26 @@ def package_path(gpu: str) -> Path:
     return Path(__file__).parent / "tables" / file_name(gpu)
 
 
+def _default_paths(gpu: str) -> list[Path]:
+    try:
+        return [user_path(gpu), package_path(gpu)]
+    except RuntimeError:  # a user without a home
+        return [package_path(gpu)]
+
+
 @functools.cache
 def table_for(gpu: str) -> LaunchTable:
     """The table in force for a GPU in this process; one without entries where there is none."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named == "":
         return LaunchTable(gpu)
-    for path in [Path(named)] if named is not None else [user_path(gpu), package_path(gpu)]:
-        if named is None and not path.exists():
-            continue
+    for path in [Path(named)] if named is not None else _default_paths(gpu):
         try:
+            if named is None and not path.exists():
+                continue
             table = LaunchTable.read(path)
+        except OSError:  # a home that this user may not look into holds no table for them
+            continue
         except ValueError as error:
             warnings.warn(f"{error}; general launch configurations are used", RuntimeWarning, stacklevel=2)
             continue

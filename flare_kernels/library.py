@@ -9,6 +9,7 @@ Optional results are empty tensors: an operator cannot return None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ def _kept_sizes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes of T and of S as the operator returns them; a given S is not returned again."""
     names = fusions.split(",") if As else []
-    M = x.shape[:-1].numel()
+    M = math.prod(x.shape[:-1])  # Size.numel() would make a constant of a traced length
     R = sum(A.shape[0] for A in As)
     fused = sum(A.shape[0] for A, name in zip(As, names, strict=True) if name != "none")
     needs_S = x_source is not None and any(name not in ("none", "add") for name in names)
@@ -198,7 +199,8 @@ def lora_backward(
         if grad is None or like is None:
             results.append(x.new_empty((0,)))
         else:  # parts of a shared buffer become tensors of their own
-            whole = grad.untyped_storage().nbytes() == grad.numel() * grad.element_size() and grad.is_contiguous()
+            size = grad.numel() * grad.element_size()
+            whole = size > 0 and grad.untyped_storage().nbytes() == size and grad.is_contiguous()
             results.append(
                 (grad if whole else grad.clone(memory_format=torch.contiguous_format)).to(like.dtype).view(like.shape)
             )

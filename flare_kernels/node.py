@@ -382,9 +382,9 @@ def _to_bottleneck(
     allocate = torch.empty if all(reached) else torch.zeros
     wants_hidden = needs.hidden and bool(call.projections)
     dT = allocate((M, call.rank), dtype=call.dtype, device=device) if wants_hidden else None
-    wants_dS = wants_hidden and call.fused > 0 and (two_streams or any(needs.S))
-    # where every phi is linear dS is dT
+    # where every phi is linear dS is dT; a phi of two arguments has both derivatives in one pass
     dS_is_dT = all(group.launch_fusion is None for group in call.groups)
+    wants_dS = wants_hidden and call.fused > 0 and (two_streams or any(needs.S) or not dS_is_dT)
     dS = None
     if wants_dS and dT is not None:
         dS = dT[:, : call.fused] if dS_is_dT else allocate((M, call.fused), dtype=call.dtype, device=device)

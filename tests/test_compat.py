@@ -7,10 +7,12 @@ import inspect
 import peft
 import pytest
 import tiny
+import torch
 import transformers
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flare import _compat
@@ -90,9 +92,46 @@ def test_caches_tell_what_happens_to_their_rows(cache) -> None:
         assert callable(getattr(cache, name)), name
 
 
+def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    module, calls = Own(2, 2), []
+    module.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
+    with _compat.compiled_calls_off(module):
+        module(torch.ones(2))
+        assert not calls
+    module(torch.ones(2))
+    assert calls
+
+
 def test_an_encoder_decoder_says_how_its_decoder_reads_labels() -> None:
     method = transformers.MT5ForConditionalGeneration.prepare_decoder_input_ids_from_labels
     assert "labels" in inspect.signature(method).parameters
+
+
+def test_torch_says_which_engine_runs_a_model() -> None:
+    order: list[str] = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            _compat.after_backward(lambda: order.append("after"))
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: order.append("leaf"))
+    Node.apply(x).sum().backward()
+    assert order == ["leaf", "after"]
+    linear = torch.nn.Linear(2, 2)
+    assert _compat.is_data_parallel_replica(linear._replicate_for_data_parallel())
+    assert not _compat.is_data_parallel_replica(linear) and not _compat.inside_ddp()
+    assert "_active_ddp_module" in inspect.getsource(torch.nn.parallel.DistributedDataParallel._inside_ddp_forward)
 
 
 def test_bitsandbytes_layers_are_told_by_name() -> None:
@@ -109,3 +148,13 @@ def test_an_old_version_is_named(monkeypatch) -> None:
     monkeypatch.setitem(_compat.REQUIRED, "peft", ("99.0", "99.1"))
     with pytest.raises(ImportError, match=r"flare needs peft>=99.0, found .*pip install"):
         _compat.check_versions()
+
+
+def test_reentrant_checkpointing_is_recognised():
+    model = tiny.model("bert")
+    assert not _compat.uses_reentrant_checkpointing(model)
+    for use_reentrant in (True, False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        assert _compat.uses_reentrant_checkpointing(model) is use_reentrant
+    model.gradient_checkpointing_disable()
+    assert not _compat.uses_reentrant_checkpointing(model)

@@ -268,8 +268,8 @@ def test_latent_states_stand_for_a_source():
         for row in without("source_input_ids")
     ]
     batch = FlareDataCollator(tokenizer())(given)
-    assert batch["source_states"].shape == (2, 3, 2)
-    assert batch["source_attention_mask"].tolist() == [[1, 1, 0]] * 2
+    assert batch["source_states"].shape == (*batch["input_ids"].shape, 2) == (2, 4, 2)
+    assert batch["source_attention_mask"].tolist() == [[1, 1, 0, 0]] * 2
 
 
 @pytest.mark.parametrize(

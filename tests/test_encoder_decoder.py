@@ -145,6 +145,18 @@ def test_logits_and_gradients_are_those_by_hand(fusion, offset, decoder) -> None
     assert not torch.allclose(other[1], want[1], atol=1e-3)
 
 
+def test_eager_attention_and_sdpa_agree() -> None:
+    """To float32's rounding: mT5's eager attention takes its softmax in float32."""
+    steps = {}
+    for name in ("eager", "sdpa"):
+        model = fused(base={"attn_implementation": name})
+        assert model.get_base_model().config._attn_implementation == name
+        steps[name] = step(model, batch())
+    torch.testing.assert_close(steps["sdpa"][1], steps["eager"][1], rtol=1e-5, atol=1e-6)
+    for name, grad in steps["eager"][2].items():
+        torch.testing.assert_close(steps["sdpa"][2][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_decoders_source_as_ids_and_as_labels() -> None:
     model, inputs = fused(), batch()
     want = step(model, inputs)

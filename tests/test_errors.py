@@ -6,7 +6,6 @@ import peft
 import pytest
 import tiny
 import torch
-import transformers
 from torch import nn
 
 import flare
@@ -70,13 +69,6 @@ def test_architectures_that_cannot_be_mapped() -> None:
         flare.fast_lora(_Mlp())
     with pytest.raises(ValueError, match="_NoStack: its blocks cannot be found"):
         flare.fast_lora(_NoStack())
-    gpt_neox = transformers.GPTNeoXForCausalLM(
-        transformers.GPTNeoXConfig(
-            vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-        )
-    )
-    with pytest.raises(ValueError, match=r"GPTNeoX.*share one linear layer \(query_key_value\)"):
-        flare.fast_lora(gpt_neox)
 
 
 def test_nothing_that_fuses() -> None:

@@ -65,8 +65,9 @@ def test_without_a_source_it_is_pefts_lora(family) -> None:
     )
     tiny.randomize_lora(stock)
     model = fused(family)
-    with pytest.warns(UserWarning, match=r"remove_unused_columns[\s\S]*FlareDataCollator"):
+    with pytest.warns(UserWarning, match=r"remove_unused_columns[\s\S]*FlareDataCollator") as seen:
         got = model(**inputs)
+    assert seen[0].filename == __file__, "the warning points at the user's line"
     want = stock(**inputs)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-6, atol=1e-6)
     got.loss.backward()
@@ -123,20 +124,6 @@ def test_fusion_modules_choose_what_fuses() -> None:
         tiny.model("llama"), r=4, target_modules=["q_proj", "v_proj", "o_proj"], fusion_modules=["v_proj"]
     )
     assert {row.module.rpartition(".")[2] for row in model.fast_lora_report().fused} == {"v_proj"}
-
-
-@pytest.mark.parametrize("family", ["gemma2", "mt5"])
-def test_other_families_need_no_new_mechanism(family) -> None:
-    """The source moves the loss and reaches every fusing layer; mT5's decoder, which gets none here, is plain LoRA."""
-    model = fused(family)
-    inputs = tiny.batch(family)
-    with_source, plain = model(**inputs).loss, model(**without_source(inputs)).loss
-    assert abs(with_source - plain) > 1e-4
-    with_source.backward()
-    fusing = {row.module for row in model.fast_lora_report().fused}
-    assert fusing
-    if family == "mt5":
-        assert not any("EncDecAttention" in name for name in fusing)
 
 
 # --- PEFT's life cycle ------------------------------------------------------------------------------------------------
@@ -409,3 +396,77 @@ def test_defaults_and_task_types() -> None:
     trained = {name for name, p in bert.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trained and all("classifier" in name for name in trained), "the classification head trains"
     assert all("lora_" in name for name, p in llama.named_parameters() if p.requires_grad), "an LM head does not"
+
+
+def undropped(family: str):
+    return tiny.model(family, **({"dropout_rate": 0.0} if family == "mt5" else {}))
+
+
+def attending(family: str, masked: bool = True):
+    own = {"fusion": "cross_attention", "cross_attention_heads": 2, "cross_attention_mask": masked}
+    model = flare.fast_lora(undropped(family), r=4, **own)
+    tiny.randomize_lora(model)
+    return model
+
+
+def test_cross_attention_looks_at_no_padding() -> None:
+    """A padded row is what it is alone, where the formula needs no mask; unmasked, as in the release, it is not."""
+    inputs = without_source(tiny.batch("bert"))
+    inputs["source_input_ids"], inputs["source_attention_mask"] = inputs["input_ids"].flip(0), inputs["attention_mask"]
+    free, masked = attending("bert", False).eval(), attending("bert").eval()
+    for row in range(3):
+        real = inputs["attention_mask"][row].bool()
+        alone = {name: x[row : row + 1, real] for name, x in inputs.items() if x.dim() > 1}
+        want = free(**alone).logits
+        torch.testing.assert_close(masked(**alone).logits, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(masked(**inputs).logits[row : row + 1], want, rtol=1e-5, atol=1e-6)
+        assert real.all() or not torch.allclose(free(**inputs).logits[row : row + 1], want, rtol=1e-4, atol=1e-6)
+
+
+def test_cross_attention_looks_at_no_later_token_in_causal_attention() -> None:
+    inputs = tiny.batch("llama")
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -1] += 1
+    real = inputs["attention_mask"][:, :-1].bool()
+    for masked, same in ((True, True), (False, False)):
+        model = attending("llama", masked).eval()
+        first, second = (model(**one).logits[:, :-1][real] for one in (inputs, other))
+        assert torch.allclose(first, second, atol=1e-6) == same
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
+def test_masked_cross_attention_is_saved_and_survives_checkpointing(family, tmp_path) -> None:
+    inputs, model = tiny.batch(family), attending(family)
+    if family == "mt5":
+        inputs["source_labels"] = inputs["labels"]
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(undropped(family), tmp_path, is_trainable=True).train()
+    model, loaded = model.double(), loaded.double()
+    out = model(**inputs)
+    out.loss.backward()
+    want = tiny.gradients(model)
+    assert any("cross_attention" in name and grad.any() for name, grad in want.items())
+    for use_reentrant in (None, False, True):
+        loaded.zero_grad()
+        if use_reentrant is not None:
+            loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            loaded.enable_input_require_grads()
+        again = loaded(**inputs)
+        torch.testing.assert_close(again.logits, out.logits)
+        again.loss.backward()
+        for name, grad in tiny.gradients(loaded).items():
+            torch.testing.assert_close(grad, want[name], msg=name)
+
+
+def test_what_the_mask_of_cross_attention_needs() -> None:
+    with pytest.raises(ValueError, match="cross_attention_mask=True needs fusion='cross_attention', got fusion='mul'"):
+        flare.FlareConfig(fusion="mul", cross_attention_mask=True)
+    with pytest.raises(TypeError, match="cross_attention_mask=1 must be True or False"):
+        flare.FlareConfig(fusion="cross_attention", cross_attention_mask=1)
+    inputs, model = tiny.batch("llama"), attending("llama").eval()
+    with pytest.raises(ValueError, match=r"attention_mask is \(3, 1, 9, 9\): cross_attention_mask=True of adapter"):
+        model(**{**inputs, "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
+    prompts = {name: x for name, x in inputs.items() if name != "labels"}
+    prompts["source_attention_mask"] = torch.ones_like(prompts["source_attention_mask"])
+    with pytest.raises(ValueError, match="cross_attention_mask=True of adapter 'default': the target's mask is not"):
+        model.generate(**prompts, source_alignment="release", max_new_tokens=2)

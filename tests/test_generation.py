@@ -309,8 +309,9 @@ def test_keep_is_independent_where_no_source_is_shorter_and_warns_once_where_one
         _, logits = generated(model, inputs, source_padding="keep")
     _, own = generated(model, row_of(inputs, 2), source_padding="keep")
     torch.testing.assert_close(own[0], logits[2], **TOLERANCE)
-    with pytest.warns(UserWarning, match="source_padding='keep' and a source prompt that is shorter"):
+    with pytest.warns(UserWarning, match="source_padding='keep' and a source prompt that is shorter") as seen:
         _, kept_logits = generated(model, prompts(), source_padding="keep")
+    assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generated(model, prompts(), source_padding="keep")

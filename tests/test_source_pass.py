@@ -299,18 +299,6 @@ def test_tied_copies_do_not_share_a_carrier() -> None:
     assert all(id(layer) in own for layer in runtime_of(twin.get_base_model()).layers)
 
 
-def test_the_frozen_pass_stays_eager_under_a_compiled_model() -> None:
-    """torch.compile around the whole model: the same loss and gradients (graphs break at the source pass)."""
-    inputs = tiny.batch("llama")
-    model = fused("llama")
-    want_loss, want = loss_and_gradients(model, inputs)
-    model.zero_grad()
-    loss = torch.compile(model, backend="eager")(**inputs).loss
-    loss.backward()
-    torch.testing.assert_close(loss.detach(), want_loss[0])
-    assert_same_gradients(tiny.gradients(model), want)
-
-
 def test_a_hook_on_the_frozen_layer_keeps_what_it_saw() -> None:
     model = fused("llama").eval()
     layer = tiny.block_list(model.get_base_model())[0].self_attn.q_proj

@@ -34,7 +34,7 @@ _DECODER = {
 }
 
 FAMILIES = ("bert", "xlmr", "llama")
-_CAUSAL = ("llama", "gemma2", "qwen3", "mistral")
+_CAUSAL = ("llama", "gemma2", "gemma3", "qwen3", "mistral")
 
 
 def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
@@ -60,6 +60,7 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
         "qwen3": lambda: transformers.Qwen3Config(**{**_DECODER, "head_dim": 8, **changes}),
         "mistral": lambda: transformers.MistralConfig(**{**_DECODER, "head_dim": 8, **changes}),
         "gemma2": lambda: transformers.Gemma2Config(**{**_DECODER, "head_dim": 8, **changes}),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**{**_DECODER, "head_dim": 8, **changes}),
         "mt5": lambda: transformers.MT5Config(
             **{
                 "vocab_size": VOCAB,
@@ -86,6 +87,7 @@ CLASSES = {
     "qwen3": transformers.Qwen3ForCausalLM,
     "mistral": transformers.MistralForCausalLM,
     "gemma2": transformers.Gemma2ForCausalLM,
+    "gemma3": transformers.Gemma3ForCausalLM,
     "mt5": transformers.MT5ForConditionalGeneration,
 }
 

@@ -123,6 +123,7 @@ class SourceStateCache:
         inputs: dict[str, Any],
         wanted: set[StateKey],
         prepare: Preparation,
+        masks: Mapping[str, Tensor] | None = None,
         decoders: Collection[str] = (),
     ) -> Reader:
         """A reader (see flare.source_pass) of cached rows, which runs the frozen model on the others and keeps them.
@@ -131,11 +132,12 @@ class SourceStateCache:
             model: the transformers model.
             inputs: keyword arguments of its backbone for the whole batch.
             wanted: the states to read.
-            prepare: what a state goes through before it is kept.
+            prepare: what a state goes through before it is kept (its dtype; rows of pads are dropped by their mask).
+            masks: stack -> (B, m), where pads are neither read nor kept (source_padding="zero"); else empty.
             decoders: those stacks among the wanted that read ``decoder_input_ids``.
         """
         self._guard(model)
-        return CachedReader(self, model, inputs, wanted, prepare, decoders)
+        return CachedReader(self, model, inputs, wanted, prepare, masks or {}, decoders)
 
     def find(self, key: str, counts: Mapping[StateKey, int]) -> Entry | None:
         """A row's entry in the fastest tier that has it; copied into a faster one with room."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class CachedReader:
         inputs: dict[str, Any],
         wanted: set[StateKey],
         prepare: Preparation,
+        masks: Mapping[str, Tensor],
         decoders: Collection[str],
     ) -> None:
         self.cache = cache
@@ -47,12 +48,13 @@ class CachedReader:
         self.inputs = inputs
         self.wanted = sorted(wanted)
         self.prepare = prepare
+        self.zero_pads = bool(masks)
         self.device: torch.device = inputs["input_ids"].device
         width = inputs["input_ids"].shape[1] if cache.widths_count[id(model)] else None
         self.rows = name_rows(
-            _streams(inputs, wanted, prepare, decoders, cache.relative[id(model)]),
-            context_of(wanted, bool(prepare.masks), prepare.dtype, width),
-            bool(prepare.masks),
+            _streams(inputs, wanted, masks, decoders, cache.relative[id(model)]),
+            context_of(wanted, self.zero_pads, prepare.dtype, width),
+            self.zero_pads,
         )
         self.width = {key: _width(inputs, key, decoders) for key in self.wanted}
         self.counted = False
@@ -90,13 +92,11 @@ class CachedReader:
         indices = list(missing.values())
         whole = len(indices) == len(self.rows)
         inputs = self.inputs if whole else self._rows_of(self.inputs, indices)
-        masks = {stack: mask if whole else _take(mask, indices) for stack, mask in self.prepare.masks.items()}
-        prepare = Preparation(masks, self.prepare.dtype)
         keeping = _Keeping(self.cache, [self.rows[index] for index in indices], self._counts, trial)
         clock = _TrialClock(self.device) if trial else None
 
         def note(key: StateKey, hidden: Tensor) -> None:
-            hidden = prepare(key, hidden)
+            hidden = self.prepare(hidden)
             with self.cache.meter.storing(self.device), clock or _Nothing():
                 keeping.take(key, hidden)
             full = hidden if whole else self._assembled(key, stored, hidden, missing)
@@ -120,8 +120,8 @@ class CachedReader:
         """The whole batch's state (B, m, d): rows that were found, and rows computed now in the order of missing."""
         sample = computed if computed is not None else next(iter(stored.values()))[key]
         device = computed.device if computed is not None else _device_of(self.model, key)
-        make: Any = torch.zeros if key.stack in self.prepare.masks else torch.empty
-        full: Tensor = make(len(self.rows), self.width[key], sample.shape[-1], dtype=sample.dtype, device=device)
+        # pads that are not stored are not read either
+        full = torch.empty(len(self.rows), self.width[key], sample.shape[-1], dtype=sample.dtype, device=device)
         at = {name: place for place, name in enumerate(missing)}
         for index, row in enumerate(self.rows):
             where = row.positions[key.stack]
@@ -152,7 +152,7 @@ class CachedReader:
 
     def _note_widths(self, missing: Collection[int]) -> None:
         """Say once why rows that were seen before are not found: they came in another width."""
-        if self.prepare.masks:
+        if self.zero_pads:
             return
         widths = tuple(self.width.values())
         for index in missing:
@@ -259,7 +259,11 @@ class _TrialClock:
 
 
 def _streams(
-    inputs: dict[str, Any], wanted: set[StateKey], prepare: Preparation, decoders: Collection[str], relative: bool
+    inputs: dict[str, Any],
+    wanted: set[StateKey],
+    masks: Mapping[str, Tensor],
+    decoders: Collection[str],
+    relative: bool,
 ) -> list[Stream]:
     """The texts that the wanted states depend on."""
     stacks = {key.stack for key in wanted}
@@ -270,7 +274,7 @@ def _streams(
     of_decoder = tuple(sorted(stacks & set(decoders)))
     if of_decoder:
         ids = inputs["decoder_input_ids"].detach().cpu()
-        mask = prepare.masks.get(of_decoder[0])
+        mask = masks.get(of_decoder[0])
         streams.append(Stream((ids,), torch.ones_like(ids) if mask is None else mask.cpu(), of_decoder, False))
     return streams
 

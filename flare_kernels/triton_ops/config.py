@@ -51,7 +51,7 @@ _Row = tuple[int, int, int, int, int, int, int]
 _NARROW_ROWS: dict[str, dict[int, _Row]] = {
     "shrink": {
         16: (64, 64, 0, 16, 8, 4, 4),
-        32: (64, 64, 0, 32, 4, 4, 4),
+        32: (64, 64, 0, 32, 8, 4, 4),
         64: (64, 64, 0, 64, 4, 4, 4),
         128: (64, 64, 0, 128, 8, 3, 4),
         256: (64, 64, 0, 128, 8, 3, 4),
@@ -67,8 +67,8 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
         16: (64, 0, 128, 16, 8, 3, 4),
         32: (64, 0, 128, 32, 8, 3, 4),
         64: (64, 0, 128, 64, 8, 3, 4),
-        128: (64, 0, 64, 128, 8, 3, 3),
-        256: (64, 0, 64, 128, 8, 3, 3),
+        128: (64, 0, 128, 128, 8, 2, 2),
+        256: (64, 0, 128, 128, 8, 2, 2),
     },
     "grad_weight": {
         16: (64, 64, 0, 16, 8, 3, 4),
@@ -85,7 +85,13 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
         256: (64, 128, 0, 64, 8, 2, 3),
     },
     "shrink_decode": {rank: (16, 64, 0, min(rank, 128), 4, 2, 3) for rank in RANK_BUCKETS},
-    "expand_decode": {rank: (16, 0, 64, min(rank, 128), 4, 1, 1) for rank in RANK_BUCKETS},
+    "expand_decode": {
+        16: (16, 0, 64, 16, 4, 1, 1),
+        32: (16, 0, 64, 32, 4, 1, 1),
+        64: (16, 0, 64, 64, 4, 1, 1),
+        128: (16, 0, 128, 128, 8, 1, 1),
+        256: (16, 0, 128, 128, 8, 1, 1),
+    },
 }
 
 # The other classes: one row per kernel for all ranks (BLOCK_R follows the rank up to the row's largest).

@@ -262,6 +262,7 @@ def decode(
     streams = 1 if x_source is None else 2
     device = x.device
     config = config_for("shrink_decode", R, compute_dtype, wide=(x, x_source, *As), thin=(), rows=M, width=K)
+    assert config.BLOCK_R >= R, "a decode kernel holds one block of R"
     k_tiles = cdiv(K, config.BLOCK_K)
     tiles_per_split = cdiv(k_tiles, _SPLITS)
     # rounded up to what the second launch adds at a time: a part without tiles is zero

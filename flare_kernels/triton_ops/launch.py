@@ -157,11 +157,19 @@ def config_for(
     width: int,
 ) -> TileConfig:
     """Configuration for a launch over (rows, width); operands have wide rows (x, G, y, A) or thin ones (T, S, B)."""
-    given = [x for x in (*wide, *thin) if x is not None]
+    operands = class_of(rank, compute_dtype, wide, thin)
+    device = next(x.device for x in wide if x is not None)
+    return _forced.get(kernel) or choose_config(kernel, operands, rank, rows, width, device)
+
+
+def class_of(
+    rank: int, compute_dtype: torch.dtype, wide: Sequence[Tensor | None], thin: Sequence[Tensor | None]
+) -> str:
+    """The operand class of a launch on tensors of wide rows and of thin ones."""
     # rows of a handful of elements cannot be aligned, and need not be
     aligned = is_aligned(*wide) and (rank <= 16 or is_aligned(*thin))
-    operands = operand_class(compute_dtype.itemsize, max(x.element_size() for x in given), aligned)
-    return _forced.get(kernel) or choose_config(kernel, operands, rank, rows, width, given[0].device)
+    widest = max(x.element_size() for x in (*wide, *thin) if x is not None)
+    return operand_class(compute_dtype.itemsize, widest, aligned)
 
 
 def choose_config(kernel: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> TileConfig:

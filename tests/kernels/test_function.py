@@ -147,6 +147,23 @@ def test_dropout_mask_is_restored_under_checkpoint_recompute(use_reentrant, devi
 
 
 @pytest.mark.parametrize("backend", BACKEND)
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("M", [5, 130])
+def test_a_given_S_without_a_graph(backend, fusion, M, device) -> None:
+    """As with a frozen A: x and B still get their gradients."""
+    inputs = make((M,), 16, 12, 4, torch.float32, device)
+    inputs["source_bottleneck"] = inputs.pop("x_source")[:, :4].contiguous()
+    results = []
+    for call, options in ((reference.fused_lora, {}), (fused_lora, {"backend": backend})):
+        leaves = {k: v.clone().requires_grad_(k in ("x", "lora_B")) for k, v in inputs.items()}
+        y = call(**{**leaves, "x_source": None}, scaling=0.7, fusion=fusion, **options)
+        y.square().sum().backward()
+        results.append((y.detach(), leaves["x"].grad, leaves["lora_B"].grad))
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKEND)
 @pytest.mark.parametrize(
     ("lead", "d", "n", "r"),
     [((1,), 7, 3, 1), ((0,), 7, 3, 4), ((2, 0), 8, 8, 4), ((1, 1), 16, 16, 16), ((70,), 40, 24, 130)],

@@ -76,13 +76,17 @@ def test_a_compiled_layer_is_one_graph_with_the_eager_numbers(call, backend, fus
 
 
 def test_inductor_and_other_lengths(device) -> None:
-    """The same compiled function at two lengths, with and without gradients."""
+    """One graph for every length, and one more without gradients."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
     compiled = torch.compile(one, fullgraph=True, dynamic=True)
-    for m in (7, 12):
+    for m in (7, 12, 19):
         t = make(device, m)
         want, got = gradients(one, t), gradients(compiled, t)
         for name, value in want.items():
             torch.testing.assert_close(got[name], value, msg=name) if value is not None else None
+    assert graphs["unique_graphs"] == 1, "a new length must not compile again"
     with torch.no_grad():
         torch.testing.assert_close(compiled(t)[0], one(t)[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import json
 import os
@@ -51,6 +52,17 @@ DAMAGE = {
     "another format": lambda text: text.replace('"format": 1', '"format": 9'),
     "no form": lambda text: text.replace('"triton"', '"cuda"'),
     "tiles": lambda text: text.replace('"BLOCK_M": 64', '"BLOCK_M": 65'),
+    "huge tiles": lambda text: text.replace('"BLOCK_K": 64', '"BLOCK_K": 16384'),
+    "warps": lambda text: text.replace('"num_warps": 4', '"num_warps": 3'),
+    "stages": lambda text: text.replace('"num_stages": 3', '"num_stages": -1'),
+    "a field less": lambda text: text.replace('"num_warps": 4,', ""),
+    "a field more": lambda text: text.replace('"num_warps": 4,', '"num_warps": 4, "num_ctas": 2,'),
+    "another kernel": lambda text: text.replace('"step": "shrink"', '"step": "expand"'),
+    "decode in parts of the rank": lambda text: (
+        text.replace('"step": "shrink"', '"step": "decode"')
+        .replace('"shrink": {', '"shrink_decode": {')
+        .replace('"BLOCK_R": 64', '"BLOCK_R": 16')
+    ),
     "a list": lambda text: "[]",
     "another GPU": lambda text: text.replace("Some GPU", "Other GPU"),
 }
@@ -71,6 +83,34 @@ def test_a_damaged_or_foreign_table_is_reported_and_ignored(damage: str, tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         launch_table.table_for("Some GPU")
+
+
+def test_a_user_without_a_readable_home_has_no_table(monkeypatch, tmp_path: Path) -> None:
+    """Some containers' users: a table is optional, so this is no error."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert launch_table.table_for("Some GPU").entries == {}
+    launch_table.table_for.cache_clear()
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+
+    def unreadable(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", unreadable)
+    assert launch_table.table_for("Some GPU").entries == {}
+
+
+def test_tables_saved_at_once_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    tables = [LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}, {"n": n}) for n in range(40)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda table: table.save(path), tables))
+    assert LaunchTable.read(path).entries == tables[0].entries
+    assert [one.name for one in tmp_path.iterdir()] == ["table.json"]
 
 
 def test_no_table_on_request(monkeypatch) -> None:
@@ -103,6 +143,21 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
     assert "BLOCK_M=64" in plan["shrink"] and "tuned table" in plan["shrink"]
     assert "general rule" in plan["expand"] and "decode" not in plan
     assert set(dispatch.launch_plan(8, 4096, (4096,), 32, device=device)) >= {"decode", "grad_weight"}
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
+    """Rows of a few elements cannot be aligned; tuner, launch and dispatch agree on that."""
+    asked: list[str] = []
+    monkeypatch.setattr(dispatch, "tuned_entries", lambda device: {"some": "entries"})
+    monkeypatch.setattr(dispatch, "tuned_entry", lambda step, operands, *_: asked.append(operands))
+    x, y, B = (torch.randn(*size, device=device).bfloat16() for size in ((70, 64), (70, 32), (32, rank)))
+    T = torch.randn(70, rank, device=device).bfloat16()
+    dispatch.expand_([y], T, None, [B], scalings=[1.0], fusion=None)
+    dispatch.grad_bottleneck([y], T, None, [B], scalings=[1.0], fusion=None, dT=torch.empty_like(T))
+    dispatch.grad_weight(T, x, None, None, grad_dtype=torch.float32)
+    dispatch.grad_input(T, torch.randn(rank, 64, device=device).bfloat16(), dtype=x.dtype)
+    assert asked == ["narrow"] * 4
 
 
 def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:

@@ -1,0 +1,193 @@
+"""How source states wait for the backward pass: the strategies of the source pass's node.
+
+    mode        forward keeps                  backward reads x_S from         beside plain LoRA (a step: 2 units)
+    keep        x_S, one copy on the device    the kept tensors                1 unit of compute, L M d elements
+    offload     x_S in pinned host memory      a copy made one state ahead     1 unit, two states on the device
+    recompute   nothing of width d             a second pass of the base       2 units, nothing of width d times depth
+
+All give the same gradients: a second pass runs the same frozen model on the same tokens under the same autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._compat import uses_reentrant_checkpointing
+from .source_states import StateKey
+
+#: Called with a state's rows (n, d), in the order in which they come.
+RowVisitor = Callable[[StateKey, Tensor], None]
+
+#: "auto" keeps states where they are at most this share of the device's memory (of the machine's, on a CPU).
+AUTO_SHARE = 1 / 8
+
+
+class Keep:
+    """One copy of each state on the device, saved by the node itself (so that saved-tensor hooks see it)."""
+
+    name = "keep"
+
+    def __init__(self) -> None:
+        self.states: dict[StateKey, Tensor] = {}
+
+    def put(self, key: StateKey, x: Tensor) -> None:
+        self.states[key] = x
+
+    def saved(self) -> list[Tensor]:
+        """What the node must save, in the order that :meth:`replay` expects."""
+        return [self.states[key] for key in sorted(self.states)]
+
+    def replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
+        """Hand every state to ``visit`` again."""
+        for key, x in zip(sorted(self.states), saved, strict=True):
+            visit(key, x)
+
+
+class Offload:
+    """Each state in host memory: copied out behind the forward pass, and back one state ahead of the backward pass.
+
+    On CUDA the copies run on a stream of their own, from and to pinned memory.
+    """
+
+    name = "offload"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.host: dict[StateKey, Tensor] = {}
+
+    def put(self, key: StateKey, x: Tensor) -> None:
+        if self.stream is None:
+            self.host[key] = x.clone()
+            return
+        held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            held.copy_(x, non_blocking=True)
+        x.record_stream(self.stream)
+        self.host[key] = held
+
+    def saved(self) -> list[Tensor]:
+        return []
+
+    def replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
+        waiting = sorted(self.host)
+        ahead = self._fetch(waiting[0]) if waiting else None
+        for index, key in enumerate(waiting):
+            x, arrived = ahead  # type: ignore[misc]
+            ahead = self._fetch(waiting[index + 1]) if index + 1 < len(waiting) else None
+            if arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(arrived)
+                x.record_stream(torch.cuda.current_stream(self.device))
+            visit(key, x)
+
+    def _fetch(self, key: StateKey) -> tuple[Tensor, Any]:
+        if self.stream is None:
+            return self.host[key], None
+        with torch.cuda.stream(self.stream):
+            return self.host[key].to(self.device, non_blocking=True), self.stream.record_event()
+
+
+class Recompute:
+    """Nothing kept: ``read`` runs the frozen model again, under the autocast state of the first time."""
+
+    name = "recompute"
+
+    def __init__(self, read: Callable[[RowVisitor], None], autocast: AutocastState, inputs: Sequence[Tensor]) -> None:
+        self.read, self.autocast, self.inputs = read, autocast, inputs
+
+    def put(self, key: StateKey, x: Tensor) -> None:
+        return
+
+    def saved(self) -> list[Tensor]:
+        """The pass's inputs: autograd then refuses a backward pass after they were written to in place."""
+        return list(self.inputs)
+
+    def replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
+        with self.autocast.again():
+            self.read(visit)
+
+
+StateMemory = Keep | Offload | Recompute
+
+
+@dataclass(frozen=True)
+class AutocastState:
+    """Autocast as it was: backward runs outside the forward's, on threads that do not know it."""
+
+    states: tuple[tuple[str, bool, torch.dtype], ...]
+    cache: bool
+
+    @classmethod
+    def now(cls, device: torch.device) -> AutocastState:
+        kinds = dict.fromkeys((device.type, "cpu"))
+        states = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+        return cls(states, torch.is_autocast_cache_enabled())
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """That state, for a while."""
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.states:
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self.cache))
+            yield
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mode, and in words why it is not the one that was asked for (empty where it is)."""
+
+    mode: str
+    reason: str = ""
+
+
+def choose(
+    asked: str, model: nn.Module, device: torch.device, nbytes: int, *, dropout: bool, given: bool, sharded: bool
+) -> Choice:
+    """The mode of one pass, decided from sizes and settings; the model is not run for it.
+
+    Args:
+        asked: the config's source_memory.
+        model: the transformers model.
+        device: where the states are made.
+        nbytes: what all states together would take.
+        dropout: whether dropout is on in the pass (source_dropout).
+        given: whether the states were computed before (source_states=) and are there anyway.
+        sharded: whether the base model is sharded (FSDP2), whose hooks a pass inside backward would meet.
+    """
+    if given:
+        return Choice("keep")
+    hindrance = ""
+    if uses_reentrant_checkpointing(model):
+        hindrance = "reentrant checkpointing sends no gradient into S (use_reentrant=False does)"
+    elif dropout:
+        hindrance = "source_dropout=True: a second pass would draw other masks"
+    elif sharded:
+        hindrance = "the base model is sharded, and a pass inside backward would gather it again"
+    if asked == "recompute" and hindrance:
+        return Choice("keep", f"source_memory='recompute' is 'keep' here: {hindrance}")
+    if asked == "offload" and uses_reentrant_checkpointing(model):
+        return Choice("keep", f"source_memory='offload' is 'keep' here: {hindrance}")
+    if asked == "offload" and device.type == "cpu":
+        return Choice("keep", "source_memory='offload' is 'keep' here: the states are in host memory already")
+    if asked != "auto":
+        return Choice(asked)
+    total = memory_of(device)
+    if nbytes <= AUTO_SHARE * total or hindrance:
+        return Choice("keep")
+    sizes = f"{nbytes / 2**30:.1f} GiB of source states, {total / 2**30:.0f} GiB of memory"
+    return Choice("recompute", f"source_memory='auto' picked 'recompute': {sizes}; 'keep' or 'offload' overrule it")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a device; of the machine for a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,0 +1,136 @@
+"""Families of models and attention implementations: the numbers of the formula by hand, or a refusal that says why.
+
+The reference is written by hand over PEFT's eager layers on the model with eager attention. Texts are padded on the
+right, where every query sees a key: on rows that see none the attention implementations differ among themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor
+
+import flare
+from flare_kernels import reference
+
+QUERY_AND_VALUE = {
+    "bert": ("query", "value"),
+    "xlmr": ("query", "value"),
+    "roberta": ("query", "value"),
+    "distilbert": ("q_lin", "v_lin"),
+    **dict.fromkeys(("llama", "mistral", "qwen3", "gemma2", "gemma3"), ("q_proj", "v_proj")),
+}
+# a window narrower than the text, and layers with and without it
+CHANGES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+}
+NO_SDPA = ("gemma2",)  # transformers refuses: its logits are soft-capped
+
+
+def batch(family: str, m: int = 9) -> dict[str, Tensor]:
+    """Three rows of m tokens, padded on the right to different lengths in the two streams."""
+    inputs = tiny.batch(family, m=m)
+    generator = torch.Generator().manual_seed(4)
+    for prefix, lengths in (("", (m, m - 1, m - 2)), ("source_", (m - 2, m, m - 1))):
+        ids = torch.randint(2, tiny.VOCAB, (3, m), generator=generator)
+        mask = (torch.arange(m) < torch.tensor(lengths)[:, None]).long()
+        inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"] = ids.where(mask.bool(), 1), mask
+    if inputs["labels"].dim() > 1:
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return inputs
+
+
+def base(family: str, attention: str) -> Any:
+    return tiny.model(family, attn_implementation=attention, initializer_range=0.2, **CHANGES.get(family, {}))
+
+
+def by_hand(family: str, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of the formula over stock PEFT layers and eager attention."""
+    names = QUERY_AND_VALUE[family]
+    task = "SEQ_CLS" if inputs["labels"].dim() == 1 else "CAUSAL_LM"
+    stock = peft.get_peft_model(
+        base(family, "eager"), peft.LoraConfig(r=5, lora_alpha=7, target_modules=list(names), task_type=task)
+    )
+    tiny.randomize_lora(stock)
+    states = tiny.source_hidden_states(stock, inputs, offset=1)
+    with tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), names):
+        out = stock(**{k: v for k, v in inputs.items() if not k.startswith("source_")})
+        out.loss.backward()
+    return out.logits.detach(), tiny.gradients(stock)
+
+
+def fused(family: str, attention: str) -> Any:
+    model = flare.fast_lora(base(family, attention), r=5, lora_alpha=7, strict=True)
+    tiny.randomize_lora(model)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", QUERY_AND_VALUE)
+def test_logits_and_gradients_are_those_by_hand(family, attention) -> None:
+    """Every query and value projection fuses (strict), and a wrong or missing source would move all numbers."""
+    if attention == "sdpa" and family in NO_SDPA:
+        pytest.skip(f"transformers has no sdpa for {family}")
+    inputs = batch(family)
+    want_logits, want = by_hand(family, inputs)
+    model = fused(family, attention)
+    assert model.get_base_model().config._attn_implementation == attention
+    assert len(model.fast_lora_report().fused) == 2 * tiny.LAYERS
+    out = model(**inputs)
+    out.loss.backward()
+    torch.testing.assert_close(out.logits, want_logits, rtol=1e-5, atol=1e-5)
+    got = tiny.gradients(model)
+    assert got.keys() == want.keys()
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        plain = model(**{k: v for k, v in inputs.items() if not k.startswith("source_")}).logits
+    assert (plain - want_logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gemma2"])
+def test_flex_attention(family) -> None:
+    """Forward only: torch has no backward of flex attention on a CPU."""
+    inputs = batch(family)
+    want, _ = by_hand(family, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(family, "flex_attention")(**inputs).logits, want, rtol=1e-5, atol=1e-5)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+_SIZE = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
+}
+REFUSED = [
+    ("ModernBertForSequenceClassification", "ModernBertConfig", {}, r"share one linear layer \(Wqkv\)"),
+    ("Phi3ForCausalLM", "Phi3Config", {}, r"share one linear layer \(qkv_proj\)"),
+    ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}, r"share one linear layer \(query_key_value\)"),
+    ("GPT2LMHeadModel", "GPT2Config", {}, r"share one linear layer \(c_attn\)"),
+    ("AlbertForSequenceClassification", "AlbertConfig", {"embedding_size": 8}, "names 3 blocks.*holds 1.*share"),
+    ("DebertaV2ForSequenceClassification", "DebertaV2Config", {}, "cannot reach its attention.*no further keyword"),
+]
+
+
+@pytest.mark.parametrize(("model", "config", "changes", "message"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_refused(model, config, changes, message) -> None:
+    """Before the model is touched, and in words; fusion=None still makes a plain LoRA model of it."""
+    made = getattr(transformers, model)(getattr(transformers, config)(**{**_SIZE, **changes}))
+    before = {name: id(module) for name, module in made.named_modules()}
+    with pytest.raises(ValueError, match=f"{model}: .*{message}"):
+        flare.fast_lora(made)
+    assert {name: id(module) for name, module in made.named_modules()} == before
+    flare.fast_lora(made, fusion=None, r=2, target_modules="all-linear")

@@ -1,0 +1,117 @@
+"""Adapters before and beside a fusing one: a merged English task adapter, a plain LoRA checkpoint, siblings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+
+import flare
+
+QV = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
+TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
+
+
+def english(family: str, **fields: Any) -> Any:
+    """A stock PEFT LoRA model, "trained" on the English task."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=QV[family], task_type=TASK[family], **fields)
+    model = peft.get_peft_model(tiny.model(family), config)
+    tiny.randomize_lora(model, seed=8)
+    return model
+
+
+def text(inputs: dict) -> dict:
+    return {k: v for k, v in inputs.items() if not k.startswith("source_")}
+
+
+@pytest.mark.parametrize("family", QV)
+def test_the_english_adapter_is_merged_first(family, tmp_path) -> None:
+    """The paper's order: the fused adapter begins at the English model, and the source pass reads that model."""
+    inputs = tiny.batch(family)
+    task = english(family)
+    want = task.eval()(**text(inputs)).logits
+    merged = task.merge_and_unload()
+    model = flare.fast_lora(merged, r=5).eval()
+    torch.testing.assert_close(model(**text(inputs)).logits, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-5, atol=1e-5)  # B is zero
+    tiny.randomize_lora(model)
+    states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    fresh = flare.fast_lora(tiny.model(family), r=5)
+    other = fresh.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(list(states)[1:], list(other)[1:], strict=True))
+    out = model(**inputs)
+    out.loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(english(family).merge_and_unload(), tmp_path).eval()
+    torch.testing.assert_close(again(**inputs).logits, out.logits)
+
+
+@pytest.mark.parametrize("family", QV)
+def test_a_plain_lora_checkpoint_is_the_start_of_a_fusing_adapter(family, tmp_path) -> None:
+    """Its A, B, rank, targets and head are kept; saved again it is a FLARE adapter that reloads as one."""
+    inputs, task = tiny.batch(family), english(family)
+    task.save_pretrained(tmp_path / "lora")
+    plain = task.eval()(**text(inputs)).logits
+    loaded = peft.PeftModel.from_pretrained(tiny.model(family), tmp_path / "lora", is_trainable=True)
+    model = flare.fast_lora(loaded, fusion="mul", lora_dropout=0.1).eval()
+    torch.testing.assert_close(model(**text(inputs)).logits, plain, rtol=1e-6, atol=1e-6)
+    fused = model(**inputs)
+    assert not torch.allclose(fused.logits, plain, atol=1e-4)
+    fused.loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in english(family).named_parameters() if p.requires_grad}
+    assert trained == set(tiny.gradients(model))
+    config = model.peft_config["default"]
+    assert (config.fusion, config.r, config.lora_alpha, config.peft_type) == ("mul", 4, 8, "FLARE")
+    model.save_pretrained(tmp_path / "flare")
+    again = peft.PeftModel.from_pretrained(tiny.model(family), tmp_path / "flare").eval()
+    torch.testing.assert_close(again(**inputs).logits, fused.logits, rtol=0, atol=0)
+
+
+def test_adapters_of_different_fusions_take_turns(tmp_path) -> None:
+    """Each is what it is alone, whatever was active before; the plain one does not look at the source."""
+    inputs = tiny.batch("llama")
+    configs = {
+        "add": {"fusion": "add"},
+        "mul": {"fusion": "mul_relu", "source_layer_offset": 0, "source_padding": "zero"},
+        "cross": {"fusion": "cross_attention", "cross_attention_heads": 2},
+        "plain": {"fusion": None},
+    }
+    want, model = {}, None
+    for seed, (name, fields) in enumerate(configs.items()):
+        config = flare.FlareConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **fields)
+        alone = flare.fast_lora(tiny.model("llama"), config).eval()
+        tiny.randomize_lora(alone, seed=seed)
+        want[name] = alone(**inputs).logits
+        alone.save_pretrained(tmp_path / name)
+        if model is None:
+            model = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path / name, adapter_name=name)
+        else:
+            model.load_adapter(tmp_path / name, adapter_name=name)
+    model.eval()
+    for name in ("cross", "plain", "add", "mul", "cross", "add"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(**inputs).logits, want[name], rtol=1e-6, atol=1e-6)
+    model.set_adapter("plain")
+    torch.testing.assert_close(model(**text(inputs)).logits, want["plain"], rtol=0, atol=0)
+    assert len({tuple(one.flatten()[:8].tolist()) for one in want.values()}) == len(configs)
+
+
+@pytest.mark.parametrize("r", [8, 64, 128])
+@pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
+def test_the_papers_ranks(r, fusion) -> None:
+    """Also far above the model's width: a step trains every weight of the adapter."""
+    model = flare.fast_lora(tiny.model("llama"), r=r, lora_alpha=2 * r, fusion=fusion)
+    tiny.randomize_lora(model)
+    inputs = tiny.batch("llama")
+    out = model(**inputs)
+    assert (out.logits - model(**text(inputs)).logits).abs().max() > 1e-3
+    out.loss.backward()
+    found = tiny.gradients(model)
+    assert {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n} == {r}
+    # softmax does not see the key's bias
+    assert all(torch.isfinite(g).all() and (g.any() or n.endswith("key.bias")) for n, g in found.items())

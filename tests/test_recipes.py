@@ -1,0 +1,232 @@
+"""Recipes: a quantised base, prepared, with fusing adapters, from one name or one YAML file; it trains and reloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from two_streams import rows, tokenizer
+
+import flare
+from flare.recipes import Recipe, names
+
+CLASSES = {
+    "CAUSAL_LM": transformers.LlamaForCausalLM,
+    "SEQ_CLS": transformers.LlamaForSequenceClassification,
+    "QUESTION_ANS": transformers.LlamaForQuestionAnswering,
+    "TOKEN_CLS": transformers.LlamaForTokenClassification,
+}
+KINDS = {"qlora": "FlareLinear4bit", "qlora-int8": "FlareLinear8bitLt"}
+needs_bnb = pytest.mark.skipif(
+    not transformers.utils.is_bitsandbytes_available(), reason="bitsandbytes is not installed (extra: bnb)"
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny Llama and its tokenizer, which has no pad token, for each task."""
+    found = {}
+    for task, made in CLASSES.items():
+        found[task] = tmp_path_factory.mktemp(task)
+        torch.manual_seed(0)
+        made(tiny.config("llama", hidden_size=64, intermediate_size=64, num_labels=3)).save_pretrained(found[task])
+        own = tokenizer(pad=False)
+        own.eos_token = "[SEP]"
+        own.save_pretrained(found[task])
+    return found
+
+
+def loaded(recipe: Any, base: Path, **changes: Any) -> Any:
+    model, _ = flare.from_recipe(recipe, base, r=4, lora_alpha=8, **changes)
+    tiny.randomize_lora(model)
+    return model
+
+
+# --- the shipped ones -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_is_shipped_can_be_read_and_used(name, tmp_path) -> None:
+    recipe = Recipe.read(name)
+    config = flare.FlareConfig(**recipe.adapter)
+    assert (config.r, config.lora_alpha, config.fusion) == (64, 128, "add_relu")
+    args = recipe.training_arguments(tmp_path, use_cpu=True, bf16=False, optim="adamw_torch")
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert args.get_warmup_steps(100) == 10
+    assert recipe.collator(tokenizer()).layout == {"SEQ_2_SEQ_LM": "seq2seq", "CAUSAL_LM": "causal"}.get(
+        recipe.task, "encoder"
+    )
+    if recipe.quantization is not None:  # the decoders
+        assert config.target_modules == "all-linear" and config.source_padding == "zero"
+        assert recipe.gradient_checkpointing and recipe.training["optim"] == "adamw_bnb_8bit"
+        transformers.BitsAndBytesConfig(**recipe.quantization)
+
+
+def test_the_papers_settings() -> None:
+    epochs = {"xlmr": (10, 10, 20), "mt5": (10, 10, 20), "llama": (3, 3, 5), "gemma2": (3, 3, 5)}
+    for model, wanted in epochs.items():
+        found = [Recipe.read(f"paper-{model}/{task}") for task in ("xnli", "tydiqa", "nusax")]
+        assert tuple(one.training["num_train_epochs"] for one in found) == wanted
+        assert [one.training["learning_rate"] for one in found] == [2e-5, 2e-4, 2e-4]
+        assert [one.batches["max_length"] for one in found] == [128, 512, 128]
+
+
+# --- QLoRA ------------------------------------------------------------------------------------------------------------
+
+
+@needs_bnb
+@pytest.mark.parametrize("name", KINDS)
+def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
+    recipe = Recipe.read(name)
+    model, own = recipe.load(bases["CAUSAL_LM"], r=4, lora_alpha=8)
+    base = model.get_base_model()
+    assert own.pad_token == "[SEP]" and own.padding_side == "left"
+    report = model.fast_lora_report()
+    assert {row.backend_layer for row in report} == {KINDS[name]}
+    assert {row.module.rpartition(".")[2] for row in report.fused} == {"q_proj", "v_proj"}
+    assert len(report) == 7 * tiny.LAYERS
+    assert base.model.norm.weight.dtype == torch.float32 and base.is_gradient_checkpointing
+    if name == "qlora":
+        quantized = base.model.layers[0].mlp.up_proj.base_layer.weight.quant_state
+        assert quantized.nested and quantized.quant_type == "nf4"
+    arguments = recipe.training_arguments(
+        tmp_path, max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=1, use_cpu=True,
+        optim="adamw_torch", report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = flare.FlareTrainer(
+        model, arguments, train_dataset=Dataset.from_list(rows("llama", 12)), data_collator=recipe.collator(own)
+    )
+    trainer.train()
+    moved = [name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])]
+    assert len(moved) == len(before), "every A and B is trained"
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = recipe.collator(own)(rows("llama", 3, seed=4))
+    again, _ = recipe.load(bases["CAUSAL_LM"], trained=tmp_path / "adapter")
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == before.keys()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as the trainer has left the first
+        torch.testing.assert_close(again.train()(**inputs).logits.float(), model(**inputs).logits, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"^r: fixed by the trained adapter"):
+        recipe.load(bases["CAUSAL_LM"], trained=tmp_path / "adapter", r=4)
+
+
+@needs_bnb
+@pytest.mark.parametrize("mode", ["non-reentrant", "reentrant", "peft's default"])
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpointing_over_a_quantised_base_keeps_the_fusion(name, mode, bases) -> None:
+    """In the release this combination trained plain LoRA: the fused logits and gradients must not be lost."""
+    inputs = tiny.batch("llama")
+    plain = {key: value for key, value in inputs.items() if not key.startswith("source_")}
+    base = bases["CAUSAL_LM"]
+    want = loaded(name, base, gradient_checkpointing=False)
+    if mode == "peft's default":
+        bare = loaded(name, base, gradient_checkpointing=False, fusion=None).unload()
+        model = flare.fast_lora(
+            peft.prepare_model_for_kbit_training(bare), r=4, lora_alpha=8, target_modules="all-linear",
+            source_padding="zero",
+        )  # fmt: skip
+        tiny.randomize_lora(model)
+    else:
+        model = loaded(name, base, gradient_checkpointing=mode)
+    runs: list[int] = []
+    attention = tiny.block_list(model.get_base_model())[0].self_attn
+    attention.register_forward_pre_hook(lambda *_: runs.append(1))
+    results = {}
+    for key, one, batch in (("want", want, inputs), ("got", model, inputs), ("plain", model, plain)):
+        one.train().zero_grad()
+        out = one(**batch)
+        if key == "got":
+            before = len(runs)
+        out.loss.backward()
+        results[key] = (out.logits.detach(), tiny.gradients(one))
+        if key == "got":
+            assert len(runs) > before, "the block was computed again: checkpointing is on"
+    (logits, grads), (lora_logits, lora_grads) = results["got"], results["plain"]
+    torch.testing.assert_close(logits, results["want"][0], rtol=1e-5, atol=1e-5)
+    assert (logits - lora_logits).abs().max() > 0.05 * logits.abs().max()
+    assert grads.keys() == results["want"][1].keys()
+    for key, grad in results["want"][1].items():
+        torch.testing.assert_close(grads[key], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item(), msg=key)
+    assert any((grads[key] - lora_grads[key]).norm() > 0.05 * grads[key].norm() for key in grads)
+
+
+@needs_bnb
+@pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS", "TOKEN_CLS"])
+def test_heads_stay_in_full_precision_and_are_trained(task, bases) -> None:
+    changes = {} if task == "QUESTION_ANS" else {"num_labels": 3}
+    model = loaded("qlora", bases[task], task=task, **changes)
+    heads = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert heads and all("modules_to_save" in name for name in heads)
+    kind = {"SEQ_CLS": "llama-classes", "QUESTION_ANS": "bert-spans", "TOKEN_CLS": "bert-tokens"}[task]
+    batch = Recipe.read("qlora").collator(tokenizer(), layout="encoder")(rows(kind, 3))
+    model(**batch).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_all_linear_spares_a_head_that_is_trained_in_full(bases) -> None:
+    """PEFT alone spares that of sequence classification, and fails on these."""
+    for task in ("QUESTION_ANS", "TOKEN_CLS"):
+        model = flare.fast_lora(CLASSES[task].from_pretrained(bases[task]), r=4, target_modules="all-linear")
+        assert len(model.fast_lora_report()) == 7 * tiny.LAYERS
+
+
+# --- files of one's own, and what is refused --------------------------------------------------------------------------
+
+
+def test_a_file_of_ones_own(bases, tmp_path) -> None:
+    content = {
+        "base": str(bases["SEQ_CLS"]),
+        "task": "SEQ_CLS",
+        "model": {"num_labels": 3},
+        "adapter": {"r": 4, "fusion": "mul", "target_modules": ["q_proj", "v_proj"]},
+        "tasks": {"one": {"adapter": {"fusion": "add"}, "training": {"learning_rate": 1e-3}}, "two": {}},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content).replace("0.001", "1e-3"))
+    model, own = flare.from_recipe(f"{tmp_path / 'mine.yaml'}/one", source_padding="zero", attn_implementation="eager")
+    config = model.peft_config["default"]
+    assert (config.fusion, config.r, config.source_padding) == ("add", 4, "zero")
+    assert model.get_base_model().config._attn_implementation == "eager"
+    assert model.get_base_model().config.pad_token_id == 1 and own.pad_token_id is not None
+    assert Recipe.read(f"{tmp_path / 'mine.yaml'}/one").training["learning_rate"] == 1e-3
+    del content["tasks"]
+    checked, _ = flare.from_recipe(content, gradient_checkpointing="reentrant", r=2)
+    assert checked.get_base_model().is_gradient_checkpointing and checked.peft_config["default"].r == 2
+
+
+REFUSED = [
+    ("qlra", {}, ValueError, "recipe 'qlra' is no file and none of: .*qlora"),
+    ("paper-llama", {}, ValueError, "one recipe for each task: paper-llama/xnli"),
+    ("paper-llama/mnli", {}, ValueError, "no task 'mnli'; it has: xnli, tydiqa, nusax"),
+    ("qlora", {}, ValueError, "names no base model: pass its name or folder as base"),
+    ({"base": "x"}, {}, ValueError, "task is missing; one of: SEQ_CLS"),
+    ({"task": "SEQ_CLS", "lr": 1}, {}, ValueError, "lr: no key of a recipe; keys: about, adapter"),
+    ({"task": "CLS"}, {}, ValueError, "task='CLS' is not accepted"),
+    ({"task": "SEQ_CLS", "adapter": {"rank": 4}}, {}, ValueError, "adapter has rank, no field of FlareConfig"),
+    ({"task": "SEQ_CLS", "training": 3}, {}, TypeError, "training must be a mapping, got 3"),
+    ("qlora", {"gradient_checkpointing": "on"}, ValueError, "gradient_checkpointing='on' is not accepted"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "changes", "error", "message"), REFUSED, ids=lambda value: str(value)[:30])
+def test_what_is_refused(recipe, changes, error, message) -> None:
+    with pytest.raises(error, match=message):
+        flare.from_recipe(recipe, **changes)
+
+
+def test_an_argument_that_nobody_takes_is_named(bases) -> None:
+    recipe = {"task": "SEQ_CLS", "base": str(bases["SEQ_CLS"])}
+    with pytest.raises(TypeError, match=r"fusoin: no key of a recipe, no field of FlareConfig, and not accepted"):
+        flare.from_recipe(recipe, fusoin="mul")
+
+
+def test_without_bitsandbytes(bases, monkeypatch) -> None:
+    monkeypatch.setattr("flare.recipes.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes, or pass quantization=None"):
+        flare.from_recipe("qlora", bases["CAUSAL_LM"])

@@ -1,0 +1,276 @@
+"""How source states wait for backward: every mode gives the gradients of "keep", and costs what it says."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import tiny
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import flare
+from flare import runtime, source_memory
+from flare.measure import count_calls
+from flare.source_pass import Preparation
+
+FAMILIES = ("bert", "llama", "mt5")
+ON_CPU = "'offload' is 'keep' here"
+
+
+def model_of(family: str, memory: str, *, base: dict | None = None, **overrides):
+    options = {"r": 5, "lora_alpha": 7, "source_memory": memory, **overrides}
+    model = flare.fast_lora(
+        tiny.model(family, **({"dropout_rate": 0.0} if family == "mt5" else {}), **(base or {})), **options
+    )
+    tiny.randomize_lora(model)
+    return model
+
+
+def inputs_of(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    inputs = tiny.batch(family, seed=seed)
+    if family == "mt5":
+        inputs["source_labels"] = inputs["labels"].roll(1, dims=1)
+    return inputs
+
+
+def gradients(model, *batches, seed: int = 7) -> dict[str, torch.Tensor]:
+    """Of the sum of the batches' losses: all forwards before the one backward."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    sum(model(**inputs).loss for inputs in batches).backward()
+    return tiny.gradients(model)
+
+
+def assert_same(got, want) -> None:
+    assert got.keys() == want.keys() and any(grad.any() for grad in want.values())
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture
+def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strategy itself, where a CPU would take "keep" in its place."""
+    plain = source_memory.choose
+
+    def choose(asked: str, *args, **kwargs):
+        choice = plain(asked, *args, **kwargs)
+        return source_memory.Choice("offload") if asked == "offload" and ON_CPU in choice.reason else choice
+
+    monkeypatch.setattr(runtime, "choose", choose)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("memory", ["recompute", "offload"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"source_layer_offset": 0, "fusion": "mul"}, {"source_padding": "zero", "lora_dropout": 0.3}],
+    ids=str,
+)
+@pytest.mark.usefixtures("offload_anywhere")
+def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options: dict) -> None:
+    """To the bit; also for two forwards before one backward, and with non-reentrant checkpointing."""
+    first, second = inputs_of(family), inputs_of(family, seed=1)
+    keep, other = model_of(family, "keep", **options), model_of(family, memory, **options)
+    for model in (keep, other):
+        model.train()
+    assert_same(gradients(other, first), gradients(keep, first))
+    assert_same(gradients(other, first, second), gradients(keep, first, second))
+    for model in (keep, other):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    assert_same(gradients(other, first), gradients(keep, first))
+
+
+@pytest.mark.parametrize("memory", ["recompute", "offload"])
+@pytest.mark.usefixtures("offload_anywhere")
+def test_the_second_pass_sees_the_first_ones_autocast(memory: str, monkeypatch) -> None:
+    """Backward runs outside the forward's autocast; the states come again to the bit."""
+    seen: list[list[torch.Tensor]] = []
+    plain = Preparation.rows
+
+    def rows(self, key, hidden):
+        found = plain(self, key, hidden)
+        seen[-1].append(found.clone())
+        return found
+
+    monkeypatch.setattr(Preparation, "rows", rows)
+    results = []
+    for mode in ("keep", memory):
+        model = model_of("llama", mode)
+        seen.append([])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**inputs_of("llama")).loss
+        loss.backward()
+        results.append(tiny.gradients(model))
+    assert_same(*results)
+    kept, again = seen
+    assert all(x.dtype == torch.bfloat16 for x in again)
+    assert len(again) == len(kept) * (2 if memory == "recompute" else 1)
+    for first, second in zip(again[: len(kept)], again[-len(kept) :], strict=True):
+        assert torch.equal(first, second)
+
+
+EXECUTIONS = {"keep": 2, "offload": 2, "recompute": 3}
+
+
+@pytest.mark.parametrize("memory", EXECUTIONS)
+@pytest.mark.usefixtures("offload_anywhere")
+def test_block_executions_of_a_step(memory: str) -> None:
+    """Target and source, and for "recompute" the source once more, to the last state that is read and no further."""
+    model = model_of("llama", memory)
+    blocks = tiny.block_list(model.get_base_model())
+    with count_calls(blocks) as calls:
+        model(**inputs_of("llama")).loss.backward()
+    assert calls.total == EXECUTIONS[memory] * tiny.LAYERS
+    frozen = model_of("llama", memory)
+    for name, parameter in frozen.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    with count_calls(tiny.block_list(frozen.get_base_model())) as calls:
+        frozen(**inputs_of("llama")).loss.backward()
+    assert calls.total == 2 * tiny.LAYERS, "with a frozen A nothing is read again"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
+def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypatch) -> None:
+    """ "keep" holds one state for each block; "recompute" and inference hold at most two, at any time and depth."""
+    alive: list[weakref.ref] = []
+    counts: list[int] = []
+    plain = Preparation.rows
+
+    def rows(self, key, hidden):
+        x = plain(self, key, hidden)
+        alive.append(weakref.ref(x.untyped_storage()))
+        counts.append(sum(one() is not None for one in alive))
+        return x
+
+    monkeypatch.setattr(Preparation, "rows", rows)
+    depth = "num_layers" if family == "mt5" else "num_hidden_layers"
+    for layers in (2, 6):
+        model = model_of(family, "keep" if memory == "inference" else memory, base={depth: layers})
+        inputs = inputs_of(family)
+        inputs.pop("source_labels", None)
+        alive.clear()
+        counts.clear()
+        if memory == "inference":
+            with torch.no_grad():
+                model(**inputs)
+        else:
+            loss = model(**inputs).loss
+            gc.collect()
+            assert sum(one() is not None for one in alive) == (layers if memory == "keep" else 0)
+            loss.backward()
+        assert max(counts) == layers if memory == "keep" else max(counts) <= 2
+
+
+def test_inputs_that_were_overwritten_are_refused() -> None:
+    """A second pass over other tokens would give wrong gradients in silence."""
+    model = model_of("llama", "recompute")
+    inputs = inputs_of("llama")
+    loss = model(**inputs).loss
+    inputs["source_input_ids"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_reentrant_checkpointing_keeps_and_says_so_once() -> None:
+    inputs = inputs_of("llama")
+    want = gradients(model_of("llama", "keep"), inputs)
+    model = model_of("llama", "recompute")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    model.train()
+    with pytest.warns(UserWarning, match="'recompute' is 'keep' here: reentrant"):
+        got = gradients(model, inputs)
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, msg=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*source_memory.*")
+        gradients(model, inputs)
+
+
+def test_reentrant_checkpointing_of_ones_own_is_an_error_that_says_what_to_do() -> None:
+    model = model_of("llama", "recompute")
+    block = tiny.block_list(model.get_base_model())[0]
+    plain = block.forward
+    block.forward = lambda hidden, **kwargs: checkpoint(lambda h: plain(h, **kwargs), hidden, use_reentrant=True)
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match=r"use_reentrant=False, or source_memory=.keep."):
+        model(**inputs_of("llama"))
+
+
+def test_auto_decides_from_sizes_and_says_what_it_picked(monkeypatch) -> None:
+    model, inputs = model_of("llama", "auto"), inputs_of("llama")
+    blocks = tiny.block_list(model.get_base_model())
+    want = gradients(model, inputs)
+    states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
+    for total, executions in ((8 * states, 2), (8 * states - 8, 3)):
+        monkeypatch.setattr(source_memory, "memory_of", lambda device, total=total: total)
+        with warnings.catch_warnings(record=True) as said, count_calls(blocks) as calls:
+            warnings.simplefilter("always")
+            assert_same(gradients(model, inputs), want)
+        assert calls.total == executions * tiny.LAYERS, "the model is not run to decide"
+        picked = [str(one.message) for one in said if "source_memory" in str(one.message)]
+        assert len(picked) == (executions == 3)
+        assert all("'auto' picked 'recompute'" in one and "overrule" in one for one in picked)
+
+
+def test_offload_on_a_cpu_is_keep_said_once() -> None:
+    model, inputs = model_of("bert", "offload"), inputs_of("bert")
+    with pytest.warns(UserWarning, match=ON_CPU):
+        got = gradients(model, inputs)
+    assert_same(got, gradients(model_of("bert", "keep"), inputs))
+
+
+def test_states_that_are_given_are_kept() -> None:
+    """They are there anyway: no second pass, whatever the mode."""
+    model, inputs = model_of("llama", "recompute"), inputs_of("llama")
+    want = gradients(model, inputs)
+    source = {name: inputs.pop(name) for name in list(inputs) if name.startswith("source")}
+    states = model.encode_source(**source)
+    with count_calls(tiny.block_list(model.get_base_model())) as calls:
+        assert_same(gradients(model, {**inputs, "source_states": states}), want)
+    assert calls.total == tiny.LAYERS
+
+
+def test_pads_are_neither_kept_nor_read(monkeypatch) -> None:
+    """With source_padding="zero" only the source's tokens wait, and columns of pads at the end are not run."""
+    model, inputs = model_of("llama", "keep", source_padding="zero"), inputs_of("llama")
+    mask = torch.ones_like(inputs["source_attention_mask"])
+    mask[:, -3:] = 0
+    mask[0, :2] = 0
+    mask[1, 4:] = 0
+    inputs["source_attention_mask"] = mask
+    seen: list[tuple[int, ...]] = []
+    plain = Preparation.rows
+    monkeypatch.setattr(
+        Preparation,
+        "rows",
+        lambda self, key, hidden: seen.append((hidden.shape[1], len(x := plain(self, key, hidden)))) or x,
+    )
+    got = gradients(model, inputs)
+    assert seen == [(mask.shape[1] - 3, int(mask.sum()))] * tiny.LAYERS
+    # tokens at pads change nothing
+    changed = {**inputs, "source_input_ids": torch.where(mask == 0, 5, inputs["source_input_ids"])}
+    assert_same(gradients(model, changed), got)
+    # and nothing is lost: whole rows of tokens give what "keep" does
+    inputs["source_attention_mask"] = torch.ones_like(mask)
+    assert_same(gradients(model, inputs), gradients(model_of("llama", "keep"), inputs))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source_memory": "disk"}, "source_memory='disk'"),
+        ({"source_memory": "recompute", "source_dropout": True}, "other dropout masks"),
+        ({"source_memory": "offload", "latent_dim": 8}, "FLARE MT"),
+    ],
+    ids=["name", "dropout", "latent"],
+)
+def test_wrong_settings(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flare.FlareConfig(**options)

@@ -1,0 +1,118 @@
+"""What trainings are run with: mixed precision with and without a GradScaler, checkpointing, accumulation, Liger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from test_trainer import arguments, distance, flare_model
+from two_streams import rows, tokenizer
+
+import flare
+
+
+def fused(family: str = "llama", **overrides: Any) -> Any:
+    model = flare.fast_lora(tiny.model(family), **{"r": 5, "lora_alpha": 7, **overrides})
+    tiny.randomize_lora(model)
+    return model
+
+
+def gradients(model: Any, inputs: dict, dtype: torch.dtype | None, scaler: Any = None) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = model(**inputs).loss
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return tiny.gradients(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(family, checkpointing, dtype) -> None:
+    """Near the float32 gradients, a GradScaler changes the scale alone, and a step with infinities is skipped."""
+    inputs, model = tiny.batch(family), fused(family)
+    exact = gradients(model, inputs, None)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    bound = {torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    unscaled = gradients(model, inputs, dtype)
+    assert all(grad.dtype == torch.float32 for grad in unscaled.values())
+    assert distance(unscaled, exact) < bound
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    scaled = gradients(model, inputs, dtype, scaler)
+    scaler.unscale_(optimizer)
+    assert distance(tiny.gradients(model), exact) < bound
+    assert distance(scaled, {n: g * 2.0**10 for n, g in exact.items()}) < bound
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
+    gradients(model, inputs, dtype, scaler)
+    next(p for p in model.parameters() if p.grad is not None).grad[0] = float("inf")
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def trained(folder: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
+    trainer = flare.FlareTrainer(
+        model=model,
+        args=arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, **options),
+        train_dataset=Dataset.from_list(rows("bert", 12)),
+        data_collator=flare.FlareDataCollator(tokenizer(), padding="max_length", max_length=12),
+    )
+    trainer.train()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_trainers_checkpointing_changes_nothing(use_reentrant, bf16, tmp_path) -> None:
+    """With accumulation, in both modes and precisions; a training without the source ends elsewhere."""
+    start = {name: p.detach().clone() for name, p in flare_model("bert").named_parameters()}
+    model = flare_model("bert")
+    found = {
+        "want": trained(tmp_path / "a", flare_model("bert"), bf16=bf16),
+        "got": trained(
+            tmp_path / "b",
+            model,
+            bf16=bf16,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
+        ),
+        "plain": trained(tmp_path / "c", flare_model("bert", fusion=None), bf16=bf16),
+    }
+    assert model.get_base_model().is_gradient_checkpointing
+    moved = {which: {name: p - start[name] for name, p in one.items()} for which, one in found.items()}
+    # reentrant, S is made in the block together with T, and in 16 bit rounded otherwise
+    bound = 0.01 if bf16 and use_reentrant else 1e-4
+    assert distance(moved["got"], moved["want"]) < bound
+    assert distance(moved["plain"], moved["want"]) > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a CUDA device")
+def test_liger_kernels(device) -> None:
+    """Norms, rotary embeddings, MLP and loss by Liger, the adapters by ours."""
+    liger = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
+    inputs = {name: value.to(device) for name, value in tiny.batch("llama").items()}
+    want_model = fused().to(device)
+    want = want_model(**inputs)
+    want.loss.backward()
+    base = tiny.model("llama")
+    liger.apply_liger_kernel_to_llama(model=base)
+    model = flare.fast_lora(base, r=5, lora_alpha=7)
+    tiny.randomize_lora(model)
+    model.to(device)
+    loss = model(**inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss, want.loss, rtol=1e-4, atol=1e-4)
+    assert distance(tiny.gradients(model), tiny.gradients(want_model)) < 1e-2
