@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
+import os
+import threading
 import warnings
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,17 @@ from .trial import seconds_to_read
 TIERS = ("device", "host", "disk")
 
 _log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _locked(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    @functools.wraps(method)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with args[0].lock:  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return locked
 
 
 class SourceStateCache:
@@ -84,7 +98,8 @@ class SourceStateCache:
         self.contents: dict[str, tuple[int, ...]] = {}  # rows by their tokens alone -> padded widths
         self._timed: list[float] = []
         self.held: list[tuple[str, Entry, dict[StateKey, int]]] = []
-        atexit.register(_flush_at_exit, weakref.ref(self))
+        self.lock = threading.RLock()  # on a GPU backward passes read in threads of their own
+        atexit.register(_flush_at_exit, weakref.ref(self), os.getpid())
 
     # --- the base model -----------------------------------------------------------------------------------------------
 
@@ -139,6 +154,7 @@ class SourceStateCache:
         self._guard(model)
         return CachedReader(self, model, inputs, wanted, prepare, masks or {}, decoders)
 
+    @_locked
     def find(self, key: str, counts: Mapping[StateKey, int]) -> Entry | None:
         """A row's entry in the fastest tier that has it; copied into a faster one with room."""
         for tier in self._tiers:
@@ -165,6 +181,7 @@ class SourceStateCache:
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
+    @_locked
     def reserve(self, nbytes: int) -> tuple[Tier, Tensor] | None:
         """Room for a row in the first tier that has any, and that tier."""
         for tier in self._tiers:
@@ -188,12 +205,14 @@ class SourceStateCache:
             return 1 << 62
         return self._total - sum(tier.used for tier in self._tiers)
 
+    @_locked
     def refresh(self) -> None:
         """Take in what other processes have put into the directory since."""
         for tier in self._tiers:
             if isinstance(tier, DiskTier) and self._base is not None:
                 tier.refresh()
 
+    @_locked
     def flush(self) -> None:
         """Publish the rows that wait to be written to disk; FlareTrainer does it after every epoch."""
         for tier in self._tiers:
@@ -202,6 +221,7 @@ class SourceStateCache:
 
     # --- tiers="auto" -------------------------------------------------------------------------------------------------
 
+    @_locked
     def timed(self, seconds: float) -> None:
         """What one row took to compute, in a pass before the tiers are decided; the first pass only warms up."""
         self._timed.append(seconds)
@@ -292,9 +312,9 @@ class SourceStateCache:
             warnings.warn(f"source_cache: {what}", UserWarning, stacklevel=2)
 
 
-def _flush_at_exit(cache: weakref.ref[SourceStateCache]) -> None:
+def _flush_at_exit(cache: weakref.ref[SourceStateCache], process: int) -> None:
     found = cache()
-    if found is not None:
+    if found is not None and process == os.getpid():  # what a fork holds is its parent's to publish
         found.flush()
 
 

@@ -99,15 +99,18 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
             )
         yield from _walk(module.get_base_layer(), name)
         return
-    for own, parameter in module.named_parameters(recurse=False):
+    # the modules' own dicts: this is walked before every pass, and named_parameters() takes its time
+    for own, parameter in module._parameters.items():
+        if parameter is None:
+            continue
         yield f"{name}.{own}", parameter
         for part, tensor in _scales(module, parameter):
             yield f"{name}.{own}.{part}", tensor
-    for own, buffer in module.named_buffers(recurse=False):
-        if own not in module._non_persistent_buffers_set:
+    for own, buffer in module._buffers.items():
+        if buffer is not None and own not in module._non_persistent_buffers_set:
             yield f"{name}.{own}", buffer
-    for own, child in module.named_children():
-        if own != "pooler":
+    for own, child in module._modules.items():
+        if child is not None and own != "pooler":
             yield from _walk(child, f"{name}.{own}")
 
 

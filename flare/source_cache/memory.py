@@ -7,9 +7,12 @@ import os
 import torch
 from torch import Tensor
 
+from ..source_memory import memory_of
 from .entries import Entry, aligned
 
 _SLAB = 64 << 20
+#: The share of all memory that a tier without a budget of its own leaves free.
+_LEFT_FREE = 1 / 16
 
 
 class MemoryTier:
@@ -18,7 +21,8 @@ class MemoryTier:
     Args:
         name: "device" or "host".
         budget: bytes.
-        modest: the budget is shared by several tiers: take at most half of what is free when the first row comes.
+        modest: the budget is shared by several tiers: take at most half of what is free when the first row comes, and
+            nothing once little is free, as a training's own needs grow after that.
     """
 
     def __init__(self, name: str, budget: int, modest: bool) -> None:
@@ -49,8 +53,8 @@ class MemoryTier:
                 return self._spare.pop(index)
         if self.full is not None:
             return None
-        if self.modest:
-            self.budget, self.modest = min(self.budget, free_bytes(self._place(device)) // 2), False
+        if self.modest and self._slab is None:
+            self.budget = min(self.budget, free_bytes(self._place(device)) // 2)
         size, unfilled = aligned(nbytes), 0 if self._slab is None else self._slab.numel() - self._at
         if self._slab is None or size > unfilled:
             left = min(left, self.budget - self.used) - unfilled
@@ -83,10 +87,13 @@ class MemoryTier:
         return device if self.name == "device" else torch.device("cpu")
 
     def _allocate(self, nbytes: int, device: torch.device) -> Tensor | None:
-        pinned = self.name == "host" and device.type == "cuda"
+        pinned, place = self.name == "host" and device.type == "cuda", self._place(device)
+        if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * memory_of(place):
+            self.full = "little is free; a budget of its own, as in {'device': bytes}, overrules this"
+            return None
         try:
             with torch.inference_mode(False):
-                return torch.empty(nbytes, dtype=torch.uint8, device=self._place(device), pin_memory=pinned)
+                return torch.empty(nbytes, dtype=torch.uint8, device=place, pin_memory=pinned)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             self.full = str(error).splitlines()[0]
             return None

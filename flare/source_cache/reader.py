@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,11 @@ _OTHER_WIDTH = (
 
 
 class CachedReader:
-    """One source pass through the cache. Called again (in a backward pass), it reads again and counts nothing."""
+    """One source pass through the cache. Called again (in a backward pass), it counts and keeps nothing.
+
+    The second time it reads what is kept by then. Where a row has found no room, the frozen model runs on the very rows
+    of the first time, as a batch of another size could round them otherwise.
+    """
 
     def __init__(
         self,
@@ -46,7 +51,8 @@ class CachedReader:
         self.cache = cache
         self.model = model
         self.inputs = inputs
-        self.wanted = sorted(wanted)
+        # in the model's order, in which dropout masks are drawn
+        self.wanted = sorted(wanted, key=lambda key: (key.stack in decoders, key))
         self.prepare = prepare
         self.zero_pads = bool(masks)
         self.device: torch.device = inputs["input_ids"].device
@@ -57,34 +63,48 @@ class CachedReader:
             self.zero_pads,
         )
         self.width = {key: _width(inputs, key, decoders) for key in self.wanted}
-        self.counted = False
+        self.computed: dict[str, int] | None = None  # row -> index, of those that the first reading computed
 
     def __call__(self, visit: Visitor) -> None:
         cache = self.cache
         cache.device = self.device
         trial = cache.undecided
+        found, missing = self._look_up(trial)
+        if self.computed is not None:
+            if missing:
+                missing = {**self.computed, **missing}
+            self._read(visit, {key: entry for key, entry in found.items() if key not in missing}, missing, None)
+            return
+        self.computed = missing
+        cache.meter.rows += len(self.rows)
+        cache.meter.hits += len(self.rows) - len(missing)
+        self._note_widths(missing.values())
+        keeping = _Keeping(cache, [self.rows[index] for index in missing.values()], self._counts, trial)
+        with cache.meter.of_pass(len(self.rows), len(missing), self.device):
+            self._read(visit, found, missing, keeping)
+
+    def _look_up(self, trial: bool) -> tuple[dict[str, Entry], dict[str, int]]:
+        """Rows that are kept, and the indices of those that are not (during a trial: of all)."""
         found: dict[str, Entry] = {}
         missing: dict[str, int] = {}
         for index, row in enumerate(self.rows):
             if row.key in found or row.key in missing:
                 continue
-            entry = None if trial else cache.find(row.key, self._counts(row))
+            entry = None if trial else self.cache.find(row.key, self._counts(row))
             if entry is None:
                 missing[row.key] = index
             else:
                 found[row.key] = entry
-        if not self.counted:
-            cache.meter.rows += len(self.rows)
-            cache.meter.hits += len(self.rows) - len(missing)
-            self._note_widths(missing.values())
-            self.counted = True
-            with cache.meter.of_pass(len(self.rows), len(missing), self.device):
-                self._read(visit, found, missing, trial)
-        else:
-            self._read(visit, found, missing, trial)
+        return found, missing
 
-    def _read(self, visit: Visitor, found: dict[str, Entry], missing: dict[str, int], trial: bool) -> None:
-        stored = {key: entry.states(self._counts_of(key)) for key, entry in found.items()}
+    def _read(self, visit: Visitor, found: dict[str, Entry], missing: dict[str, int], keeping: _Keeping | None) -> None:
+        for ready in {entry.ready for entry in found.values() if entry.ready is not None}:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).wait_event(ready)
+            else:
+                ready.synchronize()
+        counts = {row.key: self._counts(row) for row in self.rows}
+        stored = {key: entry.states(counts[key]) for key, entry in found.items()}
         if not missing:
             for key in self.wanted:
                 visit(key, self._assembled(key, stored, None, missing))
@@ -92,25 +112,27 @@ class CachedReader:
         indices = list(missing.values())
         whole = len(indices) == len(self.rows)
         inputs = self.inputs if whole else self._rows_of(self.inputs, indices)
-        keeping = _Keeping(self.cache, [self.rows[index] for index in indices], self._counts, trial)
-        clock = _TrialClock(self.device) if trial else None
+        clock = _TrialClock(self.device) if keeping is not None and keeping.hold else None
 
         def note(key: StateKey, hidden: Tensor) -> None:
             hidden = self.prepare(hidden)
-            with self.cache.meter.storing(self.device), clock or _Nothing():
-                keeping.take(key, hidden)
+            if keeping is not None:
+                with self.cache.meter.storing(self.device), clock or contextlib.nullcontext():
+                    keeping.take(key, hidden)
             full = hidden if whole else self._assembled(key, stored, hidden, missing)
-            with clock or _Nothing():
+            with clock or contextlib.nullcontext():
                 visit(key, full)
 
         try:
             read_from_model(self.model, inputs, set(self.wanted), dropout=False)(note)
         except BaseException:
-            keeping.give_back()
+            if keeping is not None:
+                keeping.give_back()
             raise
         seconds = clock.seconds() if clock is not None else 0.0
-        with self.cache.meter.storing(self.device):
-            keeping.keep()
+        if keeping is not None:
+            with self.cache.meter.storing(self.device):
+                keeping.keep()
         if clock is not None:
             self.cache.timed(seconds / len(indices))
 
@@ -139,9 +161,6 @@ class CachedReader:
 
     def _counts(self, row: Row) -> dict[StateKey, int]:
         return {key: row.lengths[key.stack] for key in self.wanted}
-
-    def _counts_of(self, name: str) -> dict[StateKey, int]:
-        return self._counts(next(row for row in self.rows if row.key == name))
 
     def _rows_of(self, inputs: dict[str, Any], indices: list[int]) -> dict[str, Any]:
         count = len(self.rows)
@@ -208,30 +227,26 @@ class _Keeping:
 
     def keep(self) -> None:
         """Hand the filled rows to their tiers."""
-        for row, tier, entry, _ in self.rooms or []:
-            ready = None
-            if self.cache.device.type == "cuda" and entry.data.device.type == "cpu":
-                ready = torch.cuda.Event()
-                ready.record(torch.cuda.current_stream(self.cache.device))
-            entry = Entry(entry.data, entry.dtype, entry.width, ready)
-            if tier is None:
-                self.cache.held.append((row.key, entry, self.counts(row)))
-            else:
-                tier.put(row.key, entry)
+        ready = None
+        if self.cache.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self.cache.device))
+        with self.cache.lock:
+            for row, tier, entry, _ in self.rooms or []:
+                entry = Entry(entry.data, entry.dtype, entry.width, ready)
+                if tier is None:
+                    self.cache.held.append((row.key, entry, self.counts(row)))
+                else:
+                    tier.put(row.key, entry)
         self.rooms = None
 
     def give_back(self) -> None:
         """The pass has failed: the room is free again."""
-        for _, tier, entry, _ in self.rooms or []:
-            if tier is not None:
-                tier.give_back(entry.data)
+        with self.cache.lock:
+            for _, tier, entry, _ in self.rooms or []:
+                if tier is not None:
+                    tier.give_back(entry.data)
         self.rooms = None
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 class _TrialClock:

@@ -48,9 +48,15 @@ def counts_relatively(model: nn.Module) -> bool:
     """Whether moving a text along the positions leaves its hidden states as they are, up to rounding."""
     backbone: Any = getattr(model, "base_model", model)
     parts = {path.rpartition(".")[2] for path, _ in backbone.named_modules()}
-    if any(mark in part for part in parts for mark in _ABSOLUTE):
+    if any(mark in part for part in parts for mark in _ABSOLUTE) or _in_chunks(getattr(model, "config", None)):
         return False
     return any(mark in part for part in parts for mark in _RELATIVE)
+
+
+def _in_chunks(config: Any) -> bool:
+    """Whether attention stops at places that are counted from the first position."""
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return any(getattr(text, name, None) for name in ("attention_chunk_size", "encoder_attention_type"))
 
 
 def needs_width(model: nn.Module) -> bool:
