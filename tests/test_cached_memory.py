@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_distributed
 import tiny
 import torch
+import torch.distributed as dist
+import two_processes
 from test_source_memory import FAMILIES, assert_same, gradients, inputs_of, model_of, offload_anywhere  # noqa: F401
+from torch.nn.parallel import DistributedDataParallel
 
 import flare
 from flare.measure import count_calls, saved_bytes
@@ -165,3 +169,34 @@ def test_what_a_forward_saves_for_its_backward() -> None:
             saved[memory, warm] = counted.total
     assert saved["keep", True] == saved["keep", False]
     assert saved["recompute", True] == saved["recompute", False] == saved["keep", False] - states
+
+
+def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """Three epochs of one step, in the second of which the ranks exchange their rows: gradients, block executions."""
+    model = test_distributed.fused("llama", source_memory=memory)
+    cache = cache_of(folder=folder)
+    model.set_source_cache(cache)
+    engined = DistributedDataParallel(model)
+    found, executions = [], []
+    for epoch in range(3):
+        cache.refresh()
+        model.zero_grad(set_to_none=True)
+        with count_calls(tiny.block_list(model.get_base_model())) as calls:
+            engined(**test_distributed.batch("llama", (rank + epoch) % two_processes.WORLD)).loss.backward()
+        found.append(tiny.gradients(model))
+        executions.append(calls.total // tiny.LAYERS)
+        cache.flush()
+        dist.barrier()
+    return found, executions
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
+    """Rows that one rank has computed are read by the other; gradients stay one process's over both batches."""
+    (tmp_path / "run").mkdir()
+    folder = tmp_path / "states"
+    want = test_distributed.train(None, "none", "llama")
+    for got, executions in two_processes.run(tmp_path / "run", train_with_a_shared_cache, folder, memory):
+        test_distributed.check(got, want * 3, memory)
+        assert executions == [2, 1, 1]
+    assert len(list(folder.iterdir())) == 2
