@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ import flare
 from flare.runtime import runtime_of
 from flare.source_cache.checksum import checksum
 from flare.source_cache.fingerprint import fingerprint
+from flare.source_cache.rows import counts_relatively
 from flare.source_cache.shards import FORMAT, UNFINISHED
 from flare.trainer import FlareSeq2SeqTrainer, FlareTrainer
 
@@ -260,6 +262,13 @@ def test_rotary_frequencies_that_follow_the_width_make_it_count() -> None:
     assert cache.stats().hits == 0
 
 
+def test_attention_in_chunks_counts_from_the_first_position() -> None:
+    model = fused("llama").get_base_model()
+    assert counts_relatively(model)
+    model.config.attention_chunk_size = 4
+    assert not counts_relatively(model)
+
+
 @pytest.mark.parametrize("tier", ["device", "disk"])
 def test_a_row_without_any_source_and_one_with_a_hole(tier, tmp_path) -> None:
     model, batch = fused("bert", source_padding="zero"), batch_of("bert")
@@ -429,6 +438,27 @@ def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
         step(model, batch)
     assert over_all.tiers == ("device", "host") and over_all.nbytes == 4 * row
     assert sum(over_all.stats().entries.values()) == 4
+
+
+def test_a_shared_budget_leaves_memory_free_and_a_budget_of_ones_own_overrules_that(monkeypatch) -> None:
+    from flare.source_cache import memory
+
+    free = [1 << 30]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 30)
+    monkeypatch.setattr(memory, "_SLAB", 3 * one_row_bytes())
+    model = fused("bert")
+    for budget, entries in ((1 << 29, 3), ({"device": 1 << 29}, 9)):
+        free[0] = 1 << 30
+        cache = flare.SourceStateCache(budget, tiers=("device",) if isinstance(budget, dict) else ("device", "host"))
+        model.set_source_cache(cache)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for seed in range(3):
+                model(**batch_of("bert", seed=seed))
+                free[0] = 1 << 20  # the training itself has taken the rest
+        assert cache.stats().entries["device"] == entries
+        assert sum("little is free" in str(one.message) for one in said) == (2 if entries == 3 else 0), "one a tier"
 
 
 def test_rows_on_disk_move_up_where_there_is_room(tmp_path) -> None:
@@ -897,6 +927,56 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path) -> None:
     assert shards(tmp_path) == before and not list(tmp_path.glob(f"*{UNFINISHED}"))
     with silence():
         assert reopened(tmp_path, model, 7).stats().hits == 3
+
+
+def mounted(folder: Path, nbytes: int) -> str:
+    """A filesystem of a few bytes on a folder, in a user namespace of this process alone; why not, where it cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, mounts, own = 0x10000000, 0x00020000, {"uid_map": os.getuid(), "gid_map": os.getgid()}
+    if libc.unshare(user | mounts):
+        return f"no user namespace: {os.strerror(ctypes.get_errno())}"
+    try:
+        Path("/proc/self/setgroups").write_text("deny")
+        for name, value in own.items():  # files cannot be made there by somebody it does not know
+            Path("/proc/self", name).write_text(f"0 {value} 1")
+    except OSError as error:
+        return f"no user namespace: {error}"
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={nbytes}".encode()):
+        return f"no tmpfs: {os.strerror(ctypes.get_errno())}"
+    return ""
+
+
+def test_a_filesystem_that_is_full_is_said_once_and_what_is_there_is_read(tmp_path) -> None:
+    """A tmpfs of 16 KiB: a shard of three rows fits, a second does not."""
+    model, folder = fused("bert"), tmp_path / "small"
+    folder.mkdir()
+    why = tmp_path / "why"
+    batches = [batch_of("bert", seed=seed) for seed in range(4)]
+    wants = [step(model, batch) for batch in batches]
+
+    def train() -> None:
+        why.write_text(mounted(folder, 16 * 1024))
+        if why.read_text():
+            return
+        cache = cache_in("disk", folder)
+        model.set_source_cache(cache)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                for batch, want in zip(batches, wants, strict=True):
+                    assert_same(step(model, batch), want, exact=False)
+                    cache.flush()
+        told = [str(one.message) for one in said if "source_cache" in str(one.message)]
+        assert len(told) == 1 and "No space left on device" in told[0], told
+        assert cache.stats().hits == 3 and len(shards(folder)) == 1
+        assert not list(folder.glob(f"*{UNFINISHED}"))
+        with silence():
+            assert reopened(folder, model, 0).stats().hits == 3
+
+    assert succeeded(in_child(train))
+    if why.read_text():
+        pytest.skip(why.read_text())
+    assert not list(folder.iterdir()), "it was that process's own"
 
 
 def test_killed_at_any_moment_it_still_opens(tmp_path) -> None:
