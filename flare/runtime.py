@@ -280,10 +280,10 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
 
 def check_reached(model: nn.Module, carrier: SourceCarrier) -> None:
     """Raises ValueError where a fusing layer has run, or been passed by, without its source."""
-    missed = sorted(carrier.expected - carrier.reached)
+    missed = carrier.missed
     if missed:
         raise ValueError(
-            f"the source did not reach {len(missed)} of {len(carrier.expected)} fusing layers (first: {missed[0]}): "
+            f"the source did not reach {len(missed)} of {len(carrier.arrivals)} fusing layers (first: {missed[0]}): "
             f"{type(model).__name__} does not pass unknown keyword arguments from its blocks to its attention"
         )
 
