@@ -55,7 +55,7 @@ class Entry:
         if self.setting in _MAIN:
             return name
         _, slash, text = self.setting.partition("/")
-        return f"{name}, {text} source at test" if slash else f"{name}, {self.setting}"
+        return f"{name} ({text} source at test)" if slash else f"{name} ({self.setting})"
 
     @property
     def language(self) -> str:

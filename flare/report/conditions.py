@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..experiment.records import Run
 from .collect import Entry, Group
-from .tables import METRIC_NAMES
+from .summary import Cell, spread
+from .tables import METRIC_NAMES, show
 
 #: Settings that are meant to differ between the runs of a line, or that do not decide about the result.
 _FREE = frozenset(
@@ -98,27 +100,22 @@ def conditions(group: Group) -> list[tuple[str, str]]:
         ("target languages", ", ".join(group.languages)),
         ("seeds", ", ".join(map(str, sorted({record.seed for record in records})))),
     ]
+    texts: dict[str, list[str]] = {}
     for label, name in group.labels.items():
-        texts = sorted({f"{e.run.record.source_text} ({m})" if (m := translator(e)) else str(e.run.record.source_text)
-                        for e in group.of(label) if e.run.record.source_text})  # fmt: skip
-        if texts:
-            lines.append((f"source text of {name}", ", ".join(texts)))
+        for text in sorted({_source_text(entry) for entry in group.of(label)} - {""}):
+            texts.setdefault(text, []).append(name)
+    if texts:
+        lines.append(("source text in training", "; ".join(f"{text}: {', '.join(who)}" for text, who in texts.items())))
     common, apart = _shared(group)
     lines += [(name, value) for name, value in common.items()]
     lines += [(f"{name} (differs)", value) for name, value in apart.items()]
+    sizes: dict[str, list[str]] = {}
     for language in group.languages:
-        here = [e.run.record.data for e in group.entries if e.language == language]
-        sizes = [
-            f"{split} {_joined({str(data[split]) for data in here if data.get(split) is not None}, ' or ')}"
-            for split in ("train", "valid", "test")
-            if any(data.get(split) is not None for data in here)
-        ]
-        if sizes:
-            lines.append((f"rows of {language}", ", ".join(sizes)))
-    for run in sorted(group.bases, key=lambda run: run.record.seed):
-        for setting, scores in run.metrics.test.items():
-            shown = ", ".join(f"{METRIC_NAMES.get(n, n)} {v:.1f}" for n, v in scores.items())
-            lines.append((f"base of seed {run.record.seed}, {setting}", shown))
+        sizes.setdefault(_sizes([e.run.record.data for e in group.entries if e.language == language]), []).append(
+            language
+        )
+    lines += [(f"rows of {', '.join(who)}", size) for size, who in sizes.items() if size]
+    lines += [(f"base, {setting}", scores) for setting, scores in _base_scores(group).items()]
     for what, values in (
         ("device", {str(record.environment.get("device", "unknown")) for record in records}),
         ("processor", {str(record.environment.get("cpu", "unknown")) for record in records}),
@@ -149,6 +146,36 @@ def translator(entry: Entry) -> str | None:
     return str(model).rstrip("/").rpartition("/")[2] if model else None
 
 
+def _source_text(entry: Entry) -> str:
+    text, model = entry.run.record.source_text, translator(entry)
+    return "" if text is None else f"{text} ({model})" if text == "mt" and model else text
+
+
+def _sizes(data: list[dict[str, Any]]) -> str:
+    found = []
+    for split in ("train", "valid", "test"):
+        counts = {str(one[split]) for one in data if one.get(split) is not None}
+        if counts:
+            found.append(f"{split} {_joined(counts, ' or ')}")
+    return ", ".join(found)
+
+
+def _base_scores(group: Group) -> dict[str, str]:
+    """The fine-tuned bases' results by setting: mean and spread over their seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in group.bases:
+        for setting, scores in run.metrics.test.items():
+            for metric, percent in scores.items():
+                found.setdefault(setting, {}).setdefault(metric, []).append(percent)
+    return {
+        setting: ", ".join(
+            f"{METRIC_NAMES.get(metric, metric)} {show(Cell(statistics.fmean(values), spread(values), tuple(values)))}"
+            for metric, values in scores.items()
+        )
+        for setting, scores in found.items()
+    }
+
+
 def _shared(group: Group) -> tuple[dict[str, str], dict[str, str]]:
     """Settings that all trained lines share, and those that differ, with who has which value."""
     by_label: dict[str, dict[str, str]] = {}
@@ -165,9 +192,9 @@ def _shared(group: Group) -> tuple[dict[str, str], dict[str, str]]:
         if len(values) == 1:
             common[key] = next(iter(values))
         else:
-            # the most frequent value goes first and without its owners
+            # the most frequent value goes last and without its owners
             most, *rest = sorted(values.items(), key=lambda item: -len(item[1]))
-            apart[key] = "; ".join([most[0], *(f"{value}: {', '.join(names)}" for value, names in rest)])
+            apart[key] = "; ".join([*(f"{value}: {', '.join(names)}" for value, names in rest), f"else {most[0]}"])
     return common, apart
 
 

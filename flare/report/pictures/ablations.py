@@ -22,11 +22,11 @@ def draw_ranks(group: Group, metric: str) -> Any:
     if not found:
         raise NothingToDraw("no method was trained with several r")
     languages, found = _comparable(table, found)
-    names = [_family_name(group, family, ("r",)) for family in found]
+    names = _family_names(group, found, ("r",))
     figure = new_figure(6.2, 4.2)
     axes = figure.subplots()
     ticks = sorted({int(r) for members in found for r in members})
-    for members, name, look in zip(found, names, looks(names, [_method(group, f) for f in found]), strict=True):
+    for members, name, look in zip(found, names, looks([_method(group, f) for f in found]), strict=True):
         ranks = sorted(members, key=int)
         cells = [_over(group, members[r], metric, languages) for r in ranks]
         axes.errorbar(
@@ -69,7 +69,7 @@ def draw_fusions(group: Group, metric: str) -> Any:
         series,
         _places(table),
         ylabel=shown_name(metric),
-        title=f"{group.task}: effect of the fusion ({_family_name(group, members, ('fusion',))})",
+        title=f"{group.task}: effect of the fusion, {_detailed(group, members, ('fusion',))}",
         reference=base_line(group, metric),
         apart=AVERAGE,
     )
@@ -85,11 +85,11 @@ def draw_source_texts(group: Group, metric: str) -> Any:
     kinds = sorted({str(kind) for members in found for kind in members}, key=lambda kind: ("gold" not in kind, kind))
     series = [
         Series(
-            _family_name(group, members, ("source_text",)),
+            name,
             _method(group, members),
             {str(kind): _over(group, label, metric, languages) for kind, label in members.items()},
         )
-        for members in found
+        for members, name in zip(found, _family_names(group, found, ("source_text",)), strict=True)
     ]
     return grouped_bars(
         series,
@@ -165,18 +165,26 @@ def _method(group: Group, members: Members) -> str:
     return group.of(next(iter(members.values())))[0].run.record.method
 
 
-def _family_name(group: Group, members: Members, varied: tuple[str, ...]) -> str:
-    """The method, with the fixed ones of fusion, r and source text where they are not the method's defaults."""
+def _family_names(group: Group, families: list[Members], varied: tuple[str, ...]) -> list[str]:
+    """Names of the families' methods, with what is fixed in a family where a name alone would stand twice."""
+    methods = [_method(group, members) for members in families]
+    return [
+        METHODS.get(method, method) if methods.count(method) == 1 else _detailed(group, members, varied)
+        for members, method in zip(families, methods, strict=True)
+    ]
+
+
+def _detailed(group: Group, members: Members, varied: tuple[str, ...]) -> str:
+    """The method and those of fusion, r and source text that are not varied."""
     record = group.of(next(iter(members.values())))[0].run.record
-    details = []
-    if "fusion" not in varied and record.fusion not in (None, "add_relu"):
+    details = [METHODS.get(record.method, record.method)]
+    if "fusion" not in varied and record.fusion is not None:
         details.append(record.fusion)
     if "r" not in varied and record.r is not None:
         details.append(f"r={record.r}")
-    if "source_text" not in varied and record.source_text == "mt":
-        details.append("mt source")
-    name = METHODS.get(record.method, record.method)
-    return name + (f" ({', '.join(details)})" if details else "")
+    if "source_text" not in varied and record.source_text is not None:
+        details.append(f"{record.source_text} source")
+    return ", ".join(details)
 
 
 def _cells(table: Quality, label: str) -> dict[str, Cell | None]:

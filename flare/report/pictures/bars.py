@@ -9,7 +9,7 @@ from typing import Any
 from ..summary import Cell
 from .style import LARGE, NORMAL, SMALL, legend_below, looks, new_figure, plain_axes, rows_of
 
-_BARS_IN_A_ROW = 72
+_BARS_IN_A_ROW = 42
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ def grouped_bars(
         reference: name and height of a dotted line through all axes.
         apart: a place that is set off from the others (the average).
     """
-    chosen = looks([one.name for one in series], [one.method for one in series])
+    chosen = looks([one.method for one in series])
     rows = rows_of(places, max(2, _BARS_IN_A_ROW // max(1, len(series))))
     longest_row = max(map(len, rows))
     step = max(1.0, max(len(place) for place in places) * 0.082)  # inches a place: its bars, or its name
     step = max(step, 0.17 * len(series) + 0.3)
-    width = min(16.0, max(5.5, 1.1 + step * longest_row))
+    width = min(11.0, max(5.5, 1.1 + step * longest_row))
     turned = max(len(place) for place in places) * 0.082 > (width - 1.1) / longest_row + 0.02
     height = (2.9 + 0.35 * turned) * len(rows) + 0.9
     figure = new_figure(width, height)

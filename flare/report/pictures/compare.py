@@ -80,7 +80,7 @@ def draw_costs(group: Group, metric: str) -> Any:
     known = {cost.label: cost for cost in costs(group)}
     lines = [line for line in main_lines(group, table) if line.label in table.complete and line.average]
     costly = [line for line in lines if line.label in known]
-    free = [line for line in lines if line.label not in known]
+    free = [line for line in lines if method_of(group, line.label) in ("zero-shot", "translate-test")]
     if len(costly) < 2:
         raise NothingToDraw("fewer than two methods have costs and a result in every language")
     panels = [
@@ -94,17 +94,21 @@ def draw_costs(group: Group, metric: str) -> Any:
     ]
     if not panels:
         raise NothingToDraw("no cost was measured for two methods")
+    from matplotlib.lines import Line2D
+
     width = 1.0 + 3.3 * len(panels)
     figure = new_figure(width, 4.4)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     chosen = dict(
         zip(
             [line.label for line in lines],
-            looks([line.label for line in lines], [method_of(group, line.label) for line in lines]),
+            looks([method_of(group, line.label) for line in lines]),
             strict=True,
         )
     )
     handles: dict[str, Any] = {}
+    means = [line.average.mean for line in costly if line.average]
+    lowest, highest = min(means), max(means)
     for axes, (title, scale, key) in zip(grid, panels, strict=True):
         for line in costly:
             value, average, look = getattr(known[line.label], key), line.average, chosen[line.label]
@@ -122,9 +126,14 @@ def draw_costs(group: Group, metric: str) -> Any:
                 capsize=3,
             )
         for line in free:
-            if line.average:
-                color, style = chosen[line.label]["color"], "--" if line.label == "zero-shot" else ":"
-                handles[line.name] = axes.axhline(line.average.mean, color=color, linestyle=style, linewidth=1.4)
+            if line.average is None:
+                continue
+            color, style = chosen[line.label]["color"], "--" if line.label == "zero-shot" else ":"
+            look = {"color": color, "linestyle": style, "linewidth": 1.4}
+            # a line far below would press all points together: its number stands in the legend
+            inside = line.average.mean >= lowest - max(2.0, highest - lowest)
+            handle = axes.axhline(line.average.mean, **look) if inside else Line2D([], [], **look)
+            handles[f"{line.name}: {line.average.mean:.1f}" + ("" if inside else " (below)")] = handle
         axes.set_xlabel(title, fontsize=NORMAL)
         plain_axes(axes)
         axes.grid(axis="x", color="#dddddd", linewidth=0.7)

@@ -44,7 +44,8 @@ def draw_layers(group: Group, label: str) -> Any:
                 values = [[member[stream][block] for member in members] for block in blocks]
                 means = [statistics.fmean(value) for value in values]
                 name = f"mean |{stream}|" + (f", {kind}" if len(kinds) > 1 else "")
-                handles[name] = axes.plot(blocks, means, style, color=color, marker="o", markersize=3, linewidth=1.5)[0]
+                dots = {"marker": "o", "markersize": 3} if len(blocks) <= 12 else {}
+                handles[name] = axes.plot(blocks, means, style, color=color, linewidth=1.5, **dots)[0]
                 if len(members) > 1:
                     wide = [statistics.stdev(value) for value in values]
                     low = [mean - one for mean, one in zip(means, wide, strict=True)]

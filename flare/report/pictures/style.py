@@ -5,6 +5,7 @@ matplotlib is imported inside the functions: a report without it has tables and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ _COLORS = {
     "x-mixup": "#009E73",
     "flare-mt": "#CC79A7",
     "flare": "#D55E00",
+    "add_relu": "#D55E00",  # FLARE's own fusion
 }
-_OTHERS = ("#56B4E9", "#F0E442", "#7B3294", "#8C510A")
+_OTHERS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#444444")
 _HATCHES = (None, "///", "...", "xxx", "\\\\\\", "++")
 _MARKERS = "osD^vPX*<>hp"
 SMALL, NORMAL, LARGE = 8.5, 10, 11.5
@@ -67,20 +69,22 @@ def plain_axes(axes: Any) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
 
 
-def looks(labels: Sequence[str], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Color, hatch and marker of every line; no two lines share color and hatch."""
+def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Color, hatch and marker of every line, from its method; no two lines share color and hatch."""
     taken: dict[str, int] = {}
-    unknown = iter(_OTHERS * len(labels))
     colors = dict(_COLORS)
+    used = {colors[method] for method in methods if method in colors}
+    others = itertools.cycle([color for color in _OTHERS if color not in used] or list(_OTHERS))
     found = []
     for index, method in enumerate(methods):
         if method not in colors:
-            colors[method] = next(unknown)
-        again = taken.get(method, 0)
-        taken[method] = again + 1
-        color = colors[method] if again == 0 else _lighter(colors[method], 0.25 + 0.15 * (again % 3))
+            colors[method] = next(others)
+        color = colors[method]
+        again = taken.get(color, 0)
+        taken[color] = again + 1
+        shown = color if again == 0 else _lighter(color, 0.25 + 0.15 * (again % 3))
         hatch = _HATCHES[again % len(_HATCHES)]
-        found.append({"color": color, "hatch": hatch, "marker": _MARKERS[index % len(_MARKERS)]})
+        found.append({"color": shown, "hatch": hatch, "marker": _MARKERS[index % len(_MARKERS)]})
     return found
 
 
@@ -99,7 +103,8 @@ def rows_of(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
 def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str], width: float) -> None:
     """One legend under all axes, in as many columns as the width has room for."""
     longest = max((len(name) for name in names), default=1)
-    columns = max(1, min(len(names), int(width / (0.075 * longest + 0.55))))
+    columns = max(1, min(len(names), int(width / (0.068 * longest + 0.5))))
+    columns = -(-len(names) // -(-len(names) // columns))  # as even as the rows allow
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)
 
 
