@@ -52,6 +52,7 @@ def _bench(tune: bool, arguments: list[str], **options: object) -> int:
 def _info() -> int:
     from flare_kernels import backends
 
+    from .capabilities import lines
     from .environment import environment
 
     here = environment()
@@ -64,6 +65,7 @@ def _info() -> int:
     for name, status in backends().items():
         _say(f"  {name:<13}{status}")
     _say(f"{'launch table':<15}{_launch_table()}")
+    _say("\n".join(lines()))
     return 0
 
 
