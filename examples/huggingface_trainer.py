@@ -48,7 +48,6 @@ def main() -> None:
     data = options.data or make_data(options.output / "data")
     train, test = (load(data, options.source, options.target, split) for split in ("train", "test"))
     labels = sorted(set(train["label"]))
-
     if options.model:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(labels))
@@ -63,8 +62,7 @@ def main() -> None:
             "labels": labels.index(row["label"]),
         }
 
-    train = train.map(features, remove_columns=train.column_names)
-    test = test.map(features, remove_columns=test.column_names)
+    train, test = (rows.map(features, remove_columns=rows.column_names) for rows in (train, test))
 
     # <- the one line; it was: model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=64, lora_alpha=128))
     model = flare.fast_lora(model, r=64, lora_alpha=128)

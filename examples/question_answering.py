@@ -28,7 +28,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", default="vemari")
     parser.add_argument("--output", type=Path, default=Path("fine-tuned-qa"))
     parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--lr", type=float, default=1e-3)
     return parser.parse_args()
 
 
@@ -71,12 +70,11 @@ def main() -> None:
         made = [features(target[i], source[i], tokenizer) for i in target if i in source]
         rows[split] = [row for row in made if row is not None]
         print(f"{split}: {len(rows[split])} rows, {len(made) - len(rows[split])} dropped (answer cut off)")
-
     model = flare.fast_lora(model, r=64, lora_alpha=128)  # the span head trains and is saved with the adapter
     arguments = TrainingArguments(
         str(options.output / "checkpoints"),
         num_train_epochs=options.epochs,
-        learning_rate=options.lr,
+        learning_rate=1e-3,
         per_device_train_batch_size=16,
         save_strategy="no",
         report_to="none",
@@ -85,7 +83,6 @@ def main() -> None:
     )
     trainer = flare.FlareTrainer(model, arguments, train_dataset=rows["train"], processing_class=tokenizer)
     trainer.train()
-
     (starts, ends), (first, last) = trainer.predict(rows["test"])[:2]
     right = (starts.argmax(-1) == first) & (ends.argmax(-1) == last)
     print(f"{options.target}, exact spans on {len(right)} rows: {100 * right.mean():.1f} %")
@@ -102,7 +99,7 @@ def make_data(folder: Path) -> Path:
         lines: dict[str, list[str]] = {"english": [], "vemari": []}
         for number in range(count):
             people, done, asked = rng.sample(PEOPLE, 2), rng.sample(verbs, 2), rng.randrange(2)
-            clauses = [(person, verb, rng.choice(THINGS)) for person, verb in zip(people, done, strict=True)]
+            clauses = [(people[i], done[i], rng.choice(THINGS)) for i in range(2)]
             for language, word, order in (("english", str, (0, 1, 2)), ("vemari", vemari_word, (0, 2, 1))):
                 context = " ".join(" ".join(word(clause[i]) for i in order) + " ." for clause in clauses)
                 answer = word(people[asked])
