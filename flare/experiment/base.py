@@ -40,8 +40,8 @@ def find_base(output: Path, base: str | None, seed: int) -> Base:
     there = sorted(path.parent.name for path in named.glob(f"seed-*/{RUN_FILE}")) if named.is_dir() else []
     if there:
         raise UserError(
-            f"{named} has no base for seed {seed}, only {', '.join(there)}; run flare finetune --seeds {seed}, or begin "
-            f"every seed with one base: --base {named / there[0]}"
+            f"{named} has no base for seed {seed}, only {', '.join(there)}; run flare finetune --seeds {seed}, or "
+            f"begin every seed with one base: --base {named / there[0]}"
         )
     if base is None:
         raise UserError(

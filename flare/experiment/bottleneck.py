@@ -1,4 +1,4 @@
-"""How large the two streams are where they meet: mean |S| and |T| in every fusing layer (the paper's Figures 4 and 5)."""
+"""How large the two streams are where they meet: mean |S| and |T| in every fusing layer."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from .settings import Settings
 from .setup import Data, Setup
 
 
-
 class claimed:
     """A run's folder, locked by the main process; inside, the object calls something there and tells all processes."""
 

@@ -105,7 +105,7 @@ def for_this_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     if "bnb" in str(training.get("optim")) and not (cuda and bitsandbytes) and "optim" not in given:
         training["optim"] = "adamw_torch"
         notes.append("the optimizer is AdamW in 32 bits: its 8-bit form needs a GPU and bitsandbytes")
-    if "use_cpu" in given and given["use_cpu"]:
+    if given.get("use_cpu"):
         training["bf16"] = bool(given.get("bf16", False))
     dtype = recipe.dtype
     if dtype == "bfloat16" and not half and quantized is None:

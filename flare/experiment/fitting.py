@@ -48,7 +48,7 @@ class ExperimentTrainer(FlareTrainer):
         scores = self.predictor.scores(self.predictor(self.model))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

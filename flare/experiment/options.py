@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..recipes import YamlLoader
+from ..yaml_files import YamlLoader
 
 #: Short forms -> TrainingArguments' fields.
 SHORT = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "lr": "learning_rate"}

@@ -116,7 +116,7 @@ class Setup:
         Raises:
             UserError: it cannot be loaded.
         """
-            recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
+        recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
         try:
             return recipe.base_model(self.model, self.tokenizer)
         except (OSError, ValueError, ImportError) as error:

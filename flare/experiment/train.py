@@ -195,9 +195,7 @@ class _Run:
     def _train(self, record: RunRecord) -> None:
         plan, settings, setup = self.plan, self.settings, self.setup
         with_source = plan.source_text is not None
-        train, news = self.data.pairs(
-            plan.target, "train", target_text=plan.target_text, source_text=plan.train_source
-        )
+        train, news = self.data.pairs(plan.target, "train", target_text=plan.target_text, source_text=plan.train_source)
         texts = (plan.source_text, plan.target_text)
         translation = read_provenance(settings.translations, self.data.source, plan.target, texts)
         record.data = {"notes": self.notes(news, plan.target), "translation": translation}
@@ -256,7 +254,7 @@ class _Run:
             record.data["notes"] += self.notes(setup.form.prediction_notes(predictions), f"{plan.name} test")
             if is_main():
                 write_predictions(self.folder / PREDICTIONS, test, predictions)
-            if plan.fusion is not None and reads or plan.method == "flare-mt":
+            if (plan.fusion is not None and reads) or plan.method == "flare-mt":
                 some = self._rows(test[:_BOTTLENECK_ROWS], "test", reads, record, training=True, quietly=True)
                 done.metrics.bottleneck = bottleneck_sizes(trainer.model, collate, some, batch, half)
         if is_main():
@@ -332,13 +330,13 @@ class _Run:
                 made = made[: len(made) - len(made) % size]
             rows += made
             groups += [wanted] * len(made)
-        record.data["notes"] += self.notes([f"{sum(groups)} of {len(rows)} training rows have a source"], self.plan.target)
+        record.data["notes"] += self.notes(
+            [f"{sum(groups)} of {len(rows)} training rows have a source"], self.plan.target
+        )
         return rows, groups
 
     def _bar(self, what: str) -> str | None:
         return f"{self.plan.name} {what}" if self.settings.progress and is_main() else None
-
-
 
 
 def _cuda() -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from .._compat import enable_checkpointing
 from ..adopt import fast_lora
 from ..config import FlareConfig
 from ..data import FlareDataCollator
+from ..yaml_files import YamlLoader
 
 #: PEFT's task type -> transformers' Auto class, and the collator's layout.
 TASKS = {
@@ -39,15 +39,6 @@ _CHECKPOINTING = (False, True, "non-reentrant", "reentrant")
 _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
 # PEFT has a field of this name for the base model's revision, which is what from_pretrained is told.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
-
-
-class YamlLoader(yaml.SafeLoader):
-    """YAML in which 2e-5 is a number, as people write it."""
-
-
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 @dataclass(frozen=True)

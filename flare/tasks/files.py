@@ -78,7 +78,7 @@ def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             for line in file:
-                number += 1  # noqa: SIM113 (the handler below needs it, also for the line that cannot be read)
+                number += 1
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
