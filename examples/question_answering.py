@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, TrainingArguments, set_seed
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, TrainingArguments
 
 import flare
 
@@ -43,16 +43,16 @@ def features(row: dict, source: dict, tokenizer) -> dict | None:
     end = start + len(row["answers"]["text"][0])
     offsets = zip(target.sequence_ids(), target["offset_mapping"], strict=True)
     inside = [i for i, (part, (first, last)) in enumerate(offsets) if part == 1 and first < end and last > start]
+    english = tokenizer(source["question"], source["context"], **pair)["input_ids"]
     if not inside:
         return None
-    english = tokenizer(source["question"], source["context"], **pair)["input_ids"]
     positions = {"start_positions": inside[0], "end_positions": inside[-1]}
     return {"input_ids": target["input_ids"], "source_input_ids": english, **positions}
 
 
 def main() -> None:
     options = parse()
-    set_seed(0)
+    torch.manual_seed(0)
     data = options.data or make_data(options.output / "data")
     if options.model:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -68,7 +68,7 @@ def main() -> None:
     for split in ("train", "test"):
         source, target = read(data / options.source, split), read(data / options.target, split)
         made = [features(target[i], source[i], tokenizer) for i in target if i in source]
-        rows[split] = [row for row in made if row is not None]
+        rows[split] = [row for row in made if row]
         print(f"{split}: {len(rows[split])} rows, {len(made) - len(rows[split])} dropped (answer cut off)")
     model = flare.fast_lora(model, r=64, lora_alpha=128)  # the span head trains and is saved with the adapter
     arguments = TrainingArguments(
@@ -102,8 +102,7 @@ def make_data(folder: Path) -> Path:
             clauses = [(people[i], done[i], rng.choice(THINGS)) for i in range(2)]
             for language, word, order in (("english", str, (0, 1, 2)), ("vemari", vemari_word, (0, 2, 1))):
                 context = " ".join(" ".join(word(clause[i]) for i in order) + " ." for clause in clauses)
-                answer = word(people[asked])
-                answers = {"text": [answer], "answer_start": [context.index(answer)]}
+                answers = {"text": [word(people[asked])], "answer_start": [context.index(word(people[asked]))]}
                 row = {
                     "id": str(number),
                     "question": f"who {word(done[asked])}",

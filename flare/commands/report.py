@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .common import say
+
 FORMATS = ("png", "pdf", "svg")
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add the command to argparse's sub-parsers."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
         "report",
         help="tables and pictures of finished runs",
         description="Read every run below the given folders (those of flare finetune, train and evaluate) and write "
@@ -41,7 +42,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace an earlier report instead of keeping it as earlier-N"
     )
     parser.set_defaults(command=run)
-    return parser
 
 
 def run(
@@ -57,12 +57,8 @@ def run(
     from ..report import write_report
 
     try:
-        write_report(runs, output, metrics=metrics, title=title, formats=formats, overwrite=overwrite, say=_say)
+        write_report(runs, output, metrics=metrics, title=title, formats=formats, overwrite=overwrite, say=say)
     except UserError as error:
         print(f"flare report: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
