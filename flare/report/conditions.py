@@ -27,7 +27,7 @@ _FREE = frozenset(
         "methods",
     }
     | {"variant", "name", "progress", "no_progress", "disable_tqdm", "resume", "overwrite", "keep_checkpoints"}
-    | {"save_total_limit", "threads", "report_to", "config", "mt_language"}
+    | {"save_total_limit", "base_date", "threads", "report_to", "config", "mt_language"}
 )
 
 
@@ -140,9 +140,14 @@ def notes(group: Group) -> list[str]:
 
 
 def translator(entry: Entry) -> str | None:
-    """Short name of the model that translated a run's texts, None where none is known."""
-    found = entry.run.record.data.get("translation")
-    model = found.get("model") if isinstance(found, dict) else None
+    """Short name of the model that translated a run's source texts, None where none is known."""
+    record = entry.run.record
+    found = record.data.get("translation")
+    if not isinstance(found, dict):
+        return None
+    # by direction; a source text is a translation of the target language's
+    made = found.get(f"{record.target_language}-{record.source_language}", found)
+    model = made.get("model") if isinstance(made, dict) else None
     return str(model).rstrip("/").rpartition("/")[2] if model else None
 
 
