@@ -84,14 +84,15 @@ class FlareType(str):
 
 
 FLARE = FlareType("FLARE")
+X_MIXUP = FlareType("FLARE_X_MIXUP")
 
 
-def register_tuner(config: type, tuner: type, hotswap_keys: list[str]) -> None:
-    """Make PEFT find our config and tuner by ``peft_type: FLARE``; adapter weights keep LoRA's names."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[FLARE] = config  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[FLARE] = tuner  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[FLARE] = "lora_"  # type: ignore[index]
-    CONFIG_KEYS_TO_CHECK[FLARE] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
+def register_tuner(config: type, tuner: type, hotswap_keys: list[str], name: FlareType = FLARE) -> None:
+    """Make PEFT find our config and tuner by ``peft_type``; adapter weights keep LoRA's names."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = config  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = "lora_"  # type: ignore[index]
+    CONFIG_KEYS_TO_CHECK[name] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
 
 
 #: What PEFT writes onto a transformers model when it wraps it, also under gradient checkpointing.

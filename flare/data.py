@@ -29,6 +29,8 @@ SOURCE_COLUMNS = (
     "source_decoder_input_ids",
     "source_states",
 )
+# A span's place in the source; a Trainer keeps them where the adapter reads them (flare.baselines.x_mixup).
+SOURCE_POSITIONS = ("source_start_positions", "source_end_positions")
 _LABEL_NAMES = ("labels", "label", "label_ids")
 _POSITIONS = ("start_positions", "end_positions")
 _NO_STATE = -1  # the id of a position without a state, among those of FLARE MT's states: -2, -3, ...
@@ -301,6 +303,10 @@ class FlareDataCollator:
         for name in _POSITIONS:
             if _all_have(rows, name):
                 moved = [text.moved + left - text.split for text in texts[""]]
+                batch[name] = torch.tensor([row[name] + by for row, by in zip(rows, moved, strict=True)])
+        for name in SOURCE_POSITIONS:
+            if "source_" in texts and _all_have(rows, name):
+                moved = [left - text.split for text in texts["source_"]]
                 batch[name] = torch.tensor([row[name] + by for row, by in zip(rows, moved, strict=True)])
         batch.update(self._decoder_columns(rows, layout))
         taken = {*batch, *_LABEL_NAMES[1:], "source_labels"}
