@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from flare_kernels import __version__
 
-from . import _compat  # noqa: F401  (first: it checks versions before anything of PEFT is used)
-from . import baselines
+from . import (
+    _compat,  # noqa: F401  (first: it checks versions before anything of PEFT is used)
+    baselines,
+)
 from .adopt import fast_lora
 from .config import FlareConfig
 from .data import FlareDataCollator

@@ -34,9 +34,9 @@ _VARIANTS = (
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 _CARD_HEADING = "## Loading this adapter"
-_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the package
-`flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`) and,
-beside the usual inputs, `source_input_ids` and `source_attention_mask`, or, where its config has a `latent_dim`,
+_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the
+package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`)
+and, beside the usual inputs, `source_input_ids` and `source_attention_mask`, or, where its config has a `latent_dim`,
 `source_states`: the MT encoder's last hidden state. It cannot be merged into the base weights, because what it adds
 depends on the source text.
 """
@@ -124,7 +124,9 @@ class FlareConfig(LoraConfig):
             text = card.read_text(encoding="utf-8", errors="surrogateescape")
             if _is_pefts_card(text):
                 if _CARD_HEADING not in text:
-                    card.write_text(f"{text.rstrip()}\n\n{_CARD_HEADING}\n\n{self.card}", encoding="utf-8", errors="surrogateescape")
+                    card.write_text(
+                        f"{text.rstrip()}\n\n{_CARD_HEADING}\n\n{self.card}", encoding="utf-8", errors="surrogateescape"
+                    )
                 break
 
     def __post_init__(self) -> None:

@@ -30,7 +30,8 @@ from ..config import FlareConfig
 from ..model import FlareModel
 from . import mixup_layer, mixup_streams
 from .lora import plain_lora
-from .mixup_layer import MixupRuntime, Place, Streams
+from .mixup_layer import MixupRuntime, Streams
+from .mixup_place import Place, middle
 
 if TYPE_CHECKING:
     import peft
@@ -249,7 +250,7 @@ def x_mixup(
     if alpha is None:
         alpha = 0.2 if infer_task_type(model) == "QUESTION_ANS" else 0.4
     own = {
-        "x_mixup_layer": mixup_layer.middle(model) if layer is None else layer,
+        "x_mixup_layer": middle(model) if layer is None else layer,
         "x_mixup_lambda0": lambda0,
         "x_mixup_alpha": alpha,
         "x_mixup_layer_norm": layer_norm,
