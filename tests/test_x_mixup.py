@@ -299,6 +299,9 @@ def test_source_spans_follow_their_tokens_when_padding_stands_on_the_left():
     at = torch.arange(3)
     first = out["source_input_ids"][at, out["source_start_positions"]]
     assert first.tolist() == [row["source_input_ids"][1] for row in made]
+    made[0]["source_end_positions"] = 40
+    with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is no position of its \d+ source_input_ids"):
+        FlareDataCollator(tokenizer())(made)
 
 
 # --- families, generation, checkpointing ------------------------------------------------------------------------------

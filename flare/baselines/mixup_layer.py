@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
+from .. import _compat
 from ..layer import FlareLayer
 from .mixup_place import Place
 
@@ -127,6 +127,7 @@ def add_ratio(model: nn.Module, block: str, adapter: str) -> None:
     held: Any = module
     if not hasattr(held, RATIO):
         setattr(held, RATIO, nn.ModuleDict())
+        getattr(held, RATIO).scaling = held.scaling  # where PEFT's hotswap looks for it, by the key's path
         held.adapter_layer_names = (*held.adapter_layer_names, RATIO)
     A = held.lora_A[adapter].weight
     ratio = nn.Linear(1, 1)
@@ -215,7 +216,7 @@ def _attend_again(runtime: MixupRuntime, hidden: Tensor) -> Tensor:
     model, place = runtime.model, runtime.place
     attention: Any = model.get_submodule(place.attention)
     args, kwargs = runtime.call
-    with _second_time(runtime), _routed(attention):
+    with _second_time(runtime), _compat.attention_function(attention, _IMPLEMENTATION):
         for name in place.before:
             hidden = model.get_submodule(name)(hidden)
         if args:
@@ -237,28 +238,6 @@ def _second_time(runtime: MixupRuntime) -> Iterator[None]:
         yield
     finally:
         runtime.inside = False
-
-
-class _Config:
-    """A model's config for the attention module of the mixup block: all the same, but for the attention function."""
-
-    _attn_implementation = _IMPLEMENTATION
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_config"], name)
-
-
-@contextlib.contextmanager
-def _routed(attention: Any) -> Iterator[None]:
-    config = attention.config
-    attention.config = _Config(config)
-    try:
-        yield
-    finally:
-        attention.config = config
 
 
 # --- attention from target to source ---------------------------------------------------------------------------------
@@ -304,7 +283,7 @@ def _attention(
     return (weights @ values).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_IMPLEMENTATION, _attention)
+_compat.register_attention(_IMPLEMENTATION, _attention)
 
 
 def pair_entropy(scores: Tensor, target: Tensor, source: Tensor) -> Tensor:

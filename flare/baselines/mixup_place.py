@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 from torch import nn
 
+from .. import _compat
 from ..routing import ModelMap
 
 
@@ -48,8 +48,7 @@ class Place:
             for site in mapped.sites.values()
             if (site.stack, site.block) == (stack, layer) and not site.is_cross_attention
         )
-        forward = inspect.unwrap(type(model.get_submodule(attention)).forward)
-        if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+        if not _compat.looks_up_attention(model.get_submodule(attention)):
             raise ValueError(
                 f"{type(model).__name__}: {type(model.get_submodule(attention)).__name__} does not look its attention "
                 "function up in transformers' AttentionInterface, through which X-Mixup reads its queries and keys"
