@@ -200,12 +200,13 @@ def _parse_training(rest: Sequence[str], trains: bool, known: Mapping[str, Any])
 
     parser = Parser(TrainingArguments, add_help=False, allow_abbrev=False)
     names = [one.name for one in fields(TrainingArguments) if one.init]
-    parser.set_defaults(**dict.fromkeys(names, argparse.SUPPRESS))
+    not_given = object()  # argparse.SUPPRESS would come out as a value
+    parser.set_defaults(**dict.fromkeys(names, not_given))
     found, left = parser.parse_known_args(list(rest))
     if left:
         unknown = next((word for word in left if word.startswith("-")), left[0])
         raise UserError(f"{unknown} is not known; {_nearest(unknown, [flag(name) for name in [*known, *names]])}")
-    return vars(found)
+    return {name: value for name, value in vars(found).items() if value is not not_given}
 
 
 def _check_training(

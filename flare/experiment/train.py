@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,8 @@ class _Run:
             made = self._rows(pairs, split, reads, record)
             return Predictor(setup.form, collate, pairs, made, batch, half, self._bar(split))
 
+        if settings.train_only_fusion:  # it is meant
+            warnings.filterwarnings("ignore", "A fusing adapter was trained without a source")
         done = fit(
             model,
             collate,
