@@ -102,12 +102,12 @@ def conditions(group: Group) -> list[tuple[str, str]]:
     ]
     texts: dict[str, list[str]] = {}
     for label, name in group.labels.items():
-        for text in sorted({_source_text(entry) for entry in group.of(label)} - {""}):
+        for text in sorted({_source_text(e) for e in group.of(label) if e.run.record.kind == "train"} - {""}):
             texts.setdefault(text, []).append(name)
     if texts:
         lines.append(("source text in training", "; ".join(f"{text}: {', '.join(who)}" for text, who in texts.items())))
     common, apart = _shared(group)
-    lines += [(name, value) for name, value in common.items()]
+    lines += [(name, value) for name, value in common.items() if value != "null"]
     lines += [(f"{name} (differs)", value) for name, value in apart.items()]
     sizes: dict[str, list[str]] = {}
     for language in group.languages:
@@ -135,7 +135,8 @@ def conditions(group: Group) -> list[tuple[str, str]]:
 def notes(group: Group) -> list[str]:
     """What the runs said about their data (dropped rows, cut texts), once each."""
     return list(dict.fromkeys(
-        f"{entry.language}: {note}" for entry in group.entries for note in entry.run.record.data.get("notes") or []
+        note if str(note).startswith(entry.language) else f"{entry.language}: {note}"
+        for entry in group.entries for note in entry.run.record.data.get("notes") or []
     ))  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
     for column, values in enumerate(columns, start=1):
         shown = [None if value is None else round(value, 1) for value in values]
         known = [value for value in shown if value is not None]
-        if len(known) > 1:
+        if known and min(known) < max(known):  # where all are equal none is best
             found |= {(row, column) for row, value in enumerate(shown) if value == max(known)}
     return frozenset(found)
 

@@ -32,11 +32,17 @@ def seeds_text(table: Quality, lines: list[Line]) -> str:
 
 
 def main_lines(group: Group, table: Quality) -> list[Line]:
-    """Every line where there are few, else methods with their defaults (ablations have pictures of their own)."""
+    """Every line where there are few, else the first of each method and names of the user's: ablations have pictures
+    of their own."""
     lines = list(table.lines)
-    if len(lines) > _MOST_LINES:
-        lines = [line for line in lines if is_main(line.label, method_of(group, line.label))]
-    return lines
+    if len(lines) <= _MOST_LINES:
+        return lines
+    firsts: dict[str, str] = {}
+    for line in lines:
+        firsts.setdefault(method_of(group, line.label), line.label)
+    return [
+        line for line in lines if line.label in firsts.values() or is_main(line.label, method_of(group, line.label))
+    ]
 
 
 def draw_comparison(group: Group, metric: str) -> Any:
