@@ -228,5 +228,5 @@ def _show(found: Collection, sections: Sequence[_Section], output: Path, say: Ca
             say(f"Pictures of {section.group.slug} left out: {'; '.join(left_out)}")
     for line in found.unfinished:
         say(f"Not in the tables: {line}")
-    count = sum(len(picture.files) for section in sections for picture in section.pictures)
+    count = sum(bool(picture.files) for section in sections for picture in section.pictures)
     say(f"Written to {output}: report.md, report.json, runs.csv, tables/" + (f", {count} pictures" if count else ""))

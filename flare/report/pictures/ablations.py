@@ -63,8 +63,12 @@ def draw_fusions(group: Group, metric: str) -> Any:
         Series(fusion, fusion, _cells(table, label))
         for fusion, label in sorted(members.items(), key=lambda item: str(item[0]))
     ]
-    if any(line.label == "lora" for line in table.lines):
-        series.insert(0, Series("LoRA (no source)", "lora", _cells(table, "lora")))
+    rank = group.of(next(iter(members.values())))[0].run.record.r
+    for line in table.lines:
+        plain = group.of(line.label)[0].run.record
+        if plain.method == "lora" and plain.r == rank:
+            series.insert(0, Series("LoRA (no source)", "lora", _cells(table, line.label)))
+            break
     return grouped_bars(
         series,
         _places(table),
