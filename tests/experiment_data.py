@@ -15,12 +15,12 @@ SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num
 ROWS = {"train": (0, 48), "valid": (48, 64), "test": (64, 84)}
 
 
-def write_data(folder: Path, valid: bool = True) -> Path:
+def write_data(folder: Path, valid: bool = True, rows: dict[str, tuple[int, int]] = ROWS) -> Path:
     """folder/english and folder/vemari with train, (valid) and test, aligned by id."""
     pairs = make_corpus(train=90).train
     for language, text in (("english", "source"), ("vemari", "target")):
         (folder / language).mkdir(parents=True)
-        for split, (first, end) in ROWS.items():
+        for split, (first, end) in rows.items():
             if split == "valid" and not valid:
                 continue
             with (folder / language / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:

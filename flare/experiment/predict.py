@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..tasks import Pair
 
+_NONE = -100.0  # what the form of spans takes for no position
 _POSITIONS = ("start_positions", "end_positions")
 
 
@@ -83,7 +84,7 @@ class Predictor:
 
         def own(logits: Tensor) -> Tensor:
             inside = places.clamp(0, logits.shape[1] - 1)
-            return logits.float().gather(1, inside).masked_fill(outside, torch.finfo(torch.float32).min)
+            return logits.float().gather(1, inside).masked_fill(outside, _NONE)
 
         return own(output.start_logits), own(output.end_logits)
 
