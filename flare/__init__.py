@@ -1,7 +1,7 @@
 """FLARE: LoRA adapters that fuse a source-language and a target-language stream, on fused kernels.
 
 Importing this package registers ``peft_type: FLARE`` with PEFT, so ``PeftModel.from_pretrained`` finds saved adapters.
-The trainer, the recipes and the baselines are imported on first use: transformers' Trainer brings datasets with it.
+The trainer and the recipes are imported on first use: transformers' Trainer brings datasets with it.
 """
 
 import importlib
@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from flare_kernels import __version__
 
-from . import _compat  # noqa: F401  (first: it checks versions before anything of PEFT is used)
+from . import (
+    _compat,  # noqa: F401  (first: it checks versions before anything of PEFT is used)
+    baselines,
+)
 from .adopt import fast_lora
 from .config import FlareConfig
 from .data import FlareDataCollator
@@ -19,7 +22,7 @@ from .source_cache import SourceStateCache
 from .source_states import SourceStates
 
 if TYPE_CHECKING:
-    from . import baselines, recipes
+    from . import recipes
     from .recipes import Recipe, from_recipe
     from .trainer import FlareSeq2SeqTrainer, FlareTrainer
 
@@ -46,7 +49,6 @@ _LATER = {
     "Recipe": ".recipes",
     "from_recipe": ".recipes",
     "recipes": ".recipes",
-    "baselines": ".baselines",
 }
 
 

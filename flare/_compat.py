@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,6 +54,7 @@ from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
+from transformers import AttentionInterface  # noqa: E402
 
 _BNB_LOGGER.setLevel(_BNB_LEVEL)
 
@@ -62,12 +64,15 @@ __all__ = [
     "LoraLayer",
     "LoraLinear",
     "after_backward",
+    "attention_function",
     "compiled_calls_off",
     "enable_checkpointing",
     "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
     "is_data_parallel_replica",
+    "looks_up_attention",
+    "register_attention",
     "register_tuner",
     "set_adapters_disabled",
 ]
@@ -84,14 +89,15 @@ class FlareType(str):
 
 
 FLARE = FlareType("FLARE")
+X_MIXUP = FlareType("FLARE_X_MIXUP")
 
 
-def register_tuner(config: type, tuner: type, hotswap_keys: list[str]) -> None:
-    """Make PEFT find our config and tuner by ``peft_type: FLARE``; adapter weights keep LoRA's names."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[FLARE] = config  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[FLARE] = tuner  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[FLARE] = "lora_"  # type: ignore[index]
-    CONFIG_KEYS_TO_CHECK[FLARE] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
+def register_tuner(config: type, tuner: type, hotswap_keys: list[str], name: FlareType = FLARE) -> None:
+    """Make PEFT find our config and tuner by ``peft_type``; adapter weights keep LoRA's names."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = config  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = "lora_"  # type: ignore[index]
+    CONFIG_KEYS_TO_CHECK[name] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
 
 
 #: What PEFT writes onto a transformers model when it wraps it, also under gradient checkpointing.
@@ -145,6 +151,37 @@ def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+class _ConfigWithAttention:
+    """A model's config as one attention module sees it: all the same, but for the attention function's name."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        self.__dict__.update(_config=config, _attn_implementation=name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_config"], name)
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Give transformers an attention function by a name."""
+    AttentionInterface.register(name, function)
+
+
+def looks_up_attention(module: nn.Module) -> bool:
+    """Whether an attention module takes its attention function by the name in its config."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+@contextlib.contextmanager
+def attention_function(module: Any, name: str) -> Iterator[None]:
+    """One attention module runs with a registered attention function; no other module of the model does."""
+    config = module.config
+    module.config = _ConfigWithAttention(config, name)
+    try:
+        yield
+    finally:
+        module.config = config
 
 
 # --- torch: engines for many GPUs -------------------------------------------------------------------------------------

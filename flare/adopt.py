@@ -116,11 +116,12 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def make_config(config: LoraConfig | None, overrides: dict[str, Any]) -> FlareConfig:
-    """A FlareConfig from any LoRA config plus overrides; the given config is not changed."""
+    """A FlareConfig (or the given subclass) from any LoRA config plus overrides; the given config is not changed."""
     values = {} if config is None else {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     if config is not None and not isinstance(config, FlareConfig):
         values.pop("peft_type", None)
-    return FlareConfig(**{**values, **overrides})
+    made = type(config) if isinstance(config, FlareConfig) else FlareConfig
+    return made(**{**values, **overrides})
 
 
 def infer_task_type(model: nn.Module) -> str | None:

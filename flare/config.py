@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig
 
@@ -34,11 +34,9 @@ _VARIANTS = (
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 _CARD_HEADING = "## Loading this adapter"
-_CARD = f"""{_CARD_HEADING}
-
-A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the package
-`flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`) and,
-beside the usual inputs, `source_input_ids` and `source_attention_mask`, or, where its config has a `latent_dim`,
+_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the
+package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`)
+and, beside the usual inputs, `source_input_ids` and `source_attention_mask`, or, where its config has a `latent_dim`,
 `source_states`: the MT encoder's last hidden state. It cannot be merged into the base weights, because what it adds
 depends on the source text.
 """
@@ -54,6 +52,8 @@ class FlareConfig(LoraConfig):
         TypeError, ValueError: a value that is not accepted, or, with a fusion, a LoRA variant that cannot fuse, or an
             initialisation or bias that changes the base model; the message names the field.
     """
+
+    card: ClassVar[str] = _CARD  # what the model card says of loading such an adapter
 
     r: int = field(default=64, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha; the adapter is scaled by alpha / r."})
@@ -124,7 +124,9 @@ class FlareConfig(LoraConfig):
             text = card.read_text(encoding="utf-8", errors="surrogateescape")
             if _is_pefts_card(text):
                 if _CARD_HEADING not in text:
-                    card.write_text(text.rstrip() + "\n\n" + _CARD, encoding="utf-8", errors="surrogateescape")
+                    card.write_text(
+                        f"{text.rstrip()}\n\n{_CARD_HEADING}\n\n{self.card}", encoding="utf-8", errors="surrogateescape"
+                    )
                 break
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ SOURCE_COLUMNS = (
     "source_decoder_input_ids",
     "source_states",
 )
+# A span's place in the source; a Trainer keeps them where the adapter reads them (flare.baselines.x_mixup).
+SOURCE_POSITIONS = ("source_start_positions", "source_end_positions")
 _LABEL_NAMES = ("labels", "label", "label_ids")
 _POSITIONS = ("start_positions", "end_positions")
 _NO_STATE = -1  # the id of a position without a state, among those of FLARE MT's states: -2, -3, ...
@@ -72,8 +74,9 @@ class FlareDataCollator:
 
     A row holds ``input_ids``, ``labels`` (or ``start_positions`` and ``end_positions``, or none) and
     ``source_input_ids``; ``attention_mask``, ``token_type_ids``, their ``source_`` twins, ``source_labels`` and
-    ``source_decoder_input_ids`` are used where present. Masks left out are ones. FLARE MT: ``source_states`` (length,
-    latent_dim) of a row (flare.LatentEncoder) stand for ``source_input_ids`` and are padded as these would be.
+    ``source_decoder_input_ids`` are used where present, as are ``source_start_positions`` and ``source_end_positions``
+    (X-Mixup). Masks left out are ones. FLARE MT: ``source_states`` (length, latent_dim) of a row (flare.LatentEncoder)
+    stand for ``source_input_ids`` and are padded as these would be.
 
     Out comes a BatchEncoding of int64 tensors: ``input_ids``, ``attention_mask``, ``source_input_ids``,
     ``source_attention_mask``, all (B, m); ``labels`` (B), (B, m) or, for encoder-decoders, (B, u) together with
@@ -254,10 +257,10 @@ class FlareDataCollator:
     def _fit(self, text: Text, row: dict[str, Any], index: int, prefix: str, layout: str) -> None:
         """Bring one text down to max_length, or say that it is too long."""
         length, limit = len(text), self.max_length
-        if not prefix:
-            for name in _POSITIONS:
-                if name in row and not 0 <= row[name] < length:
-                    raise ValueError(f"row {index}: {name}={row[name]} is no position of its {length} input_ids")
+        positions = SOURCE_POSITIONS if prefix else _POSITIONS
+        for name in positions:
+            if name in row and not 0 <= row[name] < length:
+                raise ValueError(f"row {index}: {name}={row[name]} is no position of its {length} {prefix}input_ids")
         if limit is None or length <= limit:
             return
         if not self.truncation:
@@ -270,7 +273,7 @@ class FlareDataCollator:
             return
         closing = text.columns["input_ids"][-1] in self.tokenizer.all_special_ids
         kept = limit - 1 if closing else limit
-        cut = [name for name in _POSITIONS if not prefix and row.get(name, 0) >= kept]
+        cut = [name for name in positions if row.get(name, 0) >= kept]
         if cut:
             raise ValueError(
                 f"row {index}: truncation to max_length={limit} would cut off the answer "
@@ -320,6 +323,10 @@ class FlareDataCollator:
         for name in _POSITIONS:
             if _all_have(rows, name):
                 moved = [text.moved + left - text.split for text in texts[""]]
+                batch[name] = torch.tensor([row[name] + by for row, by in zip(rows, moved, strict=True)])
+        for name in SOURCE_POSITIONS:
+            if "source_" in texts and _all_have(rows, name):
+                moved = [left - text.split for text in texts["source_"]]
                 batch[name] = torch.tensor([row[name] + by for row, by in zip(rows, moved, strict=True)])
         batch.update(self._decoder_columns(rows, layout))
         taken = {*batch, *_LABEL_NAMES[1:], "source_labels"}

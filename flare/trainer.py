@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from . import _compat
-from .data import SOURCE_COLUMNS, FlareDataCollator, layout_of
+from .data import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
 from .source_cache import SourceStateCache
 
 _log = logging.getLogger(__name__)
@@ -160,7 +160,8 @@ class FlareTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = _compat.signature_columns(self)
-        columns += [name for name in SOURCE_COLUMNS if name not in columns]
+        wanted = (*SOURCE_COLUMNS, *SOURCE_POSITIONS) if _reads_source_positions(self.model) else SOURCE_COLUMNS
+        columns += [name for name in wanted if name not in columns]
 
     # --- gradient accumulation ----------------------------------------------------------------------------------------
 
@@ -253,6 +254,11 @@ def _fuses(model: Any) -> bool:
     """Whether an adapter of the model fuses two streams, so that rows without a source are a mistake."""
     configs = getattr(model, "peft_config", {}).values()
     return any(getattr(config, "fusion", None) is not None for config in configs)
+
+
+def _reads_source_positions(model: Any) -> bool:
+    """Whether an adapter of the model trains on the source's spans too, as X-Mixup does."""
+    return any(hasattr(config, "x_mixup_layer") for config in getattr(model, "peft_config", {}).values())
 
 
 class FlareSeq2SeqTrainer(FlareTrainer, Seq2SeqTrainer):

@@ -27,6 +27,8 @@ def test_pefts_maps_accept_our_type() -> None:
     assert PEFT_TYPE_TO_CONFIG_MAPPING["FLARE"] is flare.FlareConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING["FLARE"] is flare.FlareModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING["FLARE"] == "lora_"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["FLARE_X_MIXUP"] is flare.baselines.XMixupConfig
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["FLARE_X_MIXUP"] == "lora_"
     assert "fusion" in CONFIG_KEYS_TO_CHECK["FLARE"] and "use_rslora" in CONFIG_KEYS_TO_CHECK["FLARE"]
 
 
@@ -158,3 +160,21 @@ def test_reentrant_checkpointing_is_recognised():
         assert _compat.uses_reentrant_checkpointing(model) is use_reentrant
     model.gradient_checkpointing_disable()
     assert not _compat.uses_reentrant_checkpointing(model)
+
+
+def test_an_attention_module_runs_with_a_function_of_our_own() -> None:
+    """_attn_implementation in the config, looked up in ALL_ATTENTION_FUNCTIONS."""
+    seen = []
+
+    def ours(module, query, key, value, mask, **kwargs):
+        seen.append(tuple(key.shape))
+        return query.transpose(1, 2), None
+
+    _compat.register_attention("flare_test", ours)
+    model = tiny.model("llama")
+    attention = model.model.layers[1].self_attn
+    assert _compat.looks_up_attention(attention) and not _compat.looks_up_attention(model.lm_head)
+    with _compat.attention_function(attention, "flare_test"):
+        model(**tiny.batch("llama", source=False))
+    model(**tiny.batch("llama", source=False))
+    assert seen == [(3, 2, 9, 8)]

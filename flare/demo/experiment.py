@@ -8,38 +8,34 @@ kernels; they differ in what they are shown. FLARE and input-level fusion see th
 from __future__ import annotations
 
 import copy
-import gc
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import PrinterCallback
 
 from ..adopt import fast_lora
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
 from ..data import FlareDataCollator
-from ..measure import StepTimer, peak_bytes, saved_bytes
+from ..experiment.callbacks import Bar, Timing, measure_step, quiet, quiet_libraries
+from ..measure import StepTimer
 from ..trainer import FlareTrainer
 from .base_model import BaseConfig, pretrained_base
 from .corpus import LABELS, SOURCE_LANGUAGE, TARGET_LANGUAGE, Pair, add_noise, make_corpus
 from .real_data import load_parallel
 from .settings import DemoError, DemoSettings
+
+__all__ = ["Experiment", "embedded_task", "measure_step", "quiet_libraries", "real_task"]
 
 METHODS = ("zero-shot", "lora", "input-fusion", "flare")
 WARM_UP = 0.1
@@ -174,7 +170,7 @@ class Experiment:
                 train_dataset=rows,
                 data_collator=DataCollatorWithPadding(self.task.tokenizer),
             )
-            _quiet(trainer, self._bar(f"seed {seed} fine-tuning"))
+            quiet(trainer, self._bar(f"seed {seed} fine-tuning"))
             trainer.train()
         return trainer.model.eval()
 
@@ -215,7 +211,7 @@ class Experiment:
             )
             timer = StepTimer(TIMER_WARM_UP, trainer.args.device)
             name = f"seed {seed} {method}" + (f" ({source})" if source else "")
-            _quiet(trainer, self._bar(name), _Timing(timer))
+            quiet(trainer, self._bar(name), Timing(timer))
             if method != "zero-shot":
                 trainer.train()
             row["macro_f1"] = _evaluate(
@@ -233,7 +229,7 @@ class Experiment:
         collator = FlareDataCollator(self.task.tokenizer, require_source=False, layout="encoder")
         with tempfile.TemporaryDirectory() as scratch:
             trainer = FlareTrainer(model=base, args=self._arguments(scratch, seed, 1, 1, 1.0), data_collator=collator)
-            _quiet(trainer)
+            quiet(trainer)
             return _evaluate(trainer, rows, self.task.labels)
 
     def _rows(self, pairs: Sequence[Pair], source: str | None, noise_seed: int) -> list[dict[str, Any]]:
@@ -274,7 +270,7 @@ class Experiment:
         )
 
     def _bar(self, name: str) -> TrainerCallback:
-        return _Bar(name, enabled=self.settings.progress)
+        return Bar(name, enabled=self.settings.progress)
 
     def _check_length(self, model: Any) -> None:
         limit, width = max_positions(model), self.settings.max_length
@@ -283,25 +279,6 @@ class Experiment:
                 f"--max-length {width} is too long: input-level fusion reads two texts as one of {2 * width} tokens "
                 f"and {type(model).__name__} has positions for {limit}; give --max-length {limit // 2} or less"
             )
-
-
-def measure_step(trainer: Trainer) -> tuple[int, int]:
-    """Peak live tensor bytes and bytes saved for backward of one more training step, which the timer does not see.
-
-    The peak counts parameters, buffers, optimizer state, the batch, activations and gradients. The saved bytes leave
-    out parameters, buffers and the batch: they are there anyway.
-    """
-    gc.collect()  # what earlier methods left in reference cycles would count on a GPU
-    model, optimizer = trainer.model, trainer.optimizer
-    batch = next(iter(trainer.get_train_dataloader()))
-    fixed = [*model.parameters(), *model.buffers(), dict(batch)]
-    state = [list(values.values()) for values in optimizer.state.values()]
-    model.train()
-    with peak_bytes(live=[fixed, state], device=model.device) as peak, saved_bytes(ignore=fixed) as saved:
-        trainer.training_step(model, batch)
-        optimizer.step()
-        optimizer.zero_grad()
-    return peak.peak, saved.total
 
 
 def macro_f1(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> float:
@@ -318,59 +295,3 @@ def _evaluate(trainer: Trainer, rows: list[dict[str, Any]], labels: Sequence[str
     output = trainer.predict(rows)  # type: ignore[arg-type]
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     return macro_f1(torch.as_tensor(logits).argmax(-1), torch.as_tensor(output.label_ids), len(labels))
-
-
-class _Bar(TrainerCallback):
-    """One progress bar per training, in place of the trainer's own with its loss lines."""
-
-    def __init__(self, name: str, enabled: bool) -> None:
-        self.name = name
-        self.enabled = enabled
-        self.bar: Any = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", disable=not self.enabled, leave=False)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.update(1)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.bar.close()
-
-
-class _Timing(TrainerCallback):
-    """Times every step: forward, backward and optimizer, without loading the batch."""
-
-    def __init__(self, timer: StepTimer) -> None:
-        self.timer = timer
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.timer.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.timer.stop()
-
-
-def _quiet(trainer: Trainer, *callbacks: TrainerCallback) -> None:
-    """Give a trainer our callbacks in place of the one that prints dictionaries."""
-    trainer.remove_callback(PrinterCallback)
-    for callback in callbacks:
-        trainer.add_callback(callback)
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep loading bars, remarks and deprecation notes of the libraries out of the demo's output; errors still show."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from .._compat import enable_checkpointing
 from ..adopt import fast_lora
 from ..config import FlareConfig
 from ..data import FlareDataCollator
+from ..yaml_files import YamlLoader
 
 #: PEFT's task type -> transformers' Auto class, and the collator's layout.
 TASKS = {
@@ -39,15 +39,6 @@ _CHECKPOINTING = (False, True, "non-reentrant", "reentrant")
 _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
 # PEFT has a field of this name for the base model's revision, which is what from_pretrained is told.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 2e-5 is a number, as people write it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ class Recipe:
             return cls._of("a mapping", dict(recipe), None)
         name = os.fspath(recipe)
         path, variant = _find(name)
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
         if not isinstance(content, dict):
             raise ValueError(f"recipe {name!r}: {path} holds no mapping of keys to values")
         return cls._of(name, content, variant)
@@ -153,15 +144,28 @@ class Recipe:
         base = os.fspath(base) if base is not None else recipe.base
         if base is None:
             raise ValueError(f"recipe {recipe.name!r} names no base model: pass its name or folder as base")
-        tokenizer = recipe._tokenizer(base, passed)
-        model = recipe._prepared(recipe._base_model(base, passed))
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer = recipe.tokenizer_of(base, **passed)
+        model = recipe.base_model(base, tokenizer, **passed)
         if trained is None:
             return fast_lora(model, **{**recipe.adapter, **adapter}), tokenizer
         if adapter:
             raise ValueError(f"{', '.join(sorted(adapter))}: fixed by the trained adapter {os.fspath(trained)!r}")
         return peft.PeftModel.from_pretrained(model, os.fspath(trained), is_trainable=True), tokenizer
+
+    def tokenizer_of(self, base: str | os.PathLike[str], **passed: Any) -> Any:
+        """The base's tokenizer, with a pad token; of ``passed`` it takes revision, token, cache_dir and the like."""
+        return self._tokenizer(os.fspath(base), passed)
+
+    def base_model(self, base: str | os.PathLike[str], tokenizer: Any, **passed: Any) -> Any:
+        """The (quantised) base model, prepared for adapters but without any; ``passed`` goes to its from_pretrained.
+
+        Raises:
+            ImportError: a quantised recipe without bitsandbytes.
+        """
+        model = self._prepared(self._base_model(os.fspath(base), passed))
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        return model
 
     def collator(self, tokenizer: Any, **changes: Any) -> FlareDataCollator:
         """FlareDataCollator with the recipe's ``batches``, in the layout of its task."""
@@ -261,7 +265,7 @@ def names() -> list[str]:
     """The recipes that come with the package."""
     found = []
     for path in sorted(Path(__file__).parent.glob("*.yaml")):
-        variants = yaml.load(path.read_text(encoding="utf-8"), _Loader).get("tasks", {})
+        variants = yaml.load(path.read_text(encoding="utf-8"), YamlLoader).get("tasks", {})
         found += [f"{path.stem}/{one}" for one in variants] or [path.stem]
     return found
 

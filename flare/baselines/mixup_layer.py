@@ -1,0 +1,325 @@
+"""X-Mixup's layer: one block whose self-attention is used once more, from the target's tokens to the source's.
+
+Shapes: B rows, n tokens of the target, m of the source, d the hidden size, h heads, e the width of a head.
+
+The block's own attention module computes queries, keys, values, their positions (RoPE, T5's bias), their norms and the
+output projection; only what it does between them, the attention function that transformers looks up by name, is ours
+for that one call. No modeling code is copied, and no architecture is known by its class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _compat
+from ..layer import FlareLayer
+from .mixup_place import Place
+
+_IMPLEMENTATION = "flare_x_mixup"
+_RUNTIME = "_flare_x_mixup"
+#: Attribute of a LoRA layer of the mixup block that holds the adapter's w and b, so that PEFT saves them with lora_A.
+RATIO = "lora_x_mixup"
+
+# --- one forward of both streams -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Streams:
+    """What one forward knows of its two texts.
+
+    visible: (B, m) bool, the source's tokens that the target may look at. counted: (B, n) bool, the target's tokens
+    over which the entropy is averaged. keys, values: (B, heads, m, e) of the source at the mixup block. ratio: lambda
+    (B,), kept in generation. hidden: the last hidden states of "source" (B, m, d) and "target" (B, n, d).
+    source_inputs, source_output: of the source's forward.
+    """
+
+    visible: Tensor
+    counted: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    ratio: Tensor | None = None
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    source_inputs: dict[str, Any] = field(default_factory=dict)
+    source_output: Any = None
+
+
+@dataclass
+class MixupRuntime:
+    """What the hooks of one model share; attached to its modules, copied and pickled with them."""
+
+    model: nn.Module
+    place: Place
+    adapter: str
+    task: str | None
+    lambda0: float
+    alpha: float
+    layer_norm: bool
+    reads: str = "first"  # which token a classifier of the model reads: "first", "last", or none alone ("mean")
+    mode: str | None = None  # "source" or "target" while that stream runs
+    streams: Streams | None = None
+    holds: bool = False  # during generate: one source for all its forwards
+    checkpointed: bool = False
+    block_input: Tensor | None = None
+    call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    inside: bool = False  # while the attention runs for the second time
+    said: set[str] = field(default_factory=set)
+    handles: list[Any] = field(default_factory=list)
+
+    @property
+    def layer(self) -> FlareLayer:
+        """The LoRA layer that holds w and b."""
+        for module in self.model.get_submodule(self.place.block).modules():
+            if isinstance(module, FlareLayer) and self.adapter in getattr(module, RATIO, ()):
+                return module
+        raise AssertionError("the adapter's w and b are gone")
+
+    @property
+    def ratio(self) -> nn.Linear:
+        """The adapter's w (1, 1) and b (1)."""
+        held: nn.Linear = getattr(self.layer, RATIO)[self.adapter]
+        return held
+
+    def is_on(self) -> bool:
+        """Whether the adapter is active, and neither disabled nor merged."""
+        layer = self.layer
+        return self.adapter in layer.active_adapters and not (layer.disable_adapters or layer.merged)
+
+    def begin(self, mode: str) -> None:
+        """The next forward is this stream's. The mixup block alone is not checkpointed: both streams meet in it."""
+        self.mode = mode
+        block: Any = self.model.get_submodule(self.place.block)
+        if getattr(block, "gradient_checkpointing", False):
+            self.checkpointed, block.gradient_checkpointing = True, False
+
+    def end(self) -> None:
+        """Both streams are through, or one of them failed."""
+        if self.checkpointed:
+            block: Any = self.model.get_submodule(self.place.block)
+            self.checkpointed, block.gradient_checkpointing = False, True
+        self.mode, self.streams, self.holds, self.inside = None, None, False, False
+        self.block_input, self.call = None, ((), {})
+
+
+def runtime_of(module: nn.Module) -> MixupRuntime:
+    """The runtime attached to a module."""
+    runtime: MixupRuntime = module.__dict__[_RUNTIME]
+    return runtime
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether a transformers model has X-Mixup's hooks."""
+    return _RUNTIME in model.__dict__
+
+
+def add_ratio(model: nn.Module, block: str, adapter: str) -> None:
+    """w = 1 and b = 0 for an adapter, on the first LoRA layer of the block; raises ValueError where it has none."""
+    for module in model.get_submodule(block).modules():
+        if isinstance(module, FlareLayer) and adapter in module.lora_A:
+            break
+    else:
+        raise ValueError(f"target_modules: no LoRA module lies in {block}, the mixup layer; choose another layer")
+    held: Any = module
+    if not hasattr(held, RATIO):
+        setattr(held, RATIO, nn.ModuleDict())
+        getattr(held, RATIO).scaling = held.scaling  # where PEFT's hotswap looks for it, by the key's path
+        held.adapter_layer_names = (*held.adapter_layer_names, RATIO)
+    A = held.lora_A[adapter].weight
+    ratio = nn.Linear(1, 1)
+    nn.init.ones_(ratio.weight)
+    nn.init.zeros_(ratio.bias)
+    getattr(held, RATIO)[adapter] = ratio.to(A.device, A.dtype).requires_grad_(A.requires_grad)
+
+
+def attach_layer(model: nn.Module, runtime: MixupRuntime) -> None:
+    """Install the hooks of the mixup block and of the module that loops over the blocks."""
+    place = runtime.place
+    modules = {name: model.get_submodule(name) for name in (place.owner, place.block, place.attention, place.result)}
+    for module in (model, *modules.values()):
+        module.__dict__[_RUNTIME] = runtime
+    runtime.handles += [
+        modules[place.owner].register_forward_hook(_keep_last_hidden_state),
+        modules[place.block].register_forward_pre_hook(_keep_block_input, with_kwargs=True),
+        modules[place.attention].register_forward_pre_hook(_keep_call, with_kwargs=True),
+        modules[place.result].register_forward_hook(_mix),
+    ]
+
+
+def detach(model: nn.Module) -> None:
+    """Take the hooks, the attributes and w and b off the model again."""
+    runtime = model.__dict__.pop(_RUNTIME, None)
+    if runtime is None:
+        return
+    for handle in runtime.handles:
+        handle.remove()
+    for module in model.modules():
+        module.__dict__.pop(_RUNTIME, None)
+        if hasattr(module, RATIO):
+            delattr(module, RATIO)
+            module.__dict__.pop("adapter_layer_names", None)
+
+
+def _keep_last_hidden_state(owner: nn.Module, args: Any, output: Any) -> None:
+    runtime = runtime_of(owner)
+    if runtime.mode is not None and runtime.streams is not None and not runtime.holds:
+        runtime.streams.hidden[runtime.mode] = output[0]
+
+
+def _keep_block_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    runtime = runtime_of(block)
+    if runtime.mode is not None:
+        runtime.block_input = args[0] if args else kwargs["hidden_states"]
+
+
+def _keep_call(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    runtime = runtime_of(attention)
+    if runtime.mode is not None and not runtime.inside:
+        runtime.call = (args, dict(kwargs))
+
+
+def _mix(result: nn.Module, args: Any, output: Any) -> Any:
+    """At the result of self-attention: the source leaves its keys and values, the target is mixed."""
+    runtime = runtime_of(result)
+    if runtime.mode is None or runtime.inside or runtime.lambda0 == 0:
+        return None
+    place, streams = runtime.place, runtime.streams
+    assert streams is not None
+    first = output[0] if isinstance(output, tuple) else output
+    hidden = first
+    if place.adds_residual:
+        assert runtime.block_input is not None
+        hidden = runtime.block_input + first
+    attended = _attend_again(runtime, hidden)
+    if runtime.mode == "source":
+        return None
+    ratio = _of_rows(streams.ratio, len(hidden))[:, None, None].to(hidden.dtype)
+    moved = ratio * (attended.to(hidden.dtype) - hidden)
+    mixed = first + moved
+    if place.norm is not None and runtime.layer_norm:
+        with _second_time(runtime):
+            mixed = runtime.model.get_submodule(place.norm)(mixed)
+    met = _of_rows(streams.visible.any(1) & streams.counted.any(1), len(hidden))[:, None, None]
+    mixed = torch.where(met, mixed, first)
+    return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+
+def _attend_again(runtime: MixupRuntime, hidden: Tensor) -> Tensor:
+    """The block's own attention on the hidden state (B, n, d) after self-attention -> (B, n, d), without residual.
+
+    In the source's pass only the keys and values that come by are of use.
+    """
+    model, place = runtime.model, runtime.place
+    attention: Any = model.get_submodule(place.attention)
+    args, kwargs = runtime.call
+    with _second_time(runtime), _compat.attention_function(attention, _IMPLEMENTATION):
+        for name in place.before:
+            hidden = model.get_submodule(name)(hidden)
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": hidden}
+        if kwargs.get("past_key_values") is not None:
+            kwargs = {**kwargs, "past_key_values": None}  # the cache holds the target's own keys
+        attended: Tensor = attention(*args, **kwargs)[0]
+        for name in place.after:
+            attended = model.get_submodule(name)(attended)
+    return attended
+
+
+@contextlib.contextmanager
+def _second_time(runtime: MixupRuntime) -> Iterator[None]:
+    runtime.inside = True
+    try:
+        yield
+    finally:
+        runtime.inside = False
+
+
+# --- attention from target to source ---------------------------------------------------------------------------------
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function of the mixup block's second call: query (B, h, n, e) -> (B, n, h, e).
+
+    The module's mask and window are of its own text and not used here: a target token sees all visible source tokens.
+    """
+    runtime = runtime_of(module)
+    streams = runtime.streams
+    assert streams is not None
+    if runtime.mode == "source":
+        streams.keys, streams.values = key, value
+        return query.transpose(1, 2).contiguous(), None
+    assert streams.keys is not None and streams.values is not None
+    rows, heads = query.shape[:2]
+    keys, values = (_heads(_of_rows(part, rows), heads) for part in (streams.keys, streams.values))
+    scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    visible = _of_rows(streams.visible, rows)
+    if streams.ratio is None:
+        entropy = pair_entropy(scores, _of_rows(streams.counted, rows), visible)
+        streams.ratio = mixup_ratio(entropy, runtime.ratio.weight, runtime.ratio.bias, runtime.lambda0)
+    weights = _masked(scores, visible).softmax(-1).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ values).transpose(1, 2).contiguous(), None
+
+
+_compat.register_attention(_IMPLEMENTATION, _attention)
+
+
+def pair_entropy(scores: Tensor, target: Tensor, source: Tensor) -> Tensor:
+    """Mean entropy of attention from target to source, plus that from source to target -> (B,).
+
+    Args:
+        scores: (B, h, n, m), before masks and softmax; the other direction uses them transposed.
+        target, source: (B, n) and (B, m) bool. Only their tokens are attended to, and only they count in the means.
+    """
+    return _entropy(scores, target, source) + _entropy(scores.transpose(2, 3), source, target)
+
+
+def _entropy(scores: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    log_p = _masked(scores, keys).log_softmax(-1)
+    # A masked key has p = 0, whose p log p is 0 and whose gradient would be 0 times infinity.
+    entropy = -(log_p.exp() * log_p.masked_fill(~keys[:, None, None], 0)).sum(-1).mean(1)  # (B, queries)
+    return (entropy * queries).sum(1) / queries.sum(1).clamp(min=1)
+
+
+def mixup_ratio(entropy: Tensor, weight: Tensor, bias: Tensor, lambda0: float) -> Tensor:
+    """lambda = lambda0 * sigmoid(w * entropy + b), (B,) -> (B,)."""
+    dtype = entropy.dtype
+    return lambda0 * torch.sigmoid(weight.to(dtype).squeeze() * entropy + bias.to(dtype).squeeze())
+
+
+def _masked(scores: Tensor, keys: Tensor) -> Tensor:
+    """Scores (B, h, queries, keys) for a softmax over the keys that are there; over all alike where none is."""
+    return scores.masked_fill(~keys[:, None, None], torch.finfo(scores.dtype).min)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, groups, m, e) for every head."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _of_rows(x: Tensor | None, rows: int) -> Tensor:
+    """What belongs to B texts for the rows of a search that runs several per text."""
+    assert x is not None
+    return x if len(x) == rows else x.repeat_interleave(rows // len(x), dim=0)

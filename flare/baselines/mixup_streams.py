@@ -1,0 +1,267 @@
+"""X-Mixup's two streams: the source runs through the whole model, then the target, and their losses are added.
+
+The hooks stand around the transformers model: before the target's forward the source runs through the same model, with
+gradients; after it the source's loss and the consistency terms are added to the target's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._compat import is_data_parallel_replica
+from ..data import SOURCE_COLUMNS, SOURCE_POSITIONS
+from ..runtime import check_ids, warn_user
+from .mixup_layer import MixupRuntime, Streams, runtime_of
+
+SOURCE_ARGUMENTS = (*SOURCE_COLUMNS, *SOURCE_POSITIONS)
+_NOT_TAKEN = ("source_states", "source_decoder_input_ids")
+_POSITIONS = ("start_positions", "end_positions")
+
+NO_SOURCE_WARNING = (
+    "An X-Mixup adapter was run without a source and is plain LoRA in this step. Pass source_input_ids and "
+    "source_attention_mask to the model. With transformers.Trainer, set remove_unused_columns=False (it drops columns "
+    "that the base model's forward does not name) or use flare.FlareTrainer, and pad with flare.FlareDataCollator."
+)
+NO_SOURCE_LABELS_WARNING = (
+    "The source has no labels of its own ({missing}), so X-Mixup's task loss is the target's alone; the consistency "
+    "terms stay."
+)
+
+
+def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
+    """Install the hooks around the model; before those of flare.runtime, which would take the source out."""
+    runtime.handles += [
+        model.register_forward_pre_hook(_before_model, with_kwargs=True, prepend=True),
+        model.register_forward_hook(_after_model, with_kwargs=True),
+        model.register_forward_hook(_end, always_call=True),
+    ]
+
+
+# --- the hooks -------------------------------------------------------------------------------------------------------
+
+
+def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    runtime = runtime_of(model)
+    if runtime.mode == "source" or runtime.holds:
+        return None
+    source = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
+    source = {name: value for name, value in source.items() if value is not None}
+    if not runtime.is_on():
+        return args, kwargs
+    if not source:
+        if "no source" not in runtime.said:
+            runtime.said.add("no source")
+            warn_user(NO_SOURCE_WARNING)
+        return args, kwargs
+    if args:
+        kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+    _refuse(model, kwargs)
+    try:
+        runtime.streams = _streams(model, runtime, source, kwargs)
+        run_source(model, runtime)
+    except BaseException:
+        runtime.end()
+        raise
+    runtime.begin("target")
+    return (), kwargs
+
+
+def _after_model(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    runtime = runtime_of(model)
+    if runtime.mode != "target" or runtime.holds or getattr(output, "loss", None) is None:
+        return None
+    assert runtime.streams is not None
+    output.loss = _whole_loss(runtime, kwargs, output)
+    return output
+
+
+def _end(model: nn.Module, args: Any, output: Any) -> None:
+    runtime = runtime_of(model)
+    if runtime.mode == "target" and not runtime.holds:
+        runtime.end()
+
+
+def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    if is_data_parallel_replica(model):
+        raise ValueError(
+            "X-Mixup in a model under torch.nn.DataParallel, whose threads would share one source: start one process "
+            "per GPU (accelerate launch, torchrun), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if kwargs.get("return_dict") is False:
+        raise ValueError("return_dict=False: X-Mixup adds its losses to the output by name; leave it out")
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: the mixup block attends twice, which transformers would record as two blocks; "
+            "leave it out, or leave the source out"
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
+        raise ValueError(
+            "past_key_values holds earlier positions and a source was given: use model.generate, or pass the whole "
+            "text at once"
+        )
+
+
+# --- the source's forward --------------------------------------------------------------------------------------------
+
+
+def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], target: dict[str, Any]) -> Streams:
+    """What the two texts show each other, and the keyword arguments of the source's forward.
+
+    Raises:
+        TypeError, ValueError: source arguments that do not fit; the message names the argument.
+    """
+    inputs = source_inputs(model, source)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    given = target.get("input_ids")
+    if not isinstance(given, Tensor) or given.shape != ids.shape:
+        what = str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {what}: both texts need the same "
+            "batch size and length; pad them to one length (flare.FlareDataCollator does)"
+        )
+    seen = target.get("attention_mask")
+    if seen is None:
+        seen = torch.ones_like(given)
+    elif not isinstance(seen, Tensor) or seen.shape != given.shape:
+        what = str(tuple(seen.shape)) if isinstance(seen, Tensor) else type(seen).__name__
+        raise ValueError(f"attention_mask is {what}: X-Mixup needs the target's as {tuple(given.shape)}")
+    streams = Streams(visible=mask.bool(), counted=seen.bool(), source_inputs=inputs)
+    labels = target.get("labels")
+    if runtime.task == "CAUSAL_LM" and labels is not None:
+        _hide_answers(streams, inputs, ids, labels, source.get("source_labels"))
+    elif runtime.task == "QUESTION_ANS":
+        _take_positions(runtime, source, target, inputs)
+    elif labels is not None:
+        # Only one class of the whole text is by itself the source's too.
+        own = source.get("source_labels", labels if runtime.task == "SEQ_CLS" else None)
+        if own is not None:
+            inputs["labels"] = own
+    if runtime.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS") and labels is not None and "labels" not in inputs:
+        _say_no_labels(runtime, "source_labels")
+    return streams
+
+
+def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the source's forward: input_ids and attention_mask (B, m), and token types where given.
+
+    Raises:
+        TypeError, ValueError: what is missing, does not fit or is not taken; the message names the argument.
+    """
+    for name in _NOT_TAKEN:
+        if name in source:
+            raise ValueError(f"{name}: X-Mixup reads the source as text (source_input_ids); leave it out")
+    if "source_input_ids" not in source:
+        raise ValueError(f"{', '.join(sorted(source))} was given without source_input_ids: pass both, or neither")
+    ids = check_ids("source_input_ids", source["source_input_ids"], "(B, m)")
+    mask = source.get("source_attention_mask")
+    if mask is None:
+        mask = torch.ones_like(ids)
+    elif not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "source_token_type_ids" in source:
+        inputs["token_type_ids"] = source["source_token_type_ids"]
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _hide_answers(streams: Streams, inputs: dict[str, Any], ids: Tensor, labels: Tensor, own: Tensor | None) -> None:
+    """A causal text's answer shows itself neither to the target (the source's) nor to lambda (the target's own).
+
+    Without source_labels the source's answer is what stands at or behind the target's first label, where
+    FlareDataCollator puts it.
+    """
+    at = torch.arange(labels.shape[1], device=labels.device)
+    labelled = labels.ne(-100)
+    start = torch.where(labelled, at, labels.shape[1]).amin(1, keepdim=True)
+    streams.counted = streams.counted & (at < start)
+    if own is None:
+        own = ids.where(streams.visible & (at >= start), torch.full_like(ids, -100))
+    streams.visible = streams.visible & own.eq(-100)
+    if own.ne(-100).any():
+        inputs["labels"] = own
+
+
+def _take_positions(
+    runtime: MixupRuntime, source: dict[str, Any], target: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+    if any(target.get(name) is None for name in _POSITIONS):
+        return
+    own = {name: source.get(f"source_{name}") for name in _POSITIONS}
+    if any(value is None for value in own.values()):
+        _say_no_labels(runtime, "source_start_positions and source_end_positions")
+    else:
+        inputs.update(own)
+
+
+def _say_no_labels(runtime: MixupRuntime, missing: str) -> None:
+    if missing not in runtime.said:
+        runtime.said.add(missing)
+        warn_user(NO_SOURCE_LABELS_WARNING.format(missing=missing))
+
+
+def run_source(model: Any, runtime: MixupRuntime) -> None:
+    """The source through the model; of an encoder-decoder without the source's labels through its encoder alone."""
+    streams = runtime.streams
+    assert streams is not None
+    runtime.begin("source")
+    inputs = streams.source_inputs
+    if model.config.is_encoder_decoder and "labels" not in inputs:
+        streams.source_output = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    else:
+        streams.source_output = model(**inputs)
+
+
+# --- the losses ------------------------------------------------------------------------------------------------------
+
+
+def _whole_loss(runtime: MixupRuntime, target: dict[str, Any], output: Any) -> Tensor:
+    """alpha * source's + (1 - alpha) * target's task loss + KL + MSE; the target's alone where the source has none."""
+    streams = runtime.streams
+    assert streams is not None
+    loss: Tensor = output.loss
+    own = getattr(streams.source_output, "loss", None)
+    if own is not None:
+        loss = runtime.alpha * own + (1 - runtime.alpha) * loss
+    if runtime.task == "SEQ_CLS" and output.logits.shape[-1] > 1 and not target["labels"].is_floating_point():
+        loss = loss + kl_term(streams.source_output.logits, output.logits)
+    texts = {"source": streams.source_inputs, "target": target}
+    return loss + mse_term(*(_representation(runtime, streams.hidden[name], text) for name, text in texts.items()))
+
+
+def kl_term(source_logits: Tensor, target_logits: Tensor) -> Tensor:
+    """KL(p_source || p_target), mean over the rows; logits (B, classes)."""
+    source, target = (_wide(logits).log_softmax(-1) for logits in (source_logits, target_logits))
+    return F.kl_div(target, source, log_target=True, reduction="batchmean")
+
+
+def mse_term(source: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of two representations (B, d)."""
+    return F.mse_loss(_wide(target), _wide(source))
+
+
+def _representation(runtime: MixupRuntime, hidden: Tensor, text: dict[str, Any]) -> Tensor:
+    """One text as (B, d): the token that a classifier reads, first or last; else the mean over its tokens."""
+    ids, mask = text["input_ids"], text.get("attention_mask")
+    if runtime.task != "SEQ_CLS" or runtime.reads == "mean":
+        counted = (torch.ones_like(ids) if mask is None else mask)[..., None].to(hidden.dtype)
+        return (hidden * counted).sum(1) / counted.sum(1).clamp(min=1)
+    if runtime.reads == "first":
+        return hidden[:, 0]
+    config: Any = runtime.model.config
+    pad = config.get_text_config().pad_token_id
+    at = torch.arange(ids.shape[1], device=ids.device)
+    last = at[-1].expand(len(ids)) if pad is None else (at * ids.ne(pad)).argmax(1)
+    return hidden[torch.arange(len(ids), device=ids.device), last]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

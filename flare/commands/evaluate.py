@@ -1,0 +1,32 @@
+"""`flare evaluate`: zero-shot, translate-test, and trained adapters on the test split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..experiment.settings import EvaluateSettings
+from .common import add_experiment_parser, run_experiment_command
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    add_experiment_parser(
+        commands,
+        "evaluate",
+        EvaluateSettings,
+        help="zero-shot, translate-test, and trained adapters on the test split",
+        description="zero-shot: the base on the target's test texts. translate-test: the base on the same texts in the source\n"
+        "language. translate-train: every trained adapter, also with the other source text (--source-text).",
+        run=run,
+    )
+
+
+def run(rest: list[str], **given: Any) -> int:
+    """Run it; 2 for an error that the user can mend."""
+
+    def work(settings: EvaluateSettings, say: Any) -> None:
+        from ..experiment.evaluate import run_evaluate
+
+        run_evaluate(settings, say)
+
+    return run_experiment_command("evaluate", EvaluateSettings, work, given, rest)

@@ -1,0 +1,33 @@
+"""`flare finetune`: learn the task in the source language, merged into the base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..experiment.settings import FinetuneSettings
+from .common import add_experiment_parser, run_experiment_command
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    add_experiment_parser(
+        commands,
+        "finetune",
+        FinetuneSettings,
+        help="learn the task in the source language, merged into the base",
+        description="Train an adapter (or --full: all weights) on the task in the source language and save the merged model, one per\n"
+        "seed, into OUTPUT/base/seed-N. Defaults are the paper's; a finished run is skipped, an unfinished one goes\n"
+        "on.",
+        run=run,
+    )
+
+
+def run(rest: list[str], **given: Any) -> int:
+    """Run it; 2 for an error that the user can mend."""
+
+    def work(settings: FinetuneSettings, say: Any) -> None:
+        from ..experiment.finetune import run_finetune
+
+        run_finetune(settings, say)
+
+    return run_experiment_command("finetune", FinetuneSettings, work, given, rest)

@@ -1,0 +1,32 @@
+"""`flare train`: train lora, input-fusion, x-mixup, flare and flare-mt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..experiment.settings import TrainSettings
+from .common import add_experiment_parser, run_experiment_command
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    add_experiment_parser(
+        commands,
+        "train",
+        TrainSettings,
+        help="train lora, input-fusion, x-mixup, flare and flare-mt",
+        description="Train every method on every target language with every seed, into OUTPUT/<target>/<method>/seed-N, and\n"
+        "evaluate the test split. Defaults are the paper's; a finished run is skipped, an unfinished one goes on.",
+        run=run,
+    )
+
+
+def run(rest: list[str], **given: Any) -> int:
+    """Run it; 2 for an error that the user can mend."""
+
+    def work(settings: TrainSettings, say: Any) -> None:
+        from ..experiment.train import run_train
+
+        run_train(settings, say)
+
+    return run_experiment_command("train", TrainSettings, work, given, rest)

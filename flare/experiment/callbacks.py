@@ -1,0 +1,162 @@
+"""What a training run shows and measures: a bar, seconds per step, a log file, the cost of one step."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback
+
+from ..measure import StepTimer, peak_bytes, saved_bytes
+
+
+class Bar(TrainerCallback):
+    """One progress bar per training, in place of the trainer's own with its loss lines."""
+
+    def __init__(self, name: str, enabled: bool) -> None:
+        self.name = name
+        self.enabled = enabled
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        enabled = self.enabled and state.is_world_process_zero
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.name,
+            unit="step",
+            disable=not enabled,
+            leave=False,
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.update(1)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.close()
+
+
+class Timing(TrainerCallback):
+    """Times every step: forward, backward and optimizer, without loading the batch."""
+
+    def __init__(self, timer: StepTimer) -> None:
+        self.timer = timer
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.timer.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.timer.stop()
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Seconds of the whole training and of its steps over all sittings: checkpoints carry them on."""
+
+    def __init__(self, timer: StepTimer) -> None:
+        self.timer = timer
+        self._before: float = 0.0
+        self._began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """So far, evaluation and checkpoints included."""
+        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds, "steps": self.timer.seconds}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        name = type(self).__name__
+        saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
+        found = saved.get("attributes", {})
+        self._before, self.timer.seconds = found.get("seconds", 0.0), list(found.get("steps", []))
+        self._began = time.perf_counter()
+        state.stateful_callbacks[name] = self.state()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._before, self._began = self.seconds, None
+
+
+class Log(TrainerCallback):
+    """The trainer's logs as lines of JSON; a resumed run goes on behind its checkpoint's line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if _step(line) <= state.global_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}, default=float) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # torn by a kill
+
+
+def quiet(trainer: Trainer, *callbacks: TrainerCallback) -> None:
+    """Give a trainer our callbacks in place of the one that prints dictionaries."""
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep loading bars, remarks and deprecation notes of the libraries out of the output; errors still show."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def measure_step(trainer: Trainer) -> tuple[int, int]:
+    """Peak live tensor bytes and bytes saved for backward of one more training step, which the timer does not see.
+
+    The peak counts parameters, buffers, optimizer state, the batch, activations and gradients. The saved bytes leave
+    out parameters, buffers and the batch: they are there anyway. The weights are changed by the step.
+    """
+    gc.collect()  # what earlier methods left in reference cycles would count on a GPU
+    model, optimizer = trainer.model, trainer.optimizer
+    batch = next(iter(trainer.get_train_dataloader()))
+    fixed = [*model.parameters(), *model.buffers(), dict(batch)]
+    state = [list(values.values()) for values in optimizer.state.values()]
+    model.train()
+    with peak_bytes(live=[fixed, state], device=model.device) as peak, saved_bytes(ignore=fixed) as saved:
+        trainer.training_step(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak.peak, saved.total

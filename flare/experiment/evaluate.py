@@ -1,0 +1,261 @@
+"""`flare evaluate`: the base without training (zero-shot, translate-test), and trained adapters (translate-train)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..environment import environment
+from ..errors import UserError
+from ..tasks import Pair, resolve_labels
+from .base import Base, find_base, seeds_of
+from .callbacks import quiet_libraries
+from .common import claimed, common_settings, now, summary
+from .fitting import autocast_of, training_arguments, training_values
+from .latent_rows import add_states, latent_encoder, target_texts
+from .methods import READS_SOURCE, collator, load
+from .predict import Predictor, write_predictions
+from .processes import is_main
+from .provenance import read_provenance
+from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_metrics, write_record
+from .run_folder import open_run
+from .settings import EvaluateSettings
+from .setup import Data, Notes, Setup, prepare, task_of
+from .train import ADAPTER, LATENT, PREDICTIONS
+
+
+def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> list[Path]:
+    """Evaluate on the test split; what was evaluated before is skipped.
+
+    Returns:
+        The folders with the results.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    settings.check()
+    with quiet_libraries():
+        return _Evaluation(settings, say).run()
+
+
+class _Evaluation:
+    """What one call evaluates; task, data and languages come from the runs where they are not given."""
+
+    def __init__(self, settings: EvaluateSettings, say: Callable[[str], None]) -> None:
+        self.settings, self.say = settings, say
+        self.notes = Notes(say if is_main() else lambda line: None)
+        self.runs = find_runs(settings.output) if settings.output.is_dir() else []
+        self.adapters = [run for run in self.runs if run.record.kind == "train"]
+
+    def run(self) -> list[Path]:
+        folders: list[Path] = []
+        for setting in self.settings.setting:
+            if setting == "translate-train":
+                folders += self._adapters()
+            else:
+                for target in self._targets(setting):
+                    for seed in self.settings.seeds or seeds_of(self.settings.output, self.settings.base):
+                        for text in (
+                            (self.settings.source_text or ("gold",)) if setting == "translate-test" else (None,)
+                        ):
+                            folders.append(self._base(setting, target, seed, text))
+        return folders
+
+    # --- the base -------------------------------------------------------------------------------------------------
+
+    def _targets(self, setting: str) -> Sequence[str]:
+        if self.settings.target:
+            return self.settings.target
+        found = list(dict.fromkeys(r.record.target_language for r in self.runs if r.record.target_language))
+        if not found:
+            raise UserError(f"--target is missing: {self.settings.output} has no runs that would tell the languages")
+        return found
+
+    def _base(self, setting: str, target: str, seed: int, text: str | None) -> Path:
+        settings = self.settings
+        base = find_base(settings.output, settings.base, seed)
+        data, setup = self._prepared(base.record, base)
+        variant = setting + ("-mt-source" if text == "mt" else "")
+        folder = settings.output / target / variant / f"seed-{seed}"
+        own: dict[str, Any] = {"base_date": base.made}
+        if text == "mt":
+            own["translations"] = str(settings.translations)
+        record = RunRecord(
+            kind="evaluate",
+            status="running",
+            task=data.task.name,
+            source_language=data.source,
+            target_language=target,
+            method=setting,
+            variant=variant,
+            seed=seed,
+            source_text=text,
+            settings={**common_settings(settings, data, setup), **own},
+            base=base.shown,
+            environment=environment(),
+            date=now(),
+        )
+        name = f"{target} {variant} seed {seed}"
+        with claimed(folder) as claim:
+            if claim(lambda: open_run(folder, record, settings.resume, self.say)) == "done":
+                self._tell(f"{name}: done before, in {folder}")
+                return folder
+            pairs, news = data.pairs(target, "test", source_text=text)
+            provenance = read_provenance(settings.translations, data.source, target, (text, None))
+            record.data = {"test": len(pairs), "notes": self.notes(news, target), "translation": provenance}
+            if setting == "translate-test":
+                pairs = [_source_alone(pair) for pair in pairs]
+            model = setup.load_model().to(_device())
+            scores, predictions = self._predict(
+                model, collator("lora", setup, model), setup, pairs, False, name, record
+            )
+            if is_main():
+                write_predictions(folder / PREDICTIONS, pairs, predictions)
+                write_metrics(folder, Metrics(test={setting: scores}))
+                record.status = "done"
+                write_record(folder, record)
+        self._tell(f"{name}: {summary(scores, Metrics())}")
+        return folder
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def _adapters(self) -> list[Path]:
+        settings = self.settings
+        chosen = [
+            run
+            for run in self.adapters
+            if (settings.target is None or run.record.target_language in settings.target)
+            and (settings.seeds is None or run.record.seed in settings.seeds)
+            and (settings.variant is None or run.record.variant in settings.variant)
+        ]
+        if not chosen:
+            raise UserError(
+                f"{settings.output} has no trained adapters"
+                + (" of these languages, seeds and variants" if self.adapters else "; run flare train first")
+            )
+        folders = []
+        for run in chosen:
+            if not run.record.done:
+                self._tell(f"{run.folder}: not finished, left out; run flare train again, it goes on")
+                continue
+            reads = run.record.method in READS_SOURCE and not run.record.settings.get("train_only_fusion")
+            texts = settings.source_text if reads and settings.source_text else (run.record.source_text,)
+            for text in texts:
+                self._adapter(run, text, reads)
+            folders.append(run.folder)
+        return folders
+
+    def _adapter(self, run: Run, text: str | None, reads: bool) -> None:
+        record, own = run.record, text == run.record.source_text
+        setting = "translate-train" if own else f"translate-train/{text}"
+        name = f"{record.target_language} {record.variant} seed {record.seed}" + ("" if own else f" ({text} source)")
+        metrics = read_metrics(run.folder)
+        if setting in metrics.test and self.settings.resume:
+            self._tell(f"{name}: done before, in {run.folder}")
+            return
+        assert record.target_language is not None
+        data, setup = self._prepared(record, self._base_of(record))
+        with claimed(run.folder):
+            pairs, news = data.pairs(record.target_language, "test", source_text=text)
+            self.notes(news, record.target_language)
+            model, collate = load(record.method, setup, run.folder / ADAPTER)
+            model.to(_device())
+            scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
+            if is_main():
+                file = PREDICTIONS if own else PREDICTIONS.replace(".jsonl", f"-{text}.jsonl")
+                write_predictions(run.folder / file, pairs, predictions)
+                metrics.test[setting] = scores
+                write_metrics(run.folder, metrics)
+        self._tell(f"{name}: {summary(scores, Metrics())}")
+
+    def _base_of(self, record: RunRecord) -> Base:
+        """The base that a run began with; a folder inside the experiment is named relative to it."""
+        inside = self.settings.output / record.base
+        if (inside / "config.json").is_file():
+            base = find_base(self.settings.output, str(inside), record.seed)
+            if base.made != record.settings.get("base_date"):
+                raise UserError(
+                    f"{inside} was fine-tuned again after the adapter {record.target_language}/{record.variant} was "
+                    "trained on it; train the adapter anew (flare train --no-resume)"
+                )
+            return base
+        return Base(record.base, record.base, None)
+
+    # --- both -----------------------------------------------------------------------------------------------------
+
+    def _prepared(self, record: RunRecord | None, base: Base) -> tuple[Data, Setup]:
+        """Data and form as in a run, with what was given in their place."""
+        settings = self.settings
+        there = {} if record is None else record.settings
+        known: dict[str, Any] = {
+            "max_length": there.get("max_length"),
+            "padding": there.get("padding") if there.get("family") != "causal" else None,
+            "form": there.get("family"),
+            "metric": there.get("metric"),
+            "label_column": there.get("label_column") if there.get("labels") else None,
+            "text_columns": tuple(there["text_columns"]) if there.get("text_columns") else None,
+        }
+        merged = replace(settings, **{k: v for k, v in known.items() if getattr(settings, k) is None})
+        if settings.quantization is None and record is not None and record.kind == "train":
+            merged = replace(merged, quantization=_quantization(there.get("quantization")))
+        source = settings.source or (record.source_language if record is not None else "english")
+        folder = settings.data or there.get("data")
+        task = task_of(merged, record.task if record is not None else None, there.get("labels"))
+        if folder == task.hub_id:
+            folder = None
+        task = resolve_labels(task, folder, source)
+        setup = prepare(merged, task, base.model)
+        self.notes(setup.notes)
+        return Data(task, folder, source, settings.translations, settings.rows), setup
+
+    def _predict(
+        self,
+        model: Any,
+        collate: Any,
+        setup: Setup,
+        pairs: list[Pair],
+        reads: bool,
+        name: str,
+        record: RunRecord,
+    ) -> tuple[dict[str, float], list[str]]:
+        rows, news = setup.form.eval_rows(pairs, with_source=reads)
+        self.notes(news, name)
+        if record.method == "flare-mt":
+            there, target = record.settings, str(record.target_language)
+            mt = latent_encoder(there["mt_model"], target, there["mt_language"], setup.max_length, _device())
+            rows = add_states(rows, target_texts(pairs), mt, self.settings.output / f".{LATENT}", None)
+        values = training_values({**setup.recipe.training, **record.training_arguments}, {})
+        arguments = training_arguments(values, self.settings.output, record.seed, None, {})
+        batch = self.settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
+        bar = name if self.settings.progress and is_main() else None
+        half = autocast_of(arguments) if _device().type == "cuda" else None
+        scorer = Predictor(setup.form, collate, pairs, rows, batch, half, bar)
+        predictions = scorer(model)
+        self.notes(setup.form.prediction_notes(predictions), name)
+        return scorer.scores(predictions), predictions
+
+    def _tell(self, line: str) -> None:
+        if is_main():
+            self.say(line)
+
+
+def _source_alone(pair: Pair) -> Pair:
+    """The row as the source language has it, with the target's own label or answers where it has none."""
+    assert pair.source is not None
+    source = pair.source
+    truth = replace(source, label=source.label or pair.target.label, answers=source.answers or pair.target.answers)
+    return Pair(truth)
+
+
+def _quantization(there: dict[str, Any] | None) -> str:
+    if not there:
+        return "none"
+    return "nf4" if there.get("load_in_4bit") else "int8"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

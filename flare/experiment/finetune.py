@@ -1,0 +1,169 @@
+"""`flare finetune`: the task is learned in the source language, and the adapter is merged into the base."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import set_seed
+
+from ..baselines import plain_lora
+from ..environment import environment
+from ..tasks import Pair, resolve_labels
+from .callbacks import quiet_libraries
+from .common import adapter_fields, claimed, common_settings, location, now, summary
+from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
+from .methods import collator
+from .predict import Predictor, write_predictions
+from .processes import is_main, wait
+from .records import RunRecord, write_metrics, write_record
+from .run_folder import CHECKPOINTS, open_run
+from .settings import BASE, FinetuneSettings
+from .setup import Data, Notes, Setup, prepare, task_of
+
+ADAPTER = "source-adapter"
+
+
+def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> list[Path]:
+    """Fine-tune one base per seed into OUTPUT/base/seed-N; finished ones are skipped.
+
+    Returns:
+        The bases' folders.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    settings.check()
+    assert settings.model is not None
+    with quiet_libraries():
+        source = settings.source or "english"
+        task = resolve_labels(task_of(settings), settings.data, source)
+        data = Data(task, settings.data, source, rows=settings.rows)
+        setup = prepare(settings, task, settings.model, settings.training)
+        notes = Notes(say if is_main() else lambda line: None)
+        notes(setup.notes)
+        return [_one(settings, seed, data, setup, notes, say) for seed in settings.seeds]
+
+
+def _one(
+    settings: FinetuneSettings, seed: int, data: Data, setup: Setup, notes: Notes, say: Callable[[str], None]
+) -> Path:
+    folder = settings.output / BASE / f"seed-{seed}"
+    adapter = adapter_fields(setup, settings.r, settings.alpha, settings.dropout, settings.target_modules)
+    values = training_values(setup.recipe.training, settings.training)
+    record = RunRecord(
+        kind="finetune",
+        status="running",
+        task=data.task.name,
+        source_language=data.source,
+        target_language=None,
+        method="finetune",
+        variant=BASE,
+        seed=seed,
+        r=None if settings.full else adapter["r"],
+        settings={**common_settings(settings, data, setup), "full": settings.full}
+        | ({} if settings.full else {"adapter": adapter}),
+        training_arguments=values,
+        base=location(settings.model or ""),
+        environment=environment(),
+        date=now(),
+    )
+    name = f"{data.source} base seed {seed}"
+    with claimed(folder) as claim:
+        if claim(lambda: open_run(folder, record, settings.resume, say)) == "done":
+            if is_main():
+                say(f"{name}: done before, in {folder}")
+            return folder
+        metric = data.task.metrics[0]
+        train, valid = _rows(data, "train"), _rows(data, "valid")
+        assert train is not None
+        rows, news = setup.form.train_rows(train, with_source=False)
+        record.data = {"train": len(rows), "valid": len(valid or ()), "test": 0}
+        record.data["notes"] = notes(news, f"{data.source} train") + (
+            [] if valid else notes([f"{data.source} has no valid split: the last checkpoint is used"])
+        )
+        set_seed(seed)
+        model = setup.load_model()
+        if not settings.full:
+            model = plain_lora(model, **adapter)
+        record.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        arguments = training_arguments(values, folder, seed, metric if valid else None, settings.training)
+        batch = settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
+        collate = collator("lora", setup, model)
+
+        def predictor(pairs: list[Pair], shown: str) -> Predictor:
+            made, news = setup.form.eval_rows(pairs, with_source=False)
+            record.data["notes"] += notes(news, f"{data.source} {shown}")
+            bar = f"{name} {shown}" if settings.progress and is_main() else None
+            return Predictor(setup.form, collate, pairs, made, batch, autocast_of(arguments), bar)
+
+        done = fit(
+            model,
+            collate,
+            rows,
+            arguments,
+            folder,
+            name=name,
+            progress=settings.progress,
+            say=say,
+            predictor=predictor(valid, "valid") if valid else None,
+        )
+        device = done.trainer.args.device
+        _save(done.trainer, folder, settings.full)
+        wait()
+        if is_main():
+            add_cost(done)
+            metrics = done.metrics
+            del done, model
+            merged = _merged(setup, folder, settings.full)
+            test = _rows(data, "test", needed=False)
+            if test:
+                scorer = predictor(test, "test")
+                predictions = scorer(merged.to(device))
+                metrics.test["source-language"] = scorer.scores(predictions)
+                record.data["test"] = len(test)
+                write_predictions(folder / "predictions-test.jsonl", test, predictions)
+            setup.tokenizer.save_pretrained(folder)
+            write_metrics(folder, metrics)
+            record.status = "done"
+            write_record(folder, record)
+            shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+            if not settings.keep_checkpoints:
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            say(f"{name}: {summary(metrics.test.get('source-language') or metrics.valid, metrics)}")
+        wait()
+    return folder
+
+
+def _save(trainer: Any, folder: Path, full: bool) -> None:
+    """The trained weights: of an adapter beside the base, to be merged; all of them in the folder itself."""
+    target = folder if full else folder / ADAPTER
+    if trainer.is_fsdp_enabled:
+        trainer.save_model(str(target))
+    elif is_main():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(target)
+
+
+def _merged(setup: Setup, folder: Path, full: bool) -> Any:
+    """The base with the adapter merged in, unquantised, saved as an ordinary transformers model; what stands there."""
+    import transformers
+
+    if not full:
+        base = setup.load_model(quantized=False)
+        merged = PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload()
+        merged.save_pretrained(folder)
+    # read back: what is scored is what the adapters will begin with
+    model = getattr(transformers, setup.form.auto_class).from_pretrained(folder, dtype=setup.recipe.dtype)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = setup.tokenizer.pad_token_id
+    return model
+
+
+def _rows(data: Data, split: str, needed: bool = True) -> list[Pair] | None:
+    """The source language's own rows of a split; None where there is none and none is needed."""
+    if (split == "valid" or not needed) and not data.has(data.source, split):
+        return None
+    return data.pairs(data.source, split)[0]

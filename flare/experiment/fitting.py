@@ -1,0 +1,216 @@
+"""One training: arguments, checkpoints chosen on the validation split, resuming, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import UserError
+from ..measure import StepTimer
+from ..trainer import FlareTrainer
+from .callbacks import Bar, Clock, Log, Timing, measure_step, quiet
+from .predict import Predictor
+from .processes import is_main, on_main
+from .records import Metrics
+from .run_folder import CHECKPOINTS, last_checkpoint
+
+_TIMER_WARM_UP = 3
+_KEPT = 2  # checkpoints: the best, and the newest to go on from
+# The user's way to say it -> the recipe's, which then must not be passed as well.
+_REPLACES = {"warmup_ratio": "warmup_steps", "fp16": "bf16"}
+
+
+class ExperimentTrainer(FlareTrainer):
+    """FlareTrainer that evaluates by the task's own metrics, by generation where the model writes its answer.
+
+    Args:
+        predictor: of the validation split; None: checkpoints are not evaluated.
+        groups: for rows of which only some have a source: whether each has one. A batch never mixes the two.
+    """
+
+    def __init__(
+        self, *args: Any, predictor: Predictor | None = None, groups: Sequence[bool] | None = None, **kwargs: Any
+    ) -> None:
+        self.predictor = predictor
+        self.groups = groups
+        super().__init__(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The task's metrics on the validation split, logged."""
+        assert self.predictor is not None
+        scores = self.predictor.scores(self.predictor(self.model))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.groups is None:
+            return super()._get_train_sampler(train_dataset)
+        return GroupSampler(self.groups, self.args.per_device_train_batch_size, self.args.seed)
+
+
+class GroupSampler(torch.utils.data.Sampler[int]):
+    """Rows in random order such that every batch is of one group.
+
+    Args:
+        groups: the group of each row; how many rows are True must be a multiple of `batch_size`.
+        batch_size: rows per batch.
+        seed: with the epoch, it decides about the order.
+    """
+
+    def __init__(self, groups: Sequence[bool], batch_size: int, seed: int) -> None:
+        self.groups, self.batch_size, self.seed = list(groups), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of the epoch that begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self.groups), generator=generator).tolist()
+        size = self.batch_size
+        whole, rest = [], []
+        for wanted in (True, False):
+            rows = [row for row in order if self.groups[row] == wanted]
+            end = len(rows) - len(rows) % size
+            whole += [rows[first : first + size] for first in range(0, end, size)]
+            rest += rows[end:]
+        for batch in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[batch]
+        yield from rest
+
+
+@dataclass
+class Fit:
+    """A finished training: the trainer (with the chosen weights) and its metrics so far."""
+
+    trainer: ExperimentTrainer
+    metrics: Metrics
+
+
+def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """TrainingArguments' fields of a recipe, with the user's in their place."""
+    values = dict(recipe)
+    for name in given:
+        values.pop(_REPLACES.get(name, ""), None)
+    if "per_device_train_batch_size" in given:
+        values.pop("gradient_accumulation_steps", None)  # a batch size that was given is the whole of it
+    return {**values, **given}
+
+
+def training_arguments(
+    values: Mapping[str, Any], folder: Path, seed: int, metric: str | None, given: Mapping[str, Any]
+) -> TrainingArguments:
+    """TrainingArguments of a run: a checkpoint each epoch, or as the user says; the best one is loaded at the end.
+
+    Args:
+        values: of :func:`training_values`.
+        folder: the run's.
+        seed: of everything.
+        metric: what checkpoints are chosen by; None: there is no validation split.
+        given: what the user gave.
+
+    Raises:
+        UserError: values that do not fit together.
+    """
+    own: dict[str, Any] = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "epoch" if "logging_steps" not in given else "steps",
+        "save_total_limit": _KEPT,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+    }
+    steps = "save_steps" in given or "eval_steps" in given
+    own["save_strategy"] = given.get("eval_strategy", "steps" if steps else "epoch")
+    if metric is not None:
+        strategy = given.get("save_strategy", own["save_strategy"])
+        own["eval_strategy"] = "steps" if strategy == "steps" else "epoch"
+        if strategy == "steps":
+            every = given.get("eval_steps", given.get("save_steps", 500))
+            own |= {"eval_steps": every, "save_steps": every}
+        own |= {"metric_for_best_model": metric, "greater_is_better": True, "load_best_model_at_end": True}
+    elif given.get("eval_strategy", "no") != "no" or "eval_steps" in given:
+        raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have none")
+    merged = {**own, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
+    try:
+        return TrainingArguments(**merged)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"these training arguments do not work: {error}") from error
+
+
+def autocast_of(arguments: TrainingArguments) -> torch.dtype | None:
+    """The dtype of mixed precision that a training uses, for predictions outside of it."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+
+
+def fit(
+    model: Any,
+    collator: Any,
+    rows: Sequence[dict[str, Any]],
+    arguments: TrainingArguments,
+    folder: Path,
+    *,
+    name: str,
+    progress: bool,
+    say: Callable[[str], None],
+    predictor: Predictor | None = None,
+    groups: Sequence[bool] | None = None,
+) -> Fit:
+    """Train, or go on from the last whole checkpoint; afterwards the model holds the weights that were chosen.
+
+    Raises:
+        UserError: no rows, or values that the trainer refuses.
+    """
+    if not rows:
+        raise UserError(f"{name}: no row is left to train on")
+    timer = StepTimer(_TIMER_WARM_UP)
+    clock = Clock(timer)
+    try:
+        trainer = ExperimentTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(rows),
+            eval_dataset=None if predictor is None else list(predictor.rows),
+            data_collator=collator,
+            predictor=predictor,
+            groups=groups,
+        )
+    except ValueError as error:
+        raise UserError(f"these training arguments do not work: {error}") from error
+    timer.device = arguments.device
+    quiet(trainer, Bar(name, progress), Timing(timer), clock, Log(folder / "log.jsonl"))
+    checkpoint = on_main(lambda: last_checkpoint(folder, say))
+    if checkpoint is not None and is_main():
+        say(f"{name}: goes on from step {checkpoint.name.rpartition('-')[2]}")
+    cuda = arguments.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(arguments.device)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = Metrics(train_seconds=round(clock.seconds, 3), seconds_per_step=timer.median)
+    metrics.steps = trainer.state.global_step
+    metrics.best_checkpoint = trainer.state.best_global_step if predictor is not None else trainer.state.global_step
+    if cuda:
+        metrics.peak_bytes, metrics.peak_kind = torch.cuda.max_memory_allocated(arguments.device), "cuda peak"
+    if predictor is not None:
+        metrics.valid = predictor.scores(predictor(trainer.model))
+    return Fit(trainer, metrics)
+
+
+def add_cost(done: Fit) -> None:
+    """Measure the peak of one more step where fit could not. It changes the weights: call it when all is saved."""
+    if done.metrics.peak_kind is None:
+        done.metrics.peak_bytes, _ = measure_step(done.trainer)
+        done.metrics.peak_kind = "live tensors"

@@ -1,0 +1,230 @@
+"""Settings that come as flags and as YAML: one table of options makes both.
+
+A settings class is a dataclass whose fields are made by :func:`option`; the field's name is the YAML key and, with
+dashes, the flag. What is given on the command line wins over the file. Whatever is no option of ours is a field of
+transformers.TrainingArguments, or an error that names the nearest ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..yaml_files import YamlLoader
+
+#: Short forms -> TrainingArguments' fields.
+SHORT = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "lr": "learning_rate"}
+#: TrainingArguments' fields that are ours to set, and what to use instead.
+REFUSED = {
+    "output_dir": "the folder is --output's",
+    "seed": "use --seeds",
+    "data_seed": "use --seeds",
+    "do_train": "the command says what is done",
+    "do_eval": "checkpoints are evaluated where the data have a valid split",
+    "do_predict": "flare evaluate does it",
+    "resume_from_checkpoint": "an unfinished run goes on by itself (--no-resume starts anew)",
+    "metric_for_best_model": "use --metric",
+    "greater_is_better": "every metric here is better when it is greater",
+    "load_best_model_at_end": "the best checkpoint is chosen wherever the data have a valid split",
+    "remove_unused_columns": "both texts are needed",
+    "disable_tqdm": "use --no-progress",
+    "label_names": "the task knows its labels",
+    "save_only_model": "a run could not be resumed",
+    "push_to_hub": "push the finished adapter folder by hand",
+    "generation_config": "answers are generated greedily",
+    "predict_with_generate": "decoders are always scored by generation",
+    "use_legacy_prediction_loop": "evaluation is the command's own",
+}
+
+_NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float}
+
+
+def option(kind: str, help: str, default: Any = None, choices: Sequence[str] | None = None, metavar: str = "") -> Any:
+    """A field of a settings class.
+
+    kind: "str", "int", "float", "path", "bool", "map" (KEY=VALUE ...), or a plural ("strs", "ints") for several values.
+    """
+    shown = {"kind": kind, "help": help, "choices": choices, "metavar": metavar}
+    return field(default_factory=dict, metadata=shown) if kind == "map" else field(default=default, metadata=shown)
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool) -> None:
+    """Put the options of a settings class into a parser; what is not given does not appear in the result."""
+    group = parser.add_argument_group("options")
+    for one in fields(kind):
+        if "kind" not in one.metadata:
+            continue
+        wanted, shown = one.metadata["kind"], one.metadata
+        more: dict[str, Any] = {"help": shown["help"], "default": argparse.SUPPRESS, "dest": one.name}
+        if wanted == "bool":
+            group.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **more)
+            continue
+        if wanted in ("strs", "ints", "map"):
+            more["nargs"] = "+"
+        metavar = shown["metavar"] or {"int": "N", "ints": "N", "float": "X", "map": "KEY=VALUE", "path": "DIR"}.get(
+            wanted, one.name.upper()
+        )
+        if shown["choices"] is None:
+            more["metavar"] = metavar
+        else:
+            more["choices"] = list(shown["choices"])
+        group.add_argument(flag(one.name), type=_NUMBERS.get(wanted.removesuffix("s"), str), **more)
+    group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of these; flags win")
+    if training:
+        train = parser.add_argument_group(
+            "training", "and every flag of transformers.TrainingArguments, such as --warmup_steps 0.1 or --weight-decay"
+        )
+        for short, name in SHORT.items():
+            number = int if short == "batch_size" else float
+            train.add_argument(flag(short), type=number, default=argparse.SUPPRESS, metavar="N", help=name)
+
+
+def read_settings(kind: type[Any], given: Mapping[str, Any], rest: Sequence[str] = ()) -> Any:
+    """A settings object from parsed flags, the YAML file they name, and flags that are TrainingArguments'.
+
+    Args:
+        kind: a class with :func:`option` fields; one with a field ``training`` takes TrainingArguments.
+        given: what :func:`add_options` parsed.
+        rest: flags that are none of ours, with their values, as they stood on the command line.
+
+    Raises:
+        UserError: an unknown name, a value of another kind, a file that cannot be read.
+    """
+    known = {one.name: one.metadata for one in fields(kind) if "kind" in one.metadata}
+    trains = any(one.name == "training" for one in fields(kind))
+    values = dict(given)
+    file = values.pop("config", None)
+    from_file = {name.replace("-", "_"): value for name, value in _read_yaml(file).items()} if file else {}
+    training: dict[str, Any] = {}
+    for name in [name for name in from_file if name not in known]:
+        training[SHORT.get(name, name)] = from_file.pop(name)
+    named = f"{file}: " if file else ""
+    if training:
+        _check_training(training, trains, known, lambda name: f"{named}{name}")
+    for name in [name for name in values if name in SHORT and name not in known]:
+        training[SHORT[name]] = values.pop(name)
+    if rest:
+        parsed = _parse_training(rest, trains, known)
+        _check_training(parsed, trains, known, flag)
+        training.update(parsed)
+    merged = {name: _convert(value, known[name], f"{named}{name}") for name, value in from_file.items()}
+    for name, value in values.items():
+        converted = _convert(value, known[name], flag(name))
+        merged[name] = {**merged.get(name, {}), **converted} if known[name]["kind"] == "map" else converted
+    if trains:
+        merged["training"] = training
+    return kind(**merged)
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    path = Path(file).expanduser()
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file} cannot be read: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"--config {file} must hold names and values, such as 'task: nusax'")
+    return content
+
+
+def _convert(value: Any, shown: Mapping[str, Any], where: str) -> Any:
+    """A value as its option's kind; lists may be given as one value."""
+    wanted = shown["kind"]
+    if value is None:
+        return {} if wanted == "map" else None
+    if wanted == "map":
+        return _mapping(value, where)
+    if wanted in ("strs", "ints"):
+        many = value if isinstance(value, list | tuple) else [value]
+        if not many:
+            raise UserError(f"{where}: one or more values are needed")
+        made = tuple(_convert(one, {**shown, "kind": wanted.removesuffix("s")}, where) for one in many)
+        if len(set(made)) < len(made):
+            raise UserError(f"{where}: a value stands there twice: {', '.join(map(str, made))}")
+        return made
+    if wanted == "bool":
+        if not isinstance(value, bool):
+            raise UserError(f"{where} must be true or false; got {value!r}")
+        return value
+    if isinstance(value, list | tuple | dict | bool):
+        raise UserError(f"{where} takes one value; got {value!r}")
+    if wanted in _NUMBERS:
+        try:
+            number = _NUMBERS[wanted](value)
+        except ValueError:
+            number = None
+        if number is None or float(number) != float(value):
+            raise UserError(f"{where} must be {'a whole number' if wanted == 'int' else 'a number'}; got {value!r}")
+        return number
+    if shown["choices"] is not None and str(value) not in shown["choices"]:
+        raise UserError(f"{where} must be one of {', '.join(shown['choices'])}; got {value!r}")
+    return Path(str(value)).expanduser() if wanted == "path" else str(value)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return dict(value)
+    made = {}
+    for item in value:
+        name, equals, text = str(item).partition("=")
+        if not equals or not name:
+            raise UserError(f"{where} takes KEY=VALUE; got {item!r}")
+        made[name.replace("-", "_")] = yaml.load(text, YamlLoader)
+    return made
+
+
+def _parse_training(rest: Sequence[str], trains: bool, known: Mapping[str, Any]) -> dict[str, Any]:
+    """TrainingArguments' flags that were given, converted; defaults are left out."""
+    unknown = next((word for word in rest if word.startswith("-")), rest[0])
+    if not trains:
+        raise UserError(f"{unknown} is not known; {_nearest(unknown, [flag(name) for name in known])}")
+    from transformers import HfArgumentParser, TrainingArguments
+
+    class Parser(HfArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> Any:
+            raise UserError(message)
+
+    parser = Parser(TrainingArguments, add_help=False, allow_abbrev=False)
+    names = [one.name for one in fields(TrainingArguments) if one.init]
+    not_given = object()  # argparse.SUPPRESS would come out as a value
+    parser.set_defaults(**dict.fromkeys(names, not_given))
+    found, left = parser.parse_known_args(list(rest))
+    if left:
+        unknown = next((word for word in left if word.startswith("-")), left[0])
+        raise UserError(f"{unknown} is not known; {_nearest(unknown, [flag(name) for name in [*known, *names]])}")
+    return {name: value for name, value in vars(found).items() if value is not not_given}
+
+
+def _check_training(
+    training: Mapping[str, Any], trains: bool, known: Mapping[str, Any], spelt: Callable[[str], str]
+) -> None:
+    if not trains:
+        name = next(iter(training))
+        raise UserError(f"{spelt(name)} is not known; {_nearest(name, list(known))}")
+    from transformers import TrainingArguments
+
+    names = {one.name for one in fields(TrainingArguments) if one.init}
+    for name in training:
+        if name in REFUSED:
+            raise UserError(f"{spelt(name)} cannot be given: {REFUSED[name]}")
+        if name not in names:
+            raise UserError(f"{spelt(name)} is not known; {_nearest(name, [*known, *names])}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.partition("=")[0], names, 3)
+    return f"did you mean {' or '.join(near)}?" if near else "--help lists the options"

@@ -1,0 +1,151 @@
+"""The folder of one run: begun anew, gone on with, skipped because it is finished, or refused.
+
+Nothing that is there is ever written over: a folder that holds another run or somebody's files is an error, and a run
+that is started anew moves to earlier-N beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .records import EARLIER, RUN_FILE, RunRecord, read_record, write_json, write_record
+
+CHECKPOINTS = "checkpoints"
+STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes
+LOCK_FILE = ".lock"
+# These change nothing about what comes out.
+_FREE = {
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "log_level",
+    "log_level_replica",
+    "logging_dir",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "run_name",
+    "save_total_limit",
+}
+_IDENTITY = ("kind", "task", "source_language", "target_language", "method", "seed", "fusion", "r", "base")
+_IDENTITY_TEXT = ("source_text", "target_text")
+
+
+def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str], None]) -> str:
+    """Claim a folder for a run: "new" (its run.json is written), "unfinished" (the same run, to go on with) or "done".
+
+    Raises:
+        UserError: the folder holds a run with other settings, or files that are no run's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --output")
+    if not (folder / RUN_FILE).is_file():
+        ours = (LOCK_FILE, f".{RUN_FILE}.")
+        foreign = (
+            sorted(one.name for one in folder.iterdir() if not one.name.startswith(ours)) if folder.is_dir() else []
+        )
+        if foreign:
+            shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+            raise UserError(
+                f"{folder} holds {shown} and no run.json, so it is no run of flare; nothing there was touched: choose "
+                "another --output, or move it away"
+            )
+        write_record(folder, record)
+        return "new"
+    if not resume:
+        kept = make_room(folder)
+        say(f"{folder}: started anew, the earlier run is in {kept}")
+        write_record(folder, record)
+        return "new"
+    there = read_record(folder)
+    differing = differences(there, record)
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run another name (--name) or "
+            "folder (--output), or start it anew with --no-resume, which keeps the old one beside it"
+        )
+    return "done" if there.done else "unfinished"
+
+
+def differences(there: RunRecord, now: RunRecord) -> list[str]:
+    """What decides about a result and differs, in words."""
+    found = []
+    # through JSON, as what is read from the file was
+    now = RunRecord(**json.loads(json.dumps(vars(now), default=str)))
+    for name in (*_IDENTITY, *_IDENTITY_TEXT):
+        if getattr(there, name) != getattr(now, name):
+            found.append(f"{name} is {_shown(getattr(there, name))} there and {_shown(getattr(now, name))} now")
+    for part in ("settings", "training_arguments"):
+        one, other = getattr(there, part), getattr(now, part)
+        for name in sorted({*one, *other} - _FREE):
+            if one.get(name) != other.get(name):
+                found.append(f"{name} is {_shown(one.get(name))} there and {_shown(other.get(name))} now")
+    return found
+
+
+def make_room(folder: Path) -> Path:
+    """Move a run's folder to earlier-N/<its name> beside it; returns where it is now."""
+    number = 1
+    while (folder.parent / f"{EARLIER}{number}" / folder.name).exists():
+        number += 1
+    kept = folder.parent / f"{EARLIER}{number}" / folder.name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(kept)
+    return kept
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run's folder; the lock dies with the process.
+
+    Raises:
+        UserError: another process works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run; one that was cut off while it was written is removed."""
+    found = []
+    for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        if not step.isdigit():
+            continue
+        try:
+            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            say(f"{path} was cut off while it was written; it is removed")
+            shutil.rmtree(path)
+            continue
+        found.append((int(step), path, state))
+    if not found:
+        return None
+    _, path, state = max(found, key=lambda one: one[0])
+    best = state.get("best_model_checkpoint")
+    if best and Path(best) != path.parent / Path(best).name:
+        # the folder was moved since
+        state["best_model_checkpoint"] = str(path.parent / Path(best).name)
+        write_json(path / STATE_FILE, state)
+    return path
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else "not given" if value is None else json.dumps(value)

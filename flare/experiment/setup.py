@@ -1,0 +1,160 @@
+"""What every command needs before a model is loaded: the task, the paper's recipe, tokenizer, form and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..recipes import Recipe
+from ..tasks import Pair, Task, get_task, has_split, load_pairs, make_form, read_split
+from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
+from .settings import Settings
+
+Say = Callable[[str], None]
+
+
+class Notes:
+    """Says every note once, and keeps them for run.json."""
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+        self._said: set[str] = set()
+
+    def __call__(self, notes: Sequence[str], where: str = "") -> list[str]:
+        """Say what was not said before; returns the notes with `where` in front."""
+        full = [f"{where}: {note}" if where else note for note in notes]
+        for note in full:
+            if note not in self._said:
+                self._said.add(note)
+                self.say(note)
+        return full
+
+
+@dataclass
+class Data:
+    """The rows of a task; the pairs of one target language are kept until another one is asked for.
+
+    folder: as load_pairs takes it; None: the task's data set on the hub.
+    """
+
+    task: Task
+    folder: str | None
+    source: str
+    translations: Path | None = None
+    rows: int | None = None
+    _kept: dict[tuple[Any, ...], tuple[list[Pair], list[str]]] = field(default_factory=dict)
+
+    def pairs(
+        self, target: str, split: str, *, target_text: str = "gold", source_text: str | None = None
+    ) -> tuple[list[Pair], list[str]]:
+        """Pairs of a split and the notes about them.
+
+        Raises:
+            UserError: the split is missing, empty, damaged, or does not align.
+        """
+        key = (target, split, target_text, source_text)
+        if key not in self._kept:
+            if any(other[0] != target for other in self._kept):
+                self._kept.clear()
+            self._kept[key] = load_pairs(
+                self.task,
+                self.folder,
+                self.source,
+                target,
+                split,
+                translations=self.translations,
+                target_text=target_text,
+                source_text=source_text,
+                limit=self.rows,
+            )
+        return self._kept[key]
+
+    def has(self, language: str, split: str) -> bool:
+        """Whether a language has a split."""
+        return has_split(self.task, self.folder, language, split)
+
+    def check_languages(self, targets: Sequence[str]) -> None:
+        """Raise UserError where a target lacks its training or test rows, before anything is trained."""
+        for target in targets:
+            for split in ("train", "test"):
+                if not self.has(target, split):
+                    read_split(self.task, self.folder, target, split)  # says what is there
+
+    def sizes(self, **splits: Sequence[Any] | None) -> dict[str, int]:
+        return {name: len(rows) for name, rows in splits.items() if rows is not None}
+
+
+@dataclass
+class Setup:
+    """A model's kind, the recipe for it, its tokenizer, and the form in which it reads the task."""
+
+    model: str
+    family: str
+    recipe: Recipe
+    tokenizer: Any
+    form: Any
+    max_length: int
+    notes: list[str]
+
+    @property
+    def batches(self) -> dict[str, Any]:
+        """FlareDataCollator's options.
+
+        Prompts and answers of causal rows are aligned, which can take more than max_length: these are padded to the
+        batch's own width.
+        """
+        if self.form.layout == "causal":
+            return {"layout": "causal", "padding": "longest"}
+        return {"layout": self.form.layout, "padding": self.recipe.batches["padding"], "max_length": self.max_length}
+
+    def load_model(self, quantized: bool = True) -> Any:
+        """The base model, ready for adapters; ``quantized=False`` leaves it in 16 or 32 bits.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
+        try:
+            return recipe.base_model(self.model, self.tokenizer)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"model {self.model} cannot be loaded as {self.form.auto_class}: {error}") from error
+
+
+def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] | None = None) -> Task:
+    """The task that the settings name; `labels` where they are known from a run."""
+    named = settings.task or name
+    if named is None:
+        raise UserError("--task is missing: nusax, xnli, tydiqa, or classification and qa for data of your own")
+    return get_task(
+        named,
+        text_columns=settings.text_columns,
+        label_column=settings.label_column,
+        labels=settings.labels or labels,
+        metric=settings.metric,
+        max_length=settings.max_length,
+    )
+
+
+def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | None = None) -> Setup:
+    """Recipe, tokenizer and form for a model.
+
+    Args:
+        given: TrainingArguments' fields that the user gave.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be used.
+    """
+    kind = kind_of(model, settings.form)
+    recipe, notes = for_this_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
+    if settings.padding is not None:
+        recipe = replace(recipe, batches={**recipe.batches, "padding": settings.padding})
+    try:
+        tokenizer = recipe.tokenizer_of(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model}: its tokenizer cannot be loaded: {error}") from error
+    form = make_form(task, tokenizer, kind.family, task.max_length)
+    recipe = with_auto_class(recipe, form.auto_class, form.model_options)
+    return Setup(model, kind.family, recipe, tokenizer, form, task.max_length, notes)

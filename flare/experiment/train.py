@@ -1,0 +1,348 @@
+"""`flare train`: every method on every target language and seed, from one fine-tuned base."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from ..environment import environment
+from ..errors import UserError
+from ..tasks import Pair, resolve_labels
+from .base import Base, find_base
+from .bottleneck import bottleneck_sizes
+from .callbacks import quiet_libraries
+from .common import adapter_fields, claimed, common_settings, now, summary
+from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
+from .latent_rows import add_states, latent_encoder, target_texts
+from .methods import READS_SOURCE, build, variant_name
+from .predict import Predictor, write_predictions
+from .processes import is_main, wait
+from .provenance import read_provenance
+from .records import RunRecord, write_metrics, write_record
+from .run_folder import CHECKPOINTS, open_run
+from .settings import TrainSettings
+from .setup import Data, Notes, Setup, prepare, task_of
+
+ADAPTER = "adapter"
+PREDICTIONS = "predictions-test.jsonl"
+LATENT = "latent-states"
+_BOTTLENECK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of the grid. source_text and target_text are what its method reads."""
+
+    target: str
+    method: str
+    fusion: str | None
+    r: int | None
+    seed: int
+    variant: str
+    source_text: str | None
+    target_text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} {self.variant} seed {self.seed}"
+
+    @property
+    def train_source(self) -> str | None:
+        """The source text in training: machine-translated target text is a translation of the gold source."""
+        return "gold" if self.source_text is not None and self.target_text == "mt" else self.source_text
+
+
+def plans(settings: TrainSettings) -> list[Plan]:
+    """Every run of the grid: languages, then seeds, then methods."""
+    made = []
+    for target in settings.target or ():
+        for seed in settings.seeds:
+            for method, fusion, r in settings.variants():
+                source = settings.source_text if method in READS_SOURCE else None
+                name = settings.name or variant_name(
+                    method,
+                    fusion,
+                    r if r != 64 else None,
+                    source_text=source,
+                    target_text=settings.target_text,
+                    train_only=settings.train_only_fusion,
+                )
+                made.append(Plan(target, method, fusion, r, seed, name, source, settings.target_text))
+    return made
+
+
+def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> list[Path]:
+    """Train the whole grid into OUTPUT/<target>/<variant>/seed-N; finished runs are skipped, unfinished ones go on.
+
+    Returns:
+        The runs' folders.
+
+    Raises:
+        UserError: something the user can mend; runs that are finished by then stay.
+    """
+    settings.check()
+    grid = plans(settings)
+    with quiet_libraries():
+        bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
+        labels = _check_bases(settings, bases)
+        task = resolve_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
+        data = Data(task, settings.data, settings.source_language, settings.translations, settings.rows)
+        data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
+        notes = Notes(say if is_main() else lambda line: None)
+        folders = []
+        for plan in grid:
+            base = bases[plan.seed]
+            setup = prepare(settings, task, base.model, settings.training)
+            notes(setup.notes)
+            folders.append(_Run(settings, plan, base, data, setup, notes, say).run())
+    return folders
+
+
+def _check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, ...] | None:
+    """The labels the bases were fine-tuned on; UserError where it was another task or language."""
+    labels = None
+    for base in bases.values():
+        record = base.record
+        if record is None:
+            continue
+        for name, there, now_ in (
+            ("task", record.task, settings.task),
+            ("source", record.source_language, settings.source_language),
+        ):
+            if there != now_:
+                raise UserError(
+                    f"the base {base.model} was fine-tuned with --{name} {there}; --{name} {now_} needs a base of its "
+                    "own (flare finetune with another --output)"
+                )
+        labels = tuple(record.settings.get("labels") or ()) or None
+        if settings.labels is not None and labels is not None and settings.labels != labels:
+            raise UserError(f"--labels: the base {base.model} was fine-tuned on {', '.join(labels)}, in this order")
+    return labels
+
+
+class _Run:
+    """One run from its folder to its last file."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        plan: Plan,
+        base: Base,
+        data: Data,
+        setup: Setup,
+        notes: Notes,
+        say: Callable[[str], None],
+    ) -> None:
+        self.settings, self.plan, self.base, self.data, self.setup = settings, plan, base, data, setup
+        self.notes, self.say = notes, say
+        self.folder = settings.output / plan.target / plan.variant / f"seed-{plan.seed}"
+        self.values = training_values(setup.recipe.training, settings.training)
+        self.adapter = adapter_fields(
+            setup, plan.r, settings.alpha, settings.dropout, settings.target_modules, settings.adapter
+        )
+        self.latent: Any = None
+
+    def run(self) -> Path:
+        """Train and evaluate, unless it is done; returns the folder."""
+        record = self._record()
+        with claimed(self.folder) as claim:
+            state = claim(lambda: open_run(self.folder, record, self.settings.resume, self.say))
+            if state == "done":
+                if is_main():
+                    self.say(f"{self.plan.name}: done before, in {self.folder}")
+            else:
+                self._train(record)
+            wait()
+        return self.folder
+
+    def _record(self) -> RunRecord:
+        plan, settings = self.plan, self.settings
+        own: dict[str, Any] = {"adapter": self.adapter, "base_date": self.base.made}
+        if plan.method == "flare-mt":
+            own |= {"mt_model": settings.mt_model, "mt_language": settings.mt_language}
+        if plan.method == "x-mixup":
+            own["mixup_layer"] = settings.mixup_layer
+        if settings.train_only_fusion:
+            own["train_only_fusion"] = True
+        if "mt" in (plan.source_text, plan.target_text):
+            own["translations"] = str(settings.translations)
+        return RunRecord(
+            kind="train",
+            status="running",
+            task=self.data.task.name,
+            source_language=self.data.source,
+            target_language=plan.target,
+            method=plan.method,
+            variant=plan.variant,
+            seed=plan.seed,
+            fusion=plan.fusion,
+            r=self.adapter["r"],
+            source_text=plan.source_text,
+            target_text=plan.target_text,
+            settings={**common_settings(settings, self.data, self.setup), **own},
+            training_arguments=self.values,
+            base=self.base.shown,
+            environment=environment(),
+            date=now(),
+        )
+
+    def _train(self, record: RunRecord) -> None:
+        plan, settings, setup = self.plan, self.settings, self.setup
+        with_source = plan.source_text is not None
+        train, news = self.data.pairs(plan.target, "train", target_text=plan.target_text, source_text=plan.train_source)
+        texts = (plan.source_text, plan.target_text)
+        translation = read_provenance(settings.translations, self.data.source, plan.target, texts)
+        record.data = {"notes": self.notes(news, plan.target), "translation": translation}
+        valid = self._valid(record)
+        test = None
+        if settings.test:
+            test, news = self.data.pairs(plan.target, "test", source_text=plan.source_text)
+            record.data["notes"] += self.notes(news, plan.target)
+        groups = None
+        if settings.train_only_fusion:
+            rows, groups = self._half(train, record)
+        else:
+            rows = self._rows(train, "train", with_source, record, training=True)
+        set_seed(plan.seed)
+        model, collate = build(
+            plan.method,
+            setup,
+            self.adapter,
+            fusion=plan.fusion,
+            latent_dim=None if self.latent is None else self.latent.latent_dim,
+            mixup_layer=settings.mixup_layer,
+        )
+        record.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        record.data |= {"train": len(rows), "valid": len(valid or ()), "test": len(test or ())}
+        metric = self.data.task.metrics[0] if valid else None
+        arguments = training_arguments(self.values, self.folder, plan.seed, metric, settings.training)
+        batch = settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
+        half = autocast_of(arguments)
+        reads = with_source and not settings.train_only_fusion
+
+        def predictor(pairs: list[Pair], split: str) -> Predictor:
+            made = self._rows(pairs, split, reads, record)
+            return Predictor(setup.form, collate, pairs, made, batch, half, self._bar(split))
+
+        if settings.train_only_fusion:  # it is meant
+            warnings.filterwarnings("ignore", "A fusing adapter was trained without a source")
+        done = fit(
+            model,
+            collate,
+            rows,
+            arguments,
+            self.folder,
+            name=plan.name,
+            progress=settings.progress,
+            say=self.say,
+            predictor=predictor(valid, "valid") if valid else None,
+            groups=groups,
+        )
+        trainer = done.trainer
+        if trainer.is_fsdp_enabled:
+            trainer.save_model(str(self.folder / ADAPTER))
+        elif is_main():
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(self.folder / ADAPTER)
+        if test:
+            scorer = predictor(test, "test")
+            predictions = scorer(trainer.model)
+            done.metrics.test["translate-train"] = scorer.scores(predictions)
+            record.data["notes"] += self.notes(setup.form.prediction_notes(predictions), f"{plan.name} test")
+            if is_main():
+                write_predictions(self.folder / PREDICTIONS, test, predictions)
+            if (plan.fusion is not None and reads) or plan.method == "flare-mt":
+                some = self._rows(test[:_BOTTLENECK_ROWS], "test", reads, record, training=True, quietly=True)
+                done.metrics.bottleneck = bottleneck_sizes(trainer.model, collate, some, batch, half)
+        if is_main():
+            add_cost(done)
+            write_metrics(self.folder, done.metrics)
+            record.status = "done"
+            write_record(self.folder, record)
+            if not settings.keep_checkpoints:
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(self.folder / LATENT, ignore_errors=True)
+            scores = done.metrics.test.get("translate-train") or done.metrics.valid
+            self.say(f"{plan.name}: {summary(scores, done.metrics)}")
+
+    def _valid(self, record: RunRecord) -> list[Pair] | None:
+        """Validation pairs: as the training's, or None where there are none."""
+        plan = self.plan
+        language = self.data.source if plan.target_text == "mt" else plan.target
+        if not self.data.has(language, "valid"):
+            missing = [f"{language} has no valid split: the last checkpoint is used"]
+            record.data["notes"] += self.notes(missing)
+            return None
+        source = None if self.settings.train_only_fusion else plan.train_source
+        pairs, news = self.data.pairs(plan.target, "valid", target_text=plan.target_text, source_text=source)
+        record.data["notes"] += self.notes(news, plan.target)
+        return pairs
+
+    def _rows(
+        self,
+        pairs: list[Pair],
+        split: str,
+        with_source: bool,
+        record: RunRecord,
+        training: bool = False,
+        quietly: bool = False,
+    ) -> list[dict[str, Any]]:
+        """A split's rows in the form, with FLARE MT's states where the method reads them."""
+        make = self.setup.form.train_rows if training else self.setup.form.eval_rows
+        rows, news = make(pairs, with_source=with_source)
+        if not quietly:
+            record.data["notes"] += self.notes(news, f"{self.plan.target} {split}")
+        if self.plan.method != "flare-mt":
+            return rows  # type: ignore[no-any-return]
+        if self.latent is None:
+            assert self.settings.mt_model is not None
+            device = "cuda" if _cuda() else "cpu"
+            self.latent = latent_encoder(
+                self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, device
+            )
+        if len(rows) == len(pairs):
+            kept = pairs
+        else:  # some were left out: which ones, a row at a time tells
+            kept = [pair for pair in pairs if make([pair], with_source=with_source)[0]]
+        file = self.folder / LATENT / f"{split}{'-answers' if training else ''}.float32"
+        return add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
+
+    def _half(self, train: list[Pair], record: RunRecord) -> tuple[list[dict[str, Any]], list[bool]]:
+        """Rows of which half have a source, chosen by the seed, as many as whole batches; and which ones have."""
+        size = int(self.values.get("per_device_train_batch_size", 8))
+        chosen = size * round(len(train) / 2 / size)
+        if not 0 < chosen < len(train):
+            raise UserError(
+                f"--train-only-fusion: {len(train)} rows make no two batches of {size}, one with and one without a "
+                "source; use a smaller --batch-size"
+            )
+        order = list(range(len(train)))
+        random.Random(self.plan.seed).shuffle(order)
+        fused = set(order[:chosen])
+        rows, groups = [], []
+        for wanted in (True, False):
+            pairs = [pair for index, pair in enumerate(train) if (index in fused) == wanted]
+            made = self._rows(pairs, "train", wanted, record, training=True)
+            if wanted and len(made) % size:
+                made = made[: len(made) - len(made) % size]
+            rows += made
+            groups += [wanted] * len(made)
+        record.data["notes"] += self.notes(
+            [f"{sum(groups)} of {len(rows)} training rows have a source"], self.plan.target
+        )
+        return rows, groups
+
+    def _bar(self, what: str) -> str | None:
+        return f"{self.plan.name} {what}" if self.settings.progress and is_main() else None
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

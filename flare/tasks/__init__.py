@@ -1,0 +1,45 @@
+"""The tasks of the paper and your own: examples, languages, reading and pairing, forms for a model, metrics.
+
+task = get_task("nusax")
+pairs, notes = load_pairs(task, "data", "english", "acehnese", "train")
+form = make_form(task, tokenizer, "encoder")
+rows, notes = form.train_rows(pairs, with_source=True)      # for flare.FlareDataCollator
+"""
+
+from .alignment import align
+from .errors import DataError
+from .examples import Answer, Example, Pair
+from .files import write_split
+from .form import Form, score
+from .forms import FAMILIES, make_form
+from .languages import LANGUAGES, NLLB_TAGS, Language, data_set_code, language, nllb_code
+from .pairs import load_pairs, read_translation
+from .reading import has_split, read_split, resolve_labels
+from .registry import TASKS, Task, get_task
+
+__all__ = [
+    "FAMILIES",
+    "LANGUAGES",
+    "NLLB_TAGS",
+    "TASKS",
+    "Answer",
+    "DataError",
+    "Example",
+    "Form",
+    "Language",
+    "Pair",
+    "Task",
+    "align",
+    "data_set_code",
+    "get_task",
+    "has_split",
+    "language",
+    "load_pairs",
+    "make_form",
+    "nllb_code",
+    "read_split",
+    "read_translation",
+    "resolve_labels",
+    "score",
+    "write_split",
+]

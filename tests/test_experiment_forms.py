@@ -1,0 +1,110 @@
+"""The same commands on decoders, encoder-decoders and questions, and with X-Mixup."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from experiment_data import write_bert, write_data, write_llama, write_t5
+
+from flare.cli import main
+from flare.experiment.defaults import for_this_machine, kind_of, paper_recipe
+from flare.experiment.records import find_runs
+
+QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("forms")
+    write_data(root / "data", rows={"train": (0, 16), "valid": (16, 24), "test": (24, 32)})
+    questions = {"train": 16, "valid": 8, "test": 8}
+    for language, word in (("english", "river"), ("vemari", "goats")):
+        (root / "qa" / language).mkdir(parents=True)
+        for split, count in questions.items():
+            lines = []
+            for row in range(count):
+                context = f"the {word} {'old ' * (row % 3)}was near the house"
+                at = context.index("near")
+                answers = {"text": ["near the house"], "answer_start": [at]}
+                lines.append({"id": str(row), "question": "where", "context": context, "answers": answers})
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (root / "qa" / language / f"{split}.jsonl").write_text(text)
+    write_bert(root / "bert")
+    write_llama(root / "llama")
+    write_t5(root / "t5")
+    return root
+
+
+def flare(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "methods", "length"),
+    [
+        ("bert", "classification", ("x-mixup",), 24),
+        ("bert", "qa", ("lora", "input-fusion", "x-mixup", "flare"), 28),
+        ("llama", "classification", ("lora", "input-fusion", "flare"), 40),
+        ("llama", "qa", ("flare",), 64),
+        ("t5", "classification", ("lora", "input-fusion", "flare"), 40),
+        ("t5", "qa", ("flare",), 64),
+    ],
+)
+def test_every_family_and_task(place, tmp_path, model, task, methods, length):
+    data = place / ("qa" if task == "qa" else "data")
+    words = ("--task", task, "--data", data, "--output", tmp_path / "runs", "--max-length", length, *QUICK)
+    assert flare("finetune", "--model", place / model, *words) == 0
+    assert flare("train", "--target", "vemari", "--method", *methods, *words) == 0
+    first = {}
+    for run in find_runs(tmp_path / "runs"):
+        if run.record.kind == "train":
+            assert run.record.done and set(run.metrics.test["translate-train"]) == set(run.metrics.valid)
+            assert (run.metrics.bottleneck is not None) == (run.record.method == "flare")
+            first[run.folder] = (run.folder / "predictions-test.jsonl").read_text()
+            lines = [json.loads(line) for line in first[run.folder].splitlines()]
+            assert [line["id"] for line in lines] and len(lines) == 8
+    assert len(first) == len(methods)
+    # loaded again, an adapter predicts what it did when it was trained
+    assert flare("evaluate", "--output", tmp_path / "runs", "--no-resume", "--no-progress") == 0
+    assert {folder: (folder / "predictions-test.jsonl").read_text() for folder in first} == first
+
+
+def test_full_fine_tuning_changes_every_weight(place, tmp_path):
+    words = (
+        "--task",
+        "classification",
+        "--data",
+        place / "data",
+        "--output",
+        tmp_path,
+        "--max-length",
+        24,
+        *QUICK[:-2],
+    )
+    assert flare("finetune", "--model", place / "bert", "--full", *words) == 0
+    run = find_runs(tmp_path)[0]
+    assert run.record.r is None and run.record.trainable_parameters > 10_000 and run.metrics.test["source-language"]
+
+
+def test_kinds_of_models_and_the_papers_settings(place):
+    kinds = {name: kind_of(str(place / name)).family for name in ("bert", "llama", "t5")}
+    assert kinds == {"bert": "encoder", "llama": "causal", "t5": "seq2seq"}
+    llama = kind_of(str(place / "llama"))
+    recipe = paper_recipe(llama, "xnli")
+    assert recipe.training["learning_rate"] == 2e-5 and recipe.training["num_train_epochs"] == 3
+    assert recipe.adapter["target_modules"] == "all-linear" and recipe.quantization["load_in_4bit"]
+    assert paper_recipe(kind_of(str(place / "bert")), "qa").batches["max_length"] == 512
+    assert paper_recipe(kind_of(str(place / "t5")), "nusax").training["num_train_epochs"] == 20
+
+
+def test_what_a_machine_without_gpu_leaves_out(place, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = paper_recipe(kind_of(str(place / "llama")), "nusax")
+    here, notes = for_this_machine(recipe, None, {})
+    assert here.quantization is None and here.dtype == "float32"
+    assert here.training["bf16"] is False and here.training["optim"] == "adamw_torch"
+    assert len(notes) == 3 and all("GPU" in note or "CUDA" in note for note in notes)
+    kept, _ = for_this_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
+    assert kept.training["bf16"] is True  # what the user gave is the user's

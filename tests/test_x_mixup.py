@@ -1,0 +1,464 @@
+"""X-Mixup: the mixed block and the losses by hand, independence of padding and of other rows, saving, training."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from two_streams import rows, task_model, tokenizer
+
+from flare import FlareConfig
+from flare.baselines import load_x_mixup, plain_lora, x_mixup
+from flare.baselines.mixup_layer import pair_entropy
+from flare.data import FlareDataCollator
+from flare.trainer import FlareTrainer
+
+LAYER = 1
+
+
+def mixup_model(task: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """A tiny model of a task with random A, B, w and b."""
+    return randomised(x_mixup(task_model(task).to(dtype), r=4, layer=LAYER, **options))
+
+
+def randomised(model: Any) -> Any:
+    tiny.randomize_lora(model)
+    for name, parameter in model.named_parameters():
+        if "x_mixup" in name:
+            torch.nn.init.constant_(parameter, 0.7 if "weight" in name else -0.9)
+    return model
+
+
+def batch(task: str, count: int = 3, seed: int = 5, **options: Any) -> dict[str, Tensor]:
+    made = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto", **options)(
+        with_source_labels(task, rows(task, count, seed))
+    )
+    return dict(made)
+
+
+def with_source_labels(task: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in found:
+        ids = row["source_input_ids"]
+        if task == "bert-spans":
+            row |= {"source_start_positions": 1, "source_end_positions": len(ids) - 2}
+        if task == "llama":
+            row["source_labels"] = [-100] * len(ids) + [9, 8]
+            row["source_input_ids"] = [*ids, 9, 8]
+    return found
+
+
+# --- X-Mixup as one would write it by hand ----------------------------------------------------------------------------
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def attend(scores: Tensor, value: Tensor) -> Tensor:
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+def ratio_by_hand(scores: Tensor, target: Tensor, source: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """One text after the other, over its own tokens alone."""
+    found = []
+    for s, t, u in zip(scores, target.bool(), source.bool(), strict=True):
+        own = s[:, t][:, :, u]
+        forth, back = own.softmax(-1), own.transpose(1, 2).softmax(-1)
+        H = sum(-(p * p.log()).sum(-1).mean() for p in (forth, back))
+        found.append(0.5 * torch.sigmoid(w * H + b))
+    return torch.stack(found)[:, None, None]
+
+
+def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tensor], norm: bool) -> dict[str, Tensor]:
+    """BERT's and XLM-R's blocks on both streams; base is the bare encoder, whose linear layers carry LoRA."""
+    for index, block in enumerate(base.encoder.layer):
+        attention, output = block.attention.self, block.attention.output
+
+        def split(x: Tensor, names: str = "query key value", attention: Any = attention) -> list[Tensor]:
+            return [heads(getattr(attention, name)(x), 4) for name in names.split()]
+
+        after = {}
+        for name, h in states.items():
+            q, k, v = split(h)
+            scores = q @ k.mT / 8**0.5
+            scores = scores.masked_fill(masks[name][:, None, None] == 0, -1e300)
+            after[name] = output.LayerNorm(output.dense(attend(scores, v)) + h)
+        if index == LAYER:
+            (q,), (k, v) = split(after["target"], "query"), split(after["source"], "key value")
+            scores = q @ k.mT / 8**0.5
+            held = attention.query.lora_x_mixup["default"]
+            ratio = ratio_by_hand(scores, masks["target"], masks["source"], held.weight.squeeze(), held.bias.squeeze())
+            scores = scores.masked_fill(masks["source"][:, None, None] == 0, -1e300)
+            mixed = ratio * output.dense(attend(scores, v)) + (1 - ratio) * after["target"]
+            after["target"] = output.LayerNorm(mixed) if norm else mixed
+        states = {
+            name: block.output.LayerNorm(block.output.dense(block.intermediate(h)) + h) for name, h in after.items()
+        }
+    return states
+
+
+def classifier_by_hand(model: Any, inputs: dict[str, Tensor], norm: bool = True) -> tuple[Tensor, Tensor]:
+    """The target's logits and the loss, alpha = 0.4."""
+    task = model.get_base_model()
+    base = task.base_model
+    masks = {"source": inputs["source_attention_mask"], "target": inputs["attention_mask"]}
+    states = {"source": base.embeddings(inputs["source_input_ids"]), "target": base.embeddings(inputs["input_ids"])}
+    states = encoder_by_hand(base, states, masks, norm)
+    pooler = getattr(base, "pooler", None)
+    s, t = (task.classifier(states[n] if pooler is None else pooler(states[n])) for n in ("source", "target"))
+    ps, labels = s.softmax(-1), inputs["labels"]
+    loss = 0.4 * F.cross_entropy(s, labels) + 0.6 * F.cross_entropy(t, labels)
+    loss = loss + (ps * (ps.log() - t.softmax(-1).log())).sum(-1).mean()
+    return t, loss + ((states["source"][:, 0] - states["target"][:, 0]) ** 2).mean()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("task", ["bert", "xlmr"])
+def test_logits_loss_and_gradients_are_those_of_the_formula_written_by_hand(task: str, norm: bool):
+    model, inputs = mixup_model(task, layer_norm=norm), batch(task)
+    assert not torch.equal(inputs["attention_mask"], inputs["source_attention_mask"])
+    out = model(**inputs)
+    out.loss.backward()
+    found = tiny.gradients(model)
+    model.zero_grad()
+    logits, loss = classifier_by_hand(model, inputs, norm)
+    loss.backward()
+    torch.testing.assert_close(out.logits, logits, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
+    expected = tiny.gradients(model)
+    assert len([name for name in found if "lora_x_mixup" in name]) == 2
+    assert all(value.abs().max() > 1e-8 for name, value in found.items() if "lora_" in name)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, loss and lambda of a causal model whose answers start at index ``split``, alpha = 0.4."""
+    task = model.get_base_model()
+    base, m = task.model, inputs["input_ids"].shape[1]
+    causal = torch.ones(m, m).tril().bool()
+    masks = {"source": inputs["source_attention_mask"], "target": inputs["attention_mask"]}
+    ids = {"source": inputs["source_input_ids"], "target": inputs["input_ids"]}
+    states = {name: base.embed_tokens(value) for name, value in ids.items()}
+    prompts = {name: mask * (torch.arange(m) < split) for name, mask in masks.items()}
+    cos, sin = base.rotary_emb(states["target"], torch.arange(m)[None])
+    for index, block in enumerate(base.layers):
+        attention = block.self_attn
+
+        def project(x: Tensor, block: Any = block, attention: Any = attention) -> tuple[Tensor, Tensor, Tensor]:
+            x = block.input_layernorm(x)
+            q, k = heads(attention.q_proj(x), 4), heads(attention.k_proj(x), 2)
+            q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
+            return q, k.repeat_interleave(2, 1), heads(attention.v_proj(x), 2).repeat_interleave(2, 1)
+
+        after = {}
+        for name, h in states.items():
+            q, k, v = project(h)
+            seen = causal & (masks[name][:, None, None] == 1) | torch.eye(m, dtype=torch.bool)
+            after[name] = h + attention.o_proj(attend((q @ k.mT / 8**0.5).masked_fill(~seen, -1e300), v))
+        if index == LAYER:
+            q, (_, k, v) = project(after["target"])[0], project(after["source"])
+            scores, held = q @ k.mT / 8**0.5, attention.q_proj.lora_x_mixup["default"]
+            ratio = ratio_by_hand(scores, prompts["target"], prompts["source"], held.weight[0, 0], held.bias[0])
+            scores = scores.masked_fill(prompts["source"][:, None, None] == 0, -1e300)
+            after["target"] = ratio * attention.o_proj(attend(scores, v)) + (1 - ratio) * after["target"]
+        states = {name: h + block.mlp(block.post_attention_layernorm(h)) for name, h in after.items()}
+    hidden = {name: base.norm(h) for name, h in states.items()}
+    logits = {name: task.lm_head(h) for name, h in hidden.items()}
+    answers = {name: torch.where(masks[name] * (torch.arange(m) >= split) == 1, ids[name], -100) for name in ids}
+    losses = {name: F.cross_entropy(logits[name][:, :-1].flatten(0, 1), answers[name][:, 1:].flatten()) for name in ids}
+    means = [(hidden[n] * masks[n][..., None]).sum(1) / masks[n].sum(1, keepdim=True) for n in ("source", "target")]
+    loss = 0.4 * losses["source"] + 0.6 * losses["target"] + F.mse_loss(*means)
+    return logits["target"], loss, ratio.flatten()
+
+
+def test_a_decoder_by_hand_neither_answer_is_shown():
+    model, inputs = mixup_model("llama"), batch("llama")
+    split = int(inputs["labels"].ne(-100).int().argmax(1)[0])
+    out = model(**inputs)
+    logits, loss, ratio = llama_by_hand(model, inputs, split)
+    assert ratio.min() > 0.01
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[real], logits[real], rtol=1e-5, atol=1e-6)  # RMSNorm and RoPE are in float32
+    torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
+    other = {**inputs, "source_input_ids": inputs["source_input_ids"].clone()}
+    other["source_input_ids"][:, split:] = 7
+    torch.testing.assert_close(model(**other).logits, out.logits)
+    other["source_input_ids"][:, split - 1] = 7
+    assert not torch.allclose(model(**other).logits[real], out.logits[real])
+    # the target's answer does not reach lambda, so not what is predicted before it
+    later = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    later["input_ids"][:, split:] = 11
+    torch.testing.assert_close(model(**later).logits[:, :split], out.logits[:, :split])
+
+
+def test_lambda_is_half_a_sigmoid_of_the_entropy():
+    scores = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    target, source = torch.ones(2, 5).bool(), torch.ones(2, 4).bool()
+    target[0, 3:], source[0, 2:], source[1, :3] = False, False, False
+    p, back = scores[0, :, :3, :2].softmax(-1), scores[0, :, :3, :2].transpose(1, 2).softmax(-1)
+    expected = sum(-(x * x.log()).sum(-1).mean() for x in (p, back))
+    found = pair_entropy(scores, target, source)
+    torch.testing.assert_close(found[0], expected)
+    # one source token: nothing to choose from in one direction, five tokens in the other
+    back = scores[1, :, :, 3].softmax(-1)
+    torch.testing.assert_close(found[1], -(back * back.log()).sum(-1).mean())
+    found.sum().backward()
+    assert scores.grad.isfinite().all()
+
+
+# --- what may not matter ----------------------------------------------------------------------------------------------
+
+TASKS = ("bert", "xlmr", "bert-spans", "bert-tokens", "llama", "llama-classes", "mt5")
+
+
+def logits_of(out: Any) -> Tensor:
+    return torch.stack([out.start_logits, out.end_logits], -1) if "start_logits" in out else out.logits
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_mixup_the_target_is_plain_lora_and_with_it_the_source_counts(task: str):
+    model, inputs = mixup_model(task), batch(task)
+    none, plain = mixup_model(task, lambda0=0), randomised(plain_lora(task_model(task).double(), r=4))
+    for other in (none, plain):
+        other.load_state_dict({n: v for n, v in model.state_dict().items() if n in other.state_dict()})
+    alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    expected, found = plain(**alone), none(**inputs)
+    torch.testing.assert_close(logits_of(found), logits_of(expected))
+    assert found.loss > 0 and abs(float(found.loss) - float(expected.loss)) > 1e-4
+    assert (logits_of(model(**inputs)) - logits_of(expected)).abs().max() > 1e-4
+    with model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(logits_of(model(**inputs)), logits_of(plain(**alone)))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_padding_and_other_rows_do_not_matter(task: str):
+    model = mixup_model(task).eval()
+    made = with_source_labels(task, rows(task, 4, 5))
+    collate = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto")
+    many, few = collate(made), collate(made[:2])
+    wide = FlareDataCollator(tokenizer(), padding="max_length", max_length=40, layout=collate.layout)(made[:2])
+    outs = [model(**inputs) for inputs in (few, wide, many)]
+    values = []
+    for inputs, out in zip((few, wide, many), outs, strict=True):
+        value = logits_of(out)[:2]
+        if value.dim() > 2:  # per token
+            real = inputs["labels"].ne(-100) if task == "mt5" else inputs["attention_mask"].bool()
+            value = value[real[:2]]
+        values.append(value)
+    for value in values[1:]:
+        torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-5)
+    if task != "bert-spans":  # BERT's span loss counts padding as places
+        torch.testing.assert_close(outs[0].loss, outs[1].loss, rtol=1e-5, atol=1e-5)
+
+
+def test_the_terms_of_spans_and_tokens():
+    model, inputs = mixup_model("bert-spans"), batch("bert-spans")
+    assert model.peft_config["default"].x_mixup_alpha == 0.2
+    out = model(**inputs)
+    seen: list[Tensor] = []
+    base = model.get_base_model()
+    handle = base.bert.encoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    model(**inputs)
+    handle.remove()
+    source, target = seen
+
+    def spans(hidden: Tensor, prefix: str) -> Tensor:
+        start, end = base.qa_outputs(hidden).unbind(-1)
+        where = inputs[f"{prefix}start_positions"], inputs[f"{prefix}end_positions"]
+        return (F.cross_entropy(start, where[0]) + F.cross_entropy(end, where[1])) / 2
+
+    masks = inputs["source_attention_mask"][..., None], inputs["attention_mask"][..., None]
+    means = [(h * k).sum(1) / k.sum(1) for h, k in zip((source, target), masks, strict=True)]
+    mse = F.mse_loss(*means)
+    torch.testing.assert_close(out.loss, 0.2 * spans(source, "source_") + 0.8 * spans(target, "") + mse)
+    # without the source's own places the target's loss counts whole, and that is said once
+    bare = {name: value for name, value in inputs.items() if not name.startswith(("source_start", "source_end"))}
+    with pytest.warns(UserWarning, match=r"no labels of its own \(source_start_positions"):
+        loss = model(**bare).loss
+    torch.testing.assert_close(loss, spans(target, "") + mse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**bare)
+
+
+def test_source_spans_follow_their_tokens_when_padding_stands_on_the_left():
+    made = with_source_labels("bert-spans", rows("bert-spans", 3, 5))
+    out = FlareDataCollator(tokenizer("left"))(made)
+    at = torch.arange(3)
+    first = out["source_input_ids"][at, out["source_start_positions"]]
+    assert first.tolist() == [row["source_input_ids"][1] for row in made]
+    made[0]["source_end_positions"] = 40
+    with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is no position of its \d+ source_input_ids"):
+        FlareDataCollator(tokenizer())(made)
+
+
+# --- families, generation, checkpointing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "mistral", "qwen3", "gemma2", "gemma3", "mt5"])
+def test_every_family_mixes_and_its_copy_is_its_own(family: str):
+    model = randomised(x_mixup(tiny.model(family, **({"dropout_rate": 0.0} if family == "mt5" else {})), r=4))
+    inputs = tiny.batch(family)
+    if family in ("mistral", "qwen3", "gemma2", "gemma3"):
+        inputs["labels"][:, :6] = -100
+        inputs["source_labels"] = torch.full_like(inputs["labels"], -100)
+    out = model(**inputs)
+    out.loss.backward()
+    assert all(g.isfinite().all() and g.abs().max() > 0 for n, g in tiny.gradients(model).items() if "lora_" in n)
+    other = {**inputs, "source_input_ids": inputs["source_input_ids"].roll(1, 1)}
+    assert not torch.allclose(model(**other).logits, out.logits)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(twin(**inputs).logits, out.logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mt5"])
+def test_generation_continues_as_training_saw_it(family: str):
+    """Every generated token is the best one of a teacher-forced forward; texts of a batch have unequal padding."""
+    model = randomised(x_mixup(tiny.model(family, eos_token_id=None), r=4)).eval()
+    inputs = {k: v for k, v in tiny.batch(family, B=3, m=9).items() if k != "labels"}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    found = model.generate(**inputs, **options)
+    assert not torch.equal(found, model.generate(**{k: v for k, v in inputs.items() if "source" not in k}, **options))
+    beams = model.generate(**inputs, num_beams=3, **options)
+    assert beams.shape == found.shape
+    if family == "mt5":
+        forced = model(**inputs, decoder_input_ids=found[:, :-1]).logits.argmax(-1)
+        assert torch.equal(forced, found[:, 1:])
+        return
+    new = found[:, 9:]
+    grown = {k: torch.cat([v, torch.ones_like(new)], 1) for k, v in inputs.items() if k != "input_ids"}
+    grown["source_attention_mask"][:, 9:] = 0
+    labels = torch.cat([torch.full((3, 9), -100), new], 1)
+    out = model(input_ids=found, labels=labels, **grown)
+    assert torch.equal(out.logits[:, 8:-1].argmax(-1), new)
+    with pytest.raises(ValueError, match="prefill_chunk_size cannot be combined with a source"):
+        model.generate(**inputs, prefill_chunk_size=4, **options)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool):
+    found = []
+    for checkpointing in (False, True):
+        model = mixup_model("bert")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model(**batch("bert")).loss.backward()
+        found.append(tiny.gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+    assert model.get_base_model().bert.encoder.layer[LAYER].gradient_checkpointing  # given back after the forward
+
+
+# --- saving and training ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_comes_back(tmp_path: Path):
+    model = mixup_model("xlmr", lambda0=0.4, alpha=0.3, layer_norm=False).eval()
+    model.save_pretrained(tmp_path)
+    inputs = batch("xlmr")
+    for load in (load_x_mixup, peft.PeftModel.from_pretrained):
+        back = load(task_model("xlmr").double(), tmp_path).eval()
+        assert torch.equal(back(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(back(**inputs).loss, model(**inputs).loss)
+        config = back.peft_config["default"]
+        assert (config.x_mixup_layer, config.x_mixup_lambda0, config.x_mixup_alpha) == (LAYER, 0.4, 0.3)
+        assert not any(p.requires_grad for p in back.parameters())
+    assert sum(p.requires_grad for n, p in model.named_parameters() if "x_mixup" in n) == 2
+    card = (tmp_path / "README.md").read_text()
+    assert "An X-Mixup adapter" in card and "A FLARE adapter" not in card
+    plain_lora(task_model("xlmr"), r=4).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="adapter of type FLARE, not FLARE_X_MIXUP"):
+        load_x_mixup(task_model("xlmr"), tmp_path / "plain")
+
+
+@pytest.mark.parametrize("task", ["bert", "bert-spans", "llama"])
+def test_the_trainer_trains_resumes_and_loads_the_best(task: str, tmp_path: Path):
+    data = Dataset.from_list(with_source_labels(task, rows(task, 12)))
+
+    def run(folder: str, resume: bool = False) -> Any:
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            per_device_train_batch_size=4,
+            learning_rate=0.02,
+            max_steps=4,
+            save_steps=2,
+            eval_steps=2,
+            eval_strategy="steps",
+            load_best_model_at_end=True,
+        )
+        model = x_mixup(task_model(task), r=4, layer=LAYER)
+        trainer = FlareTrainer(
+            model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer()
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-2") if resume else None)
+        return trainer
+
+    whole = run("run")
+    again = run("run", resume=True)
+    state, other = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    ratio = {n: float(v) for n, v in state.items() if "lora_x_mixup" in n}
+    assert len(ratio) == 2 and 0.0 not in ratio.values() and 1.0 not in ratio.values()
+    losses = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+    assert whole.evaluate()["eval_loss"] == pytest.approx(min(losses))
+    predicted = whole.predict(data).predictions
+    assert len(predicted[0] if isinstance(predicted, tuple) else predicted) == 12
+
+
+def test_no_source_is_said_once_and_is_plain_lora():
+    model, inputs = mixup_model("bert"), batch("bert")
+    alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    with pytest.warns(UserWarning, match="run without a source and is plain LoRA"):
+        model(**alone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**alone)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"layer=3 is no block of BertForSequenceClassification.* has 0 to 2"):
+        x_mixup(task_model("bert"), r=4, layer=3)
+    with pytest.raises(ValueError, match=r"lambda0=1\.5 must be a number from 0 to 1"):
+        x_mixup(task_model("bert"), r=4, lambda0=1.5)
+    with pytest.raises(TypeError, match="layer='middle' must be the number of a block"):
+        x_mixup(task_model("bert"), r=4, layer="middle")
+    with pytest.raises(ValueError, match="x_mixup does not fuse"):
+        x_mixup(task_model("bert"), fusion="add")
+    with pytest.raises(ValueError, match="starts from a transformers model, got a PeftModel"):
+        x_mixup(plain_lora(task_model("bert"), r=4))
+    model, inputs = x_mixup(task_model("bert"), FlareConfig(r=4)), batch("bert")
+    assert model.peft_config["default"].r == 4
+    with pytest.raises(ValueError, match=r"source_input_ids has shape \(3, 4\), the target's input_ids \(3, 10\)"):
+        model(**{**inputs, "source_input_ids": inputs["source_input_ids"][:, :4], "source_attention_mask": None})
+    with pytest.raises(ValueError, match="output_attentions=True: the mixup block attends twice"):
+        model(**inputs, output_attentions=True)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="a model holds one X-Mixup adapter"):
+        model.add_adapter("second", model.peft_config["default"])
+    assert model(**inputs).loss.isfinite()  # nothing of a refused call stays behind
+    base = model.unload()
+    names = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    torch.testing.assert_close(base(**names).logits, task_model("bert")(**names).logits)
