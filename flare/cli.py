@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .commands import translate
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status (0 done, 2 something the user can mend, 130 interrupted)."""
@@ -114,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command=_demo)
     _demo_options(demo)
+    translate.add_parser(commands)
     return parser
 
 
