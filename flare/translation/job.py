@@ -234,7 +234,8 @@ def _check_same(job: Job, then: Mapping[str, Any], now: Mapping[str, Any]) -> No
     if then["input_sha256"] != now["input_sha256"]:
         raise TranslationError(
             f"{job.name} was {state} with other rows than those there are now (another --limit, or "
-            f"{job.source_language}/{job.split} has changed); give it the rows of then, or name another folder with --output"
+            f"{job.source_language}/{job.split} has changed); give it the rows of then, or name another "
+            "folder with --output"
         )
     if then.get("lost_marks") != now.get("lost_marks"):
         raise TranslationError(
