@@ -83,7 +83,12 @@ def run(config: Path | None = None, **options: Any) -> int:
         ]
         if lacking:
             raise UserError(f"{', '.join(lacking)} must be given, here or in a --config file")
-        run_translate(TranslateSettings(**given), say=_say)
+        settings = TranslateSettings(**given)
+        if not settings.progress:
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # of loading the weights
+        run_translate(settings, say=_say)
     except UserError as error:
         print(f"flare translate: error: {error}", file=sys.stderr)
         return 2
