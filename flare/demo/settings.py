@@ -8,8 +8,10 @@ from typing import Any
 
 from flare_kernels import FUSIONS
 
+from ..errors import UserError
 
-class DemoError(ValueError):
+
+class DemoError(UserError, ValueError):
     """Something the user can mend: an option, a folder, a missing file. The message says how."""
 
 

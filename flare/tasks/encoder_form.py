@@ -1,7 +1,7 @@
-"""Models with a head: a class for a text (or a pair of texts), or a start and an end in a context.
+"""Models with a head that gives a text, or a pair of texts, a class.
 
-One text, or two as the tokenizer's pair, is one token sequence; the source is made likewise, in the same order. Decoders
-with such heads read the same rows.
+One text, or two as the tokenizer's pair, is one token sequence; the source is made likewise, in the same order.
+Decoders with such heads read the same rows.
 """
 
 from __future__ import annotations

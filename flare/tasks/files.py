@@ -56,8 +56,8 @@ def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Exa
     if path is None:
         there = sorted(item.name for item in (folder / language).iterdir() if item.suffix in SUFFIXES)
         raise DataError(
-            f"{folder / language} has no {split} split ({', '.join(SPLITS[split])} as {', '.join(SUFFIXES)}); "
-            f"files there: {', '.join(there) or 'none'}"
+            f"{folder / language / SPLITS[split][0]}.csv is missing, and so is any other {split} split "
+            f"({', '.join(SPLITS[split])} as {', '.join(SUFFIXES)}); files there: {', '.join(there) or 'none'}"
         )
     rows, columns = _READERS[path.suffix](path)
     return examples_from(rows, columns, task, str(path))
@@ -78,7 +78,7 @@ def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             for line in file:
-                number += 1  # noqa: SIM113 (the handler below needs it, also for the line that cannot be read)
+                number += 1
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):

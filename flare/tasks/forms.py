@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
+from .causal_form import CausalForm
 from .encoder_form import ClassificationForm
 from .form import Form
 from .registry import Task
+from .seq2seq_form import Seq2SeqForm
+from .span_form import SpanForm
 
 FAMILIES = ("encoder", "causal", "seq2seq")
 
@@ -25,7 +28,8 @@ def make_form(task: Task, tokenizer: Any, family: str, max_length: int | None = 
     Raises:
         UserError: an unknown family, or a task or tokenizer that cannot have the form.
     """
-    forms: dict[tuple[str, str], type[Form]] = {("encoder", "classification"): ClassificationForm}
     if family not in FAMILIES:
         raise UserError(f"the model family {family!r} is not known; one of {', '.join(FAMILIES)}")
-    return forms[family, task.kind](task, tokenizer, max_length)
+    if family == "encoder":
+        return (SpanForm if task.kind == "qa" else ClassificationForm)(task, tokenizer, max_length)
+    return (CausalForm if family == "causal" else Seq2SeqForm)(task, tokenizer, max_length)

@@ -86,8 +86,8 @@ def language(name_or_code: str) -> Language:
     found = _by_key().get(_key(name_or_code))
     if found is None:
         raise UserError(
-            f"the language {name_or_code!r} is not known; accepted are English names (swahili), ISO codes (swh, sw) and "
-            f"NLLB's tags (swh_Latn){_suggestion(name_or_code)}"
+            f"the language {name_or_code!r} is not known; accepted are English names (swahili), ISO codes (swh, sw) "
+            f"and NLLB's tags (swh_Latn){_suggestion(name_or_code)}"
         )
     return found
 

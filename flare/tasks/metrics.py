@@ -1,8 +1,8 @@
 """The metrics of the paper, in percent.
 
 `accuracy` and `macro_f1` compare labels, `exact_match` and `f1` answers. The latter two are those of SQuAD v1.1's
-script, which is TyDiQA-GoldP's: lower case, no ASCII punctuation, no English articles (in every language), words split at white
-space, and the best of several accepted answers.
+script, which is TyDiQA-GoldP's: lower case, no ASCII punctuation, no English articles (in every language), words split
+at white space, and the best of several accepted answers.
 """
 
 from __future__ import annotations

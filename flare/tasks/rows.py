@@ -71,8 +71,8 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
         accepted = f"{', '.join(known)}, or their indices from 0" if known else "any text that is not empty"
         raise DataError(
             f"{where}: {len(wrong)} of {len(examples)} rows have a label that is none of task {task.name}'s: "
-            f"{', '.join(map(repr, labels[:5]))}{', ...' if len(labels) > 5 else ''} {some_ids([r.id for r in wrong])}; "
-            f"accepted: {accepted}"
+            f"{', '.join(map(repr, labels[:5]))}{', ...' if len(labels) > 5 else ''} "
+            f"{some_ids([row.id for row in wrong])}; accepted: {accepted}"
         )
 
 
