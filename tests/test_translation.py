@@ -135,7 +135,7 @@ def test_a_wrong_tag_is_an_error_with_suggestions_before_the_weights_are_loaded(
     (folder / "model.safetensors").unlink()
     model = TranslationModel(str(folder))
     assert known_tags(model.tokenizer) == tiny_mt.TAGS
-    with pytest.raises(TranslationError, match="target_tag 'ace_Latin'.*did you mean ace_Latn"):
+    with pytest.raises(TranslationError, match=r"target_tag 'ace_Latin'.*did you mean ace_Latn"):
         Translator(model, "eng_Latn", "ace_Latin")
     with pytest.raises(TranslationError, match="source_tag is missing"):
         Translator(model)
@@ -150,7 +150,7 @@ def test_models_devices_and_limits_that_cannot_work(tmp_path, nllb, minilm):
         TranslationModel(str(minilm))
     with pytest.raises(TranslationError, match="--dtype must be one of"):
         TranslationModel(nllb.name, dtype="float8")
-    with pytest.raises(TranslationError, match="--max-length must be from 8 up to 64 .* got 500"):
+    with pytest.raises(TranslationError, match=r"--max-length must be from 8 up to 64 .* got 500"):
         Translator(nllb, "eng_Latn", "ace_Latn", max_length=500)
 
 

@@ -205,19 +205,23 @@ def test_a_kill_between_the_last_steps_loses_nothing(data, nllb, tmp_path, monke
     arguments = options(data, nllb, out, "--splits", "valid")
     finished = out / "english-acehnese" / "valid.jsonl"
     expected = None
-    for broken in ("write_split", "write_provenance", "unlink"):
+    whole = job.write_provenance
 
-        def stop(*_, **__):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    def only_the_beginning(folder, content):
+        if content["splits"]["valid"]["status"] == "done":
             raise KeyboardInterrupt
+        whole(folder, content)
 
+    for place, name, broken in (
+        (job, "write_split", stop),
+        (job, "write_provenance", only_the_beginning),
+        (Path, "unlink", stop),
+    ):
         with monkeypatch.context() as patch:
-            if broken == "unlink":
-                patch.setattr(Path, "unlink", stop)
-            elif broken == "write_provenance":
-                whole, calls = job.write_provenance, []
-                patch.setattr(job, broken, lambda *a, **k: stop() if calls else (calls.append(1), whole(*a, **k)))
-            else:
-                patch.setattr(job, broken, stop)
+            patch.setattr(place, name, broken)
             assert main(arguments) == 130
         expected = expected or (finished.read_bytes() if finished.exists() else None)
     sizes = counted(monkeypatch)
@@ -296,7 +300,7 @@ def test_wrong_names_are_refused_before_the_weights_are_loaded(data, tmp_path, c
     assert "swh_Latn" in lacking and "--target-code" in lacking
     (data / "english" / "valid.csv").unlink()
     missing = fails(options(data, model, out), capsys)
-    assert "no valid split" in missing and "test.csv, train.csv" in missing
+    assert "valid.csv is missing" in missing and "test.csv, train.csv" in missing
     assert not out.exists()
 
 

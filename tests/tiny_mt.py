@@ -8,7 +8,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TAGS = ["ace_Latn", "eng_Latn", "jav_Latn"]
-WORDS = "the hotel was clean and near the sea . we came late but they were kind ! is it far from here ? [ ] { }".split()
+TEXT = "the hotel was clean and near the sea . we came late but they were kind ! is it far from here ? [ ] { }"
+WORDS = TEXT.split()
 SENTENCES = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
 
 

@@ -194,12 +194,12 @@ def summary(job: Job, outcome: Outcome) -> str:
     if counts["without_span"]:
         parts.append(f"kept without a span: {_reasons(counts['without_span'])}")
     for key, text in (
-        ("cut", "pieces of text cut, they are longer than --max-length and have no sentence to divide at"),
+        ("cut", "sentences longer than --max-length, cut"),
         ("unfinished", "translations cut at --max-new-tokens"),
         ("empty", "texts whose translation is empty"),
     ):
         if counts[key]:
-            parts.append(f"{counts[key]} {text}")
+            parts.append(f"{text}: {counts[key]}")
     return f"{job.name}: {'was finished before: ' if outcome.already else ''}{'; '.join(parts)}"
 
 
