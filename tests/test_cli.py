@@ -25,8 +25,8 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_the_commands_there_are(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("finetune", "train", "evaluate", "demo", "bench", "info"):
-        assert f"\n    {command} " in out
+    for command in ("translate", "finetune", "train", "evaluate", "report", "demo", "bench", "info"):
+        assert f"\n    {command} " in out or f"\n    {command}\n" in out
 
 
 def test_no_command_is_an_error(capsys):
