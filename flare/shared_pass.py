@@ -58,8 +58,8 @@ def obstacle(model: nn.Module, runtime: Runtime, wanted: list[Wanted], cache: An
     """
     if any(key.position != runtime.map.sites[layer.flare_key].block for key, _, layer in wanted):
         return "source_layer_offset is 1, with which a block meets the source that has left it; 0 is needed", False
-    if any(module.training and not is_bnb_linear(module) for module in model.modules()):
-        return "the model is in train mode; call model.eval() first", False
+    if _in_training(model):
+        return "the model is in train mode (model.eval() leaves it)", False
     if torch.compiler.is_compiling() or is_compiled(model):
         return "the model is compiled", False
     if len(runtime.map.stacks) != 1:
@@ -75,6 +75,13 @@ def obstacle(model: nn.Module, runtime: Runtime, wanted: list[Wanted], cache: An
         return f"the model's KV cache has layers ({', '.join(kinds)}) that are not known to keep rows apart", True
     rope = _rope_over_the_batch(model)
     return (f"rope_type={rope!r} looks at the longest row of a batch", True) if rope else ("", False)
+
+
+def _in_training(module: nn.Module) -> bool:
+    """Whether a module outside the adapters is in train mode; an adapter added to a model in eval mode is, at first."""
+    if isinstance(module, FlareLayer) or is_bnb_linear(module):
+        return False
+    return module.training or any(_in_training(child) for child in module.children())
 
 
 def _module_obstacle(model: nn.Module, path: str, module: nn.Module) -> str:
