@@ -182,6 +182,10 @@ class Models:
     family: str
     cache: flare.SourceStateCache  # of flare-warm
 
+    def with_offset(self, offset: int) -> Any:
+        """One more FLARE over the same weights, with another source_layer_offset."""
+        return flare.fast_lora(_same_weights(self.stock), fusion=FUSION, source_layer_offset=offset)
+
     @classmethod
     def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
         """LoRA on query and value, adapters in the model's dtype, B not zero."""
@@ -214,7 +218,7 @@ class Models:
 
     def blocks(self, method: str) -> list[nn.Module]:
         """The blocks of the model that a method runs; an encoder-decoder's encoder's."""
-        return _blocks(self.of_method(method).get_base_model())
+        return blocks_of(self.of_method(method))
 
     def of_method(self, method: str) -> Any:
         """The model that a method runs."""
@@ -271,6 +275,11 @@ class Models:
         """The method over PEFT's own layers, block i fusing with states[i]."""
         with _fusing(model, states, _TARGETS[self.family]):
             return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The blocks of a PEFT model; an encoder-decoder's encoder's."""
+    return _blocks(model.get_base_model())
 
 
 def _blocks(base: Any) -> list[nn.Module]:

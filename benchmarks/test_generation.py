@@ -2,14 +2,15 @@
 
 ``decode``: the adapters of one block's q and v on M new tokens, forward only, the source's bottleneck S known:
 launches, device seconds, and on a GPU a CUDA graph of the call, whose replay must give the same bits. ``generate``:
-tokens per second of whole `generate` calls (greedy) on models of real width. PROVIDERS is the place for a new way to
-generate.
+tokens per second of whole `generate` calls (greedy) on models of real width, with executions of blocks: the source in a
+pass of its own, with either offset, and (offset 0) in one pass with the target. PROVIDERS is the place for a new way.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,12 @@ import shapes
 import torch
 from cases import Variant, Variants
 from gate import WrongResult, exact, poisoned, require_correct
-from models import FUSION, Models, base_model, quiet
+from models import FUSION, Models, base_model, blocks_of, quiet
 from steps import dtype_of
 from timing import Effort, Rotation, device_launches
 from torch import Tensor
 
-from flare.measure import count_ops, peak_bytes, transient_bytes
+from flare.measure import count_calls, count_ops, peak_bytes, transient_bytes
 from flare_kernels import fused_lora_qkv, reference
 
 BF16 = torch.bfloat16
@@ -175,35 +176,29 @@ def test_decode_adapters(compare: Any, shape: shapes.DecodeShape, variant: str, 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to generate: whether it needs the source, and which of the models it calls."""
+    """A way to generate: the model it calls, and where that reads a source, in how many passes."""
 
     name: str
-    generate: Callable[[Models, Inputs, dict[str, Any]], Tensor]
-    source: bool = False
+    model: Callable[[Models], Any]
+    source_pass: str | None = None  # None: no source
+    adapters: bool = True
+    offset: int = 1
 
-
-def _without_adapters(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
-    with models.stock.disable_adapter():
-        return models.stock.generate(input_ids=batch["input_ids"], **options)
-
-
-def _peft_lora(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
-    return models.stock.generate(input_ids=batch["input_ids"], **options)
-
-
-def _lora(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
-    return models.lora.generate(input_ids=batch["input_ids"], **options)
-
-
-def _flare(models: Models, batch: Inputs, options: dict[str, Any]) -> Tensor:
-    return models.flare.generate(input_ids=batch["input_ids"], source_input_ids=batch["source_input_ids"], **options)
+    def generate(self, model: Any, batch: Inputs, options: dict[str, Any]) -> Tensor:
+        """Prompt and new tokens (B, m + new)."""
+        if self.source_pass is not None:
+            return model.generate(**batch, **options, source_pass=self.source_pass)  # type: ignore[no-any-return]
+        with nullcontext() if self.adapters else model.disable_adapter():
+            return model.generate(input_ids=batch["input_ids"], **options)  # type: ignore[no-any-return]
 
 
 PROVIDERS = (
-    Provider("no-adapters", _without_adapters),
-    Provider("peft-lora", _peft_lora),
-    Provider("lora", _lora),
-    Provider("flare", _flare, source=True),
+    Provider("no-adapters", lambda models: models.stock, adapters=False),
+    Provider("peft-lora", lambda models: models.stock),
+    Provider("lora", lambda models: models.lora),
+    Provider("flare", lambda models: models.flare, "separate"),
+    Provider("flare-offset0", lambda models: models.with_offset(0), "separate", offset=0),
+    Provider("flare-shared", lambda models: models.with_offset(0), "shared", offset=0),
 )
 GENERATE_CONDITIONS = "greedy, key-value cache, random weights, full rows, prompt included in the time"
 
@@ -215,21 +210,22 @@ def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Vari
         base = base_model(shape.model, shape.depth, shape.m + shape.new, device, dtype)
         base.generation_config.pad_token_id = 0
         models = Models.of(base, shape.model.family, shape.r, dtype)
-    for model in (models.stock, models.lora, models.flare):
-        model.eval()
     words = shape.model.vocabulary
     batch = {k: torch.randint(5, words, (shape.B, shape.m), device=device) for k in ("input_ids", "source_input_ids")}
     options = {"max_new_tokens": shape.new, "min_new_tokens": shape.new, "do_sample": False}
 
     def variant(provider: Provider) -> Variant | str:
+        with quiet():
+            model = provider.model(models).eval()
+
         def call() -> Tensor:
             with torch.no_grad(), quiet():
-                return provider.generate(models, batch, options)
+                return provider.generate(model, batch, options)
 
         try:
             call()
         except ValueError as refused:
-            if not provider.source:
+            if provider.source_pass is None:
                 raise
             return str(refused)
 
@@ -237,30 +233,32 @@ def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Vari
             made = call()
             if made.shape != (shape.B, shape.m + shape.new) or not torch.equal(made[:, : shape.m], batch["input_ids"]):
                 raise WrongResult(f"generated {tuple(made.shape)}, or not behind the prompt")
-            _require_next_token(provider, models, batch, made[:, shape.m])
+            _require_next_token(provider, models, model, batch, made[:, shape.m])
 
         def count() -> dict[str, Any]:
             with count_ops() as launched:
                 call()
-            with peak_bytes(device=device) as peak:
+            with peak_bytes(device=device) as peak, count_calls(blocks_of(model)) as blocks:
                 call()
             return {
                 "launches": device_launches(call, device) or launched.total,
+                "block_executions": blocks.total,
                 "peak_bytes_above_start": peak.above_start,
             }
 
         facts = {"target_tokens": shape.B * shape.new, "depth": shape.depth, "dtype": str(dtype).removeprefix("torch.")}
+        facts |= {} if provider.source_pass is None else {"source_layer_offset": provider.offset}
         return Variant(call, check, count, facts)
 
     return {provider.name: variant(provider) for provider in PROVIDERS}
 
 
-def _require_next_token(provider: Provider, models: Models, batch: Inputs, token: Tensor) -> None:
+def _require_next_token(provider: Provider, models: Models, model: Any, batch: Inputs, token: Tensor) -> None:
     """The first new token is (nearly) the likeliest by PEFT's own layers on the prompt."""
     with torch.no_grad(), quiet():
-        if provider.source:
-            logits = models.flare(**batch).logits[:, -1]
-        elif provider.name == "no-adapters":
+        if provider.source_pass is not None:
+            logits = model(**batch).logits[:, -1]
+        elif not provider.adapters:
             with models.stock.disable_adapter():
                 logits = models.stock(input_ids=batch["input_ids"]).logits[:, -1]
         else:

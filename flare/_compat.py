@@ -55,10 +55,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
 _BNB_LOGGER.setLevel(_BNB_LEVEL)
 
 __all__ = [
+    "GROWING_CACHE_LAYERS",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "LoraLayer",
@@ -70,8 +72,10 @@ __all__ = [
     "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
+    "is_compiled",
     "is_data_parallel_replica",
     "looks_up_attention",
+    "mixes_rows",
     "register_attention",
     "register_tuner",
     "set_adapters_disabled",
@@ -129,6 +133,11 @@ def compiled_calls_off(model: nn.Module) -> Iterator[None]:
             module.__dict__[name] = call
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module of the model was compiled in place."""
+    return any(module.__dict__.get("_compiled_call_impl") for module in model.modules())
+
+
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +151,18 @@ def is_bnb_linear(module: nn.Module) -> bool:
     return type(module).__module__.startswith("bitsandbytes.")
 
 
+def mixes_rows(module: nn.Module) -> bool:
+    """Whether the module is an int8 linear whose result for a row depends on the rows beside it: the columns of
+    outliers, which stay in 16 bit, are found over the whole batch.
+    """
+    return is_bnb_linear(module) and getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
+
+
+#: Layers of a KV cache that hold ``keys`` and ``values`` (rows, heads, positions, c), longer by a ``cat`` at each step.
+GROWING_CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:

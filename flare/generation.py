@@ -30,6 +30,7 @@ from .runtime import (
     note_target_masks,
     warn_user,
 )
+from .shared_pass import SOURCE_PASSES, obstacle
 from .source_decoding import (
     AlignedText,
     FrozenText,
@@ -38,6 +39,7 @@ from .source_decoding import (
     SourceDecoding,
     decode_to_the_end,
     read_states,
+    say_two_passes,
     slots_of,
 )
 from .source_pass import SourceCarrier
@@ -62,11 +64,11 @@ class _WithSource:
     is_croppable = False  # positions cannot be taken back
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        super().reorder_cache(self.flare_decoding.rows_of_cache(beam_idx))  # type: ignore[misc]
         self.flare_decoding.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        super().batch_select_indices(self.flare_decoding.rows_of_cache(indices))  # type: ignore[misc]
         self.flare_decoding.select_rows(indices)
 
 
@@ -184,17 +186,26 @@ def generate(
     source: dict[str, Any],
     source_alignment: str,
     source_padding: str | None,
+    source_pass: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """transformers' generate with a source; see ``FlareModel.generate``."""
+    if source_pass not in SOURCE_PASSES:
+        raise ValueError(f"source_pass={source_pass!r} is not accepted; one of: {', '.join(SOURCE_PASSES)}")
     if source_padding not in (None, *SOURCE_PADDING):
         raise ValueError(f"source_padding={source_padding!r} is not accepted; one of: {', '.join(SOURCE_PADDING)}")
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("generate: gradient checkpointing drops the KV cache in train mode; call model.eval() first")
     source = {name: one.to(model.device) if isinstance(one, Tensor) else one for name, one in source.items()}
-    how = _generate_decoder_only if not runtime.map.decoders else _generate_encoder_decoder
-    return how(model, runtime, source, source_alignment, source_padding, args, kwargs)
+    if runtime.map.decoders:
+        if source_pass == "shared":
+            raise ValueError(_NOT_SHARED.format(why="an encoder-decoder's source is read apart"))
+        return _generate_encoder_decoder(model, runtime, source, source_alignment, source_padding, args, kwargs)
+    return _generate_decoder_only(model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)
+
+
+_NOT_SHARED = "generate: source_pass='shared' is not possible: {why}; leave it out"
 
 
 def _generate_decoder_only(
@@ -203,6 +214,7 @@ def _generate_decoder_only(
     source: dict[str, Any],
     alignment: str,
     padding: str | None,
+    source_pass: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -218,6 +230,7 @@ def _generate_decoder_only(
     target = _target_ids(args, kwargs)
     with torch.no_grad():
         decoding = _decoding(model, runtime, wanted, source, alignment, padding or "zero", target, options)
+        _share(model, runtime, wanted, decoding, source_pass)
     if options.get("cache_implementation") is not None:
         kwargs["cache_implementation"] = None  # dynamic, which is what is passed
     kwargs["past_key_values"] = _cache_with(model, decoding)
@@ -281,6 +294,24 @@ def _decoding(
     return LateText(
         slots=slots, steps=decode_to_the_end(model, runtime, wanted, text, ids, ends, options.pad_id(), most)
     )
+
+
+def _share(model: Any, runtime: Runtime, wanted: list[Wanted], decoding: SourceDecoding, source_pass: str) -> None:
+    """Have new tokens of both streams go through the model together, where that is possible and asked for.
+
+    Raises:
+        ValueError: it was asked for by name and is not possible.
+    """
+    if source_pass == "separate":
+        return
+    why, unusual = "the source is not decoded beside the target (FLARE MT, source_alignment='release')", False
+    if isinstance(decoding, AlignedText):
+        why, unusual = obstacle(model, runtime, wanted, decoding.text.cache)
+        decoding.shares = not why
+    if why and source_pass == "shared":
+        raise ValueError(_NOT_SHARED.format(why=why))
+    if why and unusual:
+        say_two_passes(runtime, why)
 
 
 def _refuse_decoder_arguments(model: Any, source: dict[str, Any]) -> None:

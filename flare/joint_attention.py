@@ -152,6 +152,7 @@ def _outputs(x: Tensor, projections: dict[str, nn.Module]) -> dict[str, Tensor]:
     # flat rows: a linear's output then stands in memory of its own and can be accumulated into
     plain = all(type(member.linear) in (nn.Linear, SiblingLinear) for member in members.values())
     lead = x.shape[:-1]
+    rows = next((m.target_rows(x) for m in projections.values() if isinstance(m, FlareLayer)), None)
     if plain:
         x = x.flatten(0, -2)
         x_source = None if x_source is None else x_source.flatten(0, -2)
@@ -161,6 +162,10 @@ def _outputs(x: Tensor, projections: dict[str, nn.Module]) -> dict[str, Tensor]:
             base_outputs = {name: nn.Linear.forward(cast(nn.Linear, m.linear), x) for name, m in members.items()}
     else:
         base_outputs = {name: member.linear(x) for name, member in members.items()}
+    whole = base_outputs
+    if rows is not None:  # behind them stand the source's, which meet no adapter
+        rows *= lead[1:].numel() if plain else 1
+        x, base_outputs = x[:rows], {name: y[:rows] for name, y in base_outputs.items()}
     outputs = fused_lora_qkv(
         x,
         x_source,
@@ -172,6 +177,10 @@ def _outputs(x: Tensor, projections: dict[str, nn.Module]) -> dict[str, Tensor]:
         dropout_p=dropouts.pop(),
         training=True,  # what is not in training has no dropout here
     )
+    if rows is not None:
+        for name in adapted:
+            whole[name][:rows] = outputs[name]
+        outputs = whole
     return {name: y.unflatten(0, lead) for name, y in outputs.items()} if plain else outputs
 
 

@@ -62,6 +62,7 @@ class FlareLayer:
     _flare_source: LayerSource | None
     _flare_mask: tuple[Tensor, bool] | None = None  # during an attention's forward: target's mask (B, m), is it causal
     _flare_joint: Callable[[Tensor], Tensor | None] | None = None  # during an attention's forward: joint_attention's
+    _flare_split: tuple[int, int] | None = None  # during a step of shared_pass: rows of the target, and of both streams
 
     if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
         base_layer: nn.Module
@@ -101,14 +102,41 @@ class FlareLayer:
                 return joint
         active = self.active_here()
         mixes = source is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
-        if x.dim() > 2 and not mixes and _gives_a_view(self.base_layer) and not args and not kwargs:
+        if (
+            x.dim() > 2
+            and not mixes
+            and self._flare_split is None
+            and _gives_a_view(self.base_layer)
+            and not args
+            and not kwargs
+        ):
             # flat rows: the linear's output then stands in memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
             return self._with_adapters(active, x, self.base_layer(x), flat=True).unflatten(0, lead)
         result = self.base_layer(x, *args, **kwargs)
         if active and self.base_layer._forward_hooks:
             result = result.clone()  # somebody may hold on to what the hook saw
-        return self._with_adapters(active, x, result)
+        if self._flare_split is None or not active:
+            return self._with_adapters(active, x, result)
+        rows = self.target_rows(x)
+        result[:rows] = self._with_adapters(active, x[:rows], result[:rows])
+        return result
+
+    def target_rows(self, x: Tensor) -> int | None:
+        """How many leading rows of an input are the target's, where the source's stand behind them; None: all.
+
+        Raises:
+            ValueError: an input with other rows than those of both streams.
+        """
+        if self._flare_split is None:
+            return None
+        rows, total = self._flare_split
+        if len(x) != total:
+            raise ValueError(
+                f"{self.flare_key} was called with {len(x)} rows in a pass that source and target share, which has "
+                f"{total}: pass source_pass='separate' to generate"
+            )
+        return rows
 
     def active_here(self) -> list[str]:
         """The active adapters that this layer has."""

@@ -299,7 +299,12 @@ class FlareModel(LoraModel):
         runtime.source_cache = cache
 
     def generate(
-        self, *args: Any, source_alignment: str = "training", source_padding: str | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        source_alignment: str = "training",
+        source_padding: str | None = None,
+        source_pass: str = "auto",
+        **kwargs: Any,
     ) -> Any:
         """transformers' generate, fusing where a source is given; without one it is the base model's, with plain LoRA.
 
@@ -317,6 +322,11 @@ class FlareModel(LoraModel):
             source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch;
                 "keep": the padding's states. Default: "zero" for a decoder-only model, whatever the adapter's config
                 says; the adapter's own for an encoder-decoder; the release's rule knows "keep" alone.
+            source_pass: "shared": the new tokens of both texts go through the model as one batch, so that a step reads
+                each frozen weight once and not twice; for decoder-only adapters with source_layer_offset=0, in eval
+                mode and not compiled. The prompts are read one after the other. "separate": two passes. "auto"
+                (default): shared where that is possible; it says so once where something unusual keeps it from that.
+                Both give the same logits up to rounding.
 
         Raises:
             TypeError, ValueError: source arguments that do not fit, or an option that cannot be combined with a source
@@ -332,7 +342,7 @@ class FlareModel(LoraModel):
         assert runtime is not None
         if not source or not runtime.wanted():
             return cast(Any, self.model).generate(*args, **kwargs)
-        return generate(self.model, runtime, source, source_alignment, source_padding, args, kwargs)
+        return generate(self.model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)
 
     # --- what was done ------------------------------------------------------------------------------------------------
 

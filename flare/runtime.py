@@ -3,7 +3,8 @@
 Four hooks, and no modeling code copied or patched:
 
 1. before the transformers model: take ``source_*`` out of the keyword arguments, run the source pass; in a step of
-   generation, ask the source that the KV cache carries for its next positions (flare.source_decoding);
+   generation, ask the source that the KV cache carries for its next positions (flare.source_decoding), or put its rows
+   below the target's (flare.shared_pass);
 2. before the owner of a block stack: hand the carrier on as a keyword argument of the blocks;
 3. before a self-attention module: take the carrier out and give each adapter layer its part;
 4. after it: take it away again; after the model: check that every fusing layer was reached.
@@ -86,6 +87,8 @@ class Runtime:
     handles: list[Any] = field(default_factory=list)
     carrier: SourceCarrier | None = None
     source_cache: SourceStateCache | None = None
+    step: Any = None  # the flare.shared_pass.SharedStep that runs now
+    found: list[FlareLayer] | None = None  # see adopted
     in_source_pass: bool = False
     warned: bool = False
     said: set[str] = field(default_factory=set)
@@ -128,9 +131,15 @@ class Runtime:
         finally:
             self.in_source_pass = False
 
+    def adopted(self, model: nn.Module) -> list[FlareLayer]:
+        """Every layer of ours in the model, fusing or not; looked for once until adapters come or go."""
+        if self.found is None:
+            self.found = [module for module in model.modules() if isinstance(module, FlareLayer)]
+        return self.found
+
     def clear(self) -> None:
         """Let go of the last source; called whenever adapters come or go."""
-        self.carrier = None
+        self.carrier = self.step = self.found = None
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
@@ -209,8 +218,13 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
         note_target_masks(runtime, wanted, runtime.carrier, args, kwargs)
     elif wanted and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
+        source_of = getattr(cache, SOURCE_OF_CACHE)
+        runtime.step = None if args else source_of.share(model, runtime, wanted, kwargs)
+        if runtime.step is not None:
+            runtime.carrier = runtime.step.carrier
+            return (), runtime.step.begin()
         shape = (_decoder_shape if runtime.map.decoders else _target_shape)(args, kwargs)
-        runtime.carrier = getattr(cache, SOURCE_OF_CACHE).carry(model, runtime, wanted, shape, cache.get_seq_length())
+        runtime.carrier = source_of.carry(model, runtime, wanted, shape, cache.get_seq_length())
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
         warn_user(NO_SOURCE_WARNING)
@@ -288,10 +302,12 @@ def check_reached(model: nn.Module, carrier: SourceCarrier) -> None:
         )
 
 
-def _after_model(model: nn.Module, args: Any, output: Any) -> None:
+def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
     runtime: Runtime = model.__dict__[_RUNTIME]
-    if not runtime.in_source_pass:
-        runtime.carrier = None
+    if runtime.in_source_pass:
+        return None
+    step, runtime.carrier, runtime.step = runtime.step, None, None
+    return None if step is None else step.finish(output)
 
 
 #: Packages between the user's line and ours.

@@ -17,6 +17,7 @@ positions that one forward asks for, r the rank; S is layer -> adapter -> (B, q,
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .shared_pass import SharedStep, States, inputs_of_both, join_caches, part_caches
 from .source_pass import Preparation, SourceCarrier, make_groups, read_from_run, run_source_pass
 
 if TYPE_CHECKING:
     from .runtime import Runtime, Wanted
 
-States = dict[str, dict[str, Tensor]]
 Slots = frozenset[tuple[str, str]]
 
 
@@ -51,6 +52,13 @@ def join_states(parts: list[States]) -> States:
         layer: {name: torch.cat([part[layer][name] for part in parts], dim=1) for name in own}
         for layer, own in parts[0].items()
     }
+
+
+def say_two_passes(runtime: Runtime, why: str) -> None:
+    """Once for each reason: the streams could share a pass, and this keeps them from it."""
+    if why not in runtime.said:
+        runtime.said.add(why)
+        warnings.warn(f"generate: source and target take a pass each, not one together: {why}", stacklevel=2)
 
 
 @dataclass(kw_only=True)
@@ -112,6 +120,21 @@ class SourceDecoding:
         """The target's rows were reordered, repeated or dropped: row i is what row ``rows[i]`` was."""
         self.rows = rows if self.rows is None else self.rows[rows.to(self.rows.device)]
 
+    def rows_of_cache(self, rows: Tensor) -> Tensor:
+        """The rows of the KV cache as it is now that will belong to these rows of the target; then select_rows."""
+        return rows
+
+    def share(
+        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], kwargs: dict[str, Any]
+    ) -> SharedStep | None:
+        """One pass of both streams in place of :meth:`carry` and a pass of the target; None where there can be none.
+
+        Args:
+            model, runtime, wanted: as in :meth:`carry`.
+            kwargs: keyword arguments of the target's forward.
+        """
+        return None
+
 
 @dataclass
 class FrozenText:
@@ -127,22 +150,29 @@ class FrozenText:
 
     def read(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], ids: Tensor) -> States:
         """Read token ids (B, q) behind what was read before; their S."""
-        past, length = self.cache.get_seq_length(), ids.shape[1]
-        missing = past + length - self.mask.shape[1]
-        if missing > 0:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), missing)], dim=1)
-        mask = self.mask[:, : past + length]
+        past = self.cache.get_seq_length()
         outputs: list[Any] = []
-        inputs = self._inputs(model, ids, mask)
+        inputs = self.inputs(model, ids, past)
 
         def run() -> None:
             outputs.append(model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True))
 
-        pads = mask[:, past:] if self.zero_pads else None
+        pads = self.mask[:, past : past + ids.shape[1]] if self.zero_pads else None
         found = read_states(model, runtime, wanted, run, pads, self.dropout)
-        # as generate chooses, so that ties fall alike
-        self.next_ids = outputs[0].logits[:, -1].to(dtype=torch.float32).argmax(dim=-1, keepdim=True)
+        self.choose(outputs[0].logits)
         return found
+
+    def choose(self, logits: Tensor) -> None:
+        """Take note of the likeliest next tokens, by logits (B, q, V)."""
+        # as generate chooses, so that ties fall alike
+        self.next_ids = logits[:, -1].to(dtype=torch.float32).argmax(dim=-1, keepdim=True)
+
+    def inputs(self, model: nn.Module, ids: Tensor, past: int) -> dict[str, Any]:
+        """Keyword arguments of the frozen model for token ids (B, q) behind ``past`` others; the mask grows by them."""
+        missing = past + ids.shape[1] - self.mask.shape[1]
+        if missing > 0:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), missing)], dim=1)
+        return self._inputs(model, ids, self.mask[:, : past + ids.shape[1]])
 
     def _inputs(self, model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         accepted = inspect.signature(model.forward).parameters
@@ -188,6 +218,8 @@ class AlignedText(SourceDecoding):
     end_ids: Tensor  # the tokens that end a text; may be none
     done: Tensor = field(init=False)  # (B,), whether a row's end token has been read
     held: States = field(default_factory=dict)  # S of the position read last, (B, 1, r)
+    shares: bool = False  # whether new tokens may go through the blocks beside the target's
+    together: int = 0  # rows of the target in a cache that holds both streams; 0: each has its own
 
     def __post_init__(self) -> None:
         self.done = torch.zeros(len(self.prompt), dtype=torch.bool, device=self.prompt.device)
@@ -206,18 +238,93 @@ class AlignedText(SourceDecoding):
             return self.held
         ids = self.text.next_ids
         assert ids is not None
-        new = self.text.read(model, runtime, wanted, ids)
-        if self.held:
-            new = {
-                layer: {name: self._unless_done(self.held[layer][name], one) for name, one in own.items()}
-                for layer, own in new.items()
-            }
-        self.done = self.done | torch.isin(ids[:, 0], self.end_ids)
-        self.held = new
+        new = self._settle(self.text.read(model, runtime, wanted, ids))
+        self._note_token(new, ids)
         return new
+
+    def _settle(self, new: States) -> States:
+        """S of a new token, in rows that are done that of their last one."""
+        if not self.held:
+            return new
+        return {
+            layer: {name: self._unless_done(self.held[layer][name], one) for name, one in own.items()}
+            for layer, own in new.items()
+        }
+
+    def _note_token(self, settled: States, ids: Tensor) -> None:
+        """A token of every row (B, 1) was read."""
+        self.held = settled
+        self.done = self.done | torch.isin(ids[:, 0], self.end_ids)
 
     def _unless_done(self, held: Tensor, new: Tensor) -> Tensor:
         return torch.where(self.done[:, None, None].to(new.device), held, new)
+
+    # --- one pass for both streams ------------------------------------------------------------------------------------
+
+    def rows_of_cache(self, rows: Tensor) -> Tensor:
+        if not self.together:
+            return rows
+        source = torch.arange(self.together, self.together + len(self.prompt), device=rows.device)
+        return torch.cat([rows, source])
+
+    def select_rows(self, rows: Tensor) -> None:
+        super().select_rows(rows)
+        self.together = len(rows) if self.together else 0
+
+    @torch.compiler.disable
+    def share(
+        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], kwargs: dict[str, Any]
+    ) -> SharedStep | None:
+        cache = kwargs["past_key_values"]
+        rows = len(self.prompt) if self.rows is None else len(self.rows)
+        inputs = self._inputs_of_both(model, runtime, wanted, kwargs, rows) if self.shares else None
+        if inputs is None:
+            if self.together:
+                part_caches(cache, self.text.cache, self.together, keep_source=not bool(self.done.all()))
+                self.together = 0
+            return None
+        if not self.together:
+            join_caches(cache, self.text.cache)
+            self.together = rows
+        ids = inputs["input_ids"][rows:]
+
+        def finished(settled: States, logits: Tensor) -> None:
+            self._note_token(settled, ids)
+            self.text.choose(logits)
+            self.used += 1
+
+        return SharedStep(
+            model,
+            runtime,
+            wanted,
+            inputs,
+            rows,
+            settle=self._settle,
+            spread=lambda states: map_states(states, lambda one: self._for_target(one, rows)),
+            finished=finished,
+        )
+
+    def _inputs_of_both(
+        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], kwargs: dict[str, Any], rows: int
+    ) -> dict[str, Any] | None:
+        """Keyword arguments of a forward over both streams' next tokens; None where this forward is another one."""
+        past, target = kwargs["past_key_values"].get_seq_length(), kwargs.get("input_ids")
+        ids = self.text.next_ids
+        if (
+            ids is None
+            or not isinstance(target, Tensor)
+            or target.shape != (rows, 1)
+            or not past == self.used >= self.prompt.shape[1]
+            or slots_of(wanted) != self.slots
+            or torch.is_grad_enabled()
+            or model.training
+            or bool(self.done.all())
+        ):
+            return None
+        inputs, why = inputs_of_both(kwargs, self.text.inputs(model, ids, past), past)
+        if why:
+            say_two_passes(runtime, why)
+        return inputs
 
 
 @dataclass(kw_only=True)

@@ -121,7 +121,7 @@ def read_from_run(
 
         with contextlib.ExitStack() as stack:
             for key in wanted:
-                stack.callback(_listen(model, key, note).remove)
+                stack.callback(listen(model, key, note).remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(adapters_off(model))
             stack.enter_context(compiled_calls_off(model))
@@ -155,8 +155,8 @@ def read_from_states(states: SourceStates, wanted: set[StateKey]) -> Reader:
     return read
 
 
-def _listen(model: nn.Module, key: StateKey, note: Visitor) -> Any:
-    """Hook the place a key names: the first block's input, or the output of the block before."""
+def listen(model: nn.Module, key: StateKey, note: Visitor) -> Any:
+    """Hook the place a key names: the first block's input, or the output of the block before. Returns the handle."""
     blocks = model.get_submodule(key.stack)
     assert isinstance(blocks, nn.ModuleList)
     if key.position == 0:

@@ -108,6 +108,28 @@ def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
     assert calls
 
 
+def test_a_compiled_module_is_recognised() -> None:
+    model = tiny.model("llama")
+    assert not _compat.is_compiled(model)
+    model.model.layers[1].compile(backend="eager")
+    assert _compat.is_compiled(model)
+
+
+@pytest.mark.parametrize("layer", _compat.GROWING_CACHE_LAYERS, ids=lambda layer: layer.__name__)
+def test_layers_of_a_cache_hold_rows_that_can_be_joined(layer) -> None:
+    """``keys`` and ``values`` by row, nothing else by row, and each step appended to what stands there."""
+    made = layer(sliding_window=4) if "Sliding" in layer.__name__ else layer()
+    first, second = torch.randn(2, 1, 3, 2), torch.randn(2, 1, 1, 2)
+    assert not made.is_initialized
+    made.update(first, first)
+    by_row = [name for name, value in vars(made).items() if isinstance(value, torch.Tensor) and value.dim()]
+    assert sorted(by_row) == ["keys", "values"]
+    made.keys, made.values = torch.cat([made.keys, -made.keys]), torch.cat([made.values, -made.values])
+    keys, _ = made.update(*[torch.cat([second, -second])] * 2)
+    torch.testing.assert_close(keys[2:], -torch.cat([first, second], dim=2))
+    assert made.get_seq_length() == 4
+
+
 def test_an_encoder_decoder_says_how_its_decoder_reads_labels() -> None:
     method = transformers.MT5ForConditionalGeneration.prepare_decoder_input_ids_from_labels
     assert "labels" in inspect.signature(method).parameters
@@ -143,6 +165,8 @@ def test_bitsandbytes_layers_are_told_by_name() -> None:
 
     assert _compat.is_bnb_lora(lora.Linear4bit) and _compat.is_bnb_lora(lora.Linear8bitLt)
     assert not _compat.is_bnb_lora(lora.Linear)
+    int8 = [bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=False, threshold=threshold) for threshold in (0.0, 6.0)]
+    assert [_compat.mixes_rows(linear) for linear in (*int8, bnb.nn.Linear4bit(4, 4))] == [False, True, False]
     assert _compat.is_bnb_linear(bnb.nn.Linear4bit(4, 4)) and not _compat.is_bnb_linear(tiny.torch.nn.Linear(4, 4))
 
 

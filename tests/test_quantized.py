@@ -88,3 +88,20 @@ def test_generation_over_a_quantised_base(kind, checkpoint) -> None:
     want = model(**inputs).logits[:, -1].float()
     plain = model.generate(**{k: v for k, v in inputs.items() if not k.startswith("source")}, **options).logits[0]
     assert (first - want).abs().max() < 0.02 < (first - plain).abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_pass_for_source_and_target_over_a_quantised_base(kind, checkpoint) -> None:
+    """4-bit linears take the rows of both; int8 ones find their columns of outliers over all rows, and say so."""
+    model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_layer_offset=0, target_modules="all-linear").eval()
+    tiny.randomize_lora(model)
+    inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    want = model.generate(**inputs, **options, source_pass="separate")
+    if kind == "int8":
+        with pytest.raises(ValueError, match=r"chooses the columns .* \(llm_int8_threshold\)"):
+            model.generate(**inputs, **options, source_pass="shared")
+        return
+    got = model.generate(**inputs, **options, source_pass="shared")
+    assert got.past_key_values.layers[0].keys.shape[0] == 6
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=0, atol=0.02)

@@ -167,6 +167,39 @@ def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypat
         assert max(counts) == layers if memory == "keep" else max(counts) <= 2
 
 
+@pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
+def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: str, monkeypatch) -> None:
+    """At most two at any time, over the prompt and over new tokens; what waits has the rank's width.
+
+    Offset 0 reads the embeddings too, which transformers' own forward holds on to until it ends: not counted here.
+    """
+    alive: list[weakref.ref] = []
+    counts: list[int] = []
+    plain = Preparation.rows
+
+    def rows(self, key, hidden):
+        if key.position:
+            alive.append(weakref.ref(hidden.untyped_storage()))
+        counts.append(sum(one() is not None for one in alive))
+        return plain(self, key, hidden)
+
+    monkeypatch.setattr(Preparation, "rows", rows)
+    for layers in (2, 6):
+        model = model_of("llama", "auto", base={"num_hidden_layers": layers}, source_layer_offset=offset).eval()
+        inputs = {name: value for name, value in inputs_of("llama").items() if name != "labels"}
+        alive.clear()
+        counts.clear()
+        out = model.generate(
+            **inputs, max_new_tokens=4, min_new_tokens=4, pad_token_id=1, return_dict_in_generate=True, source_pass=way
+        )
+        assert len(counts) == 4 * layers and max(counts) <= 2
+        assert sum(one() is not None for one in alive) == 0
+        held = out.past_key_values.flare_decoding.held
+        assert len(held) == 2 * layers
+        assert {tuple(S.shape) for own in held.values() for S in own.values()} == {(3, 1, 5)}
+        assert all(S.untyped_storage().nbytes() <= 3 * 2 * 5 * 4 for own in held.values() for S in own.values())
+
+
 def test_inputs_that_were_overwritten_are_refused() -> None:
     """A second pass over other tokens would give wrong gradients in silence."""
     model = model_of("llama", "recompute")
