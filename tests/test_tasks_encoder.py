@@ -107,16 +107,9 @@ def test_the_best_span_is_the_best_of_all():
     generator = np.random.default_rng(0)
     for _ in range(20):
         start, end = generator.normal(size=(2, 12))
-        inside = generator.random(12) < 0.8
-        inside[3:5] = True
-        every = [
-            (start[i] + end[j], i, j)
-            for i in range(12)
-            for j in range(i, 12)
-            if inside[i] and inside[j] and inside[i : j + 1].sum() <= 4
-        ]
-        assert best_span(start, end, inside, 4) == max(every)[1:]
-    assert best_span(start, end, np.zeros(12, dtype=bool), 4) is None
+        every = [(start[i] + end[j], i, j) for i in range(12) for j in range(i, min(i + 4, 12))]
+        assert best_span(start, end, 4) == max(every)[1:]
+    assert best_span(start[:0], end[:0], 4) is None
 
 
 WORDS = "who where lives in the north of big Sumatra Java near a lake with Ana and Budi today ? ."
@@ -150,15 +143,17 @@ def test_answers_go_to_positions_and_back(side, joined):
     assert tokenizer.decode(rows[0]["input_ids"]) == "<s> who lives in the north ? </s> Ana lives in the north . </s>"
     kind = InputFusionCollator if joined else flare.FlareDataCollator
     collator = kind(tokenizer, layout="encoder", padding="longest")
-    logits = []
-    for start in (0, 2):  # two batches of different widths, put together as Trainer does
-        batch = collator(rows[start : start + 2])
-        width = batch["input_ids"].shape[1]
-        for name in ("start_positions", "end_positions"):
-            one_hot = torch.nn.functional.one_hot(batch[name], width).float()
-            logits.append(torch.nn.functional.pad(one_hot, (0, 64 - width), value=-100.0))
-    output = (torch.cat(logits[0::2]), torch.cat(logits[1::2]))
-    predicted = form.predictions(output, PAIRS, joined=joined)
+    batch = collator(rows)
+    width = batch["input_ids"].shape[1]
+    # every special token and every source gets a higher logit than the answer
+    output = [2.0 - batch["attention_mask"] + torch.nn.functional.one_hot(batch[name], width) / 2
+              for name in ("start_positions", "end_positions")]  # fmt: skip
+    starts = collator([{**row, "start_positions": 0, "end_positions": 0} for row in rows])["start_positions"]
+    if joined:
+        for one in output:
+            for row, first in zip(one, starts.tolist(), strict=True):
+                row[:first] = 9.0
+    predicted = form.predictions(output, PAIRS, None if side == "right" and not joined else starts)
     assert predicted == ["Ana", "big lake", "Java"]
     assert form.scores(predicted, PAIRS) == {"exact_match": 100, "f1": 100}
 
@@ -174,6 +169,7 @@ def test_what_is_cut_off_is_counted():
         Pair(qa("4", long, "Budi .", "Budi")),
     ]
     rows, notes = form.train_rows(pairs, with_source=False)
+    assert [pair.target.id for pair in form.trainable(pairs)] == ["3", "4"] and len(rows) == 2
     assert notes == [
         "2 of 4 contexts cut to 12 tokens with the question (ids 1, 4)",
         "1 of 4 rows left out, they have no answer or it is not in the context (id 2)",
@@ -189,7 +185,7 @@ def test_what_is_cut_off_is_counted():
 
 def test_logits_of_other_rows_are_refused():
     form = make_form(QA, word_tokenizer(WORDS), "encoder", 32)
-    with pytest.raises(ValueError, match=re.escape("the logits are 5 wide and row 0 has 15 tokens")):
+    with pytest.raises(ValueError, match=re.escape("row 0 has 15 tokens from 0 on and the logits are 5 wide")):
         form.predictions((torch.zeros(3, 5), torch.zeros(3, 5)), PAIRS)
 
 

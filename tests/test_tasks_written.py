@@ -90,6 +90,7 @@ def test_the_context_is_cut_and_never_the_question(family):
         Pair(question("4", "who?", "me", "me"), question("4", "who?", "me")),
     ]
     rows, notes = form.train_rows(pairs, with_source=True)
+    assert form.trainable(pairs) == [pairs[0], pairs[3]] and len(rows) == 2
     most = 48 if family == "causal" else 64
     assert notes == [
         "1 of 4 rows left out, they have no answer (id 3)",

@@ -84,6 +84,10 @@ class Form:
         """Rows to predict from, one for each pair, in their order; otherwise as `train_rows`."""
         raise NotImplementedError
 
+    def trainable(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs that `train_rows` makes rows of, in their order."""
+        return list(pairs)
+
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
         """A label or an answer for each pair, from what a model gave for `eval_rows` of the same pairs.
 

@@ -21,7 +21,6 @@ from .spans import best_span, token_span, usable_answer
 
 #: The longest answer that is predicted, in tokens.
 MOST_TOKENS = 30
-_UNUSED = -100.0  # what Trainer fills logits of narrower batches up with
 
 # token ids, which of them are the context's, and their characters
 Window = tuple[list[int], np.ndarray, list[tuple[int, int]]]
@@ -44,70 +43,73 @@ class SpanForm(Form):
 
     def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
         rows, notes, windows = self._rows(pairs, with_source)
-        kept: list[Row] = []
-        absent, cut, moved = [], [], []
-        for pair, row, (_, inside, offsets) in zip(pairs, rows, windows, strict=True):
-            answer = usable_answer(pair.target, pair.target.texts[self.context])
-            if answer is None:
-                absent.append(pair.target.id)
-                continue
-            begin, end, elsewhere = answer
-            span = token_span(offsets, list(inside), begin, end)
-            if span is None:
-                cut.append(pair.target.id)
-                continue
-            if elsewhere:
-                moved.append(pair.target.id)
-            kept.append({**row, "start_positions": span[0], "end_positions": span[1]})
-        for ids, what in (
-            (absent, "left out, they have no answer or it is not in the context"),
-            (cut, f"left out, their answer is not among the {self.max_length} tokens that are read"),
-            (moved, "whose answer is not at its answer_start: the nearest place is taken"),
-        ):
-            if ids:
-                notes.append(f"{len(ids)} of {len(pairs)} rows {what} {some_ids(ids)}")
-        return kept, notes
+        spans, news = self._spans(pairs, windows)
+        kept = [
+            {**row, "start_positions": span[0], "end_positions": span[1]}
+            for row, span in zip(rows, spans, strict=True)
+            if span is not None
+        ]
+        return kept, [*notes, *news]
+
+    def trainable(self, pairs: Sequence[Pair]) -> list[Pair]:
+        spans, _ = self._spans(pairs, self._windows([pair.target for pair in pairs])[0])
+        return [pair for pair, span in zip(pairs, spans, strict=True) if span is not None]
 
     def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
         rows, notes, _ = self._rows(pairs, with_source)
         return rows, [*notes, *self._unanswered(pairs)]
 
-    def predictions(self, output: Any, pairs: Sequence[Pair], joined: bool = False) -> list[str]:
+    def predictions(self, output: Any, pairs: Sequence[Pair], starts: Sequence[int] | None = None) -> list[str]:
         """The best span of at most `MOST_TOKENS` tokens inside each context, as its characters.
 
         Args:
             output: start and end logits, each (N, m).
             pairs: the pairs of `eval_rows`.
-            joined: the batches were input-level fusion's, in which each target stands behind its source.
+            starts: where each row's first token stands; None: at 0, as in batches that are padded on the right. Left
+                padding and input-level fusion put something in front: a ``start_positions`` of 0 that goes through
+                their collator comes out as this number.
         """
         start, end = as_array(output[0]), as_array(output[1])
         if len(start) != len(pairs):
             raise ValueError(f"{len(start)} rows of logits were given for {len(pairs)} pairs")
-        windows = self._windows([pair.target for pair in pairs])[0]
-        sources = self._windows(self._texts(pairs, True)["source_"])[0] if joined else None
         found = []
-        for index, (pair, (ids, inside, offsets)) in enumerate(zip(pairs, windows, strict=True)):
-            before = self._before(sources[index][0], ids) if sources else 0
-            length = before + len(ids)
-            width = int(np.flatnonzero(start[index] != _UNUSED).max(initial=-1)) + 1
-            shift = before + (width - length if self.tokenizer.padding_side == "left" else 0)
-            if shift + len(ids) > start.shape[1]:
+        for index, (ids, inside, offsets) in enumerate(self._windows([pair.target for pair in pairs])[0]):
+            first = int(starts[index]) if starts is not None else 0
+            if first + len(ids) > start.shape[1]:
                 raise ValueError(
-                    f"the logits are {start.shape[1]} wide and row {index} has {length} tokens: they are not of "
-                    f"eval_rows{' as input-level fusion joins them' if joined else ''} with these pairs"
+                    f"row {index} has {len(ids)} tokens from {first} on and the logits are {start.shape[1]} wide: they "
+                    "are not of eval_rows with these pairs, or starts is missing"
                 )
-            # the first token of a joined target may be gone; it is none of the context
-            own = slice(max(shift, 0), shift + len(ids))
-            skip = max(-shift, 0)
-            span = best_span(start[index, own], end[index, own], inside[skip:], MOST_TOKENS)
-            text = pair.target.texts[self.context]
-            found.append("" if span is None else text[offsets[span[0] + skip][0] : offsets[span[1] + skip][1]].strip())
+            places = np.flatnonzero(inside)  # a joined target may have lost its opening token, never its context
+            span = best_span(start[index, first + places], end[index, first + places], MOST_TOKENS)
+            text = pairs[index].target.texts[self.context]
+            if span is None:
+                found.append("")
+            else:
+                found.append(text[offsets[places[span[0]]][0] : offsets[places[span[1]]][1]].strip())
         return found
 
-    def _before(self, source: list[int], target: list[int]) -> int:
-        """How far input-level fusion moves a target: behind its source, less an opening token that both have."""
-        openings = {self.tokenizer.cls_token_id, self.tokenizer.bos_token_id} - {None}
-        return len(source) - int(source[:1] == target[:1] and source[0] in openings)
+    def _spans(
+        self, pairs: Sequence[Pair], windows: Sequence[Window]
+    ) -> tuple[list[tuple[int, int] | None], list[str]]:
+        """First and last token of each answer, None where a row cannot be trained on; what has to be said."""
+        spans: list[tuple[int, int] | None] = []
+        absent, cut, moved = [], [], []
+        for pair, (_, inside, offsets) in zip(pairs, windows, strict=True):
+            answer = usable_answer(pair.target, pair.target.texts[self.context])
+            spans.append(None if answer is None else token_span(offsets, list(inside), *answer[:2]))
+            if answer is None:
+                absent.append(pair.target.id)
+            elif spans[-1] is None:
+                cut.append(pair.target.id)
+            elif answer[2]:
+                moved.append(pair.target.id)
+        told = (
+            (absent, "left out, they have no answer or it is not in the context"),
+            (cut, f"left out, their answer is not among the {self.max_length} tokens that are read"),
+            (moved, "whose answer is not at its answer_start: the nearest place is taken"),
+        )
+        return spans, [f"{len(ids)} of {len(pairs)} rows {what} {some_ids(ids)}" for ids, what in told if ids]
 
     def _rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str], list[Window]]:
         rows: list[Row] = [{} for _ in pairs]

@@ -51,26 +51,20 @@ def token_span(
     return held[0], held[-1]
 
 
-def best_span(start: np.ndarray, end: np.ndarray, inside: np.ndarray, most: int) -> tuple[int, int] | None:
-    """The span of the highest start + end logit that lies in the context and has at most ``most`` tokens.
+def best_span(start: np.ndarray, end: np.ndarray, most: int) -> tuple[int, int] | None:
+    """The span of the highest start + end logit that has at most ``most`` tokens.
 
     Args:
-        start, end: logits (n,) of the positions of one text.
-        inside: (n,), whether a position is of the context.
+        start, end: logits (n,) of the tokens of a context.
         most: tokens.
 
     Returns:
-        First and last position; None where there is no context. Of equal spans the shortest, then the first.
+        First and last token; None where there is none. Of equal spans the shortest, then the first.
     """
-    places = np.flatnonzero(inside)
-    if not len(places):
-        return None
-    first, last = start[places], end[places]
     best: tuple[float, int, int] | None = None
-    for length in range(min(most, len(places))):
-        sums = first[: len(places) - length] + last[length:]
+    for length in range(min(most, len(start))):
+        sums = start[: len(start) - length] + end[length:]
         at = int(sums.argmax())
         if best is None or sums[at] > best[0]:
-            best = float(sums[at]), int(places[at]), int(places[at + length])
-    assert best is not None
-    return best[1], best[2]
+            best = float(sums[at]), at, at + length
+    return None if best is None else best[1:]

@@ -40,6 +40,9 @@ class WrittenForm(Form):
         """Token ids of prompts, with the special tokens the model expects."""
         raise NotImplementedError
 
+    def trainable(self, pairs: Sequence[Pair]) -> list[Pair]:
+        return [pairs[index] for index in self._answers(pairs, with_source=False)[0]]
+
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
         """Labels or answers from generated token ids.
 
