@@ -167,8 +167,9 @@ def test_batches_of_one_group():
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_as_if_uninterrupted(place, tmp_path):
-    """SIGKILL in the middle of training, three times; weights, scores and predictions are the uninterrupted run's."""
+    """SIGKILL in the middle of training, twice; weights, scores and predictions are the uninterrupted run's."""
     for name in ("whole", "killed"):
         shutil.copytree(place / "runs", tmp_path / name)
     more = ("--r", 4, "--dropout", 0.1, "--epochs", 6, "--save-steps", 4, "--fusion", "add")

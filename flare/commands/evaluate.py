@@ -7,6 +7,11 @@ from typing import Any
 from ..experiment.settings import EvaluateSettings
 from .common import add_experiment_parser, run_experiment_command
 
+_DESCRIPTION = """\
+zero-shot: the base on the target's test texts.
+translate-test: the base on the same texts in the source language.
+translate-train: every trained adapter, also with the other source text (--source-text)."""
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -15,8 +20,7 @@ def add_parser(commands: Any) -> None:
         "evaluate",
         EvaluateSettings,
         help="zero-shot, translate-test, and trained adapters on the test split",
-        description="zero-shot: the base on the target's test texts. translate-test: the base on the same texts in the source\n"
-        "language. translate-train: every trained adapter, also with the other source text (--source-text).",
+        description=_DESCRIPTION,
         run=run,
     )
 

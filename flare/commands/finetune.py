@@ -7,6 +7,11 @@ from typing import Any
 from ..experiment.settings import FinetuneSettings
 from .common import add_experiment_parser, run_experiment_command
 
+_DESCRIPTION = """\
+Train an adapter (or --full: all weights) on the task in the source language and save the merged model, one
+per seed, into OUTPUT/base/seed-N. Defaults are the paper's. A finished run is skipped, an unfinished one
+goes on from its last checkpoint."""
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -15,9 +20,7 @@ def add_parser(commands: Any) -> None:
         "finetune",
         FinetuneSettings,
         help="learn the task in the source language, merged into the base",
-        description="Train an adapter (or --full: all weights) on the task in the source language and save the merged model, one per\n"
-        "seed, into OUTPUT/base/seed-N. Defaults are the paper's; a finished run is skipped, an unfinished one goes\n"
-        "on.",
+        description=_DESCRIPTION,
         run=run,
     )
 

@@ -7,6 +7,11 @@ from typing import Any
 from ..experiment.settings import TrainSettings
 from .common import add_experiment_parser, run_experiment_command
 
+_DESCRIPTION = """\
+Train every method on every target language with every seed, into OUTPUT/<target>/<method>/seed-N, and
+evaluate the test split. Defaults are the paper's. A finished run is skipped, an unfinished one goes on from
+its last checkpoint."""
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -15,8 +20,7 @@ def add_parser(commands: Any) -> None:
         "train",
         TrainSettings,
         help="train lora, input-fusion, x-mixup, flare and flare-mt",
-        description="Train every method on every target language with every seed, into OUTPUT/<target>/<method>/seed-N, and\n"
-        "evaluate the test split. Defaults are the paper's; a finished run is skipped, an unfinished one goes on.",
+        description=_DESCRIPTION,
         run=run,
     )
 

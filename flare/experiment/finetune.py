@@ -113,11 +113,11 @@ def _one(
         )
         device = done.trainer.args.device
         _save(done.trainer, folder, settings.full)
+        add_cost(done)
+        metrics = done.metrics
+        del done, model  # room for the merged model
         wait()
         if is_main():
-            add_cost(done)
-            metrics = done.metrics
-            del done, model
             merged = _merged(setup, folder, settings.full)
             test = _rows(data, "test", needed=False)
             if test:

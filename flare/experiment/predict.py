@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from ..tasks import Pair
 
-_NONE = -100.0  # what the form of spans takes for no position
 _POSITIONS = ("start_positions", "end_positions")
 
 
@@ -54,8 +53,10 @@ class Predictor:
                 for first in range(0, len(self.rows), self.batch_size):
                     pairs = list(self.pairs[first : first + self.batch_size])
                     rows = list(self.rows[first : first + self.batch_size])
-                    output = self._logits(model, rows) if self.form.layout == "encoder" else self._written(model, rows)
-                    found += self.form.predictions(output, pairs)
+                    if self.form.layout == "encoder":
+                        found += self._read(model, rows, pairs)
+                    else:
+                        found += self.form.predictions(self._written(model, rows), pairs)
                     bar.update(len(rows))
         finally:
             model.train(was_training)
@@ -65,28 +66,18 @@ class Predictor:
         """The task's metrics, in percent."""
         return {name: float(value) for name, value in self.form.scores(list(predictions), list(self.pairs)).items()}
 
-    def _logits(self, model: Any, rows: list[dict[str, Any]]) -> Any:
-        """Logits (B, labels), or of a span head two (B, m) in the target row's own positions."""
+    def _read(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> list[str]:
+        """From logits (B, labels), or of a span head two (B, m)."""
         device = next(model.parameters()).device
         if self.form.auto_class != "AutoModelForQuestionAnswering":
-            batch = self.collator(rows).to(device)
-            batch.pop("labels", None)
-            return model(**batch).logits.float()
-        # position 0 of the row, where the collator puts it: padding or a source may stand in front
+            batch = self.collator([_without_answers(row) for row in rows]).to(device)
+            return list(self.form.predictions(model(**batch).logits, pairs))
+        # where the collator puts position 0 of a row: padding or a source may stand in front
         batch = self.collator([{**row, **dict.fromkeys(_POSITIONS, 0)} for row in rows]).to(device)
-        moved = batch.pop("start_positions")
+        starts = batch.pop("start_positions").tolist()
         batch.pop("end_positions")
         output = model(**batch)
-        width = max(len(row["input_ids"]) for row in rows)
-        places = moved[:, None] + torch.arange(width, device=device)
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=device)
-        outside = torch.arange(width, device=device) >= lengths[:, None]
-
-        def own(logits: Tensor) -> Tensor:
-            inside = places.clamp(0, logits.shape[1] - 1)
-            return logits.float().gather(1, inside).masked_fill(outside, _NONE)
-
-        return own(output.start_logits), own(output.end_logits)
+        return list(self.form.predictions((output.start_logits, output.end_logits), pairs, starts))
 
     def _written(self, model: Any, rows: list[dict[str, Any]]) -> Tensor:
         """New tokens (B, n), padded on the right."""

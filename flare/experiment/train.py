@@ -260,8 +260,8 @@ class _Run:
             if (plan.fusion is not None and reads) or plan.method == "flare-mt":
                 some = self._rows(test[:_BOTTLENECK_ROWS], "test", reads, record, training=True, quietly=True)
                 done.metrics.bottleneck = bottleneck_sizes(trainer.model, collate, some, batch, half)
+        add_cost(done)
         if is_main():
-            add_cost(done)
             write_metrics(self.folder, done.metrics)
             record.status = "done"
             write_record(self.folder, record)
@@ -306,10 +306,7 @@ class _Run:
             self.latent = latent_encoder(
                 self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, device
             )
-        if len(rows) == len(pairs):
-            kept = pairs
-        else:  # some were left out: which ones, a row at a time tells
-            kept = [pair for pair in pairs if make([pair], with_source=with_source)[0]]
+        kept = self.setup.form.trainable(pairs) if training else pairs
         file = self.folder / LATENT / f"{split}{'-answers' if training else ''}.float32"
         return add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
 
