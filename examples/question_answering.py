@@ -103,13 +103,8 @@ def make_data(folder: Path) -> Path:
             for language, word, order in (("english", str, (0, 1, 2)), ("vemari", vemari_word, (0, 2, 1))):
                 context = " ".join(" ".join(word(clause[i]) for i in order) + " ." for clause in clauses)
                 answers = {"text": [word(people[asked])], "answer_start": [context.index(word(people[asked]))]}
-                row = {
-                    "id": str(number),
-                    "question": f"who {word(done[asked])}",
-                    "context": context,
-                    "answers": answers,
-                }
-                lines[language].append(json.dumps(row))
+                row = {"id": str(number), "question": f"who {word(done[asked])}", "context": context}
+                lines[language].append(json.dumps({**row, "answers": answers}))
         for language, text in lines.items():
             (folder / language).mkdir(parents=True, exist_ok=True)
             (folder / language / f"{split}.jsonl").write_text("\n".join(text) + "\n", encoding="utf-8")
