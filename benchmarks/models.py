@@ -3,14 +3,17 @@
 One set of weights serves all methods: the stock PEFT model is copied, module by module but not weight by weight, and
 the copies get this package's layers. So the methods can be timed in turn, and a big model is held once.
 
-==============  ======================================================================================================
-lora            plain LoRA on this package's layers; no source
-input-fusion    the same layers on one text of source + target, 2m tokens
-authors         FLARE as its authors run it: PEFT's layers, eager attention, the source through the whole model with its
-                head and all hidden states, x_S = the input of each block
-eager-sdpa      the same with PyTorch's fused attention
-flare           this package
-==============  ======================================================================================================
+===============  =====================================================================================================
+lora             plain LoRA on this package's layers; no source
+input-fusion     the same layers on one text of source + target, 2m tokens
+authors          FLARE as its authors run it: PEFT's layers, eager attention, the source through the whole model with
+                 its head and all hidden states, x_S = the input of each block
+eager-sdpa       the same with PyTorch's fused attention
+flare            this package, source states kept on the device (source_memory="keep")
+flare-offload    the same with source_memory="offload": states wait in host memory (CUDA only)
+flare-recompute  the same with source_memory="recompute": the source pass runs once more in backward
+flare-warm       "keep", every source row in a SourceStateCache (on the device): no source pass is run
+===============  =====================================================================================================
 """
 
 from __future__ import annotations
@@ -34,7 +37,14 @@ from flare.routing import ModelMap
 from flare_kernels import reference
 
 FUSION = "add_relu"
-METHODS = ("lora", "input-fusion", "authors", "eager-sdpa", "flare")
+#: source_memory of this package's rows.
+MEMORY = {"flare": "keep", "flare-offload": "offload", "flare-recompute": "recompute", "flare-warm": "keep"}
+METHODS = ("lora", "input-fusion", "authors", "eager-sdpa", *MEMORY)
+#: A step in units of the frozen model's forward pass over m tokens: forward and backward of the target (no weight
+#: gradients) are 2, each source pass is 1. Input-level fusion is 2 over 2m tokens, and more for its attention.
+UNITS = {"lora": 2, "input-fusion": 4, "flare-recompute": 4, "flare-warm": 2}
+#: How often a step runs each block; not counted for the others, which pass the source through all of the model.
+EXECUTIONS = {"lora": 1, "input-fusion": 1, "flare": 2, "flare-offload": 2, "flare-recompute": 3, "flare-warm": 1}
 PRECISION = torch.bfloat16
 Batch = dict[str, Tensor]
 
@@ -168,8 +178,9 @@ class Models:
     stock: Any
     eager: Any  # PEFT's, with eager attention
     lora: Any
-    flare: Any
+    ours: dict[str, Any]  # this package's FLARE: row -> model
     family: str
+    cache: flare.SourceStateCache  # of flare-warm
 
     def with_offset(self, offset: int) -> Any:
         """One more FLARE over the same weights, with another source_layer_offset."""
@@ -185,12 +196,21 @@ class Models:
                 parameter.data = parameter.data.to(dtype)
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.02)
-        eager, plain, fusing = (_same_weights(stock) for _ in range(3))
+        eager, plain = _same_weights(stock), _same_weights(stock)
         eager.get_base_model().set_attn_implementation("eager")
-        made = cls(stock, eager, flare.fast_lora(plain, fusion=None), flare.fast_lora(fusing, fusion=FUSION), family)
-        for model in (made.stock, made.eager, made.lora, made.flare):
+        lora = flare.fast_lora(plain, fusion=None)
+        copies = {row: _same_weights(stock) for row in MEMORY}
+        ours = {row: flare.fast_lora(copies[row], fusion=FUSION, source_memory=MEMORY[row]) for row in MEMORY}
+        for model in (stock, eager, lora, *ours.values()):
             model.train()
-        return made
+        cache = flare.SourceStateCache({"device": 1 << 50}, tiers=("device",))
+        ours["flare-warm"].set_source_cache(cache)
+        return cls(stock, eager, lora, ours, family, cache)
+
+    @property
+    def flare(self) -> Any:
+        """The model of the row of that name."""
+        return self.ours["flare"]
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -202,7 +222,7 @@ class Models:
 
     def of_method(self, method: str) -> Any:
         """The model that a method runs."""
-        own = {"lora": self.lora, "input-fusion": self.lora, "flare": self.flare, "authors": self.eager}
+        own = {"lora": self.lora, "input-fusion": self.lora, "authors": self.eager, **self.ours}
         return own.get(method, self.stock)
 
     def refusal(self, method: str) -> str | None:
@@ -210,6 +230,8 @@ class Models:
         attention = self.stock.get_base_model().config._attn_implementation
         if method == "eager-sdpa" and attention != "sdpa":
             return f"transformers runs this model with {attention} attention: see the row authors"
+        if method == "flare-offload" and self.stock.device.type == "cpu":
+            return "on a CPU the states are in host memory already: see the row flare"
         return None
 
     def loss(self, method: str, batch: Batch) -> Tensor:
@@ -218,8 +240,8 @@ class Models:
             return self.lora(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         if method == "input-fusion":
             return self.lora(**joined(batch)).loss
-        if method == "flare":
-            return self.flare(**batch).loss
+        if method in self.ours:
+            return self.ours[method](**batch).loss
         model = self.of_method(method)
         return self.eager_loss(model, batch, self.all_states(model, batch))
 

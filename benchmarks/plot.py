@@ -23,6 +23,9 @@ Row = dict[str, Any]
 #: One colour per method, the same in every picture (Okabe and Ito's palette, told apart by colour-blind readers).
 COLOURS = {
     "flare": "#0072B2",
+    "flare-warm": "#009E73",
+    "flare-recompute": "#F0E442",
+    "flare-offload": "#000000",
     "lora": "#56B4E9",
     "input-fusion": "#E69F00",
     "authors": "#D55E00",
@@ -31,6 +34,9 @@ COLOURS = {
 }
 LABELS = {
     "flare": "FLARE, this package",
+    "flare-warm": "FLARE, warm source cache",
+    "flare-recompute": "FLARE, source recomputed",
+    "flare-offload": "FLARE, source offloaded",
     "lora": "plain LoRA",
     "input-fusion": "input-level fusion, 2m",
     "authors": "FLARE as its authors run it",
@@ -109,6 +115,20 @@ def _speed(row: Row, rows: list[Row]) -> str:
     return "-" if own is None else f"{row['median_s'] / own['median_s']:.2f}"
 
 
+def _over_lora(row: Row, rows: list[Row], number: Callable[[Row], float | None]) -> str:
+    """A number over that of plain LoRA's row of the same case."""
+    plain = next((r for r in rows if (r["case"], r["variant"]) == (row["case"], "lora")), None)
+    own, theirs = number(row), None if plain is None else number(plain)
+    return f"{own / theirs:.2f}" if own and theirs else "-"
+
+
+def _theory(row: Row, rows: list[Row]) -> str:
+    """What the method's arithmetic says of the time over plain LoRA's, whose step is 2 units."""
+    if "theory_units" not in row:
+        return "-"
+    return f"{row['theory_units'] / 2:g}" + (" and attention" if row["variant"] == "input-fusion" else "")
+
+
 _OURS = ("flare-joint", "flare")
 _COLUMNS: dict[str, list[tuple[str, Callable[[Row, list[Row]], str]]]] = {
     "time": [
@@ -132,6 +152,11 @@ _COLUMNS: dict[str, list[tuple[str, Callable[[Row, list[Row]], str]]]] = {
         ("transient", lambda row, rows: size(_counter(row, "transient_bytes"))),
         ("launches", lambda row, rows: _count(row, "launches")),
     ],
+    "theory": [
+        ("× LoRA", lambda row, rows: _over_lora(row, rows, lambda r: r.get("median_s"))),
+        ("theory", _theory),
+        ("peak × LoRA", lambda row, rows: _over_lora(row, rows, lambda r: _counter(r, "peak_bytes"))),
+    ],
     "tokens": [("tokens/s", lambda row, rows: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-")],
     "blocks": [
         ("depth", lambda row, rows: str(row.get("depth", "-"))),
@@ -146,8 +171,8 @@ _KINDS = {
     "projection": ("time", "memory", "work"),
     "kernels": ("time", "floor"),
     "block": ("time", "saved", "work", "blocks"),
-    "step": ("time", "tokens", "saved", "work", "blocks"),
-    "scaling": ("time", "tokens", "saved", "work", "blocks"),
+    "step": ("time", "theory", "tokens", "saved", "work", "blocks"),
+    "scaling": ("time", "theory", "tokens", "saved", "work", "blocks"),
     "decode": ("time", "floor"),
     "generate": ("time", "tokens"),
 }

@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from cases import Variant, Variants
 from gate import WrongResult
-from models import METHODS, PRECISION, Models, base_model, batch_of, gradients, joined, quiet, refusal
+from models import (
+    EXECUTIONS,
+    METHODS,
+    PRECISION,
+    UNITS,
+    Models,
+    base_model,
+    batch_of,
+    gradients,
+    joined,
+    quiet,
+    refusal,
+)
 from shapes import StepShape
 from timing import Effort, device_launches, wall_seconds
 from torch import Tensor
@@ -122,12 +134,14 @@ def _variant(
             truth.require(method)
 
     def count() -> dict[str, Any]:
-        call()  # the optimizer's state exists from here on
+        call()  # the optimizer's state exists from here on, and the rows of flare-warm are kept
         live = [models.trained, list(models.stock.parameters()), optimizer.state_dict()]
-        with (
-            count_calls(models.blocks(method)) as blocks,
-            saved_bytes(ignore=[models.stock.parameters(), batch]) as saved,
-        ):
+        with count_calls(models.blocks(method)) as blocks:
+            call()
+        due = EXECUTIONS.get(method, 2) * len(models.blocks(method))
+        if blocks.total != due:
+            raise WrongResult(f"a step ran {blocks.total} blocks, {due} are due")
+        with saved_bytes(ignore=[models.stock.parameters(), batch]) as saved:
             kept = models.loss(method, batch)
         del kept
         with peak_bytes(live=live, device=device) as peak:
@@ -144,10 +158,13 @@ def _variant(
         # what runs inside a Triton kernel, or in bitsandbytes, is not seen
         if shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
             found["flops"] = flops.total
+        if method == "flare-warm":
+            found["cache_bytes"] = models.cache.nbytes  # on the device, within peak_bytes; check's rows too
         found["parts_s"] = _parts(method, models, batch, optimizer, block_only)
         return found
 
     facts = {
+        "theory_units": UNITS.get(method, 3),
         "depth": depth,
         "whole_model": depth == shape.model.layers,
         "target_tokens": shape.B * shape.m,
@@ -163,13 +180,13 @@ def _parts(method: str, models: Models, batch: dict[str, Tensor], optimizer: Any
     found: dict[str, list[float]] = {"source": [], "forward": [], "backward": [], "optimizer": []}
 
     def source() -> object:
-        if method == "flare":
-            return models.flare.encode_source(batch["source_input_ids"])
+        if method in models.ours:
+            return models.ours[method].encode_source(batch["source_input_ids"])
         return models.all_states(models.of_method(method), batch)
 
     for _ in range(3):
         kept: list[Any] = []
-        reads_source = method in ("flare", "authors", "eager-sdpa")
+        reads_source = method not in ("lora", "input-fusion", "flare-warm")
         alone = wall_seconds(source, device) if reads_source else 0.0
         whole = wall_seconds(lambda kept=kept: kept.append(models.loss(method, batch)), device)  # type: ignore[misc]
         found["source"].append(alone)
@@ -222,7 +239,7 @@ def _plain_loss(method: str, models: Models, batch: dict[str, Tensor]) -> Tensor
         return models.stock(input_ids=batch["input_ids"], labels=batch["labels"]).loss
     if method == "input-fusion":
         return models.stock(**joined(batch)).loss
-    states = models.block_outputs if method == "flare" else models.all_states
+    states = models.block_outputs if method in models.ours else models.all_states
     return models.eager_loss(models.stock, batch, states(models.stock, batch))
 
 

@@ -128,7 +128,13 @@ KEYS = (
         "<=",
         (0.05, 0.05),
     ),
-    Key("step_vs_lora", "a whole step over plain LoRA's", _over("step", "flare", "lora")),
+    Key(
+        "step_vs_lora",
+        "a whole step, source states kept, over plain LoRA's",
+        _over("step", "flare", "lora"),
+        "<=",
+        (1.5, 1.5),
+    ),
     Key(
         "step_vs_input_fusion",
         "a whole step, m = 512, over input-level fusion's at 2m",
@@ -150,6 +156,33 @@ KEYS = (
     ),
 )
 BESIDE = (
+    Key(
+        "warm_step_vs_lora",
+        "a whole step with every source row in a cache on the device, over plain LoRA's",
+        _over("step", "flare-warm", "lora"),
+        "<=",
+        (1.05, 1.05),
+    ),
+    Key(
+        "warm_step_vs_input_fusion",
+        "the same over input-level fusion's at 2m",
+        _over("step", "flare-warm", "input-fusion"),
+        "<=",
+        (0.55, 0.55),
+    ),
+    Key(
+        "recompute_step_vs_lora",
+        "a whole step with the source recomputed in backward, over plain LoRA's",
+        _over("step", "flare-recompute", "lora"),
+    ),
+    Key(
+        "recompute_peak_vs_lora",
+        "its peak memory over plain LoRA's",
+        _counter("step", "peak_bytes", "flare-recompute", "lora"),
+        "<=",
+        (1.1, 1.1),
+    ),
+    Key("offload_step_vs_lora", "the same, states in host memory", _over("step", "flare-offload", "lora")),
     Key("adapter_alone_over_floor", "the adapters' node alone, measured directly, over its own floor", _adapter_alone),
     Key(
         "decode_launches",

@@ -3,8 +3,10 @@
 Forward, backward and AdamW on random weights; the methods are described in models.py. XLM-R Large whole; the big
 models at the depth that fits the device's memory with every method (in the row). bf16 on a GPU, float32 on a CPU; the
 adapters have the model's dtype, which favours the eager rows: PEFT's default of float32 adapters costs them more (see
-test_projection.py). Input-level fusion computes the logits of all 2m positions, as transformers does when it is given
-labels. mT5 reads both texts in its encoder, with m / 4 target tokens in its decoder.
+test_projection.py). "theory" in a row is the frozen model's arithmetic over plain LoRA's (models.UNITS), without
+adapters, head and attention's m^2; a row that runs more blocks than its method needs fails. Input-level fusion
+computes the logits of all 2m positions, as transformers does when it is given labels. mT5 reads both texts in its
+encoder, with m / 4 target tokens in its decoder.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from steps import build, effort
 
 CONDITIONS = (
     "forward + backward + AdamW, LoRA on query and value, random weights, full rows, no checkpointing, "
-    "source read anew in every step"
+    "source read anew in every step (flare-warm: from a cache on the device)"
 )
 
 

@@ -15,6 +15,7 @@ from .config import FlareConfig
 from .data import FlareDataCollator
 from .latent_encoder import LatentEncoder
 from .model import FlareModel
+from .source_cache import SourceStateCache
 from .source_states import SourceStates
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "FlareTrainer",
     "LatentEncoder",
     "Recipe",
+    "SourceStateCache",
     "SourceStates",
     "__version__",
     "baselines",

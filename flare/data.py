@@ -10,7 +10,7 @@ Shapes: B rows, m the common width of both texts, u the common width of decoder 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ _LABEL_NAMES = ("labels", "label", "label_ids")
 _POSITIONS = ("start_positions", "end_positions")
 _NO_STATE = -1  # the id of a position without a state, among those of FLARE MT's states: -2, -3, ...
 _DECODER_IDS = ("decoder_input_ids", "source_decoder_input_ids")
+_DECODER_COLUMNS = ("labels", "source_labels", *_DECODER_IDS)
 
 
 def layout_of(model: Any) -> str:
@@ -100,6 +101,8 @@ class FlareDataCollator:
             model instead; by hand, name the layout for seq2seq, where labels may by chance be as long as the inputs.
         require_source: False makes a plain batch of rows without ``source_input_ids`` instead of an error.
         label_pad_token_id: what padding of labels holds.
+        widths: least columns of every batch: before the index at which answers start (or texts end, padded on the
+            left), from it on, and of decoder sequences. ``fitted`` finds those under which all batches are alike.
 
     Raises:
         ValueError: a tokenizer without pad token, an unknown option, rows without a source, columns of different
@@ -115,6 +118,7 @@ class FlareDataCollator:
     layout: str = "auto"
     require_source: bool = True
     label_pad_token_id: int = -100
+    widths: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.padding is True:
@@ -149,6 +153,21 @@ class FlareDataCollator:
         targets, sources = self._texts(read, layout)
         texts = {"": targets, "source_": sources} if sources else {"": targets}
         return self._batch(read, texts, layout, self.max_length)
+
+    def fitted(self, rows: Iterable[Mapping[str, Any]]) -> FlareDataCollator:
+        """The same collator, but every batch as wide as one of all these rows would be: each row looks the same in any
+        batch, which is what a SourceStateCache finds rows by under source_padding="keep".
+        """
+        left = right = decoder = 0
+        for row in rows:
+            read = read_rows([row])
+            layout = self._layout(read)
+            targets, sources = self._texts(read, layout)
+            left = max([left, *(text.split for text in targets + sources)])
+            right = max([right, *(len(text) - text.split for text in targets + sources)])
+            if layout == "seq2seq":
+                decoder = max([decoder, *(len(read[0][n]) for n in _DECODER_COLUMNS if _is_list(read, n))])
+        return replace(self, widths=(left, right, decoder))
 
     # --- reading rows -------------------------------------------------------------------------------------------------
 
@@ -325,6 +344,7 @@ class FlareDataCollator:
             for text in texts:
                 if text.split > left:
                     self._cut_prompt(text, left, "a causal row")
+        left, right = self._widened(left, right, max_length)
         width = left + right
         if self.padding == "max_length" and max_length is not None:
             width = max_length
@@ -333,14 +353,24 @@ class FlareDataCollator:
         on_the_left = layout == "causal" or self.padding_side == "left"
         return (width - right, right) if on_the_left else (left, width - left)
 
+    def _widened(self, left: int, right: int, max_length: int | None) -> tuple[int, int]:
+        """With ``widths``: as many columns, as far as max_length has room for them beside this batch's own."""
+        if self.widths is None:
+            return left, right
+        wider = max(right, self.widths[1])
+        room = self.widths[0] if max_length is None else min(self.widths[0], max_length - wider)
+        fits = max_length is None or left + wider <= max_length
+        return (max(left, room), wider) if fits else (left, right)
+
     def _decoder_columns(self, rows: list[dict[str, Any]], layout: str) -> dict[str, Tensor]:
         """labels and source_labels, or the decoders' inputs, padded on the right to one width."""
         if layout != "seq2seq":
             return {}
         fills = dict.fromkeys(("labels", "source_labels"), self.label_pad_token_id)
         fills |= dict.fromkeys(_DECODER_IDS, self.tokenizer.pad_token_id)
-        present = [n for n in fills if _all_have(rows, n) and all(isinstance(row[n], list) for row in rows)]
+        present = [n for n in fills if _all_have(rows, n) and _is_list(rows, n)]
         width = max((len(row[name]) for row in rows for name in present), default=0)
+        width = max(width, self.widths[2]) if self.widths is not None and present else width
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         return {
@@ -385,6 +415,10 @@ def _all_have(rows: Sequence[Mapping[str, Any]], name: str, prefix: str = "") ->
             "or to none"
         )
     return not missing
+
+
+def _is_list(rows: list[dict[str, Any]], name: str) -> bool:
+    return all(isinstance(row.get(name), list) for row in rows)
 
 
 def _per_token(labels: list[Any], ids: list[int]) -> bool:

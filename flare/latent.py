@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from ._compat import inside_ddp
 from .layer import FlareLayer, weight_of
 from .sharded import REENTRANT, gathered
-from .source_pass import SourceCarrier, zero_pads
+from .source_pass import Arrival, SourceCarrier, zero_pads
 from .source_states import StateKey
 
 #: Source arguments that are text for the base model, which FLARE MT does not read.
@@ -98,6 +98,7 @@ def carry_latent(
         parts = F.linear(x_source, stacked).split([A.shape[0] for A in weights], dim=-1)
         for layer, A, part in zip(own, weights, parts, strict=True):
             carrier.S.setdefault(layer.flare_key, {})[adapter] = part.to(A.device)
+            carrier.arrivals[layer.flare_key] = Arrival()
     return carrier
 
 

@@ -17,7 +17,8 @@ from .config import FlareConfig
 from .generation import ALIGNMENTS, generate
 from .layer import MERGE_REFUSED, FlareLayer, adopt
 from .routing import ModelMap
-from .runtime import SOURCE_ARGUMENTS, Runtime, attach, detach, encode, runtime_of
+from .runtime import SOURCE_ARGUMENTS, Runtime, attach, check_cacheable, detach, encode, runtime_of
+from .source_cache import SourceStateCache
 from .source_states import SourceStates
 
 
@@ -275,6 +276,27 @@ class FlareModel(LoraModel):
         source = {"source_input_ids": source_input_ids, "source_attention_mask": source_attention_mask}
         with torch.no_grad():
             return encode(self.model, runtime, source)
+
+    def set_source_cache(self, cache: SourceStateCache | None) -> None:
+        """Read source states from a cache, and keep there what has to be computed, in every forward with source ids.
+
+        ``generate`` and ``encode_source`` do without it. FlareTrainer calls this for its ``source_cache``.
+
+        Args:
+            cache: a flare.SourceStateCache, or None for none.
+
+        Raises:
+            TypeError, ValueError: no cache; a cache bound to another base model; base weights that are trained; active
+                adapters whose source pass is not deterministic (source_dropout=True) or that have none.
+        """
+        runtime = runtime_of(self.model)
+        assert runtime is not None
+        if cache is not None:
+            if not isinstance(cache, SourceStateCache):
+                raise TypeError(f"cache must be a flare.SourceStateCache or None, got {type(cache).__name__}")
+            check_cacheable(runtime, {adapter for _, adapter, _ in runtime.wanted()})
+            cache.bind(self.model)
+        runtime.source_cache = cache
 
     def generate(
         self,

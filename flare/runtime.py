@@ -33,6 +33,7 @@ from .latent import carry_latent
 from .layer import FlareLayer
 from .routing import ModelMap
 from .sharded import is_sharded, reshard_below
+from .source_cache import SourceStateCache
 from .source_memory import AutocastState, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
 from .source_pass import (
     Group,
@@ -87,6 +88,7 @@ class Runtime:
     carrier: SourceCarrier | None = None
     step: Any = None  # the flare.shared_pass.SharedStep that runs now
     found: list[FlareLayer] | None = None  # see adopted
+    source_cache: SourceStateCache | None = None
     in_source_pass: bool = False
     warned: bool = False
     said: set[str] = field(default_factory=set)
@@ -206,7 +208,13 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 "(CUDA_VISIBLE_DEVICES=0)"
             )
         runtime.carrier = carry(
-            model, runtime, wanted, source, _target_shape(args, kwargs), _decoder_shape(args, kwargs)
+            model,
+            runtime,
+            wanted,
+            source,
+            _target_shape(args, kwargs),
+            _decoder_shape(args, kwargs),
+            source_cache=runtime.source_cache,
         )
         note_target_masks(runtime, wanted, runtime.carrier, args, kwargs)
     elif wanted and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
@@ -286,10 +294,10 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
 
 def check_reached(model: nn.Module, carrier: SourceCarrier) -> None:
     """Raises ValueError where a fusing layer has run, or been passed by, without its source."""
-    missed = sorted(carrier.expected - carrier.reached)
+    missed = carrier.missed
     if missed:
         raise ValueError(
-            f"the source did not reach {len(missed)} of {len(carrier.expected)} fusing layers (first: {missed[0]}): "
+            f"the source did not reach {len(missed)} of {len(carrier.arrivals)} fusing layers (first: {missed[0]}): "
             f"{type(model).__name__} does not pass unknown keyword arguments from its blocks to its attention"
         )
 
@@ -328,6 +336,7 @@ def carry(
     target: tuple[int, ...] | None,
     decoder_target: tuple[int, ...] | None = None,
     source_padding: str | None = None,
+    source_cache: SourceStateCache | None = None,
 ) -> SourceCarrier:
     """Run the source pass (or read the given states) and return what travels to the layers.
 
@@ -336,6 +345,7 @@ def carry(
         source: the source arguments that were given.
         target, decoder_target: (B, m) of the target text and (B, u) of its decoder's input, to be checked against.
         source_padding: in place of the adapters' own.
+        source_cache: where rows of states are read and kept.
 
     Raises:
         TypeError, ValueError: source arguments that do not fit; the message names the argument.
@@ -374,12 +384,31 @@ def carry(
             masks |= dict.fromkeys(runtime.map.decoders, mask)
         if zero_pads:
             inputs = _without_trailing_pads(inputs)
-        dropout = runtime.setting("source_dropout", adapters)
-        reader = read_from_model(model, inputs, keys, dropout=dropout)
-    prepare = Preparation.under_autocast(device, masks if zero_pads else {})
+        reader = read_from_model(model, inputs, keys, dropout=runtime.setting("source_dropout", adapters))
+    masks = masks if zero_pads else {}
+    prepare = Preparation.under_autocast(device, masks)
+    if source_cache is not None and "source_states" not in source:
+        check_cacheable(runtime, adapters)
+        reader = source_cache.reader(model, inputs, keys, prepare, masks, runtime.map.decoders)
     memory = _memory(model, runtime, adapters, source, groups, weights, reader, prepare)
     with runtime.source_pass():
         return run_source_pass(reader, prepare, groups, weights, memory)
+
+
+def check_cacheable(runtime: Runtime, adapters: set[str]) -> None:
+    """Raises ValueError where the adapters' source states are none that could be kept over epochs."""
+    if not adapters:
+        raise ValueError("source_cache: no active adapter of this model fuses two streams; leave it out")
+    if runtime.setting("latent_dim", adapters) is not None:
+        raise ValueError(
+            "source_cache: an adapter with latent_dim (FLARE MT) runs no source pass, so there is nothing to keep; "
+            "leave it out"
+        )
+    if runtime.setting("source_dropout", adapters):
+        raise ValueError(
+            "source_cache: with source_dropout=True every source pass is another one, so its states cannot be kept; "
+            "use source_dropout=False (the default), or leave the cache out"
+        )
 
 
 def _without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -412,12 +412,14 @@ class SourceCarrier:
     ) -> None:
         self.S, self.where, self.kept, self.graded = S, where, kept, graded
         self.reentrant = False
-        self.reached: set[str] = set()
+        # An object for each layer, only written to in a block: torch.compile would guard on the contents of a set.
+        self.arrivals = {layer: Arrival() for layer in S}
         self.target_masks: dict[str, Tensor] = {}  # layer -> (B, m), where a fusion looks at it
 
     def for_layer(self, layer: str) -> LayerSource:
         """What one layer is handed; notes that the source has reached it."""
-        self.reached.add(layer)
+        if layer in self.arrivals:
+            self.arrivals[layer].seen = True
         if self.graded and not torch.is_grad_enabled():
             # blocks that run without a graph where the model ran with one: reentrant checkpointing
             self.reentrant = True
@@ -437,9 +439,15 @@ class SourceCarrier:
         return self.kept[self.where[slot]]
 
     @property
-    def expected(self) -> set[str]:
-        """The layers that must be reached."""
-        return set(self.S)
+    def missed(self) -> list[str]:
+        """The layers that the source has not reached yet."""
+        return sorted(layer for layer, arrival in self.arrivals.items() if not arrival.seen)
+
+
+class Arrival:
+    """Whether the source has reached one layer."""
+
+    seen = False
 
 
 @dataclass(frozen=True)

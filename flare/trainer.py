@@ -13,6 +13,7 @@ What the stock Trainer does with such rows, and what is different here:
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,9 @@ from transformers.trainer_callback import ExportableState
 
 from . import _compat
 from .data import SOURCE_COLUMNS, FlareDataCollator, layout_of
+from .source_cache import SourceStateCache
+
+_log = logging.getLogger(__name__)
 
 _compat.check_trainer(Trainer)
 
@@ -54,6 +58,33 @@ class SourceTokens(TrainerCallback, ExportableState):
         state.stateful_callbacks[name] = self.state()  # a checkpoint of the stock Trainer has no such entry
 
 
+class KeepsSourceCache(TrainerCallback):
+    """Looks after the cache of a training run: checks the base model, publishes rows, says in the end what it did."""
+
+    def __init__(self, cache: SourceStateCache) -> None:
+        self.cache = cache
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        kw["model"].set_source_cache(self.cache)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.cache.refresh()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.cache.flush()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.cache.flush()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.cache.flush()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.cache.flush()
+        if state.is_world_process_zero:
+            print(self.cache.summary())  # as the Trainer prints its logs
+
+
 class FlareTrainer(Trainer):
     """transformers.Trainer for rows of two texts: the same arguments and, for rows without a source, the same results.
 
@@ -62,14 +93,17 @@ class FlareTrainer(Trainer):
     gives the gradient of the large batch for every model family.
 
     Args:
-        source_cache: for a later version; anything but None is a ValueError.
+        source_cache: a flare.SourceStateCache: each source text is read once by the frozen model and from the cache in
+            later epochs, in training and evaluation. Hit rate, bytes and seconds saved are logged. Under
+            source_padding="keep", where a row's states depend on the padded width, a FlareDataCollator pads every batch
+            to one length, that of the longest row (all rows are looked at for it).
     """
 
-    def __init__(self, *args: Any, source_cache: None = None, **kwargs: Any) -> None:
-        if source_cache is not None:
+    def __init__(self, *args: Any, source_cache: SourceStateCache | None = None, **kwargs: Any) -> None:
+        if source_cache is not None and not isinstance(source_cache, SourceStateCache):
             raise ValueError(
-                f"source_cache={source_cache!r}: keeping source states over epochs is not available in this version; "
-                "leave the argument out"
+                f"source_cache={source_cache!r} must be a flare.SourceStateCache, such as "
+                "flare.SourceStateCache(8 << 30), or None"
             )
         super().__init__(*args, **kwargs)
         given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
@@ -78,6 +112,48 @@ class FlareTrainer(Trainer):
         if isinstance(self.data_collator, FlareDataCollator) and self.data_collator.layout == "auto":
             self.data_collator = replace(self.data_collator, layout=layout_of(self.model))
         self.add_callback(SourceTokens)
+        self.source_cache = source_cache
+        self._cache_logged = (0, 0)
+        if source_cache is not None:
+            self._use_cache(source_cache)
+
+    # --- source states over epochs ------------------------------------------------------------------------------------
+
+    def _use_cache(self, cache: SourceStateCache) -> None:
+        if not hasattr(self.model, "set_source_cache"):
+            raise ValueError(
+                f"source_cache: {type(self.model).__name__} has no FLARE adapter; call flare.fast_lora(model) "
+                "first, or leave it out"
+            )
+        self.model.set_source_cache(cache)
+        self.add_callback(KeepsSourceCache(cache))
+        configs = [self.model.peft_config[name] for name in self.model.active_adapters]
+        collator = self.data_collator
+        if not isinstance(collator, FlareDataCollator) or all(c.source_padding == "zero" for c in configs):
+            return
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        sets = [data for data in (self.train_dataset, *evaluated) if data is not None]
+        if not all(hasattr(data, "__len__") and hasattr(data, "__getitem__") for data in sets):
+            return  # a stream: rows that come back in another width are reported by the cache
+        try:
+            self.data_collator = collator.fitted(data[index] for data in sets for index in range(len(data)))
+        except (ValueError, KeyError, TypeError):
+            return  # rows that cannot be collated: training says so, better than this could
+        _log.info(
+            "source_cache: every batch is padded to one length, (left, right, decoder) %s", self.data_collator.widths
+        )
+
+    def _log_cache(self, logs: dict[str, float]) -> None:
+        """Of training: the hit rate since the last log (in the last log: over all), and what the cache holds."""
+        if self.source_cache is None or any(k.endswith("_runtime") and k != "train_runtime" for k in logs):
+            return
+        now = self.source_cache.stats()
+        rows, hits = (0, 0) if "train_runtime" in logs else self._cache_logged
+        self._cache_logged = (now.rows, now.hits)
+        logs["source_cache_hit_rate"] = (now.hits - hits) / max(now.rows - rows, 1)
+        logs["source_cache_bytes"] = sum(now.nbytes.values())
+        if now.seconds_saved is not None:
+            logs["source_cache_seconds_saved"] = round(now.seconds_saved, 3) + 0.0  # no -0.0
 
     # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -164,9 +240,12 @@ class FlareTrainer(Trainer):
         return operations
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer; ``num_input_tokens_seen`` counts both streams, ``num_source_input_tokens_seen`` the source."""
+        """As Trainer; ``num_input_tokens_seen`` counts both streams, ``num_source_input_tokens_seen`` the source;
+        ``source_cache_*`` say what the cache did.
+        """
         if self.args.include_num_input_tokens_seen != "no":
             logs["num_source_input_tokens_seen"] = self.num_source_input_tokens_seen
+        self._log_cache(logs)
         super().log(logs, start_time)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import flare
@@ -81,3 +82,13 @@ def test_with_and_without_a_source() -> None:
     for source in (False, True, False):
         inputs = tiny.batch("llama", source=source)
         assert_same_step(step(model, inputs), step(reference, inputs))
+
+
+def test_checkpointed_blocks_compile_where_side_effects_in_backward_are_skipped() -> None:
+    """Dynamo's switch for side effects under checkpointing; without it such a block runs eagerly."""
+    counter = torch._dynamo.testing.CompileCounter()
+    model, reference = in_place(fused("llama", False), counter), fused("llama")
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        for inputs in (tiny.batch("llama"), tiny.batch("llama", m=11, seed=5)):
+            assert_same_step(step(model, inputs), step(reference, inputs))
+    assert counter.frame_count >= 1

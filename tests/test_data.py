@@ -328,3 +328,30 @@ def test_unknown_options(options: dict, message: str):
 def test_a_tokenizer_without_pad_token():
     with pytest.raises(ValueError, match=r"no pad token.*tokenizer\.pad_token = tokenizer\.eos_token"):
         FlareDataCollator(tokenizer(pad=False))
+
+
+@pytest.mark.parametrize("task", ["bert", "llama", "mt5"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_fitted_collator_gives_each_row_the_same_shape_and_place_in_any_batch(task: str, side: str):
+    data = rows(task, 7)
+    layout = {"bert": "encoder", "llama": "causal", "mt5": "seq2seq"}[task]
+    loose = FlareDataCollator(tokenizer(side), layout=layout)
+    fitted = loose.fitted(data)
+    together = fitted(data)
+    assert {name: value.shape for name, value in together.items()} == {
+        name: value.shape for name, value in loose(data).items()
+    }
+    for index, row in enumerate(data):
+        alone = fitted([row])
+        for name, value in alone.items():
+            assert torch.equal(value[0], together[name][index]), name
+    assert any(loose([row])["input_ids"].shape != together["input_ids"][:1].shape for row in data)
+
+
+def test_a_fitted_collator_keeps_to_max_length():
+    data = rows("llama", 7)
+    wide = FlareDataCollator(tokenizer(), layout="causal").fitted(data)(data)["input_ids"].shape[1]
+    limited = FlareDataCollator(tokenizer(), layout="causal", max_length=wide - 1)
+    fitted = limited.fitted(data)
+    found = [fitted([row])["input_ids"].shape[1] for row in data]
+    assert max(found) == wide - 1 and found.count(wide - 1) > 3, "rows without room for the longest answer stay apart"

@@ -181,6 +181,12 @@ ENGINE_CASES: dict[str, dict[str, dict[str, Any]]] = {
     "ddp": {
         "unused parameters looked for": {"options": {"find_unused_parameters": True}},
         "static graph": {"options": {"static_graph": True}},
+        "recompute": {"source_memory": "recompute", "steps": 2},
+        "recompute, checkpointing and accumulation": {
+            "source_memory": "recompute",
+            "reentrant": False,
+            "accumulate": 2,
+        },
     },
     "fsdp2": {
         "accelerate's layout": {"options": {"layout": "accelerate"}, "reentrant": False, "accumulate": 2},
@@ -203,8 +209,9 @@ def test_gradients_are_one_processs(engine, family, tmp_path) -> None:
     cases = {**CASES, **(MORE_CASES | ENGINE_CASES[engine] if family == "llama" else {})}
     found = two_processes.run(tmp_path, train_all, engine, family, cases)
     wanted: dict[str, list[dict[str, Tensor]]] = {}
+    beside = ("options", "reentrant", "between", "source_memory")  # what changes no number
     for name, case in cases.items():
-        mathematics = {key: value for key, value in case.items() if key not in ("options", "reentrant", "between")}
+        mathematics = {key: value for key, value in case.items() if key not in beside}
         if str(mathematics) not in wanted:
             wanted[str(mathematics)] = train(None, "none", family, **mathematics)
         for rank in found:

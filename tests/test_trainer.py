@@ -264,11 +264,11 @@ def test_rows_without_a_source_are_an_error_for_a_fusing_model(tmp_path: Path):
         trainer.train()
 
 
-def test_source_cache_is_for_later(tmp_path: Path):
+def test_source_cache_must_be_one(tmp_path: Path):
     trainer = FlareTrainer(model=lora("bert"), args=arguments(tmp_path), source_cache=None)
     assert isinstance(trainer, Trainer)
     for cache in (True, object()):
-        with pytest.raises(ValueError, match=r"source_cache=.*not available in this version"):
+        with pytest.raises(ValueError, match=r"source_cache=.*must be a flare.SourceStateCache"):
             FlareTrainer(model=lora("bert"), args=arguments(tmp_path), source_cache=cache)
 
 

@@ -1,0 +1,364 @@
+"""SourceStateCache: the frozen model reads each source text once; later passes read what it gave."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..source_pass import Preparation, Reader
+from ..source_states import StateKey
+from .entries import Entry
+from .fingerprint import check_frozen, fingerprint
+from .memory import MemoryTier
+from .meter import CacheStats, Meter
+from .reader import CachedReader, Tier
+from .rows import counts_relatively, needs_width
+from .shards import DiskTier
+from .trial import seconds_to_read
+
+TIERS = ("device", "host", "disk")
+
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _locked(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    @functools.wraps(method)
+    def locked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with args[0].lock:  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return locked
+
+
+class SourceStateCache:
+    """Keeps source states over epochs, row by row, in memory on the device, in host memory and on disk.
+
+    A row is found by its content: token ids, mask and token types, which states are wanted (so the source layer
+    offset), the dtype they are kept in, and the base model. It fills until the budget is spent and then stays as it is:
+    no row is ever thrown out, so a second epoch finds every row that the first had room for. Rows of a batch that are
+    not found are computed in one source pass of those rows alone. A row computed in a smaller batch is the same up to
+    the rounding of the kernels (their reduction may depend on the number of rows), a stored one to the last bit.
+
+    Hand it to ``FlareTrainer(source_cache=...)``, or to ``model.set_source_cache(cache)`` in a loop of your own.
+
+    Args:
+        budget: bytes over all tiers, or {tier: bytes}. Of one number over several tiers the memory tiers take at most
+            half of what is free there.
+        tiers: which are used, fastest first: "device", "host" (pinned where there is a GPU), "disk" (only with a
+            directory). "auto" measures reading and computing in the first two source passes and uses those tiers that
+            are faster than computing.
+        directory: where the disk tier keeps its files (made if missing); processes may share it. Files there that are
+            foreign or damaged are reported, left alone and not used.
+
+    Raises:
+        TypeError, ValueError: a value that is not accepted; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        budget: int | Mapping[str, int],
+        tiers: str | Sequence[str] = TIERS,
+        directory: str | Path | None = None,
+    ) -> None:
+        self._arguments = (budget, tiers, directory)
+        named, self._total = _checked(budget, tiers, directory)
+        self.undecided = tiers == "auto"
+        self._directory = None if directory is None else Path(directory)
+        shared = not isinstance(budget, Mapping) and len(named) > 1
+        self._tiers: list[Tier] = []
+        for name in named:
+            own = budget[name] if isinstance(budget, Mapping) else budget
+            if name == "disk":
+                assert self._directory is not None
+                _make(self._directory)
+                self._tiers.append(DiskTier(self._directory, own, self.say))
+            else:
+                self._tiers.append(MemoryTier(name, own, shared))
+        self.decisions: dict[str, str] = {}  # of tiers="auto": tier -> what was measured and decided
+        self._base: str | None = None
+        self._stamps: dict[int, tuple[Any, ...]] = {}
+        self.relative: dict[int, bool] = {}
+        self.widths_count: dict[int, bool] = {}
+        self.device = torch.device("cpu")  # where the model is; set by every pass
+        self.meter = Meter()
+        self._said: set[str] = set()
+        self.contents: dict[str, tuple[int, ...]] = {}  # rows by their tokens alone -> padded widths
+        self._timed: list[float] = []
+        self.held: list[tuple[str, Entry, dict[StateKey, int]]] = []
+        self.lock = threading.RLock()  # on a GPU backward passes read in threads of their own
+        atexit.register(_flush_at_exit, weakref.ref(self), os.getpid())
+
+    # --- the base model -----------------------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module) -> None:
+        """Tie the cache to the frozen weights of a transformers model, all of whose bytes are read for that.
+
+        Raises:
+            ValueError: the cache holds states of another base model, or the weights are not frozen.
+        """
+        found = fingerprint(model)
+        if self._base is None:
+            self._base = found
+            for tier in self._tiers:
+                if isinstance(tier, DiskTier):
+                    tier.open(found)
+        elif self._base != found:
+            raise ValueError(
+                f"source_cache is bound to another base model (fingerprint {self._base[:12]}, this one's is "
+                f"{found[:12]}: other weights or another config); make a SourceStateCache for each base model, with a "
+                "directory of its own or a shared one"
+            )
+        self._stamps[id(model)] = check_frozen(model)
+        self.relative[id(model)] = counts_relatively(model)
+        self.widths_count[id(model)] = needs_width(model)
+
+    def _guard(self, model: nn.Module) -> None:
+        """Before every pass: the weights are those the cache was bound to; read again only where something moved."""
+        if self._stamps.get(id(model)) != check_frozen(model):
+            self.bind(model)
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def reader(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        wanted: set[StateKey],
+        prepare: Preparation,
+        masks: Mapping[str, Tensor] | None = None,
+        decoders: Collection[str] = (),
+    ) -> Reader:
+        """A reader (see flare.source_pass) of cached rows, which runs the frozen model on the others and keeps them.
+
+        Args:
+            model: the transformers model.
+            inputs: keyword arguments of its backbone for the whole batch.
+            wanted: the states to read.
+            prepare: what a state goes through before it is kept (its dtype; rows of pads are dropped by their mask).
+            masks: stack -> (B, m), where pads are neither read nor kept (source_padding="zero"); else empty.
+            decoders: those stacks among the wanted that read ``decoder_input_ids``.
+        """
+        self._guard(model)
+        return CachedReader(self, model, inputs, wanted, prepare, masks or {}, decoders)
+
+    @_locked
+    def find(self, key: str, counts: Mapping[StateKey, int]) -> Entry | None:
+        """A row's entry in the fastest tier that has it; copied into a faster one with room."""
+        for tier in self._tiers:
+            entry = tier.find(key)
+            if entry is None:
+                continue
+            if not entry.fits(counts):
+                self.say(f"the {tier.name} tier holds a row of another size under the name {key}; it is not used")
+                continue
+            return self._promoted(key, entry, tier)
+        return None
+
+    def _promoted(self, key: str, entry: Entry, holder: Tier) -> Entry:
+        if isinstance(holder, DiskTier) and entry.data.numel() and entry.ready is None:
+            for tier in self._tiers[: self._tiers.index(holder)]:
+                room = tier.reserve(entry.data.numel(), self.device, self._left)
+                if room is not None:
+                    with torch.inference_mode(False), torch.no_grad():
+                        room.copy_(entry.data)
+                    entry = Entry(room, entry.dtype, entry.width)
+                    tier.put(key, entry)
+                    break
+        return entry
+
+    # --- keeping ------------------------------------------------------------------------------------------------------
+
+    @_locked
+    def reserve(self, nbytes: int) -> tuple[Tier, Tensor] | None:
+        """Room for a row in the first tier that has any, and that tier."""
+        for tier in self._tiers:
+            room = tier.reserve(nbytes, self.device, self._left)
+            if room is not None:
+                return tier, room
+        for tier in self._tiers:
+            if isinstance(tier, MemoryTier) and tier.full is not None:
+                self.say(f"no memory for the {tier.name} tier ({tier.full}); it stays as it is")
+        if self._tiers and all(tier.full is None for tier in self._tiers):
+            self.say(
+                f"the budget is spent ({', '.join(self.tiers)}): the rows kept so far stay, others are computed in "
+                "every epoch"
+            )
+        return None
+
+    @property
+    def _left(self) -> int:
+        """Bytes left of a budget over all tiers."""
+        if self._total is None:
+            return 1 << 62
+        return self._total - sum(tier.used for tier in self._tiers)
+
+    @_locked
+    def refresh(self) -> None:
+        """Take in what other processes have put into the directory since."""
+        for tier in self._tiers:
+            if isinstance(tier, DiskTier) and self._base is not None:
+                tier.refresh()
+
+    @_locked
+    def flush(self) -> None:
+        """Publish the rows that wait to be written to disk; FlareTrainer does it after every epoch."""
+        for tier in self._tiers:
+            if isinstance(tier, DiskTier):
+                tier.flush()
+
+    # --- tiers="auto" -------------------------------------------------------------------------------------------------
+
+    @_locked
+    def timed(self, seconds: float) -> None:
+        """What one row took to compute, in a pass before the tiers are decided; the first pass only warms up."""
+        self._timed.append(seconds)
+        if len(self._timed) == 2:
+            self._decide(seconds)
+
+    def _decide(self, computing: float) -> None:
+        """Keep the tiers from which a row is read sooner than it is computed, given the seconds that takes."""
+        nbytes = max((entry.data.numel() for _, entry, _ in self.held), default=0)
+        kept: list[Tier] = []
+        for tier in self._tiers:
+            try:
+                reading = seconds_to_read(tier.name, nbytes, self.device, self._directory)
+            except (OSError, RuntimeError) as error:
+                self.decisions[tier.name] = f"not used: {error}"
+                continue
+            times = f"reading a row {reading * 1e3:.3g} ms, computing it {computing * 1e3:.3g} ms"
+            self.decisions[tier.name] = f"{'used' if reading < computing else 'not used'}: {times}"
+            if reading < computing:
+                kept.append(tier)
+        self._tiers, self.undecided = kept, False
+        _log.info("source_cache: %s", self._decided)
+        held, self.held = self.held, []
+        for key, entry, _ in held:
+            if self._tiers and self._kept(key):
+                continue
+            found = self.reserve(entry.data.numel())
+            if found is not None:
+                tier, room = found
+                room.copy_(entry.data)
+                tier.put(key, Entry(room, entry.dtype, entry.width))
+
+    def _kept(self, key: str) -> bool:
+        return any(tier.find(key) is not None for tier in self._tiers)
+
+    @property
+    def _decided(self) -> str:
+        return "; ".join(f"{tier} {why}" for tier, why in self.decisions.items())
+
+    # --- what it did --------------------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> int | Mapping[str, int]:
+        """As it was given."""
+        return self._arguments[0]
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The tiers in use, fastest first."""
+        return tuple(tier.name for tier in self._tiers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all tiers."""
+        return sum(tier.used for tier in self._tiers)
+
+    def stats(self) -> CacheStats:
+        """Rows, hits, bytes and seconds so far. On a GPU this waits for the passes that are under way."""
+        entries = {tier.name: tier.count for tier in self._tiers}
+        nbytes = {tier.name: tier.used for tier in self._tiers}
+        return CacheStats(self.meter.rows, self.meter.hits, entries, nbytes, self.meter.seconds_saved())
+
+    def summary(self) -> str:
+        """One line for people."""
+        now = self.stats()
+        held = ", ".join(f"{name} {now.entries[name]} rows {_readable(now.nbytes[name])}" for name in self.tiers)
+        saved = "time saved not known (no pass computed all its rows)"
+        if now.seconds_saved is not None:
+            saved = f"{round(now.seconds_saved, 1) + 0.0} s saved"  # no -0.0
+        text = f"source_cache: {now.hits} of {now.rows} rows read ({now.hit_rate:.1%}), {saved}; {held or 'no tier'}"
+        return f"{text}; {self._decided}" if self.decisions else text
+
+    def __repr__(self) -> str:
+        budget, tiers, directory = self._arguments
+        return f"SourceStateCache({budget!r}, tiers={tiers!r}, directory={str(directory) if directory else None!r})"
+
+    # A copy of a model shares the cache; one that is pickled takes the arguments along and not the states.
+    def __deepcopy__(self, memo: dict[int, Any]) -> SourceStateCache:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SourceStateCache, self._arguments
+
+    def say(self, what: str) -> None:
+        """One warning for each thing, however often it happens."""
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"source_cache: {what}", UserWarning, stacklevel=2)
+
+
+def _flush_at_exit(cache: weakref.ref[SourceStateCache], process: int) -> None:
+    found = cache()
+    if found is not None and process == os.getpid():  # what a fork holds is its parent's to publish
+        found.flush()
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"directory={str(directory)!r} cannot be made ({error}); give a folder") from error
+
+
+def _checked(budget: Any, tiers: Any, directory: Any) -> tuple[list[str], int | None]:
+    """The tiers to use, fastest first, and the bytes over all of them (None where each has its own)."""
+    each = isinstance(budget, Mapping)
+    values = list(budget.values()) if each else [budget]
+    if any(isinstance(value, bool) or not isinstance(value, int) for value in values):
+        raise TypeError(f"budget={budget!r} must be bytes (an integer), or a tier's bytes by its name")
+    if any(value < 0 for value in values) or not values:
+        raise ValueError(f"budget={budget!r} must be bytes, none below 0")
+    unknown = sorted(set(budget) - set(TIERS)) if each else []
+    if unknown:
+        raise ValueError(f"budget names {unknown[0]!r}; accepted: {', '.join(map(repr, TIERS))}")
+    named = list(TIERS) if isinstance(tiers, str) and tiers == "auto" else tiers
+    if isinstance(named, str) or not isinstance(named, Sequence) or any(name not in TIERS for name in named):
+        raise ValueError(f"tiers={tiers!r} is not accepted: 'auto', or some of {', '.join(map(repr, TIERS))}")
+    if directory is not None and not isinstance(directory, str | Path):
+        raise TypeError(f"directory={directory!r} must be a path or None")
+    by_default = tiers == "auto" or tuple(named) == TIERS
+    if directory is not None and "disk" not in named:
+        raise ValueError(f"directory={str(directory)!r} is for the tier 'disk', which tiers={tiers!r} does not name")
+    if directory is None and ((each and budget.get("disk")) or ("disk" in named and not by_default)):
+        raise ValueError("the tier 'disk' needs a directory=, a folder for its files; or name other tiers")
+    used = [name for name in TIERS if name in named and (name != "disk" or directory is not None)]
+    if each:
+        beside = sorted(set(budget) - set(named))
+        if beside:
+            raise ValueError(f"budget names {beside[0]!r}, which tiers={tiers!r} does not")
+        used = [name for name in used if name in budget]
+    return used, None if each else budget
+
+
+def _readable(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

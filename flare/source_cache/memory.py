@@ -1,0 +1,111 @@
+"""The tiers in memory. Nothing is ever thrown out, so rows are laid one after the other into large slabs."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..source_memory import memory_of
+from .entries import Entry, aligned
+
+_SLAB = 64 << 20
+#: The share of all memory that a tier without a budget of its own leaves free.
+_LEFT_FREE = 1 / 16
+
+
+class MemoryTier:
+    """Rows on the model's device, or in host memory (pinned where the model is on a GPU).
+
+    Args:
+        name: "device" or "host".
+        budget: bytes.
+        modest: the budget is shared by several tiers: take at most half of what is free when the first row comes, and
+            nothing once little is free, as a training's own needs grow after that.
+    """
+
+    def __init__(self, name: str, budget: int, modest: bool) -> None:
+        self.name = name
+        self.budget = budget
+        self.modest = modest
+        self.used = 0
+        self.entries: dict[str, Entry] = {}
+        self.full: str | None = None  # why nothing more is taken, where that is not the budget
+        self._slab: Tensor | None = None
+        self._at = 0
+        self._spare: list[Tensor] = []
+
+    def find(self, key: str) -> Entry | None:
+        """The entry of a key."""
+        return self.entries.get(key)
+
+    def reserve(self, nbytes: int, device: torch.device, left: int) -> Tensor | None:
+        """Room for an entry: uint8, flat; None where there is none.
+
+        Args:
+            nbytes: of the entry.
+            device: the model's.
+            left: bytes of a budget over all tiers.
+        """
+        for index, spare in enumerate(self._spare):
+            if spare.numel() == nbytes:
+                return self._spare.pop(index)
+        if self.full is not None:
+            return None
+        if self.modest and self._slab is None:
+            self.budget = min(self.budget, free_bytes(self._place(device)) // 2)
+        size, unfilled = aligned(nbytes), 0 if self._slab is None else self._slab.numel() - self._at
+        if self._slab is None or size > unfilled:
+            left = min(left, self.budget - self.used) - unfilled
+            slab = self._allocate(max(size, min(_SLAB, left)), device) if size <= left else None
+            if slab is None:
+                return None
+            self._slab, self._at = slab, 0
+            self.used += unfilled
+        elif size > min(left, self.budget - self.used):
+            return None
+        room = self._slab[self._at : self._at + nbytes]
+        self._at += size
+        self.used += size
+        return room
+
+    def give_back(self, room: Tensor) -> None:
+        """Room that was reserved and not used."""
+        self._spare.append(room)
+
+    def put(self, key: str, entry: Entry) -> None:
+        """Keep an entry whose bytes stand in reserved room."""
+        self.entries[key] = entry
+
+    @property
+    def count(self) -> int:
+        """Rows kept."""
+        return len(self.entries)
+
+    def _place(self, device: torch.device) -> torch.device:
+        return device if self.name == "device" else torch.device("cpu")
+
+    def _allocate(self, nbytes: int, device: torch.device) -> Tensor | None:
+        pinned, place = self.name == "host" and device.type == "cuda", self._place(device)
+        if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * memory_of(place):
+            self.full = "little is free; a budget of its own, as in {'device': bytes}, overrules this"
+            return None
+        try:
+            with torch.inference_mode(False):
+                return torch.empty(nbytes, dtype=torch.uint8, device=place, pin_memory=pinned)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self.full = str(error).splitlines()[0]
+            return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

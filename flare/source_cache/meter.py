@@ -1,0 +1,103 @@
+"""Counts and seconds of a cache. On a GPU seconds come from events that are read later, so nothing waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache did. ``rows`` were asked for, ``hits`` of them were not computed; bytes and entries per tier."""
+
+    rows: int
+    hits: int
+    entries: dict[str, int]
+    nbytes: dict[str, int]
+    seconds_saved: float | None  # None: no row has been computed here, so what one costs is not known
+
+    @property
+    def hit_rate(self) -> float:
+        """hits / rows; 0 before the first row."""
+        return self.hits / self.rows if self.rows else 0.0
+
+
+@dataclass
+class _Span:
+    rows: int
+    computed: int
+    begin: Any
+    end: Any
+
+
+@dataclass
+class Meter:
+    """Rows, and the seconds of source passes that computed all, some or none of them."""
+
+    rows: int = 0
+    hits: int = 0
+    _all: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and rows of every pass
+    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of those that computed every row
+    _storing: float = 0.0
+    _open: list[_Span] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def of_pass(self, rows: int, computed: int, device: torch.device) -> Iterator[None]:
+        """Around a source pass: rows asked for, and rows the model ran on."""
+        span = _Span(rows, computed, _now(device), None)
+        yield
+        span.end = _now(device)
+        self._open.append(span)
+        if len(self._open) >= 256:
+            self._settle(wait=False)
+
+    @contextlib.contextmanager
+    def storing(self, device: torch.device) -> Iterator[None]:
+        """Around what a pass does only to fill the cache (a GPU copies beside the pass: counted there)."""
+        begin = time.perf_counter()
+        yield
+        if device.type != "cuda":
+            self._storing += time.perf_counter() - begin
+
+    def seconds_saved(self) -> float | None:
+        """What computing all rows would have taken, less what the passes took; None where no row was computed."""
+        self._settle(wait=True)
+        seconds, rows = self._computed
+        if not rows:
+            return None
+        return max(seconds - self._storing, 0.0) / rows * self._all[1] - self._all[0]
+
+    def _settle(self, wait: bool) -> None:
+        left = []
+        for span in self._open:
+            seconds = _between(span.begin, span.end, wait)
+            if seconds is None:
+                left.append(span)
+                continue
+            for sums in [self._all] + ([self._computed] if span.computed == span.rows else []):
+                sums[0] += seconds
+                sums[1] += span.rows
+        self._open = left
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(begin: Any, end: Any, wait: bool) -> float | None:
+    """Seconds; None where the device has not come so far and is not to be waited for."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    if not wait and not end.query():
+        return None
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

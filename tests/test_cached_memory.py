@@ -1,0 +1,202 @@
+"""A source cache under every source_memory mode: the gradients of "keep" without a cache, and no needless pass."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_distributed
+import tiny
+import torch
+import torch.distributed as dist
+import two_processes
+from test_source_memory import FAMILIES, assert_same, gradients, inputs_of, model_of, offload_anywhere  # noqa: F401
+from torch.nn.parallel import DistributedDataParallel
+
+import flare
+from flare.measure import count_calls, saved_bytes
+from flare.source_pass import Preparation
+
+MODES = ("keep", "offload", "recompute")
+ROW = 9 * tiny.LAYERS * tiny.HIDDEN * 4  # bytes of a row of BERT or Llama with its pads
+
+
+def cache_of(nbytes: int = 1 << 20, folder: Path | None = None) -> flare.SourceStateCache:
+    tiers = ("device",) if folder is None else ("disk",)
+    return flare.SourceStateCache(nbytes, tiers=tiers, directory=folder)
+
+
+def accumulated(model: Any, *batches: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    for inputs in batches:
+        model(**inputs).loss.backward()
+    return tiny.gradients(model)
+
+
+def checkpointed(model: Any, reentrant: bool) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.usefixtures("offload_anywhere")
+def test_every_mode_with_a_cache_has_the_gradients_of_keep_without(family, padding, memory) -> None:
+    """To the bit: filling and reading; two forwards before one backward, accumulation, checkpointing."""
+    options = {"source_padding": padding, "lora_dropout": 0.3}
+    first, second = inputs_of(family), inputs_of(family, seed=1)
+    keep, other = model_of(family, "keep", **options).train(), model_of(family, memory, **options).train()
+    cache = cache_of()
+    other.set_source_cache(cache)
+    want = gradients(keep, first, second)
+    for hits in (0, 6):
+        assert_same(gradients(other, first, second), want)
+        assert cache.stats().hits == hits
+    assert_same(accumulated(other, first, second), accumulated(keep, first, second))
+    # under reentrant checkpointing every mode is "keep", but for the one that this test forces
+    for reentrant in (False,) if memory == "offload" else (False, True):
+        for model in (keep, other):
+            checkpointed(model, reentrant)
+        assert_same(gradients(other, first), gradients(keep, first))
+    stats = cache.stats()
+    assert stats.entries == {"device": 6} and stats.rows - stats.hits == 6
+
+
+@pytest.mark.parametrize(
+    ("memory", "budget", "executions"),
+    [("keep", 3 * ROW, (2, 1)), ("recompute", 3 * ROW, (2, 1)), ("keep", 0, (2, 2)), ("recompute", 0, (3, 3))],
+    ids=str,
+)
+def test_block_executions_of_the_first_and_of_later_steps(memory, budget, executions) -> None:
+    """ "recompute" reads what its own forward pass has put into the cache, and runs again only what found no room."""
+    inputs = inputs_of("llama")
+    model, want = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
+    model.set_source_cache(cache_of(budget))
+    for expected in executions:
+        with count_calls(tiny.block_list(model.get_base_model())) as calls:
+            assert_same(gradients(model, inputs), want)
+        assert calls.total == expected * tiny.LAYERS
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_rows_without_room_are_recomputed_in_the_batch_that_they_came_in(family) -> None:
+    """Room for one row of three: the second pass sees the first one's batch, so "recompute" is "keep" to the bit."""
+    inputs, found = inputs_of(family), []
+    for memory in ("keep", "recompute"):
+        model = model_of(family, memory)
+        model.set_source_cache(cache_of(ROW))
+        found.append([gradients(model, inputs), gradients(model, inputs, inputs)])
+    for got, want in zip(*found, strict=True):
+        assert_same(got, want)
+
+
+def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> None:
+    inputs = inputs_of("bert")
+    want = gradients(model_of("bert", "keep"), inputs)
+    model, cache = model_of("bert", "recompute"), cache_of(folder=tmp_path)
+    model.set_source_cache(cache)
+    gradients(model, inputs)
+    cache.flush()
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    assert cache.stats().hits == 3
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="checksum of an entry does not match"):
+        loss.backward()
+    for name, grad in tiny.gradients(model).items():
+        torch.testing.assert_close(grad, want[name], msg=name)
+
+
+@pytest.mark.parametrize("tier", ["device", "disk"])
+@pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
+def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tmp_path, monkeypatch) -> None:
+    """Of those that are copied out of the cache: one for each block under "keep", else at most two at any depth."""
+    alive: list[weakref.ref] = []
+    counts: list[int] = []
+    plain = Preparation.rows
+
+    def rows(self, key, hidden):
+        x = plain(self, key, hidden)
+        alive.append(weakref.ref(x.untyped_storage()))
+        counts.append(sum(one() is not None for one in alive))
+        return x
+
+    for layers in (2, 6):
+        model = model_of("llama", "recompute" if memory == "recompute" else "keep", base={"num_hidden_layers": layers})
+        cache = cache_of(folder=tmp_path / str(layers) if tier == "disk" else None)
+        model.set_source_cache(cache)
+        inputs = inputs_of("llama")
+        gradients(model, inputs)
+        cache.flush()
+        alive.clear()
+        counts.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Preparation, "rows", rows)
+            if memory == "inference":
+                with torch.no_grad():
+                    model(**inputs)
+            else:
+                loss = model(**inputs).loss
+                gc.collect()
+                assert sum(one() is not None for one in alive) == (layers if memory == "keep" else 0)
+                loss.backward()
+        assert max(counts) == layers if memory == "keep" else max(counts) <= 2
+        assert cache.stats().hits == 3
+
+
+def test_what_a_forward_saves_for_its_backward() -> None:
+    """ "keep" saves L M d numbers more than "recompute", which saves the ids instead; a cache changes neither."""
+    inputs = inputs_of("llama")
+    states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
+    saved: dict[tuple[str, bool], int] = {}
+    for memory in ("keep", "recompute"):
+        for warm in (False, True):
+            model = model_of("llama", memory)
+            if warm:
+                model.set_source_cache(cache_of())
+                gradients(model, inputs)
+            with saved_bytes(ignore=[model.parameters(), inputs]) as counted:
+                kept = model(**inputs).loss
+            del kept
+            saved[memory, warm] = counted.total
+    assert saved["keep", True] == saved["keep", False]
+    assert saved["recompute", True] == saved["recompute", False] == saved["keep", False] - states
+
+
+def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """Three epochs of one step, in the second of which the ranks exchange their rows: gradients, block executions."""
+    model = test_distributed.fused("llama", source_memory=memory)
+    cache = cache_of(folder=folder)
+    model.set_source_cache(cache)
+    engined = DistributedDataParallel(model)
+    found, executions = [], []
+    for epoch in range(3):
+        cache.refresh()
+        model.zero_grad(set_to_none=True)
+        with count_calls(tiny.block_list(model.get_base_model())) as calls:
+            engined(**test_distributed.batch("llama", (rank + epoch) % two_processes.WORLD)).loss.backward()
+        found.append(tiny.gradients(model))
+        executions.append(calls.total // tiny.LAYERS)
+        cache.flush()
+        dist.barrier()
+    return found, executions
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
+    """Rows that one rank has computed are read by the other; gradients stay one process's over both batches."""
+    (tmp_path / "run").mkdir()
+    folder = tmp_path / "states"
+    want = test_distributed.train(None, "none", "llama")
+    for got, executions in two_processes.run(tmp_path / "run", train_with_a_shared_cache, folder, memory):
+        test_distributed.check(got, want * 3, memory)
+        assert executions == [2, 1, 1]
+    assert len(list(folder.iterdir())) == 2
