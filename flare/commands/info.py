@@ -1,4 +1,4 @@
-"""`flare info`: versions, device and kernel backends."""
+"""`flare info`: versions, device, kernel backends, what this machine can run and why not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .common import say
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
-    info = commands.add_parser("info", help="versions, device and kernel backends", description="For bug reports.")
+    info = commands.add_parser("info", help="versions, device and what can run here", description="For bug reports.")
     info.set_defaults(command=run)
 
 
@@ -17,6 +17,7 @@ def run() -> int:
     """Print it."""
     from flare_kernels import backends
 
+    from ..capabilities import lines
     from ..environment import environment
 
     here = environment()
@@ -29,6 +30,8 @@ def run() -> int:
     for name, status in backends().items():
         say(f"  {name:<13}{status}")
     say(f"{'launch table':<15}{_launch_table()}")
+    for line in lines():
+        say(line)
     return 0
 
 

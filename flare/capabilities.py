@@ -1,0 +1,161 @@
+"""What this machine can run, what it cannot, and what would change that: the second half of `flare info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flare_kernels import backends
+
+#: Packages that are not needed for everything: name on the index -> name to import.
+OPTIONAL = {
+    "datasets": "datasets",
+    "bitsandbytes": "bitsandbytes",
+    "matplotlib": "matplotlib",
+    "sentencepiece": "sentencepiece",
+    "sacrebleu": "sacrebleu",
+    "liger-kernel": "liger_kernel",
+    "trl": "trl",
+}
+
+
+class Capability(NamedTuple):
+    """Something that can be run here or not, with what to know about it or what it lacks."""
+
+    name: str
+    here: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return ("yes" if self.here else "no") + (f": {self.reason}" if self.reason else "")
+
+
+def optional_versions() -> dict[str, str]:
+    """Versions of the optional packages, "not installed" where one is missing."""
+    found = {}
+    for name, module in OPTIONAL.items():
+        found[name] = "not installed"
+        if _installed(module):
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                found[name] = "version unknown"
+    return found
+
+
+def capabilities() -> list[Capability]:
+    """Every method and command with whether it can run here."""
+    return [capability for make in _ALL for capability in make()]
+
+
+def caches() -> dict[str, str]:
+    """Folders that things are kept in between runs: what for -> path, and whether it is there."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folders = {
+        "hub models and data": _hub_cache(home),
+        "demo base, launch tables": home / "flare-kernels",
+        "compiled Triton kernels": Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser(),
+    }
+    return {name: f"{path}" + ("" if path.is_dir() else " (not there yet)") for name, path in folders.items()}
+
+
+def lines() -> list[str]:
+    """All of it as lines for the screen."""
+    shown = [f"{name:<15}{version}" for name, version in optional_versions().items()]
+    shown.append("what runs here")
+    shown += [f"  {one.name:<26}{one}" for one in capabilities()]
+    shown.append("caches")
+    return shown + [f"  {name:<26}{path}" for name, path in caches().items()]
+
+
+# --- one function for each kind of requirement ------------------------------------------------------------------------
+
+
+def _kernels() -> Iterable[Capability]:
+    triton = backends()["triton"]
+    reason = "" if triton.available else f"{triton.reason}; the plain PyTorch form runs instead"
+    yield Capability("Triton kernels", triton.available, reason)
+    if torch.cuda.is_available():
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+        yield Capability("bfloat16 training", capable, "" if capable else "the GPU has none; use --fp16, or float32")
+
+
+def _methods() -> Iterable[Capability]:
+    slow = "" if torch.cuda.is_available() else "no CUDA device: on a CPU, small models only"
+    known = ["flare", "lora", "input-fusion"] + (["x-mixup"] if _module("flare.baselines.x_mixup") else [])
+    yield Capability(", ".join(known), True, slow)
+    yield Capability("flare-mt", True, _sentencepiece("an MT encoder") or slow)
+
+
+def _quantized() -> Iterable[Capability]:
+    names = "qlora, qlora-int8"
+    if not _installed("bitsandbytes"):
+        yield Capability(names, False, "bitsandbytes is missing: pip install 'flare-kernels[bnb]'")
+    elif torch.cuda.is_available():
+        yield Capability(names, True, "")
+    else:
+        yield Capability(names, True, "no CUDA device: quantised bases work on a CPU, slowly")
+
+
+def _data() -> Iterable[Capability]:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    only = "HF_HUB_OFFLINE is set: only what the cache holds" if offline else ""
+    yield Capability("models from the hub", True, only)
+    if _installed("datasets"):
+        yield Capability("data sets from the hub", True, only)
+    else:
+        yield Capability("data sets from the hub", False, "datasets is missing: pip install datasets (CSV files work)")
+
+
+def _commands() -> Iterable[Capability]:
+    if _module("flare.commands.translate"):
+        need = "needs a sequence-to-sequence MT model"
+        yield Capability("flare translate", True, _sentencepiece(need) or need)
+    for name in ("finetune", "train", "evaluate"):
+        if _module(f"flare.commands.{name}"):
+            yield Capability(f"flare {name}", True, "")
+    plots = _installed("matplotlib")
+    missing = "matplotlib is missing: pip install 'flare-kernels[plots]' (tables are written without it)"
+    yield Capability("pictures of flare report", plots, "" if plots else missing)
+    if not (Path(__file__).resolve().parents[1] / "benchmarks").is_dir():
+        yield Capability("flare bench", False, "the benchmarks are in the repository, not in the installed package")
+    else:
+        there = _installed("pytest_benchmark")
+        missing = "pytest-benchmark is missing: pip install 'flare-kernels[dev]'"
+        yield Capability("flare bench", there, "" if there else missing)
+    cuda = torch.cuda.is_available()
+    yield Capability("flare bench --tune", cuda, "" if cuda else "no CUDA device; launches follow the general rule")
+
+
+_ALL: tuple[Callable[[], Iterable[Capability]], ...] = (_kernels, _methods, _quantized, _data, _commands)
+
+
+def _sentencepiece(what: str) -> str:
+    if _installed("sentencepiece"):
+        return ""
+    return f"{what}; sentencepiece is missing, which models without a tokenizer.json need: pip install sentencepiece"
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _module(name: str) -> bool:
+    """Whether a module of this package is there; nothing of it is run but its parents."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _hub_cache(home: Path) -> Path:
+    for variable, below in (("HF_HUB_CACHE", ""), ("HF_HOME", "hub")):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser() / below
+    return home / "huggingface" / "hub"

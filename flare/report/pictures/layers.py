@@ -1,0 +1,107 @@
+"""Layer-wise mean |S| and |T| in the bottleneck, one panel a target language (the paper's Figures 4 to 6)."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from typing import Any
+
+from ..collect import Entry, Group, ReportError
+from .style import LARGE, NORMAL, SMALL, NothingToDraw, legend_below, new_figure, plain_axes
+
+_COLORS = {"S": "#0072B2", "T": "#D55E00"}
+_STYLES = ("-", "--", ":", "-.")
+
+
+def layered_labels(group: Group) -> list[str]:
+    """Lines with bottleneck numbers, one setting each."""
+    return [
+        label
+        for label in group.labels
+        if " @ " not in label and any(entry.run.metrics.bottleneck for entry in group.of(label))
+    ]
+
+
+def draw_layers(group: Group, label: str) -> Any:
+    """Mean |S| and |T| by block: seeds averaged, their spread as a band; a line style for every kind of projection."""
+    panels = {one: [e for e in group.of(label, one) if e.run.metrics.bottleneck] for one in group.languages}
+    panels = {language: entries for language, entries in panels.items() if entries}
+    if not panels:
+        raise NothingToDraw("no run measured the bottleneck")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    width = max(5.5, 0.9 + 3.4 * columns)
+    figure = new_figure(width, 1.3 + 2.3 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
+    for axes, (language, entries) in zip(grid.flat, panels.items(), strict=False):
+        seeds = [curves(entry) for entry in entries]
+        kinds = list(dict.fromkeys(kind for seed in seeds for kind in seed))
+        for kind, style in zip(kinds, _STYLES * len(kinds), strict=False):
+            members = [seed[kind] for seed in seeds if kind in seed]
+            blocks = sorted(set.intersection(*(set(member["S"]) for member in members)))
+            for stream, color in _COLORS.items():
+                values = [[member[stream][block] for member in members] for block in blocks]
+                means = [statistics.fmean(value) for value in values]
+                name = f"mean |{stream}|" + (f", {kind}" if len(kinds) > 1 else "")
+                dots = {"marker": "o", "markersize": 3} if len(blocks) <= 12 else {}
+                handles[name] = axes.plot(blocks, means, style, color=color, linewidth=1.5, **dots)[0]
+                if len(members) > 1:
+                    wide = [statistics.stdev(value) for value in values]
+                    low = [mean - one for mean, one in zip(means, wide, strict=True)]
+                    high = [mean + one for mean, one in zip(means, wide, strict=True)]
+                    axes.fill_between(blocks, low, high, color=color, alpha=0.18, linewidth=0)
+        count = len(entries)
+        axes.set_title(f"{language} ({count} seed{'s' if count > 1 else ''})", fontsize=NORMAL, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        plain_axes(axes)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    for column in range(columns):
+        lowest = max(row for row in range(rows) if row * columns + column < len(panels))
+        grid[lowest][column].set_xlabel("block", fontsize=NORMAL)
+        grid[lowest][column].tick_params(labelbottom=True, labelsize=SMALL)
+    for row in grid:
+        row[0].set_ylabel("mean absolute value", fontsize=SMALL)
+    legend_below(figure, list(handles.values()), list(handles), width)
+    figure.suptitle(
+        f"{group.task}, {group.labels[label]}: source (S) and target (T) in the bottleneck, by block", fontsize=LARGE
+    )
+    return figure
+
+
+def curves(entry: Entry) -> dict[str, dict[str, dict[int, float]]]:
+    """{kind of projection: {"S" | "T": {block: mean}}} of one run.
+
+    The block is the first number in a layer's name, counted from 1 on the axis; what is left of the name is its kind
+    ("query", "value"; with an encoder and a decoder, their names too). Unnamed layers are blocks in their order.
+
+    Raises:
+        ReportError: the lists are not of one length.
+    """
+    given = entry.run.metrics.bottleneck or {}
+    source, target = given.get("S") or [], given.get("T") or []
+    layers = [str(name) for name in given.get("layers") or range(len(source))]
+    if not source or not len(source) == len(target) == len(layers):
+        raise ReportError(
+            f"{entry.run.folder / 'metrics.json'}: bottleneck has {len(source)} S, {len(target)} T and {len(layers)} "
+            "layers; expected as many of each"
+        )
+    split = [re.fullmatch(r"(\D*)(\d+)(.*)", name) for name in layers]
+    heads = {(found.group(1), found.group(3)) for found in split if found}
+    shown = {head: " ".join(part for part in _distinct(head, heads) if part) for head in heads}
+    result: dict[str, dict[str, dict[int, float]]] = {}
+    for place, (found, s, t) in enumerate(zip(split, source, target, strict=True)):
+        kind = shown[(found.group(1), found.group(3))] if found else ""
+        block = int(found.group(2)) + 1 if found else place + 1
+        curve = result.setdefault(kind, {"S": {}, "T": {}})
+        curve["S"][block], curve["T"][block] = float(s), float(t)
+    return result
+
+
+def _distinct(head: tuple[str, str], heads: set[tuple[str, str]]) -> tuple[str, str]:
+    """The parts of a name that tell kinds apart: the stack where there are several, the projection where there are."""
+    stacks, projections = {one[0] for one in heads}, {one[1] for one in heads}
+    stack = next((word for word in ("encoder", "decoder") if word in head[0]), head[0]) if len(stacks) > 1 else ""
+    return stack, head[1].rpartition(".")[2] if len(projections) > 1 else ""

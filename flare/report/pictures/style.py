@@ -1,0 +1,113 @@
+"""What all pictures share: colors that stay apart for color-blind readers (Okabe and Ito), sizes, saving.
+
+matplotlib is imported inside the functions: a report without it has tables and no pictures.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..collect import METHODS
+
+_COLORS = {
+    "zero-shot": "#999999",
+    "translate-test": "#444444",
+    "lora": "#0072B2",
+    "input-fusion": "#E69F00",
+    "x-mixup": "#009E73",
+    "flare-mt": "#CC79A7",
+    "flare": "#D55E00",
+    "add_relu": "#D55E00",  # FLARE's own fusion
+}
+_OTHERS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#444444")
+_HATCHES = (None, "///", "...", "xxx", "\\\\\\", "++")
+_MARKERS = "osD^vPX*<>hp"
+SMALL, NORMAL, LARGE = 8.5, 10, 11.5
+
+
+class NothingToDraw(Exception):
+    """A picture whose data the runs do not hold; the message says what is missing."""
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of width x height inches that never opens a window.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
+    """Write a figure as path.<format> for every format; the same figure gives the same bytes."""
+    # fixed ids and no date, and letters that stay letters in PDF and SVG
+    from matplotlib import rc_context
+
+    written = []
+    with rc_context({"svg.hashsalt": "flare", "svg.fonttype": "none", "pdf.fonttype": 42}):
+        for kind in formats:
+            target = path.with_name(f"{path.name}.{kind}")
+            stamp: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+            figure.savefig(target, dpi=150, metadata=stamp)
+            written.append(target)
+    return written
+
+
+def plain_axes(axes: Any) -> None:
+    """The look of all axes: no box, a light grid behind."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=SMALL)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+
+
+def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Color, hatch and marker of every line, from its method; no two lines share color and hatch."""
+    taken: dict[str, int] = {}
+    colors = dict(_COLORS)
+    used = {colors[method] for method in methods if method in colors}
+    others = itertools.cycle([color for color in _OTHERS if color not in used] or list(_OTHERS))
+    found = []
+    for index, method in enumerate(methods):
+        if method not in colors:
+            colors[method] = next(others)
+        color = colors[method]
+        again = taken.get(color, 0)
+        taken[color] = again + 1
+        shown = color if again == 0 else _lighter(color, 0.25 + 0.15 * (again % 3))
+        hatch = _HATCHES[again % len(_HATCHES)]
+        found.append({"color": shown, "hatch": hatch, "marker": _MARKERS[index % len(_MARKERS)]})
+    return found
+
+
+def _lighter(color: str, share: float) -> str:
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + (255 - part) * share):02x}" for part in parts)
+
+
+def rows_of(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
+    """Items in as few, evenly filled rows of at most `most`."""
+    count = -(-len(items) // most)
+    size = -(-len(items) // count)
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str], width: float) -> None:
+    """One legend under all axes, in as many columns as the width has room for."""
+    longest = max((len(name) for name in names), default=1)
+    columns = max(1, min(len(names), int(width / (0.068 * longest + 0.5))))
+    columns = -(-len(names) // -(-len(names) // columns))  # as even as the rows allow
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)
+
+
+def is_main(label: str, method: str) -> bool:
+    """Whether a line is a method with its defaults (or a name of the user's), no ablation."""
+    return label == method or (not label.startswith(f"{method}-") and " @ " not in label) or method not in METHODS

@@ -1,0 +1,164 @@
+"""Numbers of the tables: means, spreads, averages, ranks and costs.
+
+A spread is the sample standard deviation over seeds (n - 1); one seed has none. An average over languages is the mean
+of the languages' means; its spread is over the seeds that every one of these languages has.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .collect import Group
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Seeds of one line in one language, or their averages over languages.
+
+    values: one number a seed, in percent; languages: how many languages an average is over (1 in a cell).
+    """
+
+    mean: float
+    spread: float | None
+    values: tuple[float, ...]
+    languages: int = 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the quality table. A cell without runs is None; so is the rank of a line that lacks a language."""
+
+    label: str
+    name: str
+    cells: dict[str, Cell | None]
+    average: Cell | None
+    common: Cell | None
+    rank: float | None
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds the cells have: "5", or "3 to 5"."""
+        counts = sorted(len(cell.values) for cell in self.cells.values() if cell)
+        if not counts:
+            return "0"
+        return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The quality table of one metric.
+
+    languages: all target languages; common: those that every line has; complete: labels of lines that have them all.
+    """
+
+    metric: str
+    languages: tuple[str, ...]
+    common: tuple[str, ...]
+    complete: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    def line(self, label: str) -> Line:
+        """The line of a label."""
+        return next(line for line in self.lines if line.label == label)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a line's runs cost: medians over its runs; None where no run measured it."""
+
+    label: str
+    name: str
+    seconds_per_step: float | None
+    peak_bytes: float | None
+    train_seconds: float | None
+    steps: float | None
+    trainable_parameters: float | None
+    runs: int
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation, None for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def quality(group: Group, metric: str) -> Quality:
+    """The quality table of a group for one metric; lines without this metric are left out."""
+    languages = tuple(group.languages)
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for entry in group.entries:
+        if metric in entry.scores:
+            cell = scores.setdefault(entry.label, {}).setdefault(entry.language, {})
+            cell[entry.seed] = entry.scores[metric]
+    labels = [label for label in group.labels if label in scores]
+    common = tuple(language for language in languages if all(language in scores[label] for label in labels))
+    complete = tuple(label for label in labels if len(scores[label]) == len(languages))
+    ranks = _ranks({label: scores[label] for label in complete}, languages)
+    names = group.labels
+    lines = [
+        Line(
+            label,
+            names[label],
+            {one: _cell(scores[label][one]) if one in scores[label] else None for one in languages},
+            average(scores[label], [one for one in languages if one in scores[label]]),
+            average(scores[label], common),
+            ranks.get(label),
+        )
+        for label in labels
+    ]
+    return Quality(metric, languages, common, complete, tuple(lines))
+
+
+def average(scores: dict[str, dict[int, float]], languages: Sequence[str]) -> Cell | None:
+    """Average over languages of {language: {seed: percent}}, None over no language."""
+    if not languages:
+        return None
+    mean = statistics.fmean(statistics.fmean(scores[one].values()) for one in languages)
+    seeds = sorted(set.intersection(*(set(scores[one]) for one in languages)))
+    values = tuple(statistics.fmean(scores[one][seed] for one in languages) for seed in seeds)
+    return Cell(mean, spread(values), values, len(languages))
+
+
+def costs(group: Group) -> list[Cost]:
+    """The cost table: one line for every line that trained something."""
+    lines = []
+    for label, name in group.labels.items():
+        if " @ " in label:  # another setting of the same training
+            continue
+        runs = [entry.run for entry in group.of(label)]
+        cost = Cost(
+            label,
+            name,
+            _median([run.metrics.seconds_per_step for run in runs]),
+            _median([run.metrics.peak_bytes for run in runs]),
+            _median([run.metrics.train_seconds for run in runs]),
+            _median([run.metrics.steps for run in runs]),
+            _median([run.record.trainable_parameters for run in runs]),
+            len(runs),
+        )
+        if any(value is not None for value in (cost.seconds_per_step, cost.peak_bytes, cost.train_seconds)):
+            lines.append(cost)
+    return lines
+
+
+def _cell(seeds: dict[int, float]) -> Cell:
+    values = tuple(seeds[seed] for seed in sorted(seeds))
+    return Cell(statistics.fmean(values), spread(values), values)
+
+
+def _ranks(scores: dict[str, dict[str, dict[int, float]]], languages: Sequence[str]) -> dict[str, float]:
+    """Mean rank over languages, 1 the best; equal means share the mean of their places."""
+    ranks: dict[str, list[float]] = {label: [] for label in scores}
+    for language in languages:
+        means = {label: statistics.fmean(scores[label][language].values()) for label in scores}
+        for label, mean in means.items():
+            better = sum(other > mean for other in means.values())
+            equal = sum(other == mean for other in means.values())
+            ranks[label].append(better + (equal + 1) / 2)
+    return {label: statistics.fmean(places) for label, places in ranks.items()}
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
