@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_help_lists_the_commands_there_are(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     for command in ("finetune", "translate", "train", "evaluate", "report", "demo", "bench", "info"):
-        assert f"\n    {command} " in out
+        assert re.search(rf"^    {command}\s", out, re.MULTILINE), command
 
 
 def test_no_command_is_an_error(capsys):

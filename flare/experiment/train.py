@@ -298,6 +298,8 @@ class _Run:
         rows, news = make(pairs, with_source=with_source)
         if not quietly:
             record.data["notes"] += self.notes(news, f"{self.plan.target} {split}")
+        if self.plan.method == "x-mixup" and training and rows and "start_positions" in rows[0]:
+            return self._with_source_spans(rows, pairs, record)
         if self.plan.method != "flare-mt":
             return rows  # type: ignore[no-any-return]
         if self.latent is None:
@@ -309,6 +311,23 @@ class _Run:
         kept = self.setup.form.trainable(pairs) if training else pairs
         file = self.folder / LATENT / f"{split}{'-answers' if training else ''}.float32"
         return add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
+
+    def _with_source_spans(
+        self, rows: list[dict[str, Any]], pairs: list[Pair], record: RunRecord
+    ) -> list[dict[str, Any]]:
+        """Rows for X-Mixup's loss on the source's own answers, where every source has its answer."""
+        sources = [Pair(pair.source) for pair in self.setup.form.trainable(pairs) if pair.source is not None]
+        spans = self.setup.form.train_rows(sources, with_source=False)[0]
+        if len(spans) < len(rows):
+            lost = (
+                f"{len(rows) - len(spans)} source rows lack their answer: x-mixup trains on the target's answers only"
+            )
+            record.data["notes"] += self.notes([lost], self.plan.target)
+            return rows
+        names = ("start_positions", "end_positions")
+        return [
+            {**row, **{f"source_{name}": span[name] for name in names}} for row, span in zip(rows, spans, strict=True)
+        ]
 
     def _half(self, train: list[Pair], record: RunRecord) -> tuple[list[dict[str, Any]], list[bool]]:
         """Rows of which half have a source, chosen by the seed, as many as whole batches; and which ones have."""
