@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from ..environment import environment
@@ -304,13 +305,15 @@ class _Run:
             return rows  # type: ignore[no-any-return]
         if self.latent is None:
             assert self.settings.mt_model is not None
-            device = "cuda" if _cuda() else "cpu"
             self.latent = latent_encoder(
-                self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, device
+                self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, "cpu"
             )
         kept = self.setup.form.trainable(pairs) if training else pairs
         file = self.folder / LATENT / f"{split}{'-answers' if training else ''}.float32"
-        return add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
+        self.latent.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        made = add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
+        self.latent.encoder.to("cpu")  # training's memory is the method's own
+        return made
 
     def _with_source_spans(
         self, rows: list[dict[str, Any]], pairs: list[Pair], record: RunRecord
@@ -356,9 +359,3 @@ class _Run:
 
     def _bar(self, what: str) -> str | None:
         return f"{self.plan.name} {what}" if self.settings.progress and is_main() else None
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
