@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .commands import bench, demo, evaluate, finetune, info, report, train, translate
 
 #: In the order of their use.
-COMMANDS = (translate, finetune, train, evaluate, report, demo, bench, info)
+COMMANDS = (finetune, translate, train, evaluate, report, demo, bench, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

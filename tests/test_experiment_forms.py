@@ -52,6 +52,7 @@ def flare(*words: object) -> int:
         ("t5", "qa", ("flare",), 64),
     ],
 )
+@pytest.mark.filterwarnings("error:The source has no labels")
 def test_every_family_and_task(place, tmp_path, model, task, methods, length):
     data = place / ("qa" if task == "qa" else "data")
     words = ("--task", task, "--data", data, "--output", tmp_path / "runs", "--max-length", length, *QUICK)

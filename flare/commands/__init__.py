@@ -1,1 +1,1 @@
-"""The commands of `flare`, one module each."""
+"""One module per command: its options, and the call."""

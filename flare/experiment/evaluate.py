@@ -109,7 +109,7 @@ class _Evaluation:
             record.data = {"test": len(pairs), "notes": self.notes(news, target), "translation": provenance}
             if setting == "translate-test":
                 pairs = [_source_alone(pair) for pair in pairs]
-            model = setup.load_model().to(_device())
+            model = _placed(setup.load_model(), setup)
             scores, predictions = self._predict(
                 model, collator("lora", setup, model), setup, pairs, False, name, record
             )
@@ -163,7 +163,7 @@ class _Evaluation:
             pairs, news = data.pairs(record.target_language, "test", source_text=text)
             self.notes(news, record.target_language)
             model, collate = load(record.method, setup, run.folder / ADAPTER)
-            model.to(_device())
+            _placed(model, setup)
             scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
             if is_main():
                 file = PREDICTIONS if own else PREDICTIONS.replace(".jsonl", f"-{text}.jsonl")
@@ -196,6 +196,7 @@ class _Evaluation:
             "padding": there.get("padding") if there.get("family") != "causal" else None,
             "form": there.get("family"),
             "metric": there.get("metric"),
+            "rows": there.get("rows"),
             "label_column": there.get("label_column") if there.get("labels") else None,
             "text_columns": tuple(there["text_columns"]) if there.get("text_columns") else None,
         }
@@ -210,7 +211,7 @@ class _Evaluation:
         task = resolve_labels(task, folder, source)
         setup = prepare(merged, task, base.model)
         self.notes(setup.notes)
-        return Data(task, folder, source, settings.translations, settings.rows), setup
+        return Data(task, folder, source, settings.translations, merged.rows), setup
 
     def _predict(
         self,
@@ -224,10 +225,11 @@ class _Evaluation:
     ) -> tuple[dict[str, float], list[str]]:
         rows, news = setup.form.eval_rows(pairs, with_source=reads)
         self.notes(news, name)
+        states = self.settings.output / f".{LATENT}"
         if record.method == "flare-mt":
             there, target = record.settings, str(record.target_language)
             mt = latent_encoder(there["mt_model"], target, there["mt_language"], setup.max_length, _device())
-            rows = add_states(rows, target_texts(pairs), mt, self.settings.output / f".{LATENT}", None)
+            rows = add_states(rows, target_texts(pairs), mt, states, None)
         values = training_values({**setup.recipe.training, **record.training_arguments}, {})
         arguments = training_arguments(values, self.settings.output, record.seed, None, {})
         batch = self.settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
@@ -235,6 +237,7 @@ class _Evaluation:
         half = autocast_of(arguments) if _device().type == "cuda" else None
         scorer = Predictor(setup.form, collate, pairs, rows, batch, half, bar)
         predictions = scorer(model)
+        states.unlink(missing_ok=True)
         self.notes(setup.form.prediction_notes(predictions), name)
         return scorer.scores(predictions), predictions
 
@@ -255,6 +258,11 @@ def _quantization(there: dict[str, Any] | None) -> str:
     if not there:
         return "none"
     return "nf4" if there.get("load_in_4bit") else "int8"
+
+
+def _placed(model: Any, setup: Setup) -> Any:
+    """The model on the device; a quantised one is there since it was loaded."""
+    return model if setup.recipe.quantization is not None else model.to(_device())
 
 
 def _device() -> torch.device:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from ..environment import environment
@@ -298,17 +299,38 @@ class _Run:
         rows, news = make(pairs, with_source=with_source)
         if not quietly:
             record.data["notes"] += self.notes(news, f"{self.plan.target} {split}")
+        if self.plan.method == "x-mixup" and training and rows and "start_positions" in rows[0]:
+            return self._with_source_spans(rows, pairs, record)
         if self.plan.method != "flare-mt":
             return rows  # type: ignore[no-any-return]
         if self.latent is None:
             assert self.settings.mt_model is not None
-            device = "cuda" if _cuda() else "cpu"
             self.latent = latent_encoder(
-                self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, device
+                self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, "cpu"
             )
         kept = self.setup.form.trainable(pairs) if training else pairs
         file = self.folder / LATENT / f"{split}{'-answers' if training else ''}.float32"
-        return add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
+        self.latent.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        made = add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
+        self.latent.encoder.to("cpu")  # training's memory is the method's own
+        return made
+
+    def _with_source_spans(
+        self, rows: list[dict[str, Any]], pairs: list[Pair], record: RunRecord
+    ) -> list[dict[str, Any]]:
+        """Rows for X-Mixup's loss on the source's own answers, where every source has its answer."""
+        sources = [Pair(pair.source) for pair in self.setup.form.trainable(pairs) if pair.source is not None]
+        spans = self.setup.form.train_rows(sources, with_source=False)[0]
+        if len(spans) < len(rows):
+            lost = (
+                f"{len(rows) - len(spans)} source rows lack their answer: x-mixup trains on the target's answers only"
+            )
+            record.data["notes"] += self.notes([lost], self.plan.target)
+            return rows
+        names = ("start_positions", "end_positions")
+        return [
+            {**row, **{f"source_{name}": span[name] for name in names}} for row, span in zip(rows, spans, strict=True)
+        ]
 
     def _half(self, train: list[Pair], record: RunRecord) -> tuple[list[dict[str, Any]], list[bool]]:
         """Rows of which half have a source, chosen by the seed, as many as whole batches; and which ones have."""
@@ -337,9 +359,3 @@ class _Run:
 
     def _bar(self, what: str) -> str | None:
         return f"{self.plan.name} {what}" if self.settings.progress and is_main() else None
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
