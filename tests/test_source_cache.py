@@ -513,6 +513,21 @@ def test_auto_really_measures(tmp_path) -> None:
     assert not list(tmp_path.glob(f"*{UNFINISHED}")), "the file that was timed is gone"
 
 
+def test_auto_says_what_it_leaves_out(tmp_path, monkeypatch) -> None:
+    from flare.source_cache import cache as module
+
+    measure = module.seconds_to_read
+    monkeypatch.setattr(module, "seconds_to_read", lambda tier, *rest: 1e9 if tier != "disk" else measure(tier, *rest))
+    model = fused("bert")
+    model.set_source_cache(flare.SourceStateCache(MB, tiers="auto", directory=tmp_path / "states"))
+    (tmp_path / "states").rmdir()
+    with pytest.warns(UserWarning) as said:
+        for _ in range(4):
+            step(model, batch_of("bert"))
+    text = [str(one.message) for one in said if "source_cache" in str(one.message)]
+    assert len(text) == 2 and "leaves the disk tier out" in text[0] and "keeps nothing" in text[1]
+
+
 def test_named_tiers_measure_nothing(monkeypatch, tmp_path) -> None:
     from flare.source_cache import cache as module
 
@@ -1107,6 +1122,20 @@ def test_a_directory_that_is_gone_degrades_with_one_message(budget, tmp_path) ->
         assert_same(step(model, batch_of("bert")), want)
         cache.flush()
     assert len(said) == 1
+
+
+def test_a_relative_directory_is_where_it_was_asked_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = cache_in("disk", Path("states"))
+    model = fused("bert")
+    model.set_source_cache(cache)
+    step(model, batch_of("bert"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cache.flush()
+    assert shards(tmp_path / "states")
+    step(model, batch_of("bert"))
+    assert cache.stats().hits == 3
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------

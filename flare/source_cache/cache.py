@@ -237,6 +237,7 @@ class SourceStateCache:
                 reading = seconds_to_read(tier.name, nbytes, self.device, self._directory)
             except (OSError, RuntimeError) as error:
                 self.decisions[tier.name] = f"not used: {error}"
+                self.say(f"tiers='auto' leaves the {tier.name} tier out, and what it holds: {error}")
                 continue
             times = f"reading a row {reading * 1e3:.3g} ms, computing it {computing * 1e3:.3g} ms"
             self.decisions[tier.name] = f"{'used' if reading < computing else 'not used'}: {times}"
@@ -244,6 +245,8 @@ class SourceStateCache:
                 kept.append(tier)
         self._tiers, self.undecided = kept, False
         _log.info("source_cache: %s", self._decided)
+        if not kept:
+            self.say(f"tiers='auto' keeps nothing, every epoch computes its source states: {self._decided}")
         held, self.held = self.held, []
         for key, entry, _ in held:
             if self._tiers and self._kept(key):
