@@ -226,7 +226,7 @@ def is_data_parallel_replica(module: nn.Module) -> bool:
 
 #: Private methods of Trainer that FlareTrainer extends: the first decides which columns of a data set are kept, the
 #: second counts tokens. An override of a method that is gone would be silence, so FlareTrainer checks.
-TRAINER_METHODS = ("_set_signature_columns_if_needed", "_track_num_input_tokens")
+TRAINER_METHODS = ("_set_signature_columns_if_needed", "_track_num_input_tokens", "evaluation_loop")
 
 
 def check_trainer(trainer: type) -> None:

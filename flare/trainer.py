@@ -113,7 +113,7 @@ class FlareTrainer(Trainer):
             self.data_collator = replace(self.data_collator, layout=layout_of(self.model))
         self.add_callback(SourceTokens)
         self.source_cache = source_cache
-        self._cache_logged = (0, 0)
+        self._cache_begun = self._cache_logged = (0, 0)
         if source_cache is not None:
             self._use_cache(source_cache)
 
@@ -144,16 +144,44 @@ class FlareTrainer(Trainer):
         )
 
     def _log_cache(self, logs: dict[str, float]) -> None:
-        """Of training: the hit rate since the last log (in the last log: over all), and what the cache holds."""
+        """Of training: the hit rate since the last log (in the last log: of the run), and what the cache holds."""
         if self.source_cache is None or any(k.endswith("_runtime") and k != "train_runtime" for k in logs):
             return
         now = self.source_cache.stats()
-        rows, hits = (0, 0) if "train_runtime" in logs else self._cache_logged
+        rows, hits = self._cache_begun if "train_runtime" in logs else self._cache_logged
         self._cache_logged = (now.rows, now.hits)
         logs["source_cache_hit_rate"] = (now.hits - hits) / max(now.rows - rows, 1)
         logs["source_cache_bytes"] = sum(now.nbytes.values())
         if now.seconds_saved is not None:
             logs["source_cache_seconds_saved"] = round(now.seconds_saved, 3) + 0.0  # no -0.0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer; the hit rates that are logged are of this run alone."""
+        self._cache_begun = self._cache_logged = self._cache_counts()
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer, with the source cache; what is read here does not count in the hit rates of training."""
+        if self.source_cache is not None and not self.is_in_train:
+            self._check_cast()
+        before = self._cache_counts()
+        found = super().evaluation_loop(*args, **kwargs)
+        after = self._cache_counts()
+        rows, hits = after[0] - before[0], after[1] - before[1]
+        self._cache_begun = (self._cache_begun[0] + rows, self._cache_begun[1] + hits)
+        self._cache_logged = (self._cache_logged[0] + rows, self._cache_logged[1] + hits)
+        return found
+
+    def _cache_counts(self) -> tuple[int, int]:
+        """Rows and hits of the cache so far."""
+        return (0, 0) if self.source_cache is None else (self.source_cache.meter.rows, self.source_cache.meter.hits)
+
+    def _check_cast(self) -> None:
+        """Outside a training the Trainer casts the whole model for bf16_full_eval: then it is another base model."""
+        name = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, name)), None)
+        if name is not None and self.source_cache is not None:
+            self.source_cache.say(f"left out of this evaluation: {name} casts the base model, whose states it holds")
+            self.model.set_source_cache(None)
 
     # --- columns ------------------------------------------------------------------------------------------------------
 

@@ -513,6 +513,21 @@ def test_auto_really_measures(tmp_path) -> None:
     assert not list(tmp_path.glob(f"*{UNFINISHED}")), "the file that was timed is gone"
 
 
+def test_auto_says_what_it_leaves_out(tmp_path, monkeypatch) -> None:
+    from flare.source_cache import cache as module
+
+    measure = module.seconds_to_read
+    monkeypatch.setattr(module, "seconds_to_read", lambda tier, *rest: 1e9 if tier != "disk" else measure(tier, *rest))
+    model = fused("bert")
+    model.set_source_cache(flare.SourceStateCache(MB, tiers="auto", directory=tmp_path / "states"))
+    (tmp_path / "states").rmdir()
+    with pytest.warns(UserWarning) as said:
+        for _ in range(4):
+            step(model, batch_of("bert"))
+    text = [str(one.message) for one in said if "source_cache" in str(one.message)]
+    assert len(text) == 2 and "leaves the disk tier out" in text[0] and "keeps nothing" in text[1]
+
+
 def test_named_tiers_measure_nothing(monkeypatch, tmp_path) -> None:
     from flare.source_cache import cache as module
 
@@ -532,6 +547,7 @@ def test_wrong_arguments_are_named(tmp_path) -> None:
     for match, error, arguments_ in [
         (r"budget=1.5 must be bytes", TypeError, {"budget": 1.5}),
         (r"budget=True must be bytes", TypeError, {"budget": True}),
+        (r"tiers=\(\) is not accepted", ValueError, {"budget": 1, "tiers": ()}),
         (r"budget=-1 must be bytes, none below 0", ValueError, {"budget": -1}),
         (r"budget names 'gpu'.*'device', 'host', 'disk'", ValueError, {"budget": {"gpu": 1}}),
         (r"budget names 'host', which tiers", ValueError, {"budget": {"host": 1}, "tiers": ("device",)}),
@@ -1091,19 +1107,35 @@ def test_one_process_reads_what_another_has_published_since(tmp_path) -> None:
     assert ran.since() == {0} and here.stats().hits == 3
 
 
-def test_a_directory_that_is_gone_degrades_with_one_message(tmp_path) -> None:
+@pytest.mark.parametrize("budget", [MB, 30_000])  # of the smaller one, each row is a file
+def test_a_directory_that_is_gone_degrades_with_one_message(budget, tmp_path) -> None:
     import shutil
 
     model, folder = fused("bert"), tmp_path / "states"
-    cache = cache_in("disk", folder)
-    model.set_source_cache(cache)
     want = step(model, batch_of("bert"))
+    cache = cache_in("disk", folder, budget)
+    model.set_source_cache(cache)
     shutil.rmtree(folder)
     with pytest.warns(UserWarning, match="takes no more source states") as said:
+        assert_same(step(model, batch_of("bert")), want)
         cache.flush()
         assert_same(step(model, batch_of("bert")), want)
         cache.flush()
     assert len(said) == 1
+
+
+def test_a_relative_directory_is_where_it_was_asked_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = cache_in("disk", Path("states"))
+    model = fused("bert")
+    model.set_source_cache(cache)
+    step(model, batch_of("bert"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cache.flush()
+    assert shards(tmp_path / "states")
+    step(model, batch_of("bert"))
+    assert cache.stats().hits == 3
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
@@ -1210,5 +1242,52 @@ def test_a_base_model_changed_between_runs_is_refused(tmp_path) -> None:
     cache = flare.SourceStateCache(MB)
     trainer, _ = trained("bert", tmp_path, cache)
     trainer.model.get_base_model().bert.encoder.layer[0].output.dense.weight.data.mul_(1.01)
+    with pytest.raises(ValueError, match="bound to another base model"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("task", ["bert", "llama"])
+def test_special_tokens_that_the_trainer_takes_from_the_tokenizer_are_no_other_base_model(task, tmp_path) -> None:
+    model = flare_model(task)
+    model.get_base_model().config.pad_token_id = None
+    trainer = FlareTrainer(
+        model=model,
+        args=arguments(tmp_path, num_train_epochs=2, per_device_train_batch_size=5),
+        train_dataset=Dataset.from_list(rows(task, 10)),
+        processing_class=tokenizer(),
+        source_cache=flare.SourceStateCache(MB),
+    )
+    trainer.train()
+    config = model.get_base_model().config
+    assert (config.pad_token_id, config.bos_token_id) == (0, 4)  # the Trainer did take them
+    assert trainer.source_cache.stats().hit_rate == 0.5
+
+
+def test_the_pad_token_that_positions_are_counted_from_is_part_of_the_fingerprint() -> None:
+    one, other = (tiny.model("xlmr", pad_token_id=pad).requires_grad_(False) for pad in (1, 0))
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) != fingerprint(other)
+    one.config.pad_token_id, one.config.eos_token_id = 7, 8
+    assert fingerprint(one) == fingerprint(fused("xlmr").get_base_model())
+
+
+def test_logged_hit_rates_are_of_this_training_alone(tmp_path) -> None:
+    cache = flare.SourceStateCache(MB)
+    options = {"eval_strategy": "epoch", "num_train_epochs": 3}
+    first, _ = trained("bert", tmp_path / "first", cache, **options)
+    second, _ = trained("bert", tmp_path / "second", cache, model=flare_model("bert", lora_alpha=8), **options)
+    second.train()
+    rates = [entry["source_cache_hit_rate"] for entry in first.state.log_history if "source_cache_hit_rate" in entry]
+    assert rates == [0.0] * 3 + [1.0] * 6 + [pytest.approx(2 / 3)]
+    for entry in second.state.log_history:
+        assert entry.get("source_cache_hit_rate", 1.0) == 1.0
+
+
+def test_an_evaluation_that_casts_the_base_model_does_without_the_cache(tmp_path) -> None:
+    trainer, ran = trained("bert", tmp_path, flare.SourceStateCache(MB), bf16_full_eval=True)
+    ran.since()
+    with pytest.warns(UserWarning, match="bf16_full_eval casts the base model"):
+        trainer.evaluate()
+    assert ran.since() == {4}
     with pytest.raises(ValueError, match="bound to another base model"):
         trainer.train()

@@ -76,7 +76,7 @@ class SourceStateCache:
         self._arguments = (budget, tiers, directory)
         named, self._total = _checked(budget, tiers, directory)
         self.undecided = tiers == "auto"
-        self._directory = None if directory is None else Path(directory)
+        self._directory = None if directory is None else Path(directory).absolute()
         shared = not isinstance(budget, Mapping) and len(named) > 1
         self._tiers: list[Tier] = []
         for name in named:
@@ -237,6 +237,7 @@ class SourceStateCache:
                 reading = seconds_to_read(tier.name, nbytes, self.device, self._directory)
             except (OSError, RuntimeError) as error:
                 self.decisions[tier.name] = f"not used: {error}"
+                self.say(f"tiers='auto' leaves the {tier.name} tier out, and what it holds: {error}")
                 continue
             times = f"reading a row {reading * 1e3:.3g} ms, computing it {computing * 1e3:.3g} ms"
             self.decisions[tier.name] = f"{'used' if reading < computing else 'not used'}: {times}"
@@ -244,6 +245,8 @@ class SourceStateCache:
                 kept.append(tier)
         self._tiers, self.undecided = kept, False
         _log.info("source_cache: %s", self._decided)
+        if not kept:
+            self.say(f"tiers='auto' keeps nothing, every epoch computes its source states: {self._decided}")
         held, self.held = self.held, []
         for key, entry, _ in held:
             if self._tiers and self._kept(key):
@@ -337,7 +340,8 @@ def _checked(budget: Any, tiers: Any, directory: Any) -> tuple[list[str], int | 
     if unknown:
         raise ValueError(f"budget names {unknown[0]!r}; accepted: {', '.join(map(repr, TIERS))}")
     named = list(TIERS) if isinstance(tiers, str) and tiers == "auto" else tiers
-    if isinstance(named, str) or not isinstance(named, Sequence) or any(name not in TIERS for name in named):
+    listed = isinstance(named, Sequence) and not isinstance(named, str) and len(named) > 0
+    if not listed or any(name not in TIERS for name in named):
         raise ValueError(f"tiers={tiers!r} is not accepted: 'auto', or some of {', '.join(map(repr, TIERS))}")
     if directory is not None and not isinstance(directory, str | Path):
         raise TypeError(f"directory={directory!r} must be a path or None")

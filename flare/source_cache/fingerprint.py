@@ -31,6 +31,10 @@ _BESIDE = (
     "use_cache",
     "task_specific_params",
     "torchscript",
+    # the Trainer takes these from the tokenizer when a training begins; what a model was built with: _padding_indices
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
 )
 _BESIDE_PARTS = ("dropout", "pdrop", "output_", "attn_implementation", "classifier", "initializer")
 
@@ -48,7 +52,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     check_frozen(model)
     names = hashlib.blake2b(digest_size=16)
-    names.update(_config(model).encode())
+    names.update(f"{_config(model)} {_padding_indices(model)}".encode())
     seen: dict[int, bytes] = {}
     for name, tensor in frozen_tensors(model):
         found = seen.get(id(tensor))
@@ -157,6 +161,13 @@ def _config(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     return json.dumps(_relevant(values), sort_keys=True, default=str)
+
+
+def _padding_indices(model: nn.Module) -> list[tuple[str, str]]:
+    """The pad tokens that modules were built with: some count positions from them (RoBERTa's embeddings)."""
+    backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
+    found = ((type(module).__name__, module.__dict__.get("padding_idx")) for module in backbone.modules())
+    return sorted({(kind, str(index)) for kind, index in found if index is not None})
 
 
 def _relevant(value: Any) -> Any:

@@ -231,6 +231,8 @@ class DiskTier:
 
     def flush(self) -> None:
         """Publish what waits. A failure is told once; from then on the tier only reads."""
+        if self.full is not None:  # rows whose room was taken before
+            self._waiting, self._waiting_bytes = {}, 0
         if not self._waiting:
             return
         path = self.directory / f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
