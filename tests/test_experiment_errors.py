@@ -74,6 +74,21 @@ def test_a_folder_of_another_run_is_refused_and_stays(train, runs):
     assert files(runs) == before
 
 
+def test_an_error_before_the_first_step_does_not_bind_the_folder(train, runs, place, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "data", broken)
+    (broken / "vemari" / "train.csv").write_text("id,text\n1,a\n")
+    assert train("--method", "lora", data=broken)[0] == 2
+    status, out, err = train("--method", "lora", "--lr", "1e-3")
+    assert status == 0 and "ended before its first checkpoint; it begins anew" in out, err
+    # with a checkpoint there is something to lose
+    record = read_record(runs / "vemari" / "lora-r4" / "seed-0")
+    record.status = "running"
+    write_record(runs / "vemari" / "lora-r4" / "seed-0", record)
+    status, _, err = train("--method", "lora")
+    assert status == 2 and "other settings" in err
+
+
 def test_foreign_files_are_not_touched(train, runs):
     folder = runs / "vemari" / "lora-r4" / "seed-0"
     folder.mkdir(parents=True)

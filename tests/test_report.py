@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flare.cli import main
-from flare.experiment.records import Metrics, RecordError, RunRecord, write_metrics, write_record
+from flare.experiment.records import Metrics, RecordError, RunRecord, read_record, write_metrics, write_record
 from flare.report import ReportError, write_report
 from flare.report.collect import collect
 from flare.report.conditions import warnings
@@ -187,6 +187,16 @@ def test_settings_mixed_under_one_name_are_warned_of(runs: Path, tmp_path: Path)
     assert warnings(group_of(other)) == [
         "lora: num_train_epochs differs between its runs: 8 in ace/seed-0; 3 in ace/seed-1"
     ]
+
+
+def test_lines_of_other_rows_are_warned_of(runs: Path) -> None:
+    for seed in (0, 1):
+        folder = runs / "ace" / "flare" / f"seed-{seed}"
+        record = read_record(folder)
+        record.data = {"train": 10, "test": 4}
+        write_record(folder, record)
+    (line,) = warnings(group_of(runs))
+    assert line == "ace: its lines were scored on different numbers of rows: 4: FLARE; 5: LoRA, X-Mixup, zero-shot"
 
 
 def test_another_setting_of_a_run_is_a_line_of_its_own(tmp_path: Path) -> None:

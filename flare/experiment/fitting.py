@@ -17,7 +17,7 @@ from .callbacks import Bar, Clock, Log, Timing, measure_step, quiet
 from .predict import Predictor
 from .processes import is_main, on_main
 from .records import Metrics
-from .run_folder import CHECKPOINTS, last_checkpoint
+from .run_folder import CHECKPOINTS, LOG_FILE, last_checkpoint
 
 _TIMER_WARM_UP = 3
 _KEPT = 2  # checkpoints: the best, and the newest to go on from
@@ -191,7 +191,7 @@ def fit(
     except ValueError as error:
         raise UserError(f"these training arguments do not work: {error}") from error
     timer.device = arguments.device
-    quiet(trainer, Bar(name, progress), Timing(timer), clock, Log(folder / "log.jsonl"))
+    quiet(trainer, Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, say))
     if checkpoint is not None and is_main():
         say(f"{name}: goes on from step {checkpoint.name.rpartition('-')[2]}")
