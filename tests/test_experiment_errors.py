@@ -174,6 +174,9 @@ def test_a_base_that_was_made_anew(train, runs):
         (("--target", "klingon"), ("klingon", "vemari")),
         (("--method", "flare-mt", "--mt-model", "/no/model"), ("--mt-model /no/model",)),
         (("--max-length", "60", "--method", "input-fusion"), ("input-fusion", "positions")),
+        (("--max-length", "65"), ("--max-length 65", "up to 64 tokens")),
+        (("--epochs", "0"), ("--epochs must be greater than 0",)),
+        (("--form", "causal"), ("--form causal", "fine-tuned with --form encoder")),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
@@ -183,6 +186,20 @@ def test_wrong_values(train, runs, words, said):
     for word in said:
         assert word in err, err
     assert not [run for run in find_runs(runs) if run.record.done and run.record.kind == "train"]
+
+
+def test_a_score_with_other_settings_says_so(train, runs, capsys):
+    assert train("--method", "flare", "--no-test")[0] == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+
+    def evaluate(*words: str) -> list[str]:
+        given = ("evaluate", "--output", str(runs), "--setting", "translate-train", "--no-progress", *words)
+        assert main(list(given)) == 0
+        return [note for note in read_record(folder).data["notes"] if "scored with" in note]
+
+    said = "vemari flare-r4 seed 0: scored with max_length 8 (trained with 24)"
+    assert evaluate("--max-length", "8") == [said] and said in capsys.readouterr().out
+    assert evaluate("--no-resume") == []
 
 
 def test_commands_need_their_options(capsys):

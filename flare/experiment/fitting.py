@@ -146,9 +146,12 @@ def training_arguments(
         raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have none")
     merged = {**own, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
     try:
-        return TrainingArguments(**merged)
+        made = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"these training arguments do not work: {error}") from error
+    if made.max_steps <= 0 and made.num_train_epochs <= 0:
+        raise UserError(f"--epochs must be greater than 0; got {made.num_train_epochs}")
+    return made
 
 
 def autocast_of(arguments: TrainingArguments) -> torch.dtype | None:
