@@ -78,7 +78,9 @@ class _Evaluation:
     def _base(self, setting: str, target: str, seed: int, text: str | None) -> Path:
         settings = self.settings
         base = find_base(settings.output, settings.base, seed)
-        data, setup = self._prepared(base.record, base)
+        # a model that flare finetune did not make says nothing of the task, and its adapters do
+        begun = (run.record for run in self.adapters if run.record.base == base.shown)
+        data, setup = self._prepared(base.record or next(begun, None), base)
         variant = setting + ("-mt-source" if text == "mt" else "")
         folder = settings.output / target / variant / f"seed-{seed}"
         own: dict[str, Any] = {"base_date": base.made}

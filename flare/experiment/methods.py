@@ -85,8 +85,8 @@ def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
     limit = max_positions(model) if setup.form.layout == "encoder" else None
     if limit is not None and setup.max_length > limit:
         raise UserError(
-            f"--max-length {setup.max_length}: the model {setup.model} reads texts of up to {limit} tokens; use {limit} or "
-            "less"
+            f"--max-length {setup.max_length}: the model {setup.model} reads texts of up to {limit} tokens; "
+            f"use {limit} or less"
         )
     if method != "input-fusion":
         return FlareDataCollator(setup.tokenizer, require_source=False, **setup.batches)

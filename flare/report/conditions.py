@@ -69,6 +69,8 @@ def warnings(group: Group) -> list[str]:
             if len(counts) > 1:
                 found.append(f"{label} on {language}: its seeds have different training rows: {_joined(counts)}")
     found += _different_rows(group)
+    for record in {id(entry.run): entry.run.record for entry in group.entries}.values():
+        found += [str(note) for note in record.data.get("notes") or [] if ": scored with " in str(note)]
     trained = [entry for entry in group.entries if entry.run.metrics.seconds_per_step is not None]
     for what, read in _COSTS.items():
         kinds = {str(read(entry.run)) for entry in trained}
