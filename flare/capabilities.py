@@ -69,9 +69,9 @@ def lines() -> list[str]:
     """All of it as lines for the screen."""
     shown = [f"{name:<15}{version}" for name, version in optional_versions().items()]
     shown.append("what runs here")
-    shown += [f"  {one.name:<26}{one}" for one in capabilities()]
+    shown += [f"  {one.name:<35}{one}" for one in capabilities()]
     shown.append("caches")
-    return shown + [f"  {name:<26}{path}" for name, path in caches().items()]
+    return shown + [f"  {name:<35}{path}" for name, path in caches().items()]
 
 
 # --- one function for each kind of requirement ------------------------------------------------------------------------

@@ -74,6 +74,21 @@ def test_a_folder_of_another_run_is_refused_and_stays(train, runs):
     assert files(runs) == before
 
 
+def test_an_error_before_the_first_step_does_not_bind_the_folder(train, runs, place, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(place / "data", broken)
+    (broken / "vemari" / "train.csv").write_text("id,text\n1,a\n")
+    assert train("--method", "lora", data=broken)[0] == 2
+    status, out, err = train("--method", "lora", "--lr", "1e-3")
+    assert status == 0 and "ended before its first checkpoint; it begins anew" in out, err
+    # with a checkpoint there is something to lose
+    record = read_record(runs / "vemari" / "lora-r4" / "seed-0")
+    record.status = "running"
+    write_record(runs / "vemari" / "lora-r4" / "seed-0", record)
+    status, _, err = train("--method", "lora")
+    assert status == 2 and "other settings" in err
+
+
 def test_foreign_files_are_not_touched(train, runs):
     folder = runs / "vemari" / "lora-r4" / "seed-0"
     folder.mkdir(parents=True)
@@ -159,6 +174,9 @@ def test_a_base_that_was_made_anew(train, runs):
         (("--target", "klingon"), ("klingon", "vemari")),
         (("--method", "flare-mt", "--mt-model", "/no/model"), ("--mt-model /no/model",)),
         (("--max-length", "60", "--method", "input-fusion"), ("input-fusion", "positions")),
+        (("--max-length", "65"), ("--max-length 65", "up to 64 tokens")),
+        (("--epochs", "0"), ("--epochs must be greater than 0",)),
+        (("--form", "causal"), ("--form causal", "fine-tuned with --form encoder")),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
@@ -168,6 +186,20 @@ def test_wrong_values(train, runs, words, said):
     for word in said:
         assert word in err, err
     assert not [run for run in find_runs(runs) if run.record.done and run.record.kind == "train"]
+
+
+def test_a_score_with_other_settings_says_so(train, runs, capsys):
+    assert train("--method", "flare", "--no-test")[0] == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+
+    def evaluate(*words: str) -> list[str]:
+        given = ("evaluate", "--output", str(runs), "--setting", "translate-train", "--no-progress", *words)
+        assert main(list(given)) == 0
+        return [note for note in read_record(folder).data["notes"] if "scored with" in note]
+
+    said = "vemari flare-r4 seed 0: scored with max_length 8 (trained with 24)"
+    assert evaluate("--max-length", "8") == [said] and said in capsys.readouterr().out
+    assert evaluate("--no-resume") == []
 
 
 def test_commands_need_their_options(capsys):

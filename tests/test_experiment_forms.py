@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from experiment_data import write_bert, write_data, write_llama, write_t5
 
 from flare.cli import main
@@ -70,6 +71,22 @@ def test_every_family_and_task(place, tmp_path, model, task, methods, length):
     # loaded again, an adapter predicts what it did when it was trained
     assert flare("evaluate", "--output", tmp_path / "runs", "--no-resume", "--no-progress") == 0
     assert {folder: (folder / "predictions-test.jsonl").read_text() for folder in first} == first
+
+
+def test_the_base_decides_about_the_form_of_its_adapters(place, tmp_path):
+    words = ("--task", "classification", "--data", place / "data", "--output", tmp_path / "runs", *QUICK)
+    assert flare("finetune", "--model", place / "llama", "--form", "encoder", "--max-length", 40, *words) == 0
+    assert flare("train", "--target", "vemari", "--method", "lora", "--max-length", 40, *words) == 0
+    run = next(run for run in find_runs(tmp_path / "runs") if run.record.kind == "train")
+    assert run.record.settings["family"] == "encoder" and run.metrics.test["translate-train"]["accuracy"] > 0
+
+
+def test_a_classifier_can_become_a_span_model(place, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(place / "bert", num_labels=3)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    transformers.AutoTokenizer.from_pretrained(place / "bert").save_pretrained(tmp_path / "classifier")
+    words = ("--task", "qa", "--data", place / "qa", "--output", tmp_path / "runs", "--max-length", 28, *QUICK)
+    assert flare("finetune", "--model", tmp_path / "classifier", *words) == 0
 
 
 def test_full_fine_tuning_changes_every_weight(place, tmp_path):

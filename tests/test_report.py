@@ -11,12 +11,21 @@ from pathlib import Path
 import pytest
 
 from flare.cli import main
-from flare.experiment.records import Metrics, RecordError, RunRecord, write_metrics, write_record
+from flare.experiment.records import (
+    Metrics,
+    RecordError,
+    RunRecord,
+    read_metrics,
+    read_record,
+    write_metrics,
+    write_record,
+)
 from flare.report import ReportError, write_report
 from flare.report.collect import collect
 from flare.report.conditions import warnings
 from flare.report.pictures.ablations import source_kind
-from flare.report.pictures.layers import curves
+from flare.report.pictures.compare import draw_comparison
+from flare.report.pictures.layers import curves, draw_layers
 from flare.report.summary import quality
 from flare.report.tables import cost_table, latex, quality_csv, quality_table
 
@@ -189,6 +198,23 @@ def test_settings_mixed_under_one_name_are_warned_of(runs: Path, tmp_path: Path)
     ]
 
 
+def test_lines_of_other_rows_are_warned_of(runs: Path) -> None:
+    for seed in (0, 1):
+        folder = runs / "ace" / "flare" / f"seed-{seed}"
+        record = read_record(folder)
+        record.data = {"train": 10, "test": 4}
+        write_record(folder, record)
+    (line,) = warnings(group_of(runs))
+    assert line == "ace: its lines were scored on different numbers of rows: 4: FLARE; 5: LoRA, X-Mixup, zero-shot"
+
+
+def test_scores_with_other_settings_than_the_trainings_are_warned_of(runs: Path) -> None:
+    record = read_record(runs / "ace" / "flare" / "seed-0")
+    record.data["notes"] = ["ace flare seed 0: scored with rows 5 (trained with None)"]
+    write_record(runs / "ace" / "flare" / "seed-0", record)
+    assert warnings(group_of(runs)) == record.data["notes"]
+
+
 def test_another_setting_of_a_run_is_a_line_of_its_own(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "ace", "flare", 0, 80.0, source_text="gold")
     test = {"translate-train": {"macro_f1": 80.0}, "translate-train/mt": {"macro_f1": 75.0}}
@@ -229,6 +255,22 @@ def test_the_bottleneck_by_block_and_projection(runs: Path) -> None:
     assert list(found) == ["query", "value"]
     assert found["query"]["S"] == pytest.approx({1: 0.1, 2: 0.3, 3: 0.5})
     assert found["value"]["S"] == pytest.approx({1: 0.2, 2: 0.4, 3: 0.6})
+
+
+def test_pictures_show_all_of_a_curve_and_of_their_title(runs: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = runs / "jav" / "flare" / "seed-0"
+    metrics = read_metrics(path)
+    metrics.bottleneck["S"] = [10.0] * 6  # the second panel is the higher one
+    write_metrics(path, metrics)
+    group = group_of(runs)
+    figure = draw_layers(group, "flare")
+    assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 5 for axes in figure.axes)
+    group.source = "a language with a long name, and another one"
+    figure = draw_comparison(group, "macro_f1")
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and "\n" in figure._suptitle.get_text()
 
 
 # --- the whole report -------------------------------------------------------------------------------------------------

@@ -78,7 +78,9 @@ class _Evaluation:
     def _base(self, setting: str, target: str, seed: int, text: str | None) -> Path:
         settings = self.settings
         base = find_base(settings.output, settings.base, seed)
-        data, setup = self._prepared(base.record, base)
+        # a model that flare finetune did not make says nothing of the task, and its adapters do
+        begun = (run.record for run in self.adapters if run.record.base == base.shown)
+        data, setup = self._prepared(base.record or next(begun, None), base)
         variant = setting + ("-mt-source" if text == "mt" else "")
         folder = settings.output / target / variant / f"seed-{seed}"
         own: dict[str, Any] = {"base_date": base.made}
@@ -165,12 +167,28 @@ class _Evaluation:
             model, collate = load(record.method, setup, run.folder / ADAPTER)
             _placed(model, setup)
             scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
+            departs = self._departures(record, data, setup)
+            record.data["notes"] = [
+                note for note in record.data.get("notes") or [] if not str(note).startswith(f"{name}: scored with ")
+            ] + self.notes([f"scored with {departs}"] if departs else [], name)
             if is_main():
+                write_record(run.folder, record)
                 file = PREDICTIONS if own else PREDICTIONS.replace(".jsonl", f"-{text}.jsonl")
                 write_predictions(run.folder / file, pairs, predictions)
                 metrics.test[setting] = scores
                 write_metrics(run.folder, metrics)
         self._tell(f"{name}: {summary(scores, Metrics())}")
+
+    def _departures(self, record: RunRecord, data: Data, setup: Setup) -> str:
+        """What an adapter is scored with that it was not trained with, in words."""
+        here = common_settings(replace(self.settings, rows=data.rows), data, setup)
+        names = ("data", "text_columns", "label_column", "rows", "max_length", "padding", "dtype", "quantization")
+        there = record.settings
+        return ", ".join(
+            f"{name} {here[name]} (trained with {there[name]})"
+            for name in names
+            if name in there and there[name] != here[name]
+        )
 
     def _base_of(self, record: RunRecord) -> Base:
         """The base that a run began with; a folder inside the experiment is named relative to it."""

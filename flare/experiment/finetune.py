@@ -78,13 +78,13 @@ def _one(
                 say(f"{name}: done before, in {folder}")
             return folder
         metric = data.task.metrics[0]
-        train, valid = _rows(data, "train"), _rows(data, "valid")
+        (train, said), (valid, more) = _rows(data, "train"), _rows(data, "valid")
         assert train is not None
         rows, news = setup.form.train_rows(train, with_source=False)
         record.data = {"train": len(rows), "valid": len(valid or ()), "test": 0}
-        record.data["notes"] = notes(news, f"{data.source} train") + (
-            [] if valid else notes([f"{data.source} has no valid split: the last checkpoint is used"])
-        )
+        record.data["notes"] = notes([*said, *more], data.source) + notes(news, f"{data.source} train")
+        if not valid:
+            record.data["notes"] += notes([f"{data.source} has no valid split: the last checkpoint is used"])
         set_seed(seed)
         model = setup.load_model()
         if not settings.full:
@@ -119,11 +119,13 @@ def _one(
         wait()
         if is_main():
             merged = _merged(setup, folder, settings.full)
-            test = _rows(data, "test", needed=False)
+            test, said = _rows(data, "test", needed=False)
+            record.data["notes"] += notes(said, data.source)
             if test:
                 scorer = predictor(test, "test")
                 predictions = scorer(merged.to(device))
                 metrics.test["source-language"] = scorer.scores(predictions)
+                record.data["notes"] += notes(setup.form.prediction_notes(predictions), f"{name} test")
                 record.data["test"] = len(test)
                 write_predictions(folder / "predictions-test.jsonl", test, predictions)
             setup.tokenizer.save_pretrained(folder)
@@ -162,8 +164,8 @@ def _merged(setup: Setup, folder: Path, full: bool) -> Any:
     return model
 
 
-def _rows(data: Data, split: str, needed: bool = True) -> list[Pair] | None:
-    """The source language's own rows of a split; None where there is none and none is needed."""
+def _rows(data: Data, split: str, needed: bool = True) -> tuple[list[Pair] | None, list[str]]:
+    """The source language's own rows of a split and notes; None where there are none and none are needed."""
     if (split == "valid" or not needed) and not data.has(data.source, split):
-        return None
-    return data.pairs(data.source, split)[0]
+        return None, []
+    return data.pairs(data.source, split)

@@ -17,7 +17,7 @@ from .callbacks import Bar, Clock, Log, Timing, measure_step, quiet
 from .predict import Predictor
 from .processes import is_main, on_main
 from .records import Metrics
-from .run_folder import CHECKPOINTS, last_checkpoint
+from .run_folder import CHECKPOINTS, LOG_FILE, last_checkpoint
 
 _TIMER_WARM_UP = 3
 _KEPT = 2  # checkpoints: the best, and the newest to go on from
@@ -146,9 +146,12 @@ def training_arguments(
         raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have none")
     merged = {**own, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
     try:
-        return TrainingArguments(**merged)
+        made = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"these training arguments do not work: {error}") from error
+    if made.max_steps <= 0 and made.num_train_epochs <= 0:
+        raise UserError(f"--epochs must be greater than 0; got {made.num_train_epochs}")
+    return made
 
 
 def autocast_of(arguments: TrainingArguments) -> torch.dtype | None:
@@ -191,7 +194,7 @@ def fit(
     except ValueError as error:
         raise UserError(f"these training arguments do not work: {error}") from error
     timer.device = arguments.device
-    quiet(trainer, Bar(name, progress), Timing(timer), clock, Log(folder / "log.jsonl"))
+    quiet(trainer, Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, say))
     if checkpoint is not None and is_main():
         say(f"{name}: goes on from step {checkpoint.name.rpartition('-')[2]}")

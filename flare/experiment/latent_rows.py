@@ -38,6 +38,9 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
         if tag is None and hasattr(tokenizer, "src_lang"):
             tag = nllb_code(target)
         return LatentEncoder(model, tokenizer, language=tag, max_length=max_length, device=device)
+    except UserError as error:  # of the table of languages, which speaks of flare translate's options
+        said = str(error).replace("--source-code or --target-code", "--mt-language")
+        raise UserError(f"--mt-model {model} for {target}: {said}") from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--mt-model {model} for {target}: {error} (--mt-language sets the tag)") from error
 

@@ -10,7 +10,7 @@ import peft
 from peft import PeftModel
 
 from ..adopt import fast_lora
-from ..baselines import InputFusionCollator, input_fusion, plain_lora
+from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
 from ..data import FlareDataCollator
 from ..errors import UserError
 from .setup import Setup
@@ -80,8 +80,14 @@ def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
     """Makes batches of a method's rows.
 
     Raises:
-        UserError: two texts are longer than the model's positions (input-level fusion).
+        UserError: a text, or with input-level fusion two, may be longer than the model has positions for.
     """
+    limit = max_positions(model) if setup.form.layout == "encoder" else None
+    if limit is not None and setup.max_length > limit:
+        raise UserError(
+            f"--max-length {setup.max_length}: the model {setup.model} reads texts of up to {limit} tokens; "
+            f"use {limit} or less"
+        )
     if method != "input-fusion":
         return FlareDataCollator(setup.tokenizer, require_source=False, **setup.batches)
     try:

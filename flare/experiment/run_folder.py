@@ -20,6 +20,7 @@ from .records import EARLIER, RUN_FILE, RunRecord, read_record, write_json, writ
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes
 LOCK_FILE = ".lock"
+LOG_FILE = "log.jsonl"
 # These change nothing about what comes out.
 _FREE = {
     "dataloader_num_workers",
@@ -68,12 +69,22 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
         return "new"
     there = read_record(folder)
     differing = differences(there, record)
+    if differing and not there.done and _nothing_came_of_it(folder):
+        say(f"{folder}: the run there ended before its first checkpoint; it begins anew, with the settings of now")
+        write_record(folder, record)
+        return "new"
     if differing:
         raise UserError(
             f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run another name (--name) or "
             "folder (--output), or start it anew with --no-resume, which keeps the old one beside it"
         )
     return "done" if there.done else "unfinished"
+
+
+def _nothing_came_of_it(folder: Path) -> bool:
+    """Whether an unfinished run left nothing to go on from, as after an error in its data: there is nothing to lose."""
+    ours = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
+    return all(one.name.startswith(ours) for one in folder.iterdir()) and not any((folder / CHECKPOINTS).glob("*"))
 
 
 def differences(there: RunRecord, now: RunRecord) -> list[str]:

@@ -156,5 +156,7 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
     except (OSError, ValueError) as error:
         raise UserError(f"model {model}: its tokenizer cannot be loaded: {error}") from error
     form = make_form(task, tokenizer, kind.family, task.max_length)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        notes.append(f"texts are padded with the end token {tokenizer.eos_token!r}: the tokenizer has no pad token")
     recipe = with_auto_class(recipe, form.auto_class, form.model_options)
     return Setup(model, kind.family, recipe, tokenizer, form, task.max_length, notes)

@@ -6,7 +6,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
     with quiet_libraries():
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
         labels = _check_bases(settings, bases)
+        settings = replace(settings, form=_form_of(settings, bases))
         task = resolve_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
         data = Data(task, settings.data, settings.source_language, settings.translations, settings.rows)
         data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
@@ -126,6 +127,20 @@ def _check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, 
         if settings.labels is not None and labels is not None and settings.labels != labels:
             raise UserError(f"--labels: the base {base.model} was fine-tuned on {', '.join(labels)}, in this order")
     return labels
+
+
+def _form_of(settings: TrainSettings, bases: dict[int, Base]) -> str | None:
+    """The form that the bases were fine-tuned in: a head that was not trained with them would be a random one."""
+    for base in bases.values():
+        there = None if base.record is None else base.record.settings.get("family")
+        if there is not None and settings.form not in (None, there):
+            raise UserError(
+                f"--form {settings.form}: the base {base.model} was fine-tuned with --form {there}; leave it out, or "
+                "fine-tune another base (flare finetune with another --output)"
+            )
+        if there is not None:
+            return str(there)
+    return settings.form
 
 
 class _Run:

@@ -68,6 +68,9 @@ def warnings(group: Group) -> list[str]:
             counts = {str(entry.run.record.data.get("train")) for entry in here}
             if len(counts) > 1:
                 found.append(f"{label} on {language}: its seeds have different training rows: {_joined(counts)}")
+    found += _different_rows(group)
+    for record in {id(entry.run): entry.run.record for entry in group.entries}.values():
+        found += [str(note) for note in record.data.get("notes") or [] if ": scored with " in str(note)]
     trained = [entry for entry in group.entries if entry.run.metrics.seconds_per_step is not None]
     for what, read in _COSTS.items():
         kinds = {str(read(entry.run)) for entry in trained}
@@ -82,6 +85,27 @@ def warnings(group: Group) -> list[str]:
     return found
 
 
+def _different_rows(group: Group) -> list[str]:
+    """Lines about languages whose lines were not trained or scored on equally many rows.
+
+    Methods that read a source lose the rows that have none, for instance.
+    """
+    found = []
+    for language in group.languages:
+        here = [entry for entry in group.entries if entry.language == language and entry.setting in _OWN_ROWS]
+        for split, what in (("train", "trained"), ("test", "scored")):
+            counts: dict[str, dict[str, None]] = {}
+            for entry in here:
+                rows = entry.run.record.data.get(split)
+                if rows and (split == "test" or entry.run.record.kind == "train"):
+                    counts.setdefault(str(rows), {})[entry.name] = None
+            if len(counts) > 1:
+                shares = "; ".join(f"{rows}: {', '.join(names)}" for rows, names in counts.items())
+                found.append(f"{language}: its lines were {what} on different numbers of rows: {shares}")
+    return found
+
+
+_OWN_ROWS = ("translate-train", "zero-shot", "translate-test")
 _COSTS: dict[str, Callable[[Run], Any]] = {
     "devices": lambda run: run.record.environment.get("device"),
     "processors": lambda run: run.record.environment.get("cpu"),

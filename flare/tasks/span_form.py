@@ -40,6 +40,7 @@ class SpanForm(Form):
                 "answers as spans need; load the model's fast tokenizer (tokenizer.json)"
             )
         self.question, self.context = task.text_columns
+        self.model_options["num_labels"] = 2  # start and end, whatever head the checkpoint's configuration speaks of
 
     def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
         rows, notes, windows = self._rows(pairs, with_source)

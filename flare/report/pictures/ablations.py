@@ -12,7 +12,7 @@ from ..summary import Cell, Quality, average, quality
 from ..tables import METRIC_NAMES
 from .bars import Series, grouped_bars
 from .compare import AVERAGE, base_line, shown_name
-from .style import LARGE, NORMAL, NothingToDraw, legend_below, looks, new_figure, plain_axes
+from .style import NORMAL, NothingToDraw, heading, legend_below, looks, new_figure, plain_axes
 
 
 def draw_ranks(group: Group, metric: str) -> Any:
@@ -47,7 +47,7 @@ def draw_ranks(group: Group, metric: str) -> Any:
     axes.set_ylabel(_over_label(metric, languages), fontsize=NORMAL)
     plain_axes(axes)
     legend_below(figure, axes.get_legend_handles_labels()[0], names, 6.2)
-    figure.suptitle(f"{group.task}: effect of r (bars: ± std over seeds)", fontsize=LARGE)
+    heading(figure, f"{group.task}: effect of r (bars: ± std over seeds)")
     return figure
 
 

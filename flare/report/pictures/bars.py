@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..summary import Cell
-from .style import LARGE, NORMAL, SMALL, legend_below, looks, new_figure, plain_axes, rows_of
+from .style import NORMAL, SMALL, heading, legend_below, looks, new_figure, plain_axes, rows_of
 
 _BARS_IN_A_ROW = 42
 
@@ -101,5 +101,5 @@ def grouped_bars(
         handles.append(Line2D([], [], color="black", linewidth=1, linestyle=":"))
         names.append(f"{reference[0]}: {reference[1]:.1f}")
     legend_below(figure, handles, names, width)
-    figure.suptitle(title, fontsize=LARGE)
+    heading(figure, title)
     return figure

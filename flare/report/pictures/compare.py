@@ -9,7 +9,7 @@ from ..collect import Group
 from ..summary import Line, Quality, costs, quality
 from ..tables import METRIC_NAMES
 from .bars import Series, grouped_bars
-from .style import LARGE, NORMAL, NothingToDraw, is_main, legend_below, looks, new_figure, plain_axes
+from .style import NORMAL, NothingToDraw, heading, is_main, legend_below, looks, new_figure, plain_axes
 
 AVERAGE = "average"
 _MOST_LINES = 10
@@ -147,7 +147,7 @@ def draw_costs(group: Group, metric: str) -> Any:
     grid[0].set_ylabel(f"{shown_name(metric)}, average of {len(table.languages)}", fontsize=NORMAL)
     legend_below(figure, list(handles.values()), list(handles), width)
     spread = ", bars: ± std over seeds" if any(line.average and line.average.spread for line in costly) else ""
-    figure.suptitle(f"{group.task}: quality against costs{spread}", fontsize=LARGE)
+    heading(figure, f"{group.task}: quality against costs{spread}")
     return figure
 
 

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from ..collect import Entry, Group, ReportError
-from .style import LARGE, NORMAL, SMALL, NothingToDraw, legend_below, new_figure, plain_axes
+from .style import NORMAL, SMALL, NothingToDraw, heading, legend_below, new_figure, plain_axes
 
 _COLORS = {"S": "#0072B2", "T": "#D55E00"}
 _STYLES = ("-", "--", ":", "-.")
@@ -53,9 +53,10 @@ def draw_layers(group: Group, label: str) -> Any:
                     axes.fill_between(blocks, low, high, color=color, alpha=0.18, linewidth=0)
         count = len(entries)
         axes.set_title(f"{language} ({count} seed{'s' if count > 1 else ''})", fontsize=NORMAL, loc="left")
-        axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain_axes(axes)
+    # the axes are shared, and a limit ends their scaling: only when every panel is drawn
+    grid[0][0].set_ylim(bottom=0)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     for column in range(columns):
@@ -65,9 +66,7 @@ def draw_layers(group: Group, label: str) -> Any:
     for row in grid:
         row[0].set_ylabel("mean absolute value", fontsize=SMALL)
     legend_below(figure, list(handles.values()), list(handles), width)
-    figure.suptitle(
-        f"{group.task}, {group.labels[label]}: source (S) and target (T) in the bottleneck, by block", fontsize=LARGE
-    )
+    heading(figure, f"{group.task}, {group.labels[label]}: source (S) and target (T) in the bottleneck, by block")
     return figure
 
 

@@ -6,6 +6,7 @@ matplotlib is imported inside the functions: a report without it has tables and 
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
             figure.savefig(target, dpi=150, metadata=stamp)
             written.append(target)
     return written
+
+
+def heading(figure: Any, text: str) -> None:
+    """A title above all axes, in as many lines as the figure's width asks for."""
+    figure.suptitle(textwrap.fill(text, int(figure.get_figwidth() / 0.095)), fontsize=LARGE)
 
 
 def plain_axes(axes: Any) -> None:
