@@ -88,9 +88,8 @@ def _kernels() -> Iterable[Capability]:
 
 def _methods() -> Iterable[Capability]:
     slow = "" if torch.cuda.is_available() else "no CUDA device: on a CPU, small models only"
-    known = ["flare", "lora", "input-fusion"] + (["x-mixup"] if _module("flare.baselines.x_mixup") else [])
-    yield Capability(", ".join(known), True, slow)
-    yield Capability("flare-mt", True, _sentencepiece("an MT encoder") or slow)
+    yield Capability("flare, lora, input-fusion, x-mixup", True, slow)
+    yield Capability("flare-mt", True, "; ".join(filter(None, (slow, _sentencepiece("an MT encoder")))))
 
 
 def _quantized() -> Iterable[Capability]:
@@ -114,12 +113,9 @@ def _data() -> Iterable[Capability]:
 
 
 def _commands() -> Iterable[Capability]:
-    if _module("flare.commands.translate"):
-        need = "needs a sequence-to-sequence MT model"
-        yield Capability("flare translate", True, _sentencepiece(need) or need)
-    for name in ("finetune", "train", "evaluate"):
-        if _module(f"flare.commands.{name}"):
-            yield Capability(f"flare {name}", True, "")
+    need = "needs a sequence-to-sequence MT model"
+    yield Capability("flare translate", True, _sentencepiece(need) or need)
+    yield Capability("flare finetune, train, evaluate", True, "")
     plots = _installed("matplotlib")
     missing = "matplotlib is missing: pip install 'flare-kernels[plots]' (tables are written without it)"
     yield Capability("pictures of flare report", plots, "" if plots else missing)
@@ -144,14 +140,6 @@ def _sentencepiece(what: str) -> str:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _module(name: str) -> bool:
-    """Whether a module of this package is there; nothing of it is run but its parents."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _hub_cache(home: Path) -> Path:
