@@ -137,6 +137,12 @@ def test_machine_translated_training_text(place, runs, tmp_path):
     record = read_record(folder)
     assert record.data["translation"] == {"english-vemari": {"model": "some"}}
     assert flare(*words) == 2  # gold target text needs a translated training source, which is not there
+    # the folder of translations is the run's own, whatever it was called and wherever one stands
+    again = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
+    assert flare(*again) == 0
+    (tmp_path / "other").symlink_to(translations)
+    words[words.index(str(translations))] = str(tmp_path / "other")
+    assert flare(*words, "--target-text", "mt") == 0
 
 
 def test_train_only_fusion_and_flare_mt(place, runs):
@@ -222,6 +228,27 @@ def test_a_torn_checkpoint_is_left_out(place, runs, capsys):
     said = capsys.readouterr().out
     assert "checkpoint-12 was cut off" in said and "goes on from step 6" in said
     assert adapter.read_bytes() == before
+
+
+def test_a_run_killed_behind_its_last_step_can_be_finished(place, runs):
+    """All steps are done and the scores are not written: nothing is left to train, and the cost is measured all the
+    same."""
+    words = train_words(place, runs, "--r", 4, "--keep-checkpoints")
+    assert flare(*words) == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+    whole, log = read_metrics(folder), (folder / "log.jsonl").read_text().splitlines()
+    (folder / "metrics.json").unlink()
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    assert flare(*words) == 0
+    again = read_metrics(folder)
+    assert (again.test, again.best_checkpoint, again.peak_bytes) == (
+        whole.test,
+        whole.best_checkpoint,
+        whole.peak_bytes,
+    )
+    assert len((folder / "log.jsonl").read_text().splitlines()) == len(log)
 
 
 def test_no_resume_keeps_the_old_run(place, runs):

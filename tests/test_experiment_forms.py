@@ -89,6 +89,20 @@ def test_a_classifier_can_become_a_span_model(place, tmp_path):
     assert flare("finetune", "--model", tmp_path / "classifier", *words) == 0
 
 
+def test_what_a_checkpoint_lacks_beside_its_head_is_drawn_once(place, tmp_path):
+    """A masked language model has no pooler: the merged base has the one that its adapter was trained over."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "bert")
+    config = transformers.AutoConfig.from_pretrained(place / "bert")
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "mlm")
+    tokenizer.save_pretrained(tmp_path / "mlm")
+    words = ("--task", "classification", "--data", place / "data", "--output", tmp_path / "runs", "--max-length", 24)
+    assert flare("finetune", *words, *QUICK, "--model", tmp_path / "mlm", "--seeds", 3) == 0
+    transformers.set_seed(3)
+    trained = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "mlm").bert.pooler.dense.weight
+    merged = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "runs" / "base" / "seed-3")
+    assert trained.equal(merged.bert.pooler.dense.weight)
+
+
 def test_full_fine_tuning_changes_every_weight(place, tmp_path):
     words = (
         "--task",

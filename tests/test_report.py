@@ -24,7 +24,7 @@ from flare.report import ReportError, write_report
 from flare.report.collect import collect
 from flare.report.conditions import warnings
 from flare.report.pictures.ablations import source_kind
-from flare.report.pictures.compare import draw_comparison
+from flare.report.pictures.compare import draw_comparison, main_lines
 from flare.report.pictures.layers import curves, draw_layers
 from flare.report.summary import quality
 from flare.report.tables import cost_table, latex, quality_csv, quality_table
@@ -274,6 +274,22 @@ def test_pictures_show_all_of_a_curve_and_of_their_title(runs: Path) -> None:
 
 
 # --- the whole report -------------------------------------------------------------------------------------------------
+
+
+def test_of_many_lines_the_comparison_shows_the_plainest_of_each_method(tmp_path: Path) -> None:
+    """Not whichever comes first: with --r 8 everywhere no line has its method's bare name."""
+    for language in ("ace", "jav"):
+        for method in ("lora", "input-fusion", "x-mixup"):
+            make_run(tmp_path, language, method, 0, 50, variant=f"{method}-r8", r=8)
+        for r in (4, 8, 16, 32):
+            make_run(tmp_path, language, "flare", 0, 60, variant=f"flare-r{r}", r=r, fusion="add_relu")
+        make_run(tmp_path, language, "flare", 0, 40, variant="flare-mul-r8", r=8, fusion="mul")
+        make_run(tmp_path, language, "flare", 0, 70, variant="mine", r=8, fusion="add_relu")
+    for fusion in ("add", "matmul"):
+        make_run(tmp_path, "ace", "flare", 0, 60, variant=f"flare-{fusion}-r8", r=8, fusion=fusion)
+    group = group_of(tmp_path)
+    shown = {line.label for line in main_lines(group, quality(group, "macro_f1"))}
+    assert shown == {"lora-r8", "input-fusion-r8", "x-mixup-r8", "flare-r8", "mine"}
 
 
 def is_drawn(path: Path) -> bool:

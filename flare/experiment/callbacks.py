@@ -95,7 +95,8 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if _step(line) <= state.global_step]
+        # the training's last line is written again
+        kept = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_log(
@@ -155,6 +156,8 @@ def measure_step(trainer: Trainer) -> tuple[int, int]:
     fixed = [*model.parameters(), *model.buffers(), dict(batch)]
     state = [list(values.values()) for values in optimizer.state.values()]
     model.train()
+    # the trainer sets it with its first batch, and one that resumed from its last checkpoint had none
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     with peak_bytes(live=[fixed, state], device=model.device) as peak, saved_bytes(ignore=fixed) as saved:
         trainer.training_step(model, batch)
         optimizer.step()

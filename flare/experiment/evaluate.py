@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from ..environment import environment
 from ..errors import UserError
 from ..tasks import Pair, resolve_labels
 from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
-from .common import claimed, common_settings, now, summary
+from .common import claimed, common_settings, location, now, summary
 from .fitting import autocast_of, training_arguments, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, load
@@ -85,7 +86,7 @@ class _Evaluation:
         folder = settings.output / target / variant / f"seed-{seed}"
         own: dict[str, Any] = {"base_date": base.made}
         if text == "mt":
-            own["translations"] = str(settings.translations)
+            own["translations"] = location(str(settings.translations))
         record = RunRecord(
             kind="evaluate",
             status="running",
@@ -111,6 +112,7 @@ class _Evaluation:
             record.data = {"test": len(pairs), "notes": self.notes(news, target), "translation": provenance}
             if setting == "translate-test":
                 pairs = [_source_alone(pair) for pair in pairs]
+            set_seed(seed)  # a base that was not fine-tuned has a random head
             model = _placed(setup.load_model(), setup)
             scores, predictions = self._predict(
                 model, collator("lora", setup, model), setup, pairs, False, name, record
@@ -164,6 +166,7 @@ class _Evaluation:
         with claimed(run.folder):
             pairs, news = data.pairs(record.target_language, "test", source_text=text)
             self.notes(news, record.target_language)
+            set_seed(record.seed)  # what a base lacks beside the head (a pooler) is drawn as it was for the training
             model, collate = load(record.method, setup, run.folder / ADAPTER)
             _placed(model, setup)
             scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
@@ -229,7 +232,8 @@ class _Evaluation:
         task = resolve_labels(task, folder, source)
         setup = prepare(merged, task, base.model)
         self.notes(setup.notes)
-        return Data(task, folder, source, settings.translations, merged.rows), setup
+        translations = settings.translations or there.get("translations")
+        return Data(task, folder, source, None if translations is None else Path(translations), merged.rows), setup
 
     def _predict(
         self,

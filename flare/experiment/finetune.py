@@ -118,7 +118,7 @@ def _one(
         del done, model  # room for the merged model
         wait()
         if is_main():
-            merged = _merged(setup, folder, settings.full)
+            merged = _merged(setup, folder, settings.full, seed)
             test, said = _rows(data, "test", needed=False)
             record.data["notes"] += notes(said, data.source)
             if test:
@@ -149,11 +149,12 @@ def _save(trainer: Any, folder: Path, full: bool) -> None:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(target)
 
 
-def _merged(setup: Setup, folder: Path, full: bool) -> Any:
+def _merged(setup: Setup, folder: Path, full: bool, seed: int) -> Any:
     """The base with the adapter merged in, unquantised, saved as an ordinary transformers model; what stands there."""
     import transformers
 
     if not full:
+        set_seed(seed)  # what the checkpoint lacks beside the head (a pooler) is drawn as it was for the training
         base = setup.load_model(quantized=False)
         merged = PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload()
         merged.save_pretrained(folder)

@@ -19,7 +19,7 @@ from ..tasks import Pair, resolve_labels
 from .base import Base, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
-from .common import adapter_fields, claimed, common_settings, now, summary
+from .common import adapter_fields, claimed, common_settings, location, now, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, build, variant_name
@@ -182,13 +182,13 @@ class _Run:
         plan, settings = self.plan, self.settings
         own: dict[str, Any] = {"adapter": self.adapter, "base_date": self.base.made}
         if plan.method == "flare-mt":
-            own |= {"mt_model": settings.mt_model, "mt_language": settings.mt_language}
+            own |= {"mt_model": location(settings.mt_model or ""), "mt_language": settings.mt_language}
         if plan.method == "x-mixup":
             own["mixup_layer"] = settings.mixup_layer
         if settings.train_only_fusion:
             own["train_only_fusion"] = True
         if "mt" in (plan.source_text, plan.target_text):
-            own["translations"] = str(settings.translations)
+            own["translations"] = location(str(settings.translations))
         return RunRecord(
             kind="train",
             status="running",

@@ -11,6 +11,10 @@ from .examples import Example, Pair
 
 #: Ids of rows that came without any: their position, so marked.
 POSITION = "#"
+_NO_TRANSLATIONS = (
+    ". Languages that are not translations of each other need machine-translated text (flare translate, then "
+    "--source-text mt or --target-text mt)"
+)
 
 
 def position_id(index: int) -> str:
@@ -68,7 +72,7 @@ def align(
         sources = [Example(t.id, s.texts, s.label, s.answers) for t, s in zip(targets, sources, strict=True)]
     pairs, drops = match(targets, sources, target_name, source_name, split)
     if not pairs:
-        told = "".join(f"\n  {drop}" for drop in drops)
+        told = ("" if translated else _NO_TRANSLATIONS) + "".join(f"\n  {drop}" for drop in drops)
         raise DataError(
             f"{split}: no row of {target_name} ({len(targets)} rows) belongs to a row of {source_name} "
             f"({len(sources)} rows); rows belong together by their id column{told}"

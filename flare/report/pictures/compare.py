@@ -32,17 +32,27 @@ def seeds_text(table: Quality, lines: list[Line]) -> str:
 
 
 def main_lines(group: Group, table: Quality) -> list[Line]:
-    """Every line where there are few, else the first of each method and names of the user's: ablations have pictures
-    of their own."""
+    """Every line where there are few, else the plainest of each method and names of the user's: ablations have
+    pictures of their own."""
     lines = list(table.lines)
     if len(lines) <= _MOST_LINES:
         return lines
-    firsts: dict[str, str] = {}
+    methods: dict[int | None, set[str]] = {}
     for line in lines:
-        firsts.setdefault(method_of(group, line.label), line.label)
-    return [
-        line for line in lines if line.label in firsts.values() or is_main(line.label, method_of(group, line.label))
-    ]
+        record = group.of(line.label)[0].run.record
+        methods.setdefault(record.r, set()).add(record.method)
+
+    def departs(line: Line) -> tuple[Any, ...]:
+        """Small for a line that has all languages, the default fusion, and the rank that most methods have."""
+        record = group.of(line.label)[0].run.record
+        odd = " @ " in line.label or record.fusion not in (None, "add_relu")
+        return line.label != record.method, line.label not in table.complete, odd, -len(methods[record.r])
+
+    plainest: dict[str, Line] = {}
+    for line in lines:
+        method = method_of(group, line.label)
+        plainest[method] = min(plainest.get(method, line), line, key=departs)  # of equal ones the first
+    return [line for line in lines if line in plainest.values() or is_main(line.label, method_of(group, line.label))]
 
 
 def draw_comparison(group: Group, metric: str) -> Any:
