@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from experiment_data import write_bert, write_data
 
 from flare.cli import main
@@ -97,6 +98,12 @@ def test_foreign_files_are_not_touched(train, runs):
     status, _, err = train("--method", "lora")
     assert status == 2 and "thesis.tex" in err and "nothing there was touched" in err
     assert {path: text for path, text in files(runs).items() if path.name != ".lock"} == before
+
+
+def test_a_file_where_a_folder_has_to_be(train, runs):
+    (runs / "vemari").write_text("mine")
+    status, _, err = train("--method", "lora")
+    assert status == 2 and "cannot be written to" in err and (runs / "vemari").read_text() == "mine"
 
 
 def test_a_run_that_another_process_works_on(train, runs):
@@ -200,6 +207,20 @@ def test_a_score_with_other_settings_says_so(train, runs, capsys):
     said = "vemari flare-r4 seed 0: scored with max_length 8 (trained with 24)"
     assert evaluate("--max-length", "8") == [said] and said in capsys.readouterr().out
     assert evaluate("--no-resume") == []
+
+
+def test_what_a_gpu_trained_is_scored_without_one(train, runs, monkeypatch):
+    """Its run.json asks for bfloat16, which the trainer refuses here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train("--method", "lora")[0] == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    before = (folder / "predictions-test.jsonl").read_bytes()
+    record = read_record(folder)
+    record.training_arguments["bf16"] = True
+    write_record(folder, record)
+    words = ("evaluate", "--output", str(runs), "--setting", "translate-train", "--no-resume", "--no-progress")
+    assert main(list(words)) == 0
+    assert (folder / "predictions-test.jsonl").read_bytes() == before
 
 
 def test_commands_need_their_options(capsys):

@@ -275,6 +275,7 @@ def test_files_of_others_are_not_overwritten(data, nllb, tmp_path, capsys):
         options(data, nllb, tmp_path / "out", "--splits", "valid"), capsys
     )
     assert own.read_text() == "mine" and list(own.parent.iterdir()) == [own]
+    assert "cannot be written to" in fails(options(data, nllb, own, "--splits", "valid"), capsys)
 
 
 def test_a_folder_in_use_is_refused(data, nllb, tmp_path, capsys):

@@ -16,7 +16,7 @@ from ..tasks import Pair, resolve_labels
 from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, location, now, summary
-from .fitting import autocast_of, training_arguments, training_values
+from .fitting import autocast_of, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, load
 from .predict import Predictor, write_predictions
@@ -253,10 +253,10 @@ class _Evaluation:
             mt = latent_encoder(there["mt_model"], target, there["mt_language"], setup.max_length, _device())
             rows = add_states(rows, target_texts(pairs), mt, states, None)
         values = training_values({**setup.recipe.training, **record.training_arguments}, {})
-        arguments = training_arguments(values, self.settings.output, record.seed, None, {})
-        batch = self.settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
+        batch = self.settings.eval_batch_size or 2 * int(values["per_device_train_batch_size"])
         bar = name if self.settings.progress and is_main() else None
-        half = autocast_of(arguments) if _device().type == "cuda" else None
+        # mixed precision as in the training, where this machine has it: what a GPU trained can be scored without one
+        half = autocast_of(values) if _device().type == "cuda" or values.get("use_cpu") else None
         scorer = Predictor(setup.form, collate, pairs, rows, batch, half, bar)
         predictions = scorer(model)
         states.unlink(missing_ok=True)

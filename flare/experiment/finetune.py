@@ -98,7 +98,7 @@ def _one(
             made, news = setup.form.eval_rows(pairs, with_source=False)
             record.data["notes"] += notes(news, f"{data.source} {shown}")
             bar = f"{name} {shown}" if settings.progress and is_main() else None
-            return Predictor(setup.form, collate, pairs, made, batch, autocast_of(arguments), bar)
+            return Predictor(setup.form, collate, pairs, made, batch, autocast_of(values), bar)
 
         done = fit(
             model,

@@ -154,9 +154,13 @@ def training_arguments(
     return made
 
 
-def autocast_of(arguments: TrainingArguments) -> torch.dtype | None:
-    """The dtype of mixed precision that a training uses, for predictions outside of it."""
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+def autocast_of(values: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of mixed precision that a training uses, for predictions outside of it.
+
+    Args:
+        values: of :func:`training_values`.
+    """
+    return torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
 
 
 def fit(

@@ -119,10 +119,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep a second process out of a run's folder; the lock dies with the process.
 
     Raises:
-        UserError: another process works in it.
+        UserError: another process works in it, or it cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error}); choose another --output") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

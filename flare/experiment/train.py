@@ -240,7 +240,7 @@ class _Run:
         metric = self.data.task.metrics[0] if valid else None
         arguments = training_arguments(self.values, self.folder, plan.seed, metric, settings.training)
         batch = settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
-        half = autocast_of(arguments)
+        half = autocast_of(self.values)
         reads = with_source and not settings.train_only_fusion
 
         def predictor(pairs: list[Pair], split: str) -> Predictor:

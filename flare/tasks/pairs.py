@@ -103,6 +103,6 @@ def read_translation(
         unfinished = " (it has been begun and not finished)" if list((folder / name).glob(f"{split}.partial*")) else ""
         raise DataError(
             f"{folder / name} has no translated {split} split{unfinished}; make it with flare translate --task "
-            f"{task.name} --source {source} --target {target} --splits {split} --output {folder}"
+            f"{task.name} --source {source} --target {target} --splits {split} --direction to-target --output {folder}"
         )
     return read_split(task, folder, name, split)

@@ -102,7 +102,12 @@ def translate_split(
     """
     if job.lost_marks not in POLICIES:
         raise TranslationError(f"--lost-marks must be one of {', '.join(POLICIES)}; got {job.lost_marks!r}")
-    job.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TranslationError(
+            f"{job.folder} cannot be written to ({error}); name another folder with --output"
+        ) from error
     with _locked(job.folder):
         entry = {
             "status": "running",
