@@ -81,6 +81,10 @@ def test_labels_that_nobody_named_come_from_the_training_rows(tmp_path):
     write_csv(tmp_path / "en" / "train.csv", [(i, "a", label) for i, label in enumerate(("10", "9", "9"))], HEAD)
     assert resolve_labels(OWN, tmp_path, "en").labels == ("9", "10")
     assert resolve_labels(NUSAX, tmp_path, "en") is NUSAX
+    # a number that is none of the labels is no index of one
+    write_csv(tmp_path / "ace" / "train.csv", [("1", "a", "9"), ("2", "a", "1")], HEAD)
+    with says(DataError, "1 of 2 rows have a label that is none of task classification's: '1' (id 2); accepted: 9, 10"):
+        read_split(resolve_labels(OWN, tmp_path, "en"), tmp_path, "ace", "train")
     write_csv(tmp_path / "en" / "train.csv", [("1", "a", "x")], HEAD)
     with says(UserError, "two or more different labels are needed; got 'x'"):
         resolve_labels(OWN, tmp_path, "en")
@@ -235,7 +239,7 @@ def test_gold_and_translated_texts_come_from_their_folders(folders):
 
 def test_a_missing_translation_says_which_command_makes_it(folders):
     data, mt = folders
-    with says(DataError, "flare translate --task nusax --source ace --target english --splits train --output"):
+    with says(DataError, "flare translate --task nusax --source ace --target english --splits train --direction to-target"):
         load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, source_text="mt")
     (mt / "ace-english" / "train.partial.jsonl").touch()
     with says(DataError, "it has been begun and not finished"):

@@ -68,7 +68,8 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
     wrong = [row for row in examples if not row.label or (known is not None and row.label not in known)]
     if wrong:
         labels = sorted({row.label or "(empty)" for row in wrong})
-        accepted = f"{', '.join(known)}, or their indices from 0" if known else "any text that is not empty"
+        accepted = ", ".join(known) if known else "any text that is not empty"
+        accepted += ", or their indices from 0" if _indices_count(task) else ""
         raise DataError(
             f"{where}: {len(wrong)} of {len(examples)} rows have a label that is none of task {task.name}'s: "
             f"{', '.join(map(repr, labels[:5]))}{', ...' if len(labels) > 5 else ''} "
@@ -86,9 +87,14 @@ def _label(value: Any, task: Task, name_of: Callable[[Any], str] | None) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # what a column of integers with gaps becomes on its way
     label = _text(value).strip()
-    if task.labels is not None and label not in task.labels and label.isdecimal() and int(label) < len(task.labels):
+    if task.labels is not None and label.isdecimal() and int(label) < len(task.labels) and _indices_count(task):
         return task.labels[int(label)]
     return label
+
+
+def _indices_count(task: Task) -> bool:
+    """Whether a number can stand for a label: not where the labels are numbers, of which it would be a wrong one."""
+    return task.labels is not None and not any(label.isdecimal() for label in task.labels)
 
 
 def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ...]:
