@@ -239,7 +239,9 @@ def test_gold_and_translated_texts_come_from_their_folders(folders):
 
 def test_a_missing_translation_says_which_command_makes_it(folders):
     data, mt = folders
-    with says(DataError, "flare translate --task nusax --source ace --target english --splits train --direction to-target"):
+    with says(
+        DataError, "flare translate --task nusax --source ace --target english --splits train --direction to-target"
+    ):
         load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, source_text="mt")
     (mt / "ace-english" / "train.partial.jsonl").touch()
     with says(DataError, "it has been begun and not finished"):

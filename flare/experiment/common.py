@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,16 @@ from .records import Metrics
 from .run_folder import locked
 from .settings import Settings
 from .setup import Data, Setup
+
+# FlareConfig's fields that have a flag of their own.
+_FLAGS = {
+    "r": "--r",
+    "lora_alpha": "--alpha",
+    "lora_dropout": "--dropout",
+    "target_modules": "--target-modules",
+    "fusion": "--fusion",
+    "latent_dim": "--mt-model",
+}
 
 
 class claimed:
@@ -48,11 +59,17 @@ def adapter_fields(
     """FlareConfig's fields: the recipe's, with what was given. alpha is 2 r unless given, as the paper's 128 for 64.
 
     Raises:
-        UserError: a name that is no field of FlareConfig.
+        UserError: a name that is no field of FlareConfig, or one with a flag of its own.
     """
-    unknown = sorted(set(more or {}) - {one.name for one in fields(FlareConfig)})
-    if unknown:
-        raise UserError(f"--adapter {', '.join(unknown)}: no field of FlareConfig")
+    known = {one.name for one in fields(FlareConfig)}
+    for name in more or {}:
+        if name in _FLAGS:
+            raise UserError(f"--adapter {name}: use {_FLAGS[name]}, by which runs are told apart")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(
+                f"--adapter {name}: no field of FlareConfig" + (f"; did you mean {near[0]}?" if near else "")
+            )
     made: dict[str, Any] = dict(setup.recipe.adapter)
     made["r"] = r if r is not None else made["r"]
     made["lora_alpha"] = alpha if alpha is not None else 2 * made["r"]
