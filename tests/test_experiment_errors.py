@@ -226,6 +226,24 @@ def test_what_a_gpu_trained_is_scored_without_one(train, runs, monkeypatch):
     assert (folder / "predictions-test.jsonl").read_bytes() == before
 
 
+def test_what_cannot_be_evaluated_does_not_keep_the_rest_from_it(place, train, runs, tmp_path, capsys):
+    """Without the source's test split there is no translate-test."""
+    assert train("--method", "lora", "--no-test")[0] == 0
+    shutil.copytree(place / "data", tmp_path / "data")
+    (tmp_path / "data" / "english" / "test.csv").unlink()
+    words = ("--data", tmp_path / "data", "--target", "vemari", "--output", runs, "--no-progress")
+    assert (
+        main(
+            [str(word) for word in ("evaluate", "--setting", "translate-test", "zero-shot", "translate-train", *words)]
+        )
+        == 2
+    )
+    err = capsys.readouterr().err
+    assert "vemari translate-test seed 0: " in err and "test" in err and "zero-shot" not in err
+    done = {run.record.variant for run in find_runs(runs) if run.metrics.test}
+    assert done >= {"zero-shot", "lora-r4"} and "translate-test" not in done
+
+
 def test_commands_need_their_options(capsys):
     for words, said in (
         (("finetune", "--model", "m"), "--task is missing"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,30 @@ class _Evaluation:
         self.notes = Notes(say if is_main() else lambda line: None)
         self.runs = find_runs(settings.output) if settings.output.is_dir() else []
         self.adapters = [run for run in self.runs if run.record.kind == "train"]
+        self.folders: list[Path] = []
+        self.failed: list[tuple[str, str]] = []
 
     def run(self) -> list[Path]:
-        folders: list[Path] = []
+        """All of it; what fails is said at the end and does not keep the rest from being scored."""
         for setting in self.settings.setting:
             if setting == "translate-train":
-                folders += self._adapters()
-            else:
-                for target in self._targets(setting):
-                    for seed in self.settings.seeds or seeds_of(self.settings.output, self.settings.base):
-                        for text in (
-                            (self.settings.source_text or ("gold",)) if setting == "translate-test" else (None,)
-                        ):
-                            folders.append(self._base(setting, target, seed, text))
-        return folders
+                self._try(setting, self._adapters)
+                continue
+            for target in self._targets(setting):
+                for seed in self.settings.seeds or seeds_of(self.settings.output, self.settings.base):
+                    for text in (self.settings.source_text or ("gold",)) if setting == "translate-test" else (None,):
+                        self._try(f"{target} {setting} seed {seed}", partial(self._base, setting, target, seed, text))
+        if len(self.failed) == 1 and not self.folders:
+            raise UserError(self.failed[0][1])
+        if self.failed:
+            raise UserError("; ".join(f"{name}: {error}" for name, error in self.failed))
+        return list(dict.fromkeys(self.folders))
+
+    def _try(self, name: str, work: Callable[[], list[Path]]) -> None:
+        try:
+            self.folders += work()
+        except UserError as error:
+            self.failed.append((name, str(error)))
 
     # --- the base -------------------------------------------------------------------------------------------------
 
@@ -76,7 +87,7 @@ class _Evaluation:
             raise UserError(f"--target is missing: {self.settings.output} has no runs that would tell the languages")
         return found
 
-    def _base(self, setting: str, target: str, seed: int, text: str | None) -> Path:
+    def _base(self, setting: str, target: str, seed: int, text: str | None) -> list[Path]:
         settings = self.settings
         base = find_base(settings.output, settings.base, seed)
         # a model that flare finetune did not make says nothing of the task, and its adapters do
@@ -106,7 +117,7 @@ class _Evaluation:
         with claimed(folder) as claim:
             if claim(lambda: open_run(folder, record, settings.resume, self.say)) == "done":
                 self._tell(f"{name}: done before, in {folder}")
-                return folder
+                return [folder]
             pairs, news = data.pairs(target, "test", source_text=text)
             provenance = read_provenance(settings.translations, data.source, target, (text, None))
             record.data = {"test": len(pairs), "notes": self.notes(news, target), "translation": provenance}
@@ -123,7 +134,7 @@ class _Evaluation:
                 record.status = "done"
                 write_record(folder, record)
         self._tell(f"{name}: {summary(scores, Metrics())}")
-        return folder
+        return [folder]
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
@@ -141,7 +152,6 @@ class _Evaluation:
                 f"{settings.output} has no trained adapters"
                 + (" of these languages, seeds and variants" if self.adapters else "; run flare train first")
             )
-        folders = []
         for run in chosen:
             if not run.record.done:
                 self._tell(f"{run.folder}: not finished, left out; run flare train again, it goes on")
@@ -149,18 +159,17 @@ class _Evaluation:
             reads = run.record.method in READS_SOURCE and not run.record.settings.get("train_only_fusion")
             texts = settings.source_text if reads and settings.source_text else (run.record.source_text,)
             for text in texts:
-                self._adapter(run, text, reads)
-            folders.append(run.folder)
-        return folders
+                self._try(str(run.folder), partial(self._adapter, run, text, reads))
+        return []
 
-    def _adapter(self, run: Run, text: str | None, reads: bool) -> None:
+    def _adapter(self, run: Run, text: str | None, reads: bool) -> list[Path]:
         record, own = run.record, text == run.record.source_text
         setting = "translate-train" if own else f"translate-train/{text}"
         name = f"{record.target_language} {record.variant} seed {record.seed}" + ("" if own else f" ({text} source)")
         metrics = read_metrics(run.folder)
         if setting in metrics.test and self.settings.resume:
             self._tell(f"{name}: done before, in {run.folder}")
-            return
+            return [run.folder]
         assert record.target_language is not None
         data, setup = self._prepared(record, self._base_of(record))
         with claimed(run.folder):
@@ -181,6 +190,7 @@ class _Evaluation:
                 metrics.test[setting] = scores
                 write_metrics(run.folder, metrics)
         self._tell(f"{name}: {summary(scores, Metrics())}")
+        return [run.folder]
 
     def _departures(self, record: RunRecord, data: Data, setup: Setup) -> str:
         """What an adapter is scored with that it was not trained with, in words."""
