@@ -41,6 +41,34 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path) -> None:
         assert reopened(tmp_path, model, 0).stats().hits == 3
 
 
+def test_without_memory_to_write_from_rows_that_wait_are_written_and_then_no_more(tmp_path, monkeypatch) -> None:
+    from flare.source_cache import shards as module
+
+    model = fused("bert")
+    batches = [batch_of("bert", seed=seed) for seed in range(3)]
+    wants = [step(model, batch) for batch in batches]
+    free, room = [5], module._room
+
+    def scarce(nbytes: int, device: torch.device) -> torch.Tensor:
+        if not free[0]:
+            raise RuntimeError("CUDA error: out of memory")
+        free[0] -= 1
+        return room(nbytes, device)
+
+    monkeypatch.setattr(module, "_room", scarce)
+    cache = cache_in("disk", tmp_path)
+    model.set_source_cache(cache)
+    with pytest.warns(UserWarning, match="no memory to write to") as said:
+        for _ in range(2):
+            for batch, want in zip(batches, wants, strict=True):
+                assert_same(step(model, batch), want, exact=False)
+    assert len([one for one in said if "source_cache" in str(one.message)]) == 1
+    assert len(shards(tmp_path)) == 1, "written to make room"
+    cache.flush()
+    assert len(shards(tmp_path)) == 2 and cache.stats().entries == {"disk": 5}
+    assert cache.stats().hits == 5
+
+
 def test_rows_of_other_sizes_and_dtypes_share_a_shard(tmp_path) -> None:
     model = fused("bert", source_padding="zero")
     batch = batch_of("bert", m=7)

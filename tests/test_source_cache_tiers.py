@@ -9,6 +9,7 @@ import pytest
 from cached_states import MB, SourceBlocks, assert_same, batch_of, cache_in, fused, one_row_bytes, shards, step
 
 import flare
+from flare.source_cache.memory import pinned_slab
 from flare.source_cache.shards import UNFINISHED
 
 
@@ -32,6 +33,21 @@ def test_a_full_cache_stays_as_it_is(tier, tmp_path) -> None:
     assert stats.entries == {tier: 5} and stats.hits == 2 * 5
     if tier == "disk":
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= budget
+
+
+def test_pinned_slabs_are_powers_of_two_within_the_budget() -> None:
+    for size, left, want in [
+        (MB, 1 << 40, 64 * MB),
+        (100 * MB, 1 << 40, 512 * MB),  # five rows, and 12 MB left over
+        (128 * MB, 1 << 40, 512 * MB),
+        (100 * MB, 300 * MB, 256 * MB),
+        (100 * MB, 127 * MB, 0),  # 128 would be taken
+        (100, 100, 0),
+        (64, 100, 64),
+        (MB, 0, 0),
+        (MB, -5, 0),
+    ]:
+        assert pinned_slab(size, left) == want, (size, left)
 
 
 def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
