@@ -107,6 +107,29 @@ def test_a_run_that_another_process_works_on(train, runs):
     assert status == 2 and "another process" in err
 
 
+def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+    import fcntl
+
+    from flare.experiment import run_folder
+
+    path, plain, calls = tmp_path / run_folder.LOCK_FILE, fcntl.flock, []
+
+    def flock(*arguments):
+        plain(*arguments)
+        calls.append(path.stat().st_ino)
+        if len(calls) < 3:  # gone, then gone and made anew by somebody else
+            path.unlink()
+        if len(calls) == 2:
+            path.touch()
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    with run_folder.locked(tmp_path):
+        assert len(calls) == 3
+        with pytest.raises(UserError, match="another process is working"), run_folder.locked(tmp_path):
+            pass
+    assert not path.exists()
+
+
 def test_damaged_run_json(train, runs):
     assert train("--method", "lora")[0] == 0
     path = runs / "vemari" / "lora-r4" / "seed-0" / "run.json"

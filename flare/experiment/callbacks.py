@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
@@ -57,6 +59,22 @@ class Timing(TrainerCallback):
         self.timer.stop()
 
 
+class PeakMemory(TrainerCallback):
+    """The most bytes allocated on a CUDA device within a training step: batch, weights and optimizer state included,
+    evaluations in between (by other batches, or by generation) left out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+
+
 class Clock(TrainerCallback, ExportableState):
     """Seconds of the whole training and of its steps over all sittings: checkpoints carry them on."""
 
@@ -96,7 +114,10 @@ class Log(TrainerCallback):
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if len(kept) < len(lines):
+            unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            unfinished.replace(self.path)
 
     def on_log(
         self,

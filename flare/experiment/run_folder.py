@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import UserError
 from .records import EARLIER, RUN_FILE, RunRecord, read_record, write_json, write_record
@@ -122,15 +123,33 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another process works in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+    path = folder / LOCK_FILE
+    with _held(path):
         try:
             yield
         finally:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _held(path: Path) -> IO[str]:
+    """A lock file, open and locked."""
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()
+        except FileNotFoundError:  # its holder was done, and removed it, since it was opened: it locks nobody out
+            file.close()
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{path.parent}: another process is working on this run; wait for it or stop it") from None
+        except OSError as error:
+            file.close()
+            raise UserError(
+                f"{path.parent} cannot be locked ({error}); choose an --output on another file system"
+            ) from error
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -142,7 +161,7 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
             continue
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             say(f"{path} was cut off while it was written; it is removed")
             shutil.rmtree(path)
             continue
