@@ -279,7 +279,7 @@ def note_target_masks(
         name = "decoder_attention_mask" if in_decoder else "attention_mask"
         mask, shape = kwargs.get(name), (_decoder_shape if in_decoder else _target_shape)(args, kwargs)
         if mask is None and shape is not None:
-            mask = torch.ones(shape)
+            mask = torch.ones(shape, device=layer.lora_A[adapter].weight.device)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{name} is {what}: cross_attention_mask=True of adapter {adapter!r} needs it as (B, m)")

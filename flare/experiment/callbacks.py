@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
+from ..atomic_files import replacing
 from ..measure import StepTimer, peak_bytes, saved_bytes
 
 
@@ -115,9 +115,8 @@ class Log(TrainerCallback):
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step(line) <= state.global_step]
         if len(kept) < len(lines):
-            unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            unfinished.replace(self.path)
+            with replacing(self.path) as file:
+                file.writelines(f"{line}\n" for line in kept)
 
     def on_log(
         self,
