@@ -322,7 +322,8 @@ class _Run:
                 self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, "cpu"
             )
         kept = self.setup.form.trainable(pairs) if training else pairs
-        self.latent.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
+        self.latent.encoder.to("cuda" if on_gpu else "cpu")
         made = add_states(rows, target_texts(kept), self.latent, self.folder, self._bar(f"{split} states"))
         self.latent.encoder.to("cpu")  # training's memory is the method's own
         return made
