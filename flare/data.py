@@ -387,6 +387,11 @@ class FlareDataCollator:
 
 
 def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with plain lists and numbers, one name for labels, and no columns that hold None.
+
+    Raises:
+        ValueError: no rows, or one without ``input_ids``.
+    """
     if not rows:
         raise ValueError("the collator was given no rows")
     read = [_without_empty(row) for row in rows]

@@ -23,9 +23,7 @@ from .runtime import (
     SOURCE_OF_CACHE,
     Runtime,
     Wanted,
-    backbone_inputs,
     carry,
-    check_ids,
     check_reached,
     note_target_masks,
     warn_user,
@@ -42,6 +40,7 @@ from .source_decoding import (
     say_two_passes,
     slots_of,
 )
+from .source_inputs import backbone_inputs, check_ids
 from .source_pass import SourceCarrier
 from .source_states import SourceStates
 

@@ -11,6 +11,7 @@ All give the same gradients: a second pass runs the same frozen model on the sam
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,17 @@ from .source_states import StateKey
 
 #: Called with a state's rows (n, d), in the order in which they come.
 RowVisitor = Callable[[StateKey, Tensor], None]
+#: Brings the states again in backward: takes what the node saved, and a visitor.
+Replayer = Callable[[Sequence[Tensor], RowVisitor], None]
 
 #: "auto" keeps states where they are at most this share of the device's memory (of the machine's, on a CPU).
 AUTO_SHARE = 1 / 8
 
 
 class Keep:
-    """One copy of each state on the device, saved by the node itself (so that saved-tensor hooks see it)."""
+    """One copy of each state on the device, saved by the node itself: saved-tensor hooks see it, and autograd frees it
+    after backward, however long the loss is held.
+    """
 
     name = "keep"
 
@@ -41,13 +46,24 @@ class Keep:
         self.states[key] = x
 
     def saved(self) -> list[Tensor]:
-        """What the node must save, in the order that :meth:`replay` expects."""
+        """What the node must save, in the order that :meth:`replayer` expects."""
         return [self.states[key] for key in sorted(self.states)]
 
-    def replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
-        """Hand every state to ``visit`` again."""
-        for key, x in zip(sorted(self.states), saved, strict=True):
-            visit(key, x)
+    def replayer(self) -> Replayer:
+        """What the node keeps for its backward pass: hands every state to a visitor again. Holds no state itself."""
+        keys = sorted(self.states)
+
+        def replay(saved: Sequence[Tensor], visit: RowVisitor) -> None:
+            for key, x in zip(keys, saved, strict=True):
+                visit(key, x)
+
+        return replay
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device's copies. One for all passes: the allocator keeps freed memory apart by stream."""
+    return torch.cuda.Stream(device)
 
 
 class Offload:
@@ -60,33 +76,55 @@ class Offload:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _copy_stream(device) if device.type == "cuda" else None
         self.host: dict[StateKey, Tensor] = {}
+        self._leaving: tuple[Tensor, Any] | None = None  # the state that is being copied out, and when it is
 
     def put(self, key: StateKey, x: Tensor) -> None:
         if self.stream is None:
             self.host[key] = x.clone()
             return
         held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._let_go()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             held.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)
+            self._leaving = x, self.stream.record_event()
         self.host[key] = held
 
+    def _let_go(self) -> None:
+        """Give the memory of the state before back: what comes to stand there waits, on the device, for its copy.
+
+        In place of record_stream, for which the host would have to see that the copy is over: one that runs ahead of
+        the device would find none of the states' memory free again.
+        """
+        if self._leaving is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._leaving[1])
+            self._leaving = None
+
     def saved(self) -> list[Tensor]:
+        self._let_go()
         return []
 
-    def replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
+    def replayer(self) -> Replayer:
+        return self._replay
+
+    def _replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
         waiting = sorted(self.host)
         ahead = self._fetch(waiting[0]) if waiting else None
         for index, key in enumerate(waiting):
             x, arrived = ahead  # type: ignore[misc]
             ahead = self._fetch(waiting[index + 1]) if index + 1 < len(waiting) else None
-            if arrived is not None:
-                torch.cuda.current_stream(self.device).wait_event(arrived)
-                x.record_stream(torch.cuda.current_stream(self.device))
-            visit(key, x)
+            if self.stream is None:
+                visit(key, x)
+                continue
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(arrived)
+            try:
+                visit(key, x)
+            finally:
+                # x was allocated on the copies' stream: what comes to stand there waits until it was read
+                self.stream.wait_stream(computing)
 
     def _fetch(self, key: StateKey) -> tuple[Tensor, Any]:
         if self.stream is None:
@@ -110,7 +148,10 @@ class Recompute:
         """The pass's inputs: autograd then refuses a backward pass after they were written to in place."""
         return list(self.inputs)
 
-    def replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
+    def replayer(self) -> Replayer:
+        return self._replay
+
+    def _replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
         with self.autocast.again():
             self.read(visit)
 

@@ -324,7 +324,8 @@ class SourcePass(torch.autograd.Function):
 
         reader(visit)
         ctx.set_materialize_grads(False)
-        ctx.groups, ctx.prepare, ctx.memory = groups, prepare, memory
+        ctx.groups, ctx.prepare = groups, prepare
+        ctx.replay = None if memory is None else memory.replayer()
         ctx.weight_dtypes = [weight.dtype for weight in weights]
         saved = [] if memory is None else memory.saved()
         ctx.saved_states = len(saved)
@@ -368,7 +369,7 @@ class SourcePass(torch.autograd.Function):
                         dA[at] = part.to(ctx.weight_dtypes[at])
 
         if any(wanted):
-            ctx.memory.replay(states, visit)
+            ctx.replay(states, visit)
         return (None, None, None, None, None, *dA)
 
 

@@ -11,10 +11,10 @@ is kept where u_j >= round(p * 65536). The torch and the Triton form give the sa
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from .backends import select_backend
 
 #: Numbers of the two streams: masks of one seed are independent across them.
 TARGET_STREAM, SOURCE_STREAM = 0, 1
@@ -65,7 +65,7 @@ def packed_mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Te
         return None
     if threshold == _LEVELS or rows == 0 or cols == 0:
         return torch.zeros((rows, (cols + 7) // 8), dtype=torch.uint8, device=seed.device)
-    if seed.is_cuda and importlib.util.find_spec("triton") is not None:
+    if select_backend(seed.device, torch.bfloat16) == "triton":  # wherever kernels run: the bits have no dtype
         from .triton_ops.keep_bits import keep_bits
 
         return keep_bits(seed, rows, cols, threshold, stream)

@@ -174,6 +174,21 @@ def test_batches_of_one_group():
 
 
 @pytest.mark.slow
+def test_the_peak_on_a_gpu_is_of_training_steps_alone(monkeypatch):
+    from flare.experiment.callbacks import PeakMemory
+
+    allocated = [0]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.__setitem__(0, 5))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated[0])
+    peak = PeakMemory(torch.device("cuda"))
+    for in_step, in_evaluation in ((30, 900), (40, 900), (20, 900)):
+        peak.on_step_begin(None, None, None)
+        allocated[0] = max(allocated[0], in_step)
+        peak.on_step_end(None, None, None)
+        allocated[0] = max(allocated[0], in_evaluation)
+    assert peak.bytes == 40
+
+
 def test_killed_and_started_again_it_ends_as_if_uninterrupted(place, tmp_path):
     """SIGKILL in the middle of training, twice; weights, scores and predictions are the uninterrupted run's."""
     for name in ("whole", "killed"):

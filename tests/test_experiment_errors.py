@@ -75,17 +75,24 @@ def test_a_folder_of_another_run_is_refused_and_stays(train, runs):
     assert files(runs) == before
 
 
-def test_an_error_before_the_first_step_does_not_bind_the_folder(train, runs, place, tmp_path):
-    broken = tmp_path / "broken"
+def test_a_run_that_never_began_does_not_bind_the_folder(train, runs, place, tmp_path):
+    broken, folder = tmp_path / "broken", runs / "vemari" / "lora-r4" / "seed-0"
     shutil.copytree(place / "data", broken)
     (broken / "vemari" / "train.csv").write_text("id,text\n1,a\n")
     assert train("--method", "lora", data=broken)[0] == 2
+    assert not list(folder.iterdir())  # nothing that looks like a run under way
+    assert train("--method", "lora")[0] == 0
+    # killed before its first checkpoint, there is nothing to lose
+    record = read_record(folder)
+    record.status = "running"
+    shutil.rmtree(folder)
+    write_record(folder, record)
     status, out, err = train("--method", "lora", "--lr", "1e-3")
     assert status == 0 and "ended before its first checkpoint; it begins anew" in out, err
-    # with a checkpoint there is something to lose
-    record = read_record(runs / "vemari" / "lora-r4" / "seed-0")
+    # with a checkpoint there is something
+    record = read_record(folder)
     record.status = "running"
-    write_record(runs / "vemari" / "lora-r4" / "seed-0", record)
+    write_record(folder, record)
     status, _, err = train("--method", "lora")
     assert status == 2 and "other settings" in err
 
@@ -112,6 +119,29 @@ def test_a_run_that_another_process_works_on(train, runs):
     with locked(runs / "vemari" / "lora-r4" / "seed-0"):
         status, _, err = train("--method", "lora")
     assert status == 2 and "another process" in err
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+    import fcntl
+
+    from flare.experiment import run_folder
+
+    path, plain, calls = tmp_path / run_folder.LOCK_FILE, fcntl.flock, []
+
+    def flock(*arguments):
+        plain(*arguments)
+        calls.append(path.stat().st_ino)
+        if len(calls) < 3:  # gone, then gone and made anew by somebody else
+            path.unlink()
+        if len(calls) == 2:
+            path.touch()
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    with run_folder.locked(tmp_path):
+        assert len(calls) == 3
+        with pytest.raises(UserError, match="another process is working"), run_folder.locked(tmp_path):
+            pass
+    assert not path.exists()
 
 
 def test_damaged_run_json(train, runs):

@@ -183,6 +183,35 @@ def test_no_import_cycles(package: str):
     assert found is None, " -> ".join(found)
 
 
+#: As CONTRIBUTING.md draws them, the uppermost first; modules of flare that stand in no layer are below all of these.
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("commands",),
+    ("report", "demo"),
+    ("experiment", "translation"),
+    ("trainer", "tasks", "baselines", "recipes"),
+)
+
+
+def test_imports_within_flare_point_downwards():
+    """Also those inside functions. ``flare`` itself collects what a user imports."""
+    depth = {name: at for at, names in enumerate(LAYERS) for name in names}
+
+    def layer(module: str) -> tuple[str, int]:
+        name = module.split(".")[1]
+        return name, depth.get(name, len(LAYERS))
+
+    for module, path in sources("flare").items():
+        if module == "flare":
+            continue
+        own, at = layer(module)
+        for imports in imported(module, path, top_level_only=False):
+            if imports.startswith("flare."):
+                name, below = layer(imports)
+                assert below > at or name == own or at == len(LAYERS) == below, f"{module} imports {imports}"
+
+
 # --- one version, one linter ------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -128,3 +129,18 @@ def test_what_is_refused(mt) -> None:
     rows = [{"input_ids": [5], "source_states": torch.zeros(1, d)} for d in (3, 4)]
     with pytest.raises(ValueError, match=r"source_states have different widths: \[3, 4\]"):
         flare.FlareDataCollator(tokenizer())(rows)
+
+
+def test_states_larger_than_memory_are_read_from_one_file_without_a_name(mt, tmp_path, monkeypatch) -> None:
+    from flare.experiment import latent_rows
+
+    texts = [" ".join(TEXTS[: 1 + index % 3]) for index in range(40)]
+    rows = [{"labels": index} for index in range(40)]
+    held = latent_rows.add_states(rows, texts, mt, tmp_path / "run", None)
+    monkeypatch.setattr(latent_rows, "IN_MEMORY", held[0]["source_states"].nbytes)
+    before = len(os.listdir("/proc/self/fd"))
+    found = latent_rows.add_states(rows, texts, mt, tmp_path / "run", None)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1 and not list((tmp_path / "run").iterdir())
+    for one, other in zip(found, held, strict=True):
+        assert one["labels"] == other["labels"] and (one["source_states"] == other["source_states"]).all()
+    assert flare.FlareDataCollator(tokenizer())([{"input_ids": [5, 6, 7], **found[1]}])["source_states"].any()

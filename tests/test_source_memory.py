@@ -307,3 +307,25 @@ def test_pads_are_neither_kept_nor_read(monkeypatch) -> None:
 def test_wrong_settings(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         flare.FlareConfig(**options)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_states_are_gone_after_backward_though_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
+    """A loop that holds its last output while the next forward runs has one batch's states, not two."""
+    alive: list[weakref.ref] = []
+    plain = Preparation.rows
+
+    def rows(self, key, hidden):
+        x = plain(self, key, hidden)
+        alive.append(weakref.ref(x.untyped_storage()))
+        return x
+
+    monkeypatch.setattr(Preparation, "rows", rows)
+    model = model_of("llama", "keep")
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    output = model(**inputs_of("llama"))
+    output.loss.backward()
+    gc.collect()
+    assert len(alive) == tiny.LAYERS and not any(one() is not None for one in alive)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .._compat import is_data_parallel_replica
 from ..data import SOURCE_COLUMNS, SOURCE_POSITIONS
-from ..runtime import check_ids, warn_user
+from ..runtime import warn_user
+from ..source_inputs import check_ids
 from .mixup_layer import MixupRuntime, Streams, runtime_of
 
 SOURCE_ARGUMENTS = (*SOURCE_COLUMNS, *SOURCE_POSITIONS)

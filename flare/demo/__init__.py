@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..atomic_files import write_json
 from ..environment import environment
 from .settings import DemoError, DemoSettings
 
@@ -65,7 +66,7 @@ def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, A
             # Not before there is something to put in their place.
             report.make_room(settings.output, settings.overwrite, say)
         rows.append(row)
-        report.write_json(settings.output / report.RESULTS, rows)
+        write_json(settings.output / report.RESULTS, rows)
     information = {
         "settings": asdict(settings),
         "languages": {"source": task.source, "target": task.target},

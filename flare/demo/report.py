@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import replacing, write_json
 from .settings import DemoError
 
 RESULTS, RUN, TABLE, PICTURE = "results.json", "run.json", "table.md", "results.png"
@@ -50,13 +49,6 @@ def make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None
     for path in there:
         path.rename(earlier / path.name)
     say(f"Output: {folder} held results already; they are kept in {earlier} (--overwrite drops them)")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------
@@ -167,7 +159,8 @@ def finish(
     write_json(folder / RUN, information)
     heading = f"# flare demo: {information['languages']['source']} to {information['languages']['target']}"
     note = legend(information).replace("\n", "\n\n")
-    (folder / TABLE).write_text(f"{heading}\n\n{markdown_table(rows)}\n\n{note}\n", encoding="utf-8")
+    with replacing(folder / TABLE) as file:
+        file.write(f"{heading}\n\n{markdown_table(rows)}\n\n{note}\n")
     say("")
     say(text_table(rows))
     say("")

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
+from ..atomic_files import replacing
 from ..measure import StepTimer, peak_bytes, saved_bytes
 
 
@@ -57,6 +59,22 @@ class Timing(TrainerCallback):
         self.timer.stop()
 
 
+class PeakMemory(TrainerCallback):
+    """The most bytes allocated on a CUDA device within a training step: batch, weights and optimizer state included,
+    evaluations in between (by other batches, or by generation) left out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+
+
 class Clock(TrainerCallback, ExportableState):
     """Seconds of the whole training and of its steps over all sittings: checkpoints carry them on."""
 
@@ -97,7 +115,9 @@ class Log(TrainerCallback):
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         # the training's last line is written again
         kept = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if len(kept) < len(lines):
+            with replacing(self.path) as file:
+                file.writelines(f"{line}\n" for line in kept)
 
     def on_log(
         self,

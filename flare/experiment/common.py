@@ -107,6 +107,7 @@ def location(name: str) -> str:
 
 
 def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

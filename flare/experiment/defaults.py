@@ -82,7 +82,7 @@ def for_this_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     cuda = torch.cuda.is_available()
     bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     training = dict(recipe.training)
-    half = cuda and torch.cuda.is_bf16_supported()
+    half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     quantized = recipe.quantization
     if quantization is not None and quantization != "none":
         if not bitsandbytes:

@@ -27,7 +27,7 @@ from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_met
 from .run_folder import open_run
 from .settings import EvaluateSettings
 from .setup import Data, Notes, Setup, prepare, task_of
-from .train import ADAPTER, LATENT, PREDICTIONS
+from .train import ADAPTER, PREDICTIONS
 
 
 def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> list[Path]:
@@ -173,6 +173,7 @@ class _Evaluation:
         assert record.target_language is not None
         data, setup = self._prepared(record, self._base_of(record))
         with claimed(run.folder):
+            metrics = read_metrics(run.folder)  # another process may have added to it meanwhile
             pairs, news = data.pairs(record.target_language, "test", source_text=text)
             self.notes(news, record.target_language)
             set_seed(record.seed)  # what a base lacks beside the head (a pooler) is drawn as it was for the training
@@ -257,11 +258,10 @@ class _Evaluation:
     ) -> tuple[dict[str, float], list[str]]:
         rows, news = setup.form.eval_rows(pairs, with_source=reads)
         self.notes(news, name)
-        states = self.settings.output / f".{LATENT}"
         if record.method == "flare-mt":
             there, target = record.settings, str(record.target_language)
             mt = latent_encoder(there["mt_model"], target, there["mt_language"], setup.max_length, _device())
-            rows = add_states(rows, target_texts(pairs), mt, states, None)
+            rows = add_states(rows, target_texts(pairs), mt, self.settings.output, None)
         values = training_values({**setup.recipe.training, **record.training_arguments}, {})
         batch = self.settings.eval_batch_size or 2 * int(values["per_device_train_batch_size"])
         bar = name if self.settings.progress and is_main() else None
@@ -269,7 +269,6 @@ class _Evaluation:
         half = autocast_of(values) if _device().type == "cuda" or values.get("use_cpu") else None
         scorer = Predictor(setup.form, collate, pairs, rows, batch, half, bar)
         predictions = scorer(model)
-        states.unlink(missing_ok=True)
         self.notes(setup.form.prediction_notes(predictions), name)
         return scorer.scores(predictions), predictions
 

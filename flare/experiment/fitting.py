@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ..errors import UserError
 from ..measure import StepTimer
 from ..trainer import FlareTrainer
-from .callbacks import Bar, Clock, Log, Timing, measure_step, quiet
+from .callbacks import Bar, Clock, Log, PeakMemory, Timing, measure_step, quiet
 from .predict import Predictor
 from .processes import is_main, on_main
 from .records import Metrics
@@ -202,15 +202,15 @@ def fit(
     checkpoint = on_main(lambda: last_checkpoint(folder, say))
     if checkpoint is not None and is_main():
         say(f"{name}: goes on from step {checkpoint.name.rpartition('-')[2]}")
-    cuda = arguments.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(arguments.device)
+    peak = PeakMemory(arguments.device)
+    if arguments.device.type == "cuda":
+        trainer.add_callback(peak)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = Metrics(train_seconds=round(clock.seconds, 3), seconds_per_step=timer.median)
     metrics.steps = trainer.state.global_step
     metrics.best_checkpoint = trainer.state.best_global_step if predictor is not None else trainer.state.global_step
-    if cuda:
-        metrics.peak_bytes, metrics.peak_kind = torch.cuda.max_memory_allocated(arguments.device), "cuda peak"
+    if peak.bytes is not None:
+        metrics.peak_bytes, metrics.peak_kind = peak.bytes, "cuda peak"
     if predictor is not None:
         metrics.valid = predictor.scores(predictor(trainer.model))
     return Fit(trainer, metrics)
@@ -220,4 +220,4 @@ def add_cost(done: Fit) -> None:
     """Measure the peak of one more step where fit could not. It changes the weights: call it when all is saved."""
     if done.metrics.peak_kind is None:
         done.metrics.peak_bytes, _ = measure_step(done.trainer)
-        done.metrics.peak_kind = "live tensors"
+        done.metrics.peak_kind = "cuda peak" if done.trainer.args.device.type == "cuda" else "live tensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,42 +48,45 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
 
 
 def add_states(
-    rows: Sequence[dict[str, Any]], texts: Sequence[str], encoder: LatentEncoder, file: Path, name: str | None
+    rows: Sequence[dict[str, Any]], texts: Sequence[str], encoder: LatentEncoder, folder: Path, name: str | None
 ) -> list[dict[str, Any]]:
-    """The rows with ``source_states`` (length, latent_dim) of their texts.
+    """The rows with ``source_states`` (length, latent_dim) of their texts, float32.
 
     The batches depend on the texts alone, so that a resumed run gets the same states.
 
     Args:
         rows, texts: of equal number.
         encoder: the MT encoder.
-        file: where states larger than `IN_MEMORY` are kept.
+        folder: where states larger than `IN_MEMORY` are kept, in a file without a name: it is this call's alone and is
+            gone with the rows, however the process ends.
         name: shown beside a bar; None: no bar.
     """
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
     found: list[Any] = [None] * len(texts)
-    size = 0
-    store = None
-    with tqdm(total=len(texts), desc=name, unit="row", disable=name is None, leave=False) as bar:
+    in_file: list[tuple[int, int, tuple[int, ...]]] = []  # row, where its numbers begin, shape
+    size = written = 0
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(texts), desc=name, unit="row", disable=name is None, leave=False))
+        store: Any = None
         for first in range(0, len(order), _BATCH):
             part = order[first : first + _BATCH]
             for index, states in zip(part, encoder.rows([texts[i] for i in part])["source_states"], strict=True):
                 size += states.nbytes
-                if size > IN_MEMORY:
-                    if store is None:
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        store = file.open("wb")
-                    at = store.tell()
-                    store.write(np.ascontiguousarray(states).tobytes())
-                    found[index] = (at, states.shape)
-                else:
+                if size <= IN_MEMORY:
                     found[index] = np.array(states)
+                    continue
+                if store is None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    store = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                store.write(np.ascontiguousarray(states).tobytes())
+                in_file.append((index, written, states.shape))
+                written += states.size
             bar.update(len(part))
-    if store is not None:
-        store.close()
-        for index, kept in enumerate(found):
-            if isinstance(kept, tuple):
-                found[index] = np.memmap(file, np.float32, "r", kept[0], kept[1])
+        if store is not None:
+            store.flush()
+            whole = np.memmap(store, np.float32, "c")  # one for all: each mapping would hold a file open
+            for index, begin, shape in in_file:
+                found[index] = whole[begin : begin + int(np.prod(shape))].reshape(shape)
     return [{**row, "source_states": states} for row, states in zip(rows, found, strict=True)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..atomic_files import replacing
 from ..tasks import Pair
 
 _POSITIONS = ("start_positions", "end_positions")
@@ -95,14 +95,12 @@ class Predictor:
 
 def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[str]) -> None:
     """One line of JSON for each row: id, truth (a label, or the accepted answers) and prediction."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for pair, prediction in zip(pairs, predictions, strict=True):
             row = pair.target
             truth: Any = row.label if row.label is not None else [answer.text for answer in row.answers]
             line = {"id": row.id, "truth": truth, "prediction": prediction}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
 
 
 def _without_answers(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import write_json
 from ..errors import UserError
 
 RUN_FILE = "run.json"
@@ -164,18 +165,6 @@ def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
     return [read_run(found) for found in sorted(_run_folders(root))]
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
 def _run_folders(folder: Path) -> Iterator[Path]:
     if (folder / RUN_FILE).is_file():
         yield folder
@@ -200,7 +189,3 @@ def _read(path: Path, kind: type[Any]) -> Any:
         return kind(**{key: value for key, value in content.items() if key in known})
     except TypeError as error:
         raise RecordError(f"{path} lacks something: {error}; it was not written by flare") from error
-
-
-def _plain(value: Any) -> Any:
-    return str(value)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from ..atomic_files import write_json
 from ..errors import UserError
-from .records import EARLIER, RUN_FILE, RunRecord, read_record, write_json, write_record
+from .records import EARLIER, RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes
@@ -121,20 +123,50 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process works in it, or it cannot be written to.
     """
+    path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / LOCK_FILE).open("w")
+        lock = _held(path)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error}); choose another --output") from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+    with lock:
         try:
             yield
+        except UserError:
+            _forget(folder)
+            raise
         finally:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _forget(folder: Path) -> None:
+    """Remove the record of a run that its data or options kept from beginning: it would look like one under way."""
+    if (folder / RUN_FILE).is_file() and not read_record(folder).done and _nothing_came_of_it(folder):
+        for name in (LOG_FILE, RUN_FILE):
+            (folder / name).unlink(missing_ok=True)
+        if (folder / CHECKPOINTS).is_dir():
+            (folder / CHECKPOINTS).rmdir()
+
+
+def _held(path: Path) -> IO[str]:
+    """A lock file, open and locked."""
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()
+        except FileNotFoundError:  # its holder was done, and removed it, since it was opened: it locks nobody out
+            file.close()
+        except BlockingIOError:
+            file.close()
+            raise UserError(f"{path.parent}: another process is working on this run; wait for it or stop it") from None
+        except OSError as error:
+            file.close()
+            raise UserError(
+                f"{path.parent} cannot be locked ({error}); choose an --output on another file system"
+            ) from error
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -146,7 +178,7 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
             continue
         try:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             say(f"{path} was cut off while it was written; it is removed")
             shutil.rmtree(path)
             continue

@@ -33,7 +33,6 @@ from .setup import Data, Notes, Setup, prepare, task_of
 
 ADAPTER = "adapter"
 PREDICTIONS = "predictions-test.jsonl"
-LATENT = "latent-states"
 _BOTTLENECK_ROWS = 256
 
 
@@ -283,7 +282,6 @@ class _Run:
             write_record(self.folder, record)
             if not settings.keep_checkpoints:
                 shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
-            shutil.rmtree(self.folder / LATENT, ignore_errors=True)
             scores = done.metrics.test.get("translate-train") or done.metrics.valid
             self.say(f"{plan.name}: {summary(scores, done.metrics)}")
 
@@ -324,9 +322,9 @@ class _Run:
                 self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, "cpu"
             )
         kept = self.setup.form.trainable(pairs) if training else pairs
-        file = self.folder / LATENT / f"{split}{'-answers' if training else ''}.float32"
-        self.latent.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-        made = add_states(rows, target_texts(kept), self.latent, file, self._bar(f"{split} states"))
+        on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
+        self.latent.encoder.to("cuda" if on_gpu else "cpu")
+        made = add_states(rows, target_texts(kept), self.latent, self.folder, self._bar(f"{split} states"))
         self.latent.encoder.to("cpu")  # training's memory is the method's own
         return made
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import write_json
 from ..environment import environment
-from ..experiment.records import write_json
 from . import folder as places
 from .collect import Collection, Group, ReportError, collect
 from .conditions import conditions, notes, warnings

@@ -11,6 +11,8 @@ from ..source_memory import memory_of
 from .entries import Entry, aligned
 
 _SLAB = 64 << 20
+#: Rows that a pinned slab has room for where one of _SLAB bytes has not: the fewer, the more of it is left over.
+_ROWS_OF_A_PINNED_SLAB = 4
 #: The share of all memory that a tier without a budget of its own leaves free.
 _LEFT_FREE = 1 / 16
 
@@ -58,7 +60,8 @@ class MemoryTier:
         size, unfilled = aligned(nbytes), 0 if self._slab is None else self._slab.numel() - self._at
         if self._slab is None or size > unfilled:
             left = min(left, self.budget - self.used) - unfilled
-            slab = self._allocate(max(size, min(_SLAB, left)), device) if size <= left else None
+            length = pinned_slab(size, left) if self._pins(device) else max(size, min(_SLAB, left))
+            slab = self._allocate(length, device) if size <= length <= left else None
             if slab is None:
                 return None
             self._slab, self._at = slab, 0
@@ -86,17 +89,31 @@ class MemoryTier:
     def _place(self, device: torch.device) -> torch.device:
         return device if self.name == "device" else torch.device("cpu")
 
+    def _pins(self, device: torch.device) -> bool:
+        return self.name == "host" and device.type == "cuda"
+
     def _allocate(self, nbytes: int, device: torch.device) -> Tensor | None:
-        pinned, place = self.name == "host" and device.type == "cuda", self._place(device)
+        place = self._place(device)
         if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * memory_of(place):
             self.full = "little is free; a budget of its own, as in {'device': bytes}, overrules this"
             return None
         try:
             with torch.inference_mode(False):
-                return torch.empty(nbytes, dtype=torch.uint8, device=place, pin_memory=pinned)
+                return torch.empty(nbytes, dtype=torch.uint8, device=place, pin_memory=self._pins(device))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             self.full = str(error).splitlines()[0]
             return None
+
+
+def pinned_slab(size: int, left: int) -> int:
+    """Bytes of a slab of pinned memory for rows of ``size``; 0 where none fits into ``left``.
+
+    A power of two, which is what PyTorch's allocator of pinned memory makes of any size: what is not asked for would
+    be taken from the machine all the same, beside the budget.
+    """
+    wanted = _SLAB if size <= _SLAB else 1 << (_ROWS_OF_A_PINNED_SLAB * size - 1).bit_length()
+    fits = min(wanted, 1 << (left.bit_length() - 1)) if left > 0 else 0
+    return fits if fits >= size else 0
 
 
 def free_bytes(device: torch.device) -> int:

@@ -191,10 +191,12 @@ class _Keeping:
         self.counts = counts
         self.hold = hold
         self.rooms: list[tuple[Row, Tier | None, Entry, dict[StateKey, Tensor]]] | None = None
+        self.devices: set[torch.device] = set()  # where the states were made: a model may lie on several
 
     def take(self, key: StateKey, hidden: Tensor) -> None:
         """Copy the rows' parts of one state (B', m, d)."""
         by_name = {row.key: index for index, row in enumerate(self.rows)}
+        self.devices.add(hidden.device)
         with torch.inference_mode(False), torch.no_grad():  # or training could not save what evaluation has kept
             if self.rooms is None:
                 self.rooms = list(self._rooms(hidden))
@@ -229,8 +231,12 @@ class _Keeping:
         """Hand the filled rows to their tiers."""
         ready = None
         if self.cache.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.cache.device)
+            for device in self.devices - {self.cache.device}:
+                if device.type == "cuda":
+                    stream.wait_stream(torch.cuda.current_stream(device))
             ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self.cache.device))
+            ready.record(stream)
         with self.cache.lock:
             for row, tier, entry, _ in self.rooms or []:
                 entry = Entry(entry.data, entry.dtype, entry.width, ready)

@@ -132,7 +132,8 @@ class DiskTier:
     def __init__(self, directory: Path, budget: int, say: Callable[[str], None]) -> None:
         self.directory = directory
         self.budget = budget
-        self.full: str | None = None
+        self.full: str | None = None  # why nothing more is taken, where that is not the budget
+        self._failed = False  # whether writing has
         self._say = say
         self._base = ""
         self._looked_at: set[str] = set()
@@ -208,9 +209,21 @@ class DiskTier:
         size = aligned(nbytes) + HEADER
         if self.full is not None or size > min(left, self.budget - self.used):
             return None
+        try:
+            room = _room(nbytes, device)
+        except RuntimeError:  # of pinned memory there is little; what waits is written, and gives its own back
+            self.flush()
+            try:
+                room = _room(nbytes, device)
+            except RuntimeError as error:
+                self.full = self.full or str(error).splitlines()[0]
+                self._say(
+                    f"no memory to write to {self.directory} from ({self.full}); what is there is read, the rest is "
+                    "computed in every epoch"
+                )
+                return None
         self._reserved_bytes += size
-        with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return room
 
     def give_back(self, room: Tensor) -> None:
         """Room that was reserved and not used."""
@@ -231,7 +244,7 @@ class DiskTier:
 
     def flush(self) -> None:
         """Publish what waits. A failure is told once; from then on the tier only reads."""
-        if self.full is not None:  # rows whose room was taken before
+        if self._failed:  # rows whose room was taken before
             self._waiting, self._waiting_bytes = {}, 0
         if not self._waiting:
             return
@@ -243,7 +256,7 @@ class DiskTier:
             self._looked_at.add(path.name)
             self._take(Shard(path, self._base))
         except (OSError, Unreadable) as error:
-            self.full = str(error)
+            self.full, self._failed = str(error), True
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
             self._say(
@@ -265,6 +278,12 @@ class DiskTier:
                 if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
+
+
+def _room(nbytes: int, device: torch.device) -> Tensor:
+    """Host memory that states on the device can be copied into."""
+    with torch.inference_mode(False):
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def digest_of(key: str, data: Tensor, dtype: torch.dtype, width: int) -> str:

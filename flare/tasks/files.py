@@ -10,11 +10,11 @@ from __future__ import annotations
 import csv
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import replacing
 from .errors import DataError
 from .examples import Example
 from .registry import Task
@@ -118,17 +118,6 @@ def to_row(example: Example, task: Task) -> dict[str, Any]:
 
 def write_split(path: str | os.PathLike[str], examples: Sequence[Example], task: Task) -> None:
     """Write a split as JSON lines; it is there whole or not at all. An existing file of that name is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            for example in examples:
-                file.write(json.dumps(to_row(example, task), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)  # mkstemp's is the owner's alone
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
+    with replacing(Path(path)) as file:
+        for example in examples:
+            file.write(json.dumps(to_row(example, task), ensure_ascii=False) + "\n")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import UserError
 
-KINDS = ("classification", "qa")
 METRICS = {"classification": ("accuracy", "macro_f1"), "qa": ("exact_match", "f1")}
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import write_json
 from ..tasks import Example
 from .model import TranslationError
 
@@ -39,12 +39,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
 
 def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
     """Write it whole or not at all."""
-    scratch = folder / f".{FILE}.new"
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, folder / FILE)
+    write_json(folder / FILE, content)
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:

@@ -134,15 +134,17 @@ class Translator:
             rows = min(len(pieces) - len(results), self._rows or len(pieces))
             try:
                 results += self._generate(pieces[len(results) : len(results) + rows])
+                continue
             except torch.cuda.OutOfMemoryError as error:
                 if rows == 1:
                     raise TranslationError(
                         "the GPU's memory is too small for one piece of text; lower --max-length, or take --dtype "
                         "bfloat16, a smaller model or --device cpu"
                     ) from error
-                self._rows = rows // 2
-                self._say(f"The GPU's memory is too small for {rows} texts at once; going on with {self._rows}.")
-                torch.cuda.empty_cache()
+            # behind the except, whose error holds on to what the failed batch had allocated
+            self._rows = rows // 2
+            self._say(f"The GPU's memory is too small for {rows} texts at once; going on with {self._rows}.")
+            torch.cuda.empty_cache()
         return results
 
     def translate(self, texts: Sequence[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> list[str]:

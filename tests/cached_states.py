@@ -1,0 +1,121 @@
+"""Models, batches, steps and caches for the tests of the source cache."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+import flare
+from flare.runtime import runtime_of
+
+FAMILIES = ("bert", "llama", "mt5")
+MB = 1 << 20
+
+
+def fused(family: str, *, base: dict | None = None, seed: int = 0, **overrides: Any) -> Any:
+    quiet = {"dropout_rate": 0.0} if family == "mt5" else {}
+    model = flare.fast_lora(
+        tiny.model(family, seed=seed, **{**quiet, **(base or {})}), **{"r": 5, "lora_alpha": 7, **overrides}
+    )
+    tiny.randomize_lora(model)
+    return model
+
+
+def batch_of(family: str, **options: Any) -> dict[str, torch.Tensor]:
+    batch = tiny.batch(family, **options)
+    if family == "mt5":
+        generator = torch.Generator().manual_seed(9)
+        batch["source_labels"] = torch.randint(2, tiny.VOCAB, batch["labels"].shape, generator=generator)
+    return batch
+
+
+def take(batch: dict[str, torch.Tensor], *indices: int) -> dict[str, torch.Tensor]:
+    return {name: value[list(indices)] for name, value in batch.items()}
+
+
+class SourceBlocks:
+    """How many rows went through each block of the frozen model's source pass: one list of counts per pass."""
+
+    def __init__(self, model: Any) -> None:
+        base = model.get_base_model()
+        runtime = runtime_of(base)
+        self.rows: dict[str, int] = {}
+        stacks = {**runtime.map.stacks, **dict.fromkeys(runtime.map.decoders)}
+        for stack in stacks:
+            for index, block in enumerate(base.get_submodule(stack)):
+                block.register_forward_hook(self._count(f"{stack}.{index}", runtime))
+                self.rows[f"{stack}.{index}"] = 0
+
+    def _count(self, name: str, runtime: Any) -> Any:
+        def count(module: Any, args: Any, output: Any) -> None:
+            if runtime.in_source_pass:
+                self.rows[name] += len(output if isinstance(output, torch.Tensor) else output[0])
+
+        return count
+
+    def since(self) -> set[int]:
+        """The numbers of rows that blocks have read since the last call (one number where all blocks agree)."""
+        found = set(self.rows.values())
+        self.rows = dict.fromkeys(self.rows, 0)
+        return found
+
+
+def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), tiny.gradients(model)
+
+
+def assert_same(got: Any, want: Any, exact: bool = True) -> None:
+    torch.testing.assert_close(got[0], want[0], rtol=0 if exact else 1e-5, atol=0)
+    assert got[1].keys() == want[1].keys()
+    for name, grad in want[1].items():
+        atol = 0.0 if exact else 1e-5 * float(grad.abs().max())
+        torch.testing.assert_close(got[1][name], grad, msg=name, rtol=0, atol=atol)
+
+
+def cache_in(tier: str, folder: Path, budget: int = MB) -> flare.SourceStateCache:
+    return flare.SourceStateCache(budget, tiers=(tier,), directory=folder if tier == "disk" else None)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def one_row_bytes() -> int:
+    return 9 * tiny.LAYERS * tiny.HIDDEN * 4  # a multiple of 64
+
+
+def published(folder: Path, model: Any, *seeds: int) -> None:
+    """One shard for each batch."""
+    for seed in seeds:
+        cache = cache_in("disk", folder)
+        model.set_source_cache(cache)
+        model(**batch_of("bert", seed=seed))
+        cache.flush()
+    model.set_source_cache(None)
+
+
+def reopened(folder: Path, model: Any, *seeds: int, budget: int = MB) -> flare.SourceStateCache:
+    """A fresh cache on a folder, used for some batches; losses are checked against those without a cache."""
+    cache = cache_in("disk", folder, budget)
+    batches = [batch_of("bert", seed=seed) for seed in seeds]
+    model.set_source_cache(None)
+    wants = [step(model, batch) for batch in batches]
+    model.set_source_cache(cache)
+    for batch, want in zip(batches, wants, strict=True):
+        assert_same(step(model, batch), want, exact=False)
+    return cache
+
+
+@contextlib.contextmanager
+def silence() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield

@@ -1,0 +1,187 @@
+"""SourceStateCache on disk: files that are damaged, foreign or shared, each fault really done."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from cached_states import (
+    assert_same,
+    batch_of,
+    cache_in,
+    fused,
+    one_row_bytes,
+    published,
+    reopened,
+    shards,
+    silence,
+    step,
+)
+
+from flare.source_cache.fingerprint import fingerprint
+from flare.source_cache.shards import FORMAT
+
+
+def test_a_shard_is_an_ordinary_safetensors_file(tmp_path) -> None:
+    model = fused("bert")
+    published(tmp_path, model, 0)
+    (path,) = shards(tmp_path)
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata()
+        assert about["format"] == FORMAT and about["base"] == fingerprint(model.get_base_model())
+        assert len(list(file.keys())) == 3
+        for key in file.keys():  # noqa: SIM118
+            assert file.get_tensor(key).numel() == one_row_bytes() and about[key].startswith("float32 32 ")
+    with silence():
+        assert reopened(tmp_path, model, 0).stats().hits == 3
+
+
+def test_without_memory_to_write_from_rows_that_wait_are_written_and_then_no_more(tmp_path, monkeypatch) -> None:
+    from flare.source_cache import shards as module
+
+    model = fused("bert")
+    batches = [batch_of("bert", seed=seed) for seed in range(3)]
+    wants = [step(model, batch) for batch in batches]
+    free, room = [5], module._room
+
+    def scarce(nbytes: int, device: torch.device) -> torch.Tensor:
+        if not free[0]:
+            raise RuntimeError("CUDA error: out of memory")
+        free[0] -= 1
+        return room(nbytes, device)
+
+    monkeypatch.setattr(module, "_room", scarce)
+    cache = cache_in("disk", tmp_path)
+    model.set_source_cache(cache)
+    with pytest.warns(UserWarning, match="no memory to write to") as said:
+        for _ in range(2):
+            for batch, want in zip(batches, wants, strict=True):
+                assert_same(step(model, batch), want, exact=False)
+    assert len([one for one in said if "source_cache" in str(one.message)]) == 1
+    assert len(shards(tmp_path)) == 1, "written to make room"
+    cache.flush()
+    assert len(shards(tmp_path)) == 2 and cache.stats().entries == {"disk": 5}
+    assert cache.stats().hits == 5
+
+
+def test_rows_of_other_sizes_and_dtypes_share_a_shard(tmp_path) -> None:
+    model = fused("bert", source_padding="zero")
+    batch = batch_of("bert", m=7)
+    cache = cache_in("disk", tmp_path)
+    model.set_source_cache(cache)
+    wants = []
+    for dtype in (torch.bfloat16, None):
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            wants.append(model(**batch).loss)
+    cache.flush()
+    (path,) = shards(tmp_path)
+    safetensors.safe_open(path, "pt")
+    again = cache_in("disk", tmp_path)
+    model.set_source_cache(again)
+    for dtype, want in zip((torch.bfloat16, None), wants, strict=True):
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            assert torch.equal(model(**batch).loss, want)
+    assert again.stats().hits == 6
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def truncated_in_its_header(path: Path) -> None:
+    os.truncate(path, 40)
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flipped_in_its_header(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"float32") + 3] ^= 0xFF
+    path.write_bytes(data)
+
+
+def of_another_format(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(FORMAT.encode(), FORMAT[:-1].encode() + b"9"))
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, truncated_in_its_header, emptied, flipped_in_its_header, of_another_format]
+)
+def test_a_damaged_file_is_reported_left_alone_and_recomputed(damage, tmp_path) -> None:
+    model = fused("bert")
+    published(tmp_path, model, 0, 1)
+    intact, broken = shards(tmp_path)
+    damage(broken)
+    before = broken.read_bytes()
+    with pytest.warns(UserWarning, match=rf"source_cache: not used, and left alone.*{broken.name}") as said:
+        cache = reopened(tmp_path, model, 0, 1)
+    assert len([one for one in said if issubclass(one.category, UserWarning)]) == 1
+    assert cache.stats().hits == 3
+    cache.flush()
+    assert broken.read_bytes() == before and intact.exists()
+    with pytest.warns(UserWarning, match="left alone"):
+        assert reopened(tmp_path, model, 0, 1).stats().hits == 6, "the rows were written anew, into another file"
+
+
+def test_every_flipped_byte_of_the_entries_is_noticed(tmp_path) -> None:
+    """Of one row each: that row alone is computed anew, what is around it is used."""
+    model = fused("bert")
+    published(tmp_path, model, 0)
+    (path,) = shards(tmp_path)
+    intact = path.read_bytes()
+    start = 8 + int.from_bytes(intact[:8], "little")
+    header = json.loads(intact[8:start])
+    header.pop("__metadata__")
+    for place in header.values():
+        begin, end = place["data_offsets"]
+        for at in (begin, (begin + end) // 2, end - 1):
+            data = bytearray(intact)
+            data[start + at] ^= 0x10
+            path.write_bytes(data)
+            with pytest.warns(UserWarning, match="checksum of an entry does not match") as said:
+                cache = reopened(tmp_path, model, 0)
+            assert cache.stats().hits == 2 and len(said) == 1
+            del cache
+    path.write_bytes(intact)
+    with silence():
+        assert reopened(tmp_path, model, 0).stats().hits == 3
+
+
+def test_a_file_cut_while_it_is_in_use_does_not_end_the_process(tmp_path) -> None:
+    model = fused("bert")
+    published(tmp_path, model, 0)
+    cache = reopened(tmp_path, model, 0)
+    assert cache.stats().hits == 3
+    os.truncate(shards(tmp_path)[0], 100)
+    want = step(model, batch_of("bert", seed=1))
+    with pytest.warns(UserWarning, match="truncated"):
+        step(model, batch_of("bert", seed=0))
+    assert cache.stats().hits == 3
+    assert_same(step(model, batch_of("bert", seed=1)), want)
+
+
+def test_foreign_files_and_shards_of_another_model_are_left_alone(tmp_path) -> None:
+    model, other = fused("bert"), fused("bert", seed=1)
+    published(tmp_path, other, 0)
+    mine = {"notes.txt": b"my notes", "model.safetensors": b"\x02\0\0\0\0\0\0\0{}", "huge.bin": b"\xff" * 64}
+    for name, content in mine.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    with pytest.warns(UserWarning) as said:
+        cache = reopened(tmp_path, model, 0)
+    texts = " ".join(str(one.message) for one in said)
+    assert all(name in texts for name in mine) and "of another base model" in texts
+    assert cache.stats().hits == 0
+    cache.flush()
+    assert all((tmp_path / name).read_bytes() == content for name, content in mine.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert reopened(tmp_path, model, 0).stats().hits == 3
+        assert reopened(tmp_path, other, 0).stats().hits == 3, "two base models share a folder"

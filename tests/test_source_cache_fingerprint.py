@@ -1,0 +1,160 @@
+"""SourceStateCache: what makes a base model another one, and checksums."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from cached_states import MB, assert_same, batch_of, fused, step
+
+import flare
+from flare.source_cache.checksum import checksum
+from flare.source_cache.fingerprint import fingerprint
+
+
+def test_another_base_model_is_refused() -> None:
+    cache = flare.SourceStateCache(MB)
+    fused("bert").set_source_cache(cache)
+    for other in (fused("bert", seed=1), fused("xlmr"), fused("bert", base={"hidden_act": "relu"})):
+        with pytest.raises(ValueError, match="source_cache is bound to another base model"):
+            other.set_source_cache(cache)
+    fused("bert", r=3, fusion="mul").set_source_cache(cache)  # another adapter is none of its business
+
+
+@pytest.mark.parametrize("change", ["in place", "requires_grad", "another tensor"])
+def test_a_base_model_that_changes_is_noticed_in_the_next_pass(change) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    model.set_source_cache(flare.SourceStateCache(MB))
+    step(model, batch)
+    output = model.get_base_model().bert.encoder.layer[1].output.dense
+    if change == "in place":
+        with torch.no_grad():
+            output.weight[3, 5] += 1e-3
+    elif change == "requires_grad":
+        output.weight.requires_grad_(True)
+    else:
+        output.weight = torch.nn.Parameter(output.weight + 1e-3, requires_grad=False)
+    with pytest.raises(ValueError, match="is trained" if change == "requires_grad" else "another base model"):
+        model(**batch)
+
+
+def test_a_write_past_torch_is_noticed_when_the_cache_is_set_again() -> None:
+    model = fused("bert")
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    model.get_base_model().bert.encoder.layer[1].output.dense.weight.data[3, 5] += 1e-3
+    with pytest.raises(ValueError, match="another base model"):
+        model.set_source_cache(cache)
+
+
+def test_the_same_weights_elsewhere_are_the_same_model() -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    want = step(model, batch)
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    step(model, batch)
+    dense = model.get_base_model().bert.encoder.layer[1].output.dense
+    dense.weight = torch.nn.Parameter(dense.weight.clone(), requires_grad=False)
+    assert_same(step(model, batch), want)
+    assert cache.stats().hits == 3
+
+
+def test_the_fingerprint_is_of_the_frozen_backbone() -> None:
+    """Not of adapters, heads, trained copies or poolers; of every weight, wherever it is wrapped."""
+    plain = fingerprint(tiny.model("bert").requires_grad_(False))
+    assert fingerprint(fused("bert").get_base_model()) == plain
+    wrapped = fused("bert", target_modules="all-linear", modules_to_save=["classifier", "word_embeddings"])
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    assert fingerprint(wrapped.get_base_model()) == plain
+    head = tiny.model("bert").requires_grad_(False)
+    head.classifier.weight.add_(1.0)
+    head.bert.pooler.dense.weight.add_(1.0)
+    assert fingerprint(head) == plain
+    assert fingerprint(tiny.model("bert", dtype=torch.bfloat16).requires_grad_(False)) != plain
+    for name, parameter in tiny.model("bert").bert.named_parameters():
+        if "pooler" in name:
+            continue
+        changed = tiny.model("bert").requires_grad_(False)
+        changed.bert.get_parameter(name).view(-1)[parameter.numel() // 2] += 1e-3
+        assert fingerprint(changed) != plain, name
+
+
+def test_trained_heads_and_embeddings_do_not_feed_back() -> None:
+    """modules_to_save: the source reads the frozen original, so what is cached stays true while the copy trains."""
+    model, batch = fused("llama", modules_to_save=["embed_tokens", "lm_head"]), batch_of("llama")
+    model.set_source_cache(flare.SourceStateCache(MB))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        step(model, batch)
+        optimizer.step()
+    cached = step(model, batch)
+    model.set_source_cache(None)
+    assert_same(cached, step(model, batch))
+
+
+def test_quantised_weights_are_part_of_the_fingerprint() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    found = set()
+    for kind, seed in (("fp4", 0), ("nf4", 0), ("nf4", 1), ("nf4", 0)):
+        torch.manual_seed(seed)
+        linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type=kind)
+        linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type=kind)
+        found.add(fingerprint(torch.nn.Sequential(linear.to("cpu"))))
+    scaled = torch.nn.Sequential(linear)
+    before = fingerprint(scaled)
+    linear.weight.quant_state.absmax.mul_(2)
+    assert len(found) == 3 and fingerprint(scaled) != before
+
+
+def test_a_quantised_model_trains_with_a_cache_and_one_repacked_for_a_cpu_is_refused() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    base = tiny.model("llama", hidden_size=64, head_dim=16)
+    for layer in tiny.block_list(base):
+        old = layer.self_attn.o_proj
+        new = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, quant_type="nf4")
+        layer.self_attn.o_proj = new.to("cpu")
+    base.is_loaded_in_4bit = True
+    model, batch = flare.fast_lora(base, r=4), batch_of("llama")
+    tiny.randomize_lora(model)
+    want = step(model, batch)
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    for _ in range(2):
+        assert_same(step(model, batch), want)
+    assert cache.stats().hits == 3
+    model.eval()
+    with torch.no_grad():
+        model(**batch)  # bitsandbytes repacks what it runs, where this CPU has the instructions for it
+    if not getattr(new.weight.quant_state, "packing_format_for_cpu", False):
+        assert_same(step(model.train(), batch), want)
+        return
+    with pytest.raises(ValueError, match="bitsandbytes has repacked"):
+        model(**batch)
+
+
+def test_every_word_counts_in_a_checksum() -> None:
+    torch.manual_seed(0)
+    data = torch.randint(0, 256, (300_001,), dtype=torch.uint8)
+    want = checksum(data)
+    assert checksum(data.clone()) == want and checksum(data[:-1]) != want
+    for position in (0, 1, 131_071, 131_072, 262_144, 300_000):
+        for bit in (0, 7):
+            data[position] ^= 1 << bit
+            assert checksum(data) != want
+            data[position] ^= 1 << bit
+    data[:8], data[8:16] = data[8:16].clone(), data[:8].clone()
+    assert checksum(data) != want, "exchanged words are noticed"
+    misaligned = torch.arange(100, dtype=torch.uint8)
+    assert checksum(misaligned[3:67]) == checksum(misaligned[3:67].clone())
+
+
+def test_the_pad_token_that_positions_are_counted_from_is_part_of_the_fingerprint() -> None:
+    one, other = (tiny.model("xlmr", pad_token_id=pad).requires_grad_(False) for pad in (1, 0))
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) != fingerprint(other)
+    one.config.pad_token_id, one.config.eos_token_id = 7, 8
+    assert fingerprint(one) == fingerprint(fused("xlmr").get_base_model())

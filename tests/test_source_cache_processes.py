@@ -1,0 +1,273 @@
+"""SourceStateCache and processes: disks that fill up, kills at every step, folders that two share."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from cached_states import (
+    MB,
+    SourceBlocks,
+    assert_same,
+    batch_of,
+    cache_in,
+    fused,
+    published,
+    reopened,
+    shards,
+    silence,
+    step,
+)
+
+from flare.source_cache.shards import UNFINISHED
+
+
+def in_child(work: Any) -> int:
+    """The pid of a forked process that runs ``work`` and ends with 0, or with 1 after printing its error."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        work()
+        status = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    finally:
+        os._exit(status)
+
+
+def succeeded(pid: int) -> bool:
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path) -> None:
+    """Files may not grow beyond 12 KiB there: one row fits, a shard of three does not."""
+    model = fused("bert")
+    batches = [batch_of("bert", seed=seed) for seed in range(4)]
+    wants = [step(model, batch) for batch in batches]
+    published(tmp_path, model, 7)
+    before = shards(tmp_path)
+
+    def train() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        cache = cache_in("disk", tmp_path, 2 * MB)
+        model.set_source_cache(cache)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                for batch, want in zip(batches, wants, strict=True):
+                    assert_same(step(model, batch), want, exact=False)
+                cache.flush()
+            model(**batch_of("bert", seed=7))
+        told = [str(one.message) for one in said if "source_cache" in str(one.message)]
+        assert len(told) == 1 and "takes no more source states" in told[0] and "File too large" in told[0], told
+        assert cache.stats().hits == 3, cache.stats()
+
+    assert succeeded(in_child(train))
+    assert shards(tmp_path) == before and not list(tmp_path.glob(f"*{UNFINISHED}"))
+    with silence():
+        assert reopened(tmp_path, model, 7).stats().hits == 3
+
+
+def mounted(folder: Path, nbytes: int) -> str:
+    """A filesystem of a few bytes on a folder, in a user namespace of this process alone; why not, where it cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, mounts, own = 0x10000000, 0x00020000, {"uid_map": os.getuid(), "gid_map": os.getgid()}
+    if libc.unshare(user | mounts):
+        return f"no user namespace: {os.strerror(ctypes.get_errno())}"
+    try:
+        Path("/proc/self/setgroups").write_text("deny")
+        for name, value in own.items():  # files cannot be made there by somebody it does not know
+            Path("/proc/self", name).write_text(f"0 {value} 1")
+    except OSError as error:
+        return f"no user namespace: {error}"
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={nbytes}".encode()):
+        return f"no tmpfs: {os.strerror(ctypes.get_errno())}"
+    return ""
+
+
+def test_a_filesystem_that_is_full_is_said_once_and_what_is_there_is_read(tmp_path) -> None:
+    """A tmpfs of 16 KiB: a shard of three rows fits, a second does not."""
+    model, folder = fused("bert"), tmp_path / "small"
+    folder.mkdir()
+    why = tmp_path / "why"
+    batches = [batch_of("bert", seed=seed) for seed in range(4)]
+    wants = [step(model, batch) for batch in batches]
+
+    def train() -> None:
+        why.write_text(mounted(folder, 16 * 1024))
+        if why.read_text():
+            return
+        cache = cache_in("disk", folder)
+        model.set_source_cache(cache)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                for batch, want in zip(batches, wants, strict=True):
+                    assert_same(step(model, batch), want, exact=False)
+                    cache.flush()
+        told = [str(one.message) for one in said if "source_cache" in str(one.message)]
+        assert len(told) == 1 and "No space left on device" in told[0], told
+        assert cache.stats().hits == 3 and len(shards(folder)) == 1
+        assert not list(folder.glob(f"*{UNFINISHED}"))
+        with silence():
+            assert reopened(folder, model, 0).stats().hits == 3
+
+    assert succeeded(in_child(train))
+    if why.read_text():
+        pytest.skip(why.read_text())
+    assert not list(folder.iterdir()), "it was that process's own"
+
+
+def test_killed_at_any_moment_it_still_opens(tmp_path) -> None:
+    model = fused("bert")
+    seeds = range(40)
+    batches = [batch_of("bert", seed=seed) for seed in seeds]
+
+    def write() -> None:
+        cache = cache_in("disk", tmp_path, 200 * MB)
+        model.set_source_cache(cache)
+        while True:
+            for batch in batches:
+                model(**batch)
+                cache.flush()
+            time.sleep(10)
+
+    found, last = [], 0
+    for attempt in range(12):
+        pid = in_child(write)
+        time.sleep(0.03 + 0.017 * attempt)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it was still at work"
+        for path in shards(tmp_path):
+            safetensors.safe_open(path, "pt")
+        with silence():
+            cache = cache_in("disk", tmp_path, 200 * MB)
+            cache.bind(model.get_base_model())
+        entries = cache.stats().entries["disk"]
+        assert entries >= last and entries % 3 == 0, "what was published is never lost, and whole"
+        found.append(entries)
+        last = entries
+    assert found[-1] > 0
+    with silence():
+        done = found[-1] // 3
+        assert reopened(tmp_path, model, *range(min(done, 5))).stats().hits == 3 * min(done, 5)
+
+
+@pytest.mark.parametrize("stage", ["begun", "half written", "not synced", "not named"])
+def test_killed_at_each_step_of_writing_it_still_opens(stage, tmp_path, monkeypatch) -> None:
+    from flare.source_cache import shards as module
+
+    model = fused("bert")
+    published(tmp_path, model, 0)
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write() -> None:
+        if stage == "begun":
+            monkeypatch.setattr(module.fcntl, "flock", die)
+        elif stage == "half written":
+            monkeypatch.setattr(module, "bytes", die, raising=False)  # what fills up the first entry
+        elif stage == "not synced":
+            monkeypatch.setattr(module.os, "fsync", die)
+        else:
+            monkeypatch.setattr(module.Path, "rename", die)
+        published(tmp_path, model, 1)
+
+    assert os.waitpid(in_child(write), 0)[1] == signal.SIGKILL
+    assert len(shards(tmp_path)) == 1 and len(list(tmp_path.glob(f"*{UNFINISHED}"))) == 1
+    with silence():
+        assert reopened(tmp_path, model, 0, 1).stats().hits == 3
+
+
+def test_what_a_killed_process_left_is_cleared_away_and_a_living_ones_is_not(tmp_path) -> None:
+    import fcntl
+
+    model = fused("bert")
+    dead, alive = (tmp_path / f"source-states-{name}{UNFINISHED}" for name in ("dead", "alive"))
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+        os.utime(path, (1, 1))
+    with alive.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with silence():
+            reopened(tmp_path, model, 0)
+        assert alive.exists() and not dead.exists()
+
+
+def test_two_processes_share_a_directory(tmp_path) -> None:
+    model = fused("bert")
+    shared, own = range(3), {"a": range(3, 8), "b": range(8, 13)}
+
+    def worker(name: str) -> Any:
+        def work() -> None:
+            cache = cache_in("disk", tmp_path, 10 * MB)
+            model.set_source_cache(cache)
+            with silence():
+                for seed in (*shared, *own[name]):
+                    model(**batch_of("bert", seed=seed))
+                    cache.flush()
+
+        return work
+
+    pids = [in_child(worker(name)) for name in own]
+    assert [succeeded(pid) for pid in pids] == [True, True]
+    with silence():
+        cache = reopened(tmp_path, model, *range(13), budget=10 * MB)
+    assert cache.stats().hits == 39
+
+
+def test_one_process_reads_what_another_has_published_since(tmp_path) -> None:
+    model = fused("bert")
+    here = cache_in("disk", tmp_path)
+    model.set_source_cache(here)
+    step(model, batch_of("bert", seed=1))
+    pid = in_child(lambda: published(tmp_path, model, 5))
+    assert succeeded(pid)
+    here.refresh()
+    ran = SourceBlocks(model)
+    step(model, batch_of("bert", seed=5))
+    assert ran.since() == {0} and here.stats().hits == 3
+
+
+@pytest.mark.parametrize("budget", [MB, 30_000])  # of the smaller one, each row is a file
+def test_a_directory_that_is_gone_degrades_with_one_message(budget, tmp_path) -> None:
+    import shutil
+
+    model, folder = fused("bert"), tmp_path / "states"
+    want = step(model, batch_of("bert"))
+    cache = cache_in("disk", folder, budget)
+    model.set_source_cache(cache)
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match="takes no more source states") as said:
+        assert_same(step(model, batch_of("bert")), want)
+        cache.flush()
+        assert_same(step(model, batch_of("bert")), want)
+        cache.flush()
+    assert len(said) == 1
+
+
+def test_a_relative_directory_is_where_it_was_asked_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = cache_in("disk", Path("states"))
+    model = fused("bert")
+    model.set_source_cache(cache)
+    step(model, batch_of("bert"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cache.flush()
+    assert shards(tmp_path / "states")
+    step(model, batch_of("bert"))
+    assert cache.stats().hits == 3

@@ -1,0 +1,172 @@
+"""SourceStateCache: budgets, the order in which tiers fill, and what ``tiers="auto"`` leaves out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from cached_states import MB, SourceBlocks, assert_same, batch_of, cache_in, fused, one_row_bytes, shards, step
+
+import flare
+from flare.source_cache.memory import pinned_slab
+from flare.source_cache.shards import UNFINISHED
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_a_full_cache_stays_as_it_is(tier, tmp_path) -> None:
+    """Two epochs in order over more rows than there is room for: what came first is found, nothing is thrown out."""
+    model = fused("bert")
+    batches = [batch_of("bert", seed=seed) for seed in range(4)]
+    budget = 5 * (one_row_bytes() + (600 if tier == "disk" else 0))
+    cache = cache_in(tier, tmp_path, budget)
+    wants = [step(model, batch) for batch in batches]
+    model.set_source_cache(cache)
+    with pytest.warns(UserWarning, match="the budget is spent") as said:
+        for _ in range(3):
+            for batch, want in zip(batches, wants, strict=True):
+                assert_same(step(model, batch), want, exact=False)
+            cache.flush()
+            assert cache.nbytes <= budget
+    assert len([one for one in said if "source_cache" in str(one.message)]) == 1
+    stats = cache.stats()
+    assert stats.entries == {tier: 5} and stats.hits == 2 * 5
+    if tier == "disk":
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= budget
+
+
+def test_pinned_slabs_are_powers_of_two_within_the_budget() -> None:
+    for size, left, want in [
+        (MB, 1 << 40, 64 * MB),
+        (100 * MB, 1 << 40, 512 * MB),  # five rows, and 12 MB left over
+        (128 * MB, 1 << 40, 512 * MB),
+        (100 * MB, 300 * MB, 256 * MB),
+        (100 * MB, 127 * MB, 0),  # 128 would be taken
+        (100, 100, 0),
+        (64, 100, 64),
+        (MB, 0, 0),
+        (MB, -5, 0),
+    ]:
+        assert pinned_slab(size, left) == want, (size, left)
+
+
+def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
+    model = fused("bert")
+    row = one_row_bytes()
+    budget = {"device": row, "host": 2 * row, "disk": 10 * row}
+    cache = flare.SourceStateCache(budget, directory=tmp_path)
+    model.set_source_cache(cache)
+    batches = [batch_of("bert", seed=seed) for seed in (0, 1)]
+    wants = []
+    for batch in batches:
+        wants.append(step(model, batch))
+    cache.flush()
+    assert cache.tiers == ("device", "host", "disk")
+    assert cache.stats().entries == {"device": 1, "host": 2, "disk": 3}
+    for batch, want in zip(batches, wants, strict=True):
+        assert_same(step(model, batch), want)
+    assert cache.stats().hits == 6
+    over_all = flare.SourceStateCache(4 * row, tiers=("host", "device"))
+    model.set_source_cache(over_all)
+    for batch in batches:
+        step(model, batch)
+    assert over_all.tiers == ("device", "host") and over_all.nbytes == 4 * row
+    assert sum(over_all.stats().entries.values()) == 4
+
+
+def test_a_shared_budget_leaves_memory_free_and_a_budget_of_ones_own_overrules_that(monkeypatch) -> None:
+    from flare.source_cache import memory
+
+    free = [1 << 30]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 30)
+    monkeypatch.setattr(memory, "_SLAB", 3 * one_row_bytes())
+    model = fused("bert")
+    for budget, entries in ((1 << 29, 3), ({"device": 1 << 29}, 9)):
+        free[0] = 1 << 30
+        cache = flare.SourceStateCache(budget, tiers=("device",) if isinstance(budget, dict) else ("device", "host"))
+        model.set_source_cache(cache)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for seed in range(3):
+                model(**batch_of("bert", seed=seed))
+                free[0] = 1 << 20  # the training itself has taken the rest
+        assert cache.stats().entries["device"] == entries
+        assert sum("little is free" in str(one.message) for one in said) == (2 if entries == 3 else 0), "one a tier"
+
+
+def test_rows_on_disk_move_up_where_there_is_room(tmp_path) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    first = cache_in("disk", tmp_path)
+    model.set_source_cache(first)
+    want = step(model, batch)
+    first.flush()
+    second = flare.SourceStateCache({"host": 2 * one_row_bytes(), "disk": MB}, directory=tmp_path)
+    model.set_source_cache(second)
+    ran = SourceBlocks(model)
+    assert_same(step(model, batch), want)
+    assert ran.since() == {0} and second.stats().entries == {"host": 2, "disk": 3}
+    for path in shards(tmp_path):
+        path.unlink()
+    assert_same(step(model, batch), want)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_keeps_a_tier_only_where_reading_beats_computing(fast, tmp_path, monkeypatch) -> None:
+    from flare.source_cache import cache as module
+
+    asked = []
+
+    def seconds_to_read(tier: str, nbytes: int, device: Any, directory: Any) -> float:
+        asked.append((tier, nbytes))
+        return 0.0 if fast and tier != "disk" else 1e9
+
+    monkeypatch.setattr(module, "seconds_to_read", seconds_to_read)
+    model = fused("bert")
+    cache = flare.SourceStateCache(MB, tiers="auto", directory=tmp_path)
+    model.set_source_cache(cache)
+    batches = [batch_of("bert", seed=seed) for seed in range(3)]
+    wants = [step(model, batch) for batch in batches]
+    assert asked == [(tier, one_row_bytes()) for tier in ("device", "host", "disk")]
+    ran = SourceBlocks(model)
+    for batch, want in zip(batches, wants, strict=True):
+        assert_same(step(model, batch), want)
+    assert cache.tiers == (("device", "host") if fast else ())
+    assert ran.since() == ({0} if fast else {9}), "rows of the passes that were timed are kept too"
+    assert "reading a row" in cache.decisions["disk"] and "disk not used" in cache.summary()
+
+
+def test_auto_really_measures(tmp_path) -> None:
+    model = fused("bert")
+    cache = flare.SourceStateCache(MB, tiers="auto", directory=tmp_path)
+    model.set_source_cache(cache)
+    for seed in range(3):
+        step(model, batch_of("bert", seed=seed))
+    assert set(cache.decisions) == {"device", "host", "disk"}
+    assert all(("used" in why) and " ms" in why for why in cache.decisions.values())
+    assert not list(tmp_path.glob(f"*{UNFINISHED}")), "the file that was timed is gone"
+
+
+def test_auto_says_what_it_leaves_out(tmp_path, monkeypatch) -> None:
+    from flare.source_cache import cache as module
+
+    measure = module.seconds_to_read
+    monkeypatch.setattr(module, "seconds_to_read", lambda tier, *rest: 1e9 if tier != "disk" else measure(tier, *rest))
+    model = fused("bert")
+    model.set_source_cache(flare.SourceStateCache(MB, tiers="auto", directory=tmp_path / "states"))
+    (tmp_path / "states").rmdir()
+    with pytest.warns(UserWarning) as said:
+        for _ in range(4):
+            step(model, batch_of("bert"))
+    text = [str(one.message) for one in said if "source_cache" in str(one.message)]
+    assert len(text) == 2 and "leaves the disk tier out" in text[0] and "keeps nothing" in text[1]
+
+
+def test_named_tiers_measure_nothing(monkeypatch, tmp_path) -> None:
+    from flare.source_cache import cache as module
+
+    monkeypatch.setattr(module, "seconds_to_read", lambda *_: pytest.fail("a named tier was measured"))
+    model = fused("bert")
+    model.set_source_cache(flare.SourceStateCache(MB, directory=tmp_path))
+    for seed in range(3):
+        step(model, batch_of("bert", seed=seed))
