@@ -11,7 +11,7 @@ from experiment_data import write_bert, write_data, write_llama, write_t5
 
 from flare.cli import main
 from flare.experiment.defaults import for_this_machine, kind_of, paper_recipe
-from flare.experiment.records import find_runs
+from flare.experiment.records import find_runs, read_record
 
 QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
 
@@ -101,6 +101,8 @@ def test_what_a_checkpoint_lacks_beside_its_head_is_drawn_once(place, tmp_path):
     trained = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "mlm").bert.pooler.dense.weight
     merged = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "runs" / "base" / "seed-3")
     assert trained.equal(merged.bert.pooler.dense.weight)
+    notes = read_record(tmp_path / "runs" / "base" / "seed-3").data["notes"]
+    assert [note for note in notes if "no weights for bert.pooler.dense: drawn by the seed" in note]
 
 
 def test_full_fine_tuning_changes_every_weight(place, tmp_path):

@@ -88,6 +88,7 @@ def _one(
         set_seed(seed)
         model = setup.load_model()
         if not settings.full:
+            record.data["notes"] += notes(setup.drawn_notes)
             model = plain_lora(model, **adapter)
         record.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         arguments = training_arguments(values, folder, seed, metric if valid else None, settings.training)

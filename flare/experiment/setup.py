@@ -98,6 +98,7 @@ class Setup:
     form: Any
     max_length: int
     notes: list[str]
+    drawn: list[str] = field(default_factory=list)  # modules below the head that the checkpoint has no weights for
 
     @property
     def batches(self) -> dict[str, Any]:
@@ -117,10 +118,22 @@ class Setup:
             UserError: it cannot be loaded.
         """
         recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
+        lacking: list[str] = []
         try:
-            return recipe.base_model(self.model, self.tokenizer)
+            model = recipe.base_model(self.model, self.tokenizer, lacking)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"model {self.model} cannot be loaded as {self.form.auto_class}: {error}") from error
+        # the head, beside the backbone, is trained
+        body = {name.rpartition(".")[0] for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
+        self.drawn = sorted(body)
+        return model
+
+    @property
+    def drawn_notes(self) -> list[str]:
+        """What to know of the modules that the last :meth:`load_model` found no weights for."""
+        if not self.drawn:
+            return []
+        return [f"{self.model} has no weights for {', '.join(self.drawn)}: drawn by the seed, and not trained"]
 
 
 def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] | None = None) -> Task:

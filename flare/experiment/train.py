@@ -234,6 +234,7 @@ class _Run:
             latent_dim=None if self.latent is None else self.latent.latent_dim,
             mixup_layer=settings.mixup_layer,
         )
+        record.data["notes"] += self.notes(setup.drawn_notes)
         record.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         record.data |= {"train": len(rows), "valid": len(valid or ()), "test": len(test or ())}
         metric = self.data.task.metrics[0] if valid else None

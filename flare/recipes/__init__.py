@@ -156,13 +156,25 @@ class Recipe:
         """The base's tokenizer, with a pad token; of ``passed`` it takes revision, token, cache_dir and the like."""
         return self._tokenizer(os.fspath(base), passed)
 
-    def base_model(self, base: str | os.PathLike[str], tokenizer: Any, **passed: Any) -> Any:
+    def base_model(
+        self, base: str | os.PathLike[str], tokenizer: Any, lacking: list[str] | None = None, **passed: Any
+    ) -> Any:
         """The (quantised) base model, prepared for adapters but without any; ``passed`` goes to its from_pretrained.
+
+        Args:
+            base: a folder or the hub's name of a model.
+            tokenizer: its tokenizer, whose pad token the model takes over where it has none.
+            lacking: receives the names of the weights that the checkpoint lacks, which are random then.
 
         Raises:
             ImportError: a quantised recipe without bitsandbytes.
         """
-        model = self._prepared(self._base_model(os.fspath(base), passed))
+        if lacking is None:
+            model = self._base_model(os.fspath(base), passed)
+        else:
+            model, info = self._base_model(os.fspath(base), {**passed, "output_loading_info": True})
+            lacking += sorted(info["missing_keys"])
+        model = self._prepared(model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return model
