@@ -15,8 +15,12 @@ from . import __version__
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "tokenizers")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit and device of this process, for the files that results are kept in."""
+def environment(use_cpu: bool = False) -> dict[str, Any]:
+    """Versions, commit and device of this process, for the files that results are kept in.
+
+    Args:
+        use_cpu: the work leaves a GPU that is there alone.
+    """
     versions = {"python": platform.python_version(), "flare-kernels": __version__}
     for name in _PACKAGES:
         try:
@@ -26,7 +30,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "commit": commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not use_cpu else "cpu",
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",

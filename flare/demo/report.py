@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_files import replacing, write_json
+from ..result_folders import check_writable, move_earlier
 from .settings import DemoError
 
 RESULTS, RUN, TABLE, PICTURE = "results.json", "run.json", "table.md", "results.png"
@@ -26,10 +27,7 @@ def prepare_folder(folder: Path) -> None:
         DemoError: it cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_text("")
-        probe.unlink()
+        check_writable(folder)
     except OSError as error:
         raise DemoError(f"--output {folder}: cannot be written to ({error}); name another folder") from error
 
@@ -41,13 +39,7 @@ def make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None
         for path in there:
             path.unlink()
         return
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    earlier = folder / f"earlier-{number}"
-    earlier.mkdir()
-    for path in there:
-        path.rename(earlier / path.name)
+    earlier = move_earlier(there, folder)
     say(f"Output: {folder} held results already; they are kept in {earlier} (--overwrite drops them)")
 
 

@@ -68,7 +68,7 @@ def _one(
         | ({} if settings.full else {"adapter": adapter}),
         training_arguments=values,
         base=location(settings.model or ""),
-        environment=environment(),
+        environment=environment(bool(values.get("use_cpu"))),
         date=now(),
     )
     name = f"{data.source} base seed {seed}"

@@ -15,11 +15,10 @@ from typing import Any
 
 from ..atomic_files import write_json
 from ..errors import UserError
+from ..result_folders import EARLIER
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
-#: What a run that was started anew is moved to: earlier-1, earlier-2, ... beside it.
-EARLIER = "earlier-"
 
 
 class RecordError(UserError):

@@ -17,7 +17,8 @@ from typing import IO, Any
 
 from ..atomic_files import write_json
 from ..errors import UserError
-from .records import EARLIER, RUN_FILE, RunRecord, read_record, write_record
+from ..result_folders import EARLIER
+from .records import RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes

@@ -10,6 +10,7 @@ from typing import Any
 from flare_kernels.fusion import EAGER_FUSIONS, FUSIONS
 
 from ..errors import UserError
+from ..result_folders import EARLIER
 from .options import flag, option
 
 METHODS = ("lora", "input-fusion", "x-mixup", "flare", "flare-mt")
@@ -143,7 +144,7 @@ class TrainSettings(Training):
         if self.name is not None and len(self.variants()) > 1:
             raise UserError("--name is for one method, fusion and rank: several runs would share the folder")
         for target in self.target:
-            if target == BASE or target.startswith("earlier-"):
+            if target == BASE or target.startswith(EARLIER):
                 raise UserError(f"--target {target!r}: this name is the experiment's own; rename the language's folder")
 
     def variants(self) -> list[tuple[str, str | None, int | None]]:

@@ -204,7 +204,7 @@ class _Run:
             settings={**common_settings(settings, self.data, self.setup), **own},
             training_arguments=self.values,
             base=self.base.shown,
-            environment=environment(),
+            environment=environment(bool(self.values.get("use_cpu"))),
             date=now(),
         )
 

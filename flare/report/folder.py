@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..result_folders import check_writable, move_earlier
 from .collect import ReportError
 
 REPORT, TEXT, RAW, TABLES, PICTURES = "report.json", "report.md", "runs.csv", "tables", "pictures"
@@ -29,10 +30,7 @@ def check(folder: Path) -> None:
             f"--output {folder} holds files that flare report did not write; name another folder (nothing was touched)"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_text("")
-        probe.unlink()
+        check_writable(folder)
     except OSError as error:
         raise ReportError(f"--output {folder}: cannot be written to ({error}); name another folder") from error
 
@@ -72,13 +70,7 @@ def _make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> Non
         there = [path for path in there if path.exists()]
         if not there:
             return
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    earlier = folder / f"earlier-{number}"
-    earlier.mkdir()
-    for path in there:
-        path.rename(earlier / path.name)
+    earlier = move_earlier(there, folder)
     kept = "files of yours beside it" if overwrite else "the report that was there"
     say(f"{folder}: {kept} moved to {earlier}" + ("" if overwrite else " (--overwrite drops it)"))
 
@@ -86,7 +78,7 @@ def _make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> Non
 def _is_report(folder: Path) -> bool:
     """Whether a report is what the folder holds; one that never got finished counts too."""
     names = {path.name for path in folder.iterdir()}
-    if names <= {_SCRATCH, ".write-test"}:
+    if names <= {_SCRATCH}:
         return True
     try:
         made = json.loads((folder / REPORT).read_text(encoding="utf-8"))

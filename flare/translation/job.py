@@ -108,7 +108,7 @@ def translate_split(
         raise TranslationError(
             f"{job.folder} cannot be written to ({error}); name another folder with --output"
         ) from error
-    with _locked(job.folder):
+    with _locked(job.folder, say):
         entry = {
             "status": "running",
             "input_sha256": digest_of_rows(job.rows),
@@ -250,7 +250,7 @@ def _check_same(job: Job, then: Mapping[str, Any], now: Mapping[str, Any]) -> No
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keep a second process out of the folder; the lock ends with the process, however that ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -260,8 +260,8 @@ def _locked(folder: Path) -> Iterator[None]:
             raise TranslationError(
                 f"{folder} is in use by another flare translate; wait for it, or name another folder with --output"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            say(f"{folder} cannot be locked ({error}): see that no second flare translate writes there")
         yield
     finally:
         os.close(handle)
