@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ __all__ = [
     "attention_function",
     "compiled_calls_off",
     "enable_checkpointing",
+    "every_module",
     "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
@@ -118,14 +119,26 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """``list(model.modules())`` in a third of the time: every pass over the source asks for it."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting += reversed(module._modules.values())
+    return list(found)
+
+
 @contextlib.contextmanager
-def compiled_calls_off(model: nn.Module) -> Iterator[None]:
-    """Modules that were compiled in place (``block.compile()``) run eagerly below a model.
+def compiled_calls_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Those of the modules that were compiled in place (``block.compile()``) run eagerly.
 
     A compiled call does not look for hooks that come and go, and the source pass reads its states through such hooks.
     """
     name = "_compiled_call_impl"
-    compiled = [(module, module.__dict__.pop(name)) for module in model.modules() if module.__dict__.get(name)]
+    compiled = [(module, module.__dict__.pop(name)) for module in modules if module.__dict__.get(name)]
     try:
         yield
     finally:
@@ -135,7 +148,7 @@ def compiled_calls_off(model: nn.Module) -> Iterator[None]:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a module of the model was compiled in place."""
-    return any(module.__dict__.get("_compiled_call_impl") for module in model.modules())
+    return any(module.__dict__.get("_compiled_call_impl") for module in every_module(model))
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------
@@ -253,8 +266,8 @@ def loss_shifts_labels(trainer: Any) -> bool:
 
 def uses_reentrant_checkpointing(model: Any) -> bool:
     """Whether transformers' activation checkpointing is on somewhere in a model, in its reentrant form."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
+    for module in every_module(model):
+        if module.__dict__.get("gradient_checkpointing"):
             options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
             if options.get("use_reentrant"):
                 return True

@@ -31,7 +31,7 @@ from .config import FlareConfig
 from .latent import carry_latent
 from .layer import FlareLayer, weight_of
 from .routing import ModelMap
-from .sharded import is_sharded, reshard_below
+from .sharded import reshard_below
 from .source_cache import SourceStateCache
 from .source_inputs import (
     backbone_inputs,
@@ -440,7 +440,6 @@ def _memory(
         len({group.key for group in groups}) * tokens * weights[0].shape[-1] * dtype.itemsize,
         dropout=runtime.setting("source_dropout", adapters),
         given="source_states" in source,
-        sharded=is_sharded(model),
     )
     if choice.reason and choice.reason not in runtime.said:
         runtime.said.add(choice.reason)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
-from ._compat import after_backward
+from ._compat import after_backward, every_module
 
 REENTRANT = (
     "FLARE MT's projection serves every block, and gradient checkpointing with use_reentrant=True would send it one "
@@ -28,7 +28,7 @@ REENTRANT = (
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded a model, or a part of it."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return any(isinstance(module, FSDPModule) for module in every_module(model))
 
 
 def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:

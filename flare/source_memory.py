@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ._compat import uses_reentrant_checkpointing
+from .sharded import is_sharded
 from .source_states import StateKey
 
 #: Called with a state's rows (n, d), in the order in which they come.
@@ -181,6 +182,9 @@ class AutocastState:
             yield
 
 
+_REENTRANT = "reentrant checkpointing sends no gradient into S (use_reentrant=False does)"
+
+
 @dataclass(frozen=True)
 class Choice:
     """A mode, and in words why it is not the one that was asked for (empty where it is)."""
@@ -189,9 +193,7 @@ class Choice:
     reason: str = ""
 
 
-def choose(
-    asked: str, model: nn.Module, device: torch.device, nbytes: int, *, dropout: bool, given: bool, sharded: bool
-) -> Choice:
+def choose(asked: str, model: nn.Module, device: torch.device, nbytes: int, *, dropout: bool, given: bool) -> Choice:
     """The mode of one pass, decided from sizes and settings; the model is not run for it.
 
     Args:
@@ -201,28 +203,29 @@ def choose(
         nbytes: what all states together would take.
         dropout: whether dropout is on in the pass (source_dropout).
         given: whether the states were computed before (source_states=) and are there anyway.
-        sharded: whether the base model is sharded (FSDP2), whose hooks a pass inside backward would meet.
     """
-    if given:
+    # the model's modules are only looked through where the answer counts: this runs before every pass
+    if given or asked == "keep":
         return Choice("keep")
-    hindrance = ""
-    if uses_reentrant_checkpointing(model):
-        hindrance = "reentrant checkpointing sends no gradient into S (use_reentrant=False does)"
+    if asked == "auto" and nbytes <= AUTO_SHARE * memory_of(device):
+        return Choice("keep")
+    if asked == "offload":
+        hindrance = _REENTRANT if uses_reentrant_checkpointing(model) else ""
+        if not hindrance and device.type == "cpu":
+            hindrance = "the states are in host memory already"
+    elif uses_reentrant_checkpointing(model):
+        hindrance = _REENTRANT
     elif dropout:
         hindrance = "source_dropout=True: a second pass would draw other masks"
-    elif sharded:
+    elif is_sharded(model):
         hindrance = "the base model is sharded, and a pass inside backward would gather it again"
-    if asked == "recompute" and hindrance:
-        return Choice("keep", f"source_memory='recompute' is 'keep' here: {hindrance}")
-    if asked == "offload" and uses_reentrant_checkpointing(model):
-        return Choice("keep", f"source_memory='offload' is 'keep' here: {hindrance}")
-    if asked == "offload" and device.type == "cpu":
-        return Choice("keep", "source_memory='offload' is 'keep' here: the states are in host memory already")
+    else:
+        hindrance = ""
     if asked != "auto":
-        return Choice(asked)
-    total = memory_of(device)
-    if nbytes <= AUTO_SHARE * total or hindrance:
+        return Choice("keep", f"source_memory={asked!r} is 'keep' here: {hindrance}") if hindrance else Choice(asked)
+    if hindrance:
         return Choice("keep")
+    total = memory_of(device)
     sizes = f"{nbytes / 2**30:.1f} GiB of source states, {total / 2**30:.0f} GiB of memory"
     return Choice("recompute", f"source_memory='auto' picked 'recompute': {sizes}; 'keep' or 'offload' overrule it")
 

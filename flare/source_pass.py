@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from ._compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     compiled_calls_off,
+    every_module,
     is_bnb_linear,
     set_adapters_disabled,
 )
@@ -122,11 +123,12 @@ def read_from_run(
         with contextlib.ExitStack() as stack:
             for key in wanted:
                 stack.callback(listen(model, key, note).remove)
+            modules = every_module(model)
             stack.enter_context(torch.no_grad())
-            stack.enter_context(adapters_off(model))
-            stack.enter_context(compiled_calls_off(model))
+            stack.enter_context(adapters_off(modules))
+            stack.enter_context(compiled_calls_off(modules))
             if not dropout:
-                stack.enter_context(training_off(model))
+                stack.enter_context(training_off(modules))
             with contextlib.suppress(_AllRead):
                 run()
         if missing:
@@ -173,13 +175,12 @@ def listen(model: nn.Module, key: StateKey, note: Visitor) -> Any:
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Every adapter, and every trained copy of a module, off; unlike PEFT's disable_adapter, requires_grad is left."""
-    switched = [
-        (module, set_adapters_disabled(module, True))
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
+    # an abstract class is slow to tell what its instances are: each class is asked once
+    ours = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    classes = {cls for cls in set(map(type, modules)) if issubclass(cls, ours)}
+    switched = [(module, set_adapters_disabled(module, True)) for module in modules if type(module) in classes]
     try:
         yield
     finally:
@@ -188,12 +189,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def training_off(model: nn.Module) -> Iterator[None]:
-    """``training = False`` below a model, without eval()'s recursion; only flags that were set are set again.
+def training_off(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """``training = False``, without eval()'s recursion; only flags that were set are set again.
 
     Not on bitsandbytes linears, which repack their weights in eval mode.
     """
-    switched = [module for module in model.modules() if module.training and not is_bnb_linear(module)]
+    switched = [module for module in modules if module.training and not is_bnb_linear(module)]
     for module in switched:
         module.__dict__["training"] = False
     try:

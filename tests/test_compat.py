@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+import flare
 from flare import _compat
 
 
@@ -94,6 +95,13 @@ def test_caches_tell_what_happens_to_their_rows(cache) -> None:
         assert callable(getattr(cache, name)), name
 
 
+def test_every_module_is_found_once_and_in_torchs_order() -> None:
+    model = flare.fast_lora(tiny.model("mt5"), r=2)  # which shares its embedding
+    model.shared_again, model.nothing = model.base_model.model.shared, None
+    model.register_module("none", None)
+    assert [*map(id, _compat.every_module(model))] == [*map(id, model.modules())]
+
+
 def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
     class Own(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +109,7 @@ def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
 
     module, calls = Own(2, 2), []
     module.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
-    with _compat.compiled_calls_off(module):
+    with _compat.compiled_calls_off([module]):
         module(torch.ones(2))
         assert not calls
     module(torch.ones(2))
