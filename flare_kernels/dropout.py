@@ -24,8 +24,8 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-#: Mask bytes drawn at a time by the torch form: what it holds stays in the cache.
-_CHUNK_BYTES = 1 << 15
+#: Mask bytes drawn at a time by the torch form: what it holds stays in a CPU's cache; on a GPU it is some 500 MiB.
+_CHUNK_BYTES = {"cpu": 1 << 15, "other": 1 << 22}
 
 
 def drop_threshold(p: float) -> int:
@@ -80,37 +80,47 @@ def unpack(mask: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
 
 
 def keep_bits_torch(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -> Tensor:
-    """The plain PyTorch form of the generator, on any device, a few rows at a time."""
+    """The plain PyTorch form of the generator, on any device, some rows at a time.
+
+    All four words are drawn together: where an operator is a launch, their number is what this takes.
+    """
     n_bytes = (cols + 7) // 8
     out = torch.empty((rows, n_bytes), dtype=torch.uint8, device=seed.device)
     o_byte = torch.arange(n_bytes, dtype=torch.int64, device=seed.device)
-    chunk = max(1, _CHUNK_BYTES // n_bytes)
+    place = torch.arange(0, 8, 2, dtype=torch.uint8, device=seed.device).view(4, 1, 1)
+    chunk = max(1, _CHUNK_BYTES["cpu" if seed.device.type == "cpu" else "other"] // n_bytes)
     for start in range(0, rows, chunk):
         end = min(start + chunk, rows)
-        o_row = torch.arange(start, end, dtype=torch.int64, device=seed.device)
-        counter = (o_byte.expand(end - start, n_bytes), o_row.unsqueeze(1).expand(end - start, n_bytes))
-        words = philox(seed, *counter, stream)
-        b_out = out[start:end].zero_()
-        for j in range(8):
-            number = (words[j // 2] >> (16 * (j % 2))) & 0xFFFF
-            b_out |= (number >= threshold).to(torch.uint8) << j
+        o_row = torch.arange(start, end, dtype=torch.int64, device=seed.device).unsqueeze(1)
+        words = philox(seed, o_byte.expand(end - start, n_bytes), o_row.expand(end - start, n_bytes), stream)
+        bits = ((words & 0xFFFF) >= threshold).to(torch.uint8).bitwise_left_shift_(place)
+        bits |= (words >= threshold << 16).to(torch.uint8).bitwise_left_shift_(place + 1)
+        torch.sum(bits, dim=0, dtype=torch.uint8, out=out[start:end])
     if cols % 8:
         out[:, -1] &= (1 << cols % 8) - 1
     return out
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 of counter (c0, c1, c2, 0) and key = seed: four words below 2**32, int64.
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> Tensor:
+    """Philox 4x32-10 of counter (c0, c1, c2, 0) and key = seed: four words below 2**32, int64 (4, *c0.shape).
 
     int64 products wrap modulo 2**64, which leaves both of their 32-bit halves right.
     """
-    x0, x1 = c0, c1
-    x2, x3 = torch.full_like(c0, c2, memory_format=torch.contiguous_format), torch.zeros_like(c0)
-    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
-    for _ in range(_ROUNDS):
-        product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        x0 = ((product1 >> 32) & _MASK32).bitwise_xor_(x1).bitwise_xor_(key0)
-        x2 = ((product0 >> 32) & _MASK32).bitwise_xor_(x3).bitwise_xor_(key1)
-        x1, x3 = product1.bitwise_and_(_MASK32), product0.bitwise_and_(_MASK32)
-        key0, key1 = (key0 + _KEY_STEPS[0]) & _MASK32, (key1 + _KEY_STEPS[1]) & _MASK32
-    return x0, x1, x2, x3
+
+    shape = (2, *[1] * c0.dim())
+    even = torch.stack((c0, torch.full_like(c0, c2, memory_format=torch.contiguous_format)))  # words 0 and 2
+    odd = torch.stack((torch.zeros_like(c1), c1))  # words 3 and 1
+    multipliers = _pair(_MULTIPLIERS, seed.device).view(shape)
+    steps = _pair(_KEY_STEPS, seed.device) * torch.arange(_ROUNDS, device=seed.device).unsqueeze(1)
+    keys = (torch.stack((seed, seed >> 32)) + steps).bitwise_and_(_MASK32)
+    for key in keys.flip(1).view(_ROUNDS, *shape).unbind():
+        product = even * multipliers
+        even = (product >> 32).bitwise_and_(_MASK32).bitwise_xor_(odd).bitwise_xor_(key).flip(0)
+        odd = product.bitwise_and_(_MASK32)
+    return torch.stack((even, odd.flip(0)), dim=1).flatten(0, 1)
+
+
+def _pair(values: tuple[int, int], device: torch.device) -> Tensor:
+    """Two numbers as an int64 tensor that is made on the device: a copy from the host would end a graph's capture."""
+    first, second = values
+    return torch.arange(2, device=device).mul_(second - first).add_(first)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flare_kernels import dropout
 
@@ -19,6 +20,21 @@ def test_philox_known_answers() -> None:
     zero = torch.zeros((1, 1), dtype=torch.int64)
     words = dropout.philox(seed_of(0), zero, zero, 0)
     assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_a_mask_takes_some_hundred_operators() -> None:
+    """Each is a launch on a GPU that the kernels do not run on."""
+
+    class Count(TorchDispatchMode):
+        operators = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.operators += 1
+            return operator(*args, **(kwargs or {}))
+
+    with Count() as count:
+        dropout.keep_bits_torch(seed_of(3), 64, 250, 6554, 0)
+    assert count.operators <= 130
 
 
 @pytest.mark.parametrize(
