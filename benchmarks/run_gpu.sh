@@ -67,7 +67,7 @@ if [ -n "$DRY" ]; then
     -k "xlmr-qv or step/xlmr"
   bench 60 "more" more.json benchmarks/test_generation.py -k decode/xlmr/M1-
 else
-  step 140 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 tests/kernels tests/test_cuda.py \
+  step 140 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 tests/kernels tests/test_models_on_cuda.py \
     tests/test_fast_lora.py tests/test_source_pass.py tests/test_goldens.py --deselect tests/kernels/test_aot.py
   bench 230 "summary" results.json benchmarks/test_projection.py benchmarks/test_training_step.py
   bench 110 "more" more.json benchmarks/test_generation.py benchmarks/test_kernels.py benchmarks/test_block.py
