@@ -104,24 +104,25 @@ def grad_bottleneck(
     assert given is not None, "grad_bottleneck needs T where dB is wanted, and dT where it is not"
     dtype, R = given.dtype, Bs[0].shape[1]
     phi = None if fusion is None or S is None else get_fusion(fusion)
-    dBs = []
-    for i, (G, B, scaling) in enumerate(zip(Gs, Bs, scalings, strict=True)):
-        G, columns = G.to(dtype), slice(i * R, (i + 1) * R)
-        own_T, own_S = (None if t is None else t[:, columns] for t in (T, S))
-        if dT is not None:
-            if phi is None:
-                _scaled_mm(G, B.to(dtype), scaling, out=dT[:, columns])
-            else:
-                assert own_T is not None and own_S is not None
-                dH_T, dH_S = phi.backward(_scaled_mm(G, B.to(dtype), scaling), own_S, own_T)
-                dT[:, columns].copy_(dH_T)
-                if dS is not None:
-                    dS[:, columns].copy_(dH_S)
-        if B_grad_dtype is not None:
-            assert own_T is not None
-            H = own_T if phi is None or own_S is None else phi(own_S, own_T)
-            dBs.append(_scaled_mm(G.T, H, scaling).to(B_grad_dtype))
-    return None if B_grad_dtype is None else dBs
+    Gs = [G.to(dtype) for G in Gs]
+    each = [slice(i * R, (i + 1) * R) for i in range(len(Gs))]
+    if dT is not None:
+        for G, B, scaling, columns in zip(Gs, Bs, scalings, each, strict=True):
+            _scaled_mm(G, B.to(dtype), scaling, out=dT[:, columns])
+        if phi is not None:
+            assert T is not None and S is not None
+            dH_T, dH_S = phi.backward(dT, S, T)  # what stands in dT so far is dH
+            dT.copy_(dH_T)
+            if dS is not None:
+                dS.copy_(dH_S)
+    if B_grad_dtype is None:
+        return None
+    assert T is not None
+    H = T if phi is None or S is None else phi(S, T)
+    return [
+        _scaled_mm(G.T, H[:, columns], scaling).to(B_grad_dtype)
+        for G, scaling, columns in zip(Gs, scalings, each, strict=True)
+    ]
 
 
 def grad_weight(
