@@ -305,7 +305,8 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     axes[0][0].set_ylabel("ms a step (median, quartiles)")
     axes[1][0].set_ylabel("peak memory, MiB")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    axes[0][0].legend(handles[::-1], labels[::-1], fontsize=8)
+    columns = 4 if axes.shape[1] > 1 else 3
+    figure.legend(handles[::-1], labels[::-1], fontsize=8, ncols=columns, loc="outside upper center")
     _save(figure, path, caption(run, [r["conditions"] for own in models.values() for r in own]))
     plt.close(figure)
     return True
