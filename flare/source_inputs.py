@@ -39,6 +39,25 @@ def check_ids(name: str, ids: Any, shape: str) -> Tensor:
     return ids
 
 
+def check_same_shape(ids: Tensor, target: tuple[int, ...] | str) -> None:
+    """ValueError where the source's ids (B, m) have not the shape of the target's, or these are something else."""
+    if tuple(ids.shape) != target:
+        raise ValueError(
+            f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {target}: both texts need the same "
+            "batch size and length; pad them to one length (flare.FlareDataCollator does)"
+        )
+
+
+def source_mask(ids: Tensor, mask: Any) -> Tensor:
+    """``source_attention_mask`` as given, or all ones; ValueError where it has not the shape of the ids (B, m)."""
+    if mask is None:
+        return torch.ones_like(ids)
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
+    return mask
+
+
 def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> dict[str, Any]:
     """Keyword arguments of the frozen pass, checked against the target's shape (B, m).
 
@@ -50,17 +69,9 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
         given = ", ".join(sorted(source))
         raise ValueError(f"{given} was given without source_input_ids: pass both, or neither")
     check_ids("source_input_ids", ids, "(B, m)")
-    if target is not None and tuple(ids.shape) != target:
-        raise ValueError(
-            f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {target}: both texts need the same "
-            "batch size and length; pad them to one length (flare.FlareDataCollator does)"
-        )
-    if mask is None:
-        mask = torch.ones_like(ids)
-    elif not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if target is not None:
+        check_same_shape(ids, target)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": source_mask(ids, mask)}
     backbone: Any = getattr(model, "base_model", model)
     accepted = inspect.signature(backbone.forward).parameters
     if "use_cache" in accepted:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._compat import is_data_parallel_replica
 from ..data import SOURCE_COLUMNS, SOURCE_POSITIONS
 from ..runtime import warn_user
-from ..source_inputs import check_ids
+from ..source_inputs import check_ids, check_same_shape, source_mask
 from .mixup_layer import MixupRuntime, Streams, runtime_of
 
 SOURCE_ARGUMENTS = (*SOURCE_COLUMNS, *SOURCE_POSITIONS)
@@ -120,12 +120,8 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
     inputs = source_inputs(model, source)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     given = target.get("input_ids")
-    if not isinstance(given, Tensor) or given.shape != ids.shape:
-        what = str(tuple(given.shape)) if isinstance(given, Tensor) else type(given).__name__
-        raise ValueError(
-            f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {what}: both texts need the same "
-            "batch size and length; pad them to one length (flare.FlareDataCollator does)"
-        )
+    check_same_shape(ids, tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__)
+    assert isinstance(given, Tensor)
     seen = target.get("attention_mask")
     if seen is None:
         seen = torch.ones_like(given)
@@ -160,12 +156,7 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
     if "source_input_ids" not in source:
         raise ValueError(f"{', '.join(sorted(source))} was given without source_input_ids: pass both, or neither")
     ids = check_ids("source_input_ids", source["source_input_ids"], "(B, m)")
-    mask = source.get("source_attention_mask")
-    if mask is None:
-        mask = torch.ones_like(ids)
-    elif not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
+    mask = source_mask(ids, source.get("source_attention_mask"))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if "source_token_type_ids" in source:
         inputs["token_type_ids"] = source["source_token_type_ids"]

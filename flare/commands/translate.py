@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .common import reported, say
 
 
 def add_parser(commands: Any) -> None:
@@ -76,7 +76,7 @@ def run(config: Path | None = None, **options: Any) -> int:
     """Run the command; return the exit status (0 done, 2 something the user can mend)."""
     from ..translation import TranslateSettings, run_translate
 
-    try:
+    def work() -> None:
         given = {**(_read_config(config, TranslateSettings) if config is not None else {}), **options}
         lacking = [
             f"--{item.name}" for item in fields(TranslateSettings) if item.default is MISSING and item.name not in given
@@ -88,11 +88,9 @@ def run(config: Path | None = None, **options: Any) -> int:
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # of loading the weights
-        run_translate(settings, say=_say)
-    except UserError as error:
-        print(f"flare translate: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        run_translate(settings, say=say)
+
+    return reported("translate", work)
 
 
 def _read_config(path: Path, settings: type) -> dict[str, Any]:
@@ -127,11 +125,3 @@ def _read_config(path: Path, settings: type) -> dict[str, Any]:
             raise UserError(f"--config {path}: {key} must be {kind}; got {value!r}")
         found[name] = Path(value) if kind == "Path" else value
     return found
-
-
-def _say(line: str) -> None:
-    # tqdm's write keeps lines and progress bars apart.
-    from tqdm.auto import tqdm
-
-    tqdm.write(line)
-    sys.stdout.flush()

@@ -11,11 +11,9 @@ adapters would meet states in generation that they had never seen.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from .examples import Pair
 from .form import IGNORED, Row
 from .registry import Task
 from .written_form import WrittenForm
@@ -36,8 +34,8 @@ class CausalForm(WrittenForm):
         self._opening = begun if begun and begun[0] == tokenizer.bos_token_id else []
         super().__init__(task, tokenizer, max_length)
         assert self.max_new_tokens is not None
-        self._most = self.max_length - self.max_new_tokens
-        if self._most < 1:
+        self.longest_prompt -= self.max_new_tokens
+        if self.longest_prompt < 1:
             raise UserError(
                 f"--max-length {self.max_length} leaves no room for a prompt: an answer may have {self.max_new_tokens} "
                 "tokens; raise it"
@@ -51,30 +49,5 @@ class CausalForm(WrittenForm):
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [[*self._opening, *ids] for ids in found]
 
-    def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        streams = self._texts(pairs, with_source)
-        kept, targets, sources, news = self._answers(pairs, with_source)
-        rows: list[Row] = [{} for _ in kept]
-        notes = [*self.notes, *news]
-        for prefix, answers in (("", targets), ("source_", sources)):
-            if prefix not in streams:
-                continue
-            prompts, cut = self._prompts(
-                [streams[prefix][index] for index in kept], self._most, "source texts" if prefix else "texts"
-            )
-            notes += cut
-            for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-                row[f"{prefix}input_ids"] = prompt + answer
-                row[f"{prefix}labels"] = [IGNORED] * len(prompt) + answer
-        return rows, notes
-
-    def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        """Prompts alone. FlareDataCollator (layout "causal") pads them on the left, as generate wants them."""
-        rows: list[Row] = [{} for _ in pairs]
-        notes = list(self.notes)
-        for prefix, examples in self._texts(pairs, with_source).items():
-            prompts, cut = self._prompts(examples, self._most, "source texts" if prefix else "texts")
-            notes += cut
-            for row, prompt in zip(rows, prompts, strict=True):
-                row[f"{prefix}input_ids"] = prompt
-        return rows, [*notes, *self._unanswered(pairs)]
+    def train_columns(self, prompt: list[int], answer: list[int]) -> Row:
+        return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}

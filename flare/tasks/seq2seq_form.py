@@ -7,9 +7,6 @@ asks whether they are there, and lets the source's decoder write its own text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from .examples import Pair
 from .form import Row
 from .written_form import WrittenForm
 
@@ -28,30 +25,8 @@ class Seq2SeqForm(WrittenForm):
     def prompt_ids(self, texts: list[str]) -> list[list[int]]:
         return [list(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
 
-    def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        streams = self._texts(pairs, with_source)
-        kept, targets, sources, news = self._answers(pairs, with_source)
-        rows: list[Row] = [{} for _ in kept]
-        notes = [*self.notes, *news]
-        for prefix, answers in (("", targets), ("source_", sources)):
-            if prefix not in streams:
-                continue
-            prompts, cut = self._prompts(
-                [streams[prefix][index] for index in kept], self.max_length, "source texts" if prefix else "texts"
-            )
-            notes += cut
-            for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-                row[f"{prefix}input_ids"], row[f"{prefix}labels"] = prompt, answer
-        return rows, notes
+    def train_columns(self, prompt: list[int], answer: list[int]) -> Row:
+        return {"input_ids": prompt, "labels": answer}
 
-    def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        rows: list[Row] = [{} for _ in pairs]
-        notes = list(self.notes)
-        for prefix, examples in self._texts(pairs, with_source).items():
-            prompts, cut = self._prompts(examples, self.max_length, "source texts" if prefix else "texts")
-            notes += cut
-            for row, prompt in zip(rows, prompts, strict=True):
-                row[f"{prefix}input_ids"] = prompt
-                if prefix:
-                    row["source_labels"] = [self.tokenizer.eos_token_id]
-        return rows, [*notes, *self._unanswered(pairs)]
+    def source_columns(self) -> Row:
+        return {"source_labels": [self.tokenizer.eos_token_id]}

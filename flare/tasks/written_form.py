@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UserError
 from .errors import DataError, some_ids
 from .examples import Example, Pair
-from .form import IGNORED, Form, as_array
+from .form import IGNORED, Form, Row, as_array
 from .prompts import cut_to_fit, fill
 from .registry import Task
 
@@ -31,6 +31,7 @@ class WrittenForm(Form):
             self.max_new_tokens = max(len(self.answer_ids(task.verbalized(label))) for label in task.labels)
         else:
             self.max_new_tokens = min(ANSWER_TOKENS, self.max_length // 4)
+        self.longest_prompt = self.max_length  # tokens
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of an answer, its end token included."""
@@ -39,6 +40,41 @@ class WrittenForm(Form):
     def prompt_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of prompts, with the special tokens the model expects."""
         raise NotImplementedError
+
+    def train_columns(self, prompt: list[int], answer: list[int]) -> Row:
+        """``input_ids`` and ``labels`` of one stream of a row to train on."""
+        raise NotImplementedError
+
+    def source_columns(self) -> Row:
+        """What a row to predict from holds beside the source's prompt."""
+        return {}
+
+    def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
+        streams = self._texts(pairs, with_source)
+        kept, targets, sources, news = self._answers(pairs, with_source)
+        rows: list[Row] = [{} for _ in kept]
+        notes = [*self.notes, *news]
+        for prefix, answers in (("", targets), ("source_", sources)):
+            if prefix not in streams:
+                continue
+            prompts, cut = self._prompts([streams[prefix][index] for index in kept], prefix)
+            notes += cut
+            for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+                row |= {f"{prefix}{name}": ids for name, ids in self.train_columns(prompt, answer).items()}
+        return rows, notes
+
+    def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
+        """Prompts alone. FlareDataCollator pads those of the layout "causal" on the left, as generate wants them."""
+        rows: list[Row] = [{} for _ in pairs]
+        notes = list(self.notes)
+        for prefix, examples in self._texts(pairs, with_source).items():
+            prompts, cut = self._prompts(examples, prefix)
+            notes += cut
+            for row, prompt in zip(rows, prompts, strict=True):
+                row[f"{prefix}input_ids"] = prompt
+                if prefix:
+                    row |= self.source_columns()
+        return rows, [*notes, *self._unanswered(pairs)]
 
     def trainable(self, pairs: Sequence[Pair]) -> list[Pair]:
         return [pairs[index] for index in self._answers(pairs, with_source=False)[0]]
@@ -78,14 +114,15 @@ class WrittenForm(Form):
             return self.task.verbalized(label or "")
         return example.answers[0].text.strip() if example.answers else None
 
-    def _prompts(self, examples: Sequence[Example], most: int, what: str) -> tuple[list[list[int]], list[str]]:
-        """Token ids of every prompt, and a note on those that were cut.
+    def _prompts(self, examples: Sequence[Example], prefix: str) -> tuple[list[list[int]], list[str]]:
+        """Token ids of every prompt of a stream (by its prefix, "" or "source_"), and a note on those that were cut.
 
         Raises:
             DataError: prompts that are too long whatever is cut.
         """
         if not examples:
             return [], []
+        most, what = self.longest_prompt, "source texts" if prefix else "texts"
         found = self.prompt_ids([fill(self.task, row.texts) for row in examples])
         cut: list[str] = []
         hopeless: list[str] = []
