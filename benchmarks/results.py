@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -31,12 +30,11 @@ def fingerprint(root: Path = ROOT) -> str:
 
 def run_conditions(**more: Any) -> dict[str, Any]:
     """Device, versions, commit, sources and date of this process; FLARE_COMMIT names the commit where git cannot."""
-    from flare.environment import environment  # brings torch along, which reading results does not need
+    from flare.environment import environment, now  # brings torch along, which reading results does not need
 
     found = environment()
     found["commit"] = os.environ.get("FLARE_COMMIT") or found["commit"]
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {**found, "sources": fingerprint(), "date": date, **more}
+    return {**found, "sources": fingerprint(), "date": now(), **more}
 
 
 class Recorder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import os
 import subprocess
@@ -15,7 +14,7 @@ import torch
 from flare_kernels import tune
 from flare_kernels.launch_table import LaunchTable, package_path, user_path
 
-from .environment import environment
+from .environment import environment, now
 
 #: What `--tune` measures unless told: the sizes of the papers' two kinds of models.
 SHAPES = ("llama-3.1-8b", "xlm-r-large")
@@ -84,7 +83,7 @@ def run_tuner(
         raise BenchError(f"--output {path} is a folder: name a file in it")
     if path.exists() and not overwrite:
         raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
-    about = environment() | {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    about = environment() | {"date": now()}
     chosen = [tune.SHAPES[name] for name in shapes]
     say(f"tuning launches for {gpu}; entries go to {path} as they are found")
     try:

@@ -1,7 +1,8 @@
-"""What a result depends on beside its settings: versions, commit, device."""
+"""What a result depends on beside its settings: versions, commit, device, time."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import platform
 import subprocess
@@ -35,6 +36,11 @@ def environment(use_cpu: bool = False) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import two_processes
+from states_alive import StatesAlive
 from test_source_memory import FAMILIES, assert_same, gradients, inputs_of, model_of, offload_anywhere  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
@@ -119,16 +119,7 @@ def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> Non
 @pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
 def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tmp_path, monkeypatch) -> None:
     """Of those that are copied out of the cache: one for each block under "keep", else at most two at any depth."""
-    alive: list[weakref.ref] = []
-    counts: list[int] = []
-    plain = Preparation.rows
-
-    def rows(self, key, hidden):
-        x = plain(self, key, hidden)
-        alive.append(weakref.ref(x.untyped_storage()))
-        counts.append(sum(one() is not None for one in alive))
-        return x
-
+    alive = StatesAlive()
     for layers in (2, 6):
         model = model_of("llama", "recompute" if memory == "recompute" else "keep", base={"num_hidden_layers": layers})
         cache = cache_of(folder=tmp_path / str(layers) if tier == "disk" else None)
@@ -137,18 +128,17 @@ def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tm
         gradients(model, inputs)
         cache.flush()
         alive.clear()
-        counts.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Preparation, "rows", rows)
+            patch.setattr(Preparation, "rows", alive.rows())
             if memory == "inference":
                 with torch.no_grad():
                     model(**inputs)
             else:
                 loss = model(**inputs).loss
                 gc.collect()
-                assert sum(one() is not None for one in alive) == (layers if memory == "keep" else 0)
+                assert alive.now == (layers if memory == "keep" else 0)
                 loss.backward()
-        assert max(counts) == layers if memory == "keep" else max(counts) <= 2
+        assert max(alive.counts) == layers if memory == "keep" else max(alive.counts) <= 2
         assert cache.stats().hits == 3
 
 

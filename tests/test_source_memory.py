@@ -9,6 +9,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from states_alive import StatesAlive
 from torch.utils.checkpoint import checkpoint
 
 import flare
@@ -138,33 +139,23 @@ def test_block_executions_of_a_step(memory: str) -> None:
 @pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
 def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypatch) -> None:
     """ "keep" holds one state for each block; "recompute" and inference hold at most two, at any time and depth."""
-    alive: list[weakref.ref] = []
-    counts: list[int] = []
-    plain = Preparation.rows
-
-    def rows(self, key, hidden):
-        x = plain(self, key, hidden)
-        alive.append(weakref.ref(x.untyped_storage()))
-        counts.append(sum(one() is not None for one in alive))
-        return x
-
-    monkeypatch.setattr(Preparation, "rows", rows)
+    alive = StatesAlive()
+    monkeypatch.setattr(Preparation, "rows", alive.rows())
     depth = "num_layers" if family == "mt5" else "num_hidden_layers"
     for layers in (2, 6):
         model = model_of(family, "keep" if memory == "inference" else memory, base={depth: layers})
         inputs = inputs_of(family)
         inputs.pop("source_labels", None)
         alive.clear()
-        counts.clear()
         if memory == "inference":
             with torch.no_grad():
                 model(**inputs)
         else:
             loss = model(**inputs).loss
             gc.collect()
-            assert sum(one() is not None for one in alive) == (layers if memory == "keep" else 0)
+            assert alive.now == (layers if memory == "keep" else 0)
             loss.backward()
-        assert max(counts) == layers if memory == "keep" else max(counts) <= 2
+        assert max(alive.counts) == layers if memory == "keep" else max(alive.counts) <= 2
 
 
 @pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
@@ -173,14 +164,12 @@ def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: 
 
     Offset 0 reads the embeddings too, which transformers' own forward holds on to until it ends: not counted here.
     """
-    alive: list[weakref.ref] = []
-    counts: list[int] = []
-    plain = Preparation.rows
+    alive, plain = StatesAlive(), Preparation.rows
 
     def rows(self, key, hidden):
         if key.position:
-            alive.append(weakref.ref(hidden.untyped_storage()))
-        counts.append(sum(one() is not None for one in alive))
+            alive.follow(hidden)
+        alive.count()
         return plain(self, key, hidden)
 
     monkeypatch.setattr(Preparation, "rows", rows)
@@ -188,12 +177,11 @@ def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: 
         model = model_of("llama", "auto", base={"num_hidden_layers": layers}, source_layer_offset=offset).eval()
         inputs = {name: value for name, value in inputs_of("llama").items() if name != "labels"}
         alive.clear()
-        counts.clear()
         out = model.generate(
             **inputs, max_new_tokens=4, min_new_tokens=4, pad_token_id=1, return_dict_in_generate=True, source_pass=way
         )
-        assert len(counts) == 4 * layers and max(counts) <= 2
-        assert sum(one() is not None for one in alive) == 0
+        assert len(alive.counts) == 4 * layers and max(alive.counts) <= 2
+        assert alive.now == 0
         held = out.past_key_values.flare_decoding.held
         assert len(held) == 2 * layers
         assert {tuple(S.shape) for own in held.values() for S in own.values()} == {(3, 1, 5)}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import say
+from .common import reported, say
 
 FORMATS = ("png", "pdf", "svg")
 
@@ -53,12 +52,9 @@ def run(
     overwrite: bool,
 ) -> int:
     """Write the report; return the exit status."""
-    from ..errors import UserError
     from ..report import write_report
 
-    try:
+    def work() -> None:
         write_report(runs, output, metrics=metrics, title=title, formats=formats, overwrite=overwrite, say=say)
-    except UserError as error:
-        print(f"flare report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return reported("report", work)

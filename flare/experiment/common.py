@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import difflib
 from collections.abc import Callable
 from dataclasses import fields
@@ -104,11 +103,6 @@ def location(name: str) -> str:
     """A folder's absolute path; a hub id as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def summary(scores: dict[str, float], metrics: Metrics) -> str:

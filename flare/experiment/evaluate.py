@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..environment import environment
+from ..environment import environment, now
 from ..errors import UserError
 from ..tasks import Pair, resolve_labels
 from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
-from .common import claimed, common_settings, location, now, summary
+from .common import claimed, common_settings, location, summary
 from .fitting import autocast_of, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, load

@@ -11,10 +11,10 @@ from peft import PeftModel
 from transformers import set_seed
 
 from ..baselines import plain_lora
-from ..environment import environment
+from ..environment import environment, now
 from ..tasks import Pair, resolve_labels
 from .callbacks import quiet_libraries
-from .common import adapter_fields, claimed, common_settings, location, now, summary
+from .common import adapter_fields, claimed, common_settings, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
 from .methods import collator
 from .predict import Predictor, write_predictions

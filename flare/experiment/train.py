@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from ..environment import environment
+from ..environment import environment, now
 from ..errors import UserError
 from ..tasks import Pair, resolve_labels
 from .base import Base, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
-from .common import adapter_fields, claimed, common_settings, location, now, summary
+from .common import adapter_fields, claimed, common_settings, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, build, variant_name

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic_files import write_json
-from ..environment import environment
+from ..environment import environment, now
 from . import folder as places
 from .collect import Collection, Group, ReportError, collect
 from .conditions import conditions, notes, warnings
@@ -127,7 +126,7 @@ def _everything(
 ) -> dict[str, Any]:
     return {
         "made_by": places.MADE_BY,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "environment": environment(),
         "runs": [str(folder) for folder in runs],
         "runs_found": found.runs,

@@ -7,11 +7,10 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..environment import environment
+from ..environment import environment, now
 from ..tasks import Example, Task
 from ..tasks.files import find_file, write_split
 from .model import TranslationError
@@ -170,7 +169,7 @@ def _run(
         "status": "done",
         "counts": counts,
         "output_sha256": digest_of_file(job.path),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "environment": environment(),
     }
     write_provenance(job.folder, written)

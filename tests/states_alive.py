@@ -1,0 +1,44 @@
+"""How many of the states that pass through a source pass are in memory at a time."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from flare.source_pass import Preparation
+
+
+class StatesAlive:
+    """Follows the memory of states. counts: how many were there whenever another one came."""
+
+    def __init__(self) -> None:
+        self._storages: list[weakref.ref[Any]] = []
+        self.counts: list[int] = []
+
+    def follow(self, state: torch.Tensor) -> None:
+        self._storages.append(weakref.ref(state.untyped_storage()))
+
+    def count(self) -> None:
+        self.counts.append(self.now)
+
+    @property
+    def now(self) -> int:
+        return sum(one() is not None for one in self._storages)
+
+    def clear(self) -> None:
+        self._storages.clear()
+        self.counts.clear()
+
+    def rows(self) -> Any:
+        """``Preparation.rows`` that follows what it returns."""
+        plain = Preparation.rows
+
+        def rows(prepare: Preparation, key: Any, hidden: torch.Tensor) -> torch.Tensor:
+            x = plain(prepare, key, hidden)
+            self.follow(x)
+            self.count()
+            return x
+
+        return rows
