@@ -8,8 +8,9 @@ import torch
 from cached_states import MB, assert_same, batch_of, fused, step
 
 import flare
+from flare.measure import count_ops
 from flare.source_cache.checksum import checksum
-from flare.source_cache.fingerprint import fingerprint
+from flare.source_cache.fingerprint import check_frozen, fingerprint, frozen_tensors
 
 
 def test_another_base_model_is_refused() -> None:
@@ -107,6 +108,20 @@ def test_quantised_weights_are_part_of_the_fingerprint() -> None:
     before = fingerprint(scaled)
     linear.weight.quant_state.absmax.mul_(2)
     assert len(found) == 3 and fingerprint(scaled) != before
+
+
+def test_looking_whether_quantised_weights_changed_computes_nothing() -> None:
+    """It is done before every pass; a stamp that differs from itself would have the whole base read again."""
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+    linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), False, quant_type="nf4", compress_statistics=True)
+    model = torch.nn.Sequential(linear.to("cpu"))
+    names = [name.rpartition(".")[2] for name, _ in frozen_tensors(model)]
+    assert names == ["weight", "absmax", "nested_absmax", "nested_quant_map", "quant_map"]
+    stamp = check_frozen(model)
+    with count_ops() as operators:
+        assert check_frozen(model) == stamp
+    assert not operators.ops
 
 
 def test_a_quantised_model_trains_with_a_cache_and_one_repacked_for_a_cpu_is_refused() -> None:

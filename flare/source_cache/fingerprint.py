@@ -121,10 +121,17 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
 def _scales(module: nn.Module, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a quantised weight that are no parameters."""
     state: Any = getattr(parameter, "quant_state", None)
-    if state is not None and hasattr(state, "as_dict"):
-        for name, value in sorted(state.as_dict().items()):
-            if isinstance(value, Tensor):
-                yield name, value
+    # not by its as_dict(), which copies one of them and waits for the device: this is walked before every pass
+    nested = getattr(state, "state2", None)
+    for name, holder, attribute in (
+        ("absmax", state, "absmax"),
+        ("nested_absmax", nested, "absmax"),
+        ("nested_quant_map", nested, "code"),
+        ("quant_map", state, "code"),
+    ):
+        value = getattr(holder, attribute, None)
+        if isinstance(value, Tensor):
+            yield name, value
     for name in _SCALES:
         for holder in (parameter, getattr(module, "state", None)):
             value = getattr(holder, name, None)
