@@ -33,7 +33,7 @@ from shapes import ModelShape, StepShape
 from torch import Tensor, nn
 
 import flare
-from flare.routing import ModelMap
+from flare.tuner.routing import ModelMap
 from flare_kernels import reference
 
 FUSION = "add_relu"

@@ -13,18 +13,18 @@ from . import (
     _compat,  # noqa: F401  (first: it checks versions before anything of PEFT is used)
     baselines,
 )
-from .adopt import fast_lora
-from .config import FlareConfig
-from .data import FlareDataCollator
-from .latent_encoder import LatentEncoder
-from .model import FlareModel
+from .source.latent_encoder import LatentEncoder
+from .source.states import SourceStates
 from .source_cache import SourceStateCache
-from .source_states import SourceStates
+from .training.collator import FlareDataCollator
+from .tuner.config import FlareConfig
+from .tuner.convert import fast_lora
+from .tuner.model import FlareModel
 
 if TYPE_CHECKING:
     from . import recipes
     from .recipes import Recipe, from_recipe
-    from .trainer import FlareSeq2SeqTrainer, FlareTrainer
+    from .training.trainer import FlareSeq2SeqTrainer, FlareTrainer
 
 __all__ = [
     "FlareConfig",
@@ -44,8 +44,8 @@ __all__ = [
 ]
 
 _LATER = {
-    "FlareTrainer": ".trainer",
-    "FlareSeq2SeqTrainer": ".trainer",
+    "FlareTrainer": ".training.trainer",
+    "FlareSeq2SeqTrainer": ".training.trainer",
     "Recipe": ".recipes",
     "from_recipe": ".recipes",
     "recipes": ".recipes",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flare.source_pass import Preparation
+from flare.source.source_pass import Preparation
 
 
 class StatesAlive:

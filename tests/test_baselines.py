@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from two_streams import BOS, CLS, PAD, SEP, rows, task_model, tokenizer
 
 from flare.baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
-from flare.data import FlareDataCollator
-from flare.trainer import FlareTrainer
+from flare.training.collator import FlareDataCollator
+from flare.training.trainer import FlareTrainer
 
 A, B, C, D, E, F, G, H = range(10, 18)
 

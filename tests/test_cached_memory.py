@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import flare
 from flare.measure import count_calls, saved_bytes
-from flare.source_pass import Preparation
+from flare.source.source_pass import Preparation
 
 MODES = ("keep", "offload", "recompute")
 ROW = 9 * tiny.LAYERS * tiny.HIDDEN * 4  # bytes of a row of BERT or Llama with its pads

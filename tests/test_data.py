@@ -6,7 +6,7 @@ import pytest
 import torch
 from two_streams import BOS, CLS, PAD, SEP, rows, task_model, tokenizer
 
-from flare.data import FlareDataCollator, layout_of
+from flare.training.collator import FlareDataCollator, layout_of
 
 A, B, C, D, E, F, G, H = range(10, 18)  # word ids that read better than numbers
 

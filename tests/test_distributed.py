@@ -33,8 +33,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
-from flare import joint_attention, source_pass
-from flare.sharded import gathered
+from flare.source import source_pass
+from flare.source.fsdp import gathered
+from flare.tuner import site as joint_attention
 
 D = 7  # of FLARE MT's latent states
 LR = 0.05

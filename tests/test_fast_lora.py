@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import flare
-from flare.layer import FlareLayer
+from flare.tuner.layer import FlareLayer
 from flare_kernels import FUSIONS, reference
 
 QV = {"bert": ("query", "value"), "xlmr": ("query", "value"), "llama": ("q_proj", "v_proj")}

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import flare
-from flare.generation import SourceCache
+from flare.generation.generate import SourceCache
 
 TOLERANCE = {"rtol": 0, "atol": 2e-6}  # generate hands logits out in float32; rotary angles are float32 too
 

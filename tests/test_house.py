@@ -190,7 +190,8 @@ LAYERS = (
     ("commands",),
     ("report", "demo"),
     ("experiment", "translation"),
-    ("trainer", "tasks", "baselines", "recipes"),
+    ("tasks", "baselines", "recipes"),
+    ("training",),
 )
 
 

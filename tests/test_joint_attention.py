@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flare
-from flare import joint_attention, layer
-from flare.joint_attention import SiblingLinear
+from flare.tuner import layer
+from flare.tuner import site as joint_attention
+from flare.tuner.site import SiblingLinear
 from flare_kernels import fused_lora_qkv
 
 # (query, key, value) of a family

@@ -15,8 +15,8 @@ from test_trainer import arguments, flare_model
 from two_streams import rows, tokenizer
 
 import flare
-from flare.source_memory import Offload
-from flare.source_states import StateKey
+from flare.source.memory import Offload
+from flare.source.states import StateKey
 
 pytestmark = [
     pytest.mark.gpu,

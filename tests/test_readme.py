@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from flare import source_pass
+from flare.source import source_pass
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import flare
-from flare.routing import ModelMap
+from flare.tuner.routing import ModelMap
 
 
 def test_paths_of_a_block() -> None:

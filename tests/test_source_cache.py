@@ -25,7 +25,7 @@ from cached_states import (
 )
 
 import flare
-from flare.runtime import runtime_of
+from flare.source.hooks import runtime_of
 from flare.source_cache.rows import counts_relatively
 
 
@@ -237,7 +237,7 @@ def test_another_width_is_said_once_with_kept_pads() -> None:
 
 def test_under_recomputation_in_backward_a_reader_reads_again() -> None:
     """A second reading of one pass (in a backward) gives the same states and counts nothing."""
-    from flare.source_pass import Preparation
+    from flare.source.source_pass import Preparation
 
     model, batch = fused("bert"), batch_of("bert")
     base = model.get_base_model()

@@ -13,7 +13,7 @@ from test_trainer import arguments, flare_model, lora
 from two_streams import rows, tokenizer
 
 import flare
-from flare.trainer import FlareSeq2SeqTrainer, FlareTrainer
+from flare.training.trainer import FlareSeq2SeqTrainer, FlareTrainer
 
 SEQ2SEQ = {"mt5": FlareSeq2SeqTrainer}
 
@@ -23,7 +23,7 @@ def trained(
 ) -> tuple[Any, SourceBlocks]:
     from transformers import Seq2SeqTrainingArguments
 
-    from flare.data import FlareDataCollator
+    from flare.training.collator import FlareDataCollator
 
     model = model or flare_model(task, lora_alpha=8, source_padding=options.pop("source_padding", "keep"))
     layout = {"bert": "encoder", "llama": "causal", "mt5": "seq2seq"}[task]
@@ -76,7 +76,7 @@ def test_two_epochs_run_each_source_block_once_per_example(task, padding, tmp_pa
 
 
 def test_a_collator_of_ones_own_is_told_why_nothing_hits(tmp_path) -> None:
-    from flare.data import FlareDataCollator
+    from flare.training.collator import FlareDataCollator
 
     model = flare_model("bert")
     own = FlareDataCollator(tokenizer())

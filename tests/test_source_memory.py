@@ -13,9 +13,10 @@ from states_alive import StatesAlive
 from torch.utils.checkpoint import checkpoint
 
 import flare
-from flare import runtime, source_memory
 from flare.measure import count_calls
-from flare.source_pass import Preparation
+from flare.source import hooks as runtime
+from flare.source import memory as source_memory
+from flare.source.source_pass import Preparation
 
 FAMILIES = ("bert", "llama", "mt5")
 ON_CPU = "'offload' is 'keep' here"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flare
-from flare.runtime import runtime_of
+from flare.source.hooks import runtime_of
 
 
 def fused(family: str, *, base: dict | None = None, **overrides):
@@ -342,7 +342,7 @@ def test_states_encoded_in_inference_mode_can_be_trained_on() -> None:
 
 
 def test_zeroed_pads_are_zero_whatever_stood_there() -> None:
-    from flare.source_pass import zero_pads
+    from flare.source.source_pass import zero_pads
 
     hidden = torch.tensor([[[1.0, float("nan")], [float("inf"), 2.0], [3.0, 4.0]]])
     assert zero_pads(hidden, torch.tensor([[0, 0, 1]])).tolist() == [[[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]]]
@@ -350,7 +350,7 @@ def test_zeroed_pads_are_zero_whatever_stood_there() -> None:
 
 def test_dropout_of_the_source_is_the_same_in_both_directions() -> None:
     """S is linear in A, so <dA, A> = <G, S> holds only if backward drops what forward dropped."""
-    from flare.source_pass import Preparation, make_groups, read_from_states, run_source_pass
+    from flare.source.source_pass import Preparation, make_groups, read_from_states, run_source_pass
 
     model = fused("llama", lora_dropout=0.4).double()
     inputs = tiny.batch("llama")

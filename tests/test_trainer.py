@@ -14,8 +14,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from two_streams import rows, task_model, tokenizer
 
 from flare import _compat, fast_lora
-from flare.data import FlareDataCollator, layout_of
-from flare.trainer import FlareSeq2SeqTrainer, FlareTrainer
+from flare.training.collator import FlareDataCollator, layout_of
+from flare.training.trainer import FlareSeq2SeqTrainer, FlareTrainer
 
 TASKS = {
     "bert": TaskType.SEQ_CLS,

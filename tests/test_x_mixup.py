@@ -21,8 +21,8 @@ from two_streams import rows, task_model, tokenizer
 from flare import FlareConfig
 from flare.baselines import load_x_mixup, plain_lora, x_mixup
 from flare.baselines.mixup_layer import pair_entropy
-from flare.data import FlareDataCollator
-from flare.trainer import FlareTrainer
+from flare.training.collator import FlareDataCollator
+from flare.training.trainer import FlareTrainer
 
 LAYER = 1
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BatchEncoding
 
-from ..data import FlareDataCollator, Text, read_rows
+from ..training.collator import FlareDataCollator, Text, read_rows
 from .lora import plain_lora
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class InputFusionCollator(FlareDataCollator):
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any, **options: Any) -> InputFusionCollator:
         """A collator that knows the model's positions, token types and layout; ``options`` as for the class."""
-        from ..data import layout_of
+        from ..training.collator import layout_of
 
         known = {
             "max_positions": max_positions(model),

@@ -19,7 +19,7 @@ def plain_lora(model: Any, config: peft.LoraConfig | None = None, **overrides: A
     Raises:
         ValueError: an override ``fusion`` other than None.
     """
-    from ..adopt import fast_lora
+    from ..tuner.convert import fast_lora
 
     if overrides.pop("fusion", None) is not None:
         raise ValueError("plain_lora does not fuse: leave fusion out, or call flare.fast_lora to fuse two streams")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _compat
-from ..layer import FlareLayer
+from ..tuner.layer import FlareLayer
 from .mixup_place import Place
 
 _IMPLEMENTATION = "flare_x_mixup"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import _compat
-from ..routing import ModelMap
+from ..tuner.routing import ModelMap
 
 
 @dataclass(frozen=True)

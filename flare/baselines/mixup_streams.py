@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import is_data_parallel_replica
-from ..data import SOURCE_COLUMNS, SOURCE_POSITIONS
-from ..runtime import warn_user
-from ..source_inputs import check_ids, check_same_shape, source_mask
+from ..source.hooks import warn_user
+from ..source.inputs import check_ids, check_same_shape, source_mask
+from ..training.collator import SOURCE_COLUMNS, SOURCE_POSITIONS
 from .mixup_layer import MixupRuntime, Streams, runtime_of
 
 SOURCE_ARGUMENTS = (*SOURCE_COLUMNS, *SOURCE_POSITIONS)
@@ -35,7 +35,7 @@ NO_SOURCE_LABELS_WARNING = (
 
 
 def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
-    """Install the hooks around the model; before those of flare.runtime, which would take the source out."""
+    """Install the hooks around the model; before those of flare.source.hooks, which would take the source out."""
     runtime.handles += [
         model.register_forward_pre_hook(_before_model, with_kwargs=True, prepend=True),
         model.register_forward_hook(_after_model, with_kwargs=True),

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import X_MIXUP, register_tuner
-from ..adopt import infer_task_type, make_config
-from ..config import FlareConfig
-from ..model import FlareModel
+from ..tuner.config import FlareConfig
+from ..tuner.convert import infer_task_type, make_config
+from ..tuner.model import FlareModel
 from . import mixup_layer, mixup_streams
 from .lora import plain_lora
 from .mixup_layer import MixupRuntime, Streams

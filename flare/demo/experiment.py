@@ -24,12 +24,12 @@ from transformers import (
     set_seed,
 )
 
-from ..adopt import fast_lora
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
-from ..data import FlareDataCollator
 from ..experiment.callbacks import Bar, Timing, measure_step, quiet, quiet_libraries
 from ..measure import StepTimer
-from ..trainer import FlareTrainer
+from ..training.collator import FlareDataCollator
+from ..training.trainer import FlareTrainer
+from ..tuner.convert import fast_lora
 from .base_model import BaseConfig, pretrained_base
 from .corpus import LABELS, SOURCE_LANGUAGE, TARGET_LANGUAGE, Pair, add_noise, make_corpus
 from .real_data import load_parallel

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer import FlareLayer, weight_of
+from ..tuner.layer import FlareLayer, weight_of
 
 
 def bottleneck_sizes(

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import FlareConfig
 from ..errors import UserError
+from ..tuner.config import FlareConfig
 from .processes import is_main, on_main, process_count
 from .records import Metrics
 from .run_folder import locked

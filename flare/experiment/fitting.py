@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ..errors import UserError
 from ..measure import StepTimer
-from ..trainer import FlareTrainer
+from ..training.trainer import FlareTrainer
 from .callbacks import Bar, Clock, Log, PeakMemory, Timing, measure_step, quiet
 from .predict import Predictor
 from .processes import is_main, on_main

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..latent_encoder import LatentEncoder
+from ..source.latent_encoder import LatentEncoder
 from ..tasks import Pair, nllb_code
 
 #: Larger states are kept in a file, from which batches are read.

@@ -9,10 +9,10 @@ from typing import Any
 import peft
 from peft import PeftModel
 
-from ..adopt import fast_lora
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
-from ..data import FlareDataCollator
 from ..errors import UserError
+from ..training.collator import FlareDataCollator
+from ..tuner.convert import fast_lora
 from .setup import Setup
 
 #: Methods that read a source text.

@@ -21,9 +21,9 @@ import transformers
 import yaml
 
 from .._compat import enable_checkpointing
-from ..adopt import fast_lora
-from ..config import FlareConfig
-from ..data import FlareDataCollator
+from ..training.collator import FlareDataCollator
+from ..tuner.config import FlareConfig
+from ..tuner.convert import fast_lora
 from ..yaml_files import YamlLoader
 
 #: PEFT's task type -> transformers' Auto class, and the collator's layout.

@@ -16,8 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..source_pass import Preparation, Reader
-from ..source_states import StateKey
+from ..source.source_pass import Preparation, Reader
+from ..source.states import StateKey
 from .entries import Entry
 from .fingerprint import check_frozen, fingerprint
 from .memory import MemoryTier
@@ -141,7 +141,7 @@ class SourceStateCache:
         masks: Mapping[str, Tensor] | None = None,
         decoders: Collection[str] = (),
     ) -> Reader:
-        """A reader (see flare.source_pass) of cached rows, which runs the frozen model on the others and keeps them.
+        """A reader (see flare.source.source_pass) of cached rows; runs the frozen model on the others and keeps them.
 
         Args:
             model: the transformers model.

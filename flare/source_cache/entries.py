@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..source_states import StateKey
+from ..source.states import StateKey
 
 #: Entries begin at multiples of this many bytes.
 ALIGNMENT = 64

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..source_memory import memory_of
+from ..source.memory import memory_of
 from .entries import Entry, aligned
 
 _SLAB = 64 << 20

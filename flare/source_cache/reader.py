@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..source_pass import Preparation, Visitor, read_from_model
-from ..source_states import StateKey
+from ..source.source_pass import Preparation, Visitor, read_from_model
+from ..source.states import StateKey
 from .entries import Entry, size_of
 from .memory import MemoryTier
 from .rows import Row, Stream, context_of, name_rows

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..source_states import StateKey
+from ..source.states import StateKey
 
 _ABSOLUTE = ("position_embedding", "embed_position", "wpe")
 _RELATIVE = ("rotary_emb", "relative_attention_bias")

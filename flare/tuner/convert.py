@@ -11,13 +11,13 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from . import joint_attention
-from ._compat import FLARE, SET_BY_PEFT, LoraLayer
+from .._compat import FLARE, SET_BY_PEFT, LoraLayer
+from ..source.hooks import detach, runtime_of
+from . import site as joint_attention
 from .config import FlareConfig
 from .layer import FlareLayer
 from .model import FastLoraReport, FlareModel
 from .routing import ModelMap
-from .runtime import detach, runtime_of
 
 _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
@@ -170,7 +170,7 @@ def _adopt_peft_model(
 
 
 def release(module: nn.Module, cls: type) -> None:
-    """Undo :func:`flare.layer.adopt`: the layer gets its former class back and loses what was added to it."""
+    """Undo :func:`flare.tuner.layer.adopt`: the layer gets its former class back and loses what was added to it."""
     if not isinstance(module, FlareLayer):
         return
     for name in _ADOPTED:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from flare_kernels import FUSIONS
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from ._compat import FLARE
+from .._compat import FLARE
 
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")

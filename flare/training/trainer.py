@@ -31,9 +31,9 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from . import _compat
-from .data import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
-from .source_cache import SourceStateCache
+from .. import _compat
+from ..source_cache import SourceStateCache
+from .collator import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
 
 _log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ._compat import inside_ddp
-from .layer import FlareLayer, weight_of
-from .sharded import REENTRANT, gathered
+from .._compat import inside_ddp
+from ..tuner.layer import FlareLayer, weight_of
+from .fsdp import REENTRANT, gathered
 from .source_pass import Arrival, SourceCarrier, zero_pads
-from .source_states import StateKey
+from .states import StateKey
 
 #: Source arguments that are text for the base model, which FLARE MT does not read.
 _TEXT = ("source_input_ids", "source_token_type_ids", "source_labels", "source_decoder_input_ids")

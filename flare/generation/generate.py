@@ -1,8 +1,8 @@
 """``model.generate`` with a source: transformers' own generate, with a KV cache that has the source beside it.
 
 Nothing of generate is copied. A subclass of DynamicCache is passed as ``past_key_values``; it carries the source's side
-(flare.source_decoding), follows what beams and samples do to the rows, and the hook before the model (flare.runtime)
-asks it for the S of the positions that a forward has. Of an encoder-decoder only the decoder's source needs that: the
+(flare.generation.decoding), follows what beams and samples do to the rows, and the hook before the model
+(flare.source.hooks) asks it for the S of the positions that a forward has. Of an encoder-decoder only the decoder's source needs that: the
 encoder's is fused once, as in a forward.
 """
 
@@ -17,8 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from .config import SOURCE_PADDING
-from .runtime import (
+from ..source.hooks import (
     DECODER_ARGUMENTS,
     SOURCE_OF_CACHE,
     Runtime,
@@ -28,8 +27,11 @@ from .runtime import (
     note_target_masks,
     warn_user,
 )
-from .shared_pass import SOURCE_PASSES, obstacle
-from .source_decoding import (
+from ..source.inputs import backbone_inputs, check_ids
+from ..source.source_pass import SourceCarrier
+from ..source.states import SourceStates
+from ..tuner.config import SOURCE_PADDING
+from .decoding import (
     AlignedText,
     FrozenText,
     GivenStates,
@@ -40,9 +42,7 @@ from .source_decoding import (
     say_two_passes,
     slots_of,
 )
-from .source_inputs import backbone_inputs, check_ids
-from .source_pass import SourceCarrier
-from .source_states import SourceStates
+from .shared_pass import SOURCE_PASSES, obstacle
 
 ALIGNMENTS = ("training", "release")
 

@@ -11,15 +11,15 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from . import joint_attention
-from ._compat import LoraLayer, register_tuner
+from .._compat import LoraLayer, register_tuner
+from ..generation.generate import ALIGNMENTS, generate
+from ..source.hooks import SOURCE_ARGUMENTS, Runtime, attach, check_cacheable, detach, encode, runtime_of
+from ..source.states import SourceStates
+from ..source_cache import SourceStateCache
+from . import site as joint_attention
 from .config import FlareConfig
-from .generation import ALIGNMENTS, generate
 from .layer import MERGE_REFUSED, FlareLayer, adopt
 from .routing import ModelMap
-from .runtime import SOURCE_ARGUMENTS, Runtime, attach, check_cacheable, detach, encode, runtime_of
-from .source_cache import SourceStateCache
-from .source_states import SourceStates
 
 
 @dataclass(frozen=True)

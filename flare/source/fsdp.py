@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
-from ._compat import after_backward, every_module
+from .._compat import after_backward, every_module
 
 REENTRANT = (
     "FLARE MT's projection serves every block, and gradient checkpointing with use_reentrant=True would send it one "

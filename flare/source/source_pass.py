@@ -4,7 +4,7 @@
 
     forward    the reader hands over the source's hidden states block by block; each becomes S = x_S A^T at once, while
                it is still in cache
-    backward   receives all dS and forms dA = dS^T x_S from the states, as the node's memory (flare.source_memory)
+    backward   receives all dS and forms dA = dS^T x_S from the states, as the node's memory (flare.source.memory)
                brings them again: kept, copied back from the host, or computed a second time
 
 The target pass then fuses S with its own T and sees only the rank-r bottleneck. Both streams' shares of dA meet in
@@ -27,7 +27,7 @@ from flare_kernels import dropout as kernel_dropout
 from flare_kernels.backends import primitives
 from flare_kernels.node import Masks, rows, without_autocast
 
-from ._compat import (
+from .._compat import (
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     compiled_calls_off,
@@ -35,10 +35,10 @@ from ._compat import (
     is_bnb_linear,
     set_adapters_disabled,
 )
-from .layer import FlareLayer, weight_of
-from .sharded import gathered
-from .source_memory import Keep, StateMemory
-from .source_states import SourceStates, StateKey
+from ..tuner.layer import FlareLayer, weight_of
+from .fsdp import gathered
+from .memory import Keep, StateMemory
+from .states import SourceStates, StateKey
 
 #: Called with every wanted state x_S (B, m, d), in the order in which the model produces them.
 Visitor = Callable[[StateKey, Tensor], None]

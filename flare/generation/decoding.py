@@ -1,7 +1,7 @@
 """The source beside a target that is generated token by token: which S each new position of the target meets.
 
-A target's KV cache carries one of the classes below (flare.generation makes it). At every forward of the target it is
-asked for the S of as many positions as that forward has, advances by as many, and knows how the target's rows (beams,
+A target's KV cache carries one of the classes below (flare.generation.generate makes it). At every forward of the
+target it is asked for the S of as many positions as that forward has, advances by as many, and knows how the target's rows (beams,
 several samples of one prompt) belong to its own.
 
     AlignedText   as in training: prompt position j meets the source's prompt position j, new token t the source's
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..source.source_pass import Preparation, SourceCarrier, make_groups, read_from_run, run_source_pass
 from .shared_pass import SharedStep, States, inputs_of_both, join_caches, part_caches
-from .source_pass import Preparation, SourceCarrier, make_groups, read_from_run, run_source_pass
 
 if TYPE_CHECKING:
-    from .runtime import Runtime, Wanted
+    from ..source.hooks import Runtime, Wanted
 
 Slots = frozenset[tuple[str, str]]
 

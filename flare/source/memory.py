@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._compat import uses_reentrant_checkpointing
-from .sharded import is_sharded
-from .source_states import StateKey
+from .._compat import uses_reentrant_checkpointing
+from .fsdp import is_sharded
+from .states import StateKey
 
 #: Called with a state's rows (n, d), in the order in which they come.
 RowVisitor = Callable[[StateKey, Tensor], None]

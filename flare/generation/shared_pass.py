@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._compat import (
+from .._compat import (
     GROWING_CACHE_LAYERS,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
@@ -31,13 +31,13 @@ from ._compat import (
     is_compiled,
     mixes_rows,
 )
-from .layer import FlareLayer
-from .sharded import is_sharded
-from .source_pass import Preparation, SourceCarrier, listen, make_groups, run_source_pass
-from .source_states import StateKey
+from ..source.fsdp import is_sharded
+from ..source.source_pass import Preparation, SourceCarrier, listen, make_groups, run_source_pass
+from ..source.states import StateKey
+from ..tuner.layer import FlareLayer
 
 if TYPE_CHECKING:
-    from .runtime import Runtime, Wanted
+    from ..source.hooks import Runtime, Wanted
 
 SOURCE_PASSES = ("auto", "shared", "separate")
 States = dict[str, dict[str, Tensor]]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from flare_kernels import fused_lora, reference
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from ._compat import LoraLayer, LoraLinear, is_bnb_lora
+from .._compat import LoraLayer, LoraLinear, is_bnb_lora
 
 if TYPE_CHECKING:
-    from .source_pass import LayerSource
+    from ..source.source_pass import LayerSource
 
 MERGE_REFUSED = (
     "adapter {name!r} fuses two streams (fusion={fusion!r}): phi(S, T) depends on the source text and cannot be merged "

@@ -3,8 +3,8 @@
 Four hooks, and no modeling code copied or patched:
 
 1. before the transformers model: take ``source_*`` out of the keyword arguments, run the source pass; in a step of
-   generation, ask the source that the KV cache carries for its next positions (flare.source_decoding), or put its rows
-   below the target's (flare.shared_pass);
+   generation, ask the source that the KV cache carries for its next positions (flare.generation.decoding), or put its
+   rows below the target's (flare.generation.shared_pass);
 2. before the owner of a block stack: hand the carrier on as a keyword argument of the blocks;
 3. before a self-attention module: take the carrier out and give each adapter layer its part;
 4. after it: take it away again; after the model: check that every fusing layer was reached.
@@ -25,23 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import joint_attention
-from ._compat import is_data_parallel_replica
-from .config import FlareConfig
+from .._compat import is_data_parallel_replica
+from ..source_cache import SourceStateCache
+from ..tuner import site as joint_attention
+from ..tuner.config import FlareConfig
+from ..tuner.layer import FlareLayer, weight_of
+from ..tuner.routing import ModelMap
+from .fsdp import reshard_below
+from .inputs import backbone_inputs, check_states, decoder_inputs, decoder_shape, target_shape, without_trailing_pads
 from .latent import carry_latent
-from .layer import FlareLayer, weight_of
-from .routing import ModelMap
-from .sharded import reshard_below
-from .source_cache import SourceStateCache
-from .source_inputs import (
-    backbone_inputs,
-    check_states,
-    decoder_inputs,
-    decoder_shape,
-    target_shape,
-    without_trailing_pads,
-)
-from .source_memory import AutocastState, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
+from .memory import AutocastState, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
 from .source_pass import (
     Group,
     Preparation,
@@ -52,7 +45,7 @@ from .source_pass import (
     read_from_states,
     run_source_pass,
 )
-from .source_states import SourceStates, StateKey
+from .states import SourceStates, StateKey
 
 #: Keyword arguments of the model that belong to the source.
 SOURCE_ARGUMENTS = (
@@ -68,7 +61,7 @@ DECODER_ARGUMENTS = ("source_labels", "source_decoder_input_ids")
 #: A state, and the adapter and layer that read it.
 Wanted = tuple[StateKey, str, FlareLayer]
 
-#: Attribute of a target's KV cache that holds the source decoded beside it (flare.source_decoding).
+#: Attribute of a target's KV cache that holds the source decoded beside it (flare.generation.decoding).
 SOURCE_OF_CACHE = "flare_decoding"
 
 _CARRIER = "flare_source"
@@ -94,7 +87,7 @@ class Runtime:
     handles: list[Any] = field(default_factory=list)
     carrier: SourceCarrier | None = None
     source_cache: SourceStateCache | None = None
-    step: Any = None  # the flare.shared_pass.SharedStep that runs now
+    step: Any = None  # the flare.generation.shared_pass.SharedStep that runs now
     found: list[FlareLayer] | None = None  # see adopted
     in_source_pass: bool = False
     warned: bool = False

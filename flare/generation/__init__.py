@@ -1,0 +1,1 @@
+"""``model.generate`` with a source: the source decoded next to the target."""
