@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 # --- versions ---------------------------------------------------------------------------------------------------------
 
@@ -79,6 +80,7 @@ __all__ = [
     "mixes_rows",
     "register_attention",
     "register_tuner",
+    "registrations",
     "set_adapters_disabled",
 ]
 
@@ -117,6 +119,22 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
+
+
+class Registrations:
+    """How many submodules were registered in this process; what was worked out from a module tree holds until then."""
+
+    count = 0
+
+
+registrations = Registrations()
+
+
+def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    registrations.count += 1
+
+
+register_module_module_registration_hook(_note_registration)
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:

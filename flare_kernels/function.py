@@ -1,9 +1,9 @@
 """The autograd function over :mod:`flare_kernels.node`, and the public function for one projection.
 
 Saved for backward: x and x_source as they came (only where an A asks for a gradient), T and S rounded to the compute
-dtype (only H where phi is linear), A and B in the compute dtype where they had to be stacked or cast and are small
-beside x, and with dropout the seed, from which the masks are made again. Never a cast or dropped-out copy of x. The
-form for projections that share their input is in :mod:`flare_kernels.joint`.
+dtype (only H where phi is linear), the stacked A and B where they had to be stacked or cast and are small compared with
+x, and with dropout the seed, from which the masks are made again. Never a cast or dropped-out copy of x. The form for
+projections that share their input is in :mod:`flare_kernels.joint`.
 """
 
 from __future__ import annotations
@@ -12,147 +12,186 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dropout as _dropout
 from . import library, node, reference, validation
+from ._compat import functorch_is_active, plain_apply
 from .fusion import EAGER_FUSIONS
-from .node import Call, Hidden, Needs, without_autocast
+from .library import call_of
+from .node import Adapter, Call, Hidden, rows, without_autocast
 from .reference import compute_dtype
 
-#: Weights in the compute dtype are kept for the backward pass where x is so many times as large.
+#: Weights in the compute dtype are kept for the backward pass where x is this many times as large.
 _KEPT_SHARE = 16
 
 
-def writable(base_output: Tensor, *beside: Tensor | None) -> Tensor:
-    """base_output itself where the result may stand in its memory, else a copy of it.
+def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
+    """Return base_output itself where the result may stand in its memory, otherwise a copy of it.
 
-    A leaf that requires grad, a view, a part of a larger storage, and memory that one of the tensors ``beside`` lives
-    in too, are still somebody's; memory with gaps cannot be accumulated into as (M, n). What PyTorch cannot tell from a
-    tensor of its own, a ``detach()`` that covers the whole, is written to.
+    A leaf that requires grad, a view, a part of a larger storage, and memory that one of ``others`` shares still belong
+    to someone; memory with gaps cannot be accumulated into as (M, n). A ``detach()`` that covers the whole tensor
+    cannot be told from a tensor of its own and is written to.
     """
     storage = base_output.untyped_storage()
-    others = (other.untyped_storage().data_ptr() for other in beside if other is not None and other.numel())
-    is_somebodys = (
+    addresses = (other.untyped_storage().data_ptr() for other in others if other is not None and other.numel())
+    is_shared = (
         (base_output.is_leaf and base_output.requires_grad)
         or base_output._is_view()
         or storage.nbytes() > base_output.numel() * base_output.element_size()  # inference mode hides views
         or (base_output.is_inference() and not torch.is_inference_mode_enabled())
-        or (base_output.numel() > 0 and storage.data_ptr() in others)
+        or (base_output.numel() > 0 and storage.data_ptr() in addresses)
     )
-    return base_output.clone(memory_format=torch.contiguous_format) if is_somebodys else base_output.contiguous()
+    return base_output.clone(memory_format=torch.contiguous_format) if is_shared else base_output.contiguous()
 
 
 class FusedLoRA(torch.autograd.Function):
     """y_i (..., n_i) += s_i phi_i(S_i, T_i) B_i^T in the memory of every output that has an adapter.
 
-    Shapes: x, x_source (..., d); seed () int64 or None; then, of the numbers that ``sizes`` states, outputs y_i, given
-    S_i (..., r_i), A_i (r_i, d), B_i (n_i, r_i) in stacking order, and W_i (n_i, d) where products are owned.
+    Shapes: x, x_source (..., d); seed () int64 or None; A (R, d), the stacked A, or None; then, of the numbers that
+    ``sizes`` states, outputs y_i, given S (..., columns), A_i (r_i, d), B_i (n_i, r_i) in stacking order, and frozen
+    weights W_i (n_i, d) where the node owns dx of their products. Without y_i the node makes the products too, from
+    W_i and the biases (n_i,) or None behind them; the outputs are then (M, n_i).
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         call: Call,
-        sizes: tuple[int, ...],
+        sizes: tuple[int, int, int],
         x: Tensor,
         x_source: Tensor | None,
         seed: Tensor | None,
+        A: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ys, Ss, As, Bs, Ws = split(tensors, sizes)
-        _, needs_Ss, needs_As, needs_Bs, _ = split(ctx.needs_input_grad[5:], sizes)
-        needs = Needs(ctx.needs_input_grad[2], ctx.needs_input_grad[3], needs_Ss, needs_As, needs_Bs)
+        count_y, count_S, count_W = sizes
+        count = len(call.projections)
+        at_A, at_B = count_y + count_S, count_y + count_S + count
+        at_W = at_B + count
+        Ss, As, Bs, Ws = tensors[count_y:at_A], tensors[at_A:at_B], tensors[at_B:at_W], tensors[at_W : at_W + count_W]
+        flags = ctx.needs_input_grad
+        needs = call.needs(flags[2:4] + flags[6 + count_y : 6 + at_W], count_S)
+        x_MK = rows(x)
+        if count_y:
+            ys = tensors[:count_y]
+            matrices: Sequence[Tensor] = [rows(y) for y in ys]
+            ctx.mark_dirty(*ys)
+        else:
+            # under autocast, which casts as it would without us
+            ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, tensors[at_W + count_W :]))
+        xs_MK = None if x_source is None else rows(x_source)
+        S_matrices = [rows(S) for S in Ss] if Ss else ()
         with without_autocast(x.device):
-            hidden = node.forward(call, x, x_source, Ss, seed, ys, As, Bs, keep=needs.anything)
-        ctx.mark_dirty(*ys)
+            hidden = node.forward(call, x_MK, xs_MK, S_matrices, seed, matrices, As, Bs, keep=needs.anything, A=A)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.sizes, ctx.needs = call, sizes, needs
-        keep_streams = any(needs.A)
         # T is needed for dB, and T and S where dH goes through phi
-        nonlinear = any(group.launch_fusion is not None for group in call.groups)
-        keep_hidden = any(needs.B) or (needs.hidden and nonlinear)
-        A, B = (hidden.A if needs.x or needs.x_source else None), (hidden.B if needs.hidden else None)
+        keep_hidden = needs.any_B or (needs.hidden and call.nonlinear)
         ctx.save_for_backward(
-            x if keep_streams else None,
-            x_source if keep_streams else None,
+            x if needs.any_A else None,
+            x_source if needs.any_A else None,
             hidden.T if keep_hidden else None,
             hidden.S if keep_hidden else None,
-            _worth_keeping(A, As, x),
-            _worth_keeping(B, Bs, x),
+            _worth_keeping(hidden.A, As, x) if needs.x or needs.x_source else None,
+            _worth_keeping(hidden.B, Bs, x) if needs.hidden else None,
             seed,
-            *(*As, *Bs, *Ws),
+            *tensors[at_A : at_W + count_W],
         )
         ctx.x_like = (x.shape, x.dtype)
         ctx.source_like = None if x_source is None else (x_source.shape, x_source.dtype)
-        ctx.S_likes = [(S.shape, S.dtype) for S in Ss]
+        ctx.S_likes = [(S.shape, S.dtype) for S in Ss] if Ss else ()
         return ys
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        device = next((G.device for G in grads if G is not None), None)
-        if device is None:
-            return (None,) * len(ctx.needs_input_grad)
-        call: Call = ctx.call
-        x, x_source, T, S, A, B, seed, *rest = ctx.saved_tensors
-        _, As, Bs, Ws = split(rest, (0, *ctx.sizes[2:]))
-        (x_shape, x_dtype), source_like = ctx.x_like, ctx.source_like
-        with without_autocast(device):
-            found = node.backward(
-                call,
-                ctx.needs,
-                x,
-                x_source,
-                Hidden(T, S, As[0] if A is None and len(As) == 1 and As[0].dtype == call.dtype else A, B),
-                As,
-                Bs,
-                Ws,
-                seed,
-                grads,
-                d=x_shape[-1],
-                x_dtype=x_dtype,
-                source_dtype=None if source_like is None else source_like[1],
-            )
-        needs_ys = ctx.needs_input_grad[5 : 5 + ctx.sizes[0]]
-        return (
-            None,
-            None,
-            None if found.x is None else found.x.view(x_shape),
-            None if found.x_source is None else found.x_source.view(source_like[0]),
-            None,
-            *(G if need else None for G, need in zip(grads, needs_ys, strict=True)),
-            *(
-                None if dS is None else dS.to(to).view(like)
-                for dS, (like, to) in zip(found.S, ctx.S_likes, strict=True)
-            ),
-            *found.A,
-            *found.B,
-            *([None] * len(Ws)),
+        # the wrapper for create_graph=True costs more calls than the rest of this method
+        return _backward_once(ctx, *grads) if torch.is_grad_enabled() else _backward(ctx, *grads)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    call: Call = ctx.call
+    count_y, count_S, _ = ctx.sizes
+    count = len(call.projections)
+    flags = ctx.needs_input_grad
+    device = None
+    for G in grads:
+        if G is not None:
+            device = G.device
+    if device is None:
+        return (None,) * len(flags)
+    x, x_source, T, S, A, B, seed, *weights = ctx.saved_tensors
+    As, Bs, Ws = weights[:count], weights[count : 2 * count], weights[2 * count :]
+    (x_shape, x_dtype), source_like = ctx.x_like, ctx.source_like
+    if A is None and count == 1 and As[0].dtype == call.dtype:
+        A = As[0]
+    with without_autocast(device):
+        found = node.backward(
+            call,
+            ctx.needs,
+            None if x is None else rows(x),
+            None if x_source is None else rows(x_source),
+            Hidden(T, S, A, B),
+            As,
+            Bs,
+            Ws,
+            seed,
+            grads if not count_y else [None if G is None else rows(G) for G in grads],
+            width=x_shape[-1],
+            x_dtype=x_dtype,
+            source_dtype=None if source_like is None else source_like[1],
+            source_columns=[shape[-1] for shape, _ in ctx.S_likes] if count_S else (),
         )
+    of_outputs: Sequence[Tensor | None] = ()
+    if count_y:
+        of_outputs = [G if need else None for G, need in zip(grads, flags[6 : 6 + count_y], strict=True)]
+    of_S: Sequence[Tensor | None] = ()
+    if count_S:
+        of_S = [
+            None if dS is None else dS.to(to).view(like) if dS.is_contiguous() else dS.to(to).reshape(like)
+            for dS, (like, to) in zip(found.S, ctx.S_likes, strict=True)
+        ]
+    return (
+        None,
+        None,
+        None if found.x is None else found.x.view(x_shape),
+        None if found.x_source is None or source_like is None else found.x_source.view(source_like[0]),
+        None,
+        None,
+        *of_outputs,
+        *of_S,
+        *found.A,
+        *found.B,
+        *(None,) * (len(flags) - 6 - count_y - count_S - 2 * count),
+    )
+
+
+_apply_in_cpp = plain_apply(FusedLoRA)
+
+
+def _apply(*args: Any) -> tuple[Tensor, ...]:
+    if functorch_is_active():
+        return FusedLoRA.apply(*args)  # type: ignore[no-any-return]
+    return _apply_in_cpp(*args)  # type: ignore[no-any-return]
+
+
+#: What create_graph=True gets: these gradients, and an error where they are differentiated again.
+_backward_once = once_differentiable(_backward)
 
 
 def _worth_keeping(stacked: Tensor | None, weights: Sequence[Tensor], x: Tensor) -> Tensor | None:
-    """Weights that were stacked or cast, where they are small beside x; else the backward pass makes them again."""
-    if stacked is None or any(stacked is weight for weight in weights) or _KEPT_SHARE * stacked.nbytes > x.nbytes:
+    """Return weights that were stacked or cast, where they are small compared with x; None: backward makes them."""
+    if stacked is None or _KEPT_SHARE * stacked.nbytes > x.nbytes:
         return None
-    return stacked
-
-
-def split(items: Sequence[Any], sizes: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Consecutive parts of a sequence."""
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(tuple(items[start : start + size]))
-        start += size
-    return parts
+    return None if len(weights) == 1 and stacked is weights[0] else stacked
 
 
 def apply(
     backend: str,
     dtype: torch.dtype,
-    adapters: Sequence[library.Adapter],
+    adapters: Sequence[Adapter],
     p: float,
     x: Tensor,
     x_source: Tensor | None,
@@ -162,20 +201,57 @@ def apply(
     Bs: Sequence[Tensor],
     Ws: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """One call of the node with gradients: in place, or as an operator of its own while torch.compile traces.
+    """Call the node with gradients: in place, or as an operator of its own while torch.compile traces.
 
-    adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first. p: dropout that acts.
+    Args:
+        adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first.
+        p: probability of dropout that acts.
+        ys: frozen outputs, consumed. Ws: the frozen weights, where ys have no graph and the node owns their dx.
     """
     p = p if adapters else 0.0
     seed = _dropout.draw_seed(x.device) if p > 0.0 else None
     if torch.compiler.is_compiling():
         return library.apply(backend, dtype, adapters, p, x, x_source, Ss, seed, ys, As, Bs, Ws)
-    call = library.build_call(backend, x.device, dtype, adapters, outputs=len(ys), owns_products=bool(Ws), p=p)
+    call = call_of(backend, x.device, dtype, tuple(adapters), len(ys), p)
     own: list[Tensor] = []
     for y in ys:  # none shares memory with another or with an input
         own.append(writable(y, x, x_source, *Ss, *own))
-    sizes = (len(ys), len(Ss), len(As), len(Bs), len(Ws))
-    return FusedLoRA.apply(call, sizes, x, x_source, seed, *own, *Ss, *As, *Bs, *Ws)  # type: ignore[no-any-return]
+    sizes = (len(ys), len(Ss), len(Ws))
+    return _apply(call, sizes, x, x_source, seed, None, *own, *Ss, *As, *Bs, *Ws)
+
+
+def apply_with_products(
+    call: Call,
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    A: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    Ws: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Call the node for adapters over plain frozen linears, whose products and dx it makes too. Checks nothing.
+
+    Args:
+        call: of as many outputs as there are Ws.
+        x, x_source: (..., d). Ss: S (..., columns) in place of x_source. A: the stacked A, where it is there already.
+        As, Bs: in the call's order. Ws, biases: (n_i, d) and (n_i,), frozen, of every output.
+
+    Returns:
+        y_i (M, n_i), in memory of their own.
+    """
+    seed = _dropout.draw_seed(x.device) if call.p > 0.0 else None
+    sizes = (0, len(Ss), len(Ws))
+    return _apply(call, sizes, x, x_source, seed, A, *Ss, *As, *Bs, *Ws, *biases)
+
+
+def add_adapters(
+    call: Call, x: Tensor, Ss: Sequence[Tensor], ys: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]
+) -> None:
+    """Add the adapters' shares to y_i (..., n_i) in place, without a graph, from x (..., d) and S (..., columns)."""
+    with torch.no_grad(), without_autocast(x.device):
+        node.forward(call, rows(x), None, [*map(rows, Ss)], None, [*map(rows, ys)], As, Bs, keep=False)
 
 
 def fused_lora(
@@ -192,7 +268,7 @@ def fused_lora(
     training: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """y = base_output + scaling * phi(x_source A^T, x A^T) B^T for one projection (FLARE, section 3).
+    """Return y = base_output + scaling * phi(x_source A^T, x A^T) B^T for one projection (FLARE, section 3).
 
     Args:
         x: (..., m, d) target stream.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,25 +19,17 @@ from torch import Tensor
 
 from . import node
 from .backends import primitives
-from .node import Call, Hidden, Needs, make_call, without_autocast
-
-#: (output index, rank, scaling, fusion) of an adapter.
-Adapter = tuple[int, int, float, str | None]
+from .node import Adapter, Call, Hidden, rows, without_autocast
 
 
-def build_call(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    adapters: Sequence[Adapter],
-    *,
-    outputs: int,
-    owns_products: bool,
-    p: float,
+def call_of(
+    backend: str, device: torch.device, dtype: torch.dtype, adapters: tuple[Adapter, ...], outputs: int, p: float
 ) -> Call:
-    """The call of the node on the primitives of a backend ("auto" included)."""
-    ops = primitives(backend, device, dtype)
-    return make_call(ops, dtype, adapters, outputs=outputs, owns_products=owns_products, p=p)
+    """Return the call of the node on the primitives of a backend ("auto" included); made once."""
+    return _call(primitives(backend, device, dtype), dtype, adapters, outputs, p)
+
+
+_call = lru_cache(maxsize=4096)(Call)
 
 
 def apply(
@@ -115,11 +108,22 @@ def lora(
 ) -> list[Tensor]:
     """[y_i + s_i phi_i(S_i, T_i) B_i^T ..., T, S]; T (M, R) and S (M, fused) where ``keep`` and they are needed."""
     adapters = _adapters(outputs, scalings, fusions, As)
-    call = build_call(backend, x.device, dtype, adapters, outputs=len(ys), owns_products=bool(Ws), p=p)
+    call = call_of(backend, x.device, dtype, tuple(adapters), len(ys), p)
     dense = [y.contiguous() for y in ys]
     outs = [torch.empty_like(y) if i in outputs else y.clone() for i, y in enumerate(dense)]
     with without_autocast(x.device):
-        hidden = node.forward(call, x, x_source, Ss, seed, dense, As, Bs, keep=keep, outs=outs)
+        hidden = node.forward(
+            call,
+            rows(x),
+            None if x_source is None else rows(x_source),
+            [rows(S) for S in Ss],
+            seed,
+            [rows(y) for y in dense],
+            As,
+            Bs,
+            keep=keep,
+            outs=[rows(out) for out in outs],
+        )
     T_size, S_size = _kept_sizes(x, x_source, As, fusions, keep)
     nothing = x.new_empty((0,), dtype=dtype)
     # T and S are parts of one buffer, which two results of an operator may not be
@@ -172,26 +176,26 @@ def lora_backward(
 ) -> list[Tensor]:
     """[dx, dx_source, dS_i ..., dA_i ..., dB_i ...], empty where ``needs`` (in that order) does not ask for one."""
     adapters = _adapters(outputs, scalings, fusions, As)
-    call = build_call(backend, x.device, dtype, adapters, outputs=len(grads), owns_products=bool(Ws), p=p)
+    call = call_of(backend, x.device, dtype, tuple(adapters), len(grads), p)
     S_node: Tensor | None = S if S.dim() == 2 else None
-    if S_node is None and Ss and not all(group.launch_fusion is None for group in call.groups):
-        S_node = node.side_by_side([node.rows(given) for given in Ss]).to(dtype)
-    asked = _needs(needs, len(Ss), len(As))
+    if S_node is None and Ss and call.nonlinear:
+        S_node = node.side_by_side([rows(given) for given in Ss]).to(dtype)
     with without_autocast(x.device):
         found = node.backward(
             call,
-            asked,
-            x,
-            x_source,
+            call.needs(tuple(needs), len(Ss)),
+            rows(x),
+            None if x_source is None else rows(x_source),
             Hidden(T if T.dim() == 2 else None, S_node),
             As,
             Bs,
             Ws,
             seed,
-            grads,
-            d=x.shape[-1],
+            [rows(G) for G in grads],
+            width=x.shape[-1],
             x_dtype=x.dtype,
             source_dtype=None if x_source is None else x_source.dtype,
+            source_columns=[given.shape[-1] for given in Ss],
         )
     likes = [x, x_source, *Ss, *As, *Bs]
     results: list[Tensor] = []
@@ -232,13 +236,6 @@ def _(
         x.new_empty((0,)) if like is None or not need else like.new_empty(like.shape)
         for like, need in zip(likes, needs, strict=True)
     ]
-
-
-def _needs(flags: Sequence[bool], count_S: int, count_A: int) -> Needs:
-    """The flags of (x, x_source, S_i ..., A_i ..., B_i ...) by name."""
-    x, x_source, *rest = flags
-    of_S, of_A, of_B = rest[:count_S], rest[count_S : count_S + count_A], rest[count_S + count_A :]
-    return Needs(x, x_source, tuple(of_S), tuple(of_A), tuple(of_B))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -142,7 +142,9 @@ def grad_weight(
         if grad is None or stream is None:
             continue
         stream = _dropped(stream, bits, keep_scale, grad.dtype)
-        dA = grad.T @ stream if dA is None else dA.addmm_(grad.T, stream)
+        # added up behind the products, as autograd does where the streams' shares come apart: the same bits
+        share = grad.T @ stream
+        dA = share if dA is None else dA.add_(share)
     assert dA is not None, "grad_weight needs at least one stream"
     return dA.to(grad_dtype)
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import flare
-from flare.source.hooks import runtime_of
+from flare.source.runtime import runtime_of
 
 FAMILIES = ("bert", "llama", "mt5")
 MB = 1 << 20

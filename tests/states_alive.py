@@ -31,14 +31,14 @@ class StatesAlive:
         self._storages.clear()
         self.counts.clear()
 
-    def rows(self) -> Any:
-        """``Preparation.rows`` that follows what it returns."""
-        plain = Preparation.rows
+    def preparing(self) -> Any:
+        """``Preparation.__call__`` that follows what it returns."""
+        plain = Preparation.__call__
 
-        def rows(prepare: Preparation, key: Any, hidden: torch.Tensor) -> torch.Tensor:
+        def prepared(prepare: Preparation, key: Any, hidden: torch.Tensor) -> torch.Tensor:
             x = plain(prepare, key, hidden)
             self.follow(x)
             self.count()
             return x
 
-        return rows
+        return prepared

@@ -129,7 +129,7 @@ def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tm
         cache.flush()
         alive.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Preparation, "rows", alive.rows())
+            patch.setattr(Preparation, "__call__", alive.preparing())
             if memory == "inference":
                 with torch.no_grad():
                     model(**inputs)

@@ -25,7 +25,7 @@ from cached_states import (
 )
 
 import flare
-from flare.source.hooks import runtime_of
+from flare.source.runtime import runtime_of
 from flare.source_cache.rows import counts_relatively
 
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import flare
 from flare.measure import count_calls
-from flare.source import hooks as runtime
 from flare.source import memory as source_memory
+from flare.source import read
 from flare.source.source_pass import Preparation
 
 FAMILIES = ("bert", "llama", "mt5")
@@ -61,7 +61,7 @@ def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         choice = plain(asked, *args, **kwargs)
         return source_memory.Choice("offload") if asked == "offload" and ON_CPU in choice.reason else choice
 
-    monkeypatch.setattr(runtime, "choose", choose)
+    monkeypatch.setattr(read, "choose", choose)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,14 +91,14 @@ def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options:
 def test_the_second_pass_sees_the_first_ones_autocast(memory: str, monkeypatch) -> None:
     """Backward runs outside the forward's autocast; the states come again to the bit."""
     seen: list[list[torch.Tensor]] = []
-    plain = Preparation.rows
+    plain = Preparation.__call__
 
-    def rows(self, key, hidden):
+    def prepared(self, key, hidden):
         found = plain(self, key, hidden)
         seen[-1].append(found.clone())
         return found
 
-    monkeypatch.setattr(Preparation, "rows", rows)
+    monkeypatch.setattr(Preparation, "__call__", prepared)
     results = []
     for mode in ("keep", memory):
         model = model_of("llama", mode)
@@ -141,7 +141,7 @@ def test_block_executions_of_a_step(memory: str) -> None:
 def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypatch) -> None:
     """ "keep" holds one state for each block; "recompute" and inference hold at most two, at any time and depth."""
     alive = StatesAlive()
-    monkeypatch.setattr(Preparation, "rows", alive.rows())
+    monkeypatch.setattr(Preparation, "__call__", alive.preparing())
     depth = "num_layers" if family == "mt5" else "num_hidden_layers"
     for layers in (2, 6):
         model = model_of(family, "keep" if memory == "inference" else memory, base={depth: layers})
@@ -302,14 +302,14 @@ def test_wrong_settings(options: dict, message: str) -> None:
 def test_states_are_gone_after_backward_though_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
     """A loop that holds its last output while the next forward runs has one batch's states, not two."""
     alive: list[weakref.ref] = []
-    plain = Preparation.rows
+    plain = Preparation.__call__
 
-    def rows(self, key, hidden):
+    def prepared(self, key, hidden):
         x = plain(self, key, hidden)
         alive.append(weakref.ref(x.untyped_storage()))
         return x
 
-    monkeypatch.setattr(Preparation, "rows", rows)
+    monkeypatch.setattr(Preparation, "__call__", prepared)
     model = model_of("llama", "keep")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import flare
-from flare.source.hooks import runtime_of
+from flare.source.context import THREAD
+from flare.source.runtime import runtime_of
 
 
 def fused(family: str, *, base: dict | None = None, **overrides):
@@ -227,21 +228,23 @@ def test_zeroed_pads(fusion) -> None:
 def test_states_are_kept_once_and_only_where_a_gradient_asks() -> None:
     inputs = tiny.batch("llama")
     model = fused("llama", base={"dtype": torch.bfloat16})
-    runtime = runtime_of(model.get_base_model())
     seen = []
     attention = tiny.block_list(model.get_base_model())[0].self_attn
-    attention.register_forward_hook(lambda *_: seen.append(runtime.carrier))
+    attention.register_forward_hook(lambda *_: seen.append(THREAD.forward))
+
+    def kept() -> list[torch.Tensor]:
+        return [state for site in seen[-1].sites.values() for state in (site.states or {}).values()]
+
     model(**inputs)
-    kept = seen[-1].kept
-    assert len(kept) == tiny.LAYERS and all(state.dtype == torch.bfloat16 for state in kept.values())
+    assert len(kept()) == tiny.LAYERS and all(state.dtype == torch.bfloat16 for state in kept())
     with torch.no_grad():
         model(**inputs)
-    assert not seen[-1].kept
+    assert not kept()
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
     model(**inputs)
-    assert not seen[-1].kept, "a frozen A needs no x_S"
+    assert not kept(), "a frozen A needs no x_S"
 
 
 def test_autocast_keeps_one_copy_in_the_compute_dtype() -> None:
@@ -286,17 +289,19 @@ def _without_source(forward):
     return narrowed
 
 
-def test_tied_copies_do_not_share_a_carrier() -> None:
+def test_a_copy_has_its_own_layers_and_sites() -> None:
     """A copy made after a forward pass is independent of the original's last source."""
     model = fused("bert")
     inputs = tiny.batch("bert")
     model(**inputs)
     twin = copy.deepcopy(model)
     assert runtime_of(twin.get_base_model()) is not runtime_of(model.get_base_model())
-    assert runtime_of(twin.get_base_model()).carrier is None
+    assert THREAD.forward is None and THREAD.context is None and THREAD.pending is None
     assert all(isinstance(layer, nn.Module) for layer in runtime_of(twin.get_base_model()).layers)
     own = {id(m) for m in twin.modules()}
     assert all(id(layer) in own for layer in runtime_of(twin.get_base_model()).layers)
+    sites = {layer.__dict__["_flare_site"] for layer in runtime_of(twin.get_base_model()).layers}
+    assert len(sites) == tiny.LAYERS and all(id(site.parent) in own for site in sites)
 
 
 def test_a_hook_on_the_frozen_layer_keeps_what_it_saw() -> None:
@@ -350,19 +355,19 @@ def test_zeroed_pads_are_zero_whatever_stood_there() -> None:
 
 def test_dropout_of_the_source_is_the_same_in_both_directions() -> None:
     """S is linear in A, so <dA, A> = <G, S> holds only if backward drops what forward dropped."""
-    from flare.source.source_pass import Preparation, make_groups, read_from_states, run_source_pass
+    from flare.source.source_pass import Preparation, project_states, read_from_states
 
     model = fused("llama", lora_dropout=0.4).double()
     inputs = tiny.batch("llama")
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    groups, weights = make_groups(runtime_of(model.get_base_model()).wanted())
-    assert all(group.dropout_p == 0.4 for group in groups)
-    reader = read_from_states(states, {group.key for group in groups})
-    carrier = run_source_pass(reader, Preparation(), groups, weights)
-    S = [part for by_adapter in carrier.S.values() for part in by_adapter.values()]
+    reads = runtime_of(model.get_base_model()).reading().of_text
+    assert all(group.dropout_p == 0.4 for group in reads.groups)
+    reader, weights = read_from_states(states, reads.keys), reads.weights()
+    first = project_states(reader, Preparation(), reads.groups).bottlenecks
+    S = [part for by_adapter in first.values() for part in by_adapter.values()]
     G = [torch.randn_like(part) for part in S]
     dA = torch.autograd.grad(S, weights, G)
     for weight, grad, part, g in zip(weights, dA, S, G, strict=True):
         torch.testing.assert_close((grad * weight).sum(), (g * part).sum())
-    again = run_source_pass(reader, Preparation(), groups, weights)
-    assert any(not torch.equal(part, again.S[layer]["default"]) for layer, part in zip(carrier.S, S, strict=True))
+    again = project_states(reader, Preparation(), reads.groups).bottlenecks
+    assert any(not torch.equal(part, again[layer]["default"]) for layer, part in zip(first, S, strict=True))

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 
 import flare
-from flare.source.hooks import runtime_of
+from flare.source.runtime import runtime_of
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 

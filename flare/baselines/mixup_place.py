@@ -44,9 +44,9 @@ class Place:
             raise ValueError(f"layer={layer} is no block of {type(model).__name__}: {stack} has 0 to {blocks - 1}")
         block = f"{stack}.{layer}"
         attention = next(
-            site.attention
-            for site in mapped.sites.values()
-            if (site.stack, site.block) == (stack, layer) and not site.is_cross_attention
+            place.attention
+            for place in mapped.places.values()
+            if (place.stack, place.block) == (stack, layer) and not place.is_cross_attention
         )
         if not _compat.looks_up_attention(model.get_submodule(attention)):
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._compat import is_data_parallel_replica
 from ..source.hooks import warn_user
-from ..source.inputs import check_ids, check_same_shape, source_mask
+from ..source.inputs import check_ids, check_same_shape, check_source_mask
 from ..training.collator import SOURCE_COLUMNS, SOURCE_POSITIONS
 from .mixup_layer import MixupRuntime, Streams, runtime_of
 
@@ -156,7 +156,8 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
     if "source_input_ids" not in source:
         raise ValueError(f"{', '.join(sorted(source))} was given without source_input_ids: pass both, or neither")
     ids = check_ids("source_input_ids", source["source_input_ids"], "(B, m)")
-    mask = source_mask(ids, source.get("source_attention_mask"))
+    mask = source.get("source_attention_mask")
+    mask = torch.ones_like(ids) if mask is None else check_source_mask(ids, mask)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if "source_token_type_ids" in source:
         inputs["token_type_ids"] = source["source_token_type_ids"]

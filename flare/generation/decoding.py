@@ -1,8 +1,8 @@
 """The source beside a target that is generated token by token: which S each new position of the target meets.
 
 A target's KV cache carries one of the classes below (flare.generation.generate makes it). At every forward of the
-target it is asked for the S of as many positions as that forward has, advances by as many, and knows how the target's rows (beams,
-several samples of one prompt) belong to its own.
+target it is asked for the S of as many positions as that forward has, advances by as many, and knows how the target's
+rows (beams, several samples of one prompt) belong to its own.
 
     AlignedText   as in training: prompt position j meets the source's prompt position j, new token t the source's
                   token t. The frozen model writes its own greedy continuation, with a KV cache of its own. A row is
@@ -16,35 +16,34 @@ positions that one forward asks for, r the rank; S is layer -> adapter -> (B, q,
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..source.source_pass import Preparation, SourceCarrier, make_groups, read_from_run, run_source_pass
-from .shared_pass import SharedStep, States, inputs_of_both, join_caches, part_caches
-
-if TYPE_CHECKING:
-    from ..source.hooks import Runtime, Wanted
+from ..source.context import Bottlenecks, SourceContext
+from ..source.inputs import accepted_by
+from ..source.runtime import Reads, Runtime
+from ..source.source_pass import Preparation, project_states, read_from_run
+from .shared_pass import SharedStep, inputs_of_both, join_caches, part_caches
 
 Slots = frozenset[tuple[str, str]]
 
 
-def slots_of(wanted: list[Wanted]) -> Slots:
-    """The (layer, adapter) pairs that fuse."""
-    return frozenset((layer.flare_key, adapter) for _, adapter, layer in wanted)
+def slots_of(reads: Reads) -> Slots:
+    """Return the (layer, adapter) pairs that fuse."""
+    return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.wanted)
 
 
-def map_states(states: States, change: Callable[[Tensor], Tensor]) -> States:
+def map_states(states: Bottlenecks, change: Callable[[Tensor], Tensor]) -> Bottlenecks:
     """The same layers and adapters with other tensors."""
     return {layer: {name: change(one) for name, one in own.items()} for layer, own in states.items()}
 
 
-def join_states(parts: list[States]) -> States:
+def join_states(parts: list[Bottlenecks]) -> Bottlenecks:
     """Parts laid one after the other along the positions."""
     if len(parts) == 1:
         return parts[0]
@@ -70,25 +69,24 @@ class SourceDecoding:
     used: int = 0  # positions of the target that have been given their S
     rows: Tensor | None = None  # target row -> source row, once the target's first forward has shown how many it has
 
-    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+    def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
         """S of the target's next ``length`` positions, one row per source row."""
         raise NotImplementedError
 
     @torch.compiler.disable  # as in training, the frozen pass stays eager under a compiled model
-    def carry(
-        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], shape: tuple[int, ...] | None, past: int
-    ) -> SourceCarrier:
+    def carry(self, model: nn.Module, runtime: Runtime, shape: tuple[int, ...] | None, past: int) -> SourceContext:
         """What travels to the layers in one forward of the target.
 
         Args:
-            model, runtime, wanted: the transformers model, its runtime and what fuses now.
+            model, runtime: the transformers model and its runtime.
             shape: (rows, q) of the forward.
             past: positions that the target's cache holds.
 
         Raises:
             ValueError: the forward does not go on where the last one ended, or other adapters are active by now.
         """
-        mine = runtime.by_stack(wanted)[self.in_decoder]
+        reading = runtime.reading()
+        mine = reading.of_decoder if self.in_decoder else reading.of_text
         if slots_of(mine) != self.slots:
             raise ValueError("past_key_values: other adapters were active when this generation began; begin anew")
         if shape is None or past != self.used:
@@ -101,7 +99,7 @@ class SourceDecoding:
             found = self.states(model, runtime, mine, length)
             self.used += length
             found = map_states(found, lambda one: self._for_target(one, rows))
-        return SourceCarrier(found, {}, {}, graded=False)
+        return SourceContext.of_bottlenecks(found, reading.sites)
 
     def _for_target(self, states: Tensor, rows: int) -> Tensor:
         """One row for each of the target's rows."""
@@ -124,13 +122,11 @@ class SourceDecoding:
         """The rows of the KV cache as it is now that will belong to these rows of the target; then select_rows."""
         return rows
 
-    def share(
-        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], kwargs: dict[str, Any]
-    ) -> SharedStep | None:
+    def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
         """One pass of both streams in place of :meth:`carry` and a pass of the target; None where there can be none.
 
         Args:
-            model, runtime, wanted: as in :meth:`carry`.
+            model, runtime: as in :meth:`carry`.
             kwargs: keyword arguments of the target's forward.
         """
         return None
@@ -148,7 +144,7 @@ class FrozenText:
     encoder_mask: Tensor | None = None
     next_ids: Tensor | None = None  # (B, 1), the greedy choice after what was read last
 
-    def read(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], ids: Tensor) -> States:
+    def read(self, model: nn.Module, runtime: Runtime, reads: Reads, ids: Tensor) -> Bottlenecks:
         """Read token ids (B, q) behind what was read before; their S."""
         past = self.cache.get_seq_length()
         outputs: list[Any] = []
@@ -158,7 +154,7 @@ class FrozenText:
             outputs.append(model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True))
 
         pads = self.mask[:, past : past + ids.shape[1]] if self.zero_pads else None
-        found = read_states(model, runtime, wanted, run, pads, self.dropout)
+        found = read_states(model, runtime, reads, run, pads, self.dropout)
         self.choose(outputs[0].logits)
         return found
 
@@ -175,7 +171,7 @@ class FrozenText:
         return self._inputs(model, ids, self.mask[:, : past + ids.shape[1]])
 
     def _inputs(self, model: nn.Module, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        accepted = inspect.signature(model.forward).parameters
+        accepted = accepted_by(model)
         if self.encoder_outputs is not None:
             return {
                 "encoder_outputs": self.encoder_outputs,
@@ -194,19 +190,18 @@ class FrozenText:
 def read_states(
     model: nn.Module,
     runtime: Runtime,
-    wanted: list[Wanted],
+    reads: Reads,
     run: Callable[[], object],
     pads: Tensor | None,
     dropout: bool,
-) -> States:
+) -> Bottlenecks:
     """Run the frozen model to its end; S of what it read, zero where ``pads`` (B, q) has zeros."""
-    groups, weights = make_groups(wanted)
-    masks = {} if pads is None else {group.key.stack: pads for group in groups}
-    reader = read_from_run(model, run, {group.key for group in groups}, dropout=dropout, to_the_end=True)
+    masks = {} if pads is None else {key.stack: pads for key in reads.keys}
+    reader = read_from_run(model, run, reads.keys, dropout=dropout, to_the_end=True)
     prepare = Preparation.under_autocast(next(model.parameters()).device, masks)
-    # eager also where the model itself is compiled: it is called as a whole here, and its hooks come and go
-    with runtime.source_pass(), torch.compiler.set_stance("force_eager"):
-        return run_source_pass(reader, prepare, groups, weights).S
+    # eager also where the model itself is compiled: it is called as a whole here
+    with torch.compiler.set_stance("force_eager"):
+        return project_states(reader, prepare, reads.groups).bottlenecks
 
 
 @dataclass(kw_only=True)
@@ -217,32 +212,32 @@ class AlignedText(SourceDecoding):
     prompt: Tensor  # (B, m)
     end_ids: Tensor  # the tokens that end a text; may be none
     done: Tensor = field(init=False)  # (B,), whether a row's end token has been read
-    held: States = field(default_factory=dict)  # S of the position read last, (B, 1, r)
+    held: Bottlenecks = field(default_factory=dict)  # S of the position read last, (B, 1, r)
     shares: bool = False  # whether new tokens may go through the blocks beside the target's
     together: int = 0  # rows of the target in a cache that holds both streams; 0: each has its own
 
     def __post_init__(self) -> None:
         self.done = torch.zeros(len(self.prompt), dtype=torch.bool, device=self.prompt.device)
 
-    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+    def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
         parts = []
         piece = self.prompt[:, self.used : self.used + length]
         if piece.shape[1]:
-            parts.append(self.text.read(model, runtime, wanted, piece))
+            parts.append(self.text.read(model, runtime, reads, piece))
         for _ in range(length - piece.shape[1]):
-            parts.append(self._next_token(model, runtime, wanted))
+            parts.append(self._next_token(model, runtime, reads))
         return join_states(parts)
 
-    def _next_token(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted]) -> States:
+    def _next_token(self, model: nn.Module, runtime: Runtime, reads: Reads) -> Bottlenecks:
         if bool(self.done.all()):
             return self.held
         ids = self.text.next_ids
         assert ids is not None
-        new = self._settle(self.text.read(model, runtime, wanted, ids))
+        new = self._settle(self.text.read(model, runtime, reads, ids))
         self._note_token(new, ids)
         return new
 
-    def _settle(self, new: States) -> States:
+    def _settle(self, new: Bottlenecks) -> Bottlenecks:
         """S of a new token, in rows that are done that of their last one."""
         if not self.held:
             return new
@@ -251,7 +246,7 @@ class AlignedText(SourceDecoding):
             for layer, own in new.items()
         }
 
-    def _note_token(self, settled: States, ids: Tensor) -> None:
+    def _note_token(self, settled: Bottlenecks, ids: Tensor) -> None:
         """A token of every row (B, 1) was read."""
         self.held = settled
         self.done = self.done | torch.isin(ids[:, 0], self.end_ids)
@@ -272,12 +267,10 @@ class AlignedText(SourceDecoding):
         self.together = len(rows) if self.together else 0
 
     @torch.compiler.disable
-    def share(
-        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], kwargs: dict[str, Any]
-    ) -> SharedStep | None:
-        cache = kwargs["past_key_values"]
+    def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
+        cache, reads = kwargs["past_key_values"], runtime.reading().of_text
         rows = len(self.prompt) if self.rows is None else len(self.rows)
-        inputs = self._inputs_of_both(model, runtime, wanted, kwargs, rows) if self.shares else None
+        inputs = self._inputs_of_both(model, runtime, reads, kwargs, rows) if self.shares else None
         if inputs is None:
             if self.together:
                 part_caches(cache, self.text.cache, self.together, keep_source=not bool(self.done.all()))
@@ -288,15 +281,13 @@ class AlignedText(SourceDecoding):
             self.together = rows
         ids = inputs["input_ids"][rows:]
 
-        def finished(settled: States, logits: Tensor) -> None:
+        def finished(settled: Bottlenecks, logits: Tensor) -> None:
             self._note_token(settled, ids)
             self.text.choose(logits)
             self.used += 1
 
         return SharedStep(
-            model,
-            runtime,
-            wanted,
+            reads,
             inputs,
             rows,
             settle=self._settle,
@@ -305,7 +296,7 @@ class AlignedText(SourceDecoding):
         )
 
     def _inputs_of_both(
-        self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], kwargs: dict[str, Any], rows: int
+        self, model: nn.Module, runtime: Runtime, reads: Reads, kwargs: dict[str, Any], rows: int
     ) -> dict[str, Any] | None:
         """Keyword arguments of a forward over both streams' next tokens; None where this forward is another one."""
         past, target = kwargs["past_key_values"].get_seq_length(), kwargs.get("input_ids")
@@ -315,7 +306,7 @@ class AlignedText(SourceDecoding):
             or not isinstance(target, Tensor)
             or target.shape != (rows, 1)
             or not past == self.used >= self.prompt.shape[1]
-            or slots_of(wanted) != self.slots
+            or slots_of(reads) != self.slots
             or torch.is_grad_enabled()
             or model.training
             or bool(self.done.all())
@@ -335,9 +326,9 @@ class LateText(SourceDecoding):
     last position counts. Rows that stop before the others go on with pad tokens.
     """
 
-    steps: list[States]
+    steps: list[Bottlenecks]
 
-    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+    def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
         step = self.steps[min(self.used + length, len(self.steps)) - 1]
 
         def at(one: Tensor) -> Tensor:
@@ -351,15 +342,15 @@ class LateText(SourceDecoding):
 def decode_to_the_end(
     model: nn.Module,
     runtime: Runtime,
-    wanted: list[Wanted],
+    reads: Reads,
     text: FrozenText,
     prompt: Tensor,
     end_ids: Tensor,
     pad_id: int,
     most: int,
-) -> list[States]:
+) -> list[Bottlenecks]:
     """S of every step of the source's own greedy generation of at most ``most`` tokens, as LateText wants them."""
-    steps = [text.read(model, runtime, wanted, prompt)]
+    steps = [text.read(model, runtime, reads, prompt)]
     done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     while len(steps) < most:
         assert text.next_ids is not None
@@ -367,7 +358,7 @@ def decode_to_the_end(
         done = done | torch.isin(ids[:, 0], end_ids)
         if bool(done.all()):
             break
-        steps.append(text.read(model, runtime, wanted, ids))
+        steps.append(text.read(model, runtime, reads, ids))
     return steps
 
 
@@ -375,10 +366,10 @@ def decode_to_the_end(
 class GivenStates(SourceDecoding):
     """S of the whole prompt, given; new tokens hold each row's last real one."""
 
-    given: States
+    given: Bottlenecks
     mask: Tensor | None  # (B, m), where states are real; left out: everywhere
 
-    def states(self, model: nn.Module, runtime: Runtime, wanted: list[Wanted], length: int) -> States:
+    def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
         start = self.used
 
         def at(one: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""``model.generate`` with a source: transformers' own generate, with a KV cache that has the source beside it.
+"""``model.generate`` with a source: transformers' own generate, with a KV cache that carries the source.
 
 Nothing of generate is copied. A subclass of DynamicCache is passed as ``past_key_values``; it carries the source's side
 (flare.generation.decoding), follows what beams and samples do to the rows, and the hook before the model
-(flare.source.hooks) asks it for the S of the positions that a forward has. Of an encoder-decoder only the decoder's source needs that: the
-encoder's is fused once, as in a forward.
+(flare.source.hooks) asks it for the S of the positions that a forward has. Of an encoder-decoder only the decoder's
+source needs that: the encoder's is fused once, as in a forward.
 """
 
 from __future__ import annotations
@@ -17,18 +17,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from ..source.hooks import (
-    DECODER_ARGUMENTS,
-    SOURCE_OF_CACHE,
-    Runtime,
-    Wanted,
-    carry,
-    check_reached,
-    note_target_masks,
-    warn_user,
-)
-from ..source.inputs import backbone_inputs, check_ids
-from ..source.source_pass import SourceCarrier
+from ..source.context import THREAD, SourceContext
+from ..source.hooks import SOURCE_OF_CACHE, check_reached, note_target_masks, warn_user
+from ..source.inputs import DECODER_ARGUMENTS, backbone_inputs, check_ids
+from ..source.read import read_source
+from ..source.runtime import Reads, Runtime
 from ..source.states import SourceStates
 from ..tuner.config import SOURCE_PADDING
 from .decoding import (
@@ -164,9 +157,9 @@ def _refuse_options(options: Options) -> None:
             raise ValueError(f"generate: {name}={shown} cannot be combined with a source: {why}; leave it out")
 
 
-def _refuse_mixing(wanted: list[Wanted]) -> None:
+def _refuse_mixing(reads: Reads) -> None:
     """Fusions in which a position looks at all positions of the target, in a stack that writes them one by one."""
-    for _, adapter, layer in wanted:
+    for _, adapter, layer in reads.wanted:
         fusion = layer.flare_fusion[adapter]
         if fusion in EAGER_FUSIONS:
             raise ValueError(
@@ -218,18 +211,18 @@ def _generate_decoder_only(
     kwargs: dict[str, Any],
 ) -> Any:
     options = Options(model, args, kwargs)
-    wanted = runtime.wanted()
+    reads = runtime.reading().of_text
     _refuse_options(options)
     if alignment == "training":
-        _refuse_mixing(wanted)
+        _refuse_mixing(reads)
     elif options.get("prefill_chunk_size") is not None:
         raise ValueError("generate: prefill_chunk_size cannot be combined with source_alignment='release'")
     elif padding == "zero":
         raise ValueError("generate: source_padding='zero' cannot be combined with source_alignment='release'")
     target = _target_ids(args, kwargs)
     with torch.no_grad():
-        decoding = _decoding(model, runtime, wanted, source, alignment, padding or "zero", target, options)
-        _share(model, runtime, wanted, decoding, source_pass)
+        decoding = _decoding(model, runtime, reads, source, alignment, padding or "zero", target, options)
+        _share(model, runtime, reads, decoding, source_pass)
     if options.get("cache_implementation") is not None:
         kwargs["cache_implementation"] = None  # dynamic, which is what is passed
     kwargs["past_key_values"] = _cache_with(model, decoding)
@@ -248,7 +241,7 @@ def _target_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
 def _decoding(
     model: Any,
     runtime: Runtime,
-    wanted: list[Wanted],
+    reads: Reads,
     source: dict[str, Any],
     alignment: str,
     padding: str,
@@ -257,10 +250,9 @@ def _decoding(
 ) -> SourceDecoding:
     """The source's side of a decoder-only model's generation."""
     shape = tuple(target[0].shape[:2])
-    slots = slots_of(wanted)
-    adapters = {adapter for _, adapter, _ in wanted}
+    slots, adapters = slots_of(reads), reads.adapters
     if runtime.setting("latent_dim", adapters) is not None:
-        given = carry(model, runtime, wanted, source, shape).S
+        given = read_source(model, runtime, source, shape).bottlenecks
         return GivenStates(slots=slots, given=given, mask=source.get("source_attention_mask"))
     if "source_states" in source:
         raise ValueError(
@@ -271,7 +263,9 @@ def _decoding(
     inputs = backbone_inputs(model, source, shape)
     if "token_type_ids" in inputs:
         raise ValueError("source_token_type_ids: generate does not know the types of new tokens; leave it out")
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
     if not bool(mask[:, -1].all()):
         raise ValueError(
             "source_attention_mask ends in padding: the source is gone on with after its last position; pad both "
@@ -291,11 +285,11 @@ def _decoding(
         return AlignedText(slots=slots, text=text, prompt=ids, end_ids=ends)
     most = _most_new_tokens(options, ids.shape[1])
     return LateText(
-        slots=slots, steps=decode_to_the_end(model, runtime, wanted, text, ids, ends, options.pad_id(), most)
+        slots=slots, steps=decode_to_the_end(model, runtime, reads, text, ids, ends, options.pad_id(), most)
     )
 
 
-def _share(model: Any, runtime: Runtime, wanted: list[Wanted], decoding: SourceDecoding, source_pass: str) -> None:
+def _share(model: Any, runtime: Runtime, reads: Reads, decoding: SourceDecoding, source_pass: str) -> None:
     """Have new tokens of both streams go through the model together, where that is possible and asked for.
 
     Raises:
@@ -305,7 +299,7 @@ def _share(model: Any, runtime: Runtime, wanted: list[Wanted], decoding: SourceD
         return
     why, unusual = "the source is not decoded beside the target (FLARE MT, source_alignment='release')", False
     if isinstance(decoding, AlignedText):
-        why, unusual = obstacle(model, runtime, wanted, decoding.text.cache)
+        why, unusual = obstacle(model, runtime, reads, decoding.text.cache)
         decoding.shares = not why
     if why and source_pass == "shared":
         raise ValueError(_NOT_SHARED.format(why=why))
@@ -316,7 +310,7 @@ def _share(model: Any, runtime: Runtime, wanted: list[Wanted], decoding: SourceD
 def _refuse_decoder_arguments(model: Any, source: dict[str, Any]) -> None:
     for name in DECODER_ARGUMENTS:
         if name in source:
-            raise ValueError(f"{name}: {type(model).__name__} is no encoder-decoder, for whose decoder this is")
+            raise ValueError(f"{name}: {type(model).__name__} is not an encoder-decoder; leave it out")
 
 
 def _warn_of_padding(runtime: Runtime, source_mask: Tensor, target_mask: Tensor | None) -> None:
@@ -358,7 +352,8 @@ def _generate_encoder_decoder(
             "the source out"
         )
     options = Options(model, args, kwargs)
-    in_encoder, in_decoder = runtime.by_stack(runtime.wanted())
+    reading = runtime.reading()
+    in_encoder, in_decoder = reading.of_text, reading.of_decoder
     target = tuple(_target_ids(args, kwargs)[0].shape[:2])
     decodes = [name for name in DECODER_ARGUMENTS if name in source]
     if decodes and isinstance(source.get("source_states"), SourceStates):
@@ -367,39 +362,39 @@ def _generate_encoder_decoder(
         if decodes and in_decoder:
             _refuse_options(options)
             _refuse_mixing(in_decoder)
-            carrier, decoding = _both_stacks(model, runtime, in_encoder, in_decoder, source, padding, target, options)
+            context, decoding = _both_stacks(model, runtime, in_encoder, in_decoder, source, padding, target, options)
             kwargs["past_key_values"] = _cache_with(model, decoding)
             if options.get("cache_implementation") is not None:
                 kwargs["cache_implementation"] = None
         else:
-            if all(runtime.configs[adapter].latent_dim is None for _, adapter, _ in in_encoder):
+            if all(runtime.configs[adapter].latent_dim is None for adapter in in_encoder.adapters):
                 source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
-            carrier = carry(model, runtime, in_encoder, source, target, source_padding=padding)
-    note_target_masks(runtime, in_encoder, carrier, args, kwargs)
-    runtime.carrier = carrier  # generate calls the encoder by itself, and the hook before its blocks finds it here
+            context = read_source(model, runtime, source, target, source_padding=padding)
+    note_target_masks(runtime, in_encoder.wanted, context, args, kwargs)
+    THREAD.forward = context  # generate calls the encoder by itself, and the hook before its blocks finds it here
     try:
         found = model.generate(*args, **kwargs)
     finally:
-        runtime.carrier = None
-    check_reached(model, carrier)
+        THREAD.forward = None
+    check_reached(model, context)
     return found
 
 
 def _both_stacks(
     model: Any,
     runtime: Runtime,
-    in_encoder: list[Wanted],
-    in_decoder: list[Wanted],
+    in_encoder: Reads,
+    in_decoder: Reads,
     source: dict[str, Any],
     padding: str | None,
     target: tuple[int, ...],
     options: Options,
-) -> tuple[SourceCarrier, AlignedText]:
+) -> tuple[SourceContext, AlignedText]:
     """One run of the frozen encoder: the S of the encoder's layers, and the source's decoder ready to begin."""
-    wanted = [*in_encoder, *in_decoder]
-    adapters = {adapter for _, adapter, _ in wanted}
+    adapters = in_encoder.adapters | in_decoder.adapters
     inputs = backbone_inputs(model, source, target)
-    mask = inputs["attention_mask"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
     dropout = runtime.setting("source_dropout", adapters)
     zero = (padding or runtime.setting("source_padding", adapters)) == "zero"
     outputs: list[Any] = []
@@ -420,7 +415,7 @@ def _both_stacks(
     )
     ends = torch.tensor(options.token_ids("eos_token_id"), dtype=prompt.dtype, device=prompt.device)
     decoding = AlignedText(slots=slots_of(in_decoder), in_decoder=True, text=text, prompt=prompt, end_ids=ends)
-    return SourceCarrier(states, {}, {}, graded=False), decoding
+    return SourceContext.of_bottlenecks(states, in_encoder.sites), decoding
 
 
 def _decoder_prompt(source: dict[str, Any], options: Options, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,14 @@ from .._compat import (
     is_compiled,
     mixes_rows,
 )
+from ..source.context import Bottlenecks, SiteSource, SourceContext
 from ..source.fsdp import is_sharded
-from ..source.source_pass import Preparation, SourceCarrier, listen, make_groups, run_source_pass
+from ..source.runtime import Reads, Runtime
+from ..source.source_pass import Group, Preparation, project_rows
 from ..source.states import StateKey
 from ..tuner.layer import FlareLayer
 
-if TYPE_CHECKING:
-    from ..source.hooks import Runtime, Wanted
-
 SOURCE_PASSES = ("auto", "shared", "separate")
-States = dict[str, dict[str, Tensor]]
 
 #: What a forward may be given in a shared step; tensors under other names would have rows for the target alone.
 _PER_ROW = ("input_ids", "attention_mask", "position_ids")
@@ -49,14 +47,14 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids")
 # --- where it is possible ---------------------------------------------------------------------------------------------
 
 
-def obstacle(model: nn.Module, runtime: Runtime, wanted: list[Wanted], cache: Any) -> tuple[str, bool]:
+def obstacle(model: nn.Module, runtime: Runtime, reads: Reads, cache: Any) -> tuple[str, bool]:
     """Why the streams cannot share a pass, and whether a user could expect them to; an empty reason where they can.
 
     Args:
-        model, runtime, wanted: the transformers model, its runtime and what fuses now.
+        model, runtime, reads: the transformers model, its runtime and what fuses now.
         cache: an empty KV cache of this model.
     """
-    if any(key.position != runtime.map.sites[layer.flare_key].block for key, _, layer in wanted):
+    if any(key.position != runtime.map.places[layer.flare_key].block for key, _, layer in reads.wanted):
         return "source_layer_offset is 1, with which a block meets the source that has left it; 0 is needed", False
     if _in_training(model):
         return "the model is in train mode (model.eval() leaves it)", False
@@ -168,23 +166,13 @@ def part_caches(target: Any, source: Any, rows: int, keep_source: bool) -> None:
 # --- one step ---------------------------------------------------------------------------------------------------------
 
 
-class LiveSource(SourceCarrier):
-    """A carrier whose S comes in while the blocks run."""
-
-    def __init__(self, layers: set[str]) -> None:
-        super().__init__({}, {}, {}, graded=False)
-        self._layers = layers
-
-    @property
-    def expected(self) -> set[str]:
-        return self._layers
-
-
 class SharedStep:
     """One forward of the model over both streams; lives from the hook before the model to the hook after it.
 
+    Its context has every site from the start, so that one without its S is noticed; S comes in as the blocks run.
+
     Args:
-        model, runtime, wanted: the transformers model, its runtime and what fuses now.
+        reads: what fuses now.
         inputs: keyword arguments of the forward, of both streams.
         rows: t, the target's rows, which come first.
         settle: what was read of the source in a block -> the S that its rows have (held where a source has ended).
@@ -194,50 +182,35 @@ class SharedStep:
 
     def __init__(
         self,
-        model: nn.Module,
-        runtime: Runtime,
-        wanted: list[Wanted],
+        reads: Reads,
         inputs: dict[str, Any],
         rows: int,
-        settle: Callable[[States], States],
-        spread: Callable[[States], States],
-        finished: Callable[[States, Tensor], None],
+        settle: Callable[[Bottlenecks], Bottlenecks],
+        spread: Callable[[Bottlenecks], Bottlenecks],
+        finished: Callable[[Bottlenecks, Tensor], None],
     ) -> None:
-        self.model, self.inputs, self.rows, self.total = model, inputs, rows, len(inputs["input_ids"])
+        self.inputs, self.rows, self.total = inputs, rows, len(inputs["input_ids"])
         self.settle, self.spread, self.finished = settle, spread, finished
-        self.wanted: dict[StateKey, list[Wanted]] = {}
-        for one in wanted:
-            self.wanted.setdefault(one[0], []).append(one)
-        self.carrier = LiveSource({layer.flare_key for _, _, layer in wanted})
+        self.sites = reads.sites
+        self.groups: dict[StateKey, list[Group]] = {}
+        self.context = SourceContext(graded=False)
+        for group in reads.groups:
+            self.groups.setdefault(group.key, []).append(group)
+            self.context.sites.setdefault(group.site, SiteSource(None, {}))
         self.prepare = Preparation.under_autocast(inputs["input_ids"].device)
-        self.read: States = {}
-        self.layers = runtime.adopted(model)
-        self.handles: list[Any] = []
+        self.read: Bottlenecks = {}
 
-    def begin(self) -> dict[str, Any]:
-        """Make the layers and blocks ready; the keyword arguments of the forward."""
-        for layer in self.layers:
-            layer.__dict__["_flare_split"] = (self.rows, self.total)
-        self.handles = [listen(self.model, key, self._enter) for key in self.wanted]
-        return self.inputs
-
-    def _enter(self, key: StateKey, hidden: Tensor) -> None:
+    def enter_block(self, key: StateKey, hidden: Tensor) -> None:
         """Both streams (t + s, 1, d) are about to enter a block: make its S."""
-        groups, weights = make_groups(self.wanted[key])
-        source = hidden[self.rows :]
-        read = run_source_pass(lambda visit: visit(key, source), self.prepare, groups, weights).S
-        read = self.settle(read)
+        groups = self.groups.get(key)
+        if groups is None:
+            return
+        read = self.settle(project_rows(hidden[self.rows :], self.prepare, groups))
         self.read.update(read)
-        self.carrier.S.update(self.spread(read))
+        self.context.update(self.spread(read), self.sites)
 
     def finish(self, output: Any) -> Any:
-        """Take everything off the model again; the output of the target's rows. None where the forward failed."""
-        for handle in self.handles:
-            handle.remove()
-        for layer in self.layers:
-            layer.__dict__.pop("_flare_split", None)
-        if output is None:
-            return None
+        """Return the output of the target's rows."""
         logits = output[0] if isinstance(output, tuple) else output["logits"]
         self.finished(self.read, logits[self.rows :])
         if isinstance(output, tuple):

@@ -36,6 +36,8 @@ def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:
     forward has left there (``reshard_after_forward=False``) would take the source's share after its gradient was
     reduced. Modules without shards, or whose shards are in place, are left as they are.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
     for module in {module for path in paths for module in _along(model, path) if isinstance(module, FSDPModule)}:
         module.reshard()
 

@@ -5,6 +5,7 @@ Shapes: B rows, m positions of a text, u of a decoder's input.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -12,6 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from .states import SourceStates
+
+#: Keyword arguments of the model that belong to the source.
+SOURCE_ARGUMENTS = (
+    "source_input_ids",
+    "source_attention_mask",
+    "source_token_type_ids",
+    "source_labels",
+    "source_decoder_input_ids",
+    "source_states",
+)
+#: Of these, what an encoder-decoder's decoder reads.
+DECODER_ARGUMENTS = ("source_labels", "source_decoder_input_ids")
 
 
 def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
@@ -48,10 +61,8 @@ def check_same_shape(ids: Tensor, target: tuple[int, ...] | str) -> None:
         )
 
 
-def source_mask(ids: Tensor, mask: Any) -> Tensor:
-    """``source_attention_mask`` as given, or all ones; ValueError where it has not the shape of the ids (B, m)."""
-    if mask is None:
-        return torch.ones_like(ids)
+def check_source_mask(ids: Tensor, mask: Any) -> Tensor:
+    """``source_attention_mask``; ValueError where it has not the shape of the ids (B, m)."""
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
@@ -71,9 +82,11 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
     check_ids("source_input_ids", ids, "(B, m)")
     if target is not None:
         check_same_shape(ids, target)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": source_mask(ids, mask)}
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if mask is not None:  # one of ones would cost a reduction and a wait for the device
+        inputs["attention_mask"] = check_source_mask(ids, mask)
     backbone: Any = getattr(model, "base_model", model)
-    accepted = inspect.signature(backbone.forward).parameters
+    accepted = accepted_by(backbone)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     types = source.get("source_token_type_ids")
@@ -87,8 +100,24 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
     return inputs
 
 
+def accepted_by(module: nn.Module) -> frozenset[str]:
+    """Names of the arguments of a module's forward."""
+    forward = module.forward
+    return _parameters_of(getattr(forward, "__func__", forward))
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters_of(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The backbone's inputs without the last columns, where they are pads in every row: tokens never look there."""
+    """The backbone's inputs without the last columns, where they are pads in every row: tokens never look there.
+
+    Only where the mask is on the host: nothing here waits for a device.
+    """
+    if "attention_mask" not in inputs or inputs["attention_mask"].device.type != "cpu":
+        return inputs
     used = inputs["attention_mask"].any(dim=0).nonzero()
     width = int(used.max()) + 1 if len(used) else 1
     per_token = ("input_ids", "attention_mask", "token_type_ids")

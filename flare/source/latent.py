@@ -18,16 +18,17 @@ from torch.distributed.tensor import DTensor
 
 from .._compat import inside_ddp
 from ..tuner.layer import FlareLayer, weight_of
+from .context import SourceContext
 from .fsdp import REENTRANT, gathered
-from .source_pass import Arrival, SourceCarrier, zero_pads
-from .states import StateKey
+from .runtime import Reads
+from .source_pass import zero_pads
 
 #: Source arguments that are text for the base model, which FLARE MT does not read.
 _TEXT = ("source_input_ids", "source_token_type_ids", "source_labels", "source_decoder_input_ids")
 
 
-class LatentCarrier(SourceCarrier):
-    """A carrier whose layers share one x_S per adapter.
+class LatentContext(SourceContext):
+    """A context whose layers share one x_S per adapter.
 
     latent: h (B, m, latent_dim), a constant.
     mask: (B, m), only where the caller gave one.
@@ -41,19 +42,20 @@ class LatentCarrier(SourceCarrier):
         dtype: torch.dtype | None,
         projections: dict[str, nn.Linear],
     ) -> None:
-        super().__init__({}, {}, {}, graded)
+        super().__init__(graded)
         self.latent, self.mask, self.dtype, self.projections = latent, mask, dtype, projections
         parameters = [p for projection in projections.values() for p in projection.parameters()]
         self.sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
 
-    def check_reentrant(self) -> None:
-        """Raises ValueError where an engine reduces a gradient as soon as the first block has sent its part."""
+    def make_state(self, layer: str, adapter: str) -> Tensor:
+        """Return x_S made anew from the projection's weights: a recompute inside a block has a graph of its own.
+
+        Raises:
+            ValueError: an engine that reduces a gradient as soon as the first block has sent its part.
+        """
         if self.sharded or inside_ddp():
             raise ValueError(REENTRANT.format(engine="FSDP2" if self.sharded else "DistributedDataParallel"))
-
-    def x_source(self, slot: tuple[str, str]) -> Tensor:
-        """x_S made anew from the projection's weights, so that a recompute inside a block has a graph of its own."""
-        return self.project(slot[1])
+        return self.project(adapter)
 
     def project(self, adapter: str) -> Tensor:
         """x_S (B, m, d) of an adapter."""
@@ -65,15 +67,15 @@ class LatentCarrier(SourceCarrier):
         return x_source
 
 
-def carry_latent(
+def read_latent(
     model: nn.Module,
     source: dict[str, Any],
     target: tuple[int, ...] | None,
-    wanted: list[tuple[StateKey, str, FlareLayer]],
+    reads: Reads,
     layers: Iterable[FlareLayer],
     latent_dim: int,
-) -> LatentCarrier:
-    """S of every fusing layer from the given latent states; ``layers`` hold the projections.
+) -> LatentContext:
+    """Return S of every fusing layer from the given latent states; ``layers`` hold the projections.
 
     Raises:
         TypeError, ValueError: source arguments that do not fit; the message names the argument.
@@ -82,24 +84,21 @@ def carry_latent(
     projections = {
         adapter: cast(nn.Linear, layer.latent_proj[adapter]) for layer in layers for adapter in layer.latent_proj
     }
-    members: dict[str, list[FlareLayer]] = {}
-    for _, adapter, layer in wanted:
-        members.setdefault(adapter, []).append(layer)
-    trained = [weight_of(layer, adapter) for _, adapter, layer in wanted]
-    trained += [parameter for adapter in members for parameter in projections[adapter].parameters()]
+    trained = [*reads.weights(), *(p for name in reads.adapters for p in projections[name].parameters())]
     graded = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trained)
-    carrier = LatentCarrier(graded, latent, mask, getattr(model, "dtype", None), projections)
-    for adapter, own in members.items():
-        x_source = carrier.project(adapter)
+    context = LatentContext(graded, latent, mask, getattr(model, "dtype", None), projections)
+    for adapter in sorted(reads.adapters):
+        groups = [group for group in reads.groups if group.adapter == adapter]
+        own = [layer for group in groups for layer in group.modules]
+        x_source = context.project(adapter)
         dropout = own[0].lora_dropout[adapter]
         x_source = F.dropout(x_source, getattr(dropout, "p", 0.0), dropout.training)
         weights = [gathered(weight_of(layer, adapter)) for layer in own]
         stacked = torch.cat([A.to(x_source.device, x_source.dtype) for A in weights])
         parts = F.linear(x_source, stacked).split([A.shape[0] for A in weights], dim=-1)
-        for layer, A, part in zip(own, weights, parts, strict=True):
-            carrier.S.setdefault(layer.flare_key, {})[adapter] = part.to(A.device)
-            carrier.arrivals[layer.flare_key] = Arrival()
-    return carrier
+        S = {layer.flare_key: {adapter: part.to(A.device)} for layer, A, part in zip(own, weights, parts, strict=True)}
+        context.update(S, reads.sites)
+    return context
 
 
 def _check_latent(

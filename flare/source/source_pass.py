@@ -1,21 +1,22 @@
-"""The source pass as one autograd node: run the frozen model on the source text, keep only what the adapters need.
+"""The source pass: run the frozen model on the source text, and hand its hidden states to the adapters.
 
-    SourcePass.apply(reader, groups, A_1 ... A_n)  ->  S_1 ... S_k        S_j (B, m, sum of the ranks of group j)
+A pass of a :data:`Reader` visits the states that are wanted in the order in which the model makes them. Two consumers:
 
-    forward    the reader hands over the source's hidden states block by block; each becomes S = x_S A^T at once, while
-               it is still in cache
-    backward   receives all dS and forms dA = dS^T x_S from the states, as the node's memory (flare.source.memory)
-               brings them again: kept, copied back from the host, or computed a second time
+1. states that are kept on the device anyway go straight to the layers (:func:`keep_states`): a layer then projects both
+   streams in one launch and forms both shares of dA in one;
+2. otherwise one autograd node projects them at once, and nothing of width d stays::
 
-The target pass then fuses S with its own T and sees only the rank-r bottleneck. Both streams' shares of dA meet in
-autograd, so data-parallel hooks fire once.
+       SourcePass.apply(reader, groups, A_1 ... A_n)  ->  S_1 ... S_k    S_j (B, m, sum of the ranks of group j)
+
+       forward    each state becomes S = x_S A^T at once, while it is still in cache
+       backward   receives all dS and forms dA = dS^T x_S from the states, as the node's memory (flare.source.memory)
+                  brings them again: kept, copied back from the host, or computed a second time
 """
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +25,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flare_kernels import dropout as kernel_dropout
-from flare_kernels.backends import primitives
-from flare_kernels.node import Masks, rows, without_autocast
+from flare_kernels.projection import project, project_grad, stack
 
-from .._compat import (
-    AuxiliaryTrainingWrapper,
-    BaseTunerLayer,
-    compiled_calls_off,
-    every_module,
-    is_bnb_linear,
-    set_adapters_disabled,
-)
 from ..tuner.layer import FlareLayer, weight_of
+from .context import THREAD, Bottlenecks, SourceContext
+from .frozen import switches_of
 from .fsdp import gathered
 from .memory import Keep, StateMemory
 from .states import SourceStates, StateKey
@@ -45,37 +39,39 @@ Visitor = Callable[[StateKey, Tensor], None]
 #: Runs something that yields source states into a visitor: the frozen model, or states read before.
 Reader = Callable[[Visitor], None]
 
+#: A state, and the adapter and layer that read it.
+Wanted = tuple[StateKey, str, FlareLayer]
+
 
 # --- which layers want which state ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Group:
-    """The layers that read one state through one adapter; their A matrices are stacked, their S lie side by side."""
+    """The layers of one site that read one state through one adapter; their A are stacked, their S side by side."""
 
     key: StateKey
     adapter: str
+    site: str
     layers: tuple[str, ...]
-    ranks: tuple[int, ...]
-    first: int  # index of the group's first A among all of the node's
-    dropout_p: float
+    modules: tuple[FlareLayer, ...]
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of lora_dropout that acts now."""
+        dropout = self.modules[0].lora_dropout[self.adapter]
+        return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
 
-def make_groups(wanted: Iterable[tuple[StateKey, str, FlareLayer]]) -> tuple[list[Group], list[nn.Parameter]]:
-    """Group (state, adapter, layer) triples; the groups in order of depth, and all A (r, d) in the groups' order."""
-    members: dict[tuple[StateKey, str], list[FlareLayer]] = {}
+def make_groups(wanted: Iterable[Wanted], sites: Mapping[str, str]) -> list[Group]:
+    """Return the groups of (state, adapter, layer) triples in order of depth; ``sites``: layer -> its site."""
+    members: dict[tuple[StateKey, str, str], list[FlareLayer]] = {}
     for key, adapter, layer in wanted:
-        members.setdefault((key, adapter), []).append(layer)
-    groups: list[Group] = []
-    weights: list[nn.Parameter] = []
-    for (key, adapter), layers in sorted(members.items(), key=lambda item: item[0]):
-        own = [weight_of(layer, adapter) for layer in layers]
-        dropout = layers[0].lora_dropout[adapter]
-        p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
-        names = tuple(layer.flare_key for layer in layers)
-        groups.append(Group(key, adapter, names, tuple(A.shape[0] for A in own), len(weights), p))
-        weights += own
-    return groups, weights
+        members.setdefault((key, adapter, sites[layer.flare_key]), []).append(layer)
+    return [
+        Group(key, adapter, site, tuple(layer.flare_key for layer in layers), tuple(layers))
+        for (key, adapter, site), layers in sorted(members.items(), key=lambda item: item[0])
+    ]
 
 
 # --- reading the states -----------------------------------------------------------------------------------------------
@@ -85,14 +81,23 @@ class _AllRead(Exception):
     """Raised inside the frozen pass once the last wanted state was read: what comes after it need not run."""
 
 
-def read_from_model(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    wanted: set[StateKey],
-    *,
-    dropout: bool,
-) -> Reader:
-    """A reader that runs the frozen model: adapters off, no gradient, and (unless ``dropout``) every dropout off.
+class FrozenPass:
+    """A run of the frozen model, and where the hooks of its blocks (flare.source.hooks) hand their states to."""
+
+    def __init__(self, wanted: Iterable[StateKey], visit: Visitor, to_the_end: bool) -> None:
+        self.wanted, self.visit, self.to_the_end = set(wanted), visit, to_the_end
+
+    def note(self, key: StateKey, hidden: Tensor) -> None:
+        """Take a state (B, m, d) that the model has made."""
+        if key in self.wanted:
+            self.wanted.discard(key)
+            self.visit(key, hidden)
+            if not self.wanted and not self.to_the_end:
+                raise _AllRead
+
+
+def read_from_model(model: nn.Module, inputs: dict[str, Any], wanted: Iterable[StateKey], *, dropout: bool) -> Reader:
+    """Return a reader that runs the frozen model: adapters off, no gradient, and (unless ``dropout``) no dropout.
 
     The pass stops after the last wanted state, so no head, pooler or final norm runs, nor blocks behind it.
 
@@ -103,118 +108,69 @@ def read_from_model(
         dropout: leave the modules' training mode as it is.
     """
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
-    return read_from_run(model, lambda: backbone(**inputs), wanted, dropout=dropout)
+    return read_from_run(backbone, lambda: backbone(**inputs), wanted, dropout=dropout)
 
 
 def read_from_run(
-    model: nn.Module, run: Callable[[], object], wanted: set[StateKey], *, dropout: bool, to_the_end: bool = False
+    model: nn.Module,
+    run: Callable[[], object],
+    wanted: Iterable[StateKey],
+    *,
+    dropout: bool,
+    to_the_end: bool = False,
 ) -> Reader:
-    """:func:`read_from_model` for any way to run the frozen model; ``to_the_end`` where its output is wanted too."""
+    """:func:`read_from_model` for any way to run a frozen ``model``; ``to_the_end`` where its output is wanted too."""
 
     def read(visit: Visitor) -> None:
-        missing = set(wanted)
-
-        def note(key: StateKey, hidden: Tensor) -> None:
-            missing.discard(key)
-            visit(key, hidden)
-            if not missing and not to_the_end:
-                raise _AllRead
-
-        with contextlib.ExitStack() as stack:
-            for key in wanted:
-                stack.callback(listen(model, key, note).remove)
-            modules = every_module(model)
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(adapters_off(modules))
-            stack.enter_context(compiled_calls_off(modules))
-            if not dropout:
-                stack.enter_context(training_off(modules))
-            with contextlib.suppress(_AllRead):
+        frozen_pass = FrozenPass(wanted, visit, to_the_end)
+        before, THREAD.frozen_pass = THREAD.frozen_pass, frozen_pass
+        try:
+            with torch.no_grad(), switches_of(model).off(dropout=dropout):
                 run()
-        if missing:
-            raise RuntimeError(f"the source pass ended without reaching {sorted(missing)}: its blocks were not all run")
+        except _AllRead:
+            pass
+        finally:
+            THREAD.frozen_pass = before
+        if frozen_pass.wanted:
+            raise RuntimeError(
+                f"the source pass ended without reaching {sorted(frozen_pass.wanted)}: its blocks were not all run"
+            )
 
     return read
 
 
-def read_from_states(states: SourceStates, wanted: set[StateKey]) -> Reader:
-    """A reader of states that were computed before.
+def read_from_states(states: SourceStates, wanted: Iterable[StateKey]) -> Reader:
+    """Return a reader of states that were computed before.
 
     Raises:
         ValueError: the states lack one that a fusing layer wants.
     """
-    lacking = sorted(wanted - set(states.states))
+    keys = sorted(wanted)
+    lacking = [key for key in keys if key not in states.states]
     if lacking:
         raise ValueError(
-            f"source_states (offset {states.offset}) lacks {lacking[0]}, which this model's adapters read: "
+            f"source_states (offset {states.offset}) lacks {tuple(lacking[0])}, which this model's adapters read: "
             "make them with encode_source of this model"
         )
 
     def read(visit: Visitor) -> None:
-        for key in sorted(wanted):
+        for key in keys:
             visit(key, states.states[key])
 
     return read
 
 
-def listen(model: nn.Module, key: StateKey, note: Visitor) -> Any:
-    """Hook the place a key names: the first block's input, or the output of the block before. Returns the handle."""
-    blocks = model.get_submodule(key.stack)
-    assert isinstance(blocks, nn.ModuleList)
-    if key.position == 0:
-
-        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            note(key, args[0] if args else kwargs["hidden_states"])
-
-        return blocks[0].register_forward_pre_hook(on_input, with_kwargs=True)
-
-    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        note(key, output if isinstance(output, Tensor) else output[0])
-
-    return blocks[key.position - 1].register_forward_hook(on_output)
-
-
-@contextlib.contextmanager
-def adapters_off(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Every adapter, and every trained copy of a module, off; unlike PEFT's disable_adapter, requires_grad is left."""
-    # an abstract class is slow to tell what its instances are: each class is asked once
-    ours = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    classes = {cls for cls in set(map(type, modules)) if issubclass(cls, ours)}
-    switched = [(module, set_adapters_disabled(module, True)) for module in modules if type(module) in classes]
-    try:
-        yield
-    finally:
-        for module, before in switched:
-            set_adapters_disabled(module, before)
-
-
-@contextlib.contextmanager
-def training_off(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """``training = False``, without eval()'s recursion; only flags that were set are set again.
-
-    Not on bitsandbytes linears, which repack their weights in eval mode.
-    """
-    switched = [module for module in modules if module.training and not is_bnb_linear(module)]
-    for module in switched:
-        module.__dict__["training"] = False
-    try:
-        yield
-    finally:
-        for module in switched:
-            module.__dict__["training"] = True
-
-
-# --- the node ---------------------------------------------------------------------------------------------------------
+# --- padding and dtypes -----------------------------------------------------------------------------------------------
 
 
 def zero_pads(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """hidden (B, m, d) with zeros, whatever stood there, where the mask (B, m) has none."""
+    """Return hidden (B, m, d) with zeros where the mask (B, m) is zero."""
     return hidden.masked_fill(attention_mask.to(hidden.device).unsqueeze(-1) == 0, 0.0)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of a padded text stand: rows of pads are neither projected nor kept.
+    """Where the tokens of a padded text are: rows of pads are neither projected nor kept.
 
     index: (n,) of the tokens among B * m positions. size: (B, m).
     """
@@ -224,7 +180,7 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing:
-        """The packing of a mask (B, m)."""
+        """Return the packing of a mask (B, m)."""
         return cls(mask.flatten().nonzero().squeeze(-1), (int(mask.shape[0]), int(mask.shape[1])))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -242,22 +198,31 @@ class Packing:
 
 @dataclass
 class Preparation:
-    """What a hidden state goes through before it is projected or kept: rows (n, d) of the compute dtype."""
+    """What a hidden state goes through before it is projected or kept.
 
-    packings: Mapping[str, Packing] = field(default_factory=dict)  # by stack, where source_padding="zero"
-    dtype: torch.dtype | None = None  # autocast's, where autocast is on
+    dtype: autocast's, where autocast is on.
+    packings: by stack, under source_padding="zero" where the mask is on the host; pads are left out.
+    masks: by stack, under source_padding="zero" where it is on a GPU, which nothing waits for; pads become zeros.
+    """
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """A state (B, m, d), detached, in the compute dtype."""
-        hidden = hidden.detach()
+    dtype: torch.dtype | None = None
+    packings: Mapping[str, Packing] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, key: StateKey, hidden: Tensor) -> Tensor:
+        """Return a state (B, m, d), without a graph, in the compute dtype, without what stands at pads."""
+        if hidden.requires_grad:
+            hidden = hidden.detach()
         if self.dtype is not None and hidden.dtype == torch.float32:
             hidden = hidden.to(self.dtype)
-        return hidden
+        mask = self.masks.get(key.stack) if self.masks else None
+        return hidden if mask is None else zero_pads(hidden, mask[:, : hidden.shape[1]])
 
     def rows(self, key: StateKey, hidden: Tensor) -> Tensor:
-        """The rows (n, d) of a state (B, m, d) that are read."""
+        """Return the rows (n, d) of a state (B, m, d) that are read."""
         packing = self.packings.get(key.stack)
-        return rows(self(hidden)) if packing is None else packing.pack(self(hidden))
+        hidden = self(key, hidden)
+        return hidden.reshape(-1, hidden.shape[-1]) if packing is None else packing.pack(hidden)
 
     def spread(self, key: StateKey, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """(n, c) as (B, m, c), where ``size`` is that of a state without packing."""
@@ -267,24 +232,53 @@ class Preparation:
     def gather(self, key: StateKey, x: Tensor) -> Tensor:
         """(B, m, c) as (n, c): the rows that :meth:`rows` reads."""
         packing = self.packings.get(key.stack)
-        return rows(x) if packing is None else packing.pack(x)
+        return x.reshape(-1, x.shape[-1]) if packing is None else packing.pack(x)
 
     @classmethod
     def under_autocast(cls, device: torch.device, masks: Mapping[str, Tensor] | None = None) -> Preparation:
-        """The preparation for the autocast state that is in force now; masks: stack -> (B, m), for "zero"."""
-        on = torch.is_autocast_enabled(device.type)
-        made: dict[int, Packing] = {}
-        for mask in (masks or {}).values():  # stacks that read one text share its mask
-            if id(mask) not in made:
-                made[id(mask)] = Packing.of(mask)
-        packings = {stack: made[id(mask)] for stack, mask in (masks or {}).items()}
-        return cls(packings, torch.get_autocast_dtype(device.type) if on else None)
+        """Return the preparation for the autocast state that is in force; masks: stack -> (B, m), for "zero"."""
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        if not masks:
+            return cls(dtype)
+        if any(mask.device.type != "cpu" for mask in masks.values()):
+            return cls(dtype, masks=masks)
+        made = {id(mask): Packing.of(mask) for mask in masks.values()}  # stacks that read one text share its mask
+        return cls(dtype, {stack: made[id(mask)] for stack, mask in masks.items()})
+
+
+# --- states that are kept ---------------------------------------------------------------------------------------------
+
+
+def keep_states(
+    states: Reader | Mapping[StateKey, Tensor], prepare: Preparation, groups: Sequence[Group]
+) -> SourceContext:
+    """Return a context of states that the layers project themselves, from a reader or as they are."""
+    context = SourceContext(graded=True)
+    readers: dict[StateKey, list[Group]] = {}
+    for group in groups:
+        readers.setdefault(group.key, []).append(group)
+
+    def visit(key: StateKey, hidden: Tensor) -> None:
+        hidden = prepare(key, hidden)
+        for group in readers[key]:
+            context.add_state(group.site, group.adapter, hidden)
+
+    if isinstance(states, Mapping):
+        for key, state in states.items():
+            visit(key, state)
+    else:
+        states(visit)
+    return context
+
+
+# --- states that are projected at once --------------------------------------------------------------------------------
 
 
 class SourcePass(torch.autograd.Function):
     """S of every group, and in backward the source's share of every dA. Shapes in the module's docstring.
 
-    ``memory`` (None where no A asks for a gradient) takes the states' rows and brings them again in backward.
+    ``memory`` (None where no A asks for a gradient) takes the states' rows and brings them again in backward. ``sizes``
+    and ``stacked`` are filled: the size of each stack's states, and every group's stacked A.
     """
 
     @staticmethod
@@ -295,9 +289,12 @@ class SourcePass(torch.autograd.Function):
         groups: list[Group],
         memory: StateMemory | None,
         sizes: dict[str, tuple[int, ...]],
+        stacked: dict[tuple[str, ...], Tensor],
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         by_key = _by_key(groups)
+        firsts = _firsts(groups)
+        dropouts = [group.dropout_p for group in groups]
         S: list[Tensor | None] = [None] * len(groups)
         seeds: list[Tensor | None] = [None] * len(groups)
 
@@ -307,27 +304,17 @@ class SourcePass(torch.autograd.Function):
             if memory is not None:
                 memory.put(key, x)
             for index in by_key[key]:
-                group = groups[index]
-                stacked = _stack(group, weights, x.dtype)
-                if group.dropout_p > 0.0:
-                    seeds[index] = kernel_dropout.draw_seed(x.device)
-                masks = Masks(seeds[index], group.dropout_p)
-                with without_autocast(x.device):
-                    _, projected = _ops(x).shrink(
-                        None,
-                        x,
-                        stacked,
-                        compute_dtype=x.dtype,
-                        mask_source=masks.bits(x.shape, kernel_dropout.SOURCE_STREAM),
-                        keep_scale=masks.scale,
-                    )
-                S[index] = prepare.spread(key, projected, sizes[key.stack])
+                group, p = groups[index], dropouts[index]
+                A = stack([A.detach() for A in weights[firsts[index] : firsts[index + 1]]], x.dtype)
+                stacked[group.layers] = A
+                seeds[index] = kernel_dropout.draw_seed(x.device) if p > 0.0 else None
+                S[index] = prepare.spread(key, project(x, A, seed=seeds[index], dropout_p=p), sizes[key.stack])
 
         reader(visit)
         ctx.set_materialize_grads(False)
-        ctx.groups, ctx.prepare = groups, prepare
+        ctx.groups, ctx.prepare, ctx.firsts, ctx.dropouts = groups, prepare, firsts, dropouts
         ctx.replay = None if memory is None else memory.replayer()
-        ctx.weight_dtypes = [weight.dtype for weight in weights]
+        ctx.weight_likes = [(weight.shape[0], weight.dtype) for weight in weights]
         saved = [] if memory is None else memory.saved()
         ctx.saved_states = len(saved)
         ctx.save_for_backward(*saved, *seeds)
@@ -339,39 +326,30 @@ class SourcePass(torch.autograd.Function):
         saved = ctx.saved_tensors
         states, seeds = saved[: ctx.saved_states], saved[ctx.saved_states :]
         groups: list[Group] = ctx.groups
+        firsts: list[int] = ctx.firsts
         by_key = _by_key(groups)
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[6:]
         dA: list[Tensor | None] = [None] * len(needs)
         wanted = [
-            grad is not None and any(needs[group.first : group.first + len(group.ranks)])
-            for group, grad in zip(groups, grads, strict=True)
+            grad is not None and any(needs[firsts[index] : firsts[index + 1]]) for index, grad in enumerate(grads)
         ]
 
         def visit(key: StateKey, x: Tensor) -> None:
             for index in by_key.get(key, ()):
-                group, dS = groups[index], grads[index]
+                dS = grads[index]
                 if not wanted[index] or dS is None:
                     continue
-                masks = Masks(seeds[index], group.dropout_p)
-                exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-                with without_autocast(x.device):
-                    stacked = _ops(x).grad_weight(
-                        None,
-                        None,
-                        ctx.prepare.gather(key, dS),
-                        x,
-                        mask_source=masks.bits(x.shape, kernel_dropout.SOURCE_STREAM),
-                        keep_scale=masks.scale,
-                        grad_dtype=exact,
-                    )
-                own = range(group.first, group.first + len(group.ranks))
-                for at, part in zip(own, stacked.split(list(group.ranks)), strict=True):
+                own = range(firsts[index], firsts[index + 1])
+                dS_rows = ctx.prepare.gather(key, dS)
+                grad = project_grad(dS_rows, x, seed=seeds[index], dropout_p=ctx.dropouts[index])
+                ranks = [ctx.weight_likes[at][0] for at in own]
+                for at, part in zip(own, grad.split(ranks), strict=True):
                     if needs[at]:
-                        dA[at] = part.to(ctx.weight_dtypes[at])
+                        dA[at] = part.to(ctx.weight_likes[at][1])
 
         if any(wanted):
             ctx.replay(states, visit)
-        return (None, None, None, None, None, *dA)
+        return (None, None, None, None, None, None, *dA)
 
 
 def _by_key(groups: list[Group]) -> dict[StateKey, list[int]]:
@@ -382,96 +360,26 @@ def _by_key(groups: list[Group]) -> dict[StateKey, list[int]]:
     return found
 
 
-def _stack(group: Group, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    own = [A.detach() for A in weights[group.first : group.first + len(group.ranks)]]
-    return primitives("auto", own[0].device, dtype).stack(own, dtype)  # type: ignore[no-any-return]
+def _firsts(groups: list[Group]) -> list[int]:
+    """The index of each group's first A among all, and the number of all."""
+    firsts = [0]
+    for group in groups:
+        firsts.append(firsts[-1] + len(group.layers))
+    return firsts
 
 
-def _ops(x: Tensor) -> Any:
-    return primitives("auto", x.device, x.dtype)
-
-
-# --- what travels to the layers ---------------------------------------------------------------------------------------
-
-
-class SourceCarrier:
-    """The source of one forward pass, on its way to the layers as a keyword argument of the blocks.
-
-    It stays with the block's saved arguments, so a checkpoint's recompute finds the same S. No dataclass: FSDP2's mixed
-    precision would hand each block a copy of one.
-
-    S: layer -> adapter -> (B, m, r).
-    where: (layer, adapter) -> the state that it reads; kept: these states.
-    graded: whether gradients were on where the source pass ran.
-    """
-
-    def __init__(
-        self,
-        S: dict[str, dict[str, Tensor]],
-        where: dict[tuple[str, str], StateKey],
-        kept: Mapping[StateKey, Tensor],
-        graded: bool,
-    ) -> None:
-        self.S, self.where, self.kept, self.graded = S, where, kept, graded
-        self.reentrant = False
-        # An object for each layer, only written to in a block: torch.compile would guard on the contents of a set.
-        self.arrivals = {layer: Arrival() for layer in S}
-        self.target_masks: dict[str, Tensor] = {}  # layer -> (B, m), where a fusion looks at it
-
-    def for_layer(self, layer: str) -> LayerSource:
-        """What one layer is handed; notes that the source has reached it."""
-        if layer in self.arrivals:
-            self.arrivals[layer].seen = True
-        if self.graded and not torch.is_grad_enabled():
-            # blocks that run without a graph where the model ran with one: reentrant checkpointing
-            self.reentrant = True
-            self.check_reentrant()
-        return LayerSource(
-            {
-                adapter: (self.x_source((layer, adapter)), None) if self.reentrant else (None, S)
-                for adapter, S in self.S.get(layer, {}).items()
-            }
-        )
-
-    def check_reentrant(self) -> None:
-        """Raises ValueError where the source cannot be trained under reentrant checkpointing."""
-
-    def x_source(self, slot: tuple[str, str]) -> Tensor:
-        """The state x_S (B, m, d) of a (layer, adapter), for a layer that makes its own S."""
-        return self.kept[self.where[slot]]
-
-    @property
-    def missed(self) -> list[str]:
-        """The layers that the source has not reached yet."""
-        return sorted(layer for layer, arrival in self.arrivals.items() if not arrival.seen)
-
-
-class Arrival:
-    """Whether the source has reached one layer."""
-
-    seen = False
-
-
-@dataclass(frozen=True)
-class LayerSource:
-    """What one layer is handed: adapter -> (x_source, source_bottleneck), one of the two."""
-
-    by_adapter: dict[str, tuple[Tensor | None, Tensor | None]]
-
-    def of(self, adapter: str) -> tuple[Tensor | None, Tensor | None]:
-        """(x_source, source_bottleneck) for an adapter of this layer; neither where it does not fuse."""
-        return self.by_adapter.get(adapter, (None, None))
-
-
-class KeptStates(Mapping[StateKey, Tensor]):
+class KeptStates:
     """What a memory keeps as states (B, m, d), for layers that make their own S under reentrant checkpointing."""
 
-    def __init__(self, memory: StateMemory | None, prepare: Preparation, sizes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, memory: StateMemory | None, prepare: Preparation, sizes: dict[str, tuple[int, ...]], groups: list[Group]
+    ) -> None:
         self.memory, self.prepare, self.sizes = memory, prepare, sizes
+        self.where = {(layer, group.adapter): group.key for group in groups for layer in group.layers}
         # one object per state as long as somebody holds it: query and value are computed together for one x_S
         self._whole: weakref.WeakValueDictionary[StateKey, Tensor] = weakref.WeakValueDictionary()
 
-    def __getitem__(self, key: StateKey) -> Tensor:
+    def __call__(self, layer: str, adapter: str) -> Tensor:
         if not isinstance(self.memory, Keep):
             mode = "none" if self.memory is None else self.memory.name
             raise ValueError(
@@ -479,35 +387,45 @@ class KeptStates(Mapping[StateKey, Tensor]):
                 f"source's states, and source_memory is {mode!r}: checkpoint with use_reentrant=False, or "
                 "source_memory='keep'"
             )
+        key = self.where[layer, adapter]
         whole = self._whole.get(key)
         if whole is None:
             whole = self._whole[key] = self.prepare.spread(key, self.memory.states[key], self.sizes[key.stack])
         return whole
 
-    def __iter__(self) -> Iterator[StateKey]:
-        return iter(self.memory.states if isinstance(self.memory, Keep) else ())
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def run_source_pass(
-    reader: Reader,
-    prepare: Preparation,
-    groups: list[Group],
-    weights: list[nn.Parameter],
-    memory: StateMemory | None = None,
-) -> SourceCarrier:
-    """Run the node and sort its outputs by layer and adapter. memory: how states wait for backward (default: kept)."""
+def project_states(
+    reader: Reader, prepare: Preparation, groups: list[Group], memory: StateMemory | None = None
+) -> SourceContext:
+    """Run the node and return a context of its outputs. memory: how states wait for backward (default: kept)."""
+    weights = [weight_of(layer, group.adapter) for group in groups for layer in group.modules]
     graded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     memory = (memory or Keep()) if graded else None
     sizes: dict[str, tuple[int, ...]] = {}
-    outputs = SourcePass.apply(reader, prepare, groups, memory, sizes, *map(gathered, weights))
-    S: dict[str, dict[str, Tensor]] = {}
-    where: dict[tuple[str, str], StateKey] = {}
+    stacked: dict[tuple[str, ...], Tensor] = {}
+    outputs = SourcePass.apply(reader, prepare, groups, memory, sizes, stacked, *map(gathered, weights))
+    context = SourceContext(graded, KeptStates(memory, prepare, sizes, groups))
+    context.stacked_A = stacked
+    context.update(*split_by_layer(groups, outputs))
+    return context
+
+
+def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[Group]) -> Bottlenecks:
+    """Return S (B, q, r) of a state's groups, by layer and adapter; for decoding, without gradients or dropout."""
+    x = prepare.rows(groups[0].key, hidden)
+    outputs = []
+    for group in groups:
+        A = stack([weight_of(layer, group.adapter).detach() for layer in group.modules], x.dtype)
+        outputs.append(prepare.spread(group.key, project(x, A), tuple(hidden.shape[:-1])))
+    return split_by_layer(groups, outputs)[0]
+
+
+def split_by_layer(groups: Sequence[Group], outputs: Iterable[Tensor]) -> tuple[Bottlenecks, dict[str, str]]:
+    """Return S of every layer and adapter, and layer -> site."""
+    S: Bottlenecks = {}
     for group, output in zip(groups, outputs, strict=True):
-        parts = output.split(list(group.ranks), dim=-1) if len(group.ranks) > 1 else (output,)
+        ranks = [weight_of(layer, group.adapter).shape[0] for layer in group.modules]
+        parts = output.split(ranks, dim=-1) if len(ranks) > 1 else (output,)
         for layer, part in zip(group.layers, parts, strict=True):
             S.setdefault(layer, {})[group.adapter] = part
-            where[layer, group.adapter] = group.key
-    return SourceCarrier(S, where, KeptStates(memory, prepare, sizes), graded=graded)
+    return S, {layer: group.site for group in groups for layer in group.layers}

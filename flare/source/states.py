@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, order=True)
-class StateKey:
+class StateKey(NamedTuple):
     """A place in a stack where a hidden state can be read: ``position`` p is the input of block p, equally the raw
     output of block p - 1; p = number of blocks is the last block's output, before any final norm.
     """

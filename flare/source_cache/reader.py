@@ -115,7 +115,7 @@ class CachedReader:
         clock = _TrialClock(self.device) if keeping is not None and keeping.hold else None
 
         def note(key: StateKey, hidden: Tensor) -> None:
-            hidden = self.prepare(hidden)
+            hidden = self.prepare(key, hidden)
             if keeping is not None:
                 with self.cache.meter.storing(self.device), clock or contextlib.nullcontext():
                     keeping.take(key, hidden)

@@ -12,12 +12,13 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from .._compat import FLARE, SET_BY_PEFT, LoraLayer
-from ..source.hooks import detach, runtime_of
-from . import site as joint_attention
+from ..source.hooks import detach
+from ..source.runtime import runtime_of
 from .config import FlareConfig
 from .layer import FlareLayer
 from .model import FastLoraReport, FlareModel
 from .routing import ModelMap
+from .site import make_sites
 
 _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
@@ -32,7 +33,7 @@ _OWN_FIELDS = {f.name for f in fields(FlareConfig)} - _LORA_FIELDS
 _FREE_FIELDS = {"lora_dropout", "peft_type", "peft_version", "base_model_name_or_path"}
 _FIXED_BY_PEFT = {"task_type", "inference_mode"}
 # what adopting adds to a layer of PEFT's
-_ADOPTED = ("flare_fusion", "flare_unmergeable", "flare_key", "_flare_source", "lora_cross_attention", "latent_proj")
+_ADOPTED = ("flare_fusion", "flare_unmergeable", "flare_key", "lora_cross_attention", "latent_proj")
 
 
 def fast_lora(
@@ -106,7 +107,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             for hook in set(module._forward_hooks) - hooks:  # PEFT's, under gradient checkpointing
                 del module._forward_hooks[hook]
         if routed:
-            joint_attention.wire(model)
+            make_sites(model)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         for name in SET_BY_PEFT:

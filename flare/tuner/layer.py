@@ -6,7 +6,7 @@ A layer is made by PEFT as always and then *adopted*: its class is exchanged for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,9 +18,10 @@ from flare_kernels import fused_lora, reference
 from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import LoraLayer, LoraLinear, is_bnb_lora
+from ..source.context import THREAD, TRACED, Slot, SourceContext
 
-if TYPE_CHECKING:
-    from ..source.source_pass import LayerSource
+#: Where a projection has its site (flare.tuner.site), in its ``__dict__``.
+SITE = "_flare_site"
 
 MERGE_REFUSED = (
     "adapter {name!r} fuses two streams (fusion={fusion!r}): phi(S, T) depends on the source text and cannot be merged "
@@ -59,10 +60,6 @@ class FlareLayer:
     flare_key: str
     lora_cross_attention: nn.ModuleDict
     latent_proj: nn.ModuleDict
-    _flare_source: LayerSource | None
-    _flare_mask: tuple[Tensor, bool] | None = None  # during an attention's forward: target's mask (B, m), is it causal
-    _flare_joint: Callable[[Tensor], Tensor | None] | None = None  # during an attention's forward: joint_attention's
-    _flare_split: tuple[int, int] | None = None  # during a step of shared_pass: rows of the target, and of both streams
 
     if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
         base_layer: nn.Module
@@ -73,9 +70,11 @@ class FlareLayer:
         active_adapters: list[str]
         disable_adapters: bool
         merged: bool
+        merged_adapters: list[str]
         in_features: int
         r: dict[str, int]
 
+        def unmerge(self) -> None: ...
         def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None: ...
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -86,51 +85,51 @@ class FlareLayer:
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
         """
-        source = self._flare_source
-        if kwargs.get("adapter_names") is not None and source is not None:
-            raise ValueError(
-                "adapter_names (several adapters in one batch) cannot be combined with source_input_ids or "
-                "source_states: run one adapter per batch, or leave the source out"
-            )
+        slot = TRACED if torch.compiler.is_compiling() else THREAD
+        if slot.frozen_pass is not None:
+            if self.merged_adapters:
+                self.unmerge()  # as PEFT where adapters are off
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if not args and not kwargs:
+            output = self.__dict__[SITE].output(self, x, slot)
+            if output is not None:
+                return output
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+            if kwargs.get("adapter_names") is not None and slot.context is not None:
+                raise ValueError(
+                    "adapter_names (several adapters in one batch) cannot be combined with source_input_ids or "
+                    "source_states: run one adapter per batch, or leave the source out"
+                )
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("alora_offsets", None)
-        if self._flare_joint is not None and not args and not kwargs:
-            joint = self._flare_joint(x)
-            if joint is not None:
-                return joint
+        return self._forward_alone(slot, x, args, kwargs)
+
+    def _forward_alone(self, slot: Slot, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The forward of this projection by itself: several adapters, hooks, or a fusion that mixes positions."""
         active = self.active_here()
-        mixes = source is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
-        if (
-            x.dim() > 2
-            and not mixes
-            and self._flare_split is None
-            and _gives_a_view(self.base_layer)
-            and not args
-            and not kwargs
-        ):
-            # flat rows: the linear's output then stands in memory of its own and can be accumulated into
+        mixes = slot.context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
+        if x.dim() > 2 and not (mixes or args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
+            # flat rows: the linear's output then has memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
-            return self._with_adapters(active, x, self.base_layer(x), flat=True).unflatten(0, lead)
+            return self._with_adapters(slot, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
         result = self.base_layer(x, *args, **kwargs)
         if active and self.base_layer._forward_hooks:
             result = result.clone()  # somebody may hold on to what the hook saw
-        if self._flare_split is None or not active:
-            return self._with_adapters(active, x, result)
-        rows = self.target_rows(x)
-        result[:rows] = self._with_adapters(active, x[:rows], result[:rows])
+        if slot.rows is None or not active:
+            return self._with_adapters(slot, active, x, result)
+        rows = self.target_rows(slot, x)
+        result[:rows] = self._with_adapters(slot, active, x[:rows], result[:rows])
         return result
 
-    def target_rows(self, x: Tensor) -> int | None:
-        """How many leading rows of an input are the target's, where the source's stand behind them; None: all.
+    def target_rows(self, slot: Slot, x: Tensor) -> int:
+        """Return how many leading rows of an input are the target's in a decoding step that both streams share.
 
         Raises:
             ValueError: an input with other rows than those of both streams.
         """
-        if self._flare_split is None:
-            return None
-        rows, total = self._flare_split
+        assert slot.rows is not None
+        rows, total = slot.rows
         if len(x) != total:
             raise ValueError(
                 f"{self.flare_key} was called with {len(x)} rows in a pass that source and target share, which has "
@@ -138,26 +137,26 @@ class FlareLayer:
             )
         return rows
 
+    def source_of(self, adapter: str, context: SourceContext | None) -> tuple[str | None, Tensor | None, Tensor | None]:
+        """Return (fusion, x_source (..., m, d), S (..., m, r)) in a context; all None where it is plain LoRA."""
+        fusion = self.flare_fusion.get(adapter)
+        if context is None or fusion is None:
+            return None, None, None
+        x_source, S = context.of_layer(self.__dict__[SITE].path, self.flare_key, adapter)
+        return (None if x_source is None and S is None else fusion), x_source, S
+
     def active_here(self) -> list[str]:
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.lora_A]
 
-    def source_of(self, adapter: str) -> tuple[str | None, Tensor | None, Tensor | None]:
-        """(fusion, x_source (..., m, d), bottleneck (..., m, r)) of this forward; all None where it is plain LoRA."""
-        fusion = self.flare_fusion.get(adapter)
-        if self._flare_source is None or fusion is None:
-            return None, None, None
-        x_source, bottleneck = self._flare_source.of(adapter)
-        return (None if x_source is None and bottleneck is None else fusion), x_source, bottleneck
-
-    def _with_adapters(self, active: list[str], x: Tensor, result: Tensor, flat: bool = False) -> Tensor:
+    def _with_adapters(self, slot: Slot, active: list[str], x: Tensor, result: Tensor, flat: bool = False) -> Tensor:
         for name in active:
-            result = self._add_adapter(name, x, result, flat)
+            result = self._add_adapter(slot.context, name, x, result, flat)
         return result
 
-    def _add_adapter(self, name: str, x: Tensor, result: Tensor, flat: bool) -> Tensor:
+    def _add_adapter(self, context: SourceContext | None, name: str, x: Tensor, result: Tensor, flat: bool) -> Tensor:
         lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
-        fusion, x_source, bottleneck = self.source_of(name)
+        fusion, x_source, bottleneck = self.source_of(name, context)
         if flat:
             x_source = None if x_source is None else x_source.flatten(0, -2)
             bottleneck = None if bottleneck is None else bottleneck.flatten(0, -2)
@@ -167,12 +166,14 @@ class FlareLayer:
             weights = dict(attention.named_parameters())
             call = partial(reference.fused_lora, weights=weights, heads=attention.heads)
             if attention.masked:
-                if self._flare_mask is None:
+                mask = None if context is None else context.target_masks.get(self.flare_key)
+                if mask is None:
                     raise ValueError(
                         f"cross_attention_mask=True of adapter {name!r}: the target's mask is not known here; pass "
                         "attention_mask (B, m) as a keyword argument (generate's source_alignment='release' has none)"
                     )
-                call = partial(masked_cross_attention, weights=weights, heads=attention.heads, mask=self._flare_mask)
+                causal = bool(getattr(self.__dict__[SITE].parent, "is_causal", False))
+                call = partial(masked_cross_attention, weights=weights, heads=attention.heads, mask=(mask, causal))
         result = call(
             x,
             x_source,
@@ -318,10 +319,23 @@ def adopt(module: nn.Module, key: str) -> str:
         return "its weight is stored as (in, out) (fan_in_fan_out)"
     module.__class__ = cls
     module.flare_fusion, module.flare_unmergeable = {}, {}
-    module.flare_key, module._flare_source = key, None
+    module.flare_key = key
     module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
     module.lora_cross_attention.scaling = module.scaling  # where PEFT's hotswap looks for it, by the key's path
     return ""
+
+
+def check_weights(path: str, x: Tensor, A: Tensor, B: Tensor) -> None:
+    """Raise ValueError where an adapter's A (r, d) and B (n, r) do not fit each other, x (..., d) or its device."""
+    if A.device != x.device or B.device != x.device:
+        raise ValueError(
+            f"{path}: lora_A is on {A.device} and lora_B on {B.device}, their input on {x.device}: move the adapter to "
+            "the device of its layer"
+        )
+    raise ValueError(
+        f"{path}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, expected (r, d) and (n, r) for an input "
+        f"{x.shape[-1]} wide"
+    )
 
 
 def weight_of(layer: FlareLayer, adapter: str) -> torch.nn.Parameter:

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from .._compat import LoraLayer, register_tuner
 from ..generation.generate import ALIGNMENTS, generate
-from ..source.hooks import SOURCE_ARGUMENTS, Runtime, attach, check_cacheable, detach, encode, runtime_of
+from ..source.hooks import attach, detach
+from ..source.inputs import SOURCE_ARGUMENTS
+from ..source.read import check_cacheable, encode
+from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceStateCache
-from . import site as joint_attention
 from .config import FlareConfig
 from .layer import MERGE_REFUSED, FlareLayer, adopt
 from .routing import ModelMap
+from .site import make_sites
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class FlareModel(LoraModel):
         runtime = runtime_of(self.model)
         if runtime is None:
             runtime = Runtime(ModelMap.of(self.model) if config.fusion is not None else ModelMap({}, {}, ()), {})
-        elif config.fusion is not None and not runtime.map.sites:
+        elif config.fusion is not None and not runtime.map.places:
             runtime.map = ModelMap.of(self.model)
         runtime.clear()
         runtime.configs[adapter] = config
@@ -116,12 +119,12 @@ class FlareModel(LoraModel):
         """Why this LoRA module does not fuse; empty where it does."""
         if config.fusion is None:
             return "fusion=None"
-        site = runtime.map.sites.get(path)
-        if site is None:
+        place = runtime.map.places.get(path)
+        if place is None:
             return "it is not a projection of a block's attention"
-        if site.is_cross_attention:
+        if place.is_cross_attention:
             return "cross-attention does not fuse"
-        if config.latent_dim is not None and site.stack in runtime.map.decoders:
+        if config.latent_dim is not None and place.stack in runtime.map.decoders:
             return "with latent_dim only the encoder of an encoder-decoder fuses: the states are of the encoder's text"
         name = path.rpartition(".")[2]
         if config.fusion_modules is None:
@@ -146,7 +149,7 @@ class FlareModel(LoraModel):
             runtime.configs.pop(adapter_name, None)
             runtime.reasons = {key: why for key, why in runtime.reasons.items() if key[1] != adapter_name}
             runtime.layers = [layer for layer in runtime.layers if any(f for f in layer.flare_fusion.values())]
-            joint_attention.wire(self.model)
+            make_sites(self.model)
 
     def add_weighted_adapter(
         self,
@@ -294,7 +297,7 @@ class FlareModel(LoraModel):
         if cache is not None:
             if not isinstance(cache, SourceStateCache):
                 raise TypeError(f"cache must be a flare.SourceStateCache or None, got {type(cache).__name__}")
-            check_cacheable(runtime, {adapter for _, adapter, _ in runtime.wanted()})
+            check_cacheable(runtime, runtime.reading().of_both.adapters)
             cache.bind(self.model)
         runtime.source_cache = cache
 

@@ -21,7 +21,7 @@ _CROSS_MARKS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
 
 
 @dataclass(frozen=True)
-class Site:
+class Place:
     """Where a linear layer sits: paths are dotted names below the model, ``block`` counts from 0 within its stack."""
 
     path: str
@@ -38,10 +38,10 @@ class Site:
 
 @dataclass(frozen=True)
 class ModelMap:
-    """The stacks of a model and the sites of its attention projections; ``decoders``: an encoder-decoder's decoder."""
+    """The stacks of a model and the places of its attention projections; ``decoders``: an encoder-decoder's decoder."""
 
     stacks: dict[str, int]
-    sites: dict[str, Site]
+    places: dict[str, Place]
     query_and_value: tuple[str, ...]
     decoders: frozenset[str] = frozenset()
 
@@ -69,17 +69,17 @@ class ModelMap:
                 f"{type(model).__name__}: its blocks cannot be found: {paths[0]} lies below no torch.nn.ModuleList"
             )
         _refuse_shared_blocks(model, stacks)
-        sites = {}
+        places = {}
         for name, module in model.named_modules():
-            site = _site(name, module, stacks, model)
-            if site is not None:
-                sites[name] = site
-        query_and_value = tuple(path for path in paths if path in sites and not sites[path].is_cross_attention)
+            place = _place(name, module, stacks, model)
+            if place is not None:
+                places[name] = place
+        query_and_value = tuple(path for path in paths if path in places and not places[path].is_cross_attention)
         if query_and_value:
-            _refuse_lost_keywords(model, sites[query_and_value[0]])
+            _refuse_lost_keywords(model, places[query_and_value[0]])
         paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         decoders = frozenset(stack for stack in stacks if paired and "decoder" in stack.split("."))
-        return cls(stacks, sites, query_and_value, decoders)
+        return cls(stacks, places, query_and_value, decoders)
 
     def default_targets(self) -> set[str]:
         """Names of the query and value projections, as LoRA's target_modules want them."""
@@ -98,12 +98,12 @@ def _refuse_shared_blocks(model: nn.Module, stacks: dict[str, int]) -> None:
             )
 
 
-def _refuse_lost_keywords(model: nn.Module, site: Site) -> None:
+def _refuse_lost_keywords(model: nn.Module, place: Place) -> None:
     """Every module from the stack's owner down to the attention must take keyword arguments it does not know."""
-    inner = site.attention.removeprefix(f"{site.stack}.{site.block}").strip(".").split(".")
-    block = f"{site.stack}.{site.block}"
+    inner = place.attention.removeprefix(f"{place.stack}.{place.block}").strip(".").split(".")
+    block = f"{place.stack}.{place.block}"
     between = [".".join([block, *inner[:depth]]) for depth in range(len(inner))]
-    for path in (site.owner, *between):
+    for path in (place.owner, *between):
         module = model.get_submodule(path)
         if isinstance(module, nn.ModuleList):
             continue  # a container is not called
@@ -132,7 +132,7 @@ def _stacks(model: nn.Module, projections: list[str]) -> dict[str, int]:
     return stacks
 
 
-def _site(path: str, module: nn.Module, stacks: dict[str, int], model: nn.Module) -> Site | None:
+def _place(path: str, module: nn.Module, stacks: dict[str, int], model: nn.Module) -> Place | None:
     if not (isinstance(module, nn.Linear) or hasattr(module, "base_layer")) or path.endswith(".base_layer"):
         return None
     for stack in stacks:
@@ -144,7 +144,7 @@ def _site(path: str, module: nn.Module, stacks: dict[str, int], model: nn.Module
             if not any(name in siblings for name in names):
                 return None  # not a child of an attention module: an MLP, or BERT's attention.output.dense
             is_cross = is_cross_attention(path[len(stack) + 1 :], model.get_submodule(attention))
-            return Site(path, stack, block, attention, is_cross)
+            return Place(path, stack, block, attention, is_cross)
     return None
 
 

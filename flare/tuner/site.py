@@ -1,244 +1,408 @@
-"""Query, key and value of one attention module in one call of the joint node: each stream read once, one dx buffer.
+"""A site: the projections of one module that read one input (query, key and value), computed in one call.
 
-Modeling code calls its projections one after the other with the same tensor. A hook before the attention notes that
-tensor; the first adapted projection that is called with it computes the outputs of all (``fused_lora_qkv``), and each
-of the others finds its own ready. A sibling without an adapter (k beside q and v) takes part where the node owns dx of
-the frozen products, so that its share goes to the same buffer: its class is exchanged for :class:`SiblingLinear`.
+Modeling code calls its projections one after the other with the same tensor. The first that is called computes the
+outputs of all, and each of the others finds its own ready: each stream is read once, and all shares of dx go to one
+buffer. A sibling without an adapter (key next to query and value) takes part, so that its share goes there too: its
+class is exchanged for :class:`SiblingLinear`. Every other adapter layer is a site of its own.
 
-This changes how often memory is read, not what is computed. A projection that somebody hooks or patches, that runs
-several adapters at once, whose fusion mixes positions, or that is called with another tensor computes alone; so do all
-of them while torch.compile traces, which has its own ways of adding gradients up.
+What depends on the adapters' state alone is worked out once (:class:`_Plan`); a call compares what can change without
+notice. A site holds modules and never their tensors: hot-swapping writes ``.data``, fused optimizers do not move
+``_version``, and ``functional_call`` exchanges parameters.
+
+A projection that somebody hooks or patches, that runs several adapters at once, or whose fusion mixes positions is
+computed by itself (flare.tuner.layer).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+import copy
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flare_kernels import fused_lora_qkv
+from flare_kernels.function import add_adapters, apply, apply_with_products, call_of
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from .layer import FlareLayer
+from .._compat import registrations
+from ..source.context import THREAD, TRACED, Slot, SourceContext
+from .layer import SITE, FlareLayer, check_weights
 from .routing import KEY_NAMES, QUERY_NAMES, VALUE_NAMES, is_cross_attention
 
 _NAMES = QUERY_NAMES + KEY_NAMES + VALUE_NAMES
-_WIRING = "_flare_wiring"
-# keyword arguments under which an attention module is given another sequence for its keys and values
-_OTHER_INPUTS = ("key_value_states", "encoder_hidden_states")
+_PLAIN = (Tensor, nn.Parameter)
+#: State of an adapter layer that changes without notice; compared in every call.
+_SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
+_MERGED = attrgetter("merged_adapters")
 
 
 class SiblingLinear(nn.Linear):
-    """A frozen projection beside adapted ones: ``nn.Linear``, unless one of them has computed its output already."""
-
-    _flare_joint: partial[Tensor | None] | None = None
+    """A frozen projection next to adapted ones: ``nn.Linear``, unless one of them has computed its output already."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., n)."""
-        output = None if self._flare_joint is None else self._flare_joint(input)
-        return super().forward(input) if output is None else output
+        slot = TRACED if torch.compiler.is_compiling() else THREAD
+        if slot.frozen_pass is None:
+            output = self.__dict__[SITE].output(self, input, slot)
+            if output is not None:
+                return output  # type: ignore[no-any-return]
+        return super().forward(input)
 
 
-class JointCall:
-    """The projections of one attention module in one forward, and the input (..., m, d) they are expected to share.
+class _Member:
+    """A projection that takes part in a site's call, and what is read from it in every call."""
 
-    Lives from the hook before the attention to the hook after it.
+    def __init__(self, module: nn.Module, linear: nn.Module) -> None:
+        self.module, self.linear = module, linear
+        self.plain = type(linear) in (nn.Linear, SiblingLinear)
+        self.adapter: str | None = None
+        self.index = 0  # among the outputs
+
+    def adapt(self, layer: FlareLayer, adapter: str) -> None:
+        """Take the layer's one active adapter into the call."""
+        self.adapter, self.path = adapter, layer.flare_key
+        self.scalings = layer.scaling
+        self.lora_A = cast(nn.Linear, layer.lora_A[adapter])
+        self.lora_B = cast(nn.Linear, layer.lora_B[adapter])
+        dropout = layer.lora_dropout[adapter]
+        self.dropout = dropout if isinstance(dropout, nn.Dropout) else None
+        self.fusion = layer.flare_fusion.get(adapter)
+
+
+class _Plan:
+    """What of a site stays the same from call to call, and what it was worked out from.
+
+    members: the projections that are computed together; adapted: those with an adapter, in stacking order: those that
+    fuse first, those of one phi next to each other.
     """
 
-    def __init__(self, x: Tensor, waiting: dict[str, nn.Module]) -> None:
-        self.x, self.version = x, _version(x)
-        self.waiting = waiting
-        self.outputs: dict[str, Tensor] | None = None
+    def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
+        self.registrations = registrations.count
+        self.layers = layers
+        self.switches = [*map(_SWITCHES, layers)]
+        self.merged = [*map(len, map(_MERGED, layers))]
+        self.dicts = [module.__dict__ for module in watched]
+        self.sizes = [*map(len, self.dicts)]
+        self.hook_dicts = [
+            hooks
+            for module in watched
+            for hooks in (
+                module._forward_pre_hooks,
+                module._forward_hooks,
+                module._backward_pre_hooks,
+                module._backward_hooks,
+            )
+        ]
+        self.hooks = [*map(len, self.hook_dicts)]
+        self.members = members
+        for index, member in enumerate(members):
+            member.index = index
+        self.adapted = sorted(
+            (member for member in members if member.adapter is not None),
+            key=lambda member: (member.fusion is None, member.fusion or ""),
+        )
+        self.plain = all(member.plain for member in members)
+        self.fuses = any(member.fusion is not None for member in self.adapted)
+        self.paths = tuple(member.path for member in self.adapted)
+        self.calls: dict[tuple[Any, ...], Any] = {}
 
-    def take(self, name: str, x: Tensor) -> Tensor | None:
-        """The output (..., m, n) of a projection for the input it was called with; None: it has to compute its own.
+    def holds(self) -> bool:
+        """Whether nothing has changed that the plan was worked out from."""
+        return (
+            self.registrations == registrations.count
+            and self.switches == [*map(_SWITCHES, self.layers)]
+            and self.sizes == [*map(len, self.dicts)]
+            and self.merged == [*map(len, map(_MERGED, self.layers))]
+            and self.hooks == [*map(len, self.hook_dicts)]
+        )
 
-        Only an adapted projection starts the joint computation; one that was called before takes no part in it.
-        """
-        if torch.compiler.is_compiling() or x is not self.x or _version(x) != self.version:
-            return None
-        if self.outputs is None and isinstance(self.waiting.get(name), FlareLayer):
-            self.outputs = _outputs(x, self.waiting)
-        self.waiting.pop(name, None)
-        return None if self.outputs is None else self.outputs.pop(name, None)
+
+class _Pending:
+    """Outputs (..., m, n) that wait for the projections they belong to, and the input they are of."""
+
+    def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
+        self.site, self.x, self.outputs = site, x, outputs
+        self.version = _version(x)
 
 
 def _version(x: Tensor) -> int:
-    """How often x was written to in place. Not known of inference tensors: there an attention that wrote to its input
-    between its projections (none of transformers' does) would get the later ones of the input as it was.
-    """
+    """Return how often x was written to in place; inference tensors do not count."""
     return 0 if x.is_inference() else x._version
 
 
-# --- what a projection brings to the call -----------------------------------------------------------------------------
+class Site:
+    """The projections of one module that read one input.
 
-
-@dataclass(frozen=True)
-class _Member:
-    """A projection that can take part: its frozen layer, and what ``fused_lora_qkv`` is told of its adapter.
-
-    owned: the frozen layer is a plain linear with frozen weights, so the node can compute its dx.
-    adapter: A (r, d), B (n, r) and the scaling.
-    x_source (..., m, d), bottleneck (..., m, r): the source, as one of the two.
+    Args:
+        path: of the module that calls them, or of a layer that is a site of its own.
+        parent: that module.
+        names: its children that take part.
     """
 
-    linear: nn.Module
-    owned: bool
-    adapter: tuple[Tensor, Tensor, float] | None = None
-    fusion: str | None = None
-    x_source: Tensor | None = None
-    bottleneck: Tensor | None = None
-    dropout_p: float = 0.0
+    def __init__(self, path: str, parent: nn.Module, names: tuple[str, ...]) -> None:
+        self.path, self.parent, self.names = path, parent, names
+        self.plan: _Plan | None = None
+        self.separate = len(names) == 1  # whether each projection is computed by itself
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plan": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        twin = Site.__new__(Site)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def output(self, module: nn.Module, x: Tensor, slot: Slot) -> Tensor | None:
+        """Return the output (..., m, n) of a projection called with x (..., m, d); None: it computes its own."""
+        if slot is TRACED:
+            return None
+        pending = slot.pending
+        if pending is not None and pending.site is self and module in pending.outputs:
+            if pending.x is x and pending.version == _version(x):
+                output: Tensor = pending.outputs.pop(module)
+                if not pending.outputs:
+                    slot.pending = None
+                return output
+            # another input than its neighbour's
+            self.separate, slot.pending = True, None
+        outputs = self._outputs(module, x, slot)
+        if outputs is None:
+            return None
+        output = outputs.pop(module)
+        if outputs:
+            slot.pending = _Pending(self, x, outputs)
+        return output
+
+    # --- the plan -----------------------------------------------------------------------------------------------------
+
+    def _make_plan(self) -> _Plan:
+        children = {name: self.parent._modules.get(name) for name in self.names}
+        modules = [child for child in children.values() if isinstance(child, FlareLayer | SiblingLinear)]
+        layers = [module for module in modules if isinstance(module, FlareLayer)]
+        watched: list[nn.Module] = []
+        members: list[_Member] = []
+        for module in modules:
+            parts = _parts(module)
+            watched += parts
+            if not all(map(_is_untouched, parts)):
+                continue
+            if isinstance(module, SiblingLinear):
+                members.append(_Member(module, module))
+                continue
+            active = [] if module.disable_adapters or module.merged else module.active_here()
+            member = _Member(module, module.base_layer)
+            if len(active) == 1 and _fits(module, active[0]):
+                member.adapt(module, active[0])
+            elif active or not member.plain or module.disable_adapters or module.merged:
+                continue
+            members.append(member)
+        if not all(member.plain for member in members if member.adapter is not None):
+            # the frozen products keep their own graphs; a sibling would have nothing to do in the node
+            members = [member for member in members if member.adapter is not None]
+        if len({member.adapter for member in members if member.adapter is not None}) != 1:
+            members = []  # nothing to add, or layers with different adapters switched on
+        return _Plan(layers, watched, members)
+
+    # --- the call -----------------------------------------------------------------------------------------------------
+
+    def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
+        """Return the outputs of the projections that are computed together; None where the caller has no part in it."""
+        plan = self.plan
+        if plan is None or not plan.holds():
+            plan = self.plan = self._make_plan()
+        members, adapted = plan.members, plan.adapted
+        if self.separate and len(members) > 1:
+            return None
+        As: tuple[Tensor, ...] = ()
+        Bs: tuple[Tensor, ...] = ()
+        Ws: tuple[Tensor, ...] = ()
+        biases: tuple[Tensor | None, ...] = ()
+        owned, takes_part = plan.plain, False
+        for member in members:
+            takes_part |= member.module is module
+            if plan.plain:
+                parameters = member.linear._parameters
+                W, bias = parameters["weight"], parameters["bias"]
+                Ws += (W,)  # type: ignore[assignment]
+                biases += (bias,)
+                if W.__class__ not in _PLAIN or W.requires_grad or (bias is not None and bias.requires_grad):  # type: ignore[union-attr]
+                    owned = False
+        if not takes_part:
+            return None
+        p: float | None = None
+        key: tuple[Any, ...] = ()
+        width, device = x.shape[-1], x.device
+        for member in adapted:
+            A, B = member.lora_A._parameters["weight"], member.lora_B._parameters["weight"]
+            dropout = member.dropout
+            own_p = dropout.p if dropout is not None and dropout.training else 0.0
+            if p is None:
+                p = own_p
+            if A is None or B is None or A.__class__ not in _PLAIN or B.__class__ not in _PLAIN or own_p != p:
+                return None
+            rank = A.shape[0]
+            if A.shape[1] != width or B.shape[1] != rank or A.device != device or B.device != device:
+                check_weights(member.path, x, A, B)
+            As += (A,)
+            Bs += (B,)
+            key += (rank, member.scalings[member.adapter])  # type: ignore[index]
+        if not owned:
+            adapts = isinstance(module, FlareLayer) and slot.rows is None
+            return self._over_modules(plan, x, slot, p or 0.0, As, Bs) if adapts else None
+        context = slot.context if plan.fuses else None
+        x_source, Ss, A_stacked = (None, (), None) if context is None else self._source(plan, context)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = x.dtype
+        if autocast and dtype == torch.float32:
+            dtype = torch.get_autocast_dtype(device.type)
+        key += (dtype, p, device, x_source is not None or bool(Ss))
+        call = plan.calls.get(key)
+        if call is None:
+            call = plan.calls[key] = _call(plan, key, dtype, p or 0.0, device)
+        if slot.rows is not None:
+            return self._of_target_rows(plan, x, slot, call, Ss, As, Bs)
+        if A_stacked is not None and A_stacked.dtype != dtype:
+            A_stacked = None
+        ys = apply_with_products(call, x, x_source, Ss, A_stacked, As, Bs, Ws, biases)
+        lead = x.shape[:-1]
+        outputs = {}
+        for member in members:
+            y = ys[member.index]
+            outputs[member.module] = y if len(lead) == 1 else y.view((*lead, y.shape[-1]))
+        return outputs
+
+    def _source(self, plan: _Plan, context: SourceContext) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
+        """Return x_S (B, m, d), or S (B, m, r) of every adapted projection that fuses and the stacked A."""
+        source = context.sites.get(self.path)
+        if source is None:
+            return None, (), None
+        source.seen = True
+        if source.states is not None:
+            return source.states[plan.adapted[0].adapter], (), None  # type: ignore[index]
+        if context.is_reentrant():
+            return context.make_state(plan.adapted[0].path, cast(str, plan.adapted[0].adapter)), (), None
+        found = source.bottlenecks or {}
+        Ss = tuple(found[m.path][cast(str, m.adapter)] for m in plan.adapted if m.fusion is not None)
+        return None, Ss, context.stacked_A.get(plan.paths)
+
+    def _of_target_rows(
+        self,
+        plan: _Plan,
+        x: Tensor,
+        slot: Slot,
+        call: Any,
+        Ss: tuple[Tensor, ...],
+        As: tuple[Tensor, ...],
+        Bs: tuple[Tensor, ...],
+    ) -> dict[nn.Module, Tensor]:
+        """Return the frozen products of all rows (t + s, m, d), with the adapters' share in the target's t rows."""
+        target = plan.layers[0].target_rows(slot, x)
+        outputs = {m.module: F.linear(x, *m.linear._parameters.values()) for m in plan.members}  # type: ignore[arg-type]
+        add_adapters(call, x[:target], Ss, [y[:target] for y in outputs.values()], As, Bs)
+        return outputs
+
+    def _over_modules(
+        self, plan: _Plan, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
+    ) -> dict[nn.Module, Tensor] | None:
+        """The call over frozen layers that keep their own products and graphs: quantised, or with trained weights."""
+        adapted = plan.adapted
+        context = slot.context if plan.fuses else None
+        x_source, Ss, _ = (None, (), None) if context is None else self._source(plan, context)
+        lead, flat = x.shape[:-1], plan.plain and x.dim() > 2
+        if flat:  # a linear's output then has memory of its own and can be accumulated into
+            x = x.flatten(0, -2)
+            x_source = None if x_source is None else x_source.flatten(0, -2)
+            Ss = tuple(S.flatten(0, -2) for S in Ss)
+        ys = [nn.Linear.forward(m.linear, x) if m.plain else m.linear(x) for m in adapted]  # type: ignore[arg-type]
+        dtype = ys[0].dtype if x.dtype == torch.float32 and ys[0].dtype in (torch.float16, torch.bfloat16) else x.dtype
+        fused = x_source is not None or bool(Ss)
+        adapters = [
+            (index, A.shape[0], float(member.scalings[cast(str, member.adapter)]), member.fusion if fused else None)
+            for index, (member, A) in enumerate(zip(adapted, As, strict=True))
+        ]
+        outputs = apply("auto", dtype, adapters, p, x, x_source, Ss, ys, As, Bs, ())
+        return {member.module: y.unflatten(0, lead) if flat else y for member, y in zip(adapted, outputs, strict=True)}
 
 
-def _member(module: nn.Module) -> _Member | None:
-    """What a projection brings; None where it must be called as it would be without us."""
-    if type(module) is SiblingLinear:
-        return _Member(module, owned=True) if _is_untouched(module) and _is_frozen(module) else None
-    if not isinstance(module, FlareLayer) or module.disable_adapters or module.merged:
-        return None
-    base = module.base_layer
-    active = module.active_here()
-    if len(active) > 1 or not _is_untouched(cast(nn.Module, module)) or not _is_untouched(base):
-        return None
-    owned = type(base) is nn.Linear and _is_frozen(base)
-    if not active:
-        return _Member(base, owned=True) if owned else None
-    name = active[0]
-    A, B, bias = module.lora_A[name].weight, module.lora_B[name].weight, module.lora_B[name].bias
-    fusion, x_source, bottleneck = module.source_of(name)
-    if fusion in EAGER_FUSIONS or bias is not None or not _is_plain(A) or not _is_plain(B):
-        return None
-    dropout = module.lora_dropout[name]
-    p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
-    return _Member(base, owned, (A, B, module.scaling[name]), fusion, x_source, bottleneck, p)
+def _call(plan: _Plan, key: tuple[Any, ...], dtype: torch.dtype, p: float, device: torch.device) -> Any:
+    """Return the node's call for a key of ranks and scalings, dtype, p, device and whether there is a source."""
+    adapters = tuple(
+        (member.index, key[2 * i], float(key[2 * i + 1]), member.fusion if key[-1] else None)
+        for i, member in enumerate(plan.adapted)
+    )
+    return call_of("auto", device, dtype, adapters, len(plan.members), p)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that take part in a projection's forward."""
+    if not isinstance(module, FlareLayer):
+        return [module]
+    parts = [module, module.base_layer]
+    for name in module.active_here():
+        parts += [module.lora_A[name], module.lora_B[name], module.lora_dropout[name]]
+    return parts
 
 
 def _is_untouched(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return not any(hooks) and "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
+    return not any(hooks) and "forward" not in module.__dict__ and "_hf_hook" not in module.__dict__
 
 
-def _is_frozen(linear: nn.Module) -> bool:
-    """Whether a linear's weight (n, d) and bias are plain tensors that ask for no gradient."""
-    return all(p is None or (_is_plain(p) and not p.requires_grad) for p in (linear.weight, linear.bias))
+def _fits(layer: FlareLayer, adapter: str) -> bool:
+    """Whether an adapter's matrices are plain linears without bias, and its fusion looks at one position at a time."""
+    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
+    dropout = type(layer.lora_dropout[adapter]) in (nn.Dropout, nn.Identity)
+    return plain and dropout and layer.flare_fusion.get(adapter) not in EAGER_FUSIONS
 
 
-def _is_plain(tensor: Any) -> bool:
-    """Neither of a tensor subclass (sharded, quantised) nor without memory."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+# --- which projections belong together --------------------------------------------------------------------------------
 
 
-# --- the call ---------------------------------------------------------------------------------------------------------
+def make_sites(model: nn.Module) -> None:
+    """Give every adapter layer of the model its site, whatever sites there were before."""
+    remove_sites(model)
+    adapted = {path: module for path, module in model.named_modules() if isinstance(module, FlareLayer)}
+    for parent_path in dict.fromkeys(path.rpartition(".")[0] for path in adapted):
+        parent = model.get_submodule(parent_path)
+        shared = _shared_input(parent_path, parent)
+        if shared:
+            site = Site(parent_path, parent, shared)
+            for name in shared:
+                child = parent._modules[name]
+                assert child is not None
+                if type(child) is nn.Linear:
+                    child.__class__ = SiblingLinear
+                child.__dict__[SITE] = site
+    for path, layer in adapted.items():
+        if SITE not in layer.__dict__:
+            parent_path, _, name = path.rpartition(".")
+            layer.__dict__[SITE] = Site(path, model.get_submodule(parent_path), (name,))  # type: ignore[attr-defined]
 
 
-def _outputs(x: Tensor, projections: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """name -> output (..., m, n) of every projection of x (..., m, d) that can take part; empty for fewer than two."""
-    members = {name: member for name, module in projections.items() if (member := _member(module)) is not None}
-    adapted = {name: member for name, member in members.items() if member.adapter is not None}
-    owned = all(member.owned for member in adapted.values())
-    if not owned:  # the frozen products keep their own graphs; a sibling would have nothing to do in the node
-        members = adapted
-    sources = [member.x_source for member in adapted.values() if member.x_source is not None]
-    bottlenecks = {name: member.bottleneck for name, member in adapted.items() if member.bottleneck is not None}
-    dropouts = {member.dropout_p for member in adapted.values()}
-    if len(members) < 2 or len(dropouts) != 1 or any(other is not sources[0] for other in sources):
-        return {}
-    x_source = sources[0] if sources else None
-    # flat rows: a linear's output then stands in memory of its own and can be accumulated into
-    plain = all(type(member.linear) in (nn.Linear, SiblingLinear) for member in members.values())
-    lead = x.shape[:-1]
-    rows = next((m.target_rows(x) for m in projections.values() if isinstance(m, FlareLayer)), None)
-    if plain:
-        x = x.flatten(0, -2)
-        x_source = None if x_source is None else x_source.flatten(0, -2)
-        bottlenecks = {name: S.flatten(0, -2) for name, S in bottlenecks.items()}
-    if owned:
-        with torch.no_grad():
-            base_outputs = {name: nn.Linear.forward(cast(nn.Linear, m.linear), x) for name, m in members.items()}
-    else:
-        base_outputs = {name: member.linear(x) for name, member in members.items()}
-    whole = base_outputs
-    if rows is not None:  # behind them stand the source's, which meet no adapter
-        rows *= lead[1:].numel() if plain else 1
-        x, base_outputs = x[:rows], {name: y[:rows] for name, y in base_outputs.items()}
-    outputs = fused_lora_qkv(
-        x,
-        x_source,
-        base_outputs,
-        {name: member.adapter for name, member in adapted.items() if member.adapter is not None},
-        fusion={name: member.fusion for name, member in adapted.items()},
-        source_bottleneck=bottlenecks or None,
-        weights={name: cast(Tensor, m.linear.weight) for name, m in members.items()} if owned else None,
-        dropout_p=dropouts.pop(),
-        training=True,  # what is not in training has no dropout here
+def _shared_input(path: str, parent: nn.Module) -> tuple[str, ...]:
+    """Return the children of an attention module that read one input; none where there are fewer than two."""
+    names = tuple(
+        name
+        for name, child in parent.named_children()
+        if name in _NAMES and (isinstance(child, FlareLayer) or type(child) is nn.Linear)
     )
-    if rows is not None:
-        for name in adapted:
-            whole[name][:rows] = outputs[name]
-        outputs = whole
-    return {name: y.unflatten(0, lead) for name, y in outputs.items()} if plain else outputs
+    return () if len(names) < 2 or is_cross_attention(path, parent) else names
 
 
-# --- wiring -----------------------------------------------------------------------------------------------------------
-
-
-def wire(model: nn.Module) -> None:
-    """Fit hooks and siblings to the adapters that the model has now, whatever was wired before."""
-    unwire(model)
-    adapted = [path for path, module in model.named_modules() if isinstance(module, FlareLayer) and module.lora_A]
-    for parent in dict.fromkeys(path.rpartition(".")[0] for path in adapted if path.rpartition(".")[2] in _NAMES):
-        attention = model.get_submodule(parent)
-        children = {
-            name: child
-            for name, child in attention.named_children()
-            if name in _NAMES and (isinstance(child, FlareLayer) or type(child) is nn.Linear)
-        }
-        if len(children) < 2 or is_cross_attention(parent, attention):
-            continue
-        for child in children.values():
-            if type(child) is nn.Linear:
-                child.__class__ = SiblingLinear
-        handles = [
-            attention.register_forward_pre_hook(_before_attention, with_kwargs=True),
-            attention.register_forward_hook(_after_attention, always_call=True),
-        ]
-        attention.__dict__[_WIRING] = (tuple(children), handles)
-
-
-def unwire(model: nn.Module) -> None:
-    """Take every hook and attribute of :func:`wire` off the model, and give the siblings their class back."""
+def remove_sites(model: nn.Module) -> None:
+    """Take every site off the model, and give the siblings their class back."""
     for module in model.modules():
-        for handle in module.__dict__.pop(_WIRING, ((), ()))[1]:
-            handle.remove()
-        module.__dict__.pop("_flare_joint", None)
+        module.__dict__.pop(SITE, None)
         if type(module) is SiblingLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _wired(attention: nn.Module) -> dict[str, nn.Module]:
-    """The projections that may be computed together, as they are now: a child may have been exchanged since."""
-    names, _ = attention.__dict__[_WIRING]
-    children = {name: attention._modules.get(name) for name in names}
-    return {name: child for name, child in children.items() if isinstance(child, FlareLayer | SiblingLinear)}
-
-
-def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    x = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(x, Tensor) or x.dim() < 2 or any(kwargs.get(name) is not None for name in _OTHER_INPUTS):
-        return
-    projections = _wired(attention)
-    call = JointCall(x, dict(projections))
-    for name, projection in projections.items():
-        projection._flare_joint = partial(call.take, name)  # type: ignore[assignment]
-
-
-def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
-    for projection in _wired(attention).values():
-        projection._flare_joint = None  # type: ignore[assignment]
+def sites_of(layers: Iterable[FlareLayer]) -> dict[str, str]:
+    """Return layer path -> site path."""
+    return {layer.flare_key: cast(Any, layer).__dict__[SITE].path for layer in layers}

@@ -1,0 +1,105 @@
+"""What is off while the frozen model reads the source: dropout, adapters that are not ours, compiled calls.
+
+Layers of ours know by the running thread's slot that a source pass runs (flare.source.context), so two threads may call
+one model. What is switched here is state of the modules: in train mode with dropout, or next to PEFT layers that were
+declined, another thread's target pass would meet it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .._compat import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    is_bnb_linear,
+    registrations,
+    set_adapters_disabled,
+)
+from ..tuner.layer import FlareLayer
+
+_LOCK = threading.Lock()
+_COMPILED = "_compiled_call_impl"
+_SWITCHES = "_flare_switches"
+#: Modules whose forward does not look at ``training``.
+_INDIFFERENT = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Identity)
+
+
+class Switches:
+    """The modules of a model that are switched while it runs frozen; found once until modules are registered.
+
+    Args:
+        model: the part of the transformers model that runs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.registrations = registrations.count
+        self.tuners: list[nn.Module] = []
+        self.states: list[dict[str, Any]] = []
+        self._passes = 0
+        self._find(model)
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())  # a copy of the model finds its own
+
+    def _find(self, module: nn.Module) -> None:
+        waiting, seen = [module], set()
+        while waiting:
+            module = waiting.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            if isinstance(module, FlareLayer):  # its adapters are not called
+                waiting.append(module.base_layer)
+            else:
+                waiting += [child for child in module._modules.values() if child is not None]
+                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                    self.tuners.append(module)
+            # bitsandbytes linears repack their weights in eval mode
+            if type(module) not in _INDIFFERENT and not is_bnb_linear(module):
+                self.states.append(module.__dict__)
+
+    @contextlib.contextmanager
+    def off(self, *, dropout: bool) -> Iterator[None]:
+        """Switch adapters, compiled calls and (unless ``dropout``) train mode off; the last pass that ends restores."""
+        with _LOCK:
+            if not self._passes:
+                self._switch_off(dropout)
+            self._passes += 1
+        try:
+            yield
+        finally:
+            with _LOCK:
+                self._passes -= 1
+                if not self._passes:
+                    self._switch_on()
+
+    def _switch_off(self, dropout: bool) -> None:
+        self._disabled = [(module, set_adapters_disabled(module, True)) for module in self.tuners]
+        self._in_training = [] if dropout else [state for state in self.states if state["training"]]
+        for state in self._in_training:
+            state["training"] = False
+        # a compiled call does not look for a pass that its hooks serve
+        self._compiled = [(state, state.pop(_COMPILED)) for state in self.states if _COMPILED in state]
+
+    def _switch_on(self) -> None:
+        for module, before in self._disabled:
+            set_adapters_disabled(module, before)
+        for state in self._in_training:
+            state["training"] = True
+        for state, call in self._compiled:
+            state[_COMPILED] = call
+
+
+def switches_of(model: nn.Module) -> Switches:
+    """Return what is off while a model runs frozen; it is kept with the model."""
+    known: Switches | None = model.__dict__.get(_SWITCHES)
+    if known is None or known.registrations != registrations.count:
+        known = model.__dict__[_SWITCHES] = Switches(model)
+    return known

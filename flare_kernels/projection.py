@@ -1,0 +1,64 @@
+"""The down-projection of one stream and the gradient of its weights, without autograd.
+
+    S = drop(x) A^T        dA = dS^T drop(x)              x (M, d), A (R, d), S and dS (M, R)
+
+For a caller that projects a stream before the layers that use it run, and keeps it its own way (FLARE's source pass).
+Masks are those of the source stream of :func:`flare_kernels.fused_lora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dropout as _dropout
+from .backends import primitives
+from .node import without_autocast
+
+
+def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return matrices (R_i, d) of one device below each other in dtype, (sum of R_i, d); one of dtype is itself."""
+    return primitives("auto", weights[0].device, dtype).stack(weights, dtype)  # type: ignore[no-any-return]
+
+
+def project(x: Tensor, A: Tensor, *, seed: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Return S = drop(x) A^T, (M, R) in x's dtype.
+
+    Args:
+        x: (M, d).
+        A: (R, d), any float dtype; rounded to x's.
+        seed: int64 scalar from :func:`flare_kernels.dropout.draw_seed`; None for no dropout.
+        dropout_p: probability of zeroing an entry of x.
+    """
+    with without_autocast(x.device):
+        _, S = primitives("auto", x.device, x.dtype).shrink(
+            None,
+            x,
+            A,
+            compute_dtype=x.dtype,
+            mask_source=_mask(x, seed, dropout_p),
+            keep_scale=_dropout.keep_scale(dropout_p),
+        )
+    return S  # type: ignore[no-any-return]
+
+
+def project_grad(dS: Tensor, x: Tensor, *, seed: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Return dA = dS^T drop(x), (R, d) in float32 (float64 for float64), with the masks of :func:`project`."""
+    with without_autocast(x.device):
+        return primitives("auto", x.device, x.dtype).grad_weight(  # type: ignore[no-any-return]
+            None,
+            None,
+            dS,
+            x,
+            mask_source=_mask(x, seed, dropout_p),
+            keep_scale=_dropout.keep_scale(dropout_p),
+            grad_dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+        )
+
+
+def _mask(x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
+    if seed is None:
+        return None
+    return _dropout.packed_mask(seed, x.shape[0], x.shape[1], p, _dropout.SOURCE_STREAM)
