@@ -10,24 +10,30 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..source.source_pass import Preparation, Reader
-from ..source.states import StateKey
+from ..source.source_pass import Preparation
+from ..source.states import SourceStates, StateKey
+from .arguments import TIERS, checked, make_directory
 from .entries import Entry
-from .fingerprint import check_frozen, fingerprint
+from .fingerprint import fingerprint
+from .keeping import Tier
 from .memory import MemoryTier
 from .meter import CacheStats, Meter
-from .reader import CachedReader, Tier
-from .rows import counts_relatively, needs_width
+from .reader import CachedReader, gather
+from .request import SourceRequest
+from .rows import Batch, Plan, accepts_types, counts_relatively, needs_width
 from .shards import DiskTier
 from .trial import seconds_to_read
+from .watch import Watch
 
-TIERS = ("device", "host", "disk")
+#: Columns of a batch that the frozen model reads.
+_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -41,6 +47,35 @@ def _locked(method: Callable[_P, _T]) -> Callable[_P, _T]:
             return method(*args, **kwargs)
 
     return locked
+
+
+@dataclass
+class _Bound:
+    """What the cache knows of one model that it is bound to. ``plans``: by the states that are wanted."""
+
+    watch: Watch
+    relative: bool
+    width_counts: bool
+    accepts_types: bool
+    plans: dict[frozenset[StateKey], Plan] = field(default_factory=dict)
+
+    def plan(self, model: nn.Module, wanted: Collection[StateKey], decoders: Collection[str]) -> Plan:
+        """The plan of the wanted states, made once."""
+        kind = frozenset(wanted)
+        if kind not in self.plans:
+            self.plans[kind] = Plan.of(kind, decoders, model)
+        return self.plans[kind]
+
+    def batch(self, plan: Plan, columns: Mapping[str, Tensor], zero_pads: bool, dtype: torch.dtype | None) -> Batch:
+        """The rows of a batch by their names."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "source_cache: rows cannot be looked up while a CUDA graph is captured, as its replays would read the "
+                "same rows; call SourceStateCache.lookup before, and copy its states into the graph's buffers"
+            )
+        return Batch.of(
+            plan, columns, relative=self.relative, zero_pads=zero_pads, dtype=dtype, width_counts=self.width_counts
+        )
 
 
 class SourceStateCache:
@@ -74,7 +109,7 @@ class SourceStateCache:
         directory: str | Path | None = None,
     ) -> None:
         self._arguments = (budget, tiers, directory)
-        named, self._total = _checked(budget, tiers, directory)
+        named, self._total = checked(budget, tiers, directory)
         self.undecided = tiers == "auto"
         self._directory = None if directory is None else Path(directory).absolute()
         shared = not isinstance(budget, Mapping) and len(named) > 1
@@ -83,21 +118,19 @@ class SourceStateCache:
             own = budget[name] if isinstance(budget, Mapping) else budget
             if name == "disk":
                 assert self._directory is not None
-                _make(self._directory)
+                make_directory(self._directory)
                 self._tiers.append(DiskTier(self._directory, own, self.say))
             else:
                 self._tiers.append(MemoryTier(name, own, shared))
         self.decisions: dict[str, str] = {}  # of tiers="auto": tier -> what was measured and decided
         self._base: str | None = None
-        self._stamps: dict[int, tuple[Any, ...]] = {}
-        self.relative: dict[int, bool] = {}
-        self.widths_count: dict[int, bool] = {}
+        self._models: weakref.WeakKeyDictionary[nn.Module, _Bound] = weakref.WeakKeyDictionary()
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
         self._said: set[str] = set()
         self.contents: dict[str, tuple[int, ...]] = {}  # rows by their tokens alone -> padded widths
         self._timed: list[float] = []
-        self.held: list[tuple[str, Entry, dict[StateKey, int]]] = []
+        self.held: list[tuple[str, Entry]] = []
         self.lock = threading.RLock()  # on a GPU backward passes read in threads of their own
         atexit.register(_flush_at_exit, weakref.ref(self), os.getpid())
 
@@ -109,7 +142,7 @@ class SourceStateCache:
         Raises:
             ValueError: the cache holds states of another base model, or the weights are not frozen.
         """
-        found = fingerprint(model)
+        watch, found = Watch(model), fingerprint(model)
         if self._base is None:
             self._base = found
             for tier in self._tiers:
@@ -121,14 +154,20 @@ class SourceStateCache:
                 f"{found[:12]}: other weights or another config); make a SourceStateCache for each base model, with a "
                 "directory of its own or a shared one"
             )
-        self._stamps[id(model)] = check_frozen(model)
-        self.relative[id(model)] = counts_relatively(model)
-        self.widths_count[id(model)] = needs_width(model)
+        self._models[model] = _Bound(watch, counts_relatively(model), needs_width(model), accepts_types(model))
 
-    def _guard(self, model: nn.Module) -> None:
+    def _bound(self, model: nn.Module) -> _Bound:
         """Before every pass: the weights are those the cache was bound to; read again only where something moved."""
-        if self._stamps.get(id(model)) != check_frozen(model):
-            self.bind(model)
+        bound = self._models.get(model)
+        if bound is not None and bound.watch.holds():
+            return bound
+        if bound is not None:
+            watch = Watch(model)
+            if watch.stamp == bound.watch.stamp:  # the same weights in other wrappers
+                bound.watch = watch
+                return bound
+        self.bind(model)
+        return self._models[model]
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -136,11 +175,14 @@ class SourceStateCache:
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        wanted: set[StateKey],
+        wanted: Collection[StateKey],
         prepare: Preparation,
         masks: Mapping[str, Tensor] | None = None,
         decoders: Collection[str] = (),
-    ) -> Reader:
+        *,
+        zero_pads: bool | None = None,
+        host: Mapping[str, Tensor] | None = None,
+    ) -> CachedReader:
         """A reader (see flare.source.source_pass) of cached rows; runs the frozen model on the others and keeps them.
 
         Args:
@@ -150,18 +192,97 @@ class SourceStateCache:
             prepare: what a state goes through before it is kept (its dtype; rows of pads are dropped by their mask).
             masks: stack -> (B, m), where pads are neither read nor kept (source_padding="zero"); else empty.
             decoders: those stacks among the wanted that read ``decoder_input_ids``.
+            zero_pads: whether pads are neither read nor kept; by default where there are masks.
+            host: those of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``decoder_input_ids`` and
+                ``decoder_attention_mask`` that the caller has on the CPU. Of the others the host waits for a copy.
         """
-        self._guard(model)
-        return CachedReader(self, model, inputs, wanted, prepare, masks or {}, decoders)
+        masks = masks or {}
+        zero_pads = bool(masks) if zero_pads is None else zero_pads
+        columns = {name: inputs[name] for name in _COLUMNS if inputs.get(name) is not None}
+        mask = next((masks[stack] for stack in decoders if stack in masks), None)
+        if mask is not None:
+            columns["decoder_attention_mask"] = mask
+        if host is not None:
+            columns |= {name: host[name] for name in columns if name in host}
+        bound = self._bound(model)
+        batch = bound.batch(bound.plan(model, wanted, decoders), columns, zero_pads, prepare.dtype)
+        return CachedReader(self, model, inputs, batch, prepare, zero_pads)
+
+    def lookup(self, model: Any, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> SourceStates | None:
+        """Return the source states of a batch where every row of it is kept, else None.
+
+        Called with the batch on the host, before it moves to the device, this does not wait for the device: the states
+        are copied while the device works on, and the current stream waits for them. Pass them on in place of the source
+        (``model(**target, source_states=states)``), or copy them into the buffers of a captured CUDA graph before each
+        replay. Without them (None), run the model on the whole batch, which computes and keeps what is missing.
+
+        Args:
+            model: a model with FLARE adapters.
+            batch: as the model takes it; what does not begin with ``source_`` is not read.
+                ``source_input_ids`` (B, m) integers, ``source_attention_mask`` and ``source_token_type_ids`` of the
+                same shape; of an encoder-decoder also ``source_labels`` or ``source_decoder_input_ids`` (B, u).
+            dtype: autocast's where the forward runs under autocast and this call does not; by default the one that is
+                in force.
+
+        Returns:
+            States (B, m, d), contiguous and detached, on the model's device; zero at pads under
+            source_padding="zero". Under ``source_labels`` or ``source_decoder_input_ids`` the decoder's (B, u, d) too.
+            None also where no active adapter reads a source, and for a model whose blocks lie on several devices.
+
+        Raises:
+            TypeError, ValueError: a model without FLARE adapters, or a source that is missing or does not fit.
+            RuntimeError: the call is part of a CUDA graph that is being captured.
+        """
+        if not hasattr(model, "source_request"):
+            raise TypeError(
+                f"model must have FLARE adapters (flare.fast_lora adds them), got {type(model).__name__} without any"
+            )
+        request: SourceRequest = model.source_request()
+        bound = self._bound(request.model)
+        columns, wanted = request.columns(batch, bound.accepts_types)
+        if not wanted:
+            return None
+        plan = bound.plan(request.model, wanted, request.decoders)
+        kind = "cpu" if plan.device is None else plan.device.type
+        if dtype is None and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        named = bound.batch(plan, columns, request.zero_pads, dtype)
+        states = self.read(named)
+        if states is None:
+            return None
+        padded = not named.streams[0].mask.all()
+        return SourceStates(states, request.offset, columns["attention_mask"] if padded else None)
+
+    def read(self, batch: Batch) -> dict[StateKey, Tensor] | None:
+        """Return all states of a batch, see :meth:`CachedReader.warm`."""
+        device = batch.plan.device
+        if device is None or self.undecided:
+            return None
+        self.device = device
+        entries = self._find_all(batch)
+        if entries is None or any((one.dtype, one.width) != (entries[0].dtype, entries[0].width) for one in entries):
+            return None
+        with self.meter.of_pass(len(batch.rows), 0, device):
+            return gather(batch, entries, device)
 
     @_locked
-    def find(self, key: str, counts: Mapping[StateKey, int]) -> Entry | None:
-        """A row's entry in the fastest tier that has it; copied into a faster one with room."""
+    def _find_all(self, batch: Batch) -> list[Entry] | None:
+        found = []
+        for row in batch.rows:
+            entry = self.find(row.key, batch.size(row))
+            if entry is None:
+                return None
+            found.append(entry)
+        return found
+
+    @_locked
+    def find(self, key: str, positions: int) -> Entry | None:
+        """A row's entry in the fastest tier that has it, of so many positions; copied into a faster one with room."""
         for tier in self._tiers:
             entry = tier.find(key)
             if entry is None:
                 continue
-            if not entry.fits(counts):
+            if entry.data.numel() != positions * entry.width * entry.dtype.itemsize:
                 self.say(f"the {tier.name} tier holds a row of another size under the name {key}; it is not used")
                 continue
             return self._promoted(key, entry, tier)
@@ -230,7 +351,7 @@ class SourceStateCache:
 
     def _decide(self, computing: float) -> None:
         """Keep the tiers from which a row is read sooner than it is computed, given the seconds that takes."""
-        nbytes = max((entry.data.numel() for _, entry, _ in self.held), default=0)
+        nbytes = max((entry.data.numel() for _, entry in self.held), default=0)
         kept: list[Tier] = []
         for tier in self._tiers:
             try:
@@ -248,7 +369,7 @@ class SourceStateCache:
         if not kept:
             self.say(f"tiers='auto' keeps nothing, every epoch computes its source states: {self._decided}")
         held, self.held = self.held, []
-        for key, entry, _ in held:
+        for key, entry in held:
             if self._tiers and self._kept(key):
                 continue
             found = self.reserve(entry.data.numel())
@@ -319,44 +440,6 @@ def _flush_at_exit(cache: weakref.ref[SourceStateCache], process: int) -> None:
     found = cache()
     if found is not None and process == os.getpid():  # what a fork holds is its parent's to publish
         found.flush()
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"directory={str(directory)!r} cannot be made ({error}); give a folder") from error
-
-
-def _checked(budget: Any, tiers: Any, directory: Any) -> tuple[list[str], int | None]:
-    """The tiers to use, fastest first, and the bytes over all of them (None where each has its own)."""
-    each = isinstance(budget, Mapping)
-    values = list(budget.values()) if each else [budget]
-    if any(isinstance(value, bool) or not isinstance(value, int) for value in values):
-        raise TypeError(f"budget={budget!r} must be bytes (an integer), or a tier's bytes by its name")
-    if any(value < 0 for value in values) or not values:
-        raise ValueError(f"budget={budget!r} must be bytes, none below 0")
-    unknown = sorted(set(budget) - set(TIERS)) if each else []
-    if unknown:
-        raise ValueError(f"budget names {unknown[0]!r}; accepted: {', '.join(map(repr, TIERS))}")
-    named = list(TIERS) if isinstance(tiers, str) and tiers == "auto" else tiers
-    listed = isinstance(named, Sequence) and not isinstance(named, str) and len(named) > 0
-    if not listed or any(name not in TIERS for name in named):
-        raise ValueError(f"tiers={tiers!r} is not accepted: 'auto', or some of {', '.join(map(repr, TIERS))}")
-    if directory is not None and not isinstance(directory, str | Path):
-        raise TypeError(f"directory={directory!r} must be a path or None")
-    by_default = tiers == "auto" or tuple(named) == TIERS
-    if directory is not None and "disk" not in named:
-        raise ValueError(f"directory={str(directory)!r} is for the tier 'disk', which tiers={tiers!r} does not name")
-    if directory is None and ((each and budget.get("disk")) or ("disk" in named and not by_default)):
-        raise ValueError("the tier 'disk' needs a directory=, a folder for its files; or name other tiers")
-    used = [name for name in TIERS if name in named and (name != "disk" or directory is not None)]
-    if each:
-        beside = sorted(set(budget) - set(named))
-        if beside:
-            raise ValueError(f"budget names {beside[0]!r}, which tiers={tiers!r} does not")
-        used = [name for name in used if name in budget]
-    return used, None if each else budget
 
 
 def _readable(nbytes: int) -> str:

@@ -49,6 +49,8 @@ class Meter:
     @contextlib.contextmanager
     def of_pass(self, rows: int, computed: int, device: torch.device) -> Iterator[None]:
         """Around a source pass: rows asked for, and rows the model ran on."""
+        self.rows += rows
+        self.hits += rows - computed
         span = _Span(rows, computed, _now(device), None)
         yield
         span.end = _now(device)
