@@ -12,6 +12,9 @@ import torch
 
 import flare
 from flare.source.hooks import runtime_of
+from flare.source.source_pass import Preparation
+from flare.source_cache.reader import CachedReader
+from flare.source_cache.request import SourceRequest
 
 FAMILIES = ("bert", "llama", "mt5")
 MB = 1 << 20
@@ -119,3 +122,32 @@ def silence() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
+
+
+def request_of(model: Any) -> SourceRequest:
+    """What the model's active adapters read, as the cache asks for it."""
+    base = model.get_base_model()
+    runtime = runtime_of(base)
+    keys = {key for key, _, _ in runtime.wanted()}
+    in_decoder = {key for key in keys if key.stack in runtime.map.decoders}
+    config = model.peft_config["default"]
+    return SourceRequest(
+        base,
+        frozenset(keys - in_decoder),
+        frozenset(in_decoder),
+        config.source_layer_offset,
+        config.source_padding == "zero",
+    )
+
+
+def reader_of(model: Any, cache: flare.SourceStateCache, batch: dict[str, torch.Tensor]) -> CachedReader:
+    """The cache's reader for a batch, as the source pass asks for it."""
+    request = request_of(model)
+    columns, keys = request.columns(batch, types=True)
+    stacks = {key.stack for key in request.keys}
+    masks = dict.fromkeys(stacks, columns["attention_mask"])
+    if "decoder_attention_mask" in columns:
+        masks |= dict.fromkeys(request.decoders, columns.pop("decoder_attention_mask"))
+    masks = masks if request.zero_pads else {}
+    prepare = Preparation.under_autocast(columns["input_ids"].device)
+    return cache.reader(request.model, columns, keys, prepare, masks, request.decoders)

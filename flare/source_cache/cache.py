@@ -24,7 +24,7 @@ from .entries import Entry
 from .fingerprint import fingerprint
 from .keeping import Tier
 from .memory import MemoryTier
-from .meter import CacheStats, Meter
+from .meter import CacheStats, Meter, readable
 from .reader import CachedReader, gather
 from .request import SourceRequest
 from .rows import Batch, Plan, accepts_types, counts_relatively, needs_width
@@ -62,9 +62,10 @@ class _Bound:
     def plan(self, model: nn.Module, wanted: Collection[StateKey], decoders: Collection[str]) -> Plan:
         """The plan of the wanted states, made once."""
         kind = frozenset(wanted)
-        if kind not in self.plans:
-            self.plans[kind] = Plan.of(kind, decoders, model)
-        return self.plans[kind]
+        plan = self.plans.get(kind)
+        if plan is None:
+            plan = self.plans[kind] = Plan.of(kind, decoders, model)
+        return plan
 
     def batch(self, plan: Plan, columns: Mapping[str, Tensor], zero_pads: bool, dtype: torch.dtype | None) -> Batch:
         """The rows of a batch by their names."""
@@ -411,7 +412,7 @@ class SourceStateCache:
     def summary(self) -> str:
         """One line for people."""
         now = self.stats()
-        held = ", ".join(f"{name} {now.entries[name]} rows {_readable(now.nbytes[name])}" for name in self.tiers)
+        held = ", ".join(f"{name} {now.entries[name]} rows {readable(now.nbytes[name])}" for name in self.tiers)
         saved = "time saved not known (no pass computed all its rows)"
         if now.seconds_saved is not None:
             saved = f"{round(now.seconds_saved, 1) + 0.0} s saved"  # no -0.0
@@ -440,12 +441,3 @@ def _flush_at_exit(cache: weakref.ref[SourceStateCache], process: int) -> None:
     found = cache()
     if found is not None and process == os.getpid():  # what a fork holds is its parent's to publish
         found.flush()
-
-
-def _readable(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

@@ -153,7 +153,7 @@ def on_host(columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """
     moving = {name: column for name, column in columns.items() if column.device.type == "cuda"}
     if not moving:
-        return {name: column.cpu() for name, column in columns.items()}
+        return {name: column if column.device.type == "cpu" else column.cpu() for name, column in columns.items()}
     flat = torch.cat([(column != 0 if "mask" in name else column).flatten().long() for name, column in moving.items()])
     arrived = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
     event = torch.cuda.Event()

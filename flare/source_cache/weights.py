@@ -25,7 +25,7 @@ class FrozenWeights:
     Attributes:
         tensors: (name, tensor) in the order of the modules.
         places: (dictionary, key) of every tensor and of every module and object on the way to one.
-        dictionaries: the dictionaries that hold nothing else.
+        dictionaries: those of modules that hold something: what is added to one changes its length.
         wrappers: the adapter layers on the way.
 
     Raises:
@@ -56,7 +56,8 @@ class FrozenWeights:
             self._walk(module.get_base_layer(), name)
             return
         for held in (module._parameters, module._buffers, module._modules):
-            self.dictionaries.append(held)
+            if held:
+                self.dictionaries.append(held)
             self.places += [(held, own) for own in held if own not in module._non_persistent_buffers_set]
         for own, parameter in module._parameters.items():
             if parameter is not None:
