@@ -29,6 +29,7 @@ from cached_states import (
 
 import flare
 from flare.source.hooks import runtime_of
+from flare.source.source_pass import Preparation
 from flare.source_cache import cache as cache_module
 from flare.source_cache import reader as reader_module
 
@@ -115,6 +116,18 @@ def test_rows_of_several_tiers_are_one_batch(tmp_path) -> None:
     assert cache.stats().entries == {"device": 1, "host": 1, "disk": 1}
     got = reader_of(model, cache, batch).warm()
     want = visited(model, reader_of(model, cache, batch))
+    assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_columns_on_the_host_are_taken_in_place_of_the_devices() -> None:
+    """A reader whose inputs have no values at all (the meta device), but for those that the caller has on the CPU."""
+    model, batch = fused("bert"), batch_of("bert")
+    cache = filled(model, flare.SourceStateCache(MB), batch)
+    request = request_of(model)
+    columns, keys = request.columns(batch, types=True)
+    inputs = {name: column.to("meta") for name, column in columns.items()}
+    got = cache.reader(request.model, inputs, keys, Preparation(), host=columns).warm()
+    want = reader_of(model, cache, batch).warm()
     assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
 
 

@@ -94,8 +94,8 @@ def _fill(buffers: dict[str, Tensor], batch: Batch, entries: list[tuple[int, Ent
     targets, sources = [], []
     for index, entry in entries:
         row, start, values = batch.rows[index], 0, entry.data.view(entry.dtype)
-        for stack, buffer in buffers.items():
-            count, length, where = len(buffer), row.lengths[stack], row.positions[stack]
+        for stack, count in batch.plan.stacks.items():
+            buffer, length, where = buffers[stack], row.lengths[stack], row.positions[stack]
             end = start + count * length * entry.width
             source = values[start:end].view(count, length, entry.width)
             start = end
