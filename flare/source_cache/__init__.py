@@ -11,6 +11,7 @@ memory       the device and the host tier
 shards       the disk tier: safetensors files, published whole or not at all
 meter        counts and seconds
 trial        tiers="auto": reading measured against recomputing
+store        the rows of a cache: tiers, what is found and kept in them
 keeping      rows that a source pass computes, on their way into the cache
 reader       one source pass through the cache
 request      what a model's active adapters read

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..source.states import StateKey
 from .entries import Entry
-from .memory import MemoryTier
 from .rows import Batch, Row
-from .shards import DiskTier
-
-if TYPE_CHECKING:
-    from .cache import SourceStateCache
-
-Tier = MemoryTier | DiskTier
+from .store import Store, Tier
 
 
 class Keeping:
     """Rows on their way into the cache: room is taken with the first state, and filled as the states come."""
 
-    def __init__(self, cache: SourceStateCache, batch: Batch, rows: list[Row], hold: bool) -> None:
+    def __init__(self, cache: Store, batch: Batch, rows: list[Row], hold: bool) -> None:
         self.cache = cache
         self.batch = batch
         self.rows = rows

@@ -34,8 +34,10 @@ class MemoryTier:
         self.modest = modest
         self.used = 0
         self.entries: dict[str, Entry] = {}
-        #: The entry of a key, or None. The dictionary's own method, as it is called for every row of every batch.
+        #: The entry of a key, or None, and whether there is one: the dictionary's own methods, as they are called for
+        #: every row of every batch.
         self.find: Callable[[str], Entry | None] = self.entries.get
+        self.holds: Callable[[str], bool] = self.entries.__contains__
         self.full: str | None = None  # why nothing more is taken, where that is not the budget
         self._slab: Tensor | None = None
         self._at = 0

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from ..source.states import StateKey
 from .entries import Entry
 from .keeping import Keeping, TrialClock
 from .rows import Batch, device_of
-
-if TYPE_CHECKING:
-    from .cache import SourceStateCache
+from .store import Store
 
 #: Rows among which one that comes back in another width is noticed.
 _LOOKED_AT = 100_000
@@ -31,6 +29,19 @@ _OTHER_WIDTH = (
 
 
 # --- all states of a batch at once ------------------------------------------------------------------------------------
+
+
+def read(store: Store, batch: Batch) -> dict[StateKey, Tensor] | None:
+    """Return all states of a batch where every row of it is kept; see :meth:`CachedReader.warm`."""
+    device = batch.plan.device
+    if device is None or store.undecided:
+        return None
+    store.device = device
+    entries = store.find_all(batch)
+    if entries is None or any((one.dtype, one.width) != (entries[0].dtype, entries[0].width) for one in entries):
+        return None
+    with store.meter.of_pass(len(batch.rows), 0, device):
+        return gather(batch, entries, device)
 
 
 def gather(batch: Batch, entries: Sequence[Entry], device: torch.device) -> dict[StateKey, Tensor]:
@@ -47,8 +58,9 @@ def gather(batch: Batch, entries: Sequence[Entry], device: torch.device) -> dict
     with torch.inference_mode(False), torch.no_grad():  # or training could not save what evaluation has read
         fill = _fill_on_cpu if device.type == "cpu" else _fill_on_cuda
         buffers = fill(batch, entries, device)
-        states = [state for buffer in buffers.values() for state in buffer.unbind(0)]
-        return dict(zip(batch.plan.keys, states, strict=True))
+        stacks = (*batch.plan.of_text, *batch.plan.of_decoder)
+        states = [state for stack in stacks for state in buffers[stack].unbind(0)]
+        return dict(zip(batch.plan.visited, states, strict=True))
 
 
 def _fill_on_cpu(batch: Batch, entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
@@ -149,7 +161,7 @@ class CachedReader:
 
     def __init__(
         self,
-        cache: SourceStateCache,
+        cache: Store,
         model: nn.Module,
         inputs: dict[str, Any],
         batch: Batch,
@@ -165,10 +177,10 @@ class CachedReader:
         """Return all states at once where every row is kept, else None: then call the reader.
 
         Returns:
-            StateKey -> (B, m, d), contiguous, zero at positions that are not stored. None also for a model whose blocks
-            lie on several devices.
+            StateKey -> (B, m, d), contiguous, zero at positions that are not stored, in the order in which a visitor
+            would see them. None also for a model whose blocks lie on several devices.
         """
-        states = self.cache.read(self.batch)
+        states = read(self.cache, self.batch)
         if states is not None:
             self.computed = {}
         return states
