@@ -69,6 +69,7 @@ __all__ = [
     "after_backward",
     "attention_function",
     "compiled_calls_off",
+    "copy_each",
     "enable_checkpointing",
     "every_module",
     "inside_ddp",
@@ -82,6 +83,7 @@ __all__ = [
     "register_tuner",
     "registrations",
     "set_adapters_disabled",
+    "without_torch_function",
 ]
 
 
@@ -162,6 +164,12 @@ def compiled_calls_off(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, call in compiled:
             module.__dict__[name] = call
+
+
+#: Copies each tensor of a list into the tensor at its place in another, in one call.
+copy_each = torch._foreach_copy_
+#: Within it, reading an attribute of a tensor subclass does not run the subclass's Python code.
+without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 def is_compiled(model: nn.Module) -> bool:

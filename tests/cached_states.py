@@ -11,7 +11,11 @@ import tiny
 import torch
 
 import flare
+from flare.source.context import THREAD
 from flare.source.runtime import runtime_of
+from flare.source.source_pass import Preparation
+from flare.source_cache.reader import CachedReader
+from flare.source_cache.request import SourceRequest
 
 FAMILIES = ("bert", "llama", "mt5")
 MB = 1 << 20
@@ -48,12 +52,12 @@ class SourceBlocks:
         stacks = {**runtime.map.stacks, **dict.fromkeys(runtime.map.decoders)}
         for stack in stacks:
             for index, block in enumerate(base.get_submodule(stack)):
-                block.register_forward_hook(self._count(f"{stack}.{index}", runtime))
+                block.register_forward_hook(self._count(f"{stack}.{index}"))
                 self.rows[f"{stack}.{index}"] = 0
 
-    def _count(self, name: str, runtime: Any) -> Any:
+    def _count(self, name: str) -> Any:
         def count(module: Any, args: Any, output: Any) -> None:
-            if runtime.in_source_pass:
+            if THREAD.frozen_pass is not None:
                 self.rows[name] += len(output if isinstance(output, torch.Tensor) else output[0])
 
         return count
@@ -119,3 +123,21 @@ def silence() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
+
+
+def request_of(model: Any) -> SourceRequest:
+    """What the model's active adapters read, as the cache asks for it."""
+    return model.source_request()  # type: ignore[no-any-return]
+
+
+def reader_of(model: Any, cache: flare.SourceStateCache, batch: dict[str, torch.Tensor]) -> CachedReader:
+    """The cache's reader for a batch, as the source pass asks for it."""
+    request = request_of(model)
+    columns, keys = request.columns(batch, types=True)
+    stacks = {key.stack for key in request.keys}
+    masks = dict.fromkeys(stacks, columns["attention_mask"])
+    if "decoder_attention_mask" in columns:
+        masks |= dict.fromkeys(request.decoders, columns.pop("decoder_attention_mask"))
+    masks = masks if request.zero_pads else {}
+    prepare = Preparation.under_autocast(columns["input_ids"].device)
+    return cache.reader(request.model, columns, keys, prepare, masks, request.decoders)

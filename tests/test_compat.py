@@ -102,6 +102,26 @@ def test_every_module_is_found_once_and_in_torchs_order() -> None:
     assert [*map(id, _compat.every_module(model))] == [*map(id, model.modules())]
 
 
+def test_lists_are_copied_in_one_call_also_into_views() -> None:
+    sources = [torch.randn(2, 3), torch.randn(2, 1)]
+    buffer = torch.zeros(2, 5)
+    _compat.copy_each([buffer[:, :3], buffer[:, 4:]], sources, False)
+    assert torch.equal(buffer, torch.cat([sources[0], torch.zeros(2, 1), sources[1]], 1))
+
+
+def test_a_subclass_is_read_without_its_own_code() -> None:
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *_: object) -> None:
+            raise AssertionError("the subclass's code ran")
+
+    loud = torch.zeros(2).as_subclass(Loud)
+    with _compat.without_torch_function():
+        assert loud._version == 0 and torch.Tensor.data_ptr(loud) and not loud.requires_grad
+    with pytest.raises(AssertionError):
+        torch.Tensor.data_ptr(loud)
+
+
 def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
     class Own(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,9 @@ from cached_states import MB, assert_same, batch_of, fused, step
 import flare
 from flare.measure import count_ops
 from flare.source_cache.checksum import checksum
-from flare.source_cache.fingerprint import check_frozen, fingerprint, frozen_tensors
+from flare.source_cache.fingerprint import fingerprint
+from flare.source_cache.watch import Watch
+from flare.source_cache.weights import FrozenWeights
 
 
 def test_another_base_model_is_refused() -> None:
@@ -116,11 +118,11 @@ def test_looking_whether_quantised_weights_changed_computes_nothing() -> None:
     linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), False, quant_type="nf4", compress_statistics=True)
     model = torch.nn.Sequential(linear.to("cpu"))
-    names = [name.rpartition(".")[2] for name, _ in frozen_tensors(model)]
+    names = [name.rpartition(".")[2] for name, _ in FrozenWeights(model).tensors]
     assert names == ["weight", "absmax", "nested_absmax", "nested_quant_map", "quant_map"]
-    stamp = check_frozen(model)
+    watch = Watch(model)
     with count_ops() as operators:
-        assert check_frozen(model) == stamp
+        assert watch.holds() and Watch(model).stamp == watch.stamp
     assert not operators.ops
 
 

@@ -113,7 +113,7 @@ def test_rows_on_disk_move_up_where_there_is_room(tmp_path) -> None:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_keeps_a_tier_only_where_reading_beats_computing(fast, tmp_path, monkeypatch) -> None:
-    from flare.source_cache import cache as module
+    from flare.source_cache import store as module
 
     asked = []
 
@@ -148,7 +148,7 @@ def test_auto_really_measures(tmp_path) -> None:
 
 
 def test_auto_says_what_it_leaves_out(tmp_path, monkeypatch) -> None:
-    from flare.source_cache import cache as module
+    from flare.source_cache import store as module
 
     measure = module.seconds_to_read
     monkeypatch.setattr(module, "seconds_to_read", lambda tier, *rest: 1e9 if tier != "disk" else measure(tier, *rest))
@@ -163,7 +163,7 @@ def test_auto_says_what_it_leaves_out(tmp_path, monkeypatch) -> None:
 
 
 def test_named_tiers_measure_nothing(monkeypatch, tmp_path) -> None:
-    from flare.source_cache import cache as module
+    from flare.source_cache import store as module
 
     monkeypatch.setattr(module, "seconds_to_read", lambda *_: pytest.fail("a named tier was measured"))
     model = fused("bert")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..source_cache import SourceStateCache
+from ..source_cache import CachedReader, SourceStateCache
 from .context import SourceContext
 from .fsdp import reshard_below
 from .inputs import (
@@ -97,12 +97,21 @@ def read_source(
     if source_cache is not None and "source_states" not in source:
         check_cacheable(runtime, adapters)
         states = source_cache.reader(
-            model, inputs, set(reads.keys), prepare, masks if zeroes else {}, runtime.map.decoders
+            model,
+            inputs,
+            reads.keys,
+            prepare,
+            masks if zeroes else {},
+            runtime.map.decoders,
+            zero_pads=zeroes,
         )
     if not graded(weights):
         return _projected(model, runtime, reads, states, prepare, None)
     memory = _memory(model, runtime, reads, source, states, prepare)
     if isinstance(memory, Keep) and not (prepare.packings or reads.mixes):
+        kept = states.warm() if isinstance(states, CachedReader) else None
+        if kept is not None:  # they are prepared already
+            return keep_states(kept, Preparation(prepare.dtype), reads.groups)
         return keep_states(states, prepare, reads.groups)
     return _projected(model, runtime, reads, states, prepare, memory)
 

@@ -37,15 +37,6 @@ class Entry:
             start = end
         return found
 
-    def fits(self, counts: Mapping[StateKey, int]) -> bool:
-        """Whether this many positions take these many bytes."""
-        return self.data.numel() == size_of(counts, self.dtype, self.width)
-
-
-def size_of(counts: Mapping[StateKey, int], dtype: torch.dtype, width: int) -> int:
-    """Bytes of a row's states."""
-    return sum(counts.values()) * width * dtype.itemsize
-
 
 def aligned(nbytes: int) -> int:
     """Bytes that an entry takes in its tier."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,14 +34,14 @@ class MemoryTier:
         self.modest = modest
         self.used = 0
         self.entries: dict[str, Entry] = {}
+        #: The entry of a key, or None, and whether there is one: the dictionary's own methods, as they are called for
+        #: every row of every batch.
+        self.find: Callable[[str], Entry | None] = self.entries.get
+        self.holds: Callable[[str], bool] = self.entries.__contains__
         self.full: str | None = None  # why nothing more is taken, where that is not the budget
         self._slab: Tensor | None = None
         self._at = 0
         self._spare: list[Tensor] = []
-
-    def find(self, key: str) -> Entry | None:
-        """The entry of a key."""
-        return self.entries.get(key)
 
     def reserve(self, nbytes: int, device: torch.device, left: int) -> Tensor | None:
         """Room for an entry: uint8, flat; None where there is none.

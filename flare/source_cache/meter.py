@@ -49,6 +49,8 @@ class Meter:
     @contextlib.contextmanager
     def of_pass(self, rows: int, computed: int, device: torch.device) -> Iterator[None]:
         """Around a source pass: rows asked for, and rows the model ran on."""
+        self.rows += rows
+        self.hits += rows - computed
         span = _Span(rows, computed, _now(device), None)
         yield
         span.end = _now(device)
@@ -101,3 +103,13 @@ def _between(begin: Any, end: Any, wait: bool) -> float | None:
         return None
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+def readable(nbytes: int) -> str:
+    """Bytes for people."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -179,6 +179,10 @@ class DiskTier:
             more = f" and {len(files) - 3} more" if len(files) > 3 else ""
             self._say(f"not used, and left alone in {self.directory}: {', '.join(files[:3])}{more}: {why}")
 
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry of a key, intact or not: nothing is read."""
+        return key in self._waiting or key in self._holders
+
     def find(self, key: str) -> Entry | None:
         """The entry of a key, intact; one that is not is forgotten, its file reported once."""
         if key in self._waiting:

@@ -18,7 +18,7 @@ from ..source.inputs import SOURCE_ARGUMENTS
 from ..source.read import check_cacheable, encode
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
-from ..source_cache import SourceStateCache
+from ..source_cache import SourceRequest, SourceStateCache
 from .config import FlareConfig
 from .layer import MERGE_REFUSED, FlareLayer, adopt
 from .routing import ModelMap
@@ -300,6 +300,23 @@ class FlareModel(LoraModel):
             check_cacheable(runtime, runtime.reading().of_both.adapters)
             cache.bind(self.model)
         runtime.source_cache = cache
+
+    def source_request(self) -> SourceRequest:
+        """Return what the active adapters read of a source, as a :class:`flare.SourceStateCache` needs to know it."""
+        runtime = runtime_of(self.model)
+        assert runtime is not None
+        reading = runtime.reading()
+        adapters = reading.of_both.adapters
+        if not adapters:
+            return SourceRequest(self.model, frozenset(), frozenset(), 0, False)
+        check_cacheable(runtime, adapters)
+        return SourceRequest(
+            self.model,
+            frozenset(reading.of_text.keys),
+            frozenset(reading.of_decoder.keys),
+            runtime.setting("source_layer_offset", adapters),
+            runtime.setting("source_padding", adapters) == "zero",
+        )
 
     def generate(
         self,

@@ -1,0 +1,69 @@
+"""What a model's active adapters read of a source, as the cache needs to know it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..source.inputs import check_ids, decoder_inputs
+from ..source.states import StateKey
+
+_DECODER = ("source_labels", "source_decoder_input_ids")
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """The states that a model's active adapters read; made by ``FlareModel.source_request()``.
+
+    Attributes:
+        model: the transformers model (not the PeftModel).
+        keys: states of the stacks that read the source text.
+        decoder_keys: states of an encoder-decoder's decoder, read where a batch has ``source_labels`` or
+            ``source_decoder_input_ids``.
+        offset: the adapters' source_layer_offset.
+        zero_pads: whether the adapters' source_padding is "zero".
+    """
+
+    model: nn.Module
+    keys: frozenset[StateKey]
+    decoder_keys: frozenset[StateKey]
+    offset: int
+    zero_pads: bool
+
+    @functools.cached_property
+    def decoders(self) -> set[str]:
+        """The stacks of ``decoder_keys``."""
+        return {key.stack for key in self.decoder_keys}
+
+    def columns(self, batch: Mapping[str, Any], types: bool) -> tuple[dict[str, Tensor], frozenset[StateKey]]:
+        """Return what the frozen model reads of a batch, under its own names, and the states that are wanted of it.
+
+        Args:
+            batch: the arguments of the model's forward.
+            types: whether the frozen model reads token types.
+
+        Raises:
+            TypeError, ValueError: a source that is missing or does not fit; the message names the argument.
+        """
+        ids = check_ids("source_input_ids", batch.get("source_input_ids"), "(B, m)")
+        columns = {"input_ids": ids}
+        for name in ("attention_mask", "token_type_ids") if types else ("attention_mask",):
+            column = batch.get(f"source_{name}")
+            if column is not None:
+                if column.shape != ids.shape:
+                    raise ValueError(
+                        f"source_{name} has shape {tuple(column.shape)}, expected the shape of source_input_ids: "
+                        f"{tuple(ids.shape)}"
+                    )
+                columns[name] = column
+        decoder = {name: batch[name] for name in _DECODER if batch.get(name) is not None}
+        if not decoder:
+            return columns, self.keys
+        columns["decoder_input_ids"], mask = decoder_inputs(self.model, decoder, None)
+        if self.zero_pads:
+            columns["decoder_attention_mask"] = mask
+        return columns, self.keys | self.decoder_keys

@@ -1,0 +1,412 @@
+"""SourceStateCache: a batch of which every row is kept, read at once."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import types
+import weakref
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from cached_states import (
+    FAMILIES,
+    MB,
+    assert_same,
+    batch_of,
+    cache_in,
+    fused,
+    one_row_bytes,
+    reader_of,
+    request_of,
+    step,
+    take,
+)
+
+import flare
+from flare.source.hooks import runtime_of
+from flare.source.source_pass import Preparation
+from flare.source_cache import cache as cache_module
+from flare.source_cache import reader as reader_module
+from flare.source_cache import shards as shards_module
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SOURCE = ("source_input_ids", "source_attention_mask", "source_labels")
+
+
+def visited(model: Any, reader: Any) -> dict[Any, torch.Tensor]:
+    """The states that a reader hands to a visitor."""
+    states: dict[Any, torch.Tensor] = {}
+    with runtime_of(model.get_base_model()).source_pass():
+        reader(states.__setitem__)
+    return states
+
+
+def filled(model: Any, cache: flare.SourceStateCache, *batches: Any) -> flare.SourceStateCache:
+    """The cache with the rows of the batches."""
+    for batch in batches:
+        visited(model, reader_of(model, cache, batch))
+    cache.flush()
+    return cache
+
+
+def asked(model: Any) -> Any:
+    """The model as ``lookup`` needs it."""
+    return types.SimpleNamespace(source_request=lambda: request_of(model))
+
+
+def stored(model: Any, key: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where a state is stored: (B, m) bool."""
+    zero = model.peft_config["default"].source_padding == "zero"
+    if key.stack in runtime_of(model.get_base_model()).map.decoders:
+        return torch.ones(batch["source_labels"].shape, dtype=torch.bool)
+    return batch["source_attention_mask"] != 0 if zero else torch.ones_like(batch["source_input_ids"]) != 0
+
+
+def with_holes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The last row's tokens with gaps in between, the first row without any."""
+    mask = batch["source_attention_mask"].clone()
+    mask[-1] = torch.arange(mask.shape[1]) % 3 != 1
+    mask[0] = 0
+    return {**batch, "source_attention_mask": mask}
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN, in which a position that is not written shows."""
+    plain = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = plain(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+@pytest.mark.usefixtures("poisoned")
+def test_a_warm_batch_is_what_the_slow_path_visits_to_the_bit(family, padding, tier, tmp_path) -> None:
+    """Rows of other batches, in another order, one of them twice; unequal lengths, holes, and a row without tokens."""
+    model = fused(family, source_padding=padding)
+    first, second = batch_of(family), with_holes(batch_of(family, seed=4))
+    cache = filled(model, cache_in(tier, tmp_path), first, second)
+    batch = {n: torch.cat([first[n][[2, 0]], second[n][[2, 0, 1, 2]]]) for n in SOURCE if n in first}
+    reader = reader_of(model, cache, batch)
+    rows = cache.stats().rows
+    got = reader.warm()
+    assert got is not None and cache.stats().rows == rows + 6
+    want = visited(model, reader)
+    assert cache.stats().rows == rows + 6, "read again, as a backward pass does"
+    assert list(got) == list(want)
+    for key, state in got.items():
+        where = stored(model, key, batch)
+        assert state.shape == want[key].shape and state.dtype == want[key].dtype and state.is_contiguous()
+        assert torch.equal(state[where], want[key][where]) and not state[~where].any()
+
+
+def test_rows_of_several_tiers_are_one_batch(tmp_path) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    budget = {"device": one_row_bytes(), "host": one_row_bytes(), "disk": MB}
+    cache = filled(model, flare.SourceStateCache(budget, directory=tmp_path), batch)
+    assert cache.stats().entries == {"device": 1, "host": 1, "disk": 1}
+    got = reader_of(model, cache, batch).warm()
+    want = visited(model, reader_of(model, cache, batch))
+    assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_columns_on_the_host_are_taken_in_place_of_the_devices() -> None:
+    """A reader whose inputs have no values at all (the meta device), but for those that the caller has on the CPU."""
+    model, batch = fused("bert"), batch_of("bert")
+    cache = filled(model, flare.SourceStateCache(MB), batch)
+    request = request_of(model)
+    columns, keys = request.columns(batch, types=True)
+    inputs = {name: column.to("meta") for name, column in columns.items()}
+    got = cache.reader(request.model, inputs, keys, Preparation(), host=columns).warm()
+    want = reader_of(model, cache, batch).warm()
+    assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_without_a_row_there_is_no_warm_batch(monkeypatch) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    cache = filled(model, flare.SourceStateCache(MB), take(batch, 0, 2))
+    reader = reader_of(model, cache, batch)
+    before = cache.stats()
+    assert reader.warm() is None and cache.lookup(asked(model), batch) is None
+    assert cache.stats() == before, "counted where the caller computes the row"
+    visited(model, reader)
+    assert (cache.stats().rows, cache.stats().hits) == (before.rows + 3, before.hits + 2)
+    assert reader_of(model, cache, batch).warm() is not None
+    monkeypatch.setattr(cache, "undecided", True)
+    assert reader_of(model, cache, batch).warm() is None, "a pass that is timed computes its rows"
+
+
+def test_of_a_batch_that_lacks_a_row_nothing_is_read_from_disk(tmp_path, monkeypatch) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    cache = filled(model, cache_in("disk", tmp_path), take(batch, 0, 1))
+    monkeypatch.setattr(shards_module, "checksum", lambda _: pytest.fail("a row was read"))
+    assert reader_of(model, cache, batch).warm() is None
+
+
+def test_a_damaged_row_on_disk_is_computed(tmp_path) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    filled(model, cache_in("disk", tmp_path), batch)
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="checksum of an entry does not match"):
+        assert reader_of(model, cache_in("disk", tmp_path), batch).warm() is None
+
+
+def test_blocks_on_several_devices_are_read_one_by_one() -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    cache = filled(model, flare.SourceStateCache(MB), batch)
+    plan = reader_of(model, cache, batch).batch.plan
+    assert plan.device == torch.device("cpu")
+    base = model.get_base_model()
+    base.bert.encoder.layer[1].to("meta")
+    assert type(plan).of(plan.keys, (), base).device is None
+
+
+def calls_of(layers: int) -> int:
+    """Python and C calls of a whole warm reading."""
+    config = tiny.config("xlmr", num_hidden_layers=layers)
+    model = flare.fast_lora(transformers.XLMRobertaForSequenceClassification(config), r=4)
+    batch = batch_of("xlmr")
+    cache = filled(model, flare.SourceStateCache(8 * MB), batch)
+    request, count = request_of(model), 0
+    model = types.SimpleNamespace(source_request=lambda: request)
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    cache.lookup(model, batch)
+    sys.setprofile(profile)
+    try:
+        states = cache.lookup(model, batch)
+    finally:
+        sys.setprofile(None)
+    assert states is not None and len(states) == layers
+    return count
+
+
+def test_a_block_adds_next_to_nothing_to_a_warm_reading() -> None:
+    """The frozen weights are compared, the rows looked up and copied by calls that do not grow with depth."""
+    few, many = calls_of(4), calls_of(12)
+    assert (many - few) / 8 <= 3, (few, many)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+def test_a_warm_reading_of_a_batch_on_the_host_never_waits_for_a_device(family, padding, monkeypatch) -> None:
+    model, batch = fused(family, source_padding=padding), with_holes(batch_of(family))
+    cache = filled(model, flare.SourceStateCache(MB), batch)
+    for name in ("item", "tolist", "nonzero", "cpu", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} was called"))
+    assert reader_of(model, cache, batch).warm() is not None
+    assert cache.lookup(asked(model), batch) is not None
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_looked_up_states_take_the_place_of_a_source(family, padding, autocast) -> None:
+    model, batch = fused(family, source_padding=padding), batch_of(family)
+    bf16 = torch.bfloat16
+    with torch.autocast("cpu", bf16, enabled=autocast):
+        want = step(model, batch)
+        cache = filled(model, flare.SourceStateCache(MB), batch)
+    if autocast:
+        assert cache.lookup(asked(model), batch) is None, "rows in float32 are other rows"
+    with torch.inference_mode():
+        states = cache.lookup(asked(model), batch, dtype=bf16 if autocast else None)
+    assert states is not None and cache.stats().hits == 3
+    assert states.attention_mask is batch["source_attention_mask"]
+    target = {name: value for name, value in batch.items() if not name.startswith("source_")}
+    with torch.autocast("cpu", bf16, enabled=autocast):
+        assert_same(step(model, {**target, "source_states": states}), want)
+        assert cache.lookup(asked(model), batch) is not None
+
+
+def test_looked_up_states_of_an_encoder_alone_and_with_its_decoder() -> None:
+    model, batch = fused("mt5"), batch_of("mt5")
+    encoder = {name: value for name, value in batch.items() if name != "source_labels"}
+    cache = filled(model, flare.SourceStateCache(MB), batch, encoder)
+    for given, count in ((encoder, tiny.LAYERS), (batch, tiny.LAYERS + 2)):
+        states = cache.lookup(asked(model), given)
+        want = visited(model, reader_of(model, cache, given))
+        assert states is not None and len(states) == count and states.shape == given["source_input_ids"].shape
+        assert all(torch.equal(states.states[key], want[key]) for key in want)
+
+
+def test_a_mask_of_ones_and_none_are_the_same_rows() -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    whole = {**batch, "source_attention_mask": torch.ones_like(batch["source_input_ids"])}
+    cache = filled(model, flare.SourceStateCache(MB), whole)
+    for given in (whole, {**whole, "source_attention_mask": None}):
+        states = cache.lookup(asked(model), given)
+        assert states is not None and states.attention_mask is None
+
+
+def test_what_cannot_be_looked_up_is_named(monkeypatch) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    cache = filled(model, flare.SourceStateCache(MB), batch)
+    with pytest.raises(TypeError, match=r"model must have FLARE adapters.*got BertForSequenceClassification"):
+        cache.lookup(tiny.model("bert"), batch)
+    with pytest.raises(TypeError, match=r"source_input_ids must be an integer tensor \(B, m\), got NoneType"):
+        cache.lookup(asked(model), {"input_ids": batch["input_ids"]})
+    for name in ("source_attention_mask", "source_token_type_ids"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(3, 4\), expected.*\(3, 9\)"):
+            cache.lookup(asked(model), {**batch, name: batch["source_input_ids"][:, :4]})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured.*SourceStateCache.lookup before"):
+        cache.lookup(asked(model), batch)
+
+
+# --- the base model is watched ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["window", "rope", "another config", "module", "merged", "buffer"])
+def test_what_the_model_computes_is_watched(change) -> None:
+    model, batch = fused("mistral"), batch_of("llama")
+    base = model.get_base_model()
+    base.model.register_buffer("scale", torch.ones(1))
+    cache = filled(model, flare.SourceStateCache(MB), batch)
+    reader = reader_of(model, cache, batch)
+    assert reader.warm() is not None
+    match = "another base model"
+    if change == "window":
+        base.config.sliding_window = 3
+    elif change == "rope":
+        base.config.rope_parameters["rope_theta"] = 77.0
+    elif change == "another config":
+        base.config = tiny.config("mistral", rms_norm_eps=1e-3)
+    elif change == "module":
+        base.model.layers[1].mlp = tiny.model("mistral", seed=5).requires_grad_(False).model.layers[1].mlp
+    elif change == "buffer":
+        base.model.scale = torch.full((1,), 2.0)
+    else:
+        model.add_adapter("plain", flare.FlareConfig(r=2, fusion=None, target_modules=["v_proj"]))
+        model.merge_adapter(["plain"])
+        match = "an adapter is merged"
+    with pytest.raises(ValueError, match=match):
+        reader_of(model, cache, batch)
+    if change == "window":
+        base.config.sliding_window = tiny.config("mistral").sliding_window
+        assert reader_of(model, cache, batch).warm() is not None
+
+
+def test_what_changes_no_state_does_not_have_the_weights_read_again(monkeypatch) -> None:
+    model, batch = fused("bert"), batch_of("bert")
+    cache = filled(model, flare.SourceStateCache(MB), batch)
+    monkeypatch.setattr(cache_module, "fingerprint", lambda _: pytest.fail("all weights were read"))
+    base = model.get_base_model()
+    base.config.use_cache, base.config.pad_token_id = False, 5
+    assert reader_of(model, cache, batch).warm() is not None
+    model.add_adapter("other", flare.FlareConfig(r=2, target_modules=["value", "dense"], task_type="SEQ_CLS"))
+    model.delete_adapter("other")
+    assert reader_of(model, cache, batch).warm() is not None
+
+
+def test_a_cache_keeps_no_model_alive() -> None:
+    model = fused("bert")
+    cache = filled(model, flare.SourceStateCache(MB), batch_of("bert"))
+    gone = weakref.ref(model.get_base_model())
+    del model
+    gc.collect()
+    assert gone() is None and cache.stats().entries["device"] == 3
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+class FakeStream:
+    """Notes what is asked of a stream, in the order of all streams."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def __enter__(self) -> None:
+        self.log.append(f"on {self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        self.log.append("off")
+
+    def record_event(self) -> Any:
+        return types.SimpleNamespace(synchronize=lambda: self.log.append("the host waits"))
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_rows_in_host_memory_are_copied_beside_the_computing_stream(monkeypatch) -> None:
+    """On a CPU with streams that only note: what is queued where, and that the host waits from the third reading on."""
+    model, batch = fused("mt5", source_padding="zero"), batch_of("mt5")
+    cache = filled(model, cache_in("host", None), batch)
+    reader, log = reader_of(model, cache, batch), []
+    want = reader.warm()
+    computing, copying = FakeStream("computing", log), FakeStream("copying", log)
+    copy = reader_module.copy_each
+    monkeypatch.setattr(reader_module, "_fill_on_cpu", reader_module._fill_on_cuda)
+    monkeypatch.setattr(reader_module, "copy_each", lambda *args: (log.append(f"{len(args[0])} copies"), copy(*args)))
+    monkeypatch.setattr(reader_module, "_lane", functools.cache(reader_module._Lane))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copying)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(f"kept for {stream.name}"))
+    one = ["on copying", "6 copies", "off", "computing waits for copying", "kept for computing", "kept for computing"]
+    for wait in ([], [], ["the host waits"], ["the host waits"]):
+        got = reader.warm()
+        assert log == wait + one and got.keys() == want.keys()
+        assert all(torch.equal(got[key], want[key]) for key in want)
+        log.clear()
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+def test_rows_come_on_a_stream_of_their_own_without_a_wait(tier, padding, tmp_path) -> None:
+    """Looked up while the device works on: the states are right, and the host has waited for nothing."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    model, batch = fused("llama", source_padding=padding).to(device), with_holes(batch_of("llama"))
+    moved = {name: value.to(device) for name, value in batch.items()}
+    cache = filled(model, cache_in(tier, tmp_path), moved)
+    want = {key: state.clone() for key, state in visited(model, reader_of(model, cache, moved)).items()}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):  # buffers are freed and allocated again behind work that is still queued
+            torch.cuda._sleep(10_000_000)
+            states = cache.lookup(asked(model), batch)
+            assert states is not None
+            sums = {key: state.double().sum() for key, state in states.states.items()}
+            copies = {key: state.clone() for key, state in states.states.items()}
+            del states
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for key, state in copies.items():
+        where = stored(model, key, batch).to(device)
+        assert state.device == device and torch.equal(state[where], want[key][where]) and not state[~where].any()
+        assert torch.equal(sums[key], state.double().sum())
+
+
+@needs_cuda
+def test_ids_on_the_device_name_the_same_rows() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    model, batch = fused("mt5", source_padding="zero").to(device), batch_of("mt5")
+    moved = {name: value.to(device) for name, value in batch.items()}
+    cache = filled(model, flare.SourceStateCache(MB), moved)
+    on_host, on_device = cache.lookup(asked(model), batch), cache.lookup(asked(model), moved)
+    assert on_host is not None and on_device is not None
+    assert all(torch.equal(one, other) for one, other in zip(on_host, on_device, strict=True))
