@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import node
-from .backends import primitives
 from .node import Call, Hidden, Needs, make_call, without_autocast
+from .selection import primitives
 
 #: (output index, rank, scaling, fusion) of an adapter.
 Adapter = tuple[int, int, float, str | None]

@@ -43,10 +43,15 @@ class Masks:
 
     seed: Tensor | None
     p: float
+    keep_bits: Any = None
 
     def bits(self, size: Sequence[int], stream: int) -> Tensor | None:
         """The packed keep-mask of a stream of size (M, K), made from the seed; None without dropout."""
-        return None if self.seed is None else _dropout.packed_mask(self.seed, size[0], size[1], self.p, stream)
+        return (
+            None
+            if self.seed is None
+            else _dropout.packed_mask(self.seed, size[0], size[1], self.p, stream, self.keep_bits)
+        )
 
     @property
     def scale(self) -> float:
@@ -235,7 +240,7 @@ def forward(
         return Hidden(T, S)
     A = ops.stack(As, dtype)
     B, Bs = _narrow(ops, Bs, dtype)
-    T, S = _shrink(call, x_MK, xs_MK, S_given, A, Masks(seed, call.p))
+    T, S = _shrink(call, x_MK, xs_MK, S_given, A, Masks(seed, call.p, call.ops.keep_bits))
     for group in call.groups:
         at, columns = group.members, group.columns
         if group.fusion == "add" and S is not None:
@@ -338,7 +343,7 @@ def backward(
     ops, dtype = call.ops, call.dtype
     Gs = [None if G is None else rows(G) for G in grads]
     device, M = next((G.device, G.shape[0]) for G in Gs if G is not None)
-    masks = Masks(seed, call.p)
+    masks = Masks(seed, call.p, call.ops.keep_bits)
     dtypes = [B.dtype for B in Bs]
     if needs.hidden:  # else only dB is formed, which no B enters
         _, Bs = _narrow(ops, Bs, dtype, hidden.B)

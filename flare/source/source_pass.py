@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flare_kernels import dropout as kernel_dropout
-from flare_kernels.backends import primitives
 from flare_kernels.node import Masks, rows, without_autocast
+from flare_kernels.selection import primitives
 
 from .._compat import (
     AuxiliaryTrainingWrapper,
@@ -311,7 +311,7 @@ class SourcePass(torch.autograd.Function):
                 stacked = _stack(group, weights, x.dtype)
                 if group.dropout_p > 0.0:
                     seeds[index] = kernel_dropout.draw_seed(x.device)
-                masks = Masks(seeds[index], group.dropout_p)
+                masks = Masks(seeds[index], group.dropout_p, _ops(x).keep_bits)
                 with without_autocast(x.device):
                     _, projected = _ops(x).shrink(
                         None,
@@ -352,7 +352,7 @@ class SourcePass(torch.autograd.Function):
                 group, dS = groups[index], grads[index]
                 if not wanted[index] or dS is None:
                     continue
-                masks = Masks(seeds[index], group.dropout_p)
+                masks = Masks(seeds[index], group.dropout_p, _ops(x).keep_bits)
                 exact = torch.float64 if x.dtype == torch.float64 else torch.float32
                 with without_autocast(x.device):
                     stacked = _ops(x).grad_weight(
