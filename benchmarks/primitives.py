@@ -16,7 +16,7 @@ from shapes import KernelShape
 from torch import Tensor
 
 import flare_kernels
-from flare_kernels import backends, torch_ops
+from flare_kernels import selection, torch_ops
 from flare_kernels.fusion import get_fusion
 
 FUSION = "add_relu"
@@ -40,14 +40,14 @@ def module(variant: str, device: torch.device) -> ModuleType | str:
         return f"Triton kernels: {status}" if not status else "Triton kernels are timed on a CUDA device only"
     if not status:
         return f"Triton kernels: {status}"
-    return backends.primitives("auto" if variant == "flare" else "triton", device, DTYPE)
+    return selection.primitives("auto" if variant == "flare" else "triton", device, DTYPE)
 
 
 def recorded_launches(shape: KernelShape) -> int | None:
     """How many Triton kernels a call launches, told without running one; None where there is no Triton."""
     try:
-        from flare_kernels import triton_ops
-        from flare_kernels.triton_ops.launch import recording
+        from flare_kernels.launch_mode import recording
+        from flare_kernels.triton_ops import primitives as triton_ops
     except ImportError:
         return None
     with recording(shared_bytes=227 * 1024) as launches:

@@ -4,10 +4,10 @@ Needs torch; Triton where there is one (``backends()`` says whether and why not)
 """
 
 from . import reference
-from .backends import BackendStatus, backends, launch_plan, select_backend
 from .function import fused_lora
 from .fusion import FUSIONS
 from .joint import fused_lora_qkv
+from .selection import BackendStatus, backends, launch_plan, select_backend
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,8 @@
-"""Private symbols of torch and Triton that this package uses, in one place."""
+"""The symbols of PyTorch and Triton that are not public, in one place."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,4 +14,28 @@ functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_act
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return ``function.apply`` without its Python wrapper, which makes some 29 calls for functorch's sake alone."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def current_cuda_device() -> Callable[[], int]:
+    """Return the cheapest getter of the current CUDA device's index."""
+    # torch.cuda.current_device() also initialises CUDA, which a tensor on the device has already done
+    return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., Any] | None, str]:
+    """Return the launcher of a compiled kernel, which takes every argument by position.
+
+    Triton 3.6 to 3.9 return a ``CompiledKernel`` from ``kernel[grid](...)``. Its own ``compiled[grid]`` skips the
+    binding of arguments and still calls the launch hooks.
+
+    Returns:
+        The launcher and "", or None and the reason there is none.
+    """
+    if not hasattr(type(compiled), "__getitem__"):
+        return None, f"a launch returned {type(compiled).__name__} and not a compiled kernel"
+    runner = compiled[grid]
+    kinds = [parameter.kind for parameter in inspect.signature(runner).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return None, "a compiled kernel's launcher does not take its arguments by position"
+    return runner, ""  # type: ignore[no-any-return]

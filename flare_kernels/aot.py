@@ -2,7 +2,7 @@
 
 ``python -m flare_kernels.aot`` compiles each configuration of the launch table in bfloat16 for sm_80, sm_90 and sm_100
 and a few other cases; ``--all`` the whole grid. The public launchers are called on CPU tensors while
-:func:`flare_kernels.triton_ops.launch.recording` listens, so what is compiled is what would be launched: same
+:func:`flare_kernels.launch_mode.recording` listens, so what is compiled is what would be launched: same
 arguments, same configuration, same specialisation. Exits with 1 if
 
 * a launch with aligned 2-byte operands and a rank up to 128 spills registers, or
@@ -116,9 +116,8 @@ class Report:
 
 def record(case: Case, *, rows: int = 16384) -> list[Any]:
     """The launches that the primitives make in this case, forward and backward."""
-    from . import triton_ops
-    from .triton_ops.keep_bits import keep_bits
-    from .triton_ops.launch import recording
+    from .launch_mode import recording
+    from .triton_ops import primitives as triton_ops
 
     dtype = _DTYPES[case.dtype]
     adapter_dtype = _DTYPES[case.adapter_dtype or case.dtype]
@@ -144,7 +143,7 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
         masks: dict[str, Any] = {}
         if case.dropout:
             seed = torch.zeros((), dtype=torch.int64)
-            masks = {"mask": keep_bits(seed, M, K, 6554, 0), "keep_scale": 1.25}
+            masks = {"mask": triton_ops.keep_bits(seed, M, K, 6554, 0), "keep_scale": 1.25}
         both = masks | ({"mask_source": masks["mask"]} if masks and case.fusion else {})
         # what is stacked has the compute dtype; a single adapter is read as it is
         A = triton_ops.stack(As, dtype) if count > 1 else As[0]

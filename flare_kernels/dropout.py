@@ -11,10 +11,10 @@ is kept where u_j >= round(p * 65536). The torch and the Triton form give the sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-
-from .backends import select_backend
 
 #: Numbers of the two streams: masks of one seed are independent across them.
 TARGET_STREAM, SOURCE_STREAM = 0, 1
@@ -50,7 +50,14 @@ def draw_seed(device: torch.device | str) -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def packed_mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Tensor | None:
+def packed_mask(
+    seed: Tensor,
+    rows: int,
+    cols: int,
+    p: float,
+    stream: int,
+    keep_bits: Callable[[Tensor, int, int, int, int], Tensor] | None = None,
+) -> Tensor | None:
     """Packed keep bits of a (rows, cols) stream, uint8 (rows, ceil(cols / 8)), on the seed's device.
 
     A pure function of its arguments. None for p = 0 (all kept), all zero for p = 1.
@@ -59,17 +66,15 @@ def packed_mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Te
         seed: int64 scalar tensor, from :func:`draw_seed`.
         p: probability of dropping, to a resolution of 1/65536.
         stream: which stream the mask is for (TARGET_STREAM, SOURCE_STREAM, or any other number below 2**31).
+        keep_bits: the primitive that draws them (``ops.keep_bits``); None: :func:`keep_bits_torch`. All give the same
+            bits.
     """
     threshold = drop_threshold(p)
     if p == 0.0:
         return None
     if threshold == _LEVELS or rows == 0 or cols == 0:
         return torch.zeros((rows, (cols + 7) // 8), dtype=torch.uint8, device=seed.device)
-    if select_backend(seed.device, torch.bfloat16) == "triton":  # wherever kernels run: the bits have no dtype
-        from .triton_ops.keep_bits import keep_bits
-
-        return keep_bits(seed, rows, cols, threshold, stream)
-    return keep_bits_torch(seed, rows, cols, threshold, stream)
+    return (keep_bits or keep_bits_torch)(seed, rows, cols, threshold, stream)
 
 
 def unpack(mask: Tensor, cols: int, dtype: torch.dtype) -> Tensor:

@@ -11,25 +11,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import node
-from .backends import primitives
 from .node import Adapter, Call, Hidden, rows, without_autocast
+from .selection import primitives
 
 
 def call_of(
     backend: str, device: torch.device, dtype: torch.dtype, adapters: tuple[Adapter, ...], outputs: int, p: float
 ) -> Call:
     """Return the call of the node on the primitives of a backend ("auto" included); made once."""
-    return _call(primitives(backend, device, dtype), dtype, adapters, outputs, p)
+    ops = primitives(backend, device, dtype)
+    key = (id(ops), dtype, adapters, outputs, p)
+    call = _calls.get(key)
+    if call is None:
+        if len(_calls) >= _MAX_CALLS:
+            _calls.clear()
+        call = _calls[key] = Call(ops, dtype, adapters, outputs, p)
+    return call
 
 
-_call = lru_cache(maxsize=4096)(Call)
+_MAX_CALLS = 4096
+_calls: dict[tuple[Any, ...], Call] = {}
 
 
 def apply(

@@ -168,7 +168,9 @@ class Grads(NamedTuple):
 
 def keep_bits(call: Call, seed: Tensor | None, size: Sequence[int], stream: int) -> Tensor | None:
     """Return the packed keep-mask of a stream of size (M, K), made from the seed; None without dropout."""
-    return None if seed is None else _dropout.packed_mask(seed, size[0], size[1], call.p, stream)
+    if seed is None:
+        return None
+    return _dropout.packed_mask(seed, size[0], size[1], call.p, stream, call.ops.keep_bits)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ Masks are those of the source stream of :func:`flare_kernels.fused_lora`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dropout as _dropout
-from .backends import primitives
 from .node import without_autocast
+from .selection import primitives
 
 
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -32,13 +33,14 @@ def project(x: Tensor, A: Tensor, *, seed: Tensor | None = None, dropout_p: floa
         seed: int64 scalar from :func:`flare_kernels.dropout.draw_seed`; None for no dropout.
         dropout_p: probability of zeroing an entry of x.
     """
+    ops = primitives("auto", x.device, x.dtype)
     with without_autocast(x.device):
-        _, S = primitives("auto", x.device, x.dtype).shrink(
+        _, S = ops.shrink(
             None,
             x,
             A,
             compute_dtype=x.dtype,
-            mask_source=_mask(x, seed, dropout_p),
+            mask_source=_mask(ops, x, seed, dropout_p),
             keep_scale=_dropout.keep_scale(dropout_p),
         )
     return S  # type: ignore[no-any-return]
@@ -46,19 +48,20 @@ def project(x: Tensor, A: Tensor, *, seed: Tensor | None = None, dropout_p: floa
 
 def project_grad(dS: Tensor, x: Tensor, *, seed: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """Return dA = dS^T drop(x), (R, d) in float32 (float64 for float64), with the masks of :func:`project`."""
+    ops = primitives("auto", x.device, x.dtype)
     with without_autocast(x.device):
-        return primitives("auto", x.device, x.dtype).grad_weight(  # type: ignore[no-any-return]
+        return ops.grad_weight(  # type: ignore[no-any-return]
             None,
             None,
             dS,
             x,
-            mask_source=_mask(x, seed, dropout_p),
+            mask_source=_mask(ops, x, seed, dropout_p),
             keep_scale=_dropout.keep_scale(dropout_p),
             grad_dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
         )
 
 
-def _mask(x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
+def _mask(ops: Any, x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
     if seed is None:
         return None
-    return _dropout.packed_mask(seed, x.shape[0], x.shape[1], p, _dropout.SOURCE_STREAM)
+    return _dropout.packed_mask(seed, x.shape[0], x.shape[1], p, _dropout.SOURCE_STREAM, ops.keep_bits)

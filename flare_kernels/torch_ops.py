@@ -17,6 +17,8 @@ from torch import Tensor
 from . import dropout as _dropout
 from .fusion import get_fusion
 
+keep_bits = _dropout.keep_bits_torch
+
 
 def _dropped(x_MK: Tensor, mask: Tensor | None, keep_scale: float, dtype: torch.dtype) -> Tensor:
     """x in the compute dtype, dropped where a packed mask is given (a transient copy; the kernels make none)."""

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from . import torch_ops
-from .backends import backends, interpreting
+from .launch_mode import forcing, recording
 from .launch_table import Entry, Key, LaunchTable
+from .selection import backends, interpreting
 
 FUSION = "add_relu"
 STEPS = ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input", "decode")
@@ -277,8 +278,9 @@ def precompile(wanted: Iterable[Problem], device: torch.device, jobs: int, say: 
 
     A launch compiles what is not there anyway: this saves time, no more.
     """
-    from . import aot, triton_ops
-    from .triton_ops.launch import forcing, recording, shared_memory_bytes
+    from . import aot
+    from .triton_ops import primitives as triton_ops
+    from .triton_ops.launch import shared_memory_bytes
 
     capability = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
     shared = shared_memory_bytes(device)
@@ -298,8 +300,8 @@ def precompile(wanted: Iterable[Problem], device: torch.device, jobs: int, say: 
 
 def tune_one(problem: Problem, device: torch.device, timer: Timer) -> Finding:
     """Time one problem: the plain form, and every candidate that compiles, runs and is right."""
-    from . import triton_ops
-    from .triton_ops.launch import forcing, shared_memory_bytes
+    from .triton_ops import primitives as triton_ops
+    from .triton_ops.launch import shared_memory_bytes
 
     inputs = _rotation(problem, device)
     finding = Finding(problem, timer(lambda t: problem.run(torch_ops, t), inputs), None)

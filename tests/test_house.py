@@ -1,6 +1,7 @@
 """The rules of the house: which package imports what, one version, one ruff."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -13,6 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
+#: Packages without a circle even among imports inside functions, for type checkers and by import_module.
+STRICT_PACKAGES = ("flare_kernels",)
+#: Modules that import by a name they are told, which no reader of the source can follow.
+TOLD_WHAT_TO_IMPORT = {"flare_kernels.aot"}
 
 
 def python(code: str) -> str:
@@ -142,6 +147,40 @@ def test_flare_imports_heavy_optional_packages_only_where_used():
         assert not roots & set(optional), f"{path.relative_to(ROOT)} imports {roots & set(optional)} at import time"
 
 
+def imported_by_name(module: str, path: Path) -> set[str]:
+    """What a file imports with ``import_module`` and the like; of an f-string the constant beginning, ending in "*"."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(("import_module", "__import__")):
+            continue
+        name = node.args[0]
+        if isinstance(name, ast.Constant):
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            names.add(importlib.util.resolve_name(name.value, package))
+        elif isinstance(name, ast.JoinedStr) and isinstance(name.values[0], ast.Constant):
+            names.add(f"{name.values[0].value}*")
+        else:
+            assert module in TOLD_WHAT_TO_IMPORT, f"{module} imports {ast.unparse(name)}, which this test cannot follow"
+    return names
+
+
+def import_graph(package: str, *, strict: bool) -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports; strict: also later than when it is imported itself."""
+    modules = sources(package)
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = imported(module, path, top_level_only=not strict)
+        for name in imported_by_name(module, path) if strict else ():
+            matches = (
+                (lambda one, n=name: one.startswith(n[:-1])) if name.endswith("*") else (lambda one, n=name: one == n)
+            )
+            names |= {one for one in modules if matches(one)}
+        # `from package import module` needs the submodule, not what its __init__ happens to collect
+        direct = {n for n in names if n in modules and n != module}
+        graph[module] = {n for n in direct if not any(d.startswith(n + ".") for d in direct)}
+    return graph
+
+
 def cycle(graph: dict[str, set[str]]) -> list[str] | None:
     """One cycle of a directed graph, or None."""
     state: dict[str, int] = {}
@@ -172,15 +211,35 @@ def test_the_cycle_check_sees_a_cycle():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_import_cycles(package: str):
-    modules = sources(package)
-    graph: dict[str, set[str]] = {}
-    for module, path in modules.items():
-        names = imported(module, path, top_level_only=True)
-        # `from package import module` needs the submodule, not what its __init__ happens to collect
-        direct = {n for n in names if n in modules and n != module}
-        graph[module] = {n for n in direct if not any(d.startswith(n + ".") for d in direct)}
-    found = cycle(graph)
+    found = cycle(import_graph(package, strict=package in STRICT_PACKAGES))
     assert found is None, " -> ".join(found)
+
+
+def test_the_strict_import_graph_sees_what_runs_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = {
+        "__init__": "",
+        "a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B",
+        "b": "import importlib\ndef f():\n    importlib.import_module('p.c')",
+        "c": "def f():\n    from . import d",
+        "d": "from importlib import import_module\ndef f(name):\n    import_module(f'p.e_{name}')",
+        "e_1": "def f():\n    import p.a",
+    }
+    (tmp_path / "p").mkdir()
+    for name, text in files.items():
+        (tmp_path / "p" / f"{name}.py").write_text(text)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert cycle(import_graph("p", strict=False)) is None
+    assert cycle(import_graph("p", strict=True)) == ["p.a", "p.b", "p.c", "p.d", "p.e_1", "p.a"]
+
+
+@pytest.mark.parametrize("package", STRICT_PACKAGES)
+def test_no_module_is_hidden_by_a_name_that_its_package_collects(package: str):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for module in sources(package):
+        parent, _, name = module.rpartition(".")
+        if parent:
+            loaded = importlib.import_module(module)
+            assert getattr(importlib.import_module(parent), name) is loaded, f"{module} is hidden by another {name}"
 
 
 #: As CONTRIBUTING.md draws them, the uppermost first; modules of flare that stand in no layer are below all of these.

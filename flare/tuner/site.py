@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flare_kernels import launch_mode
 from flare_kernels.function import add_adapters, apply, apply_with_products, call_of
 from flare_kernels.fusion import EAGER_FUSIONS
 
@@ -259,7 +260,8 @@ class Site:
         dtype = x.dtype
         if autocast and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
-        key += (dtype, p, device, x_source is not None or bool(Ss))
+        # the mode decides which primitives a backend has
+        key += (launch_mode.current, dtype, p, device, x_source is not None or bool(Ss))
         call = plan.calls.get(key)
         if call is None:
             call = plan.calls[key] = _call(plan, key, dtype, p or 0.0, device)

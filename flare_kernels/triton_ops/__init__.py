@@ -1,28 +1,4 @@
-"""The primitives of the adapter as Triton kernels, forward and backward.
+"""The Triton kernels and their launchers; :mod:`flare_kernels.triton_ops.primitives` is what others call.
 
-:mod:`flare_kernels.torch_ops` exports the same functions in plain PyTorch (but ``decode``); the autograd node is
-written once over either module. This package is the only part of ``flare_kernels`` that imports Triton: import it
-where it is used.
-
-=====================  ==============================================================================================
-``stack``              the A matrices of several adapters below each other, in the compute dtype
-``shrink``             T = drop(x) A^T, S = drop(x_source) A^T
-``expand_``            y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, up to three projections in one launch
-``grad_bottleneck``    dH_i = scaling_i * G_i B_i, dT and dS through phi, dB_i = scaling_i * G_i^T H_i, one launch
-``grad_weight``        dA = dT^T drop(x) + dS^T drop(x_source)
-``grad_input``         dx = undrop(dT A), or added to a dx that is there
-``decode``             shrink and expand for a few tokens, two launches for all projections
-=====================  ==============================================================================================
-
-All sums are float32; float32 operands are multiplied in IEEE float32 (never TF32); the same call gives the same bits.
+This package is the only part of ``flare_kernels`` that imports Triton: import it where it is used.
 """
-
-from .decode import can_decode, decode
-from .expand import expand_
-from .grad_bottleneck import grad_bottleneck
-from .grad_input import grad_input
-from .grad_weight import grad_weight
-from .shrink import shrink
-from .stack import stack
-
-__all__ = ["can_decode", "decode", "expand_", "grad_bottleneck", "grad_input", "grad_weight", "shrink", "stack"]

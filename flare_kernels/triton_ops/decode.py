@@ -10,14 +10,30 @@ do not depend on M, so a row's result does not depend on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode
+from ..launch_mode import Mode
 from .device import FUSION_ID, dot, fuse, load_tile, pick, round_to, store_tile
-from .launch import MAX_PROJECTIONS, TL_DTYPE, cdiv, config_for, launch, numbered, numbered_strides
+from .launch import (
+    ADDRESS,
+    LAYOUT,
+    LOW_BITS,
+    MAX_PROJECTIONS,
+    STRIDE,
+    TL_DTYPE,
+    Launcher,
+    cdiv,
+    config_for,
+    numbered,
+    numbered_strides,
+    strides,
+)
 
 #: The most tokens that take this path.
 MAX_ROWS = 64
@@ -25,6 +41,7 @@ MAX_ROWS = 64
 MAX_RANK = 128
 #: The most parts that a sum over K is cut into.
 _SPLITS = 16
+_NO_S = (None,) * MAX_PROJECTIONS
 
 
 @triton.jit
@@ -257,55 +274,82 @@ def decode(
     Returns:
         T, S: (M, len(ys) R) in compute_dtype; None where they are not wanted. For "add": (T + S, None).
     """
+    mode, device = launch_mode.current, x.device
+    tensors = (x, *ys, *As, *Bs, *Ss) if x_source is None else (x, *ys, *As, *Bs, *Ss, x_source)
+    if outs is not None:
+        tensors = (*tensors, *outs)
+    key = (
+        "decode",
+        *(device, compute_dtype, fusion, keep, x_source is None, not Ss, outs is None),
+        *scalings,
+        *map(LAYOUT, tensors),
+        *map(STRIDE, tensors),
+        *map(LOW_BITS, map(ADDRESS, tensors)),
+    )
+    try:
+        missing, size, keeps_S, partials_size, project, expand = mode.plans[key]
+    except KeyError:
+        plan = _plan(mode, x, x_source, Ss, ys, As, Bs, compute_dtype, scalings, fusion, keep)
+        missing, size, keeps_S, partials_size, project, expand = mode.plans.add(key, plan)
+    partials = torch.empty(partials_size, dtype=torch.float32, device=device)
+    project.run(x, x_source, *As, *missing, partials, *project.constants)
+    T = torch.empty(size, dtype=compute_dtype, device=device) if keep else None
+    S = torch.empty(size, dtype=compute_dtype, device=device) if keeps_S else None
+    results, given = ys if outs is None else outs, (*Ss, *missing) if Ss else _NO_S
+    expand.run(*ys, *missing, *results, *missing, partials, *given, *Bs, *missing, T, S, *expand.constants)
+    return T, S
+
+
+def _plan(
+    mode: Mode,
+    x: Tensor,
+    x_source: Tensor | None,
+    Ss: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    compute_dtype: torch.dtype,
+    scalings: Sequence[float],
+    fusion: str | None,
+    keep: bool,
+) -> tuple[tuple[None, ...], tuple[int, int], bool, tuple[int, ...], Launcher, Launcher]:
+    """(missing projections' arguments, size of T and S, whether S is kept, size of the partial results, launches)."""
     fusion = None if x_source is None and not Ss else fusion
     (M, K), R, count = x.shape, As[0].shape[0], len(ys)
     streams = 1 if x_source is None else 2
-    device = x.device
-    config = config_for("shrink_decode", R, compute_dtype, wide=(x, x_source, *As), thin=(), rows=M, width=K)
-    assert config.BLOCK_R >= R, "a decode kernel holds one block of R"
+    options: dict[str, Any] = {"rows": M, "width": K}
+    config = config_for(mode, "shrink_decode", R, compute_dtype, wide=(x, x_source, *As), thin=(), **options)
+    assert config is not None and config.BLOCK_R >= R, "a decode kernel holds one block of R"
     k_tiles = cdiv(K, config.BLOCK_K)
     tiles_per_split = cdiv(k_tiles, _SPLITS)
     # rounded up to what the second launch adds at a time: a part without tiles is zero
     splits = 4 * cdiv(k_tiles, 4 * tiles_per_split)
-    partials = torch.empty((splits, streams, M, count * R), dtype=torch.float32, device=device)
-    launch(
+    project = Launcher(
+        mode,
         shrink_decode_kernel,
         (cdiv(M, config.BLOCK_M), splits, count),
         config,
-        device,
-        x=x,
-        x_source=x_source,
-        **numbered("A", As),
-        partials=partials,
+        x.device,
         M=M,
         K=K,
         R=R,
         tiles_per_split=tiles_per_split,
-        x_stride_m=x.stride(0),
-        x_stride_k=x.stride(1),
-        x_source_stride_m=x_source.stride(0) if x_source is not None else 0,
-        x_source_stride_k=x_source.stride(1) if x_source is not None else 0,
+        **strides("x", x, "mk"),
+        **strides("x_source", x_source, "mk"),
         **numbered_strides("A", As, "rk"),
         COUNT=count,
         STREAMS=streams,
         DTYPE=TL_DTYPE[compute_dtype],
     )
-    T = torch.empty((M, count * R), dtype=compute_dtype, device=device) if keep else None
-    S = torch.empty_like(T) if T is not None and fusion not in (None, "add") else None
     widths = [y.shape[1] for y in ys]
-    config = config_for("expand_decode", R, compute_dtype, wide=ys, thin=(*Ss, *Bs), rows=M, width=K)
-    launch(
+    config = config_for(mode, "expand_decode", R, compute_dtype, wide=ys, thin=(*Ss, *Bs), **options)
+    assert config is not None
+    expand = Launcher(
+        mode,
         expand_decode_kernel,
         (cdiv(M, config.BLOCK_M), sum(cdiv(N, config.BLOCK_N) for N in widths)),
         config,
-        device,
-        **numbered("y", ys),
-        **numbered("out", ys if outs is None else outs),
-        partials=partials,
-        **numbered("S", Ss),
-        **numbered("B", Bs),
-        T_out=T,
-        S_out=S,
+        x.device,
         M=M,
         **numbered("N", widths, 0),
         R=R,
@@ -320,4 +364,5 @@ def decode(
         KEEP=keep,
         DTYPE=TL_DTYPE[compute_dtype],
     )
-    return T, S
+    missing, keeps_S = (None,) * (MAX_PROJECTIONS - count), keep and fusion not in (None, "add")
+    return missing, (M, count * R), keeps_S, (splits, streams, M, count * R), project, expand

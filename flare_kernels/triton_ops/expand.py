@@ -6,13 +6,30 @@ Shape legend: M tokens, N output width, R rank. Projection i owns columns i R ..
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode, torch_ops
+from ..launch_mode import Mode
 from .device import FUSION_ID, dot, fuse, load_tile, pick, round_to, store_tile
-from .launch import batches, cdiv, columns_of, config_for, launch, numbered, numbered_strides
+from .launch import (
+    ADDRESS,
+    LAYOUT,
+    LOW_BITS,
+    MAX_PROJECTIONS,
+    STRIDE,
+    Launcher,
+    batches,
+    cdiv,
+    columns_of,
+    config_for,
+    numbered,
+    numbered_strides,
+    strides,
+)
 
 
 @triton.jit
@@ -135,6 +152,7 @@ def expand_(
     scalings: Sequence[float],
     fusion: str | None,
     outs: Sequence[Tensor] | None = None,
+    follow_table: bool = False,
 ) -> None:
     """y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, for projections of one rank that share phi.
 
@@ -146,47 +164,86 @@ def expand_(
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
         outs: where the results go instead; of the dtypes, shapes and strides of ys.
+        follow_table: take the plain PyTorch form where the tuned table prefers it.
     """
-    fusion = None if S is None else fusion
-    S = None if fusion is None else S
-    R = Bs[0].shape[1]
-    for at in batches(ys, Bs):
-        y, B, scale = ys[at], Bs[at], scalings[at]
-        T_MR, S_MR = columns_of(T, at, R, len(ys)), columns_of(S, at, R, len(ys))
-        assert T_MR is not None
-        M, widths = y[0].shape[0], [one.shape[1] for one in y]
-        if M == 0 or not any(widths):
-            continue
-        config = config_for("expand", R, T.dtype, wide=y, thin=(T_MR, S_MR, *B), rows=M, width=max(widths))
-        m_tiles = cdiv(M, config.BLOCK_M)
-        n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
-        # beyond the programs wanted, one program goes on to the next tile of N and keeps its H
-        tiles_per_group = cdiv(sum(n_tiles), min(sum(n_tiles), cdiv(config.programs, m_tiles)))
-        groups = [cdiv(tiles, tiles_per_group) for tiles in n_tiles]
-        launch(
-            expand_kernel,
-            (m_tiles, sum(groups)),
-            config,
-            T.device,
-            **numbered("y", y),
-            **numbered("out", y if outs is None else outs[at]),
-            T=T_MR,
-            S=S_MR,
-            **numbered("B", B),
-            M=M,
-            **numbered("N", widths, 0),
-            R=R,
-            **numbered("scaling", [float(one) for one in scale], 0.0),
-            groups_0=groups[0],
-            groups_01=sum(groups[:2]),
-            tiles_per_group=tiles_per_group,
-            **numbered_strides("y", y, "mn"),
-            T_stride_m=T_MR.stride(0),
-            T_stride_r=T_MR.stride(1),
-            S_stride_m=S_MR.stride(0) if S_MR is not None else 0,
-            S_stride_r=S_MR.stride(1) if S_MR is not None else 0,
-            **numbered_strides("B", B, "nr"),
-            COUNT=len(y),
-            FUSION=FUSION_ID[fusion],
-            ONE_R_BLOCK=config.BLOCK_R >= R,
-        )
+    if fusion is None:
+        S = None
+    mode, device = launch_mode.current, T.device
+    tensors = (*ys, T, *Bs) if S is None else (*ys, T, *Bs, S)
+    if outs is not None:
+        tensors = (*tensors, *outs)
+    key = (
+        "expand",
+        *(device, fusion, S is None, outs is None, follow_table),
+        *scalings,
+        *map(LAYOUT, tensors),
+        *map(STRIDE, tensors),
+        *map(LOW_BITS, map(ADDRESS, tensors)),
+    )
+    try:
+        form, missing, launcher = mode.plans[key]
+    except KeyError:
+        plan = _plan(mode, ys, T, S, Bs, scalings, fusion, follow_table)
+        form, missing, launcher = mode.plans.add(key, plan)
+
+    if launcher is not None:
+        results = ys if outs is None else outs
+        launcher.run(*ys, *missing, *results, *missing, T, S, *Bs, *missing, *launcher.constants)
+    elif form == "torch":
+        torch_ops.expand_(ys, T, S, Bs, scalings=scalings, fusion=fusion, outs=outs)
+    elif form == "apart":
+        for at in batches(ys, Bs):
+            T_at, S_at = (columns_of(t, at, Bs[0].shape[1]) for t in (T, S))
+            assert T_at is not None
+            some = None if outs is None else outs[at]
+            options: dict[str, Any] = {"fusion": fusion, "outs": some, "follow_table": follow_table}
+            expand_(ys[at], T_at, S_at, Bs[at], scalings=scalings[at], **options)
+
+
+def _plan(
+    mode: Mode,
+    ys: Sequence[Tensor],
+    T: Tensor,
+    S: Tensor | None,
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    fusion: str | None,
+    follow_table: bool,
+) -> tuple[str, tuple[None, ...], Launcher | None]:
+    """(form, the arguments of projections that are not there, launch)."""
+    M, R, widths = ys[0].shape[0], Bs[0].shape[1], [y.shape[1] for y in ys]
+    if M == 0 or not any(widths):
+        return "empty", (), None
+    if len(batches(ys, Bs)) > 1:
+        return "apart", (), None
+    options: dict[str, Any] = {"wide": ys, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
+    config = config_for(mode, "expand", R, T.dtype, follow_table=follow_table, **options)
+    if config is None:
+        return "torch", (), None
+    m_tiles = cdiv(M, config.BLOCK_M)
+    n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
+    # beyond the programs wanted, one program goes on to the next tile of N and keeps its H
+    tiles_per_group = cdiv(sum(n_tiles), min(sum(n_tiles), cdiv(config.programs, m_tiles)))
+    groups = [cdiv(tiles, tiles_per_group) for tiles in n_tiles]
+    launcher = Launcher(
+        mode,
+        expand_kernel,
+        (m_tiles, sum(groups)),
+        config,
+        T.device,
+        M=M,
+        **numbered("N", widths, 0),
+        R=R,
+        **numbered("scaling", [float(one) for one in scalings], 0.0),
+        groups_0=groups[0],
+        groups_01=sum(groups[:2]),
+        tiles_per_group=tiles_per_group,
+        **numbered_strides("y", ys, "mn"),
+        **strides("T", T, "mr"),
+        **strides("S", S, "mr"),
+        **numbered_strides("B", Bs, "nr"),
+        COUNT=len(ys),
+        FUSION=FUSION_ID[None if S is None else fusion],
+        ONE_R_BLOCK=config.BLOCK_R >= R,
+    )
+    return "triton", (None,) * (MAX_PROJECTIONS - len(ys)), launcher

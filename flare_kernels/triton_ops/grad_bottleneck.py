@@ -12,15 +12,34 @@ chunk by chunk, rows before strips, so that a chunk of G is still in the L2 cach
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode, torch_ops
+from ..launch_mode import Mode
 from .device import FUSION_ID, dot, fuse, fuse_grad, load_tile, pick, round_to, store_tile
-from .launch import TL_DTYPE, batches, cdiv, columns_of, config_for, launch, numbered, numbered_strides, split_sum
-from .partials import sum_partials
+from .launch import (
+    ADDRESS,
+    LAYOUT,
+    LOW_BITS,
+    MAX_PROJECTIONS,
+    STRIDE,
+    TL_DTYPE,
+    Launcher,
+    batches,
+    cdiv,
+    columns_of,
+    config_for,
+    numbered,
+    numbered_strides,
+    split_sum,
+    strides,
+)
+from .partials import adding
 
 
 @triton.jit
@@ -149,7 +168,6 @@ def grad_bottleneck_kernel(
     scaling_1,
     scaling_2,
     tiles_per_chunk,
-    out_stride_chunk,
     G_0_stride_m,
     G_0_stride_n,
     G_1_stride_m,
@@ -249,7 +267,7 @@ def grad_bottleneck_kernel(
                 pick(i_p, G_0, G_1, G_2, COUNT),
                 T + i_p * R * T_stride_r,
                 S + i_p * R * S_stride_r if FUSION != 0 else S,
-                out + i_chunk.to(tl.int64) * out_stride_chunk + o_out,
+                out + i_chunk.to(tl.int64) * (N_0 + N_1 + N_2) * R + o_out,
                 i_n - (pick(i_p, 0, n_tiles_0, n_tiles_01, COUNT) if COUNT > 1 else 0),
                 i_r,
                 i_chunk * tiles_per_chunk,
@@ -283,6 +301,7 @@ def grad_bottleneck(
     dT: Tensor | None = None,
     dS: Tensor | None = None,
     B_grad_dtype: torch.dtype | None = None,
+    follow_table: bool = False,
 ) -> list[Tensor] | None:
     """dT, dS and dB_i from G_i = dL/dy_i, for projections of one rank that share phi.
 
@@ -295,6 +314,7 @@ def grad_bottleneck(
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
         dT, dS: destinations like T, any strides; None where it is not wanted. dS is for a phi of two.
         B_grad_dtype: dtype of dB, which is summed in float32; None where dB is not wanted.
+        follow_table: take the plain PyTorch form where the tuned table prefers it.
 
     Returns:
         dB_i (N_i, R), parts of one buffer; None where B_grad_dtype is.
@@ -302,19 +322,64 @@ def grad_bottleneck(
     Raises:
         ValueError: dB is wanted without T, or nothing is.
     """
-    fusion = None if S is None else fusion
-    given = T if T is not None else dT
-    if given is None or (B_grad_dtype is not None and T is None):
-        raise ValueError("grad_bottleneck needs T where dB is wanted, and dT or B_grad_dtype to know what is")
-    R = Bs[0].shape[1]
-    dBs: list[Tensor] = []
-    for at in batches(Gs, Bs):
-        T_MR, S_MR, dT_MR, dS_MR = (columns_of(t, at, R, len(Gs)) for t in (T, S, dT, dS))
-        dBs += _one_launch(Gs[at], T_MR, S_MR, Bs[at], scalings[at], fusion, dT_MR, dS_MR, B_grad_dtype, given.dtype)
-    return None if B_grad_dtype is None else dBs
+    if fusion is None:
+        S = None
+    mode, device = launch_mode.current, Gs[0].device
+    tensors = (*Gs, *Bs)
+    if T is not None:
+        tensors = (*tensors, T)
+    if S is not None:
+        tensors = (*tensors, S)
+    if dT is not None:
+        tensors = (*tensors, dT)
+    if dS is not None:
+        tensors = (*tensors, dS)
+    flags = (T is None, S is None, dT is None, dS is None, follow_table)
+    key = (
+        "grad_bottleneck",
+        *(device, fusion, B_grad_dtype, flags),
+        *scalings,
+        *map(LAYOUT, tensors),
+        *map(STRIDE, tensors),
+        *map(LOW_BITS, map(ADDRESS, tensors)),
+    )
+    try:
+        form, missing, widths, size, partials_size, launcher, add = mode.plans[key]
+    except KeyError:
+        plan = _plan(mode, Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table)
+        form, missing, widths, size, partials_size, launcher, add = mode.plans.add(key, plan)
+
+    if launcher is None:
+        if form == "torch":
+            options: dict[str, Any] = {"dT": dT, "dS": dS, "B_grad_dtype": B_grad_dtype}
+            return torch_ops.grad_bottleneck(Gs, T, S, Bs, scalings=scalings, fusion=fusion, **options)
+        if form == "apart":
+            return _apart(Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table)
+        for out in (dT, dS):
+            if out is not None:
+                out.zero_()
+        return (
+            None
+            if B_grad_dtype is None
+            else [torch.zeros((N, size[1]), dtype=B_grad_dtype, device=device) for N in widths]
+        )
+    dB = None if B_grad_dtype is None else torch.empty(size, dtype=B_grad_dtype, device=device)
+    is_linear = fusion == "add" or S is None  # then dT = dS = dH, whatever T and S are
+    out_dS = None if is_linear else dS
+    if add is None:
+        launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, dB, *launcher.constants)
+    else:
+        partials = torch.empty(partials_size, dtype=torch.float32, device=device)
+        launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, partials, *launcher.constants)
+        add.run(partials, dB, *add.constants)
+    if is_linear and dS is not None and dT is not None and S is not None:
+        dS.copy_(dT)
+    if dB is None:
+        return None
+    return list(dB.split_with_sizes(widths)) if Gs[1:] else [dB]
 
 
-def _one_launch(
+def _apart(
     Gs: Sequence[Tensor],
     T: Tensor | None,
     S: Tensor | None,
@@ -324,66 +389,80 @@ def _one_launch(
     dT: Tensor | None,
     dS: Tensor | None,
     B_grad_dtype: torch.dtype | None,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    M, R = Gs[0].shape[0], Bs[0].shape[1]
+    follow_table: bool,
+) -> list[Tensor] | None:
+    """The projections that one launch cannot hold together, in several."""
+    R = Bs[0].shape[1]
+    dBs: list[Tensor] = []
+    for at in batches(Gs, Bs):
+        T_at, S_at, dT_at, dS_at = (columns_of(t, at, R) for t in (T, S, dT, dS))
+        options: dict[str, Any] = {"dT": dT_at, "dS": dS_at, "B_grad_dtype": B_grad_dtype, "follow_table": follow_table}
+        dBs += grad_bottleneck(Gs[at], T_at, S_at, Bs[at], scalings=scalings[at], fusion=fusion, **options) or []
+    return None if B_grad_dtype is None else dBs
+
+
+def _plan(
+    mode: Mode,
+    Gs: Sequence[Tensor],
+    T: Tensor | None,
+    S: Tensor | None,
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    fusion: str | None,
+    dT: Tensor | None,
+    dS: Tensor | None,
+    B_grad_dtype: torch.dtype | None,
+    follow_table: bool,
+) -> tuple[str, tuple[None, ...], list[int], tuple[int, ...], tuple[int, ...], Launcher | None, Launcher | None]:
+    """(form, missing projections' arguments, widths, size of dB, of the partial results, launch, launch that adds)."""
+    compute = T if T is not None else dT
+    if compute is None or (B_grad_dtype is not None and T is None):
+        raise ValueError("grad_bottleneck needs T where dB is wanted, and dT or B_grad_dtype to know what is")
+    M, R, dtype = Gs[0].shape[0], Bs[0].shape[1], compute.dtype
     widths = [G.shape[1] for G in Gs]
-    device = Gs[0].device
-    dB = None if B_grad_dtype is None else torch.empty((sum(widths), R), dtype=B_grad_dtype, device=device)
-    is_linear = fusion in (None, "add")  # then dT = dS = dH, whatever T and S are
-    if M == 0 or sum(widths) == 0:
-        for out in (dT, dS, dB):
-            if out is not None:
-                out.zero_()
-    else:
-        config = config_for("grad_bottleneck", R, dtype, wide=Gs, thin=(T, S, *Bs), rows=M, width=max(widths))
-        r_tiles = cdiv(R, config.BLOCK_R)
-        strips = sum(cdiv(N, config.BLOCK_N) for N in widths) * r_tiles if dB is not None else 0
-        if dB is None:  # no sum over the rows is cut: one chunk
-            chunks, tiles_per_chunk = 1, cdiv(M, config.BLOCK_M)
-        else:
-            chunks, tiles_per_chunk = split_sum(M, config.BLOCK_M, strips, target=config.programs)
-        rows = tiles_per_chunk * len(Gs) * r_tiles if dT is not None else 0
-        partials = dB if chunks == 1 else torch.empty((chunks, sum(widths), R), dtype=torch.float32, device=device)
-        launch(
-            grad_bottleneck_kernel,
-            (chunks * (rows + strips),),
-            config,
-            device,
-            **numbered("G", Gs),
-            T=T,
-            S=S if fusion is not None else None,
-            **numbered("B", Bs),
-            dT=dT,
-            dS=None if is_linear else dS,
-            out=partials,
-            M=M,
-            **numbered("N", widths, 0),
-            R=R,
-            **numbered("scaling", [float(one) for one in scalings], 0.0),
-            tiles_per_chunk=tiles_per_chunk,
-            out_stride_chunk=sum(widths) * R,
-            **numbered_strides("G", Gs, "mn"),
-            T_stride_m=T.stride(0) if T is not None else 0,
-            T_stride_r=T.stride(1) if T is not None else 0,
-            S_stride_m=S.stride(0) if S is not None and fusion is not None else 0,
-            S_stride_r=S.stride(1) if S is not None and fusion is not None else 0,
-            **numbered_strides("B", Bs, "nr"),
-            dT_stride_m=dT.stride(0) if dT is not None else 0,
-            dT_stride_r=dT.stride(1) if dT is not None else 0,
-            dS_stride_m=dS.stride(0) if dS is not None and not is_linear else 0,
-            dS_stride_r=dS.stride(1) if dS is not None and not is_linear else 0,
-            COUNT=len(Gs),
-            ROWS=dT is not None,
-            STRIPS=dB is not None,
-            DTYPE=TL_DTYPE[dtype],
-            FUSION=FUSION_ID[fusion],
-            FUSION_GRAD=FUSION_ID[None if is_linear else fusion],
-        )
-        if chunks > 1 and dB is not None and partials is not None:
-            sum_partials(partials, dB)
-    if fusion == "add" and dS is not None and dT is not None:
-        dS.copy_(dT)
-    if dB is None:
-        return []
-    return [dB] if len(widths) == 1 else list(dB.split(widths))
+    N = sum(widths)
+    if M == 0 or N == 0:
+        return "empty", (), widths, (N, R), (), None, None
+    if len(batches(Gs, Bs)) > 1:
+        return "apart", (), widths, (N, R), (), None, None
+    options: dict[str, Any] = {"wide": Gs, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
+    config = config_for(mode, "grad_bottleneck", R, dtype, follow_table=follow_table, **options)
+    if config is None:
+        return "torch", (), widths, (N, R), (), None, None
+    r_tiles = cdiv(R, config.BLOCK_R)
+    wants_dB = B_grad_dtype is not None
+    strips = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if wants_dB else 0
+    if wants_dB:
+        chunks, tiles_per_chunk = split_sum(M, config.BLOCK_M, strips, target=config.programs)
+    else:  # no sum over the rows is cut: one chunk
+        chunks, tiles_per_chunk = 1, cdiv(M, config.BLOCK_M)
+    rows = tiles_per_chunk * len(Gs) * r_tiles if dT is not None else 0
+    fusion = None if S is None else fusion
+    fusion_grad = None if fusion == "add" else fusion
+    launcher = Launcher(
+        mode,
+        grad_bottleneck_kernel,
+        (chunks * (rows + strips),),
+        config,
+        Gs[0].device,
+        M=M,
+        **numbered("N", widths, 0),
+        R=R,
+        **numbered("scaling", [float(one) for one in scalings], 0.0),
+        tiles_per_chunk=tiles_per_chunk,
+        **numbered_strides("G", Gs, "mn"),
+        **strides("T", T, "mr"),
+        **strides("S", S, "mr"),
+        **numbered_strides("B", Bs, "nr"),
+        **strides("dT", dT, "mr"),
+        **strides("dS", None if fusion_grad is None else dS, "mr"),
+        COUNT=len(Gs),
+        ROWS=dT is not None,
+        STRIPS=wants_dB,
+        DTYPE=TL_DTYPE[dtype],
+        FUSION=FUSION_ID[fusion],
+        FUSION_GRAD=FUSION_ID[fusion_grad],
+    )
+    missing = (None,) * (MAX_PROJECTIONS - len(Gs))
+    partials_size = (chunks, N, R)
+    return "triton", missing, widths, (N, R), partials_size, launcher, adding(mode, partials_size, Gs[0].device)

@@ -5,13 +5,17 @@ Shape legend: M tokens, K input width, R rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode, torch_ops
+from ..launch_mode import Mode
 from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
-from .launch import cdiv, config_for, launch
+from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, config_for, strides
 
 
 @triton.jit
@@ -87,6 +91,7 @@ def grad_input(
     keep_scale: float = 1.0,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    follow_table: bool = False,
 ) -> Tensor:
     """dx = undrop(dT A), (M, K), contiguous, in dtype; with ``out``, out += undrop(dT A), and out is returned.
 
@@ -96,37 +101,70 @@ def grad_input(
         mask: packed keep bits of the forward pass, (M, ceil(K / 8)); keep_scale the factor of what is kept.
         dtype: of dx, where there is no ``out``.
         out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
+        follow_table: take a plain PyTorch form where the tuned table prefers it, or where ``out`` and one dtype let one
+            BLAS call do it (never with dropout).
     """
+    if follow_table and mask is None and out is not None and out.dtype == A.dtype == dT.dtype:
+        return out.addmm_(dT, A)  # one BLAS call, which moves no more bytes than a kernel could
+    mode, device = launch_mode.current, dT.device
+    dx = torch.empty((dT.shape[0], A.shape[1]), dtype=dtype, device=device) if out is None else out
+    tensors = (dT, A, dx) if mask is None else (dT, A, dx, mask)
+    key = (
+        "grad_input",
+        *(device, keep_scale, mask is None, out is None, follow_table),
+        *map(LAYOUT, tensors),
+        *map(STRIDE, tensors),
+        *map(LOW_BITS, map(ADDRESS, tensors)),
+    )
+    try:
+        form, launcher = mode.plans[key]
+    except KeyError:
+        form, launcher = mode.plans.add(key, _plan(mode, dT, A, mask, keep_scale, dx, out is not None, follow_table))
+    if launcher is not None:
+        launcher.run(dT, A, mask, dx, *launcher.constants)
+    elif form == "torch":
+        return torch_ops.grad_input(dT, A, dtype=dtype, out=out)
+    return dx
+
+
+def _plan(
+    mode: Mode,
+    dT: Tensor,
+    A: Tensor,
+    mask: Tensor | None,
+    keep_scale: float,
+    dx: Tensor,
+    accumulate: bool,
+    follow_table: bool,
+) -> tuple[str, Launcher | None]:
+    """(form, launch)."""
     (M, R), K = dT.shape, A.shape[1]
-    dx = torch.empty((M, K), dtype=dtype, device=dT.device) if out is None else out
     if M == 0 or K == 0:
-        return dx
-    config = config_for("grad_input", R, dT.dtype, wide=(A, dx), thin=(dT,), rows=M, width=K)
+        return "empty", None
+    follow_table = follow_table and mask is None
+    options: dict[str, Any] = {"wide": (A, dx), "thin": (dT,), "rows": M, "width": K}
+    config = config_for(mode, "grad_input", R, dT.dtype, follow_table=follow_table, **options)
+    if config is None:
+        return "torch", None
     m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
     # beyond the programs wanted, one program goes on to the next tile of K and keeps its dT
     tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(config.programs, m_tiles)))
-    launch(
+    return "triton", Launcher(
+        mode,
         grad_input_kernel,
         (m_tiles, cdiv(k_tiles, tiles_per_group)),
         config,
         dT.device,
-        dT=dT,
-        A=A,
-        mask=mask,
-        dx=dx,
         M=M,
         K=K,
         R=R,
         keep_scale=float(keep_scale),
         tiles_per_group=tiles_per_group,
-        dT_stride_m=dT.stride(0),
-        dT_stride_r=dT.stride(1),
-        A_stride_r=A.stride(0),
-        A_stride_k=A.stride(1),
-        mask_stride_m=mask.stride(0) if mask is not None else 0,
-        dx_stride_m=dx.stride(0),
+        **strides("dT", dT, "mr"),
+        **strides("A", A, "rk"),
+        **strides("mask", mask, "m"),
+        **strides("dx", dx, "m"),
         HAS_MASK=mask is not None,
-        ACCUMULATE=out is not None,
+        ACCUMULATE=accumulate,
         ONE_R_BLOCK=config.BLOCK_R >= R,
     )
-    return dx

@@ -5,14 +5,18 @@ Shape legend: M tokens, K input width, R rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode, torch_ops
+from ..launch_mode import Mode
 from .device import dot, drop_transposed, load_keep_bytes_transposed, load_tile, round_to, store_tile
-from .launch import cdiv, config_for, launch, split_sum
-from .partials import sum_partials
+from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, config_for, split_sum, strides
+from .partials import adding
 
 
 @triton.jit
@@ -39,7 +43,6 @@ def grad_weight_kernel(
     x_source_stride_k,
     mask_stride_m,
     mask_source_stride_m,
-    out_stride_split,
     HAS_SOURCE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,7 +95,7 @@ def grad_weight_kernel(
                 )
             b_dA = dot(round_to(b_x, DTYPE), b_d, b_dA)
 
-    out += i_split.to(tl.int64) * out_stride_split
+    out += i_split.to(tl.int64) * R * K
     store_tile(out, tl.trans(b_dA * keep_scale), o_r, m_r, K, o_k, m_k, 1)
 
 
@@ -106,6 +109,7 @@ def grad_weight(
     mask_source: Tensor | None = None,
     keep_scale: float = 1.0,
     grad_dtype: torch.dtype,
+    follow_table: bool = False,
 ) -> Tensor:
     """dA = dT^T drop(x) + dS^T drop(x_source), (R, K), contiguous.
 
@@ -115,61 +119,101 @@ def grad_weight(
             (None, None).
         mask, mask_source: packed keep bits of the streams, as in the forward pass; keep_scale the factor of the kept.
         grad_dtype: dtype of dA, which is summed in float32.
-    """
-    pairs = [(dT, x, mask), (dS, x_source, mask_source)]
-    pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
-    if not pairs:
-        raise ValueError("grad_weight needs (dT, x) or (dS, x_source)")
-    if len(pairs) == 2 and (mask is None) != (mask_source is None):
-        # dropout on one stream only: two launches, summed in float32
-        options = {"keep_scale": keep_scale, "grad_dtype": torch.float32}
-        dA = grad_weight(dT, x, None, None, mask=mask, **options)  # type: ignore[arg-type]
-        dA += grad_weight(None, None, dS, x_source, mask_source=mask_source, **options)  # type: ignore[arg-type]
-        return dA.to(grad_dtype)
+        follow_table: take the plain PyTorch form where the tuned table prefers it (never with dropout).
 
-    grad, stream, bits = pairs[0]
-    grad_source, stream_source, bits_source = pairs[1] if len(pairs) == 2 else (None, None, None)
-    assert grad is not None and stream is not None
-    (M, K), R = stream.shape, grad.shape[1]
-    dA = torch.empty((R, K), dtype=grad_dtype, device=grad.device)
+    Raises:
+        ValueError: neither pair is there.
+    """
+    if dT is None or x is None:
+        dT, x, mask, dS, x_source, mask_source = dS, x_source, mask_source, None, None, None
+        if dT is None or x is None:
+            raise ValueError("grad_weight needs (dT, x) or (dS, x_source)")
+    tensors: tuple[Tensor, ...]
+    if dS is None or x_source is None:
+        dS = x_source = mask_source = None
+        tensors = (dT, x)
+    else:
+        tensors = (dT, x, dS, x_source)
+    if mask is not None:
+        tensors = (*tensors, mask)
+    if mask_source is not None:
+        tensors = (*tensors, mask_source)
+    mode, device = launch_mode.current, dT.device
+    flags = (dS is None, mask is None, mask_source is None, follow_table)
+    key = (
+        "grad_weight",
+        *(device, grad_dtype, keep_scale, flags),
+        *map(LAYOUT, tensors),
+        *map(STRIDE, tensors),
+        *map(LOW_BITS, map(ADDRESS, tensors)),
+    )
+    try:
+        form, size, partials_size, launcher, add = mode.plans[key]
+    except KeyError:
+        plan = _plan(mode, dT, x, dS, x_source, mask, mask_source, keep_scale, follow_table)
+        form, size, partials_size, launcher, add = mode.plans.add(key, plan)
+
+    if launcher is not None:
+        dA = torch.empty(size, dtype=grad_dtype, device=device)
+        if add is None:
+            launcher.run(dT, x, dS, x_source, mask, mask_source, dA, *launcher.constants)
+        else:
+            partials = torch.empty(partials_size, dtype=torch.float32, device=device)
+            launcher.run(dT, x, dS, x_source, mask, mask_source, partials, *launcher.constants)
+            add.run(partials, dA, *add.constants)
+        return dA
+    if form == "torch":
+        return torch_ops.grad_weight(dT, x, dS, x_source, grad_dtype=grad_dtype)
+    if form == "apart":  # dropout on one stream only: two launches, summed in float32
+        dA = grad_weight(dT, x, None, None, mask=mask, keep_scale=keep_scale, grad_dtype=torch.float32)
+        dA += grad_weight(dS, x_source, None, None, mask=mask_source, keep_scale=keep_scale, grad_dtype=torch.float32)
+        return dA.to(grad_dtype)
+    return torch.zeros(size, dtype=grad_dtype, device=device)
+
+
+def _plan(
+    mode: Mode,
+    dT: Tensor,
+    x: Tensor,
+    dS: Tensor | None,
+    x_source: Tensor | None,
+    mask: Tensor | None,
+    mask_source: Tensor | None,
+    keep_scale: float,
+    follow_table: bool,
+) -> tuple[str, tuple[int, ...], tuple[int, ...], Launcher | None, Launcher | None]:
+    """(form, size of dA, size of the partial results, launch, launch that adds the partial results)."""
+    (M, K), R = x.shape, dT.shape[1]
+    if x_source is not None and (mask is None) != (mask_source is None):
+        return "apart", (R, K), (), None, None
     if M == 0 or K == 0:
-        return dA.zero_()
-    wide, thin = (stream, stream_source), (grad, grad_source)
-    config = config_for("grad_weight", R, grad.dtype, wide=wide, thin=thin, rows=M, width=K)
+        return "empty", (R, K), (), None, None
+    follow_table = follow_table and mask is None
+    options: dict[str, Any] = {"wide": (x, x_source), "thin": (dT, dS), "rows": M, "width": K}
+    config = config_for(mode, "grad_weight", R, dT.dtype, follow_table=follow_table, **options)
+    if config is None:
+        return "torch", (R, K), (), None, None
     k_tiles, r_tiles = cdiv(K, config.BLOCK_K), cdiv(R, config.BLOCK_R)
     splits, tiles_per_split = split_sum(M, config.BLOCK_M, k_tiles * r_tiles, target=config.programs)
-    partials = dA if splits == 1 else torch.empty((splits, R, K), dtype=torch.float32, device=grad.device)
-    launch(
+    launcher = Launcher(
+        mode,
         grad_weight_kernel,
         (k_tiles, r_tiles, splits),
         config,
-        grad.device,
-        dT=grad,
-        x=stream,
-        dS=grad_source,
-        x_source=stream_source,
-        mask=bits,
-        mask_source=bits_source,
-        out=partials,
+        dT.device,
         M=M,
         K=K,
         R=R,
-        keep_scale=float(keep_scale) if bits is not None else 1.0,
+        keep_scale=float(keep_scale) if mask is not None else 1.0,
         tiles_per_split=tiles_per_split,
-        dT_stride_m=grad.stride(0),
-        dT_stride_r=grad.stride(1),
-        x_stride_m=stream.stride(0),
-        x_stride_k=stream.stride(1),
-        dS_stride_m=grad_source.stride(0) if grad_source is not None else 0,
-        dS_stride_r=grad_source.stride(1) if grad_source is not None else 0,
-        x_source_stride_m=stream_source.stride(0) if stream_source is not None else 0,
-        x_source_stride_k=stream_source.stride(1) if stream_source is not None else 0,
-        mask_stride_m=bits.stride(0) if bits is not None else 0,
-        mask_source_stride_m=bits_source.stride(0) if bits_source is not None else 0,
-        out_stride_split=R * K,
-        HAS_SOURCE=stream_source is not None,
-        HAS_MASK=bits is not None,
+        **strides("dT", dT, "mr"),
+        **strides("x", x, "mk"),
+        **strides("dS", dS, "mr"),
+        **strides("x_source", x_source, "mk"),
+        **strides("mask", mask, "m"),
+        **strides("mask_source", mask_source, "m"),
+        HAS_SOURCE=x_source is not None,
+        HAS_MASK=mask is not None,
     )
-    if splits > 1:
-        sum_partials(partials, dA)
-    return dA
+    partials_size = (splits, R, K)
+    return "triton", (R, K), partials_size, launcher, adding(mode, partials_size, dT.device)

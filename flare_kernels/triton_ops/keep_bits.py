@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode
 from .config import TileConfig
-from .launch import cdiv, launch
+from .launch import ADDRESS, LOW_BITS, Launcher, cdiv
 
 #: Rows and mask bytes per program.
 _CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=128, BLOCK_N=0, BLOCK_R=0, num_warps=4, num_stages=1)
@@ -23,14 +24,16 @@ def pack_word(b_word, threshold, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def keep_bits_kernel(seed, out, rows, cols, n_bytes, threshold, stream, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_bits_kernel(
+    seed, out, rows, cols, n_bytes, threshold, stream_id, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """out (rows, n_bytes) uint8: bit j of byte b is set where the 16-bit number of column 8 b + j reaches threshold."""
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_b = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     b_zero = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
     b_seed = tl.load(seed)
     b_0, b_1, b_2, b_3 = tl.philox(
-        b_seed, b_zero + o_b[None, :], b_zero + o_m[:, None], b_zero + stream, b_zero, n_rounds=10
+        b_seed, b_zero + o_b[None, :], b_zero + o_m[:, None], b_zero + stream_id, b_zero, n_rounds=10
     )
     b_out = pack_word(b_0, threshold, 0) | pack_word(b_1, threshold, 2)
     b_out = b_out | pack_word(b_2, threshold, 4) | pack_word(b_3, threshold, 6)
@@ -42,20 +45,24 @@ def keep_bits_kernel(seed, out, rows, cols, n_bytes, threshold, stream, BLOCK_M:
 
 
 def keep_bits(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -> Tensor:
-    """Packed keep bits, uint8 (rows, ceil(cols / 8)), contiguous; the same bits as ``dropout.keep_bits_torch``."""
-    n_bytes = cdiv(cols, 8)
-    out = torch.empty((rows, n_bytes), dtype=torch.uint8, device=seed.device)
-    launch(
-        keep_bits_kernel,
-        (cdiv(rows, _CONFIG.BLOCK_M), cdiv(n_bytes, _CONFIG.BLOCK_K)),
-        _CONFIG,
-        seed.device,
-        seed=seed,
-        out=out,
-        rows=rows,
-        cols=cols,
-        n_bytes=n_bytes,
-        threshold=threshold,
-        stream=stream,
-    )
+    """Packed keep bits, uint8 (rows, ceil(cols / 8)), contiguous; the same bits as ``torch_ops.keep_bits``.
+
+    Args:
+        seed: int64 scalar tensor. rows, cols: size of the stream, not empty.
+        threshold: from :func:`flare_kernels.dropout.drop_threshold`. stream: number of the stream, below 2**31.
+    """
+    mode, device = launch_mode.current, seed.device
+    key = ("keep_bits", device, rows, cols, threshold, stream, *map(LOW_BITS, map(ADDRESS, (seed,))))
+    try:
+        size, launcher = mode.plans[key]
+    except KeyError:
+        n_bytes = cdiv(cols, 8)
+        grid = (cdiv(rows, _CONFIG.BLOCK_M), cdiv(n_bytes, _CONFIG.BLOCK_K))
+        sizes = {"rows": rows, "cols": cols, "n_bytes": n_bytes}
+        launcher = Launcher(
+            mode, keep_bits_kernel, grid, _CONFIG, device, **sizes, threshold=threshold, stream_id=stream
+        )
+        size, launcher = mode.plans.add(key, ((rows, n_bytes), launcher))
+    out = torch.empty(size, dtype=torch.uint8, device=device)
+    launcher.run(seed, out, *launcher.constants)
     return out

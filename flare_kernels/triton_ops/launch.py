@@ -1,22 +1,37 @@
-"""How a call becomes a launch: its configuration, its splits, and the one door that ahead-of-time compiling watches."""
+"""How a call becomes a launch: its configuration, its splits, and the launch that is kept for the next such call.
+
+A primitive looks its plan up by all that decides it: shapes, dtypes, strides, the low bits of every address, options
+and device. That includes everything Triton specialises a kernel on, so a kept launch may call the compiled kernel
+directly. Tensors that the primitives allocate are not part of a key: PyTorch aligns them to more than 16 bytes.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._compat import compiled_runner, current_cuda_device
+from ..launch_mode import Mode, counting, forcing, recording
 from ..launch_table import ROW_BOUNDS, WIDTH_BOUNDS, Entry, Key, bucket, table_for
-from .config import TileConfig, choose, operand_class, rank_bucket
+from .config import LARGE_SHARED_BYTES, TileConfig, choose, operand_class, rank_bucket
+
+__all__ = ["Launch", "Launcher", "counting", "forcing", "recording"]
 
 #: What a device of unknown make is credited with: the least that cards since 2020 allow a block.
 _FALLBACK_SHARED_BYTES = 99 * 1024
+#: Without a CUDA device there is no limit: take what the large cards run.
+_CPU_SHARED_BYTES = 227 * 1024
+assert _CPU_SHARED_BYTES >= LARGE_SHARED_BYTES
 
 #: The fewest tiles worth a program of their own, and the most partial results worth adding up afterwards.
 _MIN_TILES_PER_SPLIT = 4
@@ -25,6 +40,13 @@ _MAX_SPLITS = 64
 MAX_PROJECTIONS = 3
 
 TL_DTYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+# What a key reads off every tensor, for `map`: a loop in C, where a Python loop would cost more than the launch.
+LAYOUT = operator.attrgetter("shape", "dtype")
+STRIDE = Tensor.stride
+ADDRESS = Tensor.data_ptr
+#: The bits of an address that say whether it is a multiple of 16.
+LOW_BITS = (15).__and__
 
 
 @dataclass(frozen=True)
@@ -37,58 +59,94 @@ class Launch:
     config: TileConfig
 
 
-@dataclass
-class _Recorder:
-    shared_bytes: int
-    launches: list[Launch]
+class Launcher:
+    """One launch of a plan, which knows all its arguments but the tensors.
+
+    ``launcher.run(*tensors, *launcher.constants)`` launches the kernel. Every kernel takes its tensors (or None) first.
+    The first run is an ordinary ``kernel[grid](...)``; later ones call the kernel that it compiled.
+    """
+
+    __slots__ = ("_device", "_grid", "_mode", "_name", "_ordinary", "constants", "run")
+
+    def __init__(
+        self, mode: Mode, kernel: Any, grid: tuple[int, ...], config: TileConfig, device: torch.device, **named: Any
+    ) -> None:
+        named |= config.tiles_of(kernel.arg_names)
+        self.constants = tuple(named[name] for name in kernel.arg_names[len(kernel.arg_names) - len(named) :])
+        self._mode, self._device, self._name = mode, device, kernel.fn.__name__
+        self._grid = (*grid, 1, 1)[:3]
+        self._ordinary = functools.partial(
+            kernel[grid], num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True
+        )
+        self.run: Callable[..., Any]
+        if mode.recorded is not None:
+            recorded = mode.recorded
+            self.run = lambda *args: recorded.append(
+                Launch(kernel, grid, dict(zip(kernel.arg_names, args, strict=True)), config)
+            )
+        elif mode.left_out is not None:
+            self.run = self._counted(_noting(mode.left_out, self._name))
+        elif isinstance(kernel, triton.JITFunction):
+            self.run = self._counted(self._first)
+        else:  # the interpreter compiles nothing
+            self.run = self._counted(self._on_device(self._ordinary))
+
+    def _first(self, *args: Any) -> None:
+        """Launch as usual, and keep what was compiled."""
+        compiled = self._on_device(self._ordinary)(*args)
+        runner, reason = compiled_runner(compiled, self._grid)
+        if runner is None:
+            _warn_of_slow_launches(reason)
+            runner = self._ordinary
+        self.run = self._counted(self._on_device(runner))
+
+    def _counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        for names in self._mode.counters:
+            run = _noting(names, self._name, run)
+        return run
+
+    def _on_device(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Triton launches on the current device, which need not be the tensors' where there are several."""
+        if self._device.type != "cuda" or torch.cuda.device_count() == 1:
+            return run
+        index, current_device = self._device.index, current_cuda_device()
+
+        def guarded(*args: Any) -> Any:
+            if current_device() == index:
+                return run(*args)
+            with torch.cuda.device(index):
+                return run(*args)
+
+        return guarded
 
 
-_recorder: _Recorder | None = None
-_counters: list[list[str]] = []
-_forced: dict[str, TileConfig] = {}
+def _noting(names: list[str], name: str, run: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """``run`` that notes a name first; without it nothing runs."""
+
+    def left_out(*args: Any) -> None:
+        nonlocal names
+        names += [name]  # no call of append: this stands in for one call, and is counted as one
+
+    def noted(*args: Any) -> Any:
+        names.append(name)
+        return run(*args)  # type: ignore[misc]
+
+    return left_out if run is None else noted
 
 
-@contextlib.contextmanager
-def recording(shared_bytes: int) -> Iterator[list[Launch]]:
-    """Within it nothing runs: launches are collected, with configurations for a device of that shared-memory limit."""
-    global _recorder
-    previous, _recorder = _recorder, _Recorder(shared_bytes, [])
-    try:
-        yield _recorder.launches
-    finally:
-        _recorder = previous
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[list[str]]:
-    """Within it launches run as always, and the names of their kernels are collected."""
-    names: list[str] = []
-    _counters.append(names)
-    try:
-        yield names
-    finally:
-        _counters.remove(names)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], config: TileConfig, device: torch.device, **args: Any) -> None:
-    """Runs ``kernel[grid](**args)`` with the tiles of config that the kernel names, on the device of its tensors."""
-    args.update(config.tiles_of(kernel.arg_names))
-    if _recorder is not None:
-        _recorder.launches.append(Launch(kernel, grid, args, config))
-        return
-    for names in _counters:
-        names.append(kernel.fn.__name__)
-    # Triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**args, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+@functools.cache
+def _warn_of_slow_launches(reason: str) -> None:
+    warnings.warn(
+        f"Triton {triton.__version__}: {reason}; every launch binds its arguments anew, which is slower",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def shared_memory_bytes(device: torch.device) -> int:
     """Shared memory that one block may use on the device."""
-    if _recorder is not None:
-        return _recorder.shared_bytes
     if device.type != "cuda":
-        return 227 * 1024  # the interpreter has no limit: test what the large cards run
+        return _CPU_SHARED_BYTES
     return _cuda_shared_bytes(device.index if device.index is not None else torch.cuda.current_device())
 
 
@@ -111,25 +169,20 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def batches(*operands: Sequence[Tensor]) -> Iterator[slice]:
+def batches(*operands: Sequence[Tensor]) -> list[slice]:
     """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, whose tensors have the same dtypes."""
-    count = len(operands[0])
-    if count <= MAX_PROJECTIONS and all(len({tensor.dtype for tensor in of_one}) == 1 for of_one in operands):
-        yield slice(0, count)
-        return
     kinds = [tuple(tensor.dtype for tensor in of_one) for of_one in zip(*operands, strict=True)]
-    start = 0
+    found, start = [], 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start] or end - start == MAX_PROJECTIONS:
-            yield slice(start, end)
+            found.append(slice(start, end))
             start = end
+    return found
 
 
-def columns_of(T: Tensor | None, at: slice, rank: int, count: int) -> Tensor | None:
-    """The columns of some of ``count`` projections, each ``rank`` wide; T itself where they are all."""
-    if T is None or at == slice(0, count):
-        return T
-    return T[:, at.start * rank : at.stop * rank]
+def columns_of(T: Tensor | None, at: slice, rank: int) -> Tensor | None:
+    """The columns of some projections, each ``rank`` wide."""
+    return None if T is None else T[:, at.start * rank : at.stop * rank]
 
 
 def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str, Any]:
@@ -137,16 +190,21 @@ def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str,
     return {f"{name}_{i}": values[i] if i < len(values) else missing for i in range(MAX_PROJECTIONS)}
 
 
+def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
+    """Arguments such as x_stride_m for the axes of a matrix; 0 where there is none."""
+    return {f"{name}_stride_{axis}": 0 if x is None else x.stride(dim) for dim, axis in enumerate(axes)}
+
+
 def numbered_strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
     """Arguments such as y_0_stride_m for the axes of (up to) three matrices."""
-    return {
-        f"{name}_{i}_stride_{axis}": tensors[i].stride(dim) if i < len(tensors) else 0
-        for i in range(MAX_PROJECTIONS)
-        for dim, axis in enumerate(axes)
-    }
+    found: dict[str, int] = {}
+    for i in range(MAX_PROJECTIONS):
+        found |= strides(f"{name}_{i}", tensors[i] if i < len(tensors) else None, axes)
+    return found
 
 
 def config_for(
+    mode: Mode,
     kernel: str,
     rank: int,
     compute_dtype: torch.dtype,
@@ -155,11 +213,22 @@ def config_for(
     thin: Sequence[Tensor | None],
     rows: int,
     width: int,
-) -> TileConfig:
-    """Configuration for a launch over (rows, width); operands have wide rows (x, G, y, A) or thin ones (T, S, B)."""
+    follow_table: bool = False,
+) -> TileConfig | None:
+    """Configuration for a launch over (rows, width); operands have wide rows (x, G, y, A) or thin ones (T, S, B).
+
+    None where ``follow_table`` and the tuned table prefers the plain PyTorch form.
+    """
     operands = class_of(rank, compute_dtype, wide, thin)
     device = next(x.device for x in wide if x is not None)
-    return _forced.get(kernel) or choose_config(kernel, operands, rank, rows, width, device)
+    if follow_table:
+        entry = tuned_entry(step_of(kernel), operands, rank, rows, width, device)
+        if entry is not None and entry.form == "torch":
+            return None
+    forced = mode.forced.get(kernel)
+    if forced is not None:
+        return forced  # type: ignore[no-any-return]
+    return choose_config(kernel, operands, rank, rows, width, device, mode.shared_bytes)
 
 
 def class_of(
@@ -172,25 +241,21 @@ def class_of(
     return operand_class(compute_dtype.itemsize, widest, aligned)
 
 
-def choose_config(kernel: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> TileConfig:
+def choose_config(
+    kernel: str,
+    operands: str,
+    rank: int,
+    rows: int,
+    width: int,
+    device: torch.device,
+    shared_bytes: int | None = None,
+) -> TileConfig:
     """The configuration of a launch: the tuned table's where it has one, else the general rule's."""
     entry = tuned_entry(step_of(kernel), operands, rank, rows, width, device)
     tiles = entry.tiles.get(kernel) if entry is not None else None
     if tiles is None:
-        return choose(kernel, operands, rank, shared_memory_bytes(device))
+        return choose(kernel, operands, rank, shared_memory_bytes(device) if shared_bytes is None else shared_bytes)
     return _tile_config(tuple(sorted(tiles.items())))
-
-
-@contextlib.contextmanager
-def forcing(**configs: TileConfig) -> Iterator[None]:
-    """Within it the kernels named run with these configurations (for the tuner)."""
-    before = dict(_forced)
-    _forced.update(configs)
-    try:
-        yield
-    finally:
-        _forced.clear()
-        _forced.update(before)
 
 
 def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key:
@@ -199,16 +264,11 @@ def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key
 
 
 def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> Entry | None:
-    """The entry that a tuned table has for a step, None where it has none."""
-    entries = tuned_entries(device)
-    return entries.get(table_key(step, operands, rank, rows, width)) if entries else None
-
-
-def tuned_entries(device: torch.device) -> dict[Key, Entry]:
-    """What the tuned table of a device holds; empty where there is none."""
+    """The entry that the device's tuned table has for a step, None where it has none."""
     if device.type != "cuda":
-        return {}
-    return table_for(_gpu_name(device.index if device.index is not None else torch.cuda.current_device())).entries
+        return None
+    table = table_for(_gpu_name(device.index if device.index is not None else torch.cuda.current_device()))
+    return table.entries.get(table_key(step, operands, rank, rows, width))
 
 
 def step_of(kernel: str) -> str:

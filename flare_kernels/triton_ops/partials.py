@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..launch_mode import Mode
 from .config import TileConfig
 from .device import round_to
-from .launch import cdiv, launch
+from .launch import Launcher, cdiv
 
 #: BLOCK_M counts partials per step, BLOCK_N elements per program.
 _CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=0, BLOCK_N=256, BLOCK_R=0, num_warps=4, num_stages=2)
@@ -28,16 +32,13 @@ def sum_partials_kernel(partials, out, splits, numel, BLOCK_M: tl.constexpr, BLO
     tl.store(out + o_n, round_to(b_sum, out.dtype.element_ty), mask=m_n)
 
 
-def sum_partials(partials: Tensor, out: Tensor) -> None:
-    """out = partials.sum(0) in float32, rounded once to out's dtype; both contiguous."""
-    numel = out.numel()
-    launch(
-        sum_partials_kernel,
-        (cdiv(numel, _CONFIG.BLOCK_N),),
-        _CONFIG,
-        out.device,
-        partials=partials,
-        out=out,
-        splits=partials.shape[0],
-        numel=numel,
-    )
+def adding(mode: Mode, partials: Sequence[int], device: torch.device) -> Launcher | None:
+    """The launch ``run(partials, out, *constants)``: out = partials.sum(0), rounded once; None for a single part.
+
+    partials: its size, the parts first. Both tensors are contiguous.
+    """
+    splits, numel = partials[0], math.prod(partials[1:])
+    if splits == 1:
+        return None
+    grid = (cdiv(numel, _CONFIG.BLOCK_N),)
+    return Launcher(mode, sum_partials_kernel, grid, _CONFIG, device, splits=splits, numel=numel)

@@ -5,14 +5,18 @@ Shape legend: M tokens, K input width, R rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode, torch_ops
+from ..launch_mode import Mode
 from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
-from .launch import TL_DTYPE, cdiv, config_for, launch, split_sum
-from .partials import sum_partials
+from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, TL_DTYPE, Launcher, cdiv, config_for, split_sum, strides
+from .partials import adding
 
 
 @triton.jit
@@ -36,7 +40,6 @@ def shrink_kernel(
     A_stride_k,
     mask_stride_m,
     mask_source_stride_m,
-    out_stride_split,
     out_stride_stream,
     DTYPE: tl.constexpr,
     HAS_SOURCE: tl.constexpr,
@@ -91,7 +94,10 @@ def shrink_kernel(
                 b_s = dot(round_to(b_x, DTYPE), tl.trans(b_A), b_s)
 
     # the scale of the dropout is left to the float32 sums: nothing is rounded twice
-    out += i_split.to(tl.int64) * out_stride_split
+    if HAS_SOURCE and not SUM_STREAMS:
+        out += i_split.to(tl.int64) * 2 * out_stride_stream
+    else:
+        out += i_split.to(tl.int64) * out_stride_stream
     if HAS_SOURCE and not SUM_STREAMS:
         store_tile(out + out_stride_stream, b_s * keep_scale, o_m, m_m, R, o_r, m_r, 1)
     store_tile(out, b_t * keep_scale, o_m, m_m, R, o_r, m_r, 1)
@@ -107,6 +113,7 @@ def shrink(
     mask_source: Tensor | None = None,
     keep_scale: float = 1.0,
     sum_streams: bool = False,
+    follow_table: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """T = drop(x) A^T and S = drop(x_source) A^T.
 
@@ -117,67 +124,117 @@ def shrink(
         mask, mask_source: packed keep bits of the streams (:mod:`flare_kernels.dropout`), both or neither per stream
             given; keep_scale is the factor of what is kept.
         sum_streams: both products in one accumulator (fusion "add"): returns (T + S, None).
+        follow_table: take the plain PyTorch form where the tuned table prefers it (never with dropout).
 
     Returns:
         T, S: (M, R), contiguous, compute_dtype.
+
+    Raises:
+        ValueError: sum_streams with a mask for one stream of two.
     """
-    first, second = (x, x_source) if x is not None else (x_source, None)
-    if first is None:
-        return None, None
-    first_mask, second_mask = (mask, mask_source) if x is not None else (mask_source, None)
-    if second is not None and (first_mask is None) != (second_mask is None):
-        # dropout on one stream only: two launches
-        if not sum_streams:
-            options = {"compute_dtype": compute_dtype, "keep_scale": keep_scale}
-            T, _ = shrink(x, None, A, mask=mask, **options)  # type: ignore[arg-type]
-            _, S = shrink(None, x_source, A, mask_source=mask_source, **options)  # type: ignore[arg-type]
-            return T, S
-        raise ValueError("sum_streams needs a mask for both streams or for neither")
-
-    (M, K), R = first.shape, A.shape[0]
-    streams = 2 if second is not None and not sum_streams else 1
-    out = torch.empty((streams, M, R), dtype=compute_dtype, device=first.device)
-    if M == 0 or K == 0:
-        out.zero_()
+    source_alone = x is None
+    tensors: tuple[Tensor, ...]
+    if x is None:
+        x, mask, x_source, mask_source = x_source, mask_source, None, None
+        if x is None:
+            return None, None
+    if x_source is None:
+        mask_source, tensors = None, (x, A)
     else:
-        config = config_for("shrink", R, compute_dtype, wide=(first, second, A), thin=(), rows=M, width=K)
-        programs = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
-        splits, tiles_per_split = split_sum(K, config.BLOCK_K, programs, target=config.programs)
-        partials = out if splits == 1 else torch.empty((splits, streams, M, R), dtype=torch.float32, device=out.device)
-        launch(
-            shrink_kernel,
-            (programs, splits),
-            config,
-            first.device,
-            x=first,
-            x_source=second,
-            A=A,
-            mask=first_mask,
-            mask_source=second_mask,
-            out=partials,
-            M=M,
-            K=K,
-            R=R,
-            keep_scale=float(keep_scale) if first_mask is not None else 1.0,
-            tiles_per_split=tiles_per_split,
-            x_stride_m=first.stride(0),
-            x_stride_k=first.stride(1),
-            x_source_stride_m=second.stride(0) if second is not None else 0,
-            x_source_stride_k=second.stride(1) if second is not None else 0,
-            A_stride_r=A.stride(0),
-            A_stride_k=A.stride(1),
-            mask_stride_m=first_mask.stride(0) if first_mask is not None else 0,
-            mask_source_stride_m=second_mask.stride(0) if second_mask is not None else 0,
-            out_stride_split=streams * M * R,
-            out_stride_stream=M * R,
-            DTYPE=TL_DTYPE[compute_dtype],
-            HAS_SOURCE=second is not None,
-            SUM_STREAMS=sum_streams,
-            HAS_MASK=first_mask is not None,
-        )
-        if splits > 1:
-            sum_partials(partials, out)
+        tensors = (x, A, x_source)
+    if mask is not None:
+        tensors = (*tensors, mask)
+    if mask_source is not None:
+        tensors = (*tensors, mask_source)
+    mode, device = launch_mode.current, x.device
+    flags = (x_source is None, mask is None, mask_source is None, sum_streams, follow_table)
+    key = (
+        "shrink",
+        *(device, compute_dtype, keep_scale, flags),
+        *map(LAYOUT, tensors),
+        *map(STRIDE, tensors),
+        *map(LOW_BITS, map(ADDRESS, tensors)),
+    )
+    try:
+        form, size, partials_size, launcher, add = mode.plans[key]
+    except KeyError:
+        options: dict[str, Any] = {"sum_streams": sum_streams, "follow_table": follow_table}
+        plan = _plan(mode, x, x_source, A, compute_dtype, mask, mask_source, keep_scale, **options)
+        form, size, partials_size, launcher, add = mode.plans.add(key, plan)
 
-    if streams == 2:
-        return out[0], out[1]
-    return (out[0], None) if x is not None or sum_streams else (None, out[0])
+    if launcher is not None:
+        out = torch.empty(size, dtype=compute_dtype, device=device)
+        if add is None:
+            launcher.run(x, x_source, A, mask, mask_source, out, *launcher.constants)
+        else:
+            partials = torch.empty(partials_size, dtype=torch.float32, device=device)
+            launcher.run(x, x_source, A, mask, mask_source, partials, *launcher.constants)
+            add.run(partials, out, *add.constants)
+    elif form == "torch":
+        T, S = torch_ops.shrink(x, x_source, A, compute_dtype=compute_dtype, sum_streams=sum_streams)
+        return (None, T) if source_alone and not sum_streams else (T, S)
+    elif form == "apart":  # dropout on one stream of two
+        T, _ = shrink(x, None, A, compute_dtype=compute_dtype, mask=mask, keep_scale=keep_scale)
+        S, _ = shrink(x_source, None, A, compute_dtype=compute_dtype, mask=mask_source, keep_scale=keep_scale)
+        return T, S
+    else:
+        out = torch.zeros(size, dtype=compute_dtype, device=device)
+    if x_source is not None and not sum_streams:
+        return out.unbind()  # type: ignore[return-value]
+    return (None, out) if source_alone and not sum_streams else (out, None)
+
+
+def _plan(
+    mode: Mode,
+    x: Tensor,
+    x_source: Tensor | None,
+    A: Tensor,
+    compute_dtype: torch.dtype,
+    mask: Tensor | None,
+    mask_source: Tensor | None,
+    keep_scale: float,
+    *,
+    sum_streams: bool,
+    follow_table: bool,
+) -> tuple[str, tuple[int, ...], tuple[int, ...], Launcher | None, Launcher | None]:
+    """(form, size of the result, size of the partial results, launch, launch that adds the partial results)."""
+    (M, K), R = x.shape, A.shape[0]
+    if x_source is not None and (mask is None) != (mask_source is None):
+        if sum_streams:
+            raise ValueError("sum_streams needs a mask for both streams or for neither")
+        return "apart", (), (), None, None
+    streams = 2 if x_source is not None and not sum_streams else 1
+    size = (2, M, R) if streams == 2 else (M, R)
+    if M == 0 or K == 0:
+        return "empty", size, (), None, None
+    follow_table = follow_table and mask is None
+    options: dict[str, Any] = {"wide": (x, x_source, A), "thin": (), "rows": M, "width": K}
+    config = config_for(mode, "shrink", R, compute_dtype, follow_table=follow_table, **options)
+    if config is None:
+        return "torch", size, (), None, None
+    programs = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
+    splits, tiles_per_split = split_sum(K, config.BLOCK_K, programs, target=config.programs)
+    partials_size = (splits, streams, M, R)
+    launcher = Launcher(
+        mode,
+        shrink_kernel,
+        (programs, splits),
+        config,
+        x.device,
+        M=M,
+        K=K,
+        R=R,
+        keep_scale=float(keep_scale) if mask is not None else 1.0,
+        tiles_per_split=tiles_per_split,
+        **strides("x", x, "mk"),
+        **strides("x_source", x_source, "mk"),
+        **strides("A", A, "rk"),
+        **strides("mask", mask, "m"),
+        **strides("mask_source", mask_source, "m"),
+        out_stride_stream=M * R,
+        DTYPE=TL_DTYPE[compute_dtype],
+        HAS_SOURCE=x_source is not None,
+        SUM_STREAMS=sum_streams,
+        HAS_MASK=mask is not None,
+    )
+    return "triton", size, partials_size, launcher, adding(mode, partials_size, x.device)

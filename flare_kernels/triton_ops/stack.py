@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import launch_mode
+from ..launch_mode import Mode
 from .config import TileConfig
 from .device import load_tile, pick, store_tile
-from .launch import MAX_PROJECTIONS, cdiv, launch, numbered, numbered_strides
+from .launch import ADDRESS, LAYOUT, LOW_BITS, MAX_PROJECTIONS, STRIDE, Launcher, cdiv, numbered, numbered_strides
 
 #: Elements per program, and the most columns.
 _ELEMENTS, _MAX_COLUMNS = 4096, 512
@@ -71,24 +73,44 @@ def _config(columns: int) -> TileConfig:
 
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The matrices (R_i, K) below each other in dtype, (sum of R_i, K), contiguous; a single one of dtype is itself."""
-    if len(weights) == 1 and weights[0].dtype == dtype:
-        return weights[0]
-    if len(weights) > MAX_PROJECTIONS or len({weight.dtype for weight in weights}) > 1:
+    first = weights[0]
+    if first.dtype == dtype and not weights[1:]:
+        return first
+    mode, device = launch_mode.current, first.device
+    key = (
+        "stack",
+        *(device, dtype),
+        *map(LAYOUT, weights),
+        *map(STRIDE, weights),
+        *map(LOW_BITS, map(ADDRESS, weights)),
+    )
+    try:
+        size, missing, launcher = mode.plans[key]
+    except KeyError:
+        size, missing, launcher = mode.plans.add(key, _plan(mode, weights))
+    if launcher is None:
         return torch.cat([weight.to(dtype) for weight in weights])
-    K = weights[0].shape[1]
-    out = torch.empty((sum(weight.shape[0] for weight in weights), K), dtype=dtype, device=weights[0].device)
-    if out.numel():
-        config = _config(K)
-        launch(
-            stack_kernel,
-            (sum(cdiv(weight.shape[0], config.BLOCK_R) for weight in weights), cdiv(K, config.BLOCK_K)),
-            config,
-            out.device,
-            **numbered("A", weights),
-            out=out,
-            K=K,
-            **numbered("R", [weight.shape[0] for weight in weights], 0),
-            **numbered_strides("A", weights, "rk"),
-            COUNT=len(weights),
-        )
+    out = torch.empty(size, dtype=dtype, device=device)
+    launcher.run(*weights, *missing, out, *launcher.constants)
     return out
+
+
+def _plan(mode: Mode, weights: Sequence[Tensor]) -> tuple[tuple[int, int], tuple[None, ...], Launcher | None]:
+    """(size of the result, the arguments of weights that are not there, launch)."""
+    K, ranks = weights[0].shape[1], [weight.shape[0] for weight in weights]
+    size = (sum(ranks), K)
+    if len(weights) > MAX_PROJECTIONS or len({weight.dtype for weight in weights}) > 1 or 0 in size:
+        return size, (), None
+    config = _config(K)
+    launcher = Launcher(
+        mode,
+        stack_kernel,
+        (sum(cdiv(rank, config.BLOCK_R) for rank in ranks), cdiv(K, config.BLOCK_K)),
+        config,
+        weights[0].device,
+        K=K,
+        **numbered("R", ranks, 0),
+        **numbered_strides("A", weights, "rk"),
+        COUNT=len(weights),
+    )
+    return size, (None,) * (MAX_PROJECTIONS - len(weights)), launcher

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
 from flare_kernels import fused_lora, fused_lora_qkv, launch_plan, select_backend
+from flare_kernels.launch_mode import counting, forcing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,19 +55,21 @@ def step(t: dict[str, Tensor], **options) -> list[Tensor]:
 @pytest.mark.parametrize("M", [16, 300])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_training_step_is_captured_in_a_cuda_graph(M: int, p: float) -> None:
-    """Replays give the eager step's bits; with dropout each replay draws masks of its own."""
-    t = make(M)
+    """Replays give the eager step's bits; with dropout each replay draws masks of its own.
+
+    Leaves are made on the stream that captures: their AccumulateGrad nodes keep the stream they were made on.
+    """
     options = {"dropout_p": p, "training": True}
-    want = step(t, **options)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        t = make(M)
         for _ in range(3):
-            step(t, **options)
-    torch.cuda.current_stream().wait_stream(stream)
+            want = step(t, **options)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         static = step(t, **options)
+    torch.cuda.current_stream().wait_stream(stream)
     replays = []
     for _ in range(2):
         for tensor in static:
@@ -76,6 +83,38 @@ def test_a_training_step_is_captured_in_a_cuda_graph(M: int, p: float) -> None:
         assert all(same) and all(torch.equal(a, b) for a, b in zip(replays[0], want, strict=True))
     else:
         assert not any(same[i] for i in (0, 2)), "q and v must differ from replay to replay"
+
+
+@pytest.mark.parametrize("M", [16, 300])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_second_step_calls_compiled_kernels_and_gives_the_same_bits(M: int, p: float, monkeypatch) -> None:
+    """The first step goes through Triton's ``kernel[grid]``, the second past it."""
+    t = make(M)
+    results = []
+    with forcing():  # no plans are kept from before
+        for _ in range(2):
+            torch.manual_seed(0)
+            results.append(step(t, dropout_p=p, training=True))
+            monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: pytest.fail("an ordinary launch"))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_launch_hooks_see_launches_of_compiled_kernels() -> None:
+    """Profilers (Proton, for one) attach to them."""
+    t, seen = make(300), []
+
+    def hook(metadata) -> None:
+        seen.append(metadata.get()["name"])
+
+    step(t)
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        with counting() as names:
+            for _ in range(2):
+                step(t)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == names and len(names) >= 10
 
 
 @pytest.mark.parametrize("M", [1, 16, 64])

@@ -15,10 +15,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from flare_kernels import dropout, torch_ops, triton_ops
+from flare_kernels import dropout, torch_ops
 from flare_kernels.fusion import FUSIONS, get_fusion
+from flare_kernels.launch_mode import counting, recording
 from flare_kernels.triton_ops import config
-from flare_kernels.triton_ops.launch import counting, recording
+from flare_kernels.triton_ops import primitives as triton_ops
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALL = (None, *FUSIONS)
@@ -506,8 +507,9 @@ def test_nan_is_not_hidden_by_relu(device: torch.device) -> None:
 
 def test_same_signatures_as_the_torch_backend() -> None:
     """The autograd nodes are written once over either module."""
-    for name in sorted({*triton_ops.__all__} - {"decode", "can_decode"}):  # what only the kernels have
-        ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (triton_ops, torch_ops))
+    for name in sorted({*triton_ops.__all__} - {"decode", "can_decode", "tuned"}):  # what only the kernels have
+        ours, theirs = (dict(inspect.signature(getattr(module, name)).parameters) for module in (triton_ops, torch_ops))
+        ours.pop("follow_table", None)
         kinds = [[(key, p.kind, p.default) for key, p in side.items()] for side in (ours, theirs)]
         assert kinds[0] == kinds[1], name
 

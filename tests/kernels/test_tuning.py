@@ -17,9 +17,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import flare_kernels
-from flare_kernels import dispatch, launch_table, torch_ops, triton_ops, tune
+from flare_kernels import launch_mode, launch_table, torch_ops, tune
 from flare_kernels.launch_table import Entry, Key, LaunchTable
 from flare_kernels.triton_ops import config, launch
+from flare_kernels.triton_ops import primitives as triton_ops
+from flare_kernels.triton_ops.plan_text import launch_plan
 
 TILES = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 0, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3, "programs": 264}
 KEY = Key("shrink", "narrow", 64, 4, 3)
@@ -139,74 +141,85 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
     monkeypatch.setattr(launch, "_gpu_name", lambda index: "Some GPU")
     assert launch.choose_config("shrink", "narrow", 64, 64, 4096, device) == general
     assert launch.choose_config("shrink", "narrow", 64, 8192, 4096, torch.device("cpu")).programs == general.programs
-    plan = dispatch.launch_plan(8192, 4096, (4096, 1024), 32, device=device)
+    bf16 = torch.bfloat16
+    plan = launch_plan(8192, 4096, (4096, 1024), 32, dtype=bf16, device=device)
     assert "BLOCK_M=64" in plan["shrink"] and "tuned table" in plan["shrink"]
     assert "general rule" in plan["expand"] and "decode" not in plan
-    assert set(dispatch.launch_plan(8, 4096, (4096,), 32, device=device)) >= {"decode", "grad_weight"}
+    assert set(launch_plan(8, 4096, (4096,), 32, dtype=bf16, device=device)) >= {"decode", "grad_weight"}
 
 
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
-    """Rows of a few elements cannot be aligned; tuner, launch and dispatch agree on that."""
-    asked: list[str] = []
-    monkeypatch.setattr(dispatch, "tuned_entries", lambda device: {"some": "entries"})
-    monkeypatch.setattr(dispatch, "tuned_entry", lambda step, operands, *_: asked.append(operands))
+    """Rows of a few elements cannot be aligned; tuner and launch agree on that."""
+    asked: set[tuple[str, str]] = set()
+    monkeypatch.setattr(launch, "tuned_entry", lambda step, operands, *_: asked.add((step, operands)))
     x, y, B = (torch.randn(*size, device=device).bfloat16() for size in ((70, 64), (70, 32), (32, rank)))
-    T = torch.randn(70, rank, device=device).bfloat16()
-    dispatch.expand_([y], T, None, [B], scalings=[1.0], fusion=None)
-    dispatch.grad_bottleneck([y], T, None, [B], scalings=[1.0], fusion=None, dT=torch.empty_like(T))
-    dispatch.grad_weight(T, x, None, None, grad_dtype=torch.float32)
-    dispatch.grad_input(T, torch.randn(rank, 64, device=device).bfloat16(), dtype=x.dtype)
-    assert asked == ["narrow"] * 4
+    T, A = (torch.randn(*size, device=device).bfloat16() for size in ((70, rank), (rank, 64)))
+    with launch_mode.forcing():
+        ops = triton_ops.tuned
+        ops.expand_([y], T, None, [B], scalings=[1.0], fusion=None)
+        ops.grad_bottleneck([y], T, None, [B], scalings=[1.0], fusion=None, dT=torch.empty_like(T))
+        ops.grad_weight(T, x, None, None, grad_dtype=torch.float32)
+        ops.grad_input(T, A, dtype=x.dtype)
+    assert asked == {(step, "narrow") for step in ("expand", "grad_bottleneck", "grad_weight", "grad_input")}
 
 
 def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
     """Each step on its own: the plain form where an entry says so, with the kernels' numbers either way."""
-    used: list[tuple[str, str]] = []
-    for module, name in ((torch_ops, "torch"), (triton_ops, "triton")):
-        for step in ("shrink", "expand_", "grad_bottleneck", "grad_weight", "grad_input"):
-            plain = getattr(module, step)
+    used: list[str] = []
+    for step in ("shrink", "expand_", "grad_bottleneck", "grad_weight", "grad_input"):
+        plain = getattr(torch_ops, step)
 
-            def noted(*args, _name=name, _step=step, _plain=plain, **kwargs):
-                used.append((_step.strip("_"), _name))
-                return _plain(*args, **kwargs)
+        def noted(*args, _step=step, _plain=plain, **kwargs):
+            used.append(_step.strip("_"))
+            return _plain(*args, **kwargs)
 
-            monkeypatch.setattr(module, step, noted)
+        monkeypatch.setattr(torch_ops, step, noted)
     x, x_source, A, B = (torch.randn(*size, device=device) for size in ((70, 24), (70, 24), (5, 24), (9, 5)))
     mask = torch.full((70, 3), 0b10110101, dtype=torch.uint8, device=device)
 
-    def run() -> list[torch.Tensor]:
-        T, S = dispatch.shrink(x, x_source, A, compute_dtype=x.dtype)
+    def run(ops) -> list[torch.Tensor]:
+        T, S = ops.shrink(x, x_source, A, compute_dtype=x.dtype)
         y = torch.zeros(70, 9, device=device)
         phi = {"scalings": [0.5], "fusion": "mul"}
-        dispatch.expand_([y], T, S, [B], **phi)
+        ops.expand_([y], T, S, [B], **phi)
         dT, dS = torch.empty_like(T), torch.empty_like(S)
-        (dB,) = dispatch.grad_bottleneck([y], T, S, [B], dT=dT, dS=dS, B_grad_dtype=B.dtype, **phi)
-        dA = dispatch.grad_weight(dT, x, dS, x_source, grad_dtype=A.dtype)
-        return [T, S, y, dT, dS, dB, dA, dispatch.grad_input(dT, A, dtype=x.dtype)]
+        (dB,) = ops.grad_bottleneck([y], T, S, [B], dT=dT, dS=dS, B_grad_dtype=B.dtype, **phi)
+        dA = ops.grad_weight(dT, x, dS, x_source, grad_dtype=A.dtype)
+        return [T, S, y, dT, dS, dB, dA, ops.grad_input(dT, A, dtype=x.dtype)]
 
-    monkeypatch.setattr(dispatch, "tuned_entries", lambda device: {"some": "entries"})
-    steps = ["shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"]
-    want = run()
-    assert used == [(step, "triton") for step in steps]
-    for chosen in steps:
+    def table(prefers_torch) -> None:
+        monkeypatch.setattr(
+            launch, "tuned_entry", lambda step, *_: Entry("torch") if prefers_torch in (step, "all") else None
+        )
+
+    want = run(triton_ops.tuned)
+    assert used == []
+    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"):
+        table(chosen)
+        with launch_mode.forcing():
+            run(triton_ops.tuned)
+            for got, expected in zip(run(triton_ops.tuned), want, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert used == [chosen] * 2  # the choice is part of what is kept
+            run(triton_ops)
+            assert used == [chosen] * 2  # backend="triton" does not follow the table
         used.clear()
-        entry = Entry("torch")
-        monkeypatch.setattr(dispatch, "tuned_entry", lambda step, *_, c=chosen, e=entry: e if step == c else None)
-        for got, expected in zip(run(), want, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        assert used == [(step, "torch" if step == chosen else "triton") for step in steps]
     # with dropout always the kernels, which copy no stream
-    monkeypatch.setattr(dispatch, "tuned_entry", lambda *_: Entry("torch"))
-    used.clear()
-    dispatch.shrink(x, None, A, compute_dtype=x.dtype, mask=mask, keep_scale=2.0)
-    dispatch.grad_weight(want[3], x, None, None, mask=mask, keep_scale=2.0, grad_dtype=A.dtype)
-    dispatch.grad_input(want[3], A, mask=mask, keep_scale=2.0, dtype=x.dtype)
-    assert used == [(step, "triton") for step in ("shrink", "grad_weight", "grad_input")]
-    # dx added to a buffer: one BLAS call
-    used.clear()
-    dispatch.grad_input(want[3], A, dtype=x.dtype, out=torch.zeros(70, 24, device=device))
-    assert used == [("grad_input", "torch")]
+    table("all")
+    dT = want[3]
+    with launch_mode.forcing():
+        options = {"mask": mask, "keep_scale": 2.0}
+        triton_ops.tuned.shrink(x, None, A, compute_dtype=x.dtype, **options)
+        triton_ops.tuned.grad_weight(dT, x, None, None, grad_dtype=A.dtype, **options)
+        triton_ops.tuned.grad_input(dT, A, dtype=x.dtype, **options)
+    assert used == []
+    # dx added to a buffer: one BLAS call, and the kernel's numbers
+    out = torch.ones(70, 24, device=device)
+    with launch_mode.counting() as names:
+        assert triton_ops.tuned.grad_input(dT, A, dtype=x.dtype, out=out) is out
+    assert names == []
+    torch.testing.assert_close(out, 1 + dT @ A)
 
 
 SMALL = tune.Shape("small", 48, (40, 24))
@@ -220,7 +233,7 @@ def test_the_tuner_takes_the_fastest_that_is_right(monkeypatch, device, tmp_path
     )
 
     def running(problem: tune.Problem) -> config.TileConfig | None:
-        return launch._forced.get(problem.step)
+        return launch_mode.current.forced.get(problem.step)
 
     correct = tune.is_correct
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 
+from . import launch_mode, torch_ops
 from .fusion import EAGER_FUSIONS
 
 BACKENDS: tuple[str, ...] = ("triton", "torch", "reference")
@@ -81,17 +82,18 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str |
     for IEEE float32 until the kernels have been timed against it. 16-bit calls on CUDA devices that can run the kernels
     take "triton"; the fusions that mix positions take "reference".
     """
-    device = torch.device(device)
     if fusion in EAGER_FUSIONS:
         return "reference"
+    if launch_mode.current.left_out is not None:
+        return "torch" if dtype == torch.float64 else "triton"
+    device = torch.device(device)
     if (
         device.type != "cuda"
         or dtype not in (torch.float16, torch.bfloat16)
         or importlib.util.find_spec("triton") is None
     ):
         return "torch"
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return "torch" if _device_refusal(index) else "triton"
+    return "torch" if _device_refusal(_index(device)) else "triton"
 
 
 def launch_plan(
@@ -112,39 +114,69 @@ def launch_plan(
     Returns:
         step -> its form, such as "triton, TileConfig(...) (tuned table)" or "torch (no Triton form for cpu)".
     """
-    chosen = select_backend(device, dtype)
-    if chosen == "triton":
-        from .dispatch import launch_plan as plan_of_kernels
+    device = torch.device(device)
+    if select_backend(device, dtype) != "triton":
+        why = f"torch (what {device} takes in {dtype})"
+        return dict.fromkeys(("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"), why)
+    from .triton_ops.plan_text import launch_plan as plan_of_kernels
 
-        return plan_of_kernels(M, d, widths, r, dtype=dtype, device=device)
-    why = f"torch (what {device} takes in {dtype})"
-    return dict.fromkeys(("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"), why)
+    return plan_of_kernels(M, d, widths, r, dtype=dtype, device=device)
 
 
-def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module with the primitives for a backend name; for "auto" the one that chooses per call, where Triton runs.
+def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The namespace of the primitives for a backend name; for "auto" the one that follows the tuned launch table.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run for this device and dtype; the message says why.
     """
     if backend == "auto":
-        chosen = select_backend(device, dtype)
-        return importlib.import_module(f"flare_kernels.{'dispatch' if chosen == 'triton' else 'torch_ops'}")
+        return _tuned() if select_backend(device, dtype) == "triton" else _plain(device)
     if backend == "torch":
-        return importlib.import_module("flare_kernels.torch_ops")
+        return _plain(device)
     if backend == "triton":
-        status = _triton_status()
-        if not status:
-            raise ValueError(f"backend='triton' is {status}; use backend='auto' or 'torch'")
         if dtype == torch.float64:
             raise ValueError("backend='triton' has no float64 form; use backend='torch' or 'reference'")
-        if device.type != "cuda" and not interpreting():
+        if launch_mode.current.left_out is None:
+            _check_triton(device)
+        from .triton_ops import primitives
+
+        return primitives
+    raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
+
+
+def _check_triton(device: torch.device) -> None:
+    status = _triton_status()
+    if not status:
+        raise ValueError(f"backend='triton' is {status}; use backend='auto' or 'torch'")
+    if device.type != "cuda":
+        if not interpreting():
             raise ValueError(
                 f"backend='triton' runs on CUDA, the tensors are on {device}; use backend='auto' or 'torch'"
             )
-        if device.type == "cuda":
-            refusal = _device_refusal(device.index if device.index is not None else torch.cuda.current_device())
-            if refusal:
-                raise ValueError(f"backend='triton' cannot run here: {refusal}; use backend='torch'")
-        return importlib.import_module("flare_kernels.triton_ops")
-    raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    elif refusal := _device_refusal(_index(device)):
+        raise ValueError(f"backend='triton' cannot run here: {refusal}; use backend='torch'")
+
+
+def _tuned() -> Any:
+    from .triton_ops.primitives import tuned
+
+    return tuned
+
+
+def _plain(device: torch.device) -> Any:
+    """The plain PyTorch forms, but on a device that runs the kernels their generator of dropout bits."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None and not _device_refusal(_index(device)):
+        return _plain_with_kernel_bits()
+    return torch_ops
+
+
+@functools.cache
+def _plain_with_kernel_bits() -> Any:
+    from .triton_ops.primitives import keep_bits
+
+    # the generator has no dtype, and its plain form is some hundred launches
+    return types.SimpleNamespace(**vars(torch_ops) | {"keep_bits": keep_bits})
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()

@@ -1,0 +1,151 @@
+"""What the launchers pass, bound by Triton's own binder for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+
+from flare_kernels import triton_ops
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {
+    name: kernel
+    for module in pkgutil.iter_modules(triton_ops.__path__)
+    for name, kernel in vars(importlib.import_module(f"flare_kernels.triton_ops.{module.name}")).items()
+    if name.endswith("_kernel")
+}
+
+
+def run(script: str) -> str:
+    """Run Python without the interpreter of kernels, and return what it printed."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_kernel_has_an_argument_that_triton_keeps_for_itself() -> None:
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    reserved = {"stream", "device", "device_type", "grid", "warmup", "num_warps", "num_stages", "num_ctas", "debug"}
+    reserved |= {"enable_fp_fusion", "launch_cooperative_grid", "maxnreg", "sanitize_overflow", "ir_override"}
+    reserved |= set(CUDAOptions.__dataclass_fields__) | set(inspect.signature(triton.JITFunction.run).parameters)
+    source = inspect.getsource(triton.JITFunction.run) + inspect.getsource(triton.JITFunction._pack_args)
+    named = re.findall(r"\"(\w+)\" not in kwargs|kwargs\[\"(\w+)\"\]", source)
+    assert {"stream", "device", "debug"} <= {name for pair in named for name in pair}
+    reserved |= {name for pair in named for name in pair}
+    assert len(KERNELS) == 10
+    for name, kernel in KERNELS.items():
+        assert not reserved & set(kernel.arg_names), name
+
+
+BIND = """
+import collections, torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from calls import LAYOUTS, SIZES, calls
+from flare_kernels import launch_mode
+from flare_kernels.triton_ops import primitives
+
+class Noting(launch_mode.Plans):
+    used = []
+    def __getitem__(self, key):
+        self.used.append(key)
+        return super().__getitem__(key)
+
+backend, binders = make_backend(GPUTarget("cuda", 90, 32)), {}
+by_key, by_part = collections.defaultdict(set), collections.defaultdict(set)
+bound_kernels, times = set(), collections.Counter()
+
+def check(launch):
+    kernel, values = launch.kernel, list(launch.args.values())
+    if kernel not in binders:
+        binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    bound, specialization, rest = binders[kernel](*values, enable_fp_fusion=True, **options)
+    # positional arguments are the kernel's, in its order: tensors (or None) first, then numbers, then constants
+    assert list(bound) == kernel.arg_names and all(a is b for a, b in zip(bound.values(), values, strict=True))
+    kinds = [
+        2 if parameter.is_constexpr else 0 if value is None or isinstance(value, Tensor) else 1
+        for parameter, value in zip(kernel.params, values)
+    ]
+    assert kinds == sorted(kinds), kernel.fn.__name__
+    axes = collections.defaultdict(list)
+    for name, value in bound.items():
+        base, found, axis = name.partition("_stride_")
+        if found and axis != "stream":
+            axes[base].append(value)
+    for base, given in axes.items():
+        tensor = bound[base]
+        assert given == ([0] * len(given) if tensor is None else list(tensor.stride())[:len(given)]), (base, given)
+    bound_kernels.add(kernel.fn.__name__)
+    return kernel.fn.__name__, tuple(specialization), str(sorted(options.items()))
+
+def one_round(size, layout, which):
+    for call in calls(primitives, size, layout, which):
+        first, Noting.used[:] = len(launches), []
+        call()
+        for at, launch in enumerate(launches[first:]):
+            key = (tuple(Noting.used), at)
+            times[key] += 1
+            found = check(launch)
+            by_key[key].add(found)
+            # without the alignment that a key ends in
+            by_part[tuple(tuple(k for k in key if type(k) is not int) for key in Noting.used), at].add(found)
+
+with launch_mode.recording(227 * 1024) as launches:
+    object.__setattr__(launch_mode.current, "plans", Noting())
+    for size in SIZES:
+        for layout in LAYOUTS:
+            one_round(size, layout, 0)
+            one_round(size, layout, 0)  # new tensors of the same layout: the same keys
+    for which in range(1, 16):
+        one_round(SIZES[0], "misaligned", which)
+        one_round(SIZES[4][:3] + (16,), "misaligned", which)
+wrong = [key for key, found in by_key.items() if len(found) > 1]
+assert not wrong, wrong[0]
+assert any(len(found) > 1 for found in by_part.values()), "the check cannot fail"
+assert min(times.values()) >= 1 and sum(count > 1 for count in times.values()) > 500, len(times)
+print(*sorted(bound_kernels))
+"""
+
+
+def test_equal_keys_are_equal_specialisations() -> None:
+    """Every call of the same key binds to the same compiled kernel, and passes its arguments in the kernel's order."""
+    assert set(run(BIND).split()) == set(KERNELS)
+
+
+LEFT_OUT = """
+import torch
+import flare_kernels
+from flare_kernels.testing import launches_left_out
+x, base = torch.randn(128, 64, requires_grad=True), torch.zeros(128, 32)
+A, B = torch.randn(8, 64, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+with launches_left_out() as names:
+    y = flare_kernels.fused_lora(x, x.detach(), base, A, B, scaling=1.0, dropout_p=0.5, training=True)
+    y.sum().backward()
+assert (y.shape, x.grad.shape, A.grad.shape, B.grad.shape) == ((128, 32), x.shape, A.shape, B.shape)
+print(*names)
+"""
+
+
+def test_launches_are_left_out_without_the_interpreter() -> None:
+    assert run(LEFT_OUT).split() == [
+        *("keep_bits_kernel", "keep_bits_kernel", "shrink_kernel", "expand_kernel", "grad_bottleneck_kernel"),
+        *("keep_bits_kernel", "keep_bits_kernel", "grad_weight_kernel", "keep_bits_kernel", "grad_input_kernel"),
+    ]
