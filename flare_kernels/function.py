@@ -21,7 +21,7 @@ from . import library, node, reference, validation
 from ._compat import functorch_is_active, plain_apply
 from .fusion import EAGER_FUSIONS
 from .library import call_of
-from .node import Adapter, Call, Hidden, rows, without_autocast
+from .node import Adapter, Call, rows, without_autocast
 from .reference import compute_dtype
 
 #: Weights in the compute dtype are kept for the backward pass where x is this many times as large.
@@ -68,13 +68,13 @@ class FusedLoRA(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         count_y, count_S, count_W = sizes
-        count = len(call.projections)
+        count = call.count
         at_A, at_B = count_y + count_S, count_y + count_S + count
         at_W = at_B + count
         Ss, As, Bs, Ws = tensors[count_y:at_A], tensors[at_A:at_B], tensors[at_B:at_W], tensors[at_W : at_W + count_W]
         flags = ctx.needs_input_grad
         needs = call.needs(flags[2:4] + flags[6 + count_y : 6 + at_W], count_S)
-        x_MK = rows(x)
+        x_MK = x.flatten(0, -2) if x.ndim > 2 else rows(x)
         if count_y:
             ys = tensors[:count_y]
             matrices: Sequence[Tensor] = [rows(y) for y in ys]
@@ -82,110 +82,104 @@ class FusedLoRA(torch.autograd.Function):
         else:
             # under autocast, which casts as it would without us
             ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, tensors[at_W + count_W :]))
-        xs_MK = None if x_source is None else rows(x_source)
+        xs_MK = None if x_source is None else x_source.flatten(0, -2) if x_source.ndim > 2 else rows(x_source)
         S_matrices = [rows(S) for S in Ss] if Ss else ()
-        with without_autocast(x.device):
-            hidden = node.forward(call, x_MK, xs_MK, S_matrices, seed, matrices, As, Bs, keep=needs.anything, A=A)
+        T, S, A, B = without_autocast(
+            node.forward, x.device, call, x_MK, xs_MK, S_matrices, seed, matrices, As, Bs, needs.anything, None, A
+        )
         ctx.set_materialize_grads(False)
         ctx.call, ctx.sizes, ctx.needs = call, sizes, needs
+        ctx.frozen_inputs = count_W if count_y else 2 * count_W  # weights, and biases
         # T is needed for dB, and T and S where dH goes through phi
         keep_hidden = needs.any_B or (needs.hidden and call.nonlinear)
         ctx.save_for_backward(
             x if needs.any_A else None,
             x_source if needs.any_A else None,
-            hidden.T if keep_hidden else None,
-            hidden.S if keep_hidden else None,
-            _worth_keeping(hidden.A, As, x) if needs.x or needs.x_source else None,
-            _worth_keeping(hidden.B, Bs, x) if needs.hidden else None,
+            T if keep_hidden else None,
+            S if keep_hidden else None,
+            A if A is not None and (needs.x or needs.x_source) and _worth_keeping(A, As, x) else None,
+            B if B is not None and needs.hidden and _worth_keeping(B, Bs, x) else None,
             seed,
             *tensors[at_A : at_W + count_W],
         )
-        ctx.x_like = (x.shape, x.dtype)
+        ctx.x_like = (x.shape, x.dtype, x.ndim == 2)
         ctx.source_like = None if x_source is None else (x_source.shape, x_source.dtype)
         ctx.S_likes = [(S.shape, S.dtype) for S in Ss] if Ss else ()
         return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # the wrapper for create_graph=True costs more calls than the rest of this method
-        return _backward_once(ctx, *grads) if torch.is_grad_enabled() else _backward(ctx, *grads)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    call: Call = ctx.call
-    count_y, count_S, _ = ctx.sizes
-    count = len(call.projections)
-    flags = ctx.needs_input_grad
-    device = None
-    for G in grads:
-        if G is not None:
-            device = G.device
-    if device is None:
-        return (None,) * len(flags)
-    x, x_source, T, S, A, B, seed, *weights = ctx.saved_tensors
-    As, Bs, Ws = weights[:count], weights[count : 2 * count], weights[2 * count :]
-    (x_shape, x_dtype), source_like = ctx.x_like, ctx.source_like
-    if A is None and count == 1 and As[0].dtype == call.dtype:
-        A = As[0]
-    with without_autocast(device):
-        found = node.backward(
+        if torch.is_grad_enabled():  # create_graph=True; otherwise its wrapper would cost more calls than all this
+            return _backward_once(ctx, *grads)
+        call: Call = ctx.call
+        count_y, count_S, _ = ctx.sizes
+        count = call.count
+        flags = ctx.needs_input_grad
+        device = None
+        for G in grads:
+            if G is not None:
+                device = G.device
+        if device is None:
+            return (None,) * len(flags)
+        x, x_source, T, S, A, B, seed, *weights = ctx.saved_tensors
+        As, Bs, Ws = weights[:count], weights[count : 2 * count], weights[2 * count :]
+        (x_shape, x_dtype, is_matrix), source_like = ctx.x_like, ctx.source_like
+        if A is None and count == 1 and As[0].dtype == call.dtype:
+            A = As[0]
+        dx, dx_source, dSs, dAs, dBs = without_autocast(
+            node.backward,
+            device,
             call,
             ctx.needs,
-            None if x is None else rows(x),
-            None if x_source is None else rows(x_source),
-            Hidden(T, S, A, B),
+            None if x is None else x.flatten(0, -2) if x.ndim > 2 else rows(x),
+            None if x_source is None else x_source.flatten(0, -2) if x_source.ndim > 2 else rows(x_source),
+            (T, S, A, B),
             As,
             Bs,
             Ws,
             seed,
             grads if not count_y else [None if G is None else rows(G) for G in grads],
-            width=x_shape[-1],
-            x_dtype=x_dtype,
-            source_dtype=None if source_like is None else source_like[1],
-            source_columns=[shape[-1] for shape, _ in ctx.S_likes] if count_S else (),
+            x_shape[-1],
+            x_dtype,
+            None if source_like is None else source_like[1],
+            [shape[-1] for shape, _ in ctx.S_likes] if count_S else (),
         )
-    of_outputs: Sequence[Tensor | None] = ()
-    if count_y:
-        of_outputs = [G if need else None for G, need in zip(grads, flags[6 : 6 + count_y], strict=True)]
-    of_S: Sequence[Tensor | None] = ()
-    if count_S:
-        of_S = [
-            None if dS is None else dS.to(to).view(like) if dS.is_contiguous() else dS.to(to).reshape(like)
-            for dS, (like, to) in zip(found.S, ctx.S_likes, strict=True)
-        ]
-    return (
-        None,
-        None,
-        None if found.x is None else found.x.view(x_shape),
-        None if found.x_source is None or source_like is None else found.x_source.view(source_like[0]),
-        None,
-        None,
-        *of_outputs,
-        *of_S,
-        *found.A,
-        *found.B,
-        *(None,) * (len(flags) - 6 - count_y - count_S - 2 * count),
-    )
+        of_outputs: Sequence[Tensor | None] = ()
+        if count_y:
+            of_outputs = [G if need else None for G, need in zip(grads, flags[6 : 6 + count_y], strict=True)]
+        of_S: Sequence[Tensor | None] = ()
+        if count_S:
+            of_S = [
+                None if dS is None else dS.to(to).view(like) if dS.is_contiguous() else dS.to(to).reshape(like)
+                for dS, (like, to) in zip(dSs, ctx.S_likes, strict=True)
+            ]
+        return (
+            None,
+            None,
+            dx if dx is None or is_matrix else dx.view(x_shape),
+            None if dx_source is None or source_like is None else dx_source.view(source_like[0]),
+            None,
+            None,
+            *of_outputs,
+            *of_S,
+            *dAs,
+            *dBs,
+            *(None,) * ctx.frozen_inputs,
+        )
 
 
 _apply_in_cpp = plain_apply(FusedLoRA)
 
 
-def _apply(*args: Any) -> tuple[Tensor, ...]:
-    if functorch_is_active():
-        return FusedLoRA.apply(*args)  # type: ignore[no-any-return]
-    return _apply_in_cpp(*args)  # type: ignore[no-any-return]
+@once_differentiable
+def _backward_once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same gradients, and an error where they are differentiated again."""
+    return FusedLoRA.backward(ctx, *grads)
 
 
-#: What create_graph=True gets: these gradients, and an error where they are differentiated again.
-_backward_once = once_differentiable(_backward)
-
-
-def _worth_keeping(stacked: Tensor | None, weights: Sequence[Tensor], x: Tensor) -> Tensor | None:
-    """Return weights that were stacked or cast, where they are small compared with x; None: backward makes them."""
-    if stacked is None or _KEPT_SHARE * stacked.nbytes > x.nbytes:
-        return None
-    return None if len(weights) == 1 and stacked is weights[0] else stacked
+def _worth_keeping(stacked: Tensor, weights: Sequence[Tensor], x: Tensor) -> bool:
+    """Whether weights that were stacked or cast are small compared with x; otherwise backward makes them again."""
+    return stacked is not weights[0] and _KEPT_SHARE * stacked.nbytes <= x.nbytes
 
 
 def apply(
@@ -217,11 +211,12 @@ def apply(
     for y in ys:  # none shares memory with another or with an input
         own.append(writable(y, x, x_source, *Ss, *own))
     sizes = (len(ys), len(Ss), len(Ws))
-    return _apply(call, sizes, x, x_source, seed, None, *own, *Ss, *As, *Bs, *Ws)
+    return FusedLoRA.apply(call, sizes, x, x_source, seed, None, *own, *Ss, *As, *Bs, *Ws)  # type: ignore[no-any-return]
 
 
 def apply_with_products(
     call: Call,
+    sizes: tuple[int, int, int],
     x: Tensor,
     x_source: Tensor | None,
     Ss: Sequence[Tensor],
@@ -234,7 +229,7 @@ def apply_with_products(
     """Call the node for adapters over plain frozen linears, whose products and dx it makes too. Checks nothing.
 
     Args:
-        call: of as many outputs as there are Ws.
+        call: of as many outputs as there are Ws. sizes: (0, the number of Ss, the number of Ws).
         x, x_source: (..., d). Ss: S (..., columns) in place of x_source. A: the stacked A, where it is there already.
         As, Bs: in the call's order. Ws, biases: (n_i, d) and (n_i,), frozen, of every output.
 
@@ -242,16 +237,19 @@ def apply_with_products(
         y_i (M, n_i), in memory of their own.
     """
     seed = _dropout.draw_seed(x.device) if call.p > 0.0 else None
-    sizes = (0, len(Ss), len(Ws))
-    return _apply(call, sizes, x, x_source, seed, A, *Ss, *As, *Bs, *Ws, *biases)
+    args = (call, sizes, x, x_source, seed, A, *Ss, *As, *Bs, *Ws, *biases)
+    if functorch_is_active():
+        return FusedLoRA.apply(*args)  # type: ignore[no-any-return]
+    return _apply_in_cpp(*args)  # type: ignore[no-any-return]
 
 
 def add_adapters(
     call: Call, x: Tensor, Ss: Sequence[Tensor], ys: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]
 ) -> None:
     """Add the adapters' shares to y_i (..., n_i) in place, without a graph, from x (..., d) and S (..., columns)."""
-    with torch.no_grad(), without_autocast(x.device):
-        node.forward(call, rows(x), None, [*map(rows, Ss)], None, [*map(rows, ys)], As, Bs, keep=False)
+    with torch.no_grad():
+        Ss, ys = [*map(rows, Ss)], [*map(rows, ys)]
+        without_autocast(node.forward, x.device, call, rows(x), None, Ss, None, ys, As, Bs, False)
 
 
 def fused_lora(

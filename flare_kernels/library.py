@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import node
-from .node import Adapter, Call, Hidden, rows, without_autocast
+from .node import Adapter, Call, rows, without_autocast
 from .selection import primitives
 
 
@@ -118,24 +118,25 @@ def lora(
     call = call_of(backend, x.device, dtype, tuple(adapters), len(ys), p)
     dense = [y.contiguous() for y in ys]
     outs = [torch.empty_like(y) if i in outputs else y.clone() for i, y in enumerate(dense)]
-    with without_autocast(x.device):
-        hidden = node.forward(
-            call,
-            rows(x),
-            None if x_source is None else rows(x_source),
-            [rows(S) for S in Ss],
-            seed,
-            [rows(y) for y in dense],
-            As,
-            Bs,
-            keep=keep,
-            outs=[rows(out) for out in outs],
-        )
+    T_node, S_node, _, _ = without_autocast(
+        node.forward,
+        x.device,
+        call,
+        rows(x),
+        None if x_source is None else rows(x_source),
+        [rows(S) for S in Ss],
+        seed,
+        [rows(y) for y in dense],
+        As,
+        Bs,
+        keep,
+        [rows(out) for out in outs],
+    )
     T_size, S_size = _kept_sizes(x, x_source, As, fusions, keep)
     nothing = x.new_empty((0,), dtype=dtype)
     # T and S are parts of one buffer, which two results of an operator may not be
-    T = hidden.T.contiguous() if len(T_size) == 2 and hidden.T is not None else nothing
-    S = hidden.S.clone() if len(S_size) == 2 and hidden.S is not None else nothing.clone()
+    T = T_node.contiguous() if len(T_size) == 2 and T_node is not None else nothing
+    S = S_node.clone() if len(S_size) == 2 and S_node is not None else nothing.clone()
     return [*outs, T, S]
 
 
@@ -187,26 +188,27 @@ def lora_backward(
     S_node: Tensor | None = S if S.dim() == 2 else None
     if S_node is None and Ss and call.nonlinear:
         S_node = node.side_by_side([rows(given) for given in Ss]).to(dtype)
-    with without_autocast(x.device):
-        found = node.backward(
-            call,
-            call.needs(tuple(needs), len(Ss)),
-            rows(x),
-            None if x_source is None else rows(x_source),
-            Hidden(T if T.dim() == 2 else None, S_node),
-            As,
-            Bs,
-            Ws,
-            seed,
-            [rows(G) for G in grads],
-            width=x.shape[-1],
-            x_dtype=x.dtype,
-            source_dtype=None if x_source is None else x_source.dtype,
-            source_columns=[given.shape[-1] for given in Ss],
-        )
+    dx, dx_source, dSs, dAs, dBs = without_autocast(
+        node.backward,
+        x.device,
+        call,
+        call.needs(tuple(needs), len(Ss)),
+        rows(x),
+        None if x_source is None else rows(x_source),
+        (T if T.dim() == 2 else None, S_node, None, None),
+        As,
+        Bs,
+        Ws,
+        seed,
+        [rows(G) for G in grads],
+        x.shape[-1],
+        x.dtype,
+        None if x_source is None else x_source.dtype,
+        [given.shape[-1] for given in Ss],
+    )
     likes = [x, x_source, *Ss, *As, *Bs]
     results: list[Tensor] = []
-    for grad, like in zip([found.x, found.x_source, *found.S, *found.A, *found.B], likes, strict=True):
+    for grad, like in zip([dx, dx_source, *dSs, *dAs, *dBs], likes, strict=True):
         if grad is None or like is None:
             results.append(x.new_empty((0,)))
         else:  # parts of a shared buffer become tensors of their own

@@ -14,9 +14,8 @@ Every tensor here is a matrix: M tokens, K input width d, N output width n, R ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,19 +25,28 @@ from . import dropout as _dropout
 #: (output index, rank, scaling, fusion) of an adapter.
 Adapter = tuple[int, int, float, str | None]
 
-_NOTHING = nullcontext()
+#: What the forward pass leaves for the backward pass, in the compute dtype: T (M, R), for "add" T + S; S (M, fused),
+#: None where no phi needs it; the stacked A (R, d) and B (sum of n_i, r), None where they were not stacked or, for B,
+#: already had the compute dtype.
+Hidden = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+#: dx, dx_source, dS_i, dA_i and dB_i, None where not asked for. dx is the adapters' share, or all of it where the node
+#: owns the frozen products.
+Grads = tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]
+
+_Result = TypeVar("_Result")
 
 
 def rows(x: Tensor) -> Tensor:
     """Return (..., m, c) as (M, c); a view wherever the strides allow one."""
-    return x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context without autocast: the primitives choose their dtypes, autocast would round a second time."""
+def without_autocast(function: Callable[..., _Result], device: torch.device, *args: Any) -> _Result:
+    """Return ``function(*args)`` without autocast: the primitives choose their dtypes, it would round a second time."""
     if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return _NOTHING
+        with torch.autocast(device.type, enabled=False):
+            return function(*args)
+    return function(*args)
 
 
 class Projection(NamedTuple):
@@ -86,29 +94,30 @@ class Call:
             projections.append(Projection(output, float(scaling), fusion, slice(start, start + rank)))
             start += rank
         self.projections = tuple(projections)
+        self.count = len(projections)
         self.rank = start
         self.fused = sum(rank for _, rank, _, fusion in adapters if fusion is not None)
         self.scalings = tuple(projection.scaling for projection in projections)
         self.ranks = [rank for _, rank, _, _ in adapters]
         self.one_rank = len(set(self.ranks)) == 1
         self.groups = _groups(self.projections, self.ranks)
+        self.group = self.groups[0] if len(self.groups) == 1 else None
         self.nonlinear = any(group.launch_fusion is not None for group in self.groups)
         self.only_adds = bool(projections) and all(projection.fusion == "add" for projection in projections)
         self.keep_scale = _dropout.keep_scale(p) if p > 0.0 else 1.0
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
         #: most tokens of a call that takes the form for decoding; 0 where there is no such form
-        decodes = p == 0.0 and len(self.groups) == 1 and hasattr(ops, "decode") and ops.can_decode(1, self.ranks)
+        decodes = p == 0.0 and self.group is not None and hasattr(ops, "decode") and ops.can_decode(1, self.ranks)
         self.decode_rows = getattr(ops, "DECODE_ROWS", 64) if decodes else 0
         self._needs: dict[tuple[Any, ...], Needs] = {}
 
     def needs(self, flags: tuple[bool, ...], sources: int) -> Needs:
         """Return the flags of (x, x_source, S_i ..., A_i ..., B_i ...) by name; ``sources`` is the number of S_i."""
-        found = self._needs.get((flags, sources))
-        if found is None:
-            count = len(self.projections)
+        if (flags, sources) not in self._needs:
+            count = self.count
             of_S, of_A, of_B = flags[2 : 2 + sources], flags[2 + sources : 2 + sources + count], flags[-count:]
-            found = self._needs[flags, sources] = Needs(flags[0], flags[1], of_S, of_A, of_B if count else ())
-        return found
+            self._needs[flags, sources] = Needs(flags[0], flags[1], of_S, of_A, of_B if count else ())
+        return self._needs[flags, sources]
 
 
 def _groups(projections: Sequence[Projection], ranks: Sequence[int]) -> tuple[Group, ...]:
@@ -137,33 +146,11 @@ class Needs:
 
     def __init__(self, x: bool, x_source: bool, S: tuple[bool, ...], A: tuple[bool, ...], B: tuple[bool, ...]) -> None:
         self.x, self.x_source, self.S, self.A, self.B = x, x_source, S, A, B
-        self.any_S, self.any_A, self.any_B = any(S), any(A), any(B)
+        self.count_S = len(S)
+        self.any_S, self.any_A, self.any_B, self.all_B = any(S), any(A), any(B), all(B)
         #: whether dT is needed on the way to something
         self.hidden = x or x_source or self.any_S or self.any_A
         self.anything = self.hidden or self.any_B
-
-
-class Hidden(NamedTuple):
-    """What the forward pass leaves for the backward pass, in the compute dtype.
-
-    T (M, R): for "add" T + S. S (M, fused): None where no phi needs it. A (R, d) and B (sum of n_i, r): the stacked
-    weights; None where they were not stacked or, for B, already had the compute dtype.
-    """
-
-    T: Tensor | None = None
-    S: Tensor | None = None
-    A: Tensor | None = None
-    B: Tensor | None = None
-
-
-class Grads(NamedTuple):
-    """Gradients, None where not asked for. dx is the adapters' share, or all of it where products are owned."""
-
-    x: Tensor | None
-    x_source: Tensor | None
-    S: list[Tensor | None]
-    A: list[Tensor | None]
-    B: list[Tensor | None]
 
 
 def keep_bits(call: Call, seed: Tensor | None, size: Sequence[int], stream: int) -> Tensor | None:
@@ -185,7 +172,6 @@ def forward(
     ys: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
-    *,
     keep: bool,
     outs: Sequence[Tensor] | None = None,
     A: Tensor | None = None,
@@ -201,7 +187,7 @@ def forward(
         A: the stacked A (R, d) in the compute dtype, where the caller has it.
     """
     if not call.projections:
-        return Hidden()
+        return None, None, None, None
     ops, dtype = call.ops, call.dtype
     targets = [ys[projection.output] for projection in call.projections]
     results = None if outs is None else [outs[projection.output] for projection in call.projections]
@@ -219,13 +205,13 @@ def forward(
             keep=keep,
             outs=results,
         )
-        return Hidden(T, S)
+        return T, S, None, None
     if A is None:
         A = ops.stack(As, dtype)
     B, Bs = _narrow(call, Bs)
     T, S = _shrink(call, x, x_source, Ss, A, seed)
-    if len(call.groups) == 1:
-        group = call.groups[0]
+    if call.group is not None:
+        group = call.group
         if group.launch_fusion is None and S is not None:
             T.add_(S)
         ops.expand_(
@@ -251,7 +237,7 @@ def forward(
                 fusion=group.launch_fusion,
                 outs=None if results is None else results[at],
             )
-    return Hidden(T, S if call.nonlinear else None, A, B)
+    return T, S if call.nonlinear else None, A, B
 
 
 def _one_dtype(tensors: Sequence[Tensor]) -> bool:
@@ -340,7 +326,6 @@ def backward(
     Ws: Sequence[Tensor],
     seed: Tensor | None,
     Gs: Sequence[Tensor | None],
-    *,
     width: int,
     x_dtype: torch.dtype,
     source_dtype: torch.dtype | None,
@@ -355,13 +340,13 @@ def backward(
         source_columns: columns of each S that was given.
     """
     ops, dtype = call.ops, call.dtype
-    B_dtypes = [B.dtype for B in Bs]
+    T, S, A, B = hidden
+    given_Bs = Bs
     if needs.hidden:  # otherwise only dB is formed, which does not read B
-        _, Bs = _narrow(call, Bs, hidden.B)
-    dT, dS, dBs = _grad_bottleneck(call, needs, hidden, Bs, B_dtypes, Gs, source_dtype is not None)
-    dAs: list[Tensor | None] = [None] * len(As)
+        _, Bs = _narrow(call, Bs, B)
+    dT, dS, dBs = _grad_bottleneck(call, needs, T, S, Bs, given_Bs, Gs, source_dtype is not None)
+    dAs: list[Tensor | None] = [None] * call.count
     dx = dx_source = None
-    A = hidden.A
     if A is None and As and (needs.x or needs.x_source):
         A = ops.stack(As, dtype)
     if needs.any_A and dT is not None and x is not None:
@@ -371,94 +356,105 @@ def backward(
     if needs.x_source and dS is not None and A is not None and source_dtype is not None:
         bits = keep_bits(call, seed, (dS.shape[0], width), _dropout.SOURCE_STREAM)
         dx_source = ops.grad_input(dS, A[: call.fused], mask=bits, keep_scale=call.keep_scale, dtype=source_dtype)
-    dSs: list[Tensor | None] = [None] * len(needs.S)
+    dSs: list[Tensor | None] = [None] * needs.count_S
     if needs.any_S and dS is not None:
         parts = (dS,) if len(source_columns) == 1 else dS.split(list(source_columns), dim=1)
         dSs = [part if needed else None for part, needed in zip(parts, needs.S, strict=True)]
-    return Grads(dx, dx_source, dSs, dAs, dBs)
+    return dx, dx_source, dSs, dAs, dBs
 
 
 def _grad_bottleneck(
     call: Call,
     needs: Needs,
-    hidden: Hidden,
+    T: Tensor | None,
+    S: Tensor | None,
     Bs: Sequence[Tensor],
-    B_dtypes: list[torch.dtype],
+    given_Bs: Sequence[Tensor],
     Gs: Sequence[Tensor | None],
     two_streams: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Return dT (M, R), dS (M, fused) and dB_i, from dL/dy_i."""
-    dBs: list[Tensor | None] = [None] * len(Bs)
-    if not call.projections:
+    """Return dT (M, R), dS (M, fused) and dB_i, from dL/dy_i; ``given_Bs`` have the dtypes of dB_i."""
+    dBs: list[Tensor | None] = [None] * call.count
+    if not call.count or not needs.anything:
         return None, None, dBs
-    sample = next(filter(_is_given, Gs))
+    missing, sample = False, None
+    for G in Gs:
+        if G is None:
+            missing = True
+        else:
+            sample = G
     assert sample is not None
-    M, device = sample.shape[0], sample.device
-    missing = None in map(_given_or_none, Gs)
+    size = sample.shape[0], call.rank
     allocate = torch.zeros if missing else torch.empty
-    dT = allocate((M, call.rank), dtype=call.dtype, device=device) if needs.hidden else None
+    dT = allocate(size, dtype=call.dtype, device=sample.device) if needs.hidden else None
     dS = None
     if dT is not None and call.fused and (two_streams or needs.any_S or call.nonlinear):
         # where every phi is linear dS is dT; a phi of two arguments has both derivatives in one pass
-        dS = allocate((M, call.fused), dtype=call.dtype, device=device) if call.nonlinear else dT[:, : call.fused]
+        if call.nonlinear:
+            dS = allocate((size[0], call.fused), dtype=call.dtype, device=sample.device)
+        else:
+            dS = dT if call.fused == call.rank else dT[:, : call.fused]
+    if call.group is not None and not missing and _one_dtype(given_Bs):
+        found = call.ops.grad_bottleneck(
+            [Gs[projection.output] for projection in call.projections],
+            T,
+            S if call.nonlinear else None,
+            Bs,
+            scalings=call.scalings,
+            fusion=call.group.launch_fusion,
+            dT=dT,
+            dS=dS if call.nonlinear else None,
+            B_grad_dtype=given_Bs[0].dtype if needs.any_B else None,
+        )
+        if found is not None:
+            dBs = found if needs.all_B else [dB if need else None for dB, need in zip(found, needs.B, strict=True)]
+        return dT, dS, dBs
     for group in call.groups:
-        _grad_group(call, needs, group, hidden, Bs, B_dtypes, Gs, (M, device), dT, dS, dBs)
+        _grad_group(call, needs, group, T, S, Bs, given_Bs, Gs, dT, dS, dBs)
         if dS is not None and dT is not None and group.fusion == "add" and call.nonlinear:
             dS[:, group.columns].copy_(dT[:, group.columns])
     return dT, dS, dBs
-
-
-def _is_given(G: Tensor | None) -> bool:
-    return G is not None
-
-
-def _given_or_none(G: Tensor | None) -> bool | None:
-    return None if G is None else True
 
 
 def _grad_group(
     call: Call,
     needs: Needs,
     group: Group,
-    hidden: Hidden,
+    T: Tensor | None,
+    S: Tensor | None,
     Bs: Sequence[Tensor],
-    B_dtypes: list[torch.dtype],
+    given_Bs: Sequence[Tensor],
     Gs: Sequence[Tensor | None],
-    size: tuple[int, torch.device],
     dT: Tensor | None,
     dS: Tensor | None,
     dBs: list[Tensor | None],
 ) -> None:
-    """Fill the group's columns of dT and dS, and its dB_i."""
+    """Fill one group's columns of dT and dS, and its dB_i; an output without a gradient has one of zeros."""
     at, columns = group.members, group.columns
     own = [Gs[projection.output] for projection in call.projections[at]]
-    if not any(map(_is_given, own)) or (dT is None and not any(needs.B[at])):
+    given = next((G for G in own if G is not None), None)
+    if given is None or (dT is None and not any(needs.B[at])):
         return
     G_group = [
-        G if G is not None else torch.zeros((size[0], B.shape[0]), dtype=call.dtype, device=size[1])
-        for G, B in zip(own, Bs[at], strict=True)
+        given.new_zeros((given.shape[0], B.shape[0])) if G is None else G for G, B in zip(own, Bs[at], strict=True)
     ]
-    whole = len(call.groups) == 1
     fuses = group.launch_fusion is not None
-    wanted, grad_dtypes = needs.B[at], B_dtypes[at]
-    T, S = hidden.T, hidden.S if fuses else None
-    if not whole:
-        T, S = None if T is None else T[:, columns], None if S is None else S[:, columns]
-    # one pass per dtype of B's gradients, of which there is one as a rule
-    for dtype_B in dict.fromkeys(to for to, want in zip(grad_dtypes, wanted, strict=True) if want) or (None,):
+    wanted, dtypes = needs.B[at], [B.dtype for B in given_Bs[at]]
+    # one pass per dtype of B's gradients
+    for dtype_B in dict.fromkeys(to for to, want in zip(dtypes, wanted, strict=True) if want) or (None,):
         found = call.ops.grad_bottleneck(
             G_group,
-            T,
-            S,
+            None if T is None else T[:, columns],
+            None if S is None or not fuses else S[:, columns],
             Bs[at],
             scalings=group.scalings,
             fusion=group.launch_fusion,
-            dT=dT if whole or dT is None else dT[:, columns],
-            dS=None if dS is None or not fuses else dS if whole else dS[:, columns],
+            dT=None if dT is None else dT[:, columns],
+            dS=None if dS is None or not fuses else dS[:, columns],
             B_grad_dtype=dtype_B,
         )
         for i, index in enumerate(range(at.start, at.stop)):
-            if found is not None and wanted[i] and grad_dtypes[i] == dtype_B:
+            if found is not None and wanted[i] and dtypes[i] == dtype_B:
                 dBs[index] = found[i]
 
 

@@ -34,31 +34,24 @@ def project(x: Tensor, A: Tensor, *, seed: Tensor | None = None, dropout_p: floa
         dropout_p: probability of zeroing an entry of x.
     """
     ops = primitives("auto", x.device, x.dtype)
-    with without_autocast(x.device):
-        _, S = ops.shrink(
-            None,
-            x,
-            A,
-            compute_dtype=x.dtype,
-            mask_source=_mask(ops, x, seed, dropout_p),
-            keep_scale=_dropout.keep_scale(dropout_p),
-        )
-    return S  # type: ignore[no-any-return]
+
+    def shrink() -> Any:
+        mask, scale = _mask(ops, x, seed, dropout_p), _dropout.keep_scale(dropout_p)
+        return ops.shrink(None, x, A, compute_dtype=x.dtype, mask_source=mask, keep_scale=scale)
+
+    return without_autocast(shrink, x.device)[1]  # type: ignore[no-any-return]
 
 
 def project_grad(dS: Tensor, x: Tensor, *, seed: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """Return dA = dS^T drop(x), (R, d) in float32 (float64 for float64), with the masks of :func:`project`."""
     ops = primitives("auto", x.device, x.dtype)
-    with without_autocast(x.device):
-        return ops.grad_weight(  # type: ignore[no-any-return]
-            None,
-            None,
-            dS,
-            x,
-            mask_source=_mask(ops, x, seed, dropout_p),
-            keep_scale=_dropout.keep_scale(dropout_p),
-            grad_dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
-        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def grad_weight() -> Any:
+        mask, scale = _mask(ops, x, seed, dropout_p), _dropout.keep_scale(dropout_p)
+        return ops.grad_weight(None, None, dS, x, mask_source=mask, keep_scale=scale, grad_dtype=dtype)
+
+    return without_autocast(grad_weight, x.device)  # type: ignore[no-any-return]
 
 
 def _mask(ops: Any, x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:

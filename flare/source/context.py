@@ -45,13 +45,6 @@ class _ThreadSlot(threading.local, Slot):
 
 #: The slot of the running thread.
 THREAD = _ThreadSlot()
-#: The slot of code that torch.compile traces, which does not know threads; what is written is taken back in a block.
-TRACED = Slot()
-
-
-def current_slot() -> Slot:
-    """Return the slot of the code that runs or is traced now."""
-    return TRACED if torch.compiler.is_compiling() else THREAD
 
 
 class SiteSource:
@@ -62,9 +55,8 @@ class SiteSource:
     """
 
     seen = False
-
-    def __init__(self, states: dict[str, Tensor] | None, bottlenecks: Bottlenecks | None) -> None:
-        self.states, self.bottlenecks = states, bottlenecks
+    states: dict[str, Tensor] | None = None
+    bottlenecks: Bottlenecks | None = None
 
 
 class SourceContext:
@@ -94,20 +86,11 @@ class SourceContext:
         context.update(bottlenecks, sites)
         return context
 
-    def add_state(self, site: str, adapter: str, state: Tensor) -> None:
-        """File a state x_S (B, m, d) that the layers of a site project themselves."""
-        known = self.sites.get(site)
-        if known is None:
-            self.sites[site] = SiteSource({adapter: state}, None)
-        else:
-            assert known.states is not None
-            known.states[adapter] = state
-
     def update(self, bottlenecks: Bottlenecks, sites: Mapping[str, str]) -> None:
         """File S (B, m, r) of layers and adapters."""
         for layer, own in bottlenecks.items():
-            known = self.sites.setdefault(sites[layer], SiteSource(None, {}))
-            assert known.bottlenecks is not None
+            known = self.sites.setdefault(sites[layer], SiteSource())
+            known.bottlenecks = {} if known.bottlenecks is None else known.bottlenecks
             known.bottlenecks.setdefault(layer, {}).update(own)
 
     @property

@@ -62,7 +62,7 @@ class Switches:
                 if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                     self.tuners.append(module)
             # bitsandbytes linears repack their weights in eval mode
-            if type(module) not in _INDIFFERENT and not is_bnb_linear(module):
+            if type(module) not in _INDIFFERENT and "training" in module.__dict__ and not is_bnb_linear(module):
                 self.states.append(module.__dict__)
 
     @contextlib.contextmanager

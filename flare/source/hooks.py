@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .._compat import is_data_parallel_replica
 from ..tuner.layer import weight_of
 from ..tuner.site import make_sites, remove_sites
-from .context import KEYWORD, THREAD, TRACED, SourceContext
+from .context import KEYWORD, THREAD, SourceContext
 from .inputs import SOURCE_ARGUMENTS, decoder_shape, target_shape
 from .read import read_source
 from .runtime import _RUNTIME, Runtime, runtime_of
@@ -95,7 +95,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
+    slot = THREAD
     if slot.frozen_pass is not None:
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
@@ -170,7 +170,7 @@ def note_target_masks(
 
 
 def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
+    slot = THREAD
     if slot.forward is not None and slot.frozen_pass is None:
         check_reached(model, slot.forward)
 
@@ -189,7 +189,7 @@ def check_reached(model: nn.Module, context: SourceContext) -> None:
 
 
 def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
+    slot = THREAD
     if slot.frozen_pass is not None:
         return None
     context = slot.forward
@@ -205,13 +205,13 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
+    slot = THREAD
     if slot.frozen_pass is None and slot.forward is not None:
         kwargs[KEYWORD] = slot.forward
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
+    slot = THREAD
     if slot.frozen_pass is not None:
         if _LAST in block.__dict__:  # behind the hooks of others, as the pass may end there
             block._forward_hooks.move_to_end(block.__dict__[_LAST][1])
@@ -221,18 +221,22 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _after_last_block(block: nn.Module, args: Any, output: Any) -> None:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
+    slot = THREAD
     if slot.frozen_pass is not None:
         slot.frozen_pass.note(block.__dict__[_LAST][0], output if isinstance(output, Tensor) else output[0])
 
 
 def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
-    slot.context = kwargs.pop(KEYWORD, None)
+    slot = THREAD
+    if KEYWORD in kwargs:
+        slot.context = kwargs[KEYWORD]
+        del kwargs[KEYWORD]
+    else:
+        slot.context = None
 
 
 def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
-    slot = TRACED if torch.compiler.is_compiling() else THREAD
+    slot = THREAD
     slot.context = slot.pending = None
 
 

@@ -111,8 +111,8 @@ def read_source(
     if isinstance(memory, Keep) and not (prepare.packings or reads.mixes):
         kept = states.warm() if isinstance(states, CachedReader) else None
         if kept is not None:  # they are prepared already
-            return keep_states(kept, Preparation(prepare.dtype), reads.groups)
-        return keep_states(states, prepare, reads.groups)
+            return keep_states(kept, Preparation(prepare.dtype), reads.by_key)
+        return keep_states(states, prepare, reads.by_key)
     return _projected(model, runtime, reads, states, prepare, memory)
 
 

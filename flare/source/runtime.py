@@ -75,7 +75,10 @@ class Reads:
     def __init__(self, wanted: list[Wanted], sites: dict[str, str]) -> None:
         self.wanted, self.sites = wanted, sites
         self.groups: list[Group] = make_groups(wanted, sites)
-        self.keys = sorted({group.key for group in self.groups})
+        self.by_key: dict[StateKey, list[Group]] = {}
+        for group in self.groups:
+            self.by_key.setdefault(group.key, []).append(group)
+        self.keys = sorted(self.by_key)
         self.adapters = {group.adapter for group in self.groups}
         #: whether a fusion looks at all positions of the target
         self.mixes = any(layer.flare_fusion[adapter] in EAGER_FUSIONS for _, adapter, layer in wanted)

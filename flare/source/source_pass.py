@@ -28,7 +28,7 @@ from flare_kernels import dropout as kernel_dropout
 from flare_kernels.projection import project, project_grad, stack
 
 from ..tuner.layer import FlareLayer, weight_of
-from .context import THREAD, Bottlenecks, SourceContext
+from .context import THREAD, Bottlenecks, SiteSource, SourceContext
 from .frozen import switches_of
 from .fsdp import gathered
 from .memory import Keep, StateMemory
@@ -85,14 +85,15 @@ class FrozenPass:
     """A run of the frozen model, and where the hooks of its blocks (flare.source.hooks) hand their states to."""
 
     def __init__(self, wanted: Iterable[StateKey], visit: Visitor, to_the_end: bool) -> None:
-        self.wanted, self.visit, self.to_the_end = set(wanted), visit, to_the_end
+        self.missing = dict.fromkeys(wanted)
+        self.visit, self.to_the_end = visit, to_the_end
 
     def note(self, key: StateKey, hidden: Tensor) -> None:
         """Take a state (B, m, d) that the model has made."""
-        if key in self.wanted:
-            self.wanted.discard(key)
+        if key in self.missing:
+            del self.missing[key]
             self.visit(key, hidden)
-            if not self.wanted and not self.to_the_end:
+            if not self.missing and not self.to_the_end:
                 raise _AllRead
 
 
@@ -131,10 +132,9 @@ def read_from_run(
             pass
         finally:
             THREAD.frozen_pass = before
-        if frozen_pass.wanted:
-            raise RuntimeError(
-                f"the source pass ended without reaching {sorted(frozen_pass.wanted)}: its blocks were not all run"
-            )
+        if frozen_pass.missing:
+            missing = ", ".join(f"{key.stack} {key.position}" for key in frozen_pass.missing)
+            raise RuntimeError(f"the source pass ended without reaching {missing}: its blocks were not all run")
 
     return read
 
@@ -250,18 +250,25 @@ class Preparation:
 
 
 def keep_states(
-    states: Reader | Mapping[StateKey, Tensor], prepare: Preparation, groups: Sequence[Group]
+    states: Reader | Mapping[StateKey, Tensor], prepare: Preparation, readers: Mapping[StateKey, Sequence[Group]]
 ) -> SourceContext:
-    """Return a context of states that the layers project themselves, from a reader or as they are."""
+    """Return a context of states that the layers project themselves, from a reader or as they are.
+
+    Args:
+        readers: state -> the groups that read it.
+    """
     context = SourceContext(graded=True)
-    readers: dict[StateKey, list[Group]] = {}
-    for group in groups:
-        readers.setdefault(group.key, []).append(group)
+    as_it_is = prepare.dtype is None and not prepare.masks
 
     def visit(key: StateKey, hidden: Tensor) -> None:
-        hidden = prepare(key, hidden)
+        if not as_it_is or hidden.requires_grad:
+            hidden = prepare(key, hidden)
         for group in readers[key]:
-            context.add_state(group.site, group.adapter, hidden)
+            if group.site in context.sites:
+                context.sites[group.site].states[group.adapter] = hidden  # type: ignore[index]
+            else:
+                source = context.sites[group.site] = SiteSource()
+                source.states = {group.adapter: hidden}
 
     if isinstance(states, Mapping):
         for key, state in states.items():

@@ -20,6 +20,7 @@ cache        SourceStateCache
 
 from .cache import SourceStateCache
 from .meter import CacheStats
+from .reader import CachedReader
 from .request import SourceRequest
 
-__all__ = ["CacheStats", "SourceRequest", "SourceStateCache"]
+__all__ = ["CacheStats", "CachedReader", "SourceRequest", "SourceStateCache"]

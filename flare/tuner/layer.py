@@ -18,7 +18,7 @@ from flare_kernels import fused_lora, reference
 from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import LoraLayer, LoraLinear, is_bnb_lora
-from ..source.context import THREAD, TRACED, Slot, SourceContext
+from ..source.context import THREAD, Slot, SourceContext
 
 #: Where a projection has its site (flare.tuner.site), in its ``__dict__``.
 SITE = "_flare_site"
@@ -85,11 +85,17 @@ class FlareLayer:
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
         """
-        slot = TRACED if torch.compiler.is_compiling() else THREAD
+        slot = THREAD
         if slot.frozen_pass is not None:
             if self.merged_adapters:
                 self.unmerge()  # as PEFT where adapters are off
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+            base: Any = self._modules["base_layer"]
+            own = base.__dict__
+            if base.__class__ is nn.Linear and not (
+                args or kwargs or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+            ):
+                return F.linear(x, own["_parameters"]["weight"], own["_parameters"]["bias"])
+            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if not args and not kwargs:
             output = self.__dict__[SITE].output(self, x, slot)
             if output is not None:

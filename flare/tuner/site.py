@@ -29,7 +29,7 @@ from flare_kernels.function import add_adapters, apply, apply_with_products, cal
 from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import registrations
-from ..source.context import THREAD, TRACED, Slot, SourceContext
+from ..source.context import THREAD, Slot, SourceContext
 from .layer import SITE, FlareLayer, check_weights
 from .routing import KEY_NAMES, QUERY_NAMES, VALUE_NAMES, is_cross_attention
 
@@ -45,12 +45,12 @@ class SiblingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., n)."""
-        slot = TRACED if torch.compiler.is_compiling() else THREAD
+        slot = THREAD
         if slot.frozen_pass is None:
             output = self.__dict__[SITE].output(self, input, slot)
             if output is not None:
                 return output  # type: ignore[no-any-return]
-        return super().forward(input)
+        return F.linear(input, self.weight, self.bias)
 
 
 class _Member:
@@ -126,12 +126,10 @@ class _Pending:
 
     def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
         self.site, self.x, self.outputs = site, x, outputs
-        self.version = _version(x)
-
-
-def _version(x: Tensor) -> int:
-    """Return how often x was written to in place; inference tensors do not count."""
-    return 0 if x.is_inference() else x._version
+        try:
+            self.version: int | None = x._version  # how often x was written to in place
+        except RuntimeError:  # inference tensors do not count
+            self.version = None
 
 
 class Site:
@@ -159,12 +157,11 @@ class Site:
 
     def output(self, module: nn.Module, x: Tensor, slot: Slot) -> Tensor | None:
         """Return the output (..., m, n) of a projection called with x (..., m, d); None: it computes its own."""
-        if slot is TRACED:
-            return None
         pending = slot.pending
         if pending is not None and pending.site is self and module in pending.outputs:
-            if pending.x is x and pending.version == _version(x):
-                output: Tensor = pending.outputs.pop(module)
+            if pending.x is x and (pending.version is None or pending.version == x._version):
+                output: Tensor = pending.outputs[module]
+                del pending.outputs[module]
                 if not pending.outputs:
                     slot.pending = None
                 return output
@@ -173,7 +170,8 @@ class Site:
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
-        output = outputs.pop(module)
+        output = outputs[module]
+        del outputs[module]
         if outputs:
             slot.pending = _Pending(self, x, outputs)
         return output
@@ -212,6 +210,8 @@ class Site:
 
     def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
         """Return the outputs of the projections that are computed together; None where the caller has no part in it."""
+        if torch.compiler.is_compiling():
+            return None
         plan = self.plan
         if plan is None or not plan.holds():
             plan = self.plan = self._make_plan()
@@ -261,27 +261,27 @@ class Site:
         if autocast and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
         # the mode decides which primitives a backend has
-        key += (launch_mode.current, dtype, p, device, x_source is not None or bool(Ss))
-        call = plan.calls.get(key)
-        if call is None:
-            call = plan.calls[key] = _call(plan, key, dtype, p or 0.0, device)
+        key += (launch_mode.current, dtype, p, device, x_source is not None, Ss != ())
+        if key not in plan.calls:
+            sizes = (0, len(Ss), len(Ws))
+            plan.calls[key] = (_call(plan, key, dtype, p or 0.0, device), sizes)
+        call, sizes = plan.calls[key]
         if slot.rows is not None:
             return self._of_target_rows(plan, x, slot, call, Ss, As, Bs)
         if A_stacked is not None and A_stacked.dtype != dtype:
             A_stacked = None
-        ys = apply_with_products(call, x, x_source, Ss, A_stacked, As, Bs, Ws, biases)
-        lead = x.shape[:-1]
-        outputs = {}
+        ys = apply_with_products(call, sizes, x, x_source, Ss, A_stacked, As, Bs, Ws, biases)
+        lead, outputs = x.shape[:-1], {}
         for member in members:
             y = ys[member.index]
-            outputs[member.module] = y if len(lead) == 1 else y.view((*lead, y.shape[-1]))
+            outputs[member.module] = y if x.ndim == 2 else y.view((*lead, y.shape[-1]))
         return outputs
 
     def _source(self, plan: _Plan, context: SourceContext) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
         """Return x_S (B, m, d), or S (B, m, r) of every adapted projection that fuses and the stacked A."""
-        source = context.sites.get(self.path)
-        if source is None:
+        if self.path not in context.sites:
             return None, (), None
+        source = context.sites[self.path]
         source.seen = True
         if source.states is not None:
             return source.states[plan.adapted[0].adapter], (), None  # type: ignore[index]
@@ -333,7 +333,7 @@ class Site:
 def _call(plan: _Plan, key: tuple[Any, ...], dtype: torch.dtype, p: float, device: torch.device) -> Any:
     """Return the node's call for a key of ranks and scalings, dtype, p, device and whether there is a source."""
     adapters = tuple(
-        (member.index, key[2 * i], float(key[2 * i + 1]), member.fusion if key[-1] else None)
+        (member.index, key[2 * i], float(key[2 * i + 1]), member.fusion if key[-1] or key[-2] else None)
         for i, member in enumerate(plan.adapted)
     )
     return call_of("auto", device, dtype, adapters, len(plan.members), p)
