@@ -289,7 +289,7 @@ def test_select_backend_says_what_auto_takes() -> None:
 def test_a_card_that_is_too_old_is_declined_by_name(monkeypatch) -> None:
     """Turing (sm_75): backends() says why, "auto" takes the plain form, and asking for Triton is an error."""
     pytest.importorskip("triton")
-    module = importlib.import_module("flare_kernels.backends")
+    module = importlib.import_module("flare_kernels.selection")
     capability = {0: (7, 5), 1: (9, 0)}
     module._device_refusal.cache_clear()
     monkeypatch.setattr(module, "interpreting", lambda: False)
