@@ -296,9 +296,10 @@ def test_pre_commit_uses_the_pinned_ruff():
     assert f"rev: v{ruff}" in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
-def test_ci_tests_the_oldest_admitted_transformers_and_peft():
+def test_ci_tests_the_oldest_admitted_transformers_peft_and_triton():
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     oldest = re.search(r'^OLDEST="(.*)"$', (ROOT / ".ci/run").read_text(), re.MULTILINE).group(1).split()
+    assert [pin.partition("==")[0] for pin in oldest] == ["transformers", "peft", "triton"]
     for pin in oldest:
         name, _, version = pin.partition("==")
         admitted = next(d for d in dependencies if d.startswith(name))

@@ -52,7 +52,7 @@ def keep_bits(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -
         threshold: from :func:`flare_kernels.dropout.drop_threshold`. stream: number of the stream, below 2**31.
     """
     mode, device = launch_mode.current, seed.device
-    key = ("keep_bits", device, rows, cols, threshold, stream, *map(LOW_BITS, map(ADDRESS, (seed,))))
+    key = ("keep_bits", device, seed.dtype, rows, cols, threshold, stream, *map(LOW_BITS, map(ADDRESS, (seed,))))
     try:
         size, launcher = mode.plans[key]
     except KeyError:
