@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 from cached_states import MB, SourceBlocks, batch_of, fused, shards, step
-from datasets import Dataset
-from test_trainer import arguments, flare_model
+from trained import arguments, flare_model
 from two_streams import rows, tokenizer
 
 import flare
@@ -169,7 +168,7 @@ def test_the_trainer_with_a_cache(options: dict[str, Any], tmp_path: Path) -> No
                 dataloader_pin_memory=True,
                 **options,
             ),
-            train_dataset=Dataset.from_list(rows("bert", 10)),
+            train_dataset=rows("bert", 10),
             processing_class=tokenizer(),
             source_cache=cache,
         )
