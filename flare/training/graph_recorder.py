@@ -76,7 +76,12 @@ class CudaRecorder:
             self._pool = None
             generator.graphsafe_set_state(random_state)
             raise
-        return Recording(result, graph.replay, graph.reset)
+
+        def release() -> None:
+            self._stream.synchronize()  # the last replay may be under way
+            graph.reset()
+
+        return Recording(result, graph.replay, release)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

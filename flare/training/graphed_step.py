@@ -32,6 +32,8 @@ _SOURCE_TEXT = ("source_input_ids", "source_attention_mask", "source_token_type_
 _SOURCE_DECODER = ("source_labels", "source_decoder_input_ids")
 #: Shapes that are remembered, captured or not.
 _MAX_SHAPES = 256
+#: Eager steps of a shape whose graph made room for another, before it is captured again.
+_PATIENCE = 16
 
 #: Forward and backward of one batch; returns the loss.
 Step = Callable[[dict[str, Any]], Tensor]
@@ -233,9 +235,10 @@ class GraphedStep:
         captured = [shape for shape in self._shapes.values() if shape.recording is not None]
         for shape in captured[: -self._max_graphs]:
             _release(shape)
+            shape.warmed = self._warmup_steps - _PATIENCE
             warn_once(
-                f"batches have more than max_graphs={self._max_graphs} shapes, so graphs are dropped and captured "
-                "again; pad to fewer lengths (FlareDataCollator(pad_to_multiple_of=64)), or keep more graphs",
+                f"batches have more than max_graphs={self._max_graphs} shapes, so graphs are dropped and many steps "
+                "run eagerly; pad to fewer lengths (FlareDataCollator(pad_to_multiple_of=64)), or keep more graphs",
                 self._said,
             )
 

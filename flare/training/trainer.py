@@ -103,7 +103,7 @@ class FlareTrainer(Trainer):
             to one length, that of the longest row (all rows are looked at for it).
         cuda_graphs: True: forward and backward of a training step run as one CUDA graph per padded shape
             (flare.GraphedStep). What cannot be captured runs eagerly, and each reason is said once. Pad to few lengths
-            (``pad_to_multiple_of``).
+            (``pad_to_multiple_of``), and set ``logging_nan_inf_filter=False``, which otherwise waits for every loss.
     """
 
     def __init__(
@@ -256,6 +256,8 @@ class FlareTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of one step, and over how many items their loss is a mean (rows for question answering)."""
+        if self.cuda_graphs and self.args.world_size == 1:
+            device = torch.device("cpu")  # where the batches are; a copy from there would wait for the device
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if items is None and self._normalises() and batches and all("start_positions" in b for b in batches):
             rows = torch.tensor(sum(len(b["start_positions"]) for b in batches), device=device)
@@ -280,7 +282,7 @@ class FlareTrainer(Trainer):
         # Without a labelled item the mean is 0 / 0, and its share none.
         found = super().compute_loss(model, inputs, return_outputs, here.clamp(min=1))
         loss = found[0] if return_outputs else found
-        loss = torch.where(here > 0, loss * (here / num_items_in_batch), 0.0)
+        loss = (loss * (here / num_items_in_batch)).masked_fill(here == 0, 0.0)
         return (loss, found[1]) if return_outputs else loss
 
     def _normalises(self) -> bool:
