@@ -133,20 +133,21 @@ class ModelState:
         self._layers = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
         self._seen = self._now()
 
-    def changed(self) -> bool:
-        """Whether the model is no longer as it was when this object was made."""
-        return self._seen != self._now()
+    def changed(self) -> str:
+        """What has changed about the model since this object was made; empty where nothing has."""
+        now = self._now()
+        return "" if now == self._seen else ", ".join(name for name in now if now[name] != self._seen[name])
 
-    def _now(self) -> tuple[Any, ...]:
-        return (
-            list(map(Tensor.data_ptr, self._tensors)),
-            [tensor.requires_grad for tensor in self._tensors],
-            list(map(gradient_hooks, self._trained)),
-            [module.training for module in self._modules],
-            list(map(len, self._hooks)),
-            tuple(getattr(self._model, "peft_config", ())),
-            [
+    def _now(self) -> dict[str, Any]:
+        return {
+            "where its tensors are": list(map(Tensor.data_ptr, self._tensors)),
+            "requires_grad": [tensor.requires_grad for tensor in self._tensors],
+            "gradient hooks": list(map(gradient_hooks, self._trained)),
+            "training mode": [module.training for module in self._modules],
+            "module hooks": list(map(len, self._hooks)),
+            "adapters": tuple(getattr(self._model, "peft_config", ())),
+            "active adapters or their scaling": [
                 (layer.disable_adapters, layer.merged, *layer.active_adapters, *getattr(layer, "scaling", {}).values())
                 for layer in self._layers
             ],
-        )
+        }

@@ -34,6 +34,8 @@ _SOURCE_DECODER = ("source_labels", "source_decoder_input_ids")
 _MAX_SHAPES = 256
 #: Eager steps of a shape whose graph made room for another, before it is captured again.
 _PATIENCE = 16
+#: How often the model may change between two replays before that is said.
+_MAX_CHANGES = 4
 
 #: Forward and backward of one batch; returns the loss.
 Step = Callable[[dict[str, Any]], Tensor]
@@ -104,7 +106,7 @@ class GraphedStep:
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._said: set[str] = set()
-        self._captured = self._failed = 0
+        self._captured = self._failed = self._changes = 0
 
     def __call__(self, batch: Mapping[str, Any], *, variant: Hashable = None) -> Tensor:
         """Run forward and backward of one batch.
@@ -185,6 +187,7 @@ class GraphedStep:
             _fill(shape.inputs, inputs)
             self._place_gradients(shape)
             shape.recording.replay()
+            self._changes = 0
             return shape.recording.result.clone()
 
     # --- capturing ----------------------------------------------------------------------------------------------------
@@ -296,8 +299,12 @@ class GraphedStep:
 
     def _check_model(self) -> None:
         """Forget the graphs of a model that has changed, and look anew at whether it can be captured."""
-        if self._state is not None and not self._state.changed():
+        change = self._state.changed() if self._state is not None else ""
+        if self._state is not None and not change:
             return
+        self._changes += 1
+        if self._changes > _MAX_CHANGES:
+            self._say_eager(f"the model changes from step to step ({change}), and a graph is for one state of it")
         self.reset()
         self._state = ModelState(self.model)
         self._captured = self._failed = 0
