@@ -83,7 +83,9 @@ def test_the_trainer_gives_the_same_parameters(
         )
         models.append(model)
     (recorder,) = recorders
-    assert recorder.captures >= 2 and recorder.replays > recorder.captures
+    # two rows or the one that is left, in a step of four batches or in an epoch's last of two; mt5's labels vary more
+    assert recorder.captures == 3 or family == "mt5"
+    assert recorder.replays > recorder.captures > 1
     assert logs[0] == logs[1]
     for (name, got), want in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
         assert torch.equal(got, want), name

@@ -377,7 +377,8 @@ def _key(value: Any) -> Hashable:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor) and value.device != device:
+    # weights that accelerate keeps elsewhere are on "meta", and its hooks move the inputs
+    if isinstance(value, Tensor) and value.device != device and device.type != "meta":
         return value.to(device, non_blocking=True)
     return value
 
