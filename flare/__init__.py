@@ -24,6 +24,7 @@ from .tuner.model import FlareModel
 if TYPE_CHECKING:
     from . import recipes
     from .recipes import Recipe, from_recipe
+    from .training.graphed_step import GraphedStep
     from .training.trainer import FlareSeq2SeqTrainer, FlareTrainer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "FlareModel",
     "FlareSeq2SeqTrainer",
     "FlareTrainer",
+    "GraphedStep",
     "LatentEncoder",
     "Recipe",
     "SourceStateCache",
@@ -46,6 +48,7 @@ __all__ = [
 _LATER = {
     "FlareTrainer": ".training.trainer",
     "FlareSeq2SeqTrainer": ".training.trainer",
+    "GraphedStep": ".training.graphed_step",
     "Recipe": ".recipes",
     "from_recipe": ".recipes",
     "recipes": ".recipes",

@@ -68,10 +68,14 @@ __all__ = [
     "LoraLinear",
     "after_backward",
     "attention_function",
+    "checkpoints_save_random_state",
     "compiled_calls_off",
     "copy_each",
+    "eager_attention_masks",
     "enable_checkpointing",
+    "end_failed_capture",
     "every_module",
+    "gradient_hooks",
     "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
@@ -79,6 +83,7 @@ __all__ = [
     "is_data_parallel_replica",
     "looks_up_attention",
     "mixes_rows",
+    "module_hooks",
     "register_attention",
     "register_tuner",
     "registrations",
@@ -298,3 +303,58 @@ def uses_reentrant_checkpointing(model: Any) -> bool:
             if options.get("use_reentrant"):
                 return True
     return False
+
+
+# --- steps captured in CUDA graphs ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def eager_attention_masks() -> Iterator[None]:
+    """While a stream captures, make transformers decide about a missing attention mask as it does in eager mode.
+
+    It takes a capture for tracing, and then makes a mask where none is given (5.17 for every model, later releases for
+    a causal model without a KV cache, whose positions might be packed texts). Attention would leave its fast kernel. A
+    mask that is given is made as before; ``position_ids`` of the user's must not come without one.
+    """
+    from transformers import masking_utils
+    from transformers.utils import import_utils
+
+    is_tracing, packed_indices = masking_utils.is_tracing, masking_utils.find_packed_sequence_indices
+
+    def traces(tensor: Any = None) -> bool:
+        return False if tensor is None and import_utils.is_cuda_stream_capturing() else bool(is_tracing(tensor))
+
+    def packed(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return None if import_utils.is_cuda_stream_capturing() else packed_indices(position_ids)
+
+    masking_utils.is_tracing, masking_utils.find_packed_sequence_indices = traces, packed
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing, masking_utils.find_packed_sequence_indices = is_tracing, packed_indices
+
+
+def checkpoints_save_random_state(model: Any) -> bool:
+    """Whether transformers' activation checkpointing is on somewhere in a model and keeps the random state."""
+    for module in every_module(model):
+        if module.__dict__.get("gradient_checkpointing"):
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if options.get("preserve_rng_state", True):
+                return True
+    return False
+
+
+def module_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of a module's hooks; they stay the same objects."""
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+
+
+def gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether a leaf has hooks on its gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Take the allocator out of the capture that failed; ``torch.cuda.graph`` leaves it there where the end fails."""
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)

@@ -230,3 +230,54 @@ def test_an_attention_module_runs_with_a_function_of_our_own() -> None:
         model(**tiny.batch("llama", source=False))
     model(**tiny.batch("llama", source=False))
     assert seen == [(3, 2, 9, 8)]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_capture_makes_no_mask_where_none_is_given(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes a capture for tracing, and some of its releases then make a mask of nothing."""
+    from transformers import masking_utils
+    from transformers.utils import import_utils
+
+    config = tiny.config(family)
+    config._attn_implementation = "sdpa"
+    embedded, mask = torch.zeros(2, 5, tiny.HIDDEN), torch.ones(2, 5, dtype=torch.long)
+    positions = torch.arange(5).unsqueeze(0)
+
+    def made(mask: torch.Tensor | None) -> torch.Tensor | None:
+        if family == "bert":
+            return masking_utils.create_bidirectional_mask(config, embedded, mask)
+        return masking_utils.create_causal_mask(config, embedded, mask, past_key_values=None, position_ids=positions)
+
+    stock = masking_utils.is_tracing, masking_utils.find_packed_sequence_indices
+    assert made(None) is None and made(mask) is None
+    with _compat.eager_attention_masks():
+        packed = torch.tensor([[0, 1, 0, 1, 2]])
+        assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1, 1, 1]]  # not capturing
+        monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+        assert made(None) is None
+        assert made(mask).shape == (2, 1, 5, 5)  # its values cannot be looked at
+    assert (masking_utils.is_tracing, masking_utils.find_packed_sequence_indices) == stock
+    if family == "llama":
+        assert made(None) is not None  # if this fails, the context manager may have become redundant
+
+
+def test_hooks_are_found_where_torch_keeps_them() -> None:
+    module, kinds = nn.Linear(2, 2), []
+    for register in ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"):
+        assert sum(map(len, _compat.module_hooks(module))) == len(kinds)
+        kinds.append(getattr(module, f"register_{register}")(lambda *_: None))
+    assert sum(map(len, _compat.module_hooks(module))) == 4
+    assert not _compat.gradient_hooks(module.weight)
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(module.weight, register)(lambda *_: None)
+        assert _compat.gradient_hooks(module.weight)
+        handle.remove()
+        assert not _compat.gradient_hooks(module.weight)
+
+
+@pytest.mark.parametrize(("options", "saved"), [({}, True), ({"preserve_rng_state": False}, False)])
+def test_checkpointing_that_saves_the_random_state(options: dict, saved: bool) -> None:
+    model = tiny.model("bert")
+    assert not _compat.checkpoints_save_random_state(model)
+    _compat.enable_checkpointing(model, {"use_reentrant": False, **options})
+    assert _compat.checkpoints_save_random_state(model) == saved

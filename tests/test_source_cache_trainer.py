@@ -9,7 +9,7 @@ import pytest
 import torch
 from cached_states import FAMILIES, MB, SourceBlocks, cache_in
 from datasets import Dataset
-from test_trainer import arguments, flare_model, lora
+from trained import arguments, flare_model, lora
 from two_streams import rows, tokenizer
 
 import flare

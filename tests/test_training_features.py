@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from test_trainer import arguments, distance, flare_model
+from test_trainer import distance
+from trained import arguments, flare_model
 from two_streams import rows, tokenizer
 
 import flare

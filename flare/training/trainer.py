@@ -19,7 +19,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs, DistributedType
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
@@ -30,10 +32,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import OptimizerNames
 
 from .. import _compat
 from ..source_cache import SourceStateCache
 from .collator import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
+from .graphed_step import GraphedStep
 
 _log = logging.getLogger(__name__)
 
@@ -97,9 +101,14 @@ class FlareTrainer(Trainer):
             later epochs, in training and evaluation. Hit rate, bytes and seconds saved are logged. Under
             source_padding="keep", where a row's states depend on the padded width, a FlareDataCollator pads every batch
             to one length, that of the longest row (all rows are looked at for it).
+        cuda_graphs: True: forward and backward of a training step run as one CUDA graph per padded shape
+            (flare.GraphedStep). What cannot be captured runs eagerly, and each reason is said once. Pad to few lengths
+            (``pad_to_multiple_of``), and set ``logging_nan_inf_filter=False``, which otherwise waits for every loss.
     """
 
-    def __init__(self, *args: Any, source_cache: SourceStateCache | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, source_cache: SourceStateCache | None = None, cuda_graphs: bool = False, **kwargs: Any
+    ) -> None:
         if source_cache is not None and not isinstance(source_cache, SourceStateCache):
             raise ValueError(
                 f"source_cache={source_cache!r} must be a flare.SourceStateCache, such as "
@@ -116,6 +125,10 @@ class FlareTrainer(Trainer):
         self._cache_begun = self._cache_logged = (0, 0)
         if source_cache is not None:
             self._use_cache(source_cache)
+        self.cuda_graphs = cuda_graphs
+        self._graphed_step: GraphedStep | None = None
+        if cuda_graphs:  # a weight that autocast has cast outside a graph would be old in its replays
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
     # --- source states over epochs ------------------------------------------------------------------------------------
 
@@ -191,12 +204,60 @@ class FlareTrainer(Trainer):
         wanted = (*SOURCE_COLUMNS, *SOURCE_POSITIONS) if _reads_source_positions(self.model) else SOURCE_COLUMNS
         columns += [name for name in wanted if name not in columns]
 
+    # --- captured steps -----------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer; with ``cuda_graphs`` batches stay on the host, where reading their masks waits for no device."""
+        loader: DataLoader = super().get_train_dataloader()
+        if self.cuda_graphs and hasattr(loader, "device"):
+            loader.device = None  # accelerate moves batches to it; training_step copies them into the graph's tensors
+        return loader
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """As Trainer; with ``cuda_graphs`` as a CUDA graph, where it can be captured."""
+        if not self.cuda_graphs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._graphed_step is None or self._graphed_step.model is not model:
+            self._graphed_step = GraphedStep(
+                model, self._step_of, source_cache=self.source_cache, unsupported=self._unsupported_in_graphs()
+            )
+        if not model.training:
+            model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # a replay does not: schedule-free optimizers exchange weights for evaluation
+        batch = {**inputs, "num_items_in_batch": num_items_in_batch}
+        return self._graphed_step(batch, variant=self.current_gradient_accumulation_steps)
+
+    def _step_of(self, batch: dict[str, Tensor | Any]) -> Tensor:
+        assert self._graphed_step is not None
+        items = batch.pop("num_items_in_batch", None)
+        return super().training_step(self._graphed_step.model, batch, items)
+
+    def _unsupported_in_graphs(self) -> str | None:
+        """What of these arguments cannot be captured, or None."""
+        if self.accelerator.distributed_type != DistributedType.NO or self.args.n_gpu > 1:
+            return "training on several devices talks to the others in every step"
+        if getattr(self.accelerator, "parallelism_config", None) is not None:
+            return "parallelism_config splits a step over several devices"
+        if self.args.torch_empty_cache_steps is not None:
+            return "torch_empty_cache_steps frees memory within a step; leave it out"
+        if self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+            return f"optim={self.args.optim.value!r} updates parameters in the backward pass"
+        return None
+
     # --- gradient accumulation ----------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of one step, and over how many items their loss is a mean (rows for question answering)."""
+        if self.cuda_graphs and self.args.world_size == 1:
+            device = torch.device("cpu")  # where the batches are; a copy from there would wait for the device
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if items is None and self._normalises() and batches and all("start_positions" in b for b in batches):
             rows = torch.tensor(sum(len(b["start_positions"]) for b in batches), device=device)
@@ -221,7 +282,7 @@ class FlareTrainer(Trainer):
         # Without a labelled item the mean is 0 / 0, and its share none.
         found = super().compute_loss(model, inputs, return_outputs, here.clamp(min=1))
         loss = found[0] if return_outputs else found
-        loss = torch.where(here > 0, loss * (here / num_items_in_batch), 0.0)
+        loss = (loss * (here / num_items_in_batch)).masked_fill(here == 0, 0.0)
         return (loss, found[1]) if return_outputs else loss
 
     def _normalises(self) -> bool:
@@ -235,7 +296,8 @@ class FlareTrainer(Trainer):
             shifted = "shift_labels" not in inputs and _compat.loss_shifts_labels(self)
             return (labels[..., 1:] if shifted else labels).ne(-100).sum()
         positions = inputs.get("start_positions")
-        return None if positions is None else torch.tensor(len(positions), device=positions.device)
+        # full: filled on the device, where torch.tensor would copy from the host and wait
+        return None if positions is None else torch.full((), len(positions), device=positions.device)
 
     # --- counts -------------------------------------------------------------------------------------------------------
 
