@@ -214,7 +214,7 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     slot = THREAD
     if slot.frozen_pass is not None:
         if _LAST in block.__dict__:  # behind the hooks of others, as the pass may end there
-            block._forward_hooks.move_to_end(block.__dict__[_LAST][1])
+            block._forward_hooks.move_to_end(block.__dict__[_LAST][1])  # type: ignore[attr-defined]
         slot.frozen_pass.note(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])
     elif slot.forward is not None and slot.forward.step is not None:
         slot.forward.step.enter_block(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])

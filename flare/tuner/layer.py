@@ -89,7 +89,7 @@ class FlareLayer:
         if slot.frozen_pass is not None:
             if self.merged_adapters:
                 self.unmerge()  # as PEFT where adapters are off
-            base: Any = self._modules["base_layer"]
+            base: Any = cast(Any, self)._modules["base_layer"]
             own = base.__dict__
             if base.__class__ is nn.Linear and not (
                 args or kwargs or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own

@@ -204,7 +204,7 @@ class Site:
             members = [member for member in members if member.adapter is not None]
         if len({member.adapter for member in members if member.adapter is not None}) != 1:
             members = []  # nothing to add, or layers with different adapters switched on
-        return _Plan(layers, watched, members)
+        return _Plan(cast(list[FlareLayer], layers), watched, members)
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Site:
             if plan.plain:
                 parameters = member.linear._parameters
                 W, bias = parameters["weight"], parameters["bias"]
-                Ws += (W,)  # type: ignore[assignment]
+                Ws += (cast(Tensor, W),)
                 biases += (bias,)
                 if W.__class__ not in _PLAIN or W.requires_grad or (bias is not None and bias.requires_grad):  # type: ignore[union-attr]
                     owned = False
