@@ -82,6 +82,8 @@ class FusedLoRA(torch.autograd.Function):
         else:
             # under autocast, which casts as it would without us
             ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, tensors[at_W + count_W :]))
+            if call.others and not needs.x:  # they depend on nothing that asks for a gradient
+                ctx.mark_non_differentiable(*[ys[index] for index in call.others])
         xs_MK = None if x_source is None else x_source.flatten(0, -2) if x_source.ndim > 2 else rows(x_source)
         S_matrices = [rows(S) for S in Ss] if Ss else ()
         T, S, A, B = without_autocast(

@@ -95,6 +95,8 @@ class Call:
             start += rank
         self.projections = tuple(projections)
         self.count = len(projections)
+        #: outputs without an adapter
+        self.others = sorted(set(range(outputs)) - {projection.output for projection in projections})
         self.rank = start
         self.fused = sum(rank for _, rank, _, fusion in adapters if fusion is not None)
         self.scalings = tuple(projection.scaling for projection in projections)
@@ -378,12 +380,13 @@ def _grad_bottleneck(
     if not call.count or not needs.anything:
         return None, None, dBs
     missing, sample = False, None
-    for G in Gs:
-        if G is None:
+    for projection in call.projections:
+        if Gs[projection.output] is None:
             missing = True
         else:
-            sample = G
-    assert sample is not None
+            sample = Gs[projection.output]
+    if sample is None:  # the loss depends on outputs without an adapter only
+        return None, None, dBs
     size = sample.shape[0], call.rank
     allocate = torch.zeros if missing else torch.empty
     dT = allocate(size, dtype=call.dtype, device=sample.device) if needs.hidden else None

@@ -144,11 +144,11 @@ def grad_weight(
         if grad is None or stream is None:
             continue
         stream = _dropped(stream, bits, keep_scale, grad.dtype)
-        # added up behind the products, as autograd does where the streams' shares come apart: the same bits
-        share = grad.T @ stream
+        # added after the products and in grad_dtype, as autograd does where the streams come apart: the same bits
+        share = (grad.T @ stream).to(grad_dtype)
         dA = share if dA is None else dA.add_(share)
     assert dA is not None, "grad_weight needs at least one stream"
-    return dA.to(grad_dtype)
+    return dA
 
 
 def grad_input(

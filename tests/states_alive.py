@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flare.source.source_pass import Preparation
+from flare.source.source_pass import FrozenPass, Preparation
 
 
 class StatesAlive:
@@ -30,6 +30,18 @@ class StatesAlive:
     def clear(self) -> None:
         self._storages.clear()
         self.counts.clear()
+
+    def noting(self) -> Any:
+        """``FrozenPass.note`` that follows the states it is given."""
+        plain = FrozenPass.note
+
+        def note(frozen_pass: FrozenPass, key: Any, hidden: torch.Tensor) -> None:
+            if key in frozen_pass.missing:
+                self.follow(hidden)
+                self.count()
+            plain(frozen_pass, key, hidden)
+
+        return note
 
     def preparing(self) -> Any:
         """``Preparation.__call__`` that follows what it returns."""

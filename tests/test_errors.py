@@ -117,7 +117,7 @@ SOURCES = [
         "labels",
         lambda i: {"source_labels": i["source_input_ids"]},
         ValueError,
-        "source_labels: LlamaForCausalLM is no encoder-decoder",
+        "source_labels: LlamaForCausalLM is not an encoder-decoder",
     ),
     ("states", lambda i: {"source_states": torch.zeros(3, 9, 8)}, TypeError, r"must be a flare\.SourceStates"),
 ]

@@ -16,7 +16,7 @@ import flare
 from flare.measure import count_calls
 from flare.source import memory as source_memory
 from flare.source import read
-from flare.source.source_pass import Preparation
+from flare.source.source_pass import FrozenPass, Preparation
 
 FAMILIES = ("bert", "llama", "mt5")
 ON_CPU = "'offload' is 'keep' here"
@@ -143,7 +143,7 @@ def test_block_executions_of_a_step(memory: str) -> None:
 def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypatch) -> None:
     """ "keep" holds one state for each block; "recompute" and inference hold at most two, at any time and depth."""
     alive = StatesAlive()
-    monkeypatch.setattr(Preparation, "__call__", alive.preparing())
+    monkeypatch.setattr(FrozenPass, "note", alive.noting())
     depth = "num_layers" if family == "mt5" else "num_hidden_layers"
     for layers in (2, 6):
         model = model_of(family, "keep" if memory == "inference" else memory, base={depth: layers})
@@ -304,14 +304,14 @@ def test_wrong_settings(options: dict, message: str) -> None:
 def test_states_are_gone_after_backward_though_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
     """A loop that holds its last output while the next forward runs has one batch's states, not two."""
     alive: list[weakref.ref] = []
-    plain = Preparation.__call__
+    plain = FrozenPass.note
 
-    def prepared(self, key, hidden):
-        x = plain(self, key, hidden)
-        alive.append(weakref.ref(x.untyped_storage()))
-        return x
+    def note(self, key, hidden):
+        if key in self.missing:
+            alive.append(weakref.ref(hidden.untyped_storage()))
+        plain(self, key, hidden)
 
-    monkeypatch.setattr(Preparation, "__call__", prepared)
+    monkeypatch.setattr(FrozenPass, "note", note)
     model = model_of("llama", "keep")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 
 import flare
-from flare.source.runtime import runtime_of
+from flare.source.context import THREAD
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
@@ -25,7 +25,7 @@ def test_sft_trainer_feeds_both_streams(gradient_checkpointing, tmp_path) -> Non
     model = flare.fast_lora(tiny.model("llama"), r=4)
     base = model.get_base_model()
     carried = []
-    tiny.block_list(base)[0].register_forward_hook(lambda *_: carried.append(runtime_of(base).carrier is not None))
+    tiny.block_list(base)[0].register_forward_hook(lambda *_: carried.append(THREAD.forward is not None))
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path),
         max_steps=2,

@@ -149,7 +149,7 @@ def read_from_states(states: SourceStates, wanted: Iterable[StateKey]) -> Reader
     lacking = [key for key in keys if key not in states.states]
     if lacking:
         raise ValueError(
-            f"source_states (offset {states.offset}) lacks {tuple(lacking[0])}, which this model's adapters read: "
+            f"source_states (offset {states.offset}) lacks {lacking[0]}, which this model's adapters read: "
             "make them with encode_source of this model"
         )
 

@@ -228,7 +228,7 @@ class Site:
             if plan.plain:
                 parameters = member.linear._parameters
                 W, bias = parameters["weight"], parameters["bias"]
-                Ws += (cast(Tensor, W),)
+                Ws += (W,)  # type: ignore[operator, assignment]
                 biases += (bias,)
                 if W.__class__ not in _PLAIN or W.requires_grad or (bias is not None and bias.requires_grad):  # type: ignore[union-attr]
                     owned = False
