@@ -8,7 +8,7 @@
 
 from .input_level import InputFusionCollator, input_fusion, max_positions
 from .lora import plain_lora
-from .x_mixup import XMixupConfig, load_x_mixup, x_mixup
+from .mixup import XMixupConfig, load_x_mixup, x_mixup
 
 __all__ = [
     "InputFusionCollator",
