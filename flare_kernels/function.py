@@ -50,7 +50,8 @@ def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
 class FusedLoRA(torch.autograd.Function):
     """y_i (..., n_i) += s_i phi_i(S_i, T_i) B_i^T in the memory of every output that has an adapter.
 
-    Shapes: x, x_source (..., d); seed () int64 or None; A (R, d), the stacked A, or None; then, of the numbers that
+    Shapes: x, x_source (..., d); seed () int64 or None, and the source's own or None; A (R, d), the
+    stacked A, or None; then, of the numbers that
     ``sizes`` states, outputs y_i, given S (..., columns), A_i (r_i, d), B_i (n_i, r_i) in stacking order, and frozen
     weights W_i (n_i, d) where the node owns dx of their products. Without y_i the node makes the products too, from
     W_i and the biases (n_i,) or None behind them; the outputs are then (M, n_i).
@@ -64,6 +65,7 @@ class FusedLoRA(torch.autograd.Function):
         x: Tensor,
         x_source: Tensor | None,
         seed: Tensor | None,
+        source_seed: Tensor | None,
         A: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -73,7 +75,7 @@ class FusedLoRA(torch.autograd.Function):
         at_W = at_B + count
         Ss, As, Bs, Ws = tensors[count_y:at_A], tensors[at_A:at_B], tensors[at_B:at_W], tensors[at_W : at_W + count_W]
         flags = ctx.needs_input_grad
-        needs = call.needs(flags[2:4] + flags[6 + count_y : 6 + at_W], count_S)
+        needs = call.needs(flags[2:4] + flags[7 + count_y : 7 + at_W], count_S)
         x_MK = x.flatten(0, -2) if x.ndim > 2 else rows(x)
         if count_y:
             ys = tensors[:count_y]
@@ -86,8 +88,9 @@ class FusedLoRA(torch.autograd.Function):
                 ctx.mark_non_differentiable(*[ys[index] for index in call.others])
         xs_MK = None if x_source is None else x_source.flatten(0, -2) if x_source.ndim > 2 else rows(x_source)
         S_matrices = [rows(S) for S in Ss] if Ss else ()
+        seeds = None if seed is None else (seed, seed if source_seed is None else source_seed)
         T, S, A, B = without_autocast(
-            node.forward, x.device, call, x_MK, xs_MK, S_matrices, seed, matrices, As, Bs, needs.anything, None, A
+            node.forward, x.device, call, x_MK, xs_MK, S_matrices, seeds, matrices, As, Bs, needs.anything, None, A
         )
         ctx.set_materialize_grads(False)
         ctx.call, ctx.sizes, ctx.needs = call, sizes, needs
@@ -102,6 +105,7 @@ class FusedLoRA(torch.autograd.Function):
             A if A is not None and (needs.x or needs.x_source) and _worth_keeping(A, As, x) else None,
             B if B is not None and needs.hidden and _worth_keeping(B, Bs, x) else None,
             seed,
+            source_seed,
             *tensors[at_A : at_W + count_W],
         )
         ctx.x_like = (x.shape, x.dtype, x.ndim == 2)
@@ -123,7 +127,7 @@ class FusedLoRA(torch.autograd.Function):
                 device = G.device
         if device is None:
             return (None,) * len(flags)
-        x, x_source, T, S, A, B, seed, *weights = ctx.saved_tensors
+        x, x_source, T, S, A, B, seed, source_seed, *weights = ctx.saved_tensors
         As, Bs, Ws = weights[:count], weights[count : 2 * count], weights[2 * count :]
         (x_shape, x_dtype, is_matrix), source_like = ctx.x_like, ctx.source_like
         if A is None and count == 1 and As[0].dtype == call.dtype:
@@ -139,7 +143,7 @@ class FusedLoRA(torch.autograd.Function):
             As,
             Bs,
             Ws,
-            seed,
+            None if seed is None else (seed, seed if source_seed is None else source_seed),
             grads if not count_y else [None if G is None else rows(G) for G in grads],
             x_shape[-1],
             x_dtype,
@@ -148,7 +152,7 @@ class FusedLoRA(torch.autograd.Function):
         )
         of_outputs: Sequence[Tensor | None] = ()
         if count_y:
-            of_outputs = [G if need else None for G, need in zip(grads, flags[6 : 6 + count_y], strict=True)]
+            of_outputs = [G if need else None for G, need in zip(grads, flags[7 : 7 + count_y], strict=True)]
         of_S: Sequence[Tensor | None] = ()
         if count_S:
             of_S = [
@@ -160,6 +164,7 @@ class FusedLoRA(torch.autograd.Function):
             None,
             dx if dx is None or is_matrix else dx.view(x_shape),
             None if dx_source is None or source_like is None else dx_source.view(source_like[0]),
+            None,
             None,
             None,
             *of_outputs,
@@ -213,7 +218,7 @@ def apply(
     for y in ys:  # none shares memory with another or with an input
         own.append(writable(y, x, x_source, *Ss, *own))
     sizes = (len(ys), len(Ss), len(Ws))
-    return FusedLoRA.apply(call, sizes, x, x_source, seed, None, *own, *Ss, *As, *Bs, *Ws)  # type: ignore[no-any-return]
+    return FusedLoRA.apply(call, sizes, x, x_source, seed, None, None, *own, *Ss, *As, *Bs, *Ws)  # type: ignore[no-any-return]
 
 
 def apply_with_products(
@@ -221,6 +226,7 @@ def apply_with_products(
     sizes: tuple[int, int, int],
     x: Tensor,
     x_source: Tensor | None,
+    source_seed: Tensor | None,
     Ss: Sequence[Tensor],
     A: Tensor | None,
     As: Sequence[Tensor],
@@ -231,15 +237,19 @@ def apply_with_products(
     """Call the node for adapters over plain frozen linears, whose products and dx it makes too. Checks nothing.
 
     Args:
-        call: of as many outputs as there are Ws. sizes: (0, the number of Ss, the number of Ws).
-        x, x_source: (..., d). Ss: S (..., columns) in place of x_source. A: the stacked A, where it is there already.
+        call: of as many outputs as there are Ws.
+        sizes: (0, the number of Ss, the number of Ws).
+        x, x_source: (..., d).
+        source_seed: of the dropout masks of x_source, where the caller has drawn it.
+        Ss: S (..., columns) in place of x_source.
+        A: the stacked A (R, d), where it is there already.
         As, Bs: in the call's order. Ws, biases: (n_i, d) and (n_i,), frozen, of every output.
 
     Returns:
         y_i (M, n_i), in memory of their own.
     """
     seed = _dropout.draw_seed(x.device) if call.p > 0.0 else None
-    args = (call, sizes, x, x_source, seed, A, *Ss, *As, *Bs, *Ws, *biases)
+    args = (call, sizes, x, x_source, seed, source_seed, A, *Ss, *As, *Bs, *Ws, *biases)
     if functorch_is_active():
         return FusedLoRA.apply(*args)  # type: ignore[no-any-return]
     return _apply_in_cpp(*args)  # type: ignore[no-any-return]

@@ -33,6 +33,9 @@ Hidden = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 #: owns the frozen products.
 Grads = tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]
 
+#: The seeds of dropout (tensors, so that nothing waits for the device) of the target and of the source, or None.
+Seeds = tuple[Tensor, Tensor] | None
+
 _Result = TypeVar("_Result")
 
 
@@ -155,11 +158,11 @@ class Needs:
         self.anything = self.hidden or self.any_B
 
 
-def keep_bits(call: Call, seed: Tensor | None, size: Sequence[int], stream: int) -> Tensor | None:
-    """Return the packed keep-mask of a stream of size (M, K), made from the seed; None without dropout."""
-    if seed is None:
+def keep_bits(call: Call, seeds: Seeds, size: Sequence[int], stream: int) -> Tensor | None:
+    """Return the packed keep-mask of a stream of size (M, K), made from its seed; None without dropout."""
+    if seeds is None:
         return None
-    return _dropout.packed_mask(seed, size[0], size[1], call.p, stream, call.ops.keep_bits)
+    return _dropout.packed_mask(seeds[stream], size[0], size[1], call.p, stream, call.ops.keep_bits)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ def forward(
     x: Tensor,
     x_source: Tensor | None,
     Ss: Sequence[Tensor],
-    seed: Tensor | None,
+    seeds: Seeds,
     ys: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -211,7 +214,7 @@ def forward(
     if A is None:
         A = ops.stack(As, dtype)
     B, Bs = _narrow(call, Bs)
-    T, S = _shrink(call, x, x_source, Ss, A, seed)
+    T, S = _shrink(call, x, x_source, Ss, A, seeds)
     if call.group is not None:
         group = call.group
         if group.launch_fusion is None and S is not None:
@@ -270,11 +273,11 @@ def _narrow(call: Call, Bs: Sequence[Tensor], B: Tensor | None = None) -> tuple[
 
 
 def _shrink(
-    call: Call, x: Tensor, x_source: Tensor | None, Ss: Sequence[Tensor], A: Tensor, seed: Tensor | None
+    call: Call, x: Tensor, x_source: Tensor | None, Ss: Sequence[Tensor], A: Tensor, seeds: Seeds
 ) -> tuple[Tensor, Tensor | None]:
     """Return T (M, R) and S (M, fused); where every phi is "add" their sum, alone."""
     shrink, dtype, scale = call.ops.shrink, call.dtype, call.keep_scale
-    mask = None if seed is None else keep_bits(call, seed, x.shape, _dropout.TARGET_STREAM)
+    mask = None if seeds is None else keep_bits(call, seeds, x.shape, _dropout.TARGET_STREAM)
     if x_source is None or not call.fused:
         T, _ = shrink(x, None, A, compute_dtype=dtype, mask=mask, keep_scale=scale)
         if not Ss:
@@ -283,7 +286,7 @@ def _shrink(
         if S.dtype != dtype:
             S = S.to(dtype)
         return (T.add_(S), None) if call.only_adds else (T, S)
-    bits = None if seed is None else keep_bits(call, seed, x_source.shape, _dropout.SOURCE_STREAM)
+    bits = None if seeds is None else keep_bits(call, seeds, x_source.shape, _dropout.SOURCE_STREAM)
     if call.fused == call.rank:
         return shrink(  # type: ignore[no-any-return]
             x,
@@ -326,7 +329,7 @@ def backward(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     Ws: Sequence[Tensor],
-    seed: Tensor | None,
+    seeds: Seeds,
     Gs: Sequence[Tensor | None],
     width: int,
     x_dtype: torch.dtype,
@@ -352,11 +355,11 @@ def backward(
     if A is None and As and (needs.x or needs.x_source):
         A = ops.stack(As, dtype)
     if needs.any_A and dT is not None and x is not None:
-        dAs = _grad_A(call, needs, As, dT, dS, x, None if dS is None else x_source, seed)
+        dAs = _grad_A(call, needs, As, dT, dS, x, None if dS is None else x_source, seeds)
     if needs.x:
-        dx = _grad_x(call, Gs, Ws, dT, A, seed, width, x_dtype)
+        dx = _grad_x(call, Gs, Ws, dT, A, seeds, width, x_dtype)
     if needs.x_source and dS is not None and A is not None and source_dtype is not None:
-        bits = keep_bits(call, seed, (dS.shape[0], width), _dropout.SOURCE_STREAM)
+        bits = keep_bits(call, seeds, (dS.shape[0], width), _dropout.SOURCE_STREAM)
         dx_source = ops.grad_input(dS, A[: call.fused], mask=bits, keep_scale=call.keep_scale, dtype=source_dtype)
     dSs: list[Tensor | None] = [None] * needs.count_S
     if needs.any_S and dS is not None:
@@ -469,15 +472,15 @@ def _grad_A(
     dS: Tensor | None,
     x: Tensor,
     x_source: Tensor | None,
-    seed: Tensor | None,
+    seeds: Seeds,
 ) -> list[Tensor | None]:
     """Return dA of all adapters from one pass over each stream, summed in float32 (float64 for float64)."""
     grad_weight, scale = call.ops.grad_weight, call.keep_scale
     grad_dtype = As[0].dtype if _one_dtype(As) else call.exact
-    mask = None if seed is None else keep_bits(call, seed, x.shape, _dropout.TARGET_STREAM)
+    mask = None if seeds is None else keep_bits(call, seeds, x.shape, _dropout.TARGET_STREAM)
     bits = None
-    if x_source is not None and seed is not None:
-        bits = keep_bits(call, seed, x_source.shape, _dropout.SOURCE_STREAM)
+    if x_source is not None and seeds is not None:
+        bits = keep_bits(call, seeds, x_source.shape, _dropout.SOURCE_STREAM)
     if x_source is not None and call.fused < call.rank:
         dA = grad_weight(dT, x, None, None, mask=mask, keep_scale=scale, grad_dtype=call.exact)
         dA[: call.fused] += grad_weight(
@@ -499,7 +502,7 @@ def _grad_x(
     Ws: Sequence[Tensor],
     dT: Tensor | None,
     A: Tensor | None,
-    seed: Tensor | None,
+    seeds: Seeds,
     width: int,
     dtype: torch.dtype,
 ) -> Tensor | None:
@@ -511,7 +514,7 @@ def _grad_x(
                 G, W = G.to(call.dtype), W.to(call.dtype)
             dx = G @ W if dx is None else dx.addmm_(G, W)
     if dT is not None and A is not None:
-        bits = None if seed is None else keep_bits(call, seed, (dT.shape[0], width), _dropout.TARGET_STREAM)
+        bits = None if seeds is None else keep_bits(call, seeds, (dT.shape[0], width), _dropout.TARGET_STREAM)
         dx = call.ops.grad_input(
             dT, A, mask=bits, keep_scale=call.keep_scale, dtype=dtype if dx is None else call.dtype, out=dx
         )

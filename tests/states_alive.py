@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flare.source.source_pass import FrozenPass, Preparation
+from flare.source_cache import CachedReader
 
 
 class StatesAlive:
@@ -42,6 +43,19 @@ class StatesAlive:
             plain(frozen_pass, key, hidden)
 
         return note
+
+    def warming(self) -> Any:
+        """``CachedReader.warm`` that follows the states it returns."""
+        plain = CachedReader.warm
+
+        def warm(reader: CachedReader) -> Any:
+            states = plain(reader)
+            for state in (states or {}).values():
+                self.follow(state)
+                self.count()
+            return states
+
+        return warm
 
     def preparing(self) -> Any:
         """``Preparation.__call__`` that follows what it returns."""

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 import two_processes
 from states_alive import StatesAlive
-from test_source_memory import FAMILIES, assert_same, gradients, inputs_of, model_of, offload_anywhere  # noqa: F401
+from test_source_memory import FAMILIES, assert_close, assert_same, gradients, inputs_of, model_of, offload_anywhere  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
 import flare
 from flare.measure import count_calls, saved_bytes
 from flare.source.source_pass import Preparation
+from flare.source_cache import CachedReader
 
 MODES = ("keep", "offload", "recompute")
 ROW = 9 * tiny.LAYERS * tiny.HIDDEN * 4  # bytes of a row of BERT or Llama with its pads
@@ -47,7 +48,7 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.usefixtures("offload_anywhere")
 def test_every_mode_with_a_cache_has_the_gradients_of_keep_without(family, padding, memory) -> None:
-    """To the bit: filling and reading; two forwards before one backward, accumulation, checkpointing."""
+    """To the bit: filling, reading, checkpointing; up to the order of sums: two forwards, accumulation."""
     options = {"source_padding": padding, "lora_dropout": 0.3}
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options).train(), model_of(family, memory, **options).train()
@@ -55,9 +56,11 @@ def test_every_mode_with_a_cache_has_the_gradients_of_keep_without(family, paddi
     other.set_source_cache(cache)
     want = gradients(keep, first, second)
     for hits in (0, 6):
-        assert_same(gradients(other, first, second), want)
+        assert_close(gradients(other, first, second), want)
         assert cache.stats().hits == hits
-    assert_same(accumulated(other, first, second), accumulated(keep, first, second))
+    for one in (first, second):
+        assert_same(gradients(other, one), gradients(keep, one))
+    assert_close(accumulated(other, first, second), accumulated(keep, first, second))
     # under reentrant checkpointing every mode is "keep", but for the one that this test forces
     for reentrant in (False,) if memory == "offload" else (False, True):
         for model in (keep, other):
@@ -91,8 +94,8 @@ def test_rows_without_room_are_recomputed_in_the_batch_that_they_came_in(family)
         model = model_of(family, memory)
         model.set_source_cache(cache_of(ROW))
         found.append([gradients(model, inputs), gradients(model, inputs, inputs)])
-    for got, want in zip(*found, strict=True):
-        assert_same(got, want)
+    assert_same(found[1][0], found[0][0])
+    assert_close(found[1][1], found[0][1])
 
 
 def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> None:
@@ -130,6 +133,7 @@ def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tm
         alive.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Preparation, "__call__", alive.preparing())
+            patch.setattr(CachedReader, "warm", alive.warming())
             if memory == "inference":
                 with torch.no_grad():
                     model(**inputs)

@@ -425,7 +425,10 @@ REFUSED = [
     ({"source_padding": "drop"}, "source_padding='drop' is not accepted; one of: keep, zero"),
     ({"source_alignment": "release", "prefill_chunk_size": 2}, "prefill_chunk_size"),
     ({"source_alignment": "release", "source_padding": "zero"}, "source_padding='zero'"),
-    ({"source_labels": torch.ones(3, 7, dtype=torch.long)}, "source_labels: LlamaForCausalLM is not an encoder-decoder"),
+    (
+        {"source_labels": torch.ones(3, 7, dtype=torch.long)},
+        "source_labels: LlamaForCausalLM is not an encoder-decoder",
+    ),
 ]
 
 

@@ -41,8 +41,7 @@ SOURCE = ("source_input_ids", "source_attention_mask", "source_labels")
 def visited(model: Any, reader: Any) -> dict[Any, torch.Tensor]:
     """The states that a reader hands to a visitor."""
     states: dict[Any, torch.Tensor] = {}
-    with runtime_of(model.get_base_model()).source_pass():
-        reader(states.__setitem__)
+    reader(states.__setitem__)
     return states
 
 

@@ -50,12 +50,16 @@ THREAD = _ThreadSlot()
 class SiteSource:
     """What one site (flare.tuner.site) reads, by adapter: states x_S (B, m, d), or S (B, m, r) of its layers.
 
+    ``seed`` is that of the dropout masks of a state: drawn where the state is read, as where S is made of it there, so
+    that a step's numbers do not depend on how its states wait for backward.
+
     ``seen`` says whether the source has reached the site: an object per site that a block only writes to, because
     torch.compile would guard on the contents of a set.
     """
 
     seen = False
     states: dict[str, Tensor] | None = None
+    seed: Tensor | None = None
     bottlenecks: Bottlenecks | None = None
 
 

@@ -55,12 +55,12 @@ class Group:
     site: str
     layers: tuple[str, ...]
     modules: tuple[FlareLayer, ...]
+    dropout: nn.Dropout | None
 
     @property
     def dropout_p(self) -> float:
         """The probability of lora_dropout that acts now."""
-        dropout = self.modules[0].lora_dropout[self.adapter]
-        return getattr(dropout, "p", 0.0) if dropout.training else 0.0
+        return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
 
 
 def make_groups(wanted: Iterable[Wanted], sites: Mapping[str, str]) -> list[Group]:
@@ -68,10 +68,14 @@ def make_groups(wanted: Iterable[Wanted], sites: Mapping[str, str]) -> list[Grou
     members: dict[tuple[StateKey, str, str], list[FlareLayer]] = {}
     for key, adapter, layer in wanted:
         members.setdefault((key, adapter, sites[layer.flare_key]), []).append(layer)
-    return [
-        Group(key, adapter, site, tuple(layer.flare_key for layer in layers), tuple(layers))
-        for (key, adapter, site), layers in sorted(members.items(), key=lambda item: item[0])
-    ]
+    groups = []
+    for (key, adapter, site), layers in sorted(members.items(), key=lambda item: item[0]):
+        dropout = layers[0].lora_dropout[adapter]
+        paths = tuple(layer.flare_key for layer in layers)
+        groups.append(
+            Group(key, adapter, site, paths, tuple(layers), dropout if isinstance(dropout, nn.Dropout) else None)
+        )
+    return groups
 
 
 # --- reading the states -----------------------------------------------------------------------------------------------
@@ -269,6 +273,8 @@ def keep_states(
             else:
                 source = context.sites[group.site] = SiteSource()
                 source.states = {group.adapter: hidden}
+                if group.dropout is not None and group.dropout.training and group.dropout.p > 0.0:
+                    source.seed = kernel_dropout.draw_seed(hidden.device)
 
     if isinstance(states, Mapping):
         for key, state in states.items():

@@ -40,6 +40,11 @@ _SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
 _MERGED = attrgetter("merged_adapters")
 
 
+#: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
+_Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
+_NO_SOURCE: _Source = (None, None, (), None)
+
+
 class SiblingLinear(nn.Linear):
     """A frozen projection next to adapted ones: ``nn.Linear``, unless one of them has computed its output already."""
 
@@ -255,7 +260,7 @@ class Site:
             adapts = isinstance(module, FlareLayer) and slot.rows is None
             return self._over_modules(plan, x, slot, p or 0.0, As, Bs) if adapts else None
         context = slot.context if plan.fuses else None
-        x_source, Ss, A_stacked = (None, (), None) if context is None else self._source(plan, context)
+        x_source, source_seed, Ss, A_stacked = _NO_SOURCE if context is None else self._source(plan, context)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = x.dtype
         if autocast and dtype == torch.float32:
@@ -270,26 +275,26 @@ class Site:
             return self._of_target_rows(plan, x, slot, call, Ss, As, Bs)
         if A_stacked is not None and A_stacked.dtype != dtype:
             A_stacked = None
-        ys = apply_with_products(call, sizes, x, x_source, Ss, A_stacked, As, Bs, Ws, biases)
+        ys = apply_with_products(call, sizes, x, x_source, source_seed, Ss, A_stacked, As, Bs, Ws, biases)
         lead, outputs = x.shape[:-1], {}
         for member in members:
             y = ys[member.index]
             outputs[member.module] = y if x.ndim == 2 else y.view((*lead, y.shape[-1]))
         return outputs
 
-    def _source(self, plan: _Plan, context: SourceContext) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
-        """Return x_S (B, m, d), or S (B, m, r) of every adapted projection that fuses and the stacked A."""
+    def _source(self, plan: _Plan, context: SourceContext) -> _Source:
+        """Return what the site reads of a context."""
         if self.path not in context.sites:
-            return None, (), None
+            return _NO_SOURCE
         source = context.sites[self.path]
         source.seen = True
         if source.states is not None:
-            return source.states[plan.adapted[0].adapter], (), None  # type: ignore[index]
+            return source.states[plan.adapted[0].adapter], source.seed, (), None  # type: ignore[index]
         if context.is_reentrant():
-            return context.make_state(plan.adapted[0].path, cast(str, plan.adapted[0].adapter)), (), None
+            return context.make_state(plan.adapted[0].path, cast(str, plan.adapted[0].adapter)), None, (), None
         found = source.bottlenecks or {}
         Ss = tuple(found[m.path][cast(str, m.adapter)] for m in plan.adapted if m.fusion is not None)
-        return None, Ss, context.stacked_A.get(plan.paths)
+        return None, None, Ss, context.stacked_A.get(plan.paths)
 
     def _of_target_rows(
         self,
@@ -313,7 +318,7 @@ class Site:
         """The call over frozen layers that keep their own products and graphs: quantised, or with trained weights."""
         adapted = plan.adapted
         context = slot.context if plan.fuses else None
-        x_source, Ss, _ = (None, (), None) if context is None else self._source(plan, context)
+        x_source, _, Ss, _ = _NO_SOURCE if context is None else self._source(plan, context)
         lead, flat = x.shape[:-1], plan.plain and x.dim() > 2
         if flat:  # a linear's output then has memory of its own and can be accumulated into
             x = x.flatten(0, -2)
