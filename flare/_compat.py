@@ -76,6 +76,7 @@ __all__ = [
     "end_failed_capture",
     "every_module",
     "gradient_hooks",
+    "in_backward",
     "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
@@ -87,6 +88,7 @@ __all__ = [
     "register_attention",
     "register_tuner",
     "registrations",
+    "saved_tensors_are_packed",
     "set_adapters_disabled",
     "without_torch_function",
 ]
@@ -175,6 +177,16 @@ def compiled_calls_off(modules: Iterable[nn.Module]) -> Iterator[None]:
 copy_each = torch._foreach_copy_
 #: Within it, reading an attribute of a tensor subclass does not run the subclass's Python code.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread, as it does around a checkpoint's recompute."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saved_tensors_are_packed() -> bool:
+    """Whether hooks receive the tensors that autograd saves, as under non-reentrant gradient checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_compiled(model: nn.Module) -> bool:
