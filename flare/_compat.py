@@ -131,7 +131,10 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
 
 
 class Registrations:
-    """How many submodules were registered in this process; what was worked out from a module tree holds until then."""
+    """How many submodules were registered in this process, apart from those appended to a list of modules.
+
+    What was worked out from a module tree holds until then.
+    """
 
     count = 0
 
@@ -140,7 +143,9 @@ registrations = Registrations()
 
 
 def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    registrations.count += 1
+    # decoders of transformers slice their list of blocks in each forward, which fills a new list
+    if type(module) is not nn.ModuleList or name != str(len(module._modules)):
+        registrations.count += 1
 
 
 register_module_module_registration_hook(_note_registration)

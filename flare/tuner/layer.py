@@ -63,6 +63,7 @@ class FlareLayer:
     latent_proj: nn.ModuleDict
 
     if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
+        _modules: dict[str, nn.Module]
         base_layer: nn.Module
         lora_A: nn.ModuleDict
         lora_B: nn.ModuleDict
@@ -92,7 +93,7 @@ class FlareLayer:
         if slot.frozen_pass is not None:
             if self.merged_adapters:
                 self.unmerge()  # as PEFT where adapters are off
-            base: Any = self._modules["base_layer"]  # type: ignore[attr-defined]
+            base: Any = self._modules["base_layer"]
             own = base.__dict__
             if base.__class__ is nn.Linear and not (
                 args or kwargs or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own

@@ -232,7 +232,7 @@ class Site:
             if plan.plain:
                 parameters = member.linear._parameters
                 W, bias = parameters["weight"], parameters["bias"]
-                Ws += (W,)  # type: ignore[operator]
+                Ws += (W,)  # type: ignore[operator, assignment]
                 biases += (bias,)
                 if W.__class__ not in _PLAIN or W.requires_grad or (bias is not None and bias.requires_grad):  # type: ignore[union-attr]
                     owned = False
@@ -392,7 +392,7 @@ def _shared_input(path: str, parent: nn.Module) -> tuple[str, ...]:
         for name, child in parent.named_children()
         if name in _NAMES and (isinstance(child, FlareLayer) or type(child) is nn.Linear)
     )
-    adapted = any(isinstance(parent._modules[name], FlareLayer) for name in names)
+    adapted = any(isinstance(child := parent._modules[name], FlareLayer) and child.lora_A for name in names)
     return names if len(names) > 1 and adapted and not is_cross_attention(path, parent) else ()
 
 
