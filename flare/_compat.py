@@ -76,6 +76,7 @@ __all__ = [
     "end_failed_capture",
     "every_module",
     "gradient_hooks",
+    "in_backward",
     "inside_ddp",
     "is_bnb_linear",
     "is_bnb_lora",
@@ -87,6 +88,7 @@ __all__ = [
     "register_attention",
     "register_tuner",
     "registrations",
+    "saved_tensors_are_packed",
     "set_adapters_disabled",
     "without_torch_function",
 ]
@@ -129,7 +131,10 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
 
 
 class Registrations:
-    """How many submodules were registered in this process; what was worked out from a module tree holds until then."""
+    """How many submodules were registered in this process, apart from those appended to a list of modules.
+
+    What was worked out from a module tree holds until then.
+    """
 
     count = 0
 
@@ -138,7 +143,9 @@ registrations = Registrations()
 
 
 def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    registrations.count += 1
+    # decoders of transformers slice their list of blocks in each forward, which fills a new list
+    if type(module) is not nn.ModuleList or name != str(len(module._modules)):
+        registrations.count += 1
 
 
 register_module_module_registration_hook(_note_registration)
@@ -175,6 +182,16 @@ def compiled_calls_off(modules: Iterable[nn.Module]) -> Iterator[None]:
 copy_each = torch._foreach_copy_
 #: Within it, reading an attribute of a tensor subclass does not run the subclass's Python code.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread, as it does around a checkpoint's recompute."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saved_tensors_are_packed() -> bool:
+    """Whether hooks receive the tensors that autograd saves, as under non-reentrant gradient checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_compiled(model: nn.Module) -> bool:

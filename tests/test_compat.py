@@ -275,6 +275,28 @@ def test_hooks_are_found_where_torch_keeps_them() -> None:
         assert not _compat.gradient_hooks(module.weight)
 
 
+def test_a_backward_pass_and_a_checkpoint_are_recognised() -> None:
+    seen = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        seen.append((_compat.in_backward(), _compat.saved_tensors_are_packed()))
+        return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(note, note(x), use_reentrant=False).sum().backward()
+    assert seen == [(False, False), (False, True), (True, True)]
+
+
+def test_a_slice_of_a_list_of_modules_is_not_a_registration() -> None:
+    """Decoders of transformers make one in each forward; modules that are exchanged or added elsewhere count."""
+    before, blocks = _compat.registrations.count, nn.ModuleList([nn.ReLU(), nn.ReLU()])
+    assert len(blocks[:1]) == 1 and _compat.registrations.count == before
+    blocks[0] = nn.GELU()
+    assert _compat.registrations.count == before + 1
+    nn.ModuleDict({"a": nn.ReLU()})
+    assert _compat.registrations.count == before + 2
+
+
 @pytest.mark.parametrize(("options", "saved"), [({}, True), ({"preserve_rng_state": False}, False)])
 def test_checkpointing_that_saves_the_random_state(options: dict, saved: bool) -> None:
     model = tiny.model("bert")

@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import flare
 from flare.source import source_pass
 from flare.source.fsdp import gathered
-from flare.tuner import site as joint_attention
+from flare.tuner import site
 
 D = 7  # of FLARE MT's latent states
 LR = 0.05
@@ -149,10 +149,16 @@ def train(
 
 
 def train_all(rank: int, engine: str, family: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every case, and how often the joint node ran in all."""
-    calls = []
-    joint = joint_attention.fused_lora_qkv
-    joint_attention.fused_lora_qkv = lambda *args, **kwargs: calls.append(1) or joint(*args, **kwargs)
+    """Every case, and how often projections were computed together in all."""
+    calls: list[int] = []
+    joint = site.apply_with_products
+
+    def counted(call: Any, *args: Any) -> Any:
+        if call.outputs > 1:
+            calls.append(1)
+        return joint(call, *args)
+
+    site.apply_with_products = counted
     return {name: train(rank, engine, family, **case) for name, case in cases.items()} | {"joint": len(calls)}
 
 

@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from typing import Any
 
-import peft
 import pytest
 import tiny
 import torch
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flare
 from flare.measure import count_calls
+from flare.source.context import KEYWORD, THREAD
 
 L = tiny.LAYERS
 REASON = "generate: source and target take a pass each, not one together"
@@ -283,7 +283,7 @@ def test_nothing_is_left_behind_also_by_a_failing_pass() -> None:
         generated(model, inputs, source_pass="shared")
     handle.remove()
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
-    assert not any("_flare_split" in m.__dict__ for m in model.modules())
+    assert THREAD.rows is None and THREAD.forward is None and THREAD.context is None
     again = generated(copy.deepcopy(model), inputs, source_pass="shared")
     torch.testing.assert_close(again, want, rtol=0, atol=0)
 
@@ -415,11 +415,40 @@ def test_wrong_names() -> None:
         generated(zero_offset(), prompts(), source_pass="both")
 
 
-def test_layers_called_with_other_rows_say_so() -> None:
-    model = zero_offset()
-    layer = model.get_base_model().model.layers[0].mlp
-    assert not isinstance(layer, peft.tuners.lora.LoraLayer)
-    q = model.get_base_model().model.layers[0].self_attn.q_proj
-    q.__dict__["_flare_split"] = (2, 4)
-    with pytest.raises(ValueError, match="called with 3 rows in a pass that source and target share, which has 4"):
-        q(torch.zeros(3, 1, tiny.HIDDEN, dtype=torch.float64))
+@pytest.mark.parametrize("together", [True, False], ids=["one call", "by itself"])
+def test_layers_called_with_other_rows_say_so(together) -> None:
+    """As one that sees a part of a batch would be."""
+    model, inputs = zero_offset(), prompts()
+    q_proj = model.get_base_model().model.layers[1].self_attn.q_proj
+    if not together:
+        q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
+    forward = type(q_proj).forward
+    q_proj.forward = lambda x: forward(q_proj, x[:-1] if len(x) == 6 else x)
+    message = "q_proj was called with 5 rows in a pass that source and target share, which has 6: pass source_pass="
+    with pytest.raises(ValueError, match=message):
+        generated(model, inputs, source_pass="shared")
+    assert THREAD.rows is None and THREAD.forward is None
+
+
+@pytest.mark.parametrize("where", ["one attention", "every attention"])
+def test_layers_that_the_source_does_not_reach_are_named(where) -> None:
+    """Attention modules that are not given their keyword arguments in a decoding step."""
+
+    def lose(module: Any, args: Any, kwargs: Any) -> None:
+        if len(kwargs["hidden_states"]) == 6:
+            del kwargs[KEYWORD]
+
+    model, inputs = zero_offset(), prompts()
+    blocks = model.get_base_model().model.layers
+    lost = blocks[1:2] if where == "one attention" else blocks
+    handles = [block.self_attn.register_forward_pre_hook(lose, with_kwargs=True, prepend=True) for block in lost]
+    first = 1 if where == "one attention" else 0
+    message = (
+        rf"the source did not reach {2 * len(lost)} of {2 * L} fusing layers \(first: model.layers.{first}.self_attn"
+    )
+    with pytest.raises(ValueError, match=message):
+        generated(model, inputs, source_pass="shared")
+    assert THREAD.rows is None and THREAD.forward is None
+    for handle in handles:
+        handle.remove()
+    both_ways(model, inputs)

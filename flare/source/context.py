@@ -29,6 +29,7 @@ class Slot:
         forward: the context of the model's forward, for the hook before the owner of its blocks.
         context: the context of the block that runs.
         pending: outputs that one projection has computed for its neighbours (flare.tuner.site).
+        running: whether a forward of the model runs.
         rows: (rows of the target, rows of both streams) in a decoding step that both share; None elsewhere.
     """
 
@@ -36,6 +37,7 @@ class Slot:
     forward: SourceContext | None = None
     context: SourceContext | None = None
     pending: Any = None
+    running: bool = False
     rows: tuple[int, int] | None = None
 
 

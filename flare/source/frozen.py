@@ -31,7 +31,7 @@ _INDIFFERENT = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.ModuleD
 
 
 class Switches:
-    """The modules of a model that are switched while it runs frozen; found once until modules are registered.
+    """The modules of a model that are switched while it runs frozen; found once until modules come or go.
 
     Args:
         model: the part of the transformers model that runs.
@@ -42,6 +42,7 @@ class Switches:
         self.registrations = registrations.count
         self.tuners: list[nn.Module] = []
         self.states: list[dict[str, Any]] = []
+        self.lists: list[tuple[nn.ModuleList, int]] = []
         self._passes = 0
         self._find(model)
 
@@ -61,9 +62,15 @@ class Switches:
                 waiting += [child for child in module._modules.values() if child is not None]
                 if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                     self.tuners.append(module)
+            if isinstance(module, nn.ModuleList):
+                self.lists.append((module, len(module)))
             # bitsandbytes linears repack their weights in eval mode
             if type(module) not in _INDIFFERENT and "training" in module.__dict__ and not is_bnb_linear(module):
                 self.states.append(module.__dict__)
+
+    def hold(self) -> bool:
+        """Whether the model still has the modules that were found."""
+        return self.registrations == registrations.count and all(len(blocks) == n for blocks, n in self.lists)
 
     @contextlib.contextmanager
     def off(self, *, dropout: bool) -> Iterator[None]:
@@ -100,6 +107,6 @@ class Switches:
 def switches_of(model: nn.Module) -> Switches:
     """Return what is off while a model runs frozen; it is kept with the model."""
     known: Switches | None = model.__dict__.get(_SWITCHES)
-    if known is None or known.registrations != registrations.count:
+    if known is None or not known.hold():
         known = model.__dict__[_SWITCHES] = Switches(model)
     return known

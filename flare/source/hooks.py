@@ -99,7 +99,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if slot.frozen_pass is not None:
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
-    slot.forward = slot.context = slot.pending = None
+    slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
     source = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
     source = {name: value for name, value in source.items() if value is not None}
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
@@ -193,7 +193,7 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
     if slot.frozen_pass is not None:
         return None
     context = slot.forward
-    slot.forward = slot.context = slot.pending = None
+    slot.running, slot.forward, slot.context, slot.pending = False, None, None, None
     if slot.rows is None:
         return None
     slot.rows = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from flare_kernels import fused_lora, reference
 from flare_kernels.fusion import EAGER_FUSIONS
@@ -78,6 +79,8 @@ class FlareLayer:
         def unmerge(self) -> None: ...
         def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None: ...
 
+        def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., m, d) -> (..., m, n): the frozen product plus every active adapter's share.
 
@@ -116,7 +119,8 @@ class FlareLayer:
         """The forward of this projection by itself: several adapters, hooks, or a fusion that mixes positions."""
         active = self.active_here()
         mixes = slot.context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
-        if x.dim() > 2 and not (mixes or args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
+        plain = not mixes and all(self._is_untouched(name) for name in active)
+        if x.dim() > 2 and plain and not (args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
             # flat rows: the linear's output then has memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
             return self._with_adapters(slot, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
@@ -144,6 +148,10 @@ class FlareLayer:
             )
         return rows
 
+    def _is_untouched(self, adapter: str) -> bool:
+        """Whether nobody hooks or patches the modules of an adapter."""
+        return all(map(is_untouched, (self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])))
+
     def source_of(self, adapter: str, context: SourceContext | None) -> tuple[str | None, Tensor | None, Tensor | None]:
         """Return (fusion, x_source (..., m, d), S (..., m, r)) in a context; all None where it is plain LoRA."""
         fusion = self.flare_fusion.get(adapter)
@@ -164,6 +172,8 @@ class FlareLayer:
     def _add_adapter(self, context: SourceContext | None, name: str, x: Tensor, result: Tensor, flat: bool) -> Tensor:
         lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         fusion, x_source, bottleneck = self.source_of(name, context)
+        if fusion not in EAGER_FUSIONS and not self._is_untouched(name):
+            return self._through_modules(name, fusion, x, x_source, bottleneck, result)
         if flat:
             x_source = None if x_source is None else x_source.flatten(0, -2)
             bottleneck = None if bottleneck is None else bottleneck.flatten(0, -2)
@@ -196,6 +206,21 @@ class FlareLayer:
         if lora_B.bias is not None:  # PEFT's lora_bias
             result = result + (self.scaling[name] * lora_B.bias).to(result.dtype)
         return result
+
+    def _through_modules(
+        self, name: str, fusion: str | None, x: Tensor, x_source: Tensor | None, S: Tensor | None, result: Tensor
+    ) -> Tensor:
+        """The adapter's share as PEFT computes it: what hooks and patches lora_A, lora_B or lora_dropout takes part."""
+        lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), self.lora_B[name]
+
+        def project(stream: Tensor) -> Tensor:
+            dropped = self.lora_dropout[name](self._cast_input_dtype(stream, lora_A.weight.dtype))
+            return cast(Tensor, lora_A(dropped))
+
+        H = project(x)
+        if fusion is not None:
+            H = reference.fuse(project(x_source) if S is None else S.to(H.dtype), H, fusion)  # type: ignore[arg-type]
+        return result + (self.scaling[name] * lora_B(H)).to(result.dtype)
 
     def add_cross_attention(self, adapter: str, heads: int, masked: bool) -> None:
         """Query, key and value for an adapter, unless it has them."""
@@ -345,6 +370,16 @@ def check_weights(path: str, x: Tensor, A: Tensor, B: Tensor) -> None:
     )
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in module.__dict__ and "_hf_hook" not in module.__dict__
+
+
 def weight_of(layer: FlareLayer, adapter: str) -> torch.nn.Parameter:
     """lora_A's weight (r, d) of an adapter."""
-    return cast(torch.nn.Parameter, layer.lora_A[adapter].weight)
+    A = layer.lora_A[adapter]
+    for hook in A._forward_pre_hooks.values() if A._forward_pre_hooks else ():
+        if isinstance(hook, BasePruningMethod):  # it makes the weight anew before each call
+            hook(A, ())
+    return cast(torch.nn.Parameter, A.weight)

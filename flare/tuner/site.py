@@ -10,7 +10,8 @@ notice. A site holds modules and never their tensors: hot-swapping writes ``.dat
 ``_version``, and ``functional_call`` exchanges parameters.
 
 A projection that somebody hooks or patches, that runs several adapters at once, or whose fusion mixes positions is
-computed by itself (flare.tuner.layer).
+computed by itself (flare.tuner.layer). So is one that is called outside of the model's forward, where adapters and
+weights may change between one projection and the next.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from flare_kernels import launch_mode
 from flare_kernels.function import add_adapters, apply, apply_with_products, call_of
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from .._compat import registrations
+from .._compat import in_backward, registrations, saved_tensors_are_packed
 from ..source.context import THREAD, Slot, SourceContext
-from .layer import SITE, FlareLayer, check_weights
+from .layer import SITE, FlareLayer, check_weights, is_untouched
 from .routing import KEY_NAMES, QUERY_NAMES, VALUE_NAMES, is_cross_attention
 
 _NAMES = QUERY_NAMES + KEY_NAMES + VALUE_NAMES
@@ -51,7 +52,7 @@ class SiblingLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., n)."""
         slot = THREAD
-        if slot.frozen_pass is None:
+        if slot.frozen_pass is None and SITE in self.__dict__:
             output = self.__dict__[SITE].output(self, input, slot)
             if output is not None:
                 return output  # type: ignore[no-any-return]
@@ -70,7 +71,7 @@ class _Member:
     def adapt(self, layer: FlareLayer, adapter: str) -> None:
         """Take the layer's one active adapter into the call."""
         self.adapter, self.path = adapter, layer.flare_key
-        self.scalings = layer.scaling
+        self.layer = layer
         self.lora_A = cast(nn.Linear, layer.lora_A[adapter])
         self.lora_B = cast(nn.Linear, layer.lora_B[adapter])
         dropout = layer.lora_dropout[adapter]
@@ -170,8 +171,9 @@ class Site:
                 if not pending.outputs:
                     slot.pending = None
                 return output
-            # another input than its neighbour's
-            self.separate, slot.pending = True, None
+            slot.pending = None  # another input than its neighbour's
+            if not saved_tensors_are_packed():  # a checkpoint's recompute must take the way that the forward took
+                self.separate = True
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
@@ -192,9 +194,11 @@ class Site:
         for module in modules:
             parts = _parts(module)
             watched += parts
-            if not all(map(_is_untouched, parts)):
+            if not all(map(is_untouched, parts)):
                 continue
             if isinstance(module, SiblingLinear):
+                if type(module) is not SiblingLinear:
+                    continue  # parametrised
                 members.append(_Member(module, module))
                 continue
             active = [] if module.disable_adapters or module.merged else module.active_here()
@@ -221,7 +225,7 @@ class Site:
         if plan is None or not plan.holds():
             plan = self.plan = self._make_plan()
         members, adapted = plan.members, plan.adapted
-        if self.separate and len(members) > 1:
+        if (self.separate or not (slot.running or in_backward())) and len(members) > 1:
             return None
         As: tuple[Tensor, ...] = ()
         Bs: tuple[Tensor, ...] = ()
@@ -255,7 +259,7 @@ class Site:
                 check_weights(member.path, x, A, B)
             As += (A,)
             Bs += (B,)
-            key += (rank, member.scalings[member.adapter])  # type: ignore[index]
+            key += (rank, member.layer.scaling[member.adapter])  # type: ignore[index]
         if not owned:
             adapts = isinstance(module, FlareLayer) and slot.rows is None
             return self._over_modules(plan, x, slot, p or 0.0, As, Bs) if adapts else None
@@ -328,7 +332,7 @@ class Site:
         dtype = ys[0].dtype if x.dtype == torch.float32 and ys[0].dtype in (torch.float16, torch.bfloat16) else x.dtype
         fused = x_source is not None or bool(Ss)
         adapters = [
-            (index, A.shape[0], float(member.scalings[cast(str, member.adapter)]), member.fusion if fused else None)
+            (index, A.shape[0], float(member.layer.scaling[member.adapter]), member.fusion if fused else None)  # type: ignore[index]
             for index, (member, A) in enumerate(zip(adapted, As, strict=True))
         ]
         outputs = apply("auto", dtype, adapters, p, x, x_source, Ss, ys, As, Bs, ())
@@ -352,12 +356,6 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     for name in module.active_here():
         parts += [module.lora_A[name], module.lora_B[name], module.lora_dropout[name]]
     return parts
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return not any(hooks) and "forward" not in module.__dict__ and "_hf_hook" not in module.__dict__
 
 
 def _fits(layer: FlareLayer, adapter: str) -> bool:
@@ -393,13 +391,14 @@ def make_sites(model: nn.Module) -> None:
 
 
 def _shared_input(path: str, parent: nn.Module) -> tuple[str, ...]:
-    """Return the children of an attention module that read one input; none where there are fewer than two."""
+    """Return the children of a module that read one input; none where there are fewer than two, or no adapter."""
     names = tuple(
         name
         for name, child in parent.named_children()
         if name in _NAMES and (isinstance(child, FlareLayer) or type(child) is nn.Linear)
     )
-    return () if len(names) < 2 or is_cross_attention(path, parent) else names
+    adapted = any(isinstance(child := parent._modules[name], FlareLayer) and child.lora_A for name in names)
+    return names if len(names) > 1 and adapted and not is_cross_attention(path, parent) else ()
 
 
 def remove_sites(model: nn.Module) -> None:
