@@ -1,9 +1,9 @@
 """What the host does in a training step: Python and C calls per block, and this project's files that run.
 
 On a CPU the kernels' path is taken with `flare_kernels.testing.launches_left_out`, which the caller enters: a step then
-makes the calls that it makes on a GPU, and its numbers mean nothing. The counts depend on the versions of Python, torch,
-transformers and PEFT, not on the machine. `sys.setprofile` sees calls of Python functions and of C functions from
-Python; attribute getters, operators and calls made from C are not counted.
+makes the calls that it makes on a GPU, and its numbers mean nothing. The counts depend on the versions of Python,
+torch, transformers and PEFT, not on the machine. `sys.setprofile` sees calls of Python functions and of C functions
+from Python; attribute getters, operators and calls made from C are not counted.
 
 ===============  =====================================================================================================
 frozen           forward of the base model, without gradients
@@ -18,6 +18,7 @@ flare-warm       "keep", the states of all rows in a SourceStateCache in host me
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -132,12 +133,15 @@ def watching_host() -> Iterator[HostCalls]:
         if event in ("call", "c_call"):
             seen.calls += 1
 
-    before = sys.getprofile()
+    before, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()  # a collection would add the calls of what it finalises
     sys.setprofile(note)
     try:
         yield seen
     finally:
         sys.setprofile(before)
+        if collecting:
+            gc.enable()
         paths = [Path(name) for name in files]
         own = [path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT)]
         seen.files = [name for name in own if name.split("/")[0] in ("flare", "flare_kernels")]
@@ -145,7 +149,7 @@ def watching_host() -> Iterator[HostCalls]:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """Calls of a step per block, and the kernels left out per block by name; of an encoder-decoder, per pair of blocks."""
+    """Calls of a step, and kernels left out by name, per block; of an encoder-decoder, per pair of blocks."""
 
     calls: float
     kernels: dict[str, float]

@@ -24,8 +24,8 @@ from flare_kernels.testing import launches_left_out
 ROOT = Path(__file__).resolve().parents[1]
 #: The versions at which the counts were settled; others make other calls around ours.
 NEWEST = {"torch": (2, 13), "transformers": (5, 23)}
-#: Launches of one block by kernel: (of stack_kernel, of each other). Query and value: A and B stacked, then one for each
-#: step of both. mT5: an encoder's and a decoder's self-attention, and its cross-attention's query and value apart.
+#: Launches of one block by kernel: (of stack_kernel, of each other). Query and value: A and B stacked, then one for
+#: each step of both. mT5: an encoder's and a decoder's self-attention, and its cross-attention's query and value apart.
 LAUNCHES = {"xlmr": (2, 1), "llama": (2, 1), "mt5": (4, 4)}
 OTHERS = ("shrink_kernel", "expand_kernel", "grad_bottleneck_kernel", "grad_weight_kernel")
 PRIMITIVES = ("flare_kernels/triton_ops/", "flare_kernels/torch_ops.py")
@@ -89,7 +89,7 @@ def test_the_counter_sees_python_and_c_calls_and_names_the_files(host: Any) -> N
 
 
 def files_of(host: Any, variant: str) -> list[str]:
-    """The files that run between the collator's batch and dA in a step after the warm-up, in order of the first call."""
+    """The files that run between the collator's batch and dA in a warm step, in the order of their first call."""
     with launches_left_out():
         step = host.steps_of(shape_of("xlmr"), torch.device("cpu"), (variant,))[variant].warm_up()
         with host.watching_host() as seen:
