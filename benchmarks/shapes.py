@@ -57,8 +57,8 @@ TINY_MT5 = ModelShape("mT5-like", "mt5", 128, 320, 2, 2, 2, 64, 256, stand_in=Tr
 
 # as small as a model can be, so that a CPU's step is the host's work
 HOST_XLMR = ModelShape("XLM-R-like, d = 64", "xlmr", 64, 64, 6, 2, 2, 32, 128, bias=True, stand_in=True)
-HOST_LLAMA = ModelShape("Llama-like, d = 64", "llama", 64, 64, 6, 2, 2, 32, 128, stand_in=True)
-HOST_MT5 = ModelShape("mT5-like, d = 64", "mt5", 64, 64, 6, 2, 2, 32, 128, stand_in=True)
+HOST_LLAMA = ModelShape("Llama-like, d = 64", "llama", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
+HOST_MT5 = ModelShape("mT5-like, d = 64", "mt5", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
 
 REAL = (LLAMA, XLMR, GEMMA2, MT5)
 TINY = (TINY_LLAMA, TINY_XLMR, TINY_GEMMA2, TINY_MT5)
