@@ -84,6 +84,8 @@ def measure(
         samples = timing.interleave(calls, device, queue_ahead=queue_ahead, how=how)
         for name, taken in samples.items():
             rows[name].update(status="timed", **taken.row())
+            if "peft" in samples:
+                rows[name]["over_peft"] = taken.over(samples["peft"])
             if "target_tokens" in rows[name]:
                 rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / taken.median
     return Measured(shape.case, rows, samples)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import plot
 import pytest
 import results
 import shapes
@@ -124,6 +125,14 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
         benchmark.pedantic(lambda: None, rounds=len(durations), iterations=1, warmup_rounds=0)
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what pytest-benchmark's table has no columns for: calls and ratios of the host's question."""
+    rows = [row for row in _recorder.cases if row["question"] == "host"]
+    if rows:
+        terminalreporter.section("host time")
+        terminalreporter.write_line(plot.section("host", rows))
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

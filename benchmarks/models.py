@@ -146,6 +146,13 @@ def refusal(precision: str) -> str | None:
     return None
 
 
+def lora_config(family: str, r: int, dropout: float = 0.0) -> peft.LoraConfig:
+    """LoRA on query and value."""
+    return peft.LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=_TARGETS[family], task_type=_TASKS[family]
+    )
+
+
 def batch_of(shape: StepShape, device: torch.device) -> Batch:
     """Full rows, so that every method reads the same tokens. Labels: a class; the text itself; 1/4 as many tokens."""
     size, words = (shape.B, shape.m), shape.model.vocabulary
@@ -184,22 +191,21 @@ class Models:
 
     def with_offset(self, offset: int) -> Any:
         """One more FLARE over the same weights, with another source_layer_offset."""
-        return flare.fast_lora(_same_weights(self.stock), fusion=FUSION, source_layer_offset=offset)
+        return flare.fast_lora(same_weights(self.stock), fusion=FUSION, source_layer_offset=offset)
 
     @classmethod
     def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
         """LoRA on query and value, adapters in the model's dtype, B not zero."""
-        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=_TARGETS[family], task_type=_TASKS[family])
-        stock = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+        stock = peft.get_peft_model(base, lora_config(family, r), autocast_adapter_dtype=False)
         for name, parameter in stock.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.02)
-        eager, plain = _same_weights(stock), _same_weights(stock)
+        eager, plain = same_weights(stock), same_weights(stock)
         eager.get_base_model().set_attn_implementation("eager")
         lora = flare.fast_lora(plain, fusion=None)
-        copies = {row: _same_weights(stock) for row in MEMORY}
+        copies = {row: same_weights(stock) for row in MEMORY}
         ours = {row: flare.fast_lora(copies[row], fusion=FUSION, source_memory=MEMORY[row]) for row in MEMORY}
         for model in (stock, eager, lora, *ours.values()):
             model.train()
@@ -314,7 +320,7 @@ def _eager_forward(layer: Any, state: Tensor) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _same_weights(model: nn.Module) -> Any:
+def same_weights(model: nn.Module) -> Any:
     """A copy of the modules that shares every parameter and buffer."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)

@@ -94,7 +94,7 @@ def table(run: dict[str, Any], rows: list[Row]) -> str:
     for question, title in _TITLES.items():
         own = [row for row in rows if row["question"] == question]
         if own:
-            parts += [f"## {title}", f"{own[0]['conditions']}.", _section(question, own)]
+            parts += [f"## {title}", f"{own[0]['conditions']}.", section(question, own)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -103,6 +103,7 @@ _TITLES = {
     "kernels": "Kernels against their floors",
     "block": "One transformer block",
     "step": "A training step",
+    "host": "What the host does in a step",
     "decode": "Adapters while decoding",
     "generate": "generate",
     "scaling": "How cost grows",
@@ -115,10 +116,10 @@ def _speed(row: Row, rows: list[Row]) -> str:
     return "-" if own is None else f"{row['median_s'] / own['median_s']:.2f}"
 
 
-def _over_lora(row: Row, rows: list[Row], number: Callable[[Row], float | None]) -> str:
-    """A number over that of plain LoRA's row of the same case."""
-    plain = next((r for r in rows if (r["case"], r["variant"]) == (row["case"], "lora")), None)
-    own, theirs = number(row), None if plain is None else number(plain)
+def _over(row: Row, rows: list[Row], variant: str, number: Callable[[Row], float | None]) -> str:
+    """A number over that of another variant's row of the same case."""
+    other = next((r for r in rows if (r["case"], r["variant"]) == (row["case"], variant)), None)
+    own, theirs = number(row), None if other is None else number(other)
     return f"{own / theirs:.2f}" if own and theirs else "-"
 
 
@@ -153,10 +154,19 @@ _COLUMNS: dict[str, list[tuple[str, Callable[[Row, list[Row]], str]]]] = {
         ("launches", lambda row, rows: _count(row, "launches")),
     ],
     "theory": [
-        ("× LoRA", lambda row, rows: _over_lora(row, rows, lambda r: r.get("median_s"))),
+        ("× LoRA", lambda row, rows: _over(row, rows, "lora", lambda r: r.get("median_s"))),
         ("theory", _theory),
-        ("peak × LoRA", lambda row, rows: _over_lora(row, rows, lambda r: _counter(r, "peak_bytes"))),
+        ("peak × LoRA", lambda row, rows: _over(row, rows, "lora", lambda r: _counter(r, "peak_bytes"))),
     ],
+    "host": [
+        ("median", lambda row, rows: seconds(row["median_s"])),
+        ("× PEFT", lambda row, rows: f"{row['over_peft']:.2f}" if "over_peft" in row else "-"),
+        ("calls/block", lambda row, rows: _count(row, "calls_per_block")),
+        ("× PEFT", lambda row, rows: _over(row, rows, "peft", lambda r: _counter(r, "calls_per_block"))),
+        ("kernels/block", lambda row, rows: _count(row, "kernels_per_block")),
+        ("launches", lambda row, rows: _count(row, "launches")),
+    ],
+    "busy": [("wall / device-busy", lambda row, rows: _wall_over_busy(row))],
     "tokens": [("tokens/s", lambda row, rows: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-")],
     "blocks": [
         ("depth", lambda row, rows: str(row.get("depth", "-"))),
@@ -171,7 +181,8 @@ _KINDS = {
     "projection": ("time", "memory", "work"),
     "kernels": ("time", "floor"),
     "block": ("time", "saved", "work", "blocks"),
-    "step": ("time", "theory", "tokens", "saved", "work", "blocks"),
+    "step": ("time", "theory", "tokens", "saved", "work", "blocks", "busy"),
+    "host": ("host", "busy"),
     "scaling": ("time", "theory", "tokens", "saved", "work", "blocks"),
     "decode": ("time", "floor"),
     "generate": ("time", "tokens"),
@@ -183,6 +194,11 @@ def _counter(row: Row, name: str) -> float | None:
     return value
 
 
+def _wall_over_busy(row: Row) -> str:
+    busy = _counter(row, "device_busy_s")
+    return "-" if busy is None else f"{row['wall_median_s'] / busy:.2f}"
+
+
 def _count(row: Row, name: str) -> str:
     value = _counter(row, name)
     return "-" if value is None else f"{value:.0f}"
@@ -192,7 +208,8 @@ def _giga(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e9:.3g}"
 
 
-def _section(question: str, rows: list[Row]) -> str:
+def section(question: str, rows: list[Row]) -> str:
+    """The rows of one question as a Markdown table."""
     columns = [column for kind in _KINDS[question] for column in _COLUMNS[kind]]
     lines = [
         "| case | row | " + " | ".join(name for name, _ in columns) + " |",
@@ -382,7 +399,8 @@ def timed_model(rows: list[Row], llama: bool) -> str:
 
 def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     """Source pass, forward, backward and optimizer of each method's step, stacked."""
-    timed = [r for r in rows if r["question"] == "step" and r["status"] == "timed" and r["headline"]]
+    timed = [r for r in rows if r["question"] == "step" and r["headline"] and "parts_s" in r.get("counters", {})]
+    timed = [r for r in timed if r["status"] == "timed"]
     models = list(dict.fromkeys(r["model"] for r in timed))
     if not models:
         return False

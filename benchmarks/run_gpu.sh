@@ -61,16 +61,21 @@ fi
 
 LOG="$RESULTS/log.txt"
 : > "$LOG"
+# what only a GPU can show comes first: whole models, captured steps, the caches' streams (without a GPU all are skipped)
+step 110 "gpu tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 -m gpu tests/test_models_on_cuda.py \
+  tests/kernels/test_cuda.py tests/test_graphed_step*.py tests/test_source_cache_warm.py
 if [ -n "$DRY" ]; then
   step 60 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_measure.py -k peak
   bench 120 "summary" results.json benchmarks/test_projection.py benchmarks/test_training_step.py \
     -k "xlmr-qv or step/xlmr"
-  bench 60 "more" more.json benchmarks/test_generation.py -k decode/xlmr/M1-
+  bench 90 "more" more.json benchmarks/test_generation.py benchmarks/test_host_time.py \
+    -k "decode/xlmr/M1- or host/xlmr/plain"
 else
-  step 140 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 tests/kernels tests/test_models_on_cuda.py \
+  step 70 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 -m "not gpu" tests/kernels \
     tests/test_fast_lora.py tests/test_source_pass.py tests/test_goldens.py --deselect tests/kernels/test_aot.py
-  bench 230 "summary" results.json benchmarks/test_projection.py benchmarks/test_training_step.py
-  bench 110 "more" more.json benchmarks/test_generation.py benchmarks/test_kernels.py benchmarks/test_block.py
+  bench 200 "summary" results.json benchmarks/test_training_step.py benchmarks/test_projection.py
+  bench 110 "more" more.json benchmarks/test_host_time.py benchmarks/test_generation.py benchmarks/test_kernels.py \
+    benchmarks/test_block.py
 fi
 MEASURED=()
 for file in results.json more.json; do [ -f "$RESULTS/$file" ] && MEASURED+=("$RESULTS/$file"); done

@@ -14,6 +14,7 @@ import torch
 
 GRIDS = ("tiny", "main", "full")
 PRIMITIVES = ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input")
+HOST_SETTINGS = ("plain", "dropout", "checkpointing")
 PRECISIONS = ("plain", "nf4")  # of the frozen weights: the dtype in the row, or bitsandbytes' 4 bits
 
 
@@ -53,6 +54,11 @@ TINY_LLAMA = ModelShape("Llama-like", "llama", 256, 896, 2, 4, 1, 64, 256, stand
 TINY_XLMR = ModelShape("XLM-R-like", "xlmr", 128, 512, 2, 2, 2, 64, 256, bias=True, stand_in=True)
 TINY_GEMMA2 = ModelShape("Gemma-2-like", "gemma2", 128, 512, 2, 2, 1, 64, 256, stand_in=True)
 TINY_MT5 = ModelShape("mT5-like", "mt5", 128, 320, 2, 2, 2, 64, 256, stand_in=True)
+
+# as small as a model can be, so that a CPU's step is the host's work
+HOST_XLMR = ModelShape("XLM-R-like, d = 64", "xlmr", 64, 64, 6, 2, 2, 32, 128, bias=True, stand_in=True)
+HOST_LLAMA = ModelShape("Llama-like, d = 64", "llama", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
+HOST_MT5 = ModelShape("mT5-like, d = 64", "mt5", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
 
 REAL = (LLAMA, XLMR, GEMMA2, MT5)
 TINY = (TINY_LLAMA, TINY_XLMR, TINY_GEMMA2, TINY_MT5)
@@ -146,6 +152,35 @@ class StepShape:
 
 
 @dataclass(frozen=True)
+class HostShape:
+    """B rows of m tokens through ``depth`` blocks, to see what the host does in a step.
+
+    ``setting``: "plain", "dropout" (lora_dropout 0.1) or "checkpointing" (every block, use_reentrant=False).
+    """
+
+    model: ModelShape
+    B: int
+    m: int
+    r: int
+    depth: int
+    setting: str = "plain"
+
+    question = "host"
+
+    @property
+    def case(self) -> str:
+        return f"host/{self.model.family}/{self.setting}/B{self.B}-m{self.m}-r{self.r}-L{self.depth}"
+
+    @property
+    def headline(self) -> bool:
+        return self.setting == "plain"
+
+    @property
+    def estimate_s(self) -> float:
+        return 30.0
+
+
+@dataclass(frozen=True)
 class DecodeShape:
     """The adapters of one block on M new tokens, the source's bottleneck known."""
 
@@ -194,7 +229,7 @@ class GenerateShape:
         return 20.0 + 0.004 * self.new * self.depth * 10
 
 
-Shape = KernelShape | ProjectionShape | StepShape | DecodeShape | GenerateShape
+Shape = KernelShape | ProjectionShape | StepShape | HostShape | DecodeShape | GenerateShape
 
 
 def grid() -> str:
@@ -263,6 +298,17 @@ def steps(which: str) -> list[StepShape]:
         for m in (128, 512)
         for precision in PRECISIONS
     ]
+
+
+def host(which: str) -> list[HostShape]:
+    """Training steps for the host's share; on a CPU more than 64 rows, or the form for decoding would run."""
+    if which == "tiny":
+        models = (HOST_XLMR, HOST_LLAMA, HOST_MT5)
+        return [HostShape(model, 2, 64, 8, model.layers, setting) for model in models for setting in HOST_SETTINGS]
+    if which == "main":
+        return [HostShape(XLMR, 16, 512, 64, XLMR.layers, setting) for setting in ("plain", "dropout")]
+    depths = ((XLMR, XLMR.layers), (LLAMA, 8), (MT5, 8))
+    return [HostShape(model, 16, 512, 64, depth, setting) for model, depth in depths for setting in HOST_SETTINGS]
 
 
 def scaling(which: str) -> list[StepShape]:

@@ -8,8 +8,10 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
+import fast_steps
 import torch
 from cases import Variant, Variants
+from fast_steps import FastSteps
 from gate import WrongResult
 from models import (
     EXECUTIONS,
@@ -25,7 +27,7 @@ from models import (
     refusal,
 )
 from shapes import StepShape
-from timing import Effort, device_launches, wall_seconds
+from timing import Effort, device_work, wall_seconds
 from torch import Tensor
 
 import flare_kernels
@@ -65,11 +67,16 @@ def depth_that_fits(shape: StepShape, device: torch.device) -> int:
     return max(1, min(shape.depth or model.layers, fits))
 
 
+def methods_of(shape: StepShape) -> tuple[str, ...]:
+    """The rows of a case."""
+    return (*METHODS, *fast_steps.methods_of(shape.question))
+
+
 def build(shape: StepShape, device: torch.device) -> Variants:
     """Every method on one set of weights; where memory does not suffice, at half the depth."""
     reason = refusal(shape.precision)
     if reason is not None:
-        return dict.fromkeys(METHODS, reason)
+        return dict.fromkeys(methods_of(shape), reason)
     depth = depth_that_fits(shape, device)
     while True:
         try:
@@ -96,14 +103,31 @@ def _build(shape: StepShape, depth: int, device: torch.device) -> Variants:
     models = Models.of(base, shape.model.family, shape.r, dtype)
     batch = batch_of(shape, device)
     optimizer = torch.optim.AdamW(models.trained, lr=1e-5)
-    truth = _Truth(models, shape, device)
+    fast = FastSteps(models)
+    truth = _Truth(models, fast, shape, device)
     variants: dict[str, Variant | str] = {}
     for method in METHODS:
         reason = models.refusal(method)
         variants[method] = reason or _variant(method, models, shape, depth, batch, optimizer, truth)
         if reason is None and device.type == "cuda":  # the memory's worst: where it is too much, all methods get less
             _step(method, models, batch, optimizer, block_only)
+    for method in fast_steps.methods_of(shape.question):
+        facts = _facts(fast_steps.eager_form(method), models, shape, depth, device)
+        reason = fast_steps.refusal(method, shape.question, device)
+        last = None if block_only else optimizer
+        variants[method] = reason or fast_steps.variant(fast, method, batch, truth.require, last, facts)
     return variants
+
+
+def _facts(method: str, models: Models, shape: StepShape, depth: int, device: torch.device) -> dict[str, Any]:
+    return {
+        "theory_units": UNITS.get(method, 3),
+        "depth": depth,
+        "whole_model": depth == shape.model.layers,
+        "target_tokens": shape.B * shape.m,
+        "dtype": str(dtype_of(device)).removeprefix("torch."),
+        "attention": models.of_method(method).get_base_model().config._attn_implementation,
+    }
 
 
 def _step(method: str, models: Models, batch: dict[str, Tensor], optimizer: Any, block_only: bool) -> None:
@@ -154,7 +178,10 @@ def _variant(
         }
         with count_ops() as launched, count_flops() as flops:
             call()
-        found["launches"] = device_launches(call, device) or launched.total
+        work = device_work(call, device)
+        found["launches"] = launched.total if work is None else work.launches
+        if work is not None:
+            found["device_busy_s"] = work.busy_s
         # what runs inside a Triton kernel, or in bitsandbytes, is not seen
         if shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
             found["flops"] = flops.total
@@ -163,15 +190,7 @@ def _variant(
         found["parts_s"] = _parts(method, models, batch, optimizer, block_only)
         return found
 
-    facts = {
-        "theory_units": UNITS.get(method, 3),
-        "depth": depth,
-        "whole_model": depth == shape.model.layers,
-        "target_tokens": shape.B * shape.m,
-        "dtype": str(dtype_of(device)).removeprefix("torch."),
-        "attention": models.of_method(method).get_base_model().config._attn_implementation,
-    }
-    return Variant(call, check, count, facts)
+    return Variant(call, check, count, _facts(method, models, shape, depth, device))
 
 
 def _parts(method: str, models: Models, batch: dict[str, Tensor], optimizer: Any, block_only: bool) -> dict[str, float]:
@@ -203,8 +222,8 @@ def _parts(method: str, models: Models, batch: dict[str, Tensor], optimizer: Any
 class _Truth:
     """Adapter gradients of a method in float64, or, where that does not fit, in another form of the same numbers."""
 
-    def __init__(self, models: Models, shape: StepShape, device: torch.device) -> None:
-        self.models = models
+    def __init__(self, models: Models, fast: FastSteps, shape: StepShape, device: torch.device) -> None:
+        self.models, self.fast = models, fast
         self.dtype = dtype_of(device)
         self.batch = batch_of(replace(shape, B=min(shape.B, 2)), device)
         self.exact = shape.precision != "nf4" and self._fits(device)
@@ -217,7 +236,11 @@ class _Truth:
 
     def require(self, method: str) -> None:
         """Raises WrongResult where a method's gradients are further from the truth than twice PEFT's eager ones."""
-        own = _flat(gradients(self.models, self.models.loss(method, self.batch)))
+        if method in fast_steps.CAPTURED or method in fast_steps.COMPILED:
+            own = _flat(self.fast.collected(method, self.batch))
+            method = fast_steps.eager_form(method)
+        else:
+            own = _flat(gradients(self.models, self.models.loss(method, self.batch)))
         peer = _flat(gradients(self.models, _plain_loss(method, self.models, self.batch)))
         if self.exact:
             wide = copy.copy(self.models)

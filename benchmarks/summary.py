@@ -78,6 +78,14 @@ def _counter(question: str, name: str, ours: str, theirs: str) -> Callable[[Rows
     return number
 
 
+def _wall_over_busy(variant: str) -> Callable[[Rows, str], float]:
+    def number(rows: Rows, family: str) -> float:
+        row = _row(rows, family, "step", variant)
+        return float(row["wall_median_s"] / row["counters"]["device_busy_s"])
+
+    return number
+
+
 KEYS = (
     Key(
         "adapter_over_floor",
@@ -181,6 +189,20 @@ BESIDE = (
         _counter("step", "peak_bytes", "flare-recompute", "lora"),
         "<=",
         (1.1, 1.1),
+    ),
+    Key(
+        "captured_wall_vs_busy",
+        "a captured step, source states kept: wall time over the time in which the device is busy",
+        _wall_over_busy("flare-captured"),
+        "<=",
+        (1.15, 1.15),
+    ),
+    Key(
+        "step_vs_eager_sdpa",
+        "a whole eager step, source states kept, over FLARE on PEFT's layers with fused attention",
+        _over("step", "flare", "eager-sdpa"),
+        "<=",
+        (1.0, 1.0),
     ),
     Key("offload_step_vs_lora", "the same, states in host memory", _over("step", "flare-offload", "lora")),
     Key("adapter_alone_over_floor", "the adapters' node alone, measured directly, over its own floor", _adapter_alone),

@@ -27,6 +27,7 @@ def all_cases(which: str) -> list[shapes.Shape]:
         *shapes.projections(which),
         *shapes.blocks(which),
         *shapes.steps(which),
+        *shapes.host(which),
         *shapes.decoding(which),
         *shapes.generation(which),
         *shapes.scaling(which),

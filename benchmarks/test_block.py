@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import shapes
+from fast_steps import methods_of
 from models import METHODS
 from steps import build, effort
 
@@ -19,7 +20,7 @@ CONDITIONS = (
 )
 
 
-@pytest.mark.parametrize("variant", METHODS)
+@pytest.mark.parametrize("variant", (*METHODS, *methods_of("block")))
 @pytest.mark.parametrize("shape", shapes.blocks(shapes.grid()), ids=lambda s: s.case)
 def test_block(compare: Any, shape: shapes.StepShape, variant: str, device: Any) -> None:
     compare(shape, variant, lambda: build(shape, device), CONDITIONS, queue_ahead=False, how=effort(device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,10 @@ class Samples:
     def median(self) -> float:
         """Median seconds by the device's clock."""
         return statistics.median(self.device_s)
+
+    def over(self, other: Samples) -> float:
+        """Median, over the rounds, of these seconds over another variant's in the same round."""
+        return statistics.median(own / its for own, its in zip(self.device_s, other.device_s, strict=True))
 
     def row(self) -> dict[str, Any]:
         """What is kept of them: medians, quartiles, rounds."""
@@ -232,8 +236,16 @@ def _copy_seconds(numbers: int, device: torch.device, how: Effort) -> tuple[int,
     return 2 * bytes_of(source), interleave({"copy": lambda: target.copy_(source)}, device, how=how)["copy"].median
 
 
-def device_launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels that the device runs in one call, as its profiler sees them; None on a CPU (see `count_ops`)."""
+@dataclass(frozen=True)
+class DeviceWork:
+    """Kernels and copies of one call, and the seconds in which at least one of them ran."""
+
+    launches: int
+    busy_s: float
+
+
+def device_work(call: Callable[[], object], device: torch.device) -> DeviceWork | None:
+    """What the device does in one call, as its profiler sees it; None on a CPU."""
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
@@ -244,4 +256,20 @@ def device_launches(call: Callable[[], object], device: torch.device) -> int | N
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize(device)
-    return sum(1 for event in seen.events() if event.device_type == DeviceType.CUDA)
+    ran = [event.time_range for event in seen.events() if event.device_type == DeviceType.CUDA]
+    return DeviceWork(len(ran), covered([(each.start, each.end) for each in ran]) / 1e6)
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals: what ran beside each other counts once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def device_launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """Kernels that the device runs in one call, as its profiler sees them; None on a CPU (see `count_ops`)."""
+    work = device_work(call, device)
+    return None if work is None else work.launches

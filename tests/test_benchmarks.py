@@ -356,6 +356,10 @@ def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     dry = {"FLARE_BENCH_DRY": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
     done = run("bash", "benchmarks/run_gpu.sh", **dry)
     assert done.returncode == 0, done.stdout + done.stderr
+    log = (tmp_path / "log.txt").read_text()
+    steps = [line.split(" (")[0] for line in log.splitlines() if line.startswith("== ")]
+    assert steps[0] == "== gpu tests", "what only a GPU can show comes first"
+    assert "host/xlmr/plain" in log, "calls per block are printed"
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"log.txt", "results.json", "more.json", "summary.json", "table.md", "parts.png"}
     assert len(names) <= 8 and all(path.is_file() for path in tmp_path.iterdir())
@@ -363,6 +367,22 @@ def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     missing = [name for name in KEYS if summary[name]["xlmr"] is None]
     assert not missing, f"no number for {missing}"
     assert summary["beside"]["decode_launches"]["xlmr"] > 0
+    rows = module("results").load(tmp_path / "more.json")["cases"]
+    host = {row["variant"]: row for row in rows if row["question"] == "host"}
+    for row in host.values():
+        assert row["counters"]["calls_per_block"] > 0 and row["over_peft"] > 0
+    assert set(host) == set(module("host_calls").VARIANTS)
+
+
+def test_time_over_another_variant_is_taken_round_by_round() -> None:
+    samples = module("timing").Samples
+    fast, slow = samples((1.0, 2.0, 9.0), (0.0,) * 3, "a clock"), samples((2.0, 4.0, 9.0), (0.0,) * 3, "a clock")
+    assert slow.over(fast) == 2.0
+
+
+def test_the_device_is_busy_once_where_two_kernels_run_beside_each_other() -> None:
+    covered = module("timing").covered
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75)]) == 4.0 and covered([]) == 0.0
 
 
 @pytest.mark.slow

@@ -34,7 +34,13 @@ from flare.source_cache import cache as cache_module
 from flare.source_cache import reader as reader_module
 from flare.source_cache import shards as shards_module
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+def needs_cuda(test: Any) -> Any:
+    """Mark a test for CUDA devices only."""
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(absent(test))
+
+
 SOURCE = ("source_input_ids", "source_attention_mask", "source_labels")
 
 

@@ -1,0 +1,97 @@
+"""What does the host do in a training step, and does the device wait for it?
+
+On a CPU: Python and C calls per block (host_calls.py) and milliseconds of forward and backward, both beside PEFT's in
+the same run, on the kernels' path with the launches left out; models of width 64, so that nearly all of a step is the
+host's work. mT5's block is an encoder's and a decoder's. On a GPU: wall time over the time in which the device is busy,
+and launches, of models of real width. "frozen" is a forward pass, the others are forward and backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import shapes
+import torch
+from cases import Variant, Variants
+from gate import WrongResult
+from host_calls import VARIANTS, HostStep, per_block, steps_of
+from models import quiet
+from timing import Effort, device_work
+
+from flare_kernels.testing import launches_left_out
+
+CONDITIONS = (
+    "forward + backward, LoRA on query and value, random weights, full rows; on a CPU launches left out, width 64; "
+    "dropout: lora_dropout 0.1; checkpointing: every block, use_reentrant=False; time over PEFT's is the median of the "
+    "rounds' ratios"
+)
+_OURS = ("lora", "flare", "flare-recompute", "flare-warm")
+
+
+def effort(device: torch.device) -> Effort:
+    """A few rounds: every step of a round is compared with PEFT's of the same round."""
+    return Effort(5.0, 5, 20, 2) if device.type == "cuda" else Effort(0.5, 5, 15, 1)
+
+
+@pytest.fixture
+def left_out(device: torch.device) -> Iterator[list[str] | None]:
+    """The names of the kernels that a CPU leaves out; None on a GPU, which runs them, and where there is no Triton."""
+    with contextlib.ExitStack() as stack:
+        possible = device.type != "cuda" and importlib.util.find_spec("triton") is not None
+        yield stack.enter_context(launches_left_out()) if possible else None
+
+
+def build(shape: shapes.HostShape, device: torch.device, left_out: list[str] | None) -> Variants:
+    """Every variant on one set of weights."""
+    if device.type != "cuda" and left_out is None:
+        return dict.fromkeys(VARIANTS, "Triton is not installed, so the kernels' path cannot be taken on a CPU")
+    with quiet():
+        steps = steps_of(shape, device)
+    return {name: _variant(name, step, shape, device, left_out) for name, step in steps.items()}
+
+
+def _variant(
+    name: str, step: HostStep, shape: shapes.HostShape, device: torch.device, left_out: list[str] | None
+) -> Variant:
+    def call() -> None:
+        with quiet():
+            step.run()
+        step.clear()
+
+    def check() -> None:
+        before = 0 if left_out is None else len(left_out)
+        with quiet():
+            step.run()
+        if left_out is not None:
+            ran = left_out[before:].count("grad_weight_kernel")
+            if (ran >= shape.depth) != (name in _OURS):
+                raise WrongResult(f"{ran} launches of grad_weight_kernel in {shape.depth} blocks")
+        elif step.graded:
+            norms = {n: float(p.grad.norm()) for n, p in step.model.named_parameters() if p.grad is not None}
+            if not norms or not all(map(math.isfinite, norms.values())):
+                raise WrongResult("the step left no gradients, or some that are not finite")
+        step.clear()
+
+    def count() -> dict[str, Any]:
+        with quiet():
+            if left_out is not None:
+                found = per_block(name, shape, left_out, step)
+                return {"calls_per_block": found.calls, "kernels_per_block": sum(found.kernels.values())}
+            work = device_work(call, device)
+            assert work is not None
+            return {"launches": work.launches, "device_busy_s": work.busy_s}
+
+    return Variant(call, check, count, {"depth": shape.depth})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", shapes.host(shapes.grid()), ids=lambda s: s.case)
+def test_host_time(
+    compare: Any, shape: shapes.HostShape, variant: str, device: Any, left_out: list[str] | None
+) -> None:
+    compare(shape, variant, lambda: build(shape, device, left_out), CONDITIONS, queue_ahead=False, how=effort(device))
