@@ -256,7 +256,6 @@ def test_a_captured_step_is_the_eager_one(kind: str, dtype: torch.dtype | None, 
     as_repeatable(got, *eager)
 
 
-@pytest.mark.skipif(not hasattr(flare.SourceStateCache, "lookup"), reason="the cache has no lookup")
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_a_captured_step_reads_a_warm_cache(tier: str, cuda: torch.device) -> None:
     batches = [batch_of("bert", seed=seed) for seed in range(3)]
@@ -393,8 +392,6 @@ def test_attention_runs_its_eager_kernels_in_a_replay(
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_trainer_with_captured_steps(options: dict[str, Any], cached: bool, tmp_path: Path) -> None:
     """Accumulation, clipping, and batches of one shape but for the last of an epoch."""
-    if cached and not hasattr(flare.SourceStateCache, "lookup"):
-        pytest.skip("the cache has no lookup")
     losses = []
     for graphed in (False, True):
         trainer = flare.FlareTrainer(

@@ -346,9 +346,7 @@ class GraphedStep:
 
 def cached_states(cache: SourceStateCache, model: nn.Module, inputs: Mapping[str, Any]) -> SourceStates | None:
     """The states of a batch's source text on the model's device, or None where a row has to be computed."""
-    lookup: Any = cache.lookup  # type: ignore[attr-defined]
-    states: SourceStates | None = lookup(model, *(inputs.get(name) for name in _SOURCE_TEXT))
-    return states
+    return cache.lookup(model, inputs)
 
 
 def _release(shape: _Shape) -> None:
