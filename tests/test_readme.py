@@ -37,10 +37,8 @@ def test_it_is_as_short_as_promised() -> None:
 
 def test_the_script_runs_and_its_source_reaches_the_weights(tmp_path, monkeypatch) -> None:
     passes = []
-    forward = source_pass.SourcePass.forward
-    monkeypatch.setattr(
-        source_pass.SourcePass, "forward", staticmethod(lambda ctx, *a: (passes.append(1), forward(ctx, *a))[1])
-    )
+    begin = source_pass.FrozenPass.__init__
+    monkeypatch.setattr(source_pass.FrozenPass, "__init__", lambda self, *a: passes.append(1) or begin(self, *a))
     weights = trained(tmp_path / "as printed", monkeypatch, script())
     assert len(passes) == 12, "one source pass in each of the 12 steps"
     # the same script with every source replaced by one token ends elsewhere
