@@ -55,8 +55,8 @@ class Reading:
 
     def _state(self) -> tuple[list[Any], list[int], list[int]]:
         return (
-            [*map(_SWITCHES, self.layers)],
-            [*map(len, map(_MERGED, self.layers))],
+            [(layer._active_adapter, layer._disable_adapters) for layer in self.layers],
+            [len(layer.merged_adapters) for layer in self.layers],
             [config.source_layer_offset for config in self.configs.values()],
         )
 
@@ -115,6 +115,8 @@ class Runtime:
 
     def reading(self) -> Reading:
         """What the active adapters read now; nothing where adapters are off or merged."""
+        if torch.compiler.is_compiling():  # a graph guards on what this is worked out from
+            return Reading(self.layers, self.map, self.configs)
         reading = self._reading
         if reading is None or not reading.holds():
             reading = self._reading = Reading(self.layers, self.map, self.configs)
@@ -143,7 +145,7 @@ def runtime_of(model: nn.Module) -> Runtime | None:
 
 def graded(weights: Sequence[Tensor]) -> bool:
     """Whether a source pass over these A will be differentiated."""
-    return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, weights))
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,16 +73,29 @@ class _Member:
         self.fusion = layer.flare_fusion.get(adapter)
 
 
-class _Plan:
-    """What of a site stays the same from call to call, and what it was worked out from.
+class _Joint:
+    """The projections of a site that are computed together.
 
-    members: the projections that are computed together; adapted: those with an adapter, in stacking order: those that
-    fuse first, those of one phi next to each other.
+    adapted: those with an adapter, in stacking order: those that fuse first, those of one phi next to each other.
     """
 
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
+        self.layers, self.watched, self.members = layers, watched, members
+        for index, member in enumerate(members):
+            member.index = index
+        adapted = [member for member in members if member.adapter is not None]
+        self.adapted = sorted(adapted, key=lambda member: (member.fusion is None, member.fusion or ""))
+        self.plain = all(member.plain for member in members)
+        self.fuses = any(member.fusion is not None for member in self.adapted)
+        self.paths = tuple(member.path for member in self.adapted)
+
+
+class _Plan(_Joint):
+    """What of a site stays the same from call to call, and what it was worked out from."""
+
+    def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
+        super().__init__(layers, watched, members)
         self.registrations = registrations.count
-        self.layers = layers
         self.switches = [*map(_SWITCHES, layers)]
         self.merged = [*map(len, map(_MERGED, layers))]
         self.dicts = [module.__dict__ for module in watched]
@@ -98,16 +111,6 @@ class _Plan:
             )
         ]
         self.hooks = [*map(len, self.hook_dicts)]
-        self.members = members
-        for index, member in enumerate(members):
-            member.index = index
-        self.adapted = sorted(
-            (member for member in members if member.adapter is not None),
-            key=lambda member: (member.fusion is None, member.fusion or ""),
-        )
-        self.plain = all(member.plain for member in members)
-        self.fuses = any(member.fusion is not None for member in self.adapted)
-        self.paths = tuple(member.path for member in self.adapted)
         self.calls: dict[tuple[Any, ...], Any] = {}
 
     def holds(self) -> bool:
@@ -121,15 +124,21 @@ class _Plan:
         )
 
 
+_JointOrPlan = TypeVar("_JointOrPlan", bound=_Joint)
+
+
 class _Pending:
     """Outputs (..., m, n) that wait for the projections they belong to, and the input they are of."""
 
     def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
         self.site, self.x, self.outputs = site, x, outputs
+        self.version: int | None = None
+        if torch.compiler.is_compiling():  # a graph has no versions
+            return
         try:
-            self.version: int | None = x._version  # how often x was written to in place
+            self.version = x._version  # how often x was written to in place
         except RuntimeError:  # inference tensors do not count
-            self.version = None
+            pass
 
 
 class Site:
@@ -178,7 +187,8 @@ class Site:
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
-    def _make_plan(self) -> _Plan:
+    def _find(self, kind: type[_JointOrPlan]) -> _JointOrPlan:
+        """Return the projections that can be computed together now."""
         children = {name: self.parent._modules.get(name) for name in self.names}
         modules = [child for child in children.values() if isinstance(child, FlareLayer | SiblingLinear)]
         layers = [module for module in modules if isinstance(module, FlareLayer)]
@@ -204,17 +214,17 @@ class Site:
             members = [member for member in members if member.adapter is not None]
         if len({member.adapter for member in members if member.adapter is not None}) != 1:
             members = []  # nothing to add, or layers with different adapters switched on
-        return _Plan(cast(list[FlareLayer], layers), watched, members)
+        return kind(cast(list[FlareLayer], layers), watched, members)
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
     def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
         """Return the outputs of the projections that are computed together; None where the caller has no part in it."""
         if torch.compiler.is_compiling():
-            return None
+            return self._traced(module, x, slot)
         plan = self.plan
         if plan is None or not plan.holds():
-            plan = self.plan = self._make_plan()
+            plan = self.plan = self._find(_Plan)
         members, adapted = plan.members, plan.adapted
         if self.separate and len(members) > 1:
             return None
@@ -277,7 +287,26 @@ class Site:
             outputs[member.module] = y if x.ndim == 2 else y.view((*lead, y.shape[-1]))
         return outputs
 
-    def _source(self, plan: _Plan, context: SourceContext) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
+    def _traced(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
+        """The call while torch.compile traces: found anew, as a graph guards on all that it was found from.
+
+        The frozen products are the graph's own, whose compiler forms their dx; a sibling takes no part.
+        """
+        joint = self._find(_Joint)
+        taking_part = [member.module for member in joint.adapted]
+        if module not in taking_part or (self.separate and len(taking_part) > 1) or slot.rows is not None:
+            return None
+        As = tuple(member.lora_A.weight for member in joint.adapted)
+        Bs = tuple(member.lora_B.weight for member in joint.adapted)
+        ps = [member.dropout.p if member.dropout and member.dropout.training else 0.0 for member in joint.adapted]
+        if any(p != ps[0] for p in ps):
+            return None
+        for member, A, B in zip(joint.adapted, As, Bs, strict=True):
+            if A.shape[1] != x.shape[-1] or B.shape[1] != A.shape[0] or A.device != x.device or B.device != x.device:
+                check_weights(member.path, x, A, B)
+        return self._over_modules(joint, x, slot, ps[0], As, Bs)
+
+    def _source(self, plan: _Joint, context: SourceContext) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
         """Return x_S (B, m, d), or S (B, m, r) of every adapted projection that fuses and the stacked A."""
         if self.path not in context.sites:
             return None, (), None
@@ -308,7 +337,7 @@ class Site:
         return outputs
 
     def _over_modules(
-        self, plan: _Plan, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
+        self, plan: _Joint, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
     ) -> dict[nn.Module, Tensor] | None:
         """The call over frozen layers that keep their own products and graphs: quantised, or with trained weights."""
         adapted = plan.adapted
