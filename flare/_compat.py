@@ -138,7 +138,8 @@ registrations = Registrations()
 
 
 def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    registrations.count += 1
+    if not torch.compiler.is_compiling():  # a traced forward that slices a ModuleList would guard on the count
+        registrations.count += 1
 
 
 register_module_module_registration_hook(_note_registration)

@@ -35,10 +35,11 @@ class Reading:
     """
 
     def __init__(self, layers: Sequence[FlareLayer], map: ModelMap, configs: dict[str, FlareConfig]) -> None:
-        self.registrations = registrations.count
         self.layers = list(layers)
         self.configs = configs
-        self.switches, self.merged, self.offsets = self._state()
+        if not torch.compiler.is_compiling():
+            self.registrations = registrations.count
+            self.switches, self.merged, self.offsets = self._state()
         self.wanted: list[Wanted] = []
         for layer in layers:
             if layer.disable_adapters or layer.merged:
@@ -55,8 +56,8 @@ class Reading:
 
     def _state(self) -> tuple[list[Any], list[int], list[int]]:
         return (
-            [(layer._active_adapter, layer._disable_adapters) for layer in self.layers],
-            [len(layer.merged_adapters) for layer in self.layers],
+            [*map(_SWITCHES, self.layers)],
+            [*map(len, map(_MERGED, self.layers))],
             [config.source_layer_offset for config in self.configs.values()],
         )
 
@@ -115,7 +116,7 @@ class Runtime:
 
     def reading(self) -> Reading:
         """What the active adapters read now; nothing where adapters are off or merged."""
-        if torch.compiler.is_compiling():  # a graph guards on what this is worked out from
+        if torch.compiler.is_compiling():  # a graph guards on all that this is worked out from
             return Reading(self.layers, self.map, self.configs)
         reading = self._reading
         if reading is None or not reading.holds():
@@ -145,7 +146,7 @@ def runtime_of(model: nn.Module) -> Runtime | None:
 
 def graded(weights: Sequence[Tensor]) -> bool:
     """Whether a source pass over these A will be differentiated."""
-    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, weights))
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")

@@ -132,13 +132,17 @@ class _Pending:
 
     def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
         self.site, self.x, self.outputs = site, x, outputs
-        self.version: int | None = None
-        if torch.compiler.is_compiling():  # a graph has no versions
-            return
         try:
-            self.version = x._version  # how often x was written to in place
+            self.version: int | None = x._version  # how often x was written to in place
         except RuntimeError:  # inference tensors do not count
-            pass
+            self.version = None
+
+
+class _TracedPending(_Pending):
+    """The same within a graph, where tensors have no versions."""
+
+    def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
+        self.site, self.x, self.outputs, self.version = site, x, outputs, None
 
 
 class Site:
@@ -304,7 +308,11 @@ class Site:
         for member, A, B in zip(joint.adapted, As, Bs, strict=True):
             if A.shape[1] != x.shape[-1] or B.shape[1] != A.shape[0] or A.device != x.device or B.device != x.device:
                 check_weights(member.path, x, A, B)
-        return self._over_modules(joint, x, slot, ps[0], As, Bs)
+        outputs = self._over_modules(joint, x, slot, ps[0], As, Bs)
+        output = outputs.pop(module)
+        if outputs:
+            slot.pending = _TracedPending(self, x, outputs)
+        return {module: output}
 
     def _source(self, plan: _Joint, context: SourceContext) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
         """Return x_S (B, m, d), or S (B, m, r) of every adapted projection that fuses and the stacked A."""
@@ -338,7 +346,7 @@ class Site:
 
     def _over_modules(
         self, plan: _Joint, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
-    ) -> dict[nn.Module, Tensor] | None:
+    ) -> dict[nn.Module, Tensor]:
         """The call over frozen layers that keep their own products and graphs: quantised, or with trained weights."""
         adapted = plan.adapted
         context = slot.context if plan.fuses else None
