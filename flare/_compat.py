@@ -143,6 +143,8 @@ registrations = Registrations()
 
 
 def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if torch.compiler.is_compiling():  # a traced forward that slices a ModuleList would guard on the count
+        return
     # decoders of transformers slice their list of blocks in each forward, which fills a new list
     if type(module) is not nn.ModuleList or name != str(len(module._modules)):
         registrations.count += 1

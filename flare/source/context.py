@@ -42,7 +42,9 @@ class Slot:
 
 
 class _ThreadSlot(threading.local, Slot):
-    pass
+    def __init__(self) -> None:
+        # of the instance from the start: a graph guards on whether they are
+        self.frozen_pass = self.forward = self.context = self.pending = self.rows = None
 
 
 #: The slot of the running thread.

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._compat import (
@@ -35,11 +36,12 @@ class Switches:
 
     Args:
         model: the part of the transformers model that runs.
+        registered: how many submodules were registered in this process.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, registered: int) -> None:
         self.model = model
-        self.registrations = registrations.count
+        self.registrations = registered
         self.tuners: list[nn.Module] = []
         self.states: list[dict[str, Any]] = []
         self.lists: list[tuple[nn.ModuleList, int]] = []
@@ -75,6 +77,13 @@ class Switches:
     @contextlib.contextmanager
     def off(self, *, dropout: bool) -> Iterator[None]:
         """Switch adapters, compiled calls and (unless ``dropout``) train mode off; the last pass that ends restores."""
+        if torch.compiler.is_compiling():  # within a graph, which no other thread sees
+            self._switch_off(dropout)
+            try:
+                yield
+            finally:
+                self._switch_on()
+            return
         with _LOCK:
             if not self._passes:
                 self._switch_off(dropout)
@@ -106,7 +115,9 @@ class Switches:
 
 def switches_of(model: nn.Module) -> Switches:
     """Return what is off while a model runs frozen; it is kept with the model."""
+    if torch.compiler.is_compiling():
+        return Switches(model, 0)
     known: Switches | None = model.__dict__.get(_SWITCHES)
     if known is None or not known.hold():
-        known = model.__dict__[_SWITCHES] = Switches(model)
+        known = model.__dict__[_SWITCHES] = Switches(model, registrations.count)
     return known

@@ -213,7 +213,8 @@ def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     slot = THREAD
     if slot.frozen_pass is not None:
-        if _LAST in block.__dict__:  # behind the hooks of others, as the pass may end there
+        # behind the hooks of others, as the pass may end there; moved only if it must, which a graph cannot do
+        if _LAST in block.__dict__ and [*block._forward_hooks][-1] != block.__dict__[_LAST][1]:
             block._forward_hooks.move_to_end(block.__dict__[_LAST][1])  # type: ignore[attr-defined]
         slot.frozen_pass.note(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])
     elif slot.forward is not None and slot.forward.step is not None:

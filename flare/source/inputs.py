@@ -102,8 +102,10 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
 
 def accepted_by(module: nn.Module) -> frozenset[str]:
     """Names of the arguments of a module's forward."""
-    forward = module.forward
-    return _parameters_of(getattr(forward, "__func__", forward))
+    forward = getattr(module.forward, "__func__", module.forward)
+    if torch.compiler.is_compiling():  # which would trace into the cache, and warn
+        return frozenset(inspect.signature(forward).parameters)
+    return _parameters_of(forward)
 
 
 @functools.lru_cache(maxsize=256)

@@ -230,6 +230,7 @@ def choose(asked: str, model: nn.Module, device: torch.device, nbytes: int, *, d
     return Choice("recompute", f"source_memory='auto' picked 'recompute': {sizes}; 'keep' or 'offload' overrule it")
 
 
+@torch.compiler.assume_constant_result
 def memory_of(device: torch.device) -> int:
     """Bytes of memory of a device; of the machine for a CPU."""
     if device.type == "cuda":

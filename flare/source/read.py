@@ -20,7 +20,7 @@ from .inputs import (
     without_trailing_pads,
 )
 from .latent import read_latent
-from .memory import AutocastState, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
+from .memory import AutocastState, Choice, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
 from .runtime import Reads, Runtime, graded
 from .source_pass import (
     Preparation,
@@ -33,7 +33,6 @@ from .source_pass import (
 from .states import SourceStates, StateKey
 
 
-@torch.compiler.disable  # the frozen pass stays eager under a compiled model
 def read_source(
     model: nn.Module,
     runtime: Runtime,
@@ -68,6 +67,10 @@ def read_source(
             "or source_decoder_input_ids; pass one of them too"
         )
     adapters = reads.adapters
+    if torch.compiler.is_compiling() and not _is_traceable(model, runtime, reads, source, source_padding, source_cache):
+        return _read_outside_the_graph(
+            model, runtime, source, target, decoder_target, source_padding=source_padding, source_cache=source_cache
+        )
     latent_dim = runtime.setting("latent_dim", adapters)
     if latent_dim is not None:
         reshard_below(model, (layer.flare_key for layer in runtime.layers))
@@ -105,6 +108,8 @@ def read_source(
             runtime.map.decoders,
             zero_pads=zeroes,
         )
+    if torch.compiler.is_compiling():
+        return keep_states(states, prepare, reads.by_key)
     if not graded(weights):
         return _projected(model, runtime, reads, states, prepare, None)
     memory = _memory(model, runtime, reads, source, states, prepare)
@@ -114,6 +119,28 @@ def read_source(
             return keep_states(kept, Preparation(prepare.dtype), reads.by_key)
         return keep_states(states, prepare, reads.by_key)
     return _projected(model, runtime, reads, states, prepare, memory)
+
+
+#: Under torch.compile, which breaks its graph here.
+_read_outside_the_graph = torch.compiler.disable(read_source)
+
+
+def _is_traceable(
+    model: nn.Module,
+    runtime: Runtime,
+    reads: Reads,
+    source: dict[str, Any],
+    source_padding: str | None,
+    source_cache: SourceStateCache | None,
+) -> bool:
+    """Whether torch.compile can take the source pass into its graph: states stay on the device, in their shape."""
+    return (
+        source_cache is None
+        and not reads.mixes
+        and runtime.setting("latent_dim", reads.adapters) is None
+        and (source_padding or runtime.setting("source_padding", reads.adapters)) != "zero"
+        and _choose(model, runtime, reads, source).mode == "keep"
+    )
 
 
 def _projected(
@@ -153,19 +180,7 @@ def _memory(
     prepare: Preparation,
 ) -> StateMemory:
     """Return how this pass's states wait for backward; says once per reason why it is not as the config asks."""
-    asked = runtime.setting("source_memory", reads.adapters)
-    ids = next((source[name] for name in ("source_input_ids", *DECODER_ARGUMENTS) if name in source), None)
-    weight = reads.weights()[0]
-    dtype = prepare.dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tokens = 0 if ids is None else ids.numel()
-    choice = choose(
-        asked,
-        model,
-        weight.device,
-        len(reads.keys) * tokens * weight.shape[-1] * dtype.itemsize,
-        dropout=runtime.setting("source_dropout", reads.adapters),
-        given="source_states" in source,
-    )
+    weight, choice = reads.weights()[0], _choose(model, runtime, reads, source)
     if choice.reason and choice.reason not in runtime.said:
         runtime.said.add(choice.reason)
         warnings.warn(choice.reason, UserWarning, stacklevel=2)
@@ -179,6 +194,22 @@ def _memory(
 
     inputs = [value for value in source.values() if isinstance(value, Tensor)]
     return Recompute(read_again, AutocastState.now(weight.device), inputs)
+
+
+def _choose(model: nn.Module, runtime: Runtime, reads: Reads, source: dict[str, Any]) -> Choice:
+    ids = next((source[name] for name in ("source_input_ids", *DECODER_ARGUMENTS) if name in source), None)
+    weight = reads.weights()[0]
+    dtype = Preparation.under_autocast(weight.device).dtype
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tokens = 0 if ids is None else ids.numel()
+    return choose(
+        runtime.setting("source_memory", reads.adapters),
+        model,
+        weight.device,
+        len(reads.keys) * tokens * weight.shape[-1] * dtype.itemsize,
+        dropout=runtime.setting("source_dropout", reads.adapters),
+        given="source_states" in source,
+    )
 
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:

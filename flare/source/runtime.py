@@ -35,10 +35,11 @@ class Reading:
     """
 
     def __init__(self, layers: Sequence[FlareLayer], map: ModelMap, configs: dict[str, FlareConfig]) -> None:
-        self.registrations = registrations.count
         self.layers = list(layers)
         self.configs = configs
-        self.switches, self.merged, self.offsets = self._state()
+        if not torch.compiler.is_compiling():
+            self.registrations = registrations.count
+            self.switches, self.merged, self.offsets = self._state()
         self.wanted: list[Wanted] = []
         for layer in layers:
             if layer.disable_adapters or layer.merged:
@@ -115,6 +116,8 @@ class Runtime:
 
     def reading(self) -> Reading:
         """What the active adapters read now; nothing where adapters are off or merged."""
+        if torch.compiler.is_compiling():  # a graph guards on all that this is worked out from
+            return Reading(self.layers, self.map, self.configs)
         reading = self._reading
         if reading is None or not reading.holds():
             reading = self._reading = Reading(self.layers, self.map, self.configs)

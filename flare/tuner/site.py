@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,16 +79,29 @@ class _Member:
         self.fusion = layer.flare_fusion.get(adapter)
 
 
-class _Plan:
-    """What of a site stays the same from call to call, and what it was worked out from.
+class _Joint:
+    """The projections of a site that are computed together.
 
-    members: the projections that are computed together; adapted: those with an adapter, in stacking order: those that
-    fuse first, those of one phi next to each other.
+    adapted: those with an adapter, in stacking order: those that fuse first, those of one phi next to each other.
     """
 
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
+        self.layers, self.watched, self.members = layers, watched, members
+        for index, member in enumerate(members):
+            member.index = index
+        adapted = [member for member in members if member.adapter is not None]
+        self.adapted = sorted(adapted, key=lambda member: (member.fusion is None, member.fusion or ""))
+        self.plain = all(member.plain for member in members)
+        self.fuses = any(member.fusion is not None for member in self.adapted)
+        self.paths = tuple(member.path for member in self.adapted)
+
+
+class _Plan(_Joint):
+    """What of a site stays the same from call to call, and what it was worked out from."""
+
+    def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
+        super().__init__(layers, watched, members)
         self.registrations = registrations.count
-        self.layers = layers
         self.switches = [*map(_SWITCHES, layers)]
         self.merged = [*map(len, map(_MERGED, layers))]
         self.dicts = [module.__dict__ for module in watched]
@@ -104,16 +117,6 @@ class _Plan:
             )
         ]
         self.hooks = [*map(len, self.hook_dicts)]
-        self.members = members
-        for index, member in enumerate(members):
-            member.index = index
-        self.adapted = sorted(
-            (member for member in members if member.adapter is not None),
-            key=lambda member: (member.fusion is None, member.fusion or ""),
-        )
-        self.plain = all(member.plain for member in members)
-        self.fuses = any(member.fusion is not None for member in self.adapted)
-        self.paths = tuple(member.path for member in self.adapted)
         self.calls: dict[tuple[Any, ...], Any] = {}
 
     def holds(self) -> bool:
@@ -127,6 +130,9 @@ class _Plan:
         )
 
 
+_JointOrPlan = TypeVar("_JointOrPlan", bound=_Joint)
+
+
 class _Pending:
     """Outputs (..., m, n) that wait for the projections they belong to, and the input they are of."""
 
@@ -136,6 +142,13 @@ class _Pending:
             self.version: int | None = x._version  # how often x was written to in place
         except RuntimeError:  # inference tensors do not count
             self.version = None
+
+
+class _TracedPending(_Pending):
+    """The same within a graph, where tensors have no versions."""
+
+    def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
+        self.site, self.x, self.outputs, self.version = site, x, outputs, None
 
 
 class Site:
@@ -185,7 +198,8 @@ class Site:
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
-    def _make_plan(self) -> _Plan:
+    def _find(self, kind: type[_JointOrPlan]) -> _JointOrPlan:
+        """Return the projections that can be computed together now."""
         children = {name: self.parent._modules.get(name) for name in self.names}
         modules = [child for child in children.values() if isinstance(child, FlareLayer | SiblingLinear)]
         layers = [module for module in modules if isinstance(module, FlareLayer)]
@@ -213,17 +227,17 @@ class Site:
             members = [member for member in members if member.adapter is not None]
         if len({member.adapter for member in members if member.adapter is not None}) != 1:
             members = []  # nothing to add, or layers with different adapters switched on
-        return _Plan(cast(list[FlareLayer], layers), watched, members)
+        return kind(cast(list[FlareLayer], layers), watched, members)
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
     def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
         """Return the outputs of the projections that are computed together; None where the caller has no part in it."""
         if torch.compiler.is_compiling():
-            return None
+            return self._traced(module, x, slot)
         plan = self.plan
         if plan is None or not plan.holds():
-            plan = self.plan = self._make_plan()
+            plan = self.plan = self._find(_Plan)
         members, adapted = plan.members, plan.adapted
         if (self.separate or not (slot.running or in_backward())) and len(members) > 1:
             return None
@@ -286,7 +300,30 @@ class Site:
             outputs[member.module] = y if x.ndim == 2 else y.view((*lead, y.shape[-1]))
         return outputs
 
-    def _source(self, plan: _Plan, context: SourceContext) -> _Source:
+    def _traced(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
+        """The call while torch.compile traces: found anew, as a graph guards on all that it was found from.
+
+        The frozen products are the graph's own, whose compiler forms their dx; a sibling takes no part.
+        """
+        joint = self._find(_Joint)
+        taking_part = [member.module for member in joint.adapted]
+        if module not in taking_part or (self.separate and len(taking_part) > 1) or slot.rows is not None:
+            return None
+        As = tuple(member.lora_A.weight for member in joint.adapted)
+        Bs = tuple(member.lora_B.weight for member in joint.adapted)
+        ps = [member.dropout.p if member.dropout and member.dropout.training else 0.0 for member in joint.adapted]
+        if any(p != ps[0] for p in ps):
+            return None
+        for member, A, B in zip(joint.adapted, As, Bs, strict=True):
+            if A.shape[1] != x.shape[-1] or B.shape[1] != A.shape[0] or A.device != x.device or B.device != x.device:
+                check_weights(member.path, x, A, B)
+        outputs = self._over_modules(joint, x, slot, ps[0], As, Bs)
+        output = outputs.pop(module)
+        if outputs:
+            slot.pending = _TracedPending(self, x, outputs)
+        return {module: output}
+
+    def _source(self, plan: _Joint, context: SourceContext) -> _Source:
         """Return what the site reads of a context."""
         if self.path not in context.sites:
             return _NO_SOURCE
@@ -317,8 +354,8 @@ class Site:
         return outputs
 
     def _over_modules(
-        self, plan: _Plan, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
-    ) -> dict[nn.Module, Tensor] | None:
+        self, plan: _Joint, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
+    ) -> dict[nn.Module, Tensor]:
         """The call over frozen layers that keep their own products and graphs: quantised, or with trained weights."""
         adapted = plan.adapted
         context = slot.context if plan.fuses else None
