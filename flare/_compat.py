@@ -62,6 +62,7 @@ _BNB_LOGGER.setLevel(_BNB_LEVEL)
 
 __all__ = [
     "GROWING_CACHE_LAYERS",
+    "REPLICA_MARK",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "LoraLayer",
@@ -81,7 +82,6 @@ __all__ = [
     "is_bnb_linear",
     "is_bnb_lora",
     "is_compiled",
-    "is_data_parallel_replica",
     "looks_up_attention",
     "mixes_rows",
     "module_hooks",
@@ -280,9 +280,8 @@ def inside_ddp() -> bool:
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
-def is_data_parallel_replica(module: nn.Module) -> bool:
-    """Whether the module is one of the copies that torch.nn.DataParallel makes in every forward."""
-    return getattr(module, "_is_replica", False)
+#: What torch.nn.DataParallel sets on the copies that it makes in every forward.
+REPLICA_MARK = "_is_replica"
 
 
 # --- transformers.Trainer ---------------------------------------------------------------------------------------------

@@ -181,8 +181,8 @@ def test_torch_says_which_engine_runs_a_model() -> None:
     Node.apply(x).sum().backward()
     assert order == ["leaf", "after"]
     linear = torch.nn.Linear(2, 2)
-    assert _compat.is_data_parallel_replica(linear._replicate_for_data_parallel())
-    assert not _compat.is_data_parallel_replica(linear) and not _compat.inside_ddp()
+    assert _compat.REPLICA_MARK in linear._replicate_for_data_parallel().__dict__
+    assert _compat.REPLICA_MARK not in linear.__dict__ and not _compat.inside_ddp()
     assert "_active_ddp_module" in inspect.getsource(torch.nn.parallel.DistributedDataParallel._inside_ddp_forward)
 
 

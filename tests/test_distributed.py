@@ -33,7 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
-from flare.source import source_pass
+from flare.source import projected
 from flare.source.fsdp import gathered
 from flare.tuner import site
 
@@ -227,7 +227,7 @@ def test_gradients_are_one_processs(engine, family, tmp_path) -> None:
 
 
 def without_the_source(rank: int) -> list[dict[str, Tensor]]:
-    source_pass.SourcePass.backward = staticmethod(lambda ctx, *grads: (None,) * len(ctx.needs_input_grad))
+    projected.SourcePass.backward = staticmethod(lambda ctx, *grads: (None,) * len(ctx.needs_input_grad))
     return train(rank, "ddp", "bert")
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flare
 from flare.source.context import THREAD, Slot
-from flare.source.frozen import Switches
+from flare.source.source_pass import Switches
 from flare.tuner import layer
 from flare.tuner import site as sites
 from flare.tuner.layer import SITE

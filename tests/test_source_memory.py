@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import flare
 from flare.measure import count_calls
+from flare.source import inputs as source_inputs
 from flare.source import memory as source_memory
-from flare.source import read
 from flare.source.source_pass import FrozenPass, Preparation
 
 FAMILIES = ("bert", "llama", "mt5")
@@ -68,7 +68,7 @@ def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         choice = plain(asked, *args, **kwargs)
         return source_memory.Choice("offload") if asked == "offload" and ON_CPU in choice.reason else choice
 
-    monkeypatch.setattr(read, "choose", choose)
+    monkeypatch.setattr(source_inputs, "choose", choose)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

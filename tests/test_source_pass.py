@@ -355,7 +355,8 @@ def test_zeroed_pads_are_zero_whatever_stood_there() -> None:
 
 def test_dropout_of_the_source_is_the_same_in_both_directions() -> None:
     """S is linear in A, so <dA, A> = <G, S> holds only if backward drops what forward dropped."""
-    from flare.source.source_pass import Preparation, project_states, read_from_states
+    from flare.source.projected import project_states
+    from flare.source.source_pass import Preparation, read_from_states
 
     model = fused("llama", lora_dropout=0.4).double()
     inputs = tiny.batch("llama")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import is_data_parallel_replica
+from .._compat import REPLICA_MARK
 from ..source.hooks import warn_user
 from ..source.inputs import check_ids, check_same_shape, check_source_mask
 from ..training.collator import SOURCE_COLUMNS, SOURCE_POSITIONS
@@ -88,7 +88,7 @@ def _end(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    if is_data_parallel_replica(model):
+    if REPLICA_MARK in model.__dict__:
         raise ValueError(
             "X-Mixup in a model under torch.nn.DataParallel, whose threads would share one source: start one process "
             "per GPU (accelerate launch, torchrun), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"

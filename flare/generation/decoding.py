@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from ..source.context import Bottlenecks, SourceContext
 from ..source.inputs import accepted_by
+from ..source.projected import project_states
 from ..source.runtime import Reads, Runtime
-from ..source.source_pass import Preparation, project_states, read_from_run
+from ..source.source_pass import Preparation, read_from_run
 from .shared_pass import SharedStep, inputs_of_both, join_caches, part_caches
 
 Slots = frozenset[tuple[str, str]]

@@ -19,8 +19,7 @@ from flare_kernels.fusion import EAGER_FUSIONS
 
 from ..source.context import THREAD, SourceContext
 from ..source.hooks import SOURCE_OF_CACHE, check_reached, note_target_masks, warn_user
-from ..source.inputs import DECODER_ARGUMENTS, backbone_inputs, check_ids
-from ..source.read import read_source
+from ..source.inputs import DECODER_ARGUMENTS, backbone_inputs, check_ids, read_source
 from ..source.runtime import Reads, Runtime
 from ..source.states import SourceStates
 from ..tuner.config import SOURCE_PADDING

@@ -33,8 +33,9 @@ from .._compat import (
 )
 from ..source.context import Bottlenecks, SiteSource, SourceContext
 from ..source.fsdp import is_sharded
+from ..source.projected import project_rows
 from ..source.runtime import Reads, Runtime
-from ..source.source_pass import Group, Preparation, project_rows
+from ..source.source_pass import Group, Preparation
 from ..source.states import StateKey
 from ..tuner.layer import FlareLayer
 

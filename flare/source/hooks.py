@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import is_data_parallel_replica
+from .._compat import REPLICA_MARK
 from ..tuner.layer import weight_of
 from ..tuner.site import make_sites, remove_sites
 from .context import KEYWORD, THREAD, SourceContext
-from .inputs import SOURCE_ARGUMENTS, decoder_shape, target_shape
-from .read import read_source
+from .inputs import SOURCE_ARGUMENTS, decoder_shape, read_source, target_shape
 from .runtime import _RUNTIME, Runtime, runtime_of
 from .source_pass import Wanted
 from .states import StateKey
@@ -105,7 +104,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
         _refuse_cached_steps(cache, source)
-        if is_data_parallel_replica(model):
+        if REPLICA_MARK in model.__dict__:
             raise ValueError(
                 f"{', '.join(sorted(source))} in a model under torch.nn.DataParallel, whose threads would share one "
                 "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from ..tuner.layer import SITE, FlareLayer
 from ..tuner.routing import ModelMap
 from .source_pass import Group, Wanted, make_groups
 from .states import StateKey
-
-if TYPE_CHECKING:
-    from ..source_cache import SourceStateCache
 
 _RUNTIME = "_flare_runtime"
 _SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
@@ -105,7 +102,7 @@ class Runtime:
     layers: list[FlareLayer] = field(default_factory=list)
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
-    source_cache: SourceStateCache | None = None
+    source_cache: Any = None  # a flare.SourceStateCache
     said: set[str] = field(default_factory=set)
     warned: bool = False
     warned_padding: bool = False

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .._compat import LoraLayer, register_tuner
 from ..generation.generate import ALIGNMENTS, generate
 from ..source.hooks import attach, detach
-from ..source.inputs import SOURCE_ARGUMENTS
-from ..source.read import check_cacheable, encode
+from ..source.inputs import SOURCE_ARGUMENTS, check_cacheable, encode
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceRequest, SourceStateCache

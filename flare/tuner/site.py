@@ -39,8 +39,6 @@ _PLAIN = (Tensor, nn.Parameter)
 #: State of an adapter layer that changes without notice; compared in every call.
 _SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
 _MERGED = attrgetter("merged_adapters")
-
-
 #: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
 _Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
 _NO_SOURCE: _Source = (None, None, (), None)
