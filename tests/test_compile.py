@@ -1,14 +1,19 @@
-"""torch.compile around the whole model or around each block: the source pass stays eager, the numbers the same."""
+"""torch.compile around the whole model, which takes the source pass into its graph, or around each block."""
 
 from __future__ import annotations
+
+import copy
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import torch._dynamo.testing
+import transformers
 from torch import nn
 
 import flare
+from flare import FlareTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +80,127 @@ def test_training_steps(family, how, checkpointing) -> None:
     model, reference = how(fused(family, checkpointing), backend), fused(family)
     for inputs in (tiny.batch(family), tiny.batch(family, m=11, seed=5)):
         assert_same_step(step(model, inputs), step(reference, inputs))
+
+
+class Graphs:
+    """A backend that keeps the graphs it is given and runs them with another one's compiler."""
+
+    def __init__(self, backend: str = "eager") -> None:
+        self.graphs: list[torch.fx.Graph] = []
+        self.backend = torch._dynamo.lookup_backend(backend)
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> object:
+        self.graphs.append(module.graph)
+        return self.backend(module, inputs)
+
+    def adapters(self) -> list[int]:
+        """How many outputs each call of the kernels' operator has, in the order of the calls."""
+        nodes = [node for graph in self.graphs for node in graph.nodes]
+        return [len(node.args[4]) for node in nodes if node.target is torch.ops.flare_kernels.lora.default]
+
+
+@pytest.mark.parametrize(("family", "offset", "sites"), [("xlmr", 0, 3), ("llama", 1, 3), ("mt5", 0, 3 + 2)])
+def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offset, sites) -> None:
+    """Dropout of the base model is off in the source pass, and drawn as in eager mode in the target's. In float64."""
+    changes = {} if family == "llama" else {"dropout_rate" if family == "mt5" else "hidden_dropout_prob": 0.2}
+    base = tiny.model(family, dtype=torch.float64, **changes)
+    model = flare.fast_lora(base, r=5, lora_alpha=7, source_layer_offset=offset).to(torch.float64)
+    tiny.randomize_lora(model)
+    reference, backend = copy.deepcopy(model), Graphs()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    inputs = tiny.batch(family)
+    torch.manual_seed(3)
+    want = step(reference, inputs)
+    torch.manual_seed(3)
+    assert_same_step(step(compiled, inputs), want)
+    alone = 2 * 2 if family == "mt5" else 0  # cross-attention's projections read two inputs
+    assert len(backend.graphs) == 1
+    assert sorted(backend.adapters()) == [1] * alone + [2] * sites
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    model = fused("xlmr")
+    compiled = torch.compile(copy.deepcopy(model), backend="inductor", fullgraph=True)
+    assert_same_step(step(compiled, tiny.batch("xlmr")), step(model, tiny.batch("xlmr")))
+
+
+def test_a_switched_adapter_and_a_hook_are_seen() -> None:
+    """A graph guards on what it was made from; a hooked projection is computed by itself."""
+    backend = Graphs()
+    model = fused("xlmr")
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=backend)
+    inputs = tiny.batch("xlmr")
+    assert_same_step(step(compiled, inputs), step(reference, inputs))
+    assert backend.adapters() == [2, 2, 2]
+    backend.graphs.clear()
+    for one in (model, reference):
+        layer = tiny.block_list(one.get_base_model())[1].attention.self.query
+        layer.register_forward_hook(lambda module, args, output: 2 * output)
+    assert_same_step(step(compiled, inputs), step(reference, inputs))
+    assert sorted(backend.adapters()) == [1, 1, 2, 2]
+    with model.disable_adapter(), reference.disable_adapter(), torch.no_grad():
+        plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
+        torch.testing.assert_close(compiled(**plain).logits, reference(**plain).logits)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, reference(**inputs).logits)
+
+
+@pytest.mark.parametrize("why", ["recompute", "cache", pytest.param("a break", marks=pytest.mark.slow)])
+def test_source_passes_that_stay_eager(why) -> None:
+    """The graph breaks and the numbers are the same."""
+    model = fused("xlmr", source_memory="recompute" if why == "recompute" else "keep")
+    reference, backend = copy.deepcopy(model), Graphs()
+    if why == "cache":
+        model.set_source_cache(flare.SourceStateCache(1 << 24, tiers=("host",)))
+    elif why != "recompute":
+        block = tiny.block_list(model.get_base_model())[1]
+        block.register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(2):
+        assert_same_step(step(compiled, tiny.batch("xlmr")), step(reference, tiny.batch("xlmr")))
+    assert backend.adapters()
+
+
+def train(folder: Path, model: nn.Module, **options) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and trained weights of two steps with FlareTrainer."""
+    rows = tiny.batch("xlmr", B=4)
+    args = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=2, max_steps=2, logging_steps=1, report_to=[], seed=1,
+        learning_rate=1e-2, **options,
+    )  # fmt: skip
+    data = [{name: value[row] for name, value in rows.items()} for row in range(4)]
+    trainer = FlareTrainer(model, args, data_collator=transformers.default_data_collator, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_training(got, want) -> None:
+    assert got[0] == pytest.approx(want[0], rel=1e-4)
+    for name, weight in want[1].items():
+        torch.testing.assert_close(got[1][name], weight, msg=name, rtol=1e-3, atol=1e-4)
+
+
+def test_flare_trainer(tmp_path: Path) -> None:
+    model = fused("xlmr")
+    reference, options = copy.deepcopy(model), {"use_cpu": True}
+    want = train(tmp_path / "eager", reference, **options)
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": "default"}
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert_same_training(train(tmp_path / "compiled", model, **compiled, **options), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flare_trainer_with_cuda_graphs(tmp_path: Path) -> None:
+    model = fused("xlmr")
+    want = train(tmp_path / "eager", copy.deepcopy(model))
+    compiled = {"torch_compile": True, "torch_compile_mode": "reduce-overhead"}
+    assert_same_training(train(tmp_path / "compiled", model, **compiled), want)
 
 
 def test_with_and_without_a_source() -> None:
