@@ -30,7 +30,9 @@ CONDITIONS = (
     "dropout: lora_dropout 0.1; checkpointing: every block, use_reentrant=False; time over PEFT's is the median of the "
     "rounds' ratios"
 )
-_OURS = ("lora", "flare", "flare-recompute", "flare-warm")
+#: The same steps with the backward pass on the calling thread instead of autograd's own; for a GPU alone.
+_ONE_THREAD = {"lora-one-thread": "lora", "flare-one-thread": "flare"}
+_OURS = ("lora", "flare", "flare-recompute", "flare-warm", *_ONE_THREAD)
 
 
 def effort(device: torch.device) -> Effort:
@@ -52,7 +54,17 @@ def build(shape: shapes.HostShape, device: torch.device, left_out: list[str] | N
         return dict.fromkeys(VARIANTS, "Triton is not installed, so the kernels' path cannot be taken on a CPU")
     with quiet():
         steps = steps_of(shape, device)
+    if device.type == "cuda":
+        steps |= {name: OneThread(**vars(steps[like])) for name, like in _ONE_THREAD.items()}
     return {name: _variant(name, step, shape, device, left_out) for name, step in steps.items()}
+
+
+class OneThread(HostStep):
+    """A step whose backward pass runs on the calling thread."""
+
+    def run(self) -> None:
+        with torch.autograd.set_multithreading_enabled(False):
+            super().run()
 
 
 def _variant(
@@ -89,9 +101,11 @@ def _variant(
     return Variant(call, check, count, {"depth": shape.depth})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", (*VARIANTS, *_ONE_THREAD))
 @pytest.mark.parametrize("shape", shapes.host(shapes.grid()), ids=lambda s: s.case)
 def test_host_time(
     compare: Any, shape: shapes.HostShape, variant: str, device: Any, left_out: list[str] | None
 ) -> None:
+    if variant in _ONE_THREAD and device.type != "cuda":
+        pytest.skip("on a CPU the backward pass runs on the calling thread as it is")
     compare(shape, variant, lambda: build(shape, device, left_out), CONDITIONS, queue_ahead=False, how=effort(device))
