@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import REPLICA_MARK
+from ..tuner.grouping import make_sites, remove_sites
 from ..tuner.layer import weight_of
-from ..tuner.site import make_sites, remove_sites
 from .context import KEYWORD, THREAD, SourceContext
 from .inputs import SOURCE_ARGUMENTS, decoder_shape, read_source, target_shape
 from .runtime import _RUNTIME, Runtime, runtime_of

@@ -15,10 +15,10 @@ from .._compat import FLARE, SET_BY_PEFT, LoraLayer
 from ..source.hooks import detach
 from ..source.runtime import runtime_of
 from .config import FlareConfig
+from .grouping import make_sites
 from .layer import FlareLayer
 from .model import FastLoraReport, FlareModel
 from .routing import ModelMap
-from .site import make_sites
 
 _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,

@@ -19,9 +19,9 @@ from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceRequest, SourceStateCache
 from .config import FlareConfig
+from .grouping import make_sites
 from .layer import MERGE_REFUSED, FlareLayer, adopt
 from .routing import ModelMap
-from .site import make_sites
 
 
 @dataclass(frozen=True)

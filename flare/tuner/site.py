@@ -17,7 +17,6 @@ weights may change between one projection and the next.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -32,9 +31,7 @@ from flare_kernels.fusion import EAGER_FUSIONS
 from .._compat import in_backward, registrations, saved_tensors_are_packed
 from ..source.context import THREAD, Slot, SourceContext
 from .layer import SITE, FlareLayer, check_weights, is_untouched
-from .routing import KEY_NAMES, QUERY_NAMES, VALUE_NAMES, is_cross_attention
 
-_NAMES = QUERY_NAMES + KEY_NAMES + VALUE_NAMES
 _PLAIN = (Tensor, nn.Parameter)
 #: State of an adapter layer that changes without notice; compared in every call.
 _SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
@@ -42,6 +39,7 @@ _MERGED = attrgetter("merged_adapters")
 #: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
 _Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
 _NO_SOURCE: _Source = (None, None, (), None)
+_MAX_CALLS = 64
 
 
 class SiblingLinear(nn.Linear):
@@ -266,8 +264,8 @@ class Site:
                 p = own_p
             if A is None or B is None or A.__class__ not in _PLAIN or B.__class__ not in _PLAIN or own_p != p:
                 return None
-            rank = A.shape[0]
-            if A.shape[1] != width or B.shape[1] != rank or A.device != device or B.device != device:
+            rank, n = A.shape[0], Ws[member.index].shape[0] if owned else B.shape[0]
+            if A.shape[1] != width or B.shape != (n, rank) or A.device != device or B.device != device:
                 check_weights(member.path, x, A, B)
             As += (A,)
             Bs += (B,)
@@ -277,6 +275,8 @@ class Site:
             return self._over_modules(plan, x, slot, p or 0.0, As, Bs) if adapts else None
         context = slot.context if plan.fuses else None
         x_source, source_seed, Ss, A_stacked = _NO_SOURCE if context is None else self._source(plan, context)
+        if x_source is not None and (x_source.shape != x.shape or x_source.device != device):
+            x_source = _fitted(self.path, x_source, x)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = x.dtype
         if autocast and dtype == torch.float32:
@@ -284,6 +284,8 @@ class Site:
         # the mode decides which primitives a backend has
         key += (launch_mode.current, dtype, p, device, x_source is not None, Ss != ())
         if key not in plan.calls:
+            if len(plan.calls) >= _MAX_CALLS:  # a scaling that changes with every step
+                plan.calls.clear()
             sizes = (0, len(Ss), len(Ws))
             plan.calls[key] = (_call(plan, key, dtype, p or 0.0, device), sizes)
         call, sizes = plan.calls[key]
@@ -374,6 +376,13 @@ class Site:
         return {member.module: y.unflatten(0, lead) if flat else y for member, y in zip(adapted, outputs, strict=True)}
 
 
+def _fitted(path: str, x_source: Tensor, x: Tensor) -> Tensor:
+    """Return a state (..., m, d) on x's device; ValueError where it has not as many rows as x."""
+    if x_source.shape[:-1].numel() != x.shape[:-1].numel() or x_source.shape[-1] != x.shape[-1]:
+        raise ValueError(f"{path}: the source's state is {tuple(x_source.shape)}, its input {tuple(x.shape)}")
+    return x_source.to(x.device)
+
+
 def _call(plan: _Plan, key: tuple[Any, ...], dtype: torch.dtype, p: float, device: torch.device) -> Any:
     """Return the node's call for a key of ranks and scalings, dtype, p, device and whether there is a source."""
     adapters = tuple(
@@ -399,51 +408,3 @@ def _fits(layer: FlareLayer, adapter: str) -> bool:
     plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
     dropout = type(layer.lora_dropout[adapter]) in (nn.Dropout, nn.Identity)
     return plain and dropout and layer.flare_fusion.get(adapter) not in EAGER_FUSIONS
-
-
-# --- which projections belong together --------------------------------------------------------------------------------
-
-
-def make_sites(model: nn.Module) -> None:
-    """Give every adapter layer of the model its site, whatever sites there were before."""
-    remove_sites(model)
-    adapted = {path: module for path, module in model.named_modules() if isinstance(module, FlareLayer)}
-    for parent_path in dict.fromkeys(path.rpartition(".")[0] for path in adapted):
-        parent = model.get_submodule(parent_path)
-        shared = _shared_input(parent_path, parent)
-        if shared:
-            site = Site(parent_path, parent, shared)
-            for name in shared:
-                child = parent._modules[name]
-                assert child is not None
-                if type(child) is nn.Linear:
-                    child.__class__ = SiblingLinear
-                child.__dict__[SITE] = site
-    for path, layer in adapted.items():
-        if SITE not in layer.__dict__:
-            parent_path, _, name = path.rpartition(".")
-            layer.__dict__[SITE] = Site(path, model.get_submodule(parent_path), (name,))  # type: ignore[attr-defined]
-
-
-def _shared_input(path: str, parent: nn.Module) -> tuple[str, ...]:
-    """Return the children of a module that read one input; none where there are fewer than two, or no adapter."""
-    names = tuple(
-        name
-        for name, child in parent.named_children()
-        if name in _NAMES and (isinstance(child, FlareLayer) or type(child) is nn.Linear)
-    )
-    adapted = any(isinstance(child := parent._modules[name], FlareLayer) and child.lora_A for name in names)
-    return names if len(names) > 1 and adapted and not is_cross_attention(path, parent) else ()
-
-
-def remove_sites(model: nn.Module) -> None:
-    """Take every site off the model, and give the siblings their class back."""
-    for module in model.modules():
-        module.__dict__.pop(SITE, None)
-        if type(module) is SiblingLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-
-
-def sites_of(layers: Iterable[FlareLayer]) -> dict[str, str]:
-    """Return layer path -> site path."""
-    return {layer.flare_key: cast(Any, layer).__dict__[SITE].path for layer in layers}
