@@ -57,7 +57,7 @@ class SourceBlocks:
 
     def _count(self, name: str) -> Any:
         def count(module: Any, args: Any, output: Any) -> None:
-            if THREAD.frozen_pass is not None:
+            if THREAD.slot.frozen_pass is not None:
                 self.rows[name] += len(output if isinstance(output, torch.Tensor) else output[0])
 
         return count

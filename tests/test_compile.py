@@ -56,6 +56,12 @@ def in_place(model: nn.Module, backend: str) -> nn.Module:
     return model
 
 
+def model_in_place(model: nn.Module, backend: str) -> nn.Module:
+    """The hooks of a module that is compiled in place are graphs of their own."""
+    model.get_base_model().compile(backend=backend)
+    return model
+
+
 def wrapped(model: nn.Module, backend: str) -> nn.Module:
     blocks = tiny.block_list(model.get_base_model())
     for index, block in enumerate(blocks):
@@ -72,6 +78,7 @@ def wrapped(model: nn.Module, backend: str) -> nn.Module:
         ("llama", in_place, None),
         ("llama", in_place, False),
         ("llama", in_place, True),
+        ("llama", model_in_place, None),
     ],
 )
 def test_training_steps(family, how, checkpointing) -> None:

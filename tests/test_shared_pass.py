@@ -283,7 +283,7 @@ def test_nothing_is_left_behind_also_by_a_failing_pass() -> None:
         generated(model, inputs, source_pass="shared")
     handle.remove()
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
-    assert THREAD.rows is None and THREAD.forward is None and THREAD.context is None
+    assert THREAD.slot.rows is None and THREAD.slot.forward is None and THREAD.slot.context is None
     again = generated(copy.deepcopy(model), inputs, source_pass="shared")
     torch.testing.assert_close(again, want, rtol=0, atol=0)
 
@@ -427,7 +427,7 @@ def test_layers_called_with_other_rows_say_so(together) -> None:
     message = "q_proj was called with 5 rows in a pass that source and target share, which has 6: pass source_pass="
     with pytest.raises(ValueError, match=message):
         generated(model, inputs, source_pass="shared")
-    assert THREAD.rows is None and THREAD.forward is None
+    assert THREAD.slot.rows is None and THREAD.slot.forward is None
 
 
 @pytest.mark.parametrize("where", ["one attention", "every attention"])
@@ -448,7 +448,7 @@ def test_layers_that_the_source_does_not_reach_are_named(where) -> None:
     )
     with pytest.raises(ValueError, match=message):
         generated(model, inputs, source_pass="shared")
-    assert THREAD.rows is None and THREAD.forward is None
+    assert THREAD.slot.rows is None and THREAD.slot.forward is None
     for handle in handles:
         handle.remove()
     both_ways(model, inputs)

@@ -27,7 +27,7 @@ from flare.tuner import layer
 from flare.tuner import site as sites
 from flare.tuner.layer import SITE
 from flare.tuner.site import SiblingLinear, Site
-from flare_kernels import fused_lora_qkv
+from flare_kernels import dropout, reference
 
 # (query, key, value) of a family
 NAMES = {
@@ -244,25 +244,26 @@ def test_inference(mode, calls) -> None:
     assert torch.equal(model.generate(**plain, **options), twin.generate(**plain, **options))
 
 
-def by_the_oracle(call, sizes, x, x_source, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
-    """apply_with_products by the reference, which draws from the same generator."""
+def by_the_oracle(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
+    """apply_with_products by the reference, with the same seeds."""
     x = x.flatten(0, -2)
-    with torch.no_grad():
-        base = {str(i): F.linear(x, W, bias) for i, (W, bias) in enumerate(zip(Ws, biases, strict=True))}
-    names = [str(projection.output) for projection in call.projections]
-    outputs = fused_lora_qkv(
-        x,
-        None if x_source is None else x_source.flatten(0, -2),
-        base,
-        {name: (A, B, p.scaling) for name, A, B, p in zip(names, As, Bs, call.projections, strict=True)},
-        fusion={name: projection.fusion for name, projection in zip(names, call.projections, strict=True)},
-        source_bottleneck=dict(zip(names, [S.flatten(0, -2) for S in Ss], strict=False)) if Ss else None,
-        weights={str(i): W for i, W in enumerate(Ws)},
-        dropout_p=call.p,
-        training=True,
-        backend="reference",
-    )
-    return tuple(outputs.values())
+    dropped = reference.drop(x, call.p, dropout.draw_seed(x.device), dropout.TARGET_STREAM)
+    if x_source is not None:
+        x_source = reference.drop(x_source.flatten(0, -2), call.p, source_seed, dropout.SOURCE_STREAM)
+    outputs = [F.linear(x, W, bias) for W, bias in zip(Ws, biases, strict=True)]
+    for projection, A_i, B_i in zip(call.projections, As, Bs, strict=True):
+        fusing = projection.fusion is not None
+        outputs[projection.output] = reference.fused_lora(
+            dropped,
+            x_source if fusing else None,
+            outputs[projection.output],
+            A_i,
+            B_i,
+            scaling=projection.scaling,
+            fusion=projection.fusion,
+        )
+    assert not Ss
+    return tuple(outputs)
 
 
 def test_dropout_draws_one_mask_for_all_projections(monkeypatch) -> None:
@@ -627,7 +628,7 @@ def test_an_adapter_on_another_device_is_named(part) -> None:
     getattr(q_proj, part)["default"].to("meta")
     with pytest.raises(ValueError, match=r"self_attn\.q_proj: .*meta.*move the adapter to the device of its layer"):
         model(**plain(tiny.batch("llama")))
-    assert is_empty(THREAD)
+    assert is_empty(THREAD.slot)
 
 
 def test_matrices_that_do_not_fit_are_named() -> None:
@@ -710,7 +711,7 @@ def test_another_input_is_never_given_anothers_output(how, order, calls) -> None
     assert joint == (0 if two_inputs else 2)
     shared = [site for site in all_sites(model) if len(site.names) > 1]
     assert [site.separate for site in shared] == [two_inputs] * 2
-    assert is_empty(THREAD)
+    assert is_empty(THREAD.slot)
 
 
 @pytest.mark.parametrize("how", ["same", "another"])
@@ -734,7 +735,7 @@ def test_outputs_do_not_outlive_the_models_forward(calls) -> None:
             attention.q_proj(x)
         again = attention.v_proj(x)
     assert torch.equal(base, attention.v_proj.base_layer(x)) and not torch.allclose(base, adapted)
-    assert torch.equal(again, adapted) and is_empty(THREAD) and not calls["joint"]
+    assert torch.equal(again, adapted) and is_empty(THREAD.slot) and not calls["joint"]
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (0, 8), (2, 0, 8), (2, 3, 4, 8)])
@@ -776,7 +777,7 @@ def checkpointed_step(use_reentrant: bool) -> Callable[[nn.Module, dict], None]:
         model.enable_input_require_grads()
         before = attributes(model)
         step(model, inputs)
-        assert attributes(model) == before and is_empty(THREAD)
+        assert attributes(model) == before and is_empty(THREAD.slot)
         model.gradient_checkpointing_disable()
 
     return run
@@ -801,7 +802,7 @@ def test_nothing_of_a_forward_stays_on_a_module(run, fusion) -> None:
     model.gradient_checkpointing_disable()
     before, state = attributes(model), {path: module.training for path, module in model.named_modules()}
     RUNS[run](model, inputs)
-    assert is_empty(THREAD)
+    assert is_empty(THREAD.slot)
     if "checkpointing" not in run:  # transformers' own attributes; ours were compared in between
         assert attributes(model) == before
     assert {path: module.training for path, module in model.named_modules()} == state
@@ -813,8 +814,8 @@ def test_nothing_of_a_forward_stays_on_a_module(run, fusion) -> None:
 def test_a_plan_is_made_once_until_something_changes(family, monkeypatch) -> None:
     """Also in models that slice their list of blocks in each forward, which registers modules."""
     made: list[str] = []
-    make_plan = Site._make_plan
-    monkeypatch.setattr(Site, "_make_plan", lambda site: made.append(site.path) or make_plan(site))
+    find = Site._find
+    monkeypatch.setattr(Site, "_find", lambda site, kind: made.append(site.path) or find(site, kind))
     inputs, model = tiny.batch(family), fused(family)
     model.add_adapter("second", flare.FlareConfig(r=3, task_type=model.peft_config["default"].task_type))
     tiny.randomize_lora(model)
@@ -862,7 +863,7 @@ def in_threads(*runs: Callable[[], None]) -> None:
         try:
             barrier.wait()
             one()
-            assert is_empty(THREAD)
+            assert is_empty(THREAD.slot)
         except BaseException as error:
             errors.append(error)
 
@@ -911,7 +912,7 @@ def test_threads_that_share_a_model_in_eval_mode(family, fusion, switching) -> N
         return run
 
     in_threads(*map(forwards, range(3)))
-    assert is_empty(THREAD)
+    assert is_empty(THREAD.slot)
     assert {path: module.training for path, module in model.named_modules()} == state
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
     assert not any(one._passes for m in model.modules() for one in vars(m).values() if isinstance(one, Switches))
@@ -934,7 +935,7 @@ def test_threads_that_take_gradients_in_train_mode(fusion, switching) -> None:
         return run
 
     in_threads(steps(0), steps(1))
-    assert is_empty(THREAD) and all(module.training for module in model.modules())
+    assert is_empty(THREAD.slot) and all(module.training for module in model.modules())
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
 
 

@@ -230,7 +230,7 @@ def test_states_are_kept_once_and_only_where_a_gradient_asks() -> None:
     model = fused("llama", base={"dtype": torch.bfloat16})
     seen = []
     attention = tiny.block_list(model.get_base_model())[0].self_attn
-    attention.register_forward_hook(lambda *_: seen.append(THREAD.forward))
+    attention.register_forward_hook(lambda *_: seen.append(THREAD.slot.forward))
 
     def kept() -> list[torch.Tensor]:
         return [state for site in seen[-1].sites.values() for state in (site.states or {}).values()]
@@ -296,7 +296,7 @@ def test_a_copy_has_its_own_layers_and_sites() -> None:
     model(**inputs)
     twin = copy.deepcopy(model)
     assert runtime_of(twin.get_base_model()) is not runtime_of(model.get_base_model())
-    assert THREAD.forward is None and THREAD.context is None and THREAD.pending is None
+    assert THREAD.slot.forward is None and THREAD.slot.context is None and THREAD.slot.pending is None
     assert all(isinstance(layer, nn.Module) for layer in runtime_of(twin.get_base_model()).layers)
     own = {id(m) for m in twin.modules()}
     assert all(id(layer) in own for layer in runtime_of(twin.get_base_model()).layers)

@@ -25,7 +25,7 @@ def test_sft_trainer_feeds_both_streams(gradient_checkpointing, tmp_path) -> Non
     model = flare.fast_lora(tiny.model("llama"), r=4)
     base = model.get_base_model()
     carried = []
-    tiny.block_list(base)[0].register_forward_hook(lambda *_: carried.append(THREAD.forward is not None))
+    tiny.block_list(base)[0].register_forward_hook(lambda *_: carried.append(THREAD.slot.forward is not None))
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path),
         max_steps=2,

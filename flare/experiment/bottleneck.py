@@ -31,7 +31,7 @@ def bottleneck_sizes(
         def before(module: FlareLayer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x = arguments[0] if arguments else keywords["x"]
             for adapter in module.active_here():
-                fusion, x_source, S = module.source_of(adapter, THREAD.context)
+                fusion, x_source, S = module.source_of(adapter, THREAD.slot.context)
                 if fusion is None:
                     continue
                 A = weight_of(module, adapter).to(x.dtype)

@@ -370,11 +370,11 @@ def _generate_encoder_decoder(
                 source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
             context = read_source(model, runtime, source, target, source_padding=padding)
     note_target_masks(runtime, in_encoder.wanted, context, args, kwargs)
-    THREAD.forward = context  # generate calls the encoder by itself, and the hook before its blocks finds it here
+    THREAD.slot.forward = context  # generate calls the encoder by itself, and the hook before its blocks finds it here
     try:
         found = model.generate(*args, **kwargs)
     finally:
-        THREAD.forward = None
+        THREAD.slot.forward = None
     check_reached(model, context)
     return found
 

@@ -41,14 +41,14 @@ class Slot:
     rows: tuple[int, int] | None = None
 
 
-class _ThreadSlot(threading.local, Slot):
+class _Thread(threading.local):
     def __init__(self) -> None:
-        # of the instance from the start: a graph guards on whether they are
-        self.frozen_pass = self.forward = self.context = self.pending = self.rows = None
+        self.slot = Slot()
 
 
-#: The slot of the running thread.
-THREAD = _ThreadSlot()
+#: ``THREAD.slot`` is the slot of the running thread. An object of its own: what a graph of torch.compile writes to a
+#: thread-local object itself is lost where the graph ends.
+THREAD = _Thread()
 
 
 class SiteSource:

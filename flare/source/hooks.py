@@ -94,7 +94,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    slot = THREAD
+    slot = THREAD.slot
     if slot.frozen_pass is not None:
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
@@ -169,7 +169,7 @@ def note_target_masks(
 
 
 def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
-    slot = THREAD
+    slot = THREAD.slot
     if slot.forward is not None and slot.frozen_pass is None:
         check_reached(model, slot.forward)
 
@@ -188,7 +188,7 @@ def check_reached(model: nn.Module, context: SourceContext) -> None:
 
 
 def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
-    slot = THREAD
+    slot = THREAD.slot
     if slot.frozen_pass is not None:
         return None
     context = slot.forward
@@ -204,13 +204,13 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    slot = THREAD
+    slot = THREAD.slot
     if slot.frozen_pass is None and slot.forward is not None:
         kwargs[KEYWORD] = slot.forward
 
 
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    slot = THREAD
+    slot = THREAD.slot
     if slot.frozen_pass is not None:
         # behind the hooks of others, as the pass may end there; moved only if it must, which a graph cannot do
         if _LAST in block.__dict__ and [*block._forward_hooks][-1] != block.__dict__[_LAST][1]:
@@ -221,13 +221,13 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _after_last_block(block: nn.Module, args: Any, output: Any) -> None:
-    slot = THREAD
+    slot = THREAD.slot
     if slot.frozen_pass is not None:
         slot.frozen_pass.note(block.__dict__[_LAST][0], output if isinstance(output, Tensor) else output[0])
 
 
 def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    slot = THREAD
+    slot = THREAD.slot
     if KEYWORD in kwargs:
         slot.context = kwargs[KEYWORD]
         del kwargs[KEYWORD]
@@ -236,7 +236,7 @@ def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 
 def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
-    slot = THREAD
+    slot = THREAD.slot
     slot.context = slot.pending = None
 
 

@@ -227,14 +227,14 @@ def read_from_run(
 
     def read(visit: Visitor) -> None:
         frozen_pass = FrozenPass(wanted, visit, to_the_end)
-        before, THREAD.frozen_pass = THREAD.frozen_pass, frozen_pass
+        before, THREAD.slot.frozen_pass = THREAD.slot.frozen_pass, frozen_pass
         try:
             with torch.no_grad(), switches_of(model).off(dropout=dropout):
                 run()
         except _AllRead:
             pass
         finally:
-            THREAD.frozen_pass = before
+            THREAD.slot.frozen_pass = before
         if frozen_pass.missing:
             missing = ", ".join(f"{key.stack} {key.position}" for key in frozen_pass.missing)
             raise RuntimeError(f"the source pass ended without reaching {missing}: its blocks were not all run")

@@ -89,7 +89,7 @@ class FlareLayer:
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
         """
-        slot = THREAD
+        slot = THREAD.slot
         if slot.frozen_pass is not None:
             if self.merged_adapters:
                 self.unmerge()  # as PEFT where adapters are off

@@ -47,7 +47,7 @@ class SiblingLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., n)."""
-        slot = THREAD
+        slot = THREAD.slot
         if slot.frozen_pass is None and SITE in self.__dict__:
             output = self.__dict__[SITE].output(self, input, slot)
             if output is not None:
