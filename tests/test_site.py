@@ -27,7 +27,7 @@ from flare.tuner import layer
 from flare.tuner import site as sites
 from flare.tuner.layer import SITE
 from flare.tuner.site import SiblingLinear, Site
-from flare_kernels import dropout, reference
+from flare_kernels import reference
 
 # (query, key, value) of a family
 NAMES = {
@@ -247,9 +247,9 @@ def test_inference(mode, calls) -> None:
 def by_the_oracle(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
     """apply_with_products by the reference, with the same seeds."""
     x = x.flatten(0, -2)
-    dropped = reference.drop(x, call.p, dropout.draw_seed(x.device), dropout.TARGET_STREAM)
+    dropped = reference.drop(x, call.p, kernel_dropout.draw_seed(x.device), kernel_dropout.TARGET_STREAM)
     if x_source is not None:
-        x_source = reference.drop(x_source.flatten(0, -2), call.p, source_seed, dropout.SOURCE_STREAM)
+        x_source = reference.drop(x_source.flatten(0, -2), call.p, source_seed, kernel_dropout.SOURCE_STREAM)
     outputs = [F.linear(x, W, bias) for W, bias in zip(Ws, biases, strict=True)]
     for projection, A_i, B_i in zip(call.projections, As, Bs, strict=True):
         fusing = projection.fusion is not None
