@@ -27,6 +27,7 @@ from flare.tuner import layer
 from flare.tuner import site as sites
 from flare.tuner.layer import SITE
 from flare.tuner.site import SiblingLinear, Site
+from flare_kernels import dropout as kernel_dropout
 from flare_kernels import reference
 
 # (query, key, value) of a family
