@@ -359,7 +359,7 @@ def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     log = (tmp_path / "log.txt").read_text()
     steps = [line.split(" (")[0] for line in log.splitlines() if line.startswith("== ")]
     assert steps[0] == "== gpu tests", "what only a GPU can show comes first"
-    assert "host/xlmr/plain" in log, "calls per block are printed"
+    assert "| xlmr/plain/" in log and "calls/block" in log, "calls per block are printed"
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"log.txt", "results.json", "more.json", "summary.json", "table.md", "parts.png"}
     assert len(names) <= 8 and all(path.is_file() for path in tmp_path.iterdir())

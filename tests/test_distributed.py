@@ -228,7 +228,7 @@ def test_gradients_are_one_processs(engine, family, tmp_path) -> None:
 
 def without_the_source(rank: int) -> list[dict[str, Tensor]]:
     projected.SourcePass.backward = staticmethod(lambda ctx, *grads: (None,) * len(ctx.needs_input_grad))
-    return train(rank, "ddp", "bert")
+    return train(rank, "ddp", "bert", source_memory="recompute")
 
 
 def test_a_missing_share_of_the_source_would_be_seen(tmp_path) -> None:

@@ -49,6 +49,18 @@ def _along(model: nn.Module, path: str) -> Iterable[nn.Module]:
         yield model
 
 
+def check_whole(parameter: Tensor, dims: int = 2) -> None:
+    """Raise ValueError for a parameter that is sharded in a way that a source cannot take."""
+    if not isinstance(parameter, DTensor):
+        if parameter.dim() != dims or parameter.numel() == 0:
+            raise ValueError(
+                "an adapter's weight is not whole where the source is read: FSDP1 takes weights away between uses; a "
+                "source needs FSDP2 (accelerate's fsdp_version: 2), DDP or DeepSpeed ZeRO"
+            )
+    elif "tp" in (parameter.device_mesh.mesh_dim_names or ()):
+        raise ValueError("an adapter's weight is sharded by tensor parallelism, which is not supported with a source")
+
+
 def gathered(parameter: Tensor, dims: int = 2) -> Tensor:
     """A parameter of so many dimensions as a plain tensor; one that FSDP2 has sharded is gathered from all ranks.
 
@@ -56,15 +68,9 @@ def gathered(parameter: Tensor, dims: int = 2) -> Tensor:
         ValueError: a parameter that is sharded in a way that cannot be gathered here (FSDP1), or over another axis
             than the data (tensor parallelism).
     """
+    check_whole(parameter, dims)
     if not isinstance(parameter, DTensor):
-        if parameter.dim() != dims or parameter.numel() == 0:
-            raise ValueError(
-                "an adapter's weight is not whole where the source is read: FSDP1 takes weights away between uses; a "
-                "source needs FSDP2 (accelerate's fsdp_version: 2), DDP or DeepSpeed ZeRO"
-            )
         return parameter
-    if "tp" in (parameter.device_mesh.mesh_dim_names or ()):
-        raise ValueError("an adapter's weight is sharded by tensor parallelism, which is not supported with a source")
     return cast(Tensor, _Gather.apply(parameter))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import SourceContext
-from .fsdp import reshard_below
+from .fsdp import check_whole, reshard_below
 from .latent import read_latent
 from .memory import AutocastState, Choice, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
 from .projected import project_states
@@ -280,6 +280,9 @@ def read_source(
         memory = _memory(model, runtime, reads, source, states, prepare)
         if not (layers_project and isinstance(memory, Keep)):
             return _projected(model, runtime, reads, states, prepare, memory)
+    A = weights[0]
+    if A.__class__ is not nn.Parameter or A.ndim != 2 or 0 in A.shape:
+        check_whole(A)
     kept = states.warm() if cached else None
     if kept is not None:  # they are prepared already
         return keep_states(kept, Preparation(prepare.dtype), reads.by_key)
