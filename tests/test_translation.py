@@ -146,7 +146,7 @@ def test_a_wrong_tag_is_an_error_with_suggestions_before_the_weights_are_loaded(
 def test_models_devices_and_limits_that_cannot_work(tmp_path, nllb, minilm):
     with pytest.raises(TranslationError, match="no such folder"):
         TranslationModel(str(tmp_path / "absent"))
-    with pytest.raises(TranslationError, match="bert is not an encoder-decoder"):
+    with pytest.raises(TranslationError, match="bert is no encoder-decoder"):
         TranslationModel(str(minilm))
     with pytest.raises(TranslationError, match="--dtype must be one of"):
         TranslationModel(nllb.name, dtype="float8")
