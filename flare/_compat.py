@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # 
 _BNB_LOGGER.setLevel(_BNB_LEVEL)
 
 __all__ = [
+    "COMPILED_CALL",
     "GROWING_CACHE_LAYERS",
     "REPLICA_MARK",
     "AuxiliaryTrainingWrapper",
@@ -70,7 +71,6 @@ __all__ = [
     "after_backward",
     "attention_function",
     "checkpoints_save_random_state",
-    "compiled_calls_off",
     "copy_each",
     "eager_attention_masks",
     "enable_checkpointing",
@@ -165,21 +165,8 @@ def every_module(model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-@contextlib.contextmanager
-def compiled_calls_off(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Those of the modules that were compiled in place (``block.compile()``) run eagerly.
-
-    A compiled call does not look for hooks that come and go, and the source pass reads its states through such hooks.
-    """
-    name = "_compiled_call_impl"
-    compiled = [(module, module.__dict__.pop(name)) for module in modules if module.__dict__.get(name)]
-    try:
-        yield
-    finally:
-        for module, call in compiled:
-            module.__dict__[name] = call
-
-
+#: Where torch keeps the compiled call of a module that was compiled in place (``block.compile()``).
+COMPILED_CALL = "_compiled_call_impl"
 #: Copies each tensor of a list into the tensor at its place in another, in one call.
 copy_each = torch._foreach_copy_
 #: Within it, reading an attribute of a tensor subclass does not run the subclass's Python code.
@@ -198,7 +185,7 @@ def saved_tensors_are_packed() -> bool:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether a module of the model was compiled in place."""
-    return any(module.__dict__.get("_compiled_call_impl") for module in every_module(model))
+    return any(module.__dict__.get(COMPILED_CALL) for module in every_module(model))
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------------------------

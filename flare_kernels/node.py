@@ -113,7 +113,7 @@ class Call:
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
         #: most tokens of a call that takes the form for decoding; 0 where there is no such form
         decodes = p == 0.0 and self.group is not None and hasattr(ops, "decode") and ops.can_decode(1, self.ranks)
-        self.decode_rows = getattr(ops, "DECODE_ROWS", 64) if decodes else 0
+        self.decode_rows = ops.DECODE_ROWS if decodes else 0
         self._needs: dict[tuple[Any, ...], Needs] = {}
 
     def needs(self, flags: tuple[bool, ...], sources: int) -> Needs:

@@ -240,7 +240,8 @@ def read_source(
     weights = reads.weights()
     device, masks = weights[0].device, {}
     states: Any  # a reader
-    if "source_states" in source:
+    given = "source_states" in source
+    if given:
         ready = source["source_states"]
         check_states(ready, source, target, runtime.setting("source_layer_offset", adapters), weights[0].shape[1])
         if ready.attention_mask is not None:
@@ -258,7 +259,6 @@ def read_source(
         dropout = runtime.setting("source_dropout", adapters)
         states = read_from_model(model, inputs, reads.keys, dropout=dropout)
     prepare = Preparation.under_autocast(device, masks if zeroes else {})
-    given = "source_states" in source
     cached = source_cache is not None and not given
     if cached:
         check_cacheable(runtime, adapters)

@@ -24,6 +24,7 @@ from ..tuner.layer import weight_of
 from .context import Bottlenecks, SourceContext
 from .fsdp import gathered
 from .memory import Keep, StateMemory
+from .runtime import graded
 from .source_pass import Group, Preparation, Reader
 from .states import StateKey
 
@@ -153,12 +154,12 @@ def project_states(
 ) -> SourceContext:
     """Run the node and return a context of its outputs. memory: how states wait for backward (default: kept)."""
     weights = [weight_of(layer, group.adapter) for group in groups for layer in group.modules]
-    graded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    memory = (memory or Keep()) if graded else None
+    is_graded = graded(weights)
+    memory = (memory or Keep()) if is_graded else None
     sizes: dict[str, tuple[int, ...]] = {}
     stacked: dict[tuple[str, ...], Tensor] = {}
     outputs = SourcePass.apply(reader, prepare, groups, memory, sizes, stacked, *map(gathered, weights))
-    context = SourceContext(graded, KeptStates(memory, prepare, sizes, groups))
+    context = SourceContext(is_graded, KeptStates(memory, prepare, sizes, groups))
     context.stacked_A = stacked
     context.update(*split_by_layer(groups, outputs))
     return context

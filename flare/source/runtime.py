@@ -14,14 +14,12 @@ from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import registrations
 from ..tuner.config import FlareConfig
-from ..tuner.layer import SITE, FlareLayer
+from ..tuner.layer import MERGED, SITE, SWITCHES, FlareLayer
 from ..tuner.routing import ModelMap
 from .source_pass import Group, Wanted, make_groups
 from .states import StateKey
 
 _RUNTIME = "_flare_runtime"
-_SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
-_MERGED = attrgetter("merged_adapters")
 
 
 class Reading:
@@ -53,8 +51,8 @@ class Reading:
 
     def _state(self) -> tuple[list[Any], list[int], list[int]]:
         return (
-            [*map(_SWITCHES, self.layers)],
-            [*map(len, map(_MERGED, self.layers))],
+            [*map(SWITCHES, self.layers)],
+            [*map(len, map(MERGED, self.layers))],
             [config.source_layer_offset for config in self.configs.values()],
         )
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flare_kernels.dropout import draw_seed
 
 from .._compat import (
+    COMPILED_CALL,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     is_bnb_linear,
@@ -79,7 +80,6 @@ def make_groups(wanted: Iterable[Wanted], sites: Mapping[str, str]) -> list[Grou
 # another thread's target pass would meet it.
 
 _LOCK = threading.Lock()
-_COMPILED = "_compiled_call_impl"
 _SWITCHES = "_flare_switches"
 #: Modules whose forward does not look at ``training``.
 _INDIFFERENT = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Identity)
@@ -156,7 +156,7 @@ class Switches:
         for state in self._in_training:
             state["training"] = False
         # a compiled call does not look for a pass that its hooks serve
-        self._compiled = [(state, state.pop(_COMPILED)) for state in self.states if _COMPILED in state]
+        self._compiled = [(state, state.pop(COMPILED_CALL)) for state in self.states if COMPILED_CALL in state]
 
     def _switch_on(self) -> None:
         for module, before in self._disabled:
@@ -164,7 +164,7 @@ class Switches:
         for state in self._in_training:
             state["training"] = True
         for state, call in self._compiled:
-            state[_COMPILED] = call
+            state[COMPILED_CALL] = call
 
 
 def switches_of(model: nn.Module) -> Switches:

@@ -9,10 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..source.inputs import check_ids, decoder_inputs
+from ..source.inputs import DECODER_ARGUMENTS, check_ids, decoder_inputs
 from ..source.states import StateKey
-
-_DECODER = ("source_labels", "source_decoder_input_ids")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class SourceRequest:
                         f"{tuple(ids.shape)}"
                     )
                 columns[name] = column
-        decoder = {name: batch[name] for name in _DECODER if batch.get(name) is not None}
+        decoder = {name: batch[name] for name in DECODER_ARGUMENTS if batch.get(name) is not None}
         if not decoder:
             return columns, self.keys
         columns["decoder_input_ids"], mask = decoder_inputs(self.model, decoder, None)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..source.inputs import DECODER_ARGUMENTS
 from ..source.states import SourceStates
 from ..source_cache import SourceStateCache
 from .capturable import ModelState, unsupported_batch, unsupported_model, warn_once, without_full_masks
@@ -29,7 +30,6 @@ from .graph_recorder import Recorder, Recording, recorder_for
 
 #: Arguments of the source's text, for which a warm cache has states.
 _SOURCE_TEXT = ("source_input_ids", "source_attention_mask", "source_token_type_ids")
-_SOURCE_DECODER = ("source_labels", "source_decoder_input_ids")
 #: Shapes that are remembered, captured or not.
 _MAX_SHAPES = 256
 #: Eager steps of a shape whose graph made room for another, before it is captured again.
@@ -320,7 +320,7 @@ class GraphedStep:
         """Put a warm cache's states in the place of the source's text; else why the step cannot be captured."""
         if self._source_cache is None or "source_input_ids" not in inputs:
             return None
-        if any(name in inputs for name in _SOURCE_DECODER):
+        if any(name in inputs for name in DECODER_ARGUMENTS):
             return "a source_cache's states of a decoder are read inside the step"
         states = cached_states(self._source_cache, self.model, inputs)
         if states is None:

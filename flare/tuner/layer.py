@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +22,9 @@ from flare_kernels.fusion import EAGER_FUSIONS
 from .._compat import LoraLayer, LoraLinear, is_bnb_lora
 from ..source.context import THREAD, Slot, SourceContext
 
+#: State of an adapter layer that changes without notice; what was worked out from it compares it in every call.
+SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
+MERGED = attrgetter("merged_adapters")
 #: Where a projection has its site (flare.tuner.site), in its ``__dict__``.
 SITE = "_flare_site"
 

@@ -17,7 +17,6 @@ weights may change between one projection and the next.
 from __future__ import annotations
 
 import copy
-from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,12 +29,9 @@ from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import in_backward, registrations, saved_tensors_are_packed
 from ..source.context import THREAD, Slot, SourceContext
-from .layer import SITE, FlareLayer, check_weights, is_untouched
+from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouched
 
 _PLAIN = (Tensor, nn.Parameter)
-#: State of an adapter layer that changes without notice; compared in every call.
-_SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
-_MERGED = attrgetter("merged_adapters")
 #: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
 _Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
 _NO_SOURCE: _Source = (None, None, (), None)
@@ -98,8 +94,8 @@ class _Plan(_Joint):
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
         super().__init__(layers, watched, members)
         self.registrations = registrations.count
-        self.switches = [*map(_SWITCHES, layers)]
-        self.merged = [*map(len, map(_MERGED, layers))]
+        self.switches = [*map(SWITCHES, layers)]
+        self.merged = [*map(len, map(MERGED, layers))]
         self.dicts = [module.__dict__ for module in watched]
         self.sizes = [*map(len, self.dicts)]
         self.hook_dicts = [
@@ -119,9 +115,9 @@ class _Plan(_Joint):
         """Whether nothing has changed that the plan was worked out from."""
         return (
             self.registrations == registrations.count
-            and self.switches == [*map(_SWITCHES, self.layers)]
+            and self.switches == [*map(SWITCHES, self.layers)]
             and self.sizes == [*map(len, self.dicts)]
-            and self.merged == [*map(len, map(_MERGED, self.layers))]
+            and self.merged == [*map(len, map(MERGED, self.layers))]
             and self.hooks == [*map(len, self.hook_dicts)]
         )
 

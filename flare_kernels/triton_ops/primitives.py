@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import types
 
+from .decode import MAX_ROWS as DECODE_ROWS
 from .decode import can_decode, decode
 from .expand import expand_
 from .grad_bottleneck import grad_bottleneck
@@ -34,6 +35,7 @@ from .shrink import shrink
 from .stack import stack
 
 __all__ = [
+    "DECODE_ROWS",
     "can_decode",
     "decode",
     "expand_",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 tuned = types.SimpleNamespace(
+    DECODE_ROWS=DECODE_ROWS,
     can_decode=can_decode,
     decode=decode,
     keep_bits=keep_bits,
