@@ -1,9 +1,9 @@
 """What does the host do in a training step, and does the device wait for it?
 
-On a CPU: Python and C calls per block (host_calls.py) and milliseconds of forward and backward, both beside PEFT's in
-the same run, on the kernels' path with the launches left out; models of width 64, so that nearly all of a step is the
-host's work. mT5's block is an encoder's and a decoder's. On a GPU: wall time over the time in which the device is busy,
-and launches, of models of real width. "frozen" is a forward pass, the others are forward and backward.
+On a CPU: Python and C calls per block (host_calls.py) and milliseconds of forward and backward, both compared with
+PEFT's in the same run, on the kernels' path with the launches left out; models of width 64, so that nearly all of a
+step is the host's work. mT5's block is an encoder's and a decoder's. On a GPU: wall time over device-busy time, and
+launches, of models of real width. "frozen" is a forward pass, the others are forward and backward.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def effort(device: torch.device) -> Effort:
 
 @pytest.fixture
 def left_out(device: torch.device) -> Iterator[list[str] | None]:
-    """The names of the kernels that a CPU leaves out; None on a GPU, which runs them, and where there is no Triton."""
+    """Return the names of the kernels left out on a CPU; None on a GPU, or without Triton."""
     with contextlib.ExitStack() as stack:
         possible = device.type != "cuda" and importlib.util.find_spec("triton") is not None
         yield stack.enter_context(launches_left_out()) if possible else None
