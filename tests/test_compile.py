@@ -116,6 +116,8 @@ def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offs
     reference, backend = copy.deepcopy(model), Graphs()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     inputs = tiny.batch(family)
+    if family == "mt5":  # Dynamo of torch 2.11 does not trace how transformers makes its cache
+        inputs["use_cache"] = False
     torch.manual_seed(3)
     want = step(reference, inputs)
     torch.manual_seed(3)

@@ -81,7 +81,7 @@ class Reads:
         self._A = [layer.lora_A[adapter] for _, adapter, layer in wanted]
 
     def __bool__(self) -> bool:
-        return bool(self.wanted)
+        return len(self.wanted) > 0  # Dynamo of torch 2.11 does not trace bool of a list
 
     def weights(self) -> list[Tensor]:
         """lora_A's weight (r, d) of every layer that reads."""

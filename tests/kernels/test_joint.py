@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flare_kernels import FUSIONS, fused_lora, fused_lora_qkv, reference
+from flare_kernels import FUSIONS, fused_lora, fused_lora_qkv, reference, selection
 
 WIDTHS = {"q": 24, "k": 10, "v": 12}
 RANKS = {"q": 5, "k": 3, "v": 4}
@@ -133,12 +133,11 @@ def test_the_node_owns_dx_of_the_frozen_products(subset, dropout_p, device) -> N
 
 def test_each_stream_is_read_once(device, monkeypatch) -> None:
     """One shrink and one grad_weight for q and v together."""
-    from flare_kernels import torch_ops
-
+    ops = selection.primitives("torch", device, torch.float32)
     calls: list[str] = []
     for name in ("shrink", "grad_weight", "grad_input"):
-        plain = getattr(torch_ops, name)
-        monkeypatch.setattr(torch_ops, name, lambda *a, _n=name, _f=plain, **k: (calls.append(_n), _f(*a, **k))[1])
+        plain = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, _n=name, _f=plain, **k: (calls.append(_n), _f(*a, **k))[1])
     data = make(torch.float32, device)
 
     def joint(leaves, adapters):
