@@ -31,12 +31,14 @@ class Plans(dict[tuple[Any, ...], Any]):
 class Mode:
     """What decides a launch besides its arguments.
 
-    plans: what is kept. forced: kernel -> configuration. shared_bytes: shared memory of a block, instead of the
-    device's. recorded, left_out: where launches are noted instead of running. counters: where names are noted as well.
+    plans: what is kept. forced: kernel -> configuration. forced_form: the form of every step that has it.
+    shared_bytes: shared memory of a block, instead of the device's. recorded, left_out: where launches are noted
+    instead of running. counters: where names are noted as well.
     """
 
     plans: Plans = field(default_factory=Plans)
     forced: Mapping[str, Any] = field(default_factory=dict)
+    forced_form: str | None = None
     shared_bytes: int | None = None
     recorded: list[Any] | None = None
     left_out: list[str] | None = None
@@ -73,9 +75,12 @@ def counting() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def forcing(**configs: Any) -> Iterator[None]:
-    """Run the kernels named with these configurations (for the tuner)."""
-    with _changed(forced={**current.forced, **configs}):
+def forcing(*, form: str | None = None, **configs: Any) -> Iterator[None]:
+    """Take a form wherever a step has it and the call allows it, and run the kernels named with these configurations.
+
+    For the tuner and tests: whether the device can run the form is not asked.
+    """
+    with _changed(forced={**current.forced, **configs}, forced_form=form or current.forced_form):
         yield
 
 

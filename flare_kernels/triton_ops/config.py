@@ -9,7 +9,7 @@ no autotuning. The same call on the same kind of card therefore always runs the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,6 +42,29 @@ class TileConfig:
     def tiles_of(self, names: Sequence[str]) -> dict[str, int]:
         """The tile sizes that a kernel with these argument names takes."""
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_K", "BLOCK_N", "BLOCK_R") if name in names}
+
+
+#: step -> form -> the kernels whose tiles the form takes. The general rule takes the first; "torch" is plain PyTorch.
+FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "shrink": {"triton": ("shrink",), "torch": ()},
+    "expand": {"triton": ("expand",), "torch": ()},
+    "grad_bottleneck": {"triton": ("grad_bottleneck",), "torch": ()},
+    "grad_weight": {"triton": ("grad_weight",), "torch": ()},
+    "grad_input": {"triton": ("grad_input",), "torch": ()},
+    "decode": {"triton": ("shrink_decode", "expand_decode")},
+    # which of the frozen product and the adapter runs first where a node owns both (see flare_kernels/node.py)
+    "order": {"frozen_first": (), "adapter_first": ()},
+}
+
+#: (step, form) -> whether the form runs on operands of a class with a compute capability (90: sm_90; 0: the
+#: interpreter). A form without a predicate runs anywhere, and a step's first form has none.
+RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {}
+
+
+def can_run(step: str, form: str, operands: str, capability: int) -> bool:
+    """Return whether a form of a step runs on operands of this class with this compute capability."""
+    runs = RUNS_WHERE.get((step, form))
+    return runs is None or runs(operands, capability)
 
 
 # Rows: BLOCK_M, BLOCK_K, BLOCK_N, largest BLOCK_R, warps, stages on a small card, stages on a large card.

@@ -25,7 +25,7 @@ from .launch import (
     batches,
     cdiv,
     columns_of,
-    config_for,
+    form_for,
     numbered,
     numbered_strides,
     strides,
@@ -216,10 +216,12 @@ def _plan(
         return "empty", (), None
     if len(batches(ys, Bs)) > 1:
         return "apart", (), None
+    excluded = () if follow_table else ("torch",)
     options: dict[str, Any] = {"wide": ys, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
-    config = config_for(mode, "expand", R, T.dtype, follow_table=follow_table, **options)
-    if config is None:
-        return "torch", (), None
+    form, tiles = form_for(mode, "expand", R, T.dtype, excluded=excluded, **options)
+    if form == "torch":
+        return form, (), None
+    config = tiles["expand"]
     m_tiles = cdiv(M, config.BLOCK_M)
     n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
     # beyond the programs wanted, one program goes on to the next tile of N and keeps its H
@@ -246,4 +248,4 @@ def _plan(
         FUSION=FUSION_ID[None if S is None else fusion],
         ONE_R_BLOCK=config.BLOCK_R >= R,
     )
-    return "triton", (None,) * (MAX_PROJECTIONS - len(ys)), launcher
+    return form, (None,) * (MAX_PROJECTIONS - len(ys)), launcher

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
 from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
-from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, config_for, strides
+from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, form_for, strides
 
 
 @triton.jit
@@ -141,15 +141,16 @@ def _plan(
     (M, R), K = dT.shape, A.shape[1]
     if M == 0 or K == 0:
         return "empty", None
-    follow_table = follow_table and mask is None
+    excluded = () if follow_table and mask is None else ("torch",)
     options: dict[str, Any] = {"wide": (A, dx), "thin": (dT,), "rows": M, "width": K}
-    config = config_for(mode, "grad_input", R, dT.dtype, follow_table=follow_table, **options)
-    if config is None:
-        return "torch", None
+    form, tiles = form_for(mode, "grad_input", R, dT.dtype, excluded=excluded, **options)
+    if form == "torch":
+        return form, None
+    config = tiles["grad_input"]
     m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
     # beyond the programs wanted, one program goes on to the next tile of K and keeps its dT
     tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(config.programs, m_tiles)))
-    return "triton", Launcher(
+    return form, Launcher(
         mode,
         grad_input_kernel,
         (m_tiles, cdiv(k_tiles, tiles_per_group)),

@@ -518,7 +518,9 @@ def test_nan_is_not_hidden_by_relu(device: torch.device) -> None:
 
 def test_same_signatures_as_the_torch_backend() -> None:
     """The autograd nodes are written once over either module."""
-    for name in sorted({*triton_ops.__all__} - {"decode", "can_decode", "tuned", "DECODE_ROWS"}):  # what only the kernels have
+    for name in sorted(
+        {*triton_ops.__all__} - {"decode", "can_decode", "tuned", "DECODE_ROWS"}
+    ):  # what only the kernels have
         ours, theirs = (dict(inspect.signature(getattr(module, name)).parameters) for module in (triton_ops, torch_ops))
         ours.pop("follow_table", None)
         kinds = [[(key, p.kind, p.default) for key, p in side.items()] for side in (ours, theirs)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +19,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import flare_kernels
-from flare_kernels import launch_mode, launch_table, torch_ops, tune
+from flare_kernels import forms, launch_mode, launch_table, torch_ops, tune
 from flare_kernels.launch_table import Entry, Key, LaunchTable
 from flare_kernels.triton_ops import config, launch
 from flare_kernels.triton_ops import primitives as triton_ops
@@ -53,6 +55,9 @@ DAMAGE = {
     "cut off": lambda text: text[:40],
     "another format": lambda text: text.replace('"format": 1', '"format": 9'),
     "no form": lambda text: text.replace('"triton"', '"cuda"'),
+    "another step's form": lambda text: text.replace('"triton"', '"adapter_first"'),
+    "no step": lambda text: text.replace('"step": "shrink"', '"step": "squeeze"'),
+    "tiles of another form": lambda text: text.replace('"triton"', '"torch"'),
     "tiles": lambda text: text.replace('"BLOCK_M": 64', '"BLOCK_M": 65'),
     "huge tiles": lambda text: text.replace('"BLOCK_K": 64', '"BLOCK_K": 16384'),
     "warps": lambda text: text.replace('"num_warps": 4', '"num_warps": 3'),
@@ -123,7 +128,7 @@ def test_no_table_on_request(monkeypatch) -> None:
 
 def test_sizes_share_entries_by_bucket() -> None:
     def key(rows: int, width: int, rank: int = 64) -> Key:
-        return launch.table_key("shrink", "narrow", rank, rows, width)
+        return forms.table_key("shrink", "narrow", rank, rows, width)
 
     assert key(8192, 4096) == key(16384, 3585, 33)
     assert len({key(64, 1024), key(65, 1024), key(64, 1025), key(64, 1024, 65), key(10**6, 1024)}) == 5
@@ -134,13 +139,18 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
     device = torch.device("cuda", 0)
     LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
     monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
+    monkeypatch.setattr(forms, "_cuda_capability", lambda index: 80)
     general = config.choose("shrink", "narrow", 64, config.SMALL_SHARED_BYTES)
+
+    def tiles(rows: int = 8192, device: torch.device = device) -> config.TileConfig:
+        return launch.form_of_class(launch_mode.current, "shrink", "narrow", 64, rows, 4096, device)[1]["shrink"]
+
     for gpu, want in (("Some GPU", config.TileConfig(**TILES)), ("Other GPU", general)):
-        monkeypatch.setattr(launch, "_gpu_name", lambda index, gpu=gpu: gpu)
-        assert launch.choose_config("shrink", "narrow", 64, 8192, 4096, device) == want
-    monkeypatch.setattr(launch, "_gpu_name", lambda index: "Some GPU")
-    assert launch.choose_config("shrink", "narrow", 64, 64, 4096, device) == general
-    assert launch.choose_config("shrink", "narrow", 64, 8192, 4096, torch.device("cpu")).programs == general.programs
+        monkeypatch.setattr(forms, "_gpu_name", lambda index, gpu=gpu: gpu)
+        assert tiles() == want
+    monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
+    assert tiles(rows=64) == general
+    assert tiles(device=torch.device("cpu")).programs == general.programs
     bf16 = torch.bfloat16
     plan = launch_plan(8192, 4096, (4096, 1024), 32, dtype=bf16, device=device)
     assert "BLOCK_M=64" in plan["shrink"] and "tuned table" in plan["shrink"]
@@ -148,11 +158,71 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
     assert set(launch_plan(8, 4096, (4096,), 32, dtype=bf16, device=device)) >= {"decode", "grad_weight"}
 
 
+def test_every_form_has_tiles_by_rule_and_by_table() -> None:
+    """The registry is complete: rows, candidates and axes of every kernel, and a first form that runs anywhere."""
+    for step, of_step in config.FORMS.items():
+        assert (step, next(iter(of_step))) not in config.RUNS_WHERE
+        for form, kernels in of_step.items():
+            tiles = {kernel: dataclasses.asdict(config.choose(kernel, "narrow", 64, 232448)) for kernel in kernels}
+            row = {"step": step, "operands": "narrow", "rank": 64, "rows": 4, "width": 3, "form": form, "tiles": tiles}
+            assert launch_table._parse(row)[1].form == form
+            for kernel, operands in itertools.product(kernels, config.OPERAND_CLASSES):
+                assert list(config.candidates(kernel, operands, 64, 232448))
+    assert all(form in config.FORMS[step] for step, form in config.RUNS_WHERE)
+
+
+def test_a_form_is_forced_tuned_or_the_rule_s(monkeypatch) -> None:
+    """In this order; a form that the device or the call cannot take gives way to the general rule's."""
+    device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
+    monkeypatch.setitem(config.FORMS, "shrink", {"triton": ("shrink",), "new": ("shrink",), "torch": ()})
+    monkeypatch.setitem(config.RUNS_WHERE, ("shrink", "new"), lambda operands, capability: capability >= 90)
+    monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
+    monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
+    LaunchTable("Some GPU", {KEY: Entry("new", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
+    general = config.choose("shrink", "narrow", 64, config.SMALL_SHARED_BYTES)
+    cases = (
+        (90, (), "new", config.TileConfig(**TILES)),
+        (80, (), "triton", general),
+        (90, ("new",), "triton", general),
+        (90, ("new", "triton"), "torch", None),
+    )
+    for capability, excluded, form, tiles in cases:
+        monkeypatch.setattr(forms, "_cuda_capability", lambda index, capability=capability: capability)
+        found = launch.form_of_class(launch_mode.current, "shrink", *sizes, device, excluded)
+        assert found == (form, {} if tiles is None else {"shrink": tiles})
+    with launch_mode.forcing(form="torch"):
+        for excluded, form in (((), "torch"), (("torch",), "new")):
+            mode = launch_mode.current
+            assert launch.form_of_class(mode, "shrink", *sizes, device, excluded)[0] == form
+        with launch_mode.forcing(shrink=general):  # what was forced before stays
+            assert launch_mode.current.forced_form == "torch"
+    with launch_mode.forcing(form="new", shrink=general):
+        found = launch.form_of_class(launch_mode.current, "shrink", *sizes, torch.device("cpu"))
+        assert found == ("new", {"shrink": general})
+        assert launch.form_of_class(launch_mode.current, "expand", *sizes, torch.device("cpu"))[0] == "triton"
+
+
+def test_the_order_is_looked_up_once(monkeypatch) -> None:
+    device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
+    key = forms.table_key("order", *sizes)
+    LaunchTable("Some GPU", {key: Entry("adapter_first")}).save(launch_table.user_path("Some GPU"))
+    monkeypatch.setattr(forms, "_cuda_capability", lambda index: 90)
+    monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
+    with launch_mode.forcing():
+        assert forms.order_in_force(*sizes, torch.device("cpu")) == "frozen_first"
+        assert forms.order_in_force(*sizes, device) == "adapter_first"
+        monkeypatch.setattr(forms, "form_in_force", lambda *args: pytest.fail("asked again"))
+        assert forms.order_in_force(*sizes, device) == "adapter_first"
+    monkeypatch.undo()
+    with launch_mode.forcing(form="adapter_first"):
+        assert forms.order_in_force(*sizes, torch.device("cpu")) == "adapter_first"
+
+
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
     """Rows of a few elements cannot be aligned; tuner and launch agree on that."""
     asked: set[tuple[str, str]] = set()
-    monkeypatch.setattr(launch, "tuned_entry", lambda step, operands, *_: asked.add((step, operands)))
+    monkeypatch.setattr(forms, "tuned_entry", lambda step, operands, *_: asked.add((step, operands)))
     x, y, B = (torch.randn(*size, device=device).bfloat16() for size in ((70, 64), (70, 32), (32, rank)))
     T, A = (torch.randn(*size, device=device).bfloat16() for size in ((70, rank), (rank, 64)))
     with launch_mode.forcing():
@@ -190,7 +260,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
 
     def table(prefers_torch) -> None:
         monkeypatch.setattr(
-            launch, "tuned_entry", lambda step, *_: Entry("torch") if prefers_torch in (step, "all") else None
+            forms, "tuned_entry", lambda step, *_: Entry("torch") if prefers_torch in (step, "all") else None
         )
 
     want = run(triton_ops.tuned)
