@@ -28,7 +28,12 @@ Order = tuple[tuple[int, int], ...] | None
 
 
 def order_of(
-    mode: Mode, call: Call, x: Tensor, Ws: Sequence[Tensor], biases: Sequence[Tensor | None], autocast: torch.dtype | None
+    mode: Mode,
+    call: Call,
+    x: Tensor,
+    Ws: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    autocast: torch.dtype | None,
 ) -> Order:
     """Return the order of a call of the node that makes the products of x (M, d) and the frozen W_i (n_i, d).
 
