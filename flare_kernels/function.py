@@ -117,8 +117,8 @@ class FusedLoRA(torch.autograd.Function):
         xs_MK = None if x_source is None else x_source.flatten(0, -2) if x_source.ndim > 2 else rows(x_source)
         S_matrices = [rows(S) for S in Ss] if Ss else ()
         seeds = None if seed is None else (seed, seed if source_seed is None else source_seed)
-        args = (call, x_MK, xs_MK, S_matrices, seeds, matrices, As, Bs, needs.anything, None, A)
-        args = (*args, None if order is None else biases)
+        written = None if order is None else biases
+        args = (call, x_MK, xs_MK, S_matrices, seeds, matrices, As, Bs, needs.anything, None, A, written)
         T, S, A, B = node.forward(*args) if autocast is None else without_autocast(node.forward, x.device, *args)
         if order is not None:
             for output in call.adapted:

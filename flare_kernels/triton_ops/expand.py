@@ -194,7 +194,7 @@ def expand_(
     if fusion is None:
         S = None
     mode, device = launch_mode.current, T.device
-    tensors = (*ys, T, *Bs) if S is None else (*ys, T, *Bs, S)
+    tensors: tuple[Any, ...] = (*ys, T, *Bs) if S is None else (*ys, T, *Bs, S)
     if outs is not None:
         tensors = (*tensors, *outs)
     reads_y = biases is None

@@ -161,7 +161,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def batches(*operands: Sequence[Tensor | None]) -> list[slice]:
-    """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, with the same tensors of the same dtypes."""
+    """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, of the same dtypes (None: no tensor)."""
     kinds = [tuple(None if t is None else t.dtype for t in of_one) for of_one in zip(*operands, strict=True)]
     found, start = [], 0
     for end in range(1, len(kinds) + 1):
