@@ -197,22 +197,6 @@ def test_a_form_is_forced_tuned_or_the_rule_s(monkeypatch) -> None:
         assert launch.form_of_class(launch_mode.current, "expand", *sizes, torch.device("cpu"))[0] == "triton"
 
 
-def test_the_order_is_looked_up_once(monkeypatch) -> None:
-    device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
-    key = forms.table_key("order", *sizes)
-    LaunchTable("Some GPU", {key: Entry("adapter_first")}).save(launch_table.user_path("Some GPU"))
-    monkeypatch.setattr(forms, "_cuda_capability", lambda index: 90)
-    monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
-    with launch_mode.forcing():
-        assert forms.order_in_force(*sizes, torch.device("cpu")) == "frozen_first"
-        assert forms.order_in_force(*sizes, device) == "adapter_first"
-        monkeypatch.setattr(forms, "form_in_force", lambda *args: pytest.fail("asked again"))
-        assert forms.order_in_force(*sizes, device) == "adapter_first"
-    monkeypatch.undo()
-    with launch_mode.forcing(form="adapter_first"):
-        assert forms.order_in_force(*sizes, torch.device("cpu")) == "adapter_first"
-
-
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
     """Rows of a few elements cannot be aligned; tuner and launch agree on that."""
