@@ -37,7 +37,10 @@ def form_in_force(
     """
     if mode.forced_form in FORMS[step] and mode.forced_form not in excluded:
         return mode.forced_form, None
-    entry = tuned_entry(step, operands, rank, rows, width, device)
+    if mode.table is not None:
+        entry = mode.table.entries.get(table_key(step, operands, rank, rows, width))
+    else:
+        entry = tuned_entry(step, operands, rank, rows, width, device)
     if entry is not None and entry.form not in excluded and can_run(step, entry.form, operands, capability(device)):
         return entry.form, entry
     return next(form for form in FORMS[step] if form not in excluded), None
