@@ -7,8 +7,8 @@ read once per process, from the first of these that exists:
 2. ``~/.cache/flare-kernels/launch/<gpu>.json``, where the tuner writes;
 3. ``flare_kernels/tables/<gpu>.json``, which comes with the package.
 
-An entry says, for a step at a range of sizes, whether its Triton kernel or its plain PyTorch form is used, and with
-which tiles. A file that cannot be read is reported once and ignored.
+An entry says, for a step at a range of sizes, which of its forms is used (``FORMS`` in ``triton_ops/config.py``), and
+with which tiles. A file that cannot be read is reported once and ignored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .triton_ops.config import FORMS
 
 #: Layout of the file.
 FORMAT = 1
@@ -44,6 +46,7 @@ class Key:
     """Which launches an entry is for: a step, its operand class, the rank bucket, and buckets of rows and width.
 
     Width: of the input (K) for shrink, grad_weight, grad_input, decode; of the widest output (N) for the others.
+    Rank: of one adapter (r) for expand, grad_bottleneck, decode, order; of the stacked ones for the others.
     """
 
     step: str
@@ -55,7 +58,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """form: "triton" or "torch". tiles: kernel -> fields of its TileConfig. us: what was measured, in microseconds."""
+    """form: one of the step's. tiles: kernel -> fields of its TileConfig. us: what was measured, in microseconds.
+
+    A kernel of the form that has no tiles here takes the general rule's.
+    """
 
     form: str
     tiles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -106,15 +112,20 @@ class LaunchTable:
 
 def _parse(row: Mapping[str, Any]) -> tuple[Key, Entry]:
     key = Key(str(row["step"]), str(row["operands"]), int(row["rank"]), int(row["rows"]), int(row["width"]))
-    if row["form"] not in ("triton", "torch"):
-        raise ValueError(f"form {row['form']!r} is neither 'triton' nor 'torch'")
+    if key.step not in FORMS:
+        raise ValueError(f"step {key.step!r} is not one of {', '.join(FORMS)}")
+    forms = FORMS[key.step]
+    if row["form"] not in forms:
+        raise ValueError(f"form {row['form']!r} of step {key.step!r} is not one of {', '.join(forms)}")
     tiles = {str(kernel): {str(k): int(v) for k, v in of_one.items()} for kernel, of_one in row["tiles"].items()}
     for kernel, of_one in tiles.items():
+        if kernel not in forms[row["form"]]:
+            raise ValueError(f"form {row['form']!r} of step {key.step!r} has no kernel {kernel!r}")
         _check_tiles(key, kernel, of_one)
     return key, Entry(row["form"], tiles, {str(k): float(v) for k, v in row.get("us", {}).items()})
 
 
-#: Axes of each kernel's tiles; the steps that a table can name are those of these kernels.
+#: Axes of each kernel's tiles.
 _AXES = {
     "shrink": "MKR",
     "expand": "MNR",
@@ -129,8 +140,6 @@ _OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "programs"
 
 def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
     """Raises ValueError for tiles with which a launch of this step would fail, or be wrong."""
-    if kernel not in _AXES or key.step != ("decode" if kernel.endswith("_decode") else kernel):
-        raise ValueError(f"step {key.step!r} has no kernel {kernel!r}")
     wanted = {f"BLOCK_{axis}" for axis in "MKNR"} | set(_OPTIONS)
     if set(tiles) != wanted:
         raise ValueError(f"tiles of {kernel} have the fields {sorted(tiles)}, expected {sorted(wanted)}")

@@ -9,7 +9,7 @@ no autotuning. The same call on the same kind of card therefore always runs the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,6 +42,30 @@ class TileConfig:
     def tiles_of(self, names: Sequence[str]) -> dict[str, int]:
         """The tile sizes that a kernel with these argument names takes."""
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_K", "BLOCK_N", "BLOCK_R") if name in names}
+
+
+#: step -> form -> the kernels whose tiles the form takes. The general rule takes the first; "torch" is plain PyTorch.
+FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "shrink": {"triton": ("shrink",), "torch": ()},
+    "expand": {"triton": ("expand",), "torch": ()},
+    "grad_bottleneck": {"triton": ("grad_bottleneck",), "torch": ()},
+    "grad_weight": {"triton": ("grad_weight",), "torch": ()},
+    # dx written alone; one BLAS call was faster than the kernel on an H200 (27 against 32 us, Llama 8B at M = 8192)
+    "grad_input": {"torch": (), "triton": ("grad_input",)},
+    "decode": {"triton": ("shrink_decode", "expand_decode")},
+    # which of the frozen product and the adapter runs first where a node owns both (see flare_kernels/node.py)
+    "order": {"frozen_first": (), "adapter_first": ()},
+}
+
+#: (step, form) -> whether the form runs on operands of a class with a compute capability (90: sm_90; 0: the
+#: interpreter). A form without a predicate runs anywhere, and a step's first form has none.
+RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {}
+
+
+def can_run(step: str, form: str, operands: str, capability: int) -> bool:
+    """Return whether a form of a step runs on operands of this class with this compute capability."""
+    runs = RUNS_WHERE.get((step, form))
+    return runs is None or runs(operands, capability)
 
 
 # Rows: BLOCK_M, BLOCK_K, BLOCK_N, largest BLOCK_R, warps, stages on a small card, stages on a large card.
@@ -180,10 +204,10 @@ def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
 #: What the tuner tries for aligned 2-byte operands: BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs wanted.
 _CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "shrink": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (128, 264)),
-    "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (264, 512, 1056)),
+    "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (512, 1056)),
     "grad_bottleneck": ((64, 128), (0,), (64, 128), (4, 8), (3, 4), (128, 192, 264)),
-    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (128, 256, 512)),
-    "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (264, 512, 1056)),
+    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (64, 128, 256)),
+    "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (512,)),
     "shrink_decode": ((16,), (64, 128, 256), (0,), (4, 8), (2, 3), (1,)),
     "expand_decode": ((16,), (0,), (32, 64, 128), (2, 4), (1,), (1,)),
 }

@@ -29,7 +29,7 @@ from .launch import (
     TL_DTYPE,
     Launcher,
     cdiv,
-    config_for,
+    form_for,
     numbered,
     numbered_strides,
     strides,
@@ -318,8 +318,9 @@ def _plan(
     (M, K), R, count = x.shape, As[0].shape[0], len(ys)
     streams = 1 if x_source is None else 2
     options: dict[str, Any] = {"rows": M, "width": K}
-    config = config_for(mode, "shrink_decode", R, compute_dtype, wide=(x, x_source, *As), thin=(), **options)
-    assert config is not None and config.BLOCK_R >= R, "a decode kernel holds one block of R"
+    _, tiles = form_for(mode, "decode", R, compute_dtype, wide=(x, x_source, *As), thin=(), **options)
+    config = tiles["shrink_decode"]
+    assert config.BLOCK_R >= R, "a decode kernel holds one block of R"
     k_tiles = cdiv(K, config.BLOCK_K)
     tiles_per_split = cdiv(k_tiles, _SPLITS)
     # rounded up to what the second launch adds at a time: a part without tiles is zero
@@ -342,8 +343,8 @@ def _plan(
         DTYPE=TL_DTYPE[compute_dtype],
     )
     widths = [y.shape[1] for y in ys]
-    config = config_for(mode, "expand_decode", R, compute_dtype, wide=ys, thin=(*Ss, *Bs), **options)
-    assert config is not None
+    _, tiles = form_for(mode, "decode", R, compute_dtype, wide=ys, thin=(*Ss, *Bs), **options)
+    config = tiles["expand_decode"]
     expand = Launcher(
         mode,
         expand_decode_kernel,

@@ -34,7 +34,7 @@ from .launch import (
     batches,
     cdiv,
     columns_of,
-    config_for,
+    form_for,
     numbered,
     numbered_strides,
     split_sum,
@@ -322,10 +322,12 @@ def _plan(
         return "empty", (), widths, (N, R), (), None, None
     if len(batches(Gs, Bs)) > 1:
         return "apart", (), widths, (N, R), (), None, None
+    excluded = () if follow_table else ("torch",)
     options: dict[str, Any] = {"wide": Gs, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
-    config = config_for(mode, "grad_bottleneck", R, dtype, follow_table=follow_table, **options)
-    if config is None:
-        return "torch", (), widths, (N, R), (), None, None
+    form, tiles = form_for(mode, "grad_bottleneck", R, dtype, excluded=excluded, **options)
+    if form == "torch":
+        return form, (), widths, (N, R), (), None, None
+    config = tiles["grad_bottleneck"]
     r_tiles = cdiv(R, config.BLOCK_R)
     wants_dB = B_grad_dtype is not None
     strips = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if wants_dB else 0
@@ -362,4 +364,4 @@ def _plan(
     )
     missing = (None,) * (MAX_PROJECTIONS - len(Gs))
     partials_size = (chunks, N, R)
-    return "triton", missing, widths, (N, R), partials_size, launcher, adding(mode, partials_size, Gs[0].device)
+    return form, missing, widths, (N, R), partials_size, launcher, adding(mode, partials_size, Gs[0].device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
 from .device import dot, drop_transposed, load_keep_bytes_transposed, load_tile, round_to, store_tile
-from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, config_for, split_sum, strides
+from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, form_for, split_sum, strides
 from .partials import adding
 
 
@@ -188,11 +188,12 @@ def _plan(
         return "apart", (R, K), (), None, None
     if M == 0 or K == 0:
         return "empty", (R, K), (), None, None
-    follow_table = follow_table and mask is None
+    excluded = () if follow_table and mask is None else ("torch",)
     options: dict[str, Any] = {"wide": (x, x_source), "thin": (dT, dS), "rows": M, "width": K}
-    config = config_for(mode, "grad_weight", R, dT.dtype, follow_table=follow_table, **options)
-    if config is None:
-        return "torch", (R, K), (), None, None
+    form, tiles = form_for(mode, "grad_weight", R, dT.dtype, excluded=excluded, **options)
+    if form == "torch":
+        return form, (R, K), (), None, None
+    config = tiles["grad_weight"]
     k_tiles, r_tiles = cdiv(K, config.BLOCK_K), cdiv(R, config.BLOCK_R)
     splits, tiles_per_split = split_sum(M, config.BLOCK_M, k_tiles * r_tiles, target=config.programs)
     launcher = Launcher(
@@ -216,4 +217,4 @@ def _plan(
         HAS_MASK=mask is not None,
     )
     partials_size = (splits, R, K)
-    return "triton", (R, K), partials_size, launcher, adding(mode, partials_size, dT.device)
+    return form, (R, K), partials_size, launcher, adding(mode, partials_size, dT.device)

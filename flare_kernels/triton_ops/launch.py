@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._compat import compiled_runner, current_cuda_device
+from ..forms import class_of, form_in_force
 from ..launch_mode import Mode, counting, forcing, recording
-from ..launch_table import ROW_BOUNDS, WIDTH_BOUNDS, Entry, Key, bucket, table_for
-from .config import LARGE_SHARED_BYTES, TileConfig, choose, operand_class, rank_bucket
+from .config import FORMS, LARGE_SHARED_BYTES, TileConfig, choose
 
 __all__ = ["Launch", "Launcher", "counting", "forcing", "recording"]
 
@@ -150,18 +149,10 @@ def shared_memory_bytes(device: torch.device) -> int:
     return _cuda_shared_bytes(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@lru_cache
+@functools.cache
 def _cuda_shared_bytes(index: int) -> int:
     properties = torch.cuda.get_device_properties(index)
     return int(getattr(properties, "shared_memory_per_block_optin", 0)) or _FALLBACK_SHARED_BYTES
-
-
-def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether Triton can use 16-byte accesses: it asks that of pointers, and multiples of 16 elements of strides."""
-    for x in tensors:
-        if x is not None and (x.data_ptr() % 16 or any(s != 1 and s % 16 for s in x.stride())):
-            return False
-    return True
 
 
 def cdiv(a: int, b: int) -> int:
@@ -169,9 +160,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def batches(*operands: Sequence[Tensor]) -> list[slice]:
-    """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, whose tensors have the same dtypes."""
-    kinds = [tuple(tensor.dtype for tensor in of_one) for of_one in zip(*operands, strict=True)]
+def batches(*operands: Sequence[Tensor | None]) -> list[slice]:
+    """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, of the same dtypes (None: no tensor)."""
+    kinds = [tuple(None if t is None else t.dtype for t in of_one) for of_one in zip(*operands, strict=True)]
     found, start = [], 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start] or end - start == MAX_PROJECTIONS:
@@ -195,7 +186,7 @@ def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
     return {f"{name}_stride_{axis}": 0 if x is None else x.stride(dim) for dim, axis in enumerate(axes)}
 
 
-def numbered_strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
+def numbered_strides(name: str, tensors: Sequence[Tensor | None], axes: str) -> dict[str, int]:
     """Arguments such as y_0_stride_m for the axes of (up to) three matrices."""
     found: dict[str, int] = {}
     for i in range(MAX_PROJECTIONS):
@@ -203,9 +194,9 @@ def numbered_strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[st
     return found
 
 
-def config_for(
+def form_for(
     mode: Mode,
-    kernel: str,
+    step: str,
     rank: int,
     compute_dtype: torch.dtype,
     *,
@@ -213,77 +204,39 @@ def config_for(
     thin: Sequence[Tensor | None],
     rows: int,
     width: int,
-    follow_table: bool = False,
-) -> TileConfig | None:
-    """Configuration for a launch over (rows, width); operands have wide rows (x, G, y, A) or thin ones (T, S, B).
+    excluded: Collection[str] = (),
+) -> tuple[str, dict[str, TileConfig]]:
+    """Return the form of a step and its kernels' tiles for a launch over (rows, width).
 
-    None where ``follow_table`` and the tuned table prefers the plain PyTorch form.
+    Operands have wide rows (x, G, y, A) or thin ones (T, S, B). ``excluded``: forms that this call cannot take.
     """
     operands = class_of(rank, compute_dtype, wide, thin)
     device = next(x.device for x in wide if x is not None)
-    if follow_table:
-        entry = tuned_entry(step_of(kernel), operands, rank, rows, width, device)
-        if entry is not None and entry.form == "torch":
-            return None
-    forced = mode.forced.get(kernel)
-    if forced is not None:
-        return forced  # type: ignore[no-any-return]
-    return choose_config(kernel, operands, rank, rows, width, device, mode.shared_bytes)
+    return form_of_class(mode, step, operands, rank, rows, width, device, excluded)
 
 
-def class_of(
-    rank: int, compute_dtype: torch.dtype, wide: Sequence[Tensor | None], thin: Sequence[Tensor | None]
-) -> str:
-    """The operand class of a launch on tensors of wide rows and of thin ones."""
-    # rows of a handful of elements cannot be aligned, and need not be
-    aligned = is_aligned(*wide) and (rank <= 16 or is_aligned(*thin))
-    widest = max(x.element_size() for x in (*wide, *thin) if x is not None)
-    return operand_class(compute_dtype.itemsize, widest, aligned)
-
-
-def choose_config(
-    kernel: str,
+def form_of_class(
+    mode: Mode,
+    step: str,
     operands: str,
     rank: int,
     rows: int,
     width: int,
     device: torch.device,
-    shared_bytes: int | None = None,
-) -> TileConfig:
-    """The configuration of a launch: the tuned table's where it has one, else the general rule's."""
-    entry = tuned_entry(step_of(kernel), operands, rank, rows, width, device)
-    tiles = entry.tiles.get(kernel) if entry is not None else None
-    if tiles is None:
-        return choose(kernel, operands, rank, shared_memory_bytes(device) if shared_bytes is None else shared_bytes)
-    return _tile_config(tuple(sorted(tiles.items())))
-
-
-def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key:
-    """The table's key of a launch of these sizes."""
-    return Key(step, operands, rank_bucket(rank), bucket(rows, ROW_BOUNDS), bucket(width, WIDTH_BOUNDS))
-
-
-def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> Entry | None:
-    """The entry that the device's tuned table has for a step, None where it has none."""
-    if device.type != "cuda":
-        return None
-    table = table_for(_gpu_name(device.index if device.index is not None else torch.cuda.current_device()))
-    return table.entries.get(table_key(step, operands, rank, rows, width))
-
-
-def step_of(kernel: str) -> str:
-    """The primitive that a kernel belongs to."""
-    return "decode" if kernel.endswith("_decode") else kernel
-
-
-@lru_cache
-def _gpu_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-@lru_cache
-def _tile_config(tiles: tuple[tuple[str, int], ...]) -> TileConfig:
-    return TileConfig(**dict(tiles))
+    excluded: Collection[str] = (),
+) -> tuple[str, dict[str, TileConfig]]:
+    """Return :func:`form_for` of operands of a class."""
+    form, entry = form_in_force(mode, step, operands, rank, rows, width, device, excluded)
+    shared_bytes = shared_memory_bytes(device) if mode.shared_bytes is None else mode.shared_bytes
+    tiles = {}
+    for kernel in FORMS[step][form]:
+        if kernel in mode.forced:
+            tiles[kernel] = mode.forced[kernel]
+        elif entry is not None and kernel in entry.tiles:
+            tiles[kernel] = TileConfig(**entry.tiles[kernel])
+        else:
+            tiles[kernel] = choose(kernel, operands, rank, shared_bytes)
+    return form, tiles
 
 
 def split_sum(length: int, block: int, programs: int, *, target: int) -> tuple[int, int]:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import launch_mode
+from ..forms import form_in_force
 from .config import operand_class
 from .decode import MAX_RANK, MAX_ROWS
-from .launch import choose_config, tuned_entry
+from .launch import form_of_class
 
 
 def launch_plan(
@@ -18,16 +20,16 @@ def launch_plan(
     R = len(widths) * r
     decodes = 0 < M <= MAX_ROWS and r <= MAX_RANK
     forward = {"decode": (r, d)} if decodes else {"shrink": (R, d), "expand": (r, max(widths))}
+    if not decodes:
+        forward["order"] = (r, max(widths))
     backward = {"grad_bottleneck": (r, max(widths)), "grad_weight": (R, d), "grad_input": (R, d)}
     operands = operand_class(dtype.itemsize, dtype.itemsize, True)
     plan = {}
     for step, (rank, width) in (forward | backward).items():
-        entry = tuned_entry(step, operands, rank, M, width, device)
+        sizes = (step, operands, rank, M, width, device)
+        form, tiles = form_of_class(launch_mode.current, *sizes)
+        _, entry = form_in_force(launch_mode.current, *sizes)
         origin = "general rule" if entry is None else "tuned table"
-        if entry is not None and entry.form == "torch" and step != "decode":
-            plan[step] = f"torch ({origin})"
-            continue
-        kernels = ("shrink_decode", "expand_decode") if step == "decode" else (step,)
-        tiles = "; ".join(str(choose_config(kernel, operands, rank, M, width, device)) for kernel in kernels)
-        plan[step] = f"triton, {tiles} ({origin})"
+        described = "; ".join(map(str, tiles.values()))
+        plan[step] = f"{form}, {described} ({origin})" if tiles else f"{form} ({origin})"
     return plan

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
 from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
-from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, TL_DTYPE, Launcher, cdiv, config_for, split_sum, strides
+from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, TL_DTYPE, Launcher, cdiv, form_for, split_sum, strides
 from .partials import adding
 
 
@@ -207,11 +207,12 @@ def _plan(
     size = (2, M, R) if streams == 2 else (M, R)
     if M == 0 or K == 0:
         return "empty", size, (), None, None
-    follow_table = follow_table and mask is None
+    excluded = () if follow_table and mask is None else ("torch",)
     options: dict[str, Any] = {"wide": (x, x_source, A), "thin": (), "rows": M, "width": K}
-    config = config_for(mode, "shrink", R, compute_dtype, follow_table=follow_table, **options)
-    if config is None:
-        return "torch", size, (), None, None
+    form, tiles = form_for(mode, "shrink", R, compute_dtype, excluded=excluded, **options)
+    if form == "torch":
+        return form, size, (), None, None
+    config = tiles["shrink"]
     programs = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
     splits, tiles_per_split = split_sum(K, config.BLOCK_K, programs, target=config.programs)
     partials_size = (splits, streams, M, R)
@@ -237,4 +238,4 @@ def _plan(
         SUM_STREAMS=sum_streams,
         HAS_MASK=mask is not None,
     )
-    return "triton", size, partials_size, launcher, adding(mode, partials_size, x.device)
+    return form, size, partials_size, launcher, adding(mode, partials_size, x.device)

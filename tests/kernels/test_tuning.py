@@ -1,13 +1,10 @@
-"""Launch tables: the file, the lookup, what "auto" does with an entry, and the tuner (with a timer that is told)."""
+"""Launch tables: the file, the lookup, and what "auto" does with an entry. The tuner: test_tuner.py."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import functools
-import json
-import os
-import subprocess
-import sys
+import dataclasses
+import itertools
 import warnings
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import flare_kernels
-from flare_kernels import launch_mode, launch_table, torch_ops, tune
+from flare_kernels import forms, launch_mode, launch_table, torch_ops
 from flare_kernels.launch_table import Entry, Key, LaunchTable
 from flare_kernels.triton_ops import config, launch
 from flare_kernels.triton_ops import primitives as triton_ops
@@ -53,6 +50,9 @@ DAMAGE = {
     "cut off": lambda text: text[:40],
     "another format": lambda text: text.replace('"format": 1', '"format": 9'),
     "no form": lambda text: text.replace('"triton"', '"cuda"'),
+    "another step's form": lambda text: text.replace('"triton"', '"adapter_first"'),
+    "no step": lambda text: text.replace('"step": "shrink"', '"step": "squeeze"'),
+    "tiles of another form": lambda text: text.replace('"triton"', '"torch"'),
     "tiles": lambda text: text.replace('"BLOCK_M": 64', '"BLOCK_M": 65'),
     "huge tiles": lambda text: text.replace('"BLOCK_K": 64', '"BLOCK_K": 16384'),
     "warps": lambda text: text.replace('"num_warps": 4', '"num_warps": 3'),
@@ -123,7 +123,7 @@ def test_no_table_on_request(monkeypatch) -> None:
 
 def test_sizes_share_entries_by_bucket() -> None:
     def key(rows: int, width: int, rank: int = 64) -> Key:
-        return launch.table_key("shrink", "narrow", rank, rows, width)
+        return forms.table_key("shrink", "narrow", rank, rows, width)
 
     assert key(8192, 4096) == key(16384, 3585, 33)
     assert len({key(64, 1024), key(65, 1024), key(64, 1025), key(64, 1024, 65), key(10**6, 1024)}) == 5
@@ -134,13 +134,18 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
     device = torch.device("cuda", 0)
     LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
     monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
+    monkeypatch.setattr(forms, "_cuda_capability", lambda index: 80)
     general = config.choose("shrink", "narrow", 64, config.SMALL_SHARED_BYTES)
+
+    def tiles(rows: int = 8192, device: torch.device = device) -> config.TileConfig:
+        return launch.form_of_class(launch_mode.current, "shrink", "narrow", 64, rows, 4096, device)[1]["shrink"]
+
     for gpu, want in (("Some GPU", config.TileConfig(**TILES)), ("Other GPU", general)):
-        monkeypatch.setattr(launch, "_gpu_name", lambda index, gpu=gpu: gpu)
-        assert launch.choose_config("shrink", "narrow", 64, 8192, 4096, device) == want
-    monkeypatch.setattr(launch, "_gpu_name", lambda index: "Some GPU")
-    assert launch.choose_config("shrink", "narrow", 64, 64, 4096, device) == general
-    assert launch.choose_config("shrink", "narrow", 64, 8192, 4096, torch.device("cpu")).programs == general.programs
+        monkeypatch.setattr(forms, "_gpu_name", lambda index, gpu=gpu: gpu)
+        assert tiles() == want
+    monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
+    assert tiles(rows=64) == general
+    assert tiles(device=torch.device("cpu")).programs == general.programs
     bf16 = torch.bfloat16
     plan = launch_plan(8192, 4096, (4096, 1024), 32, dtype=bf16, device=device)
     assert "BLOCK_M=64" in plan["shrink"] and "tuned table" in plan["shrink"]
@@ -148,11 +153,55 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
     assert set(launch_plan(8, 4096, (4096,), 32, dtype=bf16, device=device)) >= {"decode", "grad_weight"}
 
 
+def test_every_form_has_tiles_by_rule_and_by_table() -> None:
+    """The registry is complete: rows, candidates and axes of every kernel, and a first form that runs anywhere."""
+    for step, of_step in config.FORMS.items():
+        assert (step, next(iter(of_step))) not in config.RUNS_WHERE
+        for form, kernels in of_step.items():
+            tiles = {kernel: dataclasses.asdict(config.choose(kernel, "narrow", 64, 232448)) for kernel in kernels}
+            row = {"step": step, "operands": "narrow", "rank": 64, "rows": 4, "width": 3, "form": form, "tiles": tiles}
+            assert launch_table._parse(row)[1].form == form
+            for kernel, operands in itertools.product(kernels, config.OPERAND_CLASSES):
+                assert list(config.candidates(kernel, operands, 64, 232448))
+    assert all(form in config.FORMS[step] for step, form in config.RUNS_WHERE)
+
+
+def test_a_form_is_forced_tuned_or_the_rule_s(monkeypatch) -> None:
+    """In this order; a form that the device or the call cannot take gives way to the general rule's."""
+    device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
+    monkeypatch.setitem(config.FORMS, "shrink", {"triton": ("shrink",), "new": ("shrink",), "torch": ()})
+    monkeypatch.setitem(config.RUNS_WHERE, ("shrink", "new"), lambda operands, capability: capability >= 90)
+    monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
+    monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
+    LaunchTable("Some GPU", {KEY: Entry("new", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
+    general = config.choose("shrink", "narrow", 64, config.SMALL_SHARED_BYTES)
+    cases = (
+        (90, (), "new", config.TileConfig(**TILES)),
+        (80, (), "triton", general),
+        (90, ("new",), "triton", general),
+        (90, ("new", "triton"), "torch", None),
+    )
+    for capability, excluded, form, tiles in cases:
+        monkeypatch.setattr(forms, "_cuda_capability", lambda index, capability=capability: capability)
+        found = launch.form_of_class(launch_mode.current, "shrink", *sizes, device, excluded)
+        assert found == (form, {} if tiles is None else {"shrink": tiles})
+    with launch_mode.forcing(form="torch"):
+        for excluded, form in (((), "torch"), (("torch",), "new")):
+            mode = launch_mode.current
+            assert launch.form_of_class(mode, "shrink", *sizes, device, excluded)[0] == form
+        with launch_mode.forcing(shrink=general):  # what was forced before stays
+            assert launch_mode.current.forced_form == "torch"
+    with launch_mode.forcing(form="new", shrink=general):
+        found = launch.form_of_class(launch_mode.current, "shrink", *sizes, torch.device("cpu"))
+        assert found == ("new", {"shrink": general})
+        assert launch.form_of_class(launch_mode.current, "expand", *sizes, torch.device("cpu"))[0] == "triton"
+
+
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
     """Rows of a few elements cannot be aligned; tuner and launch agree on that."""
     asked: set[tuple[str, str]] = set()
-    monkeypatch.setattr(launch, "tuned_entry", lambda step, operands, *_: asked.add((step, operands)))
+    monkeypatch.setattr(forms, "tuned_entry", lambda step, operands, *_: asked.add((step, operands)))
     x, y, B = (torch.randn(*size, device=device).bfloat16() for size in ((70, 64), (70, 32), (32, rank)))
     T, A = (torch.randn(*size, device=device).bfloat16() for size in ((70, rank), (rank, 64)))
     with launch_mode.forcing():
@@ -190,7 +239,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
 
     def table(prefers_torch) -> None:
         monkeypatch.setattr(
-            launch, "tuned_entry", lambda step, *_: Entry("torch") if prefers_torch in (step, "all") else None
+            forms, "tuned_entry", lambda step, *_: Entry("torch") if prefers_torch in (step, "all") else None
         )
 
     want = run(triton_ops.tuned)
@@ -222,116 +271,8 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
     torch.testing.assert_close(out, 1 + dT @ A)
 
 
-SMALL = tune.Shape("small", 48, (40, 24))
-
-
-def test_the_tuner_takes_the_fastest_that_is_right(monkeypatch, device, tmp_path: Path) -> None:
-    """Timed by a table of made-up times: the fastest right configuration wins, a wrong one and a slow one do not."""
-    # the first is the general rule's; 8 warps are "fastest", but wrong; 2 stages come next
-    monkeypatch.setattr(
-        config, "_CANDIDATES", dict.fromkeys(config.KERNELS, ((64,), (32,), (32,), (4, 8), (2, 3), (7,)))
-    )
-
-    def running(problem: tune.Problem) -> config.TileConfig | None:
-        return launch_mode.current.forced.get(problem.step)
-
-    correct = tune.is_correct
-
-    def is_correct(problem: tune.Problem, run) -> bool:
-        right = correct(problem, run)
-        assert right
-        return (running(problem).num_warps, running(problem).num_stages) != (8, 2)
-
-    monkeypatch.setattr(tune, "is_correct", is_correct)
-    for problem in tune.problems([SMALL], [70], [8], device):
-        if problem.step not in ("shrink", "grad_weight"):
-            continue
-
-        def timer(run, inputs, problem=problem, factor: float = 1.0) -> float:
-            run(inputs[0])
-            tiles = running(problem)
-            return 50.0 if tiles is None else factor * ({4: 20.0, 8: 10.0}[tiles.num_warps] + tiles.num_stages)
-
-        finding = tune.tune_one(problem, device, timer)
-        assert (finding.torch_us, finding.triton_us, finding.form) == (50.0, 13.0, "triton")
-        tiles = finding.entry().tiles[problem.step]
-        assert (tiles["num_warps"], tiles["num_stages"], tiles["programs"]) == (8, 3, 7)
-        assert finding.tried == 5 and len(finding.refused) == 1 and "wrong numbers" in finding.refused[0]
-        slow = tune.tune_one(problem, device, functools.partial(timer, factor=9.0))
-        assert slow.form == "torch" and slow.entry().tiles == {}
-        assert slow.entry().us["torch"] == 50.0 and slow.entry().us["triton"] == 9 * 13.0
-
-
-def test_a_tuned_table_is_written_as_it_grows(monkeypatch, device, tmp_path: Path) -> None:
-    if device.type == "cuda":
-        pytest.skip("the interpreter's table is for the CPU")
-    monkeypatch.setattr(config, "_CANDIDATES", dict.fromkeys(config.KERNELS, ((64,), (32,), (32,), (4,), (2,), (7,))))
-    said: list[str] = []
-    path = tmp_path / "table.json"
-    sizes: list[int] = []
-
-    def save(table: LaunchTable) -> None:
-        table.save(path)
-        sizes.append(len(json.loads(path.read_text())["entries"]))
-
-    table = tune.tune(
-        [SMALL],
-        [3, 70],
-        [8],
-        device=device,
-        about={"date": "today"},
-        timer=lambda run, inputs: (run(inputs[0]), 1.0)[1],
-        say=said.append,
-        save=save,
-    )
-    assert {key.step for key in table.entries} == set(tune.STEPS)
-    assert sizes == list(range(1, len(tune.STEPS) + 1))
-    assert LaunchTable.read(path).entries == table.entries
-    assert said[0] == tune.HEADER and sum("triton" in line for line in said) >= len(tune.STEPS)
-    short = tune.tune([SMALL], [70], [8], device=device, about={}, budget_s=-1.0, say=said.append)
-    assert not short.entries and "5 problems were left out" in said[-1]
-
-
-def test_wrong_numbers_are_seen(device) -> None:
-    """The tuner's own check fails for a form that is slightly off, and for NaN."""
-    for problem in tune.problems([SMALL], [70], [8], device):
-        assert tune.is_correct(problem, lambda t, p=problem: p.run(triton_ops, t)), problem
-        off = lambda t, p=problem: [one * 1.05 for one in p.run(torch_ops, t)]  # noqa: E731
-        assert not tune.is_correct(problem, off), problem
-        assert not tune.is_correct(problem, lambda t, p=problem: [one * torch.nan for one in p.run(torch_ops, t)])
-
-
-def test_the_tuner_says_why_it_cannot_run() -> None:
-    device = torch.device("meta")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "interpreting", lambda: False)
-        with pytest.raises(ValueError, match="nothing to tune: the triton backend is"):
-            tune.tune([SMALL], [70], [8], device=device, about={}, say=lambda line: None)
-
-
-def test_variants_compile_ahead_of_time_as_they_will_be_launched() -> None:
-    """What the tuner compiles in advance is what a launch with those tiles asks for (in a process that can compile)."""
-    script = """
-import itertools, torch
-from flare_kernels import aot, tune
-from flare_kernels.triton_ops import config
-torch.cuda.get_device_capability = lambda device: (9, 0)
-config._CANDIDATES = dict.fromkeys(config.KERNELS, ((64,), (64,), (64,), (4,), (3,), (132,)))
-shape, device, said = tune.Shape("small", 512, (512, 256)), torch.device("cpu"), []
-wanted = [p for p in tune.problems([shape], [256], [64], device) if p.step in ("shrink", "grad_input")]
-units = []
-aot.compile_units = lambda found, jobs: units.extend(found) or [aot.compile_unit(unit) for unit in units]
-count = tune.precompile(wanted, device, 1, said.append)
-assert count == len(units) and all("error" not in aot.compile_unit(unit) for unit in units)
-print(*sorted({unit.kernel for unit in units}), len({unit.num_stages for unit in units}), said[0])
-"""
-    root = Path(__file__).parents[2]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=root)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("grad_input_kernel shrink_kernel sum_partials_kernel 3 compiling")
-
-
 def test_the_plan_where_the_kernels_do_not_run() -> None:
     plan = flare_kernels.launch_plan(8192, 4096, (4096, 1024), 64, device="cpu")
-    assert set(plan) == set(tune.STEPS) - {"decode"} and all("torch (what cpu takes" in step for step in plan.values())
+    assert set(plan) == set(config.FORMS) - {"decode", "order"} and all(
+        "torch (what cpu takes" in step for step in plan.values()
+    )
