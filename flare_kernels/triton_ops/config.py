@@ -50,11 +50,13 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "expand": {"triton": ("expand",), "torch": ()},
     "grad_bottleneck": {
         "triton": ("grad_bottleneck",),
+        "rows_first": ("grad_bottleneck",),
         "two_launches": ("grad_bottleneck_rows", "grad_bottleneck_strips"),
         "torch": (),
     },
     "grad_weight": {"triton": ("grad_weight",), "torch": ()},
-    "grad_input": {"triton": ("grad_input",), "torch": ()},
+    # dx written alone; one BLAS call was faster than the kernel on an H200 (27 against 32 us, Llama 8B at M = 8192)
+    "grad_input": {"torch": (), "triton": ("grad_input",)},
     "decode": {"triton": ("shrink_decode", "expand_decode")},
     # which of the frozen product and the adapter runs first where a node owns both (see flare_kernels/node.py)
     "order": {"frozen_first": (), "adapter_first": ()},
@@ -229,12 +231,12 @@ def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
 #: What the tuner tries for aligned 2-byte operands: BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs wanted.
 _CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "shrink": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (128, 264)),
-    "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (264, 512, 1056)),
-    "grad_bottleneck": ((64, 128), (64,), (128, 256), (4, 8), (3, 4), (132, 264)),
-    "grad_bottleneck_rows": ((64, 128), (64, 128), (0,), (4, 8), (3, 4, 6), (1,)),
-    "grad_bottleneck_strips": ((0,), (64,), (128, 256), (4, 8), (3, 4), (132, 264)),
-    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (128, 256, 512)),
-    "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (264, 512, 1056)),
+    "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (512, 1056)),
+    "grad_bottleneck": ((64, 128), (64,), (128, 256), (4, 8), (3,), (132, 264)),
+    "grad_bottleneck_rows": ((64, 128), (64,), (0,), (4, 8), (4, 6), (1,)),
+    "grad_bottleneck_strips": ((0,), (64,), (128, 256), (4, 8), (3,), (132, 264)),
+    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (64, 128, 256)),
+    "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (512,)),
     "shrink_decode": ((16,), (64, 128, 256), (0,), (4, 8), (2, 3), (1,)),
     "expand_decode": ((16,), (0,), (32, 64, 128), (2, 4), (1,), (1,)),
 }

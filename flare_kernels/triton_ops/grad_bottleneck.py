@@ -8,7 +8,10 @@ Two kinds of programs, and no atomics: *row programs* own BLOCK_M rows of one dH
 programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i. Both step by BLOCK_K. Forms:
 
 triton        one launch, numbered chunk by chunk, rows before strips: the second kind reads a chunk of G from the L2 cache
+rows_first    one launch, all rows before all strips: long programs start first, so the last ones end together
 two_launches  rows, then strips: each kind has its own tiles, and G is read from memory twice
+
+A form that reads G once is not worth its partial sums: see benchmarks/form_bytes.py.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ def grad_bottleneck_kernel(
     scaling_1,
     scaling_2,
     chunk_rows,
+    group_chunks,
     G_0_stride_m,
     G_0_stride_n,
     G_1_stride_m,
@@ -100,6 +104,8 @@ def grad_bottleneck_kernel(
 ):
     """Row programs (ROWS) write dT_i and dS_i, strip programs (STRIPS) out[i_chunk] = the chunk's dB_0, dB_1, dB_2.
 
+    A group of group_chunks chunks, chunk_rows rows each, has its row programs numbered before its strip programs.
+
     G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is what
     stands in H, FUSION_GRAD what dH goes through: 0 where dT = dH is all that is asked for.
     """
@@ -113,17 +119,18 @@ def grad_bottleneck_kernel(
             n_tiles = n_tiles_01
         if COUNT > 2:
             n_tiles += tl.cdiv(N_2, BLOCK_N)
-    row_tiles = chunk_rows // BLOCK_M * r_tiles if ROWS else 0
-    row_programs = COUNT * row_tiles
-    strip_programs = n_tiles * r_tiles
-    i_chunk = tl.program_id(0) // (row_programs + strip_programs)
+    row_tiles = group_chunks * (chunk_rows // BLOCK_M) if ROWS else 0
+    row_programs = COUNT * row_tiles * r_tiles
+    strip_programs = group_chunks * n_tiles * r_tiles
+    i_group = tl.program_id(0) // (row_programs + strip_programs)
     i_program = tl.program_id(0) % (row_programs + strip_programs)
     i_r = i_program % r_tiles
 
     if ROWS:
         if i_program < row_programs:
-            i_p = i_program // row_tiles  # the programs of one projection together: the widest is usually first
-            i_m = i_chunk * (chunk_rows // BLOCK_M) + i_program % row_tiles // r_tiles
+            # the programs of one projection together: the widest, whose programs are the longest, is usually first
+            i_p = i_program // (row_tiles * r_tiles)
+            i_m = i_group * row_tiles + i_program // r_tiles % row_tiles
             if i_m * BLOCK_M < M:
                 grad_hidden_tile(
                     pick(i_p, G_0, G_1, G_2, COUNT),
@@ -158,7 +165,9 @@ def grad_bottleneck_kernel(
                 )
     if STRIPS:
         if i_program >= row_programs:
-            i_n = (i_program - row_programs) // r_tiles
+            i_strip = (i_program - row_programs) // r_tiles
+            i_chunk = i_group * group_chunks + i_strip // n_tiles
+            i_n = i_strip % n_tiles
             i_p = 0
             if COUNT > 1:
                 i_p = (i_n >= n_tiles_0).to(tl.int32)
@@ -341,7 +350,7 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
         return form, (), widths, (N, R), (), None, None, None
     fusion = None if S is None else fusion
     fusion_grad = None if fusion == "add" else fusion
-    launchers, chunks = [], 1
+    launchers, splits = [], 1
     for kernel, config in tiles.items():
         rows = dT is not None and not kernel.endswith("_strips")
         strips = wants_dB and not kernel.endswith("_rows")
@@ -351,15 +360,17 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
         strip_programs = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if strips else 0
         tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a whole number of both kinds' tiles
         tiles_per_chunk = cdiv(M, tile)
+        chunks = 1
         if strips:  # only their sums over the rows are cut
-            chunks, tiles_per_chunk = split_sum(M, tile, strip_programs, target=config.programs)
+            splits, tiles_per_chunk = split_sum(M, tile, strip_programs, target=config.programs)
+            chunks = splits
         chunk_rows = tiles_per_chunk * tile
         row_programs = chunk_rows // config.BLOCK_M * len(Gs) * r_tiles if rows else 0
         launchers.append(
             Launcher(
                 mode,
                 grad_bottleneck_kernel,
-                (cdiv(M, chunk_rows) * (row_programs + strip_programs),),
+                (chunks * (row_programs + strip_programs),),
                 config,
                 device,
                 M=M,
@@ -367,6 +378,7 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
                 R=R,
                 **numbered("scaling", [float(one) for one in scalings], 0.0),
                 chunk_rows=chunk_rows,
+                group_chunks=chunks if form == "rows_first" else 1,
                 **numbered_strides("G", Gs, "mn"),
                 **strides("T", T, "mr"),
                 **strides("S", S, "mr"),
@@ -383,5 +395,5 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
         )
     first, second = (*launchers, None)[:2]
     missing = (None,) * (MAX_PROJECTIONS - len(Gs))
-    partials_size = (chunks, N, R)
+    partials_size = (splits, N, R)
     return form, missing, widths, (N, R), partials_size, first, second, adding(mode, partials_size, device)
