@@ -129,7 +129,9 @@ def _parse(row: Mapping[str, Any]) -> tuple[Key, Entry]:
 _AXES = {
     "shrink": "MKR",
     "expand": "MNR",
-    "grad_bottleneck": "MNR",
+    "grad_bottleneck": "MKNR",
+    "grad_bottleneck_rows": "MKR",
+    "grad_bottleneck_strips": "KNR",
     "grad_weight": "MKR",
     "grad_input": "MKR",
     "shrink_decode": "MKR",

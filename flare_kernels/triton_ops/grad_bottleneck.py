@@ -4,9 +4,14 @@
 
 Shape legend: M tokens, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T, S, dT and dS.
 
-Two kinds of programs share the launch, and no atomic is needed: *row programs* own BLOCK_M rows of one dH_i and walk
-all of N_i; *strip programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i. They are numbered
-chunk by chunk, rows before strips, so that a chunk of G is still in the L2 cache when the second kind reads it.
+Two kinds of programs, and no atomics: *row programs* own BLOCK_M rows of one dH_i and walk all of N_i; *strip
+programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i. Both step by BLOCK_K. Forms:
+
+triton        one launch, numbered chunk by chunk, rows before strips: the second kind reads a chunk of G from the L2 cache
+rows_first    one launch, all rows before all strips: long programs start first, so the last ones end together
+two_launches  rows, then strips: each kind has its own tiles, and G is read from memory twice
+
+A form that reads G once is not worth its partial sums: see benchmarks/form_bytes.py.
 """
 
 from __future__ import annotations
@@ -64,7 +69,8 @@ def grad_bottleneck_kernel(
     scaling_0,
     scaling_1,
     scaling_2,
-    tiles_per_chunk,
+    chunk_rows,
+    group_chunks,
     G_0_stride_m,
     G_0_stride_n,
     G_1_stride_m,
@@ -92,33 +98,39 @@ def grad_bottleneck_kernel(
     FUSION: tl.constexpr,
     FUSION_GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Row programs (ROWS) write dT_i and dS_i, strip programs (STRIPS) out[i_chunk] = the chunk's dB_0, dB_1, dB_2.
 
+    A group of group_chunks chunks, chunk_rows rows each, has its row programs numbered before its strip programs.
+
     G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is what
     stands in H, FUSION_GRAD what dH goes through: 0 where dT = dH is all that is asked for.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
-    n_tiles_0 = tl.cdiv(N_0, BLOCK_N)
+    n_tiles_0 = tl.cdiv(N_0, BLOCK_N) if STRIPS else 0
     n_tiles_01 = n_tiles_0
     n_tiles = n_tiles_0
-    if COUNT > 1:
-        n_tiles_01 += tl.cdiv(N_1, BLOCK_N)
-        n_tiles = n_tiles_01
-    if COUNT > 2:
-        n_tiles += tl.cdiv(N_2, BLOCK_N)
-    row_programs = tiles_per_chunk * COUNT * r_tiles if ROWS else 0
-    strip_programs = n_tiles * r_tiles if STRIPS else 0
-    i_chunk = tl.program_id(0) // (row_programs + strip_programs)
+    if STRIPS:
+        if COUNT > 1:
+            n_tiles_01 += tl.cdiv(N_1, BLOCK_N)
+            n_tiles = n_tiles_01
+        if COUNT > 2:
+            n_tiles += tl.cdiv(N_2, BLOCK_N)
+    row_tiles = group_chunks * (chunk_rows // BLOCK_M) if ROWS else 0
+    row_programs = COUNT * row_tiles * r_tiles
+    strip_programs = group_chunks * n_tiles * r_tiles
+    i_group = tl.program_id(0) // (row_programs + strip_programs)
     i_program = tl.program_id(0) % (row_programs + strip_programs)
     i_r = i_program % r_tiles
 
     if ROWS:
         if i_program < row_programs:
-            i_p = (i_program // r_tiles) % COUNT
-            i_m = i_chunk * tiles_per_chunk + i_program // (r_tiles * COUNT)
+            # the programs of one projection together: the widest, whose programs are the longest, is usually first
+            i_p = i_program // (row_tiles * r_tiles)
+            i_m = i_group * row_tiles + i_program // r_tiles % row_tiles
             if i_m * BLOCK_M < M:
                 grad_hidden_tile(
                     pick(i_p, G_0, G_1, G_2, COUNT),
@@ -148,12 +160,14 @@ def grad_bottleneck_kernel(
                     DTYPE,
                     FUSION_GRAD,
                     BLOCK_M,
-                    BLOCK_N,
+                    BLOCK_K,
                     BLOCK_R,
                 )
     if STRIPS:
         if i_program >= row_programs:
-            i_n = (i_program - row_programs) // r_tiles
+            i_strip = (i_program - row_programs) // r_tiles
+            i_chunk = i_group * group_chunks + i_strip // n_tiles
+            i_n = i_strip % n_tiles
             i_p = 0
             if COUNT > 1:
                 i_p = (i_n >= n_tiles_0).to(tl.int32)
@@ -167,8 +181,8 @@ def grad_bottleneck_kernel(
                 out + i_chunk.to(tl.int64) * (N_0 + N_1 + N_2) * R + o_out,
                 i_n - (pick(i_p, 0, n_tiles_0, n_tiles_01, COUNT) if COUNT > 1 else 0),
                 i_r,
-                i_chunk * tiles_per_chunk,
-                (i_chunk + 1) * tiles_per_chunk,
+                i_chunk * chunk_rows,
+                (i_chunk + 1) * chunk_rows,
                 M,
                 pick(i_p, N_0, N_1, N_2, COUNT),
                 R,
@@ -181,7 +195,7 @@ def grad_bottleneck_kernel(
                 S_stride_r,
                 DTYPE,
                 FUSION,
-                BLOCK_M,
+                BLOCK_K,
                 BLOCK_N,
                 BLOCK_R,
             )
@@ -211,7 +225,7 @@ def grad_bottleneck(
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
         dT, dS: destinations like T, any strides; None where it is not wanted. dS is for a phi of two.
         B_grad_dtype: dtype of dB, which is summed in float32; None where dB is not wanted.
-        follow_table: take the plain PyTorch form where the tuned table prefers it.
+        follow_table: accept the plain PyTorch form where the tuned table prefers it.
 
     Returns:
         dB_i (N_i, R), parts of one buffer; None where B_grad_dtype is.
@@ -241,17 +255,17 @@ def grad_bottleneck(
         *map(LOW_BITS, map(ADDRESS, tensors)),
     )
     try:
-        form, missing, widths, size, partials_size, launcher, add = mode.plans[key]
+        form, missing, widths, size, partials_size, launcher, strips, add = mode.plans[key]
     except KeyError:
-        plan = _plan(mode, Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table)
-        form, missing, widths, size, partials_size, launcher, add = mode.plans.add(key, plan)
+        call = (Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table)
+        form, missing, widths, size, partials_size, launcher, strips, add = mode.plans.add(key, _plan(mode, call))
 
     if launcher is None:
         if form == "torch":
             options: dict[str, Any] = {"dT": dT, "dS": dS, "B_grad_dtype": B_grad_dtype}
             return torch_ops.grad_bottleneck(Gs, T, S, Bs, scalings=scalings, fusion=fusion, **options)
         if form == "apart":
-            return _apart(Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table)
+            return _apart((Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table))
         for out in (dT, dS):
             if out is not None:
                 out.zero_()
@@ -261,13 +275,13 @@ def grad_bottleneck(
             else [torch.zeros((N, size[1]), dtype=B_grad_dtype, device=device) for N in widths]
         )
     dB = None if B_grad_dtype is None else torch.empty(size, dtype=B_grad_dtype, device=device)
+    partials = dB if add is None else torch.empty(partials_size, dtype=torch.float32, device=device)
     is_linear = fusion == "add" or S is None  # then dT = dS = dH, whatever T and S are
     out_dS = None if is_linear else dS
-    if add is None:
-        launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, dB, *launcher.constants)
-    else:
-        partials = torch.empty(partials_size, dtype=torch.float32, device=device)
-        launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, partials, *launcher.constants)
+    launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, partials, *launcher.constants)
+    if strips is not None:
+        strips.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, partials, *strips.constants)
+    if add is not None:
         add.run(partials, dB, *add.constants)
     if is_linear and dS is not None and dT is not None and S is not None:
         dS.copy_(dT)
@@ -276,19 +290,24 @@ def grad_bottleneck(
     return list(dB.split_with_sizes(widths)) if Gs[1:] else [dB]
 
 
-def _apart(
-    Gs: Sequence[Tensor],
-    T: Tensor | None,
-    S: Tensor | None,
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    fusion: str | None,
-    dT: Tensor | None,
-    dS: Tensor | None,
-    B_grad_dtype: torch.dtype | None,
-    follow_table: bool,
-) -> list[Tensor] | None:
+#: The arguments of :func:`grad_bottleneck`, in its order.
+_Call = tuple[
+    Sequence[Tensor],
+    Tensor | None,
+    Tensor | None,
+    Sequence[Tensor],
+    Sequence[float],
+    str | None,
+    Tensor | None,
+    Tensor | None,
+    torch.dtype | None,
+    bool,
+]
+
+
+def _apart(call: _Call) -> list[Tensor] | None:
     """The projections that one launch cannot hold together, in several."""
+    Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table = call
     R = Bs[0].shape[1]
     dBs: list[Tensor] = []
     for at in batches(Gs, Bs):
@@ -298,70 +317,83 @@ def _apart(
     return None if B_grad_dtype is None else dBs
 
 
-def _plan(
-    mode: Mode,
-    Gs: Sequence[Tensor],
-    T: Tensor | None,
-    S: Tensor | None,
-    Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    fusion: str | None,
-    dT: Tensor | None,
-    dS: Tensor | None,
-    B_grad_dtype: torch.dtype | None,
-    follow_table: bool,
-) -> tuple[str, tuple[None, ...], list[int], tuple[int, ...], tuple[int, ...], Launcher | None, Launcher | None]:
-    """(form, missing projections' arguments, widths, size of dB, of the partial results, launch, launch that adds)."""
+#: form, missing projections' arguments, widths, size of dB, of the partial sums, first launch, second, the one that adds
+_Plan = tuple[
+    str,
+    tuple[None, ...],
+    list[int],
+    tuple[int, ...],
+    tuple[int, ...],
+    Launcher | None,
+    Launcher | None,
+    Launcher | None,
+]
+
+
+def _plan(mode: Mode, call: _Call) -> _Plan:
+    Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table = call
     compute = T if T is not None else dT
-    if compute is None or (B_grad_dtype is not None and T is None):
+    wants_dB = B_grad_dtype is not None
+    if compute is None or (wants_dB and T is None):
         raise ValueError("grad_bottleneck needs T where dB is wanted, and dT or B_grad_dtype to know what is")
-    M, R, dtype = Gs[0].shape[0], Bs[0].shape[1], compute.dtype
+    M, R, dtype, device = Gs[0].shape[0], Bs[0].shape[1], compute.dtype, Gs[0].device
     widths = [G.shape[1] for G in Gs]
     N = sum(widths)
     if M == 0 or N == 0:
-        return "empty", (), widths, (N, R), (), None, None
+        return "empty", (), widths, (N, R), (), None, None, None
     if len(batches(Gs, Bs)) > 1:
-        return "apart", (), widths, (N, R), (), None, None
+        return "apart", (), widths, (N, R), (), None, None, None
     excluded = () if follow_table else ("torch",)
     options: dict[str, Any] = {"wide": Gs, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
     form, tiles = form_for(mode, "grad_bottleneck", R, dtype, excluded=excluded, **options)
     if form == "torch":
-        return form, (), widths, (N, R), (), None, None
-    config = tiles["grad_bottleneck"]
-    r_tiles = cdiv(R, config.BLOCK_R)
-    wants_dB = B_grad_dtype is not None
-    strips = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if wants_dB else 0
-    if wants_dB:
-        chunks, tiles_per_chunk = split_sum(M, config.BLOCK_M, strips, target=config.programs)
-    else:  # no sum over the rows is cut: one chunk
-        chunks, tiles_per_chunk = 1, cdiv(M, config.BLOCK_M)
-    rows = tiles_per_chunk * len(Gs) * r_tiles if dT is not None else 0
+        return form, (), widths, (N, R), (), None, None, None
     fusion = None if S is None else fusion
     fusion_grad = None if fusion == "add" else fusion
-    launcher = Launcher(
-        mode,
-        grad_bottleneck_kernel,
-        (chunks * (rows + strips),),
-        config,
-        Gs[0].device,
-        M=M,
-        **numbered("N", widths, 0),
-        R=R,
-        **numbered("scaling", [float(one) for one in scalings], 0.0),
-        tiles_per_chunk=tiles_per_chunk,
-        **numbered_strides("G", Gs, "mn"),
-        **strides("T", T, "mr"),
-        **strides("S", S, "mr"),
-        **numbered_strides("B", Bs, "nr"),
-        **strides("dT", dT, "mr"),
-        **strides("dS", None if fusion_grad is None else dS, "mr"),
-        COUNT=len(Gs),
-        ROWS=dT is not None,
-        STRIPS=wants_dB,
-        DTYPE=TL_DTYPE[dtype],
-        FUSION=FUSION_ID[fusion],
-        FUSION_GRAD=FUSION_ID[fusion_grad],
-    )
+    launchers, splits = [], 1
+    for kernel, config in tiles.items():
+        rows = dT is not None and not kernel.endswith("_strips")
+        strips = wants_dB and not kernel.endswith("_rows")
+        if not (rows or strips):
+            continue
+        r_tiles = cdiv(R, config.BLOCK_R)
+        strip_programs = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if strips else 0
+        tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a whole number of both kinds' tiles
+        tiles_per_chunk = cdiv(M, tile)
+        chunks = 1
+        if strips:  # only their sums over the rows are cut
+            splits, tiles_per_chunk = split_sum(M, tile, strip_programs, target=config.programs)
+            chunks = splits
+        chunk_rows = tiles_per_chunk * tile
+        row_programs = chunk_rows // config.BLOCK_M * len(Gs) * r_tiles if rows else 0
+        launchers.append(
+            Launcher(
+                mode,
+                grad_bottleneck_kernel,
+                (chunks * (row_programs + strip_programs),),
+                config,
+                device,
+                M=M,
+                **numbered("N", widths, 0),
+                R=R,
+                **numbered("scaling", [float(one) for one in scalings], 0.0),
+                chunk_rows=chunk_rows,
+                group_chunks=chunks if form == "rows_first" else 1,
+                **numbered_strides("G", Gs, "mn"),
+                **strides("T", T, "mr"),
+                **strides("S", S, "mr"),
+                **numbered_strides("B", Bs, "nr"),
+                **strides("dT", dT, "mr"),
+                **strides("dS", None if fusion_grad is None else dS, "mr"),
+                COUNT=len(Gs),
+                ROWS=rows,
+                STRIPS=strips,
+                DTYPE=TL_DTYPE[dtype],
+                FUSION=FUSION_ID[fusion],
+                FUSION_GRAD=FUSION_ID[fusion_grad],
+            )
+        )
+    first, second = (*launchers, None)[:2]
     missing = (None,) * (MAX_PROJECTIONS - len(Gs))
-    partials_size = (chunks, N, R)
-    return form, missing, widths, (N, R), partials_size, launcher, adding(mode, partials_size, Gs[0].device)
+    partials_size = (splits, N, R)
+    return form, missing, widths, (N, R), partials_size, first, second, adding(mode, partials_size, device)

@@ -38,7 +38,7 @@ def grad_hidden_tile(
     DTYPE: tl.constexpr,
     FUSION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """dH = scaling * G B; dT = dH * dphi/dT, dS = dH * dphi/dS (FUSION 0: dT = dH alone) for BLOCK_M rows.
@@ -50,8 +50,8 @@ def grad_hidden_tile(
     m_m = o_m < M
     m_r = o_r < R
     b_dh = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for i_n in range(tl.cdiv(N, BLOCK_N)):
-        o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    for n in range(0, N, STEP):
+        o_n = n + tl.arange(0, STEP)
         m_n = o_n < N
         b_G = round_to(load_tile(G, o_m, m_m, G_stride_m, o_n, m_n, G_stride_n), DTYPE)
         b_B = round_to(load_tile(B, o_n, m_n, B_stride_n, o_r, m_r, B_stride_r), DTYPE)
@@ -75,8 +75,8 @@ def grad_up_tile(
     out,
     i_n,
     i_r,
-    i_start,
-    i_end,
+    m_start,
+    m_end,
     M,
     N,
     R,
@@ -89,25 +89,24 @@ def grad_up_tile(
     S_stride_r,
     DTYPE: tl.constexpr,
     FUSION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = scaling * G^T phi(S, T) for BLOCK_N columns of G, over row tiles i_start .. i_end; out (N, R) dense."""
+    """out = scaling * G^T phi(S, T) for BLOCK_N columns of G, over rows m_start .. m_end; out (N, R) dense."""
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n = o_n < N
     m_r = o_r < R
-    b_dB = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    for i_m in range(i_start, min(i_end, tl.cdiv(M, BLOCK_M))):
-        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_dB = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    for m in range(m_start, min(m_end, M), STEP):
+        o_m = m + tl.arange(0, STEP)
         m_m = o_m < M
-        b_t = load_tile(T, o_m, m_m, T_stride_m, o_r, m_r, T_stride_r)
+        b_t = load_tile(T, o_r, m_r, T_stride_r, o_m, m_m, T_stride_m)
         b_s = b_t
         if FUSION != 0:
-            b_s = load_tile(S, o_m, m_m, S_stride_m, o_r, m_r, S_stride_r)
+            b_s = load_tile(S, o_r, m_r, S_stride_r, o_m, m_m, S_stride_m)
         b_h = round_to(fuse(b_t, b_s, FUSION), DTYPE)
-        # loaded as its transpose: a tile turned round in registers is not copied ahead before Hopper
-        b_G = round_to(load_tile(G, o_n, m_n, G_stride_n, o_m, m_m, G_stride_m), DTYPE)
-        b_dB = dot(b_G, b_h, b_dB)
-    store_tile(out, b_dB * scaling, o_n, m_n, R, o_r, m_r, 1)
+        b_G = round_to(load_tile(G, o_m, m_m, G_stride_m, o_n, m_n, G_stride_n), DTYPE)
+        b_dB = dot(b_h, b_G, b_dB)
+    store_tile(out, b_dB * scaling, o_r, m_r, 1, o_n, m_n, R)
