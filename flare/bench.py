@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from flare_kernels import tune
+from flare_kernels import tuning
 from flare_kernels.launch_table import LaunchTable, package_path, user_path
 
 from .environment import environment, now
 
-#: What `--tune` measures unless told: the sizes of the papers' two kinds of models.
-SHAPES = ("llama-3.1-8b", "xlm-r-large")
-TOKENS = (1, 16, 512, 2048, 8192, 32768)
-RANKS = (8, 64, 128)
+#: What `--tune` measures unless told: the papers' models, the most used sizes first.
+SHAPES = ("llama-3.1-8b", "xlm-r-large", "gemma-2-9b", "mt5-xl")
+TOKENS = (8192, 2048, 512, 1, 256, 32768)
+RANKS = (64, 8, 128)
 
 
 class BenchError(Exception):
@@ -55,9 +55,9 @@ def run_tuner(
     """Measure this GPU's launch table and write it, entry by entry; where it is.
 
     Args:
-        shapes: names in ``flare_kernels.tune.SHAPES``. tokens, ranks: sizes to measure.
-        budget: seconds after which no new size is begun.
-        jobs: compiler processes (default: all processors).
+        shapes: names in ``flare_kernels.tuning.SHAPES``. tokens, ranks: sizes to measure, in this order.
+        budget: seconds after which no new size is begun, compiling included.
+        jobs: compiler processes (default: one for each processor but one).
         output: file to write; default: the user's cache, where every later process finds it.
         overwrite: replace a table that is there (default: refuse).
 
@@ -65,9 +65,9 @@ def run_tuner(
         BenchError: no CUDA device that the kernels run on, an unknown shape, sizes that are not positive, or a table
             that is already there.
     """
-    unknown = sorted(set(shapes) - set(tune.SHAPES))
+    unknown = sorted(set(shapes) - set(tuning.SHAPES))
     if unknown:
-        raise BenchError(f"--shapes {', '.join(unknown)}: known are {', '.join(tune.SHAPES)}")
+        raise BenchError(f"--shapes {', '.join(unknown)}: known are {', '.join(tuning.SHAPES)}")
     for name, values in (("--tokens", tokens), ("--ranks", ranks)):
         if not values or min(values) < 1:
             raise BenchError(f"{name} {list(values)}: give numbers of 1 and more")
@@ -75,6 +75,10 @@ def run_tuner(
         raise BenchError(
             "--tune times the kernels on a CUDA device, and torch sees none. Nothing was written; without a table "
             "launches follow the general rule."
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise BenchError(
+            "--tune times Triton kernels, and the package triton is not installed (it exists for Linux only)"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
@@ -84,17 +88,14 @@ def run_tuner(
     if path.exists() and not overwrite:
         raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
     about = environment() | {"date": now()}
-    chosen = [tune.SHAPES[name] for name in shapes]
+    wanted = list(tuning.problems([tuning.SHAPES[name] for name in shapes], tokens, ranks))
     say(f"tuning launches for {gpu}; entries go to {path} as they are found")
     try:
-        wanted = list(tune.problems(chosen, tokens, ranks, device))
-        tune.precompile(wanted, device, jobs or os.cpu_count() or 1, say)
-        table = tune.tune(
-            chosen,
-            tokens,
-            ranks,
+        table = tuning.tune(
+            wanted,
             device=device,
             about=about,
+            jobs=jobs or max(1, (os.cpu_count() or 1) - 1),
             budget_s=budget,
             say=say,
             save=lambda table: table.save(path),

@@ -69,3 +69,8 @@ def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[...,
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return None, "a compiled kernel's launcher does not take its arguments by position"
     return runner, ""  # type: ignore[no-any-return]
+
+
+def sleep_on_device(cycles: int) -> None:
+    """Let the current CUDA stream wait for a number of clock cycles."""
+    torch.cuda._sleep(cycles)

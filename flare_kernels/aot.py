@@ -288,9 +288,16 @@ def compile_cases(cases: Iterable[Case], jobs: int = 2) -> Iterator[Report]:
 
 def compile_units(units: Iterable[Unit], jobs: int = 2) -> Iterator[dict[str, Any]]:
     """:func:`compile_unit` of each unit, in order, in ``jobs`` processes."""
-    # spawned, not forked: torch and LLVM have threads
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with compiler_pool(jobs) as pool:
         yield from pool.map(compile_unit, units)
+
+
+def compiler_pool(jobs: int) -> ProcessPoolExecutor:
+    """Return a pool of processes for :func:`compile_unit`."""
+    # forked from a server that has imported torch once and runs no threads; this process has threads of torch and LLVM
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["flare_kernels.triton_ops.primitives"])
+    return ProcessPoolExecutor(jobs, mp_context=context)
 
 
 _COLUMNS = ("kernel", "target", "dtype", "rank", "case", "tiles", "warps", "stages", "registers", "spills", "shared")

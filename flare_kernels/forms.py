@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from . import launch_mode
 from .launch_mode import Mode
 from .launch_table import ROW_BOUNDS, WIDTH_BOUNDS, Entry, Key, bucket, table_for
 from .triton_ops.config import FORMS, can_run, operand_class, rank_bucket
@@ -38,24 +37,13 @@ def form_in_force(
     """
     if mode.forced_form in FORMS[step] and mode.forced_form not in excluded:
         return mode.forced_form, None
-    entry = tuned_entry(step, operands, rank, rows, width, device)
+    if mode.table is not None:
+        entry = mode.table.entries.get(table_key(step, operands, rank, rows, width))
+    else:
+        entry = tuned_entry(step, operands, rank, rows, width, device)
     if entry is not None and entry.form not in excluded and can_run(step, entry.form, operands, capability(device)):
         return entry.form, entry
     return next(form for form in FORMS[step] if form not in excluded), None
-
-
-def order_in_force(operands: str, rank: int, rows: int, width: int, device: torch.device) -> str:
-    """Return "frozen_first" or "adapter_first": what runs first where a node owns a plain linear layer.
-
-    Kept with the plans of the current mode. Sizes are those of the step "order": M, the widest N and the rank.
-    """
-    mode = launch_mode.current
-    key = ("order", operands, rank, rows, width, device)
-    try:
-        return mode.plans[key]  # type: ignore[no-any-return]
-    except KeyError:
-        found, _ = form_in_force(mode, *key)
-        return mode.plans.add(key, found)  # type: ignore[no-any-return]
 
 
 def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> Entry | None:

@@ -8,6 +8,8 @@ projections that share their input is in :mod:`flare_kernels.joint`.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +19,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dropout as _dropout
-from . import library, node, reference, validation
+from . import launch_mode, library, node, reference, validation
 from ._compat import functorch_is_active, plain_apply
+from .call import Adapter, Call
 from .fusion import EAGER_FUSIONS
 from .library import call_of
-from .node import Adapter, Call, rows, without_autocast
+from .node import rows, without_autocast
+from .order import Order, order_of
 from .reference import compute_dtype
+
+# What the key of an order reads off every weight, for `map`.
+_LAYOUT = operator.attrgetter("shape", "dtype")
 
 #: Weights in the compute dtype are kept for the backward pass where x is this many times as large.
 _KEPT_SHARE = 16
@@ -54,7 +61,8 @@ class FusedLoRA(torch.autograd.Function):
     stacked A, or None; then, of the numbers that
     ``sizes`` states, outputs y_i, given S (..., columns), A_i (r_i, d), B_i (n_i, r_i) in stacking order, and frozen
     weights W_i (n_i, d) where the node owns dx of their products. Without y_i the node makes the products too, from
-    W_i and the biases (n_i,) or None behind them; the outputs are then (M, n_i).
+    W_i and the biases (n_i,) or None behind them, before or after the adapters (:mod:`flare_kernels.order`); the
+    outputs are then (M, n_i).
     """
 
     @staticmethod
@@ -75,25 +83,48 @@ class FusedLoRA(torch.autograd.Function):
         at_W = at_B + count
         Ss, As, Bs, Ws = tensors[count_y:at_A], tensors[at_A:at_B], tensors[at_B:at_W], tensors[at_W : at_W + count_W]
         flags = ctx.needs_input_grad
-        needs = call.needs(flags[2:4] + flags[7 + count_y : 7 + at_W], count_S)
+        needs = call.needs[flags[2:4] + flags[7 + count_y : 7 + at_W], count_S]
         x_MK = x.flatten(0, -2) if x.ndim > 2 else rows(x)
+        autocast = None
+        if torch.is_autocast_enabled(x.device.type):
+            autocast = torch.get_autocast_dtype(x.device.type)
+        biases: Sequence[Tensor | None] = tensors[at_W + count_W :]
+        order: Order = None
         if count_y:
             ys = tensors[:count_y]
             matrices: Sequence[Tensor] = [rows(y) for y in ys]
             ctx.mark_dirty(*ys)
         else:
-            # under autocast, which casts as it would without us
-            ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, tensors[at_W + count_W :]))
+            mode = launch_mode.current
+            key = ("order", call, x.device, x.dtype, x_MK.shape, autocast, *map(_LAYOUT, Ws), *map(type, biases))
+            try:
+                order = mode.plans[key]
+            except KeyError:
+                order = mode.plans.add(key, order_of(mode, call, x_MK, Ws, biases, autocast))
+            if order is None:
+                # under autocast, which casts as it would without us
+                ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, biases))
+            else:
+                made: list[Any] = [None] * count_W
+                empty = functools.partial(torch.empty, dtype=call.dtype, device=x.device)
+                for output, y in zip(call.adapted, map(empty, order), strict=True):
+                    made[output] = y
+                for output in call.others:
+                    made[output] = F.linear(x_MK, Ws[output], biases[output])
+                ys = matrices = tuple(made)
             if call.others and not needs.x:  # they depend on nothing that asks for a gradient
                 ctx.mark_non_differentiable(*[ys[index] for index in call.others])
         xs_MK = None if x_source is None else x_source.flatten(0, -2) if x_source.ndim > 2 else rows(x_source)
         S_matrices = [rows(S) for S in Ss] if Ss else ()
         seeds = None if seed is None else (seed, seed if source_seed is None else source_seed)
-        T, S, A, B = without_autocast(
-            node.forward, x.device, call, x_MK, xs_MK, S_matrices, seeds, matrices, As, Bs, needs.anything, None, A
-        )
+        written = None if order is None else biases
+        args = (call, x_MK, xs_MK, S_matrices, seeds, matrices, As, Bs, needs.anything, None, A, written)
+        T, S, A, B = node.forward(*args) if autocast is None else without_autocast(node.forward, x.device, *args)
+        if order is not None:
+            for output in call.adapted:
+                ys[output].addmm_(x_MK, Ws[output].T)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.sizes, ctx.needs = call, sizes, needs
+        ctx.call, ctx.sizes, ctx.needs, ctx.adapter_first = call, sizes, needs, order is not None
         ctx.frozen_inputs = count_W if count_y else 2 * count_W  # weights, and biases
         # T is needed for dB, and T and S where dH goes through phi
         keep_hidden = needs.any_B or (needs.hidden and call.nonlinear)
@@ -149,6 +180,7 @@ class FusedLoRA(torch.autograd.Function):
             x_dtype,
             None if source_like is None else source_like[1],
             [shape[-1] for shape, _ in ctx.S_likes] if count_S else (),
+            ctx.adapter_first,
         )
         of_outputs: Sequence[Tensor | None] = ()
         if count_y:

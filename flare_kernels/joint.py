@@ -6,14 +6,17 @@ also owns dx of the frozen products, accumulated into one buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import call, reference, validation
 from . import dropout as _dropout
-from . import reference, validation
-from .function import apply
+from .function import apply, apply_with_products
+from .library import call_of
 from .reference import compute_dtype
 
 Adapter = tuple[Tensor, Tensor, float]
@@ -22,12 +25,13 @@ Adapter = tuple[Tensor, Tensor, float]
 def fused_lora_qkv(
     x: Tensor,
     x_source: Tensor | None,
-    base_outputs: Mapping[str, Tensor],
+    base_outputs: Mapping[str, Tensor] | None,
     adapters: Mapping[str, Adapter],
     *,
     fusion: str | Mapping[str, str | None] | None = "add_relu",
     source_bottleneck: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    biases: Mapping[str, Tensor | None] | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
     backend: str = "auto",
@@ -37,23 +41,33 @@ def fused_lora_qkv(
     Args:
         x: (..., m, d) input of all projections.
         x_source: (..., m, d) source stream, or None.
-        base_outputs: name -> (..., m, n) output of the frozen linear; consumed, as in ``fused_lora``.
+        base_outputs: name -> (..., m, n) output of the frozen linear; consumed, as in ``fused_lora``. None with
+            ``weights``: the node makes the frozen products too, before or after the adapters
+            (:mod:`flare_kernels.order`).
         adapters: name -> (A (r, d), B (n, r), scaling) for any subset of the names; the others come back as they are.
         fusion: one name for all adapters, or name -> fusion (None, or a name left out: plain LoRA).
         source_bottleneck: name -> S (..., m, r) instead of x_source; differentiable. A name left out is plain LoRA.
         weights: name -> frozen weight W (n, d). With it the node owns dx of the frozen products too (one buffer):
-            give base_outputs without a graph, computed under ``torch.no_grad()``.
+            give base_outputs without a graph, computed under ``torch.no_grad()``, or None.
+        biases: name -> frozen bias (n,) or None, for products that the node makes.
         dropout_p, training: one mask for x and one for x_source, shared by the projections (PEFT draws one per
             projection; the distribution of each projection's gradient is the same).
         backend: as in ``fused_lora``.
 
     Returns:
-        name -> (..., m, n), in the order of base_outputs.
+        name -> (..., m, n), in the order of base_outputs (of weights, where that is None).
 
     Raises:
         TypeError, ValueError: as ``fused_lora``; also names in one mapping that base_outputs lacks, and base_outputs
-            with a graph beside ``weights`` (their dx would count twice).
+            with a graph beside ``weights`` (their dx would count twice); base_outputs=None without ``weights``, or
+            with weights or biases that require grad.
     """
+    if base_outputs is None:
+        p = dropout_p if training else 0.0
+        options = (fusion, source_bottleneck, weights, biases, p, backend)
+        return _with_products(x, x_source, adapters, *options)
+    if biases is not None:
+        raise ValueError("biases were given beside base_outputs, which contain them: give one of the two")
     fusions = _check(x, x_source, base_outputs, adapters, fusion, source_bottleneck, weights, dropout_p, backend)
     p = dropout_p if training else 0.0
     if backend == "reference":
@@ -64,13 +78,11 @@ def fused_lora_qkv(
     if not names:
         return dict(base_outputs)
     dtype = compute_dtype(x, next(iter(base_outputs.values())))
-    # those that fuse first, those of one phi beside each other: what a launch can hold together
-    ordered = sorted(adapters, key=lambda name: (fusions[name] is None, fusions[name] or ""))
-    fusing = [name for name in ordered if fusions[name] is not None]
+    ordered, fusing, constants = _stacked(names, adapters, fusions)
     outputs = apply(
         backend,
         dtype,
-        [(names.index(name), adapters[name][0].shape[0], float(adapters[name][2]), fusions[name]) for name in ordered],
+        constants,
         p,
         x,
         x_source if fusing else None,
@@ -82,6 +94,70 @@ def fused_lora_qkv(
     )
     results = dict(zip(names, outputs, strict=True))
     return {name: results.get(name, y) for name, y in base_outputs.items()}
+
+
+def _stacked(
+    names: Sequence[str], adapters: Mapping[str, Adapter], fusions: Mapping[str, str | None]
+) -> tuple[list[str], list[str], list[call.Adapter]]:
+    """Return the adapters' names in stacking order, those that fuse, and the constants of each."""
+    # those that fuse first, those of one phi beside each other: what a launch can hold together
+    ordered = sorted(adapters, key=lambda name: (fusions[name] is None, fusions[name] or ""))
+    fusing = [name for name in ordered if fusions[name] is not None]
+    constants = [
+        (names.index(name), adapters[name][0].shape[0], float(adapters[name][2]), fusions[name]) for name in ordered
+    ]
+    return ordered, fusing, constants
+
+
+def _with_products(
+    x: Tensor,
+    x_source: Tensor | None,
+    adapters: Mapping[str, Adapter],
+    fusion: str | Mapping[str, str | None] | None,
+    source_bottleneck: Mapping[str, Tensor] | None,
+    weights: Mapping[str, Tensor] | None,
+    biases: Mapping[str, Tensor | None] | None,
+    p: float,
+    backend: str,
+) -> dict[str, Tensor]:
+    """The joint form where the node makes the frozen products too."""
+    if weights is None:
+        raise ValueError("base_outputs is None and so is weights: give the frozen weights, or the frozen outputs")
+    biases = {} if biases is None else biases
+    if unknown := sorted(set(biases) - set(weights)):
+        raise ValueError(f"biases names {unknown}, weights has {sorted(weights)}")
+    for kind, frozen in (("weights", weights), ("biases", biases)):
+        if tracked := sorted(name for name, one in frozen.items() if one is not None and one.requires_grad):
+            raise ValueError(f"{kind} {tracked} require grad, and no gradient of theirs is formed: give base_outputs")
+    names = tuple(weights)
+    given_biases = [biases.get(name) for name in names]
+    if backend == "reference" or torch.compiler.is_compiling():  # the products are the caller's, or the graph's
+        with torch.no_grad():
+            made = [F.linear(x, weights[name], bias) for name, bias in zip(names, given_biases, strict=True)]
+        own: dict[str, Any] = {"fusion": fusion, "source_bottleneck": source_bottleneck, "weights": weights}
+        own |= {"dropout_p": p, "training": True, "backend": backend}
+        return fused_lora_qkv(x, x_source, dict(zip(names, made, strict=True)), adapters, **own)
+    like = {name: torch.empty((*x.shape[:-1], W.shape[0]), dtype=x.dtype, device="meta") for name, W in weights.items()}
+    fusions = _check(x, x_source, like, adapters, fusion, source_bottleneck, weights, p, backend)
+    dtype = x.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    ordered, fusing, constants = _stacked(names, adapters, fusions)
+    Ss = [source_bottleneck[name] for name in fusing] if source_bottleneck is not None else []
+    ys = apply_with_products(
+        call_of(backend, x.device, dtype, tuple(constants), len(names), p if adapters else 0.0),
+        (0, len(Ss), len(names)),
+        x,
+        x_source if fusing else None,
+        None,
+        Ss,
+        None,
+        [adapters[name][0] for name in ordered],
+        [adapters[name][1] for name in ordered],
+        [weights[name] for name in names],
+        given_biases,
+    )
+    return {name: y.view((*x.shape[:-1], y.shape[1])) for name, y in zip(names, ys, strict=True)}
 
 
 def _check(

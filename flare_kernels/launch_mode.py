@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .launch_table import LaunchTable
+
 #: Plans kept before all are dropped: batches of ever new lengths must not fill the memory.
 MAX_PLANS = 8192
 
@@ -31,7 +33,8 @@ class Plans(dict[tuple[Any, ...], Any]):
 class Mode:
     """What decides a launch besides its arguments.
 
-    plans: what is kept. forced: kernel -> configuration. forced_form: the form of every step that has it.
+    plans: what is kept. forced: kernel -> configuration. forced_form: the form of every step that has it. table: the
+    launch table in force instead of the device's.
     shared_bytes: shared memory of a block, instead of the device's. recorded, left_out: where launches are noted
     instead of running. counters: where names are noted as well.
     """
@@ -39,6 +42,7 @@ class Mode:
     plans: Plans = field(default_factory=Plans)
     forced: Mapping[str, Any] = field(default_factory=dict)
     forced_form: str | None = None
+    table: LaunchTable | None = None
     shared_bytes: int | None = None
     recorded: list[Any] | None = None
     left_out: list[str] | None = None
@@ -75,12 +79,14 @@ def counting() -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def forcing(*, form: str | None = None, **configs: Any) -> Iterator[None]:
+def forcing(*, form: str | None = None, table: LaunchTable | None = None, **configs: Any) -> Iterator[None]:
     """Take a form wherever a step has it and the call allows it, and run the kernels named with these configurations.
 
-    For the tuner and tests: whether the device can run the form is not asked.
+    For the tuner and tests: whether the device can run the form is not asked. Steps without that form follow
+    ``table``, whatever the device is.
     """
-    with _changed(forced={**current.forced, **configs}, forced_form=form or current.forced_form):
+    changes = {"forced_form": form or current.forced_form, "table": table or current.table}
+    with _changed(forced={**current.forced, **configs}, **changes):
         yield
 
 

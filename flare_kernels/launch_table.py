@@ -131,6 +131,8 @@ _AXES = {
     "expand": "MNR",
     "grad_bottleneck": "MNR",
     "grad_weight": "MKR",
+    "shrink_tma": "MKR",
+    "grad_weight_tma": "MKR",
     "grad_input": "MKR",
     "shrink_decode": "MKR",
     "expand_decode": "MNR",

@@ -2,7 +2,8 @@
 
 ``flare_kernels::lora`` takes the frozen outputs and returns new tensors (a compiler frees the old ones itself, and the
 kernels read and write the same bytes either way), ``flare_kernels::lora_backward`` forms all gradients. Both are opaque
-to the compiler and have fake forms, so a compiled layer is one graph, and a CUDA graph can capture it.
+to the compiler and have fake forms, so a compiled layer is one graph, and a CUDA graph can capture it. The frozen
+products are the graph's own and run first: see :mod:`flare_kernels.order` for the other order.
 
 Optional results are empty tensors: an operator cannot return None.
 """
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from . import node
-from .node import Adapter, Call, rows, without_autocast
+from .call import Adapter, Call
+from .node import rows, without_autocast
 from .selection import primitives
 
 
@@ -192,7 +194,7 @@ def lora_backward(
         node.backward,
         x.device,
         call,
-        call.needs(tuple(needs), len(Ss)),
+        call.needs[tuple(needs), len(Ss)],
         rows(x),
         None if x_source is None else rows(x_source),
         (T if T.dim() == 2 else None, S_node, None, None),

@@ -5,7 +5,8 @@
 
 The A_i (r_i, d) are stacked in A (R, d), so each stream is read once for all projections, and the T_i lie side by side
 in T (M, R). Projections that fuse come first: S has the leading columns only. With the frozen weights W_i the node owns
-dx of the frozen products too, accumulated into the same buffer: dx = sum_i G_i W_i + dT A.
+dx of the frozen products too, accumulated into the same buffer: dx = sum_i G_i W_i + dT A. Which of the two runs first,
+in forward and in backward, is a choice (:mod:`flare_kernels.order`): the first writes, the second reads and adds.
 
 Every tensor here is a matrix: M tokens, K input width d, N output width n, R rank.
 :mod:`flare_kernels.function` makes an autograd function of this, :mod:`flare_kernels.library` operators for
@@ -15,15 +16,13 @@ Every tensor here is a matrix: M tokens, K input width d, N output width n, R ra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import dropout as _dropout
-
-#: (output index, rank, scaling, fusion) of an adapter.
-Adapter = tuple[int, int, float, str | None]
+from .call import Call, Group, Needs
 
 #: What the forward pass leaves for the backward pass, in the compute dtype: T (M, R), for "add" T + S; S (M, fused),
 #: None where no phi needs it; the stacked A (R, d) and B (sum of n_i, r), None where they were not stacked or, for B,
@@ -52,112 +51,6 @@ def without_autocast(function: Callable[..., _Result], device: torch.device, *ar
     return function(*args)
 
 
-class Projection(NamedTuple):
-    """One adapted projection: its output's index, its constants, and its columns of T."""
-
-    output: int
-    scaling: float
-    fusion: str | None
-    columns: slice
-
-
-class Group(NamedTuple):
-    """Neighbouring projections of one phi and one rank, which a launch can hold; ``columns`` of T are theirs.
-
-    launch_fusion: the fusion that a kernel sees. "add" is linear: only H = S + T matters once it is formed, so a
-    kernel treats it as plain LoRA of that sum.
-    """
-
-    fusion: str | None
-    launch_fusion: str | None
-    members: slice
-    columns: slice
-    scalings: tuple[float, ...]
-
-
-class Call:
-    """The constants of a call of the node, worked out once for any number of calls.
-
-    Args:
-        ops: the primitives.
-        dtype: compute dtype.
-        adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first.
-        outputs: how many outputs there are, adapted or not.
-        p: probability of dropping an entry of the streams.
-
-    Attributes:
-        rank: R, the columns of T. fused: the leading columns that have a source.
-        nonlinear: whether a phi needs T and S in backward. only_adds: whether every projection's H is S + T.
-    """
-
-    def __init__(self, ops: Any, dtype: torch.dtype, adapters: Sequence[Adapter], outputs: int, p: float) -> None:
-        self.ops, self.dtype, self.outputs, self.p = ops, dtype, outputs, p
-        projections, start = [], 0
-        for output, rank, scaling, fusion in adapters:
-            projections.append(Projection(output, float(scaling), fusion, slice(start, start + rank)))
-            start += rank
-        self.projections = tuple(projections)
-        self.count = len(projections)
-        #: outputs without an adapter
-        self.others = sorted(set(range(outputs)) - {projection.output for projection in projections})
-        self.rank = start
-        self.fused = sum(rank for _, rank, _, fusion in adapters if fusion is not None)
-        self.scalings = tuple(projection.scaling for projection in projections)
-        self.ranks = [rank for _, rank, _, _ in adapters]
-        self.one_rank = len(set(self.ranks)) == 1
-        self.groups = _groups(self.projections, self.ranks)
-        self.group = self.groups[0] if len(self.groups) == 1 else None
-        self.nonlinear = any(group.launch_fusion is not None for group in self.groups)
-        self.only_adds = bool(projections) and all(projection.fusion == "add" for projection in projections)
-        self.keep_scale = _dropout.keep_scale(p) if p > 0.0 else 1.0
-        self.exact = torch.float64 if dtype == torch.float64 else torch.float32
-        #: most tokens of a call that takes the form for decoding; 0 where there is no such form
-        decodes = p == 0.0 and self.group is not None and hasattr(ops, "decode") and ops.can_decode(1, self.ranks)
-        self.decode_rows = ops.DECODE_ROWS if decodes else 0
-        self._needs: dict[tuple[Any, ...], Needs] = {}
-
-    def needs(self, flags: tuple[bool, ...], sources: int) -> Needs:
-        """Return the flags of (x, x_source, S_i ..., A_i ..., B_i ...) by name; ``sources`` is the number of S_i."""
-        if (flags, sources) not in self._needs:
-            count = self.count
-            of_S, of_A, of_B = flags[2 : 2 + sources], flags[2 + sources : 2 + sources + count], flags[-count:]
-            self._needs[flags, sources] = Needs(flags[0], flags[1], of_S, of_A, of_B if count else ())
-        return self._needs[flags, sources]
-
-
-def _groups(projections: Sequence[Projection], ranks: Sequence[int]) -> tuple[Group, ...]:
-    groups: list[Group] = []
-    for index, projection in enumerate(projections):
-        first = groups[-1].members.start if groups else 0
-        if groups and groups[-1].fusion == projection.fusion and ranks[first] == ranks[index]:
-            groups.pop()
-        else:
-            first = index
-        members = slice(first, index + 1)
-        groups.append(
-            Group(
-                projection.fusion,
-                None if projection.fusion == "add" else projection.fusion,
-                members,
-                slice(projections[first].columns.start, projection.columns.stop),
-                tuple(one.scaling for one in projections[members]),
-            )
-        )
-    return tuple(groups)
-
-
-class Needs:
-    """Which gradients are asked for."""
-
-    def __init__(self, x: bool, x_source: bool, S: tuple[bool, ...], A: tuple[bool, ...], B: tuple[bool, ...]) -> None:
-        self.x, self.x_source, self.S, self.A, self.B = x, x_source, S, A, B
-        self.count_S = len(S)
-        self.any_S, self.any_A, self.any_B, self.all_B = any(S), any(A), any(B), all(B)
-        #: whether dT is needed on the way to something
-        self.hidden = x or x_source or self.any_S or self.any_A
-        self.anything = self.hidden or self.any_B
-
-
 def keep_bits(call: Call, seeds: Seeds, size: Sequence[int], stream: int) -> Tensor | None:
     """Return the packed keep-mask of a stream of size (M, K), made from its seed; None without dropout."""
     if seeds is None:
@@ -180,6 +73,7 @@ def forward(
     keep: bool,
     outs: Sequence[Tensor] | None = None,
     A: Tensor | None = None,
+    biases: Sequence[Tensor | None] | None = None,
 ) -> Hidden:
     """Add every adapter's share to its y (M, n_i), in place, or write the sum to ``outs``.
 
@@ -190,13 +84,17 @@ def forward(
         As, Bs: (r_i, d) and (n_i, r_i), in stacking order.
         keep: whether a backward pass will follow.
         A: the stacked A (R, d) in the compute dtype, where the caller has it.
+        biases: (n_i,) or None of every output; with them the share and its bias are written to y, whose values are not
+            read, and the call is not one for decoding.
     """
     if not call.projections:
         return None, None, None, None
     ops, dtype = call.ops, call.dtype
-    targets = [ys[projection.output] for projection in call.projections]
-    results = None if outs is None else [outs[projection.output] for projection in call.projections]
-    if 0 < x.shape[0] <= call.decode_rows and x.shape[1] and _one_dtype(targets) and _one_dtype(As) and _one_dtype(Bs):
+    targets = [*map(ys.__getitem__, call.adapted)]  # a loop in C: calls are what this costs
+    results = None if outs is None else [*map(outs.__getitem__, call.adapted)]
+    own_biases = None if biases is None else [*map(biases.__getitem__, call.adapted)]
+    few = 0 < x.shape[0] <= call.decode_rows and x.shape[1] and biases is None
+    if few and _one_dtype(targets) and _one_dtype(As) and _one_dtype(Bs):
         T, S = ops.decode(
             x,
             x_source,
@@ -227,6 +125,7 @@ def forward(
             scalings=call.scalings,
             fusion=group.launch_fusion,
             outs=results,
+            biases=own_biases,
         )
     else:
         for group in call.groups:
@@ -241,6 +140,7 @@ def forward(
                 scalings=group.scalings,
                 fusion=group.launch_fusion,
                 outs=None if results is None else results[at],
+                biases=None if own_biases is None else own_biases[at],
             )
     return T, S if call.nonlinear else None, A, B
 
@@ -335,6 +235,7 @@ def backward(
     x_dtype: torch.dtype,
     source_dtype: torch.dtype | None,
     source_columns: Sequence[int] = (),
+    adapter_first: bool = False,
 ) -> Grads:
     """Return the gradients that are asked for: dx, dx_source (M, width), dS_i, dA_i (r_i, width), dB_i (n_i, r_i).
 
@@ -343,6 +244,7 @@ def backward(
         Gs: dL/dy (M, n) per output, None where the loss does not depend on it; at least one is given.
         source_dtype: None without a second stream.
         source_columns: columns of each S that was given.
+        adapter_first: whether dx begins with the adapters' share. It then has the compute dtype.
     """
     ops, dtype = call.ops, call.dtype
     T, S, A, B = hidden
@@ -357,7 +259,7 @@ def backward(
     if needs.any_A and dT is not None and x is not None:
         dAs = _grad_A(call, needs, As, dT, dS, x, None if dS is None else x_source, seeds)
     if needs.x:
-        dx = _grad_x(call, Gs, Ws, dT, A, seeds, width, x_dtype)
+        dx = _grad_x(call, Gs, Ws, dT, A, seeds, width, x_dtype, adapter_first)
     if needs.x_source and dS is not None and A is not None and source_dtype is not None:
         bits = keep_bits(call, seeds, (dS.shape[0], width), _dropout.SOURCE_STREAM)
         dx_source = ops.grad_input(dS, A[: call.fused], mask=bits, keep_scale=call.keep_scale, dtype=source_dtype)
@@ -505,17 +407,20 @@ def _grad_x(
     seeds: Seeds,
     width: int,
     dtype: torch.dtype,
+    adapter_first: bool,
 ) -> Tensor | None:
-    """Return one dx buffer: the frozen products' share where the node owns it, and the adapters' share on top."""
-    dx: Tensor | None = None
+    """Return one dx buffer: the frozen products' share where the node owns it, and the adapters' share."""
+    dx = bits = None
+    if dT is not None and seeds is not None:
+        bits = keep_bits(call, seeds, (dT.shape[0], width), _dropout.TARGET_STREAM)
+    if adapter_first and dT is not None and A is not None:
+        dx = call.ops.grad_input(dT, A, mask=bits, keep_scale=call.keep_scale, dtype=call.dtype)
     for G, W in zip(Gs, Ws, strict=False):
         if G is not None:
             if G.dtype != call.dtype or W.dtype != call.dtype:
                 G, W = G.to(call.dtype), W.to(call.dtype)
             dx = G @ W if dx is None else dx.addmm_(G, W)
-    if dT is not None and A is not None:
-        bits = None if seeds is None else keep_bits(call, seeds, (dT.shape[0], width), _dropout.TARGET_STREAM)
-        dx = call.ops.grad_input(
-            dT, A, mask=bits, keep_scale=call.keep_scale, dtype=dtype if dx is None else call.dtype, out=dx
-        )
+    if not adapter_first and dT is not None and A is not None:
+        share_dtype = dtype if dx is None else call.dtype
+        dx = call.ops.grad_input(dT, A, mask=bits, keep_scale=call.keep_scale, dtype=share_dtype, out=dx)
     return dx if dx is None or dx.dtype == dtype else dx.to(dtype)

@@ -73,17 +73,28 @@ def expand_(
     scalings: Sequence[float],
     fusion: str | None,
     outs: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """y_i (M, N_i) += scaling_i * phi(S_i, T_i) B_i^T, in place (or into outs), for projections of one rank."""
+    """y_i (M, N_i) += scaling_i * phi(S_i, T_i) B_i^T, in place (or into outs), for projections of one rank.
+
+    With ``biases``, (N_i,) or None each, y_i is not read: y_i = bias_i + scaling_i * phi(S_i, T_i) B_i^T.
+    """
     if outs is not None:
         for out, y in zip(outs, ys, strict=True):
-            out.copy_(y)
+            if biases is None:
+                out.copy_(y)
         ys = outs
     H = T if fusion is None or S is None else get_fusion(fusion)(S, T)
     R = Bs[0].shape[1]
     for i, (y, B, scaling) in enumerate(zip(ys, Bs, scalings, strict=True)):
         # in y's dtype: a no-op where it is the compute dtype, an upcast of the narrow H where y is wider
-        y.addmm_(H[:, i * R : (i + 1) * R].to(y.dtype), B.to(T.dtype).to(y.dtype).T, alpha=scaling)
+        H_i, B_i = H[:, i * R : (i + 1) * R].to(y.dtype), B.to(T.dtype).to(y.dtype).T
+        if biases is None:
+            y.addmm_(H_i, B_i, alpha=scaling)
+        elif (bias := biases[i]) is None:
+            _scaled_mm(H_i, B_i, scaling, out=y)
+        else:
+            torch.addmm(bias.to(y.dtype), H_i, B_i, alpha=scaling, out=y)
 
 
 def grad_bottleneck(

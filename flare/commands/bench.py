@@ -49,7 +49,9 @@ def _options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--tokens", nargs="+", type=int, default=missing, metavar="M", help="tokens in a call")
     bench.add_argument("--ranks", nargs="+", type=int, default=missing, metavar="R", help="ranks of the adapters")
     bench.add_argument("--budget", type=float, default=missing, metavar="SECONDS", help="begin nothing new after this")
-    bench.add_argument("--jobs", type=int, default=missing, metavar="N", help="compiler processes (default: all)")
+    bench.add_argument(
+        "--jobs", type=int, default=missing, metavar="N", help="compiler processes (default: all but one)"
+    )
     bench.add_argument("--output", type=Path, default=missing, metavar="FILE", help="table (default: the user's cache)")
     bench.add_argument("--overwrite", action="store_true", default=missing, help="replace a table that is there")
     bench.add_argument("arguments", nargs="*", metavar="-- PYTEST", help="without --tune: arguments for pytest")

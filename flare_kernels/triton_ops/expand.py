@@ -5,6 +5,8 @@ Shape legend: M tokens, N output width, R rank. Projection i owns columns i R ..
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +33,9 @@ from .launch import (
     strides,
 )
 
+# For `filter`: a loop in C.
+_GIVEN = functools.partial(operator.is_not, None)
+
 
 @triton.jit
 def expand_kernel(
@@ -45,6 +50,9 @@ def expand_kernel(
     B_0,
     B_1,
     B_2,
+    bias_0,
+    bias_1,
+    bias_2,
     M,
     N_0,
     N_1,
@@ -72,8 +80,13 @@ def expand_kernel(
     B_1_stride_r,
     B_2_stride_n,
     B_2_stride_r,
+    bias_0_stride_n,
+    bias_1_stride_n,
+    bias_2_stride_n,
     COUNT: tl.constexpr,
     FUSION: tl.constexpr,
+    READS_Y: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ONE_R_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,7 +96,7 @@ def expand_kernel(
 
     y_i, out_i (M, N_i) of the same strides, and the same memory where the sum stands in place; T, S (M, COUNT R);
     B_i (N_i, R). Groups below groups_0 are projection 0's, below groups_01 projection 1's. phi is rounded to the
-    compute dtype, the sum once, to y's dtype.
+    compute dtype, the sum once, to y's dtype. Not READS_Y: bias_i (N_i,) in place of y_i, or nothing (not HAS_BIAS).
     """
     i_m = tl.program_id(0)
     i_group = tl.program_id(1)
@@ -98,6 +111,9 @@ def expand_kernel(
     B = pick(i_p, B_0, B_1, B_2, COUNT)
     N = pick(i_p, N_0, N_1, N_2, COUNT)
     scaling = pick(i_p, scaling_0, scaling_1, scaling_2, COUNT)
+    if HAS_BIAS:
+        bias = pick(i_p, bias_0, bias_1, bias_2, COUNT)
+        bias_stride_n = pick(i_p, bias_0_stride_n, bias_1_stride_n, bias_2_stride_n, COUNT)
     y_stride_m = pick(i_p, y_0_stride_m, y_1_stride_m, y_2_stride_m, COUNT)
     y_stride_n = pick(i_p, y_0_stride_n, y_1_stride_n, y_2_stride_n, COUNT)
     B_stride_n = pick(i_p, B_0_stride_n, B_1_stride_n, B_2_stride_n, COUNT)
@@ -124,7 +140,10 @@ def expand_kernel(
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         # asked for before the product, so that it arrives meanwhile
-        b_y = load_tile(y, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
+        if READS_Y:
+            b_y = load_tile(y, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
+        if HAS_BIAS:
+            b_y = tl.load(bias + o_n.to(tl.int64) * bias_stride_n, mask=m_n, other=0.0)[None, :]
         b_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if ONE_R_BLOCK:
             b_B = round_to(load_tile(B, o_n, m_n, B_stride_n, o_r, m_r, B_stride_r), DTYPE)
@@ -140,7 +159,10 @@ def expand_kernel(
                 b_h = round_to(fuse(b_t, b_s, FUSION), DTYPE)
                 b_B = round_to(load_tile(B, o_n, m_n, B_stride_n, o_rr, m_rr, B_stride_r), DTYPE)
                 b_acc = dot(b_h, tl.trans(b_B), b_acc)
-        store_tile(out, b_y.to(tl.float32) + scaling * b_acc, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
+        b_acc *= scaling
+        if READS_Y or HAS_BIAS:
+            b_acc += b_y.to(tl.float32)
+        store_tile(out, b_acc, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
 
 
 def expand_(
@@ -152,6 +174,7 @@ def expand_(
     scalings: Sequence[float],
     fusion: str | None,
     outs: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor | None] | None = None,
     follow_table: bool = False,
 ) -> None:
     """y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, for projections of one rank that share phi.
@@ -164,18 +187,24 @@ def expand_(
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
         outs: where the results go instead; of the dtypes, shapes and strides of ys.
+        biases: (N_i,) or None each, any float dtype: y_i = bias_i + scaling_i * phi(S_i, T_i) B_i^T. What y_i held
+            before is not read.
         follow_table: take the plain PyTorch form where the tuned table prefers it.
     """
     if fusion is None:
         S = None
     mode, device = launch_mode.current, T.device
-    tensors = (*ys, T, *Bs) if S is None else (*ys, T, *Bs, S)
+    tensors: tuple[Any, ...] = (*ys, T, *Bs) if S is None else (*ys, T, *Bs, S)
     if outs is not None:
         tensors = (*tensors, *outs)
+    reads_y = biases is None
+    biases = (None,) * len(ys) if biases is None else biases
+    tensors = (*tensors, *filter(_GIVEN, biases))
     key = (
         "expand",
-        *(device, fusion, S is None, outs is None, follow_table),
+        *(device, fusion, S is None, outs is None, reads_y, follow_table),
         *scalings,
+        *map(type, biases),
         *map(LAYOUT, tensors),
         *map(STRIDE, tensors),
         *map(LOW_BITS, map(ADDRESS, tensors)),
@@ -183,20 +212,20 @@ def expand_(
     try:
         form, missing, launcher = mode.plans[key]
     except KeyError:
-        plan = _plan(mode, ys, T, S, Bs, scalings, fusion, follow_table)
+        plan = _plan(mode, ys, T, S, Bs, biases, reads_y, scalings, fusion, follow_table)
         form, missing, launcher = mode.plans.add(key, plan)
 
     if launcher is not None:
         results = ys if outs is None else outs
-        launcher.run(*ys, *missing, *results, *missing, T, S, *Bs, *missing, *launcher.constants)
+        launcher.run(*ys, *missing, *results, *missing, T, S, *Bs, *missing, *biases, *missing, *launcher.constants)
     elif form == "torch":
-        torch_ops.expand_(ys, T, S, Bs, scalings=scalings, fusion=fusion, outs=outs)
+        torch_ops.expand_(ys, T, S, Bs, scalings=scalings, fusion=fusion, outs=outs, biases=None if reads_y else biases)
     elif form == "apart":
-        for at in batches(ys, Bs):
+        for at in batches(ys, Bs, biases):
             T_at, S_at = (columns_of(t, at, Bs[0].shape[1]) for t in (T, S))
             assert T_at is not None
-            some = None if outs is None else outs[at]
-            options: dict[str, Any] = {"fusion": fusion, "outs": some, "follow_table": follow_table}
+            options: dict[str, Any] = {"fusion": fusion, "follow_table": follow_table}
+            options |= {"outs": None if outs is None else outs[at], "biases": None if reads_y else biases[at]}
             expand_(ys[at], T_at, S_at, Bs[at], scalings=scalings[at], **options)
 
 
@@ -206,6 +235,8 @@ def _plan(
     T: Tensor,
     S: Tensor | None,
     Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    reads_y: bool,
     scalings: Sequence[float],
     fusion: str | None,
     follow_table: bool,
@@ -214,7 +245,7 @@ def _plan(
     M, R, widths = ys[0].shape[0], Bs[0].shape[1], [y.shape[1] for y in ys]
     if M == 0 or not any(widths):
         return "empty", (), None
-    if len(batches(ys, Bs)) > 1:
+    if len(batches(ys, Bs, biases)) > 1:
         return "apart", (), None
     excluded = () if follow_table else ("torch",)
     options: dict[str, Any] = {"wide": ys, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
@@ -244,8 +275,11 @@ def _plan(
         **strides("T", T, "mr"),
         **strides("S", S, "mr"),
         **numbered_strides("B", Bs, "nr"),
+        **numbered_strides("bias", biases, "n"),
         COUNT=len(ys),
         FUSION=FUSION_ID[None if S is None else fusion],
+        READS_Y=reads_y,
+        HAS_BIAS=biases[0] is not None,
         ONE_R_BLOCK=config.BLOCK_R >= R,
     )
     return form, (None,) * (MAX_PROJECTIONS - len(ys)), launcher

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch_mode, torch_ops
+from .. import launch_mode
 from ..launch_mode import Mode
 from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
 from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, form_for, strides
@@ -101,17 +101,18 @@ def grad_input(
         mask: packed keep bits of the forward pass, (M, ceil(K / 8)); keep_scale the factor of what is kept.
         dtype: of dx, where there is no ``out``.
         out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
-        follow_table: take a plain PyTorch form where the tuned table prefers it, or where ``out`` and one dtype let one
-            BLAS call do it (never with dropout).
+        follow_table: take one BLAS call where one dtype allows it and there is no dropout; where dx is written alone,
+            unless the tuned table prefers the kernel.
     """
     if follow_table and mask is None and out is not None and out.dtype == A.dtype == dT.dtype:
         return out.addmm_(dT, A)  # one BLAS call, which moves no more bytes than a kernel could
     mode, device = launch_mode.current, dT.device
-    dx = torch.empty((dT.shape[0], A.shape[1]), dtype=dtype, device=device) if out is None else out
-    tensors = (dT, A, dx) if mask is None else (dT, A, dx, mask)
+    tensors = (dT, A) if mask is None else (dT, A, mask)
+    if out is not None:
+        tensors = (*tensors, out)
     key = (
         "grad_input",
-        *(device, keep_scale, mask is None, out is None, follow_table),
+        *(device, dtype, keep_scale, mask is None, out is None, follow_table),
         *map(LAYOUT, tensors),
         *map(STRIDE, tensors),
         *map(LOW_BITS, map(ADDRESS, tensors)),
@@ -119,11 +120,12 @@ def grad_input(
     try:
         form, launcher = mode.plans[key]
     except KeyError:
-        form, launcher = mode.plans.add(key, _plan(mode, dT, A, mask, keep_scale, dx, out is not None, follow_table))
+        form, launcher = mode.plans.add(key, _plan(mode, dT, A, mask, keep_scale, dtype, out, follow_table))
+    if form == "torch":
+        return dT @ A
+    dx = torch.empty((dT.shape[0], A.shape[1]), dtype=dtype, device=device) if out is None else out
     if launcher is not None:
         launcher.run(dT, A, mask, dx, *launcher.constants)
-    elif form == "torch":
-        return torch_ops.grad_input(dT, A, dtype=dtype, out=out)
     return dx
 
 
@@ -133,15 +135,17 @@ def _plan(
     A: Tensor,
     mask: Tensor | None,
     keep_scale: float,
-    dx: Tensor,
-    accumulate: bool,
+    dtype: torch.dtype,
+    out: Tensor | None,
     follow_table: bool,
 ) -> tuple[str, Launcher | None]:
     """(form, launch)."""
     (M, R), K = dT.shape, A.shape[1]
     if M == 0 or K == 0:
         return "empty", None
-    excluded = () if follow_table and mask is None else ("torch",)
+    dx = torch.empty((M, K), dtype=dtype, device=dT.device) if out is None else out
+    one_product = follow_table and mask is None and out is None and dtype == A.dtype == dT.dtype
+    excluded = () if one_product else ("torch",)
     options: dict[str, Any] = {"wide": (A, dx), "thin": (dT,), "rows": M, "width": K}
     form, tiles = form_for(mode, "grad_input", R, dT.dtype, excluded=excluded, **options)
     if form == "torch":
@@ -166,6 +170,6 @@ def _plan(
         **strides("mask", mask, "m"),
         **strides("dx", dx, "m"),
         HAS_MASK=mask is not None,
-        ACCUMULATE=accumulate,
+        ACCUMULATE=out is not None,
         ONE_R_BLOCK=config.BLOCK_R >= R,
     )

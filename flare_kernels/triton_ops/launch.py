@@ -181,9 +181,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def batches(*operands: Sequence[Tensor]) -> list[slice]:
-    """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, whose tensors have the same dtypes."""
-    kinds = [tuple(tensor.dtype for tensor in of_one) for of_one in zip(*operands, strict=True)]
+def batches(*operands: Sequence[Tensor | None]) -> list[slice]:
+    """Which projections share a launch: neighbours, at most MAX_PROJECTIONS, of the same dtypes (None: no tensor)."""
+    kinds = [tuple(None if t is None else t.dtype for t in of_one) for of_one in zip(*operands, strict=True)]
     found, start = [], 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start] or end - start == MAX_PROJECTIONS:
@@ -207,7 +207,7 @@ def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
     return {f"{name}_stride_{axis}": 0 if x is None else x.stride(dim) for dim, axis in enumerate(axes)}
 
 
-def numbered_strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
+def numbered_strides(name: str, tensors: Sequence[Tensor | None], axes: str) -> dict[str, int]:
     """Arguments such as y_0_stride_m for the axes of (up to) three matrices."""
     found: dict[str, int] = {}
     for i in range(MAX_PROJECTIONS):

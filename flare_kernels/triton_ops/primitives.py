@@ -7,7 +7,8 @@ written once over either module.
 ``stack``              the A matrices of several adapters below each other, in the compute dtype
 ``keep_bits``          packed keep bits of dropout
 ``shrink``             T = drop(x) A^T, S = drop(x_source) A^T
-``expand_``            y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, up to three projections in one launch
+``expand_``            y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, up to three projections in one launch; or
+                       y_i = bias_i + that share, without reading y_i
 ``grad_bottleneck``    dH_i = scaling_i * G_i B_i, dT and dS through phi, dB_i = scaling_i * G_i^T H_i, one launch
 ``grad_weight``        dA = dT^T drop(x) + dS^T drop(x_source)
 ``grad_input``         dx = undrop(dT A), or added to a dx that is there
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 tuned = types.SimpleNamespace(
+    FOLLOWS_TABLE=True,
     DECODE_ROWS=DECODE_ROWS,
     can_decode=can_decode,
     decode=decode,

@@ -1,15 +1,10 @@
-"""Launch tables: the file, the lookup, what "auto" does with an entry, and the tuner (with a timer that is told)."""
+"""Launch tables: the file, the lookup, and what "auto" does with an entry. The tuner: test_tuner.py."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
-import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -19,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import flare_kernels
-from flare_kernels import forms, launch_mode, launch_table, torch_ops, tune
+from flare_kernels import forms, launch_mode, launch_table, torch_ops
 from flare_kernels.launch_table import Entry, Key, LaunchTable
 from flare_kernels.triton_ops import config, launch
 from flare_kernels.triton_ops import primitives as triton_ops
@@ -202,22 +197,6 @@ def test_a_form_is_forced_tuned_or_the_rule_s(monkeypatch) -> None:
         assert launch.form_of_class(launch_mode.current, "expand", *sizes, torch.device("cpu"))[0] == "triton"
 
 
-def test_the_order_is_looked_up_once(monkeypatch) -> None:
-    device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
-    key = forms.table_key("order", *sizes)
-    LaunchTable("Some GPU", {key: Entry("adapter_first")}).save(launch_table.user_path("Some GPU"))
-    monkeypatch.setattr(forms, "_cuda_capability", lambda index: 90)
-    monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
-    with launch_mode.forcing():
-        assert forms.order_in_force(*sizes, torch.device("cpu")) == "frozen_first"
-        assert forms.order_in_force(*sizes, device) == "adapter_first"
-        monkeypatch.setattr(forms, "form_in_force", lambda *args: pytest.fail("asked again"))
-        assert forms.order_in_force(*sizes, device) == "adapter_first"
-    monkeypatch.undo()
-    with launch_mode.forcing(form="adapter_first"):
-        assert forms.order_in_force(*sizes, torch.device("cpu")) == "adapter_first"
-
-
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
     """Rows of a few elements cannot be aligned; tuner and launch agree on that."""
@@ -292,116 +271,8 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
     torch.testing.assert_close(out, 1 + dT @ A)
 
 
-SMALL = tune.Shape("small", 48, (40, 24))
-
-
-def test_the_tuner_takes_the_fastest_that_is_right(monkeypatch, device, tmp_path: Path) -> None:
-    """Timed by a table of made-up times: the fastest right configuration wins, a wrong one and a slow one do not."""
-    # the first is the general rule's; 8 warps are "fastest", but wrong; 2 stages come next
-    monkeypatch.setattr(
-        config, "_CANDIDATES", dict.fromkeys(config.KERNELS, ((64,), (32,), (32,), (4, 8), (2, 3), (7,)))
-    )
-
-    def running(problem: tune.Problem) -> config.TileConfig | None:
-        return launch_mode.current.forced.get(problem.step)
-
-    correct = tune.is_correct
-
-    def is_correct(problem: tune.Problem, run) -> bool:
-        right = correct(problem, run)
-        assert right
-        return (running(problem).num_warps, running(problem).num_stages) != (8, 2)
-
-    monkeypatch.setattr(tune, "is_correct", is_correct)
-    for problem in tune.problems([SMALL], [70], [8], device):
-        if problem.step not in ("shrink", "grad_weight"):
-            continue
-
-        def timer(run, inputs, problem=problem, factor: float = 1.0) -> float:
-            run(inputs[0])
-            tiles = running(problem)
-            return 50.0 if tiles is None else factor * ({4: 20.0, 8: 10.0}[tiles.num_warps] + tiles.num_stages)
-
-        finding = tune.tune_one(problem, device, timer)
-        assert (finding.torch_us, finding.triton_us, finding.form) == (50.0, 13.0, "triton")
-        tiles = finding.entry().tiles[problem.step]
-        assert (tiles["num_warps"], tiles["num_stages"], tiles["programs"]) == (8, 3, 7)
-        assert finding.tried == 5 and len(finding.refused) == 1 and "wrong numbers" in finding.refused[0]
-        slow = tune.tune_one(problem, device, functools.partial(timer, factor=9.0))
-        assert slow.form == "torch" and slow.entry().tiles == {}
-        assert slow.entry().us["torch"] == 50.0 and slow.entry().us["triton"] == 9 * 13.0
-
-
-def test_a_tuned_table_is_written_as_it_grows(monkeypatch, device, tmp_path: Path) -> None:
-    if device.type == "cuda":
-        pytest.skip("the interpreter's table is for the CPU")
-    monkeypatch.setattr(config, "_CANDIDATES", dict.fromkeys(config.KERNELS, ((64,), (32,), (32,), (4,), (2,), (7,))))
-    said: list[str] = []
-    path = tmp_path / "table.json"
-    sizes: list[int] = []
-
-    def save(table: LaunchTable) -> None:
-        table.save(path)
-        sizes.append(len(json.loads(path.read_text())["entries"]))
-
-    table = tune.tune(
-        [SMALL],
-        [3, 70],
-        [8],
-        device=device,
-        about={"date": "today"},
-        timer=lambda run, inputs: (run(inputs[0]), 1.0)[1],
-        say=said.append,
-        save=save,
-    )
-    assert {key.step for key in table.entries} == set(tune.STEPS)
-    assert sizes == list(range(1, len(tune.STEPS) + 1))
-    assert LaunchTable.read(path).entries == table.entries
-    assert said[0] == tune.HEADER and sum("triton" in line for line in said) >= len(tune.STEPS)
-    short = tune.tune([SMALL], [70], [8], device=device, about={}, budget_s=-1.0, say=said.append)
-    assert not short.entries and "5 problems were left out" in said[-1]
-
-
-def test_wrong_numbers_are_seen(device) -> None:
-    """The tuner's own check fails for a form that is slightly off, and for NaN."""
-    for problem in tune.problems([SMALL], [70], [8], device):
-        assert tune.is_correct(problem, lambda t, p=problem: p.run(triton_ops, t)), problem
-        off = lambda t, p=problem: [one * 1.05 for one in p.run(torch_ops, t)]  # noqa: E731
-        assert not tune.is_correct(problem, off), problem
-        assert not tune.is_correct(problem, lambda t, p=problem: [one * torch.nan for one in p.run(torch_ops, t)])
-
-
-def test_the_tuner_says_why_it_cannot_run() -> None:
-    device = torch.device("meta")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune, "interpreting", lambda: False)
-        with pytest.raises(ValueError, match="nothing to tune: the triton backend is"):
-            tune.tune([SMALL], [70], [8], device=device, about={}, say=lambda line: None)
-
-
-def test_variants_compile_ahead_of_time_as_they_will_be_launched() -> None:
-    """What the tuner compiles in advance is what a launch with those tiles asks for (in a process that can compile)."""
-    script = """
-import itertools, torch
-from flare_kernels import aot, tune
-from flare_kernels.triton_ops import config
-torch.cuda.get_device_capability = lambda device: (9, 0)
-config._CANDIDATES = dict.fromkeys(config.KERNELS, ((64,), (64,), (64,), (4,), (3,), (132,)))
-shape, device, said = tune.Shape("small", 512, (512, 256)), torch.device("cpu"), []
-wanted = [p for p in tune.problems([shape], [256], [64], device) if p.step in ("shrink", "grad_input")]
-units = []
-aot.compile_units = lambda found, jobs: units.extend(found) or [aot.compile_unit(unit) for unit in units]
-count = tune.precompile(wanted, device, 1, said.append)
-assert count == len(units) and all("error" not in aot.compile_unit(unit) for unit in units)
-print(*sorted({unit.kernel for unit in units}), len({unit.num_stages for unit in units}), said[0])
-"""
-    root = Path(__file__).parents[2]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=root)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("grad_input_kernel shrink_kernel sum_partials_kernel 3 compiling")
-
-
 def test_the_plan_where_the_kernels_do_not_run() -> None:
     plan = flare_kernels.launch_plan(8192, 4096, (4096, 1024), 64, device="cpu")
-    assert set(plan) == set(tune.STEPS) - {"decode"} and all("torch (what cpu takes" in step for step in plan.values())
+    assert set(plan) == set(config.FORMS) - {"decode", "order"} and all(
+        "torch (what cpu takes" in step for step in plan.values()
+    )

@@ -1,0 +1,58 @@
+"""The ways to run a problem that the tuner compares: each form that can run, with each candidate's tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..launch_mode import forcing
+from ..triton_ops.config import FORMS, TileConfig, can_run, candidates
+from ..triton_ops.shared_memory import least_shared_bytes
+from .problems import Problem
+
+_LETTERS = {"BLOCK_M": "M", "BLOCK_K": "K", "BLOCK_N": "N", "num_warps": " w", "num_stages": " s", "programs": " p"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of a step and the tiles of its kernels; ``by_rule``: those of the general rule."""
+
+    form: str
+    tiles: Mapping[str, TileConfig] = field(default_factory=dict)
+    by_rule: bool = True
+
+    def forced(self) -> AbstractContextManager[None]:
+        """Return a context in which the step runs so."""
+        tiles: Mapping[str, Any] = self.tiles
+        return forcing(form=self.form, **tiles)
+
+    def entry_tiles(self) -> dict[str, dict[str, int]]:
+        """Return the tiles as a launch table holds them."""
+        return {kernel: asdict(tiles) for kernel, tiles in self.tiles.items()}
+
+    def __str__(self) -> str:
+        of_kernels = (
+            "".join(f"{letter}{tiles[name]}" for name, letter in _LETTERS.items() if tiles[name])
+            for tiles in self.entry_tiles().values()
+        )
+        return f"{self.form:<15}{'; '.join(of_kernels)}".rstrip()
+
+
+def variants(problem: Problem, shared_bytes: int, capability: int) -> Iterator[Variant]:
+    """Yield what is compared: each form with the general rule's tiles, then with candidates that fit shared memory.
+
+    Of a form of several kernels one is varied at a time.
+    """
+    key = problem.key
+    for form, kernels in FORMS[problem.step].items():
+        if not can_run(problem.step, form, key.operands, capability):
+            continue
+        lists = {name: list(candidates(name, key.operands, key.rank, shared_bytes)) for name in kernels}
+        rule = {name: of_one[0] for name, of_one in lists.items()}
+        yield Variant(form, rule)
+        for name, of_one in lists.items():
+            for tiles in of_one[1:]:
+                if least_shared_bytes(name, tiles) <= shared_bytes:
+                    yield Variant(form, rule | {name: tiles}, by_rule=False)
