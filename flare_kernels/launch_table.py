@@ -133,6 +133,8 @@ _AXES = {
     "grad_bottleneck_rows": "MKR",
     "grad_bottleneck_strips": "KNR",
     "grad_weight": "MKR",
+    "shrink_tma": "MKR",
+    "grad_weight_tma": "MKR",
     "grad_input": "MKR",
     "shrink_decode": "MKR",
     "expand_decode": "MNR",
