@@ -41,17 +41,18 @@ CAPTURED = {
 COMPILED = {"peft-compiled": "peft-lora", "lora-compiled": "lora", "flare-compiled": "flare"}
 #: Captured rows of big models, whose steps the device decides: a graph saves them little and holds its activations.
 _OF_BIG_MODELS = ("flare-captured", "lora-captured", "flare-warm-captured")
-#: Captured rows on padded texts.
-PADDED = ("flare-captured", "lora-captured")
+#: Captured rows on padded texts, of small models.
+_PADDED = ("flare-captured", "lora-captured")
 #: Forwards and backwards of a shape until its graph is replayed.
 _UNTIL_REPLAY = 4
 
 
 def methods_of(shape: shapes.StepShape) -> tuple[str, ...]:
     """The methods of this file for a shape: one block is compiled, a whole step captured too."""
+    big = shape.model.d > 1024
     if shape.padded:
-        return PADDED
-    captured = _OF_BIG_MODELS if shape.model.d > 1024 else tuple(CAPTURED)
+        return () if big else _PADDED
+    captured = _OF_BIG_MODELS if big else tuple(CAPTURED)
     return {"step": (*captured, *COMPILED), "block": (*COMPILED,)}.get(shape.question, ())
 
 
@@ -120,11 +121,11 @@ class FastSteps:
             self.drop()
         if method in CAPTURED:
             torch.cuda.empty_cache()
-            self.graph_bytes[method] = torch.cuda.memory_reserved() - before
+            self.graph_bytes[method] = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - before
         return given
 
     def _make_room(self, method: str) -> int:
-        """Return the bytes that are reserved with nothing cached.
+        """Return the bytes that are reserved with nothing cached, beyond those of living tensors: earlier graphs'.
 
         Raises:
             NotHere: the graph's activations would leave no room for the hungriest eager row.
@@ -138,7 +139,7 @@ class FastSteps:
                 f"its graph holds its activations, and together with the largest eager row's that is "
                 f"{needed / 2**30:.0f} GiB; {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free"
             )
-        return torch.cuda.memory_reserved()
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
     def drop(self) -> None:
         """Set the adapters' gradients to None."""

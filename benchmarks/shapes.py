@@ -300,10 +300,10 @@ def steps(which: str) -> list[StepShape]:
     """Whole training steps, on full rows and on padded ones; ``main`` has a Llama whose steps take their time."""
     if which == "tiny":
         tiny = [StepShape(model, 4, 32, 8, depth=model.layers) for model in TINY]
-        return [*tiny, *(replace(full, padded=True) for full in tiny[:2]), replace(tiny[0], precision="nf4")]
+        return [*tiny, *(replace(full, padded=True) for full in tiny[:2])]
     if which == "main":
         full = [StepShape(XLMR, 16, 512, 64), StepShape(LLAMA, 16, 512, 64, depth=8)]
-        return [replace(shape, padded=padded) for shape in full for padded in (False, True)]
+        return [replace(shape, padded=padded) for padded in (False, True) for shape in full]
     shapes = [
         StepShape(model, 8192 // m, m, 64, precision=precision)
         for model in REAL

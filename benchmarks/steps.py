@@ -34,7 +34,7 @@ _READ_SOURCE = ("authors", "eager-sdpa", "flare", "flare-offload", "flare-recomp
 
 def effort(device: torch.device) -> Effort:
     """A whole step is long: fewer rounds on a GPU; on a CPU as many as its neighbours ask for."""
-    return Effort(5.0, 4, 20, 1) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
+    return Effort(6.0, 3, 20, 1) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
 
 
 def depth_that_fits(shape: StepShape, device: torch.device) -> int:
@@ -109,9 +109,9 @@ def _build(
     models, batch = models_of(shape, depth, device), batch_of(shape, device)
     optimizer = None if shape.question == "block" else torch.optim.AdamW(models.trained, lr=1e-5)
     case = _Case(models, shape, depth, batch, optimizer, errors)
-    if device.type == "cuda":  # where the memory's worst is too much, all methods get less
-        for method in set(_HUNGRY) & set(refused):
-            case.step(method)
+    for method in ("lora", *_HUNGRY):  # the optimizer's state exists from here on
+        if method in refused and (method == "lora" or device.type == "cuda"):
+            case.step(method)  # where the memory's worst is too much, all methods get less
     variants: dict[str, Variant | str] = {}
     for method, why in refused.items():
         reason = why or models.refusal(method)
@@ -204,7 +204,6 @@ class _Case:
 
     def _counters(self, method: str) -> dict[str, Any]:
         models, device = self.models, self.device
-        self.step(method)  # the optimizer's state exists from here on, and the rows of flare-warm are kept
         state = [] if self.optimizer is None else self.optimizer.state_dict()
         live = [models.trained, list(models.stock.parameters()), state]
         blocks = models.blocks(method)
@@ -252,7 +251,7 @@ class _Case:
                 return models.ours[method].encode_source(source["input_ids"], source.get("attention_mask"))
             return models.all_states(models.of_method(method), self.batch)
 
-        for _ in range(2 if device.type == "cuda" else 3):
+        for _ in range(1 if device.type == "cuda" else 3):
             kept: list[Tensor] = []
             forward = lambda kept=kept: kept.append(models.loss(method, self.batch))  # noqa: E731
             alone = wall_seconds(source, device) if method in _READ_SOURCE else 0.0
