@@ -29,6 +29,10 @@ class Variant:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+class NotHere(Exception):
+    """Raised by a variant's check: it cannot run here, which shows only after the others were set up."""
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A variant that cannot run here: why, and what can be counted nevertheless."""
@@ -72,6 +76,8 @@ def measure(
             variant.check()
             rows[name].update(variant.facts, counters=variant.count())
             ready[name] = variant
+        except NotHere as error:
+            rows[name].update(status="skipped", reason=str(error))
         except WrongResult as error:
             rows[name].update(status="wrong", reason=str(error))
         except torch.OutOfMemoryError as error:

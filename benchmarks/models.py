@@ -4,7 +4,9 @@ One set of weights serves all methods: the stock PEFT model is copied, module by
 the copies get this package's layers. So the methods can be timed in turn, and a big model is held once.
 
 ===============  =====================================================================================================
-lora             plain LoRA on this package's layers; no source
+frozen           the frozen model alone: forward, and backward to its embeddings
+peft-lora        plain LoRA on PEFT's layers; no source
+lora             the same on this package's layers
 input-fusion     the same layers on one text of source + target, 2m tokens
 authors          FLARE as its authors run it: PEFT's layers, eager attention, the source through the whole model with
                  its head and all hidden states, x_S = the input of each block
@@ -23,13 +25,15 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import liger
 import peft
 import torch
 import transformers
-from shapes import ModelShape, StepShape
+from batches import Batch
+from shapes import ModelShape
 from torch import Tensor, nn
 
 import flare
@@ -39,14 +43,13 @@ from flare_kernels import reference
 FUSION = "add_relu"
 #: source_memory of this package's rows.
 MEMORY = {"flare": "keep", "flare-offload": "offload", "flare-recompute": "recompute", "flare-warm": "keep"}
-METHODS = ("lora", "input-fusion", "authors", "eager-sdpa", *MEMORY)
+METHODS = ("frozen", "peft-lora", "lora", "input-fusion", "authors", "eager-sdpa", *MEMORY)
 #: A step in units of the frozen model's forward pass over m tokens: forward and backward of the target (no weight
 #: gradients) are 2, each source pass is 1. Input-level fusion is 2 over 2m tokens, and more for its attention.
-UNITS = {"lora": 2, "input-fusion": 4, "flare-recompute": 4, "flare-warm": 2}
-#: How often a step runs each block; not counted for the others, which pass the source through all of the model.
-EXECUTIONS = {"lora": 1, "input-fusion": 1, "flare": 2, "flare-offload": 2, "flare-recompute": 3, "flare-warm": 1}
+UNITS = {"frozen": 2, "peft-lora": 2, "lora": 2, "input-fusion": 4, "flare-recompute": 4, "flare-warm": 2}
+#: How often a step runs each block, where that is not twice.
+EXECUTIONS = {"frozen": 1, "peft-lora": 1, "lora": 1, "input-fusion": 1, "flare-recompute": 3, "flare-warm": 1}
 PRECISION = torch.bfloat16
-Batch = dict[str, Tensor]
 
 _TARGETS = {
     "xlmr": ["query", "value"],
@@ -153,28 +156,6 @@ def lora_config(family: str, r: int, dropout: float = 0.0) -> peft.LoraConfig:
     )
 
 
-def batch_of(shape: StepShape, device: torch.device) -> Batch:
-    """Full rows, so that every method reads the same tokens. Labels: a class; the text itself; 1/4 as many tokens."""
-    size, words = (shape.B, shape.m), shape.model.vocabulary
-    batch = {name: torch.randint(5, words, size, device=device) for name in ("input_ids", "source_input_ids")}
-    if shape.model.family == "xlmr":
-        labels = torch.randint(0, 3, (shape.B,), device=device)
-    elif shape.model.family == "mt5":
-        labels = torch.randint(5, words, (shape.B, shape.m // 4), device=device)
-    else:
-        labels = batch["input_ids"].clone()
-    return {**batch, "labels": labels}
-
-
-def joined(batch: Batch) -> Batch:
-    """Source and target as one text of 2m tokens; a causal model's labels are the target's."""
-    ids = torch.cat([batch["source_input_ids"], batch["input_ids"]], dim=1)
-    labels = batch["labels"]
-    if labels.shape == batch["input_ids"].shape:
-        labels = torch.cat([torch.full_like(labels, -100), labels], dim=1)
-    return {"input_ids": ids, "labels": labels}
-
-
 # --- one set of weights, three sets of modules ------------------------------------------------------------------------
 
 
@@ -188,6 +169,9 @@ class Models:
     ours: dict[str, Any]  # this package's FLARE: row -> model
     family: str
     cache: flare.SourceStateCache  # of flare-warm
+    frozen: Any  # without adapters; gradients reach its embeddings
+    liger: liger.Liger | None = None
+    over_liger: dict[str, Any] = field(default_factory=dict)  # row -> model
 
     def with_offset(self, offset: int) -> Any:
         """One more FLARE over the same weights, with another source_layer_offset."""
@@ -196,6 +180,8 @@ class Models:
     @classmethod
     def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
         """LoRA on query and value, adapters in the model's dtype, B not zero."""
+        frozen = same_weights(base).requires_grad_(False)
+        frozen.enable_input_require_grads()
         stock = peft.get_peft_model(base, lora_config(family, r), autocast_adapter_dtype=False)
         for name, parameter in stock.named_parameters():
             if "lora_" in name:
@@ -207,11 +193,23 @@ class Models:
         lora = flare.fast_lora(plain, fusion=None)
         copies = {row: same_weights(stock) for row in MEMORY}
         ours = {row: flare.fast_lora(copies[row], fusion=FUSION, source_memory=MEMORY[row]) for row in MEMORY}
-        for model in (stock, eager, lora, *ours.values()):
+        for model in (frozen, stock, eager, lora, *ours.values()):
             model.train()
         cache = flare.SourceStateCache({"device": 1 << 50}, tiers=("device",))
         ours["flare-warm"].set_source_cache(cache)
-        return cls(stock, eager, lora, ours, family, cache)
+        return cls(stock, eager, lora, ours, family, cache, frozen)
+
+    def put_over_liger(self) -> None:
+        """Make the models of the rows of liger.py."""
+        self.liger = liger.Liger(self.family)
+        for row, method in liger.ROWS.items():
+            model = same_weights(self.stock)
+            self.liger.put_into(model.get_base_model())
+            if method == "flare":
+                model = flare.fast_lora(model, fusion=FUSION, source_memory=MEMORY[method])
+            elif method != "peft-lora":
+                model = flare.fast_lora(model, fusion=None)
+            self.over_liger[row] = model.train()
 
     @property
     def flare(self) -> Any:
@@ -224,12 +222,16 @@ class Models:
 
     def blocks(self, method: str) -> list[nn.Module]:
         """The blocks of the model that a method runs; an encoder-decoder's encoder's."""
-        return blocks_of(self.of_method(method))
+        return blocks_below(self.transformers_model(method))
+
+    def transformers_model(self, method: str) -> Any:
+        """The model that a method runs, without PEFT's around it."""
+        return self.frozen if method == "frozen" else self.of_method(method).get_base_model()
 
     def of_method(self, method: str) -> Any:
         """The model that a method runs."""
-        own = {"lora": self.lora, "input-fusion": self.lora, "authors": self.eager, **self.ours}
-        return own.get(method, self.stock)
+        own = {"lora": self.lora, "input-fusion": self.lora, "authors": self.eager, "frozen": self.frozen}
+        return {**own, **self.ours, **self.over_liger}.get(method, self.stock)
 
     def refusal(self, method: str) -> str | None:
         """Why a method has no row for this model; None where it has one."""
@@ -242,53 +244,64 @@ class Models:
 
     def loss(self, method: str, batch: Batch) -> Tensor:
         """The forward pass of a method, its source pass included."""
-        if method == "lora":
-            return self.lora(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-        if method == "input-fusion":
-            return self.lora(**joined(batch)).loss
-        if method in self.ours:
-            return self.ours[method](**batch).loss
         model = self.of_method(method)
-        return self.eager_loss(model, batch, self.all_states(model, batch))
+        if method in liger.ROWS:
+            assert self.liger is not None
+            with self.liger.in_force():
+                return model(**arguments(method, batch)).loss
+        if method in ("authors", "eager-sdpa"):
+            return self.eager_loss(model, batch, self.all_states(model, batch))
+        return model(**arguments(method, batch)).loss
 
     def all_states(self, model: Any, batch: Batch) -> list[Tensor]:
         """The authors' source pass: the whole model, its head included, and every hidden state of it."""
-        base = model.get_base_model()
-        call: dict[str, Any] = {"input_ids": batch["source_input_ids"], "output_hidden_states": True}
         with torch.no_grad(), model.disable_adapter():
-            source = base.get_encoder() if self.family == "mt5" else base
-            return list(source(**call).hidden_states)
+            return list(self._reader(model)(**batch.source, output_hidden_states=True).hidden_states)
 
     def block_outputs(self, model: Any, batch: Batch) -> list[Tensor]:
         """What this package's default reads: the output of every block on the source text."""
-        base = model.get_base_model()
         states: list[Tensor] = []
 
         def note(block: nn.Module, args: Any, output: Any) -> None:
             states.append(output if isinstance(output, Tensor) else output[0])
 
-        handles = [block.register_forward_hook(note) for block in _blocks(base)]
+        handles = [block.register_forward_hook(note) for block in blocks_of(model)]
         try:
             with torch.no_grad(), model.disable_adapter():
-                source = base.get_encoder() if self.family == "mt5" else base
-                source(input_ids=batch["source_input_ids"])
+                self._reader(model)(**batch.source)
         finally:
             for handle in handles:
                 handle.remove()
         return states
 
+    def _reader(self, model: Any) -> Any:
+        base = model.get_base_model()
+        return base.get_encoder() if self.family == "mt5" else base
+
     def eager_loss(self, model: Any, batch: Batch, states: list[Tensor]) -> Tensor:
         """The method over PEFT's own layers, block i fusing with states[i]."""
         with _fusing(model, states, _TARGETS[self.family]):
-            return model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+            return model(**batch.target).loss
+
+
+def like(method: str) -> str:
+    """The row of METHODS that computes what a row over Liger's kernels does; any other row itself."""
+    return liger.ROWS.get(method, method)
+
+
+def arguments(method: str, batch: Batch) -> dict[str, Tensor]:
+    """What a method's model is called with."""
+    kind = like(method)
+    return batch.pair if kind in MEMORY else batch.joined if kind == "input-fusion" else batch.target
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
     """The blocks of a PEFT model; an encoder-decoder's encoder's."""
-    return _blocks(model.get_base_model())
+    return blocks_below(model.get_base_model())
 
 
-def _blocks(base: Any) -> list[nn.Module]:
+def blocks_below(base: Any) -> list[nn.Module]:
+    """The blocks of a transformers model; an encoder-decoder's encoder's."""
     stacks = [stack for stack in ModelMap.of(base).stacks if "decoder" not in stack.split(".")]
     return [block for stack in stacks for block in base.get_submodule(stack)]
 
@@ -297,7 +310,7 @@ def _blocks(base: Any) -> list[nn.Module]:
 def _fusing(model: Any, states: list[Tensor], targets: list[str]) -> Iterator[None]:
     """PEFT's layers, their forward replaced by the method's formula, written as PEFT writes LoRA."""
     patched = []
-    for block, state in zip(_blocks(model.get_base_model()), states, strict=False):
+    for block, state in zip(blocks_below(model.get_base_model()), states, strict=False):
         for path, layer in block.named_modules():
             if path.rpartition(".")[2] in targets and hasattr(layer, "lora_A"):
                 layer.forward = _eager_forward(layer, state)

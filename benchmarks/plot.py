@@ -419,7 +419,7 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
             axis.annotate(
                 f"{left:.3g}", (left, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
             )
-        axis.set_yticks(range(len(own)), [LABELS[r["variant"]] for r in own], fontsize=8.5)
+        axis.set_yticks(range(len(own)), [LABELS.get(r["variant"], r["variant"]) for r in own], fontsize=8.5)
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.08)

@@ -124,7 +124,10 @@ class ProjectionShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """B rows of m tokens through ``depth`` blocks (None: as many as fit the device's memory)."""
+    """B rows of m tokens through ``depth`` blocks (None: as many as fit the device's memory).
+
+    ``padded``: three eighths of the positions are pads, and the masks are given; else rows are full and have no mask.
+    """
 
     model: ModelShape
     B: int
@@ -133,15 +136,23 @@ class StepShape:
     depth: int | None = None
     precision: str = "plain"
     question: str = "step"
+    padded: bool = False
 
     @property
     def case(self) -> str:
         depth = "" if self.depth is None else f"-L{self.depth}"
-        return f"{self.question}/{self.model.family}/{self.precision}/B{self.B}-m{self.m}-r{self.r}{depth}"
+        padded = "-padded" if self.padded else ""
+        return f"{self.question}/{self.model.family}/{self.precision}/B{self.B}-m{self.m}-r{self.r}{depth}{padded}"
+
+    @property
+    def has_liger(self) -> bool:
+        """Whether the methods over Liger's kernels have rows: those of a causal model's whole step on full rows."""
+        causal = self.model.family in ("llama", "gemma2")
+        return causal and self.question == "step" and self.precision == "plain" and not self.padded
 
     @property
     def headline(self) -> bool:
-        usual = self.question == "step" and self.precision == "plain"
+        usual = self.question == "step" and self.precision == "plain" and not self.padded
         return usual and (self.model.stand_in or (self.m == 512 and self.B == 16 and self.r == 64))
 
     @property
@@ -286,18 +297,20 @@ def blocks(which: str) -> list[StepShape]:
 
 
 def steps(which: str) -> list[StepShape]:
-    """Whole training steps."""
+    """Whole training steps, on full rows and on padded ones; ``main`` has a Llama whose steps take their time."""
     if which == "tiny":
         tiny = [StepShape(model, 4, 32, 8, depth=model.layers) for model in TINY]
-        return [*tiny, replace(tiny[0], precision="nf4")]
+        return [*tiny, *(replace(full, padded=True) for full in tiny[:2])]
     if which == "main":
-        return [StepShape(model, 16, 512, 64) for model in (XLMR, LLAMA)]
-    return [
+        full = [StepShape(XLMR, 16, 512, 64), StepShape(LLAMA, 16, 512, 64, depth=8)]
+        return [replace(shape, padded=padded) for padded in (False, True) for shape in full]
+    shapes = [
         StepShape(model, 8192 // m, m, 64, precision=precision)
         for model in REAL
         for m in (128, 512)
         for precision in PRECISIONS
     ]
+    return [*shapes, *(replace(shape, padded=True) for shape in shapes if shape.headline)]
 
 
 def host(which: str) -> list[HostShape]:

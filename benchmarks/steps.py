@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import statistics
 from dataclasses import replace
 from typing import Any
 
 import fast_steps
+import liger
 import torch
+from batches import Batch, batch_of
 from cases import Variant, Variants
 from fast_steps import FastSteps
 from gate import WrongResult
-from models import (
-    EXECUTIONS,
-    METHODS,
-    PRECISION,
-    UNITS,
-    Models,
-    base_model,
-    batch_of,
-    gradients,
-    joined,
-    quiet,
-    refusal,
-)
+from models import EXECUTIONS, METHODS, UNITS, Models, blocks_below, gradients, quiet, refusal
 from shapes import StepShape
+from step_gate import SMALL_VOCABULARY, Truth, dtype_of, models_of, small_errors
 from timing import Effort, device_work, wall_seconds
 from torch import Tensor
 
 import flare_kernels
 from flare.measure import count_calls, count_flops, count_ops, peak_bytes, saved_bytes
 
-#: Relative error of all adapter gradients that 16 bits explain through some tens of random blocks; float32's.
-WHOLE_MODEL = {torch.bfloat16: 0.15, torch.float32: 1e-3}
-#: The block question's vocabulary: a head and an embedding that cost next to nothing.
-_SMALL_VOCABULARY = 1024
+#: The rows whose growth is drawn.
+SCALED = ("lora", "input-fusion", "authors", "eager-sdpa", "flare", "flare-offload", "flare-recompute", "flare-warm")
+#: The eager rows of a padded step.
+_PADDED = ("peft-lora", "lora", "input-fusion", "eager-sdpa", "flare", "flare-warm")
+#: Rows that take the most memory.
+_HUNGRY = ("input-fusion", "authors")
+_READ_SOURCE = ("authors", "eager-sdpa", "flare", "flare-offload", "flare-recompute")
 
 
 def effort(device: torch.device) -> Effort:
     """A whole step is long: fewer rounds on a GPU; on a CPU as many as its neighbours ask for."""
-    return Effort(6.0, 5, 30, 2) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
-
-
-def dtype_of(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU; float32 on a CPU, whose 16-bit products say little."""
-    return PRECISION if device.type == "cuda" else torch.float32
+    return Effort(6.0, 3, 20, 1) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
 
 
 def depth_that_fits(shape: StepShape, device: torch.device) -> int:
@@ -69,7 +57,10 @@ def depth_that_fits(shape: StepShape, device: torch.device) -> int:
 
 def methods_of(shape: StepShape) -> tuple[str, ...]:
     """The rows of a case."""
-    return (*METHODS, *fast_steps.methods_of(shape.question))
+    if shape.question == "scaling":
+        return SCALED
+    eager = _PADDED if shape.padded else METHODS
+    return (*eager, *(liger.ROWS if shape.has_liger else ()), *fast_steps.methods_of(shape))
 
 
 def build(shape: StepShape, device: torch.device) -> Variants:
@@ -77,194 +68,224 @@ def build(shape: StepShape, device: torch.device) -> Variants:
     reason = refusal(shape.precision)
     if reason is not None:
         return dict.fromkeys(methods_of(shape), reason)
+    if shape.question == "block":
+        vocabulary = min(SMALL_VOCABULARY, shape.model.vocabulary)
+        shape = replace(shape, model=replace(shape.model, vocabulary=vocabulary))
+    refused = {method: _refusal(method, shape, device) for method in methods_of(shape)}
+    runnable = [method for method, why in refused.items() if why is None and method != "frozen"]
+    with quiet():
+        errors = small_errors(shape, runnable, device)
     depth = depth_that_fits(shape, device)
     while True:
         try:
+            _give_back(device)
             with quiet():
-                return _build(shape, depth, device)
+                return _build(shape, depth, device, refused, errors)
         except torch.OutOfMemoryError:
             if depth == 1:
                 raise
             depth //= 2
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
-def _build(shape: StepShape, depth: int, device: torch.device) -> Variants:
-    block_only = shape.question == "block"
-    sized = (
-        replace(shape.model, vocabulary=min(_SMALL_VOCABULARY, shape.model.vocabulary)) if block_only else shape.model
-    )
-    shape = replace(shape, model=sized)
-    dtype = dtype_of(device)
-    base = base_model(shape.model, depth, 2 * shape.m, device, dtype, shape.precision)
-    if block_only:
-        base.enable_input_require_grads()  # as inside a deep model: gradients reach the block's input
-    models = Models.of(base, shape.model.family, shape.r, dtype)
-    batch = batch_of(shape, device)
-    optimizer = torch.optim.AdamW(models.trained, lr=1e-5)
-    fast = FastSteps(models)
-    truth = _Truth(models, fast, shape, device)
+def _give_back(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _refusal(method: str, shape: StepShape, device: torch.device) -> str | None:
+    if method in fast_steps.CAPTURED or method in fast_steps.COMPILED:
+        return fast_steps.refusal(method, shape.question, device)
+    return liger.refusal(device) if method in liger.ROWS else None
+
+
+def _build(
+    shape: StepShape,
+    depth: int,
+    device: torch.device,
+    refused: dict[str, str | None],
+    errors: dict[str, float | Exception],
+) -> Variants:
+    models, batch = models_of(shape, depth, device), batch_of(shape, device)
+    optimizer = None if shape.question == "block" else torch.optim.AdamW(models.trained, lr=1e-5)
+    case = _Case(models, shape, depth, batch, optimizer, errors)
+    for method in ("lora", *_HUNGRY):  # the optimizer's state exists from here on
+        if method in refused and (method == "lora" or device.type == "cuda"):
+            case.step(method)  # where the memory's worst is too much, all methods get less
     variants: dict[str, Variant | str] = {}
-    for method in METHODS:
-        reason = models.refusal(method)
-        variants[method] = reason or _variant(method, models, shape, depth, batch, optimizer, truth)
-        if reason is None and device.type == "cuda":  # the memory's worst: where it is too much, all methods get less
-            _step(method, models, batch, optimizer, block_only)
-    for method in fast_steps.methods_of(shape.question):
-        facts = _facts(fast_steps.eager_form(method), models, shape, depth, device)
-        reason = fast_steps.refusal(method, shape.question, device)
-        last = None if block_only else optimizer
-        variants[method] = reason or fast_steps.variant(fast, method, batch, truth.require, last, facts)
+    for method, why in refused.items():
+        reason = why or models.refusal(method)
+        variants[method] = reason or (case.variant(method) if method in METHODS else case.other(method))
     return variants
 
 
-def _facts(method: str, models: Models, shape: StepShape, depth: int, device: torch.device) -> dict[str, Any]:
-    return {
-        "theory_units": UNITS.get(method, 3),
-        "depth": depth,
-        "whole_model": depth == shape.model.layers,
-        "target_tokens": shape.B * shape.m,
-        "dtype": str(dtype_of(device)).removeprefix("torch."),
-        "attention": models.of_method(method).get_base_model().config._attn_implementation,
-    }
+class _Case:
+    """The variants of one shape over one set of weights."""
 
+    def __init__(
+        self,
+        models: Models,
+        shape: StepShape,
+        depth: int,
+        batch: Batch,
+        optimizer: Any,
+        errors: dict[str, float | Exception],
+    ) -> None:
+        self.models, self.shape, self.depth, self.batch, self.optimizer = models, shape, depth, batch, optimizer
+        self.errors = errors
+        self.device = batch.pair["input_ids"].device
+        self.fast = FastSteps(models)
+        self.truth = Truth(models, batch)
+        self.at_first = [parameter.detach().clone() for parameter in models.trained]
 
-def _step(method: str, models: Models, batch: dict[str, Tensor], optimizer: Any, block_only: bool) -> None:
-    models.loss(method, batch).backward()
-    if not block_only:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    def step(self, method: str) -> None:
+        """Forward, backward and the optimizer's step."""
+        self.models.loss(method, self.batch).backward()
+        if self.optimizer is not None and method != "frozen":
+            self.optimizer.step()
+        self.fast.drop()
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the adapters to what they were before the first step: gradients are compared there."""
+        torch._foreach_copy_(self.models.trained, self.at_first)
 
-def _variant(
-    method: str,
-    models: Models,
-    shape: StepShape,
-    depth: int,
-    batch: dict[str, Tensor],
-    optimizer: Any,
-    truth: _Truth,
-) -> Variant:
-    device = batch["input_ids"].device
-    block_only = shape.question == "block"
+    def require(self, method: str, grads: dict[str, Tensor]) -> dict[str, float]:
+        """Return a method's errors at two blocks and at full size; raises what was raised at two blocks, or
+        WrongResult.
+        """
+        small = self.errors[method]
+        if isinstance(small, Exception):
+            raise small
+        return {"two_blocks": small, "full_size": self.truth.require(method, grads, exact=False)}
 
-    def call() -> None:
-        with quiet():
-            _step(method, models, batch, optimizer, block_only)
+    def _facts(self, method: str) -> dict[str, Any]:
+        return {
+            "theory_units": UNITS.get(method, 3),
+            "depth": self.depth,
+            "whole_model": self.depth == self.shape.model.layers,
+            "target_tokens": self.batch.tokens,
+            "dtype": str(dtype_of(self.device)).removeprefix("torch."),
+            "attention": self.models.transformers_model(method).config._attn_implementation,
+        }
 
-    def check() -> None:
-        with quiet():
-            truth.require(method)
+    def other(self, method: str) -> Variant:
+        """A row of liger.py or of fast_steps.py."""
+        if method in liger.ROWS:
+            return self.variant(method)
+        facts = self._facts(fast_steps.eager_form(method))
 
-    def count() -> dict[str, Any]:
-        call()  # the optimizer's state exists from here on, and the rows of flare-warm are kept
-        live = [models.trained, list(models.stock.parameters()), optimizer.state_dict()]
-        with count_calls(models.blocks(method)) as blocks:
-            call()
-        due = EXECUTIONS.get(method, 2) * len(models.blocks(method))
-        if blocks.total != due:
-            raise WrongResult(f"a step ran {blocks.total} blocks, {due} are due")
-        with saved_bytes(ignore=[models.stock.parameters(), batch]) as saved:
-            kept = models.loss(method, batch)
+        def require(grads: dict[str, Tensor]) -> None:
+            facts["gradient_error"] = self.require(method, grads)
+
+        return fast_steps.variant(self.fast, method, self.batch, require, self.optimizer, facts, self.restore)
+
+    def variant(self, method: str) -> Variant:
+        """An eager row."""
+        facts = self._facts(liger.ROWS.get(method, method))
+
+        def call() -> None:
+            with quiet():
+                self.step(method)
+
+        def check() -> None:
+            if method == "frozen":  # transformers' own model
+                return
+            self.restore()
+            with quiet():
+                grads = gradients(self.models, self.models.loss(method, self.batch))
+                facts["gradient_error"] = self.require(method, grads)
+
+        def count() -> dict[str, Any]:
+            with quiet():
+                return self._counters(method)
+
+        return Variant(call, check, count, facts)
+
+    def _counters(self, method: str) -> dict[str, Any]:
+        models, device = self.models, self.device
+        state = [] if self.optimizer is None else self.optimizer.state_dict()
+        live = [models.trained, list(models.stock.parameters()), state]
+        blocks = models.blocks(method)
+        with count_calls(blocks) as ran, peak_bytes(live=live, device=device) as peak:
+            self.step(method)
+        due = EXECUTIONS.get(liger.ROWS.get(method, method), 2) * len(blocks)
+        if ran.total != due:
+            raise WrongResult(f"a step ran {ran.total} blocks, {due} are due")
+        self.fast.needs[method] = peak.above_start
+        with saved_bytes(ignore=[models.stock.parameters(), self.batch.pair, self.batch.joined]) as saved:
+            kept = models.loss(method, self.batch)
         del kept
-        with peak_bytes(live=live, device=device) as peak:
-            call()
         found: dict[str, Any] = {
-            "block_executions": blocks.total,
+            "block_executions": ran.total,
             "saved_bytes": saved.total,
             "peak_bytes": peak.peak,
             "peak_bytes_above_start": peak.above_start,
         }
-        with count_ops() as launched, count_flops() as flops:
-            call()
-        work = device_work(call, device)
-        found["launches"] = launched.total if work is None else work.launches
+        work = device_work(lambda: self.step(method), device, warmed=True)
         if work is not None:
-            found["device_busy_s"] = work.busy_s
-        # what runs inside a Triton kernel, or in bitsandbytes, is not seen
-        if shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
-            found["flops"] = flops.total
+            found |= {"launches": work.launches, "device_busy_s": work.busy_s}
+        else:
+            with count_ops() as launched, count_flops() as flops:
+                self.step(method)
+            found["launches"] = launched.total
+            # what runs inside a Triton kernel, or in bitsandbytes, is not seen
+            if self.shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
+                found["flops"] = flops.total
         if method == "flare-warm":
-            found["cache_bytes"] = models.cache.nbytes  # on the device, within peak_bytes; check's rows too
-        found["parts_s"] = _parts(method, models, batch, optimizer, block_only)
+            found["cache_bytes"] = models.cache.nbytes  # on the device, within peak_bytes
+        if method == "frozen":
+            found["frozen_block_s"] = block_seconds(models.frozen, self.batch, device)
+        if method in METHODS:
+            found["parts_s"] = self._parts(method)
         return found
 
-    return Variant(call, check, count, _facts(method, models, shape, depth, device))
+    def _parts(self, method: str) -> dict[str, float]:
+        """Seconds of source pass, forward, backward and optimizer, each from an idle device to an idle device."""
+        models, device = self.models, self.device
+        found: dict[str, list[float]] = {"source": [], "forward": [], "backward": [], "optimizer": []}
+
+        def source() -> object:
+            if method in models.ours:
+                source = self.batch.source
+                return models.ours[method].encode_source(source["input_ids"], source.get("attention_mask"))
+            return models.all_states(models.of_method(method), self.batch)
+
+        for _ in range(1 if device.type == "cuda" else 3):
+            kept: list[Tensor] = []
+            forward = lambda kept=kept: kept.append(models.loss(method, self.batch))  # noqa: E731
+            alone = wall_seconds(source, device) if method in _READ_SOURCE else 0.0
+            whole = wall_seconds(forward, device)
+            found["source"].append(alone)
+            found["forward"].append(max(whole - alone, 0.0))
+            found["backward"].append(wall_seconds(kept.pop().backward, device))
+            steps = self.optimizer is not None and method != "frozen"
+            found["optimizer"].append(wall_seconds(self.optimizer.step, device) if steps else 0.0)
+            self.fast.drop()
+        return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
-def _parts(method: str, models: Models, batch: dict[str, Tensor], optimizer: Any, block_only: bool) -> dict[str, float]:
-    """Seconds of source pass, forward, backward and optimizer, each from an idle device to an idle device."""
-    device = batch["input_ids"].device
-    found: dict[str, list[float]] = {"source": [], "forward": [], "backward": [], "optimizer": []}
+def block_seconds(model: Any, batch: Batch, device: torch.device) -> float:
+    """Seconds of forward and dx of the first block of a frozen model: device-busy ones; of the wall on a CPU."""
+    block, given = blocks_below(model)[0], {}
 
-    def source() -> object:
-        if method in models.ours:
-            return models.ours[method].encode_source(batch["source_input_ids"])
-        return models.all_states(models.of_method(method), batch)
+    def note(block: Any, args: Any, kwargs: Any) -> None:
+        given.update(args=args, kwargs=kwargs)
 
+    handle = block.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(**batch.target)
+    handle.remove()
+    x = given["args"][0].detach().requires_grad_()
+    grad = torch.randn_like(x)
+
+    def call() -> None:
+        y = block(x, *given["args"][1:], **given["kwargs"])
+        torch.autograd.grad(y if isinstance(y, Tensor) else y[0], x, grad)
+
+    call()
+    seconds = []
     for _ in range(3):
-        kept: list[Any] = []
-        reads_source = method not in ("lora", "input-fusion", "flare-warm")
-        alone = wall_seconds(source, device) if reads_source else 0.0
-        whole = wall_seconds(lambda kept=kept: kept.append(models.loss(method, batch)), device)  # type: ignore[misc]
-        found["source"].append(alone)
-        found["forward"].append(max(whole - alone, 0.0))
-        found["backward"].append(wall_seconds(kept.pop().backward, device))
-        found["optimizer"].append(0.0 if block_only else wall_seconds(optimizer.step, device))
-        optimizer.zero_grad(set_to_none=True)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
-
-
-# --- the gate ---------------------------------------------------------------------------------------------------------
-
-
-class _Truth:
-    """Adapter gradients of a method in float64, or, where that does not fit, in another form of the same numbers."""
-
-    def __init__(self, models: Models, fast: FastSteps, shape: StepShape, device: torch.device) -> None:
-        self.models, self.fast = models, fast
-        self.dtype = dtype_of(device)
-        self.batch = batch_of(replace(shape, B=min(shape.B, 2)), device)
-        self.exact = shape.precision != "nf4" and self._fits(device)
-
-    def _fits(self, device: torch.device) -> bool:
-        if device.type != "cuda":
-            return True
-        weights = 8 * sum(p.numel() for p in self.models.stock.parameters())
-        return weights < 0.3 * torch.cuda.get_device_properties(device).total_memory
-
-    def require(self, method: str) -> None:
-        """Raises WrongResult where a method's gradients are further from the truth than twice PEFT's eager ones."""
-        if method in fast_steps.CAPTURED or method in fast_steps.COMPILED:
-            own = _flat(self.fast.collected(method, self.batch))
-            method = fast_steps.eager_form(method)
-        else:
-            own = _flat(gradients(self.models, self.models.loss(method, self.batch)))
-        peer = _flat(gradients(self.models, _plain_loss(method, self.models, self.batch)))
-        if self.exact:
-            wide = copy.copy(self.models)
-            wide.stock = copy.deepcopy(self.models.stock).double()
-            truth = _flat(gradients(wide, _plain_loss(method, wide, self.batch)))
-        else:
-            truth = peer
-        error, theirs = (float((g - truth).norm() / truth.norm()) for g in (own, peer))
-        limit = WHOLE_MODEL[self.dtype]
-        if self.exact:
-            limit = min(limit, 2 * theirs + torch.finfo(self.dtype).eps)
-        if not error <= limit:
-            raise WrongResult(f"adapter gradients: relative error {error:.2e} > {limit:.2e} (eager PEFT {theirs:.2e})")
-
-
-def _plain_loss(method: str, models: Models, batch: dict[str, Tensor]) -> Tensor:
-    """What a method computes, over PEFT's own layers with the stock model's attention."""
-    if method == "lora":
-        return models.stock(input_ids=batch["input_ids"], labels=batch["labels"]).loss
-    if method == "input-fusion":
-        return models.stock(**joined(batch)).loss
-    states = models.block_outputs if method in models.ours else models.all_states
-    return models.eager_loss(models.stock, batch, states(models.stock, batch))
-
-
-def _flat(grads: dict[str, Tensor]) -> Tensor:
-    return torch.cat([grad.double().flatten() for _, grad in sorted(grads.items())])
+        work = device_work(call, device, warmed=True)
+        seconds.append(wall_seconds(call, device) if work is None else work.busy_s)
+    return statistics.median(seconds)

@@ -19,6 +19,8 @@ import results
 
 FAMILIES = ("llama", "xlmr")
 _QUESTIONS = ("projection", "step", "decode")
+#: Whole steps on padded rows go by this name.
+_PADDED = "padded-step"
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
 
@@ -31,13 +33,17 @@ class Key:
     says: str
     number: Callable[[Rows, str], float]
     bound: str = ""
-    limits: tuple[float, float] | None = None
+    limits: tuple[float | None, float | None] = (None, None)
+
+    def limit(self, family: str) -> float | None:
+        """A family's target; None where there is none."""
+        return self.limits[FAMILIES.index(family)]
 
     def met(self, family: str, value: float | None) -> bool | None:
         """Whether a value is within its target; None where there is no target or no value."""
-        if self.limits is None or value is None:
+        limit = self.limit(family)
+        if limit is None or value is None:
             return None
-        limit = self.limits[FAMILIES.index(family)]
         return {"<=": value <= limit, ">=": value >= limit, ">": value > limit}[self.bound]
 
 
@@ -84,6 +90,20 @@ def _wall_over_busy(variant: str) -> Callable[[Rows, str], float]:
         return float(row["wall_median_s"] / row["counters"]["device_busy_s"])
 
     return number
+
+
+def _wall_over_device(rows: Rows, family: str) -> float:
+    """Of the captured step; of the eager one where none was captured."""
+    captured = ("step/" + family, "flare-captured") in rows
+    return _wall_over_busy("flare-captured" if captured else "flare")(rows, family)
+
+
+def _adapter_share(rows: Rows, family: str) -> float:
+    """Seconds for each token: a CPU's stand-ins of the two cases have other numbers of tokens."""
+    frozen, joint = (_row(rows, family, *which) for which in (("step", "frozen"), ("projection", "flare-joint")))
+    block = frozen["counters"]["frozen_block_s"] / (frozen["shape"]["B"] * frozen["shape"]["m"])
+    adapters = (joint["median_s"] - _seconds(rows, family, "projection", "frozen")) / joint["shape"]["M"]
+    return float((block + adapters) / block)
 
 
 KEYS = (
@@ -162,6 +182,33 @@ KEYS = (
         ">=",
         (1.5, 1.5),
     ),
+    Key(
+        "step_wall_over_device",
+        "a whole step, source states kept, captured in a CUDA graph (eager where none was captured): seconds that a "
+        "user waits over seconds in which the device is busy",
+        _wall_over_device,
+        "<=",
+        (1.15, 1.15),
+    ),
+    Key(
+        "adapter_share_of_frozen_step",
+        "one frozen block, forward + dx, with the adapters of q and v (both streams, forward + backward), over the "
+        "frozen block alone; device seconds",
+        _adapter_share,
+        "<=",
+        (1.025, None),
+    ),
+    Key(
+        "padded_step_vs_input_fusion",
+        "a whole step on rows with 3/8 padding and masks, source states kept, over input-level fusion's on the same "
+        "rows, joined without their pads",
+        _over(_PADDED, "flare", "input-fusion"),
+    ),
+    Key(
+        "graphed_step_vs_lora",
+        "a whole step in a CUDA graph, source states kept, over plain LoRA's in a CUDA graph",
+        _over("step", "flare-captured", "lora-captured"),
+    ),
 )
 BESIDE = (
     Key(
@@ -219,11 +266,15 @@ BESIDE = (
 def headline_rows(loaded: list[dict[str, Any]]) -> Rows:
     """(question/family, variant) -> row, of the cases that the summary is about."""
     return {
-        (f"{row['question']}/{row['family']}", row["variant"]): row
+        (f"{_PADDED if _is_padded(row) else row['question']}/{row['family']}", row["variant"]): row
         for result in loaded
         for row in result["cases"]
-        if row["headline"] and row["status"] == "timed" and row["question"] in _QUESTIONS
+        if (row["headline"] or _is_padded(row)) and row["status"] == "timed" and row["question"] in _QUESTIONS
     }
+
+
+def _is_padded(row: Row) -> bool:
+    return bool(row["shape"].get("padded"))
 
 
 def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
@@ -245,13 +296,14 @@ def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
     judged = run["device"] != "cpu" and bool(rows) and not any(row["stand_in"] for row in rows.values())
     for key in (*KEYS, *BESIDE):
         numbers[key.name] = {family: _number(key, rows, family) for family in FAMILIES}
-        if key.limits is not None:
+        targeted = {family: limit for family in FAMILIES if (limit := key.limit(family)) is not None}
+        if targeted:
             targets[key.name] = {
                 family: {
-                    "target": f"{key.bound} {key.limits[index]:g}",
+                    "target": f"{key.bound} {limit:g}",
                     "met": key.met(family, numbers[key.name][family]) if judged else None,
                 }
-                for index, family in enumerate(FAMILIES)
+                for family, limit in targeted.items()
             }
     return {
         **{key.name: numbers[key.name] for key in KEYS},

@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import shapes
-from fast_steps import methods_of
-from models import METHODS
-from steps import build, effort
+from steps import build, effort, methods_of
 
 CONDITIONS = (
     "forward + backward of a one-block model, LoRA on query and value, random weights, full rows, no checkpointing"
 )
+_CASES = [(shape, variant) for shape in shapes.blocks(shapes.grid()) for variant in methods_of(shape)]
 
 
-@pytest.mark.parametrize("variant", (*METHODS, *methods_of("block")))
-@pytest.mark.parametrize("shape", shapes.blocks(shapes.grid()), ids=lambda s: s.case)
+@pytest.mark.parametrize(("shape", "variant"), _CASES, ids=[f"{shape.case}-{variant}" for shape, variant in _CASES])
 def test_block(compare: Any, shape: shapes.StepShape, variant: str, device: Any) -> None:
     compare(shape, variant, lambda: build(shape, device), CONDITIONS, queue_ahead=False, how=effort(device))

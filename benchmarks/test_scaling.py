@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import shapes
-from models import METHODS
-from steps import build, effort
+from steps import SCALED, build, effort
 from test_training_step import CONDITIONS
 
 
-@pytest.mark.parametrize("variant", METHODS)
+@pytest.mark.parametrize("variant", SCALED)
 @pytest.mark.parametrize("shape", shapes.scaling(shapes.grid()), ids=lambda s: s.case)
 def test_scaling(compare: Any, shape: shapes.StepShape, variant: str, device: Any) -> None:
     compare(shape, variant, lambda: build(shape, device), CONDITIONS, queue_ahead=False, how=effort(device))

@@ -2,14 +2,17 @@
 
 Two clocks run beside each other. *Device* seconds lie between two events around the call, with the launches queued
 before the device gets to the first event, so that they hold no launch gaps. *Wall* seconds are the host's, from an idle
-device to an idle device: what a user waits. On a CPU there is only the latter.
+device to an idle device: what a user waits. On a CPU there is only the latter. *Host* seconds are those until the call
+returns, while the device may still be at work.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,11 +75,12 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of every round of one variant, by both clocks."""
+    """Seconds of every round of one variant: on the device, of the wall, and until the host was done with the call."""
 
     device_s: tuple[float, ...]
     wall_s: tuple[float, ...]
     clock: str
+    host_s: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -97,6 +101,7 @@ class Samples:
             "rounds": len(self.device_s),
             "clock": self.clock,
             "wall_median_s": statistics.median(self.wall_s),
+            **({"host_median_s": statistics.median(self.host_s)} if self.host_s else {}),
         }
 
 
@@ -104,6 +109,26 @@ class Samples:
 class _Series:
     device_s: list[float] = field(default_factory=list)
     wall_s: list[float] = field(default_factory=list)
+    host_s: list[float] = field(default_factory=list)
+
+    def run(self, call: Callable[[], object], device: torch.device, queue_ahead: bool) -> None:
+        """Time one round: in one call, or where the launches are queued ahead in one for each clock."""
+        on_gpu = device.type == "cuda"
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        _finish(device)
+        began = time.perf_counter()
+        for event in events[:1]:
+            event.record()
+        call()
+        for event in events[1:]:
+            event.record()
+        self.host_s.append(time.perf_counter() - began)
+        _finish(device)
+        self.wall_s.append(time.perf_counter() - began)
+        if on_gpu and queue_ahead:
+            self.device_s.append(_queued_seconds(call, device))
+        else:
+            self.device_s.append(events[0].elapsed_time(events[1]) / 1e3 if on_gpu else self.wall_s[-1])
 
 
 def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -115,12 +140,11 @@ def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def event_seconds(call: Callable[[], object], device: torch.device, queue_ahead: bool) -> float:
-    """Seconds between two device events around the call; with ``queue_ahead`` free of launch gaps."""
+def _queued_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds between two device events around the call, its launches queued before the first: free of launch gaps."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    if queue_ahead:
-        torch.cuda._sleep(_QUEUE_CYCLES)
+    torch.cuda._sleep(_QUEUE_CYCLES)
     start.record()
     call()
     end.record()
@@ -157,7 +181,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Time several variants in turn, so that what drifts (clocks, heat, neighbours) drifts for all of them.
 
-    Each round runs every variant once by each clock, beginning with another variant than the round before.
+    Each round runs every variant, beginning with another than the round before. Python's collector passes over what was
+    built before: a benchmark holds many models, which a user's process does not.
     """
     how = how or effort(device)
     for _ in range(how.warmup):
@@ -166,18 +191,28 @@ def interleave(
             call()
         _finish(device)
         once = time.perf_counter() - began
-    rounds = max(how.least, min(how.most, int(how.budget_s / max(2 * once, 1e-9))))
+    calls_a_round = 2 if queue_ahead else 1
+    rounds = max(how.least, min(how.most, int(how.budget_s / max(calls_a_round * once, 1e-9))))
     series = {name: _Series() for name in calls}
     names = list(calls)
-    for turn in range(rounds):
-        at = turn % len(names)
-        for name in names[at:] + names[:at]:
-            wall = wall_seconds(calls[name], device)
-            series[name].wall_s.append(wall)
-            on_device = event_seconds(calls[name], device, queue_ahead) if device.type == "cuda" else wall
-            series[name].device_s.append(on_device)
+    with _frozen_heap():
+        for turn in range(rounds):
+            at = turn % len(names)
+            for name in names[at:] + names[:at]:
+                series[name].run(calls[name], device, queue_ahead)
     clock = "device events" if device.type == "cuda" else "host clock"
-    return {name: Samples(tuple(s.device_s), tuple(s.wall_s), clock) for name, s in series.items()}
+    return {name: Samples(tuple(s.device_s), tuple(s.wall_s), clock, tuple(s.host_s)) for name, s in series.items()}
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """The objects that exist now are not looked at by Python's collector."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Replay:
@@ -244,14 +279,15 @@ class DeviceWork:
     busy_s: float
 
 
-def device_work(call: Callable[[], object], device: torch.device) -> DeviceWork | None:
-    """What the device does in one call, as its profiler sees it; None on a CPU."""
+def device_work(call: Callable[[], object], device: torch.device, warmed: bool = False) -> DeviceWork | None:
+    """What the device does in one call, as its profiler sees it; None on a CPU. Unless ``warmed`` it runs twice."""
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    call()
+    if not warmed:
+        call()
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()

@@ -1,0 +1,85 @@
+"""Batches of two texts, in the forms in which the methods take them.
+
+Full rows have no mask. Padded rows are as data have them: lengths from a quarter of m to m, the pads on the right,
+three eighths of all positions, and both masks given. A row's source is about as long as its target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from shapes import StepShape
+from torch import Tensor
+
+_PREFIX = "source_"
+#: The pad token of a family where it is not 0.
+_PAD = {"xlmr": 1}
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Source and target texts of B rows.
+
+    Attributes:
+        pair: arguments of this package's models: the target's, and the source's with the prefix ``source_``.
+    """
+
+    pair: dict[str, Tensor]
+
+    @cached_property
+    def target(self) -> dict[str, Tensor]:
+        """The target alone."""
+        return {name: value for name, value in self.pair.items() if not name.startswith(_PREFIX)}
+
+    @cached_property
+    def source(self) -> dict[str, Tensor]:
+        """The source alone, without the prefix."""
+        return {name.removeprefix(_PREFIX): v for name, v in self.pair.items() if name.startswith(_PREFIX)}
+
+    @cached_property
+    def joined(self) -> dict[str, Tensor]:
+        """Source and target as one text, pads at its end; a causal model's labels are the target's.
+
+        Full rows are 2m long, padded ones as long as the longest needs.
+        """
+        source, target = self.source, self.target
+        text = {"input_ids": torch.cat([source["input_ids"], target["input_ids"]], dim=1)}
+        labels = target["labels"]
+        if labels.shape == target["input_ids"].shape:
+            text["labels"] = torch.cat([torch.full_like(labels, IGNORED), labels], dim=1)
+        if "attention_mask" in target:
+            mask = torch.cat([source["attention_mask"], target["attention_mask"]], dim=1)
+            order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
+            text = {name: value.gather(1, order) for name, value in {**text, "attention_mask": mask}.items()}
+        return {"labels": labels, **text}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the target without its pads."""
+        mask = self.pair.get("attention_mask")
+        return self.pair["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+def batch_of(shape: StepShape, device: torch.device) -> Batch:
+    """Random texts. Labels: a class; the text itself, -100 at pads; m / 4 tokens of a decoder."""
+    size, family, words = (shape.B, shape.m), shape.model.family, shape.model.vocabulary
+    pair = {name: torch.randint(5, words, size, device=device) for name in ("input_ids", "source_input_ids")}
+    if shape.padded:
+        lengths = torch.linspace(shape.m, shape.m / 4, shape.B, device=device).round().long()
+        neighbours = (torch.arange(shape.B, device=device) ^ 1).clamp(max=shape.B - 1)
+        for prefix, own in (("", lengths), (_PREFIX, lengths[neighbours])):
+            mask = torch.arange(shape.m, device=device) < own[:, None]
+            pair[prefix + "input_ids"].masked_fill_(~mask, _PAD.get(family, 0))
+            pair[prefix + "attention_mask"] = mask.long()
+    if family == "xlmr":
+        labels = torch.randint(0, 3, (shape.B,), device=device)
+    elif family == "mt5":
+        labels = torch.randint(5, words, (shape.B, shape.m // 4), device=device)
+    else:
+        labels = pair["input_ids"].clone()
+        if shape.padded:
+            labels.masked_fill_(pair["attention_mask"] == 0, IGNORED)
+    return Batch({**pair, "labels": labels})
