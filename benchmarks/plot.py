@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from costs import costs, label
+from costs import NAMES, costs, label
 from tables import caption, table
 
 Row = dict[str, Any]
@@ -33,6 +33,7 @@ COLOURS = {
     "eager-sdpa": "#CC79A7",
     "peer": "#999999",
 }
+LABELS = {method: label(method) for method in NAMES}
 _PARTS = {"source": "#009E73", "forward": "#56B4E9", "backward": "#0072B2", "optimizer": "#999999"}
 _MARKERS = {"shrink": "o", "expand": "s", "grad_bottleneck": "^", "grad_weight": "D", "grad_input": "v"}
 _FAMILY_MARKS = {"llama": "-", "xlmr": "--", "gemma2": ":", "mt5": "-."}
@@ -103,7 +104,7 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
             if not line:
                 continue
             at = [r["shape"]["m"] for r in line]
-            style = {"color": COLOURS[method], "marker": "o", "markersize": 4, "label": label(method)}
+            style = {"color": COLOURS[method], "marker": "o", "markersize": 4, "label": LABELS[method]}
             low = [1e3 * (r["median_s"] - r["q25_s"]) for r in line]
             high = [1e3 * (r["q75_s"] - r["median_s"]) for r in line]
             axes[0][column].errorbar(at, [1e3 * r["median_s"] for r in line], [low, high], capsize=2, **style)
@@ -217,7 +218,7 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
             axis.annotate(
                 f"{left:.3g}", (left, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
             )
-        axis.set_yticks(range(len(own)), [label(r["variant"]) for r in own], fontsize=8.5)
+        axis.set_yticks(range(len(own)), [LABELS[r["variant"]] for r in own], fontsize=8.5)
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.08)

@@ -288,7 +288,8 @@ def blocks(which: str) -> list[StepShape]:
 def steps(which: str) -> list[StepShape]:
     """Whole training steps."""
     if which == "tiny":
-        return [StepShape(model, 4, 32, 8, depth=model.layers) for model in TINY]
+        tiny = [StepShape(model, 4, 32, 8, depth=model.layers) for model in TINY]
+        return [*tiny, replace(tiny[0], precision="nf4")]
     if which == "main":
         return [StepShape(model, 16, 512, 64) for model in (XLMR, LLAMA)]
     return [
