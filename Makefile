@@ -99,7 +99,7 @@ format: $(STAMP) ## let ruff mend and format
 types: $(STAMP) ## mypy over both packages
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (two minutes)
+bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (four minutes)
 	@echo "==> pytest benchmarks/, rows go to $(BENCH_OUTPUT)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest benchmarks/ -q --benchmark-columns=median,iqr,rounds \
 	  --results "$(BENCH_OUTPUT)/results.json" $(PYTEST_ARGS)

@@ -13,14 +13,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import plot
 import pytest
 import results
 import shapes
 import sweep
+import tables
 import timing
 import torch
 from cases import Measured, Variants, failed, measure
+from costs import costs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -127,12 +128,17 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
     return run
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what pytest-benchmark's table has no columns for: calls and ratios of the host's question."""
-    rows = [row for row in _recorder.cases if row["question"] == "host"]
-    if rows:
+    """Print calls on the host, and last, in words, what each method costs."""
+    host = [row for row in _recorder.cases if row["question"] == "host"]
+    if host:
         terminalreporter.section("host time")
-        terminalreporter.write_line(plot.section("host", rows))
+        terminalreporter.write_line(tables.section("host", host))
+    said = costs(_recorder.cases)
+    if said:
+        terminalreporter.section("what each method costs")
+        terminalreporter.write_line(said)
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

@@ -1,22 +1,23 @@
 """Tables and pictures from result files.
 
-    python benchmarks/plot.py results.json [more.json ...] --output FOLDER
+    python benchmarks/plot.py results.json [more.json ...] [--output FOLDER]
 
-Writes table.md, and where the rows for it are there: scaling.png (time and memory against m), roofline.png (each
-kernel against the device's ceilings) and parts.png (where a step's time goes). Every row is shown, also those where
-this package loses and those that were skipped, with their reason. Each picture's caption says device, versions, commit,
-date and conditions.
+Without --output it prints what each method costs. With it, it writes table.md, and where the rows for it are there:
+scaling.png (time and memory against m), roofline.png (each kernel against the device's ceilings) and parts.png (where a
+step's time goes). Every row is shown, also those where this package loses and those that were skipped, with their
+reason. Each picture's caption says device, versions, commit, date and conditions.
 """
 
 from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import results
+from costs import NAMES, costs, label
+from tables import caption, table
 
 Row = dict[str, Any]
 
@@ -32,212 +33,10 @@ COLOURS = {
     "eager-sdpa": "#CC79A7",
     "peer": "#999999",
 }
-LABELS = {
-    "flare": "FLARE, this package",
-    "flare-warm": "FLARE, warm source cache",
-    "flare-recompute": "FLARE, source recomputed",
-    "flare-offload": "FLARE, source offloaded",
-    "lora": "plain LoRA",
-    "input-fusion": "input-level fusion, 2m",
-    "authors": "FLARE as its authors run it",
-    "eager-sdpa": "FLARE eager, sdpa",
-}
+LABELS = {method: label(method) for method in NAMES}
 _PARTS = {"source": "#009E73", "forward": "#56B4E9", "backward": "#0072B2", "optimizer": "#999999"}
 _MARKERS = {"shrink": "o", "expand": "s", "grad_bottleneck": "^", "grad_weight": "D", "grad_input": "v"}
 _FAMILY_MARKS = {"llama": "-", "xlmr": "--", "gemma2": ":", "mt5": "-."}
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def seconds(value: float) -> str:
-    """A duration with a unit that suits it, to three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-9:.3g} ns"
-
-
-def size(value: float | None) -> str:
-    """Bytes with a unit that suits them."""
-    if value is None:
-        return "-"
-    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= least:
-            return f"{value / least:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def caption(run: dict[str, Any], conditions: Iterable[str] = ()) -> str:
-    """Device, versions, commit, date and conditions of a run, as one sentence."""
-    device = (
-        run["device"]
-        if run["device"] != "cpu"
-        else f"CPU ({run['cpu']}, {run['threads']} thread{'s' * (run['threads'] > 1)})"
-    )
-    versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "transformers", "peft"))
-    said = "; ".join(dict.fromkeys(conditions))
-    commit = run["commit"] or f"sources {run['sources']}"
-    return f"{device}; {versions}; commit {commit}, {run['date'][:10]}." + (f" Conditions: {said}." if said else "")
-
-
-# --- the table --------------------------------------------------------------------------------------------------------
-
-
-def table(run: dict[str, Any], rows: list[Row]) -> str:
-    """All rows in Markdown, one section a question."""
-    parts = [f"Measured on {caption(run)}"]
-    if any(row["stand_in"] for row in rows):
-        parts.append(
-            "**Small stand-ins on a CPU**: FLOPs, bytes and launches are exact; seconds only say how this CPU does."
-        )
-    for question, title in _TITLES.items():
-        own = [row for row in rows if row["question"] == question]
-        if own:
-            parts += [f"## {title}", f"{own[0]['conditions']}.", section(question, own)]
-    return "\n\n".join(parts) + "\n"
-
-
-_TITLES = {
-    "projection": "q and v projections",
-    "kernels": "Kernels against their floors",
-    "block": "One transformer block",
-    "step": "A training step",
-    "host": "What the host does in a step",
-    "decode": "Adapters while decoding",
-    "generate": "generate",
-    "scaling": "How cost grows",
-}
-
-
-def _speed(row: Row, rows: list[Row]) -> str:
-    """How many times the time of the package's own row of the same case."""
-    own = next((r for r in rows if r["case"] == row["case"] and r["variant"] in _OURS and "median_s" in r), None)
-    return "-" if own is None else f"{row['median_s'] / own['median_s']:.2f}"
-
-
-def _over(row: Row, rows: list[Row], variant: str, number: Callable[[Row], float | None]) -> str:
-    """A number over that of another variant's row of the same case."""
-    other = next((r for r in rows if (r["case"], r["variant"]) == (row["case"], variant)), None)
-    own, theirs = number(row), None if other is None else number(other)
-    return f"{own / theirs:.2f}" if own and theirs else "-"
-
-
-def _theory(row: Row, rows: list[Row]) -> str:
-    """What the method's arithmetic says of the time over plain LoRA's, whose step is 2 units."""
-    if "theory_units" not in row:
-        return "-"
-    return f"{row['theory_units'] / 2:g}" + (" and attention" if row["variant"] == "input-fusion" else "")
-
-
-_OURS = ("flare-joint", "flare")
-_COLUMNS: dict[str, list[tuple[str, Callable[[Row, list[Row]], str]]]] = {
-    "time": [
-        ("median", lambda row, rows: seconds(row["median_s"])),
-        ("IQR", lambda row, rows: seconds(row["q75_s"] - row["q25_s"])),
-        ("host clock", lambda row, rows: seconds(row["wall_median_s"])),
-        ("× ours", _speed),
-    ],
-    "memory": [
-        ("saved", lambda row, rows: size(_counter(row, "saved_bytes"))),
-        ("transient", lambda row, rows: size(_counter(row, "transient_bytes"))),
-        ("peak", lambda row, rows: size(_counter(row, "peak_bytes"))),
-    ],
-    "work": [
-        ("launches", lambda row, rows: _count(row, "launches")),
-        ("GFLOP", lambda row, rows: _giga(_counter(row, "flops"))),
-    ],
-    "floor": [
-        ("floor", lambda row, rows: seconds(row["floor_s"]) if "floor_s" in row else "-"),
-        ("× floor", lambda row, rows: f"{row['median_s'] / row['floor_s']:.2f}" if "floor_s" in row else "-"),
-        ("transient", lambda row, rows: size(_counter(row, "transient_bytes"))),
-        ("launches", lambda row, rows: _count(row, "launches")),
-    ],
-    "theory": [
-        ("× LoRA", lambda row, rows: _over(row, rows, "lora", lambda r: r.get("median_s"))),
-        ("theory", _theory),
-        ("peak × LoRA", lambda row, rows: _over(row, rows, "lora", lambda r: _counter(r, "peak_bytes"))),
-    ],
-    "host": [
-        ("median", lambda row, rows: seconds(row["median_s"])),
-        ("× PEFT", lambda row, rows: f"{row['over_peft']:.2f}" if "over_peft" in row else "-"),
-        ("calls/block", lambda row, rows: _count(row, "calls_per_block")),
-        ("× PEFT", lambda row, rows: _over(row, rows, "peft", lambda r: _counter(r, "calls_per_block"))),
-        ("kernels/block", lambda row, rows: _count(row, "kernels_per_block")),
-        ("launches", lambda row, rows: _count(row, "launches")),
-    ],
-    "busy": [("wall / device-busy", lambda row, rows: _wall_over_busy(row))],
-    "tokens": [("tokens/s", lambda row, rows: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else "-")],
-    "blocks": [
-        ("depth", lambda row, rows: str(row.get("depth", "-"))),
-        ("block runs", lambda row, rows: _count(row, "block_executions")),
-    ],
-    "saved": [
-        ("saved", lambda row, rows: size(_counter(row, "saved_bytes"))),
-        ("peak", lambda row, rows: size(_counter(row, "peak_bytes"))),
-    ],
-}
-_KINDS = {
-    "projection": ("time", "memory", "work"),
-    "kernels": ("time", "floor"),
-    "block": ("time", "saved", "work", "blocks"),
-    "step": ("time", "theory", "tokens", "saved", "work", "blocks", "busy"),
-    "host": ("host", "busy"),
-    "scaling": ("time", "theory", "tokens", "saved", "work", "blocks"),
-    "decode": ("time", "floor"),
-    "generate": ("time", "tokens"),
-}
-
-
-def _counter(row: Row, name: str) -> float | None:
-    value: float | None = row.get("counters", {}).get(name)
-    return value
-
-
-def _wall_over_busy(row: Row) -> str:
-    busy = _counter(row, "device_busy_s")
-    return "-" if busy is None else f"{row['wall_median_s'] / busy:.2f}"
-
-
-def _count(row: Row, name: str) -> str:
-    value = _counter(row, name)
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _giga(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.3g}"
-
-
-def section(question: str, rows: list[Row]) -> str:
-    """The rows of one question as a Markdown table."""
-    columns = [column for kind in _KINDS[question] for column in _COLUMNS[kind]]
-    lines = [
-        "| case | row | " + " | ".join(name for name, _ in columns) + " |",
-        "|---|---|" + "---:|" * len(columns),
-    ]
-    for row in _folded(rows):
-        case = row["case"].partition("/")[2]
-        if row["status"] != "timed":
-            # what was counted without running it stands in its column
-            known = [cell(row, rows) if name == "launches" else "" for name, cell in columns[1:]]
-            cells = [f"{row['status']}: {row['reason']}", *("" if cell == "-" else cell for cell in known)]
-        else:
-            cells = [cell(row, rows) for _, cell in columns]
-        lines.append(f"| {case} | {row['variant']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _folded(rows: list[Row]) -> list[Row]:
-    """A case none of whose rows could run here, for one reason, is one row."""
-    by_case: dict[str, list[Row]] = {}
-    for row in rows:
-        by_case.setdefault(row["case"], []).append(row)
-    found = []
-    for own in by_case.values():
-        reasons = {(row["status"], row.get("reason")) for row in own}
-        one = len(own) > 1 and len(reasons) == 1 and own[0]["status"] != "timed"
-        found += [{**own[0], "variant": f"all {len(own)}"}] if one else own
-    return found
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -300,7 +99,7 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     )
     for column, (model, own) in enumerate(models.items()):
         first = own[0]
-        for method in reversed(LABELS):  # ours last, on top
+        for method in reversed(COLOURS):  # ours last, on top
             line = sorted((r for r in own if r["variant"] == method), key=lambda r: r["shape"]["m"])
             if not line:
                 continue
@@ -449,12 +248,16 @@ def draw_all(loaded: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read result files, write table and pictures."""
+    """Read result files, and print what each method costs or write table and pictures."""
     parser = argparse.ArgumentParser(description="table and pictures from benchmark results")
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, help="folder for table and pictures; without it costs are printed")
     args = parser.parse_args(arguments)
-    for path in draw_all([results.load(path) for path in args.results if path.exists()], args.output):
+    loaded = [results.load(path) for path in args.results if path.exists()]
+    if args.output is None:
+        print(costs([row for result in loaded for row in result["cases"]]))
+        return
+    for path in draw_all(loaded, args.output):
         print(path)
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
 #: What a measured number depends on; how it is summed up and drawn afterwards does not.
 _SOURCES = ("flare_kernels/**/*.py", "flare/**/*.py", "benchmarks/*.py")
-_AFTERWARDS = {"summary.py", "plot.py", "results.py"}
+_AFTERWARDS = {"summary.py", "costs.py", "tables.py", "plot.py", "results.py"}
 
 
 def fingerprint(root: Path = ROOT) -> str:

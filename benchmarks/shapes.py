@@ -330,8 +330,10 @@ def scaling(which: str) -> list[StepShape]:
         return []
     if which == "tiny":
         middle = StepShape(TINY_LLAMA, 2, 32, 8, depth=2, question="scaling")
-        varied = [{"m": 16}, {"m": 64}, {"B": 1}, {"r": 4}, {"depth": 1}]
-        return [middle, *(replace(middle, **change) for change in varied)]
+        varied = [{"m": 16}, {"m": 64}, {"depth": 1}]
+        # as long as the paper's texts: what a frozen source pass saves against one text of twice the length
+        long = StepShape(TINY_XLMR, 1, 512, 8, depth=2, question="scaling")
+        return [middle, *(replace(middle, **change) for change in varied), long]
     found: dict[str, StepShape] = {}
     for model in (XLMR, LLAMA):
         middle = StepShape(model, 16, 256, 64, depth=8, question="scaling")

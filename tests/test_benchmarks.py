@@ -361,14 +361,14 @@ def test_table_and_pictures(tmp_path: Path, recorded: dict[str, Any]) -> None:
 def test_rows_where_we_lose_stay(tmp_path: Path, recorded: dict[str, Any]) -> None:
     projection = rows_of(recorded, "projection")
     projection["peft-bf16"]["median_s"] = projection["flare-joint"]["median_s"] / 2
-    text = module("plot").table(recorded["run"], recorded["cases"])
+    text = module("tables").table(recorded["run"], recorded["cases"])
     line = next(line for line in text.splitlines() if "| peft-bf16 |" in line)
     assert "| 0.50 |" in line
 
 
 @pytest.mark.parametrize(("value", "said"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (3e-9, "3 ns")])
 def test_durations_in_words(value: float, said: str) -> None:
-    assert module("plot").seconds(value) == said
+    assert module("tables").seconds(value) == said
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""The tables of what each method costs: names in words, ratios of the rows, nothing left out."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+RECORDED = Path(__file__).with_name("recorded_benchmarks.json")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def costs_of(rows: list[dict[str, Any]]) -> str:
+    text: str = importlib.import_module("costs").costs(rows)
+    return text
+
+
+def row(variant: str, seconds: float, peak: int, **more: Any) -> dict[str, Any]:
+    """Return a timed step of XLM-R Large."""
+    return {
+        "case": "step/xlmr/plain/B16-m512-r64",
+        "variant": variant,
+        "question": "step",
+        "model": "XLM-R Large",
+        "stand_in": False,
+        "shape": {"B": 16, "m": 512, "r": 64, "precision": "plain", "d": 1024},
+        "status": "timed",
+        "depth": 24,
+        "dtype": "bfloat16",
+        "target_tokens": 8192,
+        "median_s": seconds / 2,
+        "wall_median_s": seconds,
+        "counters": {"peak_bytes": peak << 20, "saved_bytes": peak << 19},
+        **more,
+    }
+
+
+def skipped(variant: str, reason: str) -> dict[str, Any]:
+    return {**row(variant, 0.0, 0), "status": "skipped", "reason": reason, "counters": {}}
+
+
+STEP = [
+    row("lora", 0.1, 100),
+    row("input-fusion", 0.2, 400),
+    row("flare", 0.12, 110),
+    row("flare-warm", 0.25, 120),
+]
+
+
+def cells(text: str, name: str) -> list[str]:
+    """Return the cells of the line of a method."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_a_case_in_words() -> None:
+    text = costs_of(STEP)
+    assert "XLM-R Large: 24 blocks of width 1024, batch of 16, texts of 512 tokens, rank 64, bfloat16" in text
+    assert cells(text, "method") == [
+        *("ms", "tokens/s", "peak MiB", "saved MiB", "× input-level fusion", "× plain LoRA"),
+    ]
+    assert cells(text, "FLARE, this package") == ["120", "68,267", "110", "55.0", "0.60", "1.20"]
+    assert cells(text, "plain LoRA") == ["100", "81,920", "100", "50.0", "0.50", "1.00"]
+    assert (
+        "FLARE takes 40 % less time and 72 % less peak memory than input-level fusion; with cached source states "
+        "25 % more time." in text.replace("\n", " ")
+    ), "losses are said as well as gains"
+    assert not re.search(r"flare-|input-fusion|lora\b", text), "no row goes by its name in the code"
+
+
+def test_columns_are_aligned_and_no_line_of_prose_is_long() -> None:
+    tables = [block for block in costs_of(STEP).split("\n\n") if block.startswith("|")]
+    assert tables and all(len({len(line) for line in table.splitlines()}) == 1 for table in tables)
+    prose = [line for line in costs_of(STEP).splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= 120
+
+
+def test_the_devices_busy_time_has_a_column_where_it_was_measured() -> None:
+    busy = row("flare", 0.12, 110)
+    busy["counters"]["device_busy_s"] = 0.0386
+    text = costs_of([STEP[0], busy])
+    assert cells(text, "FLARE, this package")[2] == "38.6" and cells(text, "plain LoRA")[2] == "-"
+    assert "× input-level fusion" not in text, "there is no such row to compare with"
+
+
+def test_what_did_not_run_is_named_with_its_reason() -> None:
+    rows = [
+        *STEP,
+        skipped("flare-captured", "CUDA graphs need a CUDA device"),
+        skipped("flare-offload", "kept there already: see the row flare"),
+        {**row("authors", 0.0, 0), "status": "failed", "reason": "out of memory"},
+    ]
+    text = costs_of(rows)
+    assert "- FLARE, this package, as a CUDA graph: CUDA graphs need a CUDA device" in text
+    assert "- FLARE, source states in host memory: kept there already: see FLARE, this package" in text
+    assert "- FLARE as its authors run it: failed, out of memory" in text
+
+
+def test_every_row_of_a_result_file_is_there() -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "plot.py", RECORDED], capture_output=True, text=True, check=True, cwd=BENCHMARKS
+    )
+    recorded = importlib.import_module("results").load(RECORDED)["cases"]
+    assert done.stdout.strip() == costs_of(recorded)
+    name_of = importlib.import_module("costs").name_of
+    shown = [case for case in recorded if case["question"] in importlib.import_module("costs")._COSTS]
+    assert {case["question"] for case in shown} >= {"step", "projection"}
+    for case in shown:
+        assert name_of(case) != case["variant"], "its name is in words"
+        assert name_of(case) in done.stdout.replace("\n  ", " ")
+
+
+def test_methods_of_every_grid_have_a_name_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = importlib.import_module("costs")
+    models, projection = importlib.import_module("models"), importlib.import_module("test_projection")
+    fast, generation = importlib.import_module("fast_steps"), importlib.import_module("test_generation")
+    methods = {*models.METHODS, *fast.CAPTURED, *fast.COMPILED}
+    rows = [("step", method) for method in methods] + [("projection", method) for method in projection.VARIANTS]
+    rows += [("generate", provider.name) for provider in generation.PROVIDERS]
+    for question, variant in rows:
+        assert names.name_of({"question": question, "variant": variant}) != variant, variant
