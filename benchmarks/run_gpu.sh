@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # On a GPU machine:
 #
-#   benchmarks/run_gpu.sh            the tests that run kernels, then every number of summary.json; under 9 minutes
+#   benchmarks/run_gpu.sh            compiles, tests, measures every number of summary.json and tunes; under 10 minutes
 #   benchmarks/run_gpu.sh tune       times every candidate launch; launch-table.json for flare_kernels/tables; under 9 minutes
 #   benchmarks/run_gpu.sh sweep N    part N of the whole grid (python benchmarks/sweep.py lists the parts); under 9 minutes
 #
-# Results go to the folder $OUT, else to benchmarks/results/<gpu>. Each step has a time limit of its own, and what was
-# measured before one ran out is kept. A sweep skips cases that have a result of the same sources in either folder.
+# Results go to benchmarks/results/<gpu>, or to the folder $OUT: of the first form they are one file there,
+# results.tar.gz, packed again after each step and every 15 seconds. Each step has a time limit, and what was measured
+# before one ran out is kept. A sweep skips cases that have a result of the same sources in either folder.
 # Nothing is installed: it takes python3 (or $PYTHON) and the packages that are there. Where there is no git, name the
-# commit: FLARE_COMMIT=... . FLARE_BENCH_DRY=1 takes the same path with tiny sizes, on a CPU too.
+# commit: FLARE_COMMIT=... . FLARE_BENCH_SECONDS limits the first form as a whole (default 570). FLARE_BENCH_DRY=1 takes
+# the same path with tiny sizes and without limits, on a CPU too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -21,19 +23,33 @@ elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
   exit 2
 fi
 RESULTS=${OUT:-benchmarks/results/$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); import sweep; print(sweep.gpu_name())')}
-mkdir -p "$RESULTS"
+END=1000000 # of the steps, in seconds since the start
+TABLE=()    # a line for each step
 status=0
 
 # step SECONDS NAME COMMAND...: run with a limit, log, go on whatever happens
 step() {
-  local limit=$1 name=$2
+  local limit=$1 name=$2 began=$SECONDS left=$((END - SECONDS)) code outcome
   shift 2
+  [ "$limit" -gt "$left" ] && limit=$left
+  [ -n "$DRY" ] && limit=0 # no limit: what a dry run shows must not depend on how busy the machine is
+  if [ -z "$DRY" ] && [ "$limit" -lt 5 ]; then
+    TABLE+=("$(printf '%-32s %5s    %s' "$name" - "not begun: the time was used up")")
+    status=1
+    return
+  fi
   echo "== $name (at most ${limit}s)" | tee -a "$LOG"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG"
-  local code=${PIPESTATUS[0]}
-  [ "$code" -eq 0 ] && return
-  [ "$code" -eq 124 ] && echo "== $name: stopped after ${limit}s; what was measured is kept" | tee -a "$LOG"
-  status=1
+  # an interrupt, not a kill: pytest then says which tests failed so far
+  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) outcome=done ;;
+    124 | 137) outcome="stopped after ${limit}s; what was measured is kept" ;;
+    *) outcome="failed ($code)" ;;
+  esac
+  TABLE+=("$(printf '%-32s %4ss    %s' "$name" $((SECONDS - began)) "$outcome")")
+  [ "$code" -eq 0 ] || status=1
+  pack
 }
 bench() { # bench SECONDS NAME FILE ARGUMENTS...
   local limit=$1 name=$2 file=$3
@@ -41,50 +57,91 @@ bench() { # bench SECONDS NAME FILE ARGUMENTS...
   step "$limit" "$name" "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
     --results "$RESULTS/$file" "$@"
 }
+pack() { :; }
 
 if [ "${1:-}" = sweep ]; then
   part=${2:?"which part? python benchmarks/sweep.py lists them"}
   [ -n "$DRY" ] || export FLARE_BENCH_GRID=full
+  mkdir -p "$RESULTS"
   LOG="$RESULTS/sweep-$part.txt"
   : > "$LOG"
   bench 520 "part $part" "sweep-$part.json" benchmarks --part "$part"
   exit $status
 fi
 
+tune() { # tune SECONDS ARGUMENTS...: the table is written entry by entry
+  local limit=$1
+  shift
+  step "$limit" tune "$PYTHON" -u -m flare bench --tune --overwrite --output "$RESULTS/launch-table.json" "$@"
+}
+
 if [ "${1:-}" = tune ]; then
+  mkdir -p "$RESULTS"
   LOG="$RESULTS/tune.txt"
   : > "$LOG"
   # compiling is not timed by --budget: the limit of the step keeps what was found by then
-  step 530 "tune" "$PYTHON" -u -m flare bench --tune --overwrite --output "$RESULTS/launch-table.json" --budget 400 "${@:2}"
+  tune 530 --budget 400 "${@:2}"
   exit $status
 fi
 
+if [ -n "${OUT:-}" ]; then
+  RESULTS=$(mktemp -d)
+  mkdir -p "$OUT"
+  pack() {
+    local part="$OUT/.results.$BASHPID.part"
+    tar -czf "$part" -C "$RESULTS" . 2>/dev/null || [ $? -eq 1 ] || return 0 # 1: a file changed while it was read
+    mv "$part" "$OUT/results.tar.gz"
+  }
+  (while sleep 15; do pack; done) > /dev/null 2>&1 & # for the case that this script is killed during a step
+  trap "kill $!; pack; rm -rf '$RESULTS'" EXIT
+fi
+mkdir -p "$RESULTS"
 LOG="$RESULTS/log.txt"
 : > "$LOG"
-# what only a GPU can show comes first: whole models, captured steps, the caches' streams (without a GPU all are skipped)
-step 110 "gpu tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 -m gpu tests/test_models_on_cuda.py \
-  tests/kernels/test_cuda.py tests/test_graphed_step*.py tests/test_source_cache_warm.py
+END=$((${FLARE_BENCH_SECONDS:-570} - 30)) # what is left is for the summary
+GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_graphed_trainer.py
+  tests/test_training_features.py tests/test_source_cache_warm.py tests/test_measure.py tests/test_compile.py"
+
+# 1. compile what the measurements launch
+# 2. tests that a GPU answers: whole models first, then every kernel
+# 3. whole steps, projections, the tuner
+# 4. in the time that is left: the other questions, and the projections with the tuner's table
 if [ -n "$DRY" ]; then
-  step 60 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_measure.py -k peak
-  bench 120 "summary" results.json benchmarks/test_projection.py benchmarks/test_training_step.py \
-    -k "xlmr-qv or step/xlmr"
-  bench 90 "more" more.json benchmarks/test_generation.py benchmarks/test_host_time.py \
-    -k "decode/xlmr/M1- or host/xlmr/plain"
+  step 0 "compile" "$PYTHON" benchmarks/precompile.py --jobs 1 --most 1
+  step 0 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_cuda.py
+  bench 0 "whole steps" steps.json benchmarks/test_training_step.py -k "step/xlmr"
+  bench 0 "projections" projections.json benchmarks/test_projection.py -k "xlmr-qv"
+  [ -e /dev/nvidiactl ] && tune 0 --shapes xlm-r-large --tokens 512 --ranks 8 # there is nothing to tune on a CPU
+  bench 0 "more" more.json benchmarks/test_generation.py benchmarks/test_host_time.py -k "decode/xlmr/M1- or host/xlmr/plain"
 else
-  step 70 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider --maxfail=10 -m "not gpu" tests/kernels \
-    tests/test_fast_lora.py tests/test_source_pass.py tests/test_goldens.py --deselect tests/kernels/test_aot.py
-  bench 200 "summary" results.json benchmarks/test_training_step.py benchmarks/test_projection.py
-  bench 110 "more" more.json benchmarks/test_host_time.py benchmarks/test_generation.py benchmarks/test_kernels.py \
+  CORES=$(nproc)
+  "$PYTHON" -c 'import xdist' 2> /dev/null && WORKERS="-n $((CORES < 16 ? CORES : 16))"
+  step 40 "compile" "$PYTHON" benchmarks/precompile.py --seconds 30
+  # shellcheck disable=SC2086
+  step 90 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider ${WORKERS:-} --maxfail=20 -k "gpu or kernels" $GPU_TESTS \
+    tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_binder.py
+  bench 120 "whole steps" steps.json benchmarks/test_training_step.py
+  bench 60 "projections" projections.json benchmarks/test_projection.py
+  tune 165 --budget 150
+  bench 70 "more" more.json benchmarks/test_host_time.py benchmarks/test_generation.py benchmarks/test_kernels.py \
     benchmarks/test_block.py
+  if [ -s "$RESULTS/launch-table.json" ]; then
+    FLARE_LAUNCH_TABLE="$RESULTS/launch-table.json" bench 50 "projections, tuned here" projections-tuned.json \
+      benchmarks/test_projection.py -k "qv and plain"
+  fi
 fi
+
+END=1000000
 MEASURED=()
-for file in results.json more.json; do [ -f "$RESULTS/$file" ] && MEASURED+=("$RESULTS/$file"); done
-if [ ${#MEASURED[@]} -eq 0 ]; then
-  echo "nothing was measured: see $LOG"
-  exit 1
+for name in steps projections more; do [ -f "$RESULTS/$name.json" ] && MEASURED+=("$RESULTS/$name.json"); done
+if [ ${#MEASURED[@]} -gt 0 ]; then
+  if "$PYTHON" -c 'import matplotlib' 2> /dev/null; then
+    step 20 "table and pictures" "$PYTHON" benchmarks/plot.py "${MEASURED[@]}" --output "$RESULTS"
+  fi
+  step 10 "summary.json" "$PYTHON" benchmarks/summary.py "${MEASURED[@]}" --output "$RESULTS/summary.json"
+else
+  echo "nothing was measured" | tee -a "$LOG"
+  status=1
 fi
-step 20 "summary.json" "$PYTHON" benchmarks/summary.py "${MEASURED[@]}" --output "$RESULTS/summary.json"
-if "$PYTHON" -c 'import matplotlib' 2>/dev/null; then
-  step 30 "table and pictures" "$PYTHON" benchmarks/plot.py "${MEASURED[@]}" --output "$RESULTS"
-fi
+printf '%s\n' "" "step                              time    outcome" "${TABLE[@]}" | tee -a "$LOG"
 exit $status

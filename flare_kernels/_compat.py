@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -74,3 +75,26 @@ def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[...,
 def sleep_on_device(cycles: int) -> None:
     """Let the current CUDA stream wait for a number of clock cycles."""
     torch.cuda._sleep(cycles)
+
+
+def jit_source(
+    kernel: Any, args: dict[str, Any], capability: int, options: dict[str, Any]
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """Return what a launch on an NVIDIA GPU would compile: the signature, the constants and the attributes.
+
+    Triton's cache is keyed by these, down to an empty list for an argument that nothing is known of.
+    """
+    backend, bind = _binder(kernel, capability)
+    bound, specialization, _ = bind(**args, **options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return signature, constants, attributes
+
+
+@functools.cache
+def _binder(kernel: Any, capability: int) -> tuple[Any, Callable[..., Any]]:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)

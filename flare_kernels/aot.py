@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._compat import jit_source
 from .fusion import FUSIONS
 
 #: Shared memory that one block may use, in bytes, by compute capability.
@@ -40,13 +41,6 @@ _SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_BYTES = {capability: kb * 1024 for capability, kb in _SHARED_KB.items()}
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_TRITON_TYPE = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int64: "*i64",
-}
 
 
 @dataclass(frozen=True)
@@ -81,8 +75,9 @@ class Unit:
     module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[int, Any], ...]
-    divisible: tuple[int, ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    #: position of an argument -> what a launch knows of its value, such as ("tt.divisibility", 16)
+    attributes: tuple[tuple[tuple[int, ...], tuple[tuple[Any, ...], ...]], ...]
     num_warps: int
     num_stages: int
     capability: int
@@ -166,33 +161,15 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
 
 
 def specialise(launch: Any, capability: int) -> Unit:
-    """The launch as Triton's JIT would compile it.
-
-    Pointers and integers divisible by 16 are marked so, an integer 1 and None become constants, floats are float32.
-    """
-    signature, constants, divisible = [], [], []
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.args[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            kind = "constexpr"
-            constants.append((index, value))
-        elif isinstance(value, Tensor):
-            kind = _TRITON_TYPE[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                divisible.append(index)
-        elif isinstance(value, float):
-            kind = "fp32"
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible.append(index)
-        signature.append((parameter.name, kind))
+    """Return the launch as Triton's JIT would compile it; compiling the unit leaves it where the launch looks it up."""
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages, "enable_fp_fusion": True}
+    signature, constants, attributes = jit_source(launch.kernel, launch.args, capability, options)
     return Unit(
         module=launch.kernel.fn.__module__,
         kernel=launch.kernel.fn.__name__,
-        signature=tuple(signature),
-        constants=tuple(constants),
-        divisible=tuple(divisible),
+        signature=tuple(signature.items()),
+        constants=tuple(constants.items()),
+        attributes=tuple((path, tuple(map(tuple, values))) for path, values in attributes.items()),
         num_warps=launch.config.num_warps,
         num_stages=launch.config.num_stages,
         capability=capability,
@@ -208,8 +185,8 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
     source = ASTSource(
         getattr(importlib.import_module(unit.module), unit.kernel),
         signature=dict(unit.signature),
-        constexprs={(index,): value for index, value in unit.constants},
-        attrs={(index,): [["tt.divisibility", 16]] for index in unit.divisible},
+        constexprs=dict(unit.constants),
+        attrs={path: [list(one) for one in values] for path, values in unit.attributes},
     )
     options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": True}
     try:
