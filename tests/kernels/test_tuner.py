@@ -233,6 +233,7 @@ from flare_kernels import aot, tuning
 from flare_kernels.tuning import compiling
 from flare_kernels.triton_ops import config
 config._CANDIDATES = dict.fromkeys(config.KERNELS, ((64,), (64,), (64,), (4,), (3,), (132,)))
+config.FORMS |= {step: {"triton": (step,), "torch": ()} for step in ("shrink", "grad_input")}
 compiling.capability = lambda device: 90
 shape, device = tuning.Shape("small", 512, (512, 256)), torch.device("cpu")
 wanted = [p for p in tuning.problems([shape], [256, 2048], [64]) if p.step in ("shrink", "grad_input")]
@@ -268,6 +269,8 @@ def told(us: Callable[[launch_mode.Mode], float]) -> timing.Timer:
 
 
 def test_the_tuner_takes_the_fastest_that_is_right(monkeypatch, device) -> None:
+    for step in ("shrink", "grad_weight"):
+        monkeypatch.setitem(config.FORMS, step, {"triton": (step,), "torch": ()})
     # the first is the general rule's; 8 warps with 2 stages are "fastest", but wrong; 8 with 3 come next
     grid = ((64,), (32,), (32,), (4, 8), (2, 3), (7,))
     monkeypatch.setattr(config, "_CANDIDATES", dict.fromkeys(config.KERNELS, grid))
