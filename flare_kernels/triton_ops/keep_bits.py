@@ -58,7 +58,7 @@ def keep_bits(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -
     except KeyError:
         n_bytes = cdiv(cols, 8)
         grid = (cdiv(rows, _CONFIG.BLOCK_M), cdiv(n_bytes, _CONFIG.BLOCK_K))
-        sizes = {"rows": rows, "cols": cols, "n_bytes": n_bytes}
+        sizes: dict[str, Any] = {"rows": rows, "cols": cols, "n_bytes": n_bytes}
         launcher = Launcher(
             mode, keep_bits_kernel, grid, _CONFIG, device, **sizes, threshold=threshold, stream_id=stream
         )

@@ -202,14 +202,14 @@ def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str,
     return {f"{name}_{i}": values[i] if i < len(values) else missing for i in range(MAX_PROJECTIONS)}
 
 
-def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
+def strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
     """Arguments such as x_stride_m for the axes of a matrix; 0 where there is none."""
     return {f"{name}_stride_{axis}": 0 if x is None else x.stride(dim) for dim, axis in enumerate(axes)}
 
 
-def numbered_strides(name: str, tensors: Sequence[Tensor | None], axes: str) -> dict[str, int]:
+def numbered_strides(name: str, tensors: Sequence[Tensor | None], axes: str) -> dict[str, Any]:
     """Arguments such as y_0_stride_m for the axes of (up to) three matrices."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     for i in range(MAX_PROJECTIONS):
         found |= strides(f"{name}_{i}", tensors[i] if i < len(tensors) else None, axes)
     return found
