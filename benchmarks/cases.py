@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,7 +65,9 @@ def measure(
     device: torch.device,
 ) -> Measured:
     """Gate, count and time every variant of a case; one that fails is reported, and keeps no other from its row."""
+    began = [time.perf_counter()]
     variants = build()
+    began.append(time.perf_counter())
     rows = {name: _head(shape, name, conditions) for name in variants}
     ready: dict[str, Variant] = {}
     for name, variant in variants.items():
@@ -85,6 +89,7 @@ def measure(
         except Exception as error:  # the other variants' rows must not be lost with it
             rows[name].update(status="failed", reason=f"{type(error).__name__}: {error}")
     samples = {}
+    began.append(time.perf_counter())
     if ready:
         calls = {name: variant.call for name, variant in ready.items()}
         samples = timing.interleave(calls, device, queue_ahead=queue_ahead, how=how)
@@ -94,6 +99,10 @@ def measure(
                 rows[name]["over_peft"] = taken.over(samples["peft"])
             if "target_tokens" in rows[name]:
                 rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / taken.median
+    began.append(time.perf_counter())
+    took = dict(zip(("build", "gate_and_count", "time"), (b - a for a, b in itertools.pairwise(began)), strict=True))
+    for row in rows.values():
+        row["case_took_s"] = took
     return Measured(shape.case, rows, samples)
 
 

@@ -53,7 +53,12 @@ def methods_of(shape: shapes.StepShape) -> tuple[str, ...]:
     if shape.padded:
         return () if big else _PADDED
     captured = _OF_BIG_MODELS if big else tuple(CAPTURED)
-    return {"step": (*captured, *COMPILED), "block": (*COMPILED,)}.get(shape.question, ())
+    return {"step": (*captured, *COMPILED), "block": ("peft-compiled", "flare-compiled")}.get(shape.question, ())
+
+
+def is_fast(method: str) -> bool:
+    """Whether a row is one of this file's."""
+    return method in CAPTURED or method in COMPILED
 
 
 def eager_form(method: str) -> str:

@@ -159,7 +159,7 @@ class StepShape:
     def estimate_s(self) -> float:
         big = self.model.d > 1024
         depth = self.depth or (16 if big else self.model.layers)
-        return (15.0 if big else 8.0) + 2e-9 * self.B * self.m * depth * self.model.d**1.5
+        return (45.0 if big else 25.0) + 2e-9 * self.B * self.m * depth * self.model.d**1.5
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Whether a training step's gradients are right, before it is timed.
 
 Each method is compared with float64 at two blocks and two rows of the same width and length, where float64 is cheap:
-its error may be at most twice that of PEFT's eager layers. At full size it is compared with PEFT's eager layers.
+its error may be at most twice that of PEFT's eager layers. At full size it is compared with PEFT's eager layers, and so
+are compiled methods, which are compiled once.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def small_errors(shape: StepShape, methods: Iterable[str], device: torch.device)
         if models.refusal(method) is not None:
             continue
         try:
-            if method in fast_steps.CAPTURED or method in fast_steps.COMPILED:
+            if method in fast_steps.CAPTURED:
                 grads = fast.collected(method, fast.ready(method, batch))
             else:
                 grads = gradients(models, models.loss(method, batch))
@@ -109,7 +110,7 @@ def small_errors(shape: StepShape, methods: Iterable[str], device: torch.device)
 
 def _formula(method: str) -> str:
     """What a method computes: "lora", "input-fusion", or a fusion with "flare"'s states or the authors'."""
-    if method in fast_steps.CAPTURED or method in fast_steps.COMPILED:
+    if fast_steps.is_fast(method):
         method = fast_steps.eager_form(method)
     method = like(method)
     if method in MEMORY:

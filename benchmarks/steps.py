@@ -72,7 +72,8 @@ def build(shape: StepShape, device: torch.device) -> Variants:
         vocabulary = min(SMALL_VOCABULARY, shape.model.vocabulary)
         shape = replace(shape, model=replace(shape.model, vocabulary=vocabulary))
     refused = {method: _refusal(method, shape, device) for method in methods_of(shape)}
-    runnable = [method for method, why in refused.items() if why is None and method != "frozen"]
+    alone = ("frozen", *fast_steps.COMPILED)  # transformers' own; compiling twice would take too long
+    runnable = [method for method, why in refused.items() if why is None and method not in alone]
     with quiet():
         errors = small_errors(shape, runnable, device)
     depth = depth_that_fits(shape, device)
@@ -94,7 +95,7 @@ def _give_back(device: torch.device) -> None:
 
 
 def _refusal(method: str, shape: StepShape, device: torch.device) -> str | None:
-    if method in fast_steps.CAPTURED or method in fast_steps.COMPILED:
+    if fast_steps.is_fast(method):
         return fast_steps.refusal(method, shape.question, device)
     return liger.refusal(device) if method in liger.ROWS else None
 
@@ -115,7 +116,8 @@ def _build(
     variants: dict[str, Variant | str] = {}
     for method, why in refused.items():
         reason = why or models.refusal(method)
-        variants[method] = reason or (case.variant(method) if method in METHODS else case.other(method))
+        make = case.fast_variant if fast_steps.is_fast(method) else case.variant
+        variants[method] = reason or make(method)
     return variants
 
 
@@ -151,10 +153,11 @@ class _Case:
         torch._foreach_copy_(self.models.trained, self.at_first)
 
     def require(self, method: str, grads: dict[str, Tensor]) -> dict[str, float]:
-        """Return a method's errors at two blocks and at full size; raises what was raised at two blocks, or
-        WrongResult.
+        """Return a method's errors at two blocks (a compiled one's: of its eager form) and at full size.
+
+        Raises what was raised at two blocks, or WrongResult.
         """
-        small = self.errors[method]
+        small = self.errors[fast_steps.COMPILED.get(method, method)]
         if isinstance(small, Exception):
             raise small
         return {"two_blocks": small, "full_size": self.truth.require(method, grads, exact=False)}
@@ -169,10 +172,8 @@ class _Case:
             "attention": self.models.transformers_model(method).config._attn_implementation,
         }
 
-    def other(self, method: str) -> Variant:
-        """A row of liger.py or of fast_steps.py."""
-        if method in liger.ROWS:
-            return self.variant(method)
+    def fast_variant(self, method: str) -> Variant:
+        """A row of fast_steps.py."""
         facts = self._facts(fast_steps.eager_form(method))
 
         def require(grads: dict[str, Tensor]) -> None:
@@ -181,7 +182,7 @@ class _Case:
         return fast_steps.variant(self.fast, method, self.batch, require, self.optimizer, facts, self.restore)
 
     def variant(self, method: str) -> Variant:
-        """An eager row."""
+        """An eager row of models.py or liger.py."""
         facts = self._facts(liger.ROWS.get(method, method))
 
         def call() -> None:
