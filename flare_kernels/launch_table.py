@@ -132,6 +132,8 @@ _AXES = {
     "grad_bottleneck": "MNR",
     "grad_weight": "MKR",
     "shrink_tma": "MKR",
+    "shrink_last_adds": "MKR",
+    "grad_weight_last_adds": "MKR",
     "grad_weight_tma": "MKR",
     "grad_input": "MKR",
     "shrink_decode": "MKR",
