@@ -248,7 +248,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
 
     want = run(triton_ops.tuned)
     assert used == []
-    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"):
+    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight"):
         table(chosen)
         with launch_mode.forcing():
             run(triton_ops.tuned)
@@ -258,6 +258,12 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
             run(triton_ops)
             assert used == [chosen] * 2  # backend="triton" does not follow the table
         used.clear()
+    # dx written alone is a BLAS call unless the table prefers the kernel
+    for entry, expected in ((None, []), (Entry("triton"), ["grad_input_kernel"])):
+        monkeypatch.setattr(forms, "tuned_entry", lambda *_, entry=entry: entry)
+        with launch_mode.counting() as names:
+            triton_ops.tuned.grad_input(want[3], A, dtype=x.dtype)
+        assert names == expected
     # with dropout always the kernels, which copy no stream
     table("all")
     dT = want[3]
