@@ -70,7 +70,7 @@ class Noting(launch_mode.Plans):
 
 backend, binders = make_backend(GPUTarget("cuda", 90, 32)), {}
 by_key, by_part = collections.defaultdict(set), collections.defaultdict(set)
-bound_kernels, times = set(), collections.Counter()
+bound_kernels, times, form = set(), collections.Counter(), None
 
 def check(launch):
     kernel, values = launch.kernel, list(launch.args.values())
@@ -101,12 +101,12 @@ def one_round(size, layout, which):
         first, Noting.used[:] = len(launches), []
         call()
         for at, launch in enumerate(launches[first:]):
-            key = (tuple(Noting.used), at)
+            key = (form, tuple(Noting.used), at)
             times[key] += 1
             found = check(launch)
             by_key[key].add(found)
             # without the alignment that a key ends in
-            by_part[tuple(tuple(k for k in key if type(k) is not int) for key in Noting.used), at].add(found)
+            by_part[form, tuple(tuple(k for k in key if type(k) is not int) for key in Noting.used), at].add(found)
 
 with launch_mode.recording(227 * 1024) as launches:
     object.__setattr__(launch_mode.current, "plans", Noting())
