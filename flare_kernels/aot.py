@@ -60,6 +60,8 @@ class Case:
     adapter_dtype: str | None = None
     #: dtype of x and G ("float32": autocast); None for the dtype itself
     input_dtype: str | None = None
+    #: the form of each step that has it ("tma": sm_90 and newer); None for the general rule's
+    form: str | None = None
 
     @property
     def spills_are_errors(self) -> bool:
@@ -111,7 +113,7 @@ class Report:
 
 def record(case: Case, *, rows: int = 16384) -> list[Any]:
     """The launches that the primitives make in this case, forward and backward."""
-    from .launch_mode import recording
+    from .launch_mode import forcing, recording
     from .triton_ops import primitives as triton_ops
 
     dtype = _DTYPES[case.dtype]
@@ -134,7 +136,7 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
     source = x_source if case.fusion else None
     add = case.fusion == "add"
     common: dict[str, Any] = {"scalings": [2.0] * count, "fusion": case.fusion}
-    with recording(SHARED_BYTES[case.capability]) as launches:
+    with recording(SHARED_BYTES[case.capability]) as launches, forcing(form=case.form):
         masks: dict[str, Any] = {}
         if case.dropout:
             seed = torch.zeros((), dtype=torch.int64)
@@ -231,6 +233,10 @@ def ci_cases() -> Iterator[Case]:
     for capability in (80, 90, 100, 89):
         yield Case(capability, projections=2)  # query and value
     yield Case(90, projections=3)
+    for capability, rank in itertools.product((90, 100, 120), (16, 32, 64, 128, 256)):
+        yield Case(capability, rank=rank, form="tma")
+    for capability, rank in itertools.product((80, 89, 90, 100), (16, 32, 64, 128)):
+        yield Case(capability, rank=rank, form="last_adds")
     yield Case(90, projections=2, adapter_dtype="float32")
 
 
@@ -293,6 +299,7 @@ def _row(report: Report) -> tuple[str, ...]:
         f"{case.projections} projections" if case.projections > 1 else "",
         f"A,B {case.adapter_dtype}" if case.adapter_dtype else "",
         f"x {case.input_dtype}" if case.input_dtype else "",
+        case.form or "",
     )
     described = (report.kernel, f"sm_{case.capability}", case.dtype, str(case.rank), " ".join(filter(None, kind)))
     options = (report.num_warps, report.num_stages, report.registers, report.spills, report.shared)

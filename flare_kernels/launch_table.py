@@ -134,6 +134,8 @@ _AXES = {
     "grad_bottleneck_strips": "KNR",
     "grad_weight": "MKR",
     "shrink_tma": "MKR",
+    "shrink_last_adds": "MKR",
+    "grad_weight_last_adds": "MKR",
     "grad_weight_tma": "MKR",
     "grad_input": "MKR",
     "shrink_decode": "MKR",

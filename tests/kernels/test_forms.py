@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +16,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_triton_ops import BF16, F16, F32, F64, KEEP_SCALE, Shape, assert_close, drop, make, poisoned_empty
 
+from flare_kernels import tuning
 from flare_kernels.launch_mode import counting, forcing
 from flare_kernels.triton_ops import partials
 from flare_kernels.triton_ops import primitives as triton_ops
-from flare_kernels.triton_ops.config import TileConfig
+from flare_kernels.triton_ops.config import FORMS, TileConfig
 
 __all__ = ["poisoned_empty"]  # the fixture is in force here too
 
-FORMS = ("triton", "tma", "last_adds")
+by_form = pytest.mark.parametrize("form", ["triton", "tma", "last_adds"])
 #: small tiles: more output tiles than programs; a sum cut into parts; one tile for all
 TILES = {
     "few programs": TileConfig(64, 64, 0, 64, 4, 2, programs=3),
@@ -47,8 +52,9 @@ def framed(x: Tensor) -> Tensor:
 
 
 def forced(form: str, case: str) -> Any:
-    kernels = ("shrink", "grad_weight", "shrink_tma", "grad_weight_tma")
-    return forcing(form=form, **dict.fromkeys(kernels, TILES[case]))
+    kernels = [kernel for step in ("shrink", "grad_weight") for kernel in FORMS[step][form]]
+    general = ("shrink", "grad_weight")  # what is taken where the form cannot be
+    return forcing(form=form, **dict.fromkeys((*kernels, *general), TILES[case]))
 
 
 def launched(names: list[str]) -> list[str]:
@@ -60,7 +66,7 @@ def expected_launches(step: str, form: str, case: str) -> list[str]:
     return [kernel, "sum_partials"] if case == "splits" and form != "last_adds" else [kernel]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@by_form
 def test_shrink(form: str, case: str, device: torch.device) -> None:
     shape = SHAPES[case]
     i = make(shape, device)
@@ -82,7 +88,7 @@ def test_shrink(form: str, case: str, device: torch.device) -> None:
     assert torch.equal(torch.stack(again), torch.stack((T, S)))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@by_form
 def test_grad_weight(form: str, case: str, device: torch.device) -> None:
     shape = SHAPES[case]
     i = make(shape, device)
@@ -143,7 +149,32 @@ def test_counters_are_zero_between_launches(device: torch.device) -> None:
     with forced("last_adds", "splits"):
         first = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         assert not counters.any()
-        counters[0] = 1  # a counter that was not reset: the sum of its tile is taken one program early, or never
+        counters[0] = 1000  # a counter that was not reset: the sum of its tile is never taken
         second = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         counters.zero_()
     assert not torch.equal(first, second)
+
+
+MODELS = (("llama-3.1-8b", 8192), ("xlm-r-large", 8192), ("llama-3.1-8b", 512))
+
+
+@pytest.mark.parametrize(("model", "M"), MODELS)
+def test_each_form_moves_every_tensor_once_and_its_partial_sums_twice(model: str, M: int, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    form_bytes = importlib.import_module("form_bytes")
+    shape, r = tuning.SHAPES[model], 64
+    d, R = shape.d, len(shape.widths) * r
+    streams, bottlenecks = 2 * M * d * 2, 2 * M * R * 2
+    least = {"shrink": streams + R * d * 2 + bottlenecks, "grad_weight": streams + bottlenecks + R * d * 4}
+    partial = {"shrink": 2 * M * R * 4, "grad_weight": R * d * 4}
+    wanted = {problem.step: problem for problem in tuning.problems([shape], [M], [r])}
+    for step, form in itertools.product(least, ("triton", "tma", "last_adds")):
+        launches = form_bytes.launches(wanted[step], form)
+        tiles, grid = launches[0].config, launches[0].grid
+        blocks = -(-(M if step == "shrink" else d) // (tiles.BLOCK_M if step == "shrink" else tiles.BLOCK_K))
+        programs = launches[0].args["tiles"] if form == "tma" else math.prod(grid)
+        splits = programs // (blocks * -(-R // tiles.BLOCK_R))
+        assert len(launches) == (2 if splits > 1 and form != "last_adds" else 1)
+        assert form_bytes.moved(launches) == least[step] + (2 * splits * partial[step] if splits > 1 else 0)
+        if M == 8192 and d == 4096:
+            assert form_bytes.moved(launches) <= 1.15 * least[step]

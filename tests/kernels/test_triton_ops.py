@@ -69,7 +69,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args, **kwargs) -> Tensor:
         out = empty(*args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else 255)
+        return out.fill_(float("nan") if out.is_floating_point() else 255 if out.dtype == torch.uint8 else -1)
 
     monkeypatch.setattr(torch, "empty", poisoned)
 

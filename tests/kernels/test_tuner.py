@@ -250,7 +250,7 @@ print(*sorted({unit.kernel for unit in units}))
         "True False",
         "True",
         "{None}",
-        "grad_input_kernel shrink_kernel sum_partials_kernel",
+        "grad_input_kernel shrink_kernel shrink_tma_kernel sum_partials_kernel",
     ]
 
 
