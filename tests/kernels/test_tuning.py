@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import flare_kernels
-from flare_kernels import forms, launch_mode, launch_table
+from flare_kernels import forms, launch_mode, launch_table, torch_ops
 from flare_kernels.launch_table import Entry, Key, LaunchTable
 from flare_kernels.triton_ops import config, launch
 from flare_kernels.triton_ops import primitives as triton_ops
@@ -214,8 +214,16 @@ def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
 
 
 def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
-    """Each step on its own: the form of its entry, with the kernels' numbers either way."""
-    steps = {"shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"}
+    """Each step on its own: the plain form where an entry says so, with the kernels' numbers either way."""
+    used: list[str] = []
+    for step in ("shrink", "expand_", "grad_bottleneck", "grad_weight", "grad_input"):
+        plain = getattr(torch_ops, step)
+
+        def noted(*args, _step=step, _plain=plain, **kwargs):
+            used.append(_step.strip("_"))
+            return _plain(*args, **kwargs)
+
+        monkeypatch.setattr(torch_ops, step, noted)
     x, x_source, A, B = (torch.randn(*size, device=device) for size in ((70, 24), (70, 24), (5, 24), (9, 5)))
     mask = torch.full((70, 3), 0b10110101, dtype=torch.uint8, device=device)
 
@@ -229,26 +237,32 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
         dA = ops.grad_weight(dT, x, dS, x_source, grad_dtype=A.dtype)
         return [T, S, y, dT, dS, dB, dA, ops.grad_input(dT, A, dtype=x.dtype)]
 
-    want = run(triton_ops)
-    by_rule = steps - {"grad_input"}  # written alone, it is one BLAS call
-    cases = [({}, by_rule), *(({step: "torch"}, by_rule - {step}) for step in steps), ({"grad_input": "triton"}, steps)]
-    for entries, kernels in cases:
-        monkeypatch.setattr(forms, "tuned_entry", lambda step, *_, of=entries: Entry(of[step]) if step in of else None)
-        for ops, launched in ((triton_ops.tuned, kernels), (triton_ops, steps)):  # backend="triton" takes kernels
-            with launch_mode.counting() as names:
-                for _ in range(2):  # the choice is part of what is kept
-                    names.clear()
-                    for got, expected in zip(run(ops), want, strict=True):
-                        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-                    assert {name.removesuffix("_kernel") for name in names} & steps == launched
+    def table(prefers_torch) -> None:
+        monkeypatch.setattr(
+            forms, "tuned_entry", lambda step, *_: Entry("torch") if prefers_torch in (step, "all") else None
+        )
+
+    want = run(triton_ops.tuned)
+    assert used == []
+    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"):
+        table(chosen)
+        with launch_mode.forcing():
+            run(triton_ops.tuned)
+            for got, expected in zip(run(triton_ops.tuned), want, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+            assert used == [chosen] * 2  # the choice is part of what is kept
+            run(triton_ops)
+            assert used == [chosen] * 2  # backend="triton" does not follow the table
+        used.clear()
     # with dropout always the kernels, which copy no stream
-    monkeypatch.setattr(forms, "tuned_entry", lambda *_: Entry("torch"))
-    dT, options = want[3], {"mask": mask, "keep_scale": 2.0}
-    with launch_mode.counting() as names:
+    table("all")
+    dT = want[3]
+    with launch_mode.forcing():
+        options = {"mask": mask, "keep_scale": 2.0}
         triton_ops.tuned.shrink(x, None, A, compute_dtype=x.dtype, **options)
         triton_ops.tuned.grad_weight(dT, x, None, None, grad_dtype=A.dtype, **options)
         triton_ops.tuned.grad_input(dT, A, dtype=x.dtype, **options)
-    assert {name.removesuffix("_kernel") for name in names} >= {"shrink", "grad_weight", "grad_input"}
+    assert used == []
     # dx added to a buffer: one BLAS call, and the kernel's numbers
     out = torch.ones(70, 24, device=device)
     with launch_mode.counting() as names:
