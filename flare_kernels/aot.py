@@ -157,6 +157,10 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
         S, dS = (None, None) if add else (S, dS)  # "add" keeps the sum alone
         common["fusion"] = None if add else case.fusion
         triton_ops.expand_(ys, T, S, Bs, **common)
+        if not case.dropout:
+            # the adapters run first; biases of the base model have its dtype
+            for biases in ([None] * count, [empty(n) for n in widths]):
+                triton_ops.expand_(ys, T, S, Bs, biases=biases, **common)
         triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=adapter_dtype, **common)
         triton_ops.grad_weight(dT, x, dT if add else dS, source, grad_dtype=adapter_dtype, **both)
         dx = triton_ops.grad_input(dT, A, dtype=input_dtype, **masks)

@@ -51,6 +51,7 @@ def calls(
     ys, outs = [draw(M, N), draw(M, N)], [draw(M, N), draw(M, N)]
     outs = [out if out.stride() == y.stride() else torch.empty_like(y) for out, y in zip(outs, ys, strict=True)]
     As, Bs = [draw(R, K, F32), draw(R, K, F32)], [draw(N, R), draw(N, R)]
+    biases = [draw(1, N)[0], draw(1, N)[0]]
     mask, mask_source = (torch.zeros(M, (K + 7) // 8, dtype=torch.uint8) for _ in range(2))
     seed, masks = torch.tensor(3), {"mask": mask, "keep_scale": 1.25}
     both = masks | {"mask_source": mask_source}
@@ -67,6 +68,8 @@ def calls(
         S_or_none = None if fusion is None else S
         yield lambda phi=phi, S=S_or_none: ops.expand_(ys, T, S, Bs, **phi)
         yield lambda phi=phi, S=S_or_none: ops.expand_(ys, T, S, Bs, outs=outs, **phi)
+        for some in (biases, [None, None]):
+            yield lambda phi=phi, S=S_or_none, some=some: ops.expand_(ys, T, S, Bs, biases=some, **phi)
         yield lambda phi=phi, S=S_or_none: ops.expand_(ys[:1], T[:, :R], S, Bs[:1], **phi | {"scalings": [1]})
         for wanted in ({"dT": dT, "dS": dS}, {"B_grad_dtype": F32}, {"dT": dT, "dS": dS, "B_grad_dtype": BF16}):
             yield lambda phi=phi, S=S_or_none, w=wanted: ops.grad_bottleneck(ys, T, S, Bs, **w, **phi)

@@ -114,7 +114,7 @@ def test_adapters_first_is_right(case: str, backend: str, device, orders) -> Non
 @by_backend
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_in_16_bit_it_is_as_close_to_float64_as_pefts_eager_form(dtype: torch.dtype, backend: str, device) -> None:
-    """Outputs and dx by norm: at most 1.1 times the error of base + (H B^T) s, with its three roundings."""
+    """Outputs and dx by norm: at most the error of base + (H B^T) s, with its three roundings."""
     t = make(dtype, device, M=70, d=256, r=8)
     wide = {key: value.double() for key, value in t.items()}
     truth = run(wide, "qv", "qkv", "reference", fusion="add")
@@ -133,7 +133,7 @@ def test_in_16_bit_it_is_as_close_to_float64_as_pefts_eager_form(dtype: torch.dt
     eager["dx"] = eager["x"].grad
     for key in ("y.q", "y.k", "y.v", "dx"):
         error, peft = ((one[key].double() - truth[key]).norm() / truth[key].norm() for one in (got, eager))
-        assert error <= 1.1 * peft, f"{key}: {error:.3e}, PEFT's eager form {peft:.3e}"
+        assert error <= peft, f"{key}: {error:.3e}, PEFT's eager form {peft:.3e}"
 
 
 @by_backend

@@ -244,7 +244,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
 
     want = run(triton_ops.tuned)
     assert used == []
-    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"):
+    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight"):
         table(chosen)
         with launch_mode.forcing():
             run(triton_ops.tuned)
@@ -254,6 +254,13 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
             run(triton_ops)
             assert used == [chosen] * 2  # backend="triton" does not follow the table
         used.clear()
+    # dx written alone is one BLAS call by the general rule
+    for entry, launched in ((None, []), (Entry("torch"), []), (Entry("triton"), ["grad_input_kernel"])):
+        monkeypatch.setattr(forms, "tuned_entry", lambda *_, entry=entry: entry)
+        with launch_mode.counting() as names:
+            dx = triton_ops.tuned.grad_input(want[3], A, dtype=x.dtype)
+        torch.testing.assert_close(dx, want[-1], rtol=1e-4, atol=1e-4)
+        assert names == launched
     # with dropout always the kernels, which copy no stream
     table("all")
     dT = want[3]
