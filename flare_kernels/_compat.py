@@ -23,6 +23,11 @@ def current_cuda_device() -> Callable[[], int]:
     return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
+def sleep_on_device(cycles: int) -> None:
+    """Let the current CUDA stream wait for a number of clock cycles."""
+    torch.cuda._sleep(cycles)
+
+
 def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., Any] | None, str]:
     """Return the launcher of a compiled kernel, which takes every argument by position.
 
@@ -39,8 +44,3 @@ def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[...,
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return None, "a compiled kernel's launcher does not take its arguments by position"
     return runner, ""  # type: ignore[no-any-return]
-
-
-def sleep_on_device(cycles: int) -> None:
-    """Let the current CUDA stream wait for a number of clock cycles."""
-    torch.cuda._sleep(cycles)
