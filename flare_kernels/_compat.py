@@ -17,15 +17,15 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
+def sleep_on_device(cycles: int) -> None:
+    """Let the current CUDA stream wait for a number of clock cycles."""
+    torch.cuda._sleep(cycles)
+
+
 def current_cuda_device() -> Callable[[], int]:
     """Return the cheapest getter of the current CUDA device's index."""
     # torch.cuda.current_device() also initialises CUDA, which a tensor on the device has already done
     return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-
-
-def sleep_on_device(cycles: int) -> None:
-    """Let the current CUDA stream wait for a number of clock cycles."""
-    torch.cuda._sleep(cycles)
 
 
 def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., Any] | None, str]:
