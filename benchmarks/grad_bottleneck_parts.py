@@ -1,0 +1,191 @@
+"""What holds grad_bottleneck: its row programs and strip programs timed apart and together, over tiles and forms.
+
+    python benchmarks/grad_bottleneck_parts.py --output parts.json      # a CUDA device; --dry: the interpreter, small
+
+"rows" asks for dT and dS alone, "strips" for dB alone, "both" for all. Where Nsight Compute (ncu) is on PATH, the best
+of each is run under it as well, for the L2 hit rate and the bytes that memory moved. --output gets one JSON object: the
+run's conditions and one row per measurement, whole after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bottleneck_bytes
+import torch
+from results import Recorder
+from timing import Effort, Rotation, interleave
+from torch import Tensor
+
+from flare_kernels.launch_mode import forcing
+from flare_kernels.triton_ops import primitives
+from flare_kernels.triton_ops.config import FORMS, TileConfig
+
+#: Name -> widths of q and v; the tokens and the rank are the same for both.
+SHAPES = {"llama-3.1-8b": (4096, 1024), "xlm-r-large": (1024, 1024)}
+M, R = 8192, 64
+PARTS = ("rows", "strips", "both")
+_METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_sector_hit_rate.pct": "l2_hit_percent"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a part of the work, the form that does it, and the tiles of all its kernels."""
+
+    shape: str
+    part: str
+    form: str
+    tiles: TileConfig
+
+    def forced(self) -> Any:
+        return forcing(form=self.form, **dict.fromkeys(FORMS["grad_bottleneck"][self.form], self.tiles))
+
+
+def cases(shape: str) -> Iterator[Case]:
+    """The parts apart over tiles, then together over tiles and forms."""
+    grid = itertools.product((64, 128), (64, 128), (128, 256), (4, 8), (3, 4), (132, 264))
+    for m, k, n, warps, stages, programs in grid:
+        if k == 128 and (n == 256 or stages == 4):  # beyond a block's shared memory
+            continue
+        tiles = TileConfig(m, k, n, R, warps, stages, programs)
+        if n == 128 and programs == 132:  # neither matters to rows
+            yield Case(shape, "rows", "triton", tiles)
+        if m == 64:
+            yield Case(shape, "strips", "triton", tiles)
+        for form in ("triton", "rows_first", "two_launches"):
+            yield Case(shape, "both", form, tiles)
+
+
+def inputs(shape: str, tokens: int, device: torch.device) -> Callable[[], dict[str, Any]]:
+    """Return a function that draws the operands of a shape (see the module's names)."""
+    widths = SHAPES[shape] if device.type == "cuda" else tuple(n // 32 for n in SHAPES[shape])
+
+    def randn(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+
+    def make() -> dict[str, Any]:
+        T, S, dT, dS = (randn(tokens, len(widths) * R) for _ in range(4))
+        Gs, Bs = [randn(tokens, n) for n in widths], [randn(n, R) for n in widths]
+        return {"Gs": Gs, "T": T, "S": S, "Bs": Bs, "dT": dT, "dS": dS}
+
+    return make
+
+
+def run(part: str, t: dict[str, Any]) -> list[Tensor] | None:
+    """Compute a part of the gradients from one set of operands."""
+    outs: dict[str, Any] = {} if part == "strips" else {"dT": t["dT"], "dS": t["dS"]}
+    outs |= {} if part == "rows" else {"B_grad_dtype": torch.float32}
+    call = {"scalings": [2.0] * len(t["Gs"]), "fusion": "add_relu"}
+    return primitives.grad_bottleneck(t["Gs"], t["T"], t["S"], t["Bs"], **call, **outs)
+
+
+def measure(case: Case, rotation: Rotation, device: torch.device, how: Effort) -> dict[str, Any]:
+    """Return the row of one case: seconds, or why there are none."""
+    row = {
+        "case": f"{case.shape}/{case.part}",
+        "variant": f"{case.form} {_short(case.tiles)}",
+        "form": case.form,
+        "tiles": asdict(case.tiles),
+        "floor_bytes": bottleneck_bytes.least(M, SHAPES[case.shape], R),
+    }
+    try:
+        with case.forced():
+            samples = interleave({"it": lambda: run(case.part, rotation.next())}, device, how=how)["it"]
+    except Exception as error:  # what a compiler or a card refuses
+        return row | {"status": "refused", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
+    return row | {"status": "timed", **samples.row()}
+
+
+def counters(case: Case) -> dict[str, Any]:
+    """Return what Nsight Compute counts in one call of a case, summed over its launches; {} where it cannot be run."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        return {}
+    again = [sys.executable, __file__, "--once", json.dumps(asdict(case))]
+    options = ["--csv", "--kernel-name", "regex:grad_bottleneck", "--metrics", ",".join(_METRICS)]
+    done = subprocess.run([ncu, *options, *again], capture_output=True, text=True)
+    return parse_counters(done.stdout) if done.returncode == 0 else {}
+
+
+def parse_counters(text: str) -> dict[str, Any]:
+    """Return the counters in ncu's CSV: bytes summed over launches, the hit rate of each launch."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    scale = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+    found: dict[str, Any] = {}
+    for line in csv.DictReader(io.StringIO("\n".join(lines))):
+        name, value = _METRICS.get(line["Metric Name"]), float(line["Metric Value"].replace(",", ""))
+        if name == "dram_bytes":
+            found[name] = found.get(name, 0.0) + value * scale[line["Metric Unit"]]
+        elif name == "l2_hit_percent":
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _short(tiles: TileConfig) -> str:
+    return (
+        f"M{tiles.BLOCK_M} K{tiles.BLOCK_K} N{tiles.BLOCK_N} w{tiles.num_warps} s{tiles.num_stages} p{tiles.programs}"
+    )
+
+
+def table(rows: list[dict[str, Any]], most: int = 8) -> str:
+    """Return the fastest rows of each case as text."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        timed = [row for row in rows if row["case"] == case and row["status"] == "timed"]
+        for row in sorted(timed, key=lambda row: float(row["median_s"]))[:most]:
+            counted = "".join(f"   {name} {row[name]}" for name in _METRICS.values() if name in row)
+            lines.append(f"{case:<22}{row['median_s'] * 1e6:10.1f} us   {row['variant']}{counted}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write and print; return 0."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, help="the JSON file to write")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--most", type=int, help="measure this many cases of each shape at most")
+    parser.add_argument("--dry", action="store_true", help="small sizes in Triton's interpreter, on the CPU")
+    parser.add_argument("--once", help=argparse.SUPPRESS)  # one call of one case, for ncu
+    options = parser.parse_args(arguments)
+    if not (options.dry or torch.cuda.is_available()):
+        parser.error("no CUDA device: --dry takes the same path on the CPU, with TRITON_INTERPRET=1")
+    if options.dry and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--dry needs TRITON_INTERPRET=1 in the environment, before Triton is imported")
+    device = torch.device("cpu" if options.dry else "cuda")
+    tokens, how = (128, Effort(0.0, 1, 1, 1)) if options.dry else (M, Effort(0.02, 10, 100, 2))
+    if options.once:
+        case = json.loads(options.once)
+        case = Case(**(case | {"tiles": TileConfig(**case["tiles"])}))
+        with case.forced():
+            run(case.part, inputs(case.shape, tokens, device)())
+        return 0
+    recorder = Recorder(options.output)
+    for shape in options.shapes:
+        rotation = Rotation(inputs(shape, tokens, device), device)
+        best: dict[str, tuple[dict[str, Any], Case]] = {}
+        for case in itertools.islice(cases(shape), options.most):
+            row = measure(case, rotation, device, how)
+            recorder.add([row])
+            before = best.get(case.part)
+            if row["status"] == "timed" and (before is None or row["median_s"] < before[0]["median_s"]):
+                best[case.part] = row, case
+        for row, case in best.values() if device.type == "cuda" else ():
+            recorder.add([row | counters(case)])
+    print(table(recorder.cases))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The forms of grad_bottleneck against float64 mathematics, with tiles of other sizes, and the bytes that each moves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from test_triton_ops import BF16, F32, F64, Shape, assert_close, hidden, make, poisoned_empty
+
+from flare_kernels.fusion import get_fusion
+from flare_kernels.launch_mode import counting, forcing, recording
+from flare_kernels.triton_ops import primitives as triton_ops
+from flare_kernels.triton_ops.config import FORMS, TileConfig
+
+__all__ = ["poisoned_empty"]  # the fixture is in force here too
+
+KERNEL, ADD = "grad_bottleneck_kernel", "sum_partials_kernel"
+by_form = pytest.mark.parametrize("form", [form for form in FORMS["grad_bottleneck"] if form != "torch"])
+#: (M, K, N, R): steps shorter and longer than a row tile, R in blocks; chunks that do not divide M
+TILES = {"short steps": (32, 16, 32, 16), "long steps": (16, 32, 64, 32)}
+
+
+def forced(form: str, tiles: str) -> Any:
+    m, k, n, r = TILES[tiles]
+    config = TileConfig(m, k, n, r, num_warps=4, num_stages=2, programs=40)
+    return forcing(form=form, **dict.fromkeys(FORMS["grad_bottleneck"][form], config))
+
+
+@by_form
+@pytest.mark.parametrize(("tiles", "dtype"), [("short steps", F32), ("long steps", BF16)], ids=str)
+def test_a_form_is_right(form: str, tiles: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Two projections of different widths, a sum over the rows in several parts, halves left out."""
+    parts = [make(Shape(M=267, N=N, R=20, compute=dtype), device) for N in (70, 33)]
+    Gs, Bs = [i.G for i in parts], [i.B for i in parts]
+    T, S = torch.cat([i.T for i in parts], 1), torch.cat([i.S for i in parts], 1)
+    dT, dS, only_dT, only_dS = (torch.empty_like(T) for _ in range(4))
+    phi: dict[str, Any] = {"scalings": [0.7, 2.0], "fusion": "mul_relu"}
+    with forced(form, tiles):
+        with counting() as names:
+            dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=F32, **phi)
+        only_dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, B_grad_dtype=F32, **phi)
+        assert triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=only_dT, dS=only_dS, **phi) is None
+    assert names == [KERNEL] * (2 if form == "two_launches" else 1) + [ADD]
+    assert torch.equal(only_dT, dT) and torch.equal(only_dS, dS)
+    assert all(torch.equal(a, b) for a, b in zip(only_dBs, dBs, strict=True))
+    for at, (i, scaling) in enumerate(zip(parts, phi["scalings"], strict=True)):
+        columns, results = slice(20 * at, 20 * at + 20), {}
+        for to in (dtype, F64):
+            dH = scaling * (i.G.to(to) @ i.B.to(to))
+            grads = get_fusion("mul_relu").backward(dH, i.S.to(to), i.T.to(to))
+            results[to] = [*grads, (scaling * i.G.to(to)).T @ hidden(i.T, i.S, "mul_relu", to)]
+        for got, plain, truth in zip(
+            (dT[:, columns], dS[:, columns], dBs[at]), results[dtype], results[F64], strict=True
+        ):
+            assert_close(got, plain, truth, dtype)
+
+
+def test_rows_first_moves_programs_and_adds_none() -> None:
+    """The grid holds a program for each tile of rows and strips for each chunk, in one group or in one per chunk."""
+    G, B, T = torch.empty(8192, 4096), torch.empty(4096, 64), torch.empty(8192, 64)
+    config = TileConfig(64, 64, 128, 64, num_warps=4, num_stages=2, programs=264)
+    grids = {}
+    for form in ("triton", "rows_first"):
+        with forcing(form=form, grad_bottleneck=config), recording(227 * 1024) as launches:
+            triton_ops.grad_bottleneck(
+                [G], T, None, [B], scalings=[1.0], fusion=None, dT=torch.empty_like(T), B_grad_dtype=F32
+            )
+        args = launches[0].args
+        chunks = -(-8192 // args["chunk_rows"])
+        assert args["group_chunks"] == (1 if form == "triton" else chunks) and chunks == 8
+        grids[form] = launches[0].grid
+    assert grids["triton"] == grids["rows_first"] == (8192 // 64 + 8 * 32,)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("bottleneck_bytes")
+
+
+LLAMA: dict[str, Any] = {"M": 8192, "widths": (4096, 1024), "r": 64}
+
+
+def test_bytes_of_each_form(counts: Any) -> None:
+    """Llama's q and v: MB as written here, from shapes alone; partial sums of dB are written and read once more."""
+    M, N, r = 8192, 5120, 64
+    floor = 2 * M * N + 4 * (2 * M * 2 * r) + 2 * N * r + 4 * N * r
+    assert counts.least(**LLAMA) == floor == 94_240_768
+    for form in ("triton", "rows_first", "two_launches"):
+        splits = counts.splits_of(form, **LLAMA, shared_bytes=227 * 1024)
+        again = 0 if form == "triton" else 2 * M * N + 2 * (2 * M * 2 * r)
+        assert counts.of_form(form, **LLAMA) == floor + again + 2 * splits * 4 * N * r
+    assert counts.of_form("triton", **LLAMA) < 1.2 * floor
+
+
+def test_a_form_that_reads_G_once_moves_too_much(counts: Any) -> None:
+    """Partial sums of dH and dB that keep an H200 busy (132 multiprocessors) cost more than the second read of G."""
+    assert counts.ONCE_LIMIT == 1.3
+    for programs in (100, 132, 264):
+        assert counts.least_reading_once(**LLAMA, programs=programs) > 1.5 * counts.least(**LLAMA)
+    # few enough partial sums leave most of the device idle
+    few = max(p for p in range(1, 133) if counts.least_reading_once(**LLAMA, programs=p) <= 1.3 * counts.least(**LLAMA))
+    assert few <= 20
+
+
+def test_the_parts_are_timed_in_a_dry_run(tmp_path: Path) -> None:
+    """The script of benchmarks/ times rows, strips and both in the interpreter, and writes each."""
+    out, root = tmp_path / "parts.json", Path(__file__).parents[2]
+    command = [sys.executable, "benchmarks/grad_bottleneck_parts.py", "--dry", "--shapes", "xlm-r-large", "--most", "3"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([*command, "--output", str(out)], capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [(row["case"], row["status"]) for row in result["cases"]] == [
+        (f"xlm-r-large/{part}", "timed") for part in ("rows", "strips", "both")
+    ]
+    assert all(part in done.stdout for part in ("rows", "strips", "both")) and "torch" in result["run"]["versions"]
+
+
+def test_counters_are_read_from_ncu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    parts = importlib.import_module("grad_bottleneck_parts")
+    rows = [("dram__bytes.sum", "Mbyte", "92.5"), ("lts__t_sector_hit_rate.pct", "%", "51.48")]
+    rows += [("dram__bytes.sum", "byte", "1,500"), ("lts__t_sector_hit_rate.pct", "%", "30")]
+    text = "==PROF== Connected\n" + "\n".join(
+        ",".join(f'"{cell}"' for cell in row) for row in [("Metric Name", "Metric Unit", "Metric Value"), *rows]
+    )
+    assert parts.parse_counters(text) == {"dram_bytes": 92_501_500.0, "l2_hit_percent": [51.48, 30.0]}
