@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,10 @@ def fingerprint(root: Path = ROOT) -> str:
 
 
 def run_conditions(**more: Any) -> dict[str, Any]:
-    """Device, versions, commit, sources and date of this process; FLARE_COMMIT names the commit where git cannot."""
+    """Device, versions, commit, sources and date of this process."""
     from flare.environment import environment, now  # brings torch along, which reading results does not need
 
-    found = environment()
-    found["commit"] = os.environ.get("FLARE_COMMIT") or found["commit"]
-    return {**found, "sources": fingerprint(), "date": now(), **more}
+    return {**environment(), "sources": fingerprint(), "date": now(), **more}
 
 
 class Recorder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -44,7 +45,12 @@ def now() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from ("-dirty" where files differ), None where there is none."""
+    """The commit of the checkout this package runs from ("-dirty" where files differ), None where there is none.
+
+    The environment variable FLARE_COMMIT goes first: it names the commit of files that were copied without git.
+    """
+    if named := os.environ.get("FLARE_COMMIT"):
+        return named
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

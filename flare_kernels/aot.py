@@ -14,8 +14,10 @@ Spills elsewhere are printed. Needs Triton, and its bundled ``cuobjdump``; no GP
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import os
@@ -196,7 +198,8 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
     )
     options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": True}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", unit.capability, 32), options=options)
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the whole assembly that ptxas refuses
+            compiled = triton.compile(source, target=GPUTarget("cuda", unit.capability, 32), options=options)
     except Exception as error:
         return {"registers": 0, "spills": 0, "shared": 0, "error": f"{type(error).__name__}: {error}"}
     registers, spills = _resource_usage(compiled.asm["cubin"])

@@ -67,8 +67,8 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     # dx written alone; one BLAS call was faster than the kernel on an H200 (27 against 32 us, Llama 8B at M = 8192)
     "grad_input": {"torch": (), "triton": ("grad_input",)},
     "decode": {"triton": ("shrink_decode", "expand_decode")},
-    # what runs first where a node owns the frozen product (flare_kernels/order.py); q and v, forward and backward, on an
-    # H200 at M = 8192: 1110 against 1149 us (Llama 8B), 206 against 210 us (XLM-R Large)
+    # what runs first where a node owns the frozen product (flare_kernels/order.py); q and v, forward and backward, on
+    # an H200 at M = 8192: 1110 against 1149 us (Llama 8B), 206 against 210 us (XLM-R Large)
     "order": {"adapter_first": (), "frozen_first": ()},
 }
 

@@ -8,6 +8,7 @@ rounds, the best of each form and the best three once more in turn, and the fast
 from __future__ import annotations
 
 import contextlib
+import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from .variants import Variant, variants
 #: Rounds of the first timing of every variant, and of the second of the best.
 _FIRST_ROUNDS, _SECOND_ROUNDS = 2, 5
 _FINALISTS = 3
+#: Ratio of two medians that is noise.
+_NOISE = 1.02
 TIMING = "device events, launches queued ahead of the device, rotating inputs, median of 5 rounds of 10 calls"
 
 
@@ -85,7 +88,8 @@ def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: fl
     for variant in variants(problem, shared_memory_bytes(device), capability(device)):
         finding.tried += 1
         try:
-            with variant.forced():
+            # what could not be compiled ahead is compiled here; Triton prints the whole assembly that ptxas refuses
+            with variant.forced(), contextlib.redirect_stdout(io.StringIO()):
                 if check(run):
                     timed.append((timer(run, inputs, rounds=_FIRST_ROUNDS), variant))
                 else:
@@ -99,11 +103,14 @@ def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: fl
         for index, variant in enumerate(finalists):
             with variant.forced():
                 us[index].append(timer(run, inputs, rounds=1))
-    for median, variant in sorted(((statistics.median(us[i]), one) for i, one in enumerate(finalists)), key=_first):
-        finding.best = finding.best or variant
+    medians = sorted(((statistics.median(us[i]), one) for i, one in enumerate(finalists)), key=_first)
+    for median, variant in medians:
         finding.us.setdefault(variant.form, median)
         if variant is rule:
             finding.us[variant.form + GENERAL_RULE] = median
+    # the general rule's form stays where another one's lead is within the noise
+    usual = [one for us, one in medians if rule and one.form == rule.form and us <= _NOISE * medians[0][0]]
+    finding.best = next(iter(usual + [one for _, one in medians]), None)
     return finding
 
 
