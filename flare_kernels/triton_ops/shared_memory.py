@@ -39,15 +39,15 @@ def _grad_input(t: TileConfig) -> int:
 #: kernel -> bytes.
 LEAST_BYTES: dict[str, Callable[[TileConfig], int]] = {
     "shrink": _shrink,
+    "shrink_tma": _shrink,
+    "shrink_last_adds": _shrink,
     "expand": _expand,
     "grad_bottleneck": lambda t: max(_grad_bottleneck_rows(t), _grad_bottleneck_strips(t)),
     "grad_bottleneck_rows": _grad_bottleneck_rows,
     "grad_bottleneck_strips": _grad_bottleneck_strips,
     "grad_weight": _grad_weight,
-    "shrink_tma": _shrink,
-    "shrink_last_adds": _shrink,
-    "grad_weight_last_adds": _grad_weight,
     "grad_weight_tma": _grad_weight,
+    "grad_weight_last_adds": _grad_weight,
     "grad_input": _grad_input,
 }
 

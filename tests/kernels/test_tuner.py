@@ -233,7 +233,6 @@ from flare_kernels import aot, tuning
 from flare_kernels.tuning import compiling
 from flare_kernels.triton_ops import config
 config._CANDIDATES = dict.fromkeys(config.KERNELS, ((64,), (64,), (64,), (4,), (3,), (132,)))
-config.FORMS |= {step: {"triton": (step,), "torch": ()} for step in ("shrink", "grad_input")}
 compiling.capability = lambda device: 90
 shape, device = tuning.Shape("small", 512, (512, 256)), torch.device("cpu")
 wanted = [p for p in tuning.problems([shape], [256, 2048], [64]) if p.step in ("shrink", "grad_input")]
