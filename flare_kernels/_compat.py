@@ -17,6 +17,11 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
+def sleep_on_device(cycles: int) -> None:
+    """Let the current CUDA stream wait for a number of clock cycles."""
+    torch.cuda._sleep(cycles)
+
+
 def current_cuda_device() -> Callable[[], int]:
     """Return the cheapest getter of the current CUDA device's index."""
     # torch.cuda.current_device() also initialises CUDA, which a tensor on the device has already done
@@ -39,8 +44,3 @@ def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[...,
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return None, "a compiled kernel's launcher does not take its arguments by position"
     return runner, ""  # type: ignore[no-any-return]
-
-
-def sleep_on_device(cycles: int) -> None:
-    """Let the current CUDA stream wait for a number of clock cycles."""
-    torch.cuda._sleep(cycles)

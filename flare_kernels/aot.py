@@ -298,9 +298,9 @@ def compile_units(units: Iterable[Unit], jobs: int = 2) -> Iterator[dict[str, An
 
 def compiler_pool(jobs: int) -> ProcessPoolExecutor:
     """Return a pool of processes for :func:`compile_unit`."""
-    # forked from a server that has imported torch once and runs no threads; this process has threads of torch and LLVM
+    # forked from a server that imports torch once and runs no threads; this process has threads of torch and LLVM
     context = get_context("forkserver")
-    context.set_forkserver_preload(["flare_kernels.triton_ops.primitives"])
+    context.set_forkserver_preload(["__main__", "flare_kernels.triton_ops.primitives"])
     return ProcessPoolExecutor(jobs, mp_context=context)
 
 

@@ -204,10 +204,10 @@ def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
 #: What the tuner tries for aligned 2-byte operands: BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs wanted.
 _CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "shrink": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (128, 264)),
-    "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (264, 512, 1056)),
+    "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (512, 1056)),
     "grad_bottleneck": ((64, 128), (0,), (64, 128), (4, 8), (3, 4), (128, 192, 264)),
-    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (128, 256, 512)),
-    "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (264, 512, 1056)),
+    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (64, 128, 256)),
+    "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (512,)),
     "shrink_decode": ((16,), (64, 128, 256), (0,), (4, 8), (2, 3), (1,)),
     "expand_decode": ((16,), (0,), (32, 64, 128), (2, 4), (1,), (1,)),
 }

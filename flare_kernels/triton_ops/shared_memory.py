@@ -15,21 +15,40 @@ def _shrink(t: TileConfig) -> int:
     return 2 * t.num_stages * (2 * t.BLOCK_M * t.BLOCK_K + t.BLOCK_R * t.BLOCK_K)
 
 
-def _grad_bottleneck(t: TileConfig) -> int:
-    # a strip's G, T and S; the last T is consumed before the epilogue's
-    hidden = t.BLOCK_M * t.BLOCK_R
-    return 2 * (t.num_stages * (t.BLOCK_M * t.BLOCK_N + 2 * hidden) - hidden)
+def _expand(t: TileConfig) -> int:
+    return 2 * (t.num_stages * t.BLOCK_N * t.BLOCK_R + t.BLOCK_M * t.BLOCK_R)
+
+
+def _grad_bottleneck_rows(t: TileConfig) -> int:
+    return 2 * t.num_stages * t.BLOCK_K * (t.BLOCK_M + t.BLOCK_R)
+
+
+def _grad_bottleneck_strips(t: TileConfig) -> int:
+    # T and S are consumed before G: one copy less of them waits
+    return 2 * t.BLOCK_K * (t.num_stages * t.BLOCK_N + (t.num_stages - 1) * 2 * t.BLOCK_R)
 
 
 def _grad_weight(t: TileConfig) -> int:
     return 2 * t.num_stages * (2 * t.BLOCK_M * t.BLOCK_K + 2 * t.BLOCK_M * t.BLOCK_R)
 
 
-#: kernel -> bytes; the tiles of other kernels are never near the limit.
+def _grad_input(t: TileConfig) -> int:
+    return 2 * (t.num_stages * t.BLOCK_K * t.BLOCK_R + t.BLOCK_M * t.BLOCK_R)
+
+
+#: kernel -> bytes.
 LEAST_BYTES: dict[str, Callable[[TileConfig], int]] = {
     "shrink": _shrink,
-    "grad_bottleneck": _grad_bottleneck,
+    "shrink_tma": _shrink,
+    "shrink_last_adds": _shrink,
+    "expand": _expand,
+    "grad_bottleneck": lambda t: max(_grad_bottleneck_rows(t), _grad_bottleneck_strips(t)),
+    "grad_bottleneck_rows": _grad_bottleneck_rows,
+    "grad_bottleneck_strips": _grad_bottleneck_strips,
     "grad_weight": _grad_weight,
+    "grad_weight_tma": _grad_weight,
+    "grad_weight_last_adds": _grad_weight,
+    "grad_input": _grad_input,
 }
 
 

@@ -1,6 +1,6 @@
 """The offline tuner of the kernels' launches: ``flare bench --tune``. Needs Triton."""
 
-from .problems import SHAPES, Problem, Shape, problems
+from .problem import SHAPES, Problem, Shape, problems
 from .search import tune
 
 __all__ = ["SHAPES", "Problem", "Shape", "problems", "tune"]

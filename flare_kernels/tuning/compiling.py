@@ -15,7 +15,7 @@ from ..forms import capability
 from ..launch_mode import recording
 from ..triton_ops import primitives as triton_ops
 from ..triton_ops.launch import shared_memory_bytes
-from .problems import Problem
+from .problem import Problem
 from .variants import variants
 
 

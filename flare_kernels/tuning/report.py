@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..launch_table import Entry
-from .problems import Problem
+from .problem import Problem
 from .variants import Variant
 
 _SIZES = f"{'step':<16}{'shape':<14}{'tokens':<9}{'rank':<7}"

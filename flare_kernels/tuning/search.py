@@ -21,7 +21,7 @@ from ..forms import capability
 from ..launch_mode import forcing
 from ..launch_table import LaunchTable
 from ..selection import backends, interpreting
-from .problems import FUSION, Inputs, Problem
+from .problem import FUSION, Inputs, Problem
 from .report import GENERAL_RULE, HEADER, Finding, distances, summary
 from .timing import DeviceTimer, Timer, copy_bandwidth, nbytes, rotation
 from .variants import Variant, variants

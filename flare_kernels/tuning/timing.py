@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, cuda
 
 from .._compat import sleep_on_device
-from .problems import Inputs, Problem
+from .problem import Inputs, Problem
 
 #: The most sets of inputs that rotate.
 _MOST_SETS = 128

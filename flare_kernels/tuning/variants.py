@@ -10,7 +10,7 @@ from typing import Any
 from ..launch_mode import forcing
 from ..triton_ops.config import FORMS, TileConfig, can_run, candidates
 from ..triton_ops.shared_memory import least_shared_bytes
-from .problems import Problem
+from .problem import Problem
 
 _LETTERS = {"BLOCK_M": "M", "BLOCK_K": "K", "BLOCK_N": "N", "num_warps": " w", "num_stages": " s", "programs": " p"}
 
