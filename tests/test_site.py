@@ -28,7 +28,7 @@ from flare.tuner import site as sites
 from flare.tuner.layer import SITE
 from flare.tuner.site import SiblingLinear, Site
 from flare_kernels import dropout as kernel_dropout
-from flare_kernels import reference
+from flare_kernels import launch_mode, reference
 
 # (query, key, value) of a family
 NAMES = {
@@ -243,6 +243,20 @@ def test_inference(mode, calls) -> None:
     plain = {k: v for k, v in inputs.items() if not k.startswith("source") and k != "labels"}
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**plain, **options), twin.generate(**plain, **options))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_adapters_first_gives_the_same_step(family, dropout) -> None:
+    """Over a whole model, with the biases of XLM-R and a key without an adapter."""
+    model, inputs, results = fused(family, dtype=torch.float64, lora_dropout=dropout), tiny.batch(family), []
+    for form in ("frozen_first", "adapter_first"):
+        with launch_mode.forcing(form=form):
+            torch.manual_seed(3)
+            results.append(step(model, inputs))
+            orders = [plan for key, plan in launch_mode.current.plans.items() if key[0] == "order"]
+        assert orders and all((order is not None) == (form == "adapter_first") for order in orders)
+    assert_same(*reversed(results))
 
 
 def by_the_oracle(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
