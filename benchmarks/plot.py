@@ -121,7 +121,7 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     axes[0][0].set_ylabel("ms a step (median, quartiles)")
     axes[1][0].set_ylabel("peak memory, MiB")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    columns = 4 if axes.shape[1] > 1 else 3
+    columns = 3 if axes.shape[1] > 1 else 2
     figure.legend(handles[::-1], labels[::-1], fontsize=8, ncols=columns, loc="outside upper center")
     _save(figure, path, caption(run, [r["conditions"] for own in models.values() for r in own]))
     plt.close(figure)

@@ -51,7 +51,7 @@ def table(run: dict[str, Any], rows: list[Row]) -> str:
         parts.append(
             "**Small stand-ins on a CPU**: FLOPs, bytes and launches are exact; seconds only say how this CPU does."
         )
-    parts += [costs(rows), "# Every row"]
+    parts += ["# What each method costs", costs(rows), "# Every row"]
     for question, title in _TITLES.items():
         own = [row for row in rows if row["question"] == question]
         if own:
