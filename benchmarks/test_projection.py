@@ -9,8 +9,10 @@ timed:
   PEFT layers stand in test_block.py and test_training_step.py). bf16 adapters; with lora_dropout 0.1; float32 adapters
   under bf16 autocast (PEFT's default); bf16 adapters under torch.compile.
 - ``addmm-*``: the hand-written addmm form (this package's "torch" backend), each projection alone or jointly.
-- ``flare-*``: what the package picks on this device. ``joint`` is fused_lora_qkv with the frozen weights, which owns dx
-  of the frozen products; ``adapter-only`` is its adapters' share alone, on frozen outputs that are there already.
+- ``flare-*``: what the package picks on this device. ``joint`` is fused_lora_qkv with the frozen weights, which makes
+  the frozen products and their dx, as a layer of a model does; ``frozen-first`` and ``adapter-first`` are the same with
+  the order of product and adapter forced; ``adapter-only`` is the adapters' share alone, on frozen outputs that are
+  there already.
 
 With nf4 weights (bitsandbytes) the frozen product stays with its library, and no row owns its dx.
 """
@@ -18,11 +20,13 @@ With nf4 weights (bitsandbytes) the frozen product stays with its library, and n
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import floors
 import peft
 import pytest
 import shapes
@@ -35,7 +39,8 @@ from torch import Tensor, nn
 
 import flare_kernels
 from flare.measure import count_flops, count_ops, peak_bytes, saved_bytes, transient_bytes
-from flare_kernels import fused_lora, fused_lora_qkv, reference
+from flare_kernels import fused_lora, fused_lora_qkv, launch_mode, reference
+from flare_kernels.launch_mode import forcing, using
 
 FUSION = "add_relu"
 SCALING = 2.0
@@ -52,10 +57,13 @@ VARIANTS = (
     "addmm-joint",
     "flare-separate",
     "flare-joint",
+    "flare-frozen-first",
+    "flare-adapter-first",
     "flare-joint-dropout",
     "flare-joint-fp32-autocast",
     "flare-adapter-only",
 )
+_ORDERS = ("flare-frozen-first", "flare-adapter-first")
 CONDITIONS = (
     "bf16, add_relu, forward + backward (dx, dA, dB), q and v adapted, frozen products included, "
     "inputs rotated through twice the L2 cache"
@@ -64,7 +72,7 @@ CONDITIONS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What distinguishes a variant: how it projects, its adapters' dtype, dropout, autocast.
+    """What distinguishes a variant: how it projects, its adapters' dtype, dropout, autocast, the order that is forced.
 
     ``gated`` stands in for ``project`` in the comparison with the oracle, at ``gated_p``: p = 0.5, where 1 / (1 - p) is
     exact in bf16. At 0.1 the rounding of x / (1 - p) flips the sign of some T near zero, and relu's derivative with it.
@@ -74,6 +82,7 @@ class Row:
     adapters: torch.dtype = BF16
     dropout: float = 0.0
     autocast: bool = False
+    order: str = ""
     gated: Project | None = None
     gated_p: float = 0.0
 
@@ -205,14 +214,20 @@ def separate(backend: str, frozen: Frozen) -> Project:
     return project
 
 
-def joint(backend: str, frozen: Frozen, p: float = 0.0) -> Project:
-    """One node for all projections, which owns dx of the frozen products where their weights are plain."""
+def joint(backend: str, frozen: Frozen, p: float = 0.0, *, own_products: bool = False) -> Project:
+    """One node for all projections, which owns dx of the frozen products where their weights are plain.
+
+    own_products: whether it makes these products too; "auto" always does, as in a model.
+    """
+    own_products = (own_products or backend == "auto") and not frozen.quantised
 
     def project(t: Inputs) -> dict[str, Tensor]:
         names = names_of(t)
         weights = None if frozen.quantised else {name: t[f"{name}.W"] for name in names}
-        with torch.no_grad() if weights is not None else contextlib.nullcontext():
-            base = {name: frozen(t, name) for name in names}
+        base = None
+        if not own_products:
+            with torch.no_grad() if weights is not None else contextlib.nullcontext():
+                base = {name: frozen(t, name) for name in names}
         adapters = {name: (t[f"{name}.A"], t[f"{name}.B"], SCALING) for name in names if name != "k"}
         return fused_lora_qkv(
             t["x"],
@@ -221,6 +236,7 @@ def joint(backend: str, frozen: Frozen, p: float = 0.0) -> Project:
             adapters,
             fusion=FUSION,
             weights=weights,
+            biases={name: t.get(f"{name}.b") for name in names} if own_products else None,
             dropout_p=p,
             training=True,
             backend=backend,
@@ -231,10 +247,11 @@ def joint(backend: str, frozen: Frozen, p: float = 0.0) -> Project:
 
 def step(row: Row, t: Inputs) -> dict[str, Tensor]:
     """Forward and backward: outputs and gradients by name."""
-    with torch.autocast(t["x"].device.type, BF16) if row.autocast else contextlib.nullcontext():
+    with _conditions(row, t["x"].device):
         out = row.project(t)
     asked = trained(t)
-    grads = torch.autograd.grad(list(out.values()), [t[key] for key in asked], [t[f"{name}.G"] for name in out])
+    with using(_mode(row.order)):
+        grads = torch.autograd.grad(list(out.values()), [t[key] for key in asked], [t[f"{name}.G"] for name in out])
     return {**out, **{f"d{key}": grad for key, grad in zip(asked, grads, strict=True)}}
 
 
@@ -270,25 +287,6 @@ def truth_of(t: Inputs, frozen: Frozen, p: float) -> dict[str, Tensor]:
     return step(Row(joint("reference", plain, p)), wide)
 
 
-# --- bytes that must move ---------------------------------------------------------------------------------------------
-
-
-def adapter_bytes(shape: shapes.ProjectionShape, *, accumulate_dx: bool) -> int:
-    """Fewest bytes of the joint adapters of q and v, forward + backward, deterministic, bf16, dA and dB float32.
-
-    Shrink, expand, bottleneck gradients, dA, dx: every input of each read once, every output written once. dx is added
-    to the frozen products' dx (read and written), or written alone.
-    """
-    M, r, d, n = shape.M, shape.r, shape.model.d, shape.model.n_q + shape.model.n_v
-    stream, bottlenecks, out, A, B = (2 * size for size in (M * d, 4 * M * r, M * n, 2 * r * d, n * r))
-    shrink = 2 * stream + A + bottlenecks
-    expand = 2 * out + bottlenecks + B
-    bottleneck = out + bottlenecks + B + bottlenecks + 2 * B
-    weight = 2 * stream + bottlenecks + 2 * A
-    dx = (2 if accumulate_dx else 1) * stream + bottlenecks // 2 + A
-    return shrink + expand + bottleneck + weight + dx
-
-
 # --- the case ---------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +315,8 @@ def variants(shape: shapes.ProjectionShape, device: torch.device, ceilings: Ceil
         "addmm-joint": Row(joint("torch", frozen)),
         "flare-separate": Row(separate("auto", frozen)),
         "flare-joint": Row(joint("auto", frozen)),
+        "flare-frozen-first": Row(joint("auto", frozen), order="frozen_first"),
+        "flare-adapter-first": Row(joint("auto", frozen), order="adapter_first"),
         "flare-joint-dropout": Row(
             joint("auto", frozen, 0.1), dropout=0.1, gated=joint("auto", frozen, 0.5), gated_p=0.5
         ),
@@ -328,11 +328,15 @@ def variants(shape: shapes.ProjectionShape, device: torch.device, ceilings: Ceil
         facts: dict[str, Any] = {"backend": picked if name.startswith("flare") else name.partition("-")[0]}
         if name == "peft-bf16-compile":
             facts["compiler"] = compiler
-        if name.startswith("flare-joint") and not frozen.quantised:
-            moved = adapter_bytes(shape, accumulate_dx=True)
+        if name.startswith(("flare-joint", *_ORDERS)) and not frozen.quantised:
+            moved = floors.adapter_bytes(shape, accumulate_dx=True)
             facts |= {"adapter_floor_bytes": moved, "adapter_floor_s": moved / ceilings.copy_bytes_per_s}
+        if name in _ORDERS:
+            steps = floors.step_bytes(shape, row.order)
+            facts |= {"order": row.order, "order_floor_bytes": sum(steps.values())}
+            facts["moved_reads_bytes"] = sum(floors.moved_reads(shape).values()) if row.order == "adapter_first" else 0
         made[name] = _variant(name, row, rows["peft-bf16"], rotation, frozen, facts, device)
-    moved = adapter_bytes(shape, accumulate_dx=False)
+    moved = floors.adapter_bytes(shape, accumulate_dx=False)
     floor = {"floor_bytes": moved, "floor_s": moved / ceilings.copy_bytes_per_s, "backend": picked}
     made["flare-adapter-only"] = _adapter_only(rotation, frozen, floor)
     return {name: made[name] for name in VARIANTS}
@@ -369,7 +373,7 @@ def _variant(
             return {}  # the modes and hooks that count would change what is compiled
         t = next(turn)
         weights = [tensor for key, tensor in t.items() if key.endswith((".W", ".A", ".B", ".b", ".G"))]
-        with _autocast(row, device):
+        with _conditions(row, device):
             with saved_bytes(ignore=[weights]) as saved:
                 kept = row.project(t)
             del kept
@@ -457,8 +461,18 @@ def _forever(sets: list[Inputs]) -> Any:
         yield from sets
 
 
-def _autocast(row: Row, device: torch.device) -> Any:
-    return torch.autocast(device.type, BF16) if row.autocast else contextlib.nullcontext()
+@contextlib.contextmanager
+def _conditions(row: Row, device: torch.device) -> Any:
+    """Autocast and order of a row's forward."""
+    with torch.autocast(device.type, BF16) if row.autocast else contextlib.nullcontext(), using(_mode(row.order)):
+        yield
+
+
+@functools.cache
+def _mode(order: str) -> launch_mode.Mode:
+    """The mode in which an order is forced, made once, so that its plans are kept from call to call."""
+    with forcing(form=order or None):
+        return launch_mode.current
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

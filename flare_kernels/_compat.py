@@ -23,6 +23,36 @@ def current_cuda_device() -> Callable[[], int]:
     return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
+def current_raw_stream(device: torch.device) -> int:
+    """Return the handle of a device's current stream; 0 for a device without streams."""
+    if device.type != "cuda":
+        return 0
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if raw is None or device.index is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(raw(device.index))
+
+
+def with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run`` with an allocator of the memory that Triton keeps tensor descriptors in.
+
+    Triton asks a context variable, which the threads of the autograd engine do not inherit: it is set wherever it is
+    not set yet. An allocator of somebody else stays.
+    """
+    import triton
+    from triton.runtime import _allocation
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device="cuda")
+
+    def with_allocator(*args: Any) -> Any:
+        if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
+            triton.set_allocator(allocate)
+        return run(*args)
+
+    return with_allocator
+
+
 def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., Any] | None, str]:
     """Return the launcher of a compiled kernel, which takes every argument by position.
 

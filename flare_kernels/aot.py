@@ -45,6 +45,7 @@ _TRITON_TYPE = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -66,6 +67,8 @@ class Case:
     adapter_dtype: str | None = None
     #: dtype of x and G ("float32": autocast); None for the dtype itself
     input_dtype: str | None = None
+    #: the form of each step that has it ("tma": sm_90 and newer); None for the general rule's
+    form: str | None = None
 
     @property
     def spills_are_errors(self) -> bool:
@@ -116,7 +119,7 @@ class Report:
 
 def record(case: Case, *, rows: int = 16384) -> list[Any]:
     """The launches that the primitives make in this case, forward and backward."""
-    from .launch_mode import recording
+    from .launch_mode import forcing, recording
     from .triton_ops import primitives as triton_ops
 
     dtype = _DTYPES[case.dtype]
@@ -139,7 +142,7 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
     source = x_source if case.fusion else None
     add = case.fusion == "add"
     common: dict[str, Any] = {"scalings": [2.0] * count, "fusion": case.fusion}
-    with recording(SHARED_BYTES[case.capability]) as launches:
+    with recording(SHARED_BYTES[case.capability]) as launches, forcing(form=case.form):
         masks: dict[str, Any] = {}
         if case.dropout:
             seed = torch.zeros((), dtype=torch.int64)
@@ -250,6 +253,12 @@ def ci_cases() -> Iterator[Case]:
     for capability in (80, 90, 100, 89):
         yield Case(capability, projections=2)  # query and value
     yield Case(90, projections=3)
+    for capability, rank in itertools.product((90, 100, 120), (16, 32, 64, 128, 256)):
+        yield Case(capability, rank=rank, form="tma")
+    for capability, rank, form in itertools.product(
+        (80, 89, 90, 100), (16, 32, 64, 128), ("last_adds", "two_launches")
+    ):
+        yield Case(capability, rank=rank, form=form)
     yield Case(90, projections=2, adapter_dtype="float32")
 
 
@@ -294,9 +303,9 @@ def compile_units(units: Iterable[Unit], jobs: int = 2) -> Iterator[dict[str, An
 
 def compiler_pool(jobs: int) -> ProcessPoolExecutor:
     """Return a pool of processes for :func:`compile_unit`."""
-    # forked from a server that has imported torch once and runs no threads; this process has threads of torch and LLVM
+    # forked from a server that imports torch once and runs no threads; this process has threads of torch and LLVM
     context = get_context("forkserver")
-    context.set_forkserver_preload(["flare_kernels.triton_ops.primitives"])
+    context.set_forkserver_preload(["__main__", "flare_kernels.triton_ops.primitives"])
     return ProcessPoolExecutor(jobs, mp_context=context)
 
 
@@ -312,6 +321,7 @@ def _row(report: Report) -> tuple[str, ...]:
         f"{case.projections} projections" if case.projections > 1 else "",
         f"A,B {case.adapter_dtype}" if case.adapter_dtype else "",
         f"x {case.input_dtype}" if case.input_dtype else "",
+        case.form or "",
     )
     described = (report.kernel, f"sm_{case.capability}", case.dtype, str(case.rank), " ".join(filter(None, kind)))
     options = (report.num_warps, report.num_stages, report.registers, report.spills, report.shared)

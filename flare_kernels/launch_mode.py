@@ -63,6 +63,17 @@ def _changed(**changes: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def using(mode: Mode) -> Iterator[None]:
+    """Run under a mode that was current before, with the plans that it has kept."""
+    global current
+    before, current = current, mode
+    try:
+        yield
+    finally:
+        current = before
+
+
+@contextlib.contextmanager
 def recording(shared_bytes: int) -> Iterator[list[Any]]:
     """Collect launches instead of running them, with configurations for a device of that shared-memory limit."""
     launches: list[Any] = []

@@ -15,6 +15,8 @@ from functools import cache
 
 #: From this much shared memory per block on, a card gets the deeper pipelines (sm_80 163 KB, sm_90 and sm_100 227 KB).
 LARGE_SHARED_BYTES = 160 * 1024
+#: From this much on, a card multiplies by warp groups (sm_90, sm_100): accumulators take fewer registers of each warp.
+HOPPER_SHARED_BYTES = 220 * 1024
 #: What sm_86, sm_89 and sm_120 allow a block: the other configurations must fit it.
 SMALL_SHARED_BYTES = 99 * 1024
 
@@ -46,7 +48,7 @@ class TileConfig:
 
 #: step -> form -> the kernels whose tiles the form takes. The general rule takes the first; "torch" is plain PyTorch.
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "shrink": {"triton": ("shrink",), "torch": ()},
+    "shrink": {"triton": ("shrink",), "tma": ("shrink_tma",), "last_adds": ("shrink_last_adds",), "torch": ()},
     "expand": {"triton": ("expand",), "torch": ()},
     "grad_bottleneck": {
         "triton": ("grad_bottleneck",),
@@ -54,7 +56,14 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
         "two_launches": ("grad_bottleneck_rows", "grad_bottleneck_strips"),
         "torch": (),
     },
-    "grad_weight": {"triton": ("grad_weight",), "torch": ()},
+    "grad_weight": {
+        "triton": ("grad_weight",),
+        "tma": ("grad_weight_tma",),  # tensor descriptors, a persistent grid
+        "last_adds": (
+            "grad_weight_last_adds",
+        ),  # the last program of a tile adds its partial sums: one launch instead of two
+        "torch": (),
+    },
     # dx written alone; one BLAS call was faster than the kernel on an H200 (27 against 32 us, Llama 8B at M = 8192)
     "grad_input": {"torch": (), "triton": ("grad_input",)},
     "decode": {"triton": ("shrink_decode", "expand_decode")},
@@ -64,7 +73,10 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
 
 #: (step, form) -> whether the form runs on operands of a class with a compute capability (90: sm_90; 0: the
 #: interpreter). A form without a predicate runs anywhere, and a step's first form has none.
-RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {}
+RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {
+    (step, "tma"): lambda operands, capability: operands == NARROW and (capability == 0 or capability >= 90)
+    for step in ("shrink", "grad_weight")
+} | {("grad_bottleneck", "two_launches"): lambda operands, capability: operands == NARROW}
 
 
 def can_run(step: str, form: str, operands: str, capability: int) -> bool:
@@ -88,7 +100,7 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
     "expand": {
         16: (128, 0, 64, 16, 8, 2, 2),
         32: (128, 0, 64, 32, 8, 2, 2),
-        64: (128, 0, 64, 64, 8, 2, 2),
+        64: (64, 0, 128, 64, 8, 2, 3),
         128: (64, 0, 64, 128, 4, 2, 3),
         256: (64, 0, 128, 64, 8, 2, 3),
     },
@@ -117,8 +129,22 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
         16: (64, 64, 0, 16, 8, 3, 4),
         32: (64, 64, 0, 32, 4, 3, 4),
         64: (64, 128, 0, 64, 8, 2, 3),
-        128: (64, 128, 0, 128, 8, 2, 2),
-        256: (64, 128, 0, 128, 8, 2, 2),
+        128: (64, 128, 0, 128, 8, 2, 3),
+        256: (64, 128, 0, 128, 8, 2, 3),
+    },
+    "shrink_tma": {
+        16: (64, 128, 0, 16, 4, 2, 4),
+        32: (64, 128, 0, 32, 4, 2, 4),
+        64: (64, 64, 0, 64, 4, 3, 4),
+        128: (64, 64, 0, 128, 8, 2, 4),
+        256: (64, 64, 0, 128, 8, 2, 4),
+    },
+    "grad_weight_tma": {
+        16: (64, 128, 0, 16, 4, 2, 4),
+        32: (64, 128, 0, 32, 4, 2, 4),
+        64: (64, 128, 0, 64, 4, 1, 4),
+        128: (64, 128, 0, 128, 4, 1, 3),
+        256: (64, 128, 0, 128, 4, 1, 3),
     },
     "grad_input": {
         16: (128, 64, 0, 16, 8, 2, 2),
@@ -137,14 +163,21 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
     },
 }
 
+# What differs from them on a card with HOPPER_SHARED_BYTES: measured on an H200 at rank 128, 47 against 82 us.
+_HOPPER_ROWS: dict[str, dict[int, _Row]] = {
+    "grad_weight": {
+        64: (64, 128, 0, 64, 4, 4, 4),
+        128: (64, 128, 0, 128, 4, 3, 3),
+        256: (64, 128, 0, 128, 4, 3, 3),
+    },
+}
+
 # The other classes: one row per kernel for all ranks (BLOCK_R follows the rank up to the row's largest).
 _ROWS: dict[str, dict[str, _Row]] = {
     MIXED: {
         "shrink": (64, 32, 0, 128, 8, 3, 5),
         "expand": (64, 0, 64, 128, 8, 2, 2),
         "grad_bottleneck": (64, 64, 64, 128, 8, 2, 2),
-        "grad_bottleneck_rows": (64, 64, 0, 128, 8, 2, 2),
-        "grad_bottleneck_strips": (0, 64, 64, 128, 8, 2, 2),
         "grad_weight": (64, 64, 0, 128, 8, 2, 2),
         "grad_input": (64, 64, 0, 128, 8, 2, 2),
         "shrink_decode": (16, 64, 0, 128, 4, 2, 3),
@@ -154,8 +187,6 @@ _ROWS: dict[str, dict[str, _Row]] = {
         "shrink": (32, 32, 0, 64, 4, 2, 2),
         "expand": (32, 0, 64, 64, 8, 2, 2),
         "grad_bottleneck": (32, 32, 64, 64, 8, 2, 2),
-        "grad_bottleneck_rows": (32, 32, 0, 64, 8, 2, 2),
-        "grad_bottleneck_strips": (0, 32, 64, 64, 8, 2, 2),
         "grad_weight": (32, 64, 0, 64, 8, 2, 2),
         "grad_input": (32, 64, 0, 64, 8, 2, 2),
         "shrink_decode": (16, 64, 0, 128, 4, 2, 2),
@@ -165,8 +196,6 @@ _ROWS: dict[str, dict[str, _Row]] = {
         "shrink": (32, 32, 0, 64, 4, 2, 2),
         "expand": (32, 0, 64, 64, 4, 2, 2),
         "grad_bottleneck": (32, 32, 64, 64, 4, 2, 2),
-        "grad_bottleneck_rows": (32, 32, 0, 64, 4, 2, 2),
-        "grad_bottleneck_strips": (0, 32, 64, 64, 4, 2, 2),
         "grad_weight": (32, 64, 0, 64, 4, 2, 2),
         "grad_input": (32, 64, 0, 64, 4, 2, 2),
         "shrink_decode": (16, 64, 0, 128, 4, 2, 2),
@@ -174,16 +203,20 @@ _ROWS: dict[str, dict[str, _Row]] = {
     },
 }
 
-KERNELS = tuple(_NARROW_ROWS)
+KERNELS = tuple(
+    dict.fromkeys(kernel for of_step in FORMS.values() for of_form in of_step.values() for kernel in of_form)
+)
 
 # Programs wanted per kernel: one to four for each of some 130 multiprocessors of a large card.
 _PROGRAMS = {
     "shrink": 128,
-    "expand": 512,
+    "expand": 1056,
     "grad_bottleneck": 264,
     "grad_bottleneck_rows": 1,
     "grad_bottleneck_strips": 132,
-    "grad_weight": 256,
+    "grad_weight": 128,
+    "shrink_tma": 132,
+    "grad_weight_tma": 132,
     "grad_input": 512,
     "shrink_decode": 1,
     "expand_decode": 1,
@@ -208,7 +241,12 @@ def operand_class(compute_bytes: int, widest_bytes: int, aligned: bool) -> str:
 def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConfig:
     """The configuration of one launch; every combination has one, on every card."""
     bucket = rank_bucket(rank)
-    row = _NARROW_ROWS[kernel][bucket] if operands == NARROW else _ROWS[operands][kernel]
+    kernel = kernel.removesuffix("_last_adds")  # a form of the same kernel
+    row = _ROWS[operands].get(kernel) if operands != NARROW else None
+    if row is None:  # also for kernels that run on aligned 2-byte operands only
+        row = _NARROW_ROWS[kernel][bucket]
+        if shared_bytes >= HOPPER_SHARED_BYTES:
+            row = _HOPPER_ROWS.get(kernel, {}).get(bucket, row)
     block_m, block_k, block_n, max_block_r, num_warps, stages_small, stages_large = row
     if shared_bytes >= LARGE_SHARED_BYTES:
         num_stages = stages_large
@@ -224,7 +262,9 @@ def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
     for kernel in KERNELS:
         for operands in OPERAND_CLASSES:
             for bucket in RANK_BUCKETS:
-                for shared_bytes in (SMALL_SHARED_BYTES, LARGE_SHARED_BYTES):
+                if operands != NARROW and kernel not in _ROWS[operands]:
+                    continue
+                for shared_bytes in (SMALL_SHARED_BYTES, LARGE_SHARED_BYTES, HOPPER_SHARED_BYTES):
                     yield kernel, operands, bucket, shared_bytes, choose(kernel, operands, bucket, shared_bytes)
 
 
@@ -235,7 +275,11 @@ _CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "grad_bottleneck": ((64, 128), (64,), (128, 256), (4, 8), (3,), (132, 264)),
     "grad_bottleneck_rows": ((64, 128), (64,), (0,), (4, 8), (4, 6), (1,)),
     "grad_bottleneck_strips": ((0,), (64,), (128, 256), (4, 8), (3,), (132, 264)),
-    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (2, 3), (64, 128, 256)),
+    "grad_weight": ((64,), (64, 128), (0,), (4, 8), (3, 4), (64, 128, 264)),
+    "shrink_tma": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (132,)),
+    "shrink_last_adds": ((64,), (64, 128), (0,), (4, 8), (3,), (128, 264)),
+    "grad_weight_last_adds": ((64,), (64, 128), (0,), (4,), (3, 4), (128, 264)),
+    "grad_weight_tma": ((32, 64), (128, 256), (0,), (4, 8), (3, 4), (132, 264)),
     "grad_input": ((64, 128), (64, 128), (0,), (4, 8), (2, 3), (512,)),
     "shrink_decode": ((16,), (64, 128, 256), (0,), (4, 8), (2, 3), (1,)),
     "expand_decode": ((16,), (0,), (32, 64, 128), (2, 4), (1,), (1,)),

@@ -7,7 +7,7 @@ Shape legend: M tokens, N output width, R rank. Projection i owns columns i R ..
 Two kinds of programs, and no atomics: *row programs* own BLOCK_M rows of one dH_i and walk all of N_i; *strip
 programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i. Both step by BLOCK_K. Forms:
 
-triton        one launch, numbered chunk by chunk, rows before strips: the second kind reads a chunk of G from the L2 cache
+triton        one launch, chunk by chunk, rows before strips: the second read of a chunk of G hits the L2 cache
 rows_first    one launch, all rows before all strips: long programs start first, so the last ones end together
 two_launches  rows, then strips: each kind has its own tiles, and G is read from memory twice
 
@@ -317,7 +317,7 @@ def _apart(call: _Call) -> list[Tensor] | None:
     return None if B_grad_dtype is None else dBs
 
 
-#: form, missing projections' arguments, widths, size of dB, of the partial sums, first launch, second, the one that adds
+#: form, missing projections' arguments, widths, sizes of dB and of the partial sums, launches: first, second, adding
 _Plan = tuple[
     str,
     tuple[None, ...],

@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
 from .device import dot, drop_transposed, load_keep_bytes_transposed, load_tile, round_to, store_tile
-from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, form_for, split_sum, strides
-from .partials import adding
+from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, describable, form_for, split_sum, strides
+from .partials import MAX_COUNTERS, add_splits, adding, counters, is_last
 
 
 @triton.jit
@@ -28,6 +28,8 @@ def grad_weight_kernel(
     mask,
     mask_source,
     out,
+    total,
+    counters,
     M,
     K,
     R,
@@ -45,6 +47,7 @@ def grad_weight_kernel(
     mask_source_stride_m,
     HAS_SOURCE: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    LAST_ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -52,7 +55,8 @@ def grad_weight_kernel(
     """out[i_split] = dT^T drop(x) + dS^T drop(x_source) over the rows of one split.
 
     dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program owns BLOCK_K columns of x and sums
-    (BLOCK_K, BLOCK_R), so that the long side of the product is the same for every rank.
+    (BLOCK_K, BLOCK_R), so that the long side of the product is the same for every rank. LAST_ADDS: the last program of
+    a tile adds its splits up in total (R, K); counters holds a zero per tile, before and after the launch.
     """
     i_k = tl.program_id(0)
     i_r = tl.program_id(1)
@@ -95,8 +99,61 @@ def grad_weight_kernel(
                 )
             b_dA = dot(round_to(b_x, DTYPE), b_d, b_dA)
 
-    out += i_split.to(tl.int64) * R * K
-    store_tile(out, tl.trans(b_dA * keep_scale), o_r, m_r, K, o_k, m_k, 1)
+    store_tile(out + i_split.to(tl.int64) * R * K, tl.trans(b_dA * keep_scale), o_r, m_r, K, o_k, m_k, 1)
+    if LAST_ADDS:
+        if is_last(counters + i_r * tl.num_programs(0) + i_k, tl.num_programs(2)):
+            add_splits(out, total, tl.num_programs(2), R, K, o_r, m_r, o_k, m_k, BLOCK_R, BLOCK_K)
+
+
+@triton.jit
+def grad_weight_tma_kernel(
+    dT,
+    x,
+    dS,
+    x_source,
+    out,
+    M,
+    K,
+    R,
+    tiles,
+    tiles_per_split,
+    dT_stride_m,
+    x_stride_m,
+    dS_stride_m,
+    x_source_stride_m,
+    HAS_SOURCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """:func:`grad_weight_kernel` without dropout, over tensor descriptors and with a persistent grid.
+
+    All operands have one dtype and contiguous rows. A program takes every tile of out (split, R, K) whose number is its
+    own plus a multiple of the programs; neighbours in K read the same rows of dT and dS.
+    """
+    d_dT = tl.make_tensor_descriptor(dT, [M, R], [dT_stride_m, 1], [BLOCK_M, BLOCK_R])
+    d_x = tl.make_tensor_descriptor(x, [M, K], [x_stride_m, 1], [BLOCK_M, BLOCK_K])
+    if HAS_SOURCE:
+        d_dS = tl.make_tensor_descriptor(dS, [M, R], [dS_stride_m, 1], [BLOCK_M, BLOCK_R])
+        d_x_source = tl.make_tensor_descriptor(x_source, [M, K], [x_source_stride_m, 1], [BLOCK_M, BLOCK_K])
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    r_tiles = tl.cdiv(R, BLOCK_R)
+    for i_tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i_k = i_tile % k_tiles
+        i_r = i_tile // k_tiles % r_tiles
+        i_split = i_tile // (k_tiles * r_tiles)
+        b_dA = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+        i_start = i_split * tiles_per_split
+        for i_m in range(i_start, min(i_start + tiles_per_split, tl.cdiv(M, BLOCK_M))):
+            b_x = d_x.load([i_m * BLOCK_M, i_k * BLOCK_K])
+            b_dA = dot(tl.trans(b_x), d_dT.load([i_m * BLOCK_M, i_r * BLOCK_R]), b_dA)
+            if HAS_SOURCE:
+                b_x = d_x_source.load([i_m * BLOCK_M, i_k * BLOCK_K])
+                b_dA = dot(tl.trans(b_x), d_dS.load([i_m * BLOCK_M, i_r * BLOCK_R]), b_dA)
+        o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        p_out = out + i_split.to(tl.int64) * R * K
+        store_tile(p_out, tl.trans(b_dA), o_r, o_r < R, K, o_k, o_k < K, 1)
 
 
 def grad_weight(
@@ -155,12 +212,15 @@ def grad_weight(
 
     if launcher is not None:
         dA = torch.empty(size, dtype=grad_dtype, device=device)
-        if add is None:
-            launcher.run(dT, x, dS, x_source, mask, mask_source, dA, *launcher.constants)
+        out = dA if partials_size is None else torch.empty(partials_size, dtype=torch.float32, device=device)
+        if form == "tma":
+            launcher.run(dT, x, dS, x_source, out, *launcher.constants)
+        elif form == "last_adds":
+            launcher.run(dT, x, dS, x_source, mask, mask_source, out, dA, counters(device), *launcher.constants)
         else:
-            partials = torch.empty(partials_size, dtype=torch.float32, device=device)
-            launcher.run(dT, x, dS, x_source, mask, mask_source, partials, *launcher.constants)
-            add.run(partials, dA, *add.constants)
+            launcher.run(dT, x, dS, x_source, mask, mask_source, out, None, None, *launcher.constants)
+        if add is not None:
+            add.run(out, dA, *add.constants)
         return dA
     if form == "torch":
         return torch_ops.grad_weight(dT, x, dS, x_source, grad_dtype=grad_dtype)
@@ -181,40 +241,38 @@ def _plan(
     mask_source: Tensor | None,
     keep_scale: float,
     follow_table: bool,
-) -> tuple[str, tuple[int, ...], tuple[int, ...], Launcher | None, Launcher | None]:
-    """(form, size of dA, size of the partial results, launch, launch that adds the partial results)."""
+) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
+    """(form, size of dA, size of the partial results or None, launch, launch that adds the partial results)."""
     (M, K), R = x.shape, dT.shape[1]
     if x_source is not None and (mask is None) != (mask_source is None):
-        return "apart", (R, K), (), None, None
+        return "apart", (R, K), None, None, None
     if M == 0 or K == 0:
-        return "empty", (R, K), (), None, None
-    excluded = () if follow_table and mask is None else ("torch",)
+        return "empty", (R, K), None, None, None
+    excluded = [] if follow_table and mask is None else ["torch"]
+    if mask is not None or not describable(dT.dtype, dT, x, dS, x_source):
+        excluded.append("tma")
     options: dict[str, Any] = {"wide": (x, x_source), "thin": (dT, dS), "rows": M, "width": K}
     form, tiles = form_for(mode, "grad_weight", R, dT.dtype, excluded=excluded, **options)
     if form == "torch":
-        return form, (R, K), (), None, None
-    config = tiles["grad_weight"]
+        return form, (R, K), None, None, None
+    (config,) = tiles.values()
     k_tiles, r_tiles = cdiv(K, config.BLOCK_K), cdiv(R, config.BLOCK_R)
     splits, tiles_per_split = split_sum(M, config.BLOCK_M, k_tiles * r_tiles, target=config.programs)
-    launcher = Launcher(
-        mode,
-        grad_weight_kernel,
-        (k_tiles, r_tiles, splits),
-        config,
-        dT.device,
-        M=M,
-        K=K,
-        R=R,
-        keep_scale=float(keep_scale) if mask is not None else 1.0,
-        tiles_per_split=tiles_per_split,
-        **strides("dT", dT, "mr"),
-        **strides("x", x, "mk"),
-        **strides("dS", dS, "mr"),
-        **strides("x_source", x_source, "mk"),
-        **strides("mask", mask, "m"),
-        **strides("mask_source", mask_source, "m"),
-        HAS_SOURCE=x_source is not None,
-        HAS_MASK=mask is not None,
-    )
-    partials_size = (splits, R, K)
-    return form, (R, K), partials_size, launcher, adding(mode, partials_size, dT.device)
+    if form == "last_adds" and (splits == 1 or k_tiles * r_tiles > MAX_COUNTERS):
+        form = "triton"
+    constants: dict[str, Any] = {"M": M, "K": K, "R": R, "tiles_per_split": tiles_per_split}
+    constants["HAS_SOURCE"] = x_source is not None
+    if form == "tma":
+        kernel, axes, constants["tiles"] = grad_weight_tma_kernel, ("m", "m"), k_tiles * r_tiles * splits
+        grid: tuple[int, ...] = (min(k_tiles * r_tiles * splits, config.programs),)
+    else:
+        kernel, axes, grid = grad_weight_kernel, ("mr", "mk"), (k_tiles, r_tiles, splits)
+        constants["keep_scale"] = float(keep_scale) if mask is not None else 1.0
+        constants |= {"HAS_MASK": mask is not None, "LAST_ADDS": form == "last_adds"}
+        constants |= strides("mask", mask, "m") | strides("mask_source", mask_source, "m")
+    constants |= strides("dT", dT, axes[0]) | strides("x", x, axes[1])
+    constants |= strides("dS", dS, axes[0]) | strides("x_source", x_source, axes[1])
+    launcher = Launcher(mode, kernel, grid, config, dT.device, descriptors=form == "tma", **constants)
+    partials_size = None if splits == 1 else (splits, R, K)
+    add = None if partials_size is None or form == "last_adds" else adding(mode, partials_size, dT.device)
+    return form, (R, K), partials_size, launcher, add

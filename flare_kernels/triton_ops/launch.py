@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._compat import compiled_runner, current_cuda_device
+from .._compat import compiled_runner, current_cuda_device, with_scratch
 from ..forms import class_of, form_in_force
 from ..launch_mode import Mode, counting, forcing, recording
 from .config import FORMS, LARGE_SHARED_BYTES, TileConfig, choose
@@ -62,17 +62,26 @@ class Launcher:
     """One launch of a plan, which knows all its arguments but the tensors.
 
     ``launcher.run(*tensors, *launcher.constants)`` launches the kernel. Every kernel takes its tensors (or None) first.
-    The first run is an ordinary ``kernel[grid](...)``; later ones call the kernel that it compiled.
+    The first run is an ordinary ``kernel[grid](...)``; later ones call the kernel that it compiled. ``descriptors``:
+    the kernel makes tensor descriptors.
     """
 
-    __slots__ = ("_device", "_grid", "_mode", "_name", "_ordinary", "constants", "run")
+    __slots__ = ("_descriptors", "_device", "_grid", "_mode", "_name", "_ordinary", "constants", "run")
 
     def __init__(
-        self, mode: Mode, kernel: Any, grid: tuple[int, ...], config: TileConfig, device: torch.device, **named: Any
+        self,
+        mode: Mode,
+        kernel: Any,
+        grid: tuple[int, ...],
+        config: TileConfig,
+        device: torch.device,
+        *,
+        descriptors: bool = False,
+        **named: Any,
     ) -> None:
         named |= config.tiles_of(kernel.arg_names)
         self.constants = tuple(named[name] for name in kernel.arg_names[len(kernel.arg_names) - len(named) :])
-        self._mode, self._device, self._name = mode, device, kernel.fn.__name__
+        self._mode, self._device, self._name, self._descriptors = mode, device, kernel.fn.__name__, descriptors
         self._grid = (*grid, 1, 1)[:3]
         self._ordinary = functools.partial(
             kernel[grid], num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True
@@ -106,6 +115,8 @@ class Launcher:
 
     def _on_device(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Triton launches on the current device, which need not be the tensors' where there are several."""
+        if self._descriptors:
+            run = with_scratch(run)
         if self._device.type != "cuda" or torch.cuda.device_count() == 1:
             return run
         index, current_device = self._device.index, current_cuda_device()
@@ -155,6 +166,16 @@ def _cuda_shared_bytes(index: int) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 0)) or _FALLBACK_SHARED_BYTES
 
 
+def describable(dtype: torch.dtype, *matrices: Tensor | None) -> bool:
+    """Return whether tensor descriptors can read these matrices of one dtype: contiguous rows, 16-byte multiples."""
+    for x in matrices:
+        if x is not None:
+            row, column = x.stride()
+            if x.dtype != dtype or column != 1 or row < x.shape[1] or row * x.itemsize % 16 or x.data_ptr() % 16:
+                return False
+    return True
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
@@ -181,14 +202,14 @@ def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str,
     return {f"{name}_{i}": values[i] if i < len(values) else missing for i in range(MAX_PROJECTIONS)}
 
 
-def strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
+def strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
     """Arguments such as x_stride_m for the axes of a matrix; 0 where there is none."""
     return {f"{name}_stride_{axis}": 0 if x is None else x.stride(dim) for dim, axis in enumerate(axes)}
 
 
-def numbered_strides(name: str, tensors: Sequence[Tensor | None], axes: str) -> dict[str, int]:
+def numbered_strides(name: str, tensors: Sequence[Tensor | None], axes: str) -> dict[str, Any]:
     """Arguments such as y_0_stride_m for the axes of (up to) three matrices."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     for i in range(MAX_PROJECTIONS):
         found |= strides(f"{name}_{i}", tensors[i] if i < len(tensors) else None, axes)
     return found

@@ -1,4 +1,7 @@
-"""The second half of every split sum: float32 partial results added in a fixed order, so that bits repeat."""
+"""The second half of every split sum: float32 partial results added in a fixed order, so that bits repeat.
+
+Either a second launch adds them, or (form "last_adds") the program of a tile that comes last.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .._compat import current_raw_stream
 from ..launch_mode import Mode
 from .config import TileConfig
-from .device import round_to
+from .device import round_to, store_tile
 from .launch import Launcher, cdiv
+
+#: Tiles of one result that form "last_adds" can count.
+MAX_COUNTERS = 4096
 
 #: BLOCK_M counts partials per step, BLOCK_N elements per program.
 _CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=0, BLOCK_N=256, BLOCK_R=0, num_warps=4, num_stages=2)
@@ -42,3 +50,52 @@ def adding(mode: Mode, partials: Sequence[int], device: torch.device) -> Launche
         return None
     grid = (cdiv(numel, _CONFIG.BLOCK_N),)
     return Launcher(mode, sum_partials_kernel, grid, _CONFIG, device, splits=splits, numel=numel)
+
+
+@triton.jit
+def is_last(counter, splits):
+    """Whether this program is the last of ``splits`` to come here. It sees what the others stored before.
+
+    The counter is zero before the first comes and after the last.
+    """
+    tl.debug_barrier()  # the stores of all threads come before the release by one
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == splits - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def add_splits(
+    partials, out, splits, rows, columns, o_row, m_row, o_col, m_col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr
+):
+    """out[o_row, o_col] = sum over s of partials[s, o_row, o_col], in the order of s.
+
+    partials (splits, rows, columns), out (rows, columns), both contiguous.
+    """
+    b_sum = tl.zeros((BLOCK_ROW, BLOCK_COL), dtype=tl.float32)
+    o_partial = o_row.to(tl.int64)
+    for _ in range(splits):
+        p_partials = partials + o_partial[:, None] * columns + o_col[None, :]
+        # from L2: other multiprocessors wrote them
+        b_sum += tl.load(p_partials, mask=m_row[:, None] & m_col[None, :], other=0.0, cache_modifier=".cg")
+        o_partial += rows
+    store_tile(out, b_sum, o_row, m_row, columns, o_col, m_col, 1)
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(device: torch.device) -> Tensor:
+    """Return MAX_COUNTERS zeros (int32) for the next launch on the current stream, which leaves them zero.
+
+    Launches of one stream follow each other and share them.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # a graph may be replayed on any stream, next to work on the one it was captured on
+        return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+    key = device, current_raw_stream(device)
+    try:
+        return _counters[key]
+    except KeyError:
+        return _counters.setdefault(key, torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device))

@@ -20,6 +20,8 @@ def launch_plan(
     R = len(widths) * r
     decodes = 0 < M <= MAX_ROWS and r <= MAX_RANK
     forward = {"decode": (r, d)} if decodes else {"shrink": (R, d), "expand": (r, max(widths))}
+    if not decodes:
+        forward["order"] = (r, max(widths))
     backward = {"grad_bottleneck": (r, max(widths)), "grad_weight": (R, d), "grad_input": (R, d)}
     operands = operand_class(dtype.itemsize, dtype.itemsize, True)
     plan = {}

@@ -44,6 +44,10 @@ LEAST_BYTES: dict[str, Callable[[TileConfig], int]] = {
     "grad_bottleneck_rows": _grad_bottleneck_rows,
     "grad_bottleneck_strips": _grad_bottleneck_strips,
     "grad_weight": _grad_weight,
+    "shrink_tma": _shrink,
+    "shrink_last_adds": _shrink,
+    "grad_weight_last_adds": _grad_weight,
+    "grad_weight_tma": _grad_weight,
     "grad_input": _grad_input,
 }
 

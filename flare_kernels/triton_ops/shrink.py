@@ -15,8 +15,20 @@ from torch import Tensor
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
 from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
-from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, TL_DTYPE, Launcher, cdiv, form_for, split_sum, strides
-from .partials import adding
+from .launch import (
+    ADDRESS,
+    LAYOUT,
+    LOW_BITS,
+    STRIDE,
+    TL_DTYPE,
+    Launcher,
+    cdiv,
+    describable,
+    form_for,
+    split_sum,
+    strides,
+)
+from .partials import MAX_COUNTERS, add_splits, adding, counters, is_last
 
 
 @triton.jit
@@ -27,6 +39,8 @@ def shrink_kernel(
     mask,
     mask_source,
     out,
+    total,
+    counters,
     M,
     K,
     R,
@@ -45,6 +59,7 @@ def shrink_kernel(
     HAS_SOURCE: tl.constexpr,
     SUM_STREAMS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    LAST_ADDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -52,6 +67,8 @@ def shrink_kernel(
     """out[i_split, 0] = drop(x) A^T and out[i_split, 1] = drop(x_source) A^T over the K tiles of one split.
 
     x, x_source (M, K); A (R, K); out (splits, streams, M, R), contiguous; SUM_STREAMS: one stream, the sum of both.
+    LAST_ADDS: the last program of a tile adds its splits up in total (streams, M, R); counters holds a zero per tile,
+    before and after the launch.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
     # blocks of R are neighbours, so that they find x in the cache
@@ -94,13 +111,74 @@ def shrink_kernel(
                 b_s = dot(round_to(b_x, DTYPE), tl.trans(b_A), b_s)
 
     # the scale of the dropout is left to the float32 sums: nothing is rounded twice
-    if HAS_SOURCE and not SUM_STREAMS:
-        out += i_split.to(tl.int64) * 2 * out_stride_stream
-    else:
-        out += i_split.to(tl.int64) * out_stride_stream
-    if HAS_SOURCE and not SUM_STREAMS:
-        store_tile(out + out_stride_stream, b_s * keep_scale, o_m, m_m, R, o_r, m_r, 1)
-    store_tile(out, b_t * keep_scale, o_m, m_m, R, o_r, m_r, 1)
+    STREAMS: tl.constexpr = 2 if HAS_SOURCE and not SUM_STREAMS else 1
+    p_out = out + i_split.to(tl.int64) * STREAMS * out_stride_stream
+    store_tile(p_out, b_t * keep_scale, o_m, m_m, R, o_r, m_r, 1)
+    if STREAMS == 2:
+        store_tile(p_out + out_stride_stream, b_s * keep_scale, o_m, m_m, R, o_r, m_r, 1)
+    if LAST_ADDS:
+        splits = tl.num_programs(1)
+        if is_last(counters + tl.program_id(0), splits):
+            add_splits(out, total, splits, STREAMS * M, R, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
+            if STREAMS == 2:
+                add_splits(out, total, splits, STREAMS * M, R, o_m + M, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
+
+
+@triton.jit
+def shrink_tma_kernel(
+    x,
+    x_source,
+    A,
+    out,
+    M,
+    K,
+    R,
+    tiles,
+    tiles_per_split,
+    x_stride_m,
+    x_source_stride_m,
+    A_stride_r,
+    out_stride_stream,
+    HAS_SOURCE: tl.constexpr,
+    SUM_STREAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """:func:`shrink_kernel` without dropout, over tensor descriptors and with a persistent grid.
+
+    All operands have one dtype and contiguous rows. A program takes every tile of out (split, M, R) whose number is its
+    own plus a multiple of the programs.
+    """
+    d_x = tl.make_tensor_descriptor(x, [M, K], [x_stride_m, 1], [BLOCK_M, BLOCK_K])
+    d_A = tl.make_tensor_descriptor(A, [R, K], [A_stride_r, 1], [BLOCK_R, BLOCK_K])
+    if HAS_SOURCE:
+        d_x_source = tl.make_tensor_descriptor(x_source, [M, K], [x_source_stride_m, 1], [BLOCK_M, BLOCK_K])
+    STREAMS: tl.constexpr = 2 if HAS_SOURCE and not SUM_STREAMS else 1
+    r_tiles = tl.cdiv(R, BLOCK_R)
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    for i_tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i_r = i_tile % r_tiles
+        i_m = i_tile // r_tiles % m_tiles
+        i_split = i_tile // (r_tiles * m_tiles)
+        b_t = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        b_s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        i_start = i_split * tiles_per_split
+        for i_k in range(i_start, min(i_start + tiles_per_split, tl.cdiv(K, BLOCK_K))):
+            b_A = tl.trans(d_A.load([i_r * BLOCK_R, i_k * BLOCK_K]))
+            b_t = dot(d_x.load([i_m * BLOCK_M, i_k * BLOCK_K]), b_A, b_t)
+            if HAS_SOURCE:
+                b_x = d_x_source.load([i_m * BLOCK_M, i_k * BLOCK_K])
+                if SUM_STREAMS:
+                    b_t = dot(b_x, b_A, b_t)
+                else:
+                    b_s = dot(b_x, b_A, b_s)
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        p_out = out + i_split.to(tl.int64) * STREAMS * out_stride_stream
+        store_tile(p_out, b_t, o_m, o_m < M, R, o_r, o_r < R, 1)
+        if STREAMS == 2:
+            store_tile(p_out + out_stride_stream, b_s, o_m, o_m < M, R, o_r, o_r < R, 1)
 
 
 def shrink(
@@ -164,12 +242,15 @@ def shrink(
 
     if launcher is not None:
         out = torch.empty(size, dtype=compute_dtype, device=device)
-        if add is None:
-            launcher.run(x, x_source, A, mask, mask_source, out, *launcher.constants)
+        sums = out if partials_size is None else torch.empty(partials_size, dtype=torch.float32, device=device)
+        if form == "tma":
+            launcher.run(x, x_source, A, sums, *launcher.constants)
+        elif form == "last_adds":
+            launcher.run(x, x_source, A, mask, mask_source, sums, out, counters(device), *launcher.constants)
         else:
-            partials = torch.empty(partials_size, dtype=torch.float32, device=device)
-            launcher.run(x, x_source, A, mask, mask_source, partials, *launcher.constants)
-            add.run(partials, out, *add.constants)
+            launcher.run(x, x_source, A, mask, mask_source, sums, None, None, *launcher.constants)
+        if add is not None:
+            add.run(sums, out, *add.constants)
     elif form == "torch":
         T, S = torch_ops.shrink(x, x_source, A, compute_dtype=compute_dtype, sum_streams=sum_streams)
         return (None, T) if source_alone and not sum_streams else (T, S)
@@ -196,46 +277,41 @@ def _plan(
     *,
     sum_streams: bool,
     follow_table: bool,
-) -> tuple[str, tuple[int, ...], tuple[int, ...], Launcher | None, Launcher | None]:
-    """(form, size of the result, size of the partial results, launch, launch that adds the partial results)."""
+) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
+    """(form, size of the result, size of the partial results or None, launch, launch that adds the partial results)."""
     (M, K), R = x.shape, A.shape[0]
     if x_source is not None and (mask is None) != (mask_source is None):
         if sum_streams:
             raise ValueError("sum_streams needs a mask for both streams or for neither")
-        return "apart", (), (), None, None
+        return "apart", (), None, None, None
     streams = 2 if x_source is not None and not sum_streams else 1
     size = (2, M, R) if streams == 2 else (M, R)
     if M == 0 or K == 0:
-        return "empty", size, (), None, None
-    excluded = () if follow_table and mask is None else ("torch",)
+        return "empty", size, None, None, None
+    excluded = [] if follow_table and mask is None else ["torch"]
+    if mask is not None or not describable(compute_dtype, x, x_source, A):
+        excluded.append("tma")
     options: dict[str, Any] = {"wide": (x, x_source, A), "thin": (), "rows": M, "width": K}
     form, tiles = form_for(mode, "shrink", R, compute_dtype, excluded=excluded, **options)
     if form == "torch":
-        return form, size, (), None, None
-    config = tiles["shrink"]
-    programs = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
-    splits, tiles_per_split = split_sum(K, config.BLOCK_K, programs, target=config.programs)
-    partials_size = (splits, streams, M, R)
-    launcher = Launcher(
-        mode,
-        shrink_kernel,
-        (programs, splits),
-        config,
-        x.device,
-        M=M,
-        K=K,
-        R=R,
-        keep_scale=float(keep_scale) if mask is not None else 1.0,
-        tiles_per_split=tiles_per_split,
-        **strides("x", x, "mk"),
-        **strides("x_source", x_source, "mk"),
-        **strides("A", A, "rk"),
-        **strides("mask", mask, "m"),
-        **strides("mask_source", mask_source, "m"),
-        out_stride_stream=M * R,
-        DTYPE=TL_DTYPE[compute_dtype],
-        HAS_SOURCE=x_source is not None,
-        SUM_STREAMS=sum_streams,
-        HAS_MASK=mask is not None,
-    )
-    return form, size, partials_size, launcher, adding(mode, partials_size, x.device)
+        return form, size, None, None, None
+    (config,) = tiles.values()
+    out_tiles = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
+    splits, tiles_per_split = split_sum(K, config.BLOCK_K, out_tiles, target=config.programs)
+    if form == "last_adds" and (splits == 1 or out_tiles > MAX_COUNTERS):
+        form = "triton"
+    constants: dict[str, Any] = {"M": M, "K": K, "R": R, "tiles_per_split": tiles_per_split, "out_stride_stream": M * R}
+    constants |= {"HAS_SOURCE": x_source is not None, "SUM_STREAMS": sum_streams}
+    if form == "tma":
+        kernel, axes, constants["tiles"] = shrink_tma_kernel, ("m", "r"), out_tiles * splits
+        grid: tuple[int, ...] = (min(out_tiles * splits, config.programs),)
+    else:
+        kernel, axes, grid = shrink_kernel, ("mk", "rk"), (out_tiles, splits)
+        constants["keep_scale"] = float(keep_scale) if mask is not None else 1.0
+        constants |= {"HAS_MASK": mask is not None, "LAST_ADDS": form == "last_adds", "DTYPE": TL_DTYPE[compute_dtype]}
+        constants |= strides("mask", mask, "m") | strides("mask_source", mask_source, "m")
+    constants |= strides("x", x, axes[0]) | strides("x_source", x_source, axes[0]) | strides("A", A, axes[1])
+    launcher = Launcher(mode, kernel, grid, config, x.device, descriptors=form == "tma", **constants)
+    partials_size = None if splits == 1 else (splits, streams, M, R)
+    add = None if partials_size is None or form == "last_adds" else adding(mode, partials_size, x.device)
+    return form, size, partials_size, launcher, add

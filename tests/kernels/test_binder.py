@@ -47,13 +47,13 @@ def test_no_kernel_has_an_argument_that_triton_keeps_for_itself() -> None:
     named = re.findall(r"\"(\w+)\" not in kwargs|kwargs\[\"(\w+)\"\]", source)
     assert {"stream", "device", "debug"} <= {name for pair in named for name in pair}
     reserved |= {name for pair in named for name in pair}
-    assert len(KERNELS) == 10
+    assert len(KERNELS) == 12
     for name, kernel in KERNELS.items():
         assert not reserved & set(kernel.arg_names), name
 
 
 BIND = """
-import collections, torch
+import collections, itertools, torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
@@ -70,7 +70,7 @@ class Noting(launch_mode.Plans):
 
 backend, binders = make_backend(GPUTarget("cuda", 90, 32)), {}
 by_key, by_part = collections.defaultdict(set), collections.defaultdict(set)
-bound_kernels, times = set(), collections.Counter()
+bound_kernels, times, form = set(), collections.Counter(), None
 
 def check(launch):
     kernel, values = launch.kernel, list(launch.args.values())
@@ -101,12 +101,12 @@ def one_round(size, layout, which):
         first, Noting.used[:] = len(launches), []
         call()
         for at, launch in enumerate(launches[first:]):
-            key = (tuple(Noting.used), at)
+            key = (form, tuple(Noting.used), at)
             times[key] += 1
             found = check(launch)
             by_key[key].add(found)
             # without the alignment that a key ends in
-            by_part[tuple(tuple(k for k in key if type(k) is not int) for key in Noting.used), at].add(found)
+            by_part[form, tuple(tuple(k for k in key if type(k) is not int) for key in Noting.used), at].add(found)
 
 with launch_mode.recording(227 * 1024) as launches:
     object.__setattr__(launch_mode.current, "plans", Noting())
@@ -117,6 +117,12 @@ with launch_mode.recording(227 * 1024) as launches:
     for which in range(1, 16):
         one_round(SIZES[0], "misaligned", which)
         one_round(SIZES[4][:3] + (16,), "misaligned", which)
+for form in ("tma", "last_adds"):
+    with launch_mode.forcing(form=form), launch_mode.recording(227 * 1024) as launches:
+        object.__setattr__(launch_mode.current, "plans", Noting())
+        for size, layout in itertools.product((SIZES[0], SIZES[3]), LAYOUTS):
+            one_round(size, layout, 0)
+            one_round(size, layout, 0)
 wrong = [key for key, found in by_key.items() if len(found) > 1]
 assert not wrong, wrong[0]
 assert any(len(found) > 1 for found in by_part.values()), "the check cannot fail"

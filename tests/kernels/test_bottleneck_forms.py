@@ -1,4 +1,4 @@
-"""The forms of grad_bottleneck against float64 mathematics, with tiles of other sizes, and the bytes that each moves."""
+"""The forms of grad_bottleneck against float64 mathematics, with tiles of several sizes, and the bytes of each."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from flare_kernels import launch_mode, torch_ops, tuning
+from flare_kernels import function, launch_mode, torch_ops, tuning
 from flare_kernels.launch_table import ROW_BOUNDS, LaunchTable, bucket
 from flare_kernels.triton_ops import config
 from flare_kernels.triton_ops import primitives as triton_ops
@@ -134,6 +135,22 @@ def test_wrong_numbers_are_seen(device) -> None:
         assert not check(lambda t, p=problem: [one * torch.nan for one in p.run(torch_ops, t)])
 
 
+def test_both_orders_are_run(monkeypatch, device) -> None:
+    """The problem runs in the order that is forced, and in the one of the table in force."""
+    (problem,) = [one for one in tuning.problems([SMALL], [70], [8]) if one.step == "order"]
+    orders: list[object] = []
+    order_of = function.order_of
+    monkeypatch.setattr(function, "order_of", lambda *args: orders.append(order_of(*args)) or orders[-1])
+    check = search.Check(problem, device)
+    run = functools.partial(problem.run, triton_ops.tuned)
+    sizes = ((70, 40), (70, 24))
+    for form, order in (("frozen_first", None), ("adapter_first", sizes)):
+        orders.clear()
+        with Variant(form).forced():
+            assert check(run)
+        assert orders == [order]
+
+
 # --- what is compared -------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +221,7 @@ if __name__ == "__main__":
     assert {kernel for kernel, *_ in rows} >= {"shrink", "expand", "grad_weight", "grad_input"}
     assert any(least > LARGE for _, least, _ in rows) and any(least <= LARGE for _, least, _ in rows)
     for kernel, least, shared in rows:
-        assert 0.7 * shared <= least <= shared, (kernel, least, shared)
+        assert 0.6 * shared <= least <= shared, (kernel, least, shared)
 
 
 def test_variants_are_compiled_ahead_as_they_will_be_launched() -> None:
@@ -216,6 +233,7 @@ from flare_kernels import aot, tuning
 from flare_kernels.tuning import compiling
 from flare_kernels.triton_ops import config
 config._CANDIDATES = dict.fromkeys(config.KERNELS, ((64,), (64,), (64,), (4,), (3,), (132,)))
+config.FORMS |= {step: {"triton": (step,), "torch": ()} for step in ("shrink", "grad_input")}
 compiling.capability = lambda device: 90
 shape, device = tuning.Shape("small", 512, (512, 256)), torch.device("cpu")
 wanted = [p for p in tuning.problems([shape], [256, 2048], [64]) if p.step in ("shrink", "grad_input")]
@@ -232,7 +250,7 @@ print(*sorted({unit.kernel for unit in units}))
         "True False",
         "True",
         "{None}",
-        "grad_input_kernel shrink_kernel sum_partials_kernel",
+        "grad_input_kernel shrink_kernel shrink_tma_kernel sum_partials_kernel",
     ]
 
 
@@ -243,13 +261,16 @@ def told(us: Callable[[launch_mode.Mode], float]) -> timing.Timer:
     """A clock that runs a call and reads its time off what is forced."""
 
     def timer(run, inputs, *, rounds: int) -> float:
-        run(inputs[0])
+        if rounds > 1:  # the interpreter is slow: the second timing does not run
+            run(inputs[0])
         return us(launch_mode.current)
 
     return timer
 
 
 def test_the_tuner_takes_the_fastest_that_is_right(monkeypatch, device) -> None:
+    for step in ("shrink", "grad_weight"):
+        monkeypatch.setitem(config.FORMS, step, {"triton": (step,), "torch": ()})
     # the first is the general rule's; 8 warps with 2 stages are "fastest", but wrong; 8 with 3 come next
     grid = ((64,), (32,), (32,), (4, 8), (2, 3), (7,))
     monkeypatch.setattr(config, "_CANDIDATES", dict.fromkeys(config.KERNELS, grid))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,11 +17,12 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import flare_kernels
-from flare_kernels import forms, launch_mode, launch_table, torch_ops
+from flare_kernels import aot, forms, launch_mode, launch_table, torch_ops
 from flare_kernels.launch_table import Entry, Key, LaunchTable
 from flare_kernels.triton_ops import config, launch
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.plan_text import launch_plan
+from flare_kernels.triton_ops.shared_memory import least_shared_bytes
 
 TILES = {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 0, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3, "programs": 264}
 KEY = Key("shrink", "narrow", 64, 4, 3)
@@ -244,7 +248,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
 
     want = run(triton_ops.tuned)
     assert used == []
-    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"):
+    for chosen in ("shrink", "expand", "grad_bottleneck", "grad_weight"):
         table(chosen)
         with launch_mode.forcing():
             run(triton_ops.tuned)
@@ -254,6 +258,12 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
             run(triton_ops)
             assert used == [chosen] * 2  # backend="triton" does not follow the table
         used.clear()
+    # dx written alone is a BLAS call unless the table prefers the kernel
+    for entry, expected in ((None, []), (Entry("triton"), ["grad_input_kernel"])):
+        monkeypatch.setattr(forms, "tuned_entry", lambda *_, entry=entry: entry)
+        with launch_mode.counting() as names:
+            triton_ops.tuned.grad_input(want[3], A, dtype=x.dtype)
+        assert names == expected
     # with dropout always the kernels, which copy no stream
     table("all")
     dT = want[3]
@@ -276,3 +286,74 @@ def test_the_plan_where_the_kernels_do_not_run() -> None:
     assert set(plan) == set(config.FORMS) - {"decode", "order"} and all(
         "torch (what cpu takes" in step for step in plan.values()
     )
+
+
+# --- the tables that come with the package ----------------------------------------------------------------------------
+
+SHIPPED = sorted(launch_table.package_path("").parent.glob("*.json"))
+#: rows and widths in the middle of each bucket, and above the last
+ROWS, WIDTHS = (32, 128, 512, 2048, 8192, 65536), (1024, 2048, 3584, 4096, 8192)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_table_is_taken_for_its_gpu_at_its_sizes_only(path: Path, monkeypatch) -> None:
+    table = launch_table.table_for(LaunchTable.read(path).gpu)
+    assert table.path == path and table.entries and table.about["versions"]["triton"]
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(forms, "_gpu_name", lambda index: table.gpu)
+    monkeypatch.setattr(forms, "_cuda_capability", lambda index: 90)
+    monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: aot.SHARED_BYTES[90])
+    used: set[Key] = set()
+    for step, rank, rows, width in itertools.product(config.FORMS, config.RANK_BUCKETS, ROWS, WIDTHS):
+        sizes = ("narrow", rank, rows, width)
+        key = forms.table_key(step, *sizes)
+        entry, form = table.entries.get(key), next(iter(config.FORMS[step]))
+        rule = {
+            kernel: config.choose(kernel, "narrow", rank, aot.SHARED_BYTES[90]) for kernel in config.FORMS[step][form]
+        }
+        if entry is not None:
+            used.add(key)
+            form, rule = entry.form, {kernel: config.TileConfig(**tiles) for kernel, tiles in entry.tiles.items()}
+            for kernel, tiles in rule.items():
+                assert least_shared_bytes(kernel, tiles) <= aot.SHARED_BYTES[90]
+        assert launch.form_of_class(launch_mode.current, step, *sizes, device) == (form, rule), key
+    assert used == set(table.entries)
+    assert launch_table.table_for("NVIDIA H200 NVL").entries == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there for Linux only")
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_what_a_shipped_table_names_can_be_launched(path: Path) -> None:
+    """Compiled for sm_90: no more shared memory than a block may have, and no spills."""
+    script = f"""
+import itertools, pathlib, torch
+from flare_kernels import aot, tuning
+from flare_kernels.launch_mode import forcing, recording
+from flare_kernels.launch_table import LaunchTable
+from flare_kernels.triton_ops import primitives
+from flare_kernels.triton_ops.config import TileConfig
+table = LaunchTable.read(pathlib.Path({str(path)!r}))
+limit, units, keys = aot.SHARED_BYTES[90], {{}}, set()
+for problem in tuning.problems(tuning.SHAPES.values(), (8192, 4096, 2048, 512, 128, 8), (8, 16, 32, 64, 128)):
+    entry = table.entries.get(problem.key)
+    if entry is None:
+        continue
+    keys.add(problem.key)
+    tiles = {{kernel: TileConfig(**of_one) for kernel, of_one in entry.tiles.items()}}
+    if tiles:
+        with forcing(form=entry.form, **tiles), recording(limit) as launches:
+            problem.run(primitives.tuned, problem.make(torch.device("cpu"), real=False))
+        assert any(launch.config in tiles.values() for launch in launches), problem
+        units |= {{aot.specialise(launch, 90): problem for launch in launches}}
+if __name__ == "__main__":
+    assert keys == set(table.entries), set(table.entries) - keys
+    for (unit, problem), result in zip(units.items(), aot.compile_units(units, 2)):
+        assert "error" not in result and result["shared"] <= limit and not result["spills"], (problem, unit, result)
+    print(len(units))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(Path(__file__).parents[2])
+    }
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and int(done.stdout) >= len(SHIPPED), done.stderr
