@@ -238,8 +238,10 @@ def ci_cases() -> Iterator[Case]:
     yield Case(90, projections=3)
     for capability, rank in itertools.product((90, 100, 120), (16, 32, 64, 128, 256)):
         yield Case(capability, rank=rank, form="tma")
-    for capability, rank in itertools.product((80, 89, 90, 100), (16, 32, 64, 128)):
-        yield Case(capability, rank=rank, form="last_adds")
+    for capability, rank, form in itertools.product(
+        (80, 89, 90, 100), (16, 32, 64, 128), ("last_adds", "two_launches")
+    ):
+        yield Case(capability, rank=rank, form=form)
     yield Case(90, projections=2, adapter_dtype="float32")
 
 

@@ -59,9 +59,8 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "grad_weight": {
         "triton": ("grad_weight",),
         "tma": ("grad_weight_tma",),  # tensor descriptors, a persistent grid
-        "last_adds": (
-            "grad_weight_last_adds",
-        ),  # the last program of a tile adds its partial sums: one launch, not two
+        # the last program of a tile adds its partial sums: one launch instead of two
+        "last_adds": ("grad_weight_last_adds",),
         "torch": (),
     },
     # dx written alone; one BLAS call was faster than the kernel on an H200 (27 against 32 us, Llama 8B at M = 8192)
@@ -77,7 +76,7 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
 RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {
     (step, "tma"): lambda operands, capability: operands == NARROW and (capability == 0 or capability >= 90)
     for step in ("shrink", "grad_weight")
-}
+} | {("grad_bottleneck", "two_launches"): lambda operands, capability: operands == NARROW}
 
 
 def can_run(step: str, form: str, operands: str, capability: int) -> bool:
@@ -179,8 +178,6 @@ _ROWS: dict[str, dict[str, _Row]] = {
         "shrink": (64, 32, 0, 128, 8, 3, 5),
         "expand": (64, 0, 64, 128, 8, 2, 2),
         "grad_bottleneck": (64, 64, 64, 128, 8, 2, 2),
-        "grad_bottleneck_rows": (64, 64, 0, 128, 8, 2, 2),
-        "grad_bottleneck_strips": (0, 64, 64, 128, 8, 2, 2),
         "grad_weight": (64, 64, 0, 128, 8, 2, 2),
         "grad_input": (64, 64, 0, 128, 8, 2, 2),
         "shrink_decode": (16, 64, 0, 128, 4, 2, 3),
@@ -190,8 +187,6 @@ _ROWS: dict[str, dict[str, _Row]] = {
         "shrink": (32, 32, 0, 64, 4, 2, 2),
         "expand": (32, 0, 64, 64, 8, 2, 2),
         "grad_bottleneck": (32, 32, 64, 64, 8, 2, 2),
-        "grad_bottleneck_rows": (32, 32, 0, 64, 8, 2, 2),
-        "grad_bottleneck_strips": (0, 32, 64, 64, 8, 2, 2),
         "grad_weight": (32, 64, 0, 64, 8, 2, 2),
         "grad_input": (32, 64, 0, 64, 8, 2, 2),
         "shrink_decode": (16, 64, 0, 128, 4, 2, 2),
@@ -201,8 +196,6 @@ _ROWS: dict[str, dict[str, _Row]] = {
         "shrink": (32, 32, 0, 64, 4, 2, 2),
         "expand": (32, 0, 64, 64, 4, 2, 2),
         "grad_bottleneck": (32, 32, 64, 64, 4, 2, 2),
-        "grad_bottleneck_rows": (32, 32, 0, 64, 4, 2, 2),
-        "grad_bottleneck_strips": (0, 32, 64, 64, 4, 2, 2),
         "grad_weight": (32, 64, 0, 64, 4, 2, 2),
         "grad_input": (32, 64, 0, 64, 4, 2, 2),
         "shrink_decode": (16, 64, 0, 128, 4, 2, 2),
