@@ -84,18 +84,17 @@ def _decoding(device: Any) -> None:
 def _steps(device: Any) -> None:
     """Two blocks of Llama and XLM-R, at the batch sizes of whole steps and of their gate."""
     import shapes
-    import steps
+    import step_gate
     import torch
-    from models import Models, base_model, batch_of, quiet
+    from batches import batch_of
+    from models import quiet
 
     for shape in shapes.steps(shapes.grid()):
         if shape.precision != "plain" or shape.model.family not in ("llama", "xlmr"):
             continue
         shape = replace(shape, model=replace(shape.model, vocabulary=min(1024, shape.model.vocabulary)))
-        dtype = steps.dtype_of(device)
         with quiet():
-            base = base_model(shape.model, min(2, shape.model.layers), 2 * shape.m, device, dtype)
-            models = Models.of(base, shape.model.family, shape.r, dtype)
+            models = step_gate.models_of(shape, min(2, shape.model.layers), device)
             for B in (shape.B, 2):
                 for method in ("lora", "input-fusion", "flare", "flare-recompute"):
                     models.loss(method, batch_of(replace(shape, B=B), device)).backward()
