@@ -52,6 +52,8 @@ def framed(x: Tensor) -> Tensor:
 
 
 def forced(form: str, case: str) -> Any:
+    if form == "tma" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
     kernels = [kernel for step in ("shrink", "grad_weight") for kernel in FORMS[step][form]]
     general = ("shrink", "grad_weight")  # what is taken where the form cannot be
     return forcing(form=form, **dict.fromkeys((*kernels, *general), TILES[case]))
@@ -149,10 +151,10 @@ def test_counters_are_zero_between_launches(device: torch.device) -> None:
     with forced("last_adds", "splits"):
         first = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         assert not counters.any()
-        counters[0] = 1  # a counter that was not reset: the sum of its tile is taken one program early, or never
+        counters[0] = 7  # a counter that was not reset: nobody is the last of its tile
         second = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         counters.zero_()
-    assert not torch.equal(first, second)
+    assert first.isfinite().all() and second.isnan().any()
 
 
 MODELS = (("llama-3.1-8b", 8192), ("xlm-r-large", 8192), ("llama-3.1-8b", 512))
