@@ -15,7 +15,19 @@ from torch import Tensor
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
 from .device import dot, drop_transposed, load_keep_bytes_transposed, load_tile, round_to, store_tile
-from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, describable, form_for, split_sum, strides
+from .launch import (
+    ADDRESS,
+    LAYOUT,
+    LOW_BITS,
+    STRIDE,
+    DescriptorLauncher,
+    Launcher,
+    cdiv,
+    describable,
+    form_for,
+    split_sum,
+    strides,
+)
 from .partials import MAX_COUNTERS, add_splits, adding, counters, is_last
 
 
@@ -272,7 +284,7 @@ def _plan(
         constants |= strides("mask", mask, "m") | strides("mask_source", mask_source, "m")
     constants |= strides("dT", dT, axes[0]) | strides("x", x, axes[1])
     constants |= strides("dS", dS, axes[0]) | strides("x_source", x_source, axes[1])
-    launcher = Launcher(mode, kernel, grid, config, dT.device, descriptors=form == "tma", **constants)
+    launcher = (DescriptorLauncher if form == "tma" else Launcher)(mode, kernel, grid, config, dT.device, **constants)
     partials_size = None if splits == 1 else (splits, R, K)
     add = None if partials_size is None or form == "last_adds" else adding(mode, partials_size, dT.device)
     return form, (R, K), partials_size, launcher, add

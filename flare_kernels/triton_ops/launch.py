@@ -62,26 +62,17 @@ class Launcher:
     """One launch of a plan, which knows all its arguments but the tensors.
 
     ``launcher.run(*tensors, *launcher.constants)`` launches the kernel. Every kernel takes its tensors (or None) first.
-    The first run is an ordinary ``kernel[grid](...)``; later ones call the kernel that it compiled. ``descriptors``:
-    the kernel makes tensor descriptors.
+    The first run is an ordinary ``kernel[grid](...)``; later ones call the kernel that it compiled.
     """
 
-    __slots__ = ("_descriptors", "_device", "_grid", "_mode", "_name", "_ordinary", "constants", "run")
+    __slots__ = ("_device", "_grid", "_mode", "_name", "_ordinary", "constants", "run")
 
     def __init__(
-        self,
-        mode: Mode,
-        kernel: Any,
-        grid: tuple[int, ...],
-        config: TileConfig,
-        device: torch.device,
-        *,
-        descriptors: bool = False,
-        **named: Any,
+        self, mode: Mode, kernel: Any, grid: tuple[int, ...], config: TileConfig, device: torch.device, **named: Any
     ) -> None:
         named |= config.tiles_of(kernel.arg_names)
         self.constants = tuple(named[name] for name in kernel.arg_names[len(kernel.arg_names) - len(named) :])
-        self._mode, self._device, self._name, self._descriptors = mode, device, kernel.fn.__name__, descriptors
+        self._mode, self._device, self._name = mode, device, kernel.fn.__name__
         self._grid = (*grid, 1, 1)[:3]
         self._ordinary = functools.partial(
             kernel[grid], num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True
@@ -115,8 +106,6 @@ class Launcher:
 
     def _on_device(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Triton launches on the current device, which need not be the tensors' where there are several."""
-        if self._descriptors:
-            run = with_scratch(run)
         if self._device.type != "cuda" or torch.cuda.device_count() == 1:
             return run
         index, current_device = self._device.index, current_cuda_device()
@@ -128,6 +117,15 @@ class Launcher:
                 return run(*args)
 
         return guarded
+
+
+class DescriptorLauncher(Launcher):
+    """The launch of a kernel that makes tensor descriptors, in memory that Triton asks for."""
+
+    __slots__ = ()
+
+    def _on_device(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        return super()._on_device(with_scratch(run))
 
 
 def _noting(names: list[str], name: str, run: Callable[..., Any] | None = None) -> Callable[..., Any]:

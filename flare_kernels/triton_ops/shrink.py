@@ -21,6 +21,7 @@ from .launch import (
     LOW_BITS,
     STRIDE,
     TL_DTYPE,
+    DescriptorLauncher,
     Launcher,
     cdiv,
     describable,
@@ -311,7 +312,7 @@ def _plan(
         constants |= {"HAS_MASK": mask is not None, "LAST_ADDS": form == "last_adds", "DTYPE": TL_DTYPE[compute_dtype]}
         constants |= strides("mask", mask, "m") | strides("mask_source", mask_source, "m")
     constants |= strides("x", x, axes[0]) | strides("x_source", x_source, axes[0]) | strides("A", A, axes[1])
-    launcher = Launcher(mode, kernel, grid, config, x.device, descriptors=form == "tma", **constants)
+    launcher = (DescriptorLauncher if form == "tma" else Launcher)(mode, kernel, grid, config, x.device, **constants)
     partials_size = None if splits == 1 else (splits, streams, M, R)
     add = None if partials_size is None or form == "last_adds" else adding(mode, partials_size, x.device)
     return form, size, partials_size, launcher, add

@@ -12,6 +12,7 @@ import triton
 
 from flare_kernels import fused_lora, fused_lora_qkv, launch_plan, select_backend
 from flare_kernels.launch_mode import counting, forcing
+from flare_kernels.triton_ops import primitives as triton_ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -178,3 +179,53 @@ def test_auto_on_real_sizes(M: int, fusion: str | None) -> None:
     for exact, usual, ours in zip(truth, plain, got, strict=True):
         eps = torch.finfo(torch.bfloat16).eps * exact.abs().max()
         assert (ours.double() - exact).abs().max() <= 2 * (usual.double() - exact).abs().max() + eps
+
+
+@pytest.mark.parametrize("form", ["tma", "last_adds"])
+def test_forms_are_captured_and_run_on_streams_at_once(form: str) -> None:
+    """A graph is replayed next to eager calls on the stream that captured it, and each gives the eager bits."""
+    if form == "tma" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
+    dT, x, A = (torch.randn(*size, device=CUDA).bfloat16() for size in ((4096, 128), (4096, 1024), (128, 1024)))
+
+    def run() -> list[Tensor]:
+        T, _ = triton_ops.shrink(x[:512], None, A, compute_dtype=torch.bfloat16)
+        return [T, triton_ops.grad_weight(dT, x, None, None, grad_dtype=torch.float32)]
+
+    with forcing(form=form), counting() as names:
+        want = run()
+        assert all(name.startswith(("shrink", "grad_weight", "sum_partials")) for name in names)
+        assert ("sum_partials_kernel" in names) == (form == "tma") == ("grad_weight_tma_kernel" in names)
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=streams[0]):
+            static = run()
+        results = []
+        for _ in range(50):
+            graph.replay()
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(run())
+        torch.cuda.synchronize()
+    for found in (static, *results):
+        assert all(torch.equal(got, expected) for got, expected in zip(found, want, strict=True))
+
+
+def test_descriptors_are_made_in_threads_of_their_own() -> None:
+    """The autograd engine's threads inherit no allocator of Triton's scratch."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
+    t = make(300)
+    want = step(t)
+    with forcing(form="tma"), counting() as names:
+        found = step(t)
+        assert {"shrink_tma_kernel", "grad_weight_tma_kernel"} <= set(names)
+        again = step(t)
+    for got, repeated, expected in zip(found, again, want, strict=True):
+        assert torch.equal(got, repeated)
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())

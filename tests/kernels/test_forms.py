@@ -52,6 +52,8 @@ def framed(x: Tensor) -> Tensor:
 
 
 def forced(form: str, case: str) -> Any:
+    if form == "tma" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
     kernels = [kernel for step in ("shrink", "grad_weight") for kernel in FORMS[step][form]]
     general = ("shrink", "grad_weight")  # what is taken where the form cannot be
     return forcing(form=form, **dict.fromkeys((*kernels, *general), TILES[case]))
@@ -152,7 +154,7 @@ def test_counters_are_zero_between_launches(device: torch.device) -> None:
         counters[0] = 1000  # a counter that was not reset: the sum of its tile is never taken
         second = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         counters.zero_()
-    assert not torch.equal(first, second)
+    assert first.isfinite().all() and second.isnan().any()
 
 
 MODELS = (("llama-3.1-8b", 8192), ("xlm-r-large", 8192), ("llama-3.1-8b", 512))
