@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,11 @@ from .problem import Inputs, Problem
 
 #: The most sets of inputs that rotate.
 _MOST_SETS = 128
-#: Rounds in which the host may fall behind the device before the clock gives up.
+#: How often the host may fall behind the device in a round before the clock gives up.
 _ATTEMPTS = 6
+#: About those of a GPU; a sleep lasts 1 ms at least.
+_CYCLES_PER_SECOND = 2_000_000_000
+_LEAST_CYCLES = 2_000_000
 
 
 class Timer(Protocol):
@@ -34,8 +38,8 @@ class DeviceTimer:
 
     def __init__(self, calls: int = 10) -> None:
         self.calls = calls
-        #: clock cycles to sleep, doubled whenever the host falls behind: 1 ms at 2 GHz at first
-        self.cycles = 2_000_000
+        #: to sleep in the next round: twice what the host took to queue the round before
+        self.cycles = _LEAST_CYCLES
 
     def __call__(self, run: Callable[[Inputs], object], inputs: list[Inputs], *, rounds: int) -> float:
         turn = itertools.cycle(inputs)
@@ -49,17 +53,18 @@ class DeviceTimer:
             cuda.synchronize()
             sleep_on_device(self.cycles)
             start.record()
+            began = perf_counter()
             for _ in range(self.calls):
                 run(next(turn))
             end.record()
-            kept_ahead = not start.query()
+            kept_ahead, slept = not start.query(), self.cycles
+            queued_s = perf_counter() - began
             cuda.synchronize()
+            self.cycles = max(_LEAST_CYCLES, int(2 * queued_s * _CYCLES_PER_SECOND))
             if kept_ahead:
                 return float(start.elapsed_time(end)) * 1000 / self.calls
-            self.cycles *= 2
-        raise RuntimeError(
-            f"the host could not queue {self.calls} calls while the device slept {self.cycles // 2:,} cycles"
-        )
+            self.cycles = max(self.cycles, 2 * slept)
+        raise RuntimeError(f"the host could not queue {self.calls} calls while the device slept {slept:,} cycles")
 
 
 def rotation(problem: Problem, device: torch.device) -> list[Inputs]:

@@ -38,11 +38,9 @@ class Device:
 
     def __init__(self) -> None:
         self.host = self.free = 0.0  # microseconds
-        self.idle_before: list[float] = []
 
     def launch(self, host_us: float, device_us: float) -> None:
         self.host += host_us
-        self.idle_before.append(max(0.0, self.host - self.free))
         self.free = max(self.free, self.host) + device_us
 
     def synchronize(self) -> None:
@@ -69,12 +67,13 @@ class Device:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Device:
     fake = Device()
     monkeypatch.setattr(timing, "cuda", fake)
+    monkeypatch.setattr(timing, "perf_counter", lambda: fake.host / 1e6)
     monkeypatch.setattr(timing, "sleep_on_device", lambda cycles: fake.launch(5.0, cycles / 2000))
     return fake
 
 
 def test_the_clock_measures_the_kernel_and_not_the_launch(fake: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    timer, turn = tuning.search.DeviceTimer(), []
+    timer, turn = timing.DeviceTimer(), []
 
     def run(inputs: dict[str, int]) -> None:
         turn.append(inputs["set"])
@@ -90,13 +89,17 @@ def test_the_clock_measures_the_kernel_and_not_the_launch(fake: Device, monkeypa
     assert timer(run, inputs, rounds=3) == pytest.approx(35.0, rel=0.1)
 
 
-def test_the_clock_sleeps_longer_where_the_host_falls_behind(fake: Device) -> None:
+def test_the_clock_sleeps_as_long_as_the_host_needs(fake: Device) -> None:
     timer = timing.DeviceTimer()
-    before = timer.cycles
+    least = timer.cycles
     assert timer(lambda t: fake.launch(500.0, 15.0), [{}], rounds=2) == pytest.approx(15.0)
-    assert timer.cycles == 8 * before  # 5 ms of launches; kept for what comes next
+    assert timer.cycles == pytest.approx(2 * 5e-3 * 2e9, rel=0.01)  # twice 5 ms of launches
+    assert timer(lambda t: fake.launch(5.0, 15.0), [{}], rounds=1) == pytest.approx(15.0)
+    assert timer.cycles == least
+    # a host that slows down with every call
+    slower = itertools.count(1)
     with pytest.raises(RuntimeError, match="could not queue 10 calls"):
-        timer(lambda t: fake.launch(1e6, 15.0), [{}], rounds=1)
+        timer(lambda t: fake.launch(1e3 * 2 ** next(slower), 15.0), [{}], rounds=1)
 
 
 # --- problems ---------------------------------------------------------------------------------------------------------
