@@ -58,8 +58,8 @@ fi
 
 begin
 END=$((${FLARE_BENCH_SECONDS:-570} - 30)) # what is left is for the summary
-GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_graphed_trainer.py
-  tests/test_training_features.py tests/test_source_cache_warm.py tests/test_measure.py tests/test_compile.py"
+GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_source_cache_warm.py tests/test_measure.py
+  tests/test_compile.py"
 
 # 1. compile what the measurements launch
 # 2. tests that a GPU answers: whole models first, then every kernel
@@ -77,8 +77,8 @@ else
   "$PYTHON" -c 'import xdist' 2> /dev/null && WORKERS="-n $((CORES < 16 ? CORES : 16))"
   step 40 "compile" "$PYTHON" benchmarks/precompile.py --seconds 30
   # shellcheck disable=SC2086
-  step 90 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider ${WORKERS:-} --maxfail=20 -k "gpu or kernels" $GPU_TESTS \
-    tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_binder.py
+  step 90 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider ${WORKERS:-} --maxfail=20 --continue-on-collection-errors \
+    -k "gpu or kernels" $GPU_TESTS tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_binder.py
   bench 120 "whole steps" steps.json benchmarks/test_training_step.py
   bench 60 "projections" projections.json benchmarks/test_projection.py
   tune 165 --budget 150
