@@ -8,7 +8,7 @@ status=0
 
 # step SECONDS NAME COMMAND...: run with a limit, log, go on whatever happens
 step() {
-  local limit=$1 name=$2 began=$SECONDS left=$((END - SECONDS)) code outcome
+  local limit=$1 name=$2 began=$SECONDS left=$((END - SECONDS)) code outcome pid shown
   shift 2
   [ "$limit" -gt "$left" ] && limit=$left
   [ -n "$DRY" ] && limit=0 # no limit: what a dry run shows must not depend on how busy the machine is
@@ -18,9 +18,17 @@ step() {
     return
   fi
   echo "== $name (at most ${limit}s)" | tee -a "$LOG"
-  # an interrupt, not a kill: pytest then says which tests failed so far
-  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG"
-  code=${PIPESTATUS[0]}
+  shown=$(wc -l < "$LOG")
+  # one interrupt, to the command alone: pytest then says what failed so far. What it leaves running is killed with its
+  # group; a pipe would wait for such a process, so the output goes to the log first
+  set -m
+  timeout --foreground --signal=INT --kill-after=15 "$limit" "$@" >> "$LOG" 2>&1 < /dev/null &
+  pid=$!
+  set +m
+  wait "$pid"
+  code=$?
+  kill -KILL -- "-$pid" 2> /dev/null
+  tail -n "+$((shown + 1))" "$LOG"
   case $code in
     0) outcome=done ;;
     124 | 137) outcome="stopped after ${limit}s; what was measured is kept" ;;

@@ -399,7 +399,7 @@ esac
 """,
     # whole steps outlast their limit
     "timeout": """#!/bin/bash
-shift 3
+shift 4
 "$@"
 code=$?
 case "$*" in *test_training_step*) exit 124 ;; esac
