@@ -23,42 +23,14 @@ elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
   exit 2
 fi
 RESULTS=${OUT:-benchmarks/results/$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); import sweep; print(sweep.gpu_name())')}
-END=1000000 # of the steps, in seconds since the start
-TABLE=()    # a line for each step
-status=0
+source benchmarks/steps.sh
 
-# step SECONDS NAME COMMAND...: run with a limit, log, go on whatever happens
-step() {
-  local limit=$1 name=$2 began=$SECONDS left=$((END - SECONDS)) code outcome
-  shift 2
-  [ "$limit" -gt "$left" ] && limit=$left
-  [ -n "$DRY" ] && limit=0 # no limit: what a dry run shows must not depend on how busy the machine is
-  if [ -z "$DRY" ] && [ "$limit" -lt 5 ]; then
-    TABLE+=("$(printf '%-32s %5s    %s' "$name" - "not begun: the time was used up")")
-    status=1
-    return
-  fi
-  echo "== $name (at most ${limit}s)" | tee -a "$LOG"
-  # an interrupt, not a kill: pytest then says which tests failed so far
-  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG"
-  code=${PIPESTATUS[0]}
-  case $code in
-    0) outcome=done ;;
-    124 | 137) outcome="stopped after ${limit}s; what was measured is kept" ;;
-    *) outcome="failed ($code)" ;;
-  esac
-  TABLE+=("$(printf '%-32s %4ss    %s' "$name" $((SECONDS - began)) "$outcome")")
-  [ "$code" -eq 0 ] || status=1
-  pack
-}
 bench() { # bench SECONDS NAME FILE ARGUMENTS...
   local limit=$1 name=$2 file=$3
   shift 3
   step "$limit" "$name" "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
     --results "$RESULTS/$file" "$@"
 }
-pack() { :; }
-
 if [ "${1:-}" = sweep ]; then
   part=${2:?"which part? python benchmarks/sweep.py lists them"}
   [ -n "$DRY" ] || export FLARE_BENCH_GRID=full
@@ -84,23 +56,10 @@ if [ "${1:-}" = tune ]; then
   exit $status
 fi
 
-if [ -n "${OUT:-}" ]; then
-  RESULTS=$(mktemp -d)
-  mkdir -p "$OUT"
-  pack() {
-    local part="$OUT/.results.$BASHPID.part"
-    tar -czf "$part" -C "$RESULTS" . 2>/dev/null || [ $? -eq 1 ] || return 0 # 1: a file changed while it was read
-    mv "$part" "$OUT/results.tar.gz"
-  }
-  (while sleep 15; do pack; done) > /dev/null 2>&1 & # for the case that this script is killed during a step
-  trap "kill $!; pack; rm -rf '$RESULTS'" EXIT
-fi
-mkdir -p "$RESULTS"
-LOG="$RESULTS/log.txt"
-: > "$LOG"
+begin
 END=$((${FLARE_BENCH_SECONDS:-570} - 30)) # what is left is for the summary
-GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_graphed_trainer.py
-  tests/test_training_features.py tests/test_source_cache_warm.py tests/test_measure.py tests/test_compile.py"
+GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_source_cache_warm.py tests/test_measure.py
+  tests/test_compile.py"
 
 # 1. compile what the measurements launch
 # 2. tests that a GPU answers: whole models first, then every kernel
@@ -118,8 +77,8 @@ else
   "$PYTHON" -c 'import xdist' 2> /dev/null && WORKERS="-n $((CORES < 16 ? CORES : 16))"
   step 40 "compile" "$PYTHON" benchmarks/precompile.py --seconds 30
   # shellcheck disable=SC2086
-  step 90 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider ${WORKERS:-} --maxfail=20 -k "gpu or kernels" $GPU_TESTS \
-    tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_binder.py
+  step 90 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider ${WORKERS:-} --maxfail=20 --continue-on-collection-errors \
+    -k "gpu or kernels" $GPU_TESTS tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_binder.py
   bench 120 "whole steps" steps.json benchmarks/test_training_step.py
   bench 60 "projections" projections.json benchmarks/test_projection.py
   tune 165 --budget 150
@@ -143,5 +102,5 @@ else
   echo "nothing was measured" | tee -a "$LOG"
   status=1
 fi
-printf '%s\n' "" "step                              time    outcome" "${TABLE[@]}" | tee -a "$LOG"
+outcomes
 exit $status

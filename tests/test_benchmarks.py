@@ -422,7 +422,7 @@ esac
 """,
     # whole steps outlast their limit
     "timeout": """#!/bin/bash
-shift 3
+shift 4
 "$@"
 code=$?
 case "$*" in *test_training_step*) exit 124 ;; esac
@@ -452,6 +452,51 @@ def test_run_gpu_keeps_what_there_is_when_steps_fail_and_time_runs_out(seconds: 
     else:
         assert outcomes["tests"] == "failed (1)" and "stopped after 120s" in outcomes["whole steps"]
         assert {outcomes[name] for name in ("compile", "projections", "tune", "more", "summary.json")} == {"done"}
+
+
+SANITIZER = """#!/bin/bash
+# notes what it is asked for, finds a race
+[ "$1" = --help ] && { echo "  --kernel-name arg"; exit; }
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --tool) tool=$2 ;;
+    --log-file) echo "ERROR SUMMARY: some, $tool" > "$2" ;;
+    *.py) [ -n "$PYTORCH_NO_CUDA_MEMORY_CACHING" ] && echo "$tool of $1" ;;
+  esac
+  shift
+done
+[ "$tool" != racecheck ] || exit 9
+"""
+
+
+@pytest.mark.slow
+def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
+    """Every kernel is called and compared; a sanitizer that finds something fails its step and no other."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    (tmp_path / "compute-sanitizer").write_text(SANITIZER)
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    path, out = os.pathsep.join([str(tmp_path), os.environ["PATH"]]), tmp_path / "out"
+    done = run("bash", "benchmarks/check_gpu.sh", FLARE_BENCH_DRY="1", PYTHON=sys.executable, PATH=path, OUT=str(out))
+    assert done.returncode == 1, done.stdout + done.stderr
+    with tarfile.open(out / "results.tar.gz") as archive:
+        assert {"./log.txt", "./memcheck.txt", "./racecheck.txt"} <= set(archive.getnames())
+        log = archive.extractfile("./log.txt").read().decode()
+    for kernel in (
+        "shrink",
+        "expand",
+        "grad_bottleneck",
+        "grad_weight",
+        "grad_input",
+        "stack",
+        "keep_bits",
+        "expand_decode",
+    ):
+        assert re.search(rf"\b{kernel}_kernel \d", log), kernel
+    assert "memcheck of tests/kernels/odd_calls.py" in log and "ERROR SUMMARY: some, racecheck" in log
+    assert log.count(" same") >= 30 and "DIFFERENT" not in log
+    table = {line.split()[0]: line for line in log[log.index("outcome\n") :].splitlines()[1:]}
+    assert all(table[name].endswith("done") for name in ("calls", "memcheck", "fpsan"))
+    assert table["racecheck"].endswith("failed (9)")
 
 
 def test_time_over_another_variant_is_taken_round_by_round() -> None:

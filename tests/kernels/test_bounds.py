@@ -19,25 +19,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from odd_calls import BF16, CASES, F16, F32, odd_calls, require_close
 
-from flare_kernels import dropout, torch_ops
 from flare_kernels.triton_ops import primitives as triton_ops
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bounds are checked by the interpreter, on a CPU")
 
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-MIXED = (BF16, F32)
-#: M, K, N, R, dtypes of T and of A and B: a tile ends within each axis, axes of one element, several blocks of R.
-CASES = [
-    (70, 130, 67, 5, (F32, F32)),
-    (33, 40, 129, 130, (F32, F32)),
-    (1, 64, 1, 16, (BF16, BF16)),
-    (3, 33, 18, 1, (F16, F16)),
-    (70, 32, 48, 64, (BF16, BF16)),
-    (17, 37, 20, 3, MIXED),
-]
 MARGIN = 24
-KEEP_SCALE = dropout.keep_scale(0.3)
 
 
 class Framed:
@@ -76,63 +64,6 @@ def framed() -> Iterator[Framed]:
     made.require_untouched()
 
 
-def calls(case: tuple[int, int, int, int, tuple[torch.dtype, torch.dtype]], framed: Framed) -> Iterator[Any]:
-    """Call every primitive, with and without dropout; yield its results and those of plain PyTorch."""
-    M, K, N, R, (dtype, adapter) = case
-
-    def randn(rows: int, cols: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return framed((torch.randn(rows, cols) * scale).to(of))
-
-    seed = torch.tensor(7)
-    x, x_source = randn(M, K), randn(M, K)
-    As = [randn(R, K, adapter, K**-0.5) for _ in range(2)]
-    Bs = [randn(n, R, adapter, R**-0.5) for n in (N, N + 9)]
-    ys, Gs = ([randn(M, B.shape[0]) for B in Bs] for _ in range(2))
-    T, S = randn(M, 2 * R), randn(M, 2 * R)
-    bits = [triton_ops.keep_bits(seed, M, K, 6554, stream) for stream in (0, 1)]
-    yield bits, [torch_ops.keep_bits(seed, M, K, 6554, stream) for stream in (0, 1)]
-    masks = {"mask": framed(bits[0]), "mask_source": framed(bits[1]), "keep_scale": KEEP_SCALE}
-    A = triton_ops.stack(As, dtype)
-    yield [A], [torch_ops.stack(As, dtype)]
-    phi: dict[str, Any] = {"scalings": [0.5, 2.0], "fusion": "mul_relu"}
-    for dropped in ({}, masks):
-        yield from _both("shrink", x, x_source, A, compute_dtype=dtype, **dropped)
-        yield from _both("grad_weight", T, x, S, x_source, grad_dtype=adapter, **dropped)
-        one = {key: value for key, value in dropped.items() if key != "mask_source"}
-        yield from _both("grad_input", T, A, dtype=dtype, **one)
-        dx = randn(M, K)
-        want = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one)
-        yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one)], [want]
-    got, want = [framed(y) for y in ys], [y.clone() for y in ys]
-    triton_ops.expand_(got, T, S, Bs, **phi)
-    torch_ops.expand_(want, T, S, Bs, **phi)
-    yield got, want
-    results = []
-    for ops in (triton_ops, torch_ops):
-        dT, dS = (framed(torch.full((M, 2 * R), torch.nan, dtype=dtype)) for _ in range(2))
-        dBs = ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=adapter, **phi)
-        results.append([dT, dS, *dBs])
-    yield tuple(results)
-    if triton_ops.can_decode(M, [R, R]):
-        for given in ([], [S[:, :R], S[:, R:]]):
-            got = [framed(y) for y in ys]
-            call = {"compute_dtype": dtype, "keep": True, **phi}
-            triton_ops.decode(x, None if given else x_source, given, got, As, Bs, **call)
-            T_own, S_own = (s @ A.float().T for s in (x.float(), x_source.float()))
-            want = [y.clone().float() for y in ys]
-            torch_ops.expand_(want, T_own, S.float() if given else S_own, [B.float() for B in Bs], **phi)
-            yield got, want
-
-
-def _both(name: str, *args: Any, **options: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """One primitive in both forms."""
-
-    def listed(found: Any) -> list[Tensor]:
-        return [found] if isinstance(found, Tensor) else [one for one in found if one is not None]
-
-    yield listed(getattr(triton_ops, name)(*args, **options)), listed(getattr(torch_ops, name)(*args, **options))
-
-
 KERNELS = {"shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input", "keep_bits", "stack"}
 DECODE = {"shrink_decode", "expand_decode"}
 
@@ -140,12 +71,9 @@ DECODE = {"shrink_decode", "expand_decode"}
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:4])) + f"-{case[4][0]}-{case[4][1]}")
 def test_every_kernel_stays_within_its_tensors(case: Any, framed: Framed) -> None:
     (M, *_, R, (dtype, _)) = case
-    tolerance = 1e-4 if dtype == F32 else 0.1
     with bounds.checked() as seen:
-        for got, want in calls(case, framed):
-            for ours, plain in zip(got, want, strict=True):
-                atol = tolerance * float(plain.double().abs().max() + 1)
-                torch.testing.assert_close(ours.double(), plain.double(), rtol=tolerance, atol=atol)
+        for got, want in odd_calls(case, framed, torch.device("cpu")):
+            require_close(got, want, dtype)
     ran = {name.removesuffix("_kernel") for name, accesses in seen.items() if accesses.stores}
     assert ran >= KERNELS and (ran >= DECODE) == triton_ops.can_decode(M, [R, R]), ran
     assert all(accesses.loads for accesses in seen.values())
