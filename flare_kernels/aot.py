@@ -236,7 +236,7 @@ def ci_cases() -> Iterator[Case]:
     for capability in (80, 90, 100, 89):
         yield Case(capability, projections=2)  # query and value
     yield Case(90, projections=3)
-    for capability, rank in itertools.product((90, 100, 120), (16, 32, 64, 128, 256)):
+    for capability, rank in itertools.product((90, 100), (16, 32, 64, 128, 256)):
         yield Case(capability, rank=rank, form="tma")
     for capability, rank, form in itertools.product(
         (80, 89, 90, 100), (16, 32, 64, 128), ("last_adds", "two_launches")

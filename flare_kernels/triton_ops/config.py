@@ -74,7 +74,8 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
 #: (step, form) -> whether the form runs on operands of a class with a compute capability (90: sm_90; 0: the
 #: interpreter). A form without a predicate runs anywhere, and a step's first form has none.
 RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {
-    (step, "tma"): lambda operands, capability: operands == NARROW and (capability == 0 or capability >= 90)
+    # sm_120 has tensor descriptors too, but no room for deep pipelines
+    (step, "tma"): lambda operands, capability: operands == NARROW and (capability == 0 or 90 <= capability < 120)
     for step in ("shrink", "grad_weight")
 } | {("grad_bottleneck", "two_launches"): lambda operands, capability: operands == NARROW}
 
@@ -134,7 +135,7 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
     },
     "shrink_tma": {
         16: (64, 128, 0, 16, 4, 2, 4),
-        32: (64, 128, 0, 32, 4, 2, 4),
+        32: (64, 64, 0, 32, 4, 2, 4),
         64: (64, 64, 0, 64, 4, 3, 4),
         128: (64, 64, 0, 128, 8, 2, 4),
         256: (64, 64, 0, 128, 8, 2, 4),

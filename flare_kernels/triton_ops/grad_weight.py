@@ -114,7 +114,7 @@ def grad_weight_kernel(
     store_tile(out + i_split.to(tl.int64) * R * K, tl.trans(b_dA * keep_scale), o_r, m_r, K, o_k, m_k, 1)
     if LAST_ADDS:
         if is_last(counters + i_r * tl.num_programs(0) + i_k, tl.num_programs(2)):
-            add_splits(out, total, tl.num_programs(2), R, K, o_r, m_r, o_k, m_k, BLOCK_R, BLOCK_K)
+            add_splits(out, total, tl.num_programs(2), R, K, i_r * BLOCK_R, R, o_k, m_k, BLOCK_R, BLOCK_K)
 
 
 @triton.jit

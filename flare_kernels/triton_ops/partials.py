@@ -67,20 +67,24 @@ def is_last(counter, splits):
 
 @triton.jit
 def add_splits(
-    partials, out, splits, rows, columns, o_row, m_row, o_col, m_col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr
+    partials, out, splits, rows, columns, start, end, o_col, m_col, BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr
 ):
-    """out[o_row, o_col] = sum over s of partials[s, o_row, o_col], in the order of s.
+    """out[i, o_col] = sum over s of partials[s, i, o_col], in the order of s, for BLOCK_ROW rows i from start to end.
 
     partials (splits, rows, columns), out (rows, columns), both contiguous.
     """
-    b_sum = tl.zeros((BLOCK_ROW, BLOCK_COL), dtype=tl.float32)
-    o_partial = o_row.to(tl.int64)
-    for _ in range(splits):
-        p_partials = partials + o_partial[:, None] * columns + o_col[None, :]
-        # from L2: other multiprocessors wrote them
-        b_sum += tl.load(p_partials, mask=m_row[:, None] & m_col[None, :], other=0.0, cache_modifier=".cg")
-        o_partial += rows
-    store_tile(out, b_sum, o_row, m_row, columns, o_col, m_col, 1)
+    HALF: tl.constexpr = BLOCK_ROW // 2  # a whole tile and the next of its parts do not fit the registers
+    for i_half in range(2):
+        o_row = start + i_half * HALF + tl.arange(0, HALF)
+        m_row = o_row < end
+        b_sum = tl.zeros((HALF, BLOCK_COL), dtype=tl.float32)
+        o_partial = o_row.to(tl.int64)
+        for _ in range(splits):
+            p_partials = partials + o_partial[:, None] * columns + o_col[None, :]
+            # from L2: other multiprocessors wrote them
+            b_sum += tl.load(p_partials, mask=m_row[:, None] & m_col[None, :], other=0.0, cache_modifier=".cg")
+            o_partial += rows
+        store_tile(out, b_sum, o_row, m_row, columns, o_col, m_col, 1)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

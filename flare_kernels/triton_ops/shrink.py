@@ -120,9 +120,10 @@ def shrink_kernel(
     if LAST_ADDS:
         splits = tl.num_programs(1)
         if is_last(counters + tl.program_id(0), splits):
-            add_splits(out, total, splits, STREAMS * M, R, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
+            add_splits(out, total, splits, STREAMS * M, R, i_m * BLOCK_M, M, o_r, m_r, BLOCK_M, BLOCK_R)
             if STREAMS == 2:
-                add_splits(out, total, splits, STREAMS * M, R, o_m + M, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
+                start = M + i_m * BLOCK_M
+                add_splits(out, total, splits, STREAMS * M, R, start, STREAMS * M, o_r, m_r, BLOCK_M, BLOCK_R)
 
 
 @triton.jit
