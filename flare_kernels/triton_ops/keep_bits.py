@@ -60,10 +60,8 @@ def keep_bits(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -
     except KeyError:
         n_bytes = cdiv(cols, 8)
         grid = (cdiv(rows, _CONFIG.BLOCK_M), cdiv(n_bytes, _CONFIG.BLOCK_K))
-        sizes: dict[str, Any] = {"rows": rows, "cols": cols, "n_bytes": n_bytes}
-        launcher = Launcher(
-            mode, keep_bits_kernel, grid, _CONFIG, device, **sizes, threshold=threshold, stream_id=stream
-        )
+        constants: dict[str, Any] = {"rows": rows, "cols": cols, "n_bytes": n_bytes, "threshold": threshold}
+        launcher = Launcher(mode, keep_bits_kernel, grid, _CONFIG, device, **constants, stream_id=stream)
         size, launcher = mode.plans.add(key, ((rows, n_bytes), launcher))
     out = torch.empty(size, dtype=torch.uint8, device=device)
     launcher.run(seed, out, *launcher.constants)
