@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flare_kernels.launch_mode import forcing, recording
-from flare_kernels.tuning.problems import Problem
+from flare_kernels.tuning.problem import Problem
 
 _SHARED_BYTES = 227 * 1024
 
