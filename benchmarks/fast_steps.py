@@ -40,7 +40,7 @@ CAPTURED = {
 }
 COMPILED = {"peft-compiled": "peft-lora", "lora-compiled": "lora", "flare-compiled": "flare"}
 #: Captured rows of big models, whose steps the device decides: a graph saves them little and holds its activations.
-_OF_BIG_MODELS = ("flare-captured", "lora-captured", "flare-warm-captured")
+_OF_BIG_MODELS = ("flare-captured", "lora-captured")
 #: Captured rows on padded texts, of small models.
 _PADDED = ("flare-captured", "lora-captured")
 #: Forwards and backwards of a shape until its graph is replayed.

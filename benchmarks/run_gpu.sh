@@ -79,9 +79,9 @@ else
   # shellcheck disable=SC2086
   step 90 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider ${WORKERS:-} --maxfail=20 --continue-on-collection-errors \
     -k "gpu or kernels" $GPU_TESTS tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_binder.py
-  bench 120 "whole steps" steps.json benchmarks/test_training_step.py
+  bench 150 "whole steps" steps.json benchmarks/test_training_step.py
   bench 60 "projections" projections.json benchmarks/test_projection.py
-  tune 165 --budget 150
+  tune 125 --budget 110
   bench 70 "more" more.json benchmarks/test_host_time.py benchmarks/test_generation.py benchmarks/test_kernels.py \
     benchmarks/test_block.py
   if [ -s "$RESULTS/launch-table.json" ]; then

@@ -9,6 +9,7 @@ from typing import Any
 
 import fast_steps
 import liger
+import shapes
 import torch
 from batches import Batch, batch_of
 from cases import Variant, Variants
@@ -237,7 +238,7 @@ class _Case:
             found["cache_bytes"] = models.cache.nbytes  # on the device, within peak_bytes
         if method == "frozen":
             found["frozen_block_s"] = block_seconds(models.frozen, self.batch, device)
-        if method in METHODS:
+        if method in METHODS and (device.type != "cuda" or shapes.grid() == "full"):
             found["parts_s"] = self._parts(method)
         return found
 

@@ -120,7 +120,7 @@ def test_the_parts_are_timed_in_a_dry_run(tmp_path: Path) -> None:
     """The script of benchmarks/ times rows, strips and both in the interpreter, and writes each."""
     out, root = tmp_path / "parts.json", Path(__file__).parents[2]
     command = [sys.executable, "benchmarks/grad_bottleneck_parts.py", "--dry", "--shapes", "xlm-r-large", "--most", "3"]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, "--output", str(out)], capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
