@@ -42,6 +42,8 @@ PROJECTIONS = {
     "addmm-joint": "plain PyTorch (addmm), q and v together",
     "flare-separate": "this package, each projection alone",
     "flare-joint": "this package, q and v together",
+    "flare-frozen-first": "the same, frozen products first",
+    "flare-adapter-first": "the same, adapters first",
     "flare-joint-dropout": "the same, dropout 0.1",
     "flare-joint-fp32-autocast": "the same, float32 adapters, autocast",
     "flare-adapter-only": "the same, adapters without the frozen products",

@@ -3,9 +3,10 @@
     python benchmarks/plot.py results.json [more.json ...] [--output FOLDER]
 
 Without --output it prints what each method costs. With it, it writes table.md, and where the rows for it are there:
-scaling.png (time and memory against m), roofline.png (each kernel against the device's ceilings) and parts.png (where a
-step's time goes). Every row is shown, also those where this package loses and those that were skipped, with their
-reason. Each picture's caption says device, versions, commit, date and conditions.
+steps.png (milliseconds and memory of a step), scaling.png (time and memory against m), roofline.png (each kernel
+against the device's ceilings) and parts.png (where a step's time goes). Every row is shown, also those where this
+package loses and those that were skipped, with their reason. Each picture's caption says device, versions, commit, date
+and conditions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from costs import NAMES, costs, label
+from costs import NAMES, costs, label, name_of
 from tables import caption, table
 
 Row = dict[str, Any]
@@ -196,6 +197,51 @@ def timed_model(rows: list[Row], llama: bool) -> str:
     return f"{', '.join(names) or '-'} ({'filled' if llama else 'hollow'})"
 
 
+def _bars(plt: Any, groups: list[list[Row]]) -> tuple[Any, Any]:
+    """A figure with an axis for each group of rows, a horizontal bar's place for each row."""
+    heights = [len(own) for own in groups]
+    size = (8.0, 1.6 + 0.7 * len(groups) + 0.24 * sum(heights))
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=size, squeeze=False, layout="constrained", gridspec_kw={"height_ratios": heights}
+    )
+    for axis, own in zip(axes[:, 0], groups, strict=True):
+        axis.set_yticks(range(len(own)), [name_of(r).partition(" (")[0] for r in own], fontsize=8.5)
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.margins(x=0.12)
+    return figure, axes[:, 0]
+
+
+def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
+    """What a user waits for in a step of each method, with the device's share of it and the most memory in use."""
+    timed = [r for r in rows if r["question"] == "step" and r["headline"] and r["status"] == "timed"]
+    cases = list(dict.fromkeys(r["case"] for r in timed))
+    if not cases:
+        return False
+    plt = _pyplot()
+    groups = [[r for r in timed if r["case"] == case] for case in cases]
+    figure, axes = _bars(plt, groups)
+    on_device = False
+    for axis, own in zip(axes, groups, strict=True):
+        for place, row in enumerate(own):
+            counters, wall = row.get("counters", {}), 1e3 * row["wall_median_s"]
+            axis.barh(place, wall, color=COLOURS["lora"])
+            if busy := counters.get("device_busy_s"):
+                on_device = True
+                axis.barh(place, min(1e3 * busy, wall), color=COLOURS["flare"])
+            peak = counters.get("peak_bytes")
+            text = f"{wall:.3g} ms" + (f", {peak / 2**30:.3g} GiB" if peak else "")
+            axis.annotate(text, (wall, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        shape = own[0]["shape"]
+        padded = ", padded rows" if shape.get("padded") else ""
+        title = f"{own[0]['model']}, {own[0]['depth']} blocks, B = {shape['B']}, m = {shape['m']}, r = {shape['r']}"
+        axis.set_title(title + padded, fontsize=10)
+    axes[-1].set_xlabel("ms of a step that a user waits for" + (" (dark: the device works)" if on_device else ""))
+    _save(figure, path, caption(run, [r["conditions"] for r in timed]))
+    plt.close(figure)
+    return True
+
+
 def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     """Source pass, forward, backward and optimizer of each method's step, stacked."""
     timed = [r for r in rows if r["question"] == "step" and r["headline"] and "parts_s" in r.get("counters", {})]
@@ -204,11 +250,9 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     if not models:
         return False
     plt = _pyplot()
-    figure, axes = plt.subplots(
-        len(models), 1, figsize=(8.0, 0.9 + 1.75 * len(models)), squeeze=False, layout="constrained"
-    )
-    for axis, model in zip(axes[:, 0], models, strict=True):
-        own = [r for r in timed if r["model"] == model]
+    groups = [[r for r in timed if r["model"] == model] for model in models]
+    figure, axes = _bars(plt, groups)
+    for axis, model, own in zip(axes, models, groups, strict=True):
         for place, row in enumerate(own):
             left = 0.0
             for part, colour in _PARTS.items():
@@ -218,15 +262,11 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
             axis.annotate(
                 f"{left:.3g}", (left, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
             )
-        axis.set_yticks(range(len(own)), [LABELS.get(r["variant"], r["variant"]) for r in own], fontsize=8.5)
-        axis.invert_yaxis()
-        axis.grid(visible=False, axis="y")
-        axis.margins(x=0.08)
         shape = own[0]["shape"]
         axis.set_title(
             f"{model}, B = {shape['B']}, m = {shape['m']}, depth {own[0]['depth']}, r = {shape['r']}", fontsize=10
         )
-    axes[-1][0].set_xlabel("ms of a step, each part timed from an idle device to an idle device")
+    axes[-1].set_xlabel("ms of a step, each part timed from an idle device to an idle device")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _PARTS.values()]
     figure.legend(handles, ["source pass", "forward", "backward", "optimizer"], ncols=4, loc="outside upper center")
     _save(figure, path, caption(run, [r["conditions"] for r in timed]))
@@ -241,7 +281,13 @@ def draw_all(loaded: list[dict[str, Any]], folder: Path) -> list[Path]:
     rows = [row for result in loaded for row in result["cases"]]
     written = [folder / "table.md"]
     written[0].write_text(table(run, rows))
-    for name, draw in (("scaling.png", draw_scaling), ("roofline.png", draw_roofline), ("parts.png", draw_parts)):
+    drawn = {
+        "steps.png": draw_steps,
+        "scaling.png": draw_scaling,
+        "roofline.png": draw_roofline,
+        "parts.png": draw_parts,
+    }
+    for name, draw in drawn.items():
         if draw(run, rows, folder / name):
             written.append(folder / name)
     return written

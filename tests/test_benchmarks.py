@@ -345,7 +345,7 @@ def test_a_row_that_was_not_timed_gives_no_number(recorded: dict[str, Any]) -> N
 def test_table_and_pictures(tmp_path: Path, recorded: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
     written = module("plot").draw_all([recorded], tmp_path)
-    assert [path.name for path in written] == ["table.md", "scaling.png", "roofline.png", "parts.png"]
+    assert [path.name for path in written] == ["table.md", "steps.png", "scaling.png", "roofline.png", "parts.png"]
     assert all(path.stat().st_size > 10_000 for path in written[1:])
     text = written[0].read_text()
     run_ = recorded["run"]
@@ -387,7 +387,7 @@ def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
         archive.extractall(unpacked, filter="data")
     names = {path.name for path in unpacked.iterdir()}
     measured = {"steps.json", "projections.json", "more.json"}
-    assert names >= {*measured, "log.txt", "summary.json", "table.md", "parts.png"}
+    assert names >= {*measured, "log.txt", "summary.json", "table.md", "steps.png", "parts.png"}
     log = (unpacked / "log.txt").read_text()
     steps = [line[3:].split(" (")[0] for line in log.splitlines() if line.startswith("== ")]
     assert steps == [
