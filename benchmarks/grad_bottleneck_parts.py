@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bottleneck_bytes
 import torch
+from bytes_moved import step_bytes
 from results import Recorder
+from shapes import LLAMA, XLMR, ProjectionShape
 from timing import Effort, Rotation, interleave
 from torch import Tensor
 
@@ -33,9 +34,9 @@ from flare_kernels.launch_mode import forcing
 from flare_kernels.triton_ops import primitives
 from flare_kernels.triton_ops.config import FORMS, TileConfig
 
-#: Name -> widths of q and v; the tokens and the rank are the same for both.
-SHAPES = {"llama-3.1-8b": (4096, 1024), "xlm-r-large": (1024, 1024)}
+#: q and v of one block; the tokens and the rank are the same for both.
 M, R = 8192, 64
+SHAPES = {"llama-3.1-8b": ProjectionShape(LLAMA, M, R), "xlm-r-large": ProjectionShape(XLMR, M, R)}
 PARTS = ("rows", "strips", "both")
 _METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_sector_hit_rate.pct": "l2_hit_percent"}
 
@@ -70,7 +71,9 @@ def cases(shape: str) -> Iterator[Case]:
 
 def inputs(shape: str, tokens: int, device: torch.device) -> Callable[[], dict[str, Any]]:
     """Return a function that draws the operands of a shape (see the module's names)."""
-    widths = SHAPES[shape] if device.type == "cuda" else tuple(n // 32 for n in SHAPES[shape])
+    widths = SHAPES[shape].widths
+    if device.type != "cuda":
+        widths = tuple(n // 32 for n in widths)
 
     def randn(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
@@ -98,7 +101,7 @@ def measure(case: Case, rotation: Rotation, device: torch.device, how: Effort) -
         "variant": f"{case.form} {_short(case.tiles)}",
         "form": case.form,
         "tiles": asdict(case.tiles),
-        "floor_bytes": bottleneck_bytes.least(M, SHAPES[case.shape], R),
+        "floor_bytes": step_bytes(SHAPES[case.shape])["grad_bottleneck"],
     }
     try:
         with case.forced():

@@ -2,7 +2,7 @@
 
 A case is one primitive on one projection. ``operands`` draws what it needs, ``run`` calls it in a module of primitives
 ("flare": what the package picks on this device, "peer": the plain BLAS form), ``oracle`` gives the same results in
-float64, ``moved`` and ``flops`` say what it must at least move and do.
+float64, ``flops`` says what it must do (``bytes_moved.step_bytes`` what it must move).
 Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n); A (r, d); B (n, r).
 """
 
@@ -22,7 +22,6 @@ from flare_kernels.fusion import get_fusion
 FUSION = "add_relu"
 SCALING = 2.0
 DTYPE = torch.bfloat16
-_BYTES = DTYPE.itemsize
 
 Operands = dict[str, Tensor]
 Results = dict[str, Tensor | None]
@@ -114,19 +113,6 @@ def oracle(primitive: str, t: Operands) -> dict[str, Tensor]:
     if primitive == "grad_weight":
         return {"dA": t["dT"].T @ t["x"] + t["dS"].T @ t["x_source"]}
     return {"dx": t["dT"] @ t["A"]}
-
-
-def moved(shape: KernelShape) -> int:
-    """Fewest bytes through memory: every input read once, every output written once (y read and written)."""
-    M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
-    stream, bottleneck, out, A, B = (_BYTES * size for size in (M * d, M * r, M * n, r * d, n * r))
-    return {
-        "shrink": 2 * stream + A + 2 * bottleneck,
-        "expand": 2 * out + 2 * bottleneck + B,
-        "grad_bottleneck": out + 4 * bottleneck + B + 4 * n * r,
-        "grad_weight": 2 * stream + 2 * bottleneck + 4 * r * d,
-        "grad_input": stream + bottleneck + A,
-    }[shape.primitive]
 
 
 def flops(shape: KernelShape) -> int:

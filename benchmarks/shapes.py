@@ -82,6 +82,11 @@ class KernelShape:
         return self.model.n_q if self.projection == "q" else self.model.n_v
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Output widths of the adapted projections."""
+        return (self.n,)
+
+    @property
     def case(self) -> str:
         return f"kernels/{self.model.family}-{self.projection}/{self.primitive}/M{self.M}-r{self.r}"
 
@@ -106,6 +111,11 @@ class ProjectionShape:
     precision: str = "plain"
 
     question = "projection"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Output widths of the adapted projections."""
+        return (self.model.n_q, self.model.n_v)
 
     @property
     def case(self) -> str:

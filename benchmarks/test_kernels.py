@@ -1,6 +1,6 @@
 """How far is each of the primitives from its floor, and from the plain BLAS form of the same step?
 
-bf16, fusion add_relu. The floor is the bytes that the step must move (primitives.moved) over the copy bandwidth
+bf16, fusion add_relu. The floor is the bytes that the step must move (bytes_moved.step_bytes) over the copy bandwidth
 measured in the same run. On a CPU only the BLAS form runs; the launches of both are exact there.
 """
 
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import shapes
 import torch
+from bytes_moved import step_bytes
 from cases import Skipped, Variant, Variants
 from gate import exact, poisoned, require_correct
-from primitives import DTYPE, flops, module, moved, operands, oracle, recorded_launches, run
+from primitives import DTYPE, flops, module, operands, oracle, recorded_launches, run
 from timing import Ceilings, Rotation, device_launches
 
 from flare.measure import count_ops, transient_bytes
@@ -26,10 +27,11 @@ CONDITIONS = "bf16, add_relu, one projection, both streams, dropout 0, inputs ro
 def variants(shape: shapes.KernelShape, device: torch.device, ceilings: Ceilings) -> Variants:
     """What the package picks at this size, the kernel, and its peer in plain PyTorch."""
     rotation = Rotation(lambda: operands(shape, device), device)
+    floor_bytes = step_bytes(shape, accumulate_dx=False)[shape.primitive]
     floor = {
-        "floor_bytes": moved(shape),
+        "floor_bytes": floor_bytes,
         "flops": flops(shape),
-        "floor_s": moved(shape) / ceilings.copy_bytes_per_s,
+        "floor_s": floor_bytes / ceilings.copy_bytes_per_s,
     }
 
     def variant(name: str) -> Variant | Skipped:

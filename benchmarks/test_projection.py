@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import floors
+import bytes_moved
 import peft
 import pytest
 import shapes
@@ -329,14 +329,15 @@ def variants(shape: shapes.ProjectionShape, device: torch.device, ceilings: Ceil
         if name == "peft-bf16-compile":
             facts["compiler"] = compiler
         if name.startswith(("flare-joint", *_ORDERS)) and not frozen.quantised:
-            moved = floors.adapter_bytes(shape, accumulate_dx=True)
+            moved = bytes_moved.adapter_bytes(shape, accumulate_dx=True)
             facts |= {"adapter_floor_bytes": moved, "adapter_floor_s": moved / ceilings.copy_bytes_per_s}
         if name in _ORDERS:
-            steps = floors.step_bytes(shape, row.order)
+            steps = bytes_moved.step_bytes(shape, row.order)
             facts |= {"order": row.order, "order_floor_bytes": sum(steps.values())}
-            facts["moved_reads_bytes"] = sum(floors.moved_reads(shape).values()) if row.order == "adapter_first" else 0
+            reads = bytes_moved.moved_reads(shape) if row.order == "adapter_first" else {}
+            facts["moved_reads_bytes"] = sum(reads.values())
         made[name] = _variant(name, row, rows["peft-bf16"], rotation, frozen, facts, device)
-    moved = floors.adapter_bytes(shape, accumulate_dx=False)
+    moved = bytes_moved.adapter_bytes(shape, accumulate_dx=False)
     floor = {"floor_bytes": moved, "floor_s": moved / ceilings.copy_bytes_per_s, "backend": picked}
     made["flare-adapter-only"] = _adapter_only(rotation, frozen, floor)
     return {name: made[name] for name in VARIANTS}

@@ -181,22 +181,22 @@ def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float
     """Worked out by hand for M = 8192, r = 64, bf16: down, up, bottleneck gradients, dA, dx added to dx."""
     shapes = module("shapes")
     shape = shapes.ProjectionShape(getattr(shapes, model), 8192, 64)
-    floor = module("floors").adapter_bytes
+    floor = module("bytes_moved").adapter_bytes
     assert floor(shape, accumulate_dx=True) / 1e6 == pytest.approx(megabytes, rel=2e-3)
     assert floor(shape, accumulate_dx=True) - floor(shape, accumulate_dx=False) == 2 * 8192 * shape.model.d
 
 
 def test_the_adapters_move_a_fifth_less_where_they_run_first() -> None:
     """Llama 8B, M = 8192, r = 64, bf16; what is saved is what the frozen products read instead."""
-    shapes, floors = module("shapes"), module("floors")
+    shapes, bytes_moved = module("shapes"), module("bytes_moved")
     shape = shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
-    steps = {order: floors.step_bytes(shape, order) for order in floors.ORDERS}
+    steps = {order: bytes_moved.step_bytes(shape, order) for order in bytes_moved.ORDERS}
     total = {order: sum(of_one.values()) for order, of_one in steps.items()}
-    assert total["frozen_first"] == floors.adapter_bytes(shape, accumulate_dx=True)
+    assert total["frozen_first"] == bytes_moved.adapter_bytes(shape, accumulate_dx=True)
     assert total["frozen_first"] / 1e6 == pytest.approx(684, abs=1)
     assert total["adapter_first"] <= 0.8 * total["frozen_first"]
     assert total["adapter_first"] / 1e6 == pytest.approx(533.2, abs=0.1)
-    moved = floors.moved_reads(shape)
+    moved = bytes_moved.moved_reads(shape)
     assert len(moved) == 3 and sum(moved.values()) == 2 * 8192 * (4096 + 1024 + 4096)  # 151 MB
     assert total["frozen_first"] - total["adapter_first"] == sum(moved.values())
     assert {step for step in steps["frozen_first"] if steps["frozen_first"][step] != steps["adapter_first"][step]} == {
@@ -204,7 +204,7 @@ def test_the_adapters_move_a_fifth_less_where_they_run_first() -> None:
         "grad_input",
     }
     with pytest.raises(ValueError, match="not one of frozen_first"):
-        floors.step_bytes(shape, "adapters first")
+        bytes_moved.step_bytes(shape, "adapters first")
 
 
 # --- result files -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ triton        one launch, numbered chunk by chunk, rows before strips: strips re
 rows_first    one launch, all rows before all strips: long programs start first, so the last ones end together
 two_launches  rows, then strips: each kind has its own tiles, and G is read from memory twice
 
-A form that reads G once moves more bytes in partial sums than it saves: see benchmarks/bottleneck_bytes.py.
+A form that reads G once moves more bytes in partial sums than it saves: see benchmarks/bytes_moved.py.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_triton_ops import BF16, F32, F64, Shape, assert_close, hidden, make, poisoned_empty
 
+from flare_kernels import tuning
 from flare_kernels.fusion import get_fusion
 from flare_kernels.launch_mode import counting, forcing, recording
 from flare_kernels.triton_ops import primitives as triton_ops
@@ -86,33 +87,40 @@ def test_rows_first_moves_programs_and_adds_none() -> None:
 
 
 @pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> Any:
+def bytes_moved(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("bottleneck_bytes")
+    return importlib.import_module("bytes_moved")
 
 
-LLAMA: dict[str, Any] = {"M": 8192, "widths": (4096, 1024), "r": 64}
+@pytest.fixture
+def llama(bytes_moved: Any) -> Any:
+    """q and v of Llama 3.1 8B at M = 8192 and r = 64."""
+    shapes = importlib.import_module("shapes")
+    return shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
 
 
-def test_bytes_of_each_form(counts: Any) -> None:
-    """Llama's q and v: MB as written here, from shapes alone; partial sums of dB are written and read once more."""
+def test_bytes_of_each_form(bytes_moved: Any, llama: Any) -> None:
+    """MB as written here, from shapes alone; partial sums of dB are written and read once more."""
     M, N, r = 8192, 5120, 64
     floor = 2 * M * N + 4 * (2 * M * 2 * r) + 2 * N * r + 4 * N * r
-    assert counts.least(**LLAMA) == floor == 94_240_768
+    assert bytes_moved.step_bytes(llama)["grad_bottleneck"] == floor == 94_240_768
+    wanted = tuning.problems([tuning.SHAPES["llama-3.1-8b"]], [M], [r])
+    (problem,) = (one for one in wanted if one.step == "grad_bottleneck")
     for form in ("triton", "rows_first", "two_launches"):
-        splits = counts.splits_of(form, **LLAMA, shared_bytes=227 * 1024)
+        launches = bytes_moved.launches(problem, form)
+        splits = next(launch.args["splits"] for launch in launches if "splits" in launch.args)
         again = 0 if form == "triton" else 2 * M * N + 2 * (2 * M * 2 * r)
-        assert counts.of_form(form, **LLAMA) == floor + again + 2 * splits * 4 * N * r
-    assert counts.of_form("triton", **LLAMA) < 1.2 * floor
+        assert bytes_moved.moved(launches) == floor + again + 2 * splits * 4 * N * r
+    assert bytes_moved.moved(bytes_moved.launches(problem, "triton")) < 1.2 * floor
 
 
-def test_a_form_that_reads_G_once_moves_too_much(counts: Any) -> None:
+def test_a_form_that_reads_G_once_moves_too_much(bytes_moved: Any, llama: Any) -> None:
     """Partial sums of dH and dB that keep an H200 busy (132 multiprocessors) cost more than the second read of G."""
-    assert counts.ONCE_LIMIT == 1.3
+    least = bytes_moved.step_bytes(llama)["grad_bottleneck"]
     for programs in (100, 132, 264):
-        assert counts.least_reading_once(**LLAMA, programs=programs) > 1.5 * counts.least(**LLAMA)
+        assert bytes_moved.least_reading_once(llama, programs) > 1.5 * least
     # few enough partial sums leave most of the device idle
-    few = max(p for p in range(1, 133) if counts.least_reading_once(**LLAMA, programs=p) <= 1.3 * counts.least(**LLAMA))
+    few = max(p for p in range(1, 133) if bytes_moved.least_reading_once(llama, p) <= 1.3 * least)
     assert few <= 20
 
 

@@ -163,7 +163,7 @@ MODELS = (("llama-3.1-8b", 8192), ("xlm-r-large", 8192), ("llama-3.1-8b", 512))
 @pytest.mark.parametrize(("model", "M"), MODELS)
 def test_each_form_moves_every_tensor_once_and_its_partial_sums_twice(model: str, M: int, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    form_bytes = importlib.import_module("form_bytes")
+    bytes_moved = importlib.import_module("bytes_moved")
     shape, r = tuning.SHAPES[model], 64
     d, R = shape.d, len(shape.widths) * r
     streams, bottlenecks = 2 * M * d * 2, 2 * M * R * 2
@@ -171,12 +171,12 @@ def test_each_form_moves_every_tensor_once_and_its_partial_sums_twice(model: str
     partial = {"shrink": 2 * M * R * 4, "grad_weight": R * d * 4}
     wanted = {problem.step: problem for problem in tuning.problems([shape], [M], [r])}
     for step, form in itertools.product(least, ("triton", "tma", "last_adds")):
-        launches = form_bytes.launches(wanted[step], form)
+        launches = bytes_moved.launches(wanted[step], form)
         tiles, grid = launches[0].config, launches[0].grid
         blocks = -(-(M if step == "shrink" else d) // (tiles.BLOCK_M if step == "shrink" else tiles.BLOCK_K))
         programs = launches[0].args["tiles"] if form == "tma" else math.prod(grid)
         splits = programs // (blocks * -(-R // tiles.BLOCK_R))
         assert len(launches) == (2 if splits > 1 and form != "last_adds" else 1)
-        assert form_bytes.moved(launches) == least[step] + (2 * splits * partial[step] if splits > 1 else 0)
+        assert bytes_moved.moved(launches) == least[step] + (2 * splits * partial[step] if splits > 1 else 0)
         if M == 8192 and d == 4096:
-            assert form_bytes.moved(launches) <= 1.15 * least[step]
+            assert bytes_moved.moved(launches) <= 1.15 * least[step]
