@@ -17,14 +17,12 @@ they tell a regression of cost on any machine, where seconds would only hint at 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import statistics
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +32,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from flare_kernels.launch_mode import counting
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -364,19 +364,9 @@ class _OpMode(TorchDispatchMode):
 def count_ops() -> Iterator[OpCount]:
     """Count the operators inside the block that compute: no views, no bare allocations, nothing of size 0."""
     result = OpCount()
-    with ExitStack() as stack:
-        counting = _kernel_counter()
-        names = [] if counting is None else stack.enter_context(counting())
-        stack.enter_context(_OpMode(result.ops))
+    with counting() as names, _OpMode(result.ops):
         yield result
     result.kernels = list(names)
-
-
-def _kernel_counter() -> Any:
-    """The context manager that lists launches of Triton kernels; None where there is no Triton or it has none."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return getattr(importlib.import_module("flare_kernels.triton_ops.launch"), "counting", None)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Compile the kernels ahead of time, for GPUs that need not be present, and report what the compiler made of them.
 
-``python -m flare_kernels.aot`` compiles each configuration of the launch table in bfloat16 for sm_80, sm_90 and sm_100
+``python -m flare_kernels.aot`` compiles each row of the general rule in bfloat16 for sm_80, sm_90 and sm_100
 and a few other cases; ``--all`` the whole grid. The public launchers are called on CPU tensors while
 :func:`flare_kernels.launch_mode.recording` listens, so what is compiled is what would be launched: same
 arguments, same configuration, same specialisation. Exits with 1 if
@@ -223,7 +223,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def ci_cases() -> Iterator[Case]:
-    """What CI compiles: the table in bfloat16, and one case of each other kind per kernel."""
+    """Yield what CI compiles: all rows in bfloat16, and one case of each other kind and form per kernel."""
     for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
         yield Case(capability, rank=rank)
     # sm_86 and sm_120 have the same rows and the same shared memory
@@ -242,6 +242,8 @@ def ci_cases() -> Iterator[Case]:
         (80, 89, 90, 100), (16, 32, 64, 128), ("last_adds", "two_launches")
     ):
         yield Case(capability, rank=rank, form=form)
+    # the general rule's kernel, which Triton specialises on a group of one chunk
+    yield from (Case(90, rank=rank, form="rows_first") for rank in (64, 128))
     yield Case(90, projections=2, adapter_dtype="float32")
 
 

@@ -57,12 +57,11 @@ def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
 class FusedLoRA(torch.autograd.Function):
     """y_i (..., n_i) += s_i phi_i(S_i, T_i) B_i^T in the memory of every output that has an adapter.
 
-    Shapes: x, x_source (..., d); seed () int64 or None, and the source's own or None; A (R, d), the
-    stacked A, or None; then, of the numbers that
-    ``sizes`` states, outputs y_i, given S (..., columns), A_i (r_i, d), B_i (n_i, r_i) in stacking order, and frozen
-    weights W_i (n_i, d) where the node owns dx of their products. Without y_i the node makes the products too, from
-    W_i and the biases (n_i,) or None behind them, before or after the adapters (:mod:`flare_kernels.order`); the
-    outputs are then (M, n_i).
+    Shapes: x, x_source (..., d); seed () int64 or None, and the source's own or None; A (R, d), the stacked A, or None;
+    then, of the numbers that ``sizes`` states, outputs y_i, given S (..., columns), A_i (r_i, d), B_i (n_i, r_i) in
+    stacking order, and frozen weights W_i (n_i, d) where the node owns dx of their products. Without y_i the node makes
+    the products too, from W_i and the biases (n_i,) or None behind them, before or after the adapters
+    (:mod:`flare_kernels.order`); the outputs are then (M, n_i).
     """
 
     @staticmethod

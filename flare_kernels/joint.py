@@ -120,7 +120,7 @@ def _with_products(
     p: float,
     backend: str,
 ) -> dict[str, Tensor]:
-    """The joint form where the node makes the frozen products too."""
+    """Return the outputs of :func:`fused_lora_qkv` where the node makes the frozen products too."""
     if weights is None:
         raise ValueError("base_outputs is None and so is weights: give the frozen weights, or the frozen outputs")
     biases = {} if biases is None else biases

@@ -34,9 +34,8 @@ class Mode:
     """What decides a launch besides its arguments.
 
     plans: what is kept. forced: kernel -> configuration. forced_form: the form of every step that has it. table: the
-    launch table in force instead of the device's.
-    shared_bytes: shared memory of a block, instead of the device's. recorded, left_out: where launches are noted
-    instead of running. counters: where names are noted as well.
+    launch table in force instead of the device's. shared_bytes: shared memory of a block, instead of the device's.
+    recorded, left_out: where launches are noted instead of running. counters: where names are noted as well.
     """
 
     plans: Plans = field(default_factory=Plans)

@@ -244,7 +244,7 @@ def backward(
         Gs: dL/dy (M, n) per output, None where the loss does not depend on it; at least one is given.
         source_dtype: None without a second stream.
         source_columns: columns of each S that was given.
-        adapter_first: whether dx begins with the adapters' share. It then has the compute dtype.
+        adapter_first: whether dx begins with the adapters' share (:mod:`flare_kernels.order`).
     """
     ops, dtype = call.ops, call.dtype
     T, S, A, B = hidden

@@ -18,6 +18,7 @@ from torch import Tensor
 import flare
 from flare.measure import count_calls, count_flops, count_ops, saved_bytes, transient_bytes
 from flare_kernels import fused_lora, fused_lora_qkv, reference
+from flare_kernels.launch_mode import recording
 
 B, m, d, f, L, r, CLASSES = 3, 16, 32, 48, 3, 4, 3
 M = B * m
@@ -261,7 +262,7 @@ def test_ops_of_a_joint_call_do_not_double_those_on_the_streams() -> None:
 @pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 5), ("joint", 3, 5)])
 def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None:
     """At most so many Triton kernels (listed, not run), and no PyTorch operator on anything as wide as a stream."""
-    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()
     names = ("q", "v") if name == "joint" else ("q",)
     leaves = [t["x"], *(t[f"{each}.{part}"] for each in names for part in "AB")]
@@ -275,7 +276,7 @@ def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None
             return [y]
         return list(fused_lora_qkv(t["x"], t["x_source"], base, adapters, backend="triton").values())
 
-    with launch.recording(227 * 1024) as launches, count_ops() as ops:
+    with recording(227 * 1024) as launches, count_ops() as ops:
         ys = call()
         in_forward = len(launches)
         torch.autograd.grad(ys, leaves, G)
@@ -286,13 +287,13 @@ def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None
 
 def test_launches_while_decoding() -> None:
     """M = 1 to 64 with the source's bottleneck known: one launch down and one up, for query and value together."""
-    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()
     adapters = {each: (t[f"{each}.A"], t[f"{each}.B"], 2.0) for each in ("q", "v")}
     for tokens in (1, 16, 64):
         base = {each: torch.randn(tokens, WIDTH).bfloat16() for each in adapters}
         S = {each: torch.randn(tokens, RANK).bfloat16() for each in adapters}
-        with torch.no_grad(), launch.recording(227 * 1024) as launches:
+        with torch.no_grad(), recording(227 * 1024) as launches:
             fused_lora_qkv(
                 torch.randn(tokens, WIDTH).bfloat16(), None, base, adapters, source_bottleneck=S, backend="triton"
             )
@@ -300,10 +301,8 @@ def test_launches_while_decoding() -> None:
 
 
 def test_launches_are_counted_as_kernels() -> None:
-    """Under Triton's interpreter here, where this version lists its launches."""
-    launch = pytest.importorskip("flare_kernels.triton_ops.launch", reason="triton is not installed")
-    if not hasattr(launch, "counting"):
-        pytest.skip("this version does not list the launches it runs (flare_kernels.triton_ops.launch.counting)")
+    """Under Triton's interpreter here."""
+    pytest.importorskip("triton", reason="Triton is not installed")
     t = {name: tensor.detach().half() for name, tensor in tensors().items()}
     base = torch.randn(64, WIDTH).half()
     with count_ops() as ops, torch.no_grad():

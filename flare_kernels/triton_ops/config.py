@@ -47,27 +47,36 @@ class TileConfig:
 
 
 #: step -> form -> the kernels whose tiles the form takes. The general rule takes the first; "torch" is plain PyTorch.
+#: A form that is never the fastest on an H200 stays for the tuner to time on other cards. Times are the H200's of
+#: tables/nvidia-h200.json: q and v of Llama 8B, M = 8192, r = 64, unless said otherwise.
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "shrink": {"triton": ("shrink",), "tma": ("shrink_tma",), "last_adds": ("shrink_last_adds",), "torch": ()},
-    "expand": {"triton": ("expand",), "torch": ()},
+    "shrink": {
+        "triton": ("shrink",),
+        # tensor descriptors, a persistent grid; never the fastest: 41.2 against 40.5 us
+        "tma": ("shrink_tma",),
+        # the last program of a tile adds its partial sums, one launch instead of two: 40.5 us too;
+        # 13.3 against 14.5 us at M = 2048, r = 8
+        "last_adds": ("shrink_last_adds",),
+        "torch": (),  # XLM-R Large, M = 2048: 12.5 against 13.9 us
+    },
+    "expand": {"triton": ("expand",), "torch": ()},  # the kernel 59.4, PyTorch 87.2 us
     "grad_bottleneck": {
         "triton": ("grad_bottleneck",),
-        "rows_first": ("grad_bottleneck",),
-        "two_launches": ("grad_bottleneck_rows", "grad_bottleneck_strips"),
-        "torch": (),
+        "rows_first": ("grad_bottleneck",),  # XLM-R Large: 28.0 against 28.7 us
+        "two_launches": ("grad_bottleneck_rows", "grad_bottleneck_strips"),  # never the fastest: 65.5 against 64.1 us
+        "torch": (),  # never the fastest: 111 us
     },
     "grad_weight": {
         "triton": ("grad_weight",),
-        "tma": ("grad_weight_tma",),  # tensor descriptors, a persistent grid
-        # the last program of a tile adds its partial sums: one launch instead of two
-        "last_adds": ("grad_weight_last_adds",),
-        "torch": (),
+        "tma": ("grad_weight_tma",),  # never the fastest: 50.2 against 47.4 us
+        "last_adds": ("grad_weight_last_adds",),  # M = 2048: 18.4 against 22.1 us; M = 8192: 47.9 against 47.4 us
+        "torch": (),  # never the fastest: 57.1 us
     },
-    # dx written alone; one BLAS call was faster than the kernel on an H200 (27 against 32 us, Llama 8B at M = 8192)
+    # dx written alone: one BLAS call takes 27.8 against 33.4 us; at r = 8 the kernel takes 20.3 against 25.8 us
     "grad_input": {"torch": (), "triton": ("grad_input",)},
     "decode": {"triton": ("shrink_decode", "expand_decode")},
-    # what runs first where a node owns the frozen product (flare_kernels/order.py); q and v, forward and backward, on
-    # an H200 at M = 8192: 1110 against 1149 us (Llama 8B), 206 against 210 us (XLM-R Large)
+    # what runs first where a node owns the frozen products (flare_kernels/order.py), forward and backward: 1103 against
+    # 1144 us, XLM-R Large 210 against 212 us; equal at M = 2048
     "order": {"adapter_first": (), "frozen_first": ()},
 }
 
@@ -164,7 +173,8 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
     },
 }
 
-# What differs from them on a card with HOPPER_SHARED_BYTES: measured on an H200 at rank 128, 47 against 82 us.
+# What differs from them on a card with HOPPER_SHARED_BYTES. An H200's tuner found nothing faster than the row of rank
+# 128 (47.4 us, q and v of Llama 8B at M = 8192).
 _HOPPER_ROWS: dict[str, dict[int, _Row]] = {
     "grad_weight": {
         64: (64, 128, 0, 64, 4, 4, 4),
@@ -259,7 +269,7 @@ def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConf
 
 
 def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
-    """The whole table: (kernel, operand class, rank bucket, shared memory limit, configuration)."""
+    """Yield all rows: (kernel, operand class, rank bucket, shared memory limit, configuration)."""
     for kernel in KERNELS:
         for operands in OPERAND_CLASSES:
             for bucket in RANK_BUCKETS:

@@ -1,10 +1,10 @@
-"""From dL/dy to the bottleneck, for up to three projections in one launch and in about one pass over dL/dy.
+"""From dL/dy to the bottleneck, for up to three projections at once.
 
     dH_i = scaling_i G_i B_i, through phi to dT_i and dS_i        dB_i = scaling_i G_i^T phi(S_i, T_i)
 
 Shape legend: M tokens, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T, S, dT and dS.
 
-Two kinds of programs, and no atomics: *row programs* own BLOCK_M rows of one dH_i and walk all of N_i; *strip
+Two kinds of programs: *row programs* own BLOCK_M rows of one dH_i and walk all of N_i; *strip
 programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i. Both step by BLOCK_K. Forms:
 
 triton        one launch, numbered chunk by chunk, rows before strips: strips read their chunk of G from the L2 cache

@@ -21,10 +21,8 @@ from torch import Tensor
 
 from .._compat import compiled_runner, current_cuda_device, with_scratch
 from ..forms import class_of, form_in_force
-from ..launch_mode import Mode, counting, forcing, recording
+from ..launch_mode import Mode
 from .config import FORMS, LARGE_SHARED_BYTES, TileConfig, choose
-
-__all__ = ["Launch", "Launcher", "counting", "forcing", "recording"]
 
 #: What a device of unknown make is credited with: the least that cards since 2020 allow a block.
 _FALLBACK_SHARED_BYTES = 99 * 1024

@@ -41,7 +41,7 @@ def sum_partials_kernel(partials, out, splits, numel, BLOCK_M: tl.constexpr, BLO
 
 
 def adding(mode: Mode, partials: Sequence[int], device: torch.device) -> Launcher | None:
-    """The launch ``run(partials, out, *constants)``: out = partials.sum(0), rounded once; None for a single part.
+    """Return the launch ``run(partials, out, *constants)``, out = partials.sum(0) rounded once; None for a single part.
 
     partials: its size, the parts first. Both tensors are contiguous.
     """
@@ -54,7 +54,7 @@ def adding(mode: Mode, partials: Sequence[int], device: torch.device) -> Launche
 
 @triton.jit
 def is_last(counter, splits):
-    """Whether this program is the last of ``splits`` to come here. It sees what the others stored before.
+    """Return whether this program is the last of ``splits`` to come here. It sees what the others stored before.
 
     The counter is zero before the first comes and after the last.
     """

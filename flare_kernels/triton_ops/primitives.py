@@ -9,15 +9,16 @@ written once over either module.
 ``shrink``             T = drop(x) A^T, S = drop(x_source) A^T
 ``expand_``            y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, up to three projections in one launch; or
                        y_i = bias_i + that share, without reading y_i
-``grad_bottleneck``    dH_i = scaling_i * G_i B_i, dT and dS through phi, dB_i = scaling_i * G_i^T H_i, one launch
+``grad_bottleneck``    dH_i = scaling_i * G_i B_i, dT and dS through phi, dB_i = scaling_i * G_i^T H_i
 ``grad_weight``        dA = dT^T drop(x) + dS^T drop(x_source)
 ``grad_input``         dx = undrop(dT A), or added to a dx that is there
 ``decode``             shrink and expand for a few tokens, two launches for all projections
 =====================  ==============================================================================================
 
 All sums are float32; float32 operands are multiplied in IEEE float32 (never TF32); the same call gives the same bits.
-:data:`tuned` has the same functions, which take the plain PyTorch form of a step where a tuned launch table
-(:mod:`flare_kernels.launch_table`) prefers it at that size: what ``backend="auto"`` runs.
+A step may have several forms (``FORMS`` in ``config.py``); :mod:`flare_kernels.forms` says which one a call takes. The
+functions here always run kernels. Those of :data:`tuned` take the plain PyTorch form too, where the launch table or
+the general rule prefers it: what ``backend="auto"`` runs.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ LAUNCHES = {
 @pytest.mark.parametrize("fusion", ["add", "add_relu"])
 def test_launches_of_query_and_value(tokens, fusion, device) -> None:
     """Two adapters of one rank and phi: one launch per step for both, and the numbers of the plain form."""
-    from flare_kernels.triton_ops.launch import counting
+    from flare_kernels.launch_mode import counting
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=device) * 0.3
