@@ -65,7 +65,7 @@ def cases(shape: str) -> Iterator[Case]:
             yield Case(shape, "rows", "triton", tiles)
         if m == 64:
             yield Case(shape, "strips", "triton", tiles)
-        for form in ("triton", "rows_first", "two_launches"):
+        for form in ("triton", "rows_first"):
             yield Case(shape, "both", form, tiles)
 
 

@@ -130,8 +130,6 @@ _AXES = {
     "shrink": "MKR",
     "expand": "MNR",
     "grad_bottleneck": "MKNR",
-    "grad_bottleneck_rows": "MKR",
-    "grad_bottleneck_strips": "KNR",
     "grad_weight": "MKR",
     "shrink_tma": "MKR",
     "shrink_last_adds": "MKR",

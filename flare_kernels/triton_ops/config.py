@@ -63,7 +63,6 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "grad_bottleneck": {
         "triton": ("grad_bottleneck",),
         "rows_first": ("grad_bottleneck",),  # XLM-R Large: 28.0 against 28.7 us
-        "two_launches": ("grad_bottleneck_rows", "grad_bottleneck_strips"),  # never the fastest: 65.5 against 64.1 us
         "torch": (),  # never the fastest: 111 us
     },
     "grad_weight": {
@@ -86,7 +85,7 @@ RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {
     # sm_120 has tensor descriptors too, but no room for deep pipelines
     (step, "tma"): lambda operands, capability: operands == NARROW and (capability == 0 or 90 <= capability < 120)
     for step in ("shrink", "grad_weight")
-} | {("grad_bottleneck", "two_launches"): lambda operands, capability: operands == NARROW}
+}
 
 
 def can_run(step: str, form: str, operands: str, capability: int) -> bool:
@@ -120,20 +119,6 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
         64: (64, 64, 128, 64, 4, 3, 3),
         128: (64, 64, 128, 128, 8, 2, 3),
         256: (64, 64, 128, 128, 8, 2, 3),
-    },
-    "grad_bottleneck_rows": {
-        16: (64, 64, 0, 16, 4, 4, 4),
-        32: (64, 64, 0, 32, 4, 4, 4),
-        64: (64, 64, 0, 64, 4, 4, 4),
-        128: (64, 64, 0, 128, 4, 3, 4),
-        256: (64, 64, 0, 128, 4, 3, 4),
-    },
-    "grad_bottleneck_strips": {
-        16: (0, 64, 256, 16, 8, 2, 3),
-        32: (0, 64, 256, 32, 8, 2, 3),
-        64: (0, 64, 256, 64, 8, 2, 3),
-        128: (0, 64, 128, 128, 8, 2, 3),
-        256: (0, 64, 128, 128, 8, 2, 3),
     },
     "grad_weight": {
         16: (64, 64, 0, 16, 8, 3, 4),
@@ -223,8 +208,6 @@ _PROGRAMS = {
     "shrink": 128,
     "expand": 512,
     "grad_bottleneck": 264,
-    "grad_bottleneck_rows": 1,
-    "grad_bottleneck_strips": 132,
     "grad_weight": 128,
     "shrink_tma": 132,
     "grad_weight_tma": 132,
@@ -284,8 +267,6 @@ _CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "shrink": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (128, 264)),
     "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (512, 1056)),
     "grad_bottleneck": ((64, 128), (64,), (128, 256), (4, 8), (3,), (132, 264)),
-    "grad_bottleneck_rows": ((64, 128), (64,), (0,), (4, 8), (4, 6), (1,)),
-    "grad_bottleneck_strips": ((0,), (64,), (128, 256), (4, 8), (3,), (132, 264)),
     "grad_weight": ((64,), (64, 128), (0,), (4, 8), (3, 4), (64, 128, 264)),
     "shrink_tma": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (132,)),
     "shrink_last_adds": ((64,), (64, 128), (0,), (4, 8), (3,), (128, 264)),

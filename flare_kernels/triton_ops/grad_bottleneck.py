@@ -9,7 +9,6 @@ programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i.
 
 triton        one launch, numbered chunk by chunk, rows before strips: strips read their chunk of G from the L2 cache
 rows_first    one launch, all rows before all strips: long programs start first, so the last ones end together
-two_launches  rows, then strips: each kind has its own tiles, and G is read from memory twice
 
 A form that reads G once moves more bytes in partial sums than it saves: see benchmarks/bytes_moved.py.
 """
@@ -255,10 +254,10 @@ def grad_bottleneck(
         *map(LOW_BITS, map(ADDRESS, tensors)),
     )
     try:
-        form, missing, widths, size, partials_size, launcher, strips, add = mode.plans[key]
+        form, missing, widths, size, partials_size, launcher, add = mode.plans[key]
     except KeyError:
         call = (Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table)
-        form, missing, widths, size, partials_size, launcher, strips, add = mode.plans.add(key, _plan(mode, call))
+        form, missing, widths, size, partials_size, launcher, add = mode.plans.add(key, _plan(mode, call))
 
     if launcher is None:
         if form == "torch":
@@ -279,8 +278,6 @@ def grad_bottleneck(
     is_linear = fusion == "add" or S is None  # then dT = dS = dH, whatever T and S are
     out_dS = None if is_linear else dS
     launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, partials, *launcher.constants)
-    if strips is not None:
-        strips.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, partials, *strips.constants)
     if add is not None:
         add.run(partials, dB, *add.constants)
     if is_linear and dS is not None and dT is not None and S is not None:
@@ -317,14 +314,13 @@ def _apart(call: _Call) -> list[Tensor] | None:
     return None if B_grad_dtype is None else dBs
 
 
-#: form, missing projections' arguments, widths, size of dB, of the partial sums, first launch, second, one that adds
+#: form, missing projections' arguments, widths, size of dB, of the partial sums, launch, launch that adds
 _Plan = tuple[
     str,
     tuple[None, ...],
     list[int],
     tuple[int, ...],
     tuple[int, ...],
-    Launcher | None,
     Launcher | None,
     Launcher | None,
 ]
@@ -340,60 +336,51 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
     widths = [G.shape[1] for G in Gs]
     N = sum(widths)
     if M == 0 or N == 0:
-        return "empty", (), widths, (N, R), (), None, None, None
+        return "empty", (), widths, (N, R), (), None, None
     if len(batches(Gs, Bs)) > 1:
-        return "apart", (), widths, (N, R), (), None, None, None
+        return "apart", (), widths, (N, R), (), None, None
     excluded = () if follow_table else ("torch",)
     options: dict[str, Any] = {"wide": Gs, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
     form, tiles = form_for(mode, "grad_bottleneck", R, dtype, excluded=excluded, **options)
     if form == "torch":
-        return form, (), widths, (N, R), (), None, None, None
+        return form, (), widths, (N, R), (), None, None
     fusion = None if S is None else fusion
     fusion_grad = None if fusion == "add" else fusion
-    launchers, splits = [], 1
-    for kernel, config in tiles.items():
-        rows = dT is not None and not kernel.endswith("_strips")
-        strips = wants_dB and not kernel.endswith("_rows")
-        if not (rows or strips):
-            continue
-        r_tiles = cdiv(R, config.BLOCK_R)
-        strip_programs = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if strips else 0
-        tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a whole number of both kinds' tiles
-        tiles_per_chunk = cdiv(M, tile)
-        chunks = 1
-        if strips:  # only their sums over the rows are cut
-            splits, tiles_per_chunk = split_sum(M, tile, strip_programs, target=config.programs)
-            chunks = splits
-        chunk_rows = tiles_per_chunk * tile
-        row_programs = chunk_rows // config.BLOCK_M * len(Gs) * r_tiles if rows else 0
-        launchers.append(
-            Launcher(
-                mode,
-                grad_bottleneck_kernel,
-                (chunks * (row_programs + strip_programs),),
-                config,
-                device,
-                M=M,
-                **numbered("N", widths, 0),
-                R=R,
-                **numbered("scaling", [float(one) for one in scalings], 0.0),
-                chunk_rows=chunk_rows,
-                group_chunks=chunks if form == "rows_first" else 1,
-                **numbered_strides("G", Gs, "mn"),
-                **strides("T", T, "mr"),
-                **strides("S", S, "mr"),
-                **numbered_strides("B", Bs, "nr"),
-                **strides("dT", dT, "mr"),
-                **strides("dS", None if fusion_grad is None else dS, "mr"),
-                COUNT=len(Gs),
-                ROWS=rows,
-                STRIPS=strips,
-                DTYPE=TL_DTYPE[dtype],
-                FUSION=FUSION_ID[fusion],
-                FUSION_GRAD=FUSION_ID[fusion_grad],
-            )
-        )
-    first, second = (*launchers, None)[:2]
+    (config,) = tiles.values()
+    rows, strips = dT is not None, wants_dB
+    r_tiles = cdiv(R, config.BLOCK_R)
+    strip_programs = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if strips else 0
+    tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a whole number of both kinds' tiles
+    chunks, tiles_per_chunk = 1, cdiv(M, tile)
+    if strips:  # only their sums over the rows are cut
+        chunks, tiles_per_chunk = split_sum(M, tile, strip_programs, target=config.programs)
+    chunk_rows = tiles_per_chunk * tile
+    row_programs = chunk_rows // config.BLOCK_M * len(Gs) * r_tiles if rows else 0
+    launcher = Launcher(
+        mode,
+        grad_bottleneck_kernel,
+        (chunks * (row_programs + strip_programs),),
+        config,
+        device,
+        M=M,
+        **numbered("N", widths, 0),
+        R=R,
+        **numbered("scaling", [float(one) for one in scalings], 0.0),
+        chunk_rows=chunk_rows,
+        group_chunks=chunks if form == "rows_first" else 1,
+        **numbered_strides("G", Gs, "mn"),
+        **strides("T", T, "mr"),
+        **strides("S", S, "mr"),
+        **numbered_strides("B", Bs, "nr"),
+        **strides("dT", dT, "mr"),
+        **strides("dS", None if fusion_grad is None else dS, "mr"),
+        COUNT=len(Gs),
+        ROWS=rows,
+        STRIPS=strips,
+        DTYPE=TL_DTYPE[dtype],
+        FUSION=FUSION_ID[fusion],
+        FUSION_GRAD=FUSION_ID[fusion_grad],
+    )
     missing = (None,) * (MAX_PROJECTIONS - len(Gs))
-    partials_size = (splits, N, R)
-    return form, missing, widths, (N, R), partials_size, first, second, adding(mode, partials_size, device)
+    partials_size = (chunks, N, R)
+    return form, missing, widths, (N, R), partials_size, launcher, adding(mode, partials_size, device)

@@ -19,13 +19,11 @@ def _expand(t: TileConfig) -> int:
     return 2 * (t.num_stages * t.BLOCK_N * t.BLOCK_R + t.BLOCK_M * t.BLOCK_R)
 
 
-def _grad_bottleneck_rows(t: TileConfig) -> int:
-    return 2 * t.num_stages * t.BLOCK_K * (t.BLOCK_M + t.BLOCK_R)
-
-
-def _grad_bottleneck_strips(t: TileConfig) -> int:
+def _grad_bottleneck(t: TileConfig) -> int:
+    rows = 2 * t.num_stages * t.BLOCK_K * (t.BLOCK_M + t.BLOCK_R)
     # T and S are consumed before G: one copy less of them waits
-    return 2 * t.BLOCK_K * (t.num_stages * t.BLOCK_N + (t.num_stages - 1) * 2 * t.BLOCK_R)
+    strips = 2 * t.BLOCK_K * (t.num_stages * t.BLOCK_N + (t.num_stages - 1) * 2 * t.BLOCK_R)
+    return max(rows, strips)
 
 
 def _grad_weight(t: TileConfig) -> int:
@@ -42,9 +40,7 @@ LEAST_BYTES: dict[str, Callable[[TileConfig], int]] = {
     "shrink_tma": _shrink,
     "shrink_last_adds": _shrink,
     "expand": _expand,
-    "grad_bottleneck": lambda t: max(_grad_bottleneck_rows(t), _grad_bottleneck_strips(t)),
-    "grad_bottleneck_rows": _grad_bottleneck_rows,
-    "grad_bottleneck_strips": _grad_bottleneck_strips,
+    "grad_bottleneck": _grad_bottleneck,
     "grad_weight": _grad_weight,
     "grad_weight_tma": _grad_weight,
     "grad_weight_last_adds": _grad_weight,
