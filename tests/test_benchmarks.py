@@ -490,6 +490,8 @@ def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
         "stack",
         "keep_bits",
         "expand_decode",
+        "shrink_tma",
+        "grad_weight_tma",
     ):
         assert re.search(rf"\b{kernel}_kernel \d", log), kernel
     assert "memcheck of tests/kernels/odd_calls.py" in log and "ERROR SUMMARY: some, racecheck" in log

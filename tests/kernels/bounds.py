@@ -27,10 +27,11 @@ class OutOfBounds(AssertionError):
 
 @dataclass
 class Accesses:
-    """Elements that launches of one kernel read and wrote."""
+    """Elements that launches of one kernel read, wrote, and updated atomically."""
 
     loads: int = 0
     stores: int = 0
+    atomics: int = 0
 
 
 class _Launch:
@@ -109,12 +110,18 @@ def checked() -> Iterator[dict[str, Accesses]]:
         seen[running[-1].name].stores += running[-1].check("write", pointers, mask)
         return masked_store(pointers, value, mask, *rest, **options)
 
+    def update(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        seen[running[-1].name].atomics += running[-1].check("update", pointers, mask)
+        return atomic_update(operation, pointers, value, mask, *rest, **options)
+
+    atomic_update = builder.create_atomic_rmw
     masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
     with contextlib.ExitStack() as stack:
         for owner, name, new in (
             (interpreter.GridExecutor, "__call__", launch),
             (builder, "create_masked_load", load),
             (builder, "create_masked_store", store),
+            (builder, "create_atomic_rmw", update),
         ):
             stack.enter_context(_replaced(owner, name, new))
         yield seen

@@ -30,18 +30,17 @@ CASES = [
 ]
 KEEP_SCALE = dropout.keep_scale(0.3)
 Case = tuple[int, int, int, int, tuple[torch.dtype, torch.dtype]]
+Place = Callable[[Tensor], Tensor]
+Results = tuple[list[Tensor], list[Tensor]]
 
 
-def odd_calls(case: Case, place: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[Any]:
+def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Results]:
     """Call every primitive, with and without dropout; yield its results and those of plain PyTorch.
 
     ``place`` returns a tensor of the same values, for a kernel to read or write.
     """
     M, K, N, R, (dtype, adapter) = case
-
-    def randn(rows: int, cols: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return place((torch.randn(rows, cols, device=device) * scale).to(of))
-
+    randn = random_in(place, device, dtype)
     seed = torch.tensor(7, device=device)
     x, x_source = randn(M, K), randn(M, K)
     As = [randn(R, K, adapter, K**-0.5) for _ in range(2)]
@@ -55,10 +54,10 @@ def odd_calls(case: Case, place: Callable[[Tensor], Tensor], device: torch.devic
     yield [A], [torch_ops.stack(As, dtype)]
     phi: dict[str, Any] = {"scalings": [0.5, 2.0], "fusion": "mul_relu"}
     for dropped in ({}, masks):
-        yield from _both("shrink", x, x_source, A, compute_dtype=dtype, **dropped)
-        yield from _both("grad_weight", T, x, S, x_source, grad_dtype=adapter, **dropped)
+        yield both("shrink", x, x_source, A, compute_dtype=dtype, **dropped)
+        yield both("grad_weight", T, x, S, x_source, grad_dtype=adapter, **dropped)
         one = {key: value for key, value in dropped.items() if key != "mask_source"}
-        yield from _both("grad_input", T, A, dtype=dtype, **one)
+        yield both("grad_input", T, A, dtype=dtype, **one)
         dx = randn(M, K)
         want = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one)
         yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one)], [want]
@@ -66,12 +65,7 @@ def odd_calls(case: Case, place: Callable[[Tensor], Tensor], device: torch.devic
     triton_ops.expand_(got, T, S, Bs, **phi)
     torch_ops.expand_(want, T, S, Bs, **phi)
     yield got, want
-    results = []
-    for ops in (triton_ops, torch_ops):
-        dT, dS = (place(torch.full((M, 2 * R), torch.nan, dtype=dtype, device=device)) for _ in range(2))
-        dBs = ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=adapter, **phi)
-        results.append([dT, dS, *dBs])
-    yield tuple(results)
+    yield grad_bottlenecks(place, Gs, T, S, Bs, B_grad_dtype=adapter, **phi)
     if triton_ops.can_decode(M, [R, R]):
         for given in ([], [S[:, :R], S[:, R:]]):
             got = [place(y) for y in ys]
@@ -83,13 +77,31 @@ def odd_calls(case: Case, place: Callable[[Tensor], Tensor], device: torch.devic
             yield got, want
 
 
-def _both(name: str, *args: Any, **options: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """One primitive in both forms."""
+def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return what makes a random matrix in a place, of this dtype unless another is named."""
+
+    def randn(rows: int, cols: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        return place((torch.randn(rows, cols, device=device) * scale).to(of))
+
+    return randn
+
+
+def both(name: str, *args: Any, **options: Any) -> Results:
+    """Run one primitive as kernels and as plain PyTorch."""
 
     def listed(found: Any) -> list[Tensor]:
         return [found] if isinstance(found, Tensor) else [one for one in found if one is not None]
 
-    yield listed(getattr(triton_ops, name)(*args, **options)), listed(getattr(torch_ops, name)(*args, **options))
+    return listed(getattr(triton_ops, name)(*args, **options)), listed(getattr(torch_ops, name)(*args, **options))
+
+
+def grad_bottlenecks(place: Place, Gs: list[Tensor], T: Tensor, *args: Any, **options: Any) -> Results:
+    """Run grad_bottleneck as :func:`both` does, into dT and dS of a place."""
+    found = []
+    for ops in (triton_ops, torch_ops):
+        dT, dS = (place(torch.full_like(T, torch.nan)) for _ in range(2))
+        found.append([dT, dS, *ops.grad_bottleneck(Gs, T, *args, dT=dT, dS=dS, **options)])
+    return found[0], found[1]
 
 
 def require_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
@@ -102,12 +114,15 @@ def require_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> 
 
 def main() -> int:
     """Run the selection and compare; return 0."""
+    import odd_forms  # which imports this module
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with counting() as names:
-        for case in CASES:
-            for got, want in odd_calls(case, torch.clone, device):
-                require_close(got, want, case[4][0])
+        for calls, cases in ((odd_calls, CASES), (odd_forms.odd_forms, odd_forms.CASES)):
+            for case in cases:
+                for got, want in calls(case, torch.clone, device):
+                    require_close(got, want, case[-1][0])
     print(", ".join(f"{name} {count}" for name, count in sorted(Counter(names).items())))
     return 0
 

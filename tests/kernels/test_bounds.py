@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import bounds
+import odd_forms
 import pytest
 import torch
 from torch import Tensor
@@ -79,6 +80,17 @@ def test_every_kernel_stays_within_its_tensors(case: Any, framed: Framed) -> Non
     assert all(accesses.loads for accesses in seen.values())
 
 
+@pytest.mark.parametrize("case", odd_forms.CASES, ids=str)
+def test_every_form_stays_within_its_tensors(case: Any, framed: Framed) -> None:
+    with bounds.checked() as seen:
+        for got, want in odd_forms.odd_forms(case, framed, torch.device("cpu")):
+            require_close(got, want, case[3][0])
+    ran = {name.removesuffix("_kernel") for name, accesses in seen.items() if accesses.stores and accesses.loads}
+    tma = {"shrink_tma", "grad_weight_tma"} if case[2] == 24 else set()
+    assert ran >= KERNELS - {"keep_bits"} | tma and (tma or not ran & {"shrink_tma", "grad_weight_tma"}), ran
+    assert {name for name, accesses in seen.items() if accesses.atomics} == {"shrink_kernel", "grad_weight_kernel"}
+
+
 @pytest.mark.parametrize("name", ["shrink", "grad_weight"])
 def test_partial_results_stay_within_their_buffer(name: str) -> None:
     """Sums that are cut into parts: another kernel adds those up."""
@@ -102,6 +114,31 @@ def copy_kernel(x, y, rows, cols, x_stride, y_stride, READ: tl.constexpr, WRITE:
     tl.store(y + i_row * y_stride + o_col, b_x, mask=o_col < cols + WRITE)
 
 
+@triton.jit
+def count_kernel(counters, at):
+    tl.atomic_add(counters + at, 1)
+
+
+def out_of_bounds(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    """The message of the OutOfBounds that the interpreter wrapped."""
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, bounds.OutOfBounds):
+        error = error.__cause__
+    assert error is not None, caught.value
+    return str(error)
+
+
+def test_the_checker_sees_atomics() -> None:
+    counters = torch.zeros(4, dtype=torch.int32)
+    with bounds.checked() as seen:
+        count_kernel[(3,)](counters[:2], 1)
+        assert (seen["count_kernel"].atomics, counters.tolist()) == (3, [0, 3, 0, 0])
+        with pytest.raises(Exception) as caught:
+            count_kernel[(1,)](counters[:2], 2)
+    assert re.search("updates 1 .* of counters", out_of_bounds(caught))
+    assert counters.tolist() == [0, 3, 0, 0], "what is out of bounds is not touched"
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
 @pytest.mark.parametrize(("read", "write", "said"), [(0, 0, ""), (1, 0, "reads 1 .* of x"), (0, 1, "writes 1 .* of y")])
 def test_the_checker_sees_one_element_too_many(dtype: torch.dtype, read: int, write: int, said: str) -> None:
@@ -116,10 +153,7 @@ def test_the_checker_sees_one_element_too_many(dtype: torch.dtype, read: int, wr
             run()
             assert (seen["copy_kernel"].loads, seen["copy_kernel"].stores) == (15, 15) and torch.equal(x, y)
             return
-        with pytest.raises(Exception) as caught:  # the interpreter wraps it
+        with pytest.raises(Exception) as caught:
             run()
-    error: BaseException | None = caught.value
-    while error is not None and not isinstance(error, bounds.OutOfBounds):
-        error = error.__cause__
-    assert error is not None and re.search(said, str(error)), caught.value
+    assert re.search(said, out_of_bounds(caught))
     assert not y._base[:, 5:].any(), "what is out of bounds is not written"

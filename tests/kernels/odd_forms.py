@@ -1,0 +1,102 @@
+"""Calls of odd sizes in the forms that the general rule does not take; see odd_calls.py, which runs them too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from odd_calls import BF16, F32, KEEP_SCALE, Place, Results, both, grad_bottlenecks, random_in
+from torch import Tensor
+
+from flare_kernels import fused_lora_qkv, torch_ops
+from flare_kernels.forms import capability
+from flare_kernels.launch_mode import counting, forcing
+from flare_kernels.triton_ops import primitives as triton_ops
+from flare_kernels.triton_ops.config import FORMS, NARROW, TileConfig, can_run
+
+#: Length of the sums, of what is not summed (M and K or N), R, dtypes of T and of A and B.
+CASES: list[tuple[int, int, int, tuple[torch.dtype, torch.dtype]]] = [
+    (131, 19, 5, (F32, F32)),
+    (136, 24, 24, (BF16, BF16)),  # rows of a multiple of 16 bytes, as tensor descriptors want them
+]
+#: Small tiles and many programs: the sums of these cases are cut into parts.
+_TILES = TileConfig(BLOCK_M=16, BLOCK_K=16, BLOCK_N=32, BLOCK_R=32, num_warps=4, num_stages=2, programs=40)
+_PHI: dict[str, Any] = {"scalings": [0.5, 2.0], "fusion": "mul_relu"}
+
+
+def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
+    """Call the other forms of each step, expand that writes, and adapters before the frozen products.
+
+    Raises:
+        AssertionError: a form was not taken.
+    """
+    M, N, R, (dtype, adapter) = case
+    randn = random_in(place, device, dtype)
+    yield from _sums(case, place, device)
+    Bs = [randn(n, R, adapter, R**-0.5) for n in (N, N + 3)]
+    Gs, T, S = [randn(M, B.shape[0]) for B in Bs], randn(M, 2 * R), randn(M, 2 * R)
+    with _taken("grad_bottleneck", "rows_first", ["grad_bottleneck_kernel", "sum_partials_kernel"]):
+        results = grad_bottlenecks(place, Gs, T, S, Bs, B_grad_dtype=adapter, **_PHI)
+    yield results
+    given = [randn(1, B.shape[0])[0] for B in Bs]
+    for biases in (given, [None, None]):
+        got, want = ([place(torch.full_like(G, torch.nan)) for G in Gs] for _ in range(2))
+        for ops, ys in ((triton_ops, got), (torch_ops, want)):
+            ops.expand_(ys, T, S, Bs, biases=biases, **_PHI)
+        yield got, want
+    K = N + 2
+    leaves = {"x": randn(M, K), "x_source": randn(M, K), "B.q": Bs[0], "B.v": Bs[1]}
+    leaves |= {f"A.{name}": randn(R, K, adapter, K**-0.5) for name in "qv"}
+    weights = [randn(B.shape[0], K, scale=K**-0.5) for B in Bs]
+    frozen = {"weights": dict(zip("qv", weights, strict=True)), "biases": dict(zip("qv", given, strict=True))}
+    with forcing(form="adapter_first"), counting() as names:
+        got = _step(leaves, frozen, Gs, "triton")
+    assert names.count("expand_kernel") == 1 and names.count("grad_input_kernel") == 1, names
+    with forcing(form="frozen_first"):
+        yield got, _step(leaves, frozen, Gs, "torch")
+
+
+def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
+    """Shrink and grad_weight in the forms "last_adds", with dropout too, and "tma"."""
+    long, short, R, (dtype, adapter) = case
+    randn = random_in(place, device, dtype)
+    forms: list[tuple[str, dict[str, Any]]] = [("last_adds", {}), ("last_adds", {"keep_scale": KEEP_SCALE})]
+    runs = can_run("shrink", "tma", NARROW, capability(device))
+    if runs and dtype != F32 and long % 8 == short % 8 == R % 8 == 0:
+        forms.append(("tma", {}))
+    seed = torch.tensor(7, device=device)
+    for step, M, K in (("shrink", short, long), ("grad_weight", long, short)):
+        x, x_source = randn(M, K), randn(M, K)
+        args: tuple[Tensor, ...] = (x, x_source, randn(R, K, scale=K**-0.5))
+        options = {"compute_dtype": dtype}
+        if step == "grad_weight":
+            args, options = (randn(M, R), x, randn(M, R), x_source), {"grad_dtype": adapter}
+        masks = [place(torch_ops.keep_bits(seed, M, K, 6554, stream)) for stream in (0, 1)]
+        for form, dropped in forms:
+            if dropped:
+                dropped |= {"mask": masks[0], "mask_source": masks[1]}
+            launches = [f"{step}_tma_kernel", "sum_partials_kernel"] if form == "tma" else [f"{step}_kernel"]
+            with _taken(step, form, launches):
+                results = both(step, *args, **options, **dropped)
+            yield results
+
+
+@contextlib.contextmanager
+def _taken(step: str, form: str, launches: list[str]) -> Iterator[None]:
+    """Force a form with tiles that cut its sums, and require its launches."""
+    tiles: dict[str, Any] = dict.fromkeys(FORMS[step][form], _TILES)
+    with forcing(form=form, **tiles), counting() as names:
+        yield
+    assert names == launches, f"{step}, {form}: {names}"
+
+
+def _step(leaves: dict[str, Tensor], frozen: dict[str, Any], Gs: list[Tensor], backend: str) -> list[Tensor]:
+    """Outputs of q and v and the gradients of x, A and B, where the node makes the frozen products."""
+    own = {name: leaf.detach().requires_grad_(name != "x_source") for name, leaf in leaves.items()}
+    adapters = {name: (own[f"A.{name}"], own[f"B.{name}"], 0.5 + at) for at, name in enumerate("qv")}
+    ys = fused_lora_qkv(own["x"][None], own["x_source"][None], None, adapters, **frozen, training=True, backend=backend)
+    torch.autograd.backward(list(ys.values()), [G[None].to(y.dtype) for G, y in zip(Gs, ys.values(), strict=True)])
+    grads = [leaf.grad for name, leaf in own.items() if name != "x_source"]
+    return [*(y.detach() for y in ys.values()), *(grad for grad in grads if grad is not None)]
