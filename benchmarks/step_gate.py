@@ -1,8 +1,8 @@
 """Whether a training step's gradients are right, before it is timed.
 
 Each method is compared with float64 at two blocks and two rows of the same width and length, where float64 is cheap:
-its error may be at most twice that of PEFT's eager layers. At full size it is compared with PEFT's eager layers, and so
-are compiled methods, which are compiled once.
+its error may be at most twice that of PEFT's eager layers. At full size the first step, which is
+counted too, is compared with PEFT's eager layers, and so are compiled methods, which are compiled once.
 """
 
 from __future__ import annotations
