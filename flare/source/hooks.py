@@ -44,6 +44,11 @@ NO_SOURCE_WARNING = (
     "remove_unused_columns=False (it drops columns that the base model's forward does not name) or use "
     "flare.FlareTrainer, and pad with flare.FlareDataCollator."
 )
+PREDICTING_WARNING = (
+    "A fusing adapter predicts without a source and is plain LoRA in this call, not what it was trained as. Pass "
+    "source_input_ids and source_attention_mask to the model or to generate (with latent_dim: source_states), as in "
+    "training. This is said once; where it is meant, filter this warning."
+)
 
 
 def attach(model: nn.Module, runtime: Runtime) -> None:
@@ -128,10 +133,24 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             return (), step.inputs
         shape = (decoder_shape if runtime.map.decoders else target_shape)(args, kwargs)
         slot.forward = source_of.carry(model, runtime, shape, cache.get_seq_length())
-    elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
-        runtime.warned = True
-        warn_user(NO_SOURCE_WARNING)
+    elif wanted and kwargs.get("encoder_outputs") is None:  # else the encoder has read, or lacked, its source before
+        warn_without_source(runtime, model.training and torch.is_grad_enabled())
     return args, kwargs
+
+
+def warn_without_source(runtime: Runtime, training: bool) -> None:
+    """Warn, once per model in training and once in predicting, that adapters that fuse are plain LoRA in this call.
+
+    Predicting is quiet after training without a source: it is then what the adapter was trained as.
+    """
+    message = NO_SOURCE_WARNING if training else PREDICTING_WARNING
+    if message in runtime.said or NO_SOURCE_WARNING in runtime.said:
+        return
+    if torch.compiler.is_compiling():
+        _warn_while_tracing(message)
+    else:
+        runtime.said.add(message)
+        warn_user(message)
 
 
 def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
@@ -252,3 +271,9 @@ def warn_user(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+@torch.compiler.assume_constant_result
+def _warn_while_tracing(message: str) -> None:
+    """Warn once per graph, when torch.compile traces it, without breaking it."""
+    warn_user(message)

@@ -102,7 +102,6 @@ class Runtime:
     handles: list[Any] = field(default_factory=list)
     source_cache: Any = None  # a flare.SourceStateCache
     said: set[str] = field(default_factory=set)
-    warned: bool = False
     warned_padding: bool = False
     _reading: Reading | None = None
 
