@@ -28,7 +28,8 @@ from .._compat import REPLICA_MARK
 from ..tuner.grouping import make_sites, remove_sites
 from ..tuner.layer import weight_of
 from .context import KEYWORD, THREAD, SourceContext
-from .inputs import SOURCE_ARGUMENTS, decoder_shape, read_source, target_shape
+from .inputs import SOURCE_ARGUMENTS, accepted_by, decoder_shape, read_source, target_shape
+from .packed_rows import LOOKED_AT, refuse_packed_rows
 from .runtime import _RUNTIME, Runtime, runtime_of
 from .source_pass import Wanted
 from .states import StateKey
@@ -104,8 +105,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
     slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
-    source = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
-    source = {name: value for name, value in source.items() if value is not None}
+    source = take_source(model, kwargs, SOURCE_ARGUMENTS)
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
         _refuse_cached_steps(cache, source)
@@ -115,6 +115,9 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
                 "(CUDA_VISIBLE_DEVICES=0)"
             )
+        mask = kwargs.get("attention_mask")
+        if len(args) > 1 or not LOOKED_AT.isdisjoint(kwargs) or (mask is not None and getattr(mask, "ndim", 0) != 2):
+            refuse_packed_rows(model, source, args, kwargs)
         slot.forward = read_source(
             model,
             runtime,
@@ -151,6 +154,25 @@ def warn_without_source(runtime: Runtime, training: bool) -> None:
     else:
         runtime.said.add(message)
         warn_user(message)
+
+
+def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Take the source arguments out of a call's keyword arguments; those that are None are left out.
+
+    Raises:
+        TypeError: an argument ``source_...`` that neither ``names`` nor the model's forward has.
+    """
+    source = {}
+    for name in [name for name in kwargs if name[:7] == "source_"]:
+        if name in names:
+            value = kwargs.pop(name)
+            if value is not None:
+                source[name] = value
+        elif name not in accepted_by(model):
+            raise TypeError(
+                f"{name} is not an argument of {type(model).__name__}: of a source it reads {', '.join(names)}"
+            )
+    return source
 
 
 def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
