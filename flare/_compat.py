@@ -76,6 +76,7 @@ __all__ = [
     "enable_checkpointing",
     "end_failed_capture",
     "every_module",
+    "execution_device",
     "gradient_hooks",
     "in_backward",
     "inside_ddp",
@@ -347,6 +348,16 @@ def checkpoints_save_random_state(model: Any) -> bool:
             if options.get("preserve_rng_state", True):
                 return True
     return False
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a linear layer computes: where its weight is, or where accelerate's hook puts an offloaded one."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    if weight.device.type != "meta":
+        return weight.device
+    hook = module.__dict__.get("_hf_hook")
+    devices = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
+    return next((torch.device(device) for device in devices if device is not None), weight.device)
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

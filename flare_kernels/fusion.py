@@ -30,7 +30,12 @@ class Fusion:
 
 
 def _mul_relu_backward(dH: Tensor, S: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    return dH * S.relu() * (T > 0), dH * T.relu() * (S > 0)
+    return (dH * S.relu()).masked_fill(T <= 0, 0.0), (dH * T.relu()).masked_fill(S <= 0, 0.0)
+
+
+def _add_relu_backward(dH: Tensor, S: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
+    # not a product with 0 or 1, which would make a NaN of dH's NaN or infinity where relu passes nothing on
+    return dH.masked_fill(T <= 0, 0.0), dH.masked_fill(S <= 0, 0.0)
 
 
 _REGISTRY: dict[str, Fusion] = {
@@ -39,7 +44,7 @@ _REGISTRY: dict[str, Fusion] = {
         # backward: (dH, S, T) -> (dT, dS)
         Fusion("add", lambda S, T: S + T, lambda dH, S, T: (dH, dH)),
         Fusion("mul", lambda S, T: S * T, lambda dH, S, T: (dH * S, dH * T)),
-        Fusion("add_relu", lambda S, T: S.relu() + T.relu(), lambda dH, S, T: (dH * (T > 0), dH * (S > 0))),
+        Fusion("add_relu", lambda S, T: S.relu() + T.relu(), _add_relu_backward),
         Fusion("mul_relu", lambda S, T: S.relu() * T.relu(), _mul_relu_backward),
     )
 }

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import X_MIXUP, register_tuner
+from ..source.hooks import take_source
 from ..tuner.config import FlareConfig
 from ..tuner.convert import infer_task_type, make_config
 from ..tuner.model import FlareModel
@@ -148,9 +149,7 @@ class XMixupModel(FlareModel):
         Raises:
             TypeError, ValueError: source arguments that do not fit, or an option that cannot be combined with a source.
         """
-        names = mixup_streams.SOURCE_ARGUMENTS
-        source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        kwargs = {name: value for name, value in kwargs.items() if name not in names}
+        source = take_source(self.model, kwargs, mixup_streams.SOURCE_ARGUMENTS)
         runtime, model = mixup_layer.runtime_of(self.model), cast(Any, self.model)
         if not source or not runtime.is_on():
             return super().generate(*args, **kwargs)

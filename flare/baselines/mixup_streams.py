@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import REPLICA_MARK
-from ..source.hooks import warn_user
+from ..source.hooks import take_source, warn_user
 from ..source.inputs import check_ids, check_same_shape, check_source_mask
+from ..source.packed_rows import refuse_packed_rows
 from ..training.collator import SOURCE_COLUMNS, SOURCE_POSITIONS
 from .mixup_layer import MixupRuntime, Streams, runtime_of
 
@@ -50,8 +51,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     runtime = runtime_of(model)
     if runtime.mode == "source" or runtime.holds:
         return None
-    source = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
-    source = {name: value for name, value in source.items() if value is not None}
+    source = take_source(model, kwargs, SOURCE_ARGUMENTS)
     if not runtime.is_on():
         return args, kwargs
     if not source:
@@ -62,6 +62,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if args:
         kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
     _refuse(model, kwargs)
+    refuse_packed_rows(model, source, (), kwargs)
     try:
         runtime.streams = _streams(model, runtime, source, kwargs)
         run_source(model, runtime)

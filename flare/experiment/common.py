@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -45,6 +46,11 @@ class claimed:
     def __exit__(self, *error: Any) -> None:
         if self._lock is not None:
             self._lock.__exit__(*error)
+
+
+def expect_no_source() -> None:
+    """Silence the warnings of a fusing adapter without a source, where that is the setting (train_only_fusion)."""
+    warnings.filterwarnings("ignore", "A fusing adapter (predicts|was trained) without a source")
 
 
 def adapter_fields(

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..tasks import Pair, resolve_labels
 from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
-from .common import claimed, common_settings, location, summary
+from .common import claimed, common_settings, expect_no_source, location, summary
 from .fitting import autocast_of, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, load
@@ -157,6 +157,8 @@ class _Evaluation:
                 self._tell(f"{run.folder}: not finished, left out; run flare train again, it goes on")
                 continue
             reads = run.record.method in READS_SOURCE and not run.record.settings.get("train_only_fusion")
+            if run.record.settings.get("train_only_fusion"):
+                expect_no_source()
             texts = settings.source_text if reads and settings.source_text else (run.record.source_text,)
             for text in texts:
                 self._try(str(run.folder), partial(self._adapter, run, text, reads))

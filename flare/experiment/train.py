@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..tasks import Pair, resolve_labels
 from .base import Base, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
-from .common import adapter_fields, claimed, common_settings, location, summary
+from .common import adapter_fields, claimed, common_settings, expect_no_source, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, build, variant_name
@@ -247,8 +246,8 @@ class _Run:
             made = self._rows(pairs, split, reads, record)
             return Predictor(setup.form, collate, pairs, made, batch, half, self._bar(split))
 
-        if settings.train_only_fusion:  # it is meant
-            warnings.filterwarnings("ignore", "A fusing adapter was trained without a source")
+        if settings.train_only_fusion:
+            expect_no_source()
         done = fit(
             model,
             collate,

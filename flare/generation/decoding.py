@@ -199,7 +199,7 @@ def read_states(
     """Run the frozen model to its end; S of what it read, zero where ``pads`` (B, q) has zeros."""
     masks = {} if pads is None else {key.stack: pads for key in reads.keys}
     reader = read_from_run(model, run, reads.keys, dropout=dropout, to_the_end=True)
-    prepare = Preparation.under_autocast(next(model.parameters()).device, masks)
+    prepare = Preparation.under_autocast(reads.device if reads else next(model.parameters()).device, masks)
     # eager also where the model itself is compiled: it is called as a whole here
     with torch.compiler.set_stance("force_eager"):
         return project_states(reader, prepare, reads.groups).bottlenecks

@@ -188,7 +188,10 @@ def generate(
         raise ValueError(f"source_padding={source_padding!r} is not accepted; one of: {', '.join(SOURCE_PADDING)}")
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("generate: gradient checkpointing drops the KV cache in train mode; call model.eval() first")
-    source = {name: one.to(model.device) if isinstance(one, Tensor) else one for name, one in source.items()}
+    device = (
+        model.device if model.device.type != "meta" else runtime.reading().of_both.device
+    )  # offloaded by accelerate
+    source = {name: one.to(device) if isinstance(one, Tensor) else one for name, one in source.items()}
     if runtime.map.decoders:
         if source_pass == "shared":
             raise ValueError(_NOT_SHARED.format(why="an encoder-decoder's source is read apart"))

@@ -28,7 +28,8 @@ from .._compat import REPLICA_MARK
 from ..tuner.grouping import make_sites, remove_sites
 from ..tuner.layer import weight_of
 from .context import KEYWORD, THREAD, SourceContext
-from .inputs import SOURCE_ARGUMENTS, decoder_shape, read_source, target_shape
+from .inputs import SOURCE_ARGUMENTS, accepted_by, decoder_shape, read_source, target_shape
+from .packed_rows import LOOKED_AT, refuse_packed_rows
 from .runtime import _RUNTIME, Runtime, runtime_of
 from .source_pass import Wanted
 from .states import StateKey
@@ -43,6 +44,11 @@ NO_SOURCE_WARNING = (
     "source_attention_mask to the model (with latent_dim: source_states). With transformers.Trainer, set "
     "remove_unused_columns=False (it drops columns that the base model's forward does not name) or use "
     "flare.FlareTrainer, and pad with flare.FlareDataCollator."
+)
+PREDICTING_WARNING = (
+    "A fusing adapter predicts without a source and is plain LoRA in this call, not what it was trained as. Pass "
+    "source_input_ids and source_attention_mask to the model or to generate (with latent_dim: source_states), as in "
+    "training. This is said once; where it is meant, filter this warning."
 )
 
 
@@ -99,8 +105,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
     slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
-    source = {name: kwargs.pop(name) for name in SOURCE_ARGUMENTS if name in kwargs}
-    source = {name: value for name, value in source.items() if value is not None}
+    source = take_source(model, kwargs, SOURCE_ARGUMENTS)
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
         _refuse_cached_steps(cache, source)
@@ -110,6 +115,9 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
                 "(CUDA_VISIBLE_DEVICES=0)"
             )
+        mask = kwargs.get("attention_mask")
+        if len(args) > 1 or not LOOKED_AT.isdisjoint(kwargs) or (mask is not None and getattr(mask, "ndim", 0) != 2):
+            refuse_packed_rows(model, source, args, kwargs)
         slot.forward = read_source(
             model,
             runtime,
@@ -128,10 +136,43 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             return (), step.inputs
         shape = (decoder_shape if runtime.map.decoders else target_shape)(args, kwargs)
         slot.forward = source_of.carry(model, runtime, shape, cache.get_seq_length())
-    elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
-        runtime.warned = True
-        warn_user(NO_SOURCE_WARNING)
+    elif wanted and kwargs.get("encoder_outputs") is None:  # else the encoder has read, or lacked, its source before
+        warn_without_source(runtime, model.training and torch.is_grad_enabled())
     return args, kwargs
+
+
+def warn_without_source(runtime: Runtime, training: bool) -> None:
+    """Warn, once per model in training and once in predicting, that adapters that fuse are plain LoRA in this call.
+
+    Predicting is quiet after training without a source: it is then what the adapter was trained as.
+    """
+    message = NO_SOURCE_WARNING if training else PREDICTING_WARNING
+    if message in runtime.said or NO_SOURCE_WARNING in runtime.said:
+        return
+    if torch.compiler.is_compiling():
+        _warn_while_tracing(message)
+    else:
+        runtime.said.add(message)
+        warn_user(message)
+
+
+def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Take the source arguments out of a call's keyword arguments; those that are None are left out.
+
+    Raises:
+        TypeError: an argument ``source_...`` that neither ``names`` nor the model's forward has.
+    """
+    source = {}
+    for name in [name for name in kwargs if name[:7] == "source_"]:
+        if name in names:
+            value = kwargs.pop(name)
+            if value is not None:
+                source[name] = value
+        elif name not in accepted_by(model):
+            raise TypeError(
+                f"{name} is not an argument of {type(model).__name__}: of a source it reads {', '.join(names)}"
+            )
+    return source
 
 
 def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
@@ -252,3 +293,9 @@ def warn_user(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+@torch.compiler.assume_constant_result
+def _warn_while_tracing(message: str) -> None:
+    """Warn once per graph, when torch.compile traces it, without breaking it."""
+    warn_user(message)

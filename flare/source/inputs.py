@@ -239,6 +239,9 @@ def read_source(
     zeroes = (source_padding or runtime.setting("source_padding", adapters)) == "zero"
     weights = reads.weights()
     device, masks = weights[0].device, {}
+    if device.type == "meta":
+        device = reads.device
+    by_modules = graded(weights) and reads.are_touched()  # then lora_A is called in its layer, on the state as it is
     states: Any  # a reader
     given = "source_states" in source
     if given:
@@ -254,11 +257,13 @@ def read_source(
         if decoder:
             inputs["decoder_input_ids"], mask = decoder_inputs(model, source, decoder_target)
             masks |= dict.fromkeys(runtime.map.decoders, mask)
-        if zeroes:
+        if zeroes and not by_modules:
             inputs = without_trailing_pads(inputs)
         dropout = runtime.setting("source_dropout", adapters)
         states = read_from_model(model, inputs, reads.keys, dropout=dropout)
     prepare = Preparation.under_autocast(device, masks if zeroes else {})
+    if by_modules and prepare.packings:
+        prepare = Preparation(prepare.dtype, masks=masks)
     cached = source_cache is not None and not given
     if cached:
         check_cacheable(runtime, adapters)
@@ -275,6 +280,9 @@ def read_source(
         return keep_states(states, prepare, reads.by_key)
     if not graded(weights):
         return _projected(model, runtime, reads, states, prepare, None)
+    if by_modules:
+        _say_kept(runtime, reads)
+        return keep_states(states, prepare, reads.by_key)
     layers_project = not (prepare.packings or reads.mixes)
     if not (layers_project and (given or runtime.setting("source_memory", adapters) == "keep")):
         memory = _memory(model, runtime, reads, source, states, prepare)
@@ -287,6 +295,15 @@ def read_source(
     if kept is not None:  # they are prepared already
         return keep_states(kept, Preparation(prepare.dtype), reads.by_key)
     return keep_states(states, prepare, reads.by_key)
+
+
+def _say_kept(runtime: Runtime, reads: Reads) -> None:
+    """Warn, once, that states are kept although the config asks for less memory."""
+    asked = runtime.setting("source_memory", reads.adapters)
+    reason = f"source_memory={asked!r}: hooks on lora_A or lora_dropout need the states, which are kept on the device"
+    if asked in ("offload", "recompute") and reason not in runtime.said:
+        runtime.said.add(reason)
+        warnings.warn(reason, UserWarning, stacklevel=2)
 
 
 #: Under torch.compile, which breaks its graph here.

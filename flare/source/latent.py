@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .._compat import inside_ddp
-from ..tuner.layer import FlareLayer, weight_of
+from .._compat import execution_device, inside_ddp
+from ..tuner.layer import FlareLayer, is_untouched, weight_of
 from .context import SourceContext
 from .fsdp import REENTRANT, gathered
 from .runtime import Reads
@@ -60,6 +60,10 @@ class LatentContext(SourceContext):
     def project(self, adapter: str) -> Tensor:
         """x_S (B, m, d) of an adapter."""
         projection = self.projections[adapter]
+        if not is_untouched(projection):  # accelerate may offload it
+            x_source = projection(self.latent.to(execution_device(projection), projection.weight.dtype))
+            x_source = x_source if self.dtype is None else x_source.to(self.dtype)
+            return x_source if self.mask is None else zero_pads(x_source, self.mask)
         weight, bias = (p.to(self.dtype) for p in (gathered(projection.weight), gathered(projection.bias, dims=1)))
         x_source = F.linear(self.latent.to(weight.device, weight.dtype), weight, bias)
         if self.mask is not None:
@@ -93,6 +97,14 @@ def read_latent(
         x_source = context.project(adapter)
         dropout = own[0].lora_dropout[adapter]
         x_source = F.dropout(x_source, getattr(dropout, "p", 0.0), dropout.training)
+        if reads.are_touched():  # the modules are called, behind the dropout that they share
+            called = {layer: cast(nn.Linear, layer.lora_A[adapter]) for layer in own}
+            S = {
+                layer.flare_key: {adapter: A(x_source.to(execution_device(A), A.weight.dtype))}
+                for layer, A in called.items()
+            }
+            context.update(S, reads.sites)
+            continue
         weights = [gathered(weight_of(layer, adapter)) for layer in own]
         stacked = torch.cat([A.to(x_source.device, x_source.dtype) for A in weights])
         parts = F.linear(x_source, stacked).split([A.shape[0] for A in weights], dim=-1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from flare_kernels.dropout import draw_seed
 from flare_kernels.projection import project, project_grad, stack
 
-from ..tuner.layer import weight_of
+from ..tuner.layer import check_weights, weight_of
 from .context import Bottlenecks, SourceContext
 from .fsdp import gathered
 from .memory import Keep, StateMemory
@@ -60,7 +60,10 @@ class SourcePass(torch.autograd.Function):
                 memory.put(key, x)
             for index in by_key[key]:
                 group, p = groups[index], dropouts[index]
-                A = stack([A.detach() for A in weights[firsts[index] : firsts[index + 1]]], x.dtype)
+                if memory is None and group.is_touched:
+                    S[index] = prepare.spread(key, group.project(x), sizes[key.stack])
+                    continue
+                A = _stacked(group, weights[firsts[index] : firsts[index + 1]], x)
                 stacked[group.layers] = A
                 seeds[index] = draw_seed(x.device) if p > 0.0 else None
                 S[index] = prepare.spread(key, project(x, A, seed=seeds[index], dropout_p=p), sizes[key.stack])
@@ -105,6 +108,14 @@ class SourcePass(torch.autograd.Function):
         if any(wanted):
             ctx.replay(states, visit)
         return (None, None, None, None, None, None, *dA)
+
+
+def _stacked(group: Group, weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Return the A of a group below each other, in the dtype of x; ValueError for one on another device."""
+    for layer, path, A in zip(group.modules, group.layers, weights, strict=True):
+        if A.device != x.device:
+            check_weights(path, x, A, cast(Tensor, layer.lora_B[group.adapter].weight))
+    return stack([A.detach() for A in weights], x.dtype)
 
 
 def _by_key(groups: list[Group]) -> dict[StateKey, list[int]]:
@@ -170,8 +181,11 @@ def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[Group]) 
     x = prepare.rows(groups[0].key, hidden)
     outputs = []
     for group in groups:
-        A = stack([weight_of(layer, group.adapter).detach() for layer in group.modules], x.dtype)
-        outputs.append(prepare.spread(group.key, project(x, A), tuple(hidden.shape[:-1])))
+        if group.is_touched:
+            S = group.project(x)
+        else:
+            S = project(x, _stacked(group, [weight_of(layer, group.adapter) for layer in group.modules], x))
+        outputs.append(prepare.spread(group.key, S, tuple(hidden.shape[:-1])))
     return split_by_layer(groups, outputs)[0]
 
 

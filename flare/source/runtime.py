@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from .._compat import registrations
+from .._compat import execution_device, module_hooks, registrations
 from ..tuner.config import FlareConfig
 from ..tuner.layer import MERGED, SITE, SWITCHES, FlareLayer
 from ..tuner.routing import ModelMap
@@ -79,9 +79,27 @@ class Reads:
         #: whether a fusion looks at all positions of the target
         self.mixes = any(layer.flare_fusion[adapter] in EAGER_FUSIONS for _, adapter, layer in wanted)
         self._A = [layer.lora_A[adapter] for _, adapter, layer in wanted]
+        called = [*self._A, *(layer.lora_dropout[adapter] for _, adapter, layer in wanted)]
+        self._hooks = [table for module in called for table in module_hooks(module)]
+        self._attributes = [module.__dict__ for module in called]
 
     def __bool__(self) -> bool:
         return len(self.wanted) > 0  # Dynamo of torch 2.11 does not trace bool of a list
+
+    def are_touched(self) -> bool:
+        """Whether somebody hooks or patches a lora_A or lora_dropout, which must then be called."""
+        for hooks in self._hooks:
+            if hooks:
+                return True
+        for own in self._attributes:  # noqa: SIM110  (a generator is a call for each)
+            if "forward" in own or "_hf_hook" in own:
+                return True
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters compute: of weights that accelerate offloads, where they are put for a call."""
+        return execution_device(self._A[0])
 
     def weights(self) -> list[Tensor]:
         """lora_A's weight (r, d) of every layer that reads."""
@@ -102,7 +120,6 @@ class Runtime:
     handles: list[Any] = field(default_factory=list)
     source_cache: Any = None  # a flare.SourceStateCache
     said: set[str] = field(default_factory=set)
-    warned: bool = False
     warned_padding: bool = False
     _reading: Reading | None = None
 

@@ -54,6 +54,15 @@ class Group:
     dropout: nn.Dropout | None
 
     @property
+    def is_touched(self) -> bool:
+        """Whether somebody hooks or patches the modules of the adapter, as accelerate does to offload weights."""
+        return not all(layer.is_untouched_adapter(self.adapter) for layer in self.modules)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return S (n, sum of ranks) of x (n, d) by calling the adapters' modules, with their hooks."""
+        return torch.cat([layer.project(self.adapter, x) for layer in self.modules], dim=-1)
+
+    @property
     def dropout_p(self) -> float:
         """The probability of lora_dropout that acts now."""
         return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
@@ -340,7 +349,8 @@ class Preparation:
     @classmethod
     def under_autocast(cls, device: torch.device, masks: Mapping[str, Tensor] | None = None) -> Preparation:
         """Return the preparation for the autocast state that is in force; masks: stack -> (B, m), for "zero"."""
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if on else None
         if not masks:
             return cls(dtype)
         if any(mask.device.type != "cpu" for mask in masks.values()):

@@ -83,6 +83,8 @@ def unsupported_batch(model: nn.Module, inputs: Mapping[str, Any]) -> str | None
             return f"{name} is a {type(value).__name__}: a batch must hold tensors, constants and flare.SourceStates"
     if "position_ids" in inputs and "attention_mask" not in inputs:
         return "position_ids are given without an attention_mask, so transformers looks in them for packed texts"
+    if "position_ids" in inputs and any(name in inputs for name in ("source_input_ids", "source_states")):
+        return "position_ids next to a source are looked at on the host, for packed texts, which are refused"
     if "source_input_ids" in inputs:
         asked = {getattr(config, "source_memory", None) for config in _active_configs(model)}
         for memory in ("recompute", "offload"):

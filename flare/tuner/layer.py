@@ -123,7 +123,7 @@ class FlareLayer:
         """The forward of this projection by itself: several adapters, hooks, or a fusion that mixes positions."""
         active = self.active_here()
         mixes = slot.context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
-        plain = not mixes and all(self._is_untouched(name) for name in active)
+        plain = not mixes and all(self.is_untouched_adapter(name) for name in active)
         if x.dim() > 2 and plain and not (args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
             # flat rows: the linear's output then has memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
@@ -152,7 +152,7 @@ class FlareLayer:
             )
         return rows
 
-    def _is_untouched(self, adapter: str) -> bool:
+    def is_untouched_adapter(self, adapter: str) -> bool:
         """Whether nobody hooks or patches the modules of an adapter."""
         return all(map(is_untouched, (self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])))
 
@@ -176,13 +176,18 @@ class FlareLayer:
     def _add_adapter(self, context: SourceContext | None, name: str, x: Tensor, result: Tensor, flat: bool) -> Tensor:
         lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         fusion, x_source, bottleneck = self.source_of(name, context)
-        if fusion not in EAGER_FUSIONS and not self._is_untouched(name):
+        if fusion != "cross_attention" and not self.is_untouched_adapter(name):
             return self._through_modules(name, fusion, x, x_source, bottleneck, result)
         if flat:
             x_source = None if x_source is None else x_source.flatten(0, -2)
             bottleneck = None if bottleneck is None else bottleneck.flatten(0, -2)
         call: Any = fused_lora
         if fusion == "cross_attention":
+            if not self.is_untouched_adapter(name):
+                raise ValueError(
+                    f"{self.flare_key}: hooks (also accelerate's) on lora_A, lora_B or lora_dropout cannot be "
+                    "combined with fusion='cross_attention': remove them, or use another fusion"
+                )
             attention = cast(CrossAttention, self.lora_cross_attention[name])
             weights = dict(attention.named_parameters())
             call = partial(reference.fused_lora, weights=weights, heads=attention.heads)
@@ -215,16 +220,16 @@ class FlareLayer:
         self, name: str, fusion: str | None, x: Tensor, x_source: Tensor | None, S: Tensor | None, result: Tensor
     ) -> Tensor:
         """The adapter's share as PEFT computes it: what hooks and patches lora_A, lora_B or lora_dropout takes part."""
-        lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), self.lora_B[name]
-
-        def project(stream: Tensor) -> Tensor:
-            dropped = self.lora_dropout[name](self._cast_input_dtype(stream, lora_A.weight.dtype))
-            return cast(Tensor, lora_A(dropped))
-
-        H = project(x)
+        H = self.project(name, x)
         if fusion is not None:
-            H = reference.fuse(project(x_source) if S is None else S.to(H.dtype), H, fusion)  # type: ignore[arg-type]
-        return result + (self.scaling[name] * lora_B(H)).to(result.dtype)
+            S = self.project(name, cast(Tensor, x_source)) if S is None else S.to(H.dtype)
+            H = reference.fuse(S, H, fusion)
+        return result + (self.scaling[name] * self.lora_B[name](H)).to(result.dtype)
+
+    def project(self, adapter: str, x: Tensor) -> Tensor:
+        """Return lora_A(lora_dropout(x)) (..., r) of x (..., d) by calling the two modules, with their hooks."""
+        x = self.lora_dropout[adapter](self._cast_input_dtype(x, cast(nn.Linear, self.lora_A[adapter]).weight.dtype))
+        return cast(Tensor, self.lora_A[adapter](x))
 
     def add_cross_attention(self, adapter: str, heads: int, masked: bool) -> None:
         """Query, key and value for an adapter, unless it has them."""

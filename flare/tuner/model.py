@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._compat import LoraLayer, register_tuner
 from ..generation.generate import ALIGNMENTS, generate
-from ..source.hooks import attach, detach
+from ..source.hooks import attach, detach, take_source, warn_without_source
 from ..source.inputs import SOURCE_ARGUMENTS, check_cacheable, encode
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
@@ -355,10 +355,11 @@ class FlareModel(LoraModel):
             raise ValueError(
                 f"source_alignment={source_alignment!r} is not accepted; one of: {', '.join(map(repr, ALIGNMENTS))}"
             )
-        source = {name: kwargs[name] for name in SOURCE_ARGUMENTS if kwargs.get(name) is not None}
-        kwargs = {name: value for name, value in kwargs.items() if name not in SOURCE_ARGUMENTS}
+        source = take_source(self.model, kwargs, SOURCE_ARGUMENTS)
         runtime = runtime_of(self.model)
         assert runtime is not None
+        if not source and runtime.wanted() and runtime.map.decoders:  # generate calls the encoder, not the model, first
+            warn_without_source(runtime, training=False)
         if not source or not runtime.wanted():
             return cast(Any, self.model).generate(*args, **kwargs)
         return generate(self.model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)

@@ -1,0 +1,47 @@
+"""NaN and infinity go through every backend as through autograd of the formula, and no further."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flare_kernels import FUSIONS, fused_lora
+
+SHAPES = {"x": (5, 12), "x_source": (5, 12), "base_output": (5, 10), "lora_A": (4, 12), "lora_B": (10, 4)}
+
+
+def outputs(backend: str, fusion: str | None, where: str, value: float, device: torch.device) -> dict[str, Tensor]:
+    """The output and every gradient, with one entry of one tensor (or of the output's gradient) replaced."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
+    dy = torch.randn(SHAPES["base_output"], generator=generator).to(device)
+    (dy if where == "dy" else tensors[where]).view(-1)[7] = value
+    if fusion is None:
+        tensors["x_source"] = None
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items() if tensor is not None}
+    y = fused_lora(
+        tensors["x"], tensors["x_source"], tensors["base_output"].clone(), tensors["lora_A"], tensors["lora_B"],
+        scaling=2.0, fusion=fusion, backend=backend,
+    )  # fmt: skip
+    y.backward(dy)
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
+
+
+@pytest.mark.parametrize("fusion", [None, *FUSIONS])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+def test_what_is_not_finite_reaches_what_the_formula_says(backend, fusion, value, device) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    for where in (*SHAPES, "dy"):
+        if where == "x_source" and fusion is None:
+            continue
+        want = outputs("reference", fusion, where, value, device)
+        got = outputs(backend, fusion, where, value, device)
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            same = torch.equal(got[name].isnan(), tensor.isnan())
+            same = same and torch.equal(got[name].isfinite(), tensor.isfinite())
+            assert same, f"{value} in {where}: {name}"

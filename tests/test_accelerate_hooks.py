@@ -1,0 +1,126 @@
+"""Hooks on the modules of an adapter run for the source as for the target: the user's, and accelerate's offloading."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import tiny
+import torch
+from cached_states import batch_of, fused, silence
+from torch import nn
+
+
+def offloaded(model: Any, how: str, folder: Path) -> Any:
+    """A copy whose weights are on the meta device between calls: all of them, or those of block 1."""
+    model = copy.deepcopy(model)
+    if how == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    elif how == "disk_offload":
+        accelerate.disk_offload(model, str(folder), execution_device="cpu")
+    else:
+        block = next(
+            name for name, _ in model.named_modules() if name.endswith(("layers.1", "encoder.layer.1", "block.1"))
+        )
+        places = {"": "cpu", block: "disk"}
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+    assert any(p.device.type == "meta" for name, p in model.named_parameters() if "lora_A" in name)
+    return model
+
+
+def with_hooks(model: Any, part: str) -> Any:
+    """The same mathematics with A twice as large, by hooks."""
+    for name, module in model.named_modules():
+        if name.endswith(f"{part}.default"):
+            module.register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def twice(model: Any, part: str) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"{part}.default" in name:
+                parameter *= 2
+    return model
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("bert", {}),
+        ("llama", {"source_padding": "zero"}),
+        ("llama", {"fusion": "matmul"}),
+        ("llama", {"latent_dim": 6}),
+        ("mt5", {}),
+    ],
+    ids=["bert", "zero", "matmul", "latent", "mt5"],
+)
+def test_offloaded_weights(family, fields, how, tmp_path) -> None:
+    model, inputs = fused(family, **fields).eval(), batch_of(family)
+    if "latent_dim" in fields:
+        inputs = {**tiny.batch(family, source=False), "source_states": torch.randn(3, 9, 6)}
+    twin = offloaded(model, how, tmp_path)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            want = model(**inputs).logits
+            for _ in range(2):
+                torch.testing.assert_close(twin(**inputs).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_generation_with_offloaded_weights(offset, tmp_path) -> None:
+    model, inputs = fused("llama", source_layer_offset=offset).eval(), tiny.batch("llama")
+    del inputs["labels"]
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    want = model.generate(**inputs, **options).logits
+    got = offloaded(model, "cpu_offload", tmp_path).generate(**inputs, **options).logits
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_hooks_of_the_users(family, padding, memory) -> None:
+    """In prediction and in training, however states wait; the gradients are those of a doubled A."""
+    fields = {"source_padding": padding, "source_memory": memory}
+    model, want = with_hooks(fused(family, **fields), "lora_A"), twice(fused(family, **fields), "lora_A")
+    inputs = batch_of(family)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, want.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
+    if memory == "recompute":
+        with pytest.warns(UserWarning, match="source_memory='recompute': hooks on lora_A .* kept on the device"):
+            loss = model.train()(**inputs).loss
+    else:
+        loss = model.train()(**inputs).loss
+    with silence():
+        model(**inputs)
+    loss.backward()
+    want.train()(**inputs).loss.backward()
+    expected = tiny.gradients(want)
+    for name, grad in tiny.gradients(model).items():
+        factor = 2 if "lora_A" in name else 1
+        torch.testing.assert_close(grad, factor * expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_cross_attention_says_that_it_has_no_hooks() -> None:
+    model = with_hooks(fused("llama", fusion="cross_attention"), "lora_A")
+    with pytest.raises(ValueError, match=r"q_proj: hooks .* cannot be combined with fusion='cross_attention'"):
+        model(**batch_of("llama"))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("source", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_adapter_on_another_device_is_an_error(part, source, grad) -> None:
+    """The meta device stands for a second one."""
+    model = fused("llama").eval()
+    layer: Any = tiny.block_list(model.get_base_model())[1].self_attn.q_proj
+    linear: nn.Linear = getattr(layer, part)["default"]
+    linear.weight = nn.Parameter(linear.weight.to("meta"))
+    inputs = {n: v for n, v in batch_of("llama").items() if source or not n.startswith("source_")}
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"q_proj: .*meta.*cpu: move the adapter"):
+        model(**inputs)

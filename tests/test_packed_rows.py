@@ -1,0 +1,110 @@
+"""Packed texts next to a source are refused, and so is every source_... argument that nothing reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from cached_states import batch_of, fused
+
+import flare
+from flare.baselines import x_mixup
+
+COUNTED = torch.arange(9).expand(3, 9)
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]).expand(3, 9)
+
+
+def inputs_of(family: str, **changes: Any) -> dict[str, Any]:
+    inputs = {**batch_of(family), **changes}
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": None, "position_ids": PACKED}, "position_ids do not count up by one .*row of its own"),
+        ({"position_ids": PACKED}, "position_ids do not count up by one"),
+        ({"position_ids": PACKED[:1]}, "position_ids do not count up by one"),
+        ({"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 5, 9])}, r"cu_seq_lens_q \(packed texts\)"),
+        ({"attention_mask": torch.ones(3, 1, 9, 9).bool().tril()}, r"attention_mask is of shape \(3, 1, 9, 9\)"),
+        ({"attention_mask": {"full_attention": torch.ones(3, 9)}}, "attention_mask is a dict"),
+    ],
+    ids=["positions", "positions and mask", "one row of positions", "boundaries", "four dimensions", "dict"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_rows_next_to_a_source_are_refused(changes, message, training) -> None:
+    model = fused("llama").train(training)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs_of("llama", **changes))
+    plain = {n: v for n, v in inputs_of("llama", **changes).items() if not n.startswith("source_")}
+    if not isinstance(changes.get("attention_mask"), dict):
+        model(**plain)  # without a source they are the model's
+
+
+def test_the_states_of_a_packed_source_are_refused_too() -> None:
+    model, inputs = fused("llama"), inputs_of("llama", attention_mask=None, position_ids=PACKED)
+    states = model.encode_source(inputs.pop("source_input_ids"), inputs.pop("source_attention_mask"))
+    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+        model(**inputs, source_states=states)
+
+
+def test_positions_by_place_in_the_call() -> None:
+    inputs = batch_of("llama")
+    source = {name: value for name, value in inputs.items() if name.startswith("source_")}
+    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+        fused("llama").base_model.model(inputs["input_ids"], None, PACKED, **source)
+
+
+def test_positions_that_count_are_taken() -> None:
+    """With any numbers at padding, in front of a row or behind it."""
+    model, inputs = fused("llama").eval(), inputs_of("llama")
+    mask = inputs["attention_mask"]
+    counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    want = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs, position_ids=COUNTED).logits, want)
+    got = model(**inputs, position_ids=counted).logits
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-4)  # rotary: differences count
+    fused("bert")(**inputs_of("bert", position_ids=COUNTED))
+
+
+def test_flare_mt_reads_states_by_position() -> None:
+    model = fused("llama", latent_dim=8)
+    plain = {n: v for n, v in inputs_of("llama", attention_mask=None).items() if not n.startswith("source_")}
+    states = torch.randn(3, 9, 8)
+    a = model(**plain, position_ids=PACKED, source_states=states).logits
+    b = model(**plain, position_ids=PACKED, source_states=states.flip(1)).logits
+    assert not torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("name", ["source_position_ids", "source_inputs_ids", "source_attention_masks"])
+@pytest.mark.parametrize("fusion", ["add_relu", None])
+@pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
+def test_an_argument_that_nothing_reads_is_named(family, fusion, name) -> None:
+    model = fused(family, fusion=fusion).eval()
+    with pytest.raises(TypeError, match=f"{name} is not an argument of .*For.*: .*source_input_ids, source_att"):
+        model(**batch_of(family), **{name: COUNTED})
+    with pytest.raises(TypeError, match=name):
+        model.base_model.model(**batch_of(family), **{name: COUNTED})
+    if family != "bert":
+        with pytest.raises(TypeError, match=name):
+            model.generate(**tiny.batch(family), **{name: COUNTED}, max_new_tokens=2)
+
+
+def test_x_mixup_refuses_the_same() -> None:
+    model = x_mixup(tiny.model("llama"), r=4)
+    with pytest.raises(TypeError, match="source_position_ids is not an argument"):
+        model(**batch_of("llama"), source_position_ids=COUNTED)
+    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+        model(**batch_of("llama"), position_ids=PACKED)
+
+
+def test_a_source_of_packed_rows_is_refused_by_the_model_behind_the_collator() -> None:
+    """flare.FlareDataCollator passes columns on that it does not know."""
+    from flare.demo.base_model import build_tokenizer
+
+    rows = [{"input_ids": [5, 6, 7], "source_input_ids": [5, 6, 8], "source_position_ids": [0, 1, 0]}]
+    batch = flare.FlareDataCollator(build_tokenizer(), layout="causal")(rows)
+    with pytest.raises(TypeError, match="source_position_ids"):
+        fused("llama")(**batch)

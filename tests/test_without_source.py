@@ -1,0 +1,81 @@
+"""A fusing adapter called without a source is plain LoRA, and says so once in training and once in predicting."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from cached_states import fused, silence
+
+MESSAGE = "predicts without a source and is plain LoRA"
+
+
+def text(family: str) -> dict[str, Any]:
+    inputs = tiny.batch(family, source=False)
+    return {name: value for name, value in inputs.items() if name != "labels" or family == "mt5"}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_predicting_without_a_source_is_said_once(family, grad) -> None:
+    model = fused(family).eval()
+    with torch.set_grad_enabled(grad):
+        with pytest.warns(UserWarning, match=MESSAGE) as seen:
+            model(**text(family))
+        assert seen[0].filename == __file__, "the warning points at the user's line"
+        with silence():
+            model(**text(family))
+
+
+def test_a_loaded_adapter_says_it_of_its_own(tmp_path) -> None:
+    fused("llama").save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
+    with pytest.warns(UserWarning, match=MESSAGE):
+        model(**text("llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mt5"])
+def test_generating_without_a_source(family) -> None:
+    """And quiet with one: of an encoder-decoder also where the decoder has none, as it then had none in training."""
+    model, inputs = fused(family).eval(), tiny.batch(family)
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    with silence():
+        model.generate(**inputs, max_new_tokens=2)
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    with pytest.warns(UserWarning, match=MESSAGE):
+        model.generate(**plain, max_new_tokens=2)
+    with silence():
+        model.generate(**plain, max_new_tokens=2)
+
+
+def test_quiet_where_it_is_meant() -> None:
+    model = fused("llama").eval()
+    with silence():
+        model(**tiny.batch("llama"))
+        fused("llama", fusion=None).eval()(**text("llama"))
+        with model.disable_adapter():
+            model(**text("llama"))
+    model = fused("llama")
+    with pytest.warns(UserWarning, match="was trained without a source"):
+        model(**text("llama"))
+    with silence():  # it predicts as it was trained
+        model.eval()(**text("llama"))
+
+
+def test_a_compiled_model_says_it_and_stays_one_graph() -> None:
+    torch._dynamo.reset()
+    model = fused("llama").eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=MESSAGE):
+            got = compiled(**text("llama")).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.testing.assert_close(got, model(**text("llama")).logits)
+        with silence():
+            compiled(**text("llama"))
+    torch._dynamo.reset()
