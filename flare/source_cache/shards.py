@@ -286,6 +286,8 @@ class DiskTier:
     def _remove_unfinished(self) -> None:
         """What processes that are gone have left half written: their lock is gone with them."""
         for path in self.directory.glob(f"{PREFIX}*{UNFINISHED}"):
+            if not path.is_file():  # to open a FIFO would wait for its writer
+                continue
             with contextlib.suppress(OSError), path.open("rb") as file:
                 if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
