@@ -14,10 +14,11 @@ from ..errors import UserError
 from ..measure import StepTimer
 from ..training.trainer import FlareTrainer
 from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
+from .checkpoints import last_checkpoint
 from .predict import Predictor
 from .processes import is_main, on_main
 from .records import Metrics
-from .run_folder import CHECKPOINTS, LOG_FILE, last_checkpoint
+from .run_folder import CHECKPOINTS, LOG_FILE
 
 _TIMER_WARM_UP = 3
 _KEPT = 2  # checkpoints: the best, and the newest to go on from
@@ -190,7 +191,7 @@ def fit(
     predictor: Predictor | None = None,
     groups: Sequence[bool] | None = None,
 ) -> Fit:
-    """Train, or go on from the last whole checkpoint; afterwards the model holds the weights that were chosen.
+    """Train, or resume from the newest whole checkpoint; afterwards the model holds the weights that were chosen.
 
     Raises:
         UserError: no rows, or values that the trainer refuses.
