@@ -85,6 +85,7 @@ def detach(model: nn.Module) -> None:
     remove_sites(model)
     for handle in runtime.handles:
         handle.remove()
+    runtime.handles.clear()
     for module in model.modules():
         for name in (_BLOCK, _LAST):
             module.__dict__.pop(name, None)
@@ -131,6 +132,11 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     elif wanted and model.training and torch.is_grad_enabled() and not runtime.warned:
         runtime.warned = True
         warn_user(NO_SOURCE_WARNING)
+    elif source and runtime.layers and not any(layer.flare_fusion for layer in runtime.layers):
+        raise ValueError(  # transformers' delete_adapter leaves the hooks on the model
+            f"{', '.join(sorted(source))}: the adapters that read a source were deleted from this model; leave it out, "
+            "or load one"
+        )
     return args, kwargs
 
 
