@@ -245,6 +245,24 @@ def test_a_torn_checkpoint_is_left_out(place, runs, capsys):
     assert adapter.read_bytes() == before
 
 
+def test_a_resumed_run_logs_the_loss_of_all_steps(place, runs):
+    """Also where the checkpoint lies between two lines of the log."""
+    words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints", "--save_steps", 4)
+    assert flare(*words) == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    log = folder / "log.jsonl"
+    whole = json.loads(log.read_text().splitlines()[-1])
+    for step in (12, 8):
+        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step}", ignore_errors=True)
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    assert flare(*words) == 0
+    resumed = json.loads(log.read_text().splitlines()[-1])
+    assert resumed["step"] == whole["step"] == 12
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+
+
 def test_a_run_killed_behind_its_last_step_can_be_finished(place, runs):
     """All steps are done and the scores are not written: nothing is left to train, and the cost is measured all the
     same."""

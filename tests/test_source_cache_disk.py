@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import warnings
@@ -152,6 +153,47 @@ def test_every_flipped_byte_of_the_entries_is_noticed(tmp_path) -> None:
     path.write_bytes(intact)
     with silence():
         assert reopened(tmp_path, model, 0).stats().hits == 3
+
+
+def test_two_flipped_signs_of_an_entry_are_noticed(tmp_path) -> None:
+    model = fused("bert")
+    published(tmp_path, model, 0)
+    (path,) = shards(tmp_path)
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    for word in (2, 5):
+        data[start + 8 * word + 7] ^= 0x80
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="checksum of an entry does not match"):
+        assert reopened(tmp_path, model, 0).stats().hits == 2
+
+
+def test_a_folder_of_an_earlier_format_is_reported_by_its_number(tmp_path) -> None:
+    model = fused("bert")
+    published(tmp_path, model, 0)
+    (path,) = shards(tmp_path)
+    old = FORMAT[:-1] + "1"
+    path.write_bytes(path.read_bytes().replace(FORMAT.encode(), old.encode()))
+    with pytest.warns(UserWarning, match=f"{path.name}: written in format {old} .*reads {FORMAT}.*computed again"):
+        assert reopened(tmp_path, model, 0).stats().hits == 0
+
+
+def test_a_fifo_in_the_folder_is_not_opened(tmp_path) -> None:
+    fifo = tmp_path / "source-states-0.unfinished"
+    os.mkfifo(fifo)
+    os.utime(fifo, (1, 1))
+    writer = os.open(fifo, os.O_RDWR)  # without one, an open for reading would block and no test would end
+    try:
+        published(tmp_path, fused("bert"), 0)
+    finally:
+        os.close(writer)
+    assert fifo.exists() and len(shards(tmp_path)) == 1
+
+
+def test_caches_do_not_add_callbacks_at_exit(tmp_path) -> None:
+    before = atexit._ncallbacks()
+    caches = [cache_in("disk", tmp_path) for _ in range(3)]
+    assert atexit._ncallbacks() == before and len(caches) == 3
 
 
 def test_a_file_cut_while_it_is_in_use_does_not_end_the_process(tmp_path) -> None:

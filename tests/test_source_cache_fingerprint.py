@@ -9,7 +9,7 @@ from cached_states import MB, assert_same, batch_of, fused, step
 
 import flare
 from flare.measure import count_ops
-from flare.source_cache.checksum import checksum
+from flare.source_cache.checksum import _mixed, _weights, checksum
 from flare.source_cache.fingerprint import fingerprint
 from flare.source_cache.watch import Watch
 from flare.source_cache.weights import FrozenWeights
@@ -167,6 +167,59 @@ def test_every_word_counts_in_a_checksum() -> None:
     assert checksum(data) != want, "exchanged words are noticed"
     misaligned = torch.arange(100, dtype=torch.uint8)
     assert checksum(misaligned[3:67]) == checksum(misaligned[3:67].clone())
+
+
+@pytest.mark.parametrize("bit", [63, 62, 31, 15])
+def test_an_even_number_of_flipped_bits_changes_a_checksum(bit) -> None:
+    torch.manual_seed(0)
+    words = torch.randint(-(2**62), 2**62, (20_000,))
+    want = checksum(words)
+    flip = torch.tensor(1 << bit if bit < 63 else -(2**63))
+    for count in (2, 4, 100):
+        for _ in range(100):
+            changed = words.clone()
+            changed[torch.randperm(len(words))[:count]] ^= flip
+            assert checksum(changed) != want, (bit, count)
+
+
+def test_no_two_places_of_a_checksum_cancel_a_flipped_sign() -> None:
+    """Of zeros, where a sign's flip changes a sum by the same power of two at every place but for its weight."""
+    for data in (torch.zeros(1 << 14, dtype=torch.int64), torch.arange(1 << 14)):
+        flipped = data ^ torch.tensor(-(2**63))
+        changes = _mixed(flipped, _weights(data.device)) - _mixed(data, _weights(data.device))
+        assert not torch.isin(changes, -changes).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_negated_weights_are_another_model(dtype) -> None:
+    model = tiny.model("bert", dtype=dtype).requires_grad_(False)
+    want = fingerprint(model)
+    weight = model.bert.encoder.layer[1].output.dense.weight
+    for part in (weight[:, 1], weight[:, :2], weight[3], weight.view(-1)[3:12:8]):
+        part.data.neg_()
+        assert fingerprint(model) != want
+        part.data.neg_()
+    assert fingerprint(model) == want
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [("mistral", "sliding_window", 2), ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 3.0})],
+)
+def test_a_config_that_changes_is_noticed_in_every_pass(family, name, value) -> None:
+    model, batch = fused(family), batch_of(family)
+    config = model.get_base_model().config
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    want = step(model, batch)
+    before = getattr(config, name)
+    setattr(config, name, value)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="another base model"):
+            step(model, batch)
+    setattr(config, name, before)
+    assert_same(step(model, batch), want)
+    assert cache.stats().hits == 3
 
 
 def test_the_pad_token_that_positions_are_counted_from_is_part_of_the_fingerprint() -> None:

@@ -103,6 +103,37 @@ class Clock(TrainerCallback, ExportableState):
         self._before, self._began = self.seconds, None
 
 
+class Losses(TrainerCallback, ExportableState):
+    """The sum of the losses of all steps over all sittings: checkpoints carry it on, and the trainer's starts at 0.
+
+    Attributes:
+        resumed: whether an earlier sitting's are in it.
+    """
+
+    def __init__(self) -> None:
+        self._total: Any = 0.0
+        self.resumed = False
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count a step's loss, without waiting for the device."""
+        self._total = self._total + loss.detach().double()
+
+    def mean(self, steps: int) -> float:
+        """Return the mean loss of so many optimizer steps."""
+        return float(self._total) / max(steps, 1)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"total": float(self._total)}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        name = type(self).__name__
+        saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
+        found = saved.get("attributes", {})
+        # a checkpoint of an earlier version has no sum: then the log holds the trainer's mean of this sitting
+        self._total, self.resumed = found.get("total", 0.0), "total" in found
+        state.stateful_callbacks[name] = self.state()
+
+
 class Log(TrainerCallback):
     """The trainer's logs as lines of JSON; a resumed run goes on behind its checkpoint's line."""
 

@@ -179,7 +179,7 @@ class _Evaluation:
             pairs, news = data.pairs(record.target_language, "test", source_text=text)
             self.notes(news, record.target_language)
             set_seed(record.seed)  # what a base lacks beside the head (a pooler) is drawn as it was for the training
-            model, collate = load(record.method, setup, run.folder / ADAPTER)
+            model, collate = load(record, setup, run.folder / ADAPTER)
             _placed(model, setup)
             scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
             departs = self._departures(record, data, setup)

@@ -13,11 +13,12 @@ from transformers import TrainingArguments
 from ..errors import UserError
 from ..measure import StepTimer
 from ..training.trainer import FlareTrainer
-from .callbacks import Bar, Clock, Log, PeakMemory, Timing, measure_step, quiet
+from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
+from .checkpoints import last_checkpoint
 from .predict import Predictor
 from .processes import is_main, on_main
 from .records import Metrics
-from .run_folder import CHECKPOINTS, LOG_FILE, last_checkpoint
+from .run_folder import CHECKPOINTS, LOG_FILE
 
 _TIMER_WARM_UP = 3
 _KEPT = 2  # checkpoints: the best, and the newest to go on from
@@ -38,7 +39,21 @@ class ExperimentTrainer(FlareTrainer):
     ) -> None:
         self.predictor = predictor
         self.groups = groups
+        self.losses = Losses()
         super().__init__(*args, **kwargs)
+        self.add_callback(self.losses)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's; the loss is counted for ``train_loss``."""
+        loss = super().training_step(*args, **kwargs)
+        self.losses.add(loss)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As FlareTrainer; the last ``train_loss`` is the mean over all steps, those before a resume included."""
+        if "train_loss" in logs and self.losses.resumed:
+            logs["train_loss"] = self.losses.mean(self.state.global_step)
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -176,7 +191,7 @@ def fit(
     predictor: Predictor | None = None,
     groups: Sequence[bool] | None = None,
 ) -> Fit:
-    """Train, or go on from the last whole checkpoint; afterwards the model holds the weights that were chosen.
+    """Train, or resume from the newest whole checkpoint; afterwards the model holds the weights that were chosen.
 
     Raises:
         UserError: no rows, or values that the trainer refuses.

@@ -8,15 +8,19 @@ from typing import Any
 
 import peft
 from peft import PeftModel
+from peft.utils import load_peft_weights
 
+from .._compat import FLARE, X_MIXUP
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
 from ..errors import UserError
 from ..training.collator import FlareDataCollator
 from ..tuner.convert import fast_lora
-from .setup import Setup
+from .records import RunRecord
+from .setup import DAMAGED, Setup
 
 #: Methods that read a source text.
 READS_SOURCE = ("input-fusion", "x-mixup", "flare")
+_KINDS = {"x-mixup": X_MIXUP.value}
 _LORA_FIELDS = {one.name for one in fields(peft.LoraConfig)}
 
 
@@ -62,18 +66,50 @@ def build(
         raise UserError(f"--method {method}: {error}") from error
 
 
-def load(method: str, setup: Setup, folder: Path) -> tuple[Any, Any]:
-    """The base with the trained adapters of a folder, and the collator of its batches."""
-    model = setup.load_model()
-    collate = collator(method, setup, model)
-    try:
-        if method == "x-mixup":
-            from ..baselines import load_x_mixup
+def load(record: RunRecord, setup: Setup, folder: Path) -> tuple[Any, Any]:
+    """Return the base with the trained adapters of a folder, and the collator of its batches.
 
-            return load_x_mixup(model, folder), collate
-        return PeftModel.from_pretrained(model, str(folder)), collate
-    except (ValueError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: the adapter cannot be loaded: {error}") from error
+    Args:
+        record: of the run that trained them.
+        setup: the base and its form.
+        folder: what ``save_pretrained`` wrote.
+
+    Raises:
+        UserError: the adapter is damaged, incomplete, or another one than the record's.
+    """
+    model = setup.load_model()
+    collate = collator(record.method, setup, model)
+    try:
+        _check_config(record, peft.PeftConfig.from_pretrained(str(folder)))
+        saved = load_peft_weights(str(folder), device="cpu")
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        _check_weights(record, adapted, set(saved))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, *DAMAGED) as error:
+        raise UserError(
+            f"{folder}: the adapter cannot be used: {error}. Train it again (flare train --no-resume keeps this one "
+            "beside it), or leave it out (--variant, --seeds)"
+        ) from error
+    return adapted, collate
+
+
+def _check_config(record: RunRecord, config: Any) -> None:
+    """Raise ValueError where a saved adapter is not the one that its run describes."""
+    kind, wanted = str(getattr(config.peft_type, "value", config.peft_type)), _KINDS.get(record.method, FLARE.value)
+    if kind != wanted:
+        raise ValueError(f"its peft_type is {kind}, and a run of {record.method} saves {wanted}")
+    for name in ("fusion", "r"):
+        there, trained = getattr(config, name, None), getattr(record, name)
+        if there != trained:
+            raise ValueError(f"its adapter_config.json says {name}={there!r}, and run.json {name}={trained!r}")
+
+
+def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
+    """Raise ValueError where an adapter's file lacks weights, which PEFT would leave random, or nothing fuses."""
+    missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - saved)
+    if missing:
+        raise ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}")
+    if record.fusion is not None and not adapted.base_model.fast_lora_report().fused:
+        raise ValueError(f"none of its modules fuses on {record.base}, and the run was trained with {record.fusion}")
 
 
 def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..atomic_files import write_json
 from ..errors import UserError
 from ..result_folders import EARLIER
 from .records import RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
-STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes
 LOCK_FILE = ".lock"
 LOG_FILE = "log.jsonl"
 # These change nothing about what comes out.
@@ -168,31 +165,6 @@ def _held(path: Path) -> IO[str]:
             raise UserError(
                 f"{path.parent} cannot be locked ({error}); choose an --output on another file system"
             ) from error
-
-
-def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint of a run; one that was cut off while it was written is removed."""
-    found = []
-    for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
-        step = path.name.rpartition("-")[2]
-        if not step.isdigit():
-            continue
-        try:
-            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            say(f"{path} was cut off while it was written; it is removed")
-            shutil.rmtree(path)
-            continue
-        found.append((int(step), path, state))
-    if not found:
-        return None
-    _, path, state = max(found, key=lambda one: one[0])
-    best = state.get("best_model_checkpoint")
-    if best and Path(best) != path.parent / Path(best).name:
-        # the folder was moved since
-        state["best_model_checkpoint"] = str(path.parent / Path(best).name)
-        write_json(path / STATE_FILE, state)
-    return path
 
 
 def _shown(value: Any) -> str:

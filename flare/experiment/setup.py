@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ..errors import UserError
 from ..recipes import Recipe
@@ -14,6 +17,8 @@ from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
 from .settings import Settings
 
 Say = Callable[[str], None]
+#: What reading a damaged file of weights raises next to OSError, ValueError and RuntimeError.
+DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
 
 
 class Notes:
@@ -121,7 +126,7 @@ class Setup:
         lacking: list[str] = []
         try:
             model = recipe.base_model(self.model, self.tokenizer, lacking)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, *DAMAGED) as error:
             raise UserError(f"model {self.model} cannot be loaded as {self.form.auto_class}: {error}") from error
         # the head, beside the backbone, is trained
         body = {name.rpartition(".")[0] for name in lacking if name.startswith(f"{model.base_model_prefix}.")}

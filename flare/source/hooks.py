@@ -91,6 +91,7 @@ def detach(model: nn.Module) -> None:
     remove_sites(model)
     for handle in runtime.handles:
         handle.remove()
+    runtime.handles.clear()
     for module in model.modules():
         for name in (_BLOCK, _LAST):
             module.__dict__.pop(name, None)
@@ -138,6 +139,11 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         slot.forward = source_of.carry(model, runtime, shape, cache.get_seq_length())
     elif wanted and kwargs.get("encoder_outputs") is None:  # else the encoder has read, or lacked, its source before
         warn_without_source(runtime, model.training and torch.is_grad_enabled())
+    elif source and runtime.layers and not any(layer.flare_fusion for layer in runtime.layers):
+        raise ValueError(  # transformers' delete_adapter leaves the hooks on the model
+            f"{', '.join(sorted(source))}: the adapters that read a source were deleted from this model; leave it out, "
+            "or load one"
+        )
     return args, kwargs
 
 

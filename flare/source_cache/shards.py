@@ -27,7 +27,9 @@ from torch import Tensor
 from .checksum import checksum
 from .entries import Entry, aligned
 
-FORMAT = "flare-source-states-1"
+_FORMATS = "flare-source-states-"
+#: The number changes with the layout, the checksum and the fingerprint: rows of another format are never read.
+FORMAT = f"{_FORMATS}2"
 PREFIX, SUFFIX, UNFINISHED = "source-states-", ".safetensors", ".unfinished"
 #: Bytes of header that an entry is reckoned to take.
 HEADER = 384
@@ -85,8 +87,14 @@ class Shard:
 
     def _read(self, header: dict[str, Any], start: int, base: str) -> None:
         about = header.pop("__metadata__", None) or {}
-        if about.get("format") != FORMAT:
-            raise Unreadable("not written by a SourceStateCache of this version")
+        written = about.get("format")
+        if written != FORMAT:
+            if not str(written).startswith(_FORMATS):
+                raise Unreadable("not written by a SourceStateCache")
+            raise Unreadable(
+                f"written in format {written} by another version, which checks rows differently (this version reads "
+                f"{FORMAT}); its rows are computed again, and nothing here needs the file any more"
+            )
         if about.get("base") != base:
             raise Unreadable("of another base model")
         for key, place in header.items():
@@ -278,6 +286,8 @@ class DiskTier:
     def _remove_unfinished(self) -> None:
         """What processes that are gone have left half written: their lock is gone with them."""
         for path in self.directory.glob(f"{PREFIX}*{UNFINISHED}"):
+            if not path.is_file():  # to open a FIFO would wait for its writer
+                continue
             with contextlib.suppress(OSError), path.open("rb") as file:
                 if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -72,7 +72,9 @@ class Store:
         self._timed: list[float] = []
         self.held: list[tuple[str, Entry]] = []
         self.lock = threading.RLock()  # on a GPU backward passes read in threads of their own
-        atexit.register(_flush_at_exit, weakref.ref(self), os.getpid())
+        self._process = os.getpid()
+        if self._directory is not None:
+            _on_disk.add(self)
 
     def claim(self, base: str) -> None:
         """Tie the rows to a base model, by its fingerprint.
@@ -257,7 +259,11 @@ class Store:
             warnings.warn(f"source_cache: {what}", UserWarning, stacklevel=2)
 
 
-def _flush_at_exit(cache: weakref.ref[Store], process: int) -> None:
-    found = cache()
-    if found is not None and process == os.getpid():  # what a fork holds is its parent's to publish
-        found.flush()
+_on_disk: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_at_exit() -> None:
+    for store in list(_on_disk):
+        if store._process == os.getpid():  # what a fork holds is its parent's to publish
+            store.flush()

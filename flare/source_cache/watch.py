@@ -75,9 +75,10 @@ class Watch:
         values = list(chain.from_iterable(self._config_views))
         if len(values) == len(self._config_values) and all(map(is_, values, self._config_values)):
             return True
-        before = self._config
-        self._note_config()  # what changed may say nothing about hidden states, such as use_cache
-        return self._config == before
+        if config_digest(self._model_config) != self._config:
+            return False  # and nothing is noted, so that the next pass notices it as well
+        self._note_config()  # what changed says nothing about hidden states, such as use_cache
+        return True
 
 
 def _views(value: Any) -> Any:

@@ -140,7 +140,7 @@ class FlareModel(LoraModel):
         return ""
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's delete_adapter; the adapter's fusions go with it."""
+        """PEFT's delete_adapter; the adapter's fusions go with it, and the hooks that no other adapter needs."""
         super().delete_adapter(adapter_name)
         runtime = runtime_of(self.model)
         if runtime is not None:
@@ -148,7 +148,11 @@ class FlareModel(LoraModel):
             runtime.configs.pop(adapter_name, None)
             runtime.reasons = {key: why for key, why in runtime.reasons.items() if key[1] != adapter_name}
             runtime.layers = [layer for layer in runtime.layers if any(f for f in layer.flare_fusion.values())]
-            make_sites(self.model)
+            detach(self.model)
+            if runtime.configs:
+                attach(self.model, runtime)
+            else:
+                make_sites(self.model)  # PEFT leaves its layers in place, and so their forward
 
     def add_weighted_adapter(
         self,
@@ -244,7 +248,28 @@ class FlareModel(LoraModel):
         detach(model)
         return model
 
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: Any, peft_config: FlareConfig, path: str, state_dict: dict[str, Tensor], kwargs: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's, which takes an adapter of PiSSA, CorDA or OLoRA to one of the unchanged base (fusion=None).
+
+        PEFT marks the initial adapter as an ordinary one only where the type is LORA.
+        """
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path)
+        return cast(
+            dict[str, Tensor],
+            super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, state_dict, kwargs),
+        )
+
     # --- the source ---------------------------------------------------------------------------------------------------
+
+    def _runtime(self) -> Runtime:
+        runtime = runtime_of(self.model)
+        if runtime is None:
+            raise ValueError("the model has no adapter left to read a source with: add or load one first")
+        return runtime
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's. Raises ValueError for ``adapter_names`` with a source: here, because hooks that PEFT has installed
@@ -273,8 +298,7 @@ class FlareModel(LoraModel):
             TypeError, ValueError: ids that are no integer tensor (B, m), a mask of another shape, or no active adapter
                 that fuses.
         """
-        runtime = runtime_of(self.model)
-        assert runtime is not None
+        runtime = self._runtime()
         source = {"source_input_ids": source_input_ids, "source_attention_mask": source_attention_mask}
         with torch.no_grad():
             return encode(self.model, runtime, source)
@@ -291,8 +315,7 @@ class FlareModel(LoraModel):
             TypeError, ValueError: no cache; a cache bound to another base model; base weights that are trained; active
                 adapters whose source pass is not deterministic (source_dropout=True) or that have none.
         """
-        runtime = runtime_of(self.model)
-        assert runtime is not None
+        runtime = self._runtime()
         if cache is not None:
             if not isinstance(cache, SourceStateCache):
                 raise TypeError(f"cache must be a flare.SourceStateCache or None, got {type(cache).__name__}")
@@ -302,8 +325,7 @@ class FlareModel(LoraModel):
 
     def source_request(self) -> SourceRequest:
         """Return what the active adapters read of a source, as a :class:`flare.SourceStateCache` needs to know it."""
-        runtime = runtime_of(self.model)
-        assert runtime is not None
+        runtime = self._runtime()
         reading = runtime.reading()
         adapters = reading.of_both.adapters
         if not adapters:
@@ -356,8 +378,9 @@ class FlareModel(LoraModel):
                 f"source_alignment={source_alignment!r} is not accepted; one of: {', '.join(map(repr, ALIGNMENTS))}"
             )
         source = take_source(self.model, kwargs, SOURCE_ARGUMENTS)
-        runtime = runtime_of(self.model)
-        assert runtime is not None
+        runtime = self._runtime() if source else runtime_of(self.model)
+        if runtime is None:
+            return cast(Any, self.model).generate(*args, **kwargs)
         if not source and runtime.wanted() and runtime.map.decoders:  # generate calls the encoder, not the model, first
             warn_without_source(runtime, training=False)
         if not source or not runtime.wanted():

@@ -1,0 +1,117 @@
+"""What PEFT and transformers key on the type LORA: works with FLARE's type, or is refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import peft
+import pytest
+import tiny
+import torch
+
+import flare
+
+QV = ["query", "value"]
+
+
+def text(family: str = "bert") -> dict:
+    return tiny.batch(family, source=False)
+
+
+def hook_count(model: torch.nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_that_changed_the_base_is_converted_at_save(kind, tmp_path) -> None:
+    base = tiny.model("bert").eval()
+    untouched = copy.deepcopy(base)
+    config = flare.FlareConfig(r=3, lora_alpha=6, target_modules=QV, init_lora_weights=kind, fusion=None)
+    model = peft.get_peft_model(base, config).eval()
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = kind
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        want = model(**text()).logits
+        model.save_pretrained(
+            tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+        )
+        torch.testing.assert_close(model(**text()).logits, want, rtol=0, atol=0)
+        back = peft.PeftModel.from_pretrained(untouched, tmp_path / "converted").eval()
+        torch.testing.assert_close(back(**text()).logits, want, rtol=1e-5, atol=1e-6)
+    assert list(model.peft_config) == ["default"]
+    saved = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (6, 12, True)
+
+
+@pytest.mark.parametrize("left", [None, "plain", "fusing"])
+def test_deleting_an_adapter_takes_its_hooks_away(left) -> None:
+    base = tiny.model("bert").eval()
+    want, before = base(**text()).logits, hook_count(base)
+    model = flare.fast_lora(base, r=4).eval()
+    fusing = hook_count(base)
+    if left is not None:
+        model.add_adapter(
+            "other", flare.FlareConfig(r=4, target_modules=QV, fusion="mul" if left == "fusing" else None)
+        )
+        model.set_adapter("other")
+    model.delete_adapter("default")
+    after = hook_count(base)
+    if left is None:
+        assert after == before and not [n for n in base.__dict__ if n.startswith("_flare")]
+        with pytest.raises(ValueError, match="no adapter left"):
+            model.encode_source(tiny.batch("bert")["source_input_ids"])
+        assert torch.equal(base(**text()).logits, want)
+        return  # PEFT itself adds no adapter to a head whose adapters are all gone
+    elif left == "plain":
+        assert before < after < fusing
+    else:
+        assert after == fusing
+        tiny.randomize_lora(model)
+        assert not torch.equal(model(**tiny.batch("bert")).logits, model(**text()).logits)
+        return
+    assert torch.equal(base(**text()).logits, want)
+    model.add_adapter("again", flare.FlareConfig(r=4, target_modules=QV))
+    model.set_adapter("again")
+    tiny.randomize_lora(model)
+    assert hook_count(base) == fusing
+    assert not torch.equal(model(**tiny.batch("bert")).logits, model(**text()).logits)
+
+
+def test_a_source_after_transformers_delete_is_refused(tmp_path) -> None:
+    flare.fast_lora(tiny.model("bert"), r=4).save_pretrained(tmp_path)
+    base = tiny.model("bert").eval()
+    want = base(**text()).logits
+    base.load_adapter(str(tmp_path))
+    base.add_adapter(peft.LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"]), "x")
+    base.delete_adapter("default")
+    base.eval()
+    assert torch.equal(base(**text()).logits, want)
+    with pytest.raises(ValueError, match="source_input_ids: the adapters that read a source were deleted"):
+        base(**tiny.batch("bert"))
+
+
+def test_adapters_of_another_type_beside_a_fusing_one_are_refused(tmp_path) -> None:
+    model = flare.fast_lora(tiny.model("bert"), r=4)
+    lora = peft.LoraConfig(r=4, target_modules=QV)
+    with pytest.raises(ValueError, match=r"different peft types\. Found FLARE and PeftType\.LORA"):
+        model.add_adapter("x", lora)
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="'FLARE' is not compatible with the `PeftMixedModel`"):
+        peft.get_peft_model(tiny.model("bert"), flare.FlareConfig(r=4, target_modules=QV), mixed=True)
+    mixed = peft.get_peft_model(tiny.model("bert"), lora, mixed=True)
+    with pytest.raises(ValueError, match="'FLARE' is not compatible with the `PeftMixedModel`"):
+        mixed.add_adapter("x", flare.FlareConfig(r=4, target_modules=QV))
+
+
+def test_transformers_hotswap_is_refused(tmp_path) -> None:
+    """peft.utils.hotswap takes FLARE adapters: tests/test_fast_lora.py."""
+    flare.fast_lora(tiny.model("bert"), r=4).save_pretrained(tmp_path)
+    base = tiny.model("bert")
+    base.load_adapter(str(tmp_path), adapter_name="default")
+    with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
+        base.load_adapter(str(tmp_path), adapter_name="default", hotswap=True)
