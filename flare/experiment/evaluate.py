@@ -14,6 +14,7 @@ from transformers import set_seed
 from ..environment import environment, now
 from ..errors import UserError
 from ..tasks import Pair, resolve_labels
+from ..tasks.errors import some_ids
 from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, location, summary
@@ -120,9 +121,10 @@ class _Evaluation:
                 return [folder]
             pairs, news = data.pairs(target, "test", source_text=text)
             provenance = read_provenance(settings.translations, data.source, target, (text, None))
-            record.data = {"test": len(pairs), "notes": self.notes(news, target), "translation": provenance}
             if setting == "translate-test":
-                pairs = [_source_alone(pair) for pair in pairs]
+                pairs, lost = _source_alone(pairs, data, target, text)
+                news = [*news, *lost]
+            record.data = {"test": len(pairs), "notes": self.notes(news, target), "translation": provenance}
             set_seed(seed)  # a base that was not fine-tuned has a random head
             model = _placed(setup.load_model(), setup)
             scores, predictions = self._predict(
@@ -277,12 +279,29 @@ class _Evaluation:
             self.say(line)
 
 
-def _source_alone(pair: Pair) -> Pair:
-    """The row as the source language has it, with the target's own label or answers where it has none."""
-    assert pair.source is not None
-    source = pair.source
-    truth = replace(source, label=source.label or pair.target.label, answers=source.answers or pair.target.answers)
-    return Pair(truth)
+def _source_alone(pairs: list[Pair], data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
+    """Return the rows as the source language has them, and a note on those that are left out.
+
+    A class is the same in every language. An answer is not: a question whose source lacks its answers, as after a
+    translation that lost the marks around them, has nothing that an answer in the source language can be compared with.
+
+    Raises:
+        UserError: no row is left.
+    """
+    rows = [(pair, pair.source) for pair in pairs if pair.source is not None]
+    if data.task.kind == "classification":
+        return [Pair(replace(source, label=source.label or pair.target.label)) for pair, source in rows], []
+    lost = [pair.target.id for pair, source in rows if not source.answers]
+    note = (
+        f"{len(lost)} of {len(pairs)} test questions have no answer in {data.source} (a translation that lost its marks "
+        f"has none) and are left out of translate-test {some_ids(lost)}"
+    )
+    if len(lost) == len(rows):
+        raise UserError(
+            f"{target} translate-test: {note}, so no row is left to score; "
+            + ("translate the test split again with flare translate" if text == "mt" else "use --source-text mt")
+        )
+    return [Pair(source) for _, source in rows if source.answers], [note] if lost else []
 
 
 def _quantization(there: dict[str, Any] | None) -> str:

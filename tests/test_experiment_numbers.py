@@ -1,0 +1,84 @@
+"""What the experiment's numbers stand for: which rows were scored, on which data, and runs that cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from experiment_data import write_bert, write_data
+
+from flare.cli import main
+from flare.experiment.records import read_metrics, read_record
+
+QUICK = ("--batch-size", 8, "--lr", 1e-2, "--no-progress", "--epochs", 1, "--r", 4)
+LENGTH = ("--max-length", 28)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """qa/ and data/ of two languages, bert/, and a fine-tuned base of each in qa-runs/ and runs/."""
+    root = tmp_path_factory.mktemp("numbers")
+    write_data(root / "data", rows={"train": (0, 16), "valid": (16, 24), "test": (24, 36)})
+    for language, word in (("english", "river"), ("vemari", "goats")):
+        write_questions(root / "qa" / language, word)
+    write_bert(root / "bert")
+    for task, data, runs in (("qa", "qa", "qa-runs"), ("classification", "data", "runs")):
+        words = ("--task", task, "--data", root / data, "--output", root / runs, "--model", root / "bert", *LENGTH)
+        assert flare("finetune", *words, *QUICK) == 0
+    return root
+
+
+def write_questions(folder: Path, word: str, unanswered: tuple[int, ...] = ()) -> None:
+    folder.mkdir(parents=True)
+    for split, count in {"train": 16, "valid": 8, "test": 8}.items():
+        lines = []
+        for row in range(count):
+            context = f"the {word} {'old ' * (row % 3)}was near the house"
+            texts = [] if split == "test" and row in unanswered else ["near the house"]
+            answers = {"text": texts, "answer_start": [context.index("near")] * len(texts)}
+            lines.append({"id": str(row), "question": "where", "context": context, "answers": answers})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def runs(place, tmp_path) -> Path:
+    """A folder of runs with the fine-tuned classifier alone."""
+    shutil.copytree(place / "runs", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def flare(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def train(place: Path, runs: Path, *more: object) -> int:
+    words = ("train", "--task", "classification", "--data", place / "data", "--output", runs, "--target", "vemari")
+    return flare(*words, *LENGTH, *QUICK, *more)
+
+
+# --- translate-test of questions --------------------------------------------------------------------------------------
+
+
+def test_translate_test_never_compares_with_answers_of_the_other_language(place, tmp_path, capsys):
+    """Rows whose translation lost its marks are left out and counted."""
+    shutil.copytree(place / "qa-runs", tmp_path / "runs")
+    write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=(2, 5))
+    words = ("evaluate", "--output", tmp_path / "runs", "--target", "vemari", "--setting", "translate-test")
+    words += ("--source-text", "mt", "--no-progress", "--translations", tmp_path / "mt")
+    assert flare(*words) == 0
+    folder = tmp_path / "runs" / "vemari" / "translate-test-mt-source" / "seed-0"
+    lines = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["0", "1", "3", "4", "6", "7"]
+    record = read_record(folder)
+    assert record.data["test"] == 6
+    assert any("2 of 8 test questions have no answer in english" in note for note in record.data["notes"])
+    right = sum(line["prediction"] in line["truth"] for line in lines)
+    assert read_metrics(folder).test["translate-test"]["exact_match"] == pytest.approx(100 * right / 6)
+
+    shutil.rmtree(tmp_path / "mt")
+    write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=tuple(range(8)))
+    capsys.readouterr()
+    assert flare(*words, "--no-resume") != 0
+    assert "8 of 8 test questions have no answer in english" in capsys.readouterr().err
