@@ -13,14 +13,14 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
-from ..tasks import Pair, resolve_labels
+from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.errors import some_ids
 from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, location, summary
 from .fitting import autocast_of, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
-from .methods import READS_SOURCE, collator, load
+from .methods import READS_SOURCE, collator, for_method, load
 from .predict import Predictor, write_predictions
 from .processes import is_main
 from .provenance import read_provenance
@@ -174,6 +174,13 @@ class _Evaluation:
             return [run.folder]
         assert record.target_language is not None
         data, setup = self._prepared(record, self._base_of(record))
+        setup = for_method(record.method, setup)
+        if isinstance(setup.form, JoinedForm) and record.settings.get("prompt") != setup.form.prompt:
+            there = record.settings.get("prompt") or "two whole ones, one behind the other"
+            raise UserError(
+                f"{run.folder}: this input-fusion adapter was trained on other prompts ({there}) than "
+                f"{setup.form.prompt!r}; train it anew (flare train --no-resume)"
+            )
         with claimed(run.folder):
             metrics = read_metrics(run.folder)  # another process may have added to it meanwhile
             pairs, news = data.pairs(record.target_language, "test", source_text=text)
@@ -293,8 +300,8 @@ def _source_alone(pairs: list[Pair], data: Data, target: str, text: str | None) 
         return [Pair(replace(source, label=source.label or pair.target.label)) for pair, source in rows], []
     lost = [pair.target.id for pair, source in rows if not source.answers]
     note = (
-        f"{len(lost)} of {len(pairs)} test questions have no answer in {data.source} (a translation that lost its marks "
-        f"has none) and are left out of translate-test {some_ids(lost)}"
+        f"{len(lost)} of {len(pairs)} test questions have no answer in {data.source} (a translation that lost its "
+        f"marks has none) and are left out of translate-test {some_ids(lost)}"
     )
     if len(lost) == len(rows):
         raise UserError(

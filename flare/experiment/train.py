@@ -15,14 +15,14 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
-from ..tasks import Pair, resolve_labels
+from ..tasks import JoinedForm, Pair, resolve_labels
 from .base import Base, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
 from .common import adapter_fields, claimed, common_settings, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
 from .latent_rows import add_states, latent_encoder, target_texts
-from .methods import READS_SOURCE, build, variant_name
+from .methods import READS_SOURCE, build, for_method, variant_name
 from .predict import Predictor, write_predictions
 from .processes import is_main, wait
 from .provenance import read_provenance
@@ -100,7 +100,7 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         folders = []
         for plan in grid:
             base = bases[plan.seed]
-            setup = prepare(settings, task, base.model, settings.training)
+            setup = for_method(plan.method, prepare(settings, task, base.model, settings.training))
             notes(setup.notes)
             folders.append(_Run(settings, plan, base, data, setup, notes, say).run())
     return folders
@@ -182,6 +182,8 @@ class _Run:
         own: dict[str, Any] = {"adapter": self.adapter, "base_date": self.base.made}
         if plan.method == "flare-mt":
             own |= {"mt_model": location(settings.mt_model or ""), "mt_language": settings.mt_language}
+        if isinstance(self.setup.form, JoinedForm):
+            own["prompt"] = self.setup.form.prompt
         if plan.method == "x-mixup":
             own["mixup_layer"] = settings.mixup_layer
         if settings.train_only_fusion:
