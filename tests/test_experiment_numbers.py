@@ -7,10 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from experiment_data import write_bert, write_data
+from safetensors.torch import load_file, save_file
 
 from flare.cli import main
-from flare.experiment.records import read_metrics, read_record
+from flare.errors import DivergedError
+from flare.experiment.base import chance_notes
+from flare.experiment.diverged import NoNaN
+from flare.experiment.records import read_metrics, read_record, write_metrics
+from flare.report.collect import ReportError, collect
+from flare.report.conditions import warnings
 
 QUICK = ("--batch-size", 8, "--lr", 1e-2, "--no-progress", "--epochs", 1, "--r", 4)
 LENGTH = ("--max-length", 28)
@@ -82,3 +89,59 @@ def test_translate_test_never_compares_with_answers_of_the_other_language(place,
     capsys.readouterr()
     assert flare(*words, "--no-resume") != 0
     assert "8 of 8 test questions have no answer in english" in capsys.readouterr().err
+
+
+# --- what has no score ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "flare"])
+def test_a_training_that_diverges_is_an_error_and_no_score(place, runs, capsys, method):
+    assert train(place, runs, "--method", method, "--lr", 1e30, "--max_grad_norm", 0) != 0
+    error = capsys.readouterr().err
+    assert "vemari" in error and ("NaN or infinite" in error or "the loss is" in error) and "smaller --lr" in error
+    assert not list((runs / "vemari").rglob("metrics.json"))
+
+
+def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs, capsys):
+    assert train(place, runs, "--method", "lora", "flare", "--save_strategy", "epoch") == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+    path = folder / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, path, {"format": "pt"})
+    words = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
+    capsys.readouterr()
+    assert flare(*words) != 0
+    assert "logits of 12 rows are NaN or infinite" in capsys.readouterr().err
+    found = collect([runs])
+    assert [entry.label for entry in found.groups[0].entries] == ["lora-r4"]
+    assert any("diverged" in line and str(folder) in line for line in found.unfinished)
+    # a run of an older version: its log alone tells
+    log = runs / "vemari" / "lora-r4" / "seed-0" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 2, "loss": 0.0, "grad_norm": NaN}\n')
+    with pytest.raises(ReportError, match="diverged, its gradient is not finite"):
+        collect([runs])
+
+
+def test_a_generation_from_nan_is_an_error():
+    scores = torch.tensor([[0.0, -torch.inf], [1.0, torch.nan]])
+    with pytest.raises(DivergedError, match=r"logits of 1 rows are NaN or infinite \(id b\)"):
+        NoNaN(["a", "b"])(torch.zeros(2, 1), scores)
+    assert NoNaN(["a"])(torch.zeros(1, 1), scores[:1]) is not None
+
+
+def test_a_base_at_chance_level_is_said_before_adapters_are_trained_on_it(place, runs, capsys):
+    base = runs / "base" / "seed-0"
+    lines = [json.loads(line) for line in (base / "predictions-test.jsonl").read_text().splitlines()]
+    truths = [line["truth"] for line in lines]
+    metrics = read_metrics(base)
+    share = 100 * max(map(truths.count, truths)) / len(truths)
+    metrics.test["source-language"] = {"accuracy": 99.0, "macro_f1": 99.0}
+    write_metrics(base, metrics)
+    assert chance_notes(base) == []
+    metrics.test["source-language"] = {"accuracy": share, "macro_f1": 17.3}
+    write_metrics(base, metrics)
+    capsys.readouterr()
+    assert train(place, runs, "--method", "lora") == 0
+    said = capsys.readouterr().out
+    assert "is at chance level on english" in said and said.index("chance level") < said.index("lora-r4 seed 0:")
+    assert any("chance level" in line for line in warnings(collect([runs]).groups[0]))

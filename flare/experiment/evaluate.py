@@ -15,7 +15,7 @@ from ..environment import environment, now
 from ..errors import UserError
 from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.errors import some_ids
-from .base import Base, find_base, seeds_of
+from .base import PREDICTIONS, Base, find_base, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, location, summary
 from .fitting import autocast_of, training_values
@@ -28,7 +28,7 @@ from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_met
 from .run_folder import open_run
 from .settings import EvaluateSettings
 from .setup import Data, Notes, Setup, prepare, task_of
-from .train import ADAPTER, PREDICTIONS
+from .train import ADAPTER
 
 
 def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> list[Path]:

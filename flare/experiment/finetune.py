@@ -13,6 +13,7 @@ from transformers import set_seed
 from ..baselines import plain_lora
 from ..environment import environment, now
 from ..tasks import Pair, resolve_labels
+from .base import PREDICTIONS, chance_notes
 from .callbacks import quiet_libraries
 from .common import adapter_fields, claimed, common_settings, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
@@ -128,7 +129,7 @@ def _one(
                 metrics.test["source-language"] = scorer.scores(predictions)
                 record.data["notes"] += notes(setup.form.prediction_notes(predictions), f"{name} test")
                 record.data["test"] = len(test)
-                write_predictions(folder / "predictions-test.jsonl", test, predictions)
+                write_predictions(folder / PREDICTIONS, test, predictions)
             setup.tokenizer.save_pretrained(folder)
             write_metrics(folder, metrics)
             record.status = "done"
@@ -136,6 +137,7 @@ def _one(
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)
             if not settings.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            notes(chance_notes(folder))
             say(f"{name}: {summary(metrics.test.get('source-language') or metrics.valid, metrics)}")
         wait()
     return folder

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..atomic_files import write_json
-from ..errors import UserError
+from ..errors import DivergedError, UserError
 from ..result_folders import EARLIER
-from .records import RUN_FILE, RunRecord, read_record, write_record
+from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes
 LOCK_FILE = ".lock"
-LOG_FILE = "log.jsonl"
 # These change nothing about what comes out.
 _FREE = {
     "dataloader_num_workers",
@@ -133,16 +132,28 @@ def locked(folder: Path) -> Iterator[None]:
     with lock:
         try:
             yield
-        except UserError:
-            _forget(folder)
+        except DivergedError as error:
+            _mark(folder, error)
+            raise DivergedError(f"{folder}: {error}") from error
+        except UserError as error:
+            _mark(folder, error)
             raise
         finally:
             path.unlink(missing_ok=True)
 
 
-def _forget(folder: Path) -> None:
-    """Remove the record of a run that its data or options kept from beginning: it would look like one under way."""
-    if (folder / RUN_FILE).is_file() and not read_record(folder).done and _nothing_came_of_it(folder):
+def _mark(folder: Path, error: UserError) -> None:
+    """Remove the record of a run that its data or options kept from beginning: it would look like one under way.
+
+    A run that diverged keeps it, marked as such: none of its scores counts.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return
+    record = read_record(folder)
+    if isinstance(error, DivergedError):
+        record.status = DIVERGED
+        write_record(folder, record)
+    if not record.done and _nothing_came_of_it(folder):
         for name in (LOG_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / CHECKPOINTS).is_dir():

@@ -16,7 +16,7 @@ from transformers import set_seed
 from ..environment import environment, now
 from ..errors import UserError
 from ..tasks import JoinedForm, Pair, resolve_labels
-from .base import Base, find_base
+from .base import PREDICTIONS, Base, chance_notes, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
 from .common import adapter_fields, claimed, common_settings, location, summary
@@ -32,7 +32,6 @@ from .settings import TrainSettings
 from .setup import Data, Notes, Setup, prepare, task_of
 
 ADAPTER = "adapter"
-PREDICTIONS = "predictions-test.jsonl"
 _BOTTLENECK_ROWS = 256
 
 
@@ -98,11 +97,15 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
         notes = Notes(say if is_main() else lambda line: None)
         folders = []
+        chance = {
+            seed: notes(chance_notes(Path(base.model))) if base.record is not None else []
+            for seed, base in bases.items()
+        }
         for plan in grid:
             base = bases[plan.seed]
             setup = for_method(plan.method, prepare(settings, task, base.model, settings.training))
             notes(setup.notes)
-            folders.append(_Run(settings, plan, base, data, setup, notes, say).run())
+            folders.append(_Run(settings, plan, base, data, setup, notes, say, chance[plan.seed]).run())
     return folders
 
 
@@ -154,9 +157,10 @@ class _Run:
         setup: Setup,
         notes: Notes,
         say: Callable[[str], None],
+        base_notes: list[str],
     ) -> None:
         self.settings, self.plan, self.base, self.data, self.setup = settings, plan, base, data, setup
-        self.notes, self.say = notes, say
+        self.notes, self.say, self.base_notes = notes, say, base_notes
         self.folder = settings.output / plan.target / plan.variant / f"seed-{plan.seed}"
         self.values = training_values(setup.recipe.training, settings.training)
         self.adapter = adapter_fields(
@@ -216,7 +220,7 @@ class _Run:
         train, news = self.data.pairs(plan.target, "train", target_text=plan.target_text, source_text=plan.train_source)
         texts = (plan.source_text, plan.target_text)
         translation = read_provenance(settings.translations, self.data.source, plan.target, texts)
-        record.data = {"notes": self.notes(news, plan.target), "translation": translation}
+        record.data = {"notes": [*self.base_notes, *self.notes(news, plan.target)], "translation": translation}
         valid = self._valid(record)
         test = None
         if settings.test:

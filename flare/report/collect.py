@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from ..experiment.records import RecordError, Run, find_runs, read_record
+from ..experiment.records import RecordError, Run, diverged, find_runs, read_record
 
 #: Methods in the order of the paper's tables, with their names for readers.
 METHODS = {
@@ -165,6 +165,8 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
 
 
 def _unfinished(run: Run) -> str | None:
+    if what := diverged(run):
+        return f"diverged, {what}; train anew with a smaller --lr (flare train --no-resume)"
     if not run.record.done:
         return f"not finished (status {run.record.status!r}); the command that began it goes on with it"
     if run.record.kind != "finetune" and not run.metrics.test:

@@ -70,7 +70,7 @@ def warnings(group: Group) -> list[str]:
                 found.append(f"{label} on {language}: its seeds have different training rows: {_joined(counts)}")
     found += _different_rows(group)
     for record in {id(entry.run): entry.run.record for entry in group.entries}.values():
-        found += [str(note) for note in record.data.get("notes") or [] if ": scored with " in str(note)]
+        found += [str(note) for note in record.data.get("notes") or [] if _speaks_against(str(note))]
     trained = [entry for entry in group.entries if entry.run.metrics.seconds_per_step is not None]
     for what, read in _COSTS.items():
         kinds = {str(read(entry.run)) for entry in trained}
@@ -83,6 +83,11 @@ def warnings(group: Group) -> list[str]:
     if len(commits) > 1:
         found.append(f"runs of several commits: {_joined(commits)}")
     return found
+
+
+def _speaks_against(note: str) -> bool:
+    """Whether a run's note says that its score is not what it seems."""
+    return ": scored with " in note or " is at chance level on " in note
 
 
 def _different_rows(group: Group) -> list[str]:
