@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment_data import write_bert, write_data
+from experiment_data import ROWS, write_bert, write_data
 from safetensors.torch import load_file, save_file
 
 from flare.cli import main
 from flare.errors import DivergedError
 from flare.experiment.base import chance_notes
 from flare.experiment.diverged import NoNaN
-from flare.experiment.records import read_metrics, read_record, write_metrics
+from flare.experiment.records import read_metrics, read_record, write_metrics, write_record
+from flare.report import write_report
 from flare.report.collect import ReportError, collect
 from flare.report.conditions import warnings
 
@@ -145,3 +146,86 @@ def test_a_base_at_chance_level_is_said_before_adapters_are_trained_on_it(place,
     said = capsys.readouterr().out
     assert "is at chance level on english" in said and said.index("chance level") < said.index("lora-r4 seed 0:")
     assert any("chance level" in line for line in warnings(collect([runs]).groups[0]))
+
+
+# --- data known by content --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(place, tmp_path) -> Path:
+    shutil.copytree(place / "data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def change(path: Path) -> None:
+    """Another word in one row: as many rows, the same ids."""
+    lines = path.read_text().splitlines()
+    row = lines[3].split(",")
+    row[1] += " goats"
+    path.write_text("\n".join([*lines[:3], ",".join(row), *lines[4:]]) + "\n")
+
+
+def test_changed_rows_stop_a_resume_and_mark_an_old_score(place, runs, data, capsys):
+    words = ("--data", data, "--method", "flare", "--keep-checkpoints")
+    assert train(place, runs, *words) == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+    record = read_record(folder)
+    assert set(record.data["digest"]) == {f"{split}{text}" for split in ROWS for text in ("", "/gold")}
+    assert len(set(record.data["digest"].values())) == 6
+    versions = record.environment["versions"]
+    assert {"bitsandbytes", "datasets", "numpy", "safetensors", "cuda"} <= set(versions)
+
+    before = (data / "english" / "test.csv").read_text()
+    change(data / "english" / "test.csv")
+    capsys.readouterr()
+    assert train(place, runs, *words) == 0
+    said = "vemari flare-r4 seed 0: its results are of other data: the test/gold rows have changed since"
+    assert said in capsys.readouterr().out and said in read_record(folder).data["notes"]
+    assert said in warnings(collect([runs]).groups[0])
+    evaluate = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-progress")
+    assert flare(*evaluate) == 0 and said in capsys.readouterr().out
+    assert flare(*evaluate, "--no-resume") == 0
+    assert said not in read_record(folder).data["notes"]
+    (data / "english" / "test.csv").write_text(before)
+    assert flare(*evaluate) == 0 and said in read_record(folder).data["notes"]
+    assert flare(*evaluate, "--no-resume") == 0
+
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    change(data / "vemari" / "train.csv")
+    capsys.readouterr()
+    assert train(place, runs, *words) != 0
+    error = capsys.readouterr().err
+    assert "the train rows have changed since this run began, so it cannot go on" in error and "--no-resume" in error
+    assert train(place, runs, *words, "--no-resume") == 0
+
+
+# --- the same rows for all --------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsys):
+    """Two rows have no source, so FLARE has 10 of 12 test rows; zero-shot alone would take all."""
+    lines = (data / "english" / "test.csv").read_text().splitlines()
+    (data / "english" / "test.csv").write_text("\n".join(lines[:-2]) + "\n")
+    words = ("evaluate", "--output", runs, "--target", "vemari", "--data", data, "--no-progress")
+    assert flare(*words, "--setting", "zero-shot") == 0
+    folder = runs / "vemari" / "zero-shot" / "seed-0"
+    assert read_record(folder).data["test"] == 12
+    assert train(place, runs, "--data", data, "--method", "flare") == 0
+    # what was scored before stands apart, in a table of its own
+    found = {group.rows: [entry.label for entry in group.entries] for group in collect([runs]).groups}
+    assert found == {"": ["flare-r4"], "the base on other test rows than the adapters": ["zero-shot"]}
+    assert write_report([runs], runs / "report", say=lambda line: None).read_text().count("on other test rows than") > 1
+    shutil.rmtree(runs / "report")
+    capsys.readouterr()
+    assert flare(*words, "--setting", "zero-shot") == 0
+    assert "its results are of other data: the test rows have changed since" in capsys.readouterr().out
+    assert flare(*words, "--setting", "zero-shot", "--no-resume") == 0
+    assert "2 of 12 test rows are left out: no adapter was scored on them" in capsys.readouterr().out
+    ids = [
+        [json.loads(line)["id"] for line in (one / "predictions-test.jsonl").read_text().splitlines()]
+        for one in (folder, runs / "vemari" / "flare-r4" / "seed-0")
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) == 10
+    assert len(collect([runs]).groups) == 1

@@ -23,6 +23,8 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
 DIVERGED = "diverged"
+#: In a note: the score of a finished run is not of the data that are there now.
+STALE = "its results are of other data:"
 
 
 class RecordError(UserError):
@@ -50,7 +52,8 @@ class RunRecord:
     trainable_parameters: how many numbers were trained.
     environment: versions, commit, device (`flare.environment.environment`).
     date: when it began, ISO 8601.
-    data: {"train": rows, "valid": rows, "test": rows, "notes": [...], "translation": provenance or None}.
+    data: {"train": rows, "valid": rows, "test": rows, "notes": [...], "translation": provenance or None, "digest":
+        {split: SHA-256 of the target's rows, "split/gold" or "split/mt": of the source's}}.
     """
 
     kind: str

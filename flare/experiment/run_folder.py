@@ -71,7 +71,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
         return "new"
     there = read_record(folder)
     differing = differences(there, record)
-    if differing and not there.done and _nothing_came_of_it(folder):
+    if differing and not there.done and nothing_came_of_it(folder):
         say(f"{folder}: the run there ended before its first checkpoint; it begins anew, with the settings of now")
         write_record(folder, record)
         return "new"
@@ -83,7 +83,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
     return "done" if there.done else "unfinished"
 
 
-def _nothing_came_of_it(folder: Path) -> bool:
+def nothing_came_of_it(folder: Path) -> bool:
     """Whether an unfinished run left nothing to go on from, as after an error in its data: there is nothing to lose."""
     ours = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
     return all(one.name.startswith(ours) for one in folder.iterdir()) and not any((folder / CHECKPOINTS).glob("*"))
@@ -153,7 +153,7 @@ def _mark(folder: Path, error: UserError) -> None:
     if isinstance(error, DivergedError):
         record.status = DIVERGED
         write_record(folder, record)
-    if not record.done and _nothing_came_of_it(folder):
+    if not record.done and nothing_came_of_it(folder):
         for name in (LOG_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / CHECKPOINTS).is_dir():

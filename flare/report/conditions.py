@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..experiment.records import Run
+from ..experiment.records import STALE, Run
 from .collect import Entry, Group
 from .summary import Cell, spread
 from .tables import METRIC_NAMES, show
@@ -87,7 +87,7 @@ def warnings(group: Group) -> list[str]:
 
 def _speaks_against(note: str) -> bool:
     """Whether a run's note says that its score is not what it seems."""
-    return ": scored with " in note or " is at chance level on " in note
+    return ": scored with " in note or STALE in note or " is at chance level on " in note
 
 
 def _different_rows(group: Group) -> list[str]:
@@ -107,6 +107,13 @@ def _different_rows(group: Group) -> list[str]:
             if len(counts) > 1:
                 shares = "; ".join(f"{rows}: {', '.join(names)}" for rows, names in counts.items())
                 found.append(f"{language}: its lines were {what} on different numbers of rows: {shares}")
+        scored: dict[str, dict[str, None]] = {}
+        for entry in here:
+            if digest := (entry.run.record.data.get("digest") or {}).get("test"):
+                scored.setdefault(f"{digest} {entry.run.record.data.get('test')}", {})[entry.name] = None
+        if len({key.split()[1] for key in scored}) < len(scored):
+            shares = "; ".join(", ".join(names) for names in scored.values())
+            found.append(f"{language}: its lines were scored on different test rows, as many or not: {shares}")
     return found
 
 

@@ -127,7 +127,8 @@ def quality_table(group: Group, table: Quality) -> Table:
         rows.append((*row, line.seeds))
     name = METRIC_NAMES.get(table.metric, table.metric)
     return Table(
-        f"{name} in percent, {group.task}, {group.source} as the source language",
+        f"{name} in percent, {group.task}, {group.source} as the source language"
+        + (f", {group.rows}" if group.rows else ""),
         tuple(head),
         tuple(rows),
         tuple(_notes(table, partial)),
