@@ -50,7 +50,9 @@ class Entry:
         record = self.run.record
         rest = record.variant.removeprefix(record.method)
         name = record.variant
-        if record.method in METHODS and (not rest or (rest != record.variant and rest.startswith("-"))):
+        if record.method == record.variant == "translate-test":  # beside the machine-translated one
+            name = f"{METHODS[record.method]} ({record.source_text or 'gold'} source)"
+        elif record.method in METHODS and (not rest or (rest != record.variant and rest.startswith("-"))):
             name = METHODS[record.method] + (f" ({rest[1:].replace('-', ' ')})" if rest else "")
         if self.setting in _MAIN:
             return name

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..experiment.records import STALE, Run
 from .collect import Entry, Group
-from .summary import Cell, spread
+from .summary import Cell, costs, spread
 from .tables import METRIC_NAMES, show
 
 #: Settings that are meant to differ between the runs of a line, or that do not decide about the result.
@@ -76,6 +76,13 @@ def warnings(group: Group) -> list[str]:
         kinds = {str(read(entry.run)) for entry in trained}
         if len(kinds) > 1:
             found.append(f"costs are not comparable, their runs have several {what}: {_joined(kinds)}")
+    for cost in costs(group):
+        low, high = cost.ranges.get("seconds_per_step", (0.0, 0.0))
+        if high > _UNSTEADY * low:
+            found.append(
+                f"{cost.label}: its runs took {1000 * low:.1f} to {1000 * high:.1f} ms per step: its costs say little "
+                "(was the machine shared, or are the languages' texts of other lengths?)"
+            )
     versions = _differing(group.entries, lambda entry: entry.run.record.environment.get("versions") or {})
     for name, values in versions.items():
         found.append(f"runs with several versions of {name}: {', '.join(values)}")
@@ -117,6 +124,7 @@ def _different_rows(group: Group) -> list[str]:
     return found
 
 
+_UNSTEADY = 1.5  # eager steps of one kind vary by up to 30 % between runs
 _OWN_ROWS = ("translate-train", "zero-shot", "translate-test")
 _COSTS: dict[str, Callable[[Run], Any]] = {
     "devices": lambda run: run.record.environment.get("device"),
