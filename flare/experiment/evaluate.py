@@ -277,7 +277,7 @@ class _Evaluation:
         there = {} if record is None else record.settings
         known: dict[str, Any] = {
             "max_length": there.get("max_length"),
-            "padding": there.get("padding") if there.get("family") != "causal" else None,
+            "padding": there.get("padding"),
             "form": there.get("family"),
             "metric": there.get("metric"),
             "rows": there.get("rows"),

@@ -99,8 +99,8 @@ def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
     if method != "input-fusion":
         return FlareDataCollator(setup.tokenizer, require_source=False, **setup.batches)
     if isinstance(setup.form, JoinedForm):  # its rows are one text already
-        width = {} if setup.form.layout == "causal" else {"max_length": 2 * setup.max_length}
-        return FlareDataCollator(setup.tokenizer, require_source=False, **{**setup.batches, **width})
+        batches = {**setup.batches, "max_length": 2 * setup.max_length}
+        return FlareDataCollator(setup.tokenizer, require_source=False, **batches)
     try:
         return InputFusionCollator.for_model(model, setup.tokenizer, require_source=False, **setup.batches)
     except ValueError as error:
