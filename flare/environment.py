@@ -14,7 +14,11 @@ import torch
 
 from . import __version__
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "tokenizers")
+# Everything that takes part in a result: kernels, models, optimizers, tokenizers, data.
+_PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes", "safetensors", "numpy"),
+    *("datasets", "sentencepiece", "protobuf"),
+)
 
 
 def environment(use_cpu: bool = False) -> dict[str, Any]:
@@ -29,6 +33,7 @@ def environment(use_cpu: bool = False) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    versions["cuda"] = torch.version.cuda or "none"
     return {
         "versions": versions,
         "commit": commit(),

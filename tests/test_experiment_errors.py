@@ -13,7 +13,7 @@ from flare.cli import main
 from flare.errors import UserError
 from flare.experiment.options import read_settings
 from flare.experiment.records import find_runs, read_record, write_record
-from flare.experiment.settings import TrainSettings
+from flare.experiment.settings import EvaluateSettings, FinetuneSettings, TrainSettings
 
 TASK = ("--task", "classification")
 QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
@@ -324,3 +324,17 @@ def test_wrong_yaml(tmp_path, text, said):
     with pytest.raises(UserError, match=r"experiment\.yaml") as error:
         read_settings(TrainSettings, {"config": str(file)})
     assert said in str(error.value)
+
+
+def test_paper_sets_every_setting_of_the_paper_and_what_is_given_wins(tmp_path):
+    made = read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"], "translations": "mt"})
+    assert (made.seeds, made.source_text, made.target_text) == ((0, 1, 2, 3, 4), "mt", "mt")
+    assert made.padding == "max_length"
+    file = tmp_path / "paper.yaml"
+    file.write_text("paper: true\nseeds: [3]\n")
+    kept = read_settings(TrainSettings, {"config": str(file), "target_text": "gold"})
+    assert (kept.seeds, kept.source_text, kept.target_text) == ((3,), "mt", "gold")
+    assert read_settings(FinetuneSettings, {"paper": True}).seeds == (0, 1, 2, 3, 4)
+    assert read_settings(EvaluateSettings, {"paper": True}).source_text == ("mt",)
+    with pytest.raises(UserError, match=r"which --paper sets\) need --translations"):
+        read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"]}).check()

@@ -142,3 +142,16 @@ def test_what_a_machine_without_gpu_leaves_out(place, monkeypatch):
     assert len(notes) == 3 and all("GPU" in note or "CUDA" in note for note in notes)
     kept, _ = for_this_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
     assert kept.training["bf16"] is True  # what the user gave is the user's
+
+
+def test_decoders_can_be_padded_to_the_full_length(place, tmp_path):
+    """As the paper does: --paper, or --padding max_length, which was not heard before."""
+    words = ("--task", "classification", "--data", place / "data", "--output", tmp_path, "--max-length", 40, *QUICK)
+    words += ("--padding", "max_length")
+    assert flare("finetune", "--model", place / "llama", *words) == 0
+    assert flare("train", "--target", "vemari", "--method", "input-fusion", "flare", *words) == 0
+    runs = [run for run in find_runs(tmp_path) if run.record.kind == "train"]
+    assert {run.record.settings["padding"] for run in runs} == {"max_length"}
+    first = {run.folder: (run.folder / "predictions-test.jsonl").read_text() for run in runs}
+    assert flare("evaluate", "--output", tmp_path, "--setting", "translate-train", "--no-resume", "--no-progress") == 0
+    assert {folder: (folder / "predictions-test.jsonl").read_text() for folder in first} == first

@@ -76,6 +76,9 @@ def test_the_papers_settings() -> None:
         assert tuple(one.training["num_train_epochs"] for one in found) == wanted
         assert [one.training["learning_rate"] for one in found] == [2e-5, 2e-4, 2e-4]
         assert [one.batches["max_length"] for one in found] == [128, 512, 128]
+        assert all(one.base for one in found), "a recipe of the paper names its model"
+        if model in ("llama", "gemma2"):  # as flare train has them: the label or the answer is written
+            assert {one.task for one in found} == {"CAUSAL_LM"} and not any("num_labels" in one.model for one in found)
 
 
 # --- QLoRA ------------------------------------------------------------------------------------------------------------

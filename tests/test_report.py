@@ -24,10 +24,10 @@ from flare.report import ReportError, write_report
 from flare.report.collect import collect
 from flare.report.conditions import warnings
 from flare.report.pictures.ablations import source_kind
-from flare.report.pictures.compare import draw_comparison, main_lines
+from flare.report.pictures.compare import draw_comparison, draw_costs, main_lines
 from flare.report.pictures.layers import curves, draw_layers
-from flare.report.summary import quality
-from flare.report.tables import cost_table, latex, quality_csv, quality_table
+from flare.report.summary import costs, quality
+from flare.report.tables import cost_csv, cost_table, latex, quality_csv, quality_table
 
 COMMITS = {"commit": "c0ffee", "device": "cpu", "cpu": "some", "threads": 1, "versions": {"torch": "2.13.0"}}
 
@@ -164,8 +164,38 @@ def test_the_tables_texts(runs: Path) -> None:
 def test_costs_are_medians(runs: Path) -> None:
     rows = {row[0]: row for row in cost_table(group_of(runs)).rows}
     assert "zero-shot" not in rows  # nothing was trained
-    assert rows["LoRA"] == ("LoRA", "105.0", "100.0 MiB", "1 min 0 s", "500", "-", "4")
+    assert rows["LoRA"] == ("LoRA", "105.0 (100.0 to 110.0)", "100.0 MiB", "1 min 0 s", "500", "-", "4")
     assert rows["X-Mixup"][1:4] == ("300.0", "300.0 MiB", "3 min 0 s")
+
+
+def test_costs_carry_their_spread(tmp_path: Path) -> None:
+    for seed, seconds in enumerate((0.949, 1.834)):
+        measured = {"seconds_per_step": seconds, "train_seconds": 600 * seconds, "peak_bytes": 2**20}
+        make_run(tmp_path, "ace", "lora", seed, 60.0 + seed, measured=measured)
+        make_run(tmp_path, "ace", "flare", seed, 70.0, measured={**measured, "seconds_per_step": 1.0 + 0.01 * seed})
+    group = group_of(tmp_path)
+    assert cost_table(group).rows[0][1:4] == (
+        "1391.5 (949.0 to 1834.0)",
+        "1.0 MiB",
+        "13 min 55 s (9 min 29 s to 18 min 20 s)",
+    )
+    lora, _ = csv.DictReader(io.StringIO(cost_csv(costs(group))))
+    assert (lora["seconds_per_step_min"], lora["seconds_per_step_max"]) == ("0.949", "1.834")
+    assert [line for line in warnings(group) if "ms per step" in line] == [
+        "lora: its runs took 949.0 to 1834.0 ms per step: its costs say little (was the machine shared, or are the "
+        "languages' texts of other lengths?)"
+    ]
+    pytest.importorskip("matplotlib")
+    figure = draw_costs(group, "macro_f1")
+    assert "least to greatest cost" in figure._suptitle.get_text().replace("\n", " ")
+
+
+def test_gold_and_machine_translated_translate_test_have_names_of_their_own(tmp_path: Path) -> None:
+    for variant, text in (("translate-test", "gold"), ("translate-test-mt-source", "mt")):
+        make_run(
+            tmp_path, "ace", "translate-test", 0, 60.0, variant=variant, source_text=text, setting="translate-test"
+        )
+    assert list(group_of(tmp_path).labels.values()) == ["translate-test (gold source)", "translate-test (mt source)"]
 
 
 def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from small_tasks import byte_tokenizer
 
 import flare
 from flare.errors import UserError
-from flare.tasks import Answer, DataError, Example, Pair, get_task, make_form
+from flare.tasks import Answer, DataError, Example, JoinedForm, Pair, get_task, joined_task, make_form
 from flare.tasks.prompts import fill
 
 NUSAX = get_task("nusax", prompt="{text}\nis:", verbalizer={"negative": "bad", "positive": "badly good"})
@@ -204,3 +204,34 @@ def test_what_is_learnt_is_generated(family):
     adapted = flare.fast_lora(model, r=8, lora_alpha=16)
     assert train(adapted, collator(form.train_rows(PAIRS, with_source=True)[0]), 100, 1e-2) < 0.05
     assert predicted(adapted, PAIRS, with_source=True) == truth
+
+
+# --- input-level fusion -----------------------------------------------------------------------------------------------
+
+
+def test_input_level_fusion_is_one_prompt_with_both_texts_and_one_instruction():
+    prompts = {name: joined_task(get_task(name)).prompt for name in ("nusax", "xnli", "qa")}
+    assert prompts["nusax"] == "Text: {source:text}\nText: {text}\nSentiment:"
+    assert prompts["xnli"].count("Relation (") == 1 and prompts["qa"].count("Answer:") == 1
+    headed = get_task("nusax", prompt="Which sentiment?\nText: {text}. It is")
+    assert joined_task(headed).prompt == "Which sentiment?\nText: {source:text}\nText: {text}. It is"
+
+
+@pytest.mark.parametrize("family", ["causal", "seq2seq"])
+def test_joined_rows_hold_both_texts_cut_to_the_room_of_two(family: str):
+    tokenizer = byte_tokenizer(ends=family == "seq2seq")
+    form = make_form(QA, tokenizer, family, 48)
+    joined = JoinedForm(form)
+    pair = Pair(question("7", "wo", "B" * 60, "BB"), question("7", "where", "A" * 60, "AA"))
+    (row,), notes = joined.train_rows([pair], with_source=True)
+    (asked,), _ = joined.eval_rows([pair], with_source=True)
+    text = tokenizer.decode(asked["input_ids"], skip_special_tokens=True)
+    source, target = text.count("A") - text.count("Answer:"), text.count("B")
+    assert source == target > 0, "neither text loses more than the other"
+    assert text == f"Context: {'A' * source}\nQuestion: where\nContext: {'B' * target}\nQuestion: wo\nAnswer:"
+    assert len(asked["input_ids"]) <= 2 * form.longest_prompt and len(notes) == 1 and "1 of 1 texts cut" in notes[0]
+    assert set(row) == {"input_ids", "labels"} and joined.max_new_tokens == form.max_new_tokens == 12
+    assert [token for token in row["labels"] if token != -100] == form.answer_ids("BB")
+    assert joined.trainable([pair]) == [pair] and joined.layout == family
+    with pytest.raises(ValueError, match="needs the source of every pair"):
+        joined.eval_rows([Pair(pair.target)], with_source=True)

@@ -9,8 +9,8 @@ from .common import add_experiment_parser, run_experiment_command
 
 _DESCRIPTION = """\
 Train an adapter (or --full: all weights) on the task in the source language and save the merged model, one
-per seed, into OUTPUT/base/seed-N. Defaults are the paper's. A finished run is skipped, an unfinished one
-goes on from its last checkpoint."""
+per seed, into OUTPUT/base/seed-N. Rates, epochs, ranks and lengths are the paper's; --paper sets the rest of its
+settings (5 seeds, fixed length). A finished run is skipped, an unfinished one goes on from its last checkpoint."""
 
 
 def add_parser(commands: Any) -> None:

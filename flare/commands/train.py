@@ -9,8 +9,9 @@ from .common import add_experiment_parser, run_experiment_command
 
 _DESCRIPTION = """\
 Train every method on every target language with every seed, into OUTPUT/<target>/<method>/seed-N, and
-evaluate the test split. Defaults are the paper's. A finished run is skipped, an unfinished one goes on from
-its last checkpoint."""
+evaluate the test split. Rates, epochs, ranks and lengths are the paper's; --paper sets the rest of its settings
+(5 seeds, machine-translated text, fixed length). A finished run is skipped, an unfinished one goes on from its
+last checkpoint."""
 
 
 def add_parser(commands: Any) -> None:

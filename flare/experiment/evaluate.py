@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,13 +15,16 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
-from ..tasks import Pair, resolve_labels
-from .base import Base, find_base, seeds_of
+from ..tasks import JoinedForm, Pair, resolve_labels
+from ..tasks.digest import digests_of_pairs
+from ..tasks.errors import some_ids
+from .base import PREDICTIONS, Base, find_base, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, expect_no_source, location, summary
 from .fitting import autocast_of, training_values
+from .known_data import mark
 from .latent_rows import add_states, latent_encoder, target_texts
-from .methods import READS_SOURCE, collator, load
+from .methods import READS_SOURCE, collator, for_method, load
 from .predict import Predictor, write_predictions
 from .processes import is_main
 from .provenance import read_provenance
@@ -27,7 +32,7 @@ from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_met
 from .run_folder import open_run
 from .settings import EvaluateSettings
 from .setup import Data, Notes, Setup, prepare, task_of
-from .train import ADAPTER, PREDICTIONS
+from .train import ADAPTER
 
 
 def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> list[Path]:
@@ -117,10 +122,13 @@ class _Evaluation:
         with claimed(folder) as claim:
             if claim(lambda: open_run(folder, record, settings.resume, self.say)) == "done":
                 self._tell(f"{name}: done before, in {folder}")
+                with contextlib.suppress(UserError):  # data that are gone change nothing about it
+                    self._mark(folder, name, digests_of_pairs("test", self._base_pairs(data, target, text)[0], text))
                 return [folder]
-            pairs, news = data.pairs(target, "test", source_text=text)
+            pairs, news = self._base_pairs(data, target, text)
             provenance = read_provenance(settings.translations, data.source, target, (text, None))
             record.data = {"test": len(pairs), "notes": self.notes(news, target), "translation": provenance}
+            record.data["digest"] = digests_of_pairs("test", pairs, text)
             if setting == "translate-test":
                 pairs = [_source_alone(pair) for pair in pairs]
             set_seed(seed)  # a base that was not fine-tuned has a random head
@@ -135,6 +143,36 @@ class _Evaluation:
                 write_record(folder, record)
         self._tell(f"{name}: {summary(scores, Metrics())}")
         return [folder]
+
+    def _base_pairs(self, data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
+        """The test rows that the base is scored on, and the notes: those of the adapters, where there are some."""
+        ids = self._scored_ids(target) if self.settings.rows is None else set()
+        if ids:  # they decide, not how many rows the base was fine-tuned on
+            data = Data(data.task, data.folder, data.source, data.translations)
+        pairs, news = data.pairs(target, "test", source_text=text)
+        shared = [pair for pair in pairs if pair.target.id in ids]
+        if shared and len(shared) < len(pairs):
+            lost = [pair.target.id for pair in pairs if pair.target.id not in ids]
+            news = [
+                *news,
+                f"{len(lost)} of {len(pairs)} test rows are left out: no adapter was scored on them {some_ids(lost)}",
+            ]
+            pairs = shared
+        if text is not None and data.task.kind == "qa":
+            pairs, more = _answered(pairs, data, target, text)
+            news = [*news, *more]
+        return pairs, news
+
+    def _scored_ids(self, target: str) -> set[str]:
+        """The ids of the test rows that adapters of a target language were scored on."""
+        files = [run.folder / PREDICTIONS for run in self.adapters if run.record.target_language == target]
+        lines = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
+        return {str(json.loads(line)["id"]) for line in lines}
+
+    def _mark(self, folder: Path, name: str, digests: dict[str, str]) -> None:
+        if is_main():
+            for line in mark(folder, name, digests):
+                self.say(f"{line} (--no-resume scores them anew)")
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
@@ -171,9 +209,20 @@ class _Evaluation:
         metrics = read_metrics(run.folder)
         if setting in metrics.test and self.settings.resume:
             self._tell(f"{name}: done before, in {run.folder}")
+            with contextlib.suppress(UserError):  # data that are gone change nothing about it
+                data, _ = self._prepared(record, self._base_of(record))
+                pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
+                self._mark(run.folder, name, digests_of_pairs("test", pairs, text))
             return [run.folder]
         assert record.target_language is not None
         data, setup = self._prepared(record, self._base_of(record))
+        setup = for_method(record.method, setup)
+        if isinstance(setup.form, JoinedForm) and record.settings.get("prompt") != setup.form.prompt:
+            there = record.settings.get("prompt") or "two whole ones, one behind the other"
+            raise UserError(
+                f"{run.folder}: this input-fusion adapter was trained on other prompts ({there}) than "
+                f"{setup.form.prompt!r}; train it anew (flare train --no-resume)"
+            )
         with claimed(run.folder):
             metrics = read_metrics(run.folder)  # another process may have added to it meanwhile
             pairs, news = data.pairs(record.target_language, "test", source_text=text)
@@ -186,8 +235,11 @@ class _Evaluation:
             record.data["notes"] = [
                 note for note in record.data.get("notes") or [] if not str(note).startswith(f"{name}: scored with ")
             ] + self.notes([f"scored with {departs}"] if departs else [], name)
+            digests = digests_of_pairs("test", pairs, text)
+            record.data["digest"] = {**(record.data.get("digest") or {}), **digests}
             if is_main():
                 write_record(run.folder, record)
+                mark(run.folder, name, digests)
                 file = PREDICTIONS if own else PREDICTIONS.replace(".jsonl", f"-{text}.jsonl")
                 write_predictions(run.folder / file, pairs, predictions)
                 metrics.test[setting] = scores
@@ -227,7 +279,7 @@ class _Evaluation:
         there = {} if record is None else record.settings
         known: dict[str, Any] = {
             "max_length": there.get("max_length"),
-            "padding": there.get("padding") if there.get("family") != "causal" else None,
+            "padding": there.get("padding"),
             "form": there.get("family"),
             "metric": there.get("metric"),
             "rows": there.get("rows"),
@@ -280,11 +332,32 @@ class _Evaluation:
 
 
 def _source_alone(pair: Pair) -> Pair:
-    """The row as the source language has it, with the target's own label or answers where it has none."""
+    """The row as the source language has it; a class is the same in every language, an answer is not."""
     assert pair.source is not None
-    source = pair.source
-    truth = replace(source, label=source.label or pair.target.label, answers=source.answers or pair.target.answers)
-    return Pair(truth)
+    return Pair(replace(pair.source, label=pair.source.label or pair.target.label))
+
+
+def _answered(pairs: list[Pair], data: Data, target: str, text: str) -> tuple[list[Pair], list[str]]:
+    """Return the questions whose source has its answers, and a note on those that are left out.
+
+    The others, as after a translation that lost the marks around them, have nothing that an answer in the source
+    language can be compared with.
+
+    Raises:
+        UserError: no row is left.
+    """
+    kept = [pair for pair in pairs if pair.source is not None and pair.source.answers]
+    lost = [pair.target.id for pair in pairs if pair.source is None or not pair.source.answers]
+    note = (
+        f"{len(lost)} of {len(pairs)} test questions have no answer in {data.source} (a translation that lost its "
+        f"marks has none) and are left out of translate-test {some_ids(lost)}"
+    )
+    if not kept:
+        raise UserError(
+            f"{target} translate-test: {note}, so no row is left to score; "
+            + ("translate the test split again with flare translate" if text == "mt" else "use --source-text mt")
+        )
+    return kept, [note] if lost else []
 
 
 def _quantization(there: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,14 @@ from transformers import set_seed
 
 from ..baselines import plain_lora
 from ..environment import environment, now
+from ..errors import UserError
 from ..tasks import Pair, resolve_labels
+from ..tasks.digest import digests_of_pairs
+from .base import PREDICTIONS, chance_notes
 from .callbacks import quiet_libraries
 from .common import adapter_fields, claimed, common_settings, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
+from .known_data import mark, remember
 from .methods import collator
 from .predict import Predictor, write_predictions
 from .processes import is_main, wait
@@ -73,15 +78,21 @@ def _one(
     )
     name = f"{data.source} base seed {seed}"
     with claimed(folder) as claim:
-        if claim(lambda: open_run(folder, record, settings.resume, say)) == "done":
-            if is_main():
-                say(f"{name}: done before, in {folder}")
+        done = claim(lambda: open_run(folder, record, settings.resume, say)) == "done"
+        if done and is_main():
+            say(f"{name}: done before, in {folder}")
+            with contextlib.suppress(UserError):  # data that are gone change nothing about it
+                for line in mark(folder, name, _digests(data)):
+                    say(f"{line} (--no-resume fine-tunes anew)")
+        if done:
             return folder
         metric = data.task.metrics[0]
         (train, said), (valid, more) = _rows(data, "train"), _rows(data, "valid")
         assert train is not None
+        digests = _digests(data)
+        claim(lambda: remember(folder, digests))
         rows, news = setup.form.train_rows(train, with_source=False)
-        record.data = {"train": len(rows), "valid": len(valid or ()), "test": 0}
+        record.data = {"train": len(rows), "valid": len(valid or ()), "test": 0, "digest": digests}
         record.data["notes"] = notes([*said, *more], data.source) + notes(news, f"{data.source} train")
         if not valid:
             record.data["notes"] += notes([f"{data.source} has no valid split: the last checkpoint is used"])
@@ -101,7 +112,7 @@ def _one(
             bar = f"{name} {shown}" if settings.progress and is_main() else None
             return Predictor(setup.form, collate, pairs, made, batch, autocast_of(values), bar)
 
-        done = fit(
+        fitted = fit(
             model,
             collate,
             rows,
@@ -112,11 +123,11 @@ def _one(
             say=say,
             predictor=predictor(valid, "valid") if valid else None,
         )
-        device = done.trainer.args.device
-        _save(done.trainer, folder, settings.full)
-        add_cost(done)
-        metrics = done.metrics
-        del done, model  # room for the merged model
+        device = fitted.trainer.args.device
+        _save(fitted.trainer, folder, settings.full)
+        add_cost(fitted)
+        metrics = fitted.metrics
+        del fitted, model  # room for the merged model
         wait()
         if is_main():
             merged = _merged(setup, folder, settings.full, seed)
@@ -128,7 +139,7 @@ def _one(
                 metrics.test["source-language"] = scorer.scores(predictions)
                 record.data["notes"] += notes(setup.form.prediction_notes(predictions), f"{name} test")
                 record.data["test"] = len(test)
-                write_predictions(folder / "predictions-test.jsonl", test, predictions)
+                write_predictions(folder / PREDICTIONS, test, predictions)
             setup.tokenizer.save_pretrained(folder)
             write_metrics(folder, metrics)
             record.status = "done"
@@ -136,6 +147,7 @@ def _one(
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)
             if not settings.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            notes(chance_notes(folder))
             say(f"{name}: {summary(metrics.test.get('source-language') or metrics.valid, metrics)}")
         wait()
     return folder
@@ -164,6 +176,15 @@ def _merged(setup: Setup, folder: Path, full: bool, seed: int) -> Any:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = setup.tokenizer.pad_token_id
     return model
+
+
+def _digests(data: Data) -> dict[str, str]:
+    """Digests of the splits that there are."""
+    found: dict[str, str] = {}
+    for split in ("train", "valid", "test"):
+        pairs, _ = _rows(data, split, needed=split == "train")
+        found |= digests_of_pairs(split, pairs, None) if pairs else {}
+    return found
 
 
 def _rows(data: Data, split: str, needed: bool = True) -> tuple[list[Pair] | None, list[str]]:

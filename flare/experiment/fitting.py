@@ -15,10 +15,11 @@ from ..measure import StepTimer
 from ..training.trainer import FlareTrainer
 from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
 from .checkpoints import last_checkpoint
+from .diverged import Finite, check_weights
 from .predict import Predictor
 from .processes import is_main, on_main
-from .records import Metrics
-from .run_folder import CHECKPOINTS, LOG_FILE
+from .records import LOG_FILE, Metrics
+from .run_folder import CHECKPOINTS
 
 _TIMER_WARM_UP = 3
 _KEPT = 2  # checkpoints: the best, and the newest to go on from
@@ -147,6 +148,7 @@ def training_arguments(
         "save_total_limit": _KEPT,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # a loss that is NaN must show
     }
     steps = "save_steps" in given or "eval_steps" in given
     own["save_strategy"] = given.get("eval_strategy", "steps" if steps else "epoch")
@@ -195,6 +197,7 @@ def fit(
 
     Raises:
         UserError: no rows, or values that the trainer refuses.
+        DivergedError: a loss or weights that are not finite.
     """
     if not rows:
         raise UserError(f"{name}: no row is left to train on")
@@ -213,7 +216,7 @@ def fit(
     except ValueError as error:
         raise UserError(f"these training arguments do not work: {error}") from error
     timer.device = arguments.device
-    quiet(trainer, Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
+    quiet(trainer, Finite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, say))
     if checkpoint is not None and is_main():
         say(f"{name}: goes on from step {checkpoint.name.rpartition('-')[2]}")
@@ -221,6 +224,7 @@ def fit(
     if arguments.device.type == "cuda":
         trainer.add_callback(peak)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    check_weights(trainer.model, f"step {trainer.state.global_step}")
     metrics = Metrics(train_seconds=round(clock.seconds, 3), seconds_per_step=timer.median)
     metrics.steps = trainer.state.global_step
     metrics.best_checkpoint = trainer.state.best_global_step if predictor is not None else trainer.state.global_step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from peft.utils import load_peft_weights
 from .._compat import FLARE, X_MIXUP
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
 from ..errors import UserError
+from ..tasks import JoinedForm
+from ..tasks.written_form import WrittenForm
 from ..training.collator import FlareDataCollator
 from ..tuner.convert import fast_lora
 from .records import RunRecord
@@ -52,8 +54,7 @@ def build(
         if method == "lora":
             return plain_lora(model, **adapter), collate
         if method == "input-fusion":
-            limit = None if setup.form.layout == "causal" else setup.max_length
-            return input_fusion(model, max_length=limit, **adapter), collate
+            return input_fusion(model, max_length=setup.max_length, **adapter), collate
         if method == "x-mixup":
             from ..baselines import x_mixup
 
@@ -112,6 +113,13 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
         raise ValueError(f"none of its modules fuses on {record.base}, and the run was trained with {record.fusion}")
 
 
+def for_method(method: str, setup: Setup) -> Setup:
+    """Return the setup as a method reads the task: input-level fusion of models that write has one joint prompt."""
+    if method != "input-fusion" or not isinstance(setup.form, WrittenForm):
+        return setup
+    return replace(setup, form=JoinedForm(setup.form))
+
+
 def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
     """Makes batches of a method's rows.
 
@@ -126,6 +134,9 @@ def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
         )
     if method != "input-fusion":
         return FlareDataCollator(setup.tokenizer, require_source=False, **setup.batches)
+    if isinstance(setup.form, JoinedForm):  # its rows are one text already
+        batches = {**setup.batches, "max_length": 2 * setup.max_length}
+        return FlareDataCollator(setup.tokenizer, require_source=False, **batches)
     try:
         return InputFusionCollator.for_model(model, setup.tokenizer, require_source=False, **setup.batches)
     except ValueError as error:

@@ -125,6 +125,8 @@ def read_settings(kind: type[Any], given: Mapping[str, Any], rest: Sequence[str]
         merged[name] = {**merged.get(name, {}), **converted} if known[name]["kind"] == "map" else converted
     if trains:
         merged["training"] = training
+    if merged.get("paper"):
+        merged = {**kind.PAPER, **merged}
     return kind(**merged)
 
 

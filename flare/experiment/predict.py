@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import LogitsProcessorList
 
 from ..atomic_files import replacing
 from ..tasks import Pair
+from .diverged import NoNaN, check_logits
 
 _POSITIONS = ("start_positions", "end_positions")
 
@@ -40,7 +42,11 @@ class Predictor:
     name: str | None = None
 
     def __call__(self, model: Any) -> list[str]:
-        """Predictions, one for each pair: names of labels, or answers."""
+        """Predictions, one for each pair: names of labels, or answers.
+
+        Raises:
+            DivergedError: logits that are NaN or infinite.
+        """
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
         found: list[str] = []
@@ -56,7 +62,7 @@ class Predictor:
                     if self.form.layout == "encoder":
                         found += self._read(model, rows, pairs)
                     else:
-                        found += self.form.predictions(self._written(model, rows), pairs)
+                        found += self.form.predictions(self._written(model, rows, pairs), pairs)
                     bar.update(len(rows))
         finally:
             model.train(was_training)
@@ -71,15 +77,19 @@ class Predictor:
         device = next(model.parameters()).device
         if self.form.auto_class != "AutoModelForQuestionAnswering":
             batch = self.collator([_without_answers(row) for row in rows]).to(device)
-            return list(self.form.predictions(model(**batch).logits, pairs))
+            logits = model(**batch).logits
+            check_logits(logits, _ids(pairs))
+            return list(self.form.predictions(logits, pairs))
         # where the collator puts position 0 of a row: padding or a source may stand in front
         batch = self.collator([{**row, **dict.fromkeys(_POSITIONS, 0)} for row in rows]).to(device)
         starts = batch.pop("start_positions").tolist()
         batch.pop("end_positions")
         output = model(**batch)
+        for logits in (output.start_logits, output.end_logits):  # what stands on padding is never read
+            check_logits(logits.masked_fill(batch["attention_mask"] == 0, 0), _ids(pairs))
         return list(self.form.predictions((output.start_logits, output.end_logits), pairs, starts))
 
-    def _written(self, model: Any, rows: list[dict[str, Any]]) -> Tensor:
+    def _written(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> Tensor:
         """New tokens (B, n), padded on the right."""
         batch = self.collator([_without_answers(row) for row in rows]).to(next(model.parameters()).device)
         batch.pop("labels", None)
@@ -88,6 +98,7 @@ class Predictor:
             max_new_tokens=self.form.max_new_tokens,
             do_sample=False,
             num_beams=1,
+            logits_processor=LogitsProcessorList([NoNaN(_ids(pairs))]),
             pad_token_id=self.collator.tokenizer.pad_token_id,
         )
         return made[:, batch["input_ids"].shape[1] :] if self.form.layout == "causal" else made[:, 1:]
@@ -105,3 +116,7 @@ def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[s
 
 def _without_answers(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("labels", "source_labels")}
+
+
+def _ids(pairs: Sequence[Pair]) -> list[str]:
+    return [pair.target.id for pair in pairs]

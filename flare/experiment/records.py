@@ -6,7 +6,9 @@ models or data: the report reads runs through it alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +21,10 @@ from ..result_folders import EARLIER
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
+LOG_FILE = "log.jsonl"
+DIVERGED = "diverged"
+#: In a note: the score of a finished run is not of the data that are there now.
+STALE = "its results are of other data:"
 
 
 class RecordError(UserError):
@@ -30,7 +36,7 @@ class RunRecord:
     """run.json.
 
     kind: "finetune" (base/seed-N), "train" (an adapter) or "evaluate" (the base in a setting without training).
-    status: "running" until everything is written, then "done".
+    status: "running" until everything is written, then "done"; "diverged" where weights or logits were not finite.
     task: name of the task ("nusax", "xnli", "tydiqa", "classification", "qa").
     source_language, target_language: the user's names; target_language is None for a finetuned base.
     method: "finetune", "lora", "input-fusion", "x-mixup", "flare", "flare-mt", "zero-shot" or "translate-test".
@@ -46,7 +52,8 @@ class RunRecord:
     trainable_parameters: how many numbers were trained.
     environment: versions, commit, device (`flare.environment.environment`).
     date: when it began, ISO 8601.
-    data: {"train": rows, "valid": rows, "test": rows, "notes": [...], "translation": provenance or None}.
+    data: {"train": rows, "valid": rows, "test": rows, "notes": [...], "translation": provenance or None, "digest":
+        {split: SHA-256 of the target's rows, "split/gold" or "split/mt": of the source's}}.
     """
 
     kind: str
@@ -139,6 +146,27 @@ def read_metrics(folder: str | os.PathLike[str]) -> Metrics:
 def write_metrics(folder: str | os.PathLike[str], metrics: Metrics) -> None:
     """Write metrics.json, whole or not at all."""
     write_json(Path(folder) / METRICS_FILE, asdict(metrics))
+
+
+def diverged(run: Run) -> str | None:
+    """Return what of a run is not finite, from its status, its log and its bottleneck; None where nothing is."""
+    if run.record.status == DIVERGED:
+        return "its weights or logits are not finite"
+    sizes = run.metrics.bottleneck or {}
+    if any(isinstance(one, float) and not math.isfinite(one) for name in ("S", "T") for one in sizes.get(name, [])):
+        return "its bottleneck is not finite"
+    lines = []
+    path = run.folder / LOG_FILE
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # torn by a kill
+            lines.append(json.loads(line))
+    losses = [line["loss"] for line in lines if isinstance(line, dict) and isinstance(line.get("loss"), float)]
+    norms = [line["grad_norm"] for line in lines if isinstance(line, dict) and isinstance(line.get("grad_norm"), float)]
+    if not all(map(math.isfinite, losses)):
+        return "its loss is not finite"
+    if norms and math.isnan(norms[-1]) and not run.record.training_arguments.get("fp16"):  # a scaler skips such steps
+        return "its gradient is not finite"
+    return None
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import UserError
+from ..atomic_files import write_json
+from ..errors import DivergedError, UserError
 from ..result_folders import EARLIER
-from .records import RUN_FILE, RunRecord, read_record, write_record
+from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
-LOG_FILE = "log.jsonl"
 # These change nothing about what comes out.
 _FREE = {
     "dataloader_num_workers",
@@ -69,7 +69,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
         return "new"
     there = read_record(folder)
     differing = differences(there, record)
-    if differing and not there.done and _nothing_came_of_it(folder):
+    if differing and not there.done and nothing_came_of_it(folder):
         say(f"{folder}: the run there ended before its first checkpoint; it begins anew, with the settings of now")
         write_record(folder, record)
         return "new"
@@ -81,7 +81,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
     return "done" if there.done else "unfinished"
 
 
-def _nothing_came_of_it(folder: Path) -> bool:
+def nothing_came_of_it(folder: Path) -> bool:
     """Whether an unfinished run left nothing to go on from, as after an error in its data: there is nothing to lose."""
     ours = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
     return all(one.name.startswith(ours) for one in folder.iterdir()) and not any((folder / CHECKPOINTS).glob("*"))
@@ -130,16 +130,28 @@ def locked(folder: Path) -> Iterator[None]:
     with lock:
         try:
             yield
-        except UserError:
-            _forget(folder)
+        except DivergedError as error:
+            _mark(folder, error)
+            raise DivergedError(f"{folder}: {error}") from error
+        except UserError as error:
+            _mark(folder, error)
             raise
         finally:
             path.unlink(missing_ok=True)
 
 
-def _forget(folder: Path) -> None:
-    """Remove the record of a run that its data or options kept from beginning: it would look like one under way."""
-    if (folder / RUN_FILE).is_file() and not read_record(folder).done and _nothing_came_of_it(folder):
+def _mark(folder: Path, error: UserError) -> None:
+    """Remove the record of a run that its data or options kept from beginning: it would look like one under way.
+
+    A run that diverged keeps it, marked as such: none of its scores counts.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return
+    record = read_record(folder)
+    if isinstance(error, DivergedError):
+        record.status = DIVERGED
+        write_record(folder, record)
+    if not record.done and nothing_came_of_it(folder):
         for name in (LOG_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / CHECKPOINTS).is_dir():

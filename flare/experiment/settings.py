@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from flare_kernels.fusion import EAGER_FUSIONS, FUSIONS
 
@@ -24,7 +24,12 @@ BASE = "base"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options that all three commands have."""
+    """Options that all three commands have.
+
+    PAPER: what --paper sets where an option is not given.
+    """
+
+    PAPER: ClassVar[dict[str, Any]] = {"padding": "max_length"}
 
     task: str | None = option("str", "nusax, xnli, tydiqa, or classification and qa for data of your own")
     data: str | None = option("str", "folder (one sub-folder per language) or hub id (default: the task's)")
@@ -37,7 +42,9 @@ class Settings:
     metric: str | None = option("str", "metric that checkpoints are chosen by (default: the task's first)")
     max_length: int | None = option("int", "tokens per text (default: the paper's, 128, or 512 for questions)")
     padding: str | None = option(
-        "str", "pad every batch to max-length, as the paper, or to its longest text", choices=("max_length", "longest")
+        "str",
+        "pad every batch to max-length, as the paper, or to its longest text (default: of decoders)",
+        choices=("max_length", "longest"),
     )
     form: str | None = option("str", "read the task as this kind of model (default: by the model)", choices=FORMS)
     quantization: str | None = option(
@@ -46,6 +53,11 @@ class Settings:
     rows: int | None = option("int", "at most N rows of every split, for a quick look")
     eval_batch_size: int | None = option("int", "rows per step of evaluation (default: twice that of training)")
     threads: int | None = option("int", "CPU threads (default: PyTorch's choice)")
+    paper: bool = option(
+        "bool",
+        "the paper's settings where the defaults are others: 5 seeds, machine-translated text, fixed length",
+        False,
+    )
     progress: bool = option("bool", "progress bars", True)
     resume: bool = option(
         "bool", "go on with unfinished runs (--no-resume: start anew, keep the old as earlier-N)", True
@@ -90,6 +102,8 @@ class Training(Settings):
 class FinetuneSettings(Training):
     """Options of `flare finetune`."""
 
+    PAPER: ClassVar[dict[str, Any]] = {**Settings.PAPER, "seeds": (0, 1, 2, 3, 4)}
+
     model: str | None = option("str", "folder or hub id of the model to begin with")
     r: int | None = option("int", "rank of the adapter (default: 64)")
     full: bool = option("bool", "train all weights instead of an adapter that is merged", False)
@@ -105,6 +119,8 @@ class FinetuneSettings(Training):
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(Training):
     """Options of `flare train`."""
+
+    PAPER: ClassVar[dict[str, Any]] = {**FinetuneSettings.PAPER, "source_text": "mt", "target_text": "mt"}
 
     target: tuple[str, ...] | None = option("strs", "target languages")
     method: tuple[str, ...] | None = option("strs", f"{', '.join(METHODS)} (default: flare)", choices=METHODS)
@@ -138,7 +154,10 @@ class TrainSettings(Training):
         if self.train_only_fusion and set(self.methods) - {"flare"}:
             raise UserError(f"--train-only-fusion is for --method flare; got {', '.join(self.methods)}")
         if "mt" in (self.source_text, self.target_text) and self.translations is None:
-            raise UserError("--source-text mt and --target-text mt need --translations, the folder of flare translate")
+            raise UserError(
+                "--source-text mt and --target-text mt (which --paper sets) need --translations, the folder of flare "
+                "translate"
+            )
         if self.name is not None and ("/" in self.name or self.name.startswith(".") or not self.name.strip()):
             raise UserError(f"--name names one folder; got {self.name!r}")
         if self.name is not None and len(self.variants()) > 1:
@@ -165,6 +184,8 @@ class TrainSettings(Training):
 class EvaluateSettings(Settings):
     """Options of `flare evaluate`; what is left out is read from the runs."""
 
+    PAPER: ClassVar[dict[str, Any]] = {"source_text": ("mt",)}
+
     setting: tuple[str, ...] = option("strs", "what to evaluate (default: all three)", SETTINGS, SETTINGS)
     target: tuple[str, ...] | None = option("strs", "target languages (default: all that have runs)")
     seeds: tuple[int, ...] | None = option("ints", "default: all that have runs")
@@ -177,4 +198,4 @@ class EvaluateSettings(Settings):
     def check(self) -> None:
         super().check()
         if self.source_text is not None and "mt" in self.source_text and self.translations is None:
-            raise UserError("--source-text mt needs --translations, the folder of flare translate")
+            raise UserError("--source-text mt (which --paper sets) needs --translations, the folder of flare translate")

@@ -107,13 +107,7 @@ class Setup:
 
     @property
     def batches(self) -> dict[str, Any]:
-        """FlareDataCollator's options.
-
-        Prompts and answers of causal rows are aligned, which can take more than max_length: these are padded to the
-        batch's own width.
-        """
-        if self.form.layout == "causal":
-            return {"layout": "causal", "padding": "longest"}
+        """FlareDataCollator's options."""
         return {"layout": self.form.layout, "padding": self.recipe.batches["padding"], "max_length": self.max_length}
 
     def load_model(self, quantized: bool = True) -> Any:
@@ -167,8 +161,8 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
     """
     kind = kind_of(model, settings.form)
     recipe, notes = for_this_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
-    if settings.padding is not None:
-        recipe = replace(recipe, batches={**recipe.batches, "padding": settings.padding})
+    padding = settings.padding or ("longest" if kind.family == "causal" else recipe.batches["padding"])
+    recipe = replace(recipe, batches={**recipe.batches, "padding": padding})
     try:
         tokenizer = recipe.tokenizer_of(model)
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from collections.abc import Callable
@@ -14,14 +15,16 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
-from ..tasks import Pair, resolve_labels
-from .base import Base, find_base
+from ..tasks import JoinedForm, Pair, resolve_labels
+from ..tasks.digest import digests_of_pairs
+from .base import PREDICTIONS, Base, chance_notes, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
 from .common import adapter_fields, claimed, common_settings, expect_no_source, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
+from .known_data import mark, remember
 from .latent_rows import add_states, latent_encoder, target_texts
-from .methods import READS_SOURCE, build, variant_name
+from .methods import READS_SOURCE, build, for_method, variant_name
 from .predict import Predictor, write_predictions
 from .processes import is_main, wait
 from .provenance import read_provenance
@@ -31,7 +34,6 @@ from .settings import TrainSettings
 from .setup import Data, Notes, Setup, prepare, task_of
 
 ADAPTER = "adapter"
-PREDICTIONS = "predictions-test.jsonl"
 _BOTTLENECK_ROWS = 256
 
 
@@ -97,11 +99,15 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
         notes = Notes(say if is_main() else lambda line: None)
         folders = []
+        chance = {
+            seed: notes(chance_notes(Path(base.model))) if base.record is not None else []
+            for seed, base in bases.items()
+        }
         for plan in grid:
             base = bases[plan.seed]
-            setup = prepare(settings, task, base.model, settings.training)
+            setup = for_method(plan.method, prepare(settings, task, base.model, settings.training))
             notes(setup.notes)
-            folders.append(_Run(settings, plan, base, data, setup, notes, say).run())
+            folders.append(_Run(settings, plan, base, data, setup, notes, say, chance[plan.seed]).run())
     return folders
 
 
@@ -153,9 +159,10 @@ class _Run:
         setup: Setup,
         notes: Notes,
         say: Callable[[str], None],
+        base_notes: list[str],
     ) -> None:
         self.settings, self.plan, self.base, self.data, self.setup = settings, plan, base, data, setup
-        self.notes, self.say = notes, say
+        self.notes, self.say, self.base_notes = notes, say, base_notes
         self.folder = settings.output / plan.target / plan.variant / f"seed-{plan.seed}"
         self.values = training_values(setup.recipe.training, settings.training)
         self.adapter = adapter_fields(
@@ -171,16 +178,48 @@ class _Run:
             if state == "done":
                 if is_main():
                     self.say(f"{self.plan.name}: done before, in {self.folder}")
+                    self._mark_changes()
             else:
-                self._train(record)
+                self._train(record, claim)
             wait()
         return self.folder
+
+    def _mark_changes(self) -> None:
+        """Say where the rows of a finished run are not what they were."""
+        with contextlib.suppress(UserError):  # data that are gone change nothing about it
+            splits, _ = self._splits()
+            for line in mark(self.folder, self.plan.name, self._digests(splits)):
+                self.say(f"{line} (--no-resume trains anew)")
+
+    def _splits(self) -> tuple[dict[str, list[Pair] | None], list[str]]:
+        """The pairs of every split that the run reads, None for one that is not there, and the notes about them."""
+        plan = self.plan
+        train, notes = self.data.pairs(
+            plan.target, "train", target_text=plan.target_text, source_text=plan.train_source
+        )
+        valid, more = self._valid()
+        splits, notes = {"train": train, "valid": valid, "test": None}, [*notes, *more]
+        if self.settings.test:
+            splits["test"], more = self.data.pairs(plan.target, "test", source_text=plan.source_text)
+            notes += more
+        return splits, notes
+
+    def _digests(self, splits: dict[str, list[Pair] | None]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for split, pairs in splits.items():
+            text = self.plan.source_text if split == "test" else self.plan.train_source
+            if split == "valid" and self.settings.train_only_fusion:
+                text = None
+            found |= digests_of_pairs(split, pairs, text) if pairs is not None else {}
+        return found
 
     def _record(self) -> RunRecord:
         plan, settings = self.plan, self.settings
         own: dict[str, Any] = {"adapter": self.adapter, "base_date": self.base.made}
         if plan.method == "flare-mt":
             own |= {"mt_model": location(settings.mt_model or ""), "mt_language": settings.mt_language}
+        if isinstance(self.setup.form, JoinedForm):
+            own["prompt"] = self.setup.form.prompt
         if plan.method == "x-mixup":
             own["mixup_layer"] = settings.mixup_layer
         if settings.train_only_fusion:
@@ -207,18 +246,20 @@ class _Run:
             date=now(),
         )
 
-    def _train(self, record: RunRecord) -> None:
+    def _train(self, record: RunRecord, claim: Callable[[Callable[[], str]], str]) -> None:
         plan, settings, setup = self.plan, self.settings, self.setup
         with_source = plan.source_text is not None
-        train, news = self.data.pairs(plan.target, "train", target_text=plan.target_text, source_text=plan.train_source)
+        splits, news = self._splits()
+        train, valid, test = splits["train"] or [], splits["valid"], splits["test"]
         texts = (plan.source_text, plan.target_text)
         translation = read_provenance(settings.translations, self.data.source, plan.target, texts)
-        record.data = {"notes": self.notes(news, plan.target), "translation": translation}
-        valid = self._valid(record)
-        test = None
-        if settings.test:
-            test, news = self.data.pairs(plan.target, "test", source_text=plan.source_text)
-            record.data["notes"] += self.notes(news, plan.target)
+        digests = self._digests(splits)
+        claim(lambda: remember(self.folder, digests))
+        record.data = {
+            "notes": [*self.base_notes, *self.notes(news, plan.target)],
+            "translation": translation,
+            "digest": digests,
+        }
         groups = None
         if settings.train_only_fusion:
             rows, groups = self._half(train, record)
@@ -285,18 +326,14 @@ class _Run:
             scores = done.metrics.test.get("translate-train") or done.metrics.valid
             self.say(f"{plan.name}: {summary(scores, done.metrics)}")
 
-    def _valid(self, record: RunRecord) -> list[Pair] | None:
-        """Validation pairs: as the training's, or None where there are none."""
+    def _valid(self) -> tuple[list[Pair] | None, list[str]]:
+        """Validation pairs: as the training's, or None where there are none; and the notes about them."""
         plan = self.plan
         language = self.data.source if plan.target_text == "mt" else plan.target
         if not self.data.has(language, "valid"):
-            missing = [f"{language} has no valid split: the last checkpoint is used"]
-            record.data["notes"] += self.notes(missing)
-            return None
+            return None, [f"{language} has no valid split: the last checkpoint is used"]
         source = None if self.settings.train_only_fusion else plan.train_source
-        pairs, news = self.data.pairs(plan.target, "valid", target_text=plan.target_text, source_text=source)
-        record.data["notes"] += self.notes(news, plan.target)
-        return pairs
+        return self.data.pairs(plan.target, "valid", target_text=plan.target_text, source_text=source)
 
     def _rows(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from ..experiment.records import RecordError, Run, find_runs, read_record
+from ..experiment.records import RecordError, Run, diverged, find_runs, read_record
 
 #: Methods in the order of the paper's tables, with their names for readers.
 METHODS = {
@@ -50,7 +50,9 @@ class Entry:
         record = self.run.record
         rest = record.variant.removeprefix(record.method)
         name = record.variant
-        if record.method in METHODS and (not rest or (rest != record.variant and rest.startswith("-"))):
+        if record.method == record.variant == "translate-test":  # beside the machine-translated one
+            name = f"{METHODS[record.method]} ({record.source_text or 'gold'} source)"
+        elif record.method in METHODS and (not rest or (rest != record.variant and rest.startswith("-"))):
             name = METHODS[record.method] + (f" ({rest[1:].replace('-', ' ')})" if rest else "")
         if self.setting in _MAIN:
             return name
@@ -77,6 +79,7 @@ class Group:
         labels: lines of the tables, in the order of the paper's, mapped to their names for readers.
         languages: target languages, sorted.
         metrics: names of the metrics, the task's first one first.
+        rows: which test rows the group was scored on, where they are not those of the adapters.
     """
 
     task: str
@@ -85,6 +88,7 @@ class Group:
     entries: list[Entry] = field(default_factory=list)
     bases: list[Run] = field(default_factory=list)
     slug: str = ""
+    rows: str = ""
 
     @property
     def labels(self) -> dict[str, str]:
@@ -103,7 +107,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        return f"{self.task}: {self.source} to {', '.join(self.languages)}"
+        return f"{self.task}: {self.source} to {', '.join(self.languages)}" + (f", {self.rows}" if self.rows else "")
 
     def of(self, label: str, language: str | None = None) -> list[Entry]:
         """Entries of a line (in a language), in the order of their seeds."""
@@ -151,7 +155,7 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
             group.bases.append(run)
         else:
             group.entries += [Entry(run, setting, _scores(run, setting)) for setting in run.metrics.test]
-    full = [group for group in groups.values() if group.entries]
+    full = [part for group in groups.values() for part in _apart(group) if part.entries]
     if not full:
         bases = sum(len(group.bases) for group in groups.values())
         raise ReportError(
@@ -164,7 +168,35 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
     return Collection(sorted(full, key=lambda group: group.slug), unfinished, len(runs))
 
 
+def _apart(group: Group) -> list[Group]:
+    """The group, and one of its own for scores of the base on other test rows than any adapter's."""
+    trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
+    other = [
+        entry
+        for entry in group.entries
+        if entry.run.record.kind == "evaluate"
+        and (peers := [one for one in trained if one.language == entry.language])
+        and not any(_same_rows(entry.run, one.run) for one in peers)
+    ]
+    if not other:
+        return [group]
+    group.entries = [entry for entry in group.entries if entry not in other]
+    rows = "the base on other test rows than the adapters"
+    return [group, Group(group.task, group.source, group.model, other, group.bases, rows=rows)]
+
+
+def _same_rows(one: Run, other: Run) -> bool:
+    """Whether two runs of a language were scored on the same test rows, as far as they tell."""
+    a, b = one.record.data, other.record.data
+    digests = [(data.get("digest") or {}).get("test") for data in (a, b)]
+    if all(digests):
+        return bool(digests[0] == digests[1])
+    return a.get("test") == b.get("test") or not (a.get("test") and b.get("test"))
+
+
 def _unfinished(run: Run) -> str | None:
+    if what := diverged(run):
+        return f"diverged, {what}; train anew with a smaller --lr (flare train --no-resume)"
     if not run.record.done:
         return f"not finished (status {run.record.status!r}); the command that began it goes on with it"
     if run.record.kind != "finetune" and not run.metrics.test:
@@ -227,7 +259,7 @@ def _name(groups: Sequence[Group]) -> None:
 
     for group in groups:
         same = [other for other in groups if other.task == group.task]
-        parts = [group.task]
+        parts = [group.task, *(["other-rows"] if group.rows else [])]
         if len({other.source for other in same}) > 1:
             parts.append(group.source)
         if len({other.model for other in same}) > 1:

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..experiment.records import Run
+from ..experiment.records import STALE, Run
 from .collect import Entry, Group
-from .summary import Cell, spread
+from .summary import Cell, costs, spread
 from .tables import METRIC_NAMES, show
 
 #: Settings that are meant to differ between the runs of a line, or that do not decide about the result.
@@ -70,12 +70,19 @@ def warnings(group: Group) -> list[str]:
                 found.append(f"{label} on {language}: its seeds have different training rows: {_joined(counts)}")
     found += _different_rows(group)
     for record in {id(entry.run): entry.run.record for entry in group.entries}.values():
-        found += [str(note) for note in record.data.get("notes") or [] if ": scored with " in str(note)]
+        found += [str(note) for note in record.data.get("notes") or [] if _speaks_against(str(note))]
     trained = [entry for entry in group.entries if entry.run.metrics.seconds_per_step is not None]
     for what, read in _COSTS.items():
         kinds = {str(read(entry.run)) for entry in trained}
         if len(kinds) > 1:
             found.append(f"costs are not comparable, their runs have several {what}: {_joined(kinds)}")
+    for cost in costs(group):
+        low, high = cost.ranges.get("seconds_per_step", (0.0, 0.0))
+        if high > _UNSTEADY * low:
+            found.append(
+                f"{cost.label}: its runs took {1000 * low:.1f} to {1000 * high:.1f} ms per step: its costs say little "
+                "(was the machine shared, or are the languages' texts of other lengths?)"
+            )
     versions = _differing(group.entries, lambda entry: entry.run.record.environment.get("versions") or {})
     for name, values in versions.items():
         found.append(f"runs with several versions of {name}: {', '.join(values)}")
@@ -83,6 +90,11 @@ def warnings(group: Group) -> list[str]:
     if len(commits) > 1:
         found.append(f"runs of several commits: {_joined(commits)}")
     return found
+
+
+def _speaks_against(note: str) -> bool:
+    """Whether a run's note says that its score is not what it seems."""
+    return ": scored with " in note or STALE in note or " is at chance level on " in note
 
 
 def _different_rows(group: Group) -> list[str]:
@@ -102,9 +114,17 @@ def _different_rows(group: Group) -> list[str]:
             if len(counts) > 1:
                 shares = "; ".join(f"{rows}: {', '.join(names)}" for rows, names in counts.items())
                 found.append(f"{language}: its lines were {what} on different numbers of rows: {shares}")
+        scored: dict[str, dict[str, None]] = {}
+        for entry in here:
+            if digest := (entry.run.record.data.get("digest") or {}).get("test"):
+                scored.setdefault(f"{digest} {entry.run.record.data.get('test')}", {})[entry.name] = None
+        if len({key.split()[1] for key in scored}) < len(scored):
+            shares = "; ".join(", ".join(names) for names in scored.values())
+            found.append(f"{language}: its lines were scored on different test rows, as many or not: {shares}")
     return found
 
 
+_UNSTEADY = 1.5  # eager steps of one kind vary by up to 30 % between runs
 _OWN_ROWS = ("translate-train", "zero-shot", "translate-test")
 _COSTS: dict[str, Callable[[Run], Any]] = {
     "devices": lambda run: run.record.environment.get("device"),

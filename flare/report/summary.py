@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .collect import Group
 
@@ -64,9 +64,16 @@ class Quality:
         return next(line for line in self.lines if line.label == label)
 
 
+#: Costs that vary between runs of one kind.
+RANGED = ("seconds_per_step", "peak_bytes", "train_seconds")
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a line's runs cost: medians over its runs; None where no run measured it."""
+    """What a line's runs cost: medians over its runs; None where no run measured it.
+
+    ranges: name of a cost -> its least and greatest value over the runs that measured it.
+    """
 
     label: str
     name: str
@@ -76,6 +83,7 @@ class Cost:
     steps: float | None
     trainable_parameters: float | None
     runs: int
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -136,6 +144,11 @@ def costs(group: Group) -> list[Cost]:
             _median([run.metrics.steps for run in runs]),
             _median([run.record.trainable_parameters for run in runs]),
             len(runs),
+            {
+                name: (min(known), max(known))
+                for name in RANGED
+                if (known := [value for run in runs if (value := getattr(run.metrics, name)) is not None])
+            },
         )
         if any(value is not None for value in (cost.seconds_per_step, cost.peak_bytes, cost.train_seconds)):
             lines.append(cost)

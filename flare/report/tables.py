@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .collect import Group
-from .summary import Cell, Cost, Line, Quality, costs
+from .summary import RANGED, Cell, Cost, Line, Quality, costs
 
 MISSING = "-"
 METRIC_NAMES = {"macro_f1": "macro F1", "accuracy": "accuracy", "exact_match": "exact match", "f1": "F1"}
@@ -127,7 +127,8 @@ def quality_table(group: Group, table: Quality) -> Table:
         rows.append((*row, line.seeds))
     name = METRIC_NAMES.get(table.metric, table.metric)
     return Table(
-        f"{name} in percent, {group.task}, {group.source} as the source language",
+        f"{name} in percent, {group.task}, {group.source} as the source language"
+        + (f", {group.rows}" if group.rows else ""),
         tuple(head),
         tuple(rows),
         tuple(_notes(table, partial)),
@@ -209,9 +210,9 @@ def cost_table(group: Group) -> Table | None:
     rows = tuple(
         (
             line.name,
-            MISSING if line.seconds_per_step is None else f"{1000 * line.seconds_per_step:.1f}",
-            MISSING if line.peak_bytes is None else size(line.peak_bytes),
-            MISSING if line.train_seconds is None else duration(line.train_seconds),
+            _ranged(line, "seconds_per_step", lambda seconds: f"{1000 * seconds:.1f}"),
+            _ranged(line, "peak_bytes", size),
+            _ranged(line, "train_seconds", duration),
             MISSING if line.steps is None else f"{line.steps:g}",
             MISSING if line.trainable_parameters is None else f"{line.trainable_parameters:,.0f}",
             str(line.runs),
@@ -219,17 +220,36 @@ def cost_table(group: Group) -> Table | None:
         for line in lines
     )
     kinds = sorted({kind for e in group.entries if (kind := e.run.metrics.peak_kind)})
-    notes = ["medians over a line's runs; training time includes evaluation and checkpoints"]
+    notes = [
+        "medians over a line's runs, in brackets the least and the greatest; training time includes evaluation and "
+        "checkpoints"
+    ]
     if kinds:
         notes.append(f"peak memory: {' or '.join(kinds)} of one training step, weights and optimizer state included")
     return Table(f"Costs, {group.task}, {group.source} as the source language", head, rows, tuple(notes))
 
 
+def _ranged(line: Cost, name: str, text: Callable[[float], str]) -> str:
+    """The median, and least to greatest in brackets where runs differ: "1391.5 (949.0 to 1834.0)"."""
+    value, ends = getattr(line, name), [text(end) for end in line.ranges.get(name, ())]
+    if value is None:
+        return MISSING
+    return text(value) + (f" ({' to '.join(ends)})" if len(set(ends)) > 1 else "")
+
+
 def cost_csv(lines: Sequence[Cost]) -> str:
     """The cost table in plain units."""
     head = ("variant", "name", "seconds_per_step", "peak_bytes", "train_seconds", "steps", "trainable_parameters")
-    rows = [[getattr(line, name, None) for name in ("label", *head[1:])] for line in lines]
-    return csv_text((*head, "runs"), [[*row, line.runs] for row, line in zip(rows, lines, strict=True)])
+    ends = [f"{name}_{end}" for name in RANGED for end in ("min", "max")]
+    rows = [
+        [
+            *(getattr(line, name, None) for name in ("label", *head[1:])),
+            line.runs,
+            *(end for name in RANGED for end in line.ranges.get(name, (None, None))),
+        ]
+        for line in lines
+    ]
+    return csv_text((*head, "runs", *ends), rows)
 
 
 def size(count: float) -> str:

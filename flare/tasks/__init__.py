@@ -12,6 +12,7 @@ from .examples import Answer, Example, Pair
 from .files import write_split
 from .form import Form, score
 from .forms import FAMILIES, make_form
+from .joined import JoinedForm, joined_task
 from .languages import LANGUAGES, NLLB_TAGS, Language, data_set_code, language, nllb_code
 from .pairs import load_pairs, read_translation
 from .reading import has_split, read_split, resolve_labels
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "Example",
     "Form",
+    "JoinedForm",
     "Language",
     "Pair",
     "Task",
@@ -33,6 +35,7 @@ __all__ = [
     "data_set_code",
     "get_task",
     "has_split",
+    "joined_task",
     "language",
     "load_pairs",
     "make_form",

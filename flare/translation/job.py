@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 from ..environment import environment, now
 from ..tasks import Example, Task
+from ..tasks.digest import digest_of_rows
 from ..tasks.files import find_file, write_split
 from .model import TranslationError
 from .pieces import Plan
 from .progress_file import ProgressFile
-from .provenance import FORMAT, differences, digest_of_file, digest_of_rows, read_provenance, write_provenance
+from .provenance import FORMAT, differences, digest_of_file, read_provenance, write_provenance
 from .rows import POLICIES, finish, prepare
 from .translator import Translated
 

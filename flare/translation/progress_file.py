@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..tasks.digest import digest_of
 from .model import TranslationError
 from .pieces import Plan
-from .provenance import digest_of
 from .translator import Translated
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..atomic_files import write_json
-from ..tasks import Example
 from .model import TranslationError
 
 FILE = "provenance.json"
@@ -50,18 +49,6 @@ def differences(then: Any, now: Any, name: str = "") -> list[str]:
             line for key in keys for line in differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)
         ]
     return [] if then == now else [f"{name}: {then!r} then, {now!r} now"]
-
-
-def digest_of(content: Any) -> str:
-    """SHA-256 of something that JSON can write."""
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of_rows(rows: Sequence[Example]) -> str:
-    """SHA-256 of the rows that are translated: ids, texts, labels and answers, in order."""
-    return digest_of(
-        [[row.id, list(row.texts.items()), row.label, [[one.text, one.start] for one in row.answers]] for row in rows]
-    )
 
 
 def digest_of_file(path: Path) -> str:

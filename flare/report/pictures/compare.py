@@ -130,9 +130,11 @@ def draw_costs(group: Group, metric: str) -> Any:
             value, average, look = getattr(known[line.label], key), line.average, chosen[line.label]
             if value is None or average is None:
                 continue
+            low, high = known[line.label].ranges.get(key, (value, value))
             handles[line.name] = axes.errorbar(
                 scale * value,
                 average.mean,
+                xerr=[[scale * (value - low)], [scale * (high - value)]] if high > low else None,
                 yerr=average.spread or None,
                 fmt=look["marker"],
                 color=look["color"],
@@ -156,7 +158,10 @@ def draw_costs(group: Group, metric: str) -> Any:
         axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     grid[0].set_ylabel(f"{shown_name(metric)}, average of {len(table.languages)}", fontsize=NORMAL)
     legend_below(figure, list(handles.values()), list(handles), width)
-    spread = ", bars: ± std over seeds" if any(line.average and line.average.spread for line in costly) else ""
+    bars = ["± std over seeds"] if any(line.average and line.average.spread for line in costly) else []
+    ranged = [low < high for line in costly for low, high in known[line.label].ranges.values()]
+    bars += ["least to greatest cost"] if any(ranged) else []
+    spread = f", bars: {' and '.join(bars)}" if bars else ""
     heading(figure, f"{group.task}: quality against costs{spread}")
     return figure
 
