@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..names import checked_text
 from ..yaml_files import YamlLoader
 
 #: Short forms -> TrainingArguments' fields.
@@ -172,7 +173,11 @@ def _convert(value: Any, shown: Mapping[str, Any], where: str) -> Any:
         return number
     if shown["choices"] is not None and str(value) not in shown["choices"]:
         raise UserError(f"{where} must be one of {', '.join(shown['choices'])}; got {value!r}")
-    return Path(str(value)).expanduser() if wanted == "path" else str(value)
+    text = checked_text(str(value), where)
+    try:
+        return Path(text).expanduser() if wanted == "path" else text
+    except RuntimeError as error:  # "~somebody" whose home is not known
+        raise UserError(f"{where} {text}: {error}; write the whole path") from error
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_files import replacing
+from ..names import folder_name
 from .errors import DataError
 from .examples import Example
 from .registry import Task
@@ -33,7 +34,9 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
 
     Raises:
         DataError: several files could be meant.
+        UserError: the language cannot be a folder's name.
     """
+    folder_name(language, "the language")
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in SUFFIXES]
     there = [folder / language / name for name in names if (folder / language / name).is_file()]
     if len(there) > 1:
