@@ -93,6 +93,8 @@ def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Tas
     data = load_parallel(settings.data, settings.source, settings.target)
     for note in data.notes:
         say(f"Data: {note}")
+    for line in ("labels of the source's training rows:", *data.table):
+        say(line)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError) as error:

@@ -12,7 +12,8 @@ from transformers import set_seed
 
 from ..baselines import plain_lora
 from ..environment import environment, now
-from ..tasks import Pair, resolve_labels
+from ..tasks import Pair
+from ..tasks.reading import shown_labels
 from .callbacks import quiet_libraries
 from .common import adapter_fields, claimed, common_settings, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
@@ -40,10 +41,11 @@ def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print)
     assert settings.model is not None
     with quiet_libraries():
         source = settings.source or "english"
-        task = resolve_labels(task_of(settings), settings.data, source)
+        task, table = shown_labels(task_of(settings), settings.data, source)
         data = Data(task, settings.data, source, rows=settings.rows)
-        setup = prepare(settings, task, settings.model, settings.training)
         notes = Notes(say if is_main() else lambda line: None)
+        notes(table)
+        setup = prepare(settings, task, settings.model, settings.training)
         notes(setup.notes)
         return [_one(settings, seed, data, setup, notes, say) for seed in settings.seeds]
 

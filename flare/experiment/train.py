@@ -15,7 +15,8 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
-from ..tasks import Pair, resolve_labels
+from ..tasks import Pair
+from ..tasks.reading import shown_labels
 from .base import Base, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
@@ -93,10 +94,11 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
         labels = _check_bases(settings, bases)
         settings = replace(settings, form=_form_of(settings, bases))
-        task = resolve_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
+        task, table = shown_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
         data = Data(task, settings.data, settings.source_language, settings.translations, settings.rows)
         data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
         notes = Notes(say if is_main() else lambda line: None)
+        notes(table)
         folders = []
         for plan in grid:
             base = bases[plan.seed]
