@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
 from ..errors import UserError
@@ -72,7 +73,7 @@ def load(method: str, setup: Setup, folder: Path) -> tuple[Any, Any]:
 
             return load_x_mixup(model, folder), collate
         return PeftModel.from_pretrained(model, str(folder)), collate
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be loaded: {error}") from error
 
 

@@ -78,8 +78,9 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
         return "new"
     if differing:
         raise UserError(
-            f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run another name (--name) or "
-            "folder (--output), or start it anew with --no-resume, which keeps the old one beside it"
+            f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run "
+            f"{'another name (--name) or folder (--output)' if record.kind == 'train' else 'another folder (--output)'}"
+            ", or start it anew with --no-resume, which keeps the old one beside it"
         )
     return "done" if there.done else "unfinished"
 

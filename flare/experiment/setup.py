@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import UserError
+from ..model_names import find_model
 from ..recipes import Recipe
 from ..tasks import Pair, Task, get_task, has_split, load_pairs, make_form, read_split
 from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
@@ -121,7 +124,7 @@ class Setup:
         lacking: list[str] = []
         try:
             model = recipe.base_model(self.model, self.tokenizer, lacking)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model {self.model} cannot be loaded as {self.form.auto_class}: {error}") from error
         # the head, beside the backbone, is trained
         body = {name.rpartition(".")[0] for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
@@ -160,13 +163,14 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
     Raises:
         UserError: the model or its tokenizer cannot be used.
     """
+    model = find_model(model, "model")
     kind = kind_of(model, settings.form)
     recipe, notes = for_this_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
     if settings.padding is not None:
         recipe = replace(recipe, batches={**recipe.batches, "padding": settings.padding})
     try:
         tokenizer = recipe.tokenizer_of(model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"model {model}: its tokenizer cannot be loaded: {error}") from error
     form = make_form(task, tokenizer, kind.family, task.max_length)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
+from ..names import checked_text
 from .errors import DataError
 from .examples import Example
 from .files import SPLITS, find_file, read_folder, write_split
@@ -84,10 +85,14 @@ def _check(split: str) -> None:
 def _folder(data: Data) -> Path | None:
     if data is None:
         return None
-    folder = Path(data).expanduser()
+    try:
+        folder = Path(checked_text(os.fspath(data), "--data")).expanduser()
+    except RuntimeError as error:  # "~somebody" whose home is not known
+        raise DataError(f"--data {data}: {error}; write the whole path") from error
     if folder.is_dir():
         return folder
-    if folder.exists() or not isinstance(data, str) or data.startswith((".", "/", "~")):
+    path_like = not isinstance(data, str) or data.startswith((".", "/", "~")) or "\\" in data or data.count("/") > 1
+    if folder.exists() or path_like:
         raise DataError(f"--data {data}: no such folder; give a folder with one sub-folder per language, or a hub id")
     return None
 
