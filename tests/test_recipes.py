@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from datasets import Dataset
 from two_streams import rows, tokenizer
 
 import flare
+from flare.errors import UserError
+from flare.experiment.defaults import kind_of
 from flare.recipes import Recipe, names
 
 CLASSES = {
@@ -233,3 +237,43 @@ def test_without_bitsandbytes(bases, monkeypatch) -> None:
     monkeypatch.setattr("flare.recipes.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install bitsandbytes, or pass quantization=None"):
         flare.from_recipe("qlora", bases["CAUSAL_LM"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {"trust_remote_code": True}},
+        {"tokenizer": {"trust_remote_code": True}},
+        {"model": {"use_kernels": True}},
+        {"model": {"weights_only": False}},
+        {"model": {"attn_implementation": "owner/kernel"}},
+        {"adapter": {"megatron_core": "evil"}},
+    ],
+    ids=str,
+)
+def test_a_recipe_runs_no_code_of_a_folder(content, tmp_path) -> None:
+    (tmp_path / "evil.yaml").write_text(yaml.safe_dump({"task": "SEQ_CLS", "tasks": {"x": content}}))
+    with pytest.raises(ValueError, match="a recipe never runs"):
+        Recipe.read(f"{tmp_path / 'evil.yaml'}/x")
+
+
+def test_code_of_a_folder_runs_where_the_call_says_so_alone(bases, tmp_path, monkeypatch) -> None:
+    """Neither a recipe nor a command asks at the terminal; the folder's module says when it is imported."""
+    folder = tmp_path / "model"
+    shutil.copytree(bases["SEQ_CLS"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": names}))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForSequenceClassification\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *said: pytest.fail("asked at the terminal"))
+    recipe = {"task": "SEQ_CLS", "base": str(folder)}
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        flare.from_recipe(recipe)
+    with pytest.raises(UserError, match="code of its own, which flare's commands do not run"):
+        kind_of(str(folder))
+    assert not (tmp_path / "ran").exists()

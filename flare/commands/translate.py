@@ -101,9 +101,11 @@ def _read_config(path: Path, settings: type) -> dict[str, Any]:
     """
     import yaml
 
+    from ..yaml_files import YamlLoader
+
     try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.expanduser().read_text(encoding="utf-8"), YamlLoader)
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold options and their values, such as 'task: nusax'")

@@ -25,8 +25,10 @@ from transformers import (
 )
 
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
+from ..errors import UserError
 from ..experiment.callbacks import Bar, Timing, measure_step, quiet, quiet_libraries
 from ..measure import StepTimer
+from ..model_names import find_model
 from ..training.collator import FlareDataCollator
 from ..training.trainer import FlareTrainer
 from ..tuner.convert import fast_lora
@@ -93,9 +95,14 @@ def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Tas
     data = load_parallel(settings.data, settings.source, settings.target)
     for note in data.notes:
         say(f"Data: {note}")
+    for line in ("labels of the source's training rows:", *data.table):
+        say(line)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
+        model = find_model(settings.model, "--model")
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except UserError as error:
+        raise DemoError(str(error)) from error
+    except (OSError, ValueError, ImportError) as error:
         raise DemoError(f"--model {settings.model}: its tokenizer cannot be loaded: {error}") from error
     return Task(
         source=settings.source,
@@ -104,7 +111,7 @@ def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Tas
         finetune=[(row.text, row.label) for row in data.finetune[: settings.rows]],
         train=data.train[: settings.rows],
         test=data.test[: settings.rows],
-        base=settings.model,
+        base=model,
         tokenizer=tokenizer,
         notes=data.notes,
     )

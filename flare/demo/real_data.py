@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..errors import UserError
 from ..tasks import Example, get_task, read_split
 from ..tasks.alignment import POSITION, match
+from ..tasks.inferred import inferred_labels, label_table
 from .corpus import Pair
 from .settings import DemoError
 
@@ -39,6 +40,7 @@ class ParallelData:
     train: list[Pair]
     test: list[Pair]
     notes: list[str]
+    table: list[str]  # labels and their counts
 
 
 def load_parallel(data: str, source: str, target: str) -> ParallelData:
@@ -66,13 +68,19 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
                 f"--data {data}: no id of {split} occurs in both {source} ({len(source_rows)} rows) and {target} "
                 f"({len(target_rows)} rows); rows belong together by their id column"
             )
-    labels = tuple(sorted({row.label for row in finetune}))
+    try:
+        counts = inferred_labels(
+            [Example(row.id, label=row.label) for row in finetune], f"--data {data}, {source}/train"
+        )
+    except UserError as error:
+        raise DemoError(str(error)) from error
+    labels = tuple(counts)
     unknown = sorted({pair.label for pair in (*splits["train"], *splits["test"])} - set(labels))
     if unknown:
         raise DemoError(f"--data {data}: {target} has labels that {source}/train lacks: {', '.join(unknown)}")
     if len(labels) < 2:
         raise DemoError(f"--data {data}: {source}/train has only the label {labels}; two or more are needed")
-    return ParallelData(labels, finetune, splits["train"], splits["test"], notes)
+    return ParallelData(labels, finetune, splits["train"], splits["test"], notes, label_table(counts))
 
 
 def align(

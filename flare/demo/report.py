@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_files import replacing, write_json
+from ..escape import markdown
 from ..result_folders import check_writable, move_earlier
 from .settings import DemoError
 
@@ -110,7 +111,7 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """The table for a README."""
-    body = ["| " + " | ".join(line) + " |" for line in (_HEAD, *_cells(summarize(rows)))]
+    body = ["| " + " | ".join(map(markdown, line)) + " |" for line in (_HEAD, *_cells(summarize(rows)))]
     return "\n".join([body[0], "|---|---|---:|---:|---:|---:|", *body[1:]])
 
 
@@ -149,8 +150,9 @@ def finish(
     """Write every file of a finished run and show the table."""
     write_json(folder / RESULTS, list(rows))
     write_json(folder / RUN, information)
-    heading = f"# flare demo: {information['languages']['source']} to {information['languages']['target']}"
-    note = legend(information).replace("\n", "\n\n")
+    languages = [markdown(information["languages"][which]) for which in ("source", "target")]
+    heading = f"# flare demo: {' to '.join(languages)}"
+    note = "\n\n".join(map(markdown, legend(information).splitlines()))
     with replacing(folder / TABLE) as file:
         file.write(f"{heading}\n\n{markdown_table(rows)}\n\n{note}\n")
     say("")
@@ -175,6 +177,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any]
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     lines = summarize(rows)
     costly = [line for line in lines if line["seconds_per_step"] is not None and line["source"] != "noisy"]
@@ -244,6 +247,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any]
         f"{settings['epochs']} epochs, {count} seed{'s' if count > 1 else ''}, {information['environment']['device']}",
         fontsize=11,
     )
+    for text in figure.findobj(Text):  # a dollar sign in a language's name is one
+        text.set_parse_math(False)
     figure.savefig(path, dpi=130)
 
 

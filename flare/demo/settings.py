@@ -9,6 +9,7 @@ from typing import Any
 from flare_kernels import FUSIONS
 
 from ..errors import UserError
+from ..names import folder_name
 
 
 class DemoError(UserError, ValueError):
@@ -106,6 +107,11 @@ class DemoSettings:
                 raise DemoError(
                     f"{option(name)} goes with --model and --data; the embedded corpus has one language pair"
                 )
+        for name in ("source", "target"):
+            try:
+                folder_name(getattr(self, name) or "-", option(name))
+            except UserError as error:
+                raise DemoError(str(error)) from None
         if self.data is not None and self.pretrain_steps is not None:
             raise DemoError("--pretrain-steps is for the embedded base; leave it out with --model and --data")
         if self.data is not None and self.source == self.target:

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
+from ..names import folder_name
 from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.digest import digests_of_pairs
 from ..tasks.errors import some_ids
@@ -90,7 +91,7 @@ class _Evaluation:
         found = list(dict.fromkeys(r.record.target_language for r in self.runs if r.record.target_language))
         if not found:
             raise UserError(f"--target is missing: {self.settings.output} has no runs that would tell the languages")
-        return found
+        return [folder_name(name, f"{self.settings.output}: target_language of a run.json") for name in found]
 
     def _base(self, setting: str, target: str, seed: int, text: str | None) -> list[Path]:
         settings = self.settings

@@ -14,8 +14,9 @@ from transformers import set_seed
 from ..baselines import plain_lora
 from ..environment import environment, now
 from ..errors import UserError
-from ..tasks import Pair, resolve_labels
+from ..tasks import Pair
 from ..tasks.digest import digests_of_pairs
+from ..tasks.reading import shown_labels
 from .base import PREDICTIONS, chance_notes
 from .callbacks import quiet_libraries
 from .common import adapter_fields, claimed, common_settings, location, summary
@@ -45,10 +46,11 @@ def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print)
     assert settings.model is not None
     with quiet_libraries():
         source = settings.source or "english"
-        task = resolve_labels(task_of(settings), settings.data, source)
+        task, table = shown_labels(task_of(settings), settings.data, source)
         data = Data(task, settings.data, source, rows=settings.rows)
-        setup = prepare(settings, task, settings.model, settings.training)
         notes = Notes(say if is_main() else lambda line: None)
+        notes(table)
+        setup = prepare(settings, task, settings.model, settings.training)
         notes(setup.notes)
         return [_one(settings, seed, data, setup, notes, say) for seed in settings.seeds]
 

@@ -213,7 +213,7 @@ def fit(
             predictor=predictor,
             groups=groups,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError, ImportError) as error:  # as a report_to whose package is not installed
         raise UserError(f"these training arguments do not work: {error}") from error
     timer.device = arguments.device
     quiet(trainer, Finite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..model_names import find_model
 from ..source.latent_encoder import LatentEncoder
 from ..tasks import Pair, nllb_code
 
@@ -35,15 +36,18 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        model = find_model(model, "--mt-model")
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         tag = language
         if tag is None and hasattr(tokenizer, "src_lang"):
             tag = nllb_code(target)
         return LatentEncoder(model, tokenizer, language=tag, max_length=max_length, device=device)
     except UserError as error:  # of the table of languages, which speaks of flare translate's options
         said = str(error).replace("--source-code or --target-code", "--mt-language")
+        if said.startswith("--mt-model"):
+            raise
         raise UserError(f"--mt-model {model} for {target}: {said}") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"--mt-model {model} for {target}: {error} (--mt-language sets the tag)") from error
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..names import checked_text
 from ..yaml_files import YamlLoader
 
 #: Short forms -> TrainingArguments' fields.
@@ -131,10 +132,10 @@ def read_settings(kind: type[Any], given: Mapping[str, Any], rest: Sequence[str]
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
-    path = Path(file).expanduser()
     try:
+        path = Path(checked_text(file, "--config")).expanduser()
         content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {file} cannot be read: {error}") from error
     if content is None:
         return {}
@@ -167,25 +168,34 @@ def _convert(value: Any, shown: Mapping[str, Any], where: str) -> Any:
     if wanted in _NUMBERS:
         try:
             number = _NUMBERS[wanted](value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = None
         if number is None or float(number) != float(value):
             raise UserError(f"{where} must be {'a whole number' if wanted == 'int' else 'a number'}; got {value!r}")
         return number
     if shown["choices"] is not None and str(value) not in shown["choices"]:
         raise UserError(f"{where} must be one of {', '.join(shown['choices'])}; got {value!r}")
-    return Path(str(value)).expanduser() if wanted == "path" else str(value)
+    text = checked_text(str(value), where)
+    try:
+        return Path(text).expanduser() if wanted == "path" else text
+    except RuntimeError as error:  # "~somebody" whose home is not known
+        raise UserError(f"{where} {text}: {error}; write the whole path") from error
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, dict):
         return dict(value)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where} takes names and values (NAME: VALUE); got {value!r}")
     made = {}
     for item in value:
         name, equals, text = str(item).partition("=")
         if not equals or not name:
             raise UserError(f"{where} takes KEY=VALUE; got {item!r}")
-        made[name.replace("-", "_")] = yaml.load(text, YamlLoader)
+        try:
+            made[name.replace("-", "_")] = yaml.load(text, YamlLoader)
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            raise UserError(f"{where} {item}: its value is not YAML ({error})") from error
     return made
 
 

@@ -206,13 +206,27 @@ def _read(path: Path, kind: type[Any]) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecordError(f"{path} is missing: {path.parent} holds no run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read: {error}; move it away or run the command again") from error
     if not isinstance(content, dict):
         raise RecordError(f"{path} holds no JSON object; move it away or run the command again")
     known = {one.name for one in fields(kind)}
+    for one in fields(kind):
+        if one.name in content and not _fits(content[one.name], str(one.type)):
+            shown = json.dumps(content[one.name])[:60]
+            raise RecordError(f"{path}: {one.name} must be {one.type}; got {shown}. It was not written by flare")
     try:
         # Keys of a later version are left out, so that older reports read newer runs.
         return kind(**{key: value for key, value in content.items() if key in known})
     except TypeError as error:
         raise RecordError(f"{path} lacks something: {error}; it was not written by flare") from error
+
+
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict}
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value of a JSON file is what a field holds: a kind, or None where the annotation has it."""
+    if value is None:
+        return annotation.endswith("None")
+    return isinstance(value, _KINDS[annotation.partition("[")[0].partition(" ")[0]]) and not isinstance(value, bool)

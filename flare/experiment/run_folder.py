@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..atomic_files import write_json
 from ..errors import DivergedError, UserError
 from ..result_folders import EARLIER
 from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write_record
@@ -75,8 +74,9 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
         return "new"
     if differing:
         raise UserError(
-            f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run another name (--name) or "
-            "folder (--output), or start it anew with --no-resume, which keeps the old one beside it"
+            f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run "
+            f"{'another name (--name) or folder (--output)' if record.kind == 'train' else 'another folder (--output)'}"
+            ", or start it anew with --no-resume, which keeps the old one beside it"
         )
     return "done" if there.done else "unfinished"
 

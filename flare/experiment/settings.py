@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from flare_kernels.fusion import EAGER_FUSIONS, FUSIONS
 
 from ..errors import UserError
+from ..names import folder_name
 from ..result_folders import EARLIER
 from .options import flag, option
 
@@ -65,6 +66,12 @@ class Settings:
 
     def check(self) -> None:
         """Raise UserError for a value that cannot work."""
+        if self.source is not None:
+            folder_name(self.source, "--source")
+        for target in getattr(self, "target", None) or ():
+            folder_name(target, "--target")
+            if target == BASE or target.startswith(EARLIER):
+                raise UserError(f"--target {target!r}: this name is the experiment's own; rename the language's folder")
         for one in fields(self):
             value = getattr(self, one.name)
             for number in value if one.metadata.get("kind") == "ints" and value is not None else [value]:
@@ -158,13 +165,10 @@ class TrainSettings(Training):
                 "--source-text mt and --target-text mt (which --paper sets) need --translations, the folder of flare "
                 "translate"
             )
-        if self.name is not None and ("/" in self.name or self.name.startswith(".") or not self.name.strip()):
-            raise UserError(f"--name names one folder; got {self.name!r}")
+        if self.name is not None and folder_name(self.name, "--name").startswith(EARLIER):
+            raise UserError(f"--name {self.name!r}: {EARLIER}N is where earlier runs are kept; choose another name")
         if self.name is not None and len(self.variants()) > 1:
             raise UserError("--name is for one method, fusion and rank: several runs would share the folder")
-        for target in self.target:
-            if target == BASE or target.startswith(EARLIER):
-                raise UserError(f"--target {target!r}: this name is the experiment's own; rename the language's folder")
 
     def variants(self) -> list[tuple[str, str | None, int | None]]:
         """(method, fusion, r) of every kind of run."""

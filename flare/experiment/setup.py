@@ -11,8 +11,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from ..model_names import find_model
 from ..recipes import Recipe
 from ..tasks import Pair, Task, get_task, has_split, load_pairs, make_form, read_split
+from ..training.row_checks import vocabulary_of, wrong_tokenizer
 from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
 from .settings import Settings
 
@@ -103,6 +105,7 @@ class Setup:
     form: Any
     max_length: int
     notes: list[str]
+    misfit: str | None = None  # what says that the tokenizer is another model's
     drawn: list[str] = field(default_factory=list)  # modules below the head that the checkpoint has no weights for
 
     @property
@@ -122,6 +125,13 @@ class Setup:
             model = recipe.base_model(self.model, self.tokenizer, lacking)
         except (OSError, ValueError, ImportError, RuntimeError, *DAMAGED) as error:
             raise UserError(f"model {self.model} cannot be loaded as {self.form.auto_class}: {error}") from error
+        size, highest = vocabulary_of(model), max(self.tokenizer.get_vocab().values(), default=0)
+        if size is not None and highest >= size:
+            raise UserError(
+                f"model {self.model}: its tokenizer has ids up to {highest} and the model {size} embeddings, so it is "
+                "another model's; put the model's own tokenizer into the folder"
+            )
+        self.misfit = wrong_tokenizer(self.tokenizer, model)
         # the head, beside the backbone, is trained
         body = {name.rpartition(".")[0] for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
         self.drawn = sorted(body)
@@ -129,10 +139,11 @@ class Setup:
 
     @property
     def drawn_notes(self) -> list[str]:
-        """What to know of the modules that the last :meth:`load_model` found no weights for."""
+        """What to know of the last :meth:`load_model`: modules without weights, a tokenizer that does not fit."""
+        misfit = [f"{self.model}: {self.misfit}"] if self.misfit else []
         if not self.drawn:
-            return []
-        return [f"{self.model} has no weights for {', '.join(self.drawn)}: drawn by the seed, and not trained"]
+            return misfit
+        return [*misfit, f"{self.model} has no weights for {', '.join(self.drawn)}: drawn by the seed, and not trained"]
 
 
 def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] | None = None) -> Task:
@@ -159,13 +170,14 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
     Raises:
         UserError: the model or its tokenizer cannot be used.
     """
+    model = find_model(model, "model")
     kind = kind_of(model, settings.form)
     recipe, notes = for_this_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
     padding = settings.padding or ("longest" if kind.family == "causal" else recipe.batches["padding"])
     recipe = replace(recipe, batches={**recipe.batches, "padding": padding})
     try:
         tokenizer = recipe.tokenizer_of(model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise UserError(f"model {model}: its tokenizer cannot be loaded: {error}") from error
     form = make_form(task, tokenizer, kind.family, task.max_length)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -15,8 +15,9 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
-from ..tasks import JoinedForm, Pair, resolve_labels
+from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
+from ..tasks.reading import shown_labels
 from .base import PREDICTIONS, Base, chance_notes, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
@@ -94,10 +95,11 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
         labels = _check_bases(settings, bases)
         settings = replace(settings, form=_form_of(settings, bases))
-        task = resolve_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
+        task, table = shown_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
         data = Data(task, settings.data, settings.source_language, settings.translations, settings.rows)
         data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
         notes = Notes(say if is_main() else lambda line: None)
+        notes(table)
         folders = []
         chance = {
             seed: notes(chance_notes(Path(base.model))) if base.record is not None else []

@@ -40,6 +40,9 @@ _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
 # PEFT has a field of this name for the base model's revision, which is what from_pretrained is told.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
 
+# What lets from_pretrained or PEFT run code, or read pickles: for the caller to say, not for a file.
+_RUNS_CODE = {"trust_remote_code", "code_revision", "use_kernels", "weights_only", "custom_generate", "megatron_core"}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -83,9 +86,24 @@ class Recipe:
         for key in ("adapter", "model", "tokenizer", "batches", "training"):
             if not isinstance(getattr(self, key), dict):
                 raise TypeError(f"recipe {self.name!r}: {key} must be a mapping, got {getattr(self, key)!r}")
+        self._check_harmless()
         unknown = sorted(set(self.adapter) - _ADAPTER_FIELDS)
         if unknown:
             raise ValueError(f"recipe {self.name!r}: adapter has {', '.join(unknown)}, no field of FlareConfig")
+
+    def _check_harmless(self) -> None:
+        """Raise ValueError for what would let a file decide that code of a folder or the hub is run."""
+        for key in ("model", "tokenizer", "adapter"):
+            for name in sorted(_RUNS_CODE & set(getattr(self, key))):
+                raise ValueError(
+                    f"recipe {self.name!r}: {key} has {name}: a recipe never runs code that comes with a model. Pass "
+                    f"{name} in the call (flare.from_recipe(..., {name}=...)) if you trust it"
+                )
+        if "/" in str(self.model.get("attn_implementation", "")):
+            raise ValueError(
+                f"recipe {self.name!r}: attn_implementation={self.model['attn_implementation']!r} is code of the hub: "
+                "a recipe never runs such. Pass attn_implementation in the call if you trust it"
+            )
 
     @classmethod
     def read(cls, recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
@@ -102,14 +120,19 @@ class Recipe:
             return cls._of("a mapping", dict(recipe), None)
         name = os.fspath(recipe)
         path, variant = _find(name)
-        content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
-        if not isinstance(content, dict):
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"recipe {name!r}: {path} cannot be read as YAML: {error}") from error
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise ValueError(f"recipe {name!r}: {path} holds no mapping of keys to values")
         return cls._of(name, content, variant)
 
     @classmethod
     def _of(cls, name: str, content: dict[str, Any], variant: str | None) -> Recipe:
-        variants = content.pop("tasks", {})
+        variants = content.pop("tasks", None) or {}
+        if not isinstance(variants, dict) or not all(isinstance(one, dict) for one in variants.values()):
+            raise ValueError(f"recipe {name!r}: tasks must map names to keys of a recipe, got {str(variants)[:60]}")
         if variant is None and variants:
             named = ", ".join(f"{name}/{one}" for one in variants)
             raise ValueError(f"recipe {name!r} has one recipe for each task: {named}")
@@ -204,14 +227,17 @@ class Recipe:
         return replace(self, **merged), adapter, passed
 
     def _tokenizer(self, base: str, passed: dict[str, Any]) -> Any:
-        shared = {key: passed[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in passed}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base, **shared, **self.tokenizer)
+        shared: dict[str, Any] = {
+            key: passed[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in passed
+        }
+        options: dict[str, Any] = {"trust_remote_code": False, **shared, **self.tokenizer}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, **options)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so ends of text still count
         return tokenizer
 
     def _base_model(self, base: str, passed: dict[str, Any]) -> Any:
-        options: dict[str, Any] = {"dtype": self.dtype, **self.model, **passed}
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": False, **self.model, **passed}
         if self.quantization is not None:
             if importlib.util.find_spec("bitsandbytes") is None:
                 raise ImportError(

@@ -7,27 +7,12 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..escape import csv_cell, latex, markdown, one_line
 from .collect import Group
 from .summary import RANGED, Cell, Cost, Line, Quality, costs
 
 MISSING = "-"
 METRIC_NAMES = {"macro_f1": "macro F1", "accuracy": "accuracy", "exact_match": "exact match", "f1": "F1"}
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "→": r"$\rightarrow$",
-}
 
 
 @dataclass(frozen=True)
@@ -45,26 +30,27 @@ class Table:
         """The table alone, for report.md and the screen of a README."""
 
         def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+            return "| " + " | ".join(cells) + " |"
 
         rule = "|" + "---|" * self.left + "---:|" * (len(self.head) - self.left)
-        return "\n".join([line(self.head), rule, *(line(row) for row in self._rows("**{}**".format))])
+        return "\n".join([line([*map(markdown, self.head)]), rule, *map(line, self._rows("**{}**".format, markdown))])
 
     def text(self) -> str:
         """The table for a terminal."""
-        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        head, *rows = ([*map(one_line, cells)] for cells in (self.head, *self.rows))
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
         def line(cells: Sequence[str]) -> str:
             pairs = list(zip(cells, widths, strict=True))
             return "  ".join(c.ljust(w) if i < self.left else c.rjust(w) for i, (c, w) in enumerate(pairs)).rstrip()
 
-        return "\n".join([line(self.head), "  ".join("-" * width for width in widths), *map(line, self.rows)])
+        return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
     def latex(self) -> str:
         r"""A table environment; needs \usepackage{booktabs}."""
         columns = "l" * self.left + "r" * (len(self.head) - self.left)
         body = [
-            *("% " + note for note in self.notes),
+            *("% " + one_line(note) for note in self.notes),
             r"\begin{table}",
             r"\centering",
             rf"\begin{{tabular}}{{{columns}}}",
@@ -79,24 +65,18 @@ class Table:
         ]
         return "\n".join(body) + "\n"
 
-    def _rows(self, bold: Callable[[str], str], escape: Callable[[str], str] = str) -> list[list[str]]:
+    def _rows(self, bold: Callable[[str], str], escape: Callable[[str], str]) -> list[list[str]]:
         return [
             [bold(escape(cell)) if (i, j) in self.best else escape(cell) for j, cell in enumerate(row)]
             for i, row in enumerate(self.rows)
         ]
 
 
-def latex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
-    return "".join(_LATEX.get(letter, letter) for letter in text)
-
-
 def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """CSV with a head; None becomes an empty field."""
+    """CSV with a head; None becomes an empty field, and what a spreadsheet would compute a text."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(["" if cell is None else cell for cell in row] for row in rows)
+    writer.writerows([*map(csv_cell, row)] for row in (head, *rows))
     return out.getvalue()
 
 

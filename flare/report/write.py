@@ -10,6 +10,7 @@ from typing import Any
 
 from ..atomic_files import write_json
 from ..environment import environment, now
+from ..escape import code, markdown
 from . import folder as places
 from .collect import Collection, Group, ReportError, collect
 from .conditions import conditions, notes, warnings
@@ -99,8 +100,10 @@ def _section(
         tables.append((f"{group.slug}-costs", cost))
         (folder / f"{group.slug}-costs.csv").write_text(cost_csv(costs(group)), encoding="utf-8")
     for name, table in tables:
-        notes = "".join(f"- {note}\n" for note in table.notes)
-        (folder / f"{name}.md").write_text(f"{table.title}\n\n{table.markdown()}\n\n{notes}", encoding="utf-8")
+        notes = "".join(f"- {markdown(note)}\n" for note in table.notes)
+        (folder / f"{name}.md").write_text(
+            f"{markdown(table.title)}\n\n{table.markdown()}\n\n{notes}", encoding="utf-8"
+        )
         (folder / f"{name}.tex").write_text(table.latex(), encoding="utf-8")
     pictures_folder = scratch / places.PICTURES
     pictures_folder.mkdir(exist_ok=True)
@@ -167,11 +170,11 @@ def _everything(
 def _markdown(
     title: str, found: Collection, sections: Sequence[_Section], runs: Sequence[str | os.PathLike[str]]
 ) -> str:
-    lines = [f"# {title}", ""]
+    lines = [f"# {markdown(title)}", ""]
     done = found.runs - len(found.unfinished)
-    lines += [f"{done} finished runs in {', '.join(f'`{folder}`' for folder in runs)}.", ""]
+    lines += [f"{done} finished runs in {', '.join(code(str(folder)) for folder in runs)}.", ""]
     if found.unfinished:
-        lines += ["Not in the tables:", "", *(f"- {line}" for line in found.unfinished), ""]
+        lines += ["Not in the tables:", "", *(f"- {markdown(line)}" for line in found.unfinished), ""]
     if len(sections) > 1:
         lines += [
             f"{len(sections)} groups, each with tables of its own (task, source language and model are the same in a "
@@ -185,27 +188,24 @@ def _markdown(
 
 def _group_lines(section: _Section) -> list[str]:
     group = section.group
-    lines = [f"## {group.title}", ""]
+    lines = [f"## {markdown(group.title)}", ""]
     if section.warnings:
-        lines += ["**Before comparing:**", "", *(f"- {line}" for line in section.warnings), ""]
+        lines += ["**Before comparing:**", "", *(f"- {markdown(line)}" for line in section.warnings), ""]
     for _, table in section.tables:
-        lines += [f"### {table.title}", "", table.markdown(), "", *(f"- {note}" for note in table.notes), ""]
+        lines += [f"### {markdown(table.title)}", "", table.markdown(), ""]
+        lines += [*(f"- {markdown(note)}" for note in table.notes), ""]
     for picture in section.pictures:
         if picture.files:
-            lines += [f"![{picture.title}]({places.PICTURES}/{picture.files[0].name})", ""]
+            lines += [f"![{markdown(picture.title)}]({places.PICTURES}/{picture.files[0].name})", ""]
     missing = [picture for picture in section.pictures if picture.missing]
     if missing:
-        lines += ["Pictures left out:", "", *(f"- {p.title}: {p.missing}" for p in missing), ""]
+        lines += ["Pictures left out:", "", *(f"- {markdown(f'{p.title}: {p.missing}')}" for p in missing), ""]
     lines += ["### Conditions", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in conditions(group)]
+    lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in conditions(group)]
     said = notes(group)
     if said:
-        lines += ["", "What the runs said about their data:", "", *(f"- {note}" for note in said)]
+        lines += ["", "What the runs said about their data:", "", *(f"- {markdown(note)}" for note in said)]
     return [*lines, ""]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

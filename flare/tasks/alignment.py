@@ -60,7 +60,7 @@ def align(
         DataError: nothing aligns, or there are no ids and not equally many rows.
     """
     notes = []
-    if not translated and any(row.id.startswith(POSITION) for row in (*targets[:1], *sources[:1])):
+    if not translated and (_without_ids(targets) or _without_ids(sources)):
         if len(targets) != len(sources):
             raise DataError(
                 f"{split}: rows of {target_name} ({len(targets)}) and {source_name} ({len(sources)}) cannot be "
@@ -78,6 +78,11 @@ def align(
             f"({len(sources)} rows); rows belong together by their id column{told}"
         )
     return pairs, [*notes, *map(str, drops)]
+
+
+def _without_ids(rows: Sequence[Example]) -> bool:
+    """Whether all ids are positions; a row's own id may begin as one of them does."""
+    return bool(rows) and all(row.id == position_id(index) for index, row in enumerate(rows))
 
 
 def match(

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_files import replacing
+from ..names import folder_name
 from .errors import DataError
 from .examples import Example
 from .registry import Task
-from .rows import examples_from
+from .rows import check_ids, examples_from
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -33,7 +34,9 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
 
     Raises:
         DataError: several files could be meant.
+        UserError: the language cannot be a folder's name.
     """
+    folder_name(language, "the language")
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in SUFFIXES]
     there = [folder / language / name for name in names if (folder / language / name).is_file()]
     if len(there) > 1:
@@ -54,23 +57,48 @@ def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Exa
         there = sorted(item.name for item in folder.iterdir() if item.is_dir())
         raise DataError(f"{folder} has no folder {language!r}; languages there: {', '.join(there) or 'none'}")
     if path is None:
-        there = sorted(item.name for item in (folder / language).iterdir() if item.suffix in SUFFIXES)
+        there = sorted(item.name for item in (folder / language).iterdir())
+        there = [*there[:10], *(["..."] if len(there) > 10 else [])]
         raise DataError(
             f"{folder / language / SPLITS[split][0]}.csv is missing, and so is any other {split} split "
             f"({', '.join(SPLITS[split])} as {', '.join(SUFFIXES)}); files there: {', '.join(there) or 'none'}"
         )
     rows, columns = _READERS[path.suffix](path)
+    check_ids(rows, columns, task, str(path))
     return examples_from(rows, columns, task, str(path))
 
 
 def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            return rows, list(reader.fieldnames or [])
-    except (csv.Error, UnicodeDecodeError) as error:
+            # strict: a quotation mark that is never closed would swallow the rows after it
+            reader = csv.reader(file, strict=True)
+            head = next(reader, [])
+            _check_head(path, head)
+            rows, wrong = [], []
+            for fields in reader:
+                if len(fields) == len(head):
+                    rows.append(dict(zip(head, fields, strict=True)))
+                elif fields:
+                    wrong.append((reader.line_num, len(fields)))
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} cannot be read as a CSV file in UTF-8: {error}") from error
+    if wrong:
+        line, count = wrong[0]
+        raise DataError(
+            f"{path}, line {line}: {count} fields where the head has {len(head)} ({', '.join(head)})"
+            f"{f'; so are {len(wrong) - 1} more rows' if len(wrong) > 1 else ''}. A text with a comma or a line break "
+            "needs quotation marks around it, and one inside it is written twice"
+        )
+    return rows, head
+
+
+def _check_head(path: Path, head: list[str]) -> None:
+    twice = sorted({name for name in head if head.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: the column {', '.join(map(repr, twice))} stands in the head twice; rename one")
+    if len(head) == 1 and any(mark in head[0] for mark in ";\t|"):
+        raise DataError(f"{path}: the fields must be separated by commas; its head is {head[0]!r}")
 
 
 def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -82,17 +110,19 @@ def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise ValueError("it is no object")
+                        raise ValueError("it is not an object")
                     rows.append(row)
-    except ValueError as error:  # also what UTF-8 and JSON raise
+    except (ValueError, OSError, RecursionError) as error:  # also what UTF-8 and JSON raise
         raise DataError(f"{path}, line {max(number, 1)}: no JSON object in UTF-8 ({error})") from error
     # A key that only some rows have is a column all the same; a missing value shows up as an empty text or label.
     return rows, list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    import pyarrow.parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
+    try:
+        import pyarrow.parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow: pip install pyarrow, or write the data as CSV or JSON lines") from error
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:

@@ -20,6 +20,7 @@ from .rows import examples_from
 
 _TYDIQA = "google-research-datasets/tydiqa"
 _TYDIQA_CONFIGURATION = "secondary_task"
+_NOT_REACHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ReadTimeout")
 _VALID_SHARE = 10  # one row in so many
 _SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 
@@ -81,7 +82,9 @@ def _load(hub_id: str, configuration: str, splits: tuple[str, ...]) -> Any:
                 # The hub keeps its own conversion of data sets that come with a loading script.
                 return load_dataset(hub_id, configuration, split=split, revision="refs/convert/parquet")
         except Exception as error:  # the hub, the network and the data set's files each raise kinds of their own
-            failures.append(f"{split}: {type(error).__name__}: {error}")
+            failures.append(f"{split}: {type(error).__name__}: {' '.join(str(error).split())}")
+            if isinstance(error, ConnectionError) or type(error).__name__ in _NOT_REACHED:
+                break  # each further split would be tried for minutes
     raise DataError(
         f"--data {hub_id}: neither a folder here nor a data set that can be loaded from the hub, with "
         f"{configuration!r} as its configuration and {splits[0]!r} as split ({'; '.join(failures)})"

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
+from ..names import checked_text
 from .errors import DataError
 from .examples import Example
 from .files import SPLITS, find_file, read_folder, write_split
 from .hub import hub_note, read_hub
+from .inferred import inferred_labels, label_table
 from .registry import Task
 
 __all__ = ["data_notes", "has_split", "read_split", "resolve_labels", "write_split"]
@@ -54,11 +56,20 @@ def resolve_labels(task: Task, data: Data, language: str) -> Task:
     """The task with its labels, which are those of a language's training rows where none were given.
 
     Integers are ordered by value, names by the alphabet.
+
+    Raises:
+        DataError: labels that look like mistakes; see `flare.tasks.inferred`.
     """
+    return shown_labels(task, data, language)[0]
+
+
+def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]]:
+    """As `resolve_labels`; also a table of labels and rows, empty where the labels were given."""
     if task.kind != "classification" or task.labels is not None:
-        return task
-    found = {row.label or "" for row in read_split(task, data, language, "train")}
-    return task.with_labels(sorted(found, key=lambda label: (int(label), "") if label.isdecimal() else (-1, label)))
+        return task, []
+    counts = inferred_labels(read_split(task, data, language, "train"), f"{data or task.hub_id}, {language}/train")
+    named = task.with_labels(list(counts))
+    return named, [f"labels, taken from the {language} training rows (--labels sets them):", *label_table(counts)]
 
 
 def data_notes(task: Task, data: Data, split: str) -> list[str]:
@@ -74,10 +85,14 @@ def _check(split: str) -> None:
 def _folder(data: Data) -> Path | None:
     if data is None:
         return None
-    folder = Path(data).expanduser()
+    try:
+        folder = Path(checked_text(os.fspath(data), "--data")).expanduser()
+    except RuntimeError as error:  # "~somebody" whose home is not known
+        raise DataError(f"--data {data}: {error}; write the whole path") from error
     if folder.is_dir():
         return folder
-    if folder.exists() or not isinstance(data, str) or data.startswith((".", "/", "~")):
+    path_like = not isinstance(data, str) or data.startswith((".", "/", "~")) or "\\" in data or data.count("/") > 1
+    if folder.exists() or path_like:
         raise DataError(f"--data {data}: no such folder; give a folder with one sub-folder per language, or a hub id")
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ from .alignment import position_id
 from .errors import DataError, some_ids
 from .examples import Answer, Example
 from .registry import Task
+
+#: Names of columns that look like ids, without all but their letters.
+_IDS = frozenset(
+    ("id", "ids", "idx", "uid", "uuid", "guid", "rowid", "exampleid", "sentenceid", "textid", "itemid", "sampleid")
+)
 
 
 def examples_from(
@@ -46,9 +52,11 @@ def examples_from(
         )
     found = [
         Example(
-            id=position_id(index) if "id" not in columns else _text(row.get("id")),
-            texts={column: _text(row.get(column)) for column in task.text_columns},
-            label=_label(row.get(task.label_column), task, name_of) if task.kind == "classification" else None,
+            id=position_id(index) if "id" not in columns else _id(row.get("id")),
+            texts={column: _text(row.get(column), f"{where}, row {index}: {column}") for column in task.text_columns},
+            label=_label(row.get(task.label_column), task, name_of, f"{where}, row {index}: {task.label_column}")
+            if task.kind == "classification"
+            else None,
             answers=_answers(row, where, index) if task.kind == "qa" else (),
         )
         for index, row in enumerate(rows)
@@ -77,16 +85,57 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
         )
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: Task, where: str) -> None:
+    """Refuse ids that rows cannot be paired by.
+
+    Raises:
+        DataError: a row without an id, an id that occurs twice, or a column that seems to hold ids and is named
+            otherwise, so that rows would be paired by their position.
+    """
+    if "id" not in columns:
+        read = {*task.text_columns, task.label_column}
+        near = [name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _IDS and name not in read]
+        if near:
+            raise DataError(
+                f"{where} has no column id, and its column {near[0]!r} looks like one: rows would be paired by their "
+                "position. Rename it to id, or remove it if the rows of all languages stand in one order"
+            )
+        return
+    first: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        name = _id(row.get("id"))
+        if not name.strip():
+            raise DataError(
+                f"{where}, row {index} (counted from 0) has no id; give every row one, or remove the column"
+            )
+        if name in first:
+            raise DataError(
+                f"{where}, row {index} (counted from 0): the id {name!r} is row {first[name]}'s too, so that it is not "
+                "known which rows of two languages belong together; give every row an id of its own"
+            )
+        first[name] = index
 
 
-def _label(value: Any, task: Task, name_of: Callable[[Any], str] | None) -> str:
+def _id(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value)
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, list | tuple | dict | bytes):
+        raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
+    return "" if value is None or value != value else str(value)
+
+
+def _label(value: Any, task: Task, name_of: Callable[[Any], str] | None, where: str) -> str:
+    if isinstance(value, list | tuple | dict | bytes):
+        raise DataError(
+            f"{where} holds a {type(value).__name__} ({str(value)[:40]}); a row has one label, a name or an index"
+        )
     if name_of is not None and isinstance(value, int) and value >= 0:
         value = name_of(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # what a column of integers with gaps becomes on its way
-    label = _text(value).strip()
+    label = _text(value, where).strip()
     if task.labels is not None and label.isdecimal() and int(label) < len(task.labels) and _indices_count(task):
         return task.labels[int(label)]
     return label
@@ -109,7 +158,7 @@ def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ..
         texts = [str(text) for text in _as_list(value["text"])]
         starts = _as_list(value.get("answer_start"))
         starts = [-1 if start in (None, "") else int(float(start)) for start in starts]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{where}, row {index}: its answers cannot be read ({type(error).__name__}: {error}); accepted: "
             '{"text": ["..."], "answer_start": [0]}, or columns answer and answer_start'

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchEncoding
 
+from .row_checks import check_row, check_vocabulary
+
 LAYOUTS = ("auto", "encoder", "causal", "seq2seq")
 
 # What FlareDataCollator reads or makes for the source; a Trainer has to keep these columns.
@@ -106,6 +108,7 @@ class FlareDataCollator:
         label_pad_token_id: what padding of labels holds.
         widths: least columns of every batch: before the index at which answers start (or texts end, padded on the
             left), from it on, and of decoder sequences. ``fitted`` finds those under which all batches are alike.
+        vocab_size: token ids from this one on are an error; FlareTrainer sets it to the model's.
 
     Raises:
         ValueError: a tokenizer without pad token, an unknown option, rows without a source, columns of different
@@ -122,6 +125,7 @@ class FlareDataCollator:
     require_source: bool = True
     label_pad_token_id: int = -100
     widths: tuple[int, int, int] | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.padding is True:
@@ -211,6 +215,8 @@ class FlareDataCollator:
 
     def _text(self, row: dict[str, Any], index: int, prefix: str, layout: str) -> Text:
         ids = row[f"{prefix}input_ids"]
+        if self.vocab_size is not None:
+            check_vocabulary(ids, self.vocab_size, index, f"{prefix}input_ids")
         columns = {"input_ids": ids, "attention_mask": row.get(f"{prefix}attention_mask", [1] * len(ids))}
         if f"{prefix}token_type_ids" in row:
             columns["token_type_ids"] = row[f"{prefix}token_type_ids"]
@@ -390,14 +396,13 @@ def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows with plain lists and numbers, one name for labels, and no columns that hold None.
 
     Raises:
-        ValueError: no rows, or one without ``input_ids``.
+        ValueError: no rows, or one whose ids or labels are missing, empty or text.
     """
     if not rows:
         raise ValueError("the collator was given no rows")
     read = [_without_empty(row) for row in rows]
     for index, row in enumerate(read):
-        if "input_ids" not in row:
-            raise ValueError(f"row {index} has no column 'input_ids'; it has {sorted(row)}")
+        check_row(row, index)
     return read
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,7 @@ from .. import _compat
 from ..source_cache import SourceStateCache
 from .collator import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
 from .graphed_step import GraphedStep
+from .row_checks import plain_collator, vocabulary_of, wrong_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -117,9 +119,14 @@ class FlareTrainer(Trainer):
         super().__init__(*args, **kwargs)
         given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
         if given.get("data_collator") is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
-            self.data_collator = FlareDataCollator(self.processing_class, require_source=_fuses(self.model))
+            made: Any = FlareDataCollator(self.processing_class, require_source=_fuses(self.model))
+            self.data_collator = made
+        elif given.get("data_collator") is None and self.processing_class is None and _fuses(self.model):
+            self.data_collator = plain_collator  # which says what is missing where rows must be padded
         if isinstance(self.data_collator, FlareDataCollator) and self.data_collator.layout == "auto":
             self.data_collator = replace(self.data_collator, layout=layout_of(self.model))
+        if isinstance(self.data_collator, FlareDataCollator):
+            self._check_tokenizer(self.data_collator)
         self.add_callback(SourceTokens)
         self.source_cache = source_cache
         self._cache_begun = self._cache_logged = (0, 0)
@@ -129,6 +136,13 @@ class FlareTrainer(Trainer):
         self._graphed_step: GraphedStep | None = None
         if cuda_graphs:  # a weight that autocast has cast outside a graph would be old in its replays
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+
+    def _check_tokenizer(self, collator: FlareDataCollator) -> None:
+        said = wrong_tokenizer(collator.tokenizer, self.model)
+        if said is not None:
+            warnings.warn(said, UserWarning, stacklevel=3)
+        if collator.vocab_size is None:
+            self.data_collator = replace(collator, vocab_size=vocabulary_of(self.model))
 
     # --- source states over epochs ------------------------------------------------------------------------------------
 

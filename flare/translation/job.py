@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..environment import environment, now
+from ..names import folder_name
 from ..tasks import Example, Task
 from ..tasks.digest import digest_of_rows
 from ..tasks.files import find_file, write_split
@@ -51,6 +52,10 @@ class Job:
     output: Path
     lost_marks: str = "drop"
     data: str | None = None
+
+    def __post_init__(self) -> None:
+        for one in (self.source_language, self.target_language):
+            folder_name(one, "the language")
 
     @property
     def name(self) -> str:

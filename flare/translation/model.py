@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..model_names import find_model
 
 _TAG = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # as NLLB and mBART write them; M2M100 lists its own
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
+_SAID = 600  # letters of another library's message
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -45,12 +47,14 @@ class TranslationModel:
     ) -> None:
         import transformers
 
-        if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-            raise TranslationError(f"--model {name}: no such folder")
+        try:
+            found = find_model(name, "--model")
+        except UserError as error:
+            raise TranslationError(str(error)) from error
         self.name, self._wanted = name, revision
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.folder = Path(name).expanduser() if Path(name).expanduser().is_dir() else None
+        self.folder = Path(found) if Path(found).is_dir() else None
         self.config = self._load(transformers.AutoConfig, "configuration")
         if not getattr(self.config, "is_encoder_decoder", False):
             raise TranslationError(
@@ -84,12 +88,14 @@ class TranslationModel:
         if self.folder is None and revision is not None:
             options["revision"] = revision
         try:
-            return auto.from_pretrained(str(self.folder or self.name), **options)
+            return auto.from_pretrained(str(self.folder or self.name), trust_remote_code=False, **options)
         except Exception as error:  # the hub, missing files and missing packages each raise kinds of their own
-            first = str(error).strip().splitlines()[:1] or [""]
+            # the first line may be a heading ("... requires the SentencePiece library but it was not found. ...")
+            said = " ".join(str(error).split())
+            said = said if len(said) <= _SAID else said[:_SAID] + " ..."
             raise TranslationError(
                 f"--model {self.name}: its {what} could not be loaded, from a folder or the hub "
-                f"({type(error).__name__}: {first[0]})"
+                f"({type(error).__name__}: {said})"
             ) from error
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UserError
+from ..names import folder_name
 from .model import TranslationError
 
 SPLITS = ("train", "valid", "test")
@@ -73,6 +75,11 @@ class TranslateSettings:
             values = getattr(self, name)
             if isinstance(values, str) or not values or len(set(values)) < len(values):
                 raise TranslationError(f"{option(name)} must name one or more, each once; got {values!r}")
+        for name, value in (("source", self.source), *(("target", one) for one in self.target)):
+            try:
+                folder_name(value, option(name))
+            except UserError as error:
+                raise TranslationError(str(error)) from None
         unknown = [split for split in self.splits if split not in SPLITS]
         if unknown:
             raise TranslationError(f"--splits must be of {', '.join(SPLITS)}; got {', '.join(unknown)}")

@@ -51,7 +51,10 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
     """Write a figure as path.<format> for every format; the same figure gives the same bytes."""
     # fixed ids and no date, and letters that stay letters in PDF and SVG
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # a dollar sign in a name is one; matplotlib's own labels of axes stay
+        text.set_parse_math(r"\mathdefault" in text.get_text())
     written = []
     with rc_context({"svg.hashsalt": "flare", "svg.fonttype": "none", "pdf.fonttype": 42}):
         for kind in formats:

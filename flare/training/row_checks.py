@@ -1,0 +1,104 @@
+"""Rows and tokenizers that do not fit a model, named before they become an index error or a silent loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SPECIAL = ("pad", "bos", "eos")
+
+
+def check_row(row: Mapping[str, Any], index: int) -> None:
+    """Raise ValueError for ids that are missing, empty or text, and for labels that are text."""
+    if "input_ids" not in row:
+        raise ValueError(f"row {index} has no column 'input_ids'; it has {sorted(row)}")
+    for name in ("input_ids", "source_input_ids"):
+        ids = row.get(name, [0])
+        if not isinstance(ids, list) or (ids and not isinstance(ids[0], int)):
+            raise ValueError(
+                f"row {index}: {name} must be a list of token ids, got {str(ids)[:60]!r}; tokenise the text"
+            )
+        if not ids:
+            raise ValueError(
+                f"row {index}: {name} is empty; leave such rows out, or give the text's special tokens, which "
+                "tokenizers add by default"
+            )
+    labels = row.get("labels")
+    first = labels[0] if isinstance(labels, list) and labels else labels
+    if isinstance(first, str):
+        raise ValueError(
+            f"row {index}: labels is the text {first!r}, and models are trained on numbers; map it first, such as "
+            "model.config.label2id[label]"
+        )
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int, index: int, name: str) -> None:
+    """Raise ValueError for a token id that the model has no embedding of."""
+    highest = max(ids)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"row {index}: {name} holds the id {highest}, and the model's vocabulary has {vocab_size} ids: this text "
+            "was made by another model's tokenizer, or tokens were added without model.resize_token_embeddings"
+        )
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many token ids a model has embeddings of; None where it does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    known = [one for one in (size, getattr(embeddings, "num_embeddings", None)) if isinstance(one, int)]
+    return max(known, default=None)
+
+
+def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
+    """Return what says that a tokenizer is another model's, or None.
+
+    Special tokens beyond the vocabulary are such, and special tokens of other ids than the model's configuration has.
+    """
+    size, name = vocabulary_of(model), type(tokenizer).__name__
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in (*_SPECIAL, "cls", "sep", "mask", "unk")}
+    beyond = {kind: one for kind, one in ids.items() if size is not None and isinstance(one, int) and one >= size}
+    if beyond:
+        return (
+            f"the tokenizer ({name}) has {_listed(beyond)}, and the model's vocabulary has {size} ids; use the model's "
+            "own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) after adding tokens"
+        )
+    config = getattr(model, "config", None)
+    differing = {}
+    for kind in _SPECIAL:
+        theirs = getattr(config, f"{kind}_token_id", None)
+        accepted = theirs if isinstance(theirs, list) else [theirs]
+        if theirs is not None and ids[kind] is not None and ids[kind] not in accepted:
+            differing[kind] = f"{ids[kind]} (the model: {theirs})"
+    if not differing:
+        return None
+    return (
+        f"the tokenizer ({name}) has {_listed(differing)}: it may be another model's. Use the model's own, for the "
+        "source texts too, or set the ids in model.config if they are meant"
+    )
+
+
+def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack rows of one length, as transformers' default collator.
+
+    Raises:
+        ValueError: rows that must be padded, for which a tokenizer is needed, or labels that are text.
+    """
+    from transformers import default_data_collator
+
+    for index, row in enumerate(rows):
+        labels = row.get("labels", row.get("label"))
+        check_row({"input_ids": [0], "labels": labels}, index)
+    try:
+        return dict(default_data_collator([dict(row) for row in rows]))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            "these rows cannot be stacked, their texts differ in length, and the trainer has no tokenizer to pad them "
+            "with: pass processing_class=tokenizer to FlareTrainer, or data_collator=flare.FlareDataCollator(tokenizer)"
+        ) from error
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{kind}_token_id {value}" for kind, value in found.items())

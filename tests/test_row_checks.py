@@ -1,0 +1,93 @@
+"""Rows and tokenizers that do not fit a model are named as such, for the target and the source."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import transformers
+from datasets import Dataset
+from experiment_data import write_bert, write_data
+from trained import arguments, flare_model
+from two_streams import rows, tokenizer
+
+from flare.cli import main
+from flare.training.collator import FlareDataCollator
+from flare.training.row_checks import vocabulary_of, wrong_tokenizer
+from flare.training.trainer import FlareTrainer
+
+
+def train(folder: Path, data: list[dict], **options) -> None:
+    FlareTrainer(
+        flare_model("bert"), arguments(folder, max_steps=1), train_dataset=Dataset.from_list(data), **options
+    ).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"source_input_ids": []}, "row 0: source_input_ids is empty; leave such rows out"),
+        ({"input_ids": []}, "row 0: input_ids is empty"),
+        ({"source_input_ids": "a text"}, "row 0: source_input_ids must be a list of token ids, got 'a text'"),
+        ({"source_input_ids": ["a", "text"]}, "source_input_ids must be a list of token ids"),
+        ({"labels": "positive"}, "row 0: labels is the text 'positive', and models are trained on numbers"),
+        ({"source_input_ids": [1, 10**6]}, "row 0: source_input_ids holds the id 1000000, and the model's vocab"),
+        ({"input_ids": [1, 10**6]}, "row 0: input_ids holds the id 1000000"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_row_that_no_model_takes(tmp_path, change, said):
+    row = {"input_ids": [1, 2], "source_input_ids": [2, 3], "labels": 0, **change}
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, [row], processing_class=tokenizer())
+    assert said in str(error.value), error.value
+    if "labels" in change:
+        for name in ("label", "labels"):
+            with pytest.raises(ValueError, match="label2id"):
+                FlareDataCollator(tokenizer())([{**row, name: "positive"}])
+
+
+def test_a_trainer_without_a_tokenizer(tmp_path):
+    ragged = [{"input_ids": [5] * n, "source_input_ids": [6] * n, "labels": 0} for n in (2, 3, 4, 5)]
+    with pytest.raises(ValueError, match="pass processing_class=tokenizer to FlareTrainer"):
+        train(tmp_path, ragged)
+    with pytest.raises(ValueError, match="label2id"):
+        train(tmp_path, [{**row, "labels": "positive"} for row in ragged])
+    train(tmp_path, [{**row, "input_ids": [5, 6], "source_input_ids": [6, 7]} for row in ragged])  # of one length
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    model = flare_model("bert")
+    assert vocabulary_of(model) == model.config.vocab_size
+    own = tokenizer()
+    model.config.pad_token_id = own.pad_token_id
+    assert wrong_tokenizer(own, model) is None
+    model.config.eos_token_id, own.eos_token = [own.pad_token_id, own.unk_token_id], own.unk_token
+    assert wrong_tokenizer(own, model) is None, "a list holds the ids that are accepted"
+    model.config.pad_token_id = own.pad_token_id + 1
+    with pytest.warns(UserWarning, match=r"has pad_token_id \d+ \(the model: \d+\): it may be another model's"):
+        FlareTrainer(model, arguments(tmp_path), processing_class=own)
+    own.add_special_tokens({"pad_token": "<new>"})
+    while len(own) <= model.config.vocab_size:
+        own.add_special_tokens({"pad_token": f"<new {len(own)}>"})
+    with pytest.warns(UserWarning, match=r"pad_token_id \d+, and the model.s vocabulary has .*resize_token_embeddings"):
+        FlareTrainer(model, arguments(tmp_path), processing_class=own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        good = rows("bert", 4)
+        assert FlareDataCollator(tokenizer(), vocab_size=vocabulary_of(model))(good)["input_ids"].shape[0] == 4
+
+
+def test_a_folder_with_another_models_tokenizer(tmp_path, capsys):
+    write_data(tmp_path / "data")
+    write_bert(tmp_path / "bert")
+    large = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    large.add_tokens([f"word{i}" for i in range(3)])
+    shutil.copytree(tmp_path / "bert", tmp_path / "odd")
+    large.save_pretrained(tmp_path / "odd")
+    words = ("finetune", "--task", "classification", "--model", tmp_path / "odd", "--data", tmp_path / "data")
+    more = ("--output", tmp_path / "runs", "--max-length", "24", "--no-progress", "--rows", "8")
+    assert main([str(word) for word in (*words, *more)]) == 2
+    assert "so it is another model's" in capsys.readouterr().err
