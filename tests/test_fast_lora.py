@@ -15,6 +15,7 @@ import torch
 import flare
 from flare.tuner.layer import FlareLayer
 from flare_kernels import FUSIONS, reference
+from flare_kernels.launch_mode import forcing
 
 QV = {"bert": ("query", "value"), "xlmr": ("query", "value"), "llama": ("q_proj", "v_proj")}
 
@@ -221,7 +222,8 @@ def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) 
     lora = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
     plain.load_state_dict(lora, strict=False)
     text = without_source(inputs)
-    torch.testing.assert_close(model(**text).logits, plain(**text).logits, rtol=0, atol=0)
+    with forcing(form="frozen_first"):  # as a layer that runs by itself; the other order rounds elsewhere
+        torch.testing.assert_close(model(**text).logits, plain(**text).logits, rtol=0, atol=0)
 
 
 def test_cross_attention_of_several_adapters() -> None:
