@@ -241,7 +241,8 @@ def read_source(
     device, masks = weights[0].device, {}
     if device.type == "meta":
         device = reads.device
-    by_modules = graded(weights) and reads.are_touched()  # then lora_A is called in its layer, on the state as it is
+    # lora_A is called in its layer, on the state as it is; a graph does that anyway
+    by_modules = not torch.compiler.is_compiling() and graded(weights) and reads.are_touched()
     states: Any  # a reader
     given = "source_states" in source
     if given:
