@@ -450,7 +450,7 @@ def test_run_gpu_keeps_what_there_is_when_steps_fail_and_time_runs_out(seconds: 
     if seconds == "0":
         assert all("not begun" in outcome for outcome in outcomes.values())
     else:
-        assert outcomes["tests"] == "failed (1)" and "stopped after 120s" in outcomes["whole steps"]
+        assert outcomes["tests"] == "failed (1)" and "stopped after 150s" in outcomes["whole steps"]
         assert {outcomes[name] for name in ("compile", "projections", "tune", "more", "summary.json")} == {"done"}
 
 
@@ -516,10 +516,12 @@ def test_the_device_is_busy_once_where_two_kernels_run_beside_each_other() -> No
 def test_a_sweeps_part_is_not_measured_twice(tmp_path: Path) -> None:
     dry = {"FLARE_BENCH_DRY": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
     few = "-rs -k decode/xlmr"
-    first = run("bash", "benchmarks/run_gpu.sh", "sweep", "1", PYTEST_ADDOPTS=few, **dry)
+    of_parts = importlib.import_module("sweep").parts("tiny")
+    part = next(str(n) for n, names in enumerate(of_parts, 1) if any(name.startswith("decode/xlmr") for name in names))
+    first = run("bash", "benchmarks/run_gpu.sh", "sweep", part, PYTEST_ADDOPTS=few, **dry)
     assert first.returncode == 0, first.stdout + first.stderr
-    before = (tmp_path / "sweep-1.json").read_text()
-    second = run("bash", "benchmarks/run_gpu.sh", "sweep", "1", PYTEST_ADDOPTS=few, **dry)
+    before = (tmp_path / f"sweep-{part}.json").read_text()
+    second = run("bash", "benchmarks/run_gpu.sh", "sweep", part, PYTEST_ADDOPTS=few, **dry)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "a result of these sources exists" in second.stdout
-    assert (tmp_path / "sweep-1.json").read_text() == before
+    assert (tmp_path / f"sweep-{part}.json").read_text() == before

@@ -466,7 +466,7 @@ def test_what_the_mask_of_cross_attention_needs() -> None:
     with pytest.raises(TypeError, match="cross_attention_mask=1 must be True or False"):
         flare.FlareConfig(fusion="cross_attention", cross_attention_mask=1)
     inputs, model = tiny.batch("llama"), attending("llama").eval()
-    with pytest.raises(ValueError, match=r"attention_mask is \(3, 1, 9, 9\): cross_attention_mask=True of adapter"):
+    with pytest.raises(ValueError, match=r"attention_mask is of shape \(3, 1, 9, 9\), and next to a source"):
         model(**{**inputs, "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
     prompts = {name: x for name, x in inputs.items() if name != "labels"}
     prompts["source_attention_mask"] = torch.ones_like(prompts["source_attention_mask"])
