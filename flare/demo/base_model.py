@@ -169,7 +169,7 @@ def pretrain(
     generator = torch.Generator().manual_seed(config.seed)
     model.train()
     order = torch.empty(0, dtype=torch.long)
-    for _ in tqdm(range(config.steps), desc="pre-training", unit="step", disable=not progress):
+    for _ in tqdm(range(config.steps), desc="pre-training", unit="step", disable=None if progress else True):
         if len(order) < config.batch_size:
             order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
         chosen, order = order[: config.batch_size], order[config.batch_size :]

@@ -35,7 +35,7 @@ class Bar(TrainerCallback):
             initial=state.global_step,
             desc=self.name,
             unit="step",
-            disable=not enabled,
+            disable=None if enabled else True,  # None: on a terminal only
             leave=False,
         )
 

@@ -70,7 +70,9 @@ def add_states(
     in_file: list[tuple[int, int, tuple[int, ...]]] = []  # row, where its numbers begin, shape
     size = written = 0
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(texts), desc=name, unit="row", disable=name is None, leave=False))
+        bar = stack.enter_context(
+            tqdm(total=len(texts), desc=name, unit="row", disable=True if name is None else None, leave=False)
+        )
         store: Any = None
         for first in range(0, len(order), _BATCH):
             part = order[first : first + _BATCH]

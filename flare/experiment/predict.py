@@ -53,7 +53,9 @@ class Predictor:
         half: Any = contextlib.nullcontext()
         if self.autocast is not None:
             half = torch.autocast(device.type, self.autocast)
-        bar = tqdm(total=len(self.rows), desc=self.name, unit="row", disable=self.name is None, leave=False)
+        bar = tqdm(
+            total=len(self.rows), desc=self.name, unit="row", disable=True if self.name is None else None, leave=False
+        )
         try:
             with torch.no_grad(), half, bar:
                 for first in range(0, len(self.rows), self.batch_size):

@@ -188,7 +188,9 @@ def _translate(plan: Plan, translator: TranslatorLike, file: ProgressFile, label
     from tqdm.auto import tqdm
 
     before = sum(len(plan.batches[batch]) for batch in file.done)
-    with tqdm(total=len(plan.pieces), initial=before, desc=label, unit=" texts", disable=label is None) as bar:
+    with tqdm(
+        total=len(plan.pieces), initial=before, desc=label, unit=" texts", disable=True if label is None else None
+    ) as bar:
         for number, batch in enumerate(plan.batches):
             if number not in file.done:
                 file.add(number, translator.translate_batch([plan.pieces[piece] for piece in batch]))
