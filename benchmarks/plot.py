@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from costs import NAMES, costs, label, name_of
+from costs import costs, label, name_of
 from tables import caption, table
 
 Row = dict[str, Any]
@@ -34,7 +34,6 @@ COLOURS = {
     "eager-sdpa": "#CC79A7",
     "peer": "#999999",
 }
-LABELS = {method: label(method) for method in NAMES}
 _PARTS = {"source": "#009E73", "forward": "#56B4E9", "backward": "#0072B2", "optimizer": "#999999"}
 _MARKERS = {"shrink": "o", "expand": "s", "grad_bottleneck": "^", "grad_weight": "D", "grad_input": "v"}
 _FAMILY_MARKS = {"llama": "-", "xlmr": "--", "gemma2": ":", "mt5": "-."}
@@ -105,7 +104,7 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
             if not line:
                 continue
             at = [r["shape"]["m"] for r in line]
-            style = {"color": COLOURS[method], "marker": "o", "markersize": 4, "label": LABELS[method]}
+            style = {"color": COLOURS[method], "marker": "o", "markersize": 4, "label": label(method)}
             low = [1e3 * (r["median_s"] - r["q25_s"]) for r in line]
             high = [1e3 * (r["q75_s"] - r["median_s"]) for r in line]
             axes[0][column].errorbar(at, [1e3 * r["median_s"] for r in line], [low, high], capsize=2, **style)
@@ -209,7 +208,16 @@ def _bars(plt: Any, groups: list[list[Row]]) -> tuple[Any, Any]:
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.12)
+        shape = own[0]["shape"]
+        padded = ", padded rows" if shape.get("padded") else ""
+        title = f"{own[0]['model']}, {own[0]['depth']} blocks, B = {shape['B']}, m = {shape['m']}, r = {shape['r']}"
+        axis.set_title(title + padded, fontsize=10)
     return figure, axes[:, 0]
+
+
+def _beside_bar(axis: Any, text: str, end: float, place: int) -> None:
+    """Write a text to the right of a bar's end."""
+    axis.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
@@ -231,11 +239,7 @@ def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
                 axis.barh(place, min(1e3 * busy, wall), color=COLOURS["flare"])
             peak = counters.get("peak_bytes")
             text = f"{wall:.3g} ms" + (f", {peak / 2**30:.3g} GiB" if peak else "")
-            axis.annotate(text, (wall, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        shape = own[0]["shape"]
-        padded = ", padded rows" if shape.get("padded") else ""
-        title = f"{own[0]['model']}, {own[0]['depth']} blocks, B = {shape['B']}, m = {shape['m']}, r = {shape['r']}"
-        axis.set_title(title + padded, fontsize=10)
+            _beside_bar(axis, text, wall, place)
     axes[-1].set_xlabel("ms of a step that a user waits for" + (" (dark: the device works)" if on_device else ""))
     _save(figure, path, caption(run, [r["conditions"] for r in timed]))
     plt.close(figure)
@@ -252,20 +256,14 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     plt = _pyplot()
     groups = [[r for r in timed if r["model"] == model] for model in models]
     figure, axes = _bars(plt, groups)
-    for axis, model, own in zip(axes, models, groups, strict=True):
+    for axis, own in zip(axes, groups, strict=True):
         for place, row in enumerate(own):
             left = 0.0
             for part, colour in _PARTS.items():
                 width = 1e3 * row["counters"]["parts_s"][part]
                 axis.barh(place, width, left=left, color=colour, label=part if place == 0 else None)
                 left += width
-            axis.annotate(
-                f"{left:.3g}", (left, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-            )
-        shape = own[0]["shape"]
-        axis.set_title(
-            f"{model}, B = {shape['B']}, m = {shape['m']}, depth {own[0]['depth']}, r = {shape['r']}", fontsize=10
-        )
+            _beside_bar(axis, f"{left:.3g}", left, place)
     axes[-1].set_xlabel("ms of a step, each part timed from an idle device to an idle device")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _PARTS.values()]
     figure.legend(handles, ["source pass", "forward", "backward", "optimizer"], ncols=4, loc="outside upper center")

@@ -217,7 +217,7 @@ class _Case:
         if method == "flare-warm":  # from here on no source pass is due
             with torch.no_grad():
                 models.loss(method, self.batch)
-        # before the step: what a first forward makes once is no part of the step
+        # before the step, so that what only a first forward makes is not counted
         with saved_bytes(ignore=[models.stock.parameters(), self.batch.pair, self.batch.joined]) as saved:
             kept = models.loss(method, self.batch)
         del kept

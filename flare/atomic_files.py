@@ -24,7 +24,7 @@ _ABANDONED = 60
 def replacing(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file that takes the place of ``path`` when the block ends; after an error ``path`` is as it was.
 
-    A process that is killed meanwhile leaves ``.<name>.<its id>`` beside it, which a later write of ``path`` removes.
+    If the process is killed, ``.<name>.<its id>`` is left behind; a later write of ``path`` removes it.
     Missing folders are made.
 
     Raises:
