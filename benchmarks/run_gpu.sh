@@ -63,7 +63,7 @@ GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_so
 
 # 1. compile what the measurements launch
 # 2. tests that a GPU answers: whole models first, then every kernel
-# 3. whole steps, projections, the tuner
+# 3. whole steps, projections, padded steps, the tuner
 # 4. in the time that is left: the other questions, and the projections with the tuner's table
 if [ -n "$DRY" ]; then
   step 0 "compile" "$PYTHON" benchmarks/precompile.py --jobs 1 --most 1
@@ -79,8 +79,9 @@ else
   # shellcheck disable=SC2086
   step 90 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider ${WORKERS:-} --maxfail=20 --continue-on-collection-errors \
     -k "gpu or kernels" $GPU_TESTS tests/kernels --ignore tests/kernels/test_aot.py --ignore tests/kernels/test_binder.py
-  bench 150 "whole steps" steps.json benchmarks/test_training_step.py
+  bench 210 "whole steps" steps.json benchmarks/test_training_step.py -k "not padded"
   bench 60 "projections" projections.json benchmarks/test_projection.py
+  bench 90 "whole steps, padded" padded.json benchmarks/test_training_step.py -k padded
   tune 125 --budget 110
   bench 70 "more" more.json benchmarks/test_host_time.py benchmarks/test_generation.py benchmarks/test_kernels.py \
     benchmarks/test_block.py
@@ -92,7 +93,7 @@ fi
 
 END=1000000
 MEASURED=()
-for name in steps projections more; do [ -f "$RESULTS/$name.json" ] && MEASURED+=("$RESULTS/$name.json"); done
+for name in steps padded projections more; do [ -f "$RESULTS/$name.json" ] && MEASURED+=("$RESULTS/$name.json"); done
 if [ ${#MEASURED[@]} -gt 0 ]; then
   if "$PYTHON" -c 'import matplotlib' 2> /dev/null; then
     step 20 "table and pictures" "$PYTHON" benchmarks/plot.py "${MEASURED[@]}" --output "$RESULTS"
