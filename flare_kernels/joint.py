@@ -50,8 +50,9 @@ def fused_lora_qkv(
         weights: name -> frozen weight W (n, d). With it the node owns dx of the frozen products too (one buffer):
             give base_outputs without a graph, computed under ``torch.no_grad()``, or None.
         biases: name -> frozen bias (n,) or None, for products that the node makes.
-        dropout_p, training: one mask for x and one for x_source, shared by the projections (PEFT draws one per
-            projection; the distribution of each projection's gradient is the same).
+        dropout_p: probability of dropping an element of x and of x_source; one mask for each, shared by the projections
+            (PEFT draws one per projection; the distribution of each projection's gradient is the same).
+        training: whether dropout is applied.
         backend: as in ``fused_lora``.
 
     Returns:

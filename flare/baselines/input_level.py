@@ -126,8 +126,10 @@ def input_fusion(
     """Plain LoRA for batches of :class:`InputFusionCollator`.
 
     Args:
-        model, config, overrides: as for :func:`plain_lora`.
+        model: as for :func:`plain_lora`.
+        config: as for :func:`plain_lora`.
         max_length: m, the tokens of each text; given, the model must have positions for 2m.
+        **overrides: as for :func:`plain_lora`.
 
     Raises:
         ValueError: a model with fewer than 2m positions; an override ``fusion``.

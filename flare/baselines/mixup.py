@@ -228,7 +228,8 @@ def x_mixup(
     Args:
         model: a transformers model, modified in place: BERT, RoBERTa, XLM-R, DistilBERT, T5 and mT5 (in the encoder),
             Llama, Mistral, Qwen, Gemma and what is made like them.
-        config, overrides: as for :func:`plain_lora`.
+        config: as for :func:`plain_lora`.
+        **overrides: as for :func:`plain_lora`.
         layer: the block that mixes, counted from 0. Default: the middle one (half the number of blocks); the paper
             chooses by development score.
         lambda0: upper bound of lambda. 0 is no mixup at all; the consistency terms stay.

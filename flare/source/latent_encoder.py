@@ -24,7 +24,8 @@ class LatentEncoder:
         tokenizer: the MT model's tokenizer; default: that of the name.
         language: the tag of the target language, for tokenizers that write one (``src_lang``: NLLB, M2M100, mBART).
         max_length: longer texts are cut; default: ``length``, or the tokenizer's own limit.
-        device, dtype: where and in which dtype a model that is given by name runs.
+        device: where a model that is given by name runs.
+        dtype: in which dtype it runs.
 
     Raises:
         TypeError, ValueError: a language that is missing, not wanted or unknown to the tokenizer, a model without

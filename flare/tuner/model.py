@@ -353,10 +353,11 @@ class FlareModel(LoraModel):
         search, sampling, beams, several sequences per prompt and chunked prefill are transformers'.
 
         Args:
-            *args, **kwargs: as the base model's generate, and the source arguments of forward. Prompts of both texts
-                stand on the right of one width (padding_side="left"). FLARE MT: ``source_states`` of the prompt. An
-                encoder-decoder's decoder fuses where ``source_labels`` (of which only the presence counts) or
-                ``source_decoder_input_ids`` (what the source's decoder begins with) are given, as in forward.
+            *args: as the base model's generate.
+            **kwargs: as the base model's generate, and the source arguments of forward. Both prompts are padded on the
+                left, to one width. FLARE MT: ``source_states`` of the prompt. The decoder of an encoder-decoder fuses
+                if ``source_labels`` (only their presence counts) or ``source_decoder_input_ids`` (the beginning of the
+                source's output) are given, as in forward.
             source_alignment: "training": prompt position j meets the source's prompt position j, new token t the
                 source's token t, and a source that has ended is held at its end token. "release": the whole prompt and
                 every new token meet one late position of the source, as in the authors' release (decoder-only).
