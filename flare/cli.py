@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from flare_kernels import __version__
+
 from .commands import bench, demo, evaluate, finetune, info, report, train, translate
 
 #: In the order of their use.
@@ -33,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream."
     )
+    parser.add_argument("--version", action="version", version=f"flare-kernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)

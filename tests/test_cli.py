@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import flare_kernels
 from flare.cli import main
 from flare.demo.settings import DemoError, DemoSettings
 
@@ -28,6 +29,11 @@ def test_help_lists_the_commands_there_are(capsys):
     assert status == 0
     for command in ("finetune", "translate", "train", "evaluate", "report", "demo", "bench", "info"):
         assert re.search(rf"^    {command}\s", out, re.MULTILINE), command
+
+
+def test_version(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0 and out == f"flare-kernels {flare_kernels.__version__}\n"
 
 
 def test_no_command_is_an_error(capsys):
