@@ -1,6 +1,7 @@
 """Fused kernels for FLARE: LoRA whose bottleneck fuses a source- and a target-language stream.
 
-Needs torch; Triton where there is one (``backends()`` says whether and why not). Knows nothing of PEFT or transformers.
+Needs torch, and Triton for the kernels (``backends()`` lists what can run, and why not). Does not import PEFT or
+transformers.
 """
 
 from . import reference

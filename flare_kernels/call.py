@@ -77,7 +77,7 @@ class Call:
         self.only_adds = bool(projections) and all(projection.fusion == "add" for projection in projections)
         self.keep_scale = _dropout.keep_scale(p) if p > 0.0 else 1.0
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
-        #: most tokens of a call that takes the form for decoding; 0 where there is no such form
+        #: the most tokens for which a call takes the form for decoding; 0 if it has no such form
         decodes = p == 0.0 and self.group is not None and hasattr(ops, "decode") and ops.can_decode(1, self.ranks)
         self.decode_rows = ops.DECODE_ROWS if decodes else 0
         self.needs = _NeedsOfFlags(self.count)

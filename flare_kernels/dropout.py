@@ -1,6 +1,6 @@
 """Dropout as packed one-bit keep masks: drawn once, kept for the backward pass, never a dropped copy of x.
 
-A mask of an (M, K) stream is uint8 (M, ceil(K / 8)); bit j of byte b says whether column 8 b + j is kept; bits past
+A mask of an (M, K) stream is uint8 (M, ceil(K / 8)); bit j of byte b is 1 if column 8 b + j is kept; bits past
 column K are zero. It is a pure function of (seed, stream, row, byte): Philox 4x32-10 with
 
     counter = (byte, row, stream, 0)    key = (low, high word of the seed)
@@ -36,7 +36,7 @@ def drop_threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p') for the probability p' that the 16-bit threshold stands for; 0 where everything is dropped."""
+    """1 / (1 - p') for the probability p' that the 16-bit threshold represents; 0 if everything is dropped."""
     kept = _LEVELS - drop_threshold(p)
     return _LEVELS / kept if kept else 0.0
 

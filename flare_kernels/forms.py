@@ -1,6 +1,6 @@
 """The form of a step that a call takes: the forced one, the tuned table's, or the general rule's. Imports no Triton.
 
-The forms of each step stand in ``triton_ops/config.py`` (``FORMS``).
+``FORMS`` in ``triton_ops/config.py`` lists the forms of each step.
 """
 
 from __future__ import annotations

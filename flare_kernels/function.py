@@ -36,7 +36,7 @@ _KEPT_SHARE = 16
 
 
 def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
-    """Return base_output itself where the result may stand in its memory, otherwise a copy of it.
+    """Return base_output itself if the result may overwrite it, otherwise a copy.
 
     A leaf that requires grad, a view, a part of a larger storage, and memory that one of ``others`` shares still belong
     to someone; memory with gaps cannot be accumulated into as (M, n). A ``detach()`` that covers the whole tensor
@@ -265,7 +265,7 @@ def apply_with_products(
     Ws: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Call the node for adapters over plain frozen linears, whose products and dx it makes too. Checks nothing.
+    """Call the node for adapters over plain frozen linears; it computes their products and dx too. Checks no arguments.
 
     Args:
         call: of as many outputs as there are Ws.
@@ -315,8 +315,8 @@ def fused_lora(
         x: (..., m, d) target stream.
         x_source: (..., m, d) source stream, or None.
         base_output: (..., m, n) output of the frozen linear, whatever its quantisation. It is consumed: the result
-            may stand in its memory, as with ``addmm_``; a leaf that requires grad, a view, or a tensor that shares
-            memory with x or the source, is copied first.
+            may overwrite it, as with ``addmm_``. A leaf that requires grad, a view, or a tensor that shares memory with
+            x or the source is copied first.
         lora_A: (r, d) as PEFT stores it, shared by both streams.
         lora_B: (n, r) as PEFT stores it.
         scaling: alpha / r.

@@ -1,7 +1,7 @@
 """The element-wise fusion functions phi(S, T) and their derivatives (FLARE, section 3; method in the README).
 
 Shapes: S and T are (..., m, r): the down-projected source and target stream. H = phi(S, T) has the same shape. Every
-formula here is plain PyTorch; the Triton forms of the same formulas stand in ``triton_ops/device.py``.
+formula here is plain PyTorch; the Triton forms of the same formulas are in ``triton_ops/device.py``.
 
     add       H = S + T                dT = dH                  dS = dH
     mul       H = S * T                dT = dH * S              dS = dH * T

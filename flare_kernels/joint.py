@@ -60,15 +60,15 @@ def fused_lora_qkv(
 
     Raises:
         TypeError, ValueError: as ``fused_lora``; also names in one mapping that base_outputs lacks, and base_outputs
-            with a graph beside ``weights`` (their dx would count twice); base_outputs=None without ``weights``, or
-            with weights or biases that require grad.
+            with a graph together with ``weights`` (their dx would count twice); base_outputs=None without ``weights``,
+            or with weights or biases that require grad.
     """
     if base_outputs is None:
         p = dropout_p if training else 0.0
         options = (fusion, source_bottleneck, weights, biases, p, backend)
         return _with_products(x, x_source, adapters, *options)
     if biases is not None:
-        raise ValueError("biases were given beside base_outputs, which contain them: give one of the two")
+        raise ValueError("biases were given with base_outputs, which contain them: pass one of the two")
     fusions = _check(x, x_source, base_outputs, adapters, fusion, source_bottleneck, weights, dropout_p, backend)
     p = dropout_p if training else 0.0
     if backend == "reference":
@@ -101,7 +101,7 @@ def _stacked(
     names: Sequence[str], adapters: Mapping[str, Adapter], fusions: Mapping[str, str | None]
 ) -> tuple[list[str], list[str], list[call.Adapter]]:
     """Return the adapters' names in stacking order, those that fuse, and the constants of each."""
-    # those that fuse first, those of one phi beside each other: what a launch can hold together
+    # fusing adapters first, those of one phi next to each other, so that one launch can take them
     ordered = sorted(adapters, key=lambda name: (fusions[name] is None, fusions[name] or ""))
     fusing = [name for name in ordered if fusions[name] is not None]
     constants = [

@@ -7,7 +7,7 @@ read once per process, from the first of these that exists:
 2. ``~/.cache/flare-kernels/launch/<gpu>.json``, where the tuner writes;
 3. ``flare_kernels/tables/<gpu>.json``, which comes with the package.
 
-An entry says, for a step at a range of sizes, which of its forms is used (``FORMS`` in ``triton_ops/config.py``), and
+An entry names the form that a step takes at a range of sizes (``FORMS`` in ``triton_ops/config.py``), and
 with which tiles. A file that cannot be read is reported once and ignored.
 """
 
@@ -98,7 +98,7 @@ class LaunchTable:
         """The table in a file.
 
         Raises:
-            ValueError: it is no launch table, or of another format; the message says what is wrong.
+            ValueError: it is not a launch table, or has another format; the message says what is wrong.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ class LaunchTable:
             entries = dict(_parse(row) for row in document["entries"])
             return cls(str(document["gpu"]), entries, dict(document["about"]), path)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, ValueError) as error:
-            raise ValueError(f"{path} is no launch table: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{path} is not a launch table: {type(error).__name__}: {error}") from error
 
 
 def _parse(row: Mapping[str, Any]) -> tuple[Key, Entry]:
@@ -150,7 +150,7 @@ def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
     for axis in _AXES[kernel]:
         size = tiles[f"BLOCK_{axis}"]
         if not 16 <= size <= 512 or size & (size - 1):
-            raise ValueError(f"tiles of {kernel}: BLOCK_{axis}={size} is no power of two from 16 to 512")
+            raise ValueError(f"tiles of {kernel}: BLOCK_{axis}={size} is not a power of two from 16 to 512")
     for name, accepted in _OPTIONS.items():
         if tiles[name] not in accepted:
             raise ValueError(f"tiles of {kernel}: {name}={tiles[name]} cannot be launched")
@@ -183,7 +183,7 @@ def _default_paths(gpu: str) -> list[Path]:
 
 @functools.cache
 def table_for(gpu: str) -> LaunchTable:
-    """The table in force for a GPU in this process; one without entries where there is none."""
+    """Return the table in force for a GPU in this process; an empty one if there is none."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named == "":
         return LaunchTable(gpu)

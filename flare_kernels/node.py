@@ -32,7 +32,7 @@ Hidden = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 #: owns the frozen products.
 Grads = tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]
 
-#: The seeds of dropout (tensors, so that nothing waits for the device) of the target and of the source, or None.
+#: The dropout seeds of the target and of the source, or None. They are tensors, so that the host does not wait.
 Seeds = tuple[Tensor, Tensor] | None
 
 _Result = TypeVar("_Result")

@@ -76,7 +76,7 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str |
     """The backend that ``backend="auto"`` takes for tensors on this device in this compute dtype.
 
     Where that is "triton", each step of a call still takes the form that the launch table prefers at its size:
-    :func:`launch_plan` says which.
+    :func:`launch_plan` returns the choice.
 
     CPUs (also under the interpreter, which is for tests), float64 and float32 take "torch": cuBLAS is the safe choice
     for IEEE float32 until the kernels have been timed against it. 16-bit calls on CUDA devices that can run the kernels
@@ -127,7 +127,7 @@ def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The namespace of the primitives for a backend name; for "auto" the one that follows the tuned launch table.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run for this device and dtype; the message says why.
+        ValueError: an unknown backend, or one that cannot run for this device and dtype; the message gives the reason.
     """
     if backend == "auto":
         return _tuned() if select_backend(device, dtype) == "triton" else _plain(device)

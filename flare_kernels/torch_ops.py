@@ -124,7 +124,7 @@ def grad_bottleneck(
             _scaled_mm(G, B.to(dtype), scaling, out=dT[:, columns])
         if phi is not None:
             assert T is not None and S is not None
-            dH_T, dH_S = phi.backward(dT, S, T)  # what stands in dT so far is dH
+            dH_T, dH_S = phi.backward(dT, S, T)  # dT holds dH up to here
             dT.copy_(dH_T)
             if dS is not None:
                 dS.copy_(dH_S)

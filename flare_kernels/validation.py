@@ -23,7 +23,7 @@ def check_fusion(fusion: str | None, backend: str) -> None:
 
 
 def check_dtypes(tensors: Mapping[str, Tensor | None]) -> None:
-    """Raises TypeError for a non-tensor, a non-floating tensor, or float64 beside another dtype."""
+    """Raises TypeError for a non-tensor, a non-floating tensor, or float64 mixed with another dtype."""
     dtypes = {}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -64,7 +64,7 @@ def check_adapter(
     suffix = f" of {where!r}" if where else ""
     if base_output.shape[:-1] != x.shape[:-1]:
         raise ValueError(
-            f"base_output{suffix} has shape {tuple(base_output.shape)}, expected {(*x.shape[:-1], 'n')} beside x"
+            f"base_output{suffix} has shape {tuple(base_output.shape)}, expected {(*x.shape[:-1], 'n')} for this x"
         )
     if A.dim() != 2 or A.shape[1] != x.shape[-1]:
         raise ValueError(
@@ -80,7 +80,7 @@ def check_adapter(
 
 
 def check_weight(x: Tensor, base_output: Tensor, W: Tensor, where: str) -> None:
-    """Raises TypeError or ValueError where a frozen weight is not (n, d) beside base_output (..., n) and x (..., d)."""
+    """Raise TypeError or ValueError if a frozen weight is not (n, d) for base_output (..., n) and x (..., d)."""
     name = f"weights[{where!r}]"
     check_dtypes({name: W, "x": x})
     expected = (base_output.shape[-1], x.shape[-1])
@@ -89,7 +89,7 @@ def check_weight(x: Tensor, base_output: Tensor, W: Tensor, where: str) -> None:
 
 
 def check_numbers(scaling: float, dropout_p: float) -> None:
-    """Raises TypeError for a scaling that is no number, ValueError for a probability outside [0, 1]."""
+    """Raise TypeError for a scaling that is not a number, ValueError for a probability outside [0, 1]."""
     if not isinstance(scaling, int | float):
         raise TypeError(f"scaling must be a number (alpha / r), got {type(scaling).__name__}")
     if not 0.0 <= dropout_p <= 1.0:

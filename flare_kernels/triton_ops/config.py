@@ -1,4 +1,4 @@
-"""Launch configurations: which tiles a kernel runs with, where no tuned table says otherwise.
+"""Launch configurations: which tiles a kernel runs with, unless a tuned table has an entry.
 
 Decided from dtypes, rank, alignment and shared memory only, by rules that always end in one of the rows below; there is
 no autotuning. The same call on the same kind of card therefore always runs the same code, which
@@ -48,7 +48,7 @@ class TileConfig:
 
 #: step -> form -> the kernels whose tiles the form takes. The general rule takes the first; "torch" is plain PyTorch.
 #: A form that is never the fastest on an H200 stays for the tuner to time on other cards. Times are the H200's of
-#: tables/nvidia-h200.json: q and v of Llama 8B, M = 8192, r = 64, unless said otherwise.
+#: tables/nvidia-h200.json: q and v of Llama 8B, M = 8192, r = 64, unless stated otherwise.
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "shrink": {
         "triton": ("shrink",),

@@ -4,7 +4,7 @@ Shape legend: M tokens, K input width, N output width, R rank. Projection i owns
 
 The first launch cuts the sum over K, so that enough programs read A, and stores float32 partial results. The second
 adds them in a fixed order where it needs them, fuses, and projects up. How the sum is cut depends on K alone and tiles
-do not depend on M, so a row's result does not depend on the rows beside it.
+do not depend on M, so a row's result does not depend on the other rows.
 """
 
 from __future__ import annotations

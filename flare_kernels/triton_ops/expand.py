@@ -94,7 +94,7 @@ def expand_kernel(
 ):
     """out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and one group of N tiles of one projection.
 
-    y_i, out_i (M, N_i) of the same strides, and the same memory where the sum stands in place; T, S (M, COUNT R);
+    y_i, out_i (M, N_i) of the same strides, and the same memory if the sum is in place; T, S (M, COUNT R);
     B_i (N_i, R). Groups below groups_0 are projection 0's, below groups_01 projection 1's. phi is rounded to the
     compute dtype, the sum once, to y's dtype. Not READS_Y: bias_i (N_i,) in place of y_i, or nothing (not HAS_BIAS).
     """
@@ -255,7 +255,7 @@ def _plan(
     config = tiles["expand"]
     m_tiles = cdiv(M, config.BLOCK_M)
     n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
-    # beyond the programs wanted, one program goes on to the next tile of N and keeps its H
+    # with enough programs, one program also takes the next tile of N and keeps its H
     tiles_per_group = cdiv(sum(n_tiles), min(sum(n_tiles), cdiv(config.programs, m_tiles)))
     groups = [cdiv(tiles, tiles_per_group) for tiles in n_tiles]
     launcher = Launcher(

@@ -106,7 +106,7 @@ def grad_bottleneck_kernel(
     A group of group_chunks chunks, chunk_rows rows each, has its row programs numbered before its strip programs.
 
     G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is what
-    stands in H, FUSION_GRAD what dH goes through: 0 where dT = dH is all that is asked for.
+    stands in H, FUSION_GRAD what dH goes through: 0 if only dT = dH is required.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
     n_tiles_0 = tl.cdiv(N_0, BLOCK_N) if STRIPS else 0

@@ -99,7 +99,7 @@ def grad_input(
         dT: (M, R) in the compute dtype, any strides.
         A: (R, K), any float dtype; rounded to the compute dtype tile by tile.
         mask: packed keep bits of the forward pass, (M, ceil(K / 8)); keep_scale the factor of what is kept.
-        dtype: of dx, where there is no ``out``.
+        dtype: of dx, without ``out``.
         out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
         follow_table: take one BLAS call where one dtype allows it and there is no dropout; where dx is written alone,
             unless the tuned table prefers the kernel.
@@ -152,7 +152,7 @@ def _plan(
         return form, None
     config = tiles["grad_input"]
     m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
-    # beyond the programs wanted, one program goes on to the next tile of K and keeps its dT
+    # with enough programs, one program also takes the next tile of K and keeps its dT
     tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(config.programs, m_tiles)))
     return form, Launcher(
         mode,

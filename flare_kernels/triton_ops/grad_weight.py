@@ -94,7 +94,7 @@ def grad_weight_kernel(
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         m_m = o_m < M
         b_d = load_tile(dT, o_m, m_m, dT_stride_m, o_r, m_r, dT_stride_r)
-        # loaded as its transpose: a tile turned round in registers is not copied ahead before Hopper
+        # loaded as its transpose: before Hopper, transposing a tile in registers disables prefetching
         b_x = load_tile(x, o_k, m_k, x_stride_k, o_m, m_m, x_stride_m)
         if HAS_MASK:
             o_next = o_m + BLOCK_M

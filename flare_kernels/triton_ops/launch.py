@@ -131,7 +131,7 @@ def _noting(names: list[str], name: str, run: Callable[..., Any] | None = None) 
 
     def left_out(*args: Any) -> None:
         nonlocal names
-        names += [name]  # no call of append: this stands in for one call, and is counted as one
+        names += [name]  # not append: tests count the calls of this function
 
     def noted(*args: Any) -> Any:
         names.append(name)
@@ -143,7 +143,7 @@ def _noting(names: list[str], name: str, run: Callable[..., Any] | None = None) 
 @functools.cache
 def _warn_of_slow_launches(reason: str) -> None:
     warnings.warn(
-        f"Triton {triton.__version__}: {reason}; every launch binds its arguments anew, which is slower",
+        f"Triton {triton.__version__}: {reason}; every launch binds its arguments again, which is slower",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -199,7 +199,7 @@ def numbered(name: str, values: Sequence[Any], missing: Any = None) -> dict[str,
 
 
 def strides(name: str, x: Tensor | None, axes: str) -> dict[str, Any]:
-    """Arguments such as x_stride_m for the axes of a matrix; 0 where there is none."""
+    """Arguments such as x_stride_m for the axes of a matrix; 0 without a matrix."""
     return {f"{name}_stride_{axis}": 0 if x is None else x.stride(dim) for dim, axis in enumerate(axes)}
 
 

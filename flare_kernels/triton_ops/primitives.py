@@ -16,7 +16,7 @@ written once over either module.
 =====================  ==============================================================================================
 
 All sums are float32; float32 operands are multiplied in IEEE float32 (never TF32); the same call gives the same bits.
-A step may have several forms (``FORMS`` in ``config.py``); :mod:`flare_kernels.forms` says which one a call takes. The
+A step may have several forms (``FORMS`` in ``config.py``); :mod:`flare_kernels.forms` chooses one for a call. The
 functions here always run kernels. Those of :data:`tuned` take the plain PyTorch form too, where the launch table or
 the general rule prefers it: what ``backend="auto"`` runs.
 """

@@ -22,7 +22,8 @@ from .variants import variants
 class Compiler:
     """Compiles the variants of problems into Triton's cache, in the order in which the problems are given.
 
-    A launch compiles what is not there anyway: this saves time, no more. Leaving the context drops what has not begun.
+    A launch compiles its kernel if it is missing, so this only saves time. Leaving the context drops compilations that
+    have not started.
     """
 
     def __init__(self, device: torch.device, jobs: int) -> None:

@@ -147,11 +147,11 @@ def tune(
         about: versions, commit and date, kept in the table.
         timer: how a call is timed; default: :class:`DeviceTimer`.
         jobs: processes that compile ahead of the timing; 0: each launch compiles its own.
-        budget_s: seconds after which no new problem is begun.
+        budget_s: seconds after which no new problem is started.
         say: prints a line. save: called with the table whenever an entry was added, and at the end.
 
     Raises:
-        ValueError: Triton cannot run on the device; the message says why.
+        ValueError: Triton cannot run on the device; the message gives the reason.
     """
     began = time.monotonic()
     status = backends()["triton"]

@@ -278,5 +278,5 @@ def test_wrong_arguments(device) -> None:
         fused_lora_qkv(x, None, None, adapters, weights=W, biases={"v": t["b.v"]})
     with pytest.raises(ValueError, match="weights \\['q'\\] require grad"):
         fused_lora_qkv(x, None, None, adapters, weights={"q": t["W.q"].clone().requires_grad_()})
-    with pytest.raises(ValueError, match="biases were given beside base_outputs"):
+    with pytest.raises(ValueError, match="biases were given with base_outputs"):
         fused_lora_qkv(x, None, {"q": F.linear(x, t["W.q"])}, adapters, weights=W, biases=b)
