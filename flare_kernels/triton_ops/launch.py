@@ -131,7 +131,7 @@ def _noting(names: list[str], name: str, run: Callable[..., Any] | None = None) 
 
     def left_out(*args: Any) -> None:
         nonlocal names
-        names += [name]  # not append: tests count the calls of this function
+        names += [name]  # append would be counted as a second call
 
     def noted(*args: Any) -> Any:
         names.append(name)
