@@ -38,6 +38,14 @@ def folder_from_environment(variable: str, what: str) -> Path:
 
 
 @pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch):
+    """The calls of sites and layers during a test (tests/site_models.py)."""
+    from site_models import counted_calls
+
+    return counted_calls(monkeypatch)
+
+
+@pytest.fixture
 def goldens() -> Path:
     """The authors' golden numbers (not part of the package)."""
     return folder_from_environment("FLARE_GOLDENS", "the full set of golden numbers")

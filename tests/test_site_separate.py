@@ -1,0 +1,171 @@
+"""Projections that a site leaves to be computed separately: hooked, patched, parametrised, trained."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from site_models import alone, assert_same, first_attention, forget, fused, parametrized, plain, step
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import flare
+
+
+class _Subclassed(nn.Parameter):
+    """A subclass, as sharded and quantised weights are."""
+
+
+def _patch_forward(module: nn.Module) -> None:
+    module.forward = type(module).forward.__get__(module)
+
+
+def _subclass_weight(module: nn.Module) -> None:
+    module.weight = _Subclassed(module.weight.detach(), requires_grad=False)
+
+
+SPOILERS = {
+    "a pre-hook": lambda m: m.register_forward_pre_hook(lambda *_: None),
+    "a hook": lambda m: m.register_forward_hook(lambda *_: None),
+    "a backward hook": lambda m: m.register_full_backward_hook(lambda *_: None),
+    "a forward of its own": _patch_forward,
+    "accelerate": lambda m: setattr(m, "_hf_hook", object()),
+    "a tensor subclass": _subclass_weight,
+    "a parametrisation": parametrized,
+}
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+@pytest.mark.parametrize("whom", ["q_proj.base_layer", "k_proj"])
+def test_who_is_hooked_or_patched_is_called_as_ever(spoiler, whom, calls) -> None:
+    """It stays out of the call, also where the plan was made before; the others are still computed together."""
+    inputs = tiny.batch("llama")
+    model = fused("llama", dtype=torch.float64)
+    want = step(alone(model), inputs)
+    assert_same(step(model, inputs), want)
+    forget(calls)
+    attention = first_attention(model)
+    SPOILERS[spoiler](attention.get_submodule(whom))
+    assert_same(step(model, inputs), want)
+    if spoiler == "a tensor subclass" or (spoiler, whom[0]) == ("a parametrisation", "q"):
+        # the frozen products keep their graphs, the adapters are joined
+        assert calls.names[0] == {"q_proj", "v_proj"} and not calls["single"]
+        assert calls["owned"] == calls["joint"] - 1
+        return
+    assert calls.names[0] == {"q_proj", "k_proj", "v_proj"} - {whom.partition(".")[0]}
+    assert calls["single"] == (1 if whom.startswith("q") else 0)
+
+
+@pytest.mark.parametrize("how", ["hook", "scaled by a hook", "pruning", "parametrisation", "scaled forward"])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_what_hooks_or_patches_lora_A_and_lora_B_takes_part_as_in_peft(how, part) -> None:
+    """In two steps of SGD, after a step without it; gone again, all is computed together again."""
+    seen: collections.Counter[str] = collections.Counter()
+    kept: list[Any] = []
+    inputs = plain(tiny.batch("llama"))
+
+    def spoil(name: str, module: nn.Module) -> None:
+        if how == "hook":
+            kept.append(module.register_forward_hook(lambda *_: seen.update([name])))
+        elif how == "scaled by a hook":
+            kept.append(module.register_forward_hook(lambda module, args, output: output * 1.5))
+        elif how == "pruning":
+            prune.l1_unstructured(module, "weight", 0.4)
+        elif how == "parametrisation":
+            parametrize.register_parametrization(module, "weight", _Doubled())
+        else:
+            forward = module.forward
+            module.forward = lambda x: 2 * forward(x)
+
+    def trained(name: str, model: nn.Module) -> dict[str, torch.Tensor]:
+        tiny.randomize_lora(model)
+        step(model, inputs)
+        for path, module in list(model.named_modules()):
+            if path.endswith(f"{part}.default"):
+                spoil(name, module)
+        found = {}
+        for index in range(2):
+            found |= {f"{index} {key}": value for key, value in step(model, inputs).items()}
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 0.5 * p.grad
+        return found
+
+    config = peft.LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    stock = peft.get_peft_model(tiny.model("llama"), config).double()
+    model = fused("llama", fusion=None, dtype=torch.float64).double()
+    assert_same(trained("ours", model), trained("peft", stock))
+    assert seen["ours"] == seen["peft"] and bool(seen) == (how == "hook")
+
+
+class _Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_a_pruned_A_reads_both_streams(memory) -> None:
+    """Its weight is made anew for each step, the source's share included."""
+    inputs, found = tiny.batch("llama"), []
+    for pruned in (True, False):
+        model = fused("llama", dtype=torch.float64, source_memory=memory).double()
+        layers = [module for path, module in model.named_modules() if path.endswith("lora_A.default")]
+        for one in layers:
+            prune.l1_unstructured(one, "weight", 0.4)
+        with torch.no_grad():
+            for one in layers:
+                one.weight_orig *= 1.1
+        if not pruned:  # the same weights without the hook that masks them
+            for one in layers:
+                prune.remove(one, "weight")
+        found += [step(model, inputs)["loss"], step(model, inputs)["loss"]]
+    torch.testing.assert_close(torch.stack(found), found[-1].expand(4), rtol=1e-12, atol=0)
+
+
+def test_a_trained_base_weight_keeps_its_own_graph(calls) -> None:
+    inputs = tiny.batch("llama")
+    model = fused("llama", dtype=torch.float64)
+    attention = first_attention(model)
+    attention.q_proj.base_layer.weight.requires_grad_(True)
+    want = step(alone(model), inputs)
+    forget(calls)
+    got = step(model, inputs)
+    assert any(name.endswith("base_layer.weight") for name in got)
+    assert_same(got, want)
+    assert calls.names == [{"q_proj", "v_proj"}, *[{"q_proj", "k_proj", "v_proj"}] * (tiny.LAYERS - 1)]
+    assert calls["owned"] == tiny.LAYERS - 1
+    attention.q_proj.base_layer.weight.requires_grad_(False)
+    forget(calls)
+    step(model, inputs)
+    assert calls["owned"] == tiny.LAYERS, "frozen again"
+
+
+def test_eager_fusions_and_different_dropouts_compute_alone(calls) -> None:
+    inputs = tiny.batch("llama")
+    for overrides in ({"fusion": "matmul"}, {"fusion": "cross_attention", "r": 4}):
+        step(fused("llama", **overrides), inputs)
+        assert calls["joint"] == 0
+    model = fused("llama", lora_dropout=0.3)
+    for module in model.modules():
+        if getattr(module, "flare_key", "").endswith("q_proj"):
+            module.lora_dropout["default"].eval()
+    forget(calls)
+    step(model, inputs)
+    assert (calls["joint"], calls["single"]) == (0, 2 * tiny.LAYERS)
+
+
+def test_lora_bias_and_several_active_adapters_compute_alone(calls) -> None:
+    inputs = tiny.batch("llama")
+    step(fused("llama", lora_bias=True), inputs)
+    assert (calls["joint"], calls["single"]) == (0, 2 * tiny.LAYERS)
+    model = fused("llama")
+    model.add_adapter("second", flare.FlareConfig(r=3, task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "second"])
+    forget(calls)
+    step(model, inputs)
+    assert (calls["joint"], calls["single"]) == (0, 4 * tiny.LAYERS)

@@ -1,0 +1,98 @@
+"""Threads that share a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from site_models import fused, is_empty, plain
+
+from flare.source.context import THREAD
+from flare.source.source_pass import Switches
+
+
+def in_threads(*runs: Callable[[], None]) -> None:
+    """Run at the same time, starting together; an error in one of them is raised here."""
+    barrier, errors = threading.Barrier(len(runs)), []
+
+    def run(one: Callable[[], None]) -> None:
+        try:
+            barrier.wait()
+            one()
+            assert is_empty(THREAD.slot)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(one,)) for one in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture
+def switching(monkeypatch) -> None:
+    """Threads change places after a microsecond instead of five milliseconds."""
+    import sys
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("fusion", [None, "add_relu"])
+def test_threads_that_share_a_model_in_eval_mode(family, fusion, switching) -> None:
+    """Each with two batches, one of them with a source or not; BERT has a head that is saved beside the adapter."""
+    model = fused(family, fusion=fusion, dtype=torch.float64).eval()
+    if family == "bert":
+        assert any(type(m).__name__ == "ModulesToSaveWrapper" for m in model.modules())
+        torch.nn.init.normal_(model.get_submodule("base_model.model.classifier.modules_to_save.default").weight)
+    state = {path: module.training for path, module in model.named_modules()}
+
+    def forwards(seed: int) -> Callable[[], None]:
+        batches = [tiny.batch(family, m=9 + seed, seed=10 * seed + i, source=fusion is not None) for i in range(2)]
+        batches.append(plain(batches[0]))
+        with torch.no_grad():
+            want = [model(**inputs).logits for inputs in batches]
+
+        def run() -> None:
+            with torch.no_grad():
+                for _ in range(21):
+                    for inputs, logits in zip(batches, want, strict=True):
+                        assert torch.equal(model(**inputs).logits, logits)
+
+        return run
+
+    in_threads(*map(forwards, range(3)))
+    assert is_empty(THREAD.slot)
+    assert {path: module.training for path, module in model.named_modules()} == state
+    assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
+    assert not any(one._passes for m in model.modules() for one in vars(m).values() if isinstance(one, Switches))
+
+
+@pytest.mark.parametrize("fusion", [None, "add_relu"])
+def test_threads_that_take_gradients_in_train_mode(fusion, switching) -> None:
+    model = fused("llama", fusion=fusion, dtype=torch.float64)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def steps(seed: int) -> Callable[[], None]:
+        inputs = tiny.batch("llama", m=9 + seed, seed=seed, source=fusion is not None)
+        want = torch.autograd.grad(model(**inputs).loss, parameters)
+
+        def run() -> None:
+            for _ in range(20):
+                got = torch.autograd.grad(model(**inputs).loss, parameters)
+                assert all(map(torch.equal, got, want))
+
+        return run
+
+    in_threads(steps(0), steps(1))
+    assert is_empty(THREAD.slot) and all(module.training for module in model.modules())
+    assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
