@@ -22,9 +22,9 @@ TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 CHOICES = {"text_columns": ["passage", "question"], "choice_columns": ["c1", "c2", "c3"]}
 
 
-@pytest.fixture
-def seqeval(monkeypatch):
-    """The package seqeval; where it is not installed, forms do not ask for it."""
+@pytest.fixture(autouse=True)
+def forms_without_seqeval(monkeypatch):
+    """Where seqeval is not installed, forms do not ask for it."""
     if importlib.util.find_spec("seqeval") is None:
         monkeypatch.setattr("flare.tasks.token_form.check_entity_metrics", lambda: None)
 
@@ -57,7 +57,10 @@ def test_tags_are_names_indices_or_a_classlabels_numbers_and_belong_to_the_words
     [
         ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "ner_tags has 1 tags and tokens 2 words"),
         ({"tokens": ["a"], "ner_tags": ["PER"]}, "'PER'; tags are O, B-TYPE and I-TYPE"),
-        ({"tokens": ["a"], "ner_tags": [1]}, "holds numbers; name the tags in the order of their numbers with --labels"),
+        (
+            {"tokens": ["a"], "ner_tags": [1]},
+            "holds numbers; name the tags in the order of their numbers with --labels",
+        ),
         ({"words": ["a"]}, "has no column tokens, ner_tags"),
     ],
 )
@@ -125,7 +128,7 @@ def test_a_regression_needs_finite_numbers():
     task = get_task("regression", label_column="score")
     assert labels_of([{"text": "t", "score": "0.5"}], task) == [0.5]
     for wrong in ("", "nan", None, "high"):
-        with pytest.raises(DataError, match="row 0: score is .*; a regression needs a"):
+        with pytest.raises(DataError, match=r"row 0: score is .*; a regression needs a"):
             labels_of([{"text": "t", "score": wrong}], task)
 
 
@@ -170,7 +173,7 @@ def test_rows_without_words_keep_their_digest():
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_words_tag_stands_at_its_first_token_only(seqeval):
+def test_a_words_tag_stands_at_its_first_token_only():
     tokenizer = byte_tokenizer(cls_token="<s>")
     task = get_task("token-classification", labels=TAGS)
     form = make_form(task, tokenizer, "encoder", 12)
@@ -199,7 +202,7 @@ def test_first_tokens_of_sentencepiece_bytes_and_words_without_any():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("joined", [False, True])
-def test_tags_are_read_where_the_collator_put_the_words(seqeval, side, joined):
+def test_tags_are_read_where_the_collator_put_the_words(side, joined):
     tokenizer = byte_tokenizer(cls_token="<s>")
     form = make_form(get_task("token-classification", labels=TAGS), tokenizer, "encoder", 16)
     pairs = [
@@ -217,20 +220,20 @@ def test_tags_are_read_where_the_collator_put_the_words(seqeval, side, joined):
     assert form.predictions(logits, pairs, batch["labels"]) == [("B-PER", "O"), ("B-LOC",)]
 
 
-def test_target_rows_without_words_are_refused(seqeval):
+def test_target_rows_without_words_are_refused():
     form = make_form(get_task("token-classification", labels=TAGS), word_tokenizer("a"), "encoder")
     with pytest.raises(DataError, match="1 of 1 rows have no words with tags"):
         form.train_rows([Pair(Example("1", {"tokens": "a"}))], with_source=False)
 
 
-def test_each_choice_is_a_text_with_the_context_and_its_source(seqeval):
+def test_each_choice_is_a_text_with_the_context_and_its_source():
     tokenizer = word_tokenizer("p q x y z P Q X Y Z")
     task = get_task("multiple-choice", **CHOICES)
     form = make_form(task, tokenizer, "encoder")
     columns = ("passage", "question", "c1", "c2", "c3")
     pair = Pair(
-        Example("1", dict(zip(columns, "p q x y z".split(), strict=True)), "B"),
-        Example("1", dict(zip(columns, "P Q X Y Z".split(), strict=True)), "B"),
+        Example("1", dict(zip(columns, "pqxyz", strict=True)), "B"),
+        Example("1", dict(zip(columns, "PQXYZ", strict=True)), "B"),
     )
     rows, _ = form.train_rows([pair], with_source=True)
     assert tokenizer.batch_decode(rows[0]["input_ids"]) == [f"<s> p </s> q {c} </s>" for c in "xyz"]
@@ -248,7 +251,9 @@ def test_a_written_choice_is_one_of_the_letters():
     form = make_form(task, tokenizer, "causal")
     texts = {"passage": "long " * 30, "question": "q", "c1": "x", "c2": "y", "c3": "z"}
     rows, notes = form.train_rows([Pair(Example("1", texts, "B"), Example("1", texts, "B"))], with_source=True)
-    prompt = tokenizer.decode([i for i, label in zip(rows[0]["input_ids"], rows[0]["labels"], strict=True) if label < 0])
+    prompt = tokenizer.decode(
+        [i for i, label in zip(rows[0]["input_ids"], rows[0]["labels"], strict=True) if label < 0]
+    )
     assert prompt.endswith("\nQuestion: q\nA: x\nB: y\nC: z\nAnswer:")  # only the passage is cut
     assert len(rows[0]["input_ids"]) <= 96 and "cut to prompts" in notes[0]
     letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][0] for letter in "ABC"]
@@ -278,7 +283,9 @@ def test_several_labels_and_numbers_have_their_losses_and_predictions():
 
 @pytest.mark.parametrize("kind", ["token-classification", "multi-label", "regression"])
 def test_a_model_that_writes_has_no_form_for_heads(kind):
-    with pytest.raises(UserError, match=rf"task {kind} \({kind}\) is answered by a head.*--form encoder \(AutoModelFor"):
+    with pytest.raises(
+        UserError, match=rf"task {kind} \({kind}\) is answered by a head.*--form encoder \(AutoModelFor"
+    ):
         make_form(get_task(kind), byte_tokenizer(), "causal")
 
 
@@ -286,7 +293,7 @@ def test_a_model_that_writes_has_no_form_for_heads(kind):
 
 
 def test_entity_scores_are_seqevals():
-    pytest.importorskip("seqeval")
+    pytest.importorskip("seqeval.metrics", exc_type=ImportError)
     task = get_task("token-classification", labels=TAGS)
     truth = [Example("1", label=("B-PER", "I-PER", "O", "B-LOC")), Example("2", label=("B-LOC", "O"))]
     said = [("B-PER", "I-PER", "O", "O"), ("B-LOC", "I-LOC")]
@@ -298,6 +305,7 @@ def test_entity_scores_are_seqevals():
 
 def test_entity_scores_without_seqeval_say_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("flare.tasks.token_form.check_entity_metrics", metrics.check_entity_metrics)
     with pytest.raises(UserError, match="pip install seqeval"):
         make_form(get_task("token-classification", labels=TAGS), word_tokenizer("a"), "encoder")
 
