@@ -91,6 +91,7 @@ def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, A
     return {
         "data": location(data.folder or data.task.hub_id or ""),
         "text_columns": list(data.task.text_columns),
+        **({"choice_columns": list(data.task.choice_columns)} if data.task.choice_columns else {}),
         "label_column": data.task.label_column,
         "labels": list(data.task.labels or ()) or None,
         "metric": data.task.metrics[0],

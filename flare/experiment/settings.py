@@ -12,6 +12,7 @@ from flare_kernels.fusion import EAGER_FUSIONS, FUSIONS
 from ..errors import UserError
 from ..names import folder_name
 from ..result_folders import EARLIER
+from ..tasks.registry import OWN, TASKS
 from .options import flag, option
 
 METHODS = ("lora", "input-fusion", "x-mixup", "flare", "flare-mt")
@@ -32,13 +33,14 @@ class Settings:
 
     PAPER: ClassVar[dict[str, Any]] = {"padding": "max_length"}
 
-    task: str | None = option("str", "nusax, xnli, tydiqa, or classification and qa for data of your own")
+    task: str | None = option("str", f"{', '.join(TASKS)} ({', '.join(OWN)} are for data of your own)")
     data: str | None = option("str", "folder (one sub-folder per language) or hub id (default: the task's)")
     source: str | None = option("str", "source language (default: english)")
     output: Path = option("path", "folder of the experiment (default: runs)", Path("runs"))
     translations: Path | None = option("path", "folder that flare translate wrote")
     text_columns: tuple[str, ...] | None = option("strs", "the task's text columns, where yours are named otherwise")
-    label_column: str | None = option("str", "column of the label")
+    choice_columns: tuple[str, ...] | None = option("strs", "the columns of a multiple choice's choices")
+    label_column: str | None = option("str", "column of the label, tags or number")
     labels: tuple[str, ...] | None = option("strs", "the labels (default: the task's, or those of the source language)")
     metric: str | None = option("str", "metric that checkpoints are chosen by (default: the task's first)")
     max_length: int | None = option("int", "tokens per text (default: the paper's, 128, or 512 for questions)")
@@ -102,7 +104,7 @@ class Training(Settings):
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be 0 or more and less than 1; got {self.dropout}")
         if self.task is None:
-            raise UserError("--task is missing: nusax, xnli, tydiqa, or classification and qa for data of your own")
+            raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

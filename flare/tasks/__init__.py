@@ -16,7 +16,7 @@ from .joined import JoinedForm, joined_task
 from .languages import LANGUAGES, NLLB_TAGS, Language, data_set_code, language, nllb_code
 from .pairs import load_pairs, read_translation
 from .reading import has_split, read_split, resolve_labels
-from .registry import TASKS, Task, get_task
+from .registry import TASKS, Task, choice_task, get_task
 
 __all__ = [
     "FAMILIES",
@@ -32,6 +32,7 @@ __all__ = [
     "Pair",
     "Task",
     "align",
+    "choice_task",
     "data_set_code",
     "get_task",
     "has_split",

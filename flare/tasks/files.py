@@ -1,6 +1,7 @@
 """A folder of data: one sub-folder per language, one file per split.
 
     DATA/<language>/<split>.csv | .jsonl | .parquet        UTF-8, with or without a byte order mark
+    DATA/<language>/<split>.conll | .txt                   words and tags (`flare.tasks.conll`), if there is no other
 
 Splits are train, valid (validation, dev) and test. A language is called whatever its folder is called.
 """
@@ -16,8 +17,10 @@ from typing import Any
 
 from ..atomic_files import replacing
 from ..names import folder_name
+from .conll import read_conll
 from .errors import DataError
 from .examples import Example
+from .kinds import SENTENCE
 from .registry import Task
 from .rows import check_ids, examples_from
 
@@ -27,6 +30,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "test": ("test",),
 }
 SUFFIXES = (".csv", ".jsonl", ".parquet")
+TAGGED = (".conll", ".txt")
 
 
 def find_file(folder: Path, language: str, split: str) -> Path | None:
@@ -37,8 +41,10 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
         UserError: the language cannot be a folder's name.
     """
     folder_name(language, "the language")
-    names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in SUFFIXES]
-    there = [folder / language / name for name in names if (folder / language / name).is_file()]
+    there: list[Path] = []
+    for suffixes in (SUFFIXES, TAGGED):
+        names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
+        there = there or [folder / language / name for name in names if (folder / language / name).is_file()]
     if len(there) > 1:
         raise DataError(
             f"{folder / language} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them"
@@ -130,13 +136,20 @@ def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return table.to_pylist(), list(table.column_names)
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    **dict.fromkeys(TAGGED, read_conll),
+}
 
 
 def to_row(example: Example, task: Task) -> dict[str, Any]:
-    """What `write_split` writes of an example: id, texts, and label or answers."""
+    """What `write_split` writes of an example: id, texts, and label or answers; of tagged words the sentence."""
+    if task.kind == "token-classification":
+        return {"id": example.id, SENTENCE: example.texts[task.text_columns[0]]}
     row: dict[str, Any] = {"id": example.id, **{column: example.texts[column] for column in task.text_columns}}
-    if task.kind == "classification":
+    if task.kind != "qa":
         row[task.label_column] = example.label
     else:
         row["answers"] = {
