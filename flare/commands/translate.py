@@ -43,6 +43,7 @@ def add_parser(commands: Any) -> None:
     )
     add(what, "--text-columns", "columns of the texts in your own data", metavar="COLUMN", nargs="+")
     add(what, "--label-column", "column of the label in your own data", metavar="COLUMN")
+    add(what, "--id-column", "column of the id in your own data (default: id)", metavar="COLUMN")
     add(what, "--limit", "translate the first N rows of every split", int, "N")
     add(
         what,

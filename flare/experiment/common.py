@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..tasks.parallel import ParallelColumns
 from ..tuner.config import FlareConfig
 from .processes import is_main, on_main, process_count
 from .records import Metrics
@@ -88,8 +89,14 @@ def adapter_fields(
 def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, Any]:
     """What decides about every kind of run and is no training argument."""
     recipe = setup.recipe
+    columns: dict[str, Any] = {}
+    if isinstance(data.folder, ParallelColumns):
+        columns = {"source_column": data.folder.source_columns, "target_column": data.folder.target_columns}
+    if data.task.id_column != "id":
+        columns["id_column"] = data.task.id_column
     return {
-        "data": location(data.folder or data.task.hub_id or ""),
+        "data": location(str(data.folder or data.task.hub_id or "")),
+        **columns,
         "text_columns": list(data.task.text_columns),
         "label_column": data.task.label_column,
         "labels": list(data.task.labels or ()) or None,

@@ -33,12 +33,21 @@ class Settings:
     PAPER: ClassVar[dict[str, Any]] = {"padding": "max_length"}
 
     task: str | None = option("str", "nusax, xnli, tydiqa, or classification and qa for data of your own")
-    data: str | None = option("str", "folder (one sub-folder per language) or hub id (default: the task's)")
+    data: str | None = option(
+        "str", "folder (one sub-folder per language), table with columns of both, or hub id (default: the task's)"
+    )
     source: str | None = option("str", "source language (default: english)")
     output: Path = option("path", "folder of the experiment (default: runs)", Path("runs"))
     translations: Path | None = option("path", "folder that flare translate wrote")
     text_columns: tuple[str, ...] | None = option("strs", "the task's text columns, where yours are named otherwise")
     label_column: str | None = option("str", "column of the label")
+    id_column: str | None = option("str", "column of the id that rows of two languages are matched by (default: id)")
+    source_column: tuple[str, ...] | None = option(
+        "strs", "DATA is one table with both languages: column of the source text, one for each text column"
+    )
+    target_column: tuple[str, ...] | None = option(
+        "strs", "and of the target text; {language} stands for the target's name"
+    )
     labels: tuple[str, ...] | None = option("strs", "the labels (default: the task's, or those of the source language)")
     metric: str | None = option("str", "metric that checkpoints are chosen by (default: the task's first)")
     max_length: int | None = option("int", "tokens per text (default: the paper's, 128, or 512 for questions)")
@@ -72,6 +81,8 @@ class Settings:
             folder_name(target, "--target")
             if target == BASE or target.startswith(EARLIER):
                 raise UserError(f"--target {target!r}: this name is the experiment's own; rename the language's folder")
+        if (self.source_column or self.target_column) and self.data is None and not isinstance(self, EvaluateSettings):
+            raise UserError("--source-column and --target-column name columns of your own table: name it with --data")
         for one in fields(self):
             value = getattr(self, one.name)
             for number in value if one.metadata.get("kind") == "ints" and value is not None else [value]:

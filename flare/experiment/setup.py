@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..model_names import find_model
 from ..recipes import Recipe
 from ..tasks import Pair, Task, get_task, has_split, load_pairs, make_form, read_split
+from ..tasks.parallel import ParallelColumns, check_targets
 from ..training.row_checks import vocabulary_of, wrong_tokenizer
 from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
 from .settings import Settings
@@ -48,7 +49,7 @@ class Data:
     """
 
     task: Task
-    folder: str | None
+    folder: str | ParallelColumns | None
     source: str
     translations: Path | None = None
     rows: int | None = None
@@ -85,6 +86,8 @@ class Data:
 
     def check_languages(self, targets: Sequence[str]) -> None:
         """Raise UserError where a target lacks its training or test rows, before anything is trained."""
+        if isinstance(self.folder, ParallelColumns):
+            check_targets(self.folder, targets)
         for target in targets:
             for split in ("train", "test"):
                 if not self.has(target, split):
@@ -155,10 +158,23 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
         named,
         text_columns=settings.text_columns,
         label_column=settings.label_column,
+        id_column=settings.id_column,
         labels=settings.labels or labels,
         metric=settings.metric,
         max_length=settings.max_length,
     )
+
+
+def place_of(settings: Settings, data: str | None, source: str) -> str | ParallelColumns | None:
+    """Return where the rows are, as load_pairs takes it.
+
+    Args:
+        data: the settings' own, or a run's.
+        source: the source language.
+    """
+    if data is None or not (settings.source_column or settings.target_column):
+        return data
+    return ParallelColumns(Path(data).expanduser(), source, settings.source_column, settings.target_column)
 
 
 def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | None = None) -> Setup:

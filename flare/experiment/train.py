@@ -32,7 +32,7 @@ from .provenance import read_provenance
 from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run
 from .settings import TrainSettings
-from .setup import Data, Notes, Setup, prepare, task_of
+from .setup import Data, Notes, Setup, place_of, prepare, task_of
 
 ADAPTER = "adapter"
 _BOTTLENECK_ROWS = 256
@@ -95,8 +95,9 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
         labels = _check_bases(settings, bases)
         settings = replace(settings, form=_form_of(settings, bases))
-        task, table = shown_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
-        data = Data(task, settings.data, settings.source_language, settings.translations, settings.rows)
+        place = place_of(settings, settings.data, settings.source_language)
+        task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
+        data = Data(task, place, settings.source_language, settings.translations, settings.rows)
         data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
         notes = Notes(say if is_main() else lambda line: None)
         notes(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import filterfalse
 
 from .errors import DataError, some_ids
@@ -45,7 +45,7 @@ def align(
     """Pair rows by id, in the target's order.
 
     Left out and noted, with counts and ids: ids without a counterpart, ids that occur twice in a language (which text
-    belongs to which is unknown), pairs whose labels differ, and pairs with an empty text. Where a language came
+    belongs to which is unknown), pairs whose labels differ (tags of words may), and pairs with an empty text. Where a language came
     without ids, rows are paired by position, if there are equally many.
 
     Args:
@@ -69,7 +69,7 @@ def align(
         notes.append(
             f"{split}: {target_name} and {source_name} are aligned by position, they have no id column in common"
         )
-        sources = [Example(t.id, s.texts, s.label, s.answers) for t, s in zip(targets, sources, strict=True)]
+        sources = [replace(s, id=t.id) for t, s in zip(targets, sources, strict=True)]
     pairs, drops = match(targets, sources, target_name, source_name, split)
     if not pairs:
         told = ("" if translated else _NO_TRANSLATIONS) + "".join(f"\n  {drop}" for drop in drops)
@@ -109,11 +109,16 @@ def match(
     ):
         drop(f"rows of {language} dropped, no row of {other} has their id", list(filterfalse(others.get, these)))
     both = [Pair(row, theirs[key]) for key, row in ours.items() if key in theirs]
-    same = [pair for pair in both if pair.source is not None and pair.target.label == pair.source.label]
+    same = [pair for pair in both if _same_label(pair)]
     drop("pairs dropped, their labels differ", _missing(both, same))
     full = [pair for pair in same if all(text.strip() for text in _texts(pair))]
     drop("pairs dropped, a text is empty", _missing(same, full))
     return full, drops
+
+
+def _same_label(pair: Pair) -> bool:
+    """Whether both rows have one label; the tags of words are each language's own."""
+    return pair.source is not None and (bool(pair.target.words) or pair.target.label == pair.source.label)
 
 
 def _texts(pair: Pair) -> list[str]:

@@ -16,9 +16,18 @@ def digest_of(content: Any) -> str:
 
 
 def digest_of_rows(rows: Sequence[Example]) -> str:
-    """SHA-256 of rows: ids, texts, labels and answers, in order."""
+    """SHA-256 of rows: ids, texts, labels, answers and words, in order."""
     return digest_of(
-        [[row.id, list(row.texts.items()), row.label, [[one.text, one.start] for one in row.answers]] for row in rows]
+        [
+            [
+                row.id,
+                list(row.texts.items()),
+                row.label,
+                [[one.text, one.start] for one in row.answers],
+                *([row.words] if row.words else []),  # rows without words keep the digest that they always had
+            ]
+            for row in rows
+        ]
     )
 
 

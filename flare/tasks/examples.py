@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,17 @@ class Example:
 
     id: what rows of two languages are matched by.
     texts: text column -> text, in the task's order.
-    label: name of the class (classification).
+    label: a str: name of the class (classification) or letter of the choice (multiple choice); a tuple of str: one tag
+        for each of `words` (token classification) or the classes that hold (multi-label); a float (regression).
     answers: accepted answers (question answering).
+    words: the words of the text (token classification); empty where only the text is known, as in a translation.
     """
 
     id: str
     texts: dict[str, str] = field(default_factory=dict)
-    label: str | None = None
+    label: Any = None
     answers: tuple[Answer, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

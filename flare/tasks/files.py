@@ -1,6 +1,7 @@
 """A folder of data: one sub-folder per language, one file per split.
 
     DATA/<language>/<split>.csv | .tsv | .json | .jsonl | .parquet, or what save_to_disk wrote
+    DATA/<language>/<split>.conll | .txt                   words and tags (`flare.tasks.conll`), if there is no other
 
 Splits are train, valid (validation, dev) and test. A language is called whatever its folder is called. What the files
 look like stands in `flare.tasks.tables`.
@@ -18,9 +19,10 @@ from ..atomic_files import replacing
 from ..names import folder_name
 from .errors import DataError
 from .examples import Example
+from .kinds import SENTENCE, needed_columns
 from .registry import Task
 from .rows import check_ids, examples_from
-from .tables import SUFFIXES, check_keys, find_tables, read_table
+from .tables import SUFFIXES, TAGGED, Table, check_keys, find_tables, read_table
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -41,11 +43,11 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
 
 def split_file(folder: Path, split: str) -> Path | None:
     """As `find_file`, in the folder that holds the splits."""
-    there = [path for name in SPLITS[split] for path in find_tables(folder, name)]
+    there: list[Path] = []
+    for suffixes in (SUFFIXES, TAGGED):
+        there = there or [path for name in SPLITS[split] for path in find_tables(folder, name, suffixes)]
     if len(there) > 1:
-        raise DataError(
-            f"{folder} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them"
-        )
+        raise DataError(f"{folder} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them")
     return there[0] if there else None
 
 
@@ -62,9 +64,15 @@ def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Exa
     if path is None:
         raise no_split(folder / language, split)
     table = read_table(path)
-    check_keys(table.rows, [name for name in (*task.text_columns, task.label_column) if name in table.columns], str(path))
-    check_ids(table.rows, table.columns, task, str(path))
-    return examples_from(table.rows, table.columns, task, str(path), table.names.get(task.label_column))
+    return examples_of(table, task, str(path))
+
+
+def examples_of(table: Table, task: Task, where: str) -> list[Example]:
+    """Return the examples of a table, all checks made: keys, ids, columns, labels, answers."""
+    needed = (task.id_column, *needed_columns(task, table.columns))
+    check_keys(table.rows, [column for column in needed if column in table.columns], where)
+    check_ids(table.rows, table.columns, task, where)
+    return examples_from(table.rows, table.columns, task, where, table.names.get(task.label_column))
 
 
 def no_split(folder: Path, split: str) -> DataError:
@@ -78,9 +86,11 @@ def no_split(folder: Path, split: str) -> DataError:
 
 
 def to_row(example: Example, task: Task) -> dict[str, Any]:
-    """What `write_split` writes of an example: id, texts, and label or answers."""
+    """What `write_split` writes of an example: id, texts, and label or answers; of tagged words the sentence."""
+    if task.kind == "token-classification":
+        return {"id": example.id, SENTENCE: example.texts[task.text_columns[0]]}
     row: dict[str, Any] = {"id": example.id, **{column: example.texts[column] for column in task.text_columns}}
-    if task.kind == "classification":
+    if task.kind != "qa":
         row[task.label_column] = example.label
     else:
         row["answers"] = {

@@ -95,6 +95,7 @@ def _examples(rows: Any, task: Task, where: str) -> list[Example]:
     from datasets import ClassLabel
 
     feature = rows.features.get(task.label_column)
+    feature = getattr(feature, "feature", feature)  # of a list, its items'
     name_of = feature.int2str if isinstance(feature, ClassLabel) else None
     return examples_from(rows, list(rows.column_names), task, where, name_of)
 

@@ -9,7 +9,7 @@ a column ``split``. Ids and labels are those of both languages; the texts of a l
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from typing import Any
 from ..errors import UserError
 from .errors import DataError
 from .examples import Example
-from .files import SPLITS, no_split, split_file
+from .files import SPLITS, examples_of, no_split, split_file
 from .registry import Task
-from .rows import check_ids, examples_from
-from .tables import SUFFIXES, Table, check_keys, is_saved, read_table
+from .tables import SUFFIXES, Table, is_saved, read_table
 
 SPLIT_COLUMN = "split"
 #: Stands for the target language's name in a column's.
@@ -94,9 +93,7 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
         )
     table, where = _split_of(data.path, split)
     named = replace(task, text_columns=columns)  # so that errors name the table's columns
-    check_keys(table.rows, [one for one in (*columns, task.label_column) if one in table.columns], where)
-    check_ids(table.rows, table.columns, named, where)
-    rows = examples_from(table.rows, table.columns, named, where, table.names.get(task.label_column))
+    rows = examples_of(table, named, where)
     return [replace(row, texts=dict(zip(task.text_columns, row.texts.values(), strict=True))) for row in rows]
 
 
@@ -129,7 +126,7 @@ def _one_file(path: Path) -> bool:
     return path.is_file() or is_saved(path)
 
 
-def _rows_of(table: Table, split: str, where: str) -> list[Mapping[str, Any]]:
+def _rows_of(table: Table, split: str, where: str) -> list[dict[str, Any]]:
     if SPLIT_COLUMN not in table.columns:
         raise DataError(
             f"{where} is one file without a column {SPLIT_COLUMN!r}, so it is not known which rows are for training and "

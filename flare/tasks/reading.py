@@ -12,11 +12,12 @@ from .examples import Example
 from .files import SPLITS, find_file, read_folder, write_split
 from .hub import hub_note, read_hub
 from .inferred import inferred_labels, label_table
+from .parallel import ParallelColumns, has_parallel, read_parallel
 from .registry import Task
 
 __all__ = ["data_notes", "has_split", "read_split", "resolve_labels", "write_split"]
 
-Data = str | os.PathLike[str] | None
+Data = str | os.PathLike[str] | ParallelColumns | None
 
 
 def read_split(task: Task, data: Data, language: str, split: str) -> list[Example]:
@@ -24,7 +25,7 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
 
     Args:
         task: says which columns are read.
-        data: a folder, a hub id, or None for the task's own data set on the hub.
+        data: a folder, a hub id, `ParallelColumns`, or None for the task's own data set on the hub.
         language: name of the folder; from the hub, a name or code of the table of languages.
         split: "train", "valid" or "test".
 
@@ -33,6 +34,8 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
         UserError: an unknown split.
     """
     _check(split)
+    if isinstance(data, ParallelColumns):
+        return read_parallel(task, data, language, split)
     folder = _folder(data)
     if folder is not None:
         return read_folder(task, folder, language, split)
@@ -42,6 +45,8 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
 def has_split(task: Task, data: Data, language: str, split: str) -> bool:
     """Whether a split is there: whether there is a file for it, or, from the hub, whether it can be loaded."""
     _check(split)
+    if isinstance(data, ParallelColumns):
+        return has_parallel(data, split)
     folder = _folder(data)
     if folder is not None:
         return find_file(folder, language, split) is not None
@@ -74,7 +79,8 @@ def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]
 
 def data_notes(task: Task, data: Data, split: str) -> list[str]:
     """What a user should know about where a split comes from; usually nothing."""
-    return hub_note(_hub_id(task, data), split) if _folder(data) is None else []
+    on_hub = not isinstance(data, ParallelColumns) and _folder(data) is None
+    return hub_note(_hub_id(task, data), split) if on_hub else []
 
 
 def _check(split: str) -> None:
@@ -91,6 +97,11 @@ def _folder(data: Data) -> Path | None:
         raise DataError(f"--data {data}: {error}; write the whole path") from error
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise DataError(
+            f"--data {data}: this is one file; name its columns with --source-column and --target-column, or give a "
+            "folder with one sub-folder per language"
+        )
     path_like = not isinstance(data, str) or data.startswith((".", "/", "~")) or "\\" in data or data.count("/") > 1
     if folder.exists() or path_like:
         raise DataError(f"--data {data}: no such folder; give a folder with one sub-folder per language, or a hub id")

@@ -10,7 +10,8 @@ from typing import Any
 from .alignment import position_id
 from .errors import DataError, some_ids
 from .examples import Answer, Example
-from .registry import Task
+from .kinds import indices_count, label_of, needed_columns, texts_of
+from .registry import NAMED, Task
 
 #: Names of columns that look like ids, without all but their letters.
 _IDS = frozenset(
@@ -40,30 +41,36 @@ def examples_from(
     rows = list(rows)
     if not rows:
         raise DataError(f"{where} has no rows; an empty split cannot be used")
-    answer_columns = ("answers", "answer") if task.kind == "qa" else ()
-    needed = [*task.text_columns, *([task.label_column] if task.kind == "classification" else [])]
+    needed = [*needed_columns(task, columns), *([task.id_column] if task.id_column != "id" else [])]
     lacking = [column for column in needed if column not in columns]
-    if answer_columns and not any(column in columns for column in answer_columns):
-        lacking.append("answers (or answer)")
     if lacking:
         raise DataError(
             f"{where} has no column {', '.join(lacking)}; it has {', '.join(columns) or 'none'}. Rename the column, or "
-            "name yours with --text-columns and --label-column"
+            "name yours with --text-columns, --label-column and --id-column"
         )
-    found = [
-        Example(
-            id=position_id(index) if "id" not in columns else _id(row.get("id")),
-            texts={column: _text(row.get(column), f"{where}, row {index}: {column}") for column in task.text_columns},
-            label=_label(row.get(task.label_column), task, name_of, f"{where}, row {index}: {task.label_column}")
-            if task.kind == "classification"
-            else None,
-            answers=_answers(row, where, index) if task.kind == "qa" else (),
-        )
-        for index, row in enumerate(rows)
-    ]
-    if task.kind == "classification":
+    found = [_example(row, index, columns, task, where, name_of) for index, row in enumerate(rows)]
+    if task.kind in NAMED:
         check_labels(found, task, where)
     return found
+
+
+def _example(
+    row: Mapping[str, Any],
+    index: int,
+    columns: Sequence[str],
+    task: Task,
+    where: str,
+    name_of: Callable[[Any], str] | None,
+) -> Example:
+    place = f"{where}, row {index}"
+    texts, words = texts_of(row, task, place)
+    return Example(
+        id=position_id(index) if task.id_column not in columns else id_of(row.get(task.id_column)),
+        texts=texts,
+        label=None if task.kind == "qa" else label_of(row, task, name_of, words, place),
+        answers=_answers(row, where, index) if task.kind == "qa" else (),
+        words=words,
+    )
 
 
 def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
@@ -73,15 +80,24 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
         DataError: naming the labels, how many rows have them, and some of their ids.
     """
     known = task.labels
-    wrong = [row for row in examples if not row.label or (known is not None and row.label not in known)]
+    wrong: set[str] = set()
+    ids = []
+    for row in examples:
+        if task.kind == "token-classification" and row.label is None:
+            continue  # a source
+        labels = row.label if isinstance(row.label, tuple) else (row.label,)
+        bad = {str(label or "(empty)") for label in labels if not label or (known is not None and label not in known)}
+        if bad:
+            wrong |= bad
+            ids.append(row.id)
     if wrong:
-        labels = sorted({row.label or "(empty)" for row in wrong})
+        names = sorted(wrong)
         accepted = ", ".join(known) if known else "any text that is not empty"
-        accepted += ", or their indices from 0" if _indices_count(task) else ""
+        accepted += ", or their indices from 0" if indices_count(task) else ""
         raise DataError(
-            f"{where}: {len(wrong)} of {len(examples)} rows have a label that is none of task {task.name}'s: "
-            f"{', '.join(map(repr, labels[:5]))}{', ...' if len(labels) > 5 else ''} "
-            f"{some_ids([row.id for row in wrong])}; accepted: {accepted}"
+            f"{where}: {len(ids)} of {len(examples)} rows have a label that is none of task {task.name}'s: "
+            f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''} "
+            f"{some_ids(ids)}; accepted: {accepted}"
         )
 
 
@@ -92,18 +108,18 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         DataError: a row without an id, an id that occurs twice, or a column that seems to hold ids and is named
             otherwise, so that rows would be paired by their position.
     """
-    if "id" not in columns:
+    if task.id_column not in columns:
         read = {*task.text_columns, task.label_column}
         near = [name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _IDS and name not in read]
-        if near:
+        if near and task.id_column == "id":
             raise DataError(
                 f"{where} has no column id, and its column {near[0]!r} looks like one: rows would be paired by their "
-                "position. Rename it to id, or remove it if the rows of all languages stand in one order"
+                "position. Name it with --id-column, or remove it if the rows of all languages stand in one order"
             )
         return
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
-        name = _id(row.get("id"))
+        name = id_of(row.get(task.id_column))
         if not name.strip():
             raise DataError(
                 f"{where}, row {index} (counted from 0) has no id; give every row one, or remove the column"
@@ -116,34 +132,9 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         first[name] = index
 
 
-def _id(value: Any) -> str:
+def id_of(value: Any) -> str:
+    """Return an id as text; a whole number as such, however its column is stored."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value)
-
-
-def _text(value: Any, where: str) -> str:
-    if isinstance(value, list | tuple | dict | bytes):
-        raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
-    return "" if value is None or value != value else str(value)
-
-
-def _label(value: Any, task: Task, name_of: Callable[[Any], str] | None, where: str) -> str:
-    if isinstance(value, list | tuple | dict | bytes):
-        raise DataError(
-            f"{where} holds a {type(value).__name__} ({str(value)[:40]}); a row has one label, a name or an index"
-        )
-    if name_of is not None and isinstance(value, int) and value >= 0:
-        value = name_of(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # what a column of integers with gaps becomes on its way
-    label = _text(value, where).strip()
-    if task.labels is not None and label.isdecimal() and int(label) < len(task.labels) and _indices_count(task):
-        return task.labels[int(label)]
-    return label
-
-
-def _indices_count(task: Task) -> bool:
-    """Whether a number can stand for a label: not where the labels are numbers, of which it would be a wrong one."""
-    return task.labels is not None and not any(label.isdecimal() for label in task.labels)
 
 
 def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ...]:

@@ -5,6 +5,7 @@
 .json       a list of rows, {"data": [rows]}, or one row per line
 .jsonl      one row per line
 .parquet    one file
+.conll      words and tags (`flare.tasks.conll`); .txt too
 a folder    what `datasets.Dataset.save_to_disk` wrote
 
 Files are UTF-8, with or without a byte order mark. Several shards (NAME-00000-of-00002.parquet) are one table.
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .conll import read_conll
 from .errors import DataError
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
@@ -40,10 +42,10 @@ class Table:
     names: dict[str, Callable[[int], str]] = field(default_factory=dict)
 
 
-def find_tables(folder: Path, name: str) -> list[Path]:
+def find_tables(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
     """Return the tables called `name` in a folder; of a table in shards the first shard."""
-    found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
-    for suffix in SUFFIXES:
+    found = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").is_file()]
+    for suffix in suffixes:
         found += sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))[:1]
     return [*found, *([folder / name] if is_saved(folder / name) else [])]
 
@@ -248,3 +250,6 @@ _READERS: dict[str, Callable[[Path], Table]] = {
     ".parquet": _read_parquet,
 }
 SUFFIXES = tuple(_READERS)
+#: Files without a head, of words and tags.
+TAGGED = (".conll", ".txt")
+_READERS |= dict.fromkeys(TAGGED, lambda path: Table(*read_conll(path)))

@@ -38,7 +38,12 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         import torch
 
         torch.set_num_threads(settings.threads)
-    task = get_task(settings.task, text_columns=settings.text_columns, label_column=settings.label_column)
+    task = get_task(
+        settings.task,
+        text_columns=settings.text_columns,
+        label_column=settings.label_column,
+        id_column=settings.id_column,
+    )
     model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     directions = _directions(settings, model, say)
 

@@ -26,7 +26,7 @@ class TranslateSettings:
         model: hub id or folder of an encoder-decoder.
         output: folder of the translations.
         data: folder or hub id of the task's data; None takes the task's own on the hub.
-        text_columns, label_column: of your own data.
+        text_columns, label_column, id_column: of your own data.
         splits: which ones.
         direction: "auto": train and valid to the target, test to the source; "to-target", "to-source": all of them.
         source_code, target_code: language tags in place of the table's NLLB tags; target_code: one for each target.
@@ -47,6 +47,7 @@ class TranslateSettings:
     data: str | None = None
     text_columns: Sequence[str] | None = None
     label_column: str | None = None
+    id_column: str | None = None
     splits: Sequence[str] = SPLITS
     direction: str = "auto"
     source_code: str | None = None
