@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flare.cli import main
 from flare.errors import DivergedError
-from flare.experiment.base import chance_notes
+from flare.experiment.chance import chance_notes
 from flare.experiment.diverged import NoNaN
 from flare.experiment.records import read_metrics, read_record, write_metrics, write_record
 from flare.report import write_report

@@ -221,10 +221,10 @@ def test_errors_of_parallel_columns(tmp_path):
     data = ParallelColumns(path, "english", ("en",), ("{language}",))
     for said, task, place, language in (
         ("has no column ban; it has key, en, ace, jav, topic, split", TASK, data, "ban"),
-        ("--source-column is missing: name the column of", TASK, ParallelColumns(path, "english", None, ("ace",)), "english"),
+        ("--source-column is missing: name the column of", TASK, ParallelColumns(path, "english"), "english"),
         ("the answers of a qa task are parts of each language's text", get_task("qa"), data, "ace"),
-        ("no such file or folder", TASK, ParallelColumns(tmp_path / "no.csv", "english", ("en",), None), "english"),
-    ):  # fmt: skip
+        ("no such file or folder", TASK, ParallelColumns(tmp_path / "no.csv", "english", ("en",)), "english"),
+    ):
         with says(UserError, said):
             read_split(task, place, language, "train")
     with says(DataError, "this is one file; name its columns with --source-column and --target-column"):

@@ -81,8 +81,8 @@ class InputFusionCollator(FlareDataCollator):
         }
         return cls(tokenizer, **{**known, **options})
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
-        """Collate rows (see the class) into one batch of single texts."""
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
+        """One batch of single texts."""
         read = read_rows(rows)
         layout = self._layout(read)
         targets, sources = self._texts(read, layout)

@@ -246,6 +246,8 @@ def x_mixup(
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     if overrides.pop("fusion", None) is not None:
         raise ValueError("x_mixup does not fuse: leave fusion out, or call flare.fast_lora to fuse two streams")
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise ValueError("x_mixup mixes one text with one text, and a multiple choice has several; use another method")
     if alpha is None:
         alpha = 0.2 if infer_task_type(model) == "QUESTION_ANS" else 0.4
     own = {

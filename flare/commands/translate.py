@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..tasks.registry import OWN, TASKS
 from .common import reported, say
 
 
@@ -30,7 +31,7 @@ def add_parser(commands: Any) -> None:
         group.add_argument(flag, type=kind, default=missing, metavar=metavar, help=text, **more)
 
     what = parser.add_argument_group("what is translated")
-    add(what, "--task", "nusax, xnli, tydiqa, or classification and qa for your own data", metavar="TASK")
+    add(what, "--task", f"{', '.join(TASKS)} ({', '.join(OWN)} are for your own data)", metavar="TASK")
     add(what, "--data", "folder with one sub-folder per language, or hub id (default: the task's)", metavar="DATA")
     add(what, "--source", "language that is rich in data, such as english", metavar="LANGUAGE")
     add(what, "--target", "one or more languages", metavar="LANGUAGE", nargs="+")
@@ -42,8 +43,10 @@ def add_parser(commands: Any) -> None:
         metavar="WHICH",
     )
     add(what, "--text-columns", "columns of the texts in your own data", metavar="COLUMN", nargs="+")
+    add(what, "--choice-columns", "columns of a multiple choice's choices", metavar="COLUMN", nargs="+")
     add(what, "--label-column", "column of the label in your own data", metavar="COLUMN")
     add(what, "--id-column", "column of the id in your own data (default: id)", metavar="COLUMN")
+    add(what, "--labels", "the labels, where your rows hold their indices", metavar="LABEL", nargs="+")
     add(what, "--limit", "translate the first N rows of every split", int, "N")
     add(
         what,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +9,6 @@ from ..errors import UserError
 from .common import location
 from .records import RUN_FILE, RunRecord, diverged, read_record, read_run
 from .settings import BASE
-
-PREDICTIONS = "predictions-test.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,38 +55,6 @@ def seeds_of(output: Path, base: str | None) -> list[int]:
     named = Path(base).expanduser() if base is not None else output / BASE
     found = [path.parent.name.removeprefix("seed-") for path in named.glob(f"seed-*/{RUN_FILE}")]
     return sorted(int(seed) for seed in found if seed.isdigit()) or [0]
-
-
-def chance_notes(folder: Path) -> list[str]:
-    """Return a note where a fine-tuned base is no better than chance on its own language.
-
-    Chance is always answering the most frequent label, and one standard error above it still counts as chance. A base
-    of questions is there where no answer matches and F1 is below 5.
-    """
-    run = read_run(folder)
-    scores = run.metrics.test.get("source-language") or run.metrics.valid
-    accuracy, matches = scores.get("accuracy"), scores.get("exact_match")
-    advice = "adapters trained on it learn the task anew, or not at all; fine-tune it longer or with another --lr"
-    start = f"the base {folder} is at chance level on {run.record.source_language}"
-    if matches is not None:
-        low = matches == 0 and scores.get("f1", 0) < 5
-        return [f"{start} (exact match {matches:.1f}, F1 {scores.get('f1', 0):.1f}): {advice}"] if low else []
-    if accuracy is None:
-        return []
-    truths = _truths(folder / PREDICTIONS) if "source-language" in run.metrics.test else []
-    rows = len(truths) or run.record.data.get("valid") or 0
-    labels = len(run.record.settings.get("labels") or ()) or 2
-    share = max(map(truths.count, truths)) / len(truths) if truths else 1 / labels
-    error = math.sqrt(share * (1 - share) / rows) if rows else 0.0
-    if accuracy > 100 * (share + error):
-        return []
-    return [f"{start} (accuracy {accuracy:.1f}; always the most frequent label: {100 * share:.1f}): {advice}"]
-
-
-def _truths(path: Path) -> list[str]:
-    """The right labels of a predictions file, empty where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [str(json.loads(line)["truth"]) for line in lines]
 
 
 def _finetuned(folder: Path, output: Path) -> Base:

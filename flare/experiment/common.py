@@ -98,6 +98,7 @@ def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, A
         "data": location(str(data.folder or data.task.hub_id or "")),
         **columns,
         "text_columns": list(data.task.text_columns),
+        **({"choice_columns": list(data.task.choice_columns)} if data.task.choice_columns else {}),
         "label_column": data.task.label_column,
         "labels": list(data.task.labels or ()) or None,
         "metric": data.task.metrics[0],

@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError
 from ..model_names import find_model
 from ..recipes import TASKS, Recipe
+from ..tasks import TASKS as REGISTRY
 
 #: Kinds of model, as `flare.tasks.make_form` knows them.
 FAMILIES = ("encoder", "causal", "seq2seq")
@@ -19,8 +20,9 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
-# Data of your own take the settings of the paper's task of their kind.
-_LIKE = {"classification": "nusax", "qa": "tydiqa"}
+_PAPERS = ("nusax", "xnli", "tydiqa")
+#: Kind of task -> the paper's task whose settings it takes; others take those of NusaX, short texts with a label.
+_LIKE = {"qa": "tydiqa", "multiple-choice": "xnli"}
 # What the experiment sets by itself.
 _OURS = ("predict_with_generate",)
 
@@ -70,7 +72,8 @@ def paper_recipe(kind: ModelKind, task: str) -> Recipe:
     file = "paper-xlmr" if kind.family == "encoder" else "paper-mt5"
     if kind.family == "causal" or (kind.family == "encoder" and kind.model_type in _decoders()):
         file = "paper-gemma2" if kind.model_type.startswith("gemma") else "paper-llama"
-    recipe = Recipe.read(f"{file}/{_LIKE.get(task, task)}")
+    like = task if task in _PAPERS else _LIKE.get(REGISTRY[task].kind, "nusax")
+    recipe = Recipe.read(f"{file}/{like}")
     training = {name: value for name, value in recipe.training.items() if name not in _OURS}
     return replace(recipe, base=None, model={}, training=training)
 

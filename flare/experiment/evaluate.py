@@ -19,14 +19,14 @@ from ..names import folder_name
 from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.digest import digests_of_pairs
 from ..tasks.errors import some_ids
-from .base import PREDICTIONS, Base, find_base, seeds_of
+from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, expect_no_source, location, summary
 from .fitting import autocast_of, training_values
 from .known_data import mark
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, for_method, load
-from .predict import Predictor, write_predictions
+from .predict import PREDICTIONS, Predictor, write_predictions
 from .processes import is_main
 from .provenance import read_provenance
 from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_metrics, write_record
@@ -50,6 +50,12 @@ def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print)
     settings.check()
     with quiet_libraries():
         return _Evaluation(settings, say).run()
+
+
+_NO_TRANSLATE_TEST = (
+    "translate-test is not done for task {task}: the tags belong to the words of the target's text, and its source has "
+    "other words"
+)
 
 
 class _Evaluation:
@@ -101,6 +107,12 @@ class _Evaluation:
         # a model that flare finetune did not make says nothing of the task, and its adapters do
         begun = (run.record for run in self.adapters if run.record.base == base.shown)
         data, setup = self._prepared(base.record or next(begun, None), base)
+        if setting == "translate-test" and data.task.kind == "token-classification":
+            refusal = _NO_TRANSLATE_TEST.format(task=data.task.name)
+            if len(settings.setting) == 1:
+                raise UserError(refusal)
+            self.notes([refusal])
+            return []
         variant = setting + ("-mt-source" if text == "mt" else "")
         folder = settings.output / target / variant / f"seed-{seed}"
         own: dict[str, Any] = {"base_date": base.made}
@@ -286,9 +298,10 @@ class _Evaluation:
             "form": there.get("family"),
             "metric": there.get("metric"),
             "rows": there.get("rows"),
-            "label_column": there.get("label_column") if there.get("labels") else None,
+            "label_column": there.get("label_column"),
             "id_column": there.get("id_column"),
             "text_columns": tuple(there["text_columns"]) if there.get("text_columns") else None,
+            "choice_columns": tuple(there["choice_columns"]) if there.get("choice_columns") else None,
             **(self._columns_of(record) if settings.data is None else {}),
         }
         merged = replace(settings, **{k: v for k, v in known.items() if getattr(settings, k) is None})

@@ -17,13 +17,13 @@ from ..errors import UserError
 from ..tasks import Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
-from .base import PREDICTIONS, chance_notes
 from .callbacks import quiet_libraries
+from .chance import chance_notes
 from .common import adapter_fields, claimed, common_settings, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
 from .known_data import mark, remember
 from .methods import collator
-from .predict import Predictor, write_predictions
+from .predict import PREDICTIONS, Predictor, write_predictions
 from .processes import is_main, wait
 from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run

@@ -16,8 +16,10 @@ from transformers import LogitsProcessorList
 
 from ..atomic_files import replacing
 from ..tasks import Pair
+from ..tasks.form import IGNORED
 from .diverged import NoNaN, check_logits
 
+PREDICTIONS = "predictions-test.jsonl"
 _POSITIONS = ("start_positions", "end_positions")
 
 
@@ -41,15 +43,15 @@ class Predictor:
     autocast: torch.dtype | None = None
     name: str | None = None
 
-    def __call__(self, model: Any) -> list[str]:
-        """Predictions, one for each pair: names of labels, or answers.
+    def __call__(self, model: Any) -> list[Any]:
+        """Predictions, one for each pair: see `Form.predictions`.
 
         Raises:
             DivergedError: logits that are NaN or infinite.
         """
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
-        found: list[str] = []
+        found: list[Any] = []
         half: Any = contextlib.nullcontext()
         if self.autocast is not None:
             half = torch.autocast(device.type, self.autocast)
@@ -70,13 +72,21 @@ class Predictor:
             model.train(was_training)
         return found
 
-    def scores(self, predictions: Sequence[str]) -> dict[str, float]:
+    def scores(self, predictions: Sequence[Any]) -> dict[str, float]:
         """The task's metrics, in percent."""
         return {name: float(value) for name, value in self.form.scores(list(predictions), list(self.pairs)).items()}
 
-    def _read(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> list[str]:
-        """From logits (B, labels), or of a span head two (B, m)."""
+    def _read(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> list[Any]:
+        """From logits (B, labels), of each token (B, m, labels), or of a span head two (B, m)."""
         device = next(model.parameters()).device
+        if self.form.auto_class == "AutoModelForTokenClassification":
+            batch = self.collator(rows).to(device)
+            marks = batch.pop("labels")  # where the words' first tokens stand, not what their tags are
+            logits = model(**batch).logits
+            check_logits(
+                logits.masked_fill((marks == IGNORED).unsqueeze(-1), 0), _ids(pairs)
+            )  # the others are not read
+            return list(self.form.predictions(logits, pairs, marks))
         if self.form.auto_class != "AutoModelForQuestionAnswering":
             batch = self.collator([_without_answers(row) for row in rows]).to(device)
             logits = model(**batch).logits
@@ -95,19 +105,24 @@ class Predictor:
         """New tokens (B, n), padded on the right."""
         batch = self.collator([_without_answers(row) for row in rows]).to(next(model.parameters()).device)
         batch.pop("labels", None)
+        begin = batch["input_ids"].shape[1] if self.form.layout == "causal" else 1  # of what is written
+        allowed = {}
+        if self.form.next_tokens(()) is not None:
+            allowed["prefix_allowed_tokens_fn"] = lambda row, ids: self.form.next_tokens(ids[begin:].tolist())
         made = model.generate(
             **batch,
+            **allowed,
             max_new_tokens=self.form.max_new_tokens,
             do_sample=False,
             num_beams=1,
             logits_processor=LogitsProcessorList([NoNaN(_ids(pairs))]),
             pad_token_id=self.collator.tokenizer.pad_token_id,
         )
-        return made[:, batch["input_ids"].shape[1] :] if self.form.layout == "causal" else made[:, 1:]
+        return made[:, begin:]
 
 
-def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[str]) -> None:
-    """One line of JSON for each row: id, truth (a label, or the accepted answers) and prediction."""
+def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[Any]) -> None:
+    """One line of JSON for each row: id, truth (`Example.label`, or the accepted answers) and prediction."""
     with replacing(path) as file:
         for pair, prediction in zip(pairs, predictions, strict=True):
             row = pair.target

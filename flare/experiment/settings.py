@@ -12,6 +12,7 @@ from flare_kernels.fusion import EAGER_FUSIONS, FUSIONS
 from ..errors import UserError
 from ..names import folder_name
 from ..result_folders import EARLIER
+from ..tasks.registry import OWN, TASKS
 from .options import flag, option
 
 METHODS = ("lora", "input-fusion", "x-mixup", "flare", "flare-mt")
@@ -32,7 +33,7 @@ class Settings:
 
     PAPER: ClassVar[dict[str, Any]] = {"padding": "max_length"}
 
-    task: str | None = option("str", "nusax, xnli, tydiqa, or classification and qa for data of your own")
+    task: str | None = option("str", f"{', '.join(TASKS)} ({', '.join(OWN)} are for data of your own)")
     data: str | None = option(
         "str", "folder (one sub-folder per language), table with columns of both, or hub id (default: the task's)"
     )
@@ -40,7 +41,8 @@ class Settings:
     output: Path = option("path", "folder of the experiment (default: runs)", Path("runs"))
     translations: Path | None = option("path", "folder that flare translate wrote")
     text_columns: tuple[str, ...] | None = option("strs", "the task's text columns, where yours are named otherwise")
-    label_column: str | None = option("str", "column of the label")
+    choice_columns: tuple[str, ...] | None = option("strs", "the columns of a multiple choice's choices")
+    label_column: str | None = option("str", "column of the label, tags or number")
     id_column: str | None = option("str", "column of the id that rows of two languages are matched by (default: id)")
     source_column: tuple[str, ...] | None = option(
         "strs", "DATA is one table with both languages: column of the source text, one for each text column"
@@ -113,7 +115,7 @@ class Training(Settings):
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be 0 or more and less than 1; got {self.dropout}")
         if self.task is None:
-            raise UserError("--task is missing: nusax, xnli, tydiqa, or classification and qa for data of your own")
+            raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

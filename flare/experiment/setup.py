@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ..errors import UserError
 from ..model_names import find_model
 from ..recipes import Recipe
-from ..tasks import Pair, Task, get_task, has_split, load_pairs, make_form, read_split
+from ..tasks import TASKS, Pair, Task, get_task, has_split, load_pairs, make_form, read_split
 from ..tasks.parallel import ParallelColumns, check_targets
 from ..training.row_checks import vocabulary_of, wrong_tokenizer
 from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
@@ -153,10 +153,11 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
     """The task that the settings name; `labels` where they are known from a run."""
     named = settings.task or name
     if named is None:
-        raise UserError("--task is missing: nusax, xnli, tydiqa, or classification and qa for data of your own")
+        raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
     return get_task(
         named,
         text_columns=settings.text_columns,
+        choice_columns=settings.choice_columns,
         label_column=settings.label_column,
         id_column=settings.id_column,
         labels=settings.labels or labels,

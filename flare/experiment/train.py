@@ -18,15 +18,16 @@ from ..errors import UserError
 from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
-from .base import PREDICTIONS, Base, chance_notes, find_base
+from .base import Base, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
+from .chance import chance_notes
 from .common import adapter_fields, claimed, common_settings, expect_no_source, location, summary
 from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
 from .known_data import mark, remember
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, build, for_method, variant_name
-from .predict import Predictor, write_predictions
+from .predict import PREDICTIONS, Predictor, write_predictions
 from .processes import is_main, wait
 from .provenance import read_provenance
 from .records import RunRecord, write_metrics, write_record

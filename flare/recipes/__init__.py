@@ -26,10 +26,11 @@ from ..tuner.config import FlareConfig
 from ..tuner.convert import fast_lora
 from ..yaml_files import YamlLoader
 
-#: PEFT's task type -> transformers' Auto class, and the collator's layout.
+#: PEFT's task type (it has none for a multiple choice) -> transformers' Auto class, and the collator's layout.
 TASKS = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", "encoder"),
     "TOKEN_CLS": ("AutoModelForTokenClassification", "encoder"),
+    "MULTIPLE_CHOICE": ("AutoModelForMultipleChoice", "encoder"),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", "encoder"),
     "CAUSAL_LM": ("AutoModelForCausalLM", "causal"),
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "seq2seq"),
@@ -51,7 +52,7 @@ class Recipe:
     name: what it was read as.
     about: one line for people.
     base: the base model's name or folder, where the recipe has one.
-    task: PEFT's task type, one of ``TASKS``.
+    task: a key of ``TASKS``.
     dtype: dtype of the base weights that are not quantised ("float32", "bfloat16", "auto", ...).
     quantization: arguments of transformers.BitsAndBytesConfig; None: not quantised.
     gradient_checkpointing: False, True (non-reentrant), "non-reentrant" or "reentrant".

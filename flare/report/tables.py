@@ -12,7 +12,18 @@ from .collect import Group
 from .summary import RANGED, Cell, Cost, Line, Quality, costs
 
 MISSING = "-"
-METRIC_NAMES = {"macro_f1": "macro F1", "accuracy": "accuracy", "exact_match": "exact match", "f1": "F1"}
+METRIC_NAMES = {
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "accuracy": "accuracy",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
 
 
 @dataclass(frozen=True)

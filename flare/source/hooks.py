@@ -28,7 +28,7 @@ from .._compat import REPLICA_MARK
 from ..tuner.grouping import make_sites, remove_sites
 from ..tuner.layer import weight_of
 from .context import KEYWORD, THREAD, SourceContext
-from .inputs import SOURCE_ARGUMENTS, accepted_by, decoder_shape, read_source, target_shape
+from .inputs import SOURCE_ARGUMENTS, accepted_by, decoder_shape, one_text_a_row, read_source, target_shape
 from .packed_rows import LOOKED_AT, refuse_packed_rows
 from .runtime import _RUNTIME, Runtime, runtime_of
 from .source_pass import Wanted
@@ -119,6 +119,9 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = kwargs.get("attention_mask")
         if len(args) > 1 or not LOOKED_AT.isdisjoint(kwargs) or (mask is not None and getattr(mask, "ndim", 0) != 2):
             refuse_packed_rows(model, source, args, kwargs)
+        ids = args[0] if args else kwargs.get("input_ids")
+        if getattr(ids, "ndim", 2) == 3:  # a multiple choice
+            source = one_text_a_row(source)
         slot.forward = read_source(
             model,
             runtime,
@@ -209,6 +212,8 @@ def note_target_masks(
         mask, shape = kwargs.get(name), (decoder_shape if in_decoder else target_shape)(args, kwargs)
         if mask is None and shape is not None:
             mask = torch.ones(shape, device=weight_of(layer, adapter).device)
+        if isinstance(mask, Tensor) and mask.dim() == 3:  # of the choices of each row
+            mask = mask.flatten(0, 1)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{name} is {what}: cross_attention_mask=True of adapter {adapter!r} needs it as (B, m)")

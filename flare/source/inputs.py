@@ -36,11 +36,32 @@ DECODER_ARGUMENTS = ("source_labels", "source_decoder_input_ids")
 
 
 def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """(B, m) of the target text, where the call shows it."""
+    """(B, m) of the target text, where the call shows it; (B n, m) of the n choices of each row (B, n, m)."""
     for candidate in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
         if isinstance(candidate, Tensor):
+            if candidate.ndim == 3 and not candidate.is_floating_point():
+                candidate = candidate.flatten(0, 1)
             return tuple(candidate.shape[:2])
     return None
+
+
+def one_text_a_row(source: dict[str, Any]) -> dict[str, Any]:
+    """The source arguments of a multiple choice, (B, n, m) as (B n, m), which is how the model reads the target's.
+
+    States stay: they are those of (B n, m) already.
+
+    Raises:
+        ValueError: ids, a mask or token types of other than three dimensions.
+    """
+    texts = {name: value for name, value in source.items() if name != "source_states"}
+    for name, value in texts.items():
+        if not isinstance(value, Tensor) or value.ndim != 3:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name} is {what}: next to input_ids (B, n, m) of a multiple choice it must be of the same shape, "
+                "one source text for each choice (flare.FlareDataCollator makes them)"
+            )
+    return {**source, **{name: value.flatten(0, 1) for name, value in texts.items()}}
 
 
 def decoder_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:

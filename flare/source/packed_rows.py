@@ -33,7 +33,9 @@ def refuse_packed_rows(model: nn.Module, source: dict[str, Any], args: tuple[Any
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} (packed texts) cannot be combined with {', '.join(sorted(source))}: {_WAY_OUT}")
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+    ids = args[0] if args else kwargs.get("input_ids")
+    of_choices = isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape == getattr(ids, "shape", None)
+    if mask is not None and not of_choices and not (isinstance(mask, Tensor) and mask.dim() == 2):
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
             f"attention_mask is {what}, and next to a source it must be (B, m): a mask of pairs of positions may keep "
@@ -48,9 +50,9 @@ def refuse_packed_rows(model: nn.Module, source: dict[str, Any], args: tuple[Any
 
 @torch.compiler.disable  # it reads values
 def begins_again(positions: Tensor, mask: Tensor | None) -> bool:
-    """Whether positions (..., m) of neighbouring tokens differ by anything but one; mask (B, m) is 1 at tokens."""
+    """Whether positions (..., m) of neighbouring tokens differ by anything but one; mask (..., m) is 1 at tokens."""
     jumps = positions.diff(dim=-1) != 1
     if mask is not None:
         tokens = mask.to(jumps.device) != 0
-        jumps = jumps & tokens[:, 1:] & tokens[:, :-1]
+        jumps = jumps & tokens[..., 1:] & tokens[..., :-1]
     return bool(jumps.any())

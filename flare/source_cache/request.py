@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..source.inputs import DECODER_ARGUMENTS, check_ids, decoder_inputs
+from ..source.inputs import DECODER_ARGUMENTS, check_ids, decoder_inputs, one_text_a_row
 from ..source.states import StateKey
 
 
@@ -47,7 +47,11 @@ class SourceRequest:
         Raises:
             TypeError, ValueError: a source that is missing or does not fit; the message names the argument.
         """
-        ids = check_ids("source_input_ids", batch.get("source_input_ids"), "(B, m)")
+        ids = batch.get("source_input_ids")
+        if isinstance(ids, Tensor) and ids.ndim == 3:
+            batch = one_text_a_row({name: value for name, value in batch.items() if name[:7] == "source_"})
+            ids = batch["source_input_ids"]
+        ids = check_ids("source_input_ids", ids, "(B, m)")
         columns = {"input_ids": ids}
         for name in ("attention_mask", "token_type_ids") if types else ("attention_mask",):
             column = batch.get(f"source_{name}")

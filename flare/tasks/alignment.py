@@ -45,8 +45,8 @@ def align(
     """Pair rows by id, in the target's order.
 
     Left out and noted, with counts and ids: ids without a counterpart, ids that occur twice in a language (which text
-    belongs to which is unknown), pairs whose labels differ (tags of words may), and pairs with an empty text. Where a language came
-    without ids, rows are paired by position, if there are equally many.
+    belongs to which is unknown), pairs whose labels differ (tags of words may), and pairs with an empty text. Where a
+    language came without ids, rows are paired by position, if there are equally many.
 
     Args:
         targets, sources: rows of the two languages.

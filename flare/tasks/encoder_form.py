@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from .errors import some_ids
 from .examples import Example, Pair
@@ -17,10 +19,14 @@ from .registry import Task
 
 
 class ClassificationForm(Form):
-    """Logits (N, labels) of a sequence classification head. Rows: input_ids, labels (an index), source_input_ids."""
+    """Logits (N, labels) of a sequence classification head. Rows: input_ids, labels (an index), source_input_ids.
+
+    problem_type: of the model's configuration, which chooses its loss; None: the configuration has none.
+    """
 
     layout = "encoder"
     auto_class = "AutoModelForSequenceClassification"
+    problem_type: str | None = None
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int | None = None) -> None:
         super().__init__(task, tokenizer, max_length)
@@ -29,54 +35,69 @@ class ClassificationForm(Form):
                 f"task {task.name}: an encoder reads one text or a pair, and there are {len(task.text_columns)} text "
                 f"columns ({', '.join(task.text_columns)}); name one or two with --text-columns"
             )
-        assert task.labels is not None
+        if self.problem_type is not None:
+            self.model_options["problem_type"] = self.problem_type
+        names = task.labels or (task.label_column,)  # a regression has one number
         self.model_options.update(
-            num_labels=len(task.labels),
-            id2label=dict(enumerate(task.labels)),
-            label2id={label: index for index, label in enumerate(task.labels)},
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={label: index for index, label in enumerate(names)},
         )
 
+    def label_of(self, example: Example) -> Any:
+        """What ``labels`` of a row holds."""
+        return self._label_index(example.label)
+
     def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        rows: list[Row] = [{"labels": self._label_index(pair.target.label)} for pair in pairs]
-        notes = list(self.notes)
-        for prefix, examples in self._texts(pairs, with_source).items():
-            encoded, cut = self._encode(examples)
-            for row, columns in zip(rows, encoded, strict=True):
-                row.update({prefix + name: column for name, column in columns.items()})
-            if cut:
-                what = "source texts" if prefix else "texts"
-                notes.append(f"{len(cut)} of {len(pairs)} {what} cut to {self.max_length} tokens {some_ids(cut)}")
-        return rows, notes
+        rows, notes = self._encoded_rows(pairs, with_source)
+        return [{**row, "labels": self.label_of(pair.target)} for row, pair in zip(rows, pairs, strict=True)], notes
 
     def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
         return self.train_rows(pairs, with_source)
 
-    def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
+    def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[Any]:
         """The likeliest label of each row of logits (N, labels); of a tuple, the first entry."""
         assert self.task.labels is not None
-        best = as_array(output[0] if isinstance(output, (tuple, list)) else output).argmax(-1)
-        if len(best) != len(pairs):
-            raise ValueError(f"{len(best)} rows of logits were given for {len(pairs)} pairs")
-        return [self.task.labels[int(index)] for index in best]
+        return [self.task.labels[int(index)] for index in self._logits(output, pairs).argmax(-1)]
 
-    def _encode(self, examples: Sequence[Example]) -> tuple[list[Row], list[str]]:
-        """Token columns of every example, and the ids of those that were cut."""
-        if not examples:
+    def _logits(self, output: Any, pairs: Sequence[Pair]) -> np.ndarray:
+        logits = as_array(output[0] if isinstance(output, (tuple, list)) else output)
+        if len(logits) != len(pairs):
+            raise ValueError(f"{len(logits)} rows of logits were given for {len(pairs)} pairs")
+        return logits
+
+    def _encoded_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
+        """Rows without labels, and notes on what was cut."""
+        rows: list[Row] = [{} for _ in pairs]
+        notes = list(self.notes)
+        for prefix, examples in self._texts(pairs, with_source).items():
+            texts = [tuple(row.texts[column] for column in self.task.text_columns) for row in examples]
+            encoded, long = self._encode_texts(texts)
+            for row, columns in zip(rows, encoded, strict=True):
+                row.update({prefix + name: column for name, column in columns.items()})
+            if long:
+                what, ids = "source texts" if prefix else "texts", [examples[index].id for index in long]
+                notes.append(f"{len(ids)} of {len(pairs)} {what} cut to {self.max_length} tokens {some_ids(ids)}")
+        return rows, notes
+
+    def _encode_texts(self, texts: Sequence[tuple[str, ...]]) -> tuple[list[Row], list[int]]:
+        """Token columns of every text or pair of texts, and the indices of those that were cut."""
+        if not texts:
             return [], []
-        texts = [[row.texts[column] for row in examples] for column in self.task.text_columns]
+        columns = list(map(list, zip(*texts, strict=True)))
         names = ["input_ids"]
-        if len(texts) == 2 and "token_type_ids" in self.tokenizer.model_input_names:
+        if len(columns) == 2 and "token_type_ids" in self.tokenizer.model_input_names:
             names.append("token_type_ids")
-        encoded = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
-        rows = [{name: list(encoded[name][index]) for name in names} for index in range(len(examples))]
+        encoded = self.tokenizer(*columns, return_attention_mask=False, verbose=False)
+        rows = [{name: list(encoded[name][index]) for name in names} for index in range(len(texts))]
         long = [index for index, row in enumerate(rows) if len(row["input_ids"]) > self.max_length]
         if long:
             again = self.tokenizer(
-                *[[column[index] for index in long] for column in texts],
-                truncation=True if len(texts) == 1 else "longest_first",
+                *[[column[index] for index in long] for column in columns],
+                truncation=True if len(columns) == 1 else "longest_first",
                 max_length=self.max_length,
                 return_attention_mask=False,
             )
             for place, index in enumerate(long):
                 rows[index] = {name: list(again[name][place]) for name in names}
-        return rows, [examples[index].id for index in long]
+        return rows, long

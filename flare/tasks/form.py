@@ -14,7 +14,7 @@ from ..errors import UserError
 from . import metrics
 from .errors import DataError, some_ids
 from .examples import Example, Pair
-from .registry import Task
+from .registry import NAMED, Task
 
 Row = dict[str, Any]
 IGNORED = -100
@@ -29,7 +29,7 @@ class Form:
     max_new_tokens: how far to generate; None: the form reads logits.
 
     Args:
-        task: with labels, if it is a classification.
+        task: with labels, if it is of a kind that has some.
         tokenizer: a tokenizer without a pad token is given its end token for one, which is noted.
         max_length: the tokens of one text; None: the task's.
 
@@ -42,7 +42,7 @@ class Form:
     max_new_tokens: int | None = None
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int | None = None) -> None:
-        if task.kind == "classification" and task.labels is None:
+        if task.kind in NAMED and task.labels is None:
             raise UserError(
                 f"task {task.name}: its labels are not known yet; give labels, or take them from the training rows "
                 "(flare.tasks.resolve_labels)"
@@ -88,8 +88,8 @@ class Form:
         """The pairs that `train_rows` makes rows of, in their order."""
         return list(pairs)
 
-    def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
-        """A label or an answer for each pair, from what a model gave for `eval_rows` of the same pairs.
+    def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[Any]:
+        """What is compared with each pair's label or answers, made of a model's output for `eval_rows` of the pairs.
 
         Args:
             output: logits (encoders) or new token ids (generation); tensors or arrays.
@@ -97,10 +97,10 @@ class Form:
         """
         raise NotImplementedError
 
-    def prediction_notes(self, predictions: Sequence[str]) -> list[str]:
+    def prediction_notes(self, predictions: Sequence[Any]) -> list[str]:
         """What has to be said about predictions, such as how many are no label."""
         labels = self.task.labels
-        lost = [text for text in predictions if labels is not None and text not in labels]
+        lost = [text for text in predictions if labels and isinstance(text, str) and text not in labels]
         if not lost:
             return []
         shown = ", ".join(repr(text[:40]) for text in lost[:3])
@@ -108,7 +108,7 @@ class Form:
 
     # --- scores ---------------------------------------------------------------------------------------------------
 
-    def scores(self, predictions: Sequence[str], pairs: Sequence[Pair]) -> dict[str, float]:
+    def scores(self, predictions: Sequence[Any], pairs: Sequence[Pair]) -> dict[str, float]:
         """The task's metrics in percent, the deciding one first. Questions without an accepted answer do not count.
 
         Raises:
@@ -146,28 +146,17 @@ class Form:
         return [f"{len(ids)} of {len(pairs)} questions have no answer to compare with and do not count {some_ids(ids)}"]
 
 
-def score(task: Task, predictions: Sequence[str], truth: Sequence[Example]) -> dict[str, float]:
+def score(task: Task, predictions: Sequence[Any], truth: Sequence[Example]) -> dict[str, float]:
     """As `Form.scores`, without a form."""
     if len(predictions) != len(truth):
         raise ValueError(f"{len(predictions)} predictions were given for {len(truth)} rows")
-    if task.kind == "classification":
-        known = [(p, row.label) for p, row in zip(predictions, truth, strict=True) if row.label]
-    else:
-        answered = [(p, row) for p, row in zip(predictions, truth, strict=True) if row.answers]
-        known_answers = [(p, [answer.text for answer in row.answers]) for p, row in answered]
-        if known_answers:
-            said, accepted = zip(*known_answers, strict=True)
-            both = {"exact_match": metrics.exact_match(said, accepted), "f1": metrics.f1(said, accepted)}
-            return {name: both[name] for name in task.metrics}
-        known = []
+    right = [[answer.text for answer in row.answers] if task.kind == "qa" else row.label for row in truth]
+    unknown: tuple[Any, ...] = ([],) if task.kind == "qa" else (None, "")  # no label of several may hold
+    known = [index for index, label in enumerate(right) if label not in unknown]
     if not known:
         raise DataError(f"task {task.name}: none of {len(truth)} rows has a label or answer to compare with")
-    labels = [label for _, label in known]
-    guesses = [p for p, _ in known]
-    found = {
-        "accuracy": metrics.accuracy(guesses, labels),
-        "macro_f1": metrics.macro_f1(guesses, labels, task.labels or sorted(set(labels))),
-    }
+    said, true = [predictions[index] for index in known], [right[index] for index in known]
+    found = metrics.of_kind(task.kind, said, true, task.labels)
     return {name: found[name] for name in task.metrics}
 
 

@@ -15,12 +15,15 @@ _ENOUGH = 10  # rows from which on a label of one row is taken for a mistake
 def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
     """Return the labels of training rows with their counts; integers by value, names by the alphabet.
 
+    A row may have several labels.
+
     Raises:
         DataError: labels that are numbers with fractions, that differ in upper and lower case only, or that one row of
             ten or more has; the message names the row and what to do.
     """
-    counts = Counter(row.label or "" for row in rows)
-    row_of = {row.label or "": index for index, row in reversed(list(enumerate(rows)))}
+    labels = [row.label if isinstance(row.label, tuple) else (row.label or "",) for row in rows]
+    counts = Counter(label for names in labels for label in names)
+    row_of = {label: index for index, names in reversed(list(enumerate(labels))) for label in names}
 
     def place(label: str) -> str:
         return f"{where}, row {row_of[label]} (counted from 0, id {rows[row_of[label]].id}): the label {label!r}"
@@ -49,6 +52,13 @@ def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
             "are meant"
         )
     return {label: counts[label] for label in sorted(counts, key=_order)}
+
+
+def inferred_tags(rows: Sequence[Example]) -> dict[str, int]:
+    """Return the tags of training rows with their counts: O, then B- and I- of each type, both where one is there."""
+    counts = Counter(tag for row in rows for tag in row.label or ())
+    types = sorted({tag[2:] for tag in counts if tag != "O"})
+    return {tag: counts[tag] for tag in ("O", *(f"{mark}-{one}" for one in types for mark in "BI"))}
 
 
 def label_table(counts: dict[str, int]) -> list[str]:

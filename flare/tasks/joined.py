@@ -38,6 +38,7 @@ def joined_task(task: Task) -> Task:
     source = re.sub(rf"\{{({names})\}}", rf"{{{_PREFIX}\1}}", texts)
     return replace(
         task,
+        choice_columns=(*(_PREFIX + column for column in task.choice_columns), *task.choice_columns),
         text_columns=(*(_PREFIX + column for column in task.text_columns), *task.text_columns),
         prompt=f"{head}{source}\n{texts}{instruction}",
         max_length=2 * task.max_length,

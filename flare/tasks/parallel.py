@@ -82,8 +82,8 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
     """
     if task.kind in _OWN_ANSWERS:
         raise UserError(
-            f"--source-column and --target-column: the answers of a {task.kind} task are parts of each language's text, "
-            "so one column of them cannot serve both languages; use one folder per language"
+            f"--source-column and --target-column: the answers of a {task.kind} task are parts of each language's text, so "
+            "one column of them cannot serve both languages; use one folder per language"
         )
     columns = data.columns(language)
     if len(columns) != len(task.text_columns):
@@ -129,8 +129,8 @@ def _one_file(path: Path) -> bool:
 def _rows_of(table: Table, split: str, where: str) -> list[dict[str, Any]]:
     if SPLIT_COLUMN not in table.columns:
         raise DataError(
-            f"{where} is one file without a column {SPLIT_COLUMN!r}, so it is not known which rows are for training and "
-            f"which for the test; add one with {', '.join(SPLITS)}, or give a folder with a file for each. It has "
+            f"{where} is one file without a column {SPLIT_COLUMN!r}, so it is not known which rows are for training "
+            f"and which for the test; add one with {', '.join(SPLITS)}, or give a folder with a file for each. It has "
             f"{', '.join(table.columns)}"
         )
     known = {name: one for one, names in SPLITS.items() for name in names}

@@ -23,14 +23,14 @@ def cut_to_fit(task: Task, texts: Mapping[str, str], fits: Callable[[str], bool]
     """The longest prompt that fits, its texts cut at their ends; the instruction and a question stay whole.
 
     Args:
-        task: every context of a QA task is cut; of several texts of a classification the longest one.
+        task: every context of a QA task is cut; of several texts of another task the longest one; a choice never.
         texts: column -> text.
         fits: whether a prompt fits.
 
     Returns:
         The prompt, or None where not even the rest fits.
     """
-    cuttable = task.text_columns[1::2] if task.kind == "qa" else task.text_columns
+    cuttable = task.text_columns[1::2] if task.kind == "qa" else task.context_columns
 
     def cut(limit: int) -> str:
         return fill(task, {**texts, **{column: texts[column][:limit].rstrip() for column in cuttable}})

@@ -11,9 +11,9 @@ from .errors import DataError
 from .examples import Example
 from .files import SPLITS, find_file, read_folder, write_split
 from .hub import hub_note, read_hub
-from .inferred import inferred_labels, label_table
+from .inferred import inferred_labels, inferred_tags, label_table
 from .parallel import ParallelColumns, has_parallel, read_parallel
-from .registry import Task
+from .registry import NAMED, Task
 
 __all__ = ["data_notes", "has_split", "read_split", "resolve_labels", "write_split"]
 
@@ -70,9 +70,10 @@ def resolve_labels(task: Task, data: Data, language: str) -> Task:
 
 def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]]:
     """As `resolve_labels`; also a table of labels and rows, empty where the labels were given."""
-    if task.kind != "classification" or task.labels is not None:
+    if task.kind not in NAMED or task.labels is not None:
         return task, []
-    counts = inferred_labels(read_split(task, data, language, "train"), f"{data or task.hub_id}, {language}/train")
+    rows, where = read_split(task, data, language, "train"), f"{data or task.hub_id}, {language}/train"
+    counts = inferred_tags(rows) if task.kind == "token-classification" else inferred_labels(rows, where)
     named = task.with_labels(list(counts))
     return named, [f"labels, taken from the {language} training rows (--labels sets them):", *label_table(counts)]
 

@@ -74,8 +74,8 @@ class Task:
 
     @property
     def context_columns(self) -> tuple[str, ...]:
-        """The text columns that are no choices."""
-        return self.text_columns[: len(self.text_columns) - len(self.choice_columns)]
+        """The text columns that are not choices."""
+        return tuple(column for column in self.text_columns if column not in self.choice_columns)
 
     def verbalized(self, label: str) -> str:
         """What a model writes for a label."""
@@ -88,12 +88,22 @@ class Task:
             UserError: fewer than two classes, a class twice, or two that are written alike.
         """
         named = tuple(labels)
+        if self.kind == "token-classification":
+            self._check_tags(named)
         if len(named) < 2 or len(set(named)) < len(named):
             raise UserError(f"task {self.name}: two or more different labels are needed; got {_listed(named)}")
         written = [self.verbalized(label) for label in named]
         if len(set(written)) < len(written):
             raise UserError(f"task {self.name}: two labels are written alike; the verbalizer gives {_listed(written)}")
         return replace(self, labels=named)
+
+    def _check_tags(self, tags: Sequence[str]) -> None:
+        types = {tag[2:] for tag in tags if tag[:2] in ("B-", "I-")}
+        wrong = [tag for tag in tags if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) < 3)]
+        lacking = [tag for tag in ("O", *(f"B-{one}" for one in sorted(types))) if tag not in tags]
+        if wrong or lacking:
+            what = f"{_listed(wrong[:5])} are not" if wrong else f"{_listed(lacking)} is missing"
+            raise UserError(f"task {self.name}: tags are O, B-TYPE and I-TYPE (IOB2); {what}")
 
 
 _QA = {
@@ -253,7 +263,9 @@ def get_task(
         task = _with_choices(task, tuple(choice_columns))
     if text_columns is not None:
         task = _with_columns(task, tuple(text_columns))
-    if task.kind == "qa" and (label_column is not None or labels is not None or verbalizer is not None):
+    if task.kind == "qa" and (
+        label_column not in (None, task.label_column) or labels is not None or verbalizer is not None
+    ):
         raise UserError(f"task {name} has answers, not labels: leave label column, labels and verbalizer out")
     if labels is not None and task.kind == "multiple-choice" and tuple(labels) == task.labels:
         labels = None

@@ -26,12 +26,25 @@ class WrittenForm(Form):
                 f"the tokenizer ({type(tokenizer).__name__}) has no end token, with which an answer ends; set "
                 "tokenizer.eos_token"
             )
-        if task.labels is not None and task.kind == "classification":
+        if task.labels is not None and task.kind != "qa":
             task.with_labels(task.labels)  # written alike, two labels could not be told apart
             self.max_new_tokens = max(len(self.answer_ids(task.verbalized(label))) for label in task.labels)
         else:
             self.max_new_tokens = min(ANSWER_TOKENS, self.max_length // 4)
         self.longest_prompt = self.max_length  # tokens
+
+    def next_tokens(self, written: Sequence[int]) -> list[int] | None:
+        """Token ids that may follow what a model has written of its answer; None: all of them.
+
+        A multiple choice is answered with one of its letters, the likeliest: where each is one token, as in nearly all
+        vocabularies, that is the letter of the highest likelihood, as lm-evaluation-harness scores Belebele.
+        """
+        if self.task.kind != "multiple-choice":
+            return None
+        answers = [self.answer_ids(letter) for letter in self.task.labels or ()]
+        n = len(written)
+        going_on = {ids[n] for ids in answers if len(ids) > n and ids[:n] == list(written)}
+        return sorted(going_on) or [self.tokenizer.eos_token_id]
 
     def answer_ids(self, text: str) -> list[int]:
         """Token ids of an answer, its end token included."""
@@ -108,7 +121,7 @@ class WrittenForm(Form):
         return known.get(said) or (text if begun is None else written[begun])
 
     def _answer_of(self, example: Example, fallback: str | None = None) -> str | None:
-        if self.task.kind == "classification":
+        if self.task.kind != "qa":
             label = example.label if example.label is not None else fallback
             self._label_index(label)
             return self.task.verbalized(label or "")
@@ -133,10 +146,10 @@ class WrittenForm(Form):
             (hopeless if prompt is None else cut).append(row.id)
             found[index] = self.prompt_ids([prompt or ""])[0]
         if hopeless:
-            keeps = "the instruction and the question" if self.task.kind == "qa" else "the instruction"
+            keeps = {"qa": " and the question", "multiple-choice": " and the choices"}.get(self.task.kind, "")
             raise DataError(
-                f"{len(hopeless)} {what} have more than {most} tokens in {keeps} alone, which are not cut "
-                f"{some_ids(hopeless)}; raise --max-length (now {self.max_length}) or shorten them"
+                f"{len(hopeless)} {what} have more than {most} tokens in the instruction{keeps} alone, which are not "
+                f"cut {some_ids(hopeless)}; raise --max-length (now {self.max_length}) or shorten them"
             )
         note = f"{len(cut)} of {len(examples)} {what} cut to prompts of {most} tokens {some_ids(cut)}"
         return found, [note] if cut else []

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchEncoding
 
+from .choices import batch_of_choices, choices_of, split_choices
 from .row_checks import check_row, check_vocabulary
 
 LAYOUTS = ("auto", "encoder", "causal", "seq2seq")
@@ -83,6 +84,9 @@ class FlareDataCollator:
     Out comes a BatchEncoding of int64 tensors: ``input_ids``, ``attention_mask``, ``source_input_ids``,
     ``source_attention_mask``, all (B, m); ``labels`` (B), (B, m) or, for encoder-decoders, (B, u) together with
     ``source_labels`` (B, u). Numeric columns of other names are stacked, strings are left out.
+
+    Multiple choice: ``input_ids``, ``source_input_ids`` and their masks and types are lists of n texts, ``labels`` the
+    index of the right one; tensors are (B, n, m), ``labels`` (B). Each choice has a source text of its own.
 
     Layouts:
         encoder: both texts padded on ``padding_side``; ``labels`` may be one class, one vector or one list per token.
@@ -155,6 +159,10 @@ class FlareDataCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
         """Collate rows (see the class) into one batch."""
+        n = choices_of(rows)
+        return self._collate(rows) if n is None else batch_of_choices(rows, n, self._collate)
+
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
         read = read_rows(rows)
         layout = self._layout(read)
         targets, sources = self._texts(read, layout)
@@ -167,7 +175,8 @@ class FlareDataCollator:
         """
         left = right = decoder = 0
         for row in rows:
-            read = read_rows([row])
+            n = choices_of([row])
+            read = read_rows([row] if n is None else split_choices([row], n))
             layout = self._layout(read)
             targets, sources = self._texts(read, layout)
             left = max([left, *(text.split for text in targets + sources)])

@@ -41,9 +41,17 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
     task = get_task(
         settings.task,
         text_columns=settings.text_columns,
+        choice_columns=settings.choice_columns,
         label_column=settings.label_column,
         id_column=settings.id_column,
+        labels=settings.labels,
     )
+    if task.kind == "token-classification" and any(map(settings.to_target, settings.splits)):
+        raise TranslationError(
+            f"task {task.name}: tags belong to the words of their own language and cannot be translated along; "
+            "translate the target's sentences into the source language (--direction to-source), and train with "
+            "--source-text mt"
+        )
     model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     directions = _directions(settings, model, say)
 

@@ -24,6 +24,7 @@ _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
     "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForMultipleChoice": TaskType.SEQ_CLS,  # PEFT has no type of its own for it; the head is a classifier
     "ForCausalLM": TaskType.CAUSAL_LM,
     "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
 }

@@ -1,0 +1,71 @@
+"""Rows of a multiple choice: several texts each, padded as rows of one text are, and put together again.
+
+Shapes: B rows, n choices of each, m the common width of all texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchEncoding
+
+_PER_TEXT = ("input_ids", "attention_mask", "token_type_ids")
+_COLUMNS = tuple(f"{prefix}{name}" for prefix in ("", "source_") for name in _PER_TEXT)
+
+
+def choices_of(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return how many choices each row has; None where rows have one text.
+
+    Raises:
+        ValueError: rows with different numbers of choices.
+    """
+    counts = {_choices(row) for row in rows}
+    if len(counts) > 1:
+        raise ValueError(
+            f"rows of one batch have different numbers of choices ({', '.join(sorted(map(str, counts)))}; None: one "
+            "text); give every row as many"
+        )
+    return next(iter(counts), None)
+
+
+def split_choices(rows: Sequence[Mapping[str, Any]], n: int) -> list[dict[str, Any]]:
+    """Return one row for each choice of each row, without labels.
+
+    Raises:
+        ValueError: a column with another number of texts than ``input_ids``.
+    """
+    made: list[dict[str, Any]] = []
+    for index, row in enumerate(rows):
+        columns = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
+        for name, texts in columns.items():
+            if len(texts) != n:
+                raise ValueError(f"row {index}: {name} has {len(texts)} texts, input_ids {n}; one for each choice")
+        made += [{name: texts[choice] for name, texts in columns.items()} for choice in range(n)]
+    return made
+
+
+def batch_of_choices(
+    rows: Sequence[Mapping[str, Any]], n: int, collate: Callable[[list[dict[str, Any]]], BatchEncoding]
+) -> BatchEncoding:
+    """Return a batch of (B, n, m) tensors, and ``labels`` (B).
+
+    Args:
+        rows: ``input_ids``, ``source_input_ids`` and their masks and token types are lists of n texts; ``labels`` is
+            the index of the right one.
+        n: of :func:`choices_of`.
+        collate: makes a batch (B n, m) of rows of one text.
+    """
+    made = collate(split_choices(rows, n))
+    batch = {name: value.unflatten(0, (len(rows), n)) for name, value in made.items()}
+    name = next((name for name in ("labels", "label") if name in rows[0]), None)
+    if name is not None:
+        batch["labels"] = torch.tensor([int(row[name]) for row in rows])
+    return BatchEncoding(batch)
+
+
+def _choices(row: Mapping[str, Any]) -> int | None:
+    ids = row.get("input_ids")
+    nested = ids is not None and len(ids) > 0 and hasattr(ids[0], "__len__") and not isinstance(ids[0], str)
+    return len(ids) if nested else None  # type: ignore[arg-type]
