@@ -170,11 +170,11 @@ def test_an_id_column_of_another_name(tmp_path):
         write_csv(
             tmp_path / language / "train.csv", [("b", language, "x"), ("a", language, "y")], ("uid", "text", "label")
         )
-    task = get_task("classification", id_column="uid", labels=["x", "y"])
+    task = get_task("classification", id_columns=["uid"], labels=["x", "y"])
     pairs, notes = load_pairs(task, tmp_path, "en", "ace", "train")
     assert [(pair.target.id, pair.source.id) for pair in pairs] == [("b", "b"), ("a", "a")] and notes == []
     with says(DataError, "has no column key; it has uid, text, label"):
-        read_split(get_task("classification", id_column="key"), tmp_path, "en", "train")
+        read_split(get_task("classification", id_columns=["key"]), tmp_path, "en", "train")
 
 
 # --- columns of both languages side by side ---------------------------------------------------------------------------
@@ -183,7 +183,7 @@ BOTH = [
     {"key": str(i), "en": f"en {i}", "ace": f"ace {i}", "jav": f"jav {i}", "topic": "xy"[i % 2], "split": split}
     for i, split in enumerate(("train", "train", "dev", "Test", "test"))
 ]
-TASK = get_task("classification", id_column="key", label_column="topic", labels=["x", "y"])
+TASK = get_task("classification", id_columns=["key"], label_column="topic", labels=["x", "y"])
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..tasks import TASKS
 from ..tasks.parallel import ParallelColumns
 from ..tuner.config import FlareConfig
 from .processes import is_main, on_main, process_count
@@ -92,8 +93,8 @@ def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, A
     columns: dict[str, Any] = {}
     if isinstance(data.folder, ParallelColumns):
         columns = {"source_column": data.folder.source_columns, "target_column": data.folder.target_columns}
-    if data.task.id_column != "id":
-        columns["id_column"] = data.task.id_column
+    if data.task.id_columns != TASKS[data.task.name].id_columns:
+        columns["id_column"] = list(data.task.id_columns)
     return {
         "data": location(str(data.folder or data.task.hub_id or "")),
         **columns,

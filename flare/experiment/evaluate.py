@@ -299,7 +299,7 @@ class _Evaluation:
             "metric": there.get("metric"),
             "rows": there.get("rows"),
             "label_column": there.get("label_column"),
-            "id_column": there.get("id_column"),
+            "id_column": tuple(there["id_column"]) if there.get("id_column") else None,
             "text_columns": tuple(there["text_columns"]) if there.get("text_columns") else None,
             "choice_columns": tuple(there["choice_columns"]) if there.get("choice_columns") else None,
             **(self._columns_of(record) if settings.data is None else {}),

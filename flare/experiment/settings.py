@@ -43,7 +43,9 @@ class Settings:
     text_columns: tuple[str, ...] | None = option("strs", "the task's text columns, where yours are named otherwise")
     choice_columns: tuple[str, ...] | None = option("strs", "the columns of a multiple choice's choices")
     label_column: str | None = option("str", "column of the label, tags or number")
-    id_column: str | None = option("str", "column of the id that rows of two languages are matched by (default: id)")
+    id_column: tuple[str, ...] | None = option(
+        "strs", "column (or columns) of the id that rows of two languages are matched by (default: the task's, or id)"
+    )
     source_column: tuple[str, ...] | None = option(
         "strs", "DATA is one table with both languages: column of the source text, one for each text column"
     )
@@ -142,7 +144,9 @@ class TrainSettings(Training):
 
     PAPER: ClassVar[dict[str, Any]] = {**FinetuneSettings.PAPER, "source_text": "mt", "target_text": "mt"}
 
-    target: tuple[str, ...] | None = option("strs", "target languages")
+    target: tuple[str, ...] | None = option(
+        "strs", "target languages, or all: every language of the data but the source"
+    )
     method: tuple[str, ...] | None = option("strs", f"{', '.join(METHODS)} (default: flare)", choices=METHODS)
     fusion: tuple[str, ...] = option("strs", "of flare and flare-mt (default: add_relu)", ("add_relu",), ALL_FUSIONS)
     r: tuple[int, ...] | None = option("ints", "ranks of the adapters (default: 64)")

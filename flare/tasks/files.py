@@ -69,7 +69,7 @@ def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Exa
 
 def examples_of(table: Table, task: Task, where: str) -> list[Example]:
     """Return the examples of a table, all checks made: keys, ids, columns, labels, answers."""
-    needed = (task.id_column, *needed_columns(task, table.columns))
+    needed = (*task.id_columns, *needed_columns(task, table.columns))
     check_keys(table.rows, [column for column in needed if column in table.columns], where)
     check_ids(table.rows, table.columns, task, where)
     return examples_from(table.rows, table.columns, task, where, table.names.get(task.label_column))

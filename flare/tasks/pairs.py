@@ -60,7 +60,9 @@ def load_pairs(
         )
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be 1 or more; got {limit}")
-    notes = data_notes(task, data, split) if "gold" in (target_text, source_text) else []
+    own = ((source_language, source_text), (target_language, target_text))
+    gold = [language for language, text in own if text == "gold"]
+    notes = data_notes(task, data, split, gold) if gold else []
 
     def read(text: str, language: str, other: str) -> list[Example]:
         if text == "gold":
@@ -106,4 +108,4 @@ def read_translation(
             f"{folder / name} has no translated {split} split{unfinished}; make it with flare translate --task "
             f"{task.name} --source {source} --target {target} --splits {split} --direction to-target --output {folder}"
         )
-    return read_split(replace(task, id_column="id"), folder, name, split)
+    return read_split(replace(task, id_columns=("id",)), folder, name, split)

@@ -82,8 +82,8 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
     """
     if task.kind in _OWN_ANSWERS:
         raise UserError(
-            f"--source-column and --target-column: the answers of a {task.kind} task are parts of each language's text, so "
-            "one column of them cannot serve both languages; use one folder per language"
+            f"--source-column and --target-column: the answers of a {task.kind} task are parts of each language's "
+            "text, so one column of them cannot serve both languages; use one folder per language"
         )
     columns = data.columns(language)
     if len(columns) != len(task.text_columns):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
 from ..names import checked_text
+from .data_sets import DATA_SETS, translatable
 from .errors import DataError
 from .examples import Example
 from .files import SPLITS, find_file, read_folder, write_split
-from .hub import hub_note, read_hub
+from .hub import check_parallel, hub_note, read_hub
 from .inferred import inferred_labels, inferred_tags, label_table
 from .parallel import ParallelColumns, has_parallel, read_parallel
 from .registry import NAMED, Task
@@ -78,10 +80,47 @@ def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]
     return named, [f"labels, taken from the {language} training rows (--labels sets them):", *label_table(counts)]
 
 
-def data_notes(task: Task, data: Data, split: str) -> list[str]:
-    """What a user should know about where a split comes from; usually nothing."""
-    on_hub = not isinstance(data, ParallelColumns) and _folder(data) is None
-    return hub_note(_hub_id(task, data), split) if on_hub else []
+def data_notes(task: Task, data: Data, split: str, languages: Sequence[str]) -> list[str]:
+    """Return what a user should know about where the rows of a split come from; usually nothing.
+
+    Args:
+        languages: whose own rows are read; two of them are paired.
+
+    Raises:
+        DataError: two languages whose rows are not translations of each other.
+    """
+    if isinstance(data, ParallelColumns) or _folder(data) is not None:
+        return []
+    hub_id = _hub_id(task, data)
+    if len(set(languages)) == 2:
+        check_parallel(hub_id, *languages)
+    return hub_note(hub_id, split, languages)
+
+
+def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[str]]:
+    """Return every language but the source, for `--target all`, and notes.
+
+    Of a folder: its sub-folders with a test split. Of the tasks' data sets on the hub: those that NLLB can translate.
+
+    Raises:
+        UserError: it is not known which languages there are, or there are none.
+    """
+    folder = None if isinstance(data, ParallelColumns) else _folder(data)
+    notes: list[str] = []
+    if isinstance(data, ParallelColumns):
+        raise UserError("--target all: name the languages, which stand in columns of one table here")
+    if folder is not None:
+        names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+        found = [name for name in names if name != source and find_file(folder, name, "test") is not None]
+    else:
+        hub_id = _hub_id(task, data)
+        if hub_id not in DATA_SETS:
+            raise UserError(f"--target all: the languages of {hub_id} are not known here; name those you want")
+        found, lost = translatable(DATA_SETS[hub_id], source)
+        notes = [f"--target all leaves out {', '.join(lost)}: NLLB has no tag for it"] if lost else []
+    if not found:
+        raise UserError(f"--target all: {data or task.hub_id} has no language but {source}")
+    return found, [*notes, f"--target all: {', '.join(found)}"]
 
 
 def _check(split: str) -> None:

@@ -41,7 +41,7 @@ def examples_from(
     rows = list(rows)
     if not rows:
         raise DataError(f"{where} has no rows; an empty split cannot be used")
-    needed = [*needed_columns(task, columns), *([task.id_column] if task.id_column != "id" else [])]
+    needed = [*needed_columns(task, columns), *(task.id_columns if task.id_columns != ("id",) else ())]
     lacking = [column for column in needed if column not in columns]
     if lacking:
         raise DataError(
@@ -65,7 +65,7 @@ def _example(
     place = f"{where}, row {index}"
     texts, words = texts_of(row, task, place)
     return Example(
-        id=position_id(index) if task.id_column not in columns else id_of(row.get(task.id_column)),
+        id=_id(row, task) if set(task.id_columns) <= set(columns) else position_id(index),
         texts=texts,
         label=None if task.kind == "qa" else label_of(row, task, name_of, words, place),
         answers=_answers(row, where, index) if task.kind == "qa" else (),
@@ -108,10 +108,10 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         DataError: a row without an id, an id that occurs twice, or a column that seems to hold ids and is named
             otherwise, so that rows would be paired by their position.
     """
-    if task.id_column not in columns:
+    if not set(task.id_columns) <= set(columns):
         read = {*task.text_columns, task.label_column}
         near = [name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _IDS and name not in read]
-        if near and task.id_column == "id":
+        if near and task.id_columns == ("id",):
             raise DataError(
                 f"{where} has no column id, and its column {near[0]!r} looks like one: rows would be paired by their "
                 "position. Name it with --id-column, or remove it if the rows of all languages stand in one order"
@@ -119,7 +119,7 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         return
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
-        name = id_of(row.get(task.id_column))
+        name = _id(row, task)
         if not name.strip():
             raise DataError(
                 f"{where}, row {index} (counted from 0) has no id; give every row one, or remove the column"
@@ -132,9 +132,13 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         first[name] = index
 
 
-def id_of(value: Any) -> str:
-    """Return an id as text; a whole number as such, however its column is stored."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value)
+def _id(row: Mapping[str, Any], task: Task) -> str:
+    values = [row.get(column) for column in task.id_columns]
+    texts = [
+        str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value)
+        for value in values
+    ]
+    return "-".join(texts) if all(text.strip() for text in texts) else ""
 
 
 def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ...]:

@@ -48,7 +48,7 @@ class TranslateSettings:
     text_columns: Sequence[str] | None = None
     choice_columns: Sequence[str] | None = None
     label_column: str | None = None
-    id_column: str | None = None
+    id_column: Sequence[str] | None = None
     labels: Sequence[str] | None = None
     splits: Sequence[str] = SPLITS
     direction: str = "auto"
