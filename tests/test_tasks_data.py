@@ -267,7 +267,7 @@ def test_tasks_have_the_papers_metrics_and_lengths():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"name": "nusa"}, "--task 'nusa' is not known; the tasks are nusax, xnli, tydiqa, classification, qa"),
+        ({"name": "nusa"}, "--task 'nusa' is not known; the tasks are nusax, xnli, tydiqa, sib200, "),
         ({"name": "qa", "text_columns": ["text"]}, "of a QA task are the question's and the context's; got 'text'"),
         ({"name": "qa", "labels": ["a", "b"]}, "task qa has answers, not labels"),
         ({"name": "nusax", "metric": "f1"}, "--metric 'f1' is not one of task nusax's: accuracy, macro_f1"),

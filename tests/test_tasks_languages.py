@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from flare.errors import UserError
-from flare.tasks import LANGUAGES, NLLB_TAGS, data_set_code, language, nllb_code
+from flare.tasks import LANGUAGES, NLLB_TAGS, language, nllb_code
 
 
 def test_it_has_every_tag_of_nllb():
@@ -32,14 +30,6 @@ def test_names_and_codes(name, tag):
     assert nllb_code(name) == tag
 
 
-def test_what_the_data_sets_call_them():
-    assert [data_set_code("xnli", name) for name in ("english", "swahili", "chinese")] == ["en", "sw", "zh"]
-    assert data_set_code("tydiqa", "kor") == "korean"
-    codes = sorted(one.nusax for one in LANGUAGES if one.nusax)
-    assert codes == ["ace", "ban", "bbc", "bjn", "bug", "eng", "ind", "jav", "mad", "min", "nij", "sun"]
-    assert len([one for one in LANGUAGES if one.xnli]) == 15 and len([one for one in LANGUAGES if one.tydiqa]) == 9
-
-
 def test_substitutes_are_marked():
     substituted = {one.name: one.note for one in LANGUAGES if one.substituted}
     assert set(substituted) == {"Madurese", "Ngaju"} and all("Indonesian" in note for note in substituted.values())
@@ -62,5 +52,3 @@ def test_a_wrong_language_is_refused_with_suggestions(arguments, text):
 
 def test_an_override_is_taken():
     assert nllb_code("my own folder", "ban_Latn") == "ban_Latn"
-    with pytest.raises(UserError, match=re.escape("nusax has no Swahili; it has Acehnese (ace), ")):
-        data_set_code("nusax", "sw")

@@ -122,6 +122,6 @@ def test_ids_that_begin_as_positions_do_are_ids():
 
 
 def test_files_that_are_there_are_named(tmp_path):
-    write(tmp_path, "", name="train.tsv")
-    with pytest.raises(DataError, match=r"files there: train\.tsv"):
+    write(tmp_path, "", name="train.xlsx")
+    with pytest.raises(DataError, match=r"files there: train\.xlsx"):
         read_split(OWN, tmp_path, "ace", "train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -38,12 +39,32 @@ def add_experiment_parser(
         name,
         help=help,
         description=description,
+        epilog=task_list(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_options(parser, settings, training=any(one.name == "training" for one in fields(settings)))
     # flags that the parser does not know may be TrainingArguments': cli.main hands them over as rest
     parser.set_defaults(command=run, rest=[])
+
+
+def task_list() -> str:
+    """Return the tasks with their data sets on the hub, a paragraph for each."""
+    from ..tasks import DATA_SETS, TASKS
+
+    lines = ["tasks with a data set on the hub (columns -> label; the metric that checkpoints are chosen by):"]
+    for task in TASKS.values():
+        if task.hub_id is None:
+            continue
+        data = DATA_SETS[task.hub_id]
+        label = "answers" if task.kind == "qa" else task.label_column
+        languages = " ".join(data.codes or (f"{data.languages} languages, named by FLORES-200's tags",))
+        text = (
+            f"{task.hub_id}: {', '.join(task.text_columns)} -> {label}; {task.metrics[0]}; {', '.join(data.splits)}"
+            f"{'' if data.parallel else '; languages are not translations of each other'}; {languages}"
+        )
+        lines += textwrap.wrap(f"  {task.name:<12} {text}", 110, subsequent_indent=" " * 15, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def run_experiment_command(

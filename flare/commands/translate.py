@@ -45,6 +45,7 @@ def add_parser(commands: Any) -> None:
     add(what, "--text-columns", "columns of the texts in your own data", metavar="COLUMN", nargs="+")
     add(what, "--choice-columns", "columns of a multiple choice's choices", metavar="COLUMN", nargs="+")
     add(what, "--label-column", "column of the label in your own data", metavar="COLUMN")
+    add(what, "--id-column", "columns of the id (default: the task's, or id)", metavar="COLUMN", nargs="+")
     add(what, "--labels", "the labels, where your rows hold their indices", metavar="LABEL", nargs="+")
     add(what, "--limit", "translate the first N rows of every split", int, "N")
     add(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..tasks import TASKS
+from ..tasks.parallel import ParallelColumns
 from ..tuner.config import FlareConfig
 from .processes import is_main, on_main, process_count
 from .records import Metrics
@@ -88,8 +90,14 @@ def adapter_fields(
 def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, Any]:
     """What decides about every kind of run and is no training argument."""
     recipe = setup.recipe
+    columns: dict[str, Any] = {}
+    if isinstance(data.folder, ParallelColumns):
+        columns = {"source_column": data.folder.source_columns, "target_column": data.folder.target_columns}
+    if data.task.id_columns != TASKS[data.task.name].id_columns:
+        columns["id_column"] = list(data.task.id_columns)
     return {
-        "data": location(data.folder or data.task.hub_id or ""),
+        "data": location(str(data.folder or data.task.hub_id or "")),
+        **columns,
         "text_columns": list(data.task.text_columns),
         **({"choice_columns": list(data.task.choice_columns)} if data.task.choice_columns else {}),
         "label_column": data.task.label_column,

@@ -22,7 +22,7 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
 }
 _PAPERS = ("nusax", "xnli", "tydiqa")
 #: Kind of task -> the paper's task whose settings it takes; others take those of NusaX, short texts with a label.
-_LIKE = {"qa": "tydiqa", "multiple-choice": "xnli"}
+_LIKE = {"qa": "tydiqa", "multiple-choice": "xnli", "afrixnli": "xnli"}
 # What the experiment sets by itself.
 _OURS = ("predict_with_generate",)
 
@@ -72,7 +72,7 @@ def paper_recipe(kind: ModelKind, task: str) -> Recipe:
     file = "paper-xlmr" if kind.family == "encoder" else "paper-mt5"
     if kind.family == "causal" or (kind.family == "encoder" and kind.model_type in _decoders()):
         file = "paper-gemma2" if kind.model_type.startswith("gemma") else "paper-llama"
-    like = task if task in _PAPERS else _LIKE.get(REGISTRY[task].kind, "nusax")
+    like = task if task in _PAPERS else _LIKE.get(task, _LIKE.get(REGISTRY[task].kind, "nusax"))
     recipe = Recipe.read(f"{file}/{like}")
     training = {name: value for name, value in recipe.training.items() if name not in _OURS}
     return replace(recipe, base=None, model={}, training=training)

@@ -32,8 +32,10 @@ from .provenance import read_provenance
 from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_metrics, write_record
 from .run_folder import open_run
 from .settings import EvaluateSettings
-from .setup import Data, Notes, Setup, prepare, task_of
+from .setup import Data, Notes, Setup, place_of, prepare, task_of
 from .train import ADAPTER
+
+_COLUMNS = ("source_column", "target_column")
 
 
 def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> list[Path]:
@@ -297,8 +299,10 @@ class _Evaluation:
             "metric": there.get("metric"),
             "rows": there.get("rows"),
             "label_column": there.get("label_column"),
+            "id_column": tuple(there["id_column"]) if there.get("id_column") else None,
             "text_columns": tuple(there["text_columns"]) if there.get("text_columns") else None,
             "choice_columns": tuple(there["choice_columns"]) if there.get("choice_columns") else None,
+            **(self._columns_of(record) if settings.data is None else {}),
         }
         merged = replace(settings, **{k: v for k, v in known.items() if getattr(settings, k) is None})
         if settings.quantization is None and record is not None and record.kind == "train":
@@ -306,13 +310,18 @@ class _Evaluation:
         source = settings.source or (record.source_language if record is not None else "english")
         folder = settings.data or there.get("data")
         task = task_of(merged, record.task if record is not None else None, there.get("labels"))
-        if folder == task.hub_id:
-            folder = None
-        task = resolve_labels(task, folder, source)
+        place = None if folder == task.hub_id else place_of(merged, folder, source)
+        task = resolve_labels(task, place, source)
         setup = prepare(merged, task, base.model)
         self.notes(setup.notes)
         translations = settings.translations or there.get("translations")
-        return Data(task, folder, source, None if translations is None else Path(translations), merged.rows), setup
+        return Data(task, place, source, None if translations is None else Path(translations), merged.rows), setup
+
+    def _columns_of(self, record: RunRecord | None) -> dict[str, Any]:
+        """Columns of both languages in one table; a fine-tuning may know the source's alone, and its adapters both."""
+        found = [run.settings for run in (*([record] if record else []), *(run.record for run in self.adapters))]
+        columns = {name: next((one[name] for one in found if one.get(name)), None) for name in _COLUMNS}
+        return {name: tuple(value) for name, value in columns.items() if value and found[0].get(_COLUMNS[0])}
 
     def _predict(
         self,

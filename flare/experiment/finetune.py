@@ -28,7 +28,7 @@ from .processes import is_main, wait
 from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run
 from .settings import BASE, FinetuneSettings
-from .setup import Data, Notes, Setup, prepare, task_of
+from .setup import Data, Notes, Setup, place_of, prepare, task_of
 
 ADAPTER = "source-adapter"
 
@@ -46,8 +46,9 @@ def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print)
     assert settings.model is not None
     with quiet_libraries():
         source = settings.source or "english"
-        task, table = shown_labels(task_of(settings), settings.data, source)
-        data = Data(task, settings.data, source, rows=settings.rows)
+        place = place_of(settings, settings.data, source)
+        task, table = shown_labels(task_of(settings), place, source)
+        data = Data(task, place, source, rows=settings.rows)
         notes = Notes(say if is_main() else lambda line: None)
         notes(table)
         setup = prepare(settings, task, settings.model, settings.training)

@@ -34,13 +34,24 @@ class Settings:
     PAPER: ClassVar[dict[str, Any]] = {"padding": "max_length"}
 
     task: str | None = option("str", f"{', '.join(TASKS)} ({', '.join(OWN)} are for data of your own)")
-    data: str | None = option("str", "folder (one sub-folder per language) or hub id (default: the task's)")
+    data: str | None = option(
+        "str", "folder (one sub-folder per language), table with columns of both, or hub id (default: the task's)"
+    )
     source: str | None = option("str", "source language (default: english)")
     output: Path = option("path", "folder of the experiment (default: runs)", Path("runs"))
     translations: Path | None = option("path", "folder that flare translate wrote")
     text_columns: tuple[str, ...] | None = option("strs", "the task's text columns, where yours are named otherwise")
     choice_columns: tuple[str, ...] | None = option("strs", "the columns of a multiple choice's choices")
     label_column: str | None = option("str", "column of the label, tags or number")
+    id_column: tuple[str, ...] | None = option(
+        "strs", "column (or columns) of the id that rows of two languages are matched by (default: the task's, or id)"
+    )
+    source_column: tuple[str, ...] | None = option(
+        "strs", "DATA is one table with both languages: column of the source text, one for each text column"
+    )
+    target_column: tuple[str, ...] | None = option(
+        "strs", "and of the target text; {language} stands for the target's name"
+    )
     labels: tuple[str, ...] | None = option("strs", "the labels (default: the task's, or those of the source language)")
     metric: str | None = option("str", "metric that checkpoints are chosen by (default: the task's first)")
     max_length: int | None = option("int", "tokens per text (default: the paper's, 128, or 512 for questions)")
@@ -74,6 +85,8 @@ class Settings:
             folder_name(target, "--target")
             if target == BASE or target.startswith(EARLIER):
                 raise UserError(f"--target {target!r}: this name is the experiment's own; rename the language's folder")
+        if (self.source_column or self.target_column) and self.data is None and not isinstance(self, EvaluateSettings):
+            raise UserError("--source-column and --target-column name columns of your own table: name it with --data")
         for one in fields(self):
             value = getattr(self, one.name)
             for number in value if one.metadata.get("kind") == "ints" and value is not None else [value]:
@@ -131,7 +144,9 @@ class TrainSettings(Training):
 
     PAPER: ClassVar[dict[str, Any]] = {**FinetuneSettings.PAPER, "source_text": "mt", "target_text": "mt"}
 
-    target: tuple[str, ...] | None = option("strs", "target languages")
+    target: tuple[str, ...] | None = option(
+        "strs", "target languages, or all: every language of the data but the source"
+    )
     method: tuple[str, ...] | None = option("strs", f"{', '.join(METHODS)} (default: flare)", choices=METHODS)
     fusion: tuple[str, ...] = option("strs", "of flare and flare-mt (default: add_relu)", ("add_relu",), ALL_FUSIONS)
     r: tuple[int, ...] | None = option("ints", "ranks of the adapters (default: 64)")

@@ -14,6 +14,8 @@ from ..errors import UserError
 from ..model_names import find_model
 from ..recipes import Recipe
 from ..tasks import TASKS, Pair, Task, get_task, has_split, load_pairs, make_form, read_split
+from ..tasks.parallel import ParallelColumns, check_targets
+from ..tasks.reading import all_targets
 from ..training.row_checks import vocabulary_of, wrong_tokenizer
 from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
 from .settings import Settings
@@ -48,7 +50,7 @@ class Data:
     """
 
     task: Task
-    folder: str | None
+    folder: str | ParallelColumns | None
     source: str
     translations: Path | None = None
     rows: int | None = None
@@ -85,6 +87,8 @@ class Data:
 
     def check_languages(self, targets: Sequence[str]) -> None:
         """Raise UserError where a target lacks its training or test rows, before anything is trained."""
+        if isinstance(self.folder, ParallelColumns):
+            check_targets(self.folder, targets)
         for target in targets:
             for split in ("train", "test"):
                 if not self.has(target, split):
@@ -156,10 +160,32 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
         text_columns=settings.text_columns,
         choice_columns=settings.choice_columns,
         label_column=settings.label_column,
+        id_columns=settings.id_column,
         labels=settings.labels or labels,
         metric=settings.metric,
         max_length=settings.max_length,
     )
+
+
+def place_of(settings: Settings, data: str | None, source: str) -> str | ParallelColumns | None:
+    """Return where the rows are, as load_pairs takes it.
+
+    Args:
+        data: the settings' own, or a run's.
+        source: the source language.
+    """
+    if data is None or not (settings.source_column or settings.target_column):
+        return data
+    return ParallelColumns(Path(data).expanduser(), source, settings.source_column, settings.target_column)
+
+
+def with_targets(settings: Any, data: Data, notes: Notes) -> Any:
+    """Return the settings with every language in place of ``--target all``."""
+    if settings.target != ("all",):
+        return settings
+    found, news = all_targets(data.task, data.folder, data.source)
+    notes(news)
+    return replace(settings, target=tuple(found))
 
 
 def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | None = None) -> Setup:

@@ -33,7 +33,7 @@ from .provenance import read_provenance
 from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run
 from .settings import TrainSettings
-from .setup import Data, Notes, Setup, prepare, task_of
+from .setup import Data, Notes, Setup, place_of, prepare, task_of, with_targets
 
 ADAPTER = "adapter"
 _BOTTLENECK_ROWS = 256
@@ -91,16 +91,18 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         UserError: something the user can mend; runs that are finished by then stay.
     """
     settings.check()
-    grid = plans(settings)
     with quiet_libraries():
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
         labels = _check_bases(settings, bases)
         settings = replace(settings, form=_form_of(settings, bases))
-        task, table = shown_labels(task_of(settings, labels=labels), settings.data, settings.source_language)
-        data = Data(task, settings.data, settings.source_language, settings.translations, settings.rows)
-        data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
+        place = place_of(settings, settings.data, settings.source_language)
+        task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
+        data = Data(task, place, settings.source_language, settings.translations, settings.rows)
         notes = Notes(say if is_main() else lambda line: None)
         notes(table)
+        settings = with_targets(settings, data, notes)
+        grid = plans(settings)
+        data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
         folders = []
         chance = {
             seed: notes(chance_notes(Path(base.model))) if base.record is not None else []

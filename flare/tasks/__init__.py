@@ -7,24 +7,27 @@ rows, notes = form.train_rows(pairs, with_source=True)      # for flare.FlareDat
 """
 
 from .alignment import align
+from .data_sets import DATA_SETS, DataSet
 from .errors import DataError
 from .examples import Answer, Example, Pair
 from .files import write_split
 from .form import Form, score
 from .forms import FAMILIES, make_form
 from .joined import JoinedForm, joined_task
-from .languages import LANGUAGES, NLLB_TAGS, Language, data_set_code, language, nllb_code
+from .languages import LANGUAGES, NLLB_TAGS, Language, language, nllb_code
 from .pairs import load_pairs, read_translation
 from .reading import has_split, read_split, resolve_labels
 from .registry import TASKS, Task, choice_task, get_task
 
 __all__ = [
+    "DATA_SETS",
     "FAMILIES",
     "LANGUAGES",
     "NLLB_TAGS",
     "TASKS",
     "Answer",
     "DataError",
+    "DataSet",
     "Example",
     "Form",
     "JoinedForm",
@@ -33,7 +36,6 @@ __all__ = [
     "Task",
     "align",
     "choice_task",
-    "data_set_code",
     "get_task",
     "has_split",
     "joined_task",

@@ -1,14 +1,14 @@
 """A folder of data: one sub-folder per language, one file per split.
 
-    DATA/<language>/<split>.csv | .jsonl | .parquet        UTF-8, with or without a byte order mark
+    DATA/<language>/<split>.csv | .tsv | .json | .jsonl | .parquet, or what save_to_disk wrote
     DATA/<language>/<split>.conll | .txt                   words and tags (`flare.tasks.conll`), if there is no other
 
-Splits are train, valid (validation, dev) and test. A language is called whatever its folder is called.
+Splits are train, valid (validation, dev) and test. A language is called whatever its folder is called. What the files
+look like stands in `flare.tasks.tables`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Sequence
@@ -17,38 +17,37 @@ from typing import Any
 
 from ..atomic_files import replacing
 from ..names import folder_name
-from .conll import read_conll
 from .errors import DataError
 from .examples import Example
-from .kinds import SENTENCE
+from .kinds import SENTENCE, needed_columns
 from .registry import Task
 from .rows import check_ids, examples_from
+from .tables import SUFFIXES, TAGGED, Table, check_keys, find_tables, read_table
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "valid": ("valid", "validation", "dev"),
     "test": ("test",),
 }
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-TAGGED = (".conll", ".txt")
 
 
 def find_file(folder: Path, language: str, split: str) -> Path | None:
-    """The file of a split, or None.
+    """Return the file of a split, the folder that save_to_disk wrote, or None.
 
     Raises:
         DataError: several files could be meant.
         UserError: the language cannot be a folder's name.
     """
-    folder_name(language, "the language")
+    return split_file(folder / folder_name(language, "the language"), split)
+
+
+def split_file(folder: Path, split: str) -> Path | None:
+    """As `find_file`, in the folder that holds the splits."""
     there: list[Path] = []
     for suffixes in (SUFFIXES, TAGGED):
-        names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
-        there = there or [folder / language / name for name in names if (folder / language / name).is_file()]
+        there = there or [path for name in SPLITS[split] for path in find_tables(folder, name, suffixes)]
     if len(there) > 1:
-        raise DataError(
-            f"{folder / language} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them"
-        )
+        raise DataError(f"{folder} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them")
     return there[0] if there else None
 
 
@@ -63,85 +62,27 @@ def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Exa
         there = sorted(item.name for item in folder.iterdir() if item.is_dir())
         raise DataError(f"{folder} has no folder {language!r}; languages there: {', '.join(there) or 'none'}")
     if path is None:
-        there = sorted(item.name for item in (folder / language).iterdir())
-        there = [*there[:10], *(["..."] if len(there) > 10 else [])]
-        raise DataError(
-            f"{folder / language / SPLITS[split][0]}.csv is missing, and so is any other {split} split "
-            f"({', '.join(SPLITS[split])} as {', '.join(SUFFIXES)}); files there: {', '.join(there) or 'none'}"
-        )
-    rows, columns = _READERS[path.suffix](path)
-    check_ids(rows, columns, task, str(path))
-    return examples_from(rows, columns, task, str(path))
+        raise no_split(folder / language, split)
+    table = read_table(path)
+    return examples_of(table, task, str(path))
 
 
-def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            # strict: a quotation mark that is never closed would swallow the rows after it
-            reader = csv.reader(file, strict=True)
-            head = next(reader, [])
-            _check_head(path, head)
-            rows, wrong = [], []
-            for fields in reader:
-                if len(fields) == len(head):
-                    rows.append(dict(zip(head, fields, strict=True)))
-                elif fields:
-                    wrong.append((reader.line_num, len(fields)))
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a CSV file in UTF-8: {error}") from error
-    if wrong:
-        line, count = wrong[0]
-        raise DataError(
-            f"{path}, line {line}: {count} fields where the head has {len(head)} ({', '.join(head)})"
-            f"{f'; so are {len(wrong) - 1} more rows' if len(wrong) > 1 else ''}. A text with a comma or a line break "
-            "needs quotation marks around it, and one inside it is written twice"
-        )
-    return rows, head
+def examples_of(table: Table, task: Task, where: str) -> list[Example]:
+    """Return the examples of a table, all checks made: keys, ids, columns, labels, answers."""
+    needed = (*task.id_columns, *needed_columns(task, table.columns))
+    check_keys(table.rows, [column for column in needed if column in table.columns], where)
+    check_ids(table.rows, table.columns, task, where)
+    return examples_from(table.rows, table.columns, task, where, table.names.get(task.label_column))
 
 
-def _check_head(path: Path, head: list[str]) -> None:
-    twice = sorted({name for name in head if head.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: the column {', '.join(map(repr, twice))} stands in the head twice; rename one")
-    if len(head) == 1 and any(mark in head[0] for mark in ";\t|"):
-        raise DataError(f"{path}: the fields must be separated by commas; its head is {head[0]!r}")
-
-
-def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    rows, number = [], 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                number += 1
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("it is not an object")
-                    rows.append(row)
-    except (ValueError, OSError, RecursionError) as error:  # also what UTF-8 and JSON raise
-        raise DataError(f"{path}, line {max(number, 1)}: no JSON object in UTF-8 ({error})") from error
-    # A key that only some rows have is a column all the same; a missing value shows up as an empty text or label.
-    return rows, list(dict.fromkeys(key for row in rows for key in row))
-
-
-def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    try:
-        import pyarrow.parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
-    except ImportError as error:
-        raise DataError(f"{path} needs pyarrow: pip install pyarrow, or write the data as CSV or JSON lines") from error
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error
-    return table.to_pylist(), list(table.column_names)
-
-
-_READERS = {
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    **dict.fromkeys(TAGGED, read_conll),
-}
+def no_split(folder: Path, split: str) -> DataError:
+    """Return the error for a folder without a split: which names are accepted, and what is there."""
+    there = sorted(item.name for item in folder.iterdir())
+    there = [*there[:10], *(["..."] if len(there) > 10 else [])]
+    return DataError(
+        f"{folder / SPLITS[split][0]}.csv is missing, and so is any other {split} split ({', '.join(SPLITS[split])} "
+        f"as {', '.join(SUFFIXES)}, or a folder that save_to_disk wrote); files there: {', '.join(there) or 'none'}"
+    )
 
 
 def to_row(example: Example, task: Task) -> dict[str, Any]:

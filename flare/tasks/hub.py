@@ -1,28 +1,27 @@
-"""A data set of the Hugging Face hub: one configuration per language, or TyDiQA's one for all.
+"""Rows from the Hugging Face hub: one configuration per language, or TyDiQA's one for all.
 
-XNLI and NusaX-Senti name configurations by codes ("sw", "ace"), which the table of languages knows; configurations of
-other data sets are named by the user. TyDiQA-GoldP is one configuration ("secondary_task") in which a row's id begins
-with its language; it has no test split, so its validation split is the test here, and a tenth of its training rows,
-chosen by their id, is for validation.
+`flare.tasks.data_sets` knows the configurations of the tasks' data sets; those of others are named by the user.
+TyDiQA-GoldP is one configuration ("secondary_task") in which a row's id begins with its language; it has no test split,
+so its validation split is the test here, and a tenth of its training rows, chosen by their id, is for validation.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .data_sets import DATA_SETS, SPLIT_NAMES, english_rows
 from .errors import DataError
 from .examples import Example
-from .files import SPLITS
-from .languages import data_set_code
-from .registry import TASKS, Task
+from .registry import Task
 from .rows import examples_from
+from .tables import class_names
 
 _TYDIQA = "google-research-datasets/tydiqa"
 _TYDIQA_CONFIGURATION = "secondary_task"
 _NOT_REACHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ReadTimeout")
 _VALID_SHARE = 10  # one row in so many
-_SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 
 
 def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example]:
@@ -33,21 +32,39 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
     """
     if hub_id == _TYDIQA:
         return _read_tydiqa(task, hub_id, language, split)
-    configuration = configuration_of(hub_id, language)
-    rows = _load(hub_id, configuration, _SPLIT_NAMES[split])
+    known, other = DATA_SETS.get(hub_id), english_rows(hub_id, language, split)
+    if other is not None:
+        rows = _load(other.hub_id, other.configuration, SPLIT_NAMES[split])
+        return _examples(rows, task, f"{other.hub_id}, {other.configuration}/{split}", other.renamed)
+    if known is not None and split not in known.splits:
+        raise DataError(
+            f"{hub_id} has no {split} split, only {', '.join(known.splits)}: "
+            + (
+                "translate the English rows (flare translate, then --target-text mt)"
+                if known.english
+                else "put your own rows, in its columns, and its test split into folders, and name them with --data"
+            )
+        )
+    configuration = language if known is None else known.configuration(language)
+    rows = _load(hub_id, configuration, SPLIT_NAMES[split])
     return _examples(rows, task, f"{hub_id}, {configuration}/{split}")
 
 
-def configuration_of(hub_id: str, language: str) -> str:
-    """The name of a language's configuration: the table's for the paper's data sets, else as the user wrote it."""
-    known = next((task.name for task in TASKS.values() if task.hub_id == hub_id), None)
-    return data_set_code(known, language) if known else language
+def check_parallel(hub_id: str, source: str, target: str) -> None:
+    """Raise DataError where a data set's own rows of two languages are not translations of each other."""
+    known = DATA_SETS.get(hub_id)
+    if known is not None and not known.parallel:
+        raise DataError(
+            f"{hub_id}: its {target} and {source} rows are not translations of each other. Use machine-translated "
+            "text: flare translate, then --source-text mt (the target's rows and their translation) or --target-text mt"
+        )
 
 
-def hub_note(hub_id: str, split: str) -> list[str]:
-    """What has to be said about a split of a data set."""
+def hub_note(hub_id: str, split: str, languages: Iterable[str]) -> list[str]:
+    """What has to be said about a split of a data set, read in these languages."""
     if hub_id != _TYDIQA:
-        return []
+        others = [english_rows(hub_id, one, split) for one in languages]
+        return [f"{split}: {one.note} ({one.hub_id})" for one in others if one is not None]
     if split == "test":
         return ["test: the data set has no test split; this is its validation split"]
     kept = "one" if split == "valid" else "nine"
@@ -55,7 +72,7 @@ def hub_note(hub_id: str, split: str) -> list[str]:
 
 
 def _read_tydiqa(task: Task, hub_id: str, language: str, split: str) -> list[Example]:
-    name = data_set_code("tydiqa", language)
+    name = DATA_SETS[hub_id].configuration(language)
     rows = _load(hub_id, _TYDIQA_CONFIGURATION, ("validation",) if split == "test" else ("train",))
     rows = rows.filter(lambda row: _wanted(row["id"], name, split))
     return _examples(rows, task, f"{hub_id}, {name}/{split}")
@@ -91,13 +108,9 @@ def _load(hub_id: str, configuration: str, splits: tuple[str, ...]) -> Any:
     )
 
 
-def _examples(rows: Any, task: Task, where: str) -> list[Example]:
-    from datasets import ClassLabel
-
-    feature = rows.features.get(task.label_column)
-    feature = getattr(feature, "feature", feature)  # of a list, its items'
-    name_of = feature.int2str if isinstance(feature, ClassLabel) else None
+def _examples(rows: Any, task: Task, where: str, renamed: Mapping[str, str] | None = None) -> list[Example]:
+    name_of = class_names(rows.features).get(task.label_column)
+    if name_of is not None and renamed:
+        own = name_of
+        name_of = lambda index: renamed.get(own(index), own(index))  # noqa: E731
     return examples_from(rows, list(rows.column_names), task, where, name_of)
-
-
-assert set(_SPLIT_NAMES) == set(SPLITS)

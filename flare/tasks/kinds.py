@@ -124,7 +124,7 @@ def _tag(value: Any, task: Task, name_of: NameOf | None, where: str) -> str:
 
 def _choice(value: Any, task: Task, where: str) -> str:
     letters = task.labels or ()
-    said = _class(value, task, None, where) if not isinstance(value, int) else str(value)
+    said = text_of(int(value) if isinstance(value, float) and value.is_integer() else value, where).strip()
     if said.upper() in letters:
         return said.upper()
     number = int(said) - task.first_choice if said.isdecimal() else -1

@@ -1,8 +1,8 @@
-"""The one table of languages: names, ISO 639-3 codes, NLLB's tags, and what the paper's data sets call them.
+"""The one table of languages: names, ISO 639-3 codes and NLLB's tags.
 
 It holds every language of NLLB-200 (Costa-jussà et al., 2022; the tags of FLORES-200 as NLLB's tokenizer has them) and
-those of NusaX that NLLB lacks, with the paper's substitutes. It is consulted for machine translation and for
-configurations on the hub; a folder of your own data may be called anything.
+those of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks, with the paper's substitutes. It is consulted for machine
+translation and for configurations on the hub; a folder of your own data may be called anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Language:
     iso639_3: its code of three letters.
     nllb: the tag to translate with, a related language's where `note` says so; None: there is none.
     also: other names and codes it is found by.
-    xnli, tydiqa, nusax: what these data sets call it; None: they do not have it.
     note: what has to be said when it is translated.
     """
 
@@ -32,9 +31,6 @@ class Language:
     iso639_3: str
     nllb: str | None
     also: tuple[str, ...] = ()
-    xnli: str | None = None
-    tydiqa: str | None = None
-    nusax: str | None = None
     note: str | None = None
 
     @property
@@ -67,7 +63,7 @@ def _by_key() -> dict[str, Language]:
     plain_first = sorted(LANGUAGES, key=lambda one: "script)" in one.name)
     for spellings in (
         lambda one: [one.name, *([] if one.substituted else [one.nllb or ""])],
-        lambda one: [*one.also, one.xnli or "", one.tydiqa or "", one.nusax or ""],
+        lambda one: list(one.also),
         lambda one: [one.iso639_3],
     ):
         for one in plain_first:
@@ -78,7 +74,7 @@ def _by_key() -> dict[str, Language]:
 
 
 def language(name_or_code: str) -> Language:
-    """A language by its name, ISO code, NLLB tag, or the name a data set has for it; upper or lower case.
+    """A language by its name, ISO code or NLLB tag; upper or lower case.
 
     Raises:
         UserError: it is not in the table; the message suggests the nearest names.
@@ -120,20 +116,6 @@ def nllb_code(name: str, override: str | None = None) -> str:
             "--target-code"
         )
     return found.nllb
-
-
-def data_set_code(data_set: str, name: str) -> str:
-    """What a data set of the paper ("xnli", "tydiqa", "nusax") calls a language.
-
-    Raises:
-        UserError: the table or the data set does not have it; the message lists those it has.
-    """
-    found = language(name)
-    code: str | None = getattr(found, data_set)
-    if code is None:
-        has = sorted(f"{one.name} ({getattr(one, data_set)})" for one in LANGUAGES if getattr(one, data_set))
-        raise UserError(f"{data_set} has no {found.name}; it has {', '.join(has)}")
-    return code
 
 
 def _suggestion(name: str) -> str:

@@ -8,6 +8,7 @@ machine-translated source of L's human text in L-<source>.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -37,7 +38,7 @@ def load_pairs(
 
     Args:
         task: the task; where its labels are known, all others are refused.
-        data: a folder, a hub id, or None for the task's data set on the hub.
+        data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
         source_language, target_language: names of folders, or languages of the hub's data set.
         split: "train", "valid" or "test".
         translations: folder that `flare translate` wrote; needed for "mt".
@@ -59,7 +60,9 @@ def load_pairs(
         )
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be 1 or more; got {limit}")
-    notes = data_notes(task, data, split) if "gold" in (target_text, source_text) else []
+    own = ((source_language, source_text), (target_language, target_text))
+    gold = [language for language, text in own if text == "gold"]
+    notes = data_notes(task, data, split, gold) if gold else []
 
     def read(text: str, language: str, other: str) -> list[Example]:
         if text == "gold":
@@ -105,4 +108,4 @@ def read_translation(
             f"{folder / name} has no translated {split} split{unfinished}; make it with flare translate --task "
             f"{task.name} --source {source} --target {target} --splits {split} --direction to-target --output {folder}"
         )
-    return read_split(task, folder, name, split)
+    return read_split(replace(task, id_columns=("id",)), folder, name, split)

@@ -53,6 +53,8 @@ class Task:
     verbalizer: label -> what is written for it; labels that are left out are written as they are named.
     max_length: tokens of one text (or pair of texts), prompt and answer included.
     label_column: column of the class, the tags, the choice or the number.
+    id_columns: columns of the id that rows of two languages are matched by (of several, joined); where there is none,
+        by their position.
     choice_columns: columns of the choices (multiple choice).
     first_choice: the number of the first choice in the data: 0 or 1.
     """
@@ -67,6 +69,7 @@ class Task:
     verbalizer: Mapping[str, str] = field(default_factory=dict)
     max_length: int = 128
     label_column: str = "label"
+    id_columns: tuple[str, ...] = ("id",)
     choice_columns: tuple[str, ...] = ()
     first_choice: int = 0
 
@@ -104,6 +107,13 @@ class Task:
             raise UserError(f"task {self.name}: tags are O, B-TYPE and I-TYPE (IOB2); {what}")
 
 
+_NLI = {
+    "kind": "classification",
+    "text_columns": ("premise", "hypothesis"),
+    "labels": ("entailment", "neutral", "contradiction"),
+    "metrics": ("accuracy", "macro_f1"),
+    "prompt": "Premise: {premise}\nHypothesis: {hypothesis}\nRelation (entailment, neutral or contradiction):",
+}
 _QA = {
     "kind": "qa",
     "text_columns": ("question", "context"),
@@ -163,16 +173,55 @@ TASKS: dict[str, Task] = {
             hub_id="indonlp/NusaX-senti",
             prompt="Text: {text}\nSentiment:",
         ),
-        Task(
-            name="xnli",
-            kind="classification",
-            text_columns=("premise", "hypothesis"),
-            labels=("entailment", "neutral", "contradiction"),
-            metrics=("accuracy", "macro_f1"),
-            hub_id="facebook/xnli",
-            prompt="Premise: {premise}\nHypothesis: {hypothesis}\nRelation (entailment, neutral or contradiction):",
-        ),
+        Task(name="xnli", hub_id="facebook/xnli", **_NLI),  # type: ignore[arg-type]
         Task(name="tydiqa", hub_id="google-research-datasets/tydiqa", **_QA),  # type: ignore[arg-type]
+        Task(
+            name="sib200",
+            kind="classification",
+            text_columns=("text",),
+            labels=(
+                *("science/technology", "travel", "politics", "sports"),
+                *("health", "entertainment", "geography"),
+            ),
+            metrics=("accuracy", "macro_f1"),
+            hub_id="Davlan/sib200",
+            prompt="Text: {text}\nTopic:",
+            label_column="category",
+            id_columns=("index_id",),
+        ),
+        Task(
+            name="masakhanews",
+            kind="classification",
+            text_columns=("headline", "text"),
+            labels=("business", "entertainment", "health", "politics", "religion", "sports", "technology"),
+            metrics=("macro_f1", "accuracy"),
+            hub_id="masakhane/masakhanews",
+            prompt="Headline: {headline}\nText: {text}\nTopic:",
+            max_length=256,
+        ),
+        Task(name="afrixnli", hub_id="masakhane/afrixnli", **_NLI),  # type: ignore[arg-type]
+        replace(
+            choice_task(
+                "belebele",
+                ("flores_passage", "question"),
+                ("mc_answer1", "mc_answer2", "mc_answer3", "mc_answer4"),
+                label_column="correct_answer_num",
+                first_choice=1,
+                hub_id="facebook/belebele",
+                max_length=512,
+            ),
+            id_columns=("link", "question_number"),
+        ),
+        Task(
+            name="masakhaner2",
+            kind="token-classification",
+            text_columns=("tokens",),
+            labels=("O", *(f"{place}-{kind}" for kind in ("PER", "ORG", "LOC", "DATE") for place in "BI")),
+            metrics=METRICS["token-classification"],
+            hub_id="masakhane/masakhaner2",
+            prompt="Text: {tokens}\nEntities:",
+            label_column="ner_tags",
+        ),
         Task(
             name="classification",
             kind="classification",
@@ -225,6 +274,7 @@ def get_task(
     text_columns: Sequence[str] | None = None,
     choice_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    id_columns: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     metric: str | None = None,
     prompt: str | None = None,
@@ -240,6 +290,7 @@ def get_task(
             others: one or more columns.
         choice_columns: of a multiple choice: two or more columns.
         label_column: column of the class, tags, choice or number.
+        id_columns: columns of the id.
         labels: the classes, in the order of their indices.
         metric: the metric that checkpoints are chosen by.
         prompt: names every text column in braces.
@@ -271,6 +322,8 @@ def get_task(
         raise UserError(f"task {name}: a verbalizer is for a classification, and this is a {task.kind} task")
     if label_column is not None:
         task = replace(task, label_column=label_column)
+    if id_columns is not None:
+        task = replace(task, id_columns=tuple(id_columns))
     if verbalizer is not None:
         task = replace(task, verbalizer=dict(verbalizer))
     if labels is not None or (verbalizer is not None and task.labels is not None):

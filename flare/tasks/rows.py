@@ -41,11 +41,12 @@ def examples_from(
     rows = list(rows)
     if not rows:
         raise DataError(f"{where} has no rows; an empty split cannot be used")
-    lacking = [column for column in needed_columns(task, columns) if column not in columns]
+    needed = [*needed_columns(task, columns), *(task.id_columns if task.id_columns != ("id",) else ())]
+    lacking = [column for column in needed if column not in columns]
     if lacking:
         raise DataError(
             f"{where} has no column {', '.join(lacking)}; it has {', '.join(columns) or 'none'}. Rename the column, or "
-            "name yours with --text-columns and --label-column"
+            "name yours with --text-columns, --label-column and --id-column"
         )
     found = [_example(row, index, columns, task, where, name_of) for index, row in enumerate(rows)]
     if task.kind in NAMED:
@@ -64,7 +65,7 @@ def _example(
     place = f"{where}, row {index}"
     texts, words = texts_of(row, task, place)
     return Example(
-        id=position_id(index) if "id" not in columns else _id(row.get("id")),
+        id=_id(row, task) if set(task.id_columns) <= set(columns) else position_id(index),
         texts=texts,
         label=None if task.kind == "qa" else label_of(row, task, name_of, words, place),
         answers=_answers(row, where, index) if task.kind == "qa" else (),
@@ -107,18 +108,18 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         DataError: a row without an id, an id that occurs twice, or a column that seems to hold ids and is named
             otherwise, so that rows would be paired by their position.
     """
-    if "id" not in columns:
+    if not set(task.id_columns) <= set(columns):
         read = {*task.text_columns, task.label_column}
         near = [name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _IDS and name not in read]
-        if near:
+        if near and task.id_columns == ("id",):
             raise DataError(
                 f"{where} has no column id, and its column {near[0]!r} looks like one: rows would be paired by their "
-                "position. Rename it to id, or remove it if the rows of all languages stand in one order"
+                "position. Name it with --id-column, or remove it if the rows of all languages stand in one order"
             )
         return
     first: dict[str, int] = {}
     for index, row in enumerate(rows):
-        name = _id(row.get("id"))
+        name = _id(row, task)
         if not name.strip():
             raise DataError(
                 f"{where}, row {index} (counted from 0) has no id; give every row one, or remove the column"
@@ -131,8 +132,13 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         first[name] = index
 
 
-def _id(value: Any) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value)
+def _id(row: Mapping[str, Any], task: Task) -> str:
+    values = [row.get(column) for column in task.id_columns]
+    texts = [
+        str(int(value)) if isinstance(value, float) and value.is_integer() else "" if value is None else str(value)
+        for value in values
+    ]
+    return "-".join(texts) if all(text.strip() for text in texts) else ""
 
 
 def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ...]:

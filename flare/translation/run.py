@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from ..tasks import Example, get_task, language, nllb_code, read_split
+from ..tasks.reading import all_targets
 from .job import Job, Outcome, summary, translate_split
 from .model import TranslationError, TranslationModel, check_tag, writes_tags
 from .settings import TranslateSettings
@@ -43,6 +44,7 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         text_columns=settings.text_columns,
         choice_columns=settings.choice_columns,
         label_column=settings.label_column,
+        id_columns=settings.id_column,
         labels=settings.labels,
     )
     if task.kind == "token-classification" and any(map(settings.to_target, settings.splits)):
@@ -51,6 +53,11 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
             "translate the target's sentences into the source language (--direction to-source), and train with "
             "--source-text mt"
         )
+    if tuple(settings.target) == ("all",):
+        targets, news = all_targets(task, settings.data, settings.source)
+        settings = replace(settings, target=targets)
+        for line in news:
+            say(line)
     model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     directions = _directions(settings, model, say)
 

@@ -26,7 +26,7 @@ class TranslateSettings:
         model: hub id or folder of an encoder-decoder.
         output: folder of the translations.
         data: folder or hub id of the task's data; None takes the task's own on the hub.
-        text_columns, choice_columns, label_column, labels: of your own data, as `get_task` takes them.
+        text_columns, choice_columns, label_column, id_column, labels: of your own data, as `get_task` takes them.
         splits: which ones.
         direction: "auto": train and valid to the target, test to the source; "to-target", "to-source": all of them.
         source_code, target_code: language tags in place of the table's NLLB tags; target_code: one for each target.
@@ -48,6 +48,7 @@ class TranslateSettings:
     text_columns: Sequence[str] | None = None
     choice_columns: Sequence[str] | None = None
     label_column: str | None = None
+    id_column: Sequence[str] | None = None
     labels: Sequence[str] | None = None
     splits: Sequence[str] = SPLITS
     direction: str = "auto"
