@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..escape import csv_cell, latex, markdown, one_line
+from ..progress import duration
 from .collect import Group
 from .summary import RANGED, Cell, Cost, Line, Quality, costs
 
@@ -235,16 +236,6 @@ def cost_csv(lines: Sequence[Cost]) -> str:
 def size(count: float) -> str:
     """Bytes for readers."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for readers: "42 s", "12 min 5 s", "3 h 20 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 # --- every run --------------------------------------------------------------------------------------------------------
