@@ -38,9 +38,9 @@ def add_parser(commands: Any) -> None:
         "--formats",
         nargs="+",
         choices=FORMATS,
-        default=["png"],
+        default=["png", "pdf"],
         metavar="FORMAT",
-        help="of the pictures: png, pdf, svg (default: png, which is always written)",
+        help="of the pictures: png, pdf, svg (default: png and pdf; png is always written)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier report instead of keeping it as earlier-N"
