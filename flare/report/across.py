@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .collect import METHODS, Group
-from .display import metric_name, model_names
-from .families import FUSION, RANK, SOURCE_TEXT, Kind, comparable, families, method_of_family, over
+from .display import language_name, metric_name, model_names
+from .families import FUSION, RANK, SOURCE_TEXT, Kind, Members, comparable, families, method_of_family, over
 from .lines import plainest
 from .summary import Cell, Quality, places_of, quality, spread
 from .tables import MISSING, Table, csv_text, show
@@ -128,7 +129,8 @@ def overview_table(found: Sequence[Overview]) -> Table:
         "average",
         "rank",
     )
-    rows, best = [], set()
+    rows: list[tuple[str, ...]] = []
+    best: set[tuple[int, int]] = set()
     for one in found:
         first = len(rows)
         columns = [*([line.cells.get(task) for line in one.lines] for task in tasks), [x.average for x in one.lines]]
@@ -143,7 +145,7 @@ def overview_table(found: Sequence[Overview]) -> Table:
         }
     notes = [
         "a task's cell is the average over its languages, in percent; the average is over the tasks",
-        "rank: mean over the tasks of the place by that average (1 the best), among a model's trained methods that have "
+        "rank: mean over the tasks of the place by that average (1 the best), among a model's trained methods with "
         f"every task; {' and '.join(UNTRAINED)} are not ranked",
     ]
     if any(x.average is not None and x.average.spread is not None for one in found for x in one.lines):
@@ -162,8 +164,8 @@ def overview_csv(found: Sequence[Overview]) -> str:
                 cell = line.cells[task]
                 numbers = [cell.mean, cell.spread, len(cell.values)] if cell else [None, None, 0]
                 rows.append([one.model, line.label, line.name, task, metric, *numbers, line.ranks.get(task)])
-            cell = line.average
-            numbers = [cell.mean, cell.spread, len(cell.values)] if cell else [None, None, 0]
+            whole = line.average
+            numbers = [whole.mean, whole.spread, len(whole.values)] if whole else [None, None, 0]
             rows.append([one.model, line.label, line.name, "average", "", *numbers, line.rank])
     return csv_text(("model", "variant", "name", "task", "metric", "mean", "std", "n", "rank"), rows)
 
@@ -177,49 +179,64 @@ VARIED = {
 
 
 def varied_table(groups: Sequence[Group], metrics: Mapping[str, str], kind: Kind, title: str) -> Table | None:
-    """Return a table of one thing varied, a column for each task and their average; None where no run varies it.
+    """Return a table of one thing varied, a column for each task (of one task, for each language) and their average.
 
-    A cell is the average over the languages that all lines of its task have.
+    A cell is over the languages that all lines of its task have. Of several families of one method (fusions with r=64
+    and with r=8, say) the largest one is shown.
+
+    Returns:
+        None where no run varies it.
     """
+    groups = [group for group in groups if not group.rows]
     models = model_names(group.model for group in groups)
-    tasks = list(dict.fromkeys(group.shown_task for group in groups if not group.rows))
-    found: dict[tuple[str, str, object], dict[str, Cell]] = {}
+    found: dict[tuple[str, str, Any], dict[str, Cell]] = {}
+    varied = []
     for group in groups:
-        if group.rows:
-            continue
         table = quality(group, metrics[group.slug])
         languages, members = comparable(table, families(group, table, kind))
+        if members:
+            varied.append((group, languages, members))
+    one_task = len({group.shown_task for group, _, _ in varied}) == 1
+    for group, languages, members in varied:
+        parts = {group.shown_task: languages}
+        if one_task:
+            parts = {language_name(one): [one] for one in languages}
+        largest: dict[str, Members] = {}
         for family in members:
             method = method_of_family(group, family)
+            largest[method] = max(largest.get(method, family), family, key=len)
+        for method, family in largest.items():
             for value, label in family.items():
-                cell = over(group, label, metrics[group.slug], languages)
-                found.setdefault((models[group.model], method, value), {}).setdefault(group.shown_task, cell)
+                cells = found.setdefault((models[group.model], method, value), {})
+                cells |= {name: over(group, label, metrics[group.slug], part) for name, part in parts.items()}
     if not found:
         return None
-    used = [task for task in tasks if any(task in cells for cells in found.values())]
-    several = len(used) > 1
+    columns = list(dict.fromkeys(name for cells in found.values() for name in cells))
     order = list(METHODS)
     lines = sorted(
         found,
         key=lambda k: (k[0], order.index(k[1]) if k[1] in order else len(order), *_value_order(k[2])),
     )
-    rows = []
+    rows, best = [], set()
     for key in lines:
-        cells = [found[key].get(task) for task in used]
-        row = [key[0], METHODS.get(key[1], key[1]), str(key[2]), *map(show, cells)]
-        if several:
-            known = [cell.mean for cell in cells if cell is not None]
-            row.append(f"{statistics.fmean(known):.1f}" if len(known) == len(used) else MISSING)
-        rows.append(tuple(row))
-    best = set()
-    for column, task in enumerate(used, start=3):
-        for model in dict.fromkeys(key[0] for key in lines):
-            at = [place for place, key in enumerate(lines) if key[0] == model]
-            means = [cell.mean if (cell := found[lines[place]].get(task)) else None for place in at]
+        cells = [found[key].get(name) for name in columns]
+        known = [cell.mean for cell in cells if cell is not None]
+        average = [f"{statistics.fmean(known):.1f}" if len(known) == len(columns) else MISSING]
+        rows.append((key[0], METHODS.get(key[1], key[1]), str(key[2]), *map(show, cells), *average[: len(columns) - 1]))
+    for column, name in enumerate(columns, start=3):
+        for pair in dict.fromkeys(key[:2] for key in lines):
+            at = [place for place, key in enumerate(lines) if key[:2] == pair]
+            means = [found[lines[place]][name].mean if name in found[lines[place]] else None for place in at]
             best |= {(at[place], column) for place in _best(means)}
-    head = ("model", "method", kind.name, *used, *(["average"] if several else []))
+    head = ("model", "method", kind.name, *columns, *["average"][: len(columns) - 1])
+    of = (
+        f"{metric_name(metrics[varied[0][0].slug])}, {varied[0][0].shown_task}"
+        if one_task
+        else "each task's first metric"
+    )
     notes = (
-        "averages over the languages that all lines of a task have, in percent; lines that differ in more are left out",
+        f"{of}, in percent; averages over the languages that all lines of a task have",
+        "lines that differ in more than this are left out; bold is the best of a method",
     )
     return Table(title, head, tuple(rows), notes, left=3, best=frozenset(best))
 
