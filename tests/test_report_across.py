@@ -46,7 +46,8 @@ def tasks(tmp_path: Path) -> Path:
             ):
                 for seed in (0, 1):
                     make_run(tmp_path / task, language, method, seed, mean - 1 + 2 * seed, task=task)
-        make_run(tmp_path / task, None, "finetune", 0, 90.0, task=task)
+        for seed in (0, 1):
+            make_run(tmp_path / task, None, "finetune", seed, 90.0, task=task)
     return tmp_path
 
 
