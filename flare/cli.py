@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
 from flare_kernels import __version__
 
 from .commands import bench, demo, evaluate, finetune, info, report, train, translate
+from .progress import quiet_libraries_in_log_files
 
 #: In the order of their use.
 COMMANDS = (finetune, translate, train, evaluate, report, demo, bench, info)
@@ -20,15 +22,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed, unknown = parser.parse_known_args(argv)
     arguments = vars(parsed)
     command = arguments.pop("command")
+    after = arguments.pop("after_interrupt", "")
     if "rest" in arguments:
         arguments["rest"] = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    quiet_libraries_in_log_files()
     try:
         return int(command(**arguments))
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
+        print(f"\nInterrupted. {_resume(after, argv)}".rstrip(), file=sys.stderr)
         return 130
+
+
+def _resume(after: str, argv: Sequence[str] | None) -> str:
+    """What an interrupted command has left and how to resume it, with the command to give."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--no-resume"]
+    return after.replace("{command}", shlex.join(["flare", *words])) if after else ""
 
 
 def _parser() -> argparse.ArgumentParser:

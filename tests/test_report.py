@@ -23,9 +23,11 @@ from flare.experiment.records import (
 from flare.report import ReportError, write_report
 from flare.report.collect import collect
 from flare.report.conditions import warnings
-from flare.report.pictures.ablations import source_kind
-from flare.report.pictures.compare import draw_comparison, draw_costs, main_lines
+from flare.report.families import source_kind
+from flare.report.lines import main_lines
+from flare.report.pictures.compare import draw_comparison, draw_costs
 from flare.report.pictures.layers import curves, draw_layers
+from flare.report.pictures.style import COLUMN, PAGE, caption_of
 from flare.report.summary import costs, quality
 from flare.report.tables import cost_csv, cost_table, latex, quality_csv, quality_table
 
@@ -149,7 +151,7 @@ def test_the_tables_texts(runs: Path) -> None:
     group = group_of(runs)
     table = quality_table(group, quality(group, "macro_f1"))
     lines = table.markdown().splitlines()
-    assert lines[0] == "| method | ace | jav | average | average over 1 | rank | seeds |"
+    assert lines[0] == "| method | Acehnese | Javanese | average | average over 1 | rank | seeds |"
     assert lines[1] == "|---|---:|---:|---:|---:|---:|---:|"
     assert lines[3] == "| LoRA | 62.0 ± 2.8 | **71.0 ± 1.4** | 66.5 ± 2.1 | 62.0 ± 2.8 | 1.75 | 2 |"
     assert lines[4] == "| X-Mixup | 70.0 | - | 70.0 (1 of 2) | 70.0 | - | 1 |"
@@ -187,7 +189,7 @@ def test_costs_carry_their_spread(tmp_path: Path) -> None:
     ]
     pytest.importorskip("matplotlib")
     figure = draw_costs(group, "macro_f1")
-    assert "least to greatest cost" in figure._suptitle.get_text().replace("\n", " ")
+    assert "least to greatest cost" in caption_of(figure)
 
 
 def test_gold_and_machine_translated_translate_test_have_names_of_their_own(tmp_path: Path) -> None:
@@ -202,14 +204,14 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
     assert latex("50% of_a & b#c ~^{x}\\ $") == (
         r"50\% of\_a \& b\#c \textasciitilde{}\textasciicircum{}\{x\}\textbackslash{} \$"
     )
-    make_run(tmp_path, "toba_batak", "lora", 0, 50.0, variant="100%_mine")
-    make_run(tmp_path, "toba_batak", "flare", 0, 60.0)
-    make_run(tmp_path, "toba_batak", "flare", 1, 62.0)
+    make_run(tmp_path, "my_dialect", "lora", 0, 50.0, variant="100%_mine")
+    make_run(tmp_path, "my_dialect", "flare", 0, 60.0)
+    make_run(tmp_path, "my_dialect", "flare", 1, 62.0)
     group = group_of(tmp_path)
     text = quality_table(group, quality(group, "macro_f1")).latex()
     assert r"100\%\_mine & 50.0 & 1 \\" in text
     assert r"FLARE & \textbf{61.0 $\pm$ 1.4} & 2 \\" in text
-    assert r"method & toba\_batak & seeds \\" in text
+    assert r"method & my\_dialect & seeds \\" in text
     assert text.count(r"\begin{") == text.count(r"\end{") == 2
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert not re.search(r"(?<!\\)[_%#]", code)
@@ -256,12 +258,12 @@ def test_source_texts_are_named_by_their_translator(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "ace", "flare", 0, 80.0, variant="flare-mt-source", source_text="mt")
     record = json.loads((folder / "run.json").read_text())
     record["data"]["translation"] = {
-        "english-ace": {"model": "x/other"},
-        "ace-english": {"model": "facebook/nllb-200-1B"},
+        "english-ace": {"settings": {"model": {"name": "x/other"}}},
+        "ace-english": {"settings": {"model": {"name": "facebook/nllb-200-3.3B"}}},
     }
     (folder / "run.json").write_text(json.dumps(record))
     (entry,) = group_of(tmp_path).entries
-    assert (entry.name, source_kind(entry)) == ("FLARE (mt source)", "mt: nllb-200-1B")
+    assert (entry.name, source_kind(entry)) == ("FLARE (mt source)", "mt: NLLB 3.3B")
 
 
 def test_groups_are_tasks_and_models(runs: Path, tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_the_bottleneck_by_block_and_projection(runs: Path) -> None:
     assert found["value"]["S"] == pytest.approx({1: 0.2, 2: 0.4, 3: 0.6})
 
 
-def test_pictures_show_all_of_a_curve_and_of_their_title(runs: Path) -> None:
+def test_pictures_show_all_of_a_curve_and_fit_a_column_or_a_page(runs: Path) -> None:
     pytest.importorskip("matplotlib")
     path = runs / "jav" / "flare" / "seed-0"
     metrics = read_metrics(path)
@@ -296,11 +298,14 @@ def test_pictures_show_all_of_a_curve_and_of_their_title(runs: Path) -> None:
     group = group_of(runs)
     figure = draw_layers(group, "flare")
     assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 5 for axes in figure.axes)
-    group.source = "a language with a long name, and another one"
     figure = draw_comparison(group, "macro_f1")
     figure.draw_without_rendering()
-    box = figure._suptitle.get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and "\n" in figure._suptitle.get_text()
+    assert figure.get_figwidth() in (COLUMN, PAGE) and "English as the source" in caption_of(figure)
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    numbers = {text.get_text() for text in figure.axes[0].texts}
+    assert {"62.0", "81.0", "71.0"} <= numbers, "means stand on their bars"
 
 
 # --- the whole report -------------------------------------------------------------------------------------------------
@@ -352,7 +357,7 @@ def test_a_report_from_the_command_line(runs: Path, tmp_path: Path, capsys) -> N
         assert is_drawn(output / "pictures" / f"nusax-{name}.png"), name
         assert (output / "pictures" / f"nusax-{name}.svg").stat().st_size > 2000
     (group,) = made["groups"]
-    assert list(group["pictures_left_out"]) == ["source-text"]
+    assert list(group["pictures_left_out"]) == ["activations", "source-text", "translators"]
     text = (output / "report.md").read_text()
     assert text.startswith("# Mine\n")
     for words in (

@@ -32,9 +32,18 @@ def reported(command: str, call: Callable[[], Any], kinds: tuple[type[Exception]
 
 
 def add_experiment_parser(
-    commands: Any, name: str, settings: type[Any], help: str, description: str, run: Callable[..., int]
+    commands: Any,
+    name: str,
+    settings: type[Any],
+    help: str,
+    description: str,
+    run: Callable[..., int],
+    after_interrupt: str,
 ) -> None:
-    """A command whose options are a settings class; with TrainingArguments' flags where the class has `training`."""
+    """A command whose options are a settings class; with TrainingArguments' flags where the class has `training`.
+
+    after_interrupt: what Ctrl-C leaves and how to resume; {command} stands for the command to give.
+    """
     parser = commands.add_parser(
         name,
         help=help,
@@ -45,7 +54,7 @@ def add_experiment_parser(
     )
     add_options(parser, settings, training=any(one.name == "training" for one in fields(settings)))
     # flags that the parser does not know may be TrainingArguments': cli.main hands them over as rest
-    parser.set_defaults(command=run, rest=[])
+    parser.set_defaults(command=run, rest=[], after_interrupt=after_interrupt)
 
 
 def task_list() -> str:

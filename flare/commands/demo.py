@@ -8,6 +8,11 @@ from typing import Any
 
 from .common import reported, say
 
+_INTERRUPTED = """\
+Rows that were finished are in the output folder's results.json, and a finished base model is kept. The demo does not
+resume: the same command starts again and moves these results to earlier-N.
+  {command}"""
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -20,7 +25,7 @@ def add_parser(commands: Any) -> None:
         epilog="example on real data:\n  flare demo --model PATH_OR_HUB_ID --data FOLDER_OR_HUB_ID "
         "--source english --target acehnese",
     )
-    demo.set_defaults(command=run)
+    demo.set_defaults(command=run, after_interrupt=_INTERRUPTED)
     _options(demo)
 
 

@@ -13,6 +13,11 @@ translate-test: the base on the same texts in the source language.
 translate-train: every trained adapter, also with the other source text (--source-text)."""
 
 
+_INTERRUPTED = """\
+Scores that were printed are saved. Resume with the same command, which skips them:
+  {command}"""
+
+
 def add_parser(commands: Any) -> None:
     """Register the command."""
     add_experiment_parser(
@@ -22,6 +27,7 @@ def add_parser(commands: Any) -> None:
         help="zero-shot, translate-test, and trained adapters on the test split",
         description=_DESCRIPTION,
         run=run,
+        after_interrupt=_INTERRUPTED,
     )
 
 

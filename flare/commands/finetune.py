@@ -13,6 +13,13 @@ per seed, into OUTPUT/base/seed-N. Rates, epochs, ranks and lengths are the pape
 settings (5 seeds, fixed length). A finished run is skipped, an unfinished one goes on from its last checkpoint."""
 
 
+_INTERRUPTED = """\
+Finished runs are kept. Resume with the same command:
+  {command}
+It skips what is finished and continues the interrupted run from its last checkpoint (one is written each epoch, or as
+--save-steps says; before the first one it starts anew)."""
+
+
 def add_parser(commands: Any) -> None:
     """Register the command."""
     add_experiment_parser(
@@ -22,6 +29,7 @@ def add_parser(commands: Any) -> None:
         help="learn the task in the source language, merged into the base",
         description=_DESCRIPTION,
         run=run,
+        after_interrupt=_INTERRUPTED,
     )
 
 

@@ -11,6 +11,11 @@ from .common import reported, say
 FORMATS = ("png", "pdf", "svg")
 
 
+_INTERRUPTED = """\
+The earlier report, if there was one, is unchanged. Start again with the same command:
+  {command}"""
+
+
 def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
@@ -33,14 +38,14 @@ def add_parser(commands: Any) -> None:
         "--formats",
         nargs="+",
         choices=FORMATS,
-        default=["png"],
+        default=["png", "pdf"],
         metavar="FORMAT",
-        help="of the pictures: png, pdf, svg (default: png, which is always written)",
+        help="of the pictures: png, pdf, svg (default: png and pdf; png is always written)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier report instead of keeping it as earlier-N"
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, after_interrupt=_INTERRUPTED)
 
 
 def run(

@@ -14,6 +14,13 @@ evaluate the test split. Rates, epochs, ranks and lengths are the paper's; --pap
 last checkpoint."""
 
 
+_INTERRUPTED = """\
+Finished runs are kept. Resume with the same command:
+  {command}
+It skips what is finished and continues the interrupted run from its last checkpoint (one is written each epoch, or as
+--save-steps says; before the first one it starts anew)."""
+
+
 def add_parser(commands: Any) -> None:
     """Register the command."""
     add_experiment_parser(
@@ -23,6 +30,7 @@ def add_parser(commands: Any) -> None:
         help="train lora, input-fusion, x-mixup, flare and flare-mt",
         description=_DESCRIPTION,
         run=run,
+        after_interrupt=_INTERRUPTED,
     )
 
 

@@ -11,6 +11,10 @@ from ..errors import UserError
 from ..tasks.registry import OWN, TASKS
 from .common import reported, say
 
+_INTERRUPTED = """\
+Translations made so far are kept in the output folder. Resume with the same command:
+  {command}"""
+
 
 def add_parser(commands: Any) -> None:
     """Register the command with the parser's sub-commands."""
@@ -23,7 +27,7 @@ def add_parser(commands: Any) -> None:
         epilog="example:\n  flare translate --task nusax --data DATA --source english --target acehnese javanese \\\n"
         "      --model facebook/nllb-200-distilled-600M --output translations",
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, after_interrupt=_INTERRUPTED)
     # Defaults stand in TranslateSettings only; what is not given is not passed on.
     missing = argparse.SUPPRESS
 

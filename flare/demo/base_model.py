@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from tqdm.auto import tqdm
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, set_seed
 
+from ..progress import counter
 from .corpus import CORPUS_VERSION, SUFFIXES, Corpus, english_words, vemari_word
 
 # Raise it when the pre-training below changes in a way that BaseConfig does not show.
@@ -169,7 +169,8 @@ def pretrain(
     generator = torch.Generator().manual_seed(config.seed)
     model.train()
     order = torch.empty(0, dtype=torch.long)
-    for _ in tqdm(range(config.steps), desc="pre-training", unit="step", disable=None if progress else True):
+    bar = counter("pre-training" if progress else None, config.steps, "step")
+    for _ in range(config.steps):
         if len(order) < config.batch_size:
             order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
         chosen, order = order[: config.batch_size], order[config.batch_size :]
@@ -181,6 +182,8 @@ def pretrain(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        bar.update(1)
+    bar.close()
     return model.eval()
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from ..atomic_files import replacing
 from ..measure import StepTimer, peak_bytes, saved_bytes
+from ..progress import counter
 
 
 class Bar(TrainerCallback):
-    """One progress bar per training, in place of the trainer's own with its loss lines."""
+    """One progress bar or counter per training, in place of the trainer's own with its loss lines."""
 
     def __init__(self, name: str, enabled: bool) -> None:
         self.name = name
@@ -29,15 +29,8 @@ class Bar(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        enabled = self.enabled and state.is_world_process_zero
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.name,
-            unit="step",
-            disable=None if enabled else True,  # None: on a terminal only
-            leave=False,
-        )
+        name = self.name if self.enabled and state.is_world_process_zero else None
+        self.bar = counter(name, state.max_steps, "step", state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(1)

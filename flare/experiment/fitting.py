@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from ..errors import UserError
 from ..measure import StepTimer
+from ..source_cache import SourceStateCache
 from ..training.trainer import FlareTrainer
 from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
 from .checkpoints import last_checkpoint
@@ -192,6 +193,7 @@ def fit(
     say: Callable[[str], None],
     predictor: Predictor | None = None,
     groups: Sequence[bool] | None = None,
+    source_cache: SourceStateCache | None = None,
 ) -> Fit:
     """Train, or resume from the newest whole checkpoint; afterwards the model holds the weights that were chosen.
 
@@ -212,10 +214,13 @@ def fit(
             data_collator=collator,
             predictor=predictor,
             groups=groups,
+            source_cache=source_cache,
         )
     except (ValueError, RuntimeError, ImportError) as error:  # as a report_to whose package is not installed
         raise UserError(f"these training arguments do not work: {error}") from error
     timer.device = arguments.device
+    if source_cache is not None and predictor is not None:
+        predictor.collator = trainer.data_collator  # which may pad to another width, and a row's name has it
     quiet(trainer, Finite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, say))
     if checkpoint is not None and is_main():
@@ -232,6 +237,9 @@ def fit(
         metrics.peak_bytes, metrics.peak_kind = peak.bytes, "cuda peak"
     if predictor is not None:
         metrics.valid = predictor.scores(predictor(trainer.model))
+    if source_cache is not None:
+        metrics.source_cache = source_cache.stats().facts()
+        trainer.model.set_source_cache(None)
     return Fit(trainer, metrics)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..model_names import find_model
+from ..progress import counter
 from ..source.latent_encoder import LatentEncoder
 from ..tasks import Pair, nllb_code
 
@@ -70,9 +70,7 @@ def add_states(
     in_file: list[tuple[int, int, tuple[int, ...]]] = []  # row, where its numbers begin, shape
     size = written = 0
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=len(texts), desc=name, unit="row", disable=True if name is None else None, leave=False)
-        )
+        bar = stack.enter_context(counter(name, len(texts), "row"))
         store: Any = None
         for first in range(0, len(order), _BATCH):
             part = order[first : first + _BATCH]

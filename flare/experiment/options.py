@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
@@ -44,6 +45,11 @@ REFUSED = {
     "use_legacy_prediction_loop": "evaluation is the command's own",
 }
 
+_UNITS = {
+    f"{letter}{kind}": base ** (power + 1)
+    for kind, base in (("iB", 1024), ("B", 1000))
+    for power, letter in enumerate("KMGT")
+}
 _NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float}
 
 
@@ -59,6 +65,22 @@ def option(kind: str, help: str, default: Any = None, choices: Sequence[str] | N
 def flag(name: str) -> str:
     """The command line's spelling of an option."""
     return "--" + name.replace("_", "-")
+
+
+def parse_bytes(text: str | None, where: str) -> int | None:
+    """Bytes of "8GiB", "500MB" or "1000000"; None for None.
+
+    Raises:
+        UserError: another spelling, or 0 bytes.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9.]*[0-9])\s*([A-Za-z]*)", text.strip())
+    units = {"": 1, **{name.casefold(): size for name, size in _UNITS.items()}}
+    number = float(found[1]) if found and found[1].count(".") < 2 else 0.0
+    if not number or not found or found[2].casefold() not in units:
+        raise UserError(f"{where} {text!r} must be bytes, such as 8GiB or 500MB (units: {', '.join(_UNITS)})")
+    return int(number * units[found[2].casefold()])
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool) -> None:
@@ -163,6 +185,8 @@ def _convert(value: Any, shown: Mapping[str, Any], where: str) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{where} must be true or false; got {value!r}")
         return value
+    if isinstance(value, bool) and "off" in (shown["choices"] or ()):
+        value = "on" if value else "off"  # YAML reads on and off as true and false
     if isinstance(value, list | tuple | dict | bool):
         raise UserError(f"{where} takes one value; got {value!r}")
     if wanted in _NUMBERS:

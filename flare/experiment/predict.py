@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
 from ..atomic_files import replacing
+from ..progress import counter
 from ..tasks import Pair
 from ..tasks.form import IGNORED
 from .diverged import NoNaN, check_logits
@@ -55,9 +55,7 @@ class Predictor:
         half: Any = contextlib.nullcontext()
         if self.autocast is not None:
             half = torch.autocast(device.type, self.autocast)
-        bar = tqdm(
-            total=len(self.rows), desc=self.name, unit="row", disable=True if self.name is None else None, leave=False
-        )
+        bar = counter(self.name, len(self.rows), "row")
         try:
             with torch.no_grad(), half, bar:
                 for first in range(0, len(self.rows), self.batch_size):

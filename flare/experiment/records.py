@@ -53,7 +53,8 @@ class RunRecord:
     environment: versions, commit, device (`flare.environment.environment`).
     date: when it began, ISO 8601.
     data: {"train": rows, "valid": rows, "test": rows, "notes": [...], "translation": provenance or None, "digest":
-        {split: SHA-256 of the target's rows, "split/gold" or "split/mt": of the source's}}.
+        {split: SHA-256 of the target's rows, "split/gold" or "split/mt": of the source's}, "source_cache": {"mode",
+        "on", "rows", "bytes_needed", "bytes_free", "budget", "reason"} of a fusing run}.
     """
 
     kind: str
@@ -97,6 +98,8 @@ class Metrics:
     peak_kind: "cuda peak" or "live tensors".
     bottleneck: {"S": [mean |S| per layer], "T": [mean |T|], "layers": [names]} over the test rows; fusing runs only.
     best_checkpoint: step of the checkpoint that was chosen.
+    source_cache: {"bytes", "rows", "hits", "hit_rate", "seconds_saved"} of the last sitting where source states were
+        kept between epochs; run.json says with what budget, or why they were not.
     """
 
     valid: dict[str, float] = field(default_factory=dict)
@@ -108,6 +111,7 @@ class Metrics:
     peak_kind: str | None = None
     bottleneck: dict[str, list[Any]] | None = None
     best_checkpoint: int | None = None
+    source_cache: dict[str, Any] | None = None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..names import folder_name
 from ..result_folders import EARLIER
 from ..tasks.registry import OWN, TASKS
-from .options import flag, option
+from .options import flag, option, parse_bytes
 
 METHODS = ("lora", "input-fusion", "x-mixup", "flare", "flare-mt")
 SETTINGS = ("zero-shot", "translate-test", "translate-train")
@@ -162,6 +162,16 @@ class TrainSettings(Training):
     mt_language: str | None = option("str", "its tag for the target language (default: by the language)")
     mixup_layer: int | None = option("int", "block in which x-mixup mixes, from 0 (default: the middle one)")
     adapter: dict[str, Any] = option("map", "further fields of FlareConfig, such as source_layer_offset=0")
+    source_cache: str = option(
+        "str",
+        "keep the source's states between epochs (flare): auto (default) where they fit into a quarter of the free "
+        "memory, on, off",
+        "auto",
+        ("auto", "on", "off"),
+    )
+    source_cache_budget: str | None = option(
+        "str", "host memory for them, such as 8GiB (default: a quarter of what is free; on: half)", metavar="BYTES"
+    )
     name: str | None = option("str", "folder of the runs, in place of the method's name")
     test: bool = option("bool", "evaluate the test split at the end", True)
 
@@ -175,6 +185,9 @@ class TrainSettings(Training):
             raise UserError("--target is missing: name one or more languages, such as --target acehnese")
         if self.source_language in self.target:
             raise UserError(f"--source and --target are both {self.source_language!r}; name two languages")
+        if self.source_cache_budget is not None and self.source_cache == "off":
+            raise UserError("--source-cache-budget is for a cache: leave it or --source-cache off out")
+        parse_bytes(self.source_cache_budget, "--source-cache-budget")
         if self.train_only_fusion and set(self.methods) - {"flare"}:
             raise UserError(f"--train-only-fusion is for --method flare; got {', '.join(self.methods)}")
         if "mt" in (self.source_text, self.target_text) and self.translations is None:

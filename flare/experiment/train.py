@@ -18,8 +18,10 @@ from ..errors import UserError
 from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
+from .activations import write_activations
 from .base import Base, find_base
-from .bottleneck import bottleneck_sizes
+from .bottleneck import measure_bottleneck
+from .caching import CachePlan, plan_cache
 from .callbacks import quiet_libraries
 from .chance import chance_notes
 from .common import adapter_fields, claimed, common_settings, expect_no_source, location, summary
@@ -27,6 +29,7 @@ from .fitting import add_cost, autocast_of, fit, training_arguments, training_va
 from .known_data import mark, remember
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, build, for_method, variant_name
+from .options import parse_bytes
 from .predict import PREDICTIONS, Predictor, write_predictions
 from .processes import is_main, wait
 from .provenance import read_provenance
@@ -294,6 +297,14 @@ class _Run:
 
         if settings.train_only_fusion:
             expect_no_source()
+        validation = predictor(valid, "valid") if valid else None
+        read = rows if validation is None or setup.form.layout != "encoder" else [*rows, *validation.rows]
+        keeping = CachePlan(None, {})
+        if plan.method == "flare":
+            budget = parse_bytes(settings.source_cache_budget, "--source-cache-budget")
+            keeping = plan_cache(settings.source_cache, budget, model, collate, read, arguments, half)
+            record.data["source_cache"] = keeping.facts
+            self.notes([keeping.note] if keeping.note else [], plan.name)
         done = fit(
             model,
             collate,
@@ -303,8 +314,9 @@ class _Run:
             name=plan.name,
             progress=settings.progress,
             say=self.say,
-            predictor=predictor(valid, "valid") if valid else None,
+            predictor=validation,
             groups=groups,
+            source_cache=keeping.cache,
         )
         trainer = done.trainer
         if trainer.is_fsdp_enabled:
@@ -319,8 +331,14 @@ class _Run:
             if is_main():
                 write_predictions(self.folder / PREDICTIONS, test, predictions)
             if (plan.fusion is not None and reads) or plan.method == "flare-mt":
-                some = self._rows(test[:_BOTTLENECK_ROWS], "test", reads, record, training=True, quietly=True)
-                done.metrics.bottleneck = bottleneck_sizes(trainer.model, collate, some, batch, half)
+                some = test[:_BOTTLENECK_ROWS]
+                kept = [pair.target.id for pair in setup.form.trainable(some)]
+                made = self._rows(some, "test", reads, record, training=True, quietly=True)
+                done.metrics.bottleneck, activations = measure_bottleneck(
+                    trainer.model, collate, made, kept, batch, half
+                )
+                if activations is not None and is_main():
+                    write_activations(self.folder, activations)
         add_cost(done)
         if is_main():
             write_metrics(self.folder, done.metrics)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..experiment.records import RecordError, Run, diverged, find_runs, read_record
+from ..tasks.registry import OWN
+from .display import language_name, language_names, task_name
 
 #: Methods in the order of the paper's tables, with their names for readers.
 METHODS = {
@@ -79,12 +81,14 @@ class Group:
         labels: lines of the tables, in the order of the paper's, mapped to their names for readers.
         languages: target languages, sorted.
         metrics: names of the metrics, the task's first one first.
+        data: name of the data where the task is one for data of the user's own.
         rows: which test rows the group was scored on, where they are not those of the adapters.
     """
 
     task: str
     source: str
     model: str
+    data: str = ""
     entries: list[Entry] = field(default_factory=list)
     bases: list[Run] = field(default_factory=list)
     slug: str = ""
@@ -106,8 +110,16 @@ class Group:
         return list(dict.fromkeys(name for entry in self.entries for name in entry.scores))
 
     @property
+    def shown_task(self) -> str:
+        """The task as people write it; of data of the user's own, their name."""
+        return self.data or task_name(self.task)
+
+    @property
     def title(self) -> str:
-        return f"{self.task}: {self.source} to {', '.join(self.languages)}" + (f", {self.rows}" if self.rows else "")
+        languages = ", ".join(language_names(self.languages).values())
+        return f"{self.shown_task}: {language_name(self.source)} to {languages}" + (
+            f", {self.rows}" if self.rows else ""
+        )
 
     def of(self, label: str, language: str | None = None) -> list[Entry]:
         """Entries of a line (in a language), in the order of their seeds."""
@@ -140,7 +152,7 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
         raise ReportError(
             f"{where}: no run there (no run.json in it or below); flare finetune, train and evaluate write them"
         )
-    groups: dict[tuple[str, str, str], Group] = {}
+    groups: dict[tuple[str, str, str, str], Group] = {}
     unfinished = []
     for run in runs.values():
         record, reason = run.record, _unfinished(run)
@@ -148,9 +160,8 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
             unfinished.append(f"{run.folder}: {reason}")
             continue
         model = _model(run, runs)
-        group = groups.setdefault(
-            (record.task, record.source_language, model), Group(record.task, record.source_language, model)
-        )
+        key = record.task, record.source_language, model, _data_of(run)
+        group = groups.setdefault(key, Group(*key))
         if record.kind == "finetune":
             group.bases.append(run)
         else:
@@ -182,7 +193,7 @@ def _apart(group: Group) -> list[Group]:
         return [group]
     group.entries = [entry for entry in group.entries if entry not in other]
     rows = "the base on other test rows than the adapters"
-    return [group, Group(group.task, group.source, group.model, other, group.bases, rows=rows)]
+    return [group, Group(group.task, group.source, group.model, group.data, other, group.bases, rows=rows)]
 
 
 def _same_rows(one: Run, other: Run) -> bool:
@@ -233,6 +244,12 @@ def _model(run: Run, runs: dict[Path, Run]) -> str:
     return re.sub(r"/seed-\d+/?$", "", base)
 
 
+def _data_of(run: Run) -> str:
+    """The name of the data of a task for data of the user's own, which several data sets may share; else empty."""
+    given = str(run.record.settings.get("data") or "") if run.record.task in OWN else ""
+    return given.rstrip("/").rpartition("/")[2]
+
+
 def _refuse_twins(entries: Iterable[Entry]) -> None:
     seen: dict[tuple[str, str, int], Entry] = {}
     for entry in entries:
@@ -258,8 +275,8 @@ def _name(groups: Sequence[Group]) -> None:
         return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"
 
     for group in groups:
-        same = [other for other in groups if other.task == group.task]
-        parts = [group.task, *(["other-rows"] if group.rows else [])]
+        same = [other for other in groups if (other.task, other.data) == (group.task, group.data)]
+        parts = [group.data or group.task, *(["other-rows"] if group.rows else [])]
         if len({other.source for other in same}) > 1:
             parts.append(group.source)
         if len({other.model for other in same}) > 1:

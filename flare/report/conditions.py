@@ -9,8 +9,9 @@ from typing import Any
 
 from ..experiment.records import STALE, Run
 from .collect import Entry, Group
+from .display import metric_name
 from .summary import Cell, costs, spread
-from .tables import METRIC_NAMES, show
+from .tables import show
 
 #: Settings that are meant to differ between the runs of a line, or that do not decide about the result.
 _FREE = frozenset(
@@ -192,8 +193,9 @@ def translator(entry: Entry) -> str | None:
         return None
     # by direction; a source text is a translation of the target language's
     made = found.get(f"{record.target_language}-{record.source_language}", found)
-    model = made.get("model") if isinstance(made, dict) else None
-    return str(model).rstrip("/").rpartition("/")[2] if model else None
+    model = (made.get("settings") or {}).get("model") if isinstance(made, dict) else None
+    name = model.get("name") if isinstance(model, dict) else model
+    return str(name).rstrip("/").rpartition("/")[2] if name else None
 
 
 def _source_text(entry: Entry) -> str:
@@ -219,7 +221,7 @@ def _base_scores(group: Group) -> dict[str, str]:
                 found.setdefault(setting, {}).setdefault(metric, []).append(percent)
     return {
         setting: ", ".join(
-            f"{METRIC_NAMES.get(metric, metric)} {show(Cell(statistics.fmean(values), spread(values), tuple(values)))}"
+            f"{metric_name(metric)} {show(Cell(statistics.fmean(values), spread(values), tuple(values)))}"
             for metric, values in scores.items()
         )
         for setting, scores in found.items()

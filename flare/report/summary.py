@@ -7,7 +7,7 @@ of the languages' means; its spread is over the seeds that every one of these la
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .collect import Group
@@ -164,12 +164,19 @@ def _ranks(scores: dict[str, dict[str, dict[int, float]]], languages: Sequence[s
     """Mean rank over languages, 1 the best; equal means share the mean of their places."""
     ranks: dict[str, list[float]] = {label: [] for label in scores}
     for language in languages:
-        means = {label: statistics.fmean(scores[label][language].values()) for label in scores}
-        for label, mean in means.items():
-            better = sum(other > mean for other in means.values())
-            equal = sum(other == mean for other in means.values())
-            ranks[label].append(better + (equal + 1) / 2)
+        for label, place in places_of(
+            {one: statistics.fmean(scores[one][language].values()) for one in scores}
+        ).items():
+            ranks[label].append(place)
     return {label: statistics.fmean(places) for label, places in ranks.items()}
+
+
+def places_of(means: Mapping[str, float]) -> dict[str, float]:
+    """Return the place of each mean, 1 the greatest; equal means share the mean of their places."""
+    return {
+        label: sum(other > mean for other in means.values()) + (sum(other == mean for other in means.values()) + 1) / 2
+        for label, mean in means.items()
+    }
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -8,22 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..escape import csv_cell, latex, markdown, one_line
+from ..progress import duration
 from .collect import Group
+from .display import language_name, language_names, metric_name
 from .summary import RANGED, Cell, Cost, Line, Quality, costs
 
 MISSING = "-"
-METRIC_NAMES = {
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "accuracy": "accuracy",
-    "exact_match": "exact match",
-    "f1": "F1",
-    "entity_f1": "entity F1",
-    "entity_precision": "entity precision",
-    "entity_recall": "entity recall",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,8 @@ def quality_table(group: Group, table: Quality) -> Table:
     """Languages, average, rank and seeds, one line a variant."""
     partial = bool(table.common) and len(table.common) < len(table.languages)
     several = len(table.languages) > 1
-    head = ["method", *table.languages]
+    shown = language_names(table.languages)
+    head = ["method", *shown.values()]
     if several:
         head.append("average")
         if partial:
@@ -116,9 +107,9 @@ def quality_table(group: Group, table: Quality) -> Table:
                 row.append(show(line.common))
             row.append(MISSING if line.rank is None else f"{line.rank:.2f}")
         rows.append((*row, line.seeds))
-    name = METRIC_NAMES.get(table.metric, table.metric)
+    name, source = metric_name(table.metric), language_name(group.source)
     return Table(
-        f"{name} in percent, {group.task}, {group.source} as the source language"
+        f"{name[:1].upper()}{name[1:]} in percent, {group.shown_task}, {source} as the source language"
         + (f", {group.rows}" if group.rows else ""),
         tuple(head),
         tuple(rows),
@@ -137,12 +128,16 @@ def _notes(table: Quality, partial: bool) -> list[str]:
         if len(table.complete) < len(table.lines):
             notes.append("an average marked (n of N) is over fewer languages: do not compare it with the others")
         if partial:
-            notes.append(f"average over {len(table.common)}: languages that every line has: {', '.join(table.common)}")
+            notes.append(f"average over {len(table.common)}: languages that every line has: {_listed(table.common)}")
         notes.append(
             f"rank: mean rank over the {len(table.languages)} languages, 1 the best, among the {len(table.complete)} "
             "lines that have them all"
         )
     return notes
+
+
+def _listed(languages: Sequence[str]) -> str:
+    return ", ".join(map(language_name, languages))
 
 
 def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
@@ -217,7 +212,23 @@ def cost_table(group: Group) -> Table | None:
     ]
     if kinds:
         notes.append(f"peak memory: {' or '.join(kinds)} of one training step, weights and optimizer state included")
-    return Table(f"Costs, {group.task}, {group.source} as the source language", head, rows, tuple(notes))
+    held = {name: most for name, most in _cached(group).items() if most}
+    if held:
+        notes.append(
+            "source states were kept between epochs, so ms/step is that of steps that read them, and host memory held, "
+            "beside the peak: " + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
+        )
+    title = f"Costs, {group.shown_task}, {language_name(group.source)} as the source language"
+    return Table(title, head, rows, tuple(notes))
+
+
+def _cached(group: Group) -> dict[str, int]:
+    """Name of a line -> the most bytes that a run's source cache held."""
+    found: dict[str, int] = {}
+    for entry in group.entries:
+        facts = entry.run.metrics.source_cache or {}
+        found[entry.name] = max(found.get(entry.name, 0), int(facts.get("bytes", 0)))
+    return found
 
 
 def _ranged(line: Cost, name: str, text: Callable[[float], str]) -> str:
@@ -246,16 +257,6 @@ def cost_csv(lines: Sequence[Cost]) -> str:
 def size(count: float) -> str:
     """Bytes for readers."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for readers: "42 s", "12 min 5 s", "3 h 20 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 # --- every run --------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from ..atomic_files import write_json
 from ..environment import environment, now
 from ..escape import code, markdown
 from . import folder as places
+from .across import VARIED, Overview, overview_csv, overview_table, overviews, varied_table
 from .collect import Collection, Group, ReportError, collect
 from .conditions import conditions, notes, warnings
-from .pictures import FORMATS, Picture, draw_all
+from .pictures import FORMATS, Picture, draw_all, draw_overviews
 from .summary import costs, quality
-from .tables import Table, cost_csv, cost_table, quality_csv, quality_table, raw_csv
+from .tables import Table, cost_csv, cost_table, csv_text, quality_csv, quality_table, raw_csv
 
 NO_MATPLOTLIB = "matplotlib is not installed: pip install 'flare-kernels[plots]'"
 
@@ -31,13 +32,22 @@ class _Section:
     warnings: list[str]
 
 
+@dataclasses.dataclass
+class _Across:
+    """What is said over all groups."""
+
+    overviews: list[Overview]
+    tables: list[tuple[str, Table]]
+    pictures: list[Picture]
+
+
 def write_report(
     runs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str] = "report",
     *,
     metrics: Sequence[str] | None = None,
     title: str | None = None,
-    formats: Sequence[str] = ("png",),
+    formats: Sequence[str] = ("png", "pdf"),
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -64,13 +74,14 @@ def write_report(
     chosen = {group.slug: _metrics(group, metrics, found) for group in found.groups}
     places.check(output)
     with places.replacing(output, overwrite, say) as scratch:
-        sections = [_section(group, chosen[group.slug], scratch, formats, say) for group in found.groups]
+        sections = [_section(group, chosen[group.slug], scratch, formats) for group in found.groups]
+        across = _across(found.groups, {slug: names[0] for slug, names in chosen.items()}, scratch, formats)
         (scratch / places.RAW).write_text(raw_csv(found.groups), encoding="utf-8")
-        text = _markdown(title or "FLARE experiment", found, sections, runs)
+        text = _markdown(title or "FLARE experiment", found, across, sections, runs)
         (scratch / places.TEXT).write_text(text, encoding="utf-8")
         files = sorted(str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file())
-        write_json(scratch / places.REPORT, _everything(found, sections, chosen, runs, files))
-    _show(found, sections, output, say)
+        write_json(scratch / places.REPORT, _everything(found, across, sections, chosen, runs, files))
+    _show(found, across, sections, output, say)
     return output / places.TEXT
 
 
@@ -84,9 +95,26 @@ def _metrics(group: Group, wanted: Sequence[str] | None, found: Collection) -> l
     return [name for name in wanted if name in group.metrics] or group.metrics
 
 
-def _section(
-    group: Group, metrics: Sequence[str], scratch: Path, formats: Sequence[str], say: Callable[[str], None]
-) -> _Section:
+def _across(groups: Sequence[Group], metrics: dict[str, str], scratch: Path, formats: Sequence[str]) -> _Across:
+    """What is over all groups: an overview where there are several, and one table for each thing that is varied."""
+    tables: list[tuple[str, Table]] = []
+    pictures: list[Picture] = []
+    found = overviews(groups, metrics)
+    folder = scratch / places.TABLES
+    folder.mkdir(exist_ok=True)
+    if sum(len(one.tasks) for one in found) > 1:
+        tables.append(("overview", overview_table(found)))
+        (folder / "overview.csv").write_text(overview_csv(found), encoding="utf-8")
+        pictures = _pictures(scratch, formats, lambda into, kinds: draw_overviews(found, into, kinds))
+    for name, (kind, title) in VARIED.items():
+        if (table := varied_table(groups, metrics, kind, title)) is not None:
+            tables.append((name, table))
+            (folder / f"{name}.csv").write_text(csv_text(table.head, table.rows), encoding="utf-8")
+    _write_tables(tables, folder)
+    return _Across(found, tables, pictures)
+
+
+def _section(group: Group, metrics: Sequence[str], scratch: Path, formats: Sequence[str]) -> _Section:
     tables = []
     folder = scratch / places.TABLES
     folder.mkdir(exist_ok=True)
@@ -99,22 +127,30 @@ def _section(
     if cost is not None:
         tables.append((f"{group.slug}-costs", cost))
         (folder / f"{group.slug}-costs.csv").write_text(cost_csv(costs(group)), encoding="utf-8")
+    _write_tables(tables, folder)
+    pictures = _pictures(scratch, formats, lambda into, kinds: draw_all(group, metrics[0], into, kinds))
+    return _Section(group, tables, pictures, warnings(group))
+
+
+def _write_tables(tables: Sequence[tuple[str, Table]], folder: Path) -> None:
     for name, table in tables:
         notes = "".join(f"- {markdown(note)}\n" for note in table.notes)
         (folder / f"{name}.md").write_text(
             f"{markdown(table.title)}\n\n{table.markdown()}\n\n{notes}", encoding="utf-8"
         )
         (folder / f"{name}.tex").write_text(table.latex(), encoding="utf-8")
-    pictures_folder = scratch / places.PICTURES
-    pictures_folder.mkdir(exist_ok=True)
-    kinds = list(dict.fromkeys(("png", *formats)))
+
+
+def _pictures(scratch: Path, formats: Sequence[str], draw: Callable[[Path, list[str]], list[Picture]]) -> list[Picture]:
+    folder = scratch / places.PICTURES
+    folder.mkdir(exist_ok=True)
     try:
-        pictures = draw_all(group, metrics[0], pictures_folder, kinds)
+        pictures = draw(folder, list(dict.fromkeys(("png", *formats))))
     except ImportError:
         pictures = [Picture("all", "Pictures", [], NO_MATPLOTLIB)]
-    if not any(pictures_folder.iterdir()):
-        pictures_folder.rmdir()
-    return _Section(group, tables, pictures, warnings(group))
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    return pictures
 
 
 # --- report.json ------------------------------------------------------------------------------------------------------
@@ -122,6 +158,7 @@ def _section(
 
 def _everything(
     found: Collection,
+    across: _Across,
     sections: Sequence[_Section],
     metrics: dict[str, list[str]],
     runs: Sequence[str | os.PathLike[str]],
@@ -134,10 +171,12 @@ def _everything(
         "runs": [str(folder) for folder in runs],
         "runs_found": found.runs,
         "unfinished": found.unfinished,
+        "overviews": [dataclasses.asdict(one) for one in across.overviews],
         "groups": [
             {
                 "name": section.group.slug,
                 "task": section.group.task,
+                "data": section.group.data,
                 "source_language": section.group.source,
                 "model": section.group.model,
                 "quality": [
@@ -146,6 +185,7 @@ def _everything(
                 "costs": [dataclasses.asdict(cost) for cost in costs(section.group)],
                 "conditions": [list(line) for line in conditions(section.group)],
                 "warnings": section.warnings,
+                "captions": {p.name: p.caption for p in section.pictures if p.caption},
                 "pictures_left_out": {p.name: p.missing for p in section.pictures if p.missing},
                 "runs": [
                     {
@@ -168,7 +208,11 @@ def _everything(
 
 
 def _markdown(
-    title: str, found: Collection, sections: Sequence[_Section], runs: Sequence[str | os.PathLike[str]]
+    title: str,
+    found: Collection,
+    across: _Across,
+    sections: Sequence[_Section],
+    runs: Sequence[str | os.PathLike[str]],
 ) -> str:
     lines = [f"# {markdown(title)}", ""]
     done = found.runs - len(found.unfinished)
@@ -181,6 +225,9 @@ def _markdown(
             f"group): {', '.join(section.group.slug for section in sections)}.",
             "",
         ]
+    if across.tables:
+        lines += ["## All tasks" if len(sections) > 1 else "## One thing varied", ""]
+        lines += _content_lines(across.tables, across.pictures)
     for section in sections:
         lines += _group_lines(section)
     return "\n".join(lines).rstrip() + "\n"
@@ -191,15 +238,7 @@ def _group_lines(section: _Section) -> list[str]:
     lines = [f"## {markdown(group.title)}", ""]
     if section.warnings:
         lines += ["**Before comparing:**", "", *(f"- {markdown(line)}" for line in section.warnings), ""]
-    for _, table in section.tables:
-        lines += [f"### {markdown(table.title)}", "", table.markdown(), ""]
-        lines += [*(f"- {markdown(note)}" for note in table.notes), ""]
-    for picture in section.pictures:
-        if picture.files:
-            lines += [f"![{markdown(picture.title)}]({places.PICTURES}/{picture.files[0].name})", ""]
-    missing = [picture for picture in section.pictures if picture.missing]
-    if missing:
-        lines += ["Pictures left out:", "", *(f"- {markdown(f'{p.title}: {p.missing}')}" for p in missing), ""]
+    lines += _content_lines(section.tables, section.pictures)
     lines += ["### Conditions", "", "| | |", "|---|---|"]
     lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in conditions(group)]
     said = notes(group)
@@ -208,17 +247,30 @@ def _group_lines(section: _Section) -> list[str]:
     return [*lines, ""]
 
 
+def _content_lines(tables: Sequence[tuple[str, Table]], pictures: Sequence[Picture]) -> list[str]:
+    lines = []
+    for _, table in tables:
+        lines += [f"### {markdown(table.title)}", "", table.markdown(), ""]
+        lines += [*(f"- {markdown(note)}" for note in table.notes), ""]
+    for picture in pictures:
+        if picture.files:
+            lines += [f"![{markdown(picture.title)}]({places.PICTURES}/{picture.files[0].name})", ""]
+            lines += [f"*{markdown(picture.caption)}.*", ""]
+    missing = [picture for picture in pictures if picture.missing]
+    if missing:
+        lines += ["Pictures left out:", "", *(f"- {markdown(f'{p.title}: {p.missing}')}" for p in missing), ""]
+    return lines
+
+
 # --- the screen -------------------------------------------------------------------------------------------------------
 
 
-def _show(found: Collection, sections: Sequence[_Section], output: Path, say: Callable[[str], None]) -> None:
+def _show(
+    found: Collection, across: _Across, sections: Sequence[_Section], output: Path, say: Callable[[str], None]
+) -> None:
+    _show_tables(across.tables, say)
     for section in sections:
-        for _, table in section.tables:
-            say("")
-            say(table.title)
-            say(table.text())
-            for note in table.notes:
-                say(f"  {note}")
+        _show_tables(section.tables, say)
         say("")
         for line in section.warnings:
             say(f"Warning: {line}")
@@ -227,5 +279,15 @@ def _show(found: Collection, sections: Sequence[_Section], output: Path, say: Ca
             say(f"Pictures of {section.group.slug} left out: {'; '.join(left_out)}")
     for line in found.unfinished:
         say(f"Not in the tables: {line}")
-    count = sum(bool(picture.files) for section in sections for picture in section.pictures)
+    drawn = [*across.pictures, *(picture for section in sections for picture in section.pictures)]
+    count = sum(bool(picture.files) for picture in drawn)
     say(f"Written to {output}: report.md, report.json, runs.csv, tables/" + (f", {count} pictures" if count else ""))
+
+
+def _show_tables(tables: Sequence[tuple[str, Table]], say: Callable[[str], None]) -> None:
+    for _, table in tables:
+        say("")
+        say(table.title)
+        say(table.text())
+        for note in table.notes:
+            say(f"  {note}")

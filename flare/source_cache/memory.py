@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -118,12 +120,40 @@ def pinned_slab(size: int, left: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
+    """Memory that is free on a device; on a CPU also within the limits of the process's control groups (containers)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return min([_machine_bytes(), *_group_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def _machine_bytes() -> int:
     try:
         with open("/proc/meminfo") as lines:
             available = next(line for line in lines if line.startswith("MemAvailable:"))
         return int(available.split()[1]) * 1024
     except (OSError, StopIteration, ValueError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _group_bytes(root: Path, own: Path) -> list[int]:
+    """Bytes that each control group (version 2) above the process leaves free; reclaimable file pages count as free.
+
+    Args:
+        root: where the groups are mounted.
+        own: the file that names the process's group.
+    """
+    try:
+        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    found = []
+    group = root / name.strip("/")
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # no such group here, or "max": no limit
+            limit = int((folder / "memory.max").read_text())
+            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text()) - int(pages.get("inactive_file", 0))
+            found.append(max(limit - used, 0))
+        if folder == root:
+            break
+    return found

@@ -26,6 +26,17 @@ class CacheStats:
         """hits / rows; 0 before the first row."""
         return self.hits / self.rows if self.rows else 0.0
 
+    def facts(self) -> dict[str, Any]:
+        """Return the numbers as JSON takes them, bytes over all tiers."""
+        saved = None if self.seconds_saved is None else round(self.seconds_saved, 3) + 0.0  # no -0.0
+        return {
+            "bytes": sum(self.nbytes.values()),
+            "rows": self.rows,
+            "hits": self.hits,
+            "hit_rate": round(self.hit_rate, 4),
+            "seconds_saved": saved,
+        }
+
 
 @dataclass
 class _Span:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..environment import environment, now
 from ..names import folder_name
+from ..progress import counter
 from ..tasks import Example, Task
 from ..tasks.digest import digest_of_rows
 from ..tasks.files import find_file, write_split
@@ -185,12 +186,8 @@ def _run(
 
 
 def _translate(plan: Plan, translator: TranslatorLike, file: ProgressFile, label: str | None) -> None:
-    from tqdm.auto import tqdm
-
     before = sum(len(plan.batches[batch]) for batch in file.done)
-    with tqdm(
-        total=len(plan.pieces), initial=before, desc=label, unit=" texts", disable=True if label is None else None
-    ) as bar:
+    with counter(label, len(plan.pieces), "text", before) as bar:
         for number, batch in enumerate(plan.batches):
             if number not in file.done:
                 file.add(number, translator.translate_batch([plan.pieces[piece] for piece in batch]))

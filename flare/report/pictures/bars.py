@@ -1,4 +1,4 @@
-"""Bars per language with a dot for every seed: the comparison of methods, of fusions, of source texts."""
+"""Grouped bars with a dot for every seed and the mean on each bar: methods, fusions, source texts, ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..summary import Cell
-from .style import NORMAL, SMALL, heading, legend_below, looks, new_figure, plain_axes, rows_of
+from .style import COLUMN, NORMAL, PAGE, SMALL, legend_below, looks, new_figure, plain_axes, rows_of, text_width
 
-_BARS_IN_A_ROW = 42
+_NARROWEST = 0.085  # inches of a bar
+_AXIS = 0.45  # inches left of the axes
 
 
 @dataclass(frozen=True)
@@ -26,35 +27,39 @@ def grouped_bars(
     places: Sequence[str],
     *,
     ylabel: str,
-    title: str,
     reference: tuple[str, float] | None = None,
     apart: str | None = None,
+    digits: int = 1,
 ) -> Any:
-    """Bars of every series at every place.
+    """Bars of every series at every place, as wide as a column where they fit, else as wide as a page.
 
     Args:
         series: what stands side by side at a place.
         places: ticks of the axis, in order; broken into rows where one row would be too narrow.
+        ylabel: of the axis, which begins at 0.
         reference: name and height of a dotted line through all axes.
         apart: a place that is set off from the others (the average).
+        digits: of the numbers on the bars.
     """
     chosen = looks([one.method for one in series])
-    rows = rows_of(places, max(2, _BARS_IN_A_ROW // max(1, len(series))))
+    least = max(0.82 * _NARROWEST * len(series) / 0.82**2, max(text_width(place, NORMAL) for place in places) * 0.75)
+    width = COLUMN if len(places) * max(least, 0.13 * len(series)) <= COLUMN - _AXIS else PAGE
+    rows = rows_of(places, max(1, int((width - _AXIS) / least)))
     longest_row = max(map(len, rows))
-    step = max(1.0, max(len(place) for place in places) * 0.082)  # inches a place: its bars, or its name
-    step = max(step, 0.17 * len(series) + 0.3)
-    width = min(11.0, max(5.5, 1.1 + step * longest_row))
-    turned = max(len(place) for place in places) * 0.082 > (width - 1.1) / longest_row + 0.02
-    height = (2.9 + 0.35 * turned) * len(rows) + 0.9
-    figure = new_figure(width, height)
+    step = (width - _AXIS) / longest_row
+    turned = max(text_width(place, NORMAL) for place in places) > step
+    figure = new_figure(
+        width, (1.45 + 0.25 * turned) * len(rows) + 0.15 + 0.14 * _legend_rows(series, reference, width)
+    )
     grid = figure.subplots(len(rows), 1, squeeze=False, sharey=True)[:, 0]
-    thick = 0.82 / len(series)
+    thick = 0.84 / len(series)
     handles: list[Any] = []
-    top = max([100.0, *(value for one in series for cell in one.cells.values() if cell for value in cell.values)])
+    top = max(value for one in series for cell in one.cells.values() if cell for value in (cell.mean, *cell.values))
+    top = max(top, reference[1] if reference else 0.0)
     for axes, row in zip(grid, rows, strict=True):
         for place, name in enumerate(row):
             if name == apart and place:
-                axes.axvline(place - 0.5, color="#aaaaaa", linewidth=0.8)
+                axes.axvline(place - 0.5, color="#aaaaaa", linewidth=0.6)
         for index, (one, look) in enumerate(zip(series, chosen, strict=True)):
             shift = (index - (len(series) - 1) / 2) * thick
             known = [(place, cell) for place, name in enumerate(row) if (cell := one.cells.get(name)) is not None]
@@ -65,41 +70,55 @@ def grouped_bars(
                 color=look["color"],
                 hatch=look["hatch"],
                 edgecolor="white",
-                linewidth=0.4,
+                linewidth=0.3,
             )
             for place, cell in known:
-                spots = cell.values
-                axes.plot(
-                    [place + shift] * len(spots),
-                    spots,
-                    "o",
-                    color="black",
-                    markersize=2.6,
-                    markeredgecolor="white",
-                    markeredgewidth=0.4,
-                    zorder=3,
-                )
-            for place in range(len(row)):
-                if place not in {there for there, _ in known}:
-                    axes.text(place + shift, 1, "-", ha="center", fontsize=SMALL, color="#666666")
+                spots = cell.values if len(cell.values) > 1 else ()
+                axes.plot([place + shift] * len(spots), spots, "o", color="black", markersize=1.6, markeredgewidth=0)
+                _number(axes, place + shift, max([cell.mean, *spots]), f"{cell.mean:.{digits}f}", thick * step)
+            for place in sorted(set(range(len(row))) - {there for there, _ in known}):
+                axes.text(place + shift, 0, "-", ha="center", va="bottom", fontsize=SMALL, color="#666666")
             if axes is grid[0]:
                 handles.append(bars)
         if reference:
-            axes.axhline(reference[1], color="black", linewidth=1, linestyle=":")
+            axes.axhline(reference[1], color="black", linewidth=0.8, linestyle=":")
         axes.set_xlim(-0.55, longest_row - 0.45)
+        axes.set_ylabel(ylabel, fontsize=NORMAL)
+        axes.set_ylim(0, top * (1.12 if thick * step >= text_width("00.0", 6) else 1.2))
+        plain_axes(axes)
         axes.set_xticks(
             range(len(row)), row, rotation=30 if turned else 0, ha="right" if turned else "center", fontsize=NORMAL
         )
-        axes.set_ylabel(ylabel, fontsize=NORMAL)
-        axes.set_ylim(0, top * 1.01)
-        plain_axes(axes)
-        axes.tick_params(axis="x", labelsize=NORMAL, length=0)
+        axes.tick_params(axis="x", length=0)
     names = [one.name for one in series]
     if reference:
         from matplotlib.lines import Line2D
 
-        handles.append(Line2D([], [], color="black", linewidth=1, linestyle=":"))
+        handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle=":"))
         names.append(f"{reference[0]}: {reference[1]:.1f}")
-    legend_below(figure, handles, names, width)
-    heading(figure, title)
+    legend_below(figure, handles, names)
     return figure
+
+
+def _number(axes: Any, x: float, y: float, text: str, room: float) -> None:
+    """A number above a bar: upright where the bar has room for that, turned where it has not, none on a thin bar."""
+    size = 5.5
+    if room < 0.075:
+        return
+    upright = room < text_width(text, size)
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(0, 1.5),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        rotation=90 if upright else 0,
+        fontsize=size,
+    )
+
+
+def _legend_rows(series: Sequence[Series], reference: Any, width: float) -> int:
+    names = [one.name for one in series] + ([f"{reference[0]}: 00.0"] if reference else [])
+    columns = max(1, int(width / (max(map(text_width, names)) + 0.33)))
+    return -(-len(names) // columns)

@@ -1,4 +1,4 @@
-"""Layer-wise mean |S| and |T| in the bottleneck, one panel a target language (the paper's Figures 4 to 6)."""
+"""Layer-wise mean |S| and |T| in the bottleneck, one panel a target language."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import statistics
 from typing import Any
 
 from ..collect import Entry, Group, ReportError
-from .style import NORMAL, SMALL, NothingToDraw, heading, legend_below, new_figure, plain_axes
+from ..display import language_names
+from .style import COLUMN, NORMAL, PAGE, SMALL, NothingToDraw, caption, legend_below, new_figure, plain_axes
 
-_COLORS = {"S": "#0072B2", "T": "#D55E00"}
+#: Colors of the two streams.
+STREAMS = {"S": "#0072B2", "T": "#D55E00"}
+_NAMES = {"S": "source S", "T": "target T"}
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -28,10 +31,10 @@ def draw_layers(group: Group, label: str) -> Any:
     panels = {language: entries for language, entries in panels.items() if entries}
     if not panels:
         raise NothingToDraw("no run measured the bottleneck")
-    columns = min(3, len(panels))
+    shown = language_names(panels)
+    columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    width = max(5.5, 0.9 + 3.4 * columns)
-    figure = new_figure(width, 1.3 + 2.3 * rows)
+    figure = new_figure(COLUMN if columns == 1 else PAGE, 0.75 + 1.35 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     handles: dict[str, Any] = {}
     for axes, (language, entries) in zip(grid.flat, panels.items(), strict=False):
@@ -40,19 +43,18 @@ def draw_layers(group: Group, label: str) -> Any:
         for kind, style in zip(kinds, _STYLES * len(kinds), strict=False):
             members = [seed[kind] for seed in seeds if kind in seed]
             blocks = sorted(set.intersection(*(set(member["S"]) for member in members)))
-            for stream, color in _COLORS.items():
+            for stream, color in STREAMS.items():
                 values = [[member[stream][block] for member in members] for block in blocks]
                 means = [statistics.fmean(value) for value in values]
-                name = f"mean |{stream}|" + (f", {kind}" if len(kinds) > 1 else "")
-                dots = {"marker": "o", "markersize": 3} if len(blocks) <= 12 else {}
-                handles[name] = axes.plot(blocks, means, style, color=color, linewidth=1.5, **dots)[0]
+                name = f"{_NAMES[stream]}" + (f", {kind}" if len(kinds) > 1 else "")
+                dots = {"marker": "o", "markersize": 2} if len(blocks) <= 12 else {}
+                handles[name] = axes.plot(blocks, means, style, color=color, linewidth=1.0, **dots)[0]
                 if len(members) > 1:
                     wide = [statistics.stdev(value) for value in values]
                     low = [mean - one for mean, one in zip(means, wide, strict=True)]
                     high = [mean + one for mean, one in zip(means, wide, strict=True)]
                     axes.fill_between(blocks, low, high, color=color, alpha=0.18, linewidth=0)
-        count = len(entries)
-        axes.set_title(f"{language} ({count} seed{'s' if count > 1 else ''})", fontsize=NORMAL, loc="left")
+        axes.set_title(shown[language], fontsize=NORMAL)
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain_axes(axes)
     # the axes are shared, and a limit ends their scaling: only when every panel is drawn
@@ -61,12 +63,17 @@ def draw_layers(group: Group, label: str) -> Any:
         axes.set_visible(False)
     for column in range(columns):
         lowest = max(row for row in range(rows) if row * columns + column < len(panels))
-        grid[lowest][column].set_xlabel("block", fontsize=NORMAL)
+        grid[lowest][column].set_xlabel("Block", fontsize=NORMAL)
         grid[lowest][column].tick_params(labelbottom=True, labelsize=SMALL)
     for row in grid:
-        row[0].set_ylabel("mean absolute value", fontsize=SMALL)
-    legend_below(figure, list(handles.values()), list(handles), width)
-    heading(figure, f"{group.task}, {group.labels[label]}: source (S) and target (T) in the bottleneck, by block")
+        row[0].set_ylabel("Mean |activation|", fontsize=NORMAL)
+    legend_below(figure, list(handles.values()), list(handles))
+    count = max(map(len, panels.values()))
+    caption(
+        figure,
+        f"{group.shown_task}, {group.labels[label]}: mean |S| and |T| (source and target) in the bottleneck by block"
+        + (f"; bands are ± std over {count} seeds" if count > 1 else ""),
+    )
     return figure
 
 

@@ -1,4 +1,6 @@
-"""What all pictures share: colors that stay apart for color-blind readers (Okabe and Ito), sizes, saving.
+"""What all pictures share: colors that stay apart for color-blind readers (Okabe and Ito), two widths, saving.
+
+A picture has no title: its caption is the figure's label, which report.md prints below it.
 
 matplotlib is imported inside the functions: a report without it has tables and no pictures.
 """
@@ -6,12 +8,9 @@ matplotlib is imported inside the functions: a report without it has tables and 
 from __future__ import annotations
 
 import itertools
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-from ..collect import METHODS
 
 _COLORS = {
     "zero-shot": "#999999",
@@ -26,7 +25,11 @@ _COLORS = {
 _OTHERS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#444444")
 _HATCHES = (None, "///", "...", "xxx", "\\\\\\", "++")
 _MARKERS = "osD^vPX*<>hp"
-SMALL, NORMAL, LARGE = 8.5, 10, 11.5
+#: Inches: a column and a page of the ACL's style (and of many other two-column ones).
+COLUMN, PAGE = 3.03, 6.30
+#: Points, as a picture of these widths is set without scaling.
+SMALL, NORMAL = 6.5, 7.5
+_DPI = 300
 
 
 class NothingToDraw(Exception):
@@ -43,6 +46,7 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
     return figure
 
@@ -60,22 +64,28 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
         for kind in formats:
             target = path.with_name(f"{path.name}.{kind}")
             stamp: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-            figure.savefig(target, dpi=150, metadata=stamp)
+            figure.savefig(target, dpi=_DPI, metadata=stamp)
             written.append(target)
     return written
 
 
-def heading(figure: Any, text: str) -> None:
-    """A title above all axes, in as many lines as the figure's width asks for."""
-    figure.suptitle(textwrap.fill(text, int(figure.get_figwidth() / 0.095)), fontsize=LARGE)
+def caption(figure: Any, text: str) -> None:
+    """Say what a figure shows; see :func:`caption_of`."""
+    figure.set_label(text)
+
+
+def caption_of(figure: Any) -> str:
+    """Return a figure's caption."""
+    return str(figure.get_label())
 
 
 def plain_axes(axes: Any) -> None:
     """The look of all axes: no box, a light grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=SMALL)
+    axes.spines[["left", "bottom"]].set_linewidth(0.6)
+    axes.tick_params(labelsize=SMALL, width=0.6, length=2.5, pad=2)
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.5)
 
 
 def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
@@ -109,14 +119,25 @@ def rows_of(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str], width: float) -> None:
+def text_width(text: str, points: float = SMALL) -> float:
+    """Return about how many inches a text takes."""
+    return len(text) * points * 0.0082
+
+
+def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
     """One legend under all axes, in as many columns as the width has room for."""
-    longest = max((len(name) for name in names), default=1)
-    columns = max(1, min(len(names), int(width / (0.068 * longest + 0.5))))
+    longest = max((text_width(name) for name in names), default=1.0)
+    columns = max(1, min(len(names), int(figure.get_figwidth() / (longest + 0.33))))
     columns = -(-len(names) // -(-len(names) // columns))  # as even as the rows allow
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)
-
-
-def is_main(label: str, method: str) -> bool:
-    """Whether a line is a method with its defaults (or a name of the user's), no ablation."""
-    return label == method or (not label.startswith(f"{method}-") and " @ " not in label) or method not in METHODS
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=SMALL,
+        frameon=False,
+        handlelength=1.4,
+        columnspacing=1.0,
+        handletextpad=0.5,
+        borderaxespad=0.2,
+    )

@@ -1,0 +1,97 @@
+"""Pictures over several tasks and models: average rank, and quality by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..across import Overview, OverviewLine
+from ..display import axis_name
+from ..summary import Cell
+from .bars import Series, grouped_bars
+from .style import NORMAL, PAGE, SMALL, NothingToDraw, caption, looks, new_figure, plain_axes, text_width
+
+
+def draw_average_ranks(found: Sequence[Overview]) -> Any:
+    """Bars of the average rank over tasks, methods beside each other at every model."""
+    found = [one for one in found if len(one.tasks) > 1 and sum(line.rank is not None for line in one.lines) > 1]
+    if not found:
+        raise NothingToDraw("no model has two methods with all languages of two tasks or more")
+    names: dict[str, OverviewLine] = {line.name: line for one in found for line in one.lines if line.rank is not None}
+    ranks = {(one.model, line.name): line.rank for one in found for line in one.lines}
+    series = [
+        Series(
+            name,
+            line.method,
+            {
+                one.model: Cell(rank, None, (rank,))
+                for one in found
+                if (rank := ranks.get((one.model, name))) is not None
+            },
+        )
+        for name, line in names.items()
+    ]
+    figure = grouped_bars(series, [one.model for one in found], ylabel="Average rank", digits=2)
+    tasks = list(dict.fromkeys(task for one in found for task in one.tasks))
+    caption(figure, f"Average rank of the trained methods over {', '.join(tasks)} (1 is the best)")
+    return figure
+
+
+def draw_tasks(found: Sequence[Overview]) -> Any:
+    """Horizontal bars of every method on every model, a panel a task, and one of the average over tasks."""
+    if sum(len(one.tasks) for one in found) < 2:
+        raise NothingToDraw("there is only one task on one model")
+    tasks = dict(pair for one in found for pair in one.tasks.items())
+    panels: list[tuple[str, str]] = [(task, axis_name(metric)) for task, metric in tasks.items()]
+    if len(tasks) > 1:
+        panels.append(("average", "Average (%)"))
+    bars = [(one, line) for one in found for line in one.lines]
+    colors = dict(zip([id(line) for _, line in bars], looks([line.method for _, line in bars]), strict=True))
+    figure = new_figure(PAGE, 0.55 + 0.155 * (len(bars) + len(found)))
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    heights, at = {}, 0.0
+    for one in found:
+        for line in one.lines:
+            heights[id(line)], at = at, at + 1
+        at += 0.8
+    for axes, (task, label) in zip(grid, panels, strict=True):
+        best = {
+            one.model: max((c.mean for line in one.lines if (c := _cell(line, task))), default=0.0) for one in found
+        }
+        for one, line in bars:
+            cell = _cell(line, task)
+            if cell is None:
+                axes.text(0.5, heights[id(line)], "-", va="center", fontsize=SMALL, color="#666666")
+                continue
+            look = colors[id(line)]
+            axes.barh(heights[id(line)], cell.mean, height=0.9, color=look["color"], edgecolor="white", linewidth=0.3)
+            weight = "bold" if round(cell.mean, 1) == round(best[one.model], 1) else "normal"
+            axes.annotate(
+                f"{cell.mean:.1f}",
+                (cell.mean, heights[id(line)]),
+                xytext=(2, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=SMALL - 0.5,
+                fontweight=weight,
+            )
+        axes.set_xlabel(label, fontsize=NORMAL)
+        if task != "average":
+            axes.set_title(task, fontsize=NORMAL)
+        axes.set_xlim(0, 118)
+        axes.set_xticks([0, 25, 50, 75, 100])
+        plain_axes(axes)
+        axes.grid(False, axis="y")
+        axes.grid(axis="x", color="#dddddd", linewidth=0.5)
+    several = len(found) > 1
+    names = [f"{one.model}, {line.name}" if several else line.name for one, line in bars]
+    grid[0].set_yticks([heights[id(line)] for _, line in bars], names, fontsize=SMALL)
+    grid[0].set_ylim(at - 0.8 - 0.4, -0.6)
+    grid[0].tick_params(axis="y", length=0)
+    assert max(map(text_width, names)) > 0
+    caption(figure, "Methods by task, averages over each task's languages" + ("" if several else f", {found[0].model}"))
+    return figure
+
+
+def _cell(line: OverviewLine, task: str) -> Cell | None:
+    return line.average if task == "average" else line.cells.get(task)
