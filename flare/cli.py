@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .commands import bench, demo, evaluate, finetune, info, report, train, translate
+from .processes import is_main
 
 #: In the order of their use.
 COMMANDS = (finetune, translate, train, evaluate, report, demo, bench, info)
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(command(**arguments))
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
+        if is_main():
+            print("\nInterrupted.", file=sys.stderr)
         return 130
 
 
