@@ -130,9 +130,9 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
     run("resumed", *train(root, "resumed"))
     run("not shared", *train(root, "two", "--name", "nine", "--batch-size", 9))
     # of one process: its share of the zero-shot rows, and what comes before the rows of translate-test are shared
-    with after(0 if rank else 99, Predictor, "_read", UserError("no zero-shot")) as calls:
-        with after(1 if rank else 99, Evaluation, "_base_pairs", UserError("no rows")):
-            run("failing", *evaluate(root, "two", "--setting", "zero-shot", "translate-test"))
+    unread = after(0 if rank else 99, Predictor, "_read", UserError("no zero-shot"))
+    with unread, after(1 if rank else 99, Evaluation, "_base_pairs", UserError("no rows")):
+        run("failing", *evaluate(root, "two", "--setting", "zero-shot", "translate-test"))
     with after(99, Predictor, "_read", UserError("")) as calls:
         run("evaluate", *evaluate(root, "two", "--source-text", "gold", "mt"))
     found["read"] = len(calls)

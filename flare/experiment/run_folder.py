@@ -81,11 +81,10 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
         )
     if there.done:
         return "done"
-    before, now = (int(one.settings.get("processes") or 1) for one in (there, record))
-    if before != now and record.kind != "evaluate":
+    if there.processes != record.processes and record.kind != "evaluate":
         say(
-            f"{folder}: begun with --num_processes {before} and resumed with {now}: the rows of a step are the same, "
-            "dropout draws other masks, and seconds per step are measured anew"
+            f"{folder}: begun with {there.processes} processes and resumed with {record.processes}: the rows of a step "
+            "are the same, dropout draws other masks, and seconds per step are measured anew"
         )
     return "unfinished"
 

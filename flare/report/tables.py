@@ -206,6 +206,9 @@ def cost_table(group: Group) -> Table | None:
     ]
     if kinds:
         notes.append(f"peak memory: {' or '.join(kinds)} of one training step, weights and optimizer state included")
+    if any(line.processes != "1" for line in lines):
+        shares = "; ".join(f"{line.name}: {line.processes}" for line in lines)
+        notes.append(f"processes that share a step: {shares}; peak memory is one process's")
     return Table(f"Costs, {group.task}, {group.source} as the source language", head, rows, tuple(notes))
 
 
@@ -226,10 +229,11 @@ def cost_csv(lines: Sequence[Cost]) -> str:
             *(getattr(line, name, None) for name in ("label", *head[1:])),
             line.runs,
             *(end for name in RANGED for end in line.ranges.get(name, (None, None))),
+            line.processes,
         ]
         for line in lines
     ]
-    return csv_text((*head, "runs", *ends), rows)
+    return csv_text((*head, "runs", *ends, "processes"), rows)
 
 
 def size(count: float) -> str:
@@ -252,7 +256,7 @@ def duration(seconds: float) -> str:
 _RAW = (
     *("task", "source_language", "target_language", "method", "variant", "setting", "seed", "metric", "percent"),
     *("fusion", "r", "source_text", "target_text", "model", "seconds_per_step", "train_seconds", "peak_bytes"),
-    *("peak_kind", "steps", "trainable_parameters", "device", "commit", "date", "folder"),
+    *("peak_kind", "steps", "trainable_parameters", "device", "processes", "commit", "date", "folder"),
 )
 
 
