@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from . import recipes
     from .recipes import Recipe, from_recipe
     from .training.graphed_step import GraphedStep
+    from .training.replicated import replicate_adapters
     from .training.trainer import FlareSeq2SeqTrainer, FlareTrainer
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "fast_lora",
     "from_recipe",
     "recipes",
+    "replicate_adapters",
 ]
 
 _LATER = {
@@ -52,6 +54,7 @@ _LATER = {
     "Recipe": ".recipes",
     "from_recipe": ".recipes",
     "recipes": ".recipes",
+    "replicate_adapters": ".training.replicated",
 }
 
 

@@ -1,8 +1,12 @@
-"""`python -m flare` is the command `flare`."""
+"""`python -m flare` is the command `flare`; `accelerate launch -m flare` is the same in several processes."""
 
 import sys
 
 from .cli import main
+from .processes import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 0:
+        leave()
+    sys.exit(status)

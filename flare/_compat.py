@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_module_registration_hook
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -91,6 +92,7 @@ __all__ = [
     "registrations",
     "saved_tensors_are_packed",
     "set_adapters_disabled",
+    "synchronizes_gradients",
     "without_torch_function",
 ]
 
@@ -261,6 +263,17 @@ def attention_function(module: Any, name: str) -> Iterator[None]:
 def after_backward(callback: Callable[[], None]) -> None:
     """Call back when the backward pass that runs now is over; behind those that asked before (FSDP2 asks first)."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def synchronizes_gradients(model: nn.Module) -> bool:
+    """Whether FSDP2 reduces the gradients of the last backward pass (not under set_requires_gradient_sync(False))."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch before 2.13: one
+            if groups[0] is not None:
+                return bool(groups[0].reduce_grads)
+    return True
 
 
 def inside_ddp() -> bool:

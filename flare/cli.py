@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from flare_kernels import __version__
 
 from .commands import bench, demo, evaluate, finetune, info, report, train, translate
+from .processes import is_main
 from .progress import quiet_libraries_in_log_files
 
 #: In the order of their use.
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(command(**arguments))
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {_resume(after, argv)}".rstrip(), file=sys.stderr)
+        if is_main():
+            print(f"\nInterrupted. {_resume(after, argv)}".rstrip(), file=sys.stderr)
         return 130
 
 

@@ -28,13 +28,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
 from flare.source import projected
 from flare.source.fsdp import gathered
+from flare.training.replicated import trained_modules
 from flare.tuner import site
 
 D = 7  # of FLARE MT's latent states
@@ -46,10 +47,25 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "fine_tune.py"
 def fused(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """A tiny fusing model; r=5 does not divide by two, so that one rank's shard of A is the smaller."""
     changes = {"dropout_rate": 0.0} if family == "mt5" else {}
-    base = tiny.model(family, dtype=dtype, **changes)
+    nf4 = overrides.pop("nf4", None)
+    base = tiny.model(family, dtype=dtype, **changes) if nf4 is None else quantized(*nf4)
     model = flare.fast_lora(base, **{"r": 5, "lora_alpha": 7, **overrides})
     tiny.randomize_lora(model)
     return model
+
+
+def quantized(folder: Path, storage: torch.dtype) -> Any:
+    """A checkpoint's linears in NF4, kept in numbers of a dtype; the other weights are float32."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=storage,
+    )
+    return LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
+    ).requires_grad_(False)
 
 
 def batch(family: str, index: int, latent: bool = False) -> dict[str, Tensor]:
@@ -66,10 +82,18 @@ def batch(family: str, index: int, latent: bool = False) -> dict[str, Tensor]:
 
 def shard(model: Any, layout: str = "blocks", **options: Any) -> None:
     """FSDP2 on every block, then the root; or by accelerate's own rule, which it does not follow on a CPU by itself."""
-    if layout == "accelerate":
+    if "replicated" in layout:
+        ignored = flare.replicate_adapters(model)
+        assert flare.replicate_adapters(model) == ignored
+        options |= (
+            {"ignored_modules": trained_modules(model)} if "accelerate" in layout else {"ignored_params": ignored}
+        )
+    if "accelerate" in layout:
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options)
         state = SimpleNamespace(fsdp_plugin=plugin)
-        accelerator = SimpleNamespace(state=state, mixed_precision="no", is_main_process=True, torch_device_mesh=None)
+        accelerator = SimpleNamespace(
+            state=state, mixed_precision="no", is_main_process=True, torch_device_mesh=None, device=torch.device("cpu")
+        )
         fsdp2_prepare_model(accelerator, model)
         return
     for module in list(model.modules()):
@@ -117,7 +141,9 @@ def train(
     elif engine == "fsdp2":
         shard(model, **(options or {}))
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert all(isinstance(p, DTensor) == (engine == "fsdp2") for p in parameters.values())
+    sharded = engine == "fsdp2" and "replicated" not in (options or {}).get("layout", "")
+    assert all(isinstance(p, DTensor) == sharded for p in parameters.values())
+    assert any(isinstance(p, DTensor) for p in model.parameters()) == (engine == "fsdp2")
     ranks = range(two_processes.WORLD) if rank is None else [rank]
     found = []
     for step in range(steps):
@@ -198,6 +224,9 @@ ENGINE_CASES: dict[str, dict[str, dict[str, Any]]] = {
     "fsdp2": {
         "accelerate's layout": {"options": {"layout": "accelerate"}, "reentrant": False, "accumulate": 2},
         "accelerate's layout, FLARE MT": {"options": {"layout": "accelerate"}, "latent": True},
+        "replicated": {"options": {"layout": "replicated"}, "reentrant": False, "accumulate": 2, "steps": 2},
+        "replicated, reentrant": {"options": {"layout": "replicated"}, "reentrant": True, "steps": 2},
+        "replicated, by accelerate, FLARE MT": {"options": {"layout": "accelerate, replicated"}, "latent": True},
         "kept whole": {"options": {"reshard_after_forward": False}},
         "kept whole, forwards between": {"options": {"reshard_after_forward": False}, "between": True, "steps": 2},
         "forwards between": {"between": True},
@@ -250,6 +279,21 @@ def test_fsdp2_with_mixed_precision(latent, tmp_path) -> None:
 
 def train_case(rank: int, case: dict[str, Any]) -> list[dict[str, Tensor]]:
     return train(rank, **case)
+
+
+def test_qlora_under_fsdp2(tmp_path) -> None:
+    folder = tmp_path / "llama"
+    tiny.model("llama", dtype=torch.float32).save_pretrained(folder)
+    cases: dict[str, dict[str, Any]] = {
+        f"{layout}, {storage}": {"options": {"layout": layout}, "nf4": (folder, storage), "reentrant": False}
+        for layout in ("accelerate", "accelerate, replicated")
+        for storage in (torch.uint8, torch.float32)
+    }
+    want = train(None, "none", "llama", nf4=(folder, torch.uint8))
+    (tmp_path / "run").mkdir()
+    for found in two_processes.run(tmp_path / "run", train_all, "fsdp2", "llama", cases):
+        for name in cases:
+            check(found[name], want, name, rtol=1e-5)
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..experiment.options import add_options, read_settings
+from ..processes import says_the_error
 
 
 def say(line: str) -> None:
@@ -26,7 +27,8 @@ def reported(command: str, call: Callable[[], Any], kinds: tuple[type[Exception]
     try:
         call()
     except kinds as error:
-        print(f"flare {command}: error: {error}", file=sys.stderr)
+        if says_the_error():
+            print(f"flare {command}: error: {error}", file=sys.stderr)
         return 2
     return 0
 

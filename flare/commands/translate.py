@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..processes import is_main
 from ..tasks.registry import OWN, TASKS
 from .common import reported, say
 
@@ -92,7 +93,7 @@ def run(config: Path | None = None, **options: Any) -> int:
         if lacking:
             raise UserError(f"{', '.join(lacking)} must be given, here or in a --config file")
         settings = TranslateSettings(**given)
-        if not settings.progress:
+        if not settings.progress or not is_main():
             from transformers.utils import logging
 
             logging.disable_progress_bar()  # of loading the weights

@@ -15,7 +15,7 @@ from ..source_cache.entries import aligned
 from ..source_cache.memory import free_bytes
 from ..source_cache.meter import readable
 from ..training.collator import FlareDataCollator
-from .processes import process_count
+from ..processes import process_count
 
 #: The share of free memory that auto gives the states: training's own needs come on top.
 AUTO_SHARE = 1 / 4

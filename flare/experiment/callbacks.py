@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from ..atomic_files import replacing
 from ..measure import StepTimer, peak_bytes, saved_bytes
+from ..processes import process_count
 from ..progress import counter
 
 
@@ -82,13 +83,15 @@ class Clock(TrainerCallback, ExportableState):
         return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds, "steps": self.timer.seconds}}
+        own = {"seconds": self.seconds, "steps": self.timer.seconds, "processes": process_count()}
+        return {"args": {}, "attributes": own}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
         found = saved.get("attributes", {})
-        self._before, self.timer.seconds = found.get("seconds", 0.0), list(found.get("steps", []))
+        same = found.get("processes", 1) == process_count()  # steps of more processes are shorter
+        self._before, self.timer.seconds = found.get("seconds", 0.0), list(found.get("steps", []) if same else [])
         self._began = time.perf_counter()
         state.stateful_callbacks[name] = self.state()
 

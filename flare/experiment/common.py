@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..processes import is_main, on_main, process_count
 from ..tasks import TASKS
 from ..tasks.parallel import ParallelColumns
 from ..tuner.config import FlareConfig
-from .processes import is_main, on_main, process_count
 from .records import Metrics
 from .run_folder import locked
 from .settings import Settings

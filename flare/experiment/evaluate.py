@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
 from ..names import folder_name
+from ..processes import device, errors_reach_all, is_main, on_main, only_main
 from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.digest import digests_of_pairs
 from ..tasks.errors import some_ids
@@ -27,7 +27,6 @@ from .known_data import mark
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, for_method, load
 from .predict import PREDICTIONS, Predictor, write_predictions
-from .processes import is_main
 from .provenance import read_provenance
 from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_metrics, write_record
 from .run_folder import open_run
@@ -62,9 +61,9 @@ class _Evaluation:
     """What one call evaluates; task, data and languages come from the runs where they are not given."""
 
     def __init__(self, settings: EvaluateSettings, say: Callable[[str], None]) -> None:
-        self.settings, self.say = settings, say
-        self.notes = Notes(say if is_main() else lambda line: None)
-        self.runs = find_runs(settings.output) if settings.output.is_dir() else []
+        self.settings, self.say = settings, only_main(say)
+        self.notes = Notes(self.say)
+        self.runs = on_main(lambda: find_runs(settings.output) if settings.output.is_dir() else [])
         self.adapters = [run for run in self.runs if run.record.kind == "train"]
         self.folders: list[Path] = []
         self.failed: list[tuple[str, str]] = []
@@ -87,7 +86,8 @@ class _Evaluation:
 
     def _try(self, name: str, work: Callable[[], list[Path]]) -> None:
         try:
-            self.folders += work()
+            with errors_reach_all():
+                self.folders += work()
         except UserError as error:
             self.failed.append((name, str(error)))
 
@@ -136,7 +136,7 @@ class _Evaluation:
         name = f"{target} {variant} seed {seed}"
         with claimed(folder) as claim:
             if claim(lambda: open_run(folder, record, settings.resume, self.say)) == "done":
-                self._tell(f"{name}: done before, in {folder}")
+                self.say(f"{name}: done before, in {folder}")
                 with contextlib.suppress(UserError):  # data that are gone change nothing about it
                     self._mark(folder, name, digests_of_pairs("test", self._base_pairs(data, target, text)[0], text))
                 return [folder]
@@ -156,7 +156,7 @@ class _Evaluation:
                 write_metrics(folder, Metrics(test={setting: scores}))
                 record.status = "done"
                 write_record(folder, record)
-        self._tell(f"{name}: {summary(scores, Metrics())}")
+        self.say(f"{name}: {summary(scores, Metrics())}")
         return [folder]
 
     def _base_pairs(self, data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
@@ -207,7 +207,7 @@ class _Evaluation:
             )
         for run in chosen:
             if not run.record.done:
-                self._tell(f"{run.folder}: not finished, left out; run flare train again, it goes on")
+                self.say(f"{run.folder}: not finished, left out; run flare train again, it goes on")
                 continue
             reads = run.record.method in READS_SOURCE and not run.record.settings.get("train_only_fusion")
             if run.record.settings.get("train_only_fusion"):
@@ -223,7 +223,7 @@ class _Evaluation:
         name = f"{record.target_language} {record.variant} seed {record.seed}" + ("" if own else f" ({text} source)")
         metrics = read_metrics(run.folder)
         if setting in metrics.test and self.settings.resume:
-            self._tell(f"{name}: done before, in {run.folder}")
+            self.say(f"{name}: done before, in {run.folder}")
             with contextlib.suppress(UserError):  # data that are gone change nothing about it
                 data, _ = self._prepared(record, self._base_of(record))
                 pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
@@ -259,7 +259,7 @@ class _Evaluation:
                 write_predictions(run.folder / file, pairs, predictions)
                 metrics.test[setting] = scores
                 write_metrics(run.folder, metrics)
-        self._tell(f"{name}: {summary(scores, Metrics())}")
+        self.say(f"{name}: {summary(scores, Metrics())}")
         return [run.folder]
 
     def _departures(self, record: RunRecord, data: Data, setup: Setup) -> str:
@@ -337,21 +337,17 @@ class _Evaluation:
         self.notes(news, name)
         if record.method == "flare-mt":
             there, target = record.settings, str(record.target_language)
-            mt = latent_encoder(there["mt_model"], target, there["mt_language"], setup.max_length, _device())
+            mt = latent_encoder(there["mt_model"], target, there["mt_language"], setup.max_length, device())
             rows = add_states(rows, target_texts(pairs), mt, self.settings.output, None)
         values = training_values({**setup.recipe.training, **record.training_arguments}, {})
         batch = self.settings.eval_batch_size or 2 * int(values["per_device_train_batch_size"])
         bar = name if self.settings.progress and is_main() else None
         # mixed precision as in the training, where this machine has it: what a GPU trained can be scored without one
-        half = autocast_of(values) if _device().type == "cuda" or values.get("use_cpu") else None
+        half = autocast_of(values) if device().type == "cuda" or values.get("use_cpu") else None
         scorer = Predictor(setup.form, collate, pairs, rows, batch, half, bar)
         predictions = scorer(model)
         self.notes(setup.form.prediction_notes(predictions), name)
         return scorer.scores(predictions), predictions
-
-    def _tell(self, line: str) -> None:
-        if is_main():
-            self.say(line)
 
 
 def _source_alone(pair: Pair) -> Pair:
@@ -391,8 +387,4 @@ def _quantization(there: dict[str, Any] | None) -> str:
 
 def _placed(model: Any, setup: Setup) -> Any:
     """The model on the device; a quantised one is there since it was loaded."""
-    return model if setup.recipe.quantization is not None else model.to(_device())
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model if setup.recipe.quantization is not None else model.to(device())

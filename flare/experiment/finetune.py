@@ -14,17 +14,17 @@ from transformers import set_seed
 from ..baselines import plain_lora
 from ..environment import environment, now
 from ..errors import UserError
+from ..processes import is_main, on_main, only_main, wait
 from ..tasks import Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
 from .callbacks import quiet_libraries
 from .chance import chance_notes
 from .common import adapter_fields, claimed, common_settings, location, summary
-from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
+from .fitting import add_cost, autocast_of, batch_size, fit, save, training_arguments, training_values
 from .known_data import mark, remember
 from .methods import collator
 from .predict import PREDICTIONS, Predictor, write_predictions
-from .processes import is_main, wait
 from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run
 from .settings import BASE, FinetuneSettings
@@ -44,12 +44,13 @@ def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print)
     """
     settings.check()
     assert settings.model is not None
+    say = only_main(say)
     with quiet_libraries():
         source = settings.source or "english"
         place = place_of(settings, settings.data, source)
         task, table = shown_labels(task_of(settings), place, source)
         data = Data(task, place, source, rows=settings.rows)
-        notes = Notes(say if is_main() else lambda line: None)
+        notes = Notes(say)
         notes(table)
         setup = prepare(settings, task, settings.model, settings.training)
         notes(setup.notes)
@@ -106,7 +107,7 @@ def _one(
             model = plain_lora(model, **adapter)
         record.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         arguments = training_arguments(values, folder, seed, metric if valid else None, settings.training)
-        batch = settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
+        batch = settings.eval_batch_size or 2 * batch_size(values)
         collate = collator("lora", setup, model)
 
         def predictor(pairs: list[Pair], shown: str) -> Predictor:
@@ -127,21 +128,23 @@ def _one(
             predictor=predictor(valid, "valid") if valid else None,
         )
         device = fitted.trainer.args.device
-        _save(fitted.trainer, folder, settings.full)
+        save(fitted.trainer, folder if settings.full else folder / ADAPTER)
         add_cost(fitted)
         metrics = fitted.metrics
         del fitted, model  # room for the merged model
         wait()
+        if not settings.full:
+            on_main(lambda: _merge(setup, folder, seed))
+        test, said = _rows(data, "test", needed=False)
+        record.data["notes"] += notes(said, data.source)
+        if test:
+            scorer = predictor(test, "test")
+            predictions = scorer(_read_back(setup, folder).to(device))
+            metrics.test["source-language"] = scorer.scores(predictions)
+            record.data["notes"] += notes(setup.form.prediction_notes(predictions), f"{name} test")
+            record.data["test"] = len(test)
         if is_main():
-            merged = _merged(setup, folder, settings.full, seed)
-            test, said = _rows(data, "test", needed=False)
-            record.data["notes"] += notes(said, data.source)
             if test:
-                scorer = predictor(test, "test")
-                predictions = scorer(merged.to(device))
-                metrics.test["source-language"] = scorer.scores(predictions)
-                record.data["notes"] += notes(setup.form.prediction_notes(predictions), f"{name} test")
-                record.data["test"] = len(test)
                 write_predictions(folder / PREDICTIONS, test, predictions)
             setup.tokenizer.save_pretrained(folder)
             write_metrics(folder, metrics)
@@ -156,25 +159,17 @@ def _one(
     return folder
 
 
-def _save(trainer: Any, folder: Path, full: bool) -> None:
-    """The trained weights: of an adapter beside the base, to be merged; all of them in the folder itself."""
-    target = folder if full else folder / ADAPTER
-    if trainer.is_fsdp_enabled:
-        trainer.save_model(str(target))
-    elif is_main():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(target)
+def _merge(setup: Setup, folder: Path, seed: int) -> None:
+    """Merge the adapter into the base, unquantised, and save an ordinary transformers model."""
+    set_seed(seed)  # what the checkpoint lacks beside the head (a pooler) is drawn as it was for the training
+    base = setup.load_model(quantized=False)
+    PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload().save_pretrained(folder)
 
 
-def _merged(setup: Setup, folder: Path, full: bool, seed: int) -> Any:
-    """The base with the adapter merged in, unquantised, saved as an ordinary transformers model; what stands there."""
+def _read_back(setup: Setup, folder: Path) -> Any:
+    """The model that the adapters will begin with, as it was saved."""
     import transformers
 
-    if not full:
-        set_seed(seed)  # what the checkpoint lacks beside the head (a pooler) is drawn as it was for the training
-        base = setup.load_model(quantized=False)
-        merged = PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload()
-        merged.save_pretrained(folder)
-    # read back: what is scored is what the adapters will begin with
     model = getattr(transformers, setup.form.auto_class).from_pretrained(folder, dtype=setup.recipe.dtype)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = setup.tokenizer.pad_token_id

@@ -12,13 +12,14 @@ from transformers import TrainingArguments
 
 from ..errors import UserError
 from ..measure import StepTimer
+from ..processes import is_main, on_main, process_count
+from ..source.fsdp import is_sharded
 from ..source_cache import SourceStateCache
 from ..training.trainer import FlareTrainer
 from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
 from .checkpoints import last_checkpoint
 from .diverged import Finite, check_weights
 from .predict import Predictor
-from .processes import is_main, on_main
 from .records import LOG_FILE, Metrics
 from .run_folder import CHECKPOINTS
 
@@ -71,7 +72,8 @@ class ExperimentTrainer(FlareTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.groups is None:
             return super()._get_train_sampler(train_dataset)
-        return GroupSampler(self.groups, self.args.per_device_train_batch_size, self.args.seed)
+        # the batches of all processes that are computed together are of one group
+        return GroupSampler(self.groups, self.args.per_device_train_batch_size * process_count(), self.args.seed)
 
 
 class GroupSampler(torch.utils.data.Sampler[int]):
@@ -127,6 +129,39 @@ def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     return {**values, **given}
 
 
+def batch_size(values: Mapping[str, Any]) -> int:
+    """Return the rows of a batch over all processes.
+
+    Args:
+        values: of :func:`training_values`.
+    """
+    return int(values.get("per_device_train_batch_size", 8))
+
+
+def of_one_process(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
+    """Return the rows of one process's batches and its batches per optimizer step.
+
+    A step has the same rows for any number of processes. Batches are as large as memory holds in one process, so that
+    more processes first take fewer batches per step, then smaller ones.
+
+    Args:
+        values: of :func:`training_values`, of one process that does all.
+        processes: how many share a step.
+
+    Raises:
+        UserError: the rows of a step cannot be divided.
+    """
+    size, batches = batch_size(values), int(values.get("gradient_accumulation_steps", 1))
+    share, rest = divmod(size * batches, processes)
+    if rest or not share:
+        raise UserError(
+            f"--batch-size {size}: {processes} processes cannot share the {size * batches} rows of a step equally; "
+            f"take a multiple of {processes}, or another number of processes"
+        )
+    size = next(rows for rows in range(min(size, share), 0, -1) if share % rows == 0)
+    return size, share // size
+
+
 def training_arguments(
     values: Mapping[str, Any], folder: Path, seed: int, metric: str | None, given: Mapping[str, Any]
 ) -> TrainingArguments:
@@ -163,6 +198,9 @@ def training_arguments(
     elif given.get("eval_strategy", "no") != "no" or "eval_steps" in given:
         raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have none")
     merged = {**own, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
+    if process_count() > 1:
+        size, batches = of_one_process(values, process_count())
+        merged |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
     try:
         made = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
@@ -241,6 +279,22 @@ def fit(
         metrics.source_cache = source_cache.stats().facts()
         trainer.model.set_source_cache(None)
     return Fit(trainer, metrics)
+
+
+def save(trainer: ExperimentTrainer, folder: Path) -> None:
+    """Save the trained weights as PEFT or transformers does, gathered from all processes where they are sharded."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not is_sharded(model)):  # FSDP1
+        trainer.save_model(str(folder))
+        return
+    state = None
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        state = get_model_state_dict(model, options=whole)
+    if is_main():
+        model.save_pretrained(folder, state_dict=state)
 
 
 def add_cost(done: Fit) -> None:

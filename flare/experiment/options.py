@@ -111,7 +111,8 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool
         )
         for short, name in SHORT.items():
             number = int if short == "batch_size" else float
-            train.add_argument(flag(short), type=number, default=argparse.SUPPRESS, metavar="N", help=name)
+            said = f"{name}; rows of all processes together" if short == "batch_size" else name
+            train.add_argument(flag(short), type=number, default=argparse.SUPPRESS, metavar="N", help=said)
 
 
 def read_settings(kind: type[Any], given: Mapping[str, Any], rest: Sequence[str] = ()) -> Any:

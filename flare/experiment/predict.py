@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ..atomic_files import replacing
+from ..processes import shared
 from ..progress import counter
+from ..source.fsdp import is_split
 from ..tasks import Pair
 from ..tasks.form import IGNORED
 from .diverged import NoNaN, check_logits
@@ -25,7 +27,7 @@ _POSITIONS = ("start_positions", "end_positions")
 
 @dataclass
 class Predictor:
-    """Predicts one split, batch after batch.
+    """Predicts one split, batch after batch; several processes share the batches, and each gets all predictions.
 
     form: of `flare.tasks.make_form`.
     collator: of the method.
@@ -56,16 +58,22 @@ class Predictor:
         if self.autocast is not None:
             half = torch.autocast(device.type, self.autocast)
         bar = counter(self.name, len(self.rows), "row")
+
+        def predicted(first: int) -> list[str]:
+            pairs = list(self.pairs[first : first + self.batch_size])
+            rows = list(self.rows[first : first + self.batch_size])
+            if self.form.layout == "encoder":
+                return self._read(model, rows, pairs)
+            return list(self.form.predictions(self._written(model, rows, pairs), pairs))
+
+        firsts = range(0, len(self.rows), self.batch_size)
+        # the processes of a sharded model run every forward together
+        made = ((first, predicted(first)) for first in firsts) if is_split(model) else shared(firsts, predicted)
         try:
             with torch.no_grad(), half, bar:
-                for first in range(0, len(self.rows), self.batch_size):
-                    pairs = list(self.pairs[first : first + self.batch_size])
-                    rows = list(self.rows[first : first + self.batch_size])
-                    if self.form.layout == "encoder":
-                        found += self._read(model, rows, pairs)
-                    else:
-                        found += self.form.predictions(self._written(model, rows, pairs), pairs)
-                    bar.update(len(rows))
+                for _, predictions in made:
+                    found += predictions
+                    bar.update(len(predictions))
         finally:
             model.train(was_training)
         return found

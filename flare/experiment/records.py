@@ -82,6 +82,11 @@ class RunRecord:
         """Whether the run was finished."""
         return self.status == "done"
 
+    @property
+    def processes(self) -> int:
+        """How many processes shared the work; of a training that another number resumed, the last one."""
+        return int(self.settings.get("processes") or 1)
+
 
 @dataclass
 class Metrics:
@@ -94,7 +99,7 @@ class Metrics:
     train_seconds: of the training, evaluation and checkpoints included, over all sittings.
     seconds_per_step: median of forward, backward and optimizer step.
     steps: optimizer steps.
-    peak_bytes: of one training step, weights and optimizer state included.
+    peak_bytes: of one training step in one process, weights and optimizer state included.
     peak_kind: "cuda peak" or "live tensors".
     bottleneck: {"S": [mean |S| per layer], "T": [mean |T|], "layers": [names]} over the test rows; fusing runs only.
     best_checkpoint: step of the checkpoint that was chosen.

@@ -32,6 +32,7 @@ _FREE = {
     "logging_first_step",
     "logging_steps",
     "logging_strategy",
+    "processes",
     "report_to",
     "run_name",
     "save_total_limit",
@@ -78,7 +79,14 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
             f"{'another name (--name) or folder (--output)' if record.kind == 'train' else 'another folder (--output)'}"
             ", or start it anew with --no-resume, which keeps the old one beside it"
         )
-    return "done" if there.done else "unfinished"
+    if there.done:
+        return "done"
+    if there.processes != record.processes and record.kind != "evaluate":
+        say(
+            f"{folder}: begun with {there.processes} processes and resumed with {record.processes}: the rows of a step "
+            "are the same, dropout draws other masks, and seconds per step are measured anew"
+        )
+    return "unfinished"
 
 
 def nothing_came_of_it(folder: Path) -> bool:

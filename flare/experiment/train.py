@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from ..environment import environment, now
 from ..errors import UserError
+from ..processes import is_main, only_main, process_count, wait
 from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
@@ -25,13 +26,12 @@ from .caching import CachePlan, plan_cache
 from .callbacks import quiet_libraries
 from .chance import chance_notes
 from .common import adapter_fields, claimed, common_settings, expect_no_source, location, summary
-from .fitting import add_cost, autocast_of, fit, training_arguments, training_values
+from .fitting import add_cost, autocast_of, batch_size, fit, of_one_process, save, training_arguments, training_values
 from .known_data import mark, remember
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, build, for_method, variant_name
 from .options import parse_bytes
 from .predict import PREDICTIONS, Predictor, write_predictions
-from .processes import is_main, wait
 from .provenance import read_provenance
 from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run
@@ -94,6 +94,7 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         UserError: something the user can mend; runs that are finished by then stay.
     """
     settings.check()
+    say = only_main(say)
     with quiet_libraries():
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
         labels = _check_bases(settings, bases)
@@ -101,7 +102,7 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         place = place_of(settings, settings.data, settings.source_language)
         task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
         data = Data(task, place, settings.source_language, settings.translations, settings.rows)
-        notes = Notes(say if is_main() else lambda line: None)
+        notes = Notes(say)
         notes(table)
         settings = with_targets(settings, data, notes)
         grid = plans(settings)
@@ -184,8 +185,8 @@ class _Run:
         with claimed(self.folder) as claim:
             state = claim(lambda: open_run(self.folder, record, self.settings.resume, self.say))
             if state == "done":
+                self.say(f"{self.plan.name}: done before, in {self.folder}")
                 if is_main():
-                    self.say(f"{self.plan.name}: done before, in {self.folder}")
                     self._mark_changes()
             else:
                 self._train(record, claim)
@@ -287,7 +288,7 @@ class _Run:
         record.data |= {"train": len(rows), "valid": len(valid or ()), "test": len(test or ())}
         metric = self.data.task.metrics[0] if valid else None
         arguments = training_arguments(self.values, self.folder, plan.seed, metric, settings.training)
-        batch = settings.eval_batch_size or 2 * arguments.per_device_train_batch_size
+        batch = settings.eval_batch_size or 2 * batch_size(self.values)
         half = autocast_of(self.values)
         reads = with_source and not settings.train_only_fusion
 
@@ -319,10 +320,7 @@ class _Run:
             source_cache=keeping.cache,
         )
         trainer = done.trainer
-        if trainer.is_fsdp_enabled:
-            trainer.save_model(str(self.folder / ADAPTER))
-        elif is_main():
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(self.folder / ADAPTER)
+        save(trainer, self.folder / ADAPTER)
         if test:
             scorer = predictor(test, "test")
             predictions = scorer(trainer.model)
@@ -407,7 +405,7 @@ class _Run:
 
     def _half(self, train: list[Pair], record: RunRecord) -> tuple[list[dict[str, Any]], list[bool]]:
         """Rows of which half have a source, chosen by the seed, as many as whole batches; and which ones have."""
-        size = int(self.values.get("per_device_train_batch_size", 8))
+        size = of_one_process(self.values, process_count())[0] * process_count()
         chosen = size * round(len(train) / 2 / size)
         if not 0 < chosen < len(train):
             raise UserError(

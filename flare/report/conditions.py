@@ -28,7 +28,7 @@ _FREE = frozenset(
         "methods",
     }
     | {"variant", "name", "progress", "no_progress", "disable_tqdm", "resume", "overwrite", "keep_checkpoints"}
-    | {"save_total_limit", "base_date", "threads", "report_to", "config", "mt_language"}
+    | {"save_total_limit", "base_date", "threads", "processes", "report_to", "config", "mt_language"}
 )
 
 
@@ -131,6 +131,7 @@ _COSTS: dict[str, Callable[[Run], Any]] = {
     "devices": lambda run: run.record.environment.get("device"),
     "processors": lambda run: run.record.environment.get("cpu"),
     "thread counts": lambda run: run.record.environment.get("threads"),
+    "numbers of processes": lambda run: run.record.processes,
     "ways of measuring memory": lambda run: run.metrics.peak_kind,
 }
 
@@ -165,6 +166,7 @@ def conditions(group: Group) -> list[tuple[str, str]]:
         ("device", {str(record.environment.get("device", "unknown")) for record in records}),
         ("processor", {str(record.environment.get("cpu", "unknown")) for record in records}),
         ("threads", {str(record.environment.get("threads", "unknown")) for record in records}),
+        ("processes", {str(record.processes) for record in records}),
         ("commit", {str(record.environment.get("commit") or "unknown") for record in records}),
     ):
         lines.append((what, _joined(values)))

@@ -73,6 +73,7 @@ class Cost:
     """What a line's runs cost: medians over its runs; None where no run measured it.
 
     ranges: name of a cost -> its least and greatest value over the runs that measured it.
+    processes: how many shared a step, in words. peak_bytes is one process's.
     """
 
     label: str
@@ -84,6 +85,7 @@ class Cost:
     trainable_parameters: float | None
     runs: int
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    processes: str = "1"
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -149,6 +151,7 @@ def costs(group: Group) -> list[Cost]:
                 for name in RANGED
                 if (known := [value for run in runs if (value := getattr(run.metrics, name)) is not None])
             },
+            " or ".join(map(str, sorted({run.record.processes for run in runs}))),
         )
         if any(value is not None for value in (cost.seconds_per_step, cost.peak_bytes, cost.train_seconds)):
             lines.append(cost)

@@ -218,6 +218,9 @@ def cost_table(group: Group) -> Table | None:
             "source states were kept between epochs, so ms/step is that of steps that read them, and host memory held, "
             "beside the peak: " + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
         )
+    if any(line.processes != "1" for line in lines):
+        shares = "; ".join(f"{line.name}: {line.processes}" for line in lines)
+        notes.append(f"processes that share a step: {shares}; peak memory is one process's")
     title = f"Costs, {group.shown_task}, {language_name(group.source)} as the source language"
     return Table(title, head, rows, tuple(notes))
 
@@ -248,10 +251,11 @@ def cost_csv(lines: Sequence[Cost]) -> str:
             *(getattr(line, name, None) for name in ("label", *head[1:])),
             line.runs,
             *(end for name in RANGED for end in line.ranges.get(name, (None, None))),
+            line.processes,
         ]
         for line in lines
     ]
-    return csv_text((*head, "runs", *ends), rows)
+    return csv_text((*head, "runs", *ends, "processes"), rows)
 
 
 def size(count: float) -> str:
@@ -264,7 +268,7 @@ def size(count: float) -> str:
 _RAW = (
     *("task", "source_language", "target_language", "method", "variant", "setting", "seed", "metric", "percent"),
     *("fusion", "r", "source_text", "target_text", "model", "seconds_per_step", "train_seconds", "peak_bytes"),
-    *("peak_kind", "steps", "trainable_parameters", "device", "commit", "date", "folder"),
+    *("peak_kind", "steps", "trainable_parameters", "device", "processes", "commit", "date", "folder"),
 )
 
 

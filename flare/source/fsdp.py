@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 from .._compat import after_backward, every_module
@@ -29,6 +29,17 @@ REENTRANT = (
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded a model, or a part of it."""
     return any(isinstance(module, FSDPModule) for module in every_module(model))
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether this process holds a part of the weights only, so that all processes have to run a forward together:
+    FSDP, or DeepSpeed's ZeRO 3.
+    """
+    return (
+        is_sharded(model)
+        or any(isinstance(module, FullyShardedDataParallel) for module in every_module(model))
+        or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    )
 
 
 def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..environment import environment, now
 from ..names import folder_name
+from ..processes import on_main, shared
 from ..progress import counter
 from ..tasks import Example, Task
 from ..tasks.digest import digest_of_rows
@@ -20,7 +21,7 @@ from .model import TranslationError
 from .pieces import Plan
 from .progress_file import ProgressFile
 from .provenance import FORMAT, differences, digest_of_file, read_provenance, write_provenance
-from .rows import POLICIES, finish, prepare
+from .rows import POLICIES, Prepared, finish, prepare
 from .translator import Translated
 
 
@@ -93,14 +94,15 @@ class Outcome:
 def translate_split(
     job: Job, translator: TranslatorLike, *, progress: bool = False, say: Callable[[str], None] = print
 ) -> Outcome:
-    """Translate a split, or go on with it, or do nothing where it is finished.
+    """Translate a split, resume it, or do nothing where it is finished.
 
     Ids, labels and order stay; answers go along by marks. Killed at any point and started again, it ends with the same
-    bytes, and no finished batch is translated again.
+    bytes, and no finished batch is translated again. Several processes share the batches, and the main one writes: the
+    bytes are the same for any number of processes, also where it changes between a kill and the next start.
 
     Args:
-        progress: show a bar.
-        say: is told what is resumed, and what a user should know.
+        progress: show a bar, in the main process.
+        say: is told what is resumed, and what a user should know; in the main process.
 
     Raises:
         TranslationError: the folder holds translations made by other settings or of other rows, files that are not
@@ -108,58 +110,77 @@ def translate_split(
     """
     if job.lost_marks not in POLICIES:
         raise TranslationError(f"--lost-marks must be one of {', '.join(POLICIES)}; got {job.lost_marks!r}")
+    with contextlib.ExitStack() as held:
+        found = on_main(lambda: _begin(job, translator.settings(), held, say))
+        if isinstance(found, Outcome):
+            return found
+        written, entry = found
+        prepared = prepare(job.rows, job.task, job.lost_marks)
+        plan = translator.plan(prepared.texts)
+
+        def opened() -> dict[int, list[Translated]]:
+            written["splits"][job.split] = entry
+            write_provenance(job.folder, written)
+            files.append(held.enter_context(contextlib.closing(ProgressFile(job.partial, plan))))
+            if files[0].done:
+                say(f"{job.name}: going on after {len(files[0].done)} of {len(plan.batches)} batches")
+            return dict(files[0].done)
+
+        files: list[ProgressFile] = []  # of the main process
+        done = on_main(opened)
+        resumed = len(done)
+        for batch, translations in _translate(plan, translator, done, job.name if progress else None):
+            done[batch] = translations
+            if files:
+                files[0].add(batch, translations)
+        return Outcome(on_main(lambda: _finish(job, prepared, plan, done, written, entry)), resumed)
+
+
+def _begin(
+    job: Job, settings: dict[str, Any], held: contextlib.ExitStack, say: Callable[[str], None]
+) -> Outcome | tuple[dict[str, Any], dict[str, Any]]:
+    """Lock the folder; return its provenance and the split's entry, or the outcome of a split that is finished."""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TranslationError(
             f"{job.folder} cannot be written to ({error}); name another folder with --output"
         ) from error
-    with _locked(job.folder, say):
-        entry = {
-            "status": "running",
-            "input_sha256": digest_of_rows(job.rows),
-            "data": job.data,
-            **({"lost_marks": job.lost_marks} if job.task.kind == "qa" else {}),
-        }
-        written = _joined(job, translator.settings())
-        before = written["splits"].get(job.split)
-        if before is not None:
-            _check_same(job, before, entry)
-        if before is not None and before["status"] == "done" and job.path.exists():
-            if digest_of_file(job.path) != before["output_sha256"]:
-                say(f"{job.name}: {job.path} was changed after it was translated; it is left as it is.")
-            job.partial.unlink(missing_ok=True)
-            return Outcome(before["counts"], already=True)
-        if before is None and (other := find_file(job.output, job.folder.name, job.split)) is not None:
-            raise TranslationError(
-                f"{other} is there, and nothing says that this command made it; move it away, or name another folder "
-                "with --output"
-            )
-        return _run(job, translator, written, entry, progress, say)
+    held.enter_context(_locked(job.folder, say))
+    entry = {
+        "status": "running",
+        "input_sha256": digest_of_rows(job.rows),
+        "data": job.data,
+        **({"lost_marks": job.lost_marks} if job.task.kind == "qa" else {}),
+    }
+    written = _joined(job, settings)
+    before = written["splits"].get(job.split)
+    if before is not None:
+        _check_same(job, before, entry)
+    if before is not None and before["status"] == "done" and job.path.exists():
+        if digest_of_file(job.path) != before["output_sha256"]:
+            say(f"{job.name}: {job.path} was changed after it was translated; it is left as it is.")
+        job.partial.unlink(missing_ok=True)
+        return Outcome(before["counts"], already=True)
+    if before is None and (other := find_file(job.output, job.folder.name, job.split)) is not None:
+        raise TranslationError(
+            f"{other} is there, and nothing says that this command made it; move it away, or name another folder "
+            "with --output"
+        )
+    return written, entry
 
 
-def _run(
+def _finish(
     job: Job,
-    translator: TranslatorLike,
+    prepared: Prepared,
+    plan: Plan,
+    done: Mapping[int, Sequence[Translated]],
     written: dict[str, Any],
     entry: dict[str, Any],
-    progress: bool,
-    say: Callable[[str], None],
-) -> Outcome:
-    prepared = prepare(job.rows, job.task, job.lost_marks)
-    plan = translator.plan(prepared.texts)
-    written["splits"][job.split] = entry
-    write_provenance(job.folder, written)
-    file = ProgressFile(job.partial, plan)
-    resumed = len(file.done)
-    try:
-        if resumed:
-            say(f"{job.name}: going on after {resumed} of {len(plan.batches)} batches")
-        _translate(plan, translator, file, job.name if progress else None)
-    finally:
-        file.close()
+) -> dict[str, Any]:
+    """Write the split and its provenance; return the counts."""
     pieces = [Translated("")] * len(plan.pieces)
-    for batch, translations in file.done.items():
+    for batch, translations in done.items():
         for piece, translated in zip(plan.batches[batch], translations, strict=True):
             pieces[piece] = translated
     rows, counts = finish(prepared, plan.join([one.text for one in pieces]))
@@ -182,16 +203,21 @@ def _run(
     write_provenance(job.folder, written)
     # last: a kill before this line finds the translations again
     job.partial.unlink()
-    return Outcome(counts, resumed)
+    return counts
 
 
-def _translate(plan: Plan, translator: TranslatorLike, file: ProgressFile, label: str | None) -> None:
-    before = sum(len(plan.batches[batch]) for batch in file.done)
+def _translate(
+    plan: Plan, translator: TranslatorLike, done: Mapping[int, Sequence[Translated]], label: str | None
+) -> Iterator[tuple[int, list[Translated]]]:
+    """Yield every batch that is not done with its translations; the processes share them."""
+    before = sum(len(plan.batches[batch]) for batch in done)
+    left = [batch for batch in range(len(plan.batches)) if batch not in done]
     with counter(label, len(plan.pieces), "text", before) as bar:
-        for number, batch in enumerate(plan.batches):
-            if number not in file.done:
-                file.add(number, translator.translate_batch([plan.pieces[piece] for piece in batch]))
-                bar.update(len(batch))
+        for batch, translations in shared(
+            left, lambda batch: translator.translate_batch([plan.pieces[piece] for piece in plan.batches[batch]])
+        ):
+            yield batch, translations
+            bar.update(len(translations))
 
 
 def summary(job: Job, outcome: Outcome) -> str:

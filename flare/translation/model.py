@@ -13,6 +13,8 @@ import torch
 
 from ..errors import UserError
 from ..model_names import find_model
+from ..processes import device as this_device
+from ..processes import process_count
 
 _TAG = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # as NLLB and mBART write them; M2M100 lists its own
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
@@ -100,20 +102,25 @@ class TranslationModel:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device meant: that given, else the GPU if there is one, else the CPU.
+    """The device meant: that given, else this process's GPU if there is one, else the CPU.
 
     Raises:
-        TranslationError: it is not here.
+        TranslationError: it is not here, or one that several processes would share.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return this_device()
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise TranslationError(
-            f"--device {device} cannot be used here ({str(error).splitlines()[0]}); leave it out for "
-            f"{'cuda' if torch.cuda.is_available() else 'cpu'}"
+            f"--device {device} cannot be used here ({str(error).splitlines()[0]}); leave it out for {this_device()}"
         ) from error
+    if process_count() > 1 and found.type != "cpu":
+        raise TranslationError(
+            f"--device {device} would put all {process_count()} processes on one device; leave it out, and each takes "
+            "its own"
+        )
+    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from ..processes import is_main, only_main
 from ..tasks import Example, get_task, language, nllb_code, read_split
 from ..tasks.reading import all_targets
 from .job import Job, Outcome, summary, translate_split
@@ -39,6 +40,7 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         import torch
 
         torch.set_num_threads(settings.threads)
+    say, progress = only_main(say), settings.progress and is_main()
     task = get_task(
         settings.task,
         text_columns=settings.text_columns,
@@ -85,7 +87,7 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
     translators = {direction: _translator(settings, model, direction, say) for direction in directions}
     done = []
     for direction, job in jobs:
-        outcome = translate_split(job, translators[direction], progress=settings.progress, say=say)
+        outcome = translate_split(job, translators[direction], progress=progress, say=say)
         say(summary(job, outcome))
         done.append((job, outcome))
     return done

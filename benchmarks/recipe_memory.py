@@ -1,0 +1,109 @@
+"""What the paper's recipes need on 1, 4 and 8 GPUs, computed: no GPU is used, nothing is measured.
+
+    python benchmarks/recipe_memory.py
+
+Parameter counts are those of the models built on the meta device. Bytes of a process (DDP: a whole model on each GPU):
+
+=================  ===================================================================================================
+base               4 a weight in float32, 2 in bfloat16, NF4: 1/2 + 1/64 + 1/4096 (its blocks' scales, quantised twice)
+trained weights    4 (weight) + 4 (gradient) + 8 (AdamW; 2 where it is the 8-bit one), float32
+source states      2 d for each token and fusing block: source_memory="keep"
+block              what autograd keeps of one block for each token, without checkpointing, in bfloat16 autocast:
+                   2 (6 d) for x, q, k, v, the attention's output and its input; 4 (2 d) for the inputs of two norms;
+                   2 d for masks of dropout (not Llama and Gemma 2); 2 f a for the feed-forward layer of width f, a = 1
+                   (one activation) or 3 (gated); mT5, whose attention is not fused: 7 m for each head (scores)
+checkpointing      2 d for each token and block, and one block as above
+logits             10 for each token and word of the vocabulary: bfloat16, a float32 copy, its gradient
+=================  ===================================================================================================
+
+Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 a trained
+weight), mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, bfloat16 weights and norms
+and no dropout the same count gives 5.7 GiB, where an H200's peak was 5.8 (benchmarks/results/nvidia-h200).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from models import base_model
+from shapes import GEMMA2, LLAMA, MT5, XLMR, ModelShape
+
+import flare
+from flare.experiment.fitting import of_one_process
+from flare.recipes import Recipe
+
+GIB = 2**30
+NF4 = 1 / 2 + 1 / 64 + 1 / 4096
+GPUS = (1, 4, 8)
+LENGTHS = {128: "nusax", 512: "tydiqa"}
+RECIPES = {"paper-xlmr": XLMR, "paper-mt5": MT5, "paper-llama": LLAMA, "paper-gemma2": GEMMA2}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one process: `base`, `trained` (weights, gradients, optimizer) and `row`, of each row of a batch."""
+
+    base: float
+    trained: float
+    row: float
+
+    def of(self, rows: int, shards: int = 1) -> float:
+        """With so many rows; the base sharded over so many processes (its largest unit, gathered, is left out)."""
+        return self.base / shards + self.trained + rows * self.row
+
+
+def need(name: str, m: int) -> Need:
+    """What a recipe needs at a length."""
+    shape, recipe = RECIPES[name], Recipe.read(f"{name}/{LENGTHS[m]}")
+    with torch.device("meta"):
+        base = base_model(shape, shape.layers, 512, torch.device("meta"), torch.float32)
+    linears = sum(
+        module.weight.numel()
+        for path, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and "head" not in path and "classifier" not in path
+    )
+    others = sum(parameter.numel() for parameter in base.parameters()) - linears
+    if shape is MT5:  # its head is not its embedding, as benchmarks/models.py makes it
+        others += shape.vocabulary * shape.d if base.config.tie_word_embeddings else 0
+    wide = 4 if recipe.dtype == "float32" else 2
+    frozen = linears * NF4 + others * wide if recipe.quantization else (linears + others) * wide
+    overrides = {key: value for key, value in recipe.adapter.items() if key != "source_padding"}
+    model = flare.fast_lora(base, **overrides)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = 2 if "8bit" in str(recipe.training.get("optim")) else 8
+    return Need(frozen, trained * (8 + optimizer), _row(shape, recipe, m))
+
+
+def _row(shape: ModelShape, recipe: Recipe, m: int) -> float:
+    d = shape.d
+    block = 12 * d + 8 * d + 2 * shape.inner * (1 if shape is XLMR else 3)
+    block += 2 * d if shape in (XLMR, MT5) else 0
+    block += 7 * m * shape.heads if shape is MT5 else 0
+    blocks = 2 * d * shape.layers + block if recipe.gradient_checkpointing else block * shape.layers
+    source = 2 * d * shape.layers
+    logits = 10 * shape.vocabulary if shape in (LLAMA, GEMMA2) else 0
+    return float(m * (blocks + source + logits))
+
+
+def table() -> str:
+    """Return the table of docs/distributed.md."""
+    head = ["recipe", "m", "base", "trained", "a row", *(f"{n} GPU{'s' if n > 1 else ''}: rows, GiB" for n in GPUS)]
+    lines = ["| " + " | ".join([*head, "8 GPUs, FSDP2"]) + " |", "|---|" + "---:|" * len(head)]
+    for name in RECIPES:
+        for m in LENGTHS:
+            found, training = need(name, m), Recipe.read(f"{name}/{LENGTHS[m]}").training
+            cells = [name, str(m), *(f"{part / GIB:.2f}" for part in (found.base, found.trained, found.row))]
+            for gpus in GPUS:
+                rows, steps = of_one_process(training, gpus)
+                batch = f"{rows} x {steps}" if steps > 1 else str(rows)
+                cells.append(f"{batch}, {found.of(rows) / GIB:.0f}")
+            rows = of_one_process(training, 8)[0]
+            lines.append("| " + " | ".join([*cells, f"{found.of(rows, 8) / GIB:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print(table())

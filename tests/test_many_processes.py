@@ -1,0 +1,220 @@
+"""The commands on two processes (accelerate launch): one process's files and numbers, shared work, errors in all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_mt
+import torch
+import two_processes
+from experiment_data import write_bert, write_data
+from safetensors.torch import load_file
+
+from flare.cli import main
+from flare.errors import UserError
+from flare.experiment.evaluate import _Evaluation as Evaluation
+from flare.experiment.fitting import ExperimentTrainer, of_one_process
+from flare.experiment.predict import Predictor
+from flare.experiment.records import find_runs, read_record
+from flare.translation import Translator
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("--max-length", 24, "--batch-size", 8, "--lr", 0.5, "--optim", "sgd", "--threads", 1, "--no-progress")
+LABELS = ("negative", "neutral", "positive")
+
+
+def flare(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def translate(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    words = ("--data", root / "texts", "--source", "english", "--target", "acehnese", "--splits", "train")
+    return (
+        *("translate", "--task", "nusax", *words, "--model", root / "nllb", "--output", root / output),
+        *("--max-new-tokens", 6, "--batch-size", 2, "--threads", 1, "--no-progress", *more),
+    )
+
+
+def train(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    words = ("--data", root / "data", "--output", root / output, "--target", "vemari", "--seeds", 0, "--r", 4)
+    return ("train", "--task", "classification", *words, *QUICK, "--epochs", 2, "--keep-checkpoints", *more)
+
+
+def evaluate(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    words = ("--output", root / output, "--translations", root / "mt", "--eval-batch-size", 8)
+    return ("evaluate", *words, "--threads", 1, "--no-progress", *more)
+
+
+@contextlib.contextmanager
+def after(calls: int, owner: Any, name: str, error: BaseException) -> Any:
+    """Within: an error in every call of a method but the first so many."""
+    whole, seen = getattr(owner, name), []
+
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        seen.append(1)
+        if len(seen) > calls:
+            raise error
+        return whole(self, *arguments, **keywords)
+
+    setattr(owner, name, counted)
+    try:
+        yield seen
+    finally:
+        setattr(owner, name, whole)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Texts and a translator; data, a base without dropout, and what one process makes of them: one/ and one-mt/."""
+    root = tmp_path_factory.mktemp("processes")
+    tiny_mt.save_nllb(root / "nllb")
+    (root / "texts" / "english").mkdir(parents=True)
+    lines = [f"{number},{text},{LABELS[number % 3]}" for number, text in enumerate(tiny_mt.SENTENCES[:13])]
+    (root / "texts" / "english" / "train.csv").write_text("\n".join(["id,text,label", *lines]) + "\n")
+    write_data(root / "data")
+    write_bert(root / "bert")
+    config = json.loads((root / "bert" / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (root / "bert" / "config.json").write_text(json.dumps(config))
+    words = ("--model", root / "bert", "--data", root / "data", "--output", root / "one", "--r", 4, "--epochs", 2)
+    assert flare("finetune", "--task", "classification", *words, *QUICK) == 0
+    shutil.copytree(root / "data" / "english", root / "mt" / "vemari-english")
+    test = root / "mt" / "vemari-english" / "test.csv"
+    test.write_text(test.read_text().replace("not", ""))
+    for name in ("two", "resumed"):
+        shutil.copytree(root / "one", root / name)
+    assert flare(*train(root, "one")) == 0
+    assert flare(*translate(root, "one-mt")) == 0
+    # and what one process leaves when it is stopped
+    with after(8, ExperimentTrainer, "training_step", KeyboardInterrupt()):
+        assert flare(*train(root, "resumed")) == 130
+    with after(3, Translator, "translate_batch", KeyboardInterrupt()):
+        assert flare(*translate(root, "stopped-by-one")) == 130
+    return root
+
+
+def files(folder: Path, pattern: str) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob(pattern))}
+
+
+# --- on two processes -------------------------------------------------------------------------------------------------
+
+
+def on_two(rank: int, root: Path) -> dict[str, Any]:
+    """What every command returns and prints in one of two processes, by name."""
+    world = str(two_processes.WORLD)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    found: dict[str, Any] = {}
+
+    def run(name: str, *words: object) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            found[name] = (flare(*words), out.getvalue(), err.getvalue())
+
+    with after(99, Translator, "translate_batch", KeyboardInterrupt()) as calls:
+        run("translate", *translate(root, "two-mt"))
+    found["batches"] = len(calls)
+    with after(2, Translator, "translate_batch", KeyboardInterrupt()):
+        run("stopped", *translate(root, "stopped-by-two"))
+    run("continued", *translate(root, "stopped-by-one"))
+    run("train", *train(root, "two"))
+    run("train again", *train(root, "two"))
+    run("resumed", *train(root, "resumed"))
+    run("not shared", *train(root, "two", "--name", "nine", "--batch-size", 9))
+    # of one process: its share of the zero-shot rows, and what comes before the rows of translate-test are shared
+    unread = after(0 if rank else 99, Predictor, "_read", UserError("no zero-shot"))
+    with unread, after(1 if rank else 99, Evaluation, "_base_pairs", UserError("no rows")):
+        run("failing", *evaluate(root, "two", "--setting", "zero-shot", "translate-test"))
+    with after(99, Predictor, "_read", UserError("")) as calls:
+        run("evaluate", *evaluate(root, "two", "--source-text", "gold", "mt"))
+    found["read"] = len(calls)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(root, tmp_path_factory) -> list[dict[str, Any]]:
+    return two_processes.run(tmp_path_factory.mktemp("two"), on_two, root, timeout=240)
+
+
+def test_one_process_prints(two) -> None:
+    first, second = two
+    for name in ("translate", "continued", "train", "train again", "resumed", "evaluate"):
+        assert first[name][0] == second[name][0] == 0, (name, first[name], second[name])
+        assert first[name][1] and second[name][1] == "", name
+
+
+def test_translations_are_shared_and_those_of_one_process(root, two) -> None:
+    want = files(root / "one-mt", "*.jsonl")
+    batches = [one["batches"] for one in two]
+    assert sum(batches) == 7 and max(batches) == 4  # 13 texts, two in a batch
+    assert files(root / "two-mt", "*.jsonl") == want
+    assert files(root / "stopped-by-one", "*.jsonl") == want and "after 3 of 7 batches" in two[0]["continued"][1]
+    assert [one["stopped"][0] for one in two] == [130, 130]
+    begun = files(root / "stopped-by-two", "*.jsonl")
+    assert list(begun) == ["english-acehnese/train.partial.jsonl"] and next(iter(begun.values())).count(b"batch") == 4
+    with after(99, Translator, "translate_batch", KeyboardInterrupt()) as calls:
+        assert flare(*translate(root, "stopped-by-two")) == 0
+    assert len(calls) == 3 and files(root / "stopped-by-two", "*.jsonl") == want
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "vemari" / "flare-r4" / "seed-0" / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_training_has_the_steps_of_one_process(root, two) -> None:
+    """Also one that two processes resume; dropout is off."""
+    want = weights(root / "one")
+    for name in ("two", "resumed"):
+        for parameter, weight in weights(root / name).items():
+            torch.testing.assert_close(weight, want[parameter], rtol=1e-4, atol=1e-6, msg=f"{name}: {parameter}")
+        there, here = (root / one / "vemari/flare-r4/seed-0/predictions-test.jsonl" for one in ("one", name))
+        assert here.read_bytes() == there.read_bytes()
+    records = {name: read_record(root / name / "vemari" / "flare-r4" / "seed-0") for name in ("one", "two", "resumed")}
+    assert [one.settings["processes"] for one in records.values()] == [1, 2, 2]
+    assert "resumed with 2" in two[0]["resumed"][1] and "done before" in two[0]["train again"][1]
+    status, _, error = two[0]["not shared"]
+    assert status == 2 and "2 processes cannot share the 9 rows of a step" in error
+
+
+def test_scores_are_those_of_one_process(root, two) -> None:
+    assert flare(*evaluate(root, "one", "--source-text", "gold", "mt")) == 0
+    pattern = "predictions-*.jsonl"
+    assert files(root / "two" / "vemari", pattern) == files(root / "one" / "vemari", pattern)
+    found = {name: {run.record.variant: run.metrics.test for run in find_runs(root / name)} for name in ("one", "two")}
+    assert found["one"] == found["two"] and len(found["one"]) == 5
+    # 20 rows, 8 in a batch: zero-shot, translate-test of two texts, the adapter with the other text
+    assert [one["read"] for one in two] == [4 * 2, 4 * 1]
+    # another number of processes is no other result
+    before = files(root / "two", "*.json*")
+    assert flare(*evaluate(root, "two", "--source-text", "gold", "mt")) == 0
+    assert files(root / "two", "*.json*") == before
+
+
+def test_an_error_of_one_process_is_raised_in_all(two) -> None:
+    errors = [one["failing"][2].splitlines()[-1] for one in two]
+    assert [one["failing"][0] for one in two] == [2, 2] and errors[0] == errors[1]
+    assert "zero-shot" in errors[0] and "no zero-shot" in errors[0] and "no rows" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "batches", "processes", "share"),
+    [
+        (64, 1, 4, (16, 1)),
+        (8, 8, 4, (8, 2)),
+        (8, 8, 8, (8, 1)),
+        (8, 8, 16, (4, 1)),
+        (6, 2, 3, (4, 1)),
+        (8, 1, 1, (8, 1)),
+    ],
+)
+def test_a_step_is_divided(size, batches, processes, share) -> None:
+    values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
+    assert of_one_process(values, processes) == share and share[0] * share[1] * processes == size * batches
