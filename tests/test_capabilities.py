@@ -24,6 +24,9 @@ def without(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> dict[str, capabili
     [
         ("bitsandbytes", "qlora, qlora-int8", "bitsandbytes is missing: pip install 'flare-kernels[bnb]'"),
         ("matplotlib", "pictures of flare report", "matplotlib is missing: pip install 'flare-kernels[plots]'"),
+        ("hqq", "base in HQQ", "hqq is missing: pip install hqq"),
+        ("gptqmodel", "base in GPTQ, AWQ", "gptqmodel is missing: pip install gptqmodel"),
+        ("kernels", "base in fine-grained float8", "no CUDA device, which it needs; kernels is missing"),
         ("datasets", "data sets from the hub", "datasets is missing: pip install datasets"),
         ("pytest_benchmark", "flare bench", "pytest-benchmark is missing: pip install 'flare-kernels[dev]'"),
     ],

@@ -1,7 +1,8 @@
 """The adapter layers: PEFT's LoRA linears whose forward runs on flare_kernels and can take a source stream.
 
 A layer is made by PEFT as always and then *adopted*: its class is exchanged for a subclass of the class PEFT chose
-(plain or bitsandbytes), so parameters, names, hooks and optimizers stay what they were.
+(plain, or for a library's quantised linear), so parameters, names, hooks and optimizers stay what they were. The frozen
+layer is only ever called, so its format does not matter.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from flare_kernels import fused_lora, reference
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from .._compat import LoraLayer, LoraLinear, is_bnb_lora
+from .._compat import LoraLayer, LoraLinear, find_lora_class, is_lora_over_linear
 from ..source.context import THREAD, Slot, SourceContext
 
 #: State of an adapter layer that changes without notice; what was worked out from it compares it in every call.
@@ -169,6 +170,8 @@ class FlareLayer:
         return [name for name in self.active_adapters if name in self.lora_A]
 
     def _with_adapters(self, slot: Slot, active: list[str], x: Tensor, result: Tensor, flat: bool = False) -> Tensor:
+        if x.requires_grad and not result.requires_grad and active and torch.is_grad_enabled():
+            raise_lost_gradient(self.flare_key, self.base_layer)
         for name in active:
             result = self._add_adapter(slot.context, name, x, result, flat)
         return result
@@ -324,20 +327,18 @@ _CLASSES: dict[type, type] = {LoraLinear: FlareLinear}
 
 def _flare_class(cls: type) -> type | None:
     """Our subclass of a LoRA class of PEFT's; None for one that cannot run on the kernels."""
-    if cls not in _CLASSES and is_bnb_lora(cls):
+    if cls not in _CLASSES and is_lora_over_linear(cls):
         _CLASSES[cls] = type(f"Flare{cls.__name__}", (FlareLayer, cls), {"__module__": __name__})
     return _CLASSES.get(cls)
 
 
 def __getattr__(name: str) -> type:
-    """The classes over bitsandbytes, for unpickling; they are made on first use."""
-    if name in ("FlareLinear8bitLt", "FlareLinear4bit"):
-        import peft.tuners.lora as lora
-
-        made = _flare_class(getattr(lora, name.removeprefix("Flare")))
-        assert made is not None
-        return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """The classes over quantised linears, for unpickling; they are made on first use."""
+    cls = find_lora_class(name.removeprefix("Flare")) if name.startswith("Flare") else None
+    made = None if cls is None else _flare_class(cls)
+    if made is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return made
 
 
 def adopt(module: nn.Module, key: str) -> str:
@@ -376,6 +377,16 @@ def check_weights(path: str, x: Tensor, A: Tensor, B: Tensor) -> None:
     raise ValueError(
         f"{path}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, expected (r, d) and (n, r) for an input "
         f"{x.shape[-1]} wide"
+    )
+
+
+def raise_lost_gradient(path: str, base_layer: nn.Module) -> NoReturn:
+    """Raise ValueError for a frozen layer that passes no gradient on: everything below it would train on less."""
+    weight = type(getattr(base_layer, "weight", None)).__name__
+    raise ValueError(
+        f"{path}: its frozen layer ({type(base_layer).__name__}, weight {weight}) passes no gradient to its input, so "
+        "adapters below it would train on a part of their gradient. This format is for inference alone (torchao's "
+        "dynamic int8 activations are): train over a weight-only format, or predict under torch.no_grad()"
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .._compat import is_linear
+
 QUERY_NAMES = ("q_proj", "query", "q", "q_lin", "query_proj", "wq")
 KEY_NAMES = ("k_proj", "key", "k", "k_lin", "key_proj", "wk")
 VALUE_NAMES = ("v_proj", "value", "v", "v_lin", "value_proj", "wv")
@@ -116,7 +118,7 @@ def _refuse_lost_keywords(model: nn.Module, place: Place) -> None:
 
 
 def _is_projection(path: str, names: tuple[str, ...], module: nn.Module) -> bool:
-    return path.rpartition(".")[2] in names and (isinstance(module, nn.Linear) or hasattr(module, "base_layer"))
+    return path.rpartition(".")[2] in names and is_linear(module)
 
 
 def _stacks(model: nn.Module, projections: list[str]) -> dict[str, int]:
@@ -133,7 +135,7 @@ def _stacks(model: nn.Module, projections: list[str]) -> dict[str, int]:
 
 
 def _place(path: str, module: nn.Module, stacks: dict[str, int], model: nn.Module) -> Place | None:
-    if not (isinstance(module, nn.Linear) or hasattr(module, "base_layer")) or path.endswith(".base_layer"):
+    if not is_linear(module) or path.endswith((".base_layer", ".quant_linear_module")):
         return None
     for stack in stacks:
         if path.startswith(f"{stack}."):

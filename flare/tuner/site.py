@@ -29,7 +29,7 @@ from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import in_backward, registrations, saved_tensors_are_packed
 from ..source.context import THREAD, Slot, SourceContext
-from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouched
+from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouched, raise_lost_gradient
 
 _PLAIN = (Tensor, nn.Parameter)
 #: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
@@ -362,6 +362,8 @@ class Site:
             x_source = None if x_source is None else x_source.flatten(0, -2)
             Ss = tuple(S.flatten(0, -2) for S in Ss)
         ys = [nn.Linear.forward(m.linear, x) if m.plain else m.linear(x) for m in adapted]  # type: ignore[arg-type]
+        if x.requires_grad and not ys[0].requires_grad and torch.is_grad_enabled():
+            raise_lost_gradient(adapted[0].path, adapted[0].linear)
         dtype = ys[0].dtype if x.dtype == torch.float32 and ys[0].dtype in (torch.float16, torch.bfloat16) else x.dtype
         fused = x_source is not None or bool(Ss)
         adapters = [
