@@ -74,6 +74,7 @@ __all__ = [
     "attention_function",
     "checkpoints_save_random_state",
     "copy_each",
+    "drops_blocks",
     "eager_attention_masks",
     "enable_checkpointing",
     "end_failed_capture",
@@ -90,11 +91,13 @@ __all__ = [
     "looks_up_attention",
     "mixes_rows",
     "module_hooks",
+    "out_features",
     "register_attention",
     "register_tuner",
     "registrations",
     "saved_tensors_are_packed",
     "set_adapters_disabled",
+    "shift_labels",
     "without_torch_function",
 ]
 
@@ -232,8 +235,15 @@ def is_linear(module: nn.Module) -> bool:
     """Whether the module maps (..., d) to (..., n) as far as its attributes tell: plain, quantised or with adapters."""
     if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
         return True
-    # transformers' EetqLinear has no attribute for its widths
-    return hasattr(module, "in_features") or hasattr(module, "infeatures") or type(module).__name__ == "EetqLinear"
+    # the two have no attribute for their widths
+    named = type(module).__name__ in ("EetqLinear", "Conv1D")
+    return named or hasattr(module, "in_features") or hasattr(module, "infeatures")
+
+
+def out_features(module: nn.Module) -> int | None:
+    """Return n of a layer that :func:`is_linear` accepts; None where it does not say."""
+    found = (getattr(module, name, None) for name in ("out_features", "outfeatures", "nf"))
+    return next((width for width in found if isinstance(width, int)), None)
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
@@ -274,6 +284,26 @@ class _ConfigWithAttention:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_config"], name)
+
+
+def shift_labels(model: nn.Module, labels: torch.Tensor) -> torch.Tensor | None:
+    """Return the decoder's input ids (B, u) that an encoder-decoder makes of labels (B, u); None where it is unknown.
+
+    M2M100 (NLLB) has a function of its module where others have a method.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return prepare(labels=labels)  # type: ignore[no-any-return, operator]
+    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    if shift is None or list(inspect.signature(shift).parameters)[1:] != ["pad_token_id", "decoder_start_token_id"]:
+        return None
+    config: Any = model.config
+    return shift(labels, config.pad_token_id, config.decoder_start_token_id)  # type: ignore[no-any-return]
+
+
+def drops_blocks(model: nn.Module) -> bool:
+    """Whether a training step leaves blocks out at random (LayerDrop: M2M100, BART, OPT)."""
+    return any(module.training and module.__dict__.get("layerdrop", 0.0) > 0.0 for module in every_module(model))
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:

@@ -175,13 +175,19 @@ class Site:
                 del pending.outputs[module]
                 if not pending.outputs:
                     slot.pending = None
+                if slot.met is not None:
+                    slot.met.add(module)
                 return output
             slot.pending = None  # another input than its neighbour's
             if not saved_tensors_are_packed():  # a checkpoint's recompute must take the way that the forward took
                 self.separate = True
+        if slot.met is not None and module in slot.met:
+            return None  # its second call, which is not of the tokens
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
+        if slot.met is not None:
+            slot.met.add(module)
         output = outputs[module]
         del outputs[module]
         if outputs:
@@ -401,8 +407,11 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _fits(layer: FlareLayer, adapter: str) -> bool:
-    """Whether an adapter's matrices are plain linears without bias, and its fusion looks at one position at a time."""
+    """Whether an adapter's matrices are plain linears without bias, and its fusion looks at one position at a time and
+    acts on all outputs.
+    """
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
     plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
     dropout = type(layer.lora_dropout[adapter]) in (nn.Dropout, nn.Identity)
-    return plain and dropout and layer.flare_fusion.get(adapter) not in EAGER_FUSIONS
+    fusion = layer.flare_fusion.get(adapter)
+    return plain and dropout and fusion not in EAGER_FUSIONS and (fusion is None or layer.flare_rows is None)
