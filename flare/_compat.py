@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,7 @@ _BNB_LOGGER.setLevel(_BNB_LEVEL)
 __all__ = [
     "COMPILED_CALL",
     "GROWING_CACHE_LAYERS",
+    "QUANTIZERS",
     "REPLICA_MARK",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
@@ -73,25 +75,30 @@ __all__ = [
     "attention_function",
     "checkpoints_save_random_state",
     "copy_each",
+    "drops_blocks",
     "eager_attention_masks",
     "enable_checkpointing",
     "end_failed_capture",
     "every_module",
     "execution_device",
+    "find_lora_class",
     "gradient_hooks",
     "in_backward",
     "inside_ddp",
-    "is_bnb_linear",
-    "is_bnb_lora",
     "is_compiled",
+    "is_linear",
+    "is_lora_over_linear",
+    "is_quantized_linear",
     "looks_up_attention",
     "mixes_rows",
     "module_hooks",
+    "out_features",
     "register_attention",
     "register_tuner",
     "registrations",
     "saved_tensors_are_packed",
     "set_adapters_disabled",
+    "shift_labels",
     "synchronizes_gradients",
     "without_torch_function",
 ]
@@ -191,24 +198,69 @@ def is_compiled(model: nn.Module) -> bool:
     return any(module.__dict__.get(COMPILED_CALL) for module in every_module(model))
 
 
-# --- bitsandbytes -----------------------------------------------------------------------------------------------------
+# --- quantised linears ------------------------------------------------------------------------------------------------
+
+#: Packages whose linears hold a quantised weight. Some of them look at ``training``, or change their weight with it.
+QUANTIZERS = (
+    "bitsandbytes",
+    "hqq",
+    "gptqmodel",
+    "aqlm",
+    "eetq",
+    "neural_compressor",
+    "transformer_engine",
+    "transformers.integrations",
+)
+_QUANTIZER_PREFIXES = tuple(f"{package}." for package in QUANTIZERS)
 
 
-def is_bnb_lora(cls: type) -> bool:
-    """Whether the class is PEFT's LoRA layer over a bitsandbytes linear (told by name: nothing is imported)."""
-    return cls.__module__ == "peft.tuners.lora.bnb" and cls.__name__ in ("Linear8bitLt", "Linear4bit")
+def is_lora_over_linear(cls: type) -> bool:
+    """Whether the class is a LoRA layer of PEFT's over a linear of another library (told by its module alone).
 
-
-def is_bnb_linear(module: nn.Module) -> bool:
-    """Whether the module is a bitsandbytes linear, whose ``training`` flag must never be flipped."""
-    return type(module).__module__.startswith("bitsandbytes.")
-
-
-def mixes_rows(module: nn.Module) -> bool:
-    """Whether the module is an int8 linear whose result for a row depends on the rows beside it: the columns of
-    outliers, which stay in 16 bit, are found over the whole batch.
+    PEFT has one module for each library; ``layer`` has those over torch's modules, ``tp_layer`` those over Megatron's,
+    which return tuples.
     """
-    return is_bnb_linear(module) and getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0
+    package, _, name = cls.__module__.rpartition(".")
+    return package == "peft.tuners.lora" and name not in ("layer", "tp_layer") and issubclass(cls, LoraLayer)
+
+
+def find_lora_class(name: str) -> type | None:
+    """Return the class of PEFT's with this name that :func:`is_lora_over_linear` accepts, if its library is here."""
+    import peft.tuners.lora as lora
+
+    modules = [lora, *(module for path, module in sys.modules.items() if path.startswith(f"{lora.__name__}."))]
+    found = (getattr(module, name, None) for module in modules)
+    return next((cls for cls in found if isinstance(cls, type) and is_lora_over_linear(cls)), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module maps (..., d) to (..., n) as far as its attributes tell: plain, quantised or with adapters."""
+    if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+        return True
+    # the two have no attribute for their widths
+    named = type(module).__name__ in ("EetqLinear", "Conv1D")
+    return named or hasattr(module, "in_features") or hasattr(module, "infeatures")
+
+
+def out_features(module: nn.Module) -> int | None:
+    """Return n of a layer that :func:`is_linear` accepts; None where it does not say."""
+    found = (getattr(module, name, None) for name in ("out_features", "outfeatures", "nf"))
+    return next((width for width in found if isinstance(width, int)), None)
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear of a quantising library, whose ``training`` flag must never be flipped."""
+    return type(module).__module__.startswith(_QUANTIZER_PREFIXES)
+
+
+def mixes_rows(module: nn.Module) -> str:
+    """Return why a quantised linear's result for a row depends on the rows beside it; empty where it does not."""
+    if is_quantized_linear(module) and getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0:
+        return "chooses the columns that it keeps in 16 bit over all rows of a batch (llm_int8_threshold)"
+    activations = getattr(getattr(module, "weight", None), "act_quant_kwargs", None)  # torchao
+    if type(getattr(activations, "granularity", None)).__name__ == "PerTensor":
+        return "quantises activations with one scale for all rows of a batch (granularity PerTensor)"
+    return ""
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -234,6 +286,26 @@ class _ConfigWithAttention:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_config"], name)
+
+
+def shift_labels(model: nn.Module, labels: torch.Tensor) -> torch.Tensor | None:
+    """Return the decoder's input ids (B, u) that an encoder-decoder makes of labels (B, u); None where it is unknown.
+
+    M2M100 (NLLB) has a function of its module where others have a method.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return prepare(labels=labels)  # type: ignore[no-any-return, operator]
+    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    if shift is None or list(inspect.signature(shift).parameters)[1:] != ["pad_token_id", "decoder_start_token_id"]:
+        return None
+    config: Any = model.config
+    return shift(labels, config.pad_token_id, config.decoder_start_token_id)  # type: ignore[no-any-return]
+
+
+def drops_blocks(model: nn.Module) -> bool:
+    """Whether a training step leaves blocks out at random (LayerDrop: M2M100, BART, OPT)."""
+    return any(module.training and module.__dict__.get("layerdrop", 0.0) > 0.0 for module in every_module(model))
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:

@@ -24,6 +24,19 @@ OPTIONAL = {
     "trl": "trl",
 }
 
+#: Formats of quantised bases beside bitsandbytes' (docs/bases.md): the format, the module and the package it needs,
+#: and whether it runs on CUDA devices alone.
+FORMATS = (
+    ("GPTQ, AWQ", "gptqmodel", "gptqmodel", False),
+    ("AQLM", "aqlm", "'aqlm[gpu]'", True),
+    ("EETQ", "eetq", "eetq", True),
+    ("HQQ", "hqq", "hqq", False),
+    ("torchao int8, int4, float8", "torchao", "torchao", False),
+    ("INC float8 (Gaudi)", "neural_compressor", "'neural-compressor[pt]'", False),
+    ("fine-grained float8", "kernels", "kernels", True),
+    ("TransformerEngine", "transformer_engine", "'transformer-engine[pytorch]'", True),
+)
+
 
 class Capability(NamedTuple):
     """Something that can be run here or not, with what to know about it or what it lacks."""
@@ -100,6 +113,10 @@ def _quantized() -> Iterable[Capability]:
         yield Capability(names, True, "")
     else:
         yield Capability(names, True, "no CUDA device: quantised bases work on a CPU, slowly")
+    for name, module, package, needs_cuda in FORMATS:
+        missing = "" if _installed(module) else f"{module} is missing: pip install {package}"
+        lacking = "no CUDA device, which it needs" if needs_cuda and not torch.cuda.is_available() else ""
+        yield Capability(f"base in {name}", not (missing or lacking), "; ".join(filter(None, (lacking, missing))))
 
 
 def _data() -> Iterable[Capability]:

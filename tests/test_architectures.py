@@ -115,13 +115,28 @@ _SIZE = {
     "max_position_embeddings": 32,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
 }
+_PAIR = {
+    "d_model": 16,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
 REFUSED = [
-    ("ModernBertForSequenceClassification", "ModernBertConfig", {}, r"share one linear layer \(Wqkv\)"),
-    ("Phi3ForCausalLM", "Phi3Config", {}, r"share one linear layer \(qkv_proj\)"),
-    ("GPTNeoXForCausalLM", "GPTNeoXConfig", {}, r"share one linear layer \(query_key_value\)"),
-    ("GPT2LMHeadModel", "GPT2Config", {}, r"share one linear layer \(c_attn\)"),
+    (
+        "CodeGenForCausalLM",
+        "CodeGenConfig",
+        {"rotary_dim": 4},
+        r"share one linear layer \(qkv_proj\).*not known for.*codegen",
+    ),
     ("AlbertForSequenceClassification", "AlbertConfig", {"embedding_size": 8}, "names 3 blocks.*holds 1.*share"),
-    ("DebertaV2ForSequenceClassification", "DebertaV2Config", {}, "cannot reach its attention.*no further keyword"),
+    ("XLMForSequenceClassification", "XLMConfig", {}, "attentions holds attention modules alone"),
+    (
+        "MvpForConditionalGeneration",
+        "MvpConfig",
+        _PAIR,
+        "cannot reach its attention: MvpEncoder.*hands no",
+    ),
 ]
 
 

@@ -192,11 +192,25 @@ def test_bitsandbytes_layers_are_told_by_name() -> None:
     import bitsandbytes as bnb
     import peft.tuners.lora as lora
 
-    assert _compat.is_bnb_lora(lora.Linear4bit) and _compat.is_bnb_lora(lora.Linear8bitLt)
-    assert not _compat.is_bnb_lora(lora.Linear)
+    for name in ("Linear4bit", "Linear8bitLt"):
+        assert _compat.is_lora_over_linear(getattr(lora, name)) and _compat.find_lora_class(name) is getattr(lora, name)
     int8 = [bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=False, threshold=threshold) for threshold in (0.0, 6.0)]
-    assert [_compat.mixes_rows(linear) for linear in (*int8, bnb.nn.Linear4bit(4, 4))] == [False, True, False]
-    assert _compat.is_bnb_linear(bnb.nn.Linear4bit(4, 4)) and not _compat.is_bnb_linear(tiny.torch.nn.Linear(4, 4))
+    mixing = [bool(_compat.mixes_rows(linear)) for linear in (*int8, bnb.nn.Linear4bit(4, 4))]
+    assert mixing == [False, True, False]
+    assert _compat.is_quantized_linear(bnb.nn.Linear4bit(4, 4))
+    assert not _compat.is_quantized_linear(tiny.torch.nn.Linear(4, 4))
+
+
+def test_pefts_layers_over_linears_are_told_from_its_others() -> None:
+    from peft.tuners.lora import awq, gptq, layer, te, torchao, tp_layer
+
+    over_linears = (gptq.GPTQLoraLinear, awq.AwqLoraLinear, torchao.TorchaoLoraLinear, te.TeLinear)
+    assert all(map(_compat.is_lora_over_linear, over_linears))
+    others = (layer.Linear, layer.Embedding, layer.Conv1d, layer.MultiheadAttention, tp_layer.LoraParallelLinear)
+    assert not any(map(_compat.is_lora_over_linear, others))
+    assert (
+        _compat.find_lora_class("GPTQLoraLinear") is gptq.GPTQLoraLinear and _compat.find_lora_class("Nowhere") is None
+    )
 
 
 def test_an_old_version_is_named(monkeypatch) -> None:

@@ -325,14 +325,14 @@ def test_plain_lora_needs_no_map_of_the_model() -> None:
     """fusion=None on an architecture that cannot fuse: PEFT's own targets and layers, with PEFT's numbers."""
     import transformers
 
-    config = transformers.GPT2Config(
-        vocab_size=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, attn_pdrop=0, resid_pdrop=0
+    config = transformers.CodeGenConfig(
+        vocab_size=16, n_embd=16, n_layer=2, n_head=4, rotary_dim=4, n_positions=8, bos_token_id=0, eos_token_id=0
     )
-    model = flare.fast_lora(transformers.GPT2LMHeadModel(config).eval(), fusion=None, r=4)
-    assert {row.reason for row in model.fast_lora_report()} == {"its weight is stored as (in, out) (fan_in_fan_out)"}
+    model = flare.fast_lora(transformers.CodeGenForCausalLM(config).eval(), fusion=None, r=4)
+    assert {row.reason for row in model.fast_lora_report()} == {"fusion=None"}
     assert model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape == (1, 3, 16)
     with pytest.raises(ValueError, match="share one linear layer"):
-        flare.fast_lora(transformers.GPT2LMHeadModel(config))
+        flare.fast_lora(transformers.CodeGenForCausalLM(config))
 
 
 def test_bare_backbone() -> None:

@@ -39,6 +39,11 @@ class Place:
                 Gemma.
         """
         mapped = ModelMap.of(model)
+        if mapped.fused or mapped.carried:
+            raise ValueError(
+                f"{type(model).__name__}: X-Mixup needs query, key and value in layers of their own, in blocks that "
+                "pass keyword arguments on. Use flare.fast_lora or flare.baselines.input_fusion instead"
+            )
         stack, blocks = _stack(model, mapped)
         if not 0 <= layer < blocks:
             raise ValueError(f"layer={layer} is no block of {type(model).__name__}: {stack} has 0 to {blocks - 1}")

@@ -27,8 +27,8 @@ from .._compat import (
     GROWING_CACHE_LAYERS,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
-    is_bnb_linear,
     is_compiled,
+    is_quantized_linear,
     mixes_rows,
 )
 from ..source.context import Bottlenecks, SiteSource, SourceContext
@@ -78,7 +78,7 @@ def obstacle(model: nn.Module, runtime: Runtime, reads: Reads, cache: Any) -> tu
 
 def _in_training(module: nn.Module) -> bool:
     """Whether a module outside the adapters is in train mode; an adapter added to a model in eval mode is, at first."""
-    if isinstance(module, FlareLayer) or is_bnb_linear(module):
+    if isinstance(module, FlareLayer) or is_quantized_linear(module):
         return False
     return module.training or any(_in_training(child) for child in module.children())
 
@@ -91,9 +91,8 @@ def _module_obstacle(model: nn.Module, path: str, module: nn.Module) -> str:
             return f"{path} stands in a list of modules of which each may see a part of the rows"
     elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         return f"{path} is a {type(module).__name__} of PEFT's, which cannot be off for the source's rows alone"
-    if mixes_rows(module):
-        return f"{path} chooses the columns that it keeps in 16 bit over all rows of a batch (llm_int8_threshold)"
-    return ""
+    why = mixes_rows(module)
+    return f"{path} {why}" if why else ""
 
 
 def _sees_every_row(model: nn.Module, path: str) -> bool:

@@ -31,6 +31,7 @@ class Slot:
         pending: outputs that one projection has computed for its neighbours (flare.tuner.site).
         running: whether a forward of the model runs.
         rows: (rows of the target, rows of both streams) in a decoding step that both share; None elsewhere.
+        met: projections that have met the source, in a block that carries it (flare.source.carrier); None elsewhere.
     """
 
     frozen_pass: Any = None
@@ -39,6 +40,7 @@ class Slot:
     pending: Any = None
     running: bool = False
     rows: tuple[int, int] | None = None
+    met: set[Any] | None = None
 
 
 class _Thread(threading.local):

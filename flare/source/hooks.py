@@ -8,7 +8,7 @@ No modeling code is copied or patched:
 2. before the owner of a block stack: hand the context on as a keyword argument of the blocks;
 3. before a block, and after the last: note the state in a source pass;
 4. before a self-attention module, which a checkpoint's recompute calls again: leave the context where the layers inside
-   find it; after it, take it away;
+   find it; after it, take it away (blocks that hand no keyword arguments on do all of 2 and 4: flare.source.carrier);
 5. after the model: check that every fusing layer was reached.
 
 The functions find everything through the module they are called with, never through a closure, so a deep copy or a
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import REPLICA_MARK
+from .._compat import REPLICA_MARK, drops_blocks
 from ..tuner.grouping import make_sites, remove_sites
 from ..tuner.layer import weight_of
+from . import carrier
 from .context import KEYWORD, THREAD, SourceContext
 from .inputs import SOURCE_ARGUMENTS, accepted_by, decoder_shape, one_text_a_row, read_source, target_shape
 from .packed_rows import LOOKED_AT, refuse_packed_rows
@@ -63,7 +64,10 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
         ]
     for stack in dict.fromkeys(runtime.map.places[layer.flare_key].stack for layer in runtime.layers):
         owner, blocks = model.get_submodule(stack.rpartition(".")[0]), [*model.get_submodule(stack).children()]
-        if not any(hook is _before_stack for hook in owner._forward_pre_hooks.values()):
+        if stack in runtime.map.carried:
+            for block in blocks:
+                carrier.carry(block)
+        elif not any(hook is _before_stack for hook in owner._forward_pre_hooks.values()):
             runtime.handles.append(owner.register_forward_pre_hook(_before_stack, with_kwargs=True))
         if _BLOCK in blocks[0].__dict__:
             continue
@@ -73,7 +77,8 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
         handle = blocks[-1].register_forward_hook(_after_last_block)
         blocks[-1].__dict__[_LAST] = (StateKey(stack, len(blocks)), handle.id)
         runtime.handles.append(handle)
-    for path in dict.fromkeys(runtime.map.places[layer.flare_key].attention for layer in runtime.layers):
+    places = [runtime.map.places[layer.flare_key] for layer in runtime.layers]
+    for path in dict.fromkeys(place.attention for place in places if place.stack not in runtime.map.carried):
         attention = model.get_submodule(path)
         if not any(hook is _before_attention for hook in attention._forward_pre_hooks.values()):
             runtime.handles += [
@@ -93,6 +98,7 @@ def detach(model: nn.Module) -> None:
         handle.remove()
     runtime.handles.clear()
     for module in model.modules():
+        carrier.release(module)
         for name in (_BLOCK, _LAST):
             module.__dict__.pop(name, None)
 
@@ -228,7 +234,7 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
 
 def check_reached(model: nn.Module, context: SourceContext) -> None:
     """Raise ValueError where a fusing layer has run, or been passed by, without its source."""
-    if context.missed:
+    if context.missed and not drops_blocks(model):
         runtime = runtime_of(model)
         layers = {} if runtime is None else runtime.reading().sites
         expected = [layer for layer, site in layers.items() if site in context.sites]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._compat import shift_labels
 from .context import SourceContext
 from .fsdp import check_whole, reshard_below
 from .latent import read_latent
@@ -174,13 +175,13 @@ def decoder_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, 
             mask[:, 1:] = (ids[:, 1:] != pad).to(mask.dtype)
         return ids, mask
     mask[:, 1:] = (ids[:, :-1] != -100).to(mask.dtype)
-    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:
+    shifted = shift_labels(model, ids)
+    if shifted is None:
         raise ValueError(
             f"source_labels: {type(model).__name__} does not say how its decoder reads labels "
             "(prepare_decoder_input_ids_from_labels); pass source_decoder_input_ids"
         )
-    return shift(labels=ids), mask
+    return shifted, mask
 
 
 def check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] | None, offset: int, width: int) -> None:

@@ -22,7 +22,7 @@ from .._compat import (
     COMPILED_CALL,
     AuxiliaryTrainingWrapper,
     BaseTunerLayer,
-    is_bnb_linear,
+    is_quantized_linear,
     registrations,
     set_adapters_disabled,
 )
@@ -129,8 +129,8 @@ class Switches:
                     self.tuners.append(module)
             if isinstance(module, nn.ModuleList):
                 self.lists.append((module, len(module)))
-            # bitsandbytes linears repack their weights in eval mode
-            if type(module) not in _INDIFFERENT and "training" in module.__dict__ and not is_bnb_linear(module):
+            # some quantised linears repack their weights in eval mode
+            if type(module) not in _INDIFFERENT and "training" in module.__dict__ and not is_quantized_linear(module):
                 self.states.append(module.__dict__)
 
     def hold(self) -> bool:

@@ -105,6 +105,15 @@ class FrozenWeights:
             value = getattr(holder, attribute, None)
             if isinstance(value, Tensor):
                 yield name, value
+        # HQQ keeps these beside its one parameter
+        meta, bias = vars(module).get("meta"), vars(module).get("bias")
+        if isinstance(meta, dict):
+            self.places.append((vars(module), "meta"))
+            self.places += [(meta, own) for own, value in meta.items() if isinstance(value, Tensor)]
+            yield from ((own, value) for own, value in meta.items() if isinstance(value, Tensor))
+        if isinstance(bias, Tensor):
+            self.places.append((vars(module), "bias"))
+            yield "bias", bias
         for name in _SCALES:
             for holder in (parameter, getattr(module, "state", None)):
                 value = getattr(holder, name, None)

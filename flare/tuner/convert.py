@@ -26,6 +26,7 @@ _TASKS = {
     "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForMultipleChoice": TaskType.SEQ_CLS,  # PEFT has no type of its own for it; the head is a classifier
     "ForCausalLM": TaskType.CAUSAL_LM,
+    "LMHeadModel": TaskType.CAUSAL_LM,
     "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
 }
 _LORA_FIELDS = {f.name for f in fields(LoraConfig)}
@@ -34,7 +35,7 @@ _OWN_FIELDS = {f.name for f in fields(FlareConfig)} - _LORA_FIELDS
 _FREE_FIELDS = {"lora_dropout", "peft_type", "peft_version", "base_model_name_or_path"}
 _FIXED_BY_PEFT = {"task_type", "inference_mode"}
 # what adopting adds to a layer of PEFT's
-_ADOPTED = ("flare_fusion", "flare_unmergeable", "flare_key", "lora_cross_attention", "latent_proj")
+_ADOPTED = ("flare_fusion", "flare_unmergeable", "flare_key", "flare_rows", "lora_cross_attention", "latent_proj")
 
 
 def fast_lora(

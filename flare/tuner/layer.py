@@ -1,7 +1,8 @@
 """The adapter layers: PEFT's LoRA linears whose forward runs on flare_kernels and can take a source stream.
 
 A layer is made by PEFT as always and then *adopted*: its class is exchanged for a subclass of the class PEFT chose
-(plain or bitsandbytes), so parameters, names, hooks and optimizers stay what they were.
+(plain, or for a library's quantised linear), so parameters, names, hooks and optimizers stay what they were. The frozen
+layer is only ever called, so its format does not matter.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from flare_kernels import fused_lora, reference
 from flare_kernels.fusion import EAGER_FUSIONS
 
-from .._compat import LoraLayer, LoraLinear, is_bnb_lora
+from .._compat import LoraLayer, LoraLinear, find_lora_class, is_lora_over_linear
 from ..source.context import THREAD, Slot, SourceContext
+from .fused_qkv import RowsOfQKV
 
 #: State of an adapter layer that changes without notice; what was worked out from it compares it in every call.
 SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
@@ -52,6 +54,7 @@ class FlareLayer:
 
     flare_fusion: adapter name -> fusion of this layer (None: plain LoRA here).
     flare_unmergeable: adapter name -> the fusion of its config, on every layer of an adapter that fuses anywhere.
+    flare_rows: of a projection that holds query, key and value, which of its rows are whose; the key's do not fuse.
     flare_key: this layer's dotted path in the base model, the key under which the source pass files its S.
     lora_cross_attention: adapter name -> its CrossAttention, where it fuses by cross_attention.
     latent_proj: adapter name -> FLARE MT's projection, on the first layer that fuses; there PEFT keeps it like lora_A.
@@ -63,6 +66,7 @@ class FlareLayer:
     flare_fusion: dict[str, str | None]
     flare_unmergeable: dict[str, str]
     flare_key: str
+    flare_rows: RowsOfQKV | None
     lora_cross_attention: nn.ModuleDict
     latent_proj: nn.ModuleDict
 
@@ -122,19 +126,23 @@ class FlareLayer:
     def _forward_alone(self, slot: Slot, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The forward of this projection by itself: several adapters, hooks, or a fusion that mixes positions."""
         active = self.active_here()
-        mixes = slot.context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
+        context = slot.context
+        if slot.met is not None:
+            context = None if self in slot.met else context
+            slot.met.add(self)
+        mixes = context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
         plain = not mixes and all(self.is_untouched_adapter(name) for name in active)
         if x.dim() > 2 and plain and not (args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
             # flat rows: the linear's output then has memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
-            return self._with_adapters(slot, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
+            return self._with_adapters(context, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
         result = self.base_layer(x, *args, **kwargs)
         if active and self.base_layer._forward_hooks:
             result = result.clone()  # somebody may hold on to what the hook saw
         if slot.rows is None or not active:
-            return self._with_adapters(slot, active, x, result)
+            return self._with_adapters(context, active, x, result)
         rows = self.target_rows(slot, x)
-        result[:rows] = self._with_adapters(slot, active, x[:rows], result[:rows])
+        result[:rows] = self._with_adapters(context, active, x[:rows], result[:rows])
         return result
 
     def target_rows(self, slot: Slot, x: Tensor) -> int:
@@ -168,9 +176,13 @@ class FlareLayer:
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.lora_A]
 
-    def _with_adapters(self, slot: Slot, active: list[str], x: Tensor, result: Tensor, flat: bool = False) -> Tensor:
+    def _with_adapters(
+        self, context: SourceContext | None, active: list[str], x: Tensor, result: Tensor, flat: bool = False
+    ) -> Tensor:
+        if x.requires_grad and not result.requires_grad and active and torch.is_grad_enabled():
+            raise_lost_gradient(self.flare_key, self.base_layer)
         for name in active:
-            result = self._add_adapter(slot.context, name, x, result, flat)
+            result = self._add_adapter(context, name, x, result, flat)
         return result
 
     def _add_adapter(self, context: SourceContext | None, name: str, x: Tensor, result: Tensor, flat: bool) -> Tensor:
@@ -200,18 +212,17 @@ class FlareLayer:
                     )
                 causal = bool(getattr(self.__dict__[SITE].parent, "is_causal", False))
                 call = partial(masked_cross_attention, weights=weights, heads=attention.heads, mask=(mask, causal))
-        result = call(
-            x,
-            x_source,
-            result,
-            lora_A.weight,
-            lora_B.weight,
-            scaling=self.scaling[name],
-            fusion=fusion,
-            source_bottleneck=bottleneck,
-            dropout_p=getattr(self.lora_dropout[name], "p", 0.0),
-            training=self.lora_dropout[name].training,
-        )
+        A, B = lora_A.weight, lora_B.weight
+        options: dict[str, Any] = {
+            "scaling": self.scaling[name],
+            "dropout_p": getattr(self.lora_dropout[name], "p", 0.0),
+            "training": self.lora_dropout[name].training,
+        }
+        if fusion is not None and self.flare_rows is not None:  # the key's rows do not fuse
+            are_key = self.flare_rows.are_key(B)
+            result = fused_lora(x, None, result, A, B.where(are_key, 0), fusion=None, **options)
+            B = B.masked_fill(are_key, 0)
+        result = call(x, x_source, result, A, B, fusion=fusion, source_bottleneck=bottleneck, **options)
         if lora_B.bias is not None:  # PEFT's lora_bias
             result = result + (self.scaling[name] * lora_B.bias).to(result.dtype)
         return result
@@ -220,11 +231,16 @@ class FlareLayer:
         self, name: str, fusion: str | None, x: Tensor, x_source: Tensor | None, S: Tensor | None, result: Tensor
     ) -> Tensor:
         """The adapter's share as PEFT computes it: what hooks and patches lora_A, lora_B or lora_dropout takes part."""
-        H = self.project(name, x)
-        if fusion is not None:
-            S = self.project(name, cast(Tensor, x_source)) if S is None else S.to(H.dtype)
-            H = reference.fuse(S, H, fusion)
-        return result + (self.scaling[name] * self.lora_B[name](H)).to(result.dtype)
+        T = self.project(name, x)
+        lora_B = self.lora_B[name]
+        if fusion is None:
+            share = lora_B(T)
+        else:
+            S = self.project(name, cast(Tensor, x_source)) if S is None else S.to(T.dtype)
+            share = lora_B(reference.fuse(S, T, fusion))
+            if self.flare_rows is not None:
+                share = torch.where(self.flare_rows.are_key(share).T, lora_B(T), share)
+        return result + (self.scaling[name] * share).to(result.dtype)
 
     def project(self, adapter: str, x: Tensor) -> Tensor:
         """Return lora_A(lora_dropout(x)) (..., r) of x (..., d) by calling the two modules, with their hooks."""
@@ -324,20 +340,18 @@ _CLASSES: dict[type, type] = {LoraLinear: FlareLinear}
 
 def _flare_class(cls: type) -> type | None:
     """Our subclass of a LoRA class of PEFT's; None for one that cannot run on the kernels."""
-    if cls not in _CLASSES and is_bnb_lora(cls):
+    if cls not in _CLASSES and is_lora_over_linear(cls):
         _CLASSES[cls] = type(f"Flare{cls.__name__}", (FlareLayer, cls), {"__module__": __name__})
     return _CLASSES.get(cls)
 
 
 def __getattr__(name: str) -> type:
-    """The classes over bitsandbytes, for unpickling; they are made on first use."""
-    if name in ("FlareLinear8bitLt", "FlareLinear4bit"):
-        import peft.tuners.lora as lora
-
-        made = _flare_class(getattr(lora, name.removeprefix("Flare")))
-        assert made is not None
-        return made
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """The classes over quantised linears, for unpickling; they are made on first use."""
+    cls = find_lora_class(name.removeprefix("Flare")) if name.startswith("Flare") else None
+    made = None if cls is None else _flare_class(cls)
+    if made is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return made
 
 
 def adopt(module: nn.Module, key: str) -> str:
@@ -356,11 +370,9 @@ def adopt(module: nn.Module, key: str) -> str:
         return f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__} is not supported"
     if module.lora_variant:
         return f"it uses a LoRA variant ({', '.join(type(v).__name__ for v in module.lora_variant.values())})"
-    if getattr(module, "fan_in_fan_out", False):
-        return "its weight is stored as (in, out) (fan_in_fan_out)"
     module.__class__ = cls
     module.flare_fusion, module.flare_unmergeable = {}, {}
-    module.flare_key = key
+    module.flare_key, module.flare_rows = key, None
     module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
     module.lora_cross_attention.scaling = module.scaling  # where PEFT's hotswap looks for it, by the key's path
     return ""
@@ -376,6 +388,16 @@ def check_weights(path: str, x: Tensor, A: Tensor, B: Tensor) -> None:
     raise ValueError(
         f"{path}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, expected (r, d) and (n, r) for an input "
         f"{x.shape[-1]} wide"
+    )
+
+
+def raise_lost_gradient(path: str, base_layer: nn.Module) -> NoReturn:
+    """Raise ValueError for a frozen layer that passes no gradient on: everything below it would train on less."""
+    weight = type(getattr(base_layer, "weight", None)).__name__
+    raise ValueError(
+        f"{path}: its frozen layer ({type(base_layer).__name__}, weight {weight}) passes no gradient to its input, so "
+        "adapters below it would train on a part of their gradient. This format is for inference alone (torchao's "
+        "dynamic int8 activations are): train over a weight-only format, or predict under torch.no_grad()"
     )
 
 

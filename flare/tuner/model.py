@@ -101,6 +101,7 @@ class FlareModel(LoraModel):
             if not reason:
                 assert isinstance(module, FlareLayer)
                 reason = self._why_not(runtime, config, path, module, adapter)
+                module.flare_rows = runtime.map.fused.get(path)
                 module.flare_fusion[adapter] = None if reason else config.fusion
                 if config.fusion is not None:
                     module.flare_unmergeable[adapter] = config.fusion

@@ -29,7 +29,7 @@ from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import in_backward, registrations, saved_tensors_are_packed
 from ..source.context import THREAD, Slot, SourceContext
-from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouched
+from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouched, raise_lost_gradient
 
 _PLAIN = (Tensor, nn.Parameter)
 #: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
@@ -175,13 +175,19 @@ class Site:
                 del pending.outputs[module]
                 if not pending.outputs:
                     slot.pending = None
+                if slot.met is not None:
+                    slot.met.add(module)
                 return output
             slot.pending = None  # another input than its neighbour's
             if not saved_tensors_are_packed():  # a checkpoint's recompute must take the way that the forward took
                 self.separate = True
+        if slot.met is not None and module in slot.met:
+            return None  # its second call, which is not of the tokens
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
+        if slot.met is not None:
+            slot.met.add(module)
         output = outputs[module]
         del outputs[module]
         if outputs:
@@ -362,6 +368,8 @@ class Site:
             x_source = None if x_source is None else x_source.flatten(0, -2)
             Ss = tuple(S.flatten(0, -2) for S in Ss)
         ys = [nn.Linear.forward(m.linear, x) if m.plain else m.linear(x) for m in adapted]  # type: ignore[arg-type]
+        if x.requires_grad and not ys[0].requires_grad and torch.is_grad_enabled():
+            raise_lost_gradient(adapted[0].path, adapted[0].linear)
         dtype = ys[0].dtype if x.dtype == torch.float32 and ys[0].dtype in (torch.float16, torch.bfloat16) else x.dtype
         fused = x_source is not None or bool(Ss)
         adapters = [
@@ -399,8 +407,11 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _fits(layer: FlareLayer, adapter: str) -> bool:
-    """Whether an adapter's matrices are plain linears without bias, and its fusion looks at one position at a time."""
+    """Whether an adapter's matrices are plain linears without bias, and its fusion looks at one position at a time and
+    acts on all outputs.
+    """
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
     plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
     dropout = type(layer.lora_dropout[adapter]) in (nn.Dropout, nn.Identity)
-    return plain and dropout and layer.flare_fusion.get(adapter) not in EAGER_FUSIONS
+    fusion = layer.flare_fusion.get(adapter)
+    return plain and dropout and fusion not in EAGER_FUSIONS and (fusion is None or layer.flare_rows is None)

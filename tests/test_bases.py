@@ -1,0 +1,556 @@
+"""Bases beside those of the authors: logits and gradients in float64 against the method written out by hand.
+
+The oracle runs PEFT's own layers on the same tiny random base: hooks read the source's states, and each projection's
+forward is the formula. Nothing of it looks at how flare finds blocks, projections or rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import flare
+
+VOCAB, HIDDEN, LAYERS, HEADS, M = 64, 32, 3, 4, 9
+LORA = {"r": 4, "lora_alpha": 8}
+
+_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "initializer_range": 0.2,
+    **_TOKENS,
+}
+
+
+def thirds(n: int) -> Tensor:
+    """The key's rows where query, key and value lie one behind the other."""
+    return torch.arange(n) // (n // 3) == 1
+
+
+def by_head(n: int) -> Tensor:
+    """The key's rows where each head has its own query, key and value."""
+    return (torch.arange(n) // (n // (3 * HEADS))) % 3 == 1
+
+
+def last_but_one(width: int, group: int) -> Callable[[int], Tensor]:
+    """The key's rows where they are the last but one of parts ``width`` rows wide, ``group`` parts to a group."""
+    return lambda n: (torch.arange(n) // width) % group == group - 2
+
+
+@dataclass
+class Base:
+    """A family: model and config, the stack of blocks, its projections, and the key's rows where one layer has all."""
+
+    model: str
+    config: str
+    stack: str
+    names: tuple[str, ...]
+    changes: dict[str, Any] = field(default_factory=dict)
+    key_rows: Callable[[int], Tensor] | None = None
+    causal: bool = False
+
+    def make(self) -> Any:
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**{**_COMMON, **self.changes}, attn_implementation="eager")
+        made = getattr(transformers, self.model)(config)
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        with torch.no_grad():
+            for parameter in made.parameters():  # biases and norms that are not zero and one
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+        return made.to(torch.float64).train()
+
+    def batch(self) -> dict[str, Tensor]:
+        """Three rows, padded on the right to other lengths in the two streams."""
+        generator = torch.Generator().manual_seed(4)
+        inputs = {}
+        for prefix, lengths in (("", (M, M - 1, M - 2)), ("source_", (M - 2, M, M - 1))):
+            ids = torch.randint(3, VOCAB, (3, M), generator=generator)
+            mask = (torch.arange(M) < torch.tensor(lengths)[:, None]).long()
+            inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"] = ids.where(mask.bool(), 1), mask
+        if self.causal:
+            inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        else:
+            inputs["labels"] = torch.tensor([0, 1, 1])
+        return inputs
+
+
+DEBERTA = {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+MDEBERTA = {**DEBERTA, "position_buckets": 4, "norm_rel_ebd": "layer_norm", "share_att_key": True}
+NO_DROP = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+BASES = {
+    # blocks that hand no keyword arguments on
+    "mdeberta": Base(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        "deberta.encoder.layer",
+        ("query_proj", "value_proj"),
+        MDEBERTA,
+    ),
+    "deberta-v2-conv": Base(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        "deberta.encoder.layer",
+        ("query_proj", "value_proj"),
+        {**DEBERTA, "conv_kernel_size": 3},
+    ),
+    "deberta": Base(
+        "DebertaForSequenceClassification", "DebertaConfig", "deberta.encoder.layer", ("in_proj",), DEBERTA, by_head
+    ),
+    # query, key and value in one layer
+    "modernbert": Base(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        "model.layers",
+        ("Wqkv",),
+        {"local_attention": 6, "global_attn_every_n_layers": 2},
+        thirds,
+    ),
+    "gpt2": Base(
+        "GPT2LMHeadModel", "GPT2Config", "transformer.h", ("c_attn",), {"attn_pdrop": 0, "resid_pdrop": 0}, thirds, True
+    ),
+    "gpt_neox": Base(
+        "GPTNeoXForCausalLM", "GPTNeoXConfig", "gpt_neox.layers", ("query_key_value",), NO_DROP, by_head, True
+    ),
+    "bloom": Base(
+        "BloomForCausalLM",
+        "BloomConfig",
+        "transformer.h",
+        ("query_key_value",),
+        {"n_head": HEADS, **NO_DROP},
+        by_head,
+        True,
+    ),
+    "mpt": Base(
+        "MptForCausalLM",
+        "MptConfig",
+        "transformer.blocks",
+        ("Wqkv",),
+        {"d_model": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "expansion_ratio": 2},
+        thirds,
+        True,
+    ),
+    "falcon": Base(
+        "FalconForCausalLM",
+        "FalconConfig",
+        "transformer.h",
+        ("query_key_value",),
+        {"multi_query": False, "alibi": False, **NO_DROP},
+        by_head,
+        True,
+    ),
+    "falcon-mqa": Base(
+        "FalconForCausalLM",
+        "FalconConfig",
+        "transformer.h",
+        ("query_key_value",),
+        {"multi_query": True, "alibi": False, **NO_DROP},
+        last_but_one(HIDDEN // HEADS, HEADS + 2),
+        True,
+    ),
+    "falcon-gqa": Base(
+        "FalconForCausalLM",
+        "FalconConfig",
+        "transformer.h",
+        ("query_key_value",),
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, **NO_DROP},
+        last_but_one(HIDDEN // HEADS, HEADS // 2 + 2),
+        True,
+    ),
+    "phi3": Base(
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        "model.layers",
+        ("qkv_proj",),
+        {"num_key_value_heads": 2},
+        lambda n: (torch.arange(n) // 16).eq(2),  # 32 query rows, 16 of the key, 16 of the value
+        True,
+    ),
+    "persimmon": Base(
+        "PersimmonForCausalLM", "PersimmonConfig", "model.layers", ("query_key_value",), NO_DROP, by_head, True
+    ),
+    # by configuration
+    "xlm-r (AfroXLM-R)": Base(
+        "XLMRobertaForSequenceClassification", "XLMRobertaConfig", "roberta.encoder.layer", ("query", "value")
+    ),
+    "rembert": Base(
+        "RemBertForSequenceClassification",
+        "RemBertConfig",
+        "rembert.encoder.layer",
+        ("query", "value"),
+        {"input_embedding_size": 16, "output_embedding_size": 16},
+    ),
+    "llama 3": Base(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        "model.layers",
+        ("q_proj", "v_proj"),
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        causal=True,
+    ),
+    "qwen 3": Base(
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        "model.layers",
+        ("q_proj", "v_proj"),
+        {"num_key_value_heads": 2, "head_dim": 8},
+        causal=True,
+    ),
+    "gemma 3": Base(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        "model.layers",
+        ("q_proj", "v_proj"),
+        {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "layer_types": WINDOWS},
+        causal=True,
+    ),
+}
+
+
+# --- the method by hand -----------------------------------------------------------------------------------------------
+
+
+def add_relu(S: Tensor, T: Tensor) -> Tensor:
+    return S.relu() + T.relu()
+
+
+def randomize(model: nn.Module) -> None:
+    """Random A and B in float64, by name, so that two models get the same."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.15
+
+
+def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """What each block hands on of the source: the next one's input, of the last its output."""
+    blocks = model.get_base_model().get_submodule(base.stack)
+    found: dict[int, Tensor] = {}
+    handles = []
+    for index, block in enumerate(blocks):
+        if index:
+            handles.append(
+                block.register_forward_pre_hook(
+                    lambda _, args, kwargs, i=index: found.__setitem__(
+                        i - 1, (args[0] if args else kwargs["hidden_states"]).detach()
+                    ),
+                    with_kwargs=True,
+                )
+            )
+    last = len(blocks) - 1
+    handles.append(
+        blocks[-1].register_forward_hook(
+            lambda _, args, output: found.__setitem__(
+                last, (output if isinstance(output, Tensor) else output[0]).detach()
+            )
+        )
+    )
+    with torch.no_grad(), model.disable_adapter():
+        model.get_base_model().base_model(
+            input_ids=inputs["source_input_ids"], attention_mask=inputs["source_attention_mask"]
+        )
+    for handle in handles:
+        handle.remove()
+    return [found[index] for index in range(len(blocks))]
+
+
+def by_hand(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of the method over stock PEFT layers."""
+    task = "CAUSAL_LM" if base.causal else "SEQ_CLS"
+    stock = peft.get_peft_model(base.make(), peft.LoraConfig(**LORA, target_modules=list(base.names), task_type=task))
+    randomize(stock)
+    states = read_states(base, stock, inputs)
+    for block, state in zip(stock.get_base_model().get_submodule(base.stack), states, strict=True):
+        for path, layer in block.named_modules():
+            if path.rpartition(".")[2] not in base.names or not hasattr(layer, "lora_A"):
+                continue
+
+            def forward(x: Tensor, layer: Any = layer, state: Tensor = state) -> Tensor:
+                A, B, s = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
+                T, y = A(x), layer.base_layer(x)
+                if x.shape[:2] != (3, M):  # DeBERTa's positions: plain LoRA
+                    return y + s * B(T)
+                H = add_relu(A(state), T)
+                if base.key_rows is None:
+                    return y + s * B(H)
+                return y + s * torch.where(base.key_rows(y.shape[-1]), B(T), B(H))
+
+            layer.forward = forward
+    out = stock(**{name: value for name, value in inputs.items() if not name.startswith("source_")})
+    out.loss.backward()
+    return out.logits.detach(), gradients(stock)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and "lora_" in name}
+
+
+def check(model: Any, inputs: dict[str, Tensor], logits: Tensor, grads: dict[str, Tensor]) -> None:
+    """One training step's logits and gradients."""
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    torch.testing.assert_close(out.logits, logits, rtol=1e-9, atol=1e-9)
+    found = gradients(model)
+    assert found.keys() == grads.keys() and len(grads) > 0
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            found[name], grad, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_a_step_is_the_method_by_hand(family: str) -> None:
+    """Plain, without a source, with checkpointing, with states that are not kept, from a cache, and from a copy."""
+    base = BASES[family]
+    inputs = base.batch()
+    logits, grads = by_hand(base, inputs)
+    model = flare.fast_lora(base.make(), **LORA, strict=True)
+    randomize(model)
+    assert len(model.fast_lora_report().fused) == LAYERS * len(base.names)
+    check(model, inputs, logits, grads)
+    with torch.no_grad():
+        plain = model(**{name: value for name, value in inputs.items() if not name.startswith("source_")}).logits
+    assert (plain - logits).abs().max() > 1e-3, "the source must matter"
+    check(copy.deepcopy(model), inputs, logits, grads)
+    model.set_source_cache(flare.SourceStateCache(10**7))
+    for _ in ("fills the cache", "reads it"):
+        check(model, inputs, logits, grads)
+    model.set_source_cache(None)
+    model.peft_config["default"].source_memory = "recompute"
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    check(model, inputs, logits, grads)
+
+
+# --- encoder-decoders -------------------------------------------------------------------------------------------------
+
+PAIRS = {
+    "m2m_100 (NLLB)": (
+        "M2M100ForConditionalGeneration",
+        "M2M100Config",
+        {
+            "d_model": HIDDEN,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "decoder_start_token_id": 2,
+            "encoder_layerdrop": 0.0,
+            "decoder_layerdrop": 0.0,
+        },
+        ("model.encoder.layers", "model.decoder.layers"),
+        ("q_proj", "v_proj"),
+    ),
+    "mt5 (mT0)": (
+        "MT5ForConditionalGeneration",
+        "MT5Config",
+        {"d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": HEADS, "decoder_start_token_id": 0},
+        ("encoder.block", "decoder.block"),
+        ("q", "v"),
+    ),
+}
+_CROSS = ("encoder_attn", "EncDecAttention")
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_an_encoder_decoder_is_the_method_by_hand(family: str) -> None:
+    """Both stacks fuse, each with the source's state of its own depth; cross-attention is plain LoRA."""
+    name, config, changes, stacks, names = PAIRS[family]
+    size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": False}
+    base = Base(name, config, stacks[0], names)
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        made = getattr(transformers, name)(
+            getattr(transformers, config)(**size, **changes, attn_implementation="eager")
+        )
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            module.__dict__.update({each: 0.0 for each in ("dropout", "activation_dropout") if each in module.__dict__})
+        return made.to(torch.float64).train()
+
+    inputs = base.batch()
+    generator = torch.Generator().manual_seed(5)
+    inputs["labels"], inputs["source_labels"] = (torch.randint(3, VOCAB, (3, 6), generator=generator) for _ in range(2))
+    target = {each: value for each, value in inputs.items() if not each.startswith("source_")}
+    stock = peft.get_peft_model(make(), peft.LoraConfig(**LORA, target_modules=list(names), task_type="SEQ_2_SEQ_LM"))
+    randomize(stock)
+    inner = stock.get_base_model()
+    states: dict[str, Tensor] = {}
+    handles = [
+        block.register_forward_hook(
+            lambda _, args, output, key=f"{stack}.{index}": states.__setitem__(
+                key, (output if isinstance(output, Tensor) else output[0]).detach()
+            )
+        )
+        for stack in stacks
+        for index, block in enumerate(inner.get_submodule(stack))
+    ]
+    with torch.no_grad(), stock.disable_adapter():
+        inner(
+            input_ids=inputs["source_input_ids"],
+            attention_mask=inputs["source_attention_mask"],
+            decoder_input_ids=torch.cat(
+                [torch.full((3, 1), changes["decoder_start_token_id"]), inputs["source_labels"][:, :-1]], dim=1
+            ),
+        )
+    for handle in handles:
+        handle.remove()
+    for path, layer in inner.named_modules():
+        own = next((state for key, state in states.items() if path.startswith(f"{key}.")), None)
+        if own is None or not hasattr(layer, "lora_A") or any(mark in path for mark in _CROSS):
+            continue
+
+        def forward(x: Tensor, layer: Any = layer, state: Tensor = own) -> Tensor:
+            A, B = layer.lora_A["default"], layer.lora_B["default"]
+            return layer.base_layer(x) + layer.scaling["default"] * B(add_relu(A(state), A(x)))
+
+        layer.forward = forward
+    want = stock(**target)
+    want.loss.backward()
+    model = flare.fast_lora(make(), **LORA)
+    randomize(model)
+    check(model, inputs, want.logits.detach(), gradients(stock))
+    model.set_source_cache(flare.SourceStateCache(10**7))
+    for _ in ("fills the cache", "reads it"):
+        check(model, inputs, want.logits.detach(), gradients(stock))
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_blocks_that_a_training_step_leaves_out_need_no_source(memory: str) -> None:
+    """M2M100's own LayerDrop; the source pass runs every block."""
+    name, config, changes, _, _ = PAIRS["m2m_100 (NLLB)"]
+    size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+    torch.manual_seed(3)
+    settings = getattr(transformers, config)(**size, **{**changes, "encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3})
+    model = flare.fast_lora(getattr(transformers, name)(settings), **LORA, source_memory=memory).train()
+    inputs = Base(name, config, "", ()).batch()
+    inputs["labels"] = inputs["source_labels"] = torch.randint(3, VOCAB, (3, 6))
+    reached = set()
+    for _ in range(6):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        if loss.requires_grad:  # else every block was left out
+            loss.backward()
+        reached.add(len(gradients(model)))
+    assert len(reached) > 1, "no step left a block out"
+
+
+# --- blocks that carry the source, and fused projections, elsewhere ---------------------------------------------------
+
+
+def test_a_carrying_block_is_pickled_and_given_back() -> None:
+    base = BASES["mdeberta"]
+    inputs = base.batch()
+    model = flare.fast_lora(base.make(), **LORA)
+    randomize(model)
+    with torch.no_grad():
+        want = model(**inputs).logits
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**inputs).logits, want, rtol=0, atol=0)
+    block = model.get_base_model().deberta.encoder.layer[0]
+    assert type(block).__name__ == "CarryingDebertaV2Layer"
+    model.delete_adapter("default")
+    assert type(block).__name__ == "DebertaV2Layer"
+
+
+def test_positions_as_long_as_the_text_do_not_meet_the_source() -> None:
+    """One row of M tokens and M relative positions: only the call says which of the two query_proj reads."""
+    base = BASES["mdeberta"]
+    width = base.changes["position_buckets"] * 2
+    inputs = {name: value[:1, :width] for name, value in base.batch().items() if name != "labels"}
+    model = flare.fast_lora(base.make(), **LORA)
+    randomize(model)
+    stock = peft.get_peft_model(base.make(), peft.LoraConfig(**LORA, target_modules=list(base.names)))
+    randomize(stock)
+    states = read_states(base, stock, inputs)
+    for block, state in zip(stock.get_base_model().get_submodule(base.stack), states, strict=True):
+        for layer in (block.attention.self.query_proj, block.attention.self.value_proj):
+            calls: list[int] = []
+
+            def forward(x: Tensor, layer: Any = layer, state: Tensor = state, calls: list[int] = calls) -> Tensor:
+                A, B = layer.lora_A["default"], layer.lora_B["default"]
+                calls.append(1)
+                H = add_relu(A(state), A(x)) if len(calls) == 1 else A(x)
+                return layer.base_layer(x) + layer.scaling["default"] * B(H)
+
+            layer.forward = forward
+    with torch.no_grad():
+        want = stock(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "bloom"])
+@pytest.mark.parametrize("source_pass", ["separate", "shared"])
+def test_a_fused_projection_generates(family: str, source_pass: str) -> None:
+    """The cached steps agree with one forward of the finished text; both streams may share a pass."""
+    base = BASES[family]
+    model = flare.fast_lora(base.make(), **LORA, source_layer_offset=0, source_padding="zero").eval()
+    randomize(model)
+    generator = torch.Generator().manual_seed(6)
+    inputs = {name: torch.randint(3, VOCAB, (2, M), generator=generator) for name in ("input_ids", "source_input_ids")}
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **options, output_logits=True, source_pass=source_pass, pad_token_id=1)
+    with torch.no_grad():
+        want = model(**inputs).logits[:, -1]
+        plain = model(input_ids=inputs["input_ids"]).logits[:, -1]
+    torch.testing.assert_close(out.logits[0].double(), want, rtol=1e-5, atol=1e-5)
+    assert (want - plain).abs().max() > 1e-3
+    other = model.generate(**inputs, **options, output_logits=True, source_pass="separate", pad_token_id=1)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(other.logits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "mul"])
+def test_a_fused_projection_with_hooks_and_with_other_fusions(fusion: str) -> None:
+    """lora_A called as a module gives the kernels' numbers; the key's outputs are plain LoRA's under every fusion."""
+    base = BASES["modernbert"]
+    inputs = base.batch()
+    model = flare.fast_lora(base.make(), **LORA, fusion=fusion).eval()
+    randomize(model)
+    layer = model.get_base_model().model.layers[1].attn.Wqkv
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+    with torch.no_grad():
+        want = model(**inputs).logits
+        x, y = seen[-2:]  # the source pass calls the layer too
+        plain = layer.base_layer(x) + layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](x))
+        same = (y - plain).abs().amax(dim=(0, 1)) < 1e-12
+        assert torch.equal(same, thirds(3 * HIDDEN))
+        if fusion != "cross_attention":
+            layer.lora_A["default"].register_forward_hook(lambda *_: None)
+            torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-9, atol=1e-9)
