@@ -10,12 +10,12 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import UserError
+from ..processes import process_count
 from ..source_cache import SourceStateCache
 from ..source_cache.entries import aligned
 from ..source_cache.memory import free_bytes
 from ..source_cache.meter import readable
 from ..training.collator import FlareDataCollator
-from ..processes import process_count
 
 #: The share of free memory that auto gives the states: training's own needs come on top.
 AUTO_SHARE = 1 / 4
