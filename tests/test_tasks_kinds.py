@@ -11,12 +11,24 @@ from small_tasks import byte_tokenizer, word_tokenizer, write_csv, write_jsonl
 
 import flare
 from flare.errors import UserError
-from flare.tasks import DataError, Example, Pair, get_task, load_pairs, make_form, metrics, read_split, resolve_labels
+from flare.tasks import (
+    DataError,
+    Example,
+    Pair,
+    get_task,
+    load_pairs,
+    make_form,
+    metrics,
+    read_split,
+    resolve_labels,
+    write_split,
+)
 from flare.tasks import score as score_of
 from flare.tasks.digest import digest_of_rows
 from flare.tasks.inferred import inferred_tags
 from flare.tasks.rows import examples_from
 from flare.tasks.token_form import first_tokens
+from flare.translation.rows import finish, prepare
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 CHOICES = {"text_columns": ["passage", "question"], "choice_columns": ["c1", "c2", "c3"]}
@@ -162,6 +174,16 @@ def test_the_targets_tags_count_and_a_source_may_be_a_sentence(tmp_path):
         assert pairs[0].target.label == ("O", "B-PER")
     assert pairs[0].source.texts == {"tokens": "c d e"}
     assert pairs[0].source.words == ()
+
+
+def test_a_translated_sentence_is_a_source_without_words(tmp_path):
+    task = get_task("token-classification", labels=TAGS)
+    row = Example("1", {"tokens": "a b"}, ("O", "B-PER"), words=("a", "b"))
+    found, _ = finish(prepare([row], task, "drop"), ["x y z"])
+    (tmp_path / "hausa-english").mkdir()
+    write_split(tmp_path / "hausa-english" / "test.jsonl", found, task)
+    (read,) = read_split(task, tmp_path, "hausa-english", "test")
+    assert (read.texts, read.words, read.label) == ({"tokens": "x y z"}, (), None)
 
 
 def test_rows_without_words_keep_their_digest():
