@@ -116,6 +116,9 @@ def _commands() -> Iterable[Capability]:
     need = "needs a sequence-to-sequence MT model"
     yield Capability("flare translate", True, _sentencepiece(need) or need)
     yield Capability("flare finetune, train, evaluate", True, "")
+    entities = _installed("seqeval")
+    missing = "seqeval is missing, which computes entity F1: pip install 'flare-kernels[tasks]'"
+    yield Capability("--task token-classification", entities, "" if entities else missing)
     plots = _installed("matplotlib")
     missing = "matplotlib is missing: pip install 'flare-kernels[plots]' (tables are written without it)"
     yield Capability("pictures of flare report", plots, "" if plots else missing)

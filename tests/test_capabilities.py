@@ -24,6 +24,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> dict[str, capabili
     [
         ("bitsandbytes", "qlora, qlora-int8", "bitsandbytes is missing: pip install 'flare-kernels[bnb]'"),
         ("matplotlib", "pictures of flare report", "matplotlib is missing: pip install 'flare-kernels[plots]'"),
+        ("seqeval", "--task token-classification", "pip install 'flare-kernels[tasks]'"),
         ("datasets", "data sets from the hub", "datasets is missing: pip install datasets"),
         ("pytest_benchmark", "flare bench", "pytest-benchmark is missing: pip install 'flare-kernels[dev]'"),
     ],

@@ -54,8 +54,9 @@ def bottleneck_sizes(
     try:
         for first in range(0, len(rows), batch_size):
             batch = collator(list(rows[first : first + batch_size])).to(device)
-            masks["target"] = batch.get("attention_mask")
-            masks["source"] = batch.get("source_attention_mask")
+            for name in ("target", "source"):
+                mask = batch.get("attention_mask" if name == "target" else "source_attention_mask")
+                masks[name] = mask.flatten(0, -2) if mask is not None else None  # choices are rows in the model
             with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
                 model(**batch)
     finally:

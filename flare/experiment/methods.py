@@ -114,7 +114,16 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
 
 
 def for_method(method: str, setup: Setup) -> Setup:
-    """Return the setup as a method reads the task: input-level fusion of models that write has one joint prompt."""
+    """Return the setup as a method reads the task: input-level fusion of models that write has one joint prompt.
+
+    Raises:
+        UserError: the method cannot read the task.
+    """
+    if method in ("x-mixup", "flare-mt") and setup.form.auto_class == "AutoModelForMultipleChoice":
+        raise UserError(
+            f"--method {method}: it reads one text a row, and a multiple choice head one for each choice; use lora, "
+            "flare or input-fusion, or a model that writes its answer"
+        )
     if method != "input-fusion" or not isinstance(setup.form, WrittenForm):
         return setup
     return replace(setup, form=JoinedForm(setup.form))

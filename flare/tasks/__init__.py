@@ -17,7 +17,7 @@ from .joined import JoinedForm, joined_task
 from .languages import LANGUAGES, NLLB_TAGS, Language, language, nllb_code
 from .pairs import load_pairs, read_translation
 from .reading import has_split, read_split, resolve_labels
-from .registry import TASKS, Task, get_task
+from .registry import TASKS, Task, choice_task, get_task
 
 __all__ = [
     "DATA_SETS",
@@ -35,6 +35,7 @@ __all__ = [
     "Pair",
     "Task",
     "align",
+    "choice_task",
     "get_task",
     "has_split",
     "joined_task",

@@ -31,8 +31,8 @@ def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
     fractions = [label for label in counts if _fraction(label)]
     if fractions and all(_number(label) for label in counts):
         raise DataError(
-            f"{place(fractions[0])} is a number with a fraction: this looks like a regression, and there are classes "
-            "only. Name another --label-column, or list the classes with --labels"
+            f"{place(fractions[0])} is a number with a fraction: this looks like a regression. Use --task regression, "
+            "name another --label-column, or list the classes with --labels"
         )
     lower: dict[str, str] = {}
     for label in sorted(counts, key=lambda one: -counts[one]):

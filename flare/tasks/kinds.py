@@ -131,7 +131,7 @@ def _choice(value: Any, task: Task, where: str) -> str:
     if not 0 <= number < len(letters):
         raise DataError(
             f"{where} is {said!r}; accepted: {', '.join(letters)}, or the choice's number counted from "
-            f"{task.first_choice}"
+            f"{task.first_choice} (write letters where yours are counted otherwise)"
         )
     return letters[number]
 

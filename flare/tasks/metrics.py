@@ -88,7 +88,10 @@ def macro_f1_of_sets(
 def check_entity_metrics() -> None:
     """Raise UserError where the package seqeval is not installed, before a model is trained for its metric."""
     if importlib.util.find_spec("seqeval") is None:
-        raise UserError("entity F1 is computed by the package seqeval, which is not installed: pip install seqeval")
+        raise UserError(
+            "entity F1 is computed by the package seqeval, which is not installed: pip install seqeval "
+            "(or flare-kernels[tasks])"
+        )
 
 
 def entity_scores(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -17,6 +17,11 @@ from .registry import NAMED, Task
 _IDS = frozenset(
     ("id", "ids", "idx", "uid", "uuid", "guid", "rowid", "exampleid", "sentenceid", "textid", "itemid", "sampleid")
 )
+#: What else names columns in a kind of task.
+_MORE_NAMES = {
+    "multiple-choice": " and --choice-columns",
+    "multi-label": " (columns of 0 and 1, one for each label: with --labels)",
+}
 
 
 def examples_from(
@@ -46,7 +51,7 @@ def examples_from(
     if lacking:
         raise DataError(
             f"{where} has no column {', '.join(lacking)}; it has {', '.join(columns) or 'none'}. Rename the column, or "
-            "name yours with --text-columns, --label-column and --id-column"
+            f"name yours with --text-columns, --label-column and --id-column{_MORE_NAMES.get(task.kind, '')}"
         )
     found = [_example(row, index, columns, task, where, name_of) for index, row in enumerate(rows)]
     if task.kind in NAMED:

@@ -67,5 +67,7 @@ def batch_of_choices(
 
 def _choices(row: Mapping[str, Any]) -> int | None:
     ids = row.get("input_ids")
-    nested = ids is not None and len(ids) > 0 and hasattr(ids[0], "__len__") and not isinstance(ids[0], str)
-    return len(ids) if nested else None  # type: ignore[arg-type]
+    if ids is None or not len(ids):
+        return None
+    nested = isinstance(ids[0], list | tuple) or getattr(ids[0], "ndim", 0) > 0
+    return len(ids) if nested else None

@@ -1,0 +1,79 @@
+"""FLARE on a multiple choice: each choice reads the source's text of the same choice."""
+
+import pytest
+import tiny
+import torch
+import transformers
+
+import flare
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    base = transformers.BertForMultipleChoice(tiny.config("bert", hidden_dropout_prob=0.0))
+    made = flare.fast_lora(base, r=4).eval()
+    tiny.randomize_lora(made)
+    return made
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, tiny.VOCAB, (2, 2, 3, 7), generator=generator)  # two streams, B=2, n=3, m=7
+    mask = torch.ones_like(ids)
+    mask[0, 1, 2, 5:] = mask[1, 0, 1, 4:] = 0
+    return {
+        "input_ids": ids[0],
+        "attention_mask": mask[0],
+        "source_input_ids": ids[1],
+        "source_attention_mask": mask[1],
+    }
+
+
+def one_by_one(model, batch):
+    """The same texts as rows of one choice."""
+    rows = {name: value.flatten(0, 1)[:, None] for name, value in batch.items()}
+    return model(**rows).logits.view(2, 3)
+
+
+def test_choices_meet_their_own_sources(model, batch):
+    logits = model(**batch).logits
+    assert logits.shape == (2, 3)
+    torch.testing.assert_close(logits, one_by_one(model, batch))
+    swapped = {**batch, "source_input_ids": batch["source_input_ids"].flip(1)}
+    assert not torch.allclose(model(**swapped).logits, logits)
+    without_masks = {name: value for name, value in batch.items() if not name.endswith("mask")}
+    torch.testing.assert_close(model(**without_masks).logits, one_by_one(model, without_masks))
+
+
+def test_choices_train_their_head_and_read_a_cache(model, batch):
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert any("classifier" in name for name in trained)
+    expected = model(**batch).logits
+    model.set_source_cache(flare.SourceStateCache(10**8, tiers=("host",)))
+    try:
+        for _ in range(2):  # cold and warm
+            torch.testing.assert_close(model(**batch).logits, expected)
+        assert model.base_model.model is not None
+    finally:
+        model.set_source_cache(None)
+
+
+def test_a_source_of_one_text_a_row_is_refused(model, batch):
+    one = {**batch, "source_input_ids": batch["source_input_ids"][:, 0]}
+    with pytest.raises(ValueError, match=r"source_input_ids is \(2, 7\): next to input_ids \(B, n, m\)"):
+        model(**one)
+
+
+def test_rows_with_different_numbers_of_choices_are_refused():
+    rows = [{"input_ids": [[1, 2], [1, 3]]}, {"input_ids": [[1, 2]]}]
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="<pad>")
+    with pytest.raises(ValueError, match="different numbers of choices \\(1, 2"):
+        flare.FlareDataCollator(tokenizer, require_source=False)(rows)
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
