@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from flare_kernels import __version__
 
-from .commands import bench, demo, evaluate, finetune, info, report, train, translate
+from .commands import bench, check, demo, evaluate, finetune, info, report, train, translate
 from .processes import is_main
 from .progress import quiet_libraries_in_log_files
 
 #: In the order of their use.
-COMMANDS = (finetune, translate, train, evaluate, report, demo, bench, info)
+COMMANDS = (finetune, translate, check, train, evaluate, report, demo, bench, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,12 +68,13 @@ def task_list() -> str:
         if task.hub_id is None:
             continue
         data = DATA_SETS[task.hub_id]
+        others = dict.fromkeys(one.hub_id for one in data.english.values())
+        english = "".join(f"; English {', '.join(data.english)} from {one}" for one in others)
         label = "answers" if task.kind == "qa" else task.label_column
         languages = " ".join(data.codes or (f"{data.languages} languages, named by FLORES-200's tags",))
-        text = (
-            f"{task.hub_id}: {', '.join(task.text_columns)} -> {label}; {task.metrics[0]}; {', '.join(data.splits)}"
-            f"{'' if data.parallel else '; languages are not translations of each other'}; {languages}"
-        )
+        kinds = f"{', '.join(task.text_columns)} -> {label}; {task.metrics[0]}; {', '.join(data.splits)}{english}"
+        apart = "" if data.parallel else "; languages are not translations of each other"
+        text = f"{task.hub_id}: {kinds}{apart}; {languages}"
         lines += textwrap.wrap(f"  {task.name:<12} {text}", 110, subsequent_indent=" " * 15, break_on_hyphens=False)
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ TEXTS = ("gold", "mt")
 QUANTIZATIONS = ("none", "nf4", "int8")
 ALL_FUSIONS = (*FUSIONS, *(name for name in EAGER_FUSIONS if name not in FUSIONS))
 BASE = "base"
+_FROM_ZERO = ("seeds", "show", "score_rows", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Settings:
         for one in fields(self):
             value = getattr(self, one.name)
             for number in value if one.metadata.get("kind") == "ints" and value is not None else [value]:
-                least = 0 if one.name == "seeds" else 4 if one.name == "max_length" else 1
+                least = 0 if one.name in _FROM_ZERO else 4 if one.name == "max_length" else 1
                 if one.metadata.get("kind") in ("int", "ints") and number is not None and number < least:
                     raise UserError(f"{flag(one.name)} must be {least} or more; got {number}")
 
@@ -212,6 +213,28 @@ class TrainSettings(Training):
     @property
     def source_language(self) -> str:
         return self.source or "english"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings(TrainSettings):
+    """Options of `flare check`: those of `flare train`, and how much is measured."""
+
+    model: str | None = option(
+        "str", "folder or hub id of the model, as for flare finetune, where no base is there yet"
+    )
+    show: int = option("int", "pairs shown of each target (default: 2; 0: none)", 2)
+    score_rows: int = option(
+        "int", "rows of the source language that the base is scored on (default: 200; 0: none)", 200
+    )
+    steps: int = option("int", "steps timed of each method, after one that is not (default: 3; 0: no measurement)", 3)
+    json: Path | None = option("path", "also write everything to this file, which must not exist", metavar="FILE")
+
+    def check(self) -> None:
+        super().check()
+        if self.model is not None and self.base is not None:
+            raise UserError("--model and --base both name the model; give one of them")
+        if self.json is not None and self.json.exists():
+            raise UserError(f"--json {self.json} is there already; name another file")
 
 
 @dataclass(frozen=True, kw_only=True)

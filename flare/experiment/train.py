@@ -97,8 +97,8 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
     say = only_main(say)
     with quiet_libraries():
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
-        labels = _check_bases(settings, bases)
-        settings = replace(settings, form=_form_of(settings, bases))
+        labels = check_bases(settings, bases)
+        settings = replace(settings, form=form_of(settings, bases))
         place = place_of(settings, settings.data, settings.source_language)
         task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
         data = Data(task, place, settings.source_language, settings.translations, settings.rows)
@@ -120,7 +120,7 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
     return folders
 
 
-def _check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, ...] | None:
+def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, ...] | None:
     """The labels the bases were fine-tuned on; UserError where it was another task or language."""
     labels = None
     for base in bases.values():
@@ -142,7 +142,7 @@ def _check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, 
     return labels
 
 
-def _form_of(settings: TrainSettings, bases: dict[int, Base]) -> str | None:
+def form_of(settings: TrainSettings, bases: dict[int, Base]) -> str | None:
     """The form that the bases were fine-tuned in: a head that was not trained with them would be a random one."""
     for base in bases.values():
         there = None if base.record is None else base.record.settings.get("family")
