@@ -215,8 +215,9 @@ def cost_table(group: Group) -> Table | None:
     held = {name: most for name, most in _cached(group).items() if most}
     if held:
         notes.append(
-            "source states were kept between epochs, so ms/step is that of steps that read them, and host memory held, "
-            "beside the peak: " + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
+            "source states were kept between epochs: from the second epoch on steps read them, and ms/step is a median over "
+            "all. Host memory for them, beside the peak: "
+            + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
         )
     title = f"Costs, {group.shown_task}, {language_name(group.source)} as the source language"
     return Table(title, head, rows, tuple(notes))
