@@ -215,7 +215,7 @@ def cost_table(group: Group) -> Table | None:
     held = {name: most for name, most in _cached(group).items() if most}
     if held:
         notes.append(
-            "source states were kept between epochs: from the second epoch on steps read them, and ms/step is a median over "
+            "source states were kept between epochs: steps read them from the second one on, and ms/step is a median over "
             "all. Host memory for them, beside the peak: "
             + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
         )
