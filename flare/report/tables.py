@@ -215,8 +215,8 @@ def cost_table(group: Group) -> Table | None:
     held = {name: most for name, most in _cached(group).items() if most}
     if held:
         notes.append(
-            "source states were kept between epochs: steps read them from the second one on, and ms/step is a median over "
-            "all. Host memory for them, beside the peak: "
+            "source states were kept between epochs: steps read them from the second one on, and ms/step is the "
+            "median of all. Host memory for them, beside the peak: "
             + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
         )
     title = f"Costs, {group.shown_task}, {language_name(group.source)} as the source language"
