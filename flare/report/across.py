@@ -207,8 +207,8 @@ def varied_table(groups: Sequence[Group], metrics: Mapping[str, str], kind: Kind
             largest[method] = max(largest.get(method, family), family, key=len)
         for method, family in largest.items():
             for value, label in family.items():
-                cells = found.setdefault((models[group.model], method, value), {})
-                cells |= {name: over(group, label, metrics[group.slug], part) for name, part in parts.items()}
+                there = found.setdefault((models[group.model], method, value), {})
+                there |= {name: over(group, label, metrics[group.slug], part) for name, part in parts.items()}
     if not found:
         return None
     columns = list(dict.fromkeys(name for cells in found.values() for name in cells))

@@ -84,6 +84,10 @@ def warnings(group: Group) -> list[str]:
                 f"{cost.label}: its runs took {1000 * low:.1f} to {1000 * high:.1f} ms per step: its costs say little "
                 "(was the machine shared, or are the languages' texts of other lengths?)"
             )
+    for label in group.labels:
+        kept = _differing(group.of(label), lambda entry: {"source cache": _cache_state(entry)})
+        if kept:
+            found.append(f"{label}: costs are of runs with and without a source cache (flare train --source-cache)")
     versions = _differing(group.entries, lambda entry: entry.run.record.environment.get("versions") or {})
     for name, values in versions.items():
         found.append(f"runs with several versions of {name}: {', '.join(values)}")
@@ -91,6 +95,12 @@ def warnings(group: Group) -> list[str]:
     if len(commits) > 1:
         found.append(f"runs of several commits: {_joined(commits)}")
     return found
+
+
+def _cache_state(entry: Entry) -> str:
+    """ "on" or "off" of a run that could keep its source states between epochs; else empty."""
+    facts = entry.run.record.data.get("source_cache") or {}
+    return "" if not facts else "on" if facts.get("on") else "off"
 
 
 def _speaks_against(note: str) -> bool:
@@ -152,6 +162,12 @@ def conditions(group: Group) -> list[tuple[str, str]]:
             texts.setdefault(text, []).append(name)
     if texts:
         lines.append(("source text in training", "; ".join(f"{text}: {', '.join(who)}" for text, who in texts.items())))
+    kept: dict[str, list[str]] = {}
+    for label, name in group.labels.items():
+        for state in sorted({_cache_state(e) for e in group.of(label)} - {""}):
+            kept.setdefault(state, []).append(name)
+    if kept:
+        lines.append(("source cache", "; ".join(f"{state}: {', '.join(who)}" for state, who in kept.items())))
     common, apart = _shared(group)
     lines += [(name, value) for name, value in common.items() if value != "null"]
     lines += [(f"{name} (differs)", value) for name, value in apart.items()]

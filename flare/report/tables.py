@@ -215,8 +215,9 @@ def cost_table(group: Group) -> Table | None:
     held = {name: most for name, most in _cached(group).items() if most}
     if held:
         notes.append(
-            "source states were kept between epochs, so ms/step is that of steps that read them, and host memory held, "
-            "beside the peak: " + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
+            "source states were kept between epochs: steps read them from the second one on, and ms/step is the "
+            "median of all. Host memory for them, beside the peak: "
+            + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
         )
     if any(line.processes != "1" for line in lines):
         shares = "; ".join(f"{line.name}: {line.processes}" for line in lines)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...progress import counter
 from ..across import Overview
 from ..collect import Group
 from .ablations import draw_fusions, draw_ranks, draw_source_texts, draw_translators
@@ -40,10 +41,13 @@ def draw_all(group: Group, metric: str, folder: Path, formats: Sequence[str]) ->
     Raises:
         ImportError: matplotlib is not installed.
     """
-    return [
-        _drawn(name, title, draw, folder / f"{group.slug}-{name}", formats)
-        for name, title, draw in _of_group(group, metric)
-    ]
+    plan = list(_of_group(group, metric))
+    drawn = []
+    with counter(f"pictures of {group.slug}", len(plan), "picture") as bar:
+        for name, title, draw in plan:
+            drawn.append(_drawn(name, title, draw, folder / f"{group.slug}-{name}", formats))
+            bar.update(1)
+    return drawn
 
 
 def draw_overviews(found: Sequence[Overview], folder: Path, formats: Sequence[str]) -> list[Picture]:

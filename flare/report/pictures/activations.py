@@ -44,6 +44,7 @@ def draw_averages(group: Group, label: str) -> Any:
             axes.axhline(0, color="#888888", linewidth=0.5)
         grid[0][column].set_title(shown[language], fontsize=NORMAL)
         grid[1][column].set_xlabel("Token position", fontsize=NORMAL)
+        grid[1][column].set_xlim(left=1)
     for row, name in enumerate(("before ReLU", "after ReLU")):
         grid[row][0].set_ylabel(f"Mean activation\n{name}", fontsize=NORMAL)
     grid[1][0].set_ylim(bottom=min(0, grid[1][0].get_ylim()[0]))

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..summary import Cell
-from .style import COLUMN, NORMAL, PAGE, SMALL, legend_below, looks, new_figure, plain_axes, rows_of, text_width
+from .style import (
+    COLUMN,
+    NORMAL,
+    PAGE,
+    SMALL,
+    is_dark,
+    legend_below,
+    looks,
+    new_figure,
+    plain_axes,
+    rows_of,
+    text_width,
+)
 
 _NARROWEST = 0.085  # inches of a bar
 _AXIS = 0.45  # inches left of the axes
@@ -75,7 +87,10 @@ def grouped_bars(
             for place, cell in known:
                 spots = cell.values if len(cell.values) > 1 else ()
                 axes.plot([place + shift] * len(spots), spots, "o", color="black", markersize=1.6, markeredgewidth=0)
-                _number(axes, place + shift, max([cell.mean, *spots]), f"{cell.mean:.{digits}f}", thick * step)
+                inside = look["color"] if spots else None  # above the bar it would seem to be a seed's number
+                _number(
+                    axes, place + shift, 0.0 if spots else cell.mean, f"{cell.mean:.{digits}f}", thick * step, inside
+                )
             for place in sorted(set(range(len(row))) - {there for there, _ in known}):
                 axes.text(place + shift, 0, "-", ha="center", va="bottom", fontsize=SMALL, color="#666666")
             if axes is grid[0]:
@@ -100,13 +115,16 @@ def grouped_bars(
     return figure
 
 
-def _number(axes: Any, x: float, y: float, text: str, room: float) -> None:
-    """A number above a bar: upright where the bar has room for that, turned where it has not, none on a thin bar."""
+def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str | None) -> None:
+    """A number above a bar, or inside at its foot on the bar's color; turned where there is no room, none if thin."""
+    from matplotlib.patheffects import withStroke
+
     size = 5.5
     if room < 0.075:
         return
     upright = room < text_width(text, size)
-    axes.annotate(
+    dark = inside is not None and is_dark(inside)
+    note = axes.annotate(
         text,
         (x, y),
         xytext=(0, 1.5),
@@ -115,7 +133,10 @@ def _number(axes: Any, x: float, y: float, text: str, room: float) -> None:
         va="bottom",
         rotation=90 if upright else 0,
         fontsize=size,
+        color="white" if dark else "black",
     )
+    if inside is None:  # readable over grid and reference lines
+        note.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
 
 
 def _legend_rows(series: Sequence[Series], reference: Any, width: float) -> int:

@@ -12,7 +12,7 @@ from ..summary import Line, Quality, costs, quality
 from .bars import Series, grouped_bars
 from .style import NORMAL, PAGE, NothingToDraw, caption, legend_below, looks, new_figure, plain_axes
 
-AVERAGE = "average"
+AVERAGE = "Average"
 
 
 def seeds_text(lines: list[Line]) -> str:

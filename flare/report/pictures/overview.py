@@ -9,7 +9,7 @@ from ..across import Overview, OverviewLine
 from ..display import axis_name
 from ..summary import Cell
 from .bars import Series, grouped_bars
-from .style import NORMAL, PAGE, SMALL, NothingToDraw, caption, looks, new_figure, plain_axes, text_width
+from .style import NORMAL, PAGE, SMALL, NothingToDraw, caption, looks, new_figure, plain_axes
 
 
 def draw_average_ranks(found: Sequence[Overview]) -> Any:
@@ -83,12 +83,11 @@ def draw_tasks(found: Sequence[Overview]) -> Any:
         plain_axes(axes)
         axes.grid(False, axis="y")
         axes.grid(axis="x", color="#dddddd", linewidth=0.5)
+        axes.tick_params(axis="y", length=0)
     several = len(found) > 1
     names = [f"{one.model}, {line.name}" if several else line.name for one, line in bars]
     grid[0].set_yticks([heights[id(line)] for _, line in bars], names, fontsize=SMALL)
     grid[0].set_ylim(at - 0.8 - 0.4, -0.6)
-    grid[0].tick_params(axis="y", length=0)
-    assert max(map(text_width, names)) > 0
     caption(figure, "Methods by task, averages over each task's languages" + ("" if several else f", {found[0].model}"))
     return figure
 

@@ -60,6 +60,8 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
     for text in figure.findobj(Text):  # a dollar sign in a name is one; matplotlib's own labels of axes stay
         text.set_parse_math(r"\mathdefault" in text.get_text())
     written = []
+    figure.draw_without_rendering()  # lays it out, once for all formats
+    figure.set_layout_engine("none")
     with rc_context({"svg.hashsalt": "flare", "svg.fonttype": "none", "pdf.fonttype": 42}):
         for kind in formats:
             target = path.with_name(f"{path.name}.{kind}")
@@ -112,6 +114,12 @@ def _lighter(color: str, share: float) -> str:
     return "#" + "".join(f"{round(part + (255 - part) * share):02x}" for part in parts)
 
 
+def is_dark(color: str) -> bool:
+    """Return whether white letters are easier to read on a color than black ones."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 128
+
+
 def rows_of(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
     """Items in as few, evenly filled rows of at most `most`."""
     count = -(-len(items) // most)
@@ -136,7 +144,7 @@ def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> N
         ncols=columns,
         fontsize=SMALL,
         frameon=False,
-        handlelength=1.4,
+        handlelength=2.2,
         columnspacing=1.0,
         handletextpad=0.5,
         borderaxespad=0.2,
