@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 
 from ..atomic_files import replacing
 from ..processes import shared
-from ..source.fsdp import is_split
+from ..source.fsdp import is_split, prepare_generate
 from ..tasks import Pair
 from .diverged import NoNaN, check_logits
 
@@ -103,6 +103,7 @@ class Predictor:
         """New tokens (B, n), padded on the right."""
         batch = self.collator([_without_answers(row) for row in rows]).to(next(model.parameters()).device)
         batch.pop("labels", None)
+        prepare_generate(model)
         made = model.generate(
             **batch,
             max_new_tokens=self.form.max_new_tokens,
