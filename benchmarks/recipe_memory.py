@@ -17,8 +17,8 @@ logits             10 for each token and word of the vocabulary: bfloat16, a flo
 =================  ===================================================================================================
 
 Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 a trained
-weight), mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, bfloat16 weights and
-norms and no dropout the same count gives 5.7 GiB, where an H200's peak was 5.8 (benchmarks/results/nvidia-h200).
+weight), mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, no dropout, and
+weights and norms in bfloat16 the same count gives 5.7 GiB; an H200's peak was 5.8 (benchmarks/results/nvidia-h200).
 """
 
 from __future__ import annotations

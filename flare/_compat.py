@@ -338,7 +338,7 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 
 def synchronizes_gradients(model: nn.Module) -> bool:
-    """Whether FSDP2 reduces the gradients of the last backward pass (not under set_requires_gradient_sync(False))."""
+    """Whether FSDP2 reduces gradients in this backward pass: not under set_requires_gradient_sync(False)."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()

@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
 from flare.source import projected
-from flare.source.fsdp import gathered
+from flare.source.fsdp import gathered, prepare_generate
 from flare.training.replicated import trained_modules
 from flare.tuner import site
 
@@ -349,8 +349,14 @@ def test_the_trainer_on_two_processes_is_one_with_the_double_batch(task, tmp_pat
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save_sharded(rank: int, folder: Path, latent: bool) -> Tensor:
-    """Train one step under FSDP2, save both ways, go on from the checkpoint; the logits (B, m, vocabulary)."""
+def generated(model: Any, latent: bool) -> Tensor:
+    """Greedy tokens (B, n) behind the first batch."""
+    inputs = {name: value for name, value in batch("llama", 0, latent).items() if name != "labels"}
+    return model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+
+def save_sharded(rank: int, folder: Path, latent: bool) -> tuple[Tensor, Tensor]:
+    """Train one step under FSDP2, save both ways, go on from the checkpoint; logits (B, m, vocabulary) and tokens."""
     overrides = {"latent_dim": D} if latent else {}
     model = fused("llama", **overrides)
     shard(model)
@@ -374,18 +380,21 @@ def save_sharded(rank: int, folder: Path, latent: bool) -> Tensor:
     set_model_state_dict(other, loaded["model"], options=StateDictOptions(strict=False))
     with torch.no_grad():
         torch.testing.assert_close(other(**batch("llama", 0, latent)).logits, logits, rtol=0, atol=0)
-    return logits
+    for _ in range(2):
+        prepare_generate(model)
+        tokens = generated(model, latent)
+    return logits, tokens
 
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_a_sharded_model_is_saved(latent, tmp_path) -> None:
     """As a PEFT adapter, and as a sharded checkpoint that one process can make an adapter of."""
     (tmp_path / "run").mkdir()
-    want = two_processes.run(tmp_path / "run", save_sharded, tmp_path, latent)
-    torch.testing.assert_close(want[0], want[1], rtol=0, atol=0)
+    (want, tokens), other = two_processes.run(tmp_path / "run", save_sharded, tmp_path, latent)
+    torch.testing.assert_close((want, tokens), other, rtol=0, atol=0)
     inputs = batch("llama", 0, latent)
     untrained = fused("llama", **({"latent_dim": D} if latent else {}))
-    assert (untrained(**inputs).logits - want[0]).abs().max() > 1e-4
+    assert (untrained(**inputs).logits - want).abs().max() > 1e-4
     state = {"model": get_model_state_dict(untrained, options=StateDictOptions(ignore_frozen_params=True))}
     checkpoint.load(state, checkpoint_id=tmp_path / "sharded")
     set_model_state_dict(untrained, state["model"], options=StateDictOptions(strict=False))
@@ -393,7 +402,8 @@ def test_a_sharded_model_is_saved(latent, tmp_path) -> None:
     for folder in ("adapter", "converted"):
         base = tiny.model("llama", dtype=torch.float64)
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / folder, autocast_adapter_dtype=False)
-        torch.testing.assert_close(loaded(**inputs).logits, want[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(loaded(**inputs).logits, want, rtol=1e-12, atol=1e-12)
+        assert torch.equal(generated(loaded, latent), tokens)
 
 
 # --- the examples -----------------------------------------------------------------------------------------------------

@@ -14,8 +14,11 @@ import pytest
 import tiny_mt
 import torch
 import two_processes
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from experiment_data import write_bert, write_data
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from flare.cli import main
 from flare.errors import UserError
@@ -88,7 +91,7 @@ def root(tmp_path_factory) -> Path:
     shutil.copytree(root / "data" / "english", root / "mt" / "vemari-english")
     test = root / "mt" / "vemari-english" / "test.csv"
     test.write_text(test.read_text().replace("not", ""))
-    for name in ("two", "resumed"):
+    for name in ("two", "resumed", "sharded"):
         shutil.copytree(root / "one", root / name)
     assert flare(*train(root, "one")) == 0
     assert flare(*translate(root, "one-mt")) == 0
@@ -136,6 +139,23 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
     with after(99, Predictor, "_read", UserError("")) as calls:
         run("evaluate", *evaluate(root, "two", "--source-text", "gold", "mt"))
     found["read"] = len(calls)
+    # accelerate shards nothing on a CPU, unless it takes it for a GPU
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState._reset_state()
+    whole = ExperimentTrainer.train
+
+    def counts(self: ExperimentTrainer, *arguments: Any, **keywords: Any) -> Any:
+        result = whole(self, *arguments, **keywords)
+        weights = list(self.model.parameters())
+        found["shards"] = [
+            sum(isinstance(p, DTensor) for p in weights if p.requires_grad == one) for one in (True, False)
+        ]
+        return result
+
+    ExperimentTrainer.train = counts
+    run("sharded", *train(root, "sharded"))
     return found
 
 
@@ -146,7 +166,7 @@ def two(root, tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_one_process_prints(two) -> None:
     first, second = two
-    for name in ("translate", "continued", "train", "train again", "resumed", "evaluate"):
+    for name in ("translate", "continued", "train", "train again", "resumed", "evaluate", "sharded"):
         assert first[name][0] == second[name][0] == 0, (name, first[name], second[name])
         assert first[name][1] and second[name][1] == "", name
 
@@ -170,15 +190,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_training_has_the_steps_of_one_process(root, two) -> None:
-    """Also one that two processes resume; dropout is off."""
+    """Also one that two processes resume, and one whose base FSDP2 shards and whose adapters it leaves whole."""
+    assert [one["shards"][0] for one in two] == [0, 0] and min(one["shards"][1] for one in two) > 20
     want = weights(root / "one")
-    for name in ("two", "resumed"):
+    for name in ("two", "resumed", "sharded"):
         for parameter, weight in weights(root / name).items():
             torch.testing.assert_close(weight, want[parameter], rtol=1e-4, atol=1e-6, msg=f"{name}: {parameter}")
         there, here = (root / one / "vemari/flare-r4/seed-0/predictions-test.jsonl" for one in ("one", name))
         assert here.read_bytes() == there.read_bytes()
-    records = {name: read_record(root / name / "vemari" / "flare-r4" / "seed-0") for name in ("one", "two", "resumed")}
-    assert [one.settings["processes"] for one in records.values()] == [1, 2, 2]
+    records = {
+        name: read_record(root / name / "vemari" / "flare-r4" / "seed-0")
+        for name in ("one", "two", "resumed", "sharded")
+    }
+    assert [one.settings["processes"] for one in records.values()] == [1, 2, 2, 2]
     assert "resumed with 2" in two[0]["resumed"][1] and "done before" in two[0]["train again"][1]
     status, _, error = two[0]["not shared"]
     assert status == 2 and "2 processes cannot share the 9 rows of a step" in error
@@ -218,3 +242,46 @@ def test_an_error_of_one_process_is_raised_in_all(two) -> None:
 def test_a_step_is_divided(size, batches, processes, share) -> None:
     values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
     assert of_one_process(values, processes) == share and share[0] * share[1] * processes == size * batches
+
+
+FAILING = """
+import os, sys
+from flare.cli import main
+from flare.translation import TranslationError, Translator
+
+status = main(sys.argv[1:])
+if os.environ["RANK"] == "1":  # while the other process waits for its share
+    def fails(self, texts):
+        raise TranslationError("only here")
+    Translator.plan = fails
+sys.exit(status or main([*sys.argv[1:], "--splits", "valid"]))
+"""
+
+
+def test_a_process_that_fails_ends_the_others(root, tmp_path) -> None:
+    """Under accelerate launch: one split is translated, the next one fails in one process; one error, no waiting."""
+    shutil.copy(root / "texts" / "english" / "train.csv", root / "texts" / "english" / "valid.csv")
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples" / "ddp.yaml")]
+    words = [str(word) for word in (*launch, "--main_process_port", 0, script, *translate(root, "launched"))]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode != 0
+    assert out.count("13 of 13 rows in") == 1, (out, err)
+    errors = [line for line in err.splitlines() if line.startswith("flare translate: error: ")]
+    assert errors == ["flare translate: error: only here"], err
+    assert files(root / "launched", "*.jsonl").keys() == {"english-acehnese/train.jsonl"}

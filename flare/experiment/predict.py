@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 from ..atomic_files import replacing
 from ..processes import shared
 from ..progress import counter
-from ..source.fsdp import is_split
+from ..source.fsdp import is_split, prepare_generate
 from ..tasks import Pair
 from ..tasks.form import IGNORED
 from .diverged import NoNaN, check_logits
@@ -115,6 +115,7 @@ class Predictor:
         allowed = {}
         if self.form.next_tokens(()) is not None:
             allowed["prefix_allowed_tokens_fn"] = lambda row, ids: self.form.next_tokens(ids[begin:].tolist())
+        prepare_generate(model)
         made = model.generate(
             **batch,
             **allowed,

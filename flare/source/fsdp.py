@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial
 
 from .._compat import after_backward, every_module
@@ -29,6 +29,12 @@ REENTRANT = (
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded a model, or a part of it."""
     return any(isinstance(module, FSDPModule) for module in every_module(model))
+
+
+def prepare_generate(model: nn.Module) -> None:
+    """Let ``generate`` of a sharded model gather what its root holds (embeddings, head), as a forward does."""
+    if isinstance(model, FSDPModule) and "generate" not in vars(model):
+        register_fsdp_forward_method(model, "generate")
 
 
 def is_split(model: nn.Module) -> bool:

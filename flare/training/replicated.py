@@ -82,6 +82,28 @@ class _Mean:
                 grad.copy_(mean.view_as(grad))
 
 
+def leave_adapters_whole(model: nn.Module, plugin: Any) -> None:
+    """Have accelerate's FSDP2 shard the frozen weights only; FSDP1 and a plugin with the user's modules are left alone.
+
+    Args:
+        model: not prepared yet.
+        plugin: accelerate's FullyShardedDataParallelPlugin; its ``ignored_modules`` are set.
+
+    Raises:
+        ValueError: the base is in 8 bits, whose scales FSDP2 does not keep.
+    """
+    if plugin.fsdp_version == 2 and any(type(one).__name__ == "Int8Params" for one in model.parameters()):
+        raise ValueError(
+            "FSDP2 cannot shard a base in 8 bits (load_in_8bit): its scales stand beside the weights and are lost; load "
+            "it in 4 bits (load_in_4bit), or use DDP"
+        )
+    ours = getattr(plugin, _MARK, False)  # of an earlier model: all trainers of a process share the plugin
+    if plugin.fsdp_version == 2 and (ours or plugin.ignored_modules is None):
+        replicate_adapters(model)
+        plugin.ignored_modules = trained_modules(model)
+        setattr(plugin, _MARK, True)
+
+
 def trained_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that hold the trained weights directly, for accelerate's ``ignored_modules``.
 
@@ -90,11 +112,8 @@ def trained_modules(model: nn.Module) -> list[nn.Module]:
     """
     found = []
     for name, module in model.named_modules():
-        own: list[Any] = list(module.parameters(recurse=False))
-        if any(parameter.requires_grad for parameter in own):
-            if not all(parameter.requires_grad for parameter in own):
-                raise ValueError(
-                    f"{name} holds trained and frozen weights, so FSDP2 cannot shard one and leave the other"
-                )
-            found.append(module)
+        own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+        if any(own) and not all(own):
+            raise ValueError(f"{name} holds trained and frozen weights: FSDP2 cannot shard the one and leave the other")
+        found += [module] if any(own) else []
     return found

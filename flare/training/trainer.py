@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs, DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -39,6 +40,7 @@ from .. import _compat
 from ..source_cache import SourceStateCache
 from .collator import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
 from .graphed_step import GraphedStep
+from .replicated import leave_adapters_whole
 from .row_checks import plain_collator, vocabulary_of, wrong_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -185,6 +187,8 @@ class FlareTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer; the hit rates that are logged are of this run alone."""
         self._cache_begun = self._cache_logged = self._cache_counts()
+        if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
+            leave_adapters_whole(self.model, self.accelerator.state.fsdp_plugin)
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
