@@ -13,6 +13,10 @@ distributed, what the tokenizer makes of each language, what the base scores on 
 with how much memory each method will train on this machine. Takes the flags of `flare train`; writes nothing (but
 --json FILE), and needs no fine-tuned base (--model)."""
 
+_INTERRUPTED = """\
+Nothing was written. Start again with the same command:
+  {command}"""
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -23,6 +27,7 @@ def add_parser(commands: Any) -> None:
         help="data, lengths, vocabulary, time and memory, before training",
         description=_DESCRIPTION,
         run=run,
+        after_interrupt=_INTERRUPTED,
     )
 
 

@@ -24,7 +24,7 @@ from .fitting import ExperimentTrainer, autocast_of, training_arguments, trainin
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import build, collator
 from .predict import Predictor
-from .processes import process_count
+from ..processes import process_count
 from .settings import CheckSettings
 from .setup import Setup
 from .train import Plan
