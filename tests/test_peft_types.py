@@ -9,6 +9,8 @@ import peft
 import pytest
 import tiny
 import torch
+from peft.utils import hotswap
+from transformers import LlamaConfig
 
 import flare
 
@@ -115,3 +117,39 @@ def test_transformers_hotswap_is_refused(tmp_path) -> None:
     base.load_adapter(str(tmp_path), adapter_name="default")
     with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
         base.load_adapter(str(tmp_path), adapter_name="default", hotswap=True)
+
+
+@pytest.mark.parametrize(("backend", "source"), [(None, False), (None, True), ("aot_eager", True)])
+def test_hotswap_after_compiling(backend, source, tmp_path) -> None:
+    """Other weights, rank and scaling in the compiled model, without compiling again; in an eager one too."""
+    batch, want = tiny.batch("llama", source=source), []
+    for name, r, alpha in (("one", 4, 8), ("two", 2, 20)):
+        model = flare.fast_lora(tiny.model("llama", num_hidden_layers=1), r=r, lora_alpha=alpha).eval()
+        tiny.randomize_lora(model, seed=r)
+        model.save_pretrained(tmp_path / name)
+        want.append(model(**batch).logits.detach())
+    model = peft.PeftModel.from_pretrained(tiny.model("llama", num_hidden_layers=1), tmp_path / "one").eval()
+    with torch.no_grad():
+        model(**batch)
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        run = model if backend is None else torch.compile(model, backend=backend)
+        torch.testing.assert_close(run(**batch).logits, want[0])
+        hotswap.hotswap_adapter(run, tmp_path / "two", "default")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(run(**batch).logits, want[1])
+
+
+def test_target_parameters_add_no_more_than_peft_does(monkeypatch) -> None:
+    """PEFT adds its own targets of a model type that it knows, and none to one that it does not."""
+    for kind, count in (("llama", 3), ("a_new_type", 1)):
+        found = []
+        monkeypatch.setattr(LlamaConfig, "model_type", kind)
+        for config in (peft.LoraConfig, flare.FlareConfig):
+            fields = {"fusion": None} if config is flare.FlareConfig else {}
+            model = peft.get_peft_model(
+                tiny.model("llama"), config(r=4, target_parameters=["mlp.down_proj.weight"], **fields)
+            )
+            found.append(sorted(name for name, _ in model.named_parameters() if ".lora_A." in name))
+        assert found[0] == found[1] and len(found[0]) == count * tiny.LAYERS
+    with pytest.raises(ValueError, match="target_parameters cannot be combined with a fusion"):
+        flare.FlareConfig(target_parameters=["mlp.down_proj.weight"])

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..source.inputs import DECODER_ARGUMENTS, check_ids, decoder_inputs
+from ..source.inputs import DECODER_ARGUMENTS, SOURCE_ARGUMENTS, check_ids, decoder_inputs, refuse_unknown
+from ..source.packed_rows import refuse_packed_rows
 from ..source.states import StateKey
 
 
@@ -45,8 +46,11 @@ class SourceRequest:
             types: whether the frozen model reads token types.
 
         Raises:
-            TypeError, ValueError: a source that is missing or does not fit; the message names the argument.
+            TypeError, ValueError: a source that is missing or does not fit, an unknown ``source_`` name, or packed
+                rows; the message names the argument.
         """
+        refuse_unknown(self.model, batch, SOURCE_ARGUMENTS)
+        refuse_packed_rows(self.model, {name: batch[name] for name in SOURCE_ARGUMENTS if name in batch}, (), batch)
         ids = check_ids("source_input_ids", batch.get("source_input_ids"), "(B, m)")
         columns = {"input_ids": ids}
         for name in ("attention_mask", "token_type_ids") if types else ("attention_mask",):

@@ -15,6 +15,7 @@ from .._compat import LoraLayer, register_tuner
 from ..generation.generate import ALIGNMENTS, generate
 from ..source.hooks import attach, detach, take_source, warn_without_source
 from ..source.inputs import SOURCE_ARGUMENTS, check_cacheable, encode
+from ..source.packed_rows import refuse_packed_rows
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceRequest, SourceStateCache
@@ -69,7 +70,7 @@ class FlareModel(LoraModel):
     # --- adapters come and go -----------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: FlareConfig, model_config: dict[str, Any]) -> FlareConfig:
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
             try:
                 peft_config.target_modules = ModelMap.of(self.model).default_targets()
             except ValueError:
@@ -385,6 +386,7 @@ class FlareModel(LoraModel):
             warn_without_source(runtime, training=False)
         if not source or not runtime.wanted():
             return cast(Any, self.model).generate(*args, **kwargs)
+        refuse_packed_rows(self.model, source, (), kwargs)
         return generate(self.model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)
 
     # --- what was done ------------------------------------------------------------------------------------------------
