@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
 import tiny
 import torch
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils import hotswap
-from transformers import LlamaConfig
+from peft.utils.warning import PeftWarning
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 
 import flare
 
@@ -25,11 +29,19 @@ def hook_count(model: torch.nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["pissa", "olora", "corda"])
 def test_an_adapter_that_changed_the_base_is_converted_at_save(kind, tmp_path) -> None:
     base = tiny.model("bert").eval()
     untouched = copy.deepcopy(base)
     config = flare.FlareConfig(r=3, lora_alpha=6, target_modules=QV, init_lora_weights=kind, fusion=None)
+    if kind == "corda":
+        pytest.importorskip("attr", reason="PEFT's CorDA needs the package attrs")
+        from peft.tuners.lora.corda import preprocess_corda
+
+        config.corda_config = CordaConfig(verbose=False)
+        preprocess_corda(
+            base, config, run_model=lambda: [base(**tiny.batch("bert", seed=i, B=1, m=32)) for i in range(8)]
+        )
     model = peft.get_peft_model(base, config).eval()
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
@@ -153,3 +165,38 @@ def test_target_parameters_add_no_more_than_peft_does(monkeypatch) -> None:
         assert found[0] == found[1] and len(found[0]) == count * tiny.LAYERS
     with pytest.raises(ValueError, match="target_parameters cannot be combined with a fusion"):
         flare.FlareConfig(target_parameters=["mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("fusion", ["add_relu", None])
+def test_shards_that_were_not_gathered_are_warned_of_at_save(fusion, tmp_path) -> None:
+    model = flare.fast_lora(tiny.model("llama"), r=4, fusion=fusion)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        model.save_pretrained(tmp_path)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].weight = torch.nn.Parameter(torch.zeros(0))
+    with pytest.warns(PeftWarning, match="1 LoRA tensor.*shards were not gathered before save_pretrained"):
+        model.save_pretrained(tmp_path)
+
+
+def test_peft_helpers_that_ask_for_lora() -> None:
+    """Conversion to a LoRA state dict is a merge; intruders are looked for in adapters of the type LORA alone."""
+    plain = flare.fast_lora(tiny.model("llama"), r=4, fusion=None)
+    tiny.randomize_lora(plain)
+    config, weights = peft.convert_to_lora(plain, rank=4)
+    assert config.peft_type == "LORA" and len(weights) == 2 * 2 * tiny.LAYERS
+    fused = flare.fast_lora(tiny.model("llama"), r=4)
+    with pytest.raises(ValueError, match=r"phi.*cannot be merged"):
+        peft.convert_to_lora(fused, rank=4)
+    with pytest.raises(ValueError, match="not using LoRA"):
+        reduce_intruder_dimension(fused)
+    with peft.helpers.rescale_adapter_scale(plain, 0.0), torch.no_grad():
+        torch.testing.assert_close(plain(**text("llama")).logits, tiny.model("llama")(**text("llama")).logits)
+
+
+def test_modules_of_mamba_that_lora_does_not_fit() -> None:
+    size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    for config in (peft.LoraConfig, flare.FlareConfig):
+        fields = {"fusion": None} if config is flare.FlareConfig else {}
+        with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+            peft.get_peft_model(MambaForCausalLM(MambaConfig(**size)), config(target_modules=["out_proj"], **fields))

@@ -174,7 +174,8 @@ def _merged(setup: Setup, folder: Path, full: bool, seed: int) -> Any:
         merged = PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload()
         merged.save_pretrained(folder)
     # read back: what is scored is what the adapters will begin with
-    model = getattr(transformers, setup.form.auto_class).from_pretrained(folder, dtype=setup.recipe.dtype)
+    auto_class = getattr(transformers, setup.form.auto_class)
+    model = auto_class.from_pretrained(folder, dtype=setup.recipe.dtype, trust_remote_code=False)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = setup.tokenizer.pad_token_id
     return model
