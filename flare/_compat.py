@@ -57,6 +57,7 @@ from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict as warn_of_shards  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # noqa: E402
 
@@ -100,6 +101,7 @@ __all__ = [
     "set_adapters_disabled",
     "shift_labels",
     "synchronizes_gradients",
+    "warn_of_shards",
     "without_torch_function",
 ]
 

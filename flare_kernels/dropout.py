@@ -72,7 +72,7 @@ def packed_mask(
     threshold = drop_threshold(p)
     if p == 0.0:
         return None
-    if threshold == _LEVELS or rows == 0 or cols == 0:
+    if threshold == _LEVELS or rows == 0 or cols == 0 or seed.is_meta:
         return torch.zeros((rows, (cols + 7) // 8), dtype=torch.uint8, device=seed.device)
     return (keep_bits or keep_bits_torch)(seed, rows, cols, threshold, stream)
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dropout as _dropout
 from . import launch_mode, library, node, reference, validation
@@ -33,6 +32,13 @@ _LAYOUT = operator.attrgetter("shape", "dtype")
 
 #: Weights in the compute dtype are kept for the backward pass where x is this many times as large.
 _KEPT_SHARE = 16
+
+
+def needs_plain_operators() -> bool:
+    """Whether a transform of torch.func, torch.jit.trace or torch.export runs: these take plain operators only."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return functorch_is_active() or torch.jit.is_tracing()
 
 
 def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
@@ -85,7 +91,7 @@ class FusedLoRA(torch.autograd.Function):
         needs = call.needs[flags[2:4] + flags[7 + count_y : 7 + at_W], count_S]
         x_MK = x.flatten(0, -2) if x.ndim > 2 else rows(x)
         autocast = None
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             autocast = torch.get_autocast_dtype(x.device.type)
         biases: Sequence[Tensor | None] = tensors[at_W + count_W :]
         order: Order = None
@@ -145,8 +151,9 @@ class FusedLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():  # create_graph=True; otherwise its wrapper would cost more calls than all this
-            return _backward_once(ctx, *grads)
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                return differentiable_once(FusedLoRA.backward(ctx, *grads), (*grads, *ctx.saved_tensors))
         call: Call = ctx.call
         count_y, count_S, _ = ctx.sizes
         count = call.count
@@ -209,10 +216,41 @@ class FusedLoRA(torch.autograd.Function):
 _apply_in_cpp = plain_apply(FusedLoRA)
 
 
-@once_differentiable
-def _backward_once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same gradients, and an error where they are differentiated again."""
-    return FusedLoRA.backward(ctx, *grads)
+class _OnceOnly(torch.autograd.Function):
+    """The last ``count`` tensors, gradients that depend on those before, and an error where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(grad.view_as(grad) for grad in tensors[-count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        raise RuntimeError(
+            "the gradient of a FLARE adapter was differentiated again (create_graph=True), which its fused backward "
+            "pass does not support: use the transforms of torch.func (grad, jvp, hessian over functional_call), under "
+            "which adapters run on plain PyTorch operators"
+        )
+
+
+def differentiable_once(
+    grads: Sequence[Tensor | None], depend_on: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a backward pass with ``create_graph=True``, which raise where they are differentiated.
+
+    torch's ``once_differentiable`` knows neither what a node has saved nor the way to the inputs of ``autograd.grad``,
+    which then finds no second derivative and says nothing.
+
+    Args:
+        grads: without a graph.
+        depend_on: everything that they were made of.
+    """
+    sources = [tensor for tensor in depend_on if tensor is not None and tensor.requires_grad]
+    present = [grad for grad in grads if grad is not None]
+    if not sources or not present:
+        return tuple(grads)
+    with torch.enable_grad():
+        found = iter(_OnceOnly.apply(len(present), *sources, *present))
+    return tuple(None if grad is None else next(found) for grad in grads)
 
 
 def _worth_keeping(stacked: Tensor, weights: Sequence[Tensor], x: Tensor) -> bool:
@@ -281,7 +319,7 @@ def apply_with_products(
     """
     seed = _dropout.draw_seed(x.device) if call.p > 0.0 else None
     args = (call, sizes, x, x_source, seed, source_seed, A, *Ss, *As, *Bs, *Ws, *biases)
-    if functorch_is_active():
+    if functorch_is_active():  # the wrapper says that transforms cannot take the node
         return FusedLoRA.apply(*args)  # type: ignore[no-any-return]
     return _apply_in_cpp(*args)  # type: ignore[no-any-return]
 
@@ -354,7 +392,7 @@ def fused_lora(
         fusion = None
     if fusion is None:
         x_source = source_bottleneck = None
-    if backend == "reference" or fusion in EAGER_FUSIONS:
+    if backend == "reference" or fusion in EAGER_FUSIONS or (backend == "auto" and needs_plain_operators()):
         return reference.fused_lora(
             x,
             x_source,

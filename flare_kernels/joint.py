@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import call, reference, validation
 from . import dropout as _dropout
-from .function import apply, apply_with_products
+from .function import apply, apply_with_products, needs_plain_operators
 from .library import call_of
 from .reference import compute_dtype
 
@@ -71,7 +71,7 @@ def fused_lora_qkv(
         raise ValueError("biases were given with base_outputs, which contain them: pass one of the two")
     fusions = _check(x, x_source, base_outputs, adapters, fusion, source_bottleneck, weights, dropout_p, backend)
     p = dropout_p if training else 0.0
-    if backend == "reference":
+    if backend == "reference" or (backend == "auto" and needs_plain_operators()):
         return _reference(x, x_source, base_outputs, adapters, fusions, source_bottleneck, weights, p)
     # a projection with no adapter has something to do in the node only where the node owns its share of dx
     owns_dx = weights is not None and x.requires_grad and torch.is_grad_enabled()
@@ -132,7 +132,8 @@ def _with_products(
             raise ValueError(f"{kind} {tracked} require grad, and no gradient of theirs is formed: give base_outputs")
     names = tuple(weights)
     given_biases = [biases.get(name) for name in names]
-    if backend == "reference" or torch.compiler.is_compiling():  # the products are the caller's, or the graph's
+    # the products are the caller's, or the graph's
+    if backend == "reference" or torch.compiler.is_compiling() or (backend == "auto" and needs_plain_operators()):
         with torch.no_grad():
             made = [F.linear(x, weights[name], bias) for name, bias in zip(names, given_biases, strict=True)]
         own: dict[str, Any] = {"fusion": fusion, "source_bottleneck": source_bottleneck, "weights": weights}
@@ -141,7 +142,7 @@ def _with_products(
     like = {name: torch.empty((*x.shape[:-1], W.shape[0]), dtype=x.dtype, device="meta") for name, W in weights.items()}
     fusions = _check(x, x_source, like, adapters, fusion, source_bottleneck, weights, p, backend)
     dtype = x.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    if dtype == torch.float32 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     ordered, fusing, constants = _stacked(names, adapters, fusions)
     Ss = [source_bottleneck[name] for name in fusing] if source_bottleneck is not None else []

@@ -272,6 +272,25 @@ def test_imports_within_flare_point_downwards():
                 assert below > at or name == own or at == len(LAYERS) == below, f"{module} imports {imports}"
 
 
+def test_no_code_of_a_models_folder_runs_unless_the_caller_says_so():
+    """Every from_pretrained of transformers says trust_remote_code itself: the default asks on a terminal."""
+    calls = 0
+    for module, path in {**sources("flare"), **sources("flare_kernels")}.items():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(".from_pretrained"):
+                continue
+            if ast.unparse(node.func).rpartition(".")[0].endswith(("PeftModel", "PeftConfig")):
+                continue  # these load weights and settings of an adapter
+            calls += 1
+            named = any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
+            options = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
+            dictionaries = [ast.unparse(one) for one in ast.walk(tree) if isinstance(one, ast.Dict)]
+            said = any(name == "options" for name in options) and any("trust_remote_code" in d for d in dictionaries)
+            assert named or said, f"{module}: {ast.unparse(node)} does not say trust_remote_code"
+    assert calls
+
+
 # --- one version, one linter ------------------------------------------------------------------------------------------
 
 

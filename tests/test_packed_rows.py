@@ -108,3 +108,62 @@ def test_a_source_of_packed_rows_is_refused_by_the_model_behind_the_collator() -
     batch = flare.FlareDataCollator(build_tokenizer(), layout="causal")(rows)
     with pytest.raises(TypeError, match="source_position_ids"):
         fused("llama")(**batch)
+
+
+def test_the_nearest_name_is_given() -> None:
+    with pytest.raises(TypeError, match=r"source_atention_mask is not .*; did you mean 'source_attention_mask'\?"):
+        fused("bert")(**batch_of("bert"), source_atention_mask=COUNTED)
+
+
+def test_lookup_refuses_the_same() -> None:
+    """It takes a batch as the model does, before the model sees it."""
+    model, inputs = fused("llama"), inputs_of("llama")
+    cache = flare.SourceStateCache(1 << 20)
+    model.set_source_cache(cache)
+    model(**inputs)
+    assert cache.lookup(model, inputs) is not None
+    wrong = {("source_attention_msk" if n == "source_attention_mask" else n): v for n, v in inputs.items()}
+    with pytest.raises(TypeError, match=r"source_attention_msk is not .*did you mean 'source_attention_mask'"):
+        cache.lookup(model, wrong)
+    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+        cache.lookup(model, {**inputs, "position_ids": PACKED})
+
+
+def test_generate_refuses_packed_prompts() -> None:
+    inputs = {name: value for name, value in inputs_of("llama", position_ids=PACKED).items() if name != "labels"}
+    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+        fused("llama").eval().generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "value", "message"),
+    [
+        ("list", "source_input_id", [5, 6], "'source_input_id' is not read.*did you mean 'source_input_ids'"),
+        ("evaluated", "source_inputs_ids", [5, 6], "'source_inputs_ids' is not read.*did you mean 'source_input_ids'"),
+        (
+            "dataset",
+            "source_position_ids",
+            [0, 1],
+            "'source_position_ids' is not read, and remove_unused_columns would",
+        ),
+        ("dataset", "source_text", "a text", None),
+        ("list", "source_id", 7, None),
+    ],
+)
+def test_the_trainer_drops_no_misspelt_column(kind, column, value, message, tmp_path) -> None:
+    from datasets import Dataset
+    from trained import arguments
+    from two_streams import tokenizer
+
+    row = {"input_ids": [5, 6, 7], "source_input_ids": [5, 6, 8], "labels": 1}
+    data = [{**row, column: value}] * 2
+    made = Dataset.from_list(data) if kind != "list" else data
+    trainer = flare.FlareTrainer(
+        fused("bert"), arguments(tmp_path, max_steps=1), train_dataset=made, processing_class=tokenizer()
+    )
+    call = (lambda: trainer.evaluate(made)) if kind == "evaluated" else trainer.train
+    if message is None:
+        call()
+        return
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import peft
 import pytest
 import tiny
 import torch
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.utils import hotswap
+from peft.utils.warning import PeftWarning
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 
 import flare
 
@@ -23,11 +29,19 @@ def hook_count(model: torch.nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["pissa", "olora", "corda"])
 def test_an_adapter_that_changed_the_base_is_converted_at_save(kind, tmp_path) -> None:
     base = tiny.model("bert").eval()
     untouched = copy.deepcopy(base)
     config = flare.FlareConfig(r=3, lora_alpha=6, target_modules=QV, init_lora_weights=kind, fusion=None)
+    if kind == "corda":
+        pytest.importorskip("attr", reason="PEFT's CorDA needs the package attrs")
+        from peft.tuners.lora.corda import preprocess_corda
+
+        config.corda_config = CordaConfig(verbose=False)
+        preprocess_corda(
+            base, config, run_model=lambda: [base(**tiny.batch("bert", seed=i, B=1, m=32)) for i in range(8)]
+        )
     model = peft.get_peft_model(base, config).eval()
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
@@ -115,3 +129,74 @@ def test_transformers_hotswap_is_refused(tmp_path) -> None:
     base.load_adapter(str(tmp_path), adapter_name="default")
     with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
         base.load_adapter(str(tmp_path), adapter_name="default", hotswap=True)
+
+
+@pytest.mark.parametrize(("backend", "source"), [(None, False), (None, True), ("aot_eager", True)])
+def test_hotswap_after_compiling(backend, source, tmp_path) -> None:
+    """Other weights, rank and scaling in the compiled model, without compiling again; in an eager one too."""
+    batch, want = tiny.batch("llama", source=source), []
+    for name, r, alpha in (("one", 4, 8), ("two", 2, 20)):
+        model = flare.fast_lora(tiny.model("llama", num_hidden_layers=1), r=r, lora_alpha=alpha).eval()
+        tiny.randomize_lora(model, seed=r)
+        model.save_pretrained(tmp_path / name)
+        want.append(model(**batch).logits.detach())
+    model = peft.PeftModel.from_pretrained(tiny.model("llama", num_hidden_layers=1), tmp_path / "one").eval()
+    with torch.no_grad():
+        model(**batch)
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        run = model if backend is None else torch.compile(model, backend=backend)
+        torch.testing.assert_close(run(**batch).logits, want[0])
+        hotswap.hotswap_adapter(run, tmp_path / "two", "default")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(run(**batch).logits, want[1])
+
+
+def test_target_parameters_add_no_more_than_peft_does(monkeypatch) -> None:
+    """PEFT adds its own targets of a model type that it knows, and none to one that it does not."""
+    for kind, count in (("llama", 3), ("a_new_type", 1)):
+        found = []
+        monkeypatch.setattr(LlamaConfig, "model_type", kind)
+        for config in (peft.LoraConfig, flare.FlareConfig):
+            fields = {"fusion": None} if config is flare.FlareConfig else {}
+            model = peft.get_peft_model(
+                tiny.model("llama"), config(r=4, target_parameters=["mlp.down_proj.weight"], **fields)
+            )
+            found.append(sorted(name for name, _ in model.named_parameters() if ".lora_A." in name))
+        assert found[0] == found[1] and len(found[0]) == count * tiny.LAYERS
+    with pytest.raises(ValueError, match="target_parameters cannot be combined with a fusion"):
+        flare.FlareConfig(target_parameters=["mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("fusion", ["add_relu", None])
+def test_shards_that_were_not_gathered_are_warned_of_at_save(fusion, tmp_path) -> None:
+    model = flare.fast_lora(tiny.model("llama"), r=4, fusion=fusion)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        model.save_pretrained(tmp_path)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].weight = torch.nn.Parameter(torch.zeros(0))
+    with pytest.warns(PeftWarning, match="1 LoRA tensor.*shards were not gathered before save_pretrained"):
+        model.save_pretrained(tmp_path)
+
+
+def test_peft_helpers_that_ask_for_lora() -> None:
+    """Conversion to a LoRA state dict is a merge; intruders are looked for in adapters of the type LORA alone."""
+    plain = flare.fast_lora(tiny.model("llama"), r=4, fusion=None)
+    tiny.randomize_lora(plain)
+    config, weights = peft.convert_to_lora(plain, rank=4)
+    assert config.peft_type == "LORA" and len(weights) == 2 * 2 * tiny.LAYERS
+    fused = flare.fast_lora(tiny.model("llama"), r=4)
+    with pytest.raises(ValueError, match=r"phi.*cannot be merged"):
+        peft.convert_to_lora(fused, rank=4)
+    with pytest.raises(ValueError, match="not using LoRA"):
+        reduce_intruder_dimension(fused)
+    with peft.helpers.rescale_adapter_scale(plain, 0.0), torch.no_grad():
+        torch.testing.assert_close(plain(**text("llama")).logits, tiny.model("llama")(**text("llama")).logits)
+
+
+def test_modules_of_mamba_that_lora_does_not_fit() -> None:
+    size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    for config in (peft.LoraConfig, flare.FlareConfig):
+        fields = {"fusion": None} if config is flare.FlareConfig else {}
+        with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+            peft.get_peft_model(MambaForCausalLM(MambaConfig(**size)), config(target_modules=["out_proj"], **fields))

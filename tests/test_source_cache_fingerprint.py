@@ -41,6 +41,55 @@ def test_a_base_model_that_changes_is_noticed_in_the_next_pass(change) -> None:
         model(**batch)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("qwen3", "model.layers.1.self_attn.sliding_window", 4),
+        ("llama", "model.layers.1.self_attn.scaling", 0.5),
+        ("llama", "model.norm.variance_epsilon", 1e-2),
+        ("llama", "model.rotary_emb.inv_freq", None),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_what_the_code_reads_beside_weights_and_config_is_watched(family, name, value, again) -> None:
+    """An attribute of a module, or a buffer that is not saved, set after binding: in the next pass, or bound again."""
+    model, batch = fused(family), batch_of(family)
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    step(model, batch)
+    path, _, attribute = name.rpartition(".")
+    module = model.get_base_model().get_submodule(path)
+    if value is None:
+        module.inv_freq.mul_(0.5)
+    else:
+        assert getattr(module, attribute) != value
+        setattr(module, attribute, value)
+    with pytest.raises(ValueError, match=f"before its {name[6:]} was changed.*a new SourceStateCache"):
+        if again:
+            model.set_source_cache(cache)
+        else:
+            model(**batch)
+    model.set_source_cache(flare.SourceStateCache(MB))
+    step(model, batch)
+
+
+def test_attributes_that_say_nothing_are_not_watched() -> None:
+    """Training, checkpointing and a copy on its way through another dtype; rotary frequencies that a model renews."""
+    model, batch = (
+        fused("llama", base={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+        (batch_of("llama")),
+    )
+    cache = flare.SourceStateCache(MB)
+    model.set_source_cache(cache)
+    step(model, batch)
+    model.eval().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rotary = model.get_base_model().model.rotary_emb
+    rotary.inv_freq, rotary.max_seq_len_cached = rotary.inv_freq.clone(), 128
+    step(model, batch)
+    assert cache.stats().hits == 3
+
+
 def test_a_write_past_torch_is_noticed_when_the_cache_is_set_again() -> None:
     model = fused("bert")
     cache = flare.SourceStateCache(MB)

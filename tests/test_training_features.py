@@ -11,6 +11,8 @@ import torch
 from datasets import Dataset
 from test_trainer import distance
 from trained import arguments, flare_model
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from two_streams import rows, tokenizer
 
 import flare
@@ -117,3 +119,22 @@ def test_liger_kernels(device) -> None:
     loss.backward()
     torch.testing.assert_close(loss, want.loss, rtol=1e-4, atol=1e-4)
     assert distance(tiny.gradients(model), tiny.gradients(want_model)) < 1e-2
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("trainer_class", [flare.FlareTrainer, flare.FlareSeq2SeqTrainer, Seq2SeqTrainer])
+def test_label_smoothing_of_an_encoder_decoder(trainer_class, source, tmp_path) -> None:
+    """The Trainer keeps the labels to itself, so that the collator makes the decoder's input of them."""
+    model = flare_model("mt5").eval()
+    kind = TrainingArguments if trainer_class is flare.FlareTrainer else Seq2SeqTrainingArguments
+    args = kind(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[], remove_unused_columns=False)
+    given = model if trainer_class is Seq2SeqTrainer else None
+    collator = flare.FlareDataCollator(tokenizer(), layout="seq2seq", require_source=source, model=given)
+    trainer = trainer_class(model, args, data_collator=collator)
+    batch = trainer.data_collator(rows("mt5", 3, source=source))
+    labels = batch["labels"]
+    plain = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
+    want = LabelSmoother(0.1)(model(**plain), labels)
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), want)
+    trainer.compute_loss(model, dict(batch)).backward()
+    assert len(tiny.gradients(model)) == len([p for p in model.parameters() if p.requires_grad])

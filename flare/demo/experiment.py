@@ -84,7 +84,7 @@ def embedded_task(settings: DemoSettings, say: Callable[[str], None] = print) ->
         train=corpus.train[: settings.rows],
         test=corpus.test[: settings.rows],
         base=str(folder),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         notes=[],
     )
 
@@ -153,7 +153,9 @@ class Experiment:
         """The base, fully fine-tuned on the source language."""
         set_seed(seed)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(self.task.base, num_labels=len(self.task.labels))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.task.base, num_labels=len(self.task.labels), trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise DemoError(f"--model {self.task.base}: cannot be loaded for classification: {error}") from error
         self._check_length(model)

@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from ..errors import UserError
 from ..measure import StepTimer
+from ..processes import process_count
 from ..source.memory import memory_of
 from ..tasks import Pair
 from .callbacks import Timing, measure_step, quiet
@@ -24,7 +25,6 @@ from .fitting import ExperimentTrainer, autocast_of, training_arguments, trainin
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import build, collator
 from .predict import Predictor
-from ..processes import process_count
 from .settings import CheckSettings
 from .setup import Setup
 from .train import Plan

@@ -170,7 +170,8 @@ def _read_back(setup: Setup, folder: Path) -> Any:
     """The model that the adapters will begin with, as it was saved."""
     import transformers
 
-    model = getattr(transformers, setup.form.auto_class).from_pretrained(folder, dtype=setup.recipe.dtype)
+    auto_class = getattr(transformers, setup.form.auto_class)
+    model = auto_class.from_pretrained(folder, dtype=setup.recipe.dtype, trust_remote_code=False)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = setup.tokenizer.pad_token_id
     return model

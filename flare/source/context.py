@@ -30,6 +30,7 @@ class Slot:
         context: the context of the block that runs.
         pending: outputs that one projection has computed for its neighbours (flare.tuner.site).
         running: whether a forward of the model runs.
+        plain: whether it runs under a transform or tracer that takes plain PyTorch operators only.
         rows: (rows of the target, rows of both streams) in a decoding step that both share; None elsewhere.
         met: projections that have met the source, in a block that carries it (flare.source.carrier); None elsewhere.
     """
@@ -39,6 +40,7 @@ class Slot:
     context: SourceContext | None = None
     pending: Any = None
     running: bool = False
+    plain: bool = False
     rows: tuple[int, int] | None = None
     met: set[Any] | None = None
 

@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flare_kernels.function import needs_plain_operators
+
 from .._compat import REPLICA_MARK, drops_blocks
 from ..tuner.grouping import make_sites, remove_sites
 from ..tuner.layer import weight_of
 from . import carrier
 from .context import KEYWORD, THREAD, SourceContext
-from .inputs import SOURCE_ARGUMENTS, accepted_by, decoder_shape, one_text_a_row, read_source, target_shape
-from .packed_rows import LOOKED_AT, refuse_packed_rows
+from .inputs import SOURCE_ARGUMENTS, decoder_shape, one_text_a_row, read_source, refuse_unknown, target_shape
+from .packed_rows import refuse_packed_rows
 from .runtime import _RUNTIME, Runtime, runtime_of
 from .source_pass import Wanted
 from .states import StateKey
@@ -112,6 +114,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
     slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
+    slot.plain = needs_plain_operators()
     source = take_source(model, kwargs, SOURCE_ARGUMENTS)
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
@@ -122,9 +125,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
                 "(CUDA_VISIBLE_DEVICES=0)"
             )
-        mask = kwargs.get("attention_mask")
-        if len(args) > 1 or not LOOKED_AT.isdisjoint(kwargs) or (mask is not None and getattr(mask, "ndim", 0) != 2):
-            refuse_packed_rows(model, source, args, kwargs)
+        refuse_packed_rows(model, source, args, kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         if getattr(ids, "ndim", 2) == 3:  # a multiple choice
             source = one_text_a_row(source)
@@ -178,15 +179,12 @@ def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]
         TypeError: an argument ``source_...`` that neither ``names`` nor the model's forward has.
     """
     source = {}
-    for name in [name for name in kwargs if name[:7] == "source_"]:
-        if name in names:
-            value = kwargs.pop(name)
-            if value is not None:
-                source[name] = value
-        elif name not in accepted_by(model):
-            raise TypeError(
-                f"{name} is not an argument of {type(model).__name__}: of a source it reads {', '.join(names)}"
-            )
+    given = [name for name in kwargs if name[:7] == "source_"]
+    refuse_unknown(model, given, names)
+    for name in given:
+        value = kwargs.pop(name) if name in names else None
+        if value is not None:
+            source[name] = value
     return source
 
 
@@ -250,7 +248,7 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
     if slot.frozen_pass is not None:
         return None
     context = slot.forward
-    slot.running, slot.forward, slot.context, slot.pending = False, None, None, None
+    slot.running, slot.forward, slot.context, slot.pending, slot.plain = False, None, None, None, False
     if slot.rows is None:
         return None
     slot.rows = None

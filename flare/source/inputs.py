@@ -5,16 +5,18 @@ Shapes: B rows, m positions of a text, u of a decoder's input.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._compat import shift_labels
-from .context import SourceContext
+from .context import THREAD, SourceContext
 from .fsdp import check_whole, reshard_below
 from .latent import read_latent
 from .memory import AutocastState, Choice, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
@@ -34,6 +36,22 @@ SOURCE_ARGUMENTS = (
 )
 #: Of these, what an encoder-decoder's decoder reads.
 DECODER_ARGUMENTS = ("source_labels", "source_decoder_input_ids")
+
+
+def did_you_mean(name: str, accepted: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the accepted name nearest to one, or nothing where none is near."""
+    near = difflib.get_close_matches(name, accepted, 1, 0.8)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def refuse_unknown(model: nn.Module, given: Iterable[str], names: Sequence[str]) -> None:
+    """Raise TypeError for an argument ``source_...`` that neither ``names`` nor the model's forward has."""
+    for name in given:
+        if name[:7] == "source_" and name not in names and name not in accepted_by(model):
+            raise TypeError(
+                f"{name} is not an argument of {type(model).__name__}: of a source it reads {', '.join(names)}"
+                f"{did_you_mean(name, names)}"
+            )
 
 
 def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
@@ -243,6 +261,11 @@ def read_source(
         raise ValueError(
             f"{decoder[0]}: {type(model).__name__} is not an encoder-decoder, whose decoder these are for; leave it out"
         )
+    if torch.compiler.is_exporting() and runtime.map.decoders and not decoder:
+        raise ValueError(
+            f"{', '.join(sorted(source))} under torch.export, which runs the source pass to its end: pass the input of "
+            f"the decoder too ({' or '.join(DECODER_ARGUMENTS)}), or leave the source out"
+        )
     reads = reading.of_both if decoder else reading.of_text
     if not reads:
         raise ValueError(
@@ -250,7 +273,12 @@ def read_source(
             "or source_decoder_input_ids; pass one of them too"
         )
     adapters = reads.adapters
-    if torch.compiler.is_compiling() and not _is_traceable(model, runtime, reads, source, source_padding, source_cache):
+    slot = THREAD.slot
+    if (
+        torch.compiler.is_compiling()
+        and not slot.plain
+        and not _is_traceable(model, runtime, reads, source, source_padding, source_cache)
+    ):
         return _read_outside_the_graph(
             model, runtime, source, target, decoder_target, source_padding=source_padding, source_cache=source_cache
         )
@@ -264,7 +292,8 @@ def read_source(
     if device.type == "meta":
         device = reads.device
     # lora_A is called in its layer, on the state as it is; a graph does that anyway
-    by_modules = not torch.compiler.is_compiling() and graded(weights) and reads.are_touched()
+    compiles, plain = torch.compiler.is_compiling(), slot.plain
+    by_modules = plain or (not compiles and graded(weights) and reads.are_touched())
     states: Any  # a reader
     given = "source_states" in source
     if given:
@@ -299,7 +328,7 @@ def read_source(
             runtime.map.decoders,
             zero_pads=zeroes,
         )
-    if torch.compiler.is_compiling():
+    if compiles or plain:
         return keep_states(states, prepare, reads.by_key)
     if not graded(weights):
         return _projected(model, runtime, reads, states, prepare, None)

@@ -26,6 +26,7 @@ class LatentEncoder:
         max_length: longer texts are cut; default: ``length``, or the tokenizer's own limit.
         device: where a model that is given by name runs.
         dtype: in which dtype it runs.
+        trust_remote_code: whether Python code of the model's folder may run; it does not unless asked for here.
 
     Raises:
         TypeError, ValueError: a language that is missing, not wanted or unknown to the tokenizer, a model without
@@ -41,12 +42,14 @@ class LatentEncoder:
         max_length: int | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         if isinstance(model, str):
             import transformers
 
-            tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
-            model = transformers.AutoModel.from_pretrained(model, dtype=dtype).to(device)
+            options: Any = {"trust_remote_code": trust_remote_code}
+            tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model, **options)
+            model = transformers.AutoModel.from_pretrained(model, dtype=dtype, **options).to(device)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}")
         if tokenizer is None:

@@ -169,7 +169,7 @@ class AutocastState:
 
     @classmethod
     def now(cls, device: torch.device) -> AutocastState:
-        kinds = dict.fromkeys((device.type, "cpu"))
+        kinds = dict.fromkeys(kind for kind in (device.type, "cpu") if kind != "meta")
         states = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         return cls(states, torch.is_autocast_cache_enabled())
 

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flare_kernels.dropout import draw_seed
+from flare_kernels.function import differentiable_once
 from flare_kernels.projection import project, project_grad, stack
 
 from ..tuner.layer import check_weights, weight_of
@@ -79,8 +79,10 @@ class SourcePass(torch.autograd.Function):
         return tuple(S)  # type: ignore[arg-type]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                return differentiable_once(SourcePass.backward(ctx, *grads), grads)
         saved = ctx.saved_tensors
         states, seeds = saved[: ctx.saved_states], saved[ctx.saved_states :]
         groups: list[Group] = ctx.groups

@@ -221,7 +221,9 @@ def read_from_model(model: nn.Module, inputs: dict[str, Any], wanted: Iterable[S
         dropout: leave the modules' training mode as it is.
     """
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
-    return read_from_run(backbone, lambda: backbone(**inputs), wanted, dropout=dropout)
+    # torch.export keeps count of the modules that run, which an early end would leave open
+    to_the_end = torch.compiler.is_exporting()
+    return read_from_run(backbone, lambda: backbone(**inputs), wanted, dropout=dropout, to_the_end=to_the_end)
 
 
 def read_from_run(

@@ -97,7 +97,7 @@ class SourceStateCache(Store):
             ValueError: the cache holds states of another base model, or the weights are not frozen.
         """
         watch = Watch(model)
-        self.claim(fingerprint(model))
+        self.claim(fingerprint(model), watch.traits)
         self._models[model] = _Bound(watch, counts_relatively(model), needs_width(model), accepts_types(model))
 
     def _bound(self, model: nn.Module) -> _Bound:
@@ -162,7 +162,7 @@ class SourceStateCache(Store):
 
         Args:
             model: a model with FLARE adapters.
-            batch: as the model takes it; what does not begin with ``source_`` is not read.
+            batch: as the model takes it; of what does not begin with ``source_`` only packed rows are looked for.
                 ``source_input_ids`` (B, m) integers, ``source_attention_mask`` and ``source_token_type_ids`` of the
                 same shape; of an encoder-decoder also ``source_labels`` or ``source_decoder_input_ids`` (B, u).
             dtype: autocast's where the forward runs under autocast and this call does not; by default the one that is
@@ -174,7 +174,8 @@ class SourceStateCache(Store):
             None also where no active adapter reads a source, and for a model whose blocks lie on several devices.
 
         Raises:
-            TypeError, ValueError: a model without FLARE adapters, or a source that is missing or does not fit.
+            TypeError, ValueError: a model without FLARE adapters, a source that is missing or does not fit, an unknown
+                ``source_`` name, or packed rows.
             RuntimeError: the call is part of a CUDA graph that is being captured.
         """
         if not hasattr(model, "source_request"):

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..source.inputs import DECODER_ARGUMENTS, check_ids, decoder_inputs, one_text_a_row
+from ..source.inputs import (
+    DECODER_ARGUMENTS,
+    SOURCE_ARGUMENTS,
+    check_ids,
+    decoder_inputs,
+    one_text_a_row,
+    refuse_unknown,
+)
+from ..source.packed_rows import refuse_packed_rows
 from ..source.states import StateKey
 
 
@@ -45,8 +53,11 @@ class SourceRequest:
             types: whether the frozen model reads token types.
 
         Raises:
-            TypeError, ValueError: a source that is missing or does not fit; the message names the argument.
+            TypeError, ValueError: a source that is missing or does not fit, an unknown ``source_`` name, or packed
+                rows; the message names the argument.
         """
+        refuse_unknown(self.model, batch, SOURCE_ARGUMENTS)
+        refuse_packed_rows(self.model, {name: batch[name] for name in SOURCE_ARGUMENTS if name in batch}, (), batch)
         ids = batch.get("source_input_ids")
         if isinstance(ids, Tensor) and ids.ndim == 3:
             batch = one_text_a_row({name: value for name, value in batch.items() if name[:7] == "source_"})

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class Store:
                 self._tiers.append(MemoryTier(name, own, shared))
         self.decisions: dict[str, str] = {}  # of tiers="auto": tier -> what was measured and decided
         self._base: str | None = None
+        self._traits: dict[str, Any] = {}
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
         self._said: set[str] = set()
@@ -76,14 +77,14 @@ class Store:
         if self._directory is not None:
             _on_disk.add(self)
 
-    def claim(self, base: str) -> None:
-        """Tie the rows to a base model, by its fingerprint.
+    def claim(self, base: str, traits: Mapping[str, Any]) -> None:
+        """Tie the rows to a base model, by its fingerprint, and within this process by its modules' attributes too.
 
         Raises:
             ValueError: they are of another one.
         """
         if self._base is None:
-            self._base = base
+            self._base, self._traits = base, dict(traits)
             for tier in self._tiers:
                 if isinstance(tier, DiskTier):
                     tier.open(base)
@@ -92,6 +93,13 @@ class Store:
                 f"source_cache is bound to another base model (fingerprint {self._base[:12]}, this one's is "
                 f"{base[:12]}: other weights or another config); make a SourceStateCache for each base model, with a "
                 "directory of its own or a shared one"
+            )
+        changed = [name for name, value in traits.items() if name in self._traits and self._traits[name] != value]
+        if changed:
+            raise ValueError(
+                f"source_cache holds states of this base model before its {changed[0].strip('.')} was changed "
+                f"({len(changed)} such changes); make a new SourceStateCache for the model as it is now, with another "
+                "directory"
             )
 
     # --- reading ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import without_torch_function
+from .checksum import checksum
 from .fingerprint import config_digest
 from .weights import FrozenWeights
 
@@ -25,11 +26,13 @@ _merged = attrgetter("merged_adapters")
 class Watch:
     """A frozen base model as it is now.
 
-    It sees in-place changes, other tensors and modules, moves, merged adapters and changes of the config. It does not
-    see a write through ``.data``.
+    It sees in-place changes, other tensors and modules, moves, merged adapters and changes of the config and of the
+    modules' plain attributes. It does not see a write through ``.data``.
 
     Attributes:
         stamp: equal for two watches where the weights and the config are the same objects, unchanged in between.
+        traits: what the modules' code reads beside weights and config, by name: plain attributes, and the bytes of
+            buffers that are not saved. Equal for copies of a model in one process.
 
     Raises:
         ValueError: see FrozenWeights.
@@ -43,7 +46,15 @@ class Watch:
         self._values = [holder.get(key) for holder, key in weights.places]
         self._dictionaries, self._sizes = weights.dictionaries, sum(map(len, weights.dictionaries))
         self._wrappers = weights.wrappers
-        self._tensors = list({id(tensor): tensor for _, tensor in weights.tensors}.values())
+        tensors = (*weights.tensors, *weights.derived)
+        self._tensors = list({id(tensor): tensor for _, tensor in tensors}.values())
+        self._trait_holders = [holder for _, holder, _ in weights.traits]
+        self._trait_keys = [key for _, _, key in weights.traits]
+        self._trait_values = list(map(dict.get, self._trait_holders, self._trait_keys))
+        self.traits: dict[str, Any] = {name: holder[key] for name, holder, key in weights.traits}
+        self.traits |= {
+            name: (buffer.dtype, checksum(buffer)) for name, buffer in weights.derived if not buffer.is_meta
+        }
         self._with_version = [tensor for tensor in self._tensors if not torch.is_inference(tensor)]
         with without_torch_function():
             self._with_address = [tensor for tensor in self._tensors if _has_address(tensor)]
@@ -51,7 +62,7 @@ class Watch:
             self._versions = list(map(_version, self._with_version))
         self._note_config()
         names = [(name, id(tensor)) for name, tensor in weights.tensors]
-        self.stamp = (names, self._addresses, self._versions, self._config)
+        self.stamp = (names, self._addresses, self._versions, self._config, self.traits)
 
     def _note_config(self) -> None:
         self._config = config_digest(self._model_config)
@@ -68,6 +79,7 @@ class Watch:
                 and list(map(_version, self._with_version)) == self._versions
                 and not any(map(_trained, self._tensors))
                 and not any(map(_merged, self._wrappers))
+                and list(map(dict.get, self._trait_holders, self._trait_keys)) == self._trait_values
                 and self._config_holds()
             )
 

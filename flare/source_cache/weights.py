@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 from .._compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 
+#: Modules whose plain attributes say nothing that their weights' shapes do not, or that only training looks at.
+_WITHOUT_TRAITS = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_TRAIT_TYPES = (bool, int, float, str, type(None))
+#: Kinds of rotary embeddings that write their buffers anew for the lengths they meet.
+_WRITES_ITSELF = ("dynamic", "longrope")
+
 #: Names under which libraries keep the scales of quantised weights on a parameter or its module.
 _SCALES = ("SCB",)
 
@@ -27,6 +33,8 @@ class FrozenWeights:
         places: (dictionary, key) of every tensor and of every module and object on the way to one.
         dictionaries: those of modules that hold something: what is added to one changes its length.
         wrappers: the adapter layers on the way.
+        derived: (name, buffer) of what is not saved with the model but made by its code (rotary frequencies).
+        traits: (name, dictionary, key) of the modules' plain numbers, flags and names, such as ``sliding_window``.
 
     Raises:
         ValueError: a weight that is trained, merged with an adapter, or repacked by bitsandbytes.
@@ -37,6 +45,8 @@ class FrozenWeights:
         self.places: list[tuple[dict[str, Any], str]] = [(vars(model), "config")]
         self.dictionaries: list[dict[str, Any]] = []
         self.wrappers: list[nn.Module] = []
+        self.derived: list[tuple[str, Tensor]] = []
+        self.traits: list[tuple[str, dict[str, Any], str]] = []
         backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
         self.places += [(model._modules, name) for name in model._modules]
         self._walk(backbone, "")
@@ -55,17 +65,24 @@ class FrozenWeights:
             self.places.append((module._modules, "base_layer"))
             self._walk(module.get_base_layer(), name)
             return
+        self.dictionaries += [held for held in (module._parameters, module._buffers, module._modules) if held]
+        unsaved, lasting = module._non_persistent_buffers_set, not _writes_itself(module)
         for held in (module._parameters, module._buffers, module._modules):
-            if held:
-                self.dictionaries.append(held)
-            self.places += [(held, own) for own in held if own not in module._non_persistent_buffers_set]
+            self.places += [(held, own) for own in held if lasting or own not in unsaved]
+        if lasting:
+            self.derived += [
+                (f"{name}.{own}", b) for own, b in module._buffers.items() if own in unsaved and b is not None
+            ]
+        if lasting and not isinstance(module, _WITHOUT_TRAITS):
+            own_values = vars(module)
+            self.traits += [(f"{name}.{key}", own_values, key) for key in own_values if _is_trait(key, own_values[key])]
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 self._add(f"{name}.{own}", parameter)
                 for part, tensor in self._scales(module, parameter):
                     self._add(f"{name}.{own}.{part}", tensor)
         for own, buffer in module._buffers.items():
-            if buffer is not None and own not in module._non_persistent_buffers_set:
+            if buffer is not None and own not in unsaved:
                 self._add(f"{name}.{own}", buffer)
         for own, child in module._modules.items():
             if child is not None and own != "pooler":
@@ -121,3 +138,16 @@ class FrozenWeights:
                     self.places += [(vars(module), "state"), (vars(holder), name)]
                     yield name, value
                     break
+
+
+def _is_trait(name: str, value: object) -> bool:
+    """Whether a module's attribute is a plain value that its forward may read in a frozen pass."""
+    off = name.startswith("_") or name in ("training", "gradient_checkpointing") or "drop" in name
+    return not off and isinstance(value, _TRAIT_TYPES)
+
+
+def _writes_itself(module: nn.Module) -> bool:
+    """Whether a module exchanges its buffers and attributes in its forward."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
+    return any(part in str(kind) for kind in kinds for part in _WRITES_ITSELF)

@@ -10,7 +10,7 @@ Shapes: B rows, m the common width of both texts, u the common width of decoder 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,8 @@ class FlareDataCollator:
         widths: least columns of every batch: before the index at which answers start (or texts end, padded on the
             left), from it on, and of decoder sequences. ``fitted`` finds those under which all batches are alike.
         vocab_size: token ids from this one on are an error; FlareTrainer sets it to the model's.
+        model: layout "seq2seq": the model that makes ``decoder_input_ids`` of the labels, as DataCollatorForSeq2Seq's;
+            needed where a Trainer takes the labels away (label_smoothing_factor). FlareTrainer sets it then.
 
     Raises:
         ValueError: a tokenizer without pad token, an unknown option, rows without a source, columns of different
@@ -130,6 +132,7 @@ class FlareDataCollator:
     label_pad_token_id: int = -100
     widths: tuple[int, int, int] | None = None
     vocab_size: int | None = None
+    model: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.padding is True:
@@ -395,10 +398,14 @@ class FlareDataCollator:
         width = max(width, self.widths[2]) if self.widths is not None and present else width
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        return {
+        columns = {
             name: torch.tensor([row[name] + [fills[name]] * (width - len(row[name])) for row in rows])
             for name in present
         }
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None and "labels" in columns and "decoder_input_ids" not in columns:
+            columns["decoder_input_ids"] = shift(labels=columns["labels"])
+        return columns
 
 
 def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

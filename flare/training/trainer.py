@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
 from .. import _compat
+from ..source.inputs import did_you_mean
 from ..source_cache import SourceStateCache
 from .collator import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
 from .graphed_step import GraphedStep
@@ -144,7 +145,9 @@ class FlareTrainer(Trainer):
         if said is not None:
             warnings.warn(said, UserWarning, stacklevel=3)
         if collator.vocab_size is None:
-            self.data_collator = replace(collator, vocab_size=vocabulary_of(self.model))
+            self.data_collator = collator = replace(collator, vocab_size=vocabulary_of(self.model))
+        if self.label_smoother is not None and collator.model is None:  # the Trainer takes the labels from the model
+            self.data_collator = replace(collator, model=self.model)
 
     # --- source states over epochs ------------------------------------------------------------------------------------
 
@@ -222,10 +225,43 @@ class FlareTrainer(Trainer):
         wanted = (*SOURCE_COLUMNS, *SOURCE_POSITIONS) if _reads_source_positions(self.model) else SOURCE_COLUMNS
         columns += [name for name in wanted if name not in columns]
 
+    def _check_columns(self, data: Any) -> None:
+        """Raise ValueError for a column ``source_...`` that the Trainer would drop and that can only be meant as input:
+        it has numbers for every token, or nearly the name of one that is read. Texts and ids of rows are dropped.
+        """
+        names = getattr(data, "column_names", None)  # of a datasets.Dataset, also of one that streams
+        if not self.args.remove_unused_columns or not _fuses(self.model) or isinstance(names, dict):
+            return
+        listed = isinstance(data, list) or (names is not None and hasattr(data, "__getitem__"))
+        row: Any = data[0] if listed and len(data) else {}
+        self._set_signature_columns_if_needed()
+        kept = _compat.signature_columns(self)
+        for name in names or (row if isinstance(row, Mapping) else ()):
+            value = row.get(name) if isinstance(row, Mapping) else None
+            near = did_you_mean(name, [one for one in kept if one.startswith("source_")])
+            per_token = isinstance(value, Tensor | Sequence) and len(value) and not isinstance(value[0], str)
+            if name.startswith("source_") and name not in kept and (near or (per_token and not isinstance(value, str))):
+                raise ValueError(
+                    f"the data set's column {name!r} is not read, and remove_unused_columns would drop it{near or ';'} "
+                    "rename it, or take it out of the data set"
+                )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As Trainer. Raises ValueError for a column of a source that is not read."""
+        data = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
+        self._check_columns(data[eval_dataset] if isinstance(eval_dataset, str) else data)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As Trainer. Raises ValueError for a column of a source that is not read."""
+        self._check_columns(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
     # --- captured steps -----------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """As Trainer; with ``cuda_graphs`` batches stay on the host, where reading their masks waits for no device."""
+        self._check_columns(self.train_dataset)
         loader: DataLoader = super().get_train_dataloader()
         if self.cuda_graphs and hasattr(loader, "device"):
             loader.device = None  # accelerate moves batches to it; training_step copies them into the graph's tensors

@@ -17,7 +17,8 @@ from ..source.runtime import runtime_of
 from .config import FlareConfig
 from .grouping import make_sites
 from .layer import FlareLayer
-from .model import FastLoraReport, FlareModel
+from .model import FlareModel
+from .report import FastLoraReport
 from .routing import ModelMap
 
 _TASKS = {

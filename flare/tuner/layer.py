@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from flare_kernels import fused_lora, reference
+from flare_kernels.function import needs_plain_operators
 from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import LoraLayer, LoraLinear, find_lora_class, is_lora_over_linear
@@ -131,8 +132,9 @@ class FlareLayer:
             context = None if self in slot.met else context
             slot.met.add(self)
         mixes = context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
-        plain = not mixes and all(self.is_untouched_adapter(name) for name in active)
-        if x.dim() > 2 and plain and not (args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
+        by_modules = slot.plain or (not slot.running and needs_plain_operators())
+        fused = not (by_modules or mixes or any(self.needs_modules(name) for name in active))
+        if x.dim() > 2 and fused and not (args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
             # flat rows: the linear's output then has memory of its own and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
             return self._with_adapters(context, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
@@ -140,9 +142,9 @@ class FlareLayer:
         if active and self.base_layer._forward_hooks:
             result = result.clone()  # somebody may hold on to what the hook saw
         if slot.rows is None or not active:
-            return self._with_adapters(context, active, x, result)
+            return self._with_adapters(context, active, x, result, by_modules=by_modules)
         rows = self.target_rows(slot, x)
-        result[:rows] = self._with_adapters(context, active, x[:rows], result[:rows])
+        result[:rows] = self._with_adapters(context, active, x[:rows], result[:rows], by_modules=by_modules)
         return result
 
     def target_rows(self, slot: Slot, x: Tensor) -> int:
@@ -159,6 +161,12 @@ class FlareLayer:
                 f"{total}: pass source_pass='separate' to generate"
             )
         return rows
+
+    def needs_modules(self, adapter: str) -> bool:
+        """Whether PEFT's way over the adapter's modules is taken: somebody hooks or patches them, or the scaling is a
+        tensor, which changes in place (prepare_model_for_compiled_hotswap).
+        """
+        return isinstance(self.scaling[adapter], Tensor) or not self.is_untouched_adapter(adapter)
 
     def is_untouched_adapter(self, adapter: str) -> bool:
         """Whether nobody hooks or patches the modules of an adapter."""
@@ -177,18 +185,26 @@ class FlareLayer:
         return [name for name in self.active_adapters if name in self.lora_A]
 
     def _with_adapters(
-        self, context: SourceContext | None, active: list[str], x: Tensor, result: Tensor, flat: bool = False
+        self,
+        context: SourceContext | None,
+        active: list[str],
+        x: Tensor,
+        result: Tensor,
+        flat: bool = False,
+        by_modules: bool = False,
     ) -> Tensor:
         if x.requires_grad and not result.requires_grad and active and torch.is_grad_enabled():
             raise_lost_gradient(self.flare_key, self.base_layer)
         for name in active:
-            result = self._add_adapter(context, name, x, result, flat)
+            result = self._add_adapter(context, name, x, result, flat, by_modules)
         return result
 
-    def _add_adapter(self, context: SourceContext | None, name: str, x: Tensor, result: Tensor, flat: bool) -> Tensor:
+    def _add_adapter(
+        self, context: SourceContext | None, name: str, x: Tensor, result: Tensor, flat: bool, by_modules: bool
+    ) -> Tensor:
         lora_A, lora_B = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         fusion, x_source, bottleneck = self.source_of(name, context)
-        if fusion != "cross_attention" and not self.is_untouched_adapter(name):
+        if fusion != "cross_attention" and (by_modules or self.needs_modules(name)):
             return self._through_modules(name, fusion, x, x_source, bottleneck, result)
         if flat:
             x_source = None if x_source is None else x_source.flatten(0, -2)

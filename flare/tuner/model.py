@@ -4,63 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from .._compat import LoraLayer, register_tuner
+from .._compat import LoraLayer, register_tuner, warn_of_shards
 from ..generation.generate import ALIGNMENTS, generate
 from ..source.hooks import attach, detach, take_source, warn_without_source
 from ..source.inputs import SOURCE_ARGUMENTS, check_cacheable, encode
+from ..source.packed_rows import refuse_packed_rows
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceRequest, SourceStateCache
 from .config import FlareConfig
 from .grouping import make_sites
 from .layer import MERGE_REFUSED, FlareLayer, adopt
+from .report import FastLoraReport, ReportRow
 from .routing import ModelMap
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    """One adapter on one LoRA module: whether it fuses, how, and the reason where it does not."""
-
-    module: str
-    adapter: str
-    fused: bool
-    fusion: str | None
-    reason: str
-    backend_layer: str
-
-
-class FastLoraReport(tuple[ReportRow, ...]):
-    """Every LoRA module of a model; prints as a table."""
-
-    __slots__ = ()
-
-    @property
-    def fused(self) -> tuple[ReportRow, ...]:
-        """The rows that fuse two streams."""
-        return tuple(row for row in self if row.fused)
-
-    @property
-    def declined(self) -> tuple[ReportRow, ...]:
-        """The rows that do not, each with its reason."""
-        return tuple(row for row in self if not row.fused)
-
-    def __str__(self) -> str:
-        if not self:
-            return "no LoRA modules"
-        head = f"{len(self.fused)} of {len(self)} LoRA modules fuse two streams"
-        width = max(len(row.module) for row in self)
-        lines = [
-            f"  {row.module:<{width}}  {row.adapter}  {row.fusion if row.fused else 'plain LoRA: ' + row.reason}"
-            for row in self
-        ]
-        return "\n".join([head, *lines])
 
 
 class FlareModel(LoraModel):
@@ -69,7 +33,7 @@ class FlareModel(LoraModel):
     # --- adapters come and go -----------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: FlareConfig, model_config: dict[str, Any]) -> FlareConfig:
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
             try:
                 peft_config.target_modules = ModelMap.of(self.model).default_targets()
             except ValueError:
@@ -77,6 +41,10 @@ class FlareModel(LoraModel):
                     raise
         _spare_the_head(self.model, peft_config)
         return cast(FlareConfig, super()._prepare_adapter_config(peft_config, model_config))
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """PEFT's, which refuses modules of Mamba that LoRA does not fit where the type is LORA."""
+        super()._check_target_module_compatiblity(_AS_LORA, model, target_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, then our classes, fusions and hooks on what it made."""
@@ -202,6 +170,15 @@ class FlareModel(LoraModel):
         if projection:
             return f"{projection[1] or ''}latent_proj.{projection[2]}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: FlareConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's, and its warning of shards that were not gathered, which PEFT gives for the type LORA alone."""
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        warn_of_shards(found, adapter_name=adapter_name)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -387,6 +364,7 @@ class FlareModel(LoraModel):
             warn_without_source(runtime, training=False)
         if not source or not runtime.wanted():
             return cast(Any, self.model).generate(*args, **kwargs)
+        refuse_packed_rows(self.model, source, (), kwargs)
         return generate(self.model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)
 
     # --- what was done ------------------------------------------------------------------------------------------------
@@ -405,6 +383,8 @@ class FlareModel(LoraModel):
                 rows.append(ReportRow(path, adapter, fusion is not None, fusion, reason, type(module).__name__))
         return FastLoraReport(rows)
 
+
+_AS_LORA = LoraConfig()
 
 #: Names of the heads that PEFT trains in full (modules_to_save) for these tasks.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

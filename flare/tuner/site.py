@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flare_kernels import launch_mode
-from flare_kernels.function import add_adapters, apply, apply_with_products, call_of
+from flare_kernels.function import add_adapters, apply, apply_with_products, call_of, needs_plain_operators
 from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import in_backward, registrations, saved_tensors_are_packed
@@ -32,6 +32,7 @@ from ..source.context import THREAD, Slot, SourceContext
 from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouched, raise_lost_gradient
 
 _PLAIN = (Tensor, nn.Parameter)
+_NUMBERS = (float, int)
 #: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
 _Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
 _NO_SOURCE: _Source = (None, None, (), None)
@@ -231,6 +232,8 @@ class Site:
 
     def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
         """Return the outputs of the projections that are computed together; None where the caller has no part in it."""
+        if slot.plain or (not slot.running and needs_plain_operators()):
+            return None
         if torch.compiler.is_compiling():
             return self._traced(module, x, slot)
         plan = self.plan
@@ -271,7 +274,10 @@ class Site:
                 check_weights(member.path, x, A, B)
             As += (A,)
             Bs += (B,)
-            key += (rank, member.layer.scaling[member.adapter])  # type: ignore[index]
+            scaling = member.layer.scaling[member.adapter]  # type: ignore[index]
+            if scaling.__class__ not in _NUMBERS:  # a tensor since the plan was made
+                return None
+            key += (rank, scaling)
         if not owned:
             adapts = isinstance(module, FlareLayer) and slot.rows is None
             return self._over_modules(plan, x, slot, p or 0.0, As, Bs) if adapts else None
@@ -279,7 +285,7 @@ class Site:
         x_source, source_seed, Ss, A_stacked = _NO_SOURCE if context is None else self._source(plan, context)
         if x_source is not None and (x_source.shape != x.shape or x_source.device != device):
             x_source = _fitted(self.path, x_source, x)
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
         dtype = x.dtype
         if autocast and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
@@ -407,9 +413,11 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _fits(layer: FlareLayer, adapter: str) -> bool:
-    """Whether an adapter's matrices are plain linears without bias, and its fusion looks at one position at a time and
-    acts on all outputs.
+    """Whether an adapter's matrices are plain linears without bias, its scaling is a number, and its fusion looks at
+    one position at a time and acts on all outputs.
     """
+    if isinstance(layer.scaling[adapter], Tensor):
+        return False
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
     plain = type(A) is nn.Linear and type(B) is nn.Linear and A.bias is None and B.bias is None
     dropout = type(layer.lora_dropout[adapter]) in (nn.Dropout, nn.Identity)
