@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
-from .commands import bench, demo, evaluate, finetune, info, report, train, translate
+from .commands import bench, demo, evaluate, finetune, info, report, train, translate, unforeseen
 
 #: In the order of their use.
 COMMANDS = (finetune, translate, train, evaluate, report, demo, bench, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 done, 2 something the user can mend, 130 interrupted)."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 done, 1 a defect or output that nobody reads, 2 an error the user can fix, 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of another encoding is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     parsed, unknown = parser.parse_known_args(argv)
     arguments = vars(parsed)
-    command = arguments.pop("command")
+    name, command = arguments.pop("subcommand"), arguments.pop("command")
     if "rest" in arguments:
         arguments["rest"] = unknown
     elif unknown:
@@ -27,13 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in flare info | head -1; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # each command reports its own UserErrors
+        said, status = unforeseen.explained(error)
+        print(f"flare {name}: error: {said}", file=sys.stderr)
+        return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream."
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
     return parser

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, reason
+from ..json_files import parsed
 from .common import location
 from .records import RUN_FILE, RunRecord, diverged, read_record, read_run
 from .settings import BASE
@@ -70,14 +71,18 @@ def chance_notes(folder: Path) -> list[str]:
     run = read_run(folder)
     scores = run.metrics.test.get("source-language") or run.metrics.valid
     accuracy, matches = scores.get("accuracy"), scores.get("exact_match")
-    advice = "adapters trained on it learn the task anew, or not at all; fine-tune it longer or with another --lr"
+    advice = "adapters trained on it learn the task anew, or not at all; run flare finetune --no-resume longer or with another --lr"
     start = f"the base {folder} is at chance level on {run.record.source_language}"
     if matches is not None:
         low = matches == 0 and scores.get("f1", 0) < 5
         return [f"{start} (exact match {matches:.1f}, F1 {scores.get('f1', 0):.1f}): {advice}"] if low else []
     if accuracy is None:
         return []
-    truths = _truths(folder / PREDICTIONS) if "source-language" in run.metrics.test else []
+    truths = (
+        [str(row["truth"]) for row in read_predictions(folder / PREDICTIONS)]
+        if "source-language" in run.metrics.test
+        else []
+    )
     rows = len(truths) or run.record.data.get("valid") or 0
     labels = len(run.record.settings.get("labels") or ()) or 2
     share = max(map(truths.count, truths)) / len(truths) if truths else 1 / labels
@@ -87,17 +92,29 @@ def chance_notes(folder: Path) -> list[str]:
     return [f"{start} (accuracy {accuracy:.1f}; always the most frequent label: {100 * share:.1f}): {advice}"]
 
 
-def _truths(path: Path) -> list[str]:
-    """The right labels of a predictions file, empty where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [str(json.loads(line)["truth"]) for line in lines]
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a predictions file (id, truth, prediction); empty where there is none.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = parsed(line)
+            rows.append({name: row[name] for name in ("id", "truth", "prediction")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a prediction ({reason(error)}); move the file away to go on without it"
+            ) from error
+    return rows
 
 
 def _finetuned(folder: Path, output: Path) -> Base:
     record = read_record(folder)
     if what := diverged(read_run(folder)):
         raise UserError(
-            f"{folder}: its fine-tuning diverged ({what}); fine-tune anew with a smaller --lr (--no-resume)"
+            f"{folder}: its fine-tuning diverged ({what}); run flare finetune --no-resume with a smaller --lr"
         )
     if not record.done:
         raise UserError(f"{folder}: its fine-tuning is not finished; run flare finetune again, it goes on")

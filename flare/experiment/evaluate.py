@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from ..names import folder_name
 from ..tasks import JoinedForm, Pair, resolve_labels
 from ..tasks.digest import digests_of_pairs
 from ..tasks.errors import some_ids
-from .base import PREDICTIONS, Base, find_base, seeds_of
+from .base import PREDICTIONS, Base, find_base, read_predictions, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, expect_no_source, location, summary
 from .fitting import autocast_of, training_values
@@ -167,8 +166,7 @@ class _Evaluation:
     def _scored_ids(self, target: str) -> set[str]:
         """The ids of the test rows that adapters of a target language were scored on."""
         files = [run.folder / PREDICTIONS for run in self.adapters if run.record.target_language == target]
-        lines = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
-        return {str(json.loads(line)["id"]) for line in lines}
+        return {str(row["id"]) for file in files for row in read_predictions(file)}
 
     def _mark(self, folder: Path, name: str, digests: dict[str, str]) -> None:
         if is_main():

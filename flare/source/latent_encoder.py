@@ -44,8 +44,9 @@ class LatentEncoder:
         if isinstance(model, str):
             import transformers
 
-            tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model)
-            model = transformers.AutoModel.from_pretrained(model, dtype=dtype).to(device)
+            tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            # False, not left out: transformers would ask at the terminal whether to run the folder's code
+            model = transformers.AutoModel.from_pretrained(model, dtype=dtype, trust_remote_code=False).to(device)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}")
         if tokenizer is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_files import replacing
+from ..json_files import parsed
 from ..names import folder_name
 from .errors import DataError
 from .examples import Example
@@ -33,16 +34,18 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
     """The file of a split, or None.
 
     Raises:
-        DataError: several files could be meant.
+        DataError: several files could be meant, or what has the name is not a file.
         UserError: the language cannot be a folder's name.
     """
     folder_name(language, "the language")
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in SUFFIXES]
-    there = [folder / language / name for name in names if (folder / language / name).is_file()]
+    there = [folder / language / name for name in names if os.path.lexists(folder / language / name)]
     if len(there) > 1:
         raise DataError(
             f"{folder / language} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them"
         )
+    if there and not there[0].is_file():
+        raise DataError(f"{there[0]} is not a file (a folder, a FIFO, or a link to something that is gone)")
     return there[0] if there else None
 
 
@@ -82,7 +85,8 @@ def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 elif fields:
                     wrong.append((reader.line_num, len(fields)))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a CSV file in UTF-8: {error}") from error
+        long = "; write texts of more than 100,000 letters as JSON lines" if "field limit" in str(error) else ""
+        raise DataError(f"{path} cannot be read as a CSV file in UTF-8: {error}{long}") from error
     if wrong:
         line, count = wrong[0]
         raise DataError(
@@ -108,11 +112,11 @@ def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             for line in file:
                 number += 1
                 if line.strip():
-                    row = json.loads(line)
+                    row = parsed(line)
                     if not isinstance(row, dict):
                         raise ValueError("it is not an object")
                     rows.append(row)
-    except (ValueError, OSError, RecursionError) as error:  # also what UTF-8 and JSON raise
+    except (ValueError, OSError) as error:  # also what UTF-8 and JSON raise
         raise DataError(f"{path}, line {max(number, 1)}: no JSON object in UTF-8 ({error})") from error
     # A key that only some rows have is a column all the same; a missing value shows up as an empty text or label.
     return rows, list(dict.fromkeys(key for row in rows for key in row))

@@ -58,7 +58,7 @@ def load_pairs(
             f"{source_text!r}"
         )
     if limit is not None and limit < 1:
-        raise UserError(f"--limit must be 1 or more; got {limit}")
+        raise UserError(f"limit must be 1 or more; got {limit}")
     notes = data_notes(task, data, split) if "gold" in (target_text, source_text) else []
 
     def read(text: str, language: str, other: str) -> list[Example]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..json_files import parsed
 from .alignment import position_id
 from .errors import DataError, some_ids
 from .examples import Answer, Example
@@ -52,7 +52,7 @@ def examples_from(
         )
     found = [
         Example(
-            id=position_id(index) if "id" not in columns else _id(row.get("id")),
+            id=position_id(index) if "id" not in columns else _text(_id(row.get("id")), f"{where}, row {index}: id"),
             texts={column: _text(row.get(column), f"{where}, row {index}: {column}") for column in task.text_columns},
             label=_label(row.get(task.label_column), task, name_of, f"{where}, row {index}: {task.label_column}")
             if task.kind == "classification"
@@ -123,7 +123,10 @@ def _id(value: Any) -> str:
 def _text(value: Any, where: str) -> str:
     if isinstance(value, list | tuple | dict | bytes):
         raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
-    return "" if value is None or value != value else str(value)
+    text = "" if value is None or value != value else str(value)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f"{where} holds half a character (a lone surrogate): {text[:40]!r}; write the text in UTF-8")
+    return text
 
 
 def _label(value: Any, task: Task, name_of: Callable[[Any], str] | None, where: str) -> str:
@@ -151,14 +154,14 @@ def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ..
     try:
         value = row.get("answers")
         if isinstance(value, str):
-            value = json.loads(value) if value.strip() else None
+            value = parsed(value) if value.strip() else None
         if value is None:
             text = row.get("answer")
             value = {"text": [] if text in (None, "") else [text], "answer_start": [row.get("answer_start")]}
         texts = [str(text) for text in _as_list(value["text"])]
         starts = _as_list(value.get("answer_start"))
         starts = [-1 if start in (None, "") else int(float(start)) for start in starts]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{where}, row {index}: its answers cannot be read ({type(error).__name__}: {error}); accepted: "
             '{"text": ["..."], "answer_start": [0]}, or columns answer and answer_start'

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..environment import use_threads
 from ..tasks import Example, get_task, language, nllb_code, read_split
 from .job import Job, Outcome, summary, translate_split
 from .model import TranslationError, TranslationModel, check_tag, writes_tags
@@ -35,9 +36,7 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         UserError: something the user can mend.
     """
     if settings.threads is not None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
+        use_threads(settings.threads)
     task = get_task(settings.task, text_columns=settings.text_columns, label_column=settings.label_column)
     model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     directions = _directions(settings, model, say)
