@@ -71,7 +71,9 @@ def chance_notes(folder: Path) -> list[str]:
     run = read_run(folder)
     scores = run.metrics.test.get("source-language") or run.metrics.valid
     accuracy, matches = scores.get("accuracy"), scores.get("exact_match")
-    advice = "adapters trained on it learn the task anew, or not at all; run flare finetune --no-resume longer or with another --lr"
+    advice = (
+        "adapters on it learn the task anew, or not at all; run flare finetune --no-resume longer or with another --lr"
+    )
     start = f"the base {folder} is at chance level on {run.record.source_language}"
     if matches is not None:
         low = matches == 0 and scores.get("f1", 0) < 5

@@ -11,7 +11,7 @@ from ..errors import UserError, library_errors
 from ..model_names import find_model
 from ..recipes import Recipe
 from ..tasks import Pair, Task, get_task, has_split, load_pairs, make_form, read_split
-from ..training.row_checks import vocabulary_of, wrong_tokenizer
+from ..training.row_checks import broken_by, vocabulary_of, wrong_tokenizer
 from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
 from .settings import Settings
 
@@ -123,6 +123,11 @@ class Setup:
             raise UserError(
                 f"model {self.model}: its tokenizer has ids up to {highest} and the model {size} embeddings, so it is "
                 "another model's; put the model's own tokenizer into the folder"
+            )
+        if broken := broken_by(self.tokenizer, model):
+            raise UserError(
+                f"model {self.model}: {broken}. Put the model's own tokenizer into the folder, or correct the ids "
+                "in its config.json and generation_config.json"
             )
         self.misfit = wrong_tokenizer(self.tokenizer, model)
         # the head, beside the backbone, is trained

@@ -10,7 +10,7 @@ Shapes: B rows, m the common width of both texts, u the common width of decoder 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchEncoding
 
-from .row_checks import check_row, check_vocabulary
+from .row_checks import check_beginnings, check_row, check_vocabulary, first_special
 
 LAYOUTS = ("auto", "encoder", "causal", "seq2seq")
 
@@ -126,6 +126,7 @@ class FlareDataCollator:
     label_pad_token_id: int = -100
     widths: tuple[int, int, int] | None = None
     vocab_size: int | None = None
+    _mixed: bool = field(default=False, init=False, repr=False, compare=False)  # warned of a second tokenizer
 
     def __post_init__(self) -> None:
         if self.padding is True:
@@ -198,6 +199,8 @@ class FlareDataCollator:
         with_source = self._with_source(rows)
         targets = [self._text(row, index, "", layout) for index, row in enumerate(rows)]
         sources = [self._text(row, index, "source_", layout) for index, row in enumerate(rows)] if with_source else []
+        if with_source and not self._mixed:
+            self._mixed = check_beginnings(rows, first_special(self.tokenizer))
         if not with_source and _all_have(rows, "source_states"):
             sources = [self._latent_text(row, index, layout) for index, row in enumerate(rows)]
         return targets, sources
