@@ -139,6 +139,7 @@ UNFORESEEN = [
     (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied.*you may use it"),
     (torch.OutOfMemoryError("CUDA out of memory."), 2, "device's memory is full .*smaller --batch-size"),
     (MemoryError(), 2, "the memory is full .MemoryError."),
+    (ModuleNotFoundError("No module named 'foo'"), 2, "a package is missing .*'foo'.*Install it"),
     (KeyError("foo"), 1, "an unforeseen KeyError: 'foo'. This is a defect: .*traceback in (.*)"),
 ]
 

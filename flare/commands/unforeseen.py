@@ -28,6 +28,8 @@ def explained(error: Exception) -> tuple[str, int]:
         return f"the device's memory is full ({reason(error)}). Use a smaller --batch-size or --max-length", 2
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"the memory is full ({reason(error)}). Use a smaller --batch-size, a smaller model, or fewer rows", 2
+    if isinstance(error, ImportError):
+        return f"a package is missing ({reason(error)}). Install it, or leave out the option that needs it", 2
     return f"an unforeseen {reason(error)}. This is a defect: please report it, with {_kept(error)}", 1
 
 

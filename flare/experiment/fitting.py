@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..measure import StepTimer
 from ..training.trainer import FlareTrainer
 from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
@@ -223,7 +223,12 @@ def fit(
     peak = PeakMemory(arguments.device)
     if arguments.device.type == "cuda":
         trainer.add_callback(peak)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (ValueError, ArithmeticError, ImportError) as error:  # as an optimizer whose package is not installed
+        if trainer.state.global_step:
+            raise
+        raise UserError(f"{name}: the training cannot begin ({reason(error)})") from error
     check_weights(trainer.model, f"step {trainer.state.global_step}")
     metrics = Metrics(train_seconds=round(clock.seconds, 3), seconds_per_step=timer.median)
     metrics.steps = trainer.state.global_step

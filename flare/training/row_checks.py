@@ -130,8 +130,8 @@ def check_beginnings(rows: Sequence[Mapping[str, Any]], first: int | None) -> bo
         if begins == first != source:
             warnings.warn(
                 f"row {index}: input_ids begins with the special token {first}, and source_input_ids with {source}: "
-                "the source text was made by another model's tokenizer, or without special tokens. Make both texts with "
-                "the model's own tokenizer, in the same way",
+                "the source text was made by another model's tokenizer, or without special tokens. Make both texts "
+                "with the model's own tokenizer, in the same way",
                 UserWarning,
                 stacklevel=4,
             )

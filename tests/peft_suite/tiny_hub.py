@@ -18,6 +18,7 @@ _ENCODER = {
     "max_position_embeddings": 512,
 }
 _DECODER = {**_ENCODER, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = {**_DECODER, "num_key_value_heads": 4}  # combined ranks of up to 20 must fit its value projection
 _GPT = {"vocab_size": _VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _GPT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _OPT = {**_ENCODER, "ffn_dim": 37, "word_embed_proj_dim": 32, "pad_token_id": 1}
@@ -34,7 +35,7 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 4}),
     "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         "LlamaForSequenceClassification",
         "LlamaConfig",
