@@ -15,6 +15,7 @@ from flare_kernels import tuning
 from flare_kernels.launch_table import LaunchTable, package_path, user_path
 
 from .environment import environment, now
+from .errors import UserError
 
 #: What `--tune` measures unless told: the papers' models, the most used sizes first.
 SHAPES = ("llama-3.1-8b", "xlm-r-large", "gemma-2-9b", "mt5-xl")
@@ -22,7 +23,7 @@ TOKENS = (8192, 2048, 512, 1, 256, 32768)
 RANKS = (64, 8, 128)
 
 
-class BenchError(Exception):
+class BenchError(UserError):
     """Something the user can mend."""
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 
 from flare_kernels import __version__
 
-from .commands import bench, check, demo, evaluate, finetune, info, report, train, translate
-from .processes import is_main
+from .commands import bench, check, demo, evaluate, finetune, info, report, train, translate, unforeseen
+from .processes import is_main, says_the_error
 from .progress import quiet_libraries_in_log_files
 
 #: In the order of their use.
@@ -18,11 +20,18 @@ COMMANDS = (finetune, translate, check, train, evaluate, report, demo, bench, in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 done, 2 something the user can mend, 130 interrupted)."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0 done, 1 a defect or output that nobody reads, 2 an error the user can fix, 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of another encoding is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     parsed, unknown = parser.parse_known_args(argv)
     arguments = vars(parsed)
-    command = arguments.pop("command")
+    name, command = arguments.pop("subcommand"), arguments.pop("command")
     after = arguments.pop("after_interrupt", "")
     if "rest" in arguments:
         arguments["rest"] = unknown
@@ -35,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main():
             print(f"\nInterrupted. {_resume(after, argv)}".rstrip(), file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in flare info | head -1; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # each command reports its own UserErrors
+        said, status = unforeseen.explained(error)
+        if says_the_error():
+            print(f"flare {name}: error: {said}", file=sys.stderr)
+        return status
 
 
 def _resume(after: str, argv: Sequence[str] | None) -> str:
@@ -48,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream."
     )
     parser.add_argument("--version", action="version", version=f"flare-kernels {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
     return parser

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from . import __version__
+from .errors import UserError
+
+_MOST_THREADS = 1024
 
 # Everything that takes part in a result: kernels, models, optimizers, tokenizers, data.
 _PACKAGES = (
@@ -42,6 +45,17 @@ def environment(use_cpu: bool = False) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def use_threads(number: int) -> None:
+    """Compute with so many CPU threads.
+
+    Raises:
+        UserError: fewer than one, or more than any machine has, with which torch crashes.
+    """
+    if not 1 <= number <= _MOST_THREADS:
+        raise UserError(f"--threads must be from 1 to {_MOST_THREADS}; got {number}")
+    torch.set_num_threads(number)
 
 
 def now() -> str:

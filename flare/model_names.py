@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, reason
 from .names import checked_text
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -40,9 +40,8 @@ def find_model(name: str, option: str) -> str:
     try:
         HfApi().model_info(name, timeout=_SECONDS)  # one request, where loading would try for half a minute
     except Exception as error:  # the hub and the network raise kinds of their own
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
         raise UserError(
             f"{option} {name}: there is no such folder here, it is not in the hub's cache, and the hub did not give it "
-            f"({type(error).__name__}: {lines[0] if lines else 'no reason'})"
+            f"({reason(error)})"
         ) from error
     return name

@@ -32,8 +32,10 @@ def checked_text(text: str, what: str) -> str:
     r"""Return the text where it can be written to a file and passed to the system.
 
     Raises:
-        UserError: it holds a NUL character or half a character (a lone surrogate such as "\ud800").
+        UserError: it is empty, or holds a NUL character or half a character (a lone surrogate such as "\ud800").
     """
+    if not text.strip():
+        raise UserError(f"{what} is empty; give a value, or leave it out")
     if "\0" in text:
         raise UserError(f"{what} {text!r} holds a NUL character; remove it")
     if any(unicodedata.category(letter) == "Cs" for letter in text):

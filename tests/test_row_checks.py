@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+import small_tasks
+import tiny
 import transformers
 from datasets import Dataset
 from experiment_data import write_bert, write_data
@@ -15,7 +17,7 @@ from two_streams import rows, tokenizer
 
 from flare.cli import main
 from flare.training.collator import FlareDataCollator
-from flare.training.row_checks import vocabulary_of, wrong_tokenizer
+from flare.training.row_checks import broken_by, vocabulary_of, wrong_tokenizer
 from flare.training.trainer import FlareTrainer
 
 
@@ -78,6 +80,39 @@ def test_a_tokenizer_of_another_model(tmp_path):
         warnings.simplefilter("error", UserWarning)
         good = rows("bert", 4)
         assert FlareDataCollator(tokenizer(), vocab_size=vocabulary_of(model))(good)["input_ids"].shape[0] == 4
+
+
+@pytest.mark.parametrize(("family", "kind"), [("xlmr", "pad"), ("llama", "eos"), ("mt5", "eos")])
+def test_special_tokens_that_the_model_computes_with(family, kind):
+    """Positions counted from the pad, and the token that writing stops at: such a tokenizer is refused."""
+    model, own = tiny.model(family), tokenizer()
+    for name in ("pad", "eos"):
+        own_id = getattr(model.config, f"{name}_token_id") or 0
+        setattr(own, f"{name}_token", own.convert_ids_to_tokens(own_id))
+    assert broken_by(own, model) is None
+    setattr(own, f"{kind}_token", own.convert_ids_to_tokens(getattr(model.config, f"{kind}_token_id") + 1))
+    assert f"is another model's: its {kind}_token_id is" in str(broken_by(own, model))
+    if kind == "eos":
+        model.generation_config.eos_token_id = [own.eos_token_id]
+        assert broken_by(own, model) is None and "eos" not in str(wrong_tokenizer(own, model))
+    bert = tiny.model("bert")
+    bert.config.eos_token_id = 0
+    assert broken_by(own, bert) is None, "BERT masks its padding, counts from 0, and does not write"
+
+
+def test_a_source_made_by_another_tokenizer():
+    own = small_tasks.word_tokenizer("a b c d")
+    first = own("a")["input_ids"][0]
+    good = {"input_ids": own("a b")["input_ids"], "source_input_ids": own("c d")["input_ids"]}
+    collate = FlareDataCollator(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collate([good, {**good, "input_ids": [4, 5]}])  # a target without special tokens says nothing
+    with pytest.warns(UserWarning, match=rf"row 1: input_ids begins with the special token {first}, and source_"):
+        collate([good, {**good, "source_input_ids": [5, 6]}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collate([{**good, "source_input_ids": [5, 6]}])  # said once
 
 
 def test_a_folder_with_another_models_tokenizer(tmp_path, capsys):

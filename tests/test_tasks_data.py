@@ -250,7 +250,7 @@ def test_a_missing_translation_says_which_command_makes_it(folders):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="mt")
     with says(UserError, "got 'machine' and 'gold'"):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="machine")
-    with says(UserError, "--limit must be 1 or more"):
+    with says(UserError, "limit must be 1 or more"):
         load_pairs(NUSAX, data, "english", "ace", "train", limit=0)
 
 

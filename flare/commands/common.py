@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from ..environment import use_threads
 from ..errors import UserError
 from ..experiment.options import add_options, read_settings
 from ..processes import says_the_error
@@ -87,9 +88,7 @@ def run_experiment_command(
     def call() -> None:
         settings = read_settings(kind, given, rest)
         if settings.threads is not None:
-            import torch
-
-            torch.set_num_threads(settings.threads)
+            use_threads(settings.threads)
         work(settings, say)
 
     return reported(command, call)

@@ -31,9 +31,9 @@ def add_parser(commands: Any) -> None:
 
 def run(**options: Any) -> int:
     """Run it; 2 for an error that the user can mend."""
-    from ..demo import DemoError, DemoSettings, run_demo
+    from ..demo import DemoSettings, run_demo
 
-    return reported("demo", lambda: run_demo(DemoSettings(**options), say=say), (DemoError,))
+    return reported("demo", lambda: run_demo(DemoSettings(**options), say=say))
 
 
 def _options(demo: argparse.ArgumentParser) -> None:

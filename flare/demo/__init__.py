@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..atomic_files import write_json
-from ..environment import environment
+from ..environment import environment, use_threads
 from .settings import DemoError, DemoSettings
 
 __all__ = ["DemoError", "DemoSettings", "run_demo"]
@@ -42,7 +42,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> list
     report.prepare_folder(settings.output)
     threads = torch.get_num_threads()
     if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+        use_threads(settings.threads)
     try:
         with experiment.quiet_libraries():
             return _run(settings, say)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
-from ..errors import UserError
+from ..errors import UserError, library_errors
 from ..experiment.callbacks import Bar, Timing, measure_step, quiet, quiet_libraries
 from ..measure import StepTimer
 from ..model_names import find_model
@@ -99,11 +99,10 @@ def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Tas
         say(line)
     try:
         model = find_model(settings.model, "--model")
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except UserError as error:
         raise DemoError(str(error)) from error
-    except (OSError, ValueError, ImportError) as error:
-        raise DemoError(f"--model {settings.model}: its tokenizer cannot be loaded: {error}") from error
+    with library_errors(f"--model {settings.model}: its tokenizer cannot be loaded", DemoError):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     return Task(
         source=settings.source,
         target=settings.target,
@@ -152,12 +151,10 @@ class Experiment:
     def finetuned_base(self, seed: int) -> Any:
         """The base, fully fine-tuned on the source language."""
         set_seed(seed)
-        try:
+        with library_errors(f"--model {self.task.base}: it cannot be loaded for classification", DemoError):
             model = AutoModelForSequenceClassification.from_pretrained(
                 self.task.base, num_labels=len(self.task.labels), trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise DemoError(f"--model {self.task.base}: cannot be loaded for classification: {error}") from error
         self._check_length(model)
         if not self.settings.finetune_epochs:
             return model

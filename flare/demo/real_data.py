@@ -73,7 +73,7 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
             [Example(row.id, label=row.label) for row in finetune], f"--data {data}, {source}/train"
         )
     except UserError as error:
-        raise DemoError(str(error)) from error
+        raise DemoError(_without_options(error)) from error
     labels = tuple(counts)
     unknown = sorted({pair.label for pair in (*splits["train"], *splits["test"])} - set(labels))
     if unknown:
@@ -81,6 +81,14 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
     if len(labels) < 2:
         raise DemoError(f"--data {data}: {source}/train has only the label {labels}; two or more are needed")
     return ParallelData(labels, finetune, splits["train"], splits["test"], notes, label_table(counts))
+
+
+def _without_options(error: UserError) -> str:
+    """Return an error's text; where it advises options that other commands have, say that this one has them not."""
+    named = [name for name in ("--text-columns", "--label-column", "--labels") if name in str(error)]
+    if not named:
+        return str(error)
+    return f"{error} ({' and '.join(named)}: options of flare finetune and train, which the demo does not have)"
 
 
 def align(
@@ -108,7 +116,7 @@ def _read(data: str, language: str, split: str) -> list[Row]:
     try:
         found = read_split(_TASK, data, language, split)
     except UserError as error:
-        raise DemoError(str(error)) from error
+        raise DemoError(_without_options(error)) from error
     if found[0].id.startswith(POSITION):
         raise DemoError(f"--data {data}: {language}/{split} has no column id, by which rows belong together")
     return [Row(row.id, row.texts["text"], row.label or "") for row in found]

@@ -9,7 +9,7 @@ from typing import Any
 from flare_kernels import FUSIONS
 
 from ..errors import UserError
-from ..names import folder_name
+from ..names import checked_text, folder_name
 
 
 class DemoError(UserError, ValueError):
@@ -109,7 +109,13 @@ class DemoSettings:
                 )
         for name in ("source", "target"):
             try:
-                folder_name(getattr(self, name) or "-", option(name))
+                folder_name("-" if getattr(self, name) is None else getattr(self, name), option(name))
+            except UserError as error:
+                raise DemoError(str(error)) from None
+        for name in ("model", "data", "output", "cache_dir"):
+            try:
+                if getattr(self, name) is not None:
+                    checked_text(str(getattr(self, name)), option(name))
             except UserError as error:
                 raise DemoError(str(error)) from None
         if self.data is not None and self.pretrain_steps is not None:

@@ -61,7 +61,7 @@ def _finetuned(folder: Path, output: Path) -> Base:
     record = read_record(folder)
     if what := diverged(read_run(folder)):
         raise UserError(
-            f"{folder}: its fine-tuning diverged ({what}); fine-tune anew with a smaller --lr (--no-resume)"
+            f"{folder}: its fine-tuning diverged ({what}); run flare finetune --no-resume with a smaller --lr"
         )
     if not record.done:
         raise UserError(f"{folder}: its fine-tuning is not finished; run flare finetune again, it goes on")

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from ..atomic_files import replacing
+from ..json_files import parsed
 from ..measure import StepTimer, peak_bytes, saved_bytes
 from ..processes import process_count
 from ..progress import counter
@@ -139,7 +140,7 @@ class Log(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         # the training's last line is written again
         kept = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
         if len(kept) < len(lines):
@@ -161,7 +162,7 @@ class Log(TrainerCallback):
 
 def _step(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
+        return float(parsed(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # torn by a kill
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .predict import PREDICTIONS
+from .predict import PREDICTIONS, read_predictions
 from .records import read_run
 
 
@@ -25,14 +24,14 @@ def chance_notes(folder: Path) -> list[str]:
     run = read_run(folder)
     tested = run.metrics.test.get("source-language")
     scores = tested or run.metrics.valid
-    truths = _truths(folder / PREDICTIONS) if tested else []
+    truths = [row["truth"] for row in read_predictions(folder / PREDICTIONS)] if tested else []
     rows = len(truths) or run.record.data.get("valid") or 0
     said = _at_chance(scores, truths, rows, len(run.record.settings.get("labels") or ()) or 2)
     if said is None:
         return []
     return [
-        f"the base {folder} is at chance level on {run.record.source_language} ({said}): adapters trained on it learn "
-        "the task anew, or not at all; fine-tune it longer or with another --lr"
+        f"the base {folder} is at chance level on {run.record.source_language} ({said}): adapters on it learn the "
+        "task anew, or not at all; run flare finetune --no-resume longer or with another --lr"
     ]
 
 
@@ -78,9 +77,3 @@ def _best_constant_f1(truths: list[Any]) -> float:
     total = sum(counts)
     found = [200 * sum(counts[:n]) / (n * len(truths) + total) for n in range(1, len(counts) + 1)]
     return max(found, default=0.0)
-
-
-def _truths(path: Path) -> list[Any]:
-    """What is right for each row of a predictions file, empty where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line)["truth"] for line in lines]

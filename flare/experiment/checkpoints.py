@@ -5,7 +5,6 @@ A safetensors file holds no checksum, so changed bytes of one are not noticed; m
 
 from __future__ import annotations
 
-import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..atomic_files import write_json
+from ..json_files import read_object
 from .run_folder import CHECKPOINTS
 
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes
@@ -83,7 +83,7 @@ def damage_of(path: Path) -> str:
                     if not len(weights.keys()):
                         return f"{file.name} holds no weights"
             elif file.name.endswith(".index.json"):
-                named = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
+                named = read_object(file)["weight_map"].values()
                 lost = sorted(name for name in set(named) if not (file.parent / name).is_file())
                 if lost:
                     return f"it has no {lost[0]}"
@@ -93,7 +93,7 @@ def damage_of(path: Path) -> str:
                 if broken is not None:
                     return f"{file.name} is damaged"
             elif file.name == "adapter_config.json":
-                json.loads(file.read_text(encoding="utf-8"))
+                read_object(file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{file.name} is damaged: {error}"
     return ""
@@ -106,7 +106,7 @@ def _by_step(folder: Path) -> list[Path]:
 
 def _state(path: Path) -> dict[str, Any] | None:
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_object(path / STATE_FILE)
     except (FileNotFoundError, ValueError):
         return None
     return state if isinstance(state, dict) else None

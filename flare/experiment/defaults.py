@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, library_errors
 from ..model_names import find_model
 from ..recipes import TASKS, Recipe
 from ..tasks import TASKS as REGISTRY
@@ -45,16 +45,9 @@ def kind_of(model: str, form: str | None = None) -> ModelKind:
     from transformers.models.auto import modeling_auto as names
 
     model = find_model(model, "model")
-    try:
+    with library_errors(f"model {model}: its configuration cannot be read"):
         # False, not left out: transformers would ask at the terminal whether to run the folder's code
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"model {model} comes with code of its own, which flare's commands do not run; use a model whose "
-                "architecture is in transformers, or call flare.fast_lora in Python"
-            ) from error
-        raise UserError(f"model {model}: its configuration cannot be read: {error}") from error
     kind = config.model_type
     if form is not None:
         return ModelKind(form, kind)

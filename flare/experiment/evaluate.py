@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from .fitting import autocast_of, training_values
 from .known_data import mark
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, for_method, load
-from .predict import PREDICTIONS, Predictor, write_predictions
+from .predict import PREDICTIONS, Predictor, read_predictions, write_predictions
 from .provenance import read_provenance
 from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_metrics, write_record
 from .run_folder import open_run
@@ -181,8 +180,7 @@ class _Evaluation:
     def _scored_ids(self, target: str) -> set[str]:
         """The ids of the test rows that adapters of a target language were scored on."""
         files = [run.folder / PREDICTIONS for run in self.adapters if run.record.target_language == target]
-        lines = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
-        return {str(json.loads(line)["id"]) for line in lines}
+        return {str(row["id"]) for file in files for row in read_predictions(file)}
 
     def _mark(self, folder: Path, name: str, digests: dict[str, str]) -> None:
         if is_main():

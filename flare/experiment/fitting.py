@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..measure import StepTimer
 from ..processes import is_main, on_main, process_count
 from ..source.fsdp import is_sharded
@@ -266,7 +266,12 @@ def fit(
     peak = PeakMemory(arguments.device)
     if arguments.device.type == "cuda":
         trainer.add_callback(peak)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (ValueError, ArithmeticError, ImportError) as error:  # as an optimizer whose package is not installed
+        if trainer.state.global_step:
+            raise
+        raise UserError(f"{name}: the training cannot begin ({reason(error)})") from error
     check_weights(trainer.model, f"step {trainer.state.global_step}")
     metrics = Metrics(train_seconds=round(clock.seconds, 3), seconds_per_step=timer.median)
     metrics.steps = trainer.state.global_step

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, library_errors
 from ..model_names import find_model
 from ..progress import counter
 from ..source.latent_encoder import LatentEncoder
@@ -35,20 +35,18 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
     """
     from transformers import AutoTokenizer
 
-    try:
-        model = find_model(model, "--mt-model")
+    model = find_model(model, "--mt-model")
+    with library_errors(f"--mt-model {model}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        tag = language
-        if tag is None and hasattr(tokenizer, "src_lang"):
+    tag = language
+    if tag is None and hasattr(tokenizer, "src_lang"):
+        try:
             tag = nllb_code(target)
+        except UserError as error:  # of the table of languages, which speaks of flare translate's options
+            said = str(error).replace("--source-code or --target-code", "--mt-language")
+            raise UserError(f"--mt-model {model} for {target}: {said}") from error
+    with library_errors(f"--mt-model {model} for {target}", advice="; --mt-language sets the tag"):
         return LatentEncoder(model, tokenizer, language=tag, max_length=max_length, device=device)
-    except UserError as error:  # of the table of languages, which speaks of flare translate's options
-        said = str(error).replace("--source-code or --target-code", "--mt-language")
-        if said.startswith("--mt-model"):
-            raise
-        raise UserError(f"--mt-model {model} for {target}: {said}") from error
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise UserError(f"--mt-model {model} for {target}: {error} (--mt-language sets the tag)") from error
 
 
 def add_states(

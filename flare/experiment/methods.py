@@ -12,13 +12,13 @@ from peft.utils import load_peft_weights
 
 from .._compat import FLARE, X_MIXUP
 from ..baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
-from ..errors import UserError
+from ..errors import UserError, library_errors
 from ..tasks import JoinedForm
 from ..tasks.written_form import WrittenForm
 from ..training.collator import FlareDataCollator
 from ..tuner.convert import fast_lora
 from .records import RunRecord
-from .setup import DAMAGED, Setup
+from .setup import Setup
 
 #: Methods that read a source text.
 READS_SOURCE = ("input-fusion", "x-mixup", "flare")
@@ -80,16 +80,12 @@ def load(record: RunRecord, setup: Setup, folder: Path) -> tuple[Any, Any]:
     """
     model = setup.load_model()
     collate = collator(record.method, setup, model)
-    try:
+    advice = ". Train it again (flare train --no-resume keeps this one beside it), or leave it out (--variant, --seeds)"
+    with library_errors(f"{folder}: the adapter cannot be used", advice=advice):
         _check_config(record, peft.PeftConfig.from_pretrained(str(folder)))
         saved = load_peft_weights(str(folder), device="cpu")
         adapted = PeftModel.from_pretrained(model, str(folder))
         _check_weights(record, adapted, set(saved))
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, *DAMAGED) as error:
-        raise UserError(
-            f"{folder}: the adapter cannot be used: {error}. Train it again (flare train --no-resume keeps this one "
-            "beside it), or leave it out (--variant, --seeds)"
-        ) from error
     return adapted, collate
 
 

@@ -130,7 +130,7 @@ def read_settings(kind: type[Any], given: Mapping[str, Any], rest: Sequence[str]
     trains = any(one.name == "training" for one in fields(kind))
     values = dict(given)
     file = values.pop("config", None)
-    from_file = {name.replace("-", "_"): value for name, value in _read_yaml(file).items()} if file else {}
+    from_file = {} if file is None else {name.replace("-", "_"): value for name, value in _read_yaml(file).items()}
     training: dict[str, Any] = {}
     for name in [name for name in from_file if name not in known]:
         training[SHORT.get(name, name)] = from_file.pop(name)
@@ -263,5 +263,6 @@ def _check_training(
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.partition("=")[0], names, 3)
+    accepted = [one for one in names if one.lstrip("-").replace("-", "_") not in REFUSED]
+    near = difflib.get_close_matches(name.partition("=")[0], accepted, 3)
     return f"did you mean {' or '.join(near)}?" if near else "--help lists the options"

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ..atomic_files import replacing
+from ..errors import UserError, reason
+from ..json_files import parsed
 from ..processes import shared
 from ..progress import counter
 from ..source.fsdp import is_split, prepare_generate
@@ -136,6 +138,24 @@ def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[A
             truth: Any = row.label if row.label is not None else [answer.text for answer in row.answers]
             line = {"id": row.id, "truth": truth, "prediction": prediction}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a predictions file (id, truth, prediction); empty where there is none.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = parsed(line)
+            rows.append({name: row[name] for name in ("id", "truth", "prediction")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a prediction ({reason(error)}); move the file away to go on without it"
+            ) from error
+    return rows
 
 
 def _without_answers(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ..json_files import read_object
 
 FILE = "provenance.json"
 
@@ -23,7 +24,7 @@ def read_provenance(translations: Path | None, source: str, target: str, texts: 
     for name in (f"{source}-{target}", f"{target}-{source}"):
         path = translations / name / FILE
         try:
-            found[name] = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = read_object(path)
         except (OSError, ValueError):
             continue
     return found or None

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..atomic_files import write_json
 from ..errors import UserError
+from ..json_files import parsed, read_object
 from ..result_folders import EARLIER
 
 RUN_FILE = "run.json"
@@ -166,9 +167,9 @@ def diverged(run: Run) -> str | None:
         return "its bottleneck is not finite"
     lines = []
     path = run.folder / LOG_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):  # torn by a kill
-            lines.append(json.loads(line))
+            lines.append(parsed(line))
     losses = [line["loss"] for line in lines if isinstance(line, dict) and isinstance(line.get("loss"), float)]
     norms = [line["grad_norm"] for line in lines if isinstance(line, dict) and isinstance(line.get("grad_norm"), float)]
     if not all(map(math.isfinite, losses)):
@@ -212,13 +213,11 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, kind: type[Any]) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
     except FileNotFoundError:
         raise RecordError(f"{path} is missing: {path.parent} holds no run") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read: {error}; move it away or run the command again") from error
-    if not isinstance(content, dict):
-        raise RecordError(f"{path} holds no JSON object; move it away or run the command again")
     known = {one.name for one in fields(kind)}
     for one in fields(kind):
         if one.name in content and not _fits(content[one.name], str(one.type)):

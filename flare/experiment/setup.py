@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ..errors import UserError
+from ..errors import UserError, library_errors
 from ..model_names import find_model
 from ..recipes import Recipe
 from ..tasks import TASKS, Pair, Task, get_task, has_split, load_pairs, make_form, read_split
 from ..tasks.parallel import ParallelColumns, check_targets
 from ..tasks.reading import all_targets
-from ..training.row_checks import vocabulary_of, wrong_tokenizer
+from ..training.row_checks import broken_by, vocabulary_of, wrong_tokenizer
 from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
 from .settings import Settings
 
 Say = Callable[[str], None]
-#: What reading a damaged file of weights raises next to OSError, ValueError and RuntimeError.
-DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
 
 
 class Notes:
@@ -125,15 +120,18 @@ class Setup:
         """
         recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
         lacking: list[str] = []
-        try:
+        with library_errors(f"model {self.model} cannot be loaded as {self.form.auto_class}"):
             model = recipe.base_model(self.model, self.tokenizer, lacking)
-        except (OSError, ValueError, ImportError, RuntimeError, *DAMAGED) as error:
-            raise UserError(f"model {self.model} cannot be loaded as {self.form.auto_class}: {error}") from error
         size, highest = vocabulary_of(model), max(self.tokenizer.get_vocab().values(), default=0)
         if size is not None and highest >= size:
             raise UserError(
                 f"model {self.model}: its tokenizer has ids up to {highest} and the model {size} embeddings, so it is "
                 "another model's; put the model's own tokenizer into the folder"
+            )
+        if broken := broken_by(self.tokenizer, model):
+            raise UserError(
+                f"model {self.model}: {broken}. Put the model's own tokenizer into the folder, or correct the ids "
+                "in its config.json and generation_config.json"
             )
         self.misfit = wrong_tokenizer(self.tokenizer, model)
         # the head, beside the backbone, is trained
@@ -202,10 +200,8 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
     recipe, notes = for_this_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
     padding = settings.padding or ("longest" if kind.family == "causal" else recipe.batches["padding"])
     recipe = replace(recipe, batches={**recipe.batches, "padding": padding})
-    try:
+    with library_errors(f"model {model}: its tokenizer cannot be loaded"):
         tokenizer = recipe.tokenizer_of(model)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise UserError(f"model {model}: its tokenizer cannot be loaded: {error}") from error
     form = make_form(task, tokenizer, kind.family, task.max_length)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         notes.append(f"texts are padded with the end token {tokenizer.eos_token!r}: the tokenizer has no pad token")

@@ -207,7 +207,7 @@ def _same_rows(one: Run, other: Run) -> bool:
 
 def _unfinished(run: Run) -> str | None:
     if what := diverged(run):
-        return f"diverged, {what}; train anew with a smaller --lr (flare train --no-resume)"
+        return f"diverged, {what}; run flare train --no-resume with a smaller --lr"
     if not run.record.done:
         return f"not finished (status {run.record.status!r}); the command that began it goes on with it"
     if run.record.kind != "finetune" and not run.metrics.test:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..json_files import read_object
 from ..result_folders import check_writable, move_earlier
 from .collect import ReportError
 
@@ -59,7 +59,7 @@ def _make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> Non
     if not there:
         return
     if overwrite:
-        files = json.loads((folder / REPORT).read_text(encoding="utf-8"))["files"]
+        files = read_object(folder / REPORT)["files"]
         for name in [*files, REPORT]:
             if isinstance(name, str) and Path(name).parts[:1] and Path(name).parts[0] in _OURS and ".." not in name:
                 (folder / name).unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def _is_report(folder: Path) -> bool:
     if names <= {_SCRATCH}:
         return True
     try:
-        made = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        made = read_object(folder / REPORT)
     except (OSError, ValueError):
         return False
-    return isinstance(made, dict) and made.get("made_by") == MADE_BY and isinstance(made.get("files"), list)
+    return made.get("made_by") == MADE_BY and isinstance(made.get("files"), list)

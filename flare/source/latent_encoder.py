@@ -47,6 +47,7 @@ class LatentEncoder:
         if isinstance(model, str):
             import transformers
 
+            # False, not left out: transformers would ask at the terminal whether to run the folder's code
             options: Any = {"trust_remote_code": trust_remote_code}
             tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model, **options)
             model = transformers.AutoModel.from_pretrained(model, dtype=dtype, **options).to(device)

@@ -13,7 +13,7 @@ from .examples import Example, Pair
 POSITION = "#"
 _NO_TRANSLATIONS = (
     ". Languages that are not translations of each other need machine-translated text (flare translate, then "
-    "--source-text mt or --target-text mt)"
+    "flare train --source-text mt or --target-text mt)"
 )
 
 

@@ -35,7 +35,7 @@ def find_file(folder: Path, language: str, split: str) -> Path | None:
     """Return the file of a split, the folder that save_to_disk wrote, or None.
 
     Raises:
-        DataError: several files could be meant.
+        DataError: several files could be meant, or what has the name is not a file.
         UserError: the language cannot be a folder's name.
     """
     return split_file(folder / folder_name(language, "the language"), split)
@@ -48,6 +48,11 @@ def split_file(folder: Path, split: str) -> Path | None:
         there = there or [path for name in SPLITS[split] for path in find_tables(folder, name, suffixes)]
     if len(there) > 1:
         raise DataError(f"{folder} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them")
+    if not there:
+        names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in (*SUFFIXES, *TAGGED)]
+        for path in (folder / name for name in names):
+            if os.path.lexists(path):
+                raise DataError(f"{path} is not a file (a folder, a FIFO, or a link to something that is gone)")
     return there[0] if there else None
 
 

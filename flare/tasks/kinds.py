@@ -90,7 +90,10 @@ def text_of(value: Any, where: str) -> str:
     """Return a cell as text; DataError for a list."""
     if isinstance(value, list | tuple | dict | bytes):
         raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
-    return "" if value is None or value != value else str(value)
+    text = "" if value is None or value != value else str(value)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f"{where} holds half a character (a lone surrogate): {text[:40]!r}; write the text in UTF-8")
+    return text
 
 
 def indices_count(task: Task) -> bool:

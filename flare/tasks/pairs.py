@@ -59,7 +59,7 @@ def load_pairs(
             f"{source_text!r}"
         )
     if limit is not None and limit < 1:
-        raise UserError(f"--limit must be 1 or more; got {limit}")
+        raise UserError(f"limit must be 1 or more; got {limit}")
     own = ((source_language, source_text), (target_language, target_text))
     gold = [language for language, text in own if text == "gold"]
     notes = data_notes(task, data, split, gold) if gold else []

@@ -144,7 +144,8 @@ def _folder(data: Data) -> Path | None:
         )
     path_like = not isinstance(data, str) or data.startswith((".", "/", "~")) or "\\" in data or data.count("/") > 1
     if folder.exists() or path_like:
-        raise DataError(f"--data {data}: no such folder; give a folder with one sub-folder per language, or a hub id")
+        what = "this is not a folder" if folder.exists() else "no such folder"
+        raise DataError(f"--data {data}: {what}; give a folder with one sub-folder per language, or a hub id")
     return None
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..json_files import parsed
 from .alignment import position_id
 from .errors import DataError, some_ids
 from .examples import Answer, Example
-from .kinds import indices_count, label_of, needed_columns, texts_of
+from .kinds import indices_count, label_of, needed_columns, text_of, texts_of
 from .registry import NAMED, Task
 
 #: Names of columns that look like ids, without all but their letters.
@@ -70,7 +70,7 @@ def _example(
     place = f"{where}, row {index}"
     texts, words = texts_of(row, task, place)
     return Example(
-        id=_id(row, task) if set(task.id_columns) <= set(columns) else position_id(index),
+        id=text_of(_id(row, task), f"{place}: id") if set(task.id_columns) <= set(columns) else position_id(index),
         texts=texts,
         label=None if task.kind == "qa" else label_of(row, task, name_of, words, place),
         answers=_answers(row, where, index) if task.kind == "qa" else (),
@@ -151,14 +151,14 @@ def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ..
     try:
         value = row.get("answers")
         if isinstance(value, str):
-            value = json.loads(value) if value.strip() else None
+            value = parsed(value) if value.strip() else None
         if value is None:
             text = row.get("answer")
             value = {"text": [] if text in (None, "") else [text], "answer_start": [row.get("answer_start")]}
         texts = [str(text) for text in _as_list(value["text"])]
         starts = _as_list(value.get("answer_start"))
         starts = [-1 if start in (None, "") else int(float(start)) for start in starts]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{where}, row {index}: its answers cannot be read ({type(error).__name__}: {error}); accepted: "
             '{"text": ["..."], "answer_start": [0]}, or columns answer and answer_start'

@@ -140,7 +140,8 @@ def _delimited(path: Path, mark: str, quoting: int) -> Table:
                 elif fields:
                     wrong.append((reader.line_num, len(fields)))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a {kind} file in UTF-8: {error}") from error
+        long = "; write texts of more than 100,000 letters as JSON lines" if "field limit" in str(error) else ""
+        raise DataError(f"{path} cannot be read as a {kind} file in UTF-8: {error}{long}") from error
     if wrong:
         line, count = wrong[0]
         raise DataError(

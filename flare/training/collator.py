@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from .choices import batch_of_choices, choices_of, split_choices
-from .row_checks import check_row, check_vocabulary
+from .row_checks import check_beginnings, check_row, check_vocabulary, first_special
 
 LAYOUTS = ("auto", "encoder", "causal", "seq2seq")
 
@@ -133,6 +133,7 @@ class FlareDataCollator:
     widths: tuple[int, int, int] | None = None
     vocab_size: int | None = None
     model: Any = field(default=None, repr=False)
+    _mixed: bool = field(default=False, init=False, repr=False, compare=False)  # warned of a second tokenizer
 
     def __post_init__(self) -> None:
         if self.padding is True:
@@ -210,6 +211,8 @@ class FlareDataCollator:
         with_source = self._with_source(rows)
         targets = [self._text(row, index, "", layout) for index, row in enumerate(rows)]
         sources = [self._text(row, index, "source_", layout) for index, row in enumerate(rows)] if with_source else []
+        if with_source and not self._mixed:
+            self._mixed = check_beginnings(rows, first_special(self.tokenizer))
         if not with_source and _all_have(rows, "source_states"):
             sources = [self._latent_text(row, index, layout) for index, row in enumerate(rows)]
         return targets, sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ def vocabulary_of(model: Any) -> int | None:
 def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
     """Return what says that a tokenizer is another model's, or None.
 
-    Special tokens beyond the vocabulary are such, and special tokens of other ids than the model's configuration has.
+    Special tokens beyond the vocabulary are such, and special tokens of other ids than the model's configuration and
+    generation configuration have. The second is not refused here: published models differ so, by design.
     """
     size, name = vocabulary_of(model), type(tokenizer).__name__
     ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in (*_SPECIAL, "cls", "sep", "mask", "unk")}
@@ -65,19 +67,76 @@ def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
             f"the tokenizer ({name}) has {_listed(beyond)}, and the model's vocabulary has {size} ids; use the model's "
             "own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) after adding tokens"
         )
-    config = getattr(model, "config", None)
     differing = {}
     for kind in _SPECIAL:
-        theirs = getattr(config, f"{kind}_token_id", None)
-        accepted = theirs if isinstance(theirs, list) else [theirs]
-        if theirs is not None and ids[kind] is not None and ids[kind] not in accepted:
-            differing[kind] = f"{ids[kind]} (the model: {theirs})"
+        theirs = _ids_of(model, kind)
+        if theirs and ids[kind] is not None and ids[kind] not in theirs:
+            differing[kind] = f"{ids[kind]} (the model: {', '.join(map(str, theirs))})"
     if not differing:
         return None
     return (
         f"the tokenizer ({name}) has {_listed(differing)}: it may be another model's. Use the model's own, for the "
         "source texts too, or set the ids in model.config if they are meant"
     )
+
+
+def broken_by(tokenizer: Any, model: Any) -> str | None:
+    """Return why a model computes something else with a tokenizer's special tokens, or None.
+
+    Positions that are counted from the pad id (RoBERTa, XLM-R) are wrong with another pad; a model that writes does not
+    stop at another end token.
+    """
+    name = type(tokenizer).__name__
+    counted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    pads, pad = _ids_of(model, "pad"), tokenizer.pad_token_id
+    if counted and pads and pad is not None and pad not in pads:
+        return (
+            f"the tokenizer ({name}) is another model's: its pad_token_id is {pad}, and {type(model).__name__} counts "
+            f"positions from its own, {pads[0]}"
+        )
+    ends, end = _ids_of(model, "eos"), tokenizer.eos_token_id
+    if model.can_generate() and ends and end is not None and end not in ends:
+        return (
+            f"the tokenizer ({name}) is another model's: its eos_token_id is {end}, and {type(model).__name__} stops "
+            f"at {', '.join(map(str, ends))}"
+        )
+    return None
+
+
+def _ids_of(model: Any, kind: str) -> list[int]:
+    """The ids that a model's configurations accept as its pad, bos or eos token."""
+    found: list[int] = []
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        theirs = getattr(config, f"{kind}_token_id", None)
+        found += theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+    return list(dict.fromkeys(found))
+
+
+def first_special(tokenizer: Any) -> int | None:
+    """Return the id that a tokenizer begins every text with, or None."""
+    ids = tokenizer("")["input_ids"]
+    return ids[0] if ids else None
+
+
+def check_beginnings(rows: Sequence[Mapping[str, Any]], first: int | None) -> bool:
+    """Warn of the first row whose source was made by another tokenizer than its target; return whether there is one.
+
+    Args:
+        rows: with ``input_ids`` and ``source_input_ids``.
+        first: of :func:`first_special`.
+    """
+    for index, row in enumerate(rows):
+        begins, source = row["input_ids"][0], row["source_input_ids"][0]
+        if begins == first != source:
+            warnings.warn(
+                f"row {index}: input_ids begins with the special token {first}, and source_input_ids with {source}: "
+                "the source text was made by another model's tokenizer, or without special tokens. Make both texts "
+                "with the model's own tokenizer, in the same way",
+                UserWarning,
+                stacklevel=4,
+            )
+            return True
+    return False
 
 
 def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

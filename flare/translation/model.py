@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, library_errors, reason
 from ..model_names import find_model
 from ..processes import device as this_device
 from ..processes import process_count
 
 _TAG = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # as NLLB and mBART write them; M2M100 lists its own
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
-_SAID = 600  # letters of another library's message
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -89,16 +88,8 @@ class TranslationModel:
         revision = getattr(self, "revision", None) or self._wanted
         if self.folder is None and revision is not None:
             options["revision"] = revision
-        try:
+        with library_errors(f"--model {self.name}: its {what} could not be loaded", TranslationError):
             return auto.from_pretrained(str(self.folder or self.name), trust_remote_code=False, **options)
-        except Exception as error:  # the hub, missing files and missing packages each raise kinds of their own
-            # the first line may be a heading ("... requires the SentencePiece library but it was not found. ...")
-            said = " ".join(str(error).split())
-            said = said if len(said) <= _SAID else said[:_SAID] + " ..."
-            raise TranslationError(
-                f"--model {self.name}: its {what} could not be loaded, from a folder or the hub "
-                f"({type(error).__name__}: {said})"
-            ) from error
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -113,7 +104,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise TranslationError(
-            f"--device {device} cannot be used here ({str(error).splitlines()[0]}); leave it out for {this_device()}"
+            f"--device {device} cannot be used here ({reason(error)}); leave it out for {this_device()}"
         ) from error
     if process_count() > 1 and found.type != "cpu":
         raise TranslationError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..json_files import parsed
 from ..tasks.digest import digest_of
 from .model import TranslationError
 from .pieces import Plan
@@ -62,14 +63,17 @@ class ProgressFile:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    content = json.loads(line)
+                    content = parsed(line)
                 except ValueError:  # a block that the disk never got, after a power cut
                     break
                 if whole == 0:
                     self._check(content == header)
                 else:
-                    made = [Translated(*one) for one in content["translations"]]
-                    self._check(len(made) == len(plan.batches[content["batch"]]))
+                    try:
+                        made = [Translated(*one) for one in content["translations"]]
+                        self._check(len(made) == len(plan.batches[content["batch"]]))
+                    except (KeyError, TypeError, IndexError):
+                        self._check(False)
                     self.done[content["batch"]] = made
                 whole += len(line)
         return whole

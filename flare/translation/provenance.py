@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..atomic_files import write_json
+from ..json_files import read_object
 from .model import TranslationError
 
 FILE = "provenance.json"
@@ -23,8 +23,8 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        found = read_object(path)
+        if found.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
     except FileNotFoundError:
         return None

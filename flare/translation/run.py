@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from ..environment import use_threads
 from ..processes import is_main, only_main
 from ..tasks import Example, get_task, language, nllb_code, read_split
 from ..tasks.reading import all_targets
@@ -37,9 +38,7 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         UserError: something the user can mend.
     """
     if settings.threads is not None:
-        import torch
-
-        torch.set_num_threads(settings.threads)
+        use_threads(settings.threads)
     say, progress = only_main(say), settings.progress and is_main()
     task = get_task(
         settings.task,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..names import folder_name
+from ..names import checked_text, folder_name
 from .model import TranslationError
 
 SPLITS = ("train", "valid", "test")
@@ -81,6 +81,12 @@ class TranslateSettings:
         for name, value in (("source", self.source), *(("target", one) for one in self.target)):
             try:
                 folder_name(value, option(name))
+            except UserError as error:
+                raise TranslationError(str(error)) from None
+        for name in ("model", "output", "data", "revision", "prefix"):
+            try:
+                if getattr(self, name) not in (None, ""):
+                    checked_text(str(getattr(self, name)), option(name))
             except UserError as error:
                 raise TranslationError(str(error)) from None
         unknown = [split for split in self.splits if split not in SPLITS]
