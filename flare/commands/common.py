@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..experiment.options import add_options, read_settings
+from ..experiment.settings import NAMES
 
 
 def say(line: str) -> None:
@@ -74,7 +75,7 @@ def run_experiment_command(
     """Read the settings, set the threads, work."""
 
     def call() -> None:
-        settings = read_settings(kind, given, rest)
+        settings = read_settings(kind, given, rest, NAMES)
         if settings.threads is not None:
             import torch
 
