@@ -244,5 +244,6 @@ def test_help_lists_the_data_sets(capsys):
     for task in TASKS.values():
         if task.hub_id:
             assert f"{task.name} {task.hub_id}: {', '.join(task.text_columns)} -> " in shown
-    assert "masakhaner2: tokens -> ner_tags; entity_f1; train, valid, test; languages are not translations of" in shown
+    assert "masakhaner2: tokens -> ner_tags; entity_f1; train, valid, test; English train, valid, test from" in shown
+    assert "eriktks/conll2003; languages are not translations of each other; bam bbj" in shown
     assert "correct_answer_num; accuracy; test; 122 languages, named by FLORES-200's tags" in shown

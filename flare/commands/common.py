@@ -12,6 +12,7 @@ from typing import Any
 from ..environment import use_threads
 from ..errors import UserError
 from ..experiment.options import add_options, read_settings
+from ..experiment.settings import NAMES
 from ..processes import says_the_error
 
 
@@ -86,7 +87,7 @@ def run_experiment_command(
     """Read the settings, set the threads, work."""
 
     def call() -> None:
-        settings = read_settings(kind, given, rest)
+        settings = read_settings(kind, given, rest, NAMES)
         if settings.threads is not None:
             use_threads(settings.threads)
         work(settings, say)

@@ -211,11 +211,13 @@ def _warn_of_labels(target: str, labels: dict[str, dict[str, int]]) -> Iterable[
 
 
 def _warn_of_lengths(lengths: Sequence[Lengths], padding: str) -> Iterable[str]:
-    for one in lengths:
-        if one.cut > _CUT_SHARE * one.texts:
+    for language in dict.fromkeys(one.language for one in lengths):
+        own = [one for one in lengths if one.language == language]
+        cut, texts = sum(one.cut for one in own), sum(one.texts for one in own)
+        if cut > _CUT_SHARE * texts:
             yield (
-                f"{one.language} {one.split}: {100 * one.cut / one.texts:.0f} % of the texts are cut to {one.limit} "
-                f"tokens; with {one.most_of}, 95 % would stay whole (--max-length)"
+                f"{language}: {100 * cut / texts:.0f} % of the texts are cut to {own[0].limit} tokens; --max-length "
+                f"{max(one.most_of for one in own)} would keep 95 % of every split whole"
             )
     longest = max((one.longest for one in lengths), default=0)
     limit = max((one.limit for one in lengths), default=0)

@@ -95,6 +95,10 @@ def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, A
         columns = {"source_column": data.folder.source_columns, "target_column": data.folder.target_columns}
     if data.task.id_columns != TASKS[data.task.name].id_columns:
         columns["id_column"] = list(data.task.id_columns)
+    if settings.prompt is not None:
+        columns["task_prompt"] = settings.prompt
+    if settings.verbalizer:
+        columns["verbalizer"] = settings.verbalizer
     return {
         "data": location(str(data.folder or data.task.hub_id or "")),
         **columns,

@@ -297,12 +297,14 @@ class _Evaluation:
             "metric": there.get("metric"),
             "rows": there.get("rows"),
             "label_column": there.get("label_column"),
+            "prompt": there.get("task_prompt"),
             "id_column": tuple(there["id_column"]) if there.get("id_column") else None,
             "text_columns": tuple(there["text_columns"]) if there.get("text_columns") else None,
             "choice_columns": tuple(there["choice_columns"]) if there.get("choice_columns") else None,
             **(self._columns_of(record) if settings.data is None else {}),
         }
         merged = replace(settings, **{k: v for k, v in known.items() if getattr(settings, k) is None})
+        merged = replace(merged, verbalizer=settings.verbalizer or there.get("verbalizer") or {})
         if settings.quantization is None and record is not None and record.kind == "train":
             merged = replace(merged, quantization=_quantization(there.get("quantization")))
         source = settings.source or (record.source_language if record is not None else "english")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,16 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool
             train.add_argument(flag(short), type=number, default=argparse.SUPPRESS, metavar="N", help=said)
 
 
-def read_settings(kind: type[Any], given: Mapping[str, Any], rest: Sequence[str] = ()) -> Any:
+def read_settings(
+    kind: type[Any], given: Mapping[str, Any], rest: Sequence[str] = (), shared: Collection[str] = ()
+) -> Any:
     """A settings object from parsed flags, the YAML file they name, and flags that are TrainingArguments'.
 
     Args:
         kind: a class with :func:`option` fields; one with a field ``training`` takes TrainingArguments.
         given: what :func:`add_options` parsed.
         rest: flags that are none of ours, with their values, as they stood on the command line.
+        shared: names that a file may hold for other commands; those that are not this one's are skipped.
 
     Raises:
         UserError: an unknown name, a value of another kind, a file that cannot be read.
@@ -133,7 +136,9 @@ def read_settings(kind: type[Any], given: Mapping[str, Any], rest: Sequence[str]
     from_file = {} if file is None else {name.replace("-", "_"): value for name, value in _read_yaml(file).items()}
     training: dict[str, Any] = {}
     for name in [name for name in from_file if name not in known]:
-        training[SHORT.get(name, name)] = from_file.pop(name)
+        value = from_file.pop(name)
+        if name not in shared and (trains or not shared or SHORT.get(name, name) not in _training_names()):
+            training[SHORT.get(name, name)] = value
     named = f"{file}: " if file else ""
     if training:
         _check_training(training, trains, known, lambda name: f"{named}{name}")
@@ -252,14 +257,18 @@ def _check_training(
     if not trains:
         name = next(iter(training))
         raise UserError(f"{spelt(name)} is not known; {_nearest(name, list(known))}")
-    from transformers import TrainingArguments
-
-    names = {one.name for one in fields(TrainingArguments) if one.init}
+    names = _training_names()
     for name in training:
         if name in REFUSED:
             raise UserError(f"{spelt(name)} cannot be given: {REFUSED[name]}")
         if name not in names:
             raise UserError(f"{spelt(name)} is not known; {_nearest(name, [*known, *names])}")
+
+
+def _training_names() -> set[str]:
+    from transformers import TrainingArguments
+
+    return {one.name for one in fields(TrainingArguments) if one.init}
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -53,6 +53,8 @@ class Settings:
     target_column: tuple[str, ...] | None = option(
         "strs", "and of the target text; {language} stands for the target's name"
     )
+    prompt: str | None = option("str", "what a model that writes reads, with {column} for each text column")
+    verbalizer: dict[str, Any] = option("map", "what such a model writes for a label, where it is not the label")
     labels: tuple[str, ...] | None = option("strs", "the labels (default: the task's, or those of the source language)")
     metric: str | None = option("str", "metric that checkpoints are chosen by (default: the task's first)")
     max_length: int | None = option("int", "tokens per text (default: the paper's, 128, or 512 for questions)")
@@ -256,3 +258,7 @@ class EvaluateSettings(Settings):
         super().check()
         if self.source_text is not None and "mt" in self.source_text and self.translations is None:
             raise UserError("--source-text mt (which --paper sets) needs --translations, the folder of flare translate")
+
+
+#: Names that a file for several commands may hold: each command takes its own.
+NAMES = frozenset(one.name for kind in (FinetuneSettings, CheckSettings, EvaluateSettings) for one in fields(kind))

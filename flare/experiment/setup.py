@@ -161,6 +161,8 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
         id_columns=settings.id_column,
         labels=settings.labels or labels,
         metric=settings.metric,
+        prompt=settings.prompt,
+        verbalizer={label: str(text) for label, text in settings.verbalizer.items()} or None,
         max_length=settings.max_length,
     )
 

@@ -108,7 +108,7 @@ def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[st
     folder = None if isinstance(data, ParallelColumns) else _folder(data)
     notes: list[str] = []
     if isinstance(data, ParallelColumns):
-        raise UserError("--target all: name the languages, which stand in columns of one table here")
+        raise UserError("--target all is for a folder per language; with --target-column, name the languages")
     if folder is not None:
         names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
         found = [name for name in names if name != source and find_file(folder, name, "test") is not None]

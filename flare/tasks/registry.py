@@ -93,6 +93,11 @@ class Task:
             self._check_tags(named)
         if len(named) < 2 or len(set(named)) < len(named):
             raise UserError(f"task {self.name}: two or more different labels are needed; got {_listed(named)}")
+        unknown = [label for label in self.verbalizer if label not in named]
+        if unknown:
+            raise UserError(
+                f"task {self.name}: the verbalizer names {_listed(unknown)}; the labels are {_listed(named)}"
+            )
         written = [self.verbalized(label) for label in named]
         if len(set(written)) < len(written):
             raise UserError(f"task {self.name}: two labels are written alike; the verbalizer gives {_listed(written)}")
