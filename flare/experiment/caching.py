@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,8 @@ def plan_cache(
     if mode == "off" or not rows:
         return CachePlan(None, facts)
     try:
+        if _sharded(arguments):  # later, the trainer's own check would end the run in its middle
+            raise ValueError("FSDP and DeepSpeed shard the weights that the states are of")
         needed = needed_bytes(model, collator, rows, autocast)
         free = free_bytes(torch.device("cpu"))
         facts |= {"rows": len(rows), "bytes_needed": needed, "bytes_free": free}
@@ -109,6 +112,11 @@ def needed_bytes(
         counted = len(request.keys) * texts + (len(request.decoder_keys) * written if answers else 0)
         total += aligned(counted * width * dtype.itemsize)
     return total
+
+
+def _sharded(arguments: TrainingArguments) -> bool:
+    fsdp = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    return bool(fsdp or arguments.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true")
 
 
 def _too_large(needed: int, room: int, budget: int | None) -> str | None:

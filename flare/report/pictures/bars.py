@@ -22,6 +22,7 @@ from .style import (
 )
 
 _NARROWEST = 0.085  # inches of a bar
+_SHORTEST = 0.2  # share of the axis of a bar that a number fits into
 _AXIS = 0.45  # inches left of the axes
 
 
@@ -68,6 +69,7 @@ def grouped_bars(
     handles: list[Any] = []
     top = max(value for one in series for cell in one.cells.values() if cell for value in (cell.mean, *cell.values))
     top = max(top, reference[1] if reference else 0.0)
+    dotted = any(len(cell.values) > 1 for one in series for cell in one.cells.values() if cell)
     for axes, row in zip(grid, rows, strict=True):
         for place, name in enumerate(row):
             if name == apart and place:
@@ -87,10 +89,10 @@ def grouped_bars(
             for place, cell in known:
                 spots = cell.values if len(cell.values) > 1 else ()
                 axes.plot([place + shift] * len(spots), spots, "o", color="black", markersize=1.6, markeredgewidth=0)
-                inside = look["color"] if spots else None  # above the bar it would seem to be a seed's number
-                _number(
-                    axes, place + shift, 0.0 if spots else cell.mean, f"{cell.mean:.{digits}f}", thick * step, inside
-                )
+                # above a bar with dots it would seem to be a seed's number
+                foot = dotted and cell.mean > _SHORTEST * top
+                height, inside = (0.0, look["color"]) if foot else (max([cell.mean, *spots]), None)
+                _number(axes, place + shift, height, f"{cell.mean:.{digits}f}", thick * step, inside)
             for place in sorted(set(range(len(row))) - {there for there, _ in known}):
                 axes.text(place + shift, 0, "-", ha="center", va="bottom", fontsize=SMALL, color="#666666")
             if axes is grid[0]:
@@ -135,8 +137,8 @@ def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str |
         fontsize=size,
         color="white" if dark else "black",
     )
-    if inside is None:  # readable over grid and reference lines
-        note.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
+    # readable over grid and reference lines, and over a bar's hatch
+    note.set_path_effects([withStroke(linewidth=1.5, foreground=inside or "white")])
 
 
 def _legend_rows(series: Sequence[Series], reference: Any, width: float) -> int:

@@ -46,14 +46,20 @@ def draw_tasks(found: Sequence[Overview]) -> Any:
     if len(tasks) > 1:
         panels.append(("average", "Average (%)"))
     bars = [(one, line) for one in found for line in one.lines]
-    colors = dict(zip([id(line) for _, line in bars], looks([line.method for _, line in bars]), strict=True))
-    figure = new_figure(PAGE, 0.55 + 0.155 * (len(bars) + len(found)))
+    unique = {line.label: line.method for _, line in bars}  # a method has one color on all models
+    colors = dict(zip(unique, looks(list(unique.values())), strict=True))
+    several = len(found) > 1
+    figure = new_figure(PAGE, 0.55 + 0.15 * (len(bars) + (1.2 * len(found) if several else 0.5)))
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     heights, at = {}, 0.0
     for one in found:
+        if several:
+            place = {"transform": grid[0].get_yaxis_transform(), "ha": "right", "va": "center"}
+            grid[0].text(-0.03, at, one.model, fontsize=SMALL, fontweight="bold", **place)
+            at += 1
         for line in one.lines:
             heights[id(line)], at = at, at + 1
-        at += 0.8
+        at += 0.2
     for axes, (task, label) in zip(grid, panels, strict=True):
         best = {
             one.model: max((c.mean for line in one.lines if (c := _cell(line, task))), default=0.0) for one in found
@@ -63,7 +69,7 @@ def draw_tasks(found: Sequence[Overview]) -> Any:
             if cell is None:
                 axes.text(0.5, heights[id(line)], "-", va="center", fontsize=SMALL, color="#666666")
                 continue
-            look = colors[id(line)]
+            look = colors[line.label]
             axes.barh(heights[id(line)], cell.mean, height=0.9, color=look["color"], edgecolor="white", linewidth=0.3)
             weight = "bold" if round(cell.mean, 1) == round(best[one.model], 1) else "normal"
             axes.annotate(
@@ -84,10 +90,8 @@ def draw_tasks(found: Sequence[Overview]) -> Any:
         axes.grid(False, axis="y")
         axes.grid(axis="x", color="#dddddd", linewidth=0.5)
         axes.tick_params(axis="y", length=0)
-    several = len(found) > 1
-    names = [f"{one.model}, {line.name}" if several else line.name for one, line in bars]
-    grid[0].set_yticks([heights[id(line)] for _, line in bars], names, fontsize=SMALL)
-    grid[0].set_ylim(at - 0.8 - 0.4, -0.6)
+    grid[0].set_yticks([heights[id(line)] for _, line in bars], [line.name for _, line in bars], fontsize=SMALL)
+    grid[0].set_ylim(at - 0.6, -0.6)
     caption(figure, "Methods by task, averages over each task's languages" + ("" if several else f", {found[0].model}"))
     return figure
 
