@@ -94,8 +94,8 @@ def leave_adapters_whole(model: nn.Module, plugin: Any) -> None:
     """
     if plugin.fsdp_version == 2 and any(type(one).__name__ == "Int8Params" for one in model.parameters()):
         raise ValueError(
-            "FSDP2 cannot shard a base in 8 bits (load_in_8bit): its scales stand beside the weights and are lost; load "
-            "it in 4 bits (load_in_4bit), or use DDP"
+            "FSDP2 cannot shard a base in 8 bits (load_in_8bit): the scales beside its weights are lost; load it in 4 "
+            "bits (load_in_4bit), or use DDP"
         )
     ours = getattr(plugin, _MARK, False)  # of an earlier model: all trainers of a process share the plugin
     if plugin.fsdp_version == 2 and (ours or plugin.ignored_modules is None):
