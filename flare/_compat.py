@@ -101,6 +101,7 @@ __all__ = [
     "set_adapters_disabled",
     "shift_labels",
     "synchronizes_gradients",
+    "unit_classes",
     "warn_of_shards",
     "without_torch_function",
 ]
@@ -348,6 +349,15 @@ def synchronizes_gradients(model: nn.Module) -> bool:
             if groups[0] is not None:
                 return bool(groups[0].reduce_grads)
     return True
+
+
+def unit_classes(model: nn.Module) -> list[str]:
+    """Return the names of the classes that transformers would not split, without those that hold the token embeddings:
+    accelerate's FSDP2 shards these by themselves, and a weight twice is an error.
+    """
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    owners = {type(module).__name__ for module in model.modules() if embeddings in module.children()}
+    return [name for name in getattr(model, "_no_split_modules", None) or () if name not in owners]
 
 
 def inside_ddp() -> bool:

@@ -187,6 +187,12 @@ def test_torch_says_which_engine_runs_a_model() -> None:
     assert "_active_ddp_module" in inspect.getsource(torch.nn.parallel.DistributedDataParallel._inside_ddp_forward)
 
 
+def test_units_of_fsdp2_leave_the_token_embeddings_alone() -> None:
+    assert _compat.unit_classes(tiny.model("bert")) == ["BertLayer"]
+    assert _compat.unit_classes(tiny.model("llama")) == ["LlamaDecoderLayer"]
+    assert _compat.synchronizes_gradients(torch.nn.Linear(2, 2))
+
+
 def test_bitsandbytes_layers_are_told_by_name() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
     import bitsandbytes as bnb

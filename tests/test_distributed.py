@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import flare
 from flare.source import projected
 from flare.source.fsdp import gathered, prepare_generate
-from flare.training.replicated import trained_modules
+from flare.training.replicated import leave_adapters_whole, trained_modules
 from flare.tuner import site
 
 D = 7  # of FLARE MT's latent states
@@ -488,6 +488,22 @@ def test_what_an_engine_cannot_take_is_refused(tmp_path) -> None:
         assert "DistributedDataParallel" in found["ddp"] and "'use_reentrant': False" in found["ddp"]
         assert "FSDP2" in found["fsdp2"] and "'use_reentrant': False" in found["fsdp2"]
         assert "FSDP1" in found["fsdp1"] and "fsdp_version: 2" in found["fsdp1"]
+
+
+def test_a_base_in_8_bits_is_not_sharded() -> None:
+    class Int8Params(torch.nn.Parameter):
+        """As bitsandbytes names them."""
+
+    model = fused("bert")
+    model.get_base_model().classifier.weight8 = Int8Params(torch.zeros(2), requires_grad=False)
+    plugin = SimpleNamespace(fsdp_version=2, ignored_modules=None)
+    with pytest.raises(ValueError, match=r"8 bits.*load_in_4bit.*DDP"):
+        leave_adapters_whole(model, plugin)
+    plugin.fsdp_version = 1  # refused where a source comes
+    leave_adapters_whole(model, plugin)
+    assert plugin.ignored_modules is None
+    with pytest.raises(ValueError, match=r"group of processes.*accelerate launch"):
+        flare.replicate_adapters(model)
 
 
 def test_data_parallel_threads_are_refused() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .._compat import after_backward, synchronizes_gradients
+from .._compat import after_backward, synchronizes_gradients, unit_classes
 
 
 def replicate_adapters(model: nn.Module) -> set[nn.Parameter]:
@@ -87,20 +87,23 @@ def leave_adapters_whole(model: nn.Module, plugin: Any) -> None:
 
     Args:
         model: not prepared yet.
-        plugin: accelerate's FullyShardedDataParallelPlugin; its ``ignored_modules`` are set.
+        plugin: accelerate's FullyShardedDataParallelPlugin; its ``ignored_modules`` are set, and the classes of
+            its units where it names none.
 
     Raises:
         ValueError: the base is in 8 bits, whose scales FSDP2 does not keep.
     """
     if plugin.fsdp_version == 2 and any(type(one).__name__ == "Int8Params" for one in model.parameters()):
         raise ValueError(
-            "FSDP2 cannot shard a base in 8 bits (load_in_8bit): its scales stand beside the weights and are lost; load "
-            "it in 4 bits (load_in_4bit), or use DDP"
+            "FSDP2 cannot shard a base in 8 bits (load_in_8bit): the scales beside its weights are lost; load it in 4 "
+            "bits (load_in_4bit), or use DDP"
         )
     ours = getattr(plugin, _MARK, False)  # of an earlier model: all trainers of a process share the plugin
     if plugin.fsdp_version == 2 and (ours or plugin.ignored_modules is None):
         replicate_adapters(model)
         plugin.ignored_modules = trained_modules(model)
+        if plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = unit_classes(model) or None
         setattr(plugin, _MARK, True)
 
 
