@@ -23,6 +23,7 @@ from .tuner.model import FlareModel
 
 if TYPE_CHECKING:
     from . import recipes
+    from .prediction.pipeline import FlarePipeline
     from .recipes import Recipe, from_recipe
     from .training.graphed_step import GraphedStep
     from .training.trainer import FlareSeq2SeqTrainer, FlareTrainer
@@ -31,6 +32,7 @@ __all__ = [
     "FlareConfig",
     "FlareDataCollator",
     "FlareModel",
+    "FlarePipeline",
     "FlareSeq2SeqTrainer",
     "FlareTrainer",
     "GraphedStep",
@@ -48,6 +50,7 @@ __all__ = [
 _LATER = {
     "FlareTrainer": ".training.trainer",
     "FlareSeq2SeqTrainer": ".training.trainer",
+    "FlarePipeline": ".prediction.pipeline",
     "GraphedStep": ".training.graphed_step",
     "Recipe": ".recipes",
     "from_recipe": ".recipes",

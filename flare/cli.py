@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import bench, demo, evaluate, finetune, info, report, train, translate
+from .commands import bench, demo, evaluate, finetune, info, predict, report, train, translate
 
 #: In the order of their use.
-COMMANDS = (finetune, translate, train, evaluate, report, demo, bench, info)
+COMMANDS = (finetune, translate, train, evaluate, predict, report, demo, bench, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

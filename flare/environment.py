@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from flare_kernels import __version__
 
 # Everything that takes part in a result: kernels, models, optimizers, tokenizers, data.
 _PACKAGES = (

@@ -23,6 +23,7 @@ from .setup import DAMAGED, Setup
 #: Methods that read a source text.
 READS_SOURCE = ("input-fusion", "x-mixup", "flare")
 _KINDS = {"x-mixup": X_MIXUP.value}
+_AGAIN = "Train it again (flare train --no-resume keeps this one beside it), or leave it out (--variant, --seeds)"
 _LORA_FIELDS = {one.name for one in fields(peft.LoraConfig)}
 
 
@@ -67,13 +68,14 @@ def build(
         raise UserError(f"--method {method}: {error}") from error
 
 
-def load(record: RunRecord, setup: Setup, folder: Path) -> tuple[Any, Any]:
+def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _AGAIN) -> tuple[Any, Any]:
     """Return the base with the trained adapters of a folder, and the collator of its batches.
 
     Args:
         record: of the run that trained them.
         setup: the base and its form.
         folder: what ``save_pretrained`` wrote.
+        advice: what to do about an adapter that cannot be used, for the message.
 
     Raises:
         UserError: the adapter is damaged, incomplete, or another one than the record's.
@@ -86,10 +88,7 @@ def load(record: RunRecord, setup: Setup, folder: Path) -> tuple[Any, Any]:
         adapted = PeftModel.from_pretrained(model, str(folder))
         _check_weights(record, adapted, set(saved))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, *DAMAGED) as error:
-        raise UserError(
-            f"{folder}: the adapter cannot be used: {error}. Train it again (flare train --no-resume keeps this one "
-            "beside it), or leave it out (--variant, --seeds)"
-        ) from error
+        raise UserError(f"{folder}: the adapter cannot be used: {error}. {advice}") from error
     return adapted, collate
 
 

@@ -33,8 +33,8 @@ from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run
 from .settings import TrainSettings
 from .setup import Data, Notes, Setup, prepare, task_of
+from .trained import ADAPTER
 
-ADAPTER = "adapter"
 _BOTTLENECK_ROWS = 256
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from .errors import some_ids
 from .examples import Example, Pair
@@ -37,7 +39,13 @@ class ClassificationForm(Form):
         )
 
     def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        rows: list[Row] = [{"labels": self._label_index(pair.target.label)} for pair in pairs]
+        labels = [self._label_index(pair.target.label) for pair in pairs]
+        rows, notes = self.eval_rows(pairs, with_source)
+        return [{"labels": label, **row} for label, row in zip(labels, rows, strict=True)], notes
+
+    def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
+        """Rows to predict from, without labels."""
+        rows: list[Row] = [{} for _ in pairs]
         notes = list(self.notes)
         for prefix, examples in self._texts(pairs, with_source).items():
             encoded, cut = self._encode(examples)
@@ -48,16 +56,23 @@ class ClassificationForm(Form):
                 notes.append(f"{len(cut)} of {len(pairs)} {what} cut to {self.max_length} tokens {some_ids(cut)}")
         return rows, notes
 
-    def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        return self.train_rows(pairs, with_source)
-
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
         """The likeliest label of each row of logits (N, labels); of a tuple, the first entry."""
         assert self.task.labels is not None
-        best = as_array(output[0] if isinstance(output, (tuple, list)) else output).argmax(-1)
-        if len(best) != len(pairs):
-            raise ValueError(f"{len(best)} rows of logits were given for {len(pairs)} pairs")
-        return [self.task.labels[int(index)] for index in best]
+        return [self.task.labels[int(index)] for index in _logits(output, pairs).argmax(-1)]
+
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        """Return the probability of the predicted label, and those of all labels by name: the softmax of the logits."""
+        logits = _logits(output, pairs).astype(np.float64)
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        found = powers / powers.sum(-1, keepdims=True)
+        return [
+            {
+                "probability": float(row.max()),
+                "probabilities": dict(zip(self.task.labels or (), row.tolist(), strict=True)),
+            }
+            for row in found
+        ]
 
     def _encode(self, examples: Sequence[Example]) -> tuple[list[Row], list[str]]:
         """Token columns of every example, and the ids of those that were cut."""
@@ -80,3 +95,11 @@ class ClassificationForm(Form):
             for place, index in enumerate(long):
                 rows[index] = {name: list(again[name][place]) for name in names}
         return rows, [examples[index].id for index in long]
+
+
+def _logits(output: Any, pairs: Sequence[Pair]) -> np.ndarray:
+    """Logits (N, labels) of N pairs; of a tuple, the first entry."""
+    logits = as_array(output[0] if isinstance(output, (tuple, list)) else output)
+    if len(logits) != len(pairs):
+        raise ValueError(f"{len(logits)} rows of logits were given for {len(pairs)} pairs")
+    return logits

@@ -133,6 +133,17 @@ def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 _READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows of a data file (column -> value) and its columns, nothing of which is checked.
+
+    Raises:
+        DataError: its name does not end as one of `SUFFIXES`, or it cannot be read.
+    """
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: its name must end in {', '.join(SUFFIXES)}")
+    return _READERS[path.suffix](path)
+
+
 def to_row(example: Example, task: Task) -> dict[str, Any]:
     """What `write_split` writes of an example: id, texts, and label or answers."""
     row: dict[str, Any] = {"id": example.id, **{column: example.texts[column] for column in task.text_columns}}
