@@ -44,4 +44,7 @@ def predicts_as_evaluated(run: Run, data: Path, folder: Path) -> list[dict[str, 
     found = read_jsonl(output)
     scored = read_jsonl(run.folder / "predictions-test.jsonl")
     assert [(str(row["id"]), row["prediction"]) for row in found] == [(row["id"], row["prediction"]) for row in scored]
+    for row in found:
+        if row.get("start") is not None:
+            assert row["context"][row["start"] : row["end"]] == row["prediction"] and 0 < row["probability"] <= 1
     return found

@@ -96,7 +96,7 @@ def load_trained(settings: PipelineSettings) -> Trained:
         reads = "states"
     elif record.method in READS_SOURCE and not record.settings.get("train_only_fusion"):
         reads = "text"
-    notes += [*setup.notes, *setup.drawn_notes]
+    notes += setup.drawn_notes
     return Trained(task, record, folder, base, setup, model, collate, reads, batch, half, latent, notes)
 
 
