@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
+from .adapter_card import describe
 from .base import PREDICTIONS, Base, chance_notes, find_base
 from .bottleneck import bottleneck_sizes
 from .callbacks import quiet_libraries
@@ -308,6 +309,8 @@ class _Run:
             trainer.save_model(str(self.folder / ADAPTER))
         elif is_main():
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(self.folder / ADAPTER)
+        if is_main():
+            describe(self.folder / ADAPTER, trainer.accelerator.unwrap_model(trainer.model), record)
         if test:
             scorer = predictor(test, "test")
             predictions = scorer(trainer.model)
