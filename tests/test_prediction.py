@@ -216,6 +216,9 @@ def test_a_folder_of_a_runs_adapter_alone(place, scored, tmp_path):
     alone = FlarePipeline(tmp_path / "base", tmp_path / "adapter", max_length=24, say=lines.append)
     assert [one["prediction"] for one in alone(*pairs(place))] == scored
     assert "taken for flare on classification with the labels" in lines[0]
+    shutil.copytree(adapter(place), tmp_path / "run")
+    moved = FlarePipeline(tmp_path / "base", tmp_path / "run", say=lambda line: None)
+    assert [one["prediction"] for one in moved(*pairs(place))] == scored
 
 
 def test_a_script_s_adapter(place, tmp_path):

@@ -126,7 +126,7 @@ def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[s
     given = [f"--{name}" for name in _RUNS_OWN if getattr(settings, name) is not None]
     if given:
         raise UserError(f"{', '.join(given)}: {run / RUN_FILE} says this of the adapter; leave it out")
-    base = settings.base or base_of(record, run.resolve().parents[2]).model
+    base = settings.base or base_of(record, (run / ".." / ".." / "..").resolve()).model
     record = replace(record, target_language=settings.target or record.target_language)
     if settings.source is not None:
         record = replace(record, source_language=settings.source)
