@@ -23,6 +23,7 @@ from .tuner.model import FlareModel
 
 if TYPE_CHECKING:
     from . import recipes
+    from .prediction.pipeline import FlarePipeline
     from .recipes import Recipe, from_recipe
     from .training.graphed_step import GraphedStep
     from .training.replicated import replicate_adapters
@@ -32,6 +33,7 @@ __all__ = [
     "FlareConfig",
     "FlareDataCollator",
     "FlareModel",
+    "FlarePipeline",
     "FlareSeq2SeqTrainer",
     "FlareTrainer",
     "GraphedStep",
@@ -50,6 +52,7 @@ __all__ = [
 _LATER = {
     "FlareTrainer": ".training.trainer",
     "FlareSeq2SeqTrainer": ".training.trainer",
+    "FlarePipeline": ".prediction.pipeline",
     "GraphedStep": ".training.graphed_step",
     "Recipe": ".recipes",
     "from_recipe": ".recipes",

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from flare_kernels import __version__
 
-from .commands import bench, check, demo, evaluate, finetune, info, report, train, translate, unforeseen
+from .commands import bench, check, demo, evaluate, finetune, info, predict, report, train, translate, unforeseen
 from .processes import is_main, says_the_error
 from .progress import quiet_libraries_in_log_files
 
 #: In the order of their use.
-COMMANDS = (finetune, translate, check, train, evaluate, report, demo, bench, info)
+COMMANDS = (finetune, translate, check, train, evaluate, predict, report, demo, bench, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

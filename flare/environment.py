@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from flare_kernels import __version__
+
 from .errors import UserError
 
 _MOST_THREADS = 1024

@@ -27,7 +27,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_lists_the_commands_there_are(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("finetune", "translate", "train", "evaluate", "report", "demo", "bench", "info"):
+    for command in ("finetune", "translate", "train", "evaluate", "predict", "report", "demo", "bench", "info"):
         assert re.search(rf"^    {command}\s", out, re.MULTILINE), command
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from experiment_data import write_bert, write_data
+from predicting import predicts_as_evaluated
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from flare.cli import main
 from flare.experiment.fitting import GroupSampler
-from flare.experiment.records import find_runs, read_metrics, read_record, write_record
+from flare.experiment.records import find_runs, read_metrics, read_record, read_run, write_record
 
 TASK = ("--task", "classification")
 QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progress")
@@ -157,6 +158,8 @@ def test_train_only_fusion_and_flare_mt(place, runs):
     words = ("evaluate", "--output", runs, "--variant", "flare-mt-r4", "--setting", "translate-train", "--no-resume")
     assert flare(*words, "--no-progress") == 0
     assert (folder / "predictions-test.jsonl").read_bytes() == before
+    for name in ("flare-r4-train-only", "flare-mt-r4"):  # neither reads the source texts
+        predicts_as_evaluated(read_run(runs / "vemari" / name / "seed-0"), place / "data", runs)
 
 
 def test_batches_of_one_group():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 from experiment_data import write_bert, write_data, write_llama, write_t5
+from predicting import predicts_as_evaluated
 
 from flare.cli import main
 from flare.experiment.defaults import for_this_machine, kind_of, paper_recipe
@@ -71,6 +72,13 @@ def test_every_family_and_task(place, tmp_path, model, task, methods, length):
     # loaded again, an adapter predicts what it did when it was trained
     assert flare("evaluate", "--output", tmp_path / "runs", "--no-resume", "--no-progress") == 0
     assert {folder: (folder / "predictions-test.jsonl").read_text() for folder in first} == first
+    # and so does flare predict, from the texts alone
+    for run in find_runs(tmp_path / "runs"):
+        if run.record.kind == "train":
+            names = predicts_as_evaluated(run, data, tmp_path)[0].keys()
+            assert ("generated" in names) == (model != "bert")
+            assert ("start" in names) == (model == "bert" and task == "qa")
+            assert ("probabilities" in names) == (model == "bert" and task != "qa")
 
 
 def test_the_base_decides_about_the_form_of_its_adapters(place, tmp_path):

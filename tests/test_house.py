@@ -248,6 +248,7 @@ LAYERS = (
     ("cli",),
     ("commands",),
     ("report", "demo"),
+    ("prediction",),
     ("experiment", "translation"),
     ("tasks", "baselines", "recipes"),
     ("training",),

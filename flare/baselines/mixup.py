@@ -19,7 +19,7 @@ trains whole models; here, as in FLARE's comparison, only LoRA, the task head, w
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 _CARD = """An X-Mixup adapter: LoRA whose model mixes the text with its source-language counterpart at one block. It
 needs the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports
-`KeyError: 'FLARE_X_MIXUP'`) and, beside the usual inputs, `source_input_ids` and `source_attention_mask`.
+`KeyError: 'FLARE_X_MIXUP'`).
+
+**A source is needed at prediction time**: `source_input_ids` and `source_attention_mask` of the same text in the source
+language, beside the usual inputs.
 """
 
 
@@ -50,8 +53,6 @@ class XMixupConfig(FlareConfig):
     Raises:
         TypeError, ValueError: a value that is not accepted; the message names the field.
     """
-
-    card: ClassVar[str] = _CARD
 
     fusion: str | None = field(default=None, metadata={"help": "None: X-Mixup's LoRA layers do not fuse."})
     x_mixup_layer: int = field(default=0, metadata={"help": "The block that mixes, counted from 0."})
@@ -66,6 +67,10 @@ class XMixupConfig(FlareConfig):
             "the authors' code; without effect in blocks that have none there."
         },
     )
+
+    @property
+    def card(self) -> str:
+        return _CARD
 
     def __post_init__(self) -> None:
         super().__post_init__()

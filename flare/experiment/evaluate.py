@@ -21,7 +21,6 @@ from ..tasks.errors import some_ids
 from .base import Base, find_base, seeds_of
 from .callbacks import quiet_libraries
 from .common import claimed, common_settings, expect_no_source, location, summary
-from .fitting import autocast_of, training_values
 from .known_data import mark
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import READS_SOURCE, collator, for_method, load
@@ -31,7 +30,7 @@ from .records import Metrics, Run, RunRecord, find_runs, read_metrics, write_met
 from .run_folder import open_run
 from .settings import EvaluateSettings
 from .setup import Data, Notes, Setup, place_of, prepare, task_of
-from .train import ADAPTER
+from .trained import ADAPTER, as_trained, base_of, batch_and_autocast, placed
 
 _COLUMNS = ("source_column", "target_column")
 
@@ -146,7 +145,7 @@ class _Evaluation:
             if setting == "translate-test":
                 pairs = [_source_alone(pair) for pair in pairs]
             set_seed(seed)  # a base that was not fine-tuned has a random head
-            model = _placed(setup.load_model(), setup)
+            model = placed(setup.load_model(), setup, device())
             scores, predictions = self._predict(
                 model, collator("lora", setup, model), setup, pairs, False, name, record
             )
@@ -223,12 +222,12 @@ class _Evaluation:
         if setting in metrics.test and self.settings.resume:
             self.say(f"{name}: done before, in {run.folder}")
             with contextlib.suppress(UserError):  # data that are gone change nothing about it
-                data, _ = self._prepared(record, self._base_of(record))
+                data, _ = self._prepared(record, base_of(record, self.settings.output))
                 pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
                 self._mark(run.folder, name, digests_of_pairs("test", pairs, text))
             return [run.folder]
         assert record.target_language is not None
-        data, setup = self._prepared(record, self._base_of(record))
+        data, setup = self._prepared(record, base_of(record, self.settings.output))
         setup = for_method(record.method, setup)
         if isinstance(setup.form, JoinedForm) and record.settings.get("prompt") != setup.form.prompt:
             there = record.settings.get("prompt") or "two whole ones, one behind the other"
@@ -242,7 +241,7 @@ class _Evaluation:
             self.notes(news, record.target_language)
             set_seed(record.seed)  # what a base lacks beside the head (a pooler) is drawn as it was for the training
             model, collate = load(record, setup, run.folder / ADAPTER)
-            _placed(model, setup)
+            placed(model, setup, device())
             scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
             departs = self._departures(record, data, setup)
             record.data["notes"] = [
@@ -271,42 +270,14 @@ class _Evaluation:
             if name in there and there[name] != here[name]
         )
 
-    def _base_of(self, record: RunRecord) -> Base:
-        """The base that a run began with; a folder inside the experiment is named relative to it."""
-        inside = self.settings.output / record.base
-        if (inside / "config.json").is_file():
-            base = find_base(self.settings.output, str(inside), record.seed)
-            if base.made != record.settings.get("base_date"):
-                raise UserError(
-                    f"{inside} was fine-tuned again after the adapter {record.target_language}/{record.variant} was "
-                    "trained on it; train the adapter anew (flare train --no-resume)"
-                )
-            return base
-        return Base(record.base, record.base, None)
-
     # --- both -----------------------------------------------------------------------------------------------------
 
     def _prepared(self, record: RunRecord | None, base: Base) -> tuple[Data, Setup]:
         """Data and form as in a run, with what was given in their place."""
         settings = self.settings
         there = {} if record is None else record.settings
-        known: dict[str, Any] = {
-            "max_length": there.get("max_length"),
-            "padding": there.get("padding"),
-            "form": there.get("family"),
-            "metric": there.get("metric"),
-            "rows": there.get("rows"),
-            "label_column": there.get("label_column"),
-            "prompt": there.get("task_prompt"),
-            "id_column": tuple(there["id_column"]) if there.get("id_column") else None,
-            "text_columns": tuple(there["text_columns"]) if there.get("text_columns") else None,
-            "choice_columns": tuple(there["choice_columns"]) if there.get("choice_columns") else None,
-            **(self._columns_of(record) if settings.data is None else {}),
-        }
-        merged = replace(settings, **{k: v for k, v in known.items() if getattr(settings, k) is None})
-        merged = replace(merged, verbalizer=settings.verbalizer or there.get("verbalizer") or {})
-        if settings.quantization is None and record is not None and record.kind == "train":
-            merged = replace(merged, quantization=_quantization(there.get("quantization")))
+        columns = self._columns_of(record) if settings.data is None else {}
+        merged = as_trained(settings, record, columns)
         source = settings.source or (record.source_language if record is not None else "english")
         folder = settings.data or there.get("data")
         task = task_of(merged, record.task if record is not None else None, there.get("labels"))
@@ -339,11 +310,8 @@ class _Evaluation:
             there, target = record.settings, str(record.target_language)
             mt = latent_encoder(there["mt_model"], target, there["mt_language"], setup.max_length, device())
             rows = add_states(rows, target_texts(pairs), mt, self.settings.output, None)
-        values = training_values({**setup.recipe.training, **record.training_arguments}, {})
-        batch = self.settings.eval_batch_size or 2 * int(values["per_device_train_batch_size"])
+        batch, half = batch_and_autocast(record, setup, self.settings.eval_batch_size, device())
         bar = name if self.settings.progress and is_main() else None
-        # mixed precision as in the training, where this machine has it: what a GPU trained can be scored without one
-        half = autocast_of(values) if device().type == "cuda" or values.get("use_cpu") else None
         scorer = Predictor(setup.form, collate, pairs, rows, batch, half, bar)
         predictions = scorer(model)
         self.notes(setup.form.prediction_notes(predictions), name)
@@ -377,14 +345,3 @@ def _answered(pairs: list[Pair], data: Data, target: str, text: str) -> tuple[li
             + ("translate the test split again with flare translate" if text == "mt" else "use --source-text mt")
         )
     return kept, [note] if lost else []
-
-
-def _quantization(there: dict[str, Any] | None) -> str:
-    if not there:
-        return "none"
-    return "nf4" if there.get("load_in_4bit") else "int8"
-
-
-def _placed(model: Any, setup: Setup) -> Any:
-    """The model on the device; a quantised one is there since it was loaded."""
-    return model if setup.recipe.quantization is not None else model.to(device())

@@ -23,6 +23,7 @@ from .setup import Setup
 #: Methods that read a source text.
 READS_SOURCE = ("input-fusion", "x-mixup", "flare")
 _KINDS = {"x-mixup": X_MIXUP.value}
+_AGAIN = "Train it again (flare train --no-resume keeps this one beside it), or leave it out (--variant, --seeds)"
 _LORA_FIELDS = {one.name for one in fields(peft.LoraConfig)}
 
 
@@ -67,21 +68,21 @@ def build(
         raise UserError(f"--method {method}: {error}") from error
 
 
-def load(record: RunRecord, setup: Setup, folder: Path) -> tuple[Any, Any]:
+def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _AGAIN) -> tuple[Any, Any]:
     """Return the base with the trained adapters of a folder, and the collator of its batches.
 
     Args:
         record: of the run that trained them.
         setup: the base and its form.
         folder: what ``save_pretrained`` wrote.
+        advice: what to do about an adapter that cannot be used, for the message.
 
     Raises:
         UserError: the adapter is damaged, incomplete, or another one than the record's.
     """
     model = setup.load_model()
     collate = collator(record.method, setup, model)
-    advice = ". Train it again (flare train --no-resume keeps this one beside it), or leave it out (--variant, --seeds)"
-    with library_errors(f"{folder}: the adapter cannot be used", advice=advice):
+    with library_errors(f"{folder}: the adapter cannot be used", advice=f". {advice}"):
         _check_config(record, peft.PeftConfig.from_pretrained(str(folder)))
         saved = load_peft_weights(str(folder), device="cpu")
         adapted = PeftModel.from_pretrained(model, str(folder))

@@ -92,7 +92,9 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool
         wanted, shown = one.metadata["kind"], one.metadata
         more: dict[str, Any] = {"help": shown["help"], "default": argparse.SUPPRESS, "dest": one.name}
         if wanted == "bool":
-            group.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **more)
+            # argparse takes every --no-... of its own for false
+            action = "store_true" if one.name.startswith("no_") else argparse.BooleanOptionalAction
+            group.add_argument(flag(one.name), action=action, **more)
             continue
         if wanted in ("strs", "ints", "map"):
             more["nargs"] = "+"

@@ -20,6 +20,7 @@ from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
 from ..tasks.reading import shown_labels
 from .activations import write_activations
+from .adapter_card import describe
 from .base import Base, find_base
 from .bottleneck import measure_bottleneck
 from .caching import CachePlan, plan_cache
@@ -37,8 +38,8 @@ from .records import RunRecord, write_metrics, write_record
 from .run_folder import CHECKPOINTS, open_run
 from .settings import TrainSettings
 from .setup import Data, Notes, Setup, place_of, prepare, task_of, with_targets
+from .trained import ADAPTER
 
-ADAPTER = "adapter"
 _BOTTLENECK_ROWS = 256
 
 
@@ -321,6 +322,8 @@ class _Run:
         )
         trainer = done.trainer
         save(trainer, self.folder / ADAPTER)
+        if is_main():
+            describe(self.folder / ADAPTER, trainer.accelerator.unwrap_model(trainer.model), record)
         if test:
             scorer = predictor(test, "test")
             predictions = scorer(trainer.model)

@@ -53,12 +53,27 @@ class ClassificationForm(Form):
         return [{**row, "labels": self.label_of(pair.target)} for row, pair in zip(rows, pairs, strict=True)], notes
 
     def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        return self.train_rows(pairs, with_source)
+        """Rows to predict from, without labels."""
+        return self._encoded_rows(pairs, with_source)
 
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[Any]:
         """The likeliest label of each row of logits (N, labels); of a tuple, the first entry."""
         assert self.task.labels is not None
         return [self.task.labels[int(index)] for index in self._logits(output, pairs).argmax(-1)]
+
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        """Return the probability of the predicted label, and those of all labels by name: the softmax of the logits."""
+        assert self.task.labels is not None
+        logits = self._logits(output, pairs).astype(np.float64)
+        powers = np.exp(logits - logits.max(-1, keepdims=True))
+        found = powers / powers.sum(-1, keepdims=True)
+        return [
+            {
+                "probability": float(row.max()),
+                "probabilities": dict(zip(self.task.labels, row.tolist(), strict=True)),
+            }
+            for row in found
+        ]
 
     def _logits(self, output: Any, pairs: Sequence[Pair]) -> np.ndarray:
         logits = as_array(output[0] if isinstance(output, (tuple, list)) else output)

@@ -90,6 +90,18 @@ def no_split(folder: Path, split: str) -> DataError:
     )
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows of a data file (column -> value) and its columns, nothing of which is checked.
+
+    Raises:
+        DataError: its name does not end as one of `SUFFIXES`, or it cannot be read.
+    """
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: its name must end in {', '.join(SUFFIXES)}")
+    table = read_table(path)
+    return table.rows, table.columns
+
+
 def to_row(example: Example, task: Task) -> dict[str, Any]:
     """What `write_split` writes of an example: id, texts, and label or answers; of tagged words the sentence."""
     if task.kind == "token-classification":

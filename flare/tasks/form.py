@@ -97,6 +97,10 @@ class Form:
         """
         raise NotImplementedError
 
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        """Return what else a model's output says of each pair, by name; JSON values. Arguments as `predictions`."""
+        return [{} for _ in pairs]
+
     def prediction_notes(self, predictions: Sequence[Any]) -> list[str]:
         """What has to be said about predictions, such as how many are no label."""
         labels = self.task.labels
@@ -139,7 +143,8 @@ class Form:
             )
         return self.task.labels.index(label)
 
-    def _unanswered(self, pairs: Sequence[Pair]) -> list[str]:
+    def unanswered(self, pairs: Sequence[Pair]) -> list[str]:
+        """Return a note on the questions without an accepted answer, if there are any."""
         ids = [pair.target.id for pair in pairs if self.task.kind == "qa" and not pair.target.answers]
         if not ids:
             return []

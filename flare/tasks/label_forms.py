@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .encoder_form import ClassificationForm
 from .errors import DataError
 from .examples import Example, Pair
@@ -28,6 +30,12 @@ class MultiLabelForm(ClassificationForm):
         over = self._logits(output, pairs) > 0  # sigmoid(0) is the threshold
         return [tuple(name for name, holds in zip(self.task.labels, row, strict=True) if holds) for row in over]
 
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        """Return the probability of each label by name: the sigmoid of its logit."""
+        assert self.task.labels is not None
+        probabilities = 1 / (1 + np.exp(-self._logits(output, pairs).astype(np.float64)))
+        return [{"probabilities": dict(zip(self.task.labels, row.tolist(), strict=True))} for row in probabilities]
+
 
 class RegressionForm(ClassificationForm):
     """One number (N, 1), trained by the mean squared error. ``labels`` of a row: a number."""
@@ -42,6 +50,9 @@ class RegressionForm(ClassificationForm):
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[float]:
         """The number of each row."""
         return [float(number) for number in self._logits(output, pairs).reshape(-1)]
+
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        return [{} for _ in pairs]
 
     def prediction_notes(self, predictions: Sequence[Any]) -> list[str]:
         if len(predictions) < 2 or len(set(predictions)) > 1:

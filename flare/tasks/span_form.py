@@ -58,7 +58,7 @@ class SpanForm(Form):
 
     def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
         rows, notes, _ = self._rows(pairs, with_source)
-        return rows, [*notes, *self._unanswered(pairs)]
+        return rows, [*notes, *self.unanswered(pairs)]
 
     def predictions(self, output: Any, pairs: Sequence[Pair], starts: Sequence[int] | None = None) -> list[str]:
         """The best span of at most `MOST_TOKENS` tokens inside each context, as its characters.
@@ -70,10 +70,29 @@ class SpanForm(Form):
                 padding and input-level fusion put something in front: a ``start_positions`` of 0 that goes through
                 their collator comes out as this number.
         """
+        contexts = [pair.target.texts[self.context] for pair in pairs]
+        return [
+            "" if found is None else text[found[0] : found[1]]
+            for text, found in zip(contexts, self._best(output, pairs, starts), strict=True)
+        ]
+
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        """Return where each span begins and ends, in characters of the context, and its probability.
+
+        The probability is that of its first token among all of the context as the start times that of its last token
+        as the end. All three are None where there is no context.
+        """
+        names = ("start", "end", "probability")
+        return [dict(zip(names, found or (None,) * 3, strict=True)) for found in self._best(output, pairs, *more)]
+
+    def _best(
+        self, output: Any, pairs: Sequence[Pair], starts: Sequence[int] | None = None
+    ) -> list[tuple[int, int, float] | None]:
+        """First character, character behind the last, and probability of the best span; None without a context."""
         start, end = as_array(output[0]), as_array(output[1])
         if len(start) != len(pairs):
             raise ValueError(f"{len(start)} rows of logits were given for {len(pairs)} pairs")
-        found = []
+        best: list[tuple[int, int, float] | None] = []
         for index, (ids, inside, offsets) in enumerate(self._windows([pair.target for pair in pairs])[0]):
             first = int(starts[index]) if starts is not None else 0
             if first + len(ids) > start.shape[1]:
@@ -82,13 +101,16 @@ class SpanForm(Form):
                     "are not of eval_rows with these pairs, or starts is missing"
                 )
             places = np.flatnonzero(inside)  # a joined target may have lost its opening token, never its context
-            span = best_span(start[index, first + places], end[index, first + places], MOST_TOKENS)
-            text = pairs[index].target.texts[self.context]
+            one, other = start[index, first + places], end[index, first + places]
+            span = best_span(one, other, MOST_TOKENS)
             if span is None:
-                found.append("")
-            else:
-                found.append(text[offsets[places[span[0]]][0] : offsets[places[span[1]]][1]].strip())
-        return found
+                best.append(None)
+                continue
+            begin, after = offsets[places[span[0]]][0], offsets[places[span[1]]][1]
+            text = pairs[index].target.texts[self.context][begin:after]
+            begin += len(text) - len(text.lstrip())
+            best.append((begin, begin + len(text.strip()), _share(one, span[0]) * _share(other, span[1])))
+        return best
 
     def _spans(
         self, pairs: Sequence[Pair], windows: Sequence[Window]
@@ -171,3 +193,9 @@ class SpanForm(Form):
         for index in long:
             short[index] = questions[index][: encoded["offset_mapping"][index][most - 1][1]]
         return short, long
+
+
+def _share(logits: np.ndarray, place: int) -> float:
+    """The softmax of logits (n,) at a place."""
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    return float(powers[place] / powers.sum())

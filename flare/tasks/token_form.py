@@ -89,6 +89,10 @@ class TokenForm(ClassificationForm):
             found.append(tuple(OUTSIDE if at is None else next(tags) for at in first))
         return found
 
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        """Return the words that the tags of `predictions` belong to."""
+        return [{"words": list(pair.target.words)} for pair in pairs]
+
     def _names(self, indices: np.ndarray) -> list[str]:
         assert self.task.labels is not None
         return [self.task.labels[int(index)] for index in indices]

@@ -87,7 +87,7 @@ class WrittenForm(Form):
                 row[f"{prefix}input_ids"] = prompt
                 if prefix:
                     row |= self.source_columns()
-        return rows, [*notes, *self._unanswered(pairs)]
+        return rows, [*notes, *self.unanswered(pairs)]
 
     def trainable(self, pairs: Sequence[Pair]) -> list[Pair]:
         return [pairs[index] for index in self._answers(pairs, with_source=False)[0]]
@@ -102,6 +102,15 @@ class WrittenForm(Form):
             output: the new tokens (N, n), without the prompt; also lists of unequal lengths. -100 is padding.
             pairs: the pairs of `eval_rows`.
         """
+        texts = self._generated(output, pairs)
+        return [self._label_of(text) for text in texts] if self.task.labels is not None else texts
+
+    def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
+        """Return the generated text of each row, as it is."""
+        return [{"generated": text} for text in self._generated(output, pairs)]
+
+    def _generated(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
+        """The text of each row of new tokens, up to its end token."""
         if len(output) != len(pairs):
             raise ValueError(f"{len(output)} generated rows were given for {len(pairs)} pairs")
         texts = []
@@ -110,7 +119,7 @@ class WrittenForm(Form):
             if self.tokenizer.eos_token_id in ids[1:]:  # an encoder-decoder's start token may be its end token
                 ids = ids[: 1 + ids[1:].index(self.tokenizer.eos_token_id)]
             texts.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
-        return [self._label_of(text) for text in texts] if self.task.labels is not None else texts
+        return texts
 
     def _label_of(self, text: str) -> str:
         labels = self.task.labels or ()

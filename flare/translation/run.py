@@ -92,6 +92,16 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
     return done
 
 
+def translator_to_source(settings: TranslateSettings, say: Callable[[str], None] = print) -> Translator:
+    """Return a translator from the first target language into the source language; nothing is read or written.
+
+    Raises:
+        TranslationError: the model, a tag or a limit cannot be used.
+    """
+    model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    return _translator(settings, model, _directions(settings, model, say)[0], say)
+
+
 def _directions(
     settings: TranslateSettings, model: TranslationModel, say: Callable[[str], None]
 ) -> Sequence[Direction]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import LoraConfig
 
@@ -13,6 +12,7 @@ from flare_kernels import FUSIONS
 from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import FLARE
+from .card import fill_card
 
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")
@@ -33,12 +33,24 @@ _VARIANTS = (
 # Initialisations that take what they put into A and B out of the base weights; these are beginnings (pissa_niter_4).
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
-_CARD_HEADING = "## Loading this adapter"
-_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its source-language counterpart. It needs the
-package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`)
-and, beside the usual inputs, `source_input_ids` and `source_attention_mask`, or, where its config has a `latent_dim`,
-`source_states`: the MT encoder's last hidden state. It cannot be merged into the base weights, because what it adds
-depends on the source text.
+_PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`, which reads the text alone (`import flare` before
+`PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`). It can be merged into the base weights.
+"""
+_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its counterpart in the source language. It needs
+the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError:
+'FLARE'`).
+
+**A source is needed at prediction time**: `source_input_ids` and `source_attention_mask` of the same text in the source
+language, human or machine-translated, beside the usual inputs. Without one the model is plain LoRA, warns, and predicts
+worse. The adapter cannot be merged into the base weights, because what it adds depends on the source text.
+"""
+_LATENT_CARD = """A FLARE MT adapter: LoRA whose bottleneck fuses the text with what a translation model's encoder makes
+of it. It needs the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports
+`KeyError: 'FLARE'`).
+
+**The MT encoder is needed at prediction time**: its last hidden state of the same text (`flare.LatentEncoder`) is
+passed as `source_states`. Without it the model is plain LoRA, warns, and predicts worse. The adapter cannot be merged
+into the base weights, because what it adds depends on these states.
 """
 
 
@@ -52,8 +64,6 @@ class FlareConfig(LoraConfig):
         TypeError, ValueError: a value that is not accepted, or, with a fusion, a LoRA variant that cannot fuse, or an
             initialisation or bias that changes the base model; the message names the field.
     """
-
-    card: ClassVar[str] = _CARD  # what the model card says of loading such an adapter
 
     r: int = field(default=64, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha; the adapter is scaled by alpha / r."})
@@ -114,20 +124,15 @@ class FlareConfig(LoraConfig):
         },
     )
 
+    @property
+    def card(self) -> str:
+        """What the model card says of such an adapter."""
+        return _PLAIN_CARD if self.fusion is None else _CARD if self.latent_dim is None else _LATENT_CARD
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's, which writes adapter_config.json; then says in PEFT's model card what loading this adapter takes."""
+        """PEFT's, which writes adapter_config.json; then fills in PEFT's model card (see `flare.tuner.card`)."""
         super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
-        for card in (folder / "README.md", folder.parent / "README.md"):  # a named adapter lies one folder down
-            if not card.is_file():
-                continue
-            text = card.read_text(encoding="utf-8", errors="surrogateescape")
-            if _is_pefts_card(text):
-                if _CARD_HEADING not in text:
-                    card.write_text(
-                        f"{text.rstrip()}\n\n{_CARD_HEADING}\n\n{self.card}", encoding="utf-8", errors="surrogateescape"
-                    )
-                break
+        fill_card(Path(save_directory), self)
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -196,12 +201,6 @@ class FlareConfig(LoraConfig):
                 f"bias={self.bias!r} cannot be combined with a fusion: {why} biases; use bias='none' (lora_bias=True "
                 "trains biases of the adapter's own), or set fusion=None"
             )
-
-
-def _is_pefts_card(text: str) -> bool:
-    """Whether a README.md is a model card of PEFT's: its front matter says ``library_name: peft``."""
-    front = re.match(r"---\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-    return front is not None and re.search(r"^library_name:\s*['\"]?peft['\"]?\s*$", front[1], re.MULTILINE) is not None
 
 
 def _positive(name: str, value: object, otherwise: str = "") -> None:

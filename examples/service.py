@@ -1,0 +1,50 @@
+"""A prediction service for one adapter: POST /predict takes texts with or without their source texts.
+
+    pip install -r examples/requirements-service.txt
+    FLARE_ADAPTER=runs/acehnese/flare/seed-0 uvicorn --factory service:app --app-dir examples
+    curl localhost:8000/predict -H "Content-Type: application/json" \
+         -d '{"texts": ["Nyo beutoi."], "source_texts": ["Yeah, that is right."]}'
+
+FLARE_BASE names the base model where it lies elsewhere than the adapter says, FLARE_TRANSLATOR an encoder-decoder for
+texts that come without a source. One process holds one model and predicts one request after the other; requests wait
+in threads, so the process keeps answering. For more throughput start more processes, or send more texts in a request.
+"""
+
+import os
+
+from fastapi import FastAPI, HTTPException
+from pydantic import BaseModel, Field
+
+import flare
+from flare.errors import UserError
+
+
+class Request(BaseModel):
+    """The body of POST /predict."""
+
+    texts: list[str | dict[str, str]] = Field(min_length=1, max_length=256)
+    source_texts: list[str | dict[str, str] | None] | None = None
+
+
+def make_app(pipeline: flare.FlarePipeline) -> FastAPI:
+    """Return the application that serves a pipeline."""
+    made = FastAPI(title="FLARE")
+
+    @made.get("/health")
+    def health() -> dict[str, str]:
+        return {"adapter": str(pipeline.trained.folder), "base": pipeline.trained.base}
+
+    @made.post("/predict")
+    def predict(request: Request) -> dict[str, list]:  # not async: FastAPI runs it in a thread
+        try:
+            return {"predictions": pipeline(request.texts, request.source_texts)}
+        except (UserError, TypeError, ValueError) as error:
+            raise HTTPException(422, str(error)) from error
+
+    return made
+
+
+def app() -> FastAPI:
+    """Load what the environment names; for uvicorn --factory."""
+    base, translator = os.environ.get("FLARE_BASE"), os.environ.get("FLARE_TRANSLATOR")
+    return make_app(flare.FlarePipeline.from_pretrained(os.environ["FLARE_ADAPTER"], base, translator))
