@@ -90,7 +90,8 @@ def test_texts_without_a_source_are_translated(place, tmp_path, capsys):
     file = write_jsonl(tmp_path / "mixed.jsonl", rows)
     words = ("--translator", place / "mt", *CODES)
     assert predict(place, "--input", file, "--output", tmp_path / "out.jsonl", *words) == 0
-    assert "column source_text for 10 texts, 10 texts are translated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"column source_text for 10 of 20 texts, translated with {place / 'mt'} for 10 of 20" in said
     found = read_jsonl(tmp_path / "out.jsonl")
     assert [row["source_text"] for row in found[1::2]] == english[1::2]
     translator = Translator(str(place / "mt"), "ace_Latn", "eng_Latn")

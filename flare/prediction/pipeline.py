@@ -155,6 +155,8 @@ class FlarePipeline:
             return [None] * len(rows), []
         lacking = [index for index in needed if found[index] is None]
         if lacking:
+            with quiet_libraries():
+                _ = self.translator.loaded.model  # loads the weights
             made, notes = translated(self.translator, [rows[index] for index in lacking], kept, done)
             self.tell(notes)
             for index, source in zip(lacking, made, strict=True):

@@ -130,8 +130,8 @@ def source_line(trained: Trained, settings: PipelineSettings, given: int, total:
             f"texts in {record.source_language} (--source-input or columns source_<column>; in Python source_texts), "
             f"have them translated (--translator{f' {made}' if made else ''}), or predict without (--no-source)"
         )
-    own = f"{where} for {given} texts, " if given else ""
-    return f"source: {own}{lacking} texts are translated with {settings.translator}{trained_on}"
+    own = f"{where} for {given} of {total} texts, " if given else ""
+    return f"source: {own}translated with {settings.translator} for {lacking} of {total}{trained_on}"
 
 
 def with_columns(task: Task, texts: Any, what: str) -> Texts:
