@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flare_kernels.function import needs_plain_operators
+from flare_kernels.function import functorch_is_active
 
 from .._compat import REPLICA_MARK, drops_blocks
 from ..tuner.grouping import make_sites, remove_sites
@@ -32,7 +32,7 @@ from ..tuner.layer import weight_of
 from . import carrier
 from .context import KEYWORD, THREAD, SourceContext
 from .inputs import SOURCE_ARGUMENTS, decoder_shape, one_text_a_row, read_source, refuse_unknown, target_shape
-from .packed_rows import refuse_packed_rows
+from .packed_rows import LOOKED_AT, refuse_packed_rows
 from .runtime import _RUNTIME, Runtime, runtime_of
 from .source_pass import Wanted
 from .states import StateKey
@@ -114,7 +114,9 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
     slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
-    slot.plain = needs_plain_operators()
+    # needs_plain_operators, without a frame of its own
+    compiles = torch.compiler.is_compiling()
+    slot.plain = torch.compiler.is_exporting() if compiles else functorch_is_active() or torch.jit.is_tracing()
     source = take_source(model, kwargs, SOURCE_ARGUMENTS)
     wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
     if wanted and source:
@@ -125,7 +127,9 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
                 "(CUDA_VISIBLE_DEVICES=0)"
             )
-        refuse_packed_rows(model, source, args, kwargs)
+        mask = kwargs.get("attention_mask")
+        if len(args) > 1 or not LOOKED_AT.isdisjoint(kwargs) or (mask is not None and getattr(mask, "ndim", 0) != 2):
+            refuse_packed_rows(model, source, args, kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         if getattr(ids, "ndim", 2) == 3:  # a multiple choice
             source = one_text_a_row(source)
@@ -179,12 +183,13 @@ def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]
         TypeError: an argument ``source_...`` that neither ``names`` nor the model's forward has.
     """
     source = {}
-    given = [name for name in kwargs if name[:7] == "source_"]
-    refuse_unknown(model, given, names)
-    for name in given:
-        value = kwargs.pop(name) if name in names else None
-        if value is not None:
-            source[name] = value
+    for name in [name for name in kwargs if name[:7] == "source_"]:
+        if name in names:
+            value = kwargs.pop(name)
+            if value is not None:
+                source[name] = value
+        else:
+            refuse_unknown(model, (name,), names)
     return source
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 #: Keyword arguments that say where packed texts begin and end.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k", "seq_idx", "seq_lens")
 #: Keyword arguments that have to be looked at.
-_LOOKED_AT = frozenset(("position_ids", *BOUNDARIES))
+LOOKED_AT = frozenset(("position_ids", *BOUNDARIES))
 
 _WAY_OUT = (
     "the source pass reads each row of source_input_ids as one text, so packed texts would mix there; give each text a "
@@ -29,7 +29,7 @@ def refuse_packed_rows(
         ValueError: boundaries of packed texts, position_ids that begin again, or an attention mask that is not (B, m).
     """
     mask = kwargs.get("attention_mask")
-    if len(args) < 2 and _LOOKED_AT.isdisjoint(kwargs) and (mask is None or getattr(mask, "ndim", 0) == 2):
+    if len(args) < 2 and LOOKED_AT.isdisjoint(kwargs) and (mask is None or getattr(mask, "ndim", 0) == 2):
         return
     if isinstance(source.get("source_states"), Tensor):
         return
