@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
-from experiment_data import write_bert, write_llama
+import torch
+import transformers
+from experiment_data import write_bert, write_llama, write_t5
 
+from flare import FlareDataCollator, fast_lora
 from flare.cli import main
 from flare.demo.corpus import LABELS, make_corpus
 from flare.experiment.chance import _at_chance
 from flare.experiment.records import find_runs
-from flare.tasks import metrics
+from flare.tasks import get_task, load_pairs, make_form, metrics, resolve_labels
 
 ROWS = {"train": (0, 24), "valid": (24, 32), "test": (32, 42)}
 QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
@@ -22,7 +25,7 @@ CHOICES = ("--choice-columns", *LABELS)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Data of every kind made of the demo's corpus, a tiny BERT and a tiny Llama."""
+    """Data of every kind made of the demo's corpus, and tiny models."""
     root = tmp_path_factory.mktemp("kinds")
     pairs = make_corpus(train=42).train
     for language, side in (("english", "source"), ("vemari", "target")):
@@ -34,6 +37,7 @@ def place(tmp_path_factory) -> Path:
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_bert(root / "bert")
     write_llama(root / "llama")
+    write_t5(root / "t5")
     return root
 
 
@@ -72,6 +76,7 @@ def flare(*words: object) -> int:
         ("token-classification", "bert", ("flare", "input-fusion", "x-mixup"), ()),
         ("multiple-choice", "bert", ("flare", "input-fusion"), CHOICES),
         ("multiple-choice", "llama", ("flare",), CHOICES),
+        ("multiple-choice", "t5", ("flare",), CHOICES),
         ("multi-label", "bert", ("flare",), ()),
         ("regression", "bert", ("flare",), ()),
     ],
@@ -79,7 +84,7 @@ def flare(*words: object) -> int:
 def test_every_kind_is_trained_and_scored_alike(place, tmp_path, capsys, kind, model, methods, more):
     runs = tmp_path / "runs"
     words = ("--task", kind, "--data", place / kind, "--output", runs, "--max-length", 28, *QUICK, *more)
-    if model == "llama":
+    if model != "bert":
         words = (*words, "--max-length", 48)
     assert flare("finetune", "--model", place / model, *words) == 0
     assert flare("train", "--target", "vemari", "--method", *methods, *words) == 0
@@ -96,6 +101,28 @@ def test_every_kind_is_trained_and_scored_alike(place, tmp_path, capsys, kind, m
     refused = "translate-test is not done for task token-classification" in capsys.readouterr().out
     assert refused == (kind == "token-classification")
     assert flare("report", runs, "--output", tmp_path / "report") == 0
+
+
+def test_tags_are_learned_where_they_are_read(place):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "bert")
+    task = resolve_labels(get_task("token-classification"), place / "token-classification", "english")
+    form = make_form(task, tokenizer, "encoder", 24)
+    pairs, _ = load_pairs(task, place / "token-classification", "english", "vemari", "test")
+    torch.manual_seed(0)
+    base = transformers.AutoModelForTokenClassification.from_pretrained(place / "bert", **form.model_options)
+    model = fast_lora(base, r=8)
+    collate = FlareDataCollator(tokenizer, layout="encoder", padding_side="left")
+    batch = collate(form.train_rows(pairs, with_source=True)[0])
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=3e-2)
+    for _ in range(60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    batch = collate(form.eval_rows(pairs, with_source=True)[0])
+    marks = batch.pop("labels")
+    assert set(marks.unique().tolist()) == {-100, 0}
+    found = form.predictions(model.eval()(**batch).logits, pairs, marks)
+    assert found == [pair.target.label for pair in pairs]
 
 
 def test_what_a_kind_cannot_do_is_refused_in_words(place, tmp_path, capsys):
