@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..tasks import Example, Pair, Task, make_form
+from ..tasks.registry import METRICS
 from ..tasks.written_form import WrittenForm
 from .setup import Setup
 
@@ -104,8 +105,8 @@ def check_data(
     found.warnings = [
         *(line for line in notes if "dropped" in line or "position" in line),
         *_warn_of_pairs(target, source, splits),
-        *_warn_of_labels(target, found.labels),
-        *_warn_of_lengths(found.lengths, setup.batches["padding"]),
+        *_warn_of_labels(target, found.labels, "macro_f1" in METRICS[task.kind]),
+        *_warn_of_lengths(found.lengths, setup),
         *_warn_of_vocabulary(found.vocabulary),
     ]
     return found
@@ -194,7 +195,7 @@ def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> I
         yield f"{target}: {len(again)} test texts are training texts too, so their score says little"
 
 
-def _warn_of_labels(target: str, labels: dict[str, dict[str, int]]) -> Iterable[str]:
+def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bool) -> Iterable[str]:
     train, test = labels.get("train"), labels.get("test", {})
     for label, count in (train or {}).items():
         if count == 0 and test.get(label):
@@ -204,24 +205,24 @@ def _warn_of_labels(target: str, labels: dict[str, dict[str, int]]) -> Iterable[
     total = sum((train or {}).values())
     for label, count in (train or {}).items():
         if count > _MAJORITY * total and label != "O":
-            yield (
-                f"{target}: {100 * count / total:.0f} % of the training rows are {label!r}; accuracy will say little, "
-                "choose checkpoints by macro F1 (--metric macro_f1)"
-            )
+            advice = ", choose checkpoints by macro F1 (--metric macro_f1)" if macro_f1 else ""
+            share = f"{100 * count / total:.0f} % of the training rows"
+            yield f"{target}: {share} are {label!r}; accuracy will say little{advice}"
 
 
-def _warn_of_lengths(lengths: Sequence[Lengths], padding: str) -> Iterable[str]:
+def _warn_of_lengths(lengths: Sequence[Lengths], setup: Setup) -> Iterable[str]:
     for language in dict.fromkeys(one.language for one in lengths):
         own = [one for one in lengths if one.language == language]
         cut, texts = sum(one.cut for one in own), sum(one.texts for one in own)
         if cut > _CUT_SHARE * texts:
+            enough = max(one.most_of for one in own) + setup.max_length - own[0].limit  # the answer's room stays
             yield (
                 f"{language}: {100 * cut / texts:.0f} % of the texts are cut to {own[0].limit} tokens; --max-length "
-                f"{max(one.most_of for one in own)} would keep 95 % of every split whole"
+                f"{enough} would keep 95 % of every split whole"
             )
     longest = max((one.longest for one in lengths), default=0)
     limit = max((one.limit for one in lengths), default=0)
-    if padding == "max_length" and 0 < longest < _PADDING * limit:
+    if setup.batches["padding"] == "max_length" and 0 < longest < _PADDING * limit:
         yield (
             f"every batch is padded to {limit} tokens and the longest text has {longest}: --padding longest, or "
             f"--max-length {longest}, trains faster with the same result"

@@ -96,7 +96,8 @@ def costs(found: Sequence[Cost], runs: int, about: dict[str, Any]) -> list[str]:
     total = sum(one.seconds for one in found) * runs
     failed = sum(one.error is not None for one in found)
     left = f"; {failed} could not be measured" if failed else ""
-    return [*lines, f"{_GAP}{len(found)} methods, {runs} runs of each: about {duration(total)} in all{left}"]
+    grid = f"{len(found)} method{'s' * (len(found) > 1)}, {runs} run{'s' * (runs > 1)} of each"
+    return [*lines, f"{_GAP}{grid}: about {duration(total)} in all{left}"]
 
 
 def warnings(found: Sequence[str]) -> list[str]:
