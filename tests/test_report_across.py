@@ -179,4 +179,4 @@ def test_the_pictures_over_tasks_translators_and_positions(tasks: Path, tmp_path
     bars = draw_average_ranks(overview_of(tasks)).axes[0]
     assert bars.get_ylim()[0] == 0 and {"1.50", "2.00", "2.50"} == {text.get_text() for text in bars.texts}
     axes = draw_translators(group_of(tasks / "nusax"), "macro_f1").axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["NLLB 3.3B", "NLLB 600M"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["NLLB 600M", "NLLB 3.3B"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from ..collect import Group
@@ -48,7 +49,12 @@ def draw_translators(group: Group, metric: str) -> Any:
     found = [_by_translator(members) for members in families(group, table, SOURCE_TEXT)]
     found = [members for members in found if sum(str(kind).startswith(_TRANSLATED) for kind in members) > 1]
     languages, found = _found(table, found, "no method has source texts of two translators")
-    kinds = sorted({str(kind) for members in found for kind in members}, key=lambda kind: (kind == "gold", kind))
+    means: dict[str, list[float]] = {}
+    for members in found:
+        for kind, label in members.items():
+            means.setdefault(str(kind), []).append(over(group, label, metric, languages).mean)
+    # translators by what the methods make of them, human text last
+    kinds = sorted(means, key=lambda kind: (kind == "gold", statistics.fmean(means[kind]), kind))
     figure = _curves(group, metric, languages, found, kinds, SOURCE_TEXT)
     axes = figure.axes[0]
     names = ["human" if kind == "gold" else kind.removeprefix(_TRANSLATED) for kind in kinds]

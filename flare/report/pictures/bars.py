@@ -14,6 +14,7 @@ from .style import (
     SMALL,
     is_dark,
     legend_below,
+    legend_rows,
     looks,
     new_figure,
     plain_axes,
@@ -55,15 +56,15 @@ def grouped_bars(
         digits: of the numbers on the bars.
     """
     chosen = looks([one.method for one in series])
-    least = max(0.82 * _NARROWEST * len(series) / 0.82**2, max(text_width(place, NORMAL) for place in places) * 0.75)
-    width = COLUMN if len(places) * max(least, 0.13 * len(series)) <= COLUMN - _AXIS else PAGE
+    least = max(_NARROWEST * len(series) / 0.82, max(text_width(place, NORMAL) for place in places) + 0.04)
+    names = [one.name for one in series] + ([f"{reference[0]}: {reference[1]:.1f}"] if reference else [])
+    fits = len(places) * max(least, 0.13 * len(series)) <= COLUMN - _AXIS and legend_rows(names, COLUMN) <= 4
+    width = COLUMN if fits else PAGE
     rows = rows_of(places, max(1, int((width - _AXIS) / least)))
     longest_row = max(map(len, rows))
     step = (width - _AXIS) / longest_row
     turned = max(text_width(place, NORMAL) for place in places) > step
-    figure = new_figure(
-        width, (1.45 + 0.25 * turned) * len(rows) + 0.15 + 0.14 * _legend_rows(series, reference, width)
-    )
+    figure = new_figure(width, (1.45 + 0.25 * turned) * len(rows) + 0.15 + 0.14 * legend_rows(names, width))
     grid = figure.subplots(len(rows), 1, squeeze=False, sharey=True)[:, 0]
     thick = 0.84 / len(series)
     handles: list[Any] = []
@@ -107,12 +108,10 @@ def grouped_bars(
             range(len(row)), row, rotation=30 if turned else 0, ha="right" if turned else "center", fontsize=NORMAL
         )
         axes.tick_params(axis="x", length=0)
-    names = [one.name for one in series]
     if reference:
         from matplotlib.lines import Line2D
 
         handles.append(Line2D([], [], color="black", linewidth=0.8, linestyle=":"))
-        names.append(f"{reference[0]}: {reference[1]:.1f}")
     legend_below(figure, handles, names)
     return figure
 
@@ -124,7 +123,7 @@ def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str |
     size = 5.5
     if room < 0.075:
         return
-    upright = room < text_width(text, size)
+    upright = 0.94 * room < 1.25 * text_width(text, size)
     dark = inside is not None and is_dark(inside)
     note = axes.annotate(
         text,
@@ -139,9 +138,3 @@ def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str |
     )
     # readable over grid and reference lines, and over a bar's hatch
     note.set_path_effects([withStroke(linewidth=1.5, foreground=inside or "white")])
-
-
-def _legend_rows(series: Sequence[Series], reference: Any, width: float) -> int:
-    names = [one.name for one in series] + ([f"{reference[0]}: 00.0"] if reference else [])
-    columns = max(1, int(width / (max(map(text_width, names)) + 0.33)))
-    return -(-len(names) // columns)

@@ -132,11 +132,15 @@ def text_width(text: str, points: float = SMALL) -> float:
     return len(text) * points * 0.0082
 
 
+def legend_rows(names: Sequence[str], width: float) -> int:
+    """Return how many rows a legend of these names takes in so many inches."""
+    longest = max((text_width(name) for name in names), default=1.0)
+    return -(-len(names) // max(1, int(width / (longest + 0.38))))
+
+
 def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
     """One legend under all axes, in as many columns as the width has room for."""
-    longest = max((text_width(name) for name in names), default=1.0)
-    columns = max(1, min(len(names), int(figure.get_figwidth() / (longest + 0.33))))
-    columns = -(-len(names) // -(-len(names) // columns))  # as even as the rows allow
+    columns = -(-len(names) // legend_rows(names, figure.get_figwidth()))  # as even as the rows allow
     figure.legend(
         handles,
         names,
