@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BatchEncoding
 
-from ..training.collator import FlareDataCollator, Text, read_rows
+from ..training.collator import FlareDataCollator, Text
+from ..training.row_checks import read_rows
 from .lora import plain_lora
 
 if TYPE_CHECKING:

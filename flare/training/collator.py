@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from .choices import batch_of_choices, choices_of, split_choices
-from .row_checks import check_beginnings, check_row, check_vocabulary, first_special
+from .row_checks import LABEL_NAMES, all_have, check_beginnings, check_vocabulary, first_special, read_rows
 
 LAYOUTS = ("auto", "encoder", "causal", "seq2seq")
 
@@ -34,7 +34,6 @@ SOURCE_COLUMNS = (
 )
 # A span's place in the source; a Trainer keeps them where the adapter reads them (flare.baselines.x_mixup).
 SOURCE_POSITIONS = ("source_start_positions", "source_end_positions")
-_LABEL_NAMES = ("labels", "label", "label_ids")
 _POSITIONS = ("start_positions", "end_positions")
 _NO_STATE = -1  # the id of a position without a state, among those of FLARE MT's states: -2, -3, ...
 _DECODER_IDS = ("decoder_input_ids", "source_decoder_input_ids")
@@ -213,12 +212,12 @@ class FlareDataCollator:
         sources = [self._text(row, index, "source_", layout) for index, row in enumerate(rows)] if with_source else []
         if with_source and not self._mixed:
             self._mixed = check_beginnings(rows, first_special(self.tokenizer))
-        if not with_source and _all_have(rows, "source_states"):
+        if not with_source and all_have(rows, "source_states"):
             sources = [self._latent_text(row, index, layout) for index, row in enumerate(rows)]
         return targets, sources
 
     def _with_source(self, rows: list[dict[str, Any]]) -> bool:
-        if _all_have(rows, "source_input_ids"):
+        if all_have(rows, "source_input_ids"):
             return True
         if self.require_source and not all("source_states" in row for row in rows):
             raise ValueError(
@@ -335,25 +334,25 @@ class FlareDataCollator:
             for name in _names(columns):
                 if prefix and name == "labels":
                     continue  # used above, but no argument of the model
-                _all_have(columns, name, prefix)
+                all_have(columns, name, prefix)
                 if prefix and name == "input_ids" and "source_input_ids" not in rows[0]:
                     placed = torch.tensor([_place(text, name, _NO_STATE, left, right) for text in stream])
                     batch["source_states"] = _states(rows, placed)
                     continue
                 batch[prefix + name] = torch.tensor([_place(text, name, fills[name], left, right) for text in stream])
         for name in _POSITIONS:
-            if _all_have(rows, name):
+            if all_have(rows, name):
                 moved = [text.moved + left - text.split for text in texts[""]]
                 batch[name] = torch.tensor([row[name] + by for row, by in zip(rows, moved, strict=True)])
         for name in SOURCE_POSITIONS:
-            if "source_" in texts and _all_have(rows, name):
+            if "source_" in texts and all_have(rows, name):
                 moved = [left - text.split for text in texts["source_"]]
                 batch[name] = torch.tensor([row[name] + by for row, by in zip(rows, moved, strict=True)])
         batch.update(self._decoder_columns(rows, layout))
-        taken = {*batch, *_LABEL_NAMES[1:], "source_labels"}
+        taken = {*batch, *LABEL_NAMES[1:], "source_labels"}
         for name in _names(rows):
             if name not in taken and not any(isinstance(row.get(name), str) for row in rows):
-                _all_have(rows, name)
+                all_have(rows, name)
                 batch[name] = _stack(rows, name)
         return BatchEncoding(batch)
 
@@ -396,7 +395,7 @@ class FlareDataCollator:
             return {}
         fills = dict.fromkeys(("labels", "source_labels"), self.label_pad_token_id)
         fills |= dict.fromkeys(_DECODER_IDS, self.tokenizer.pad_token_id)
-        present = [n for n in fills if _all_have(rows, n) and _is_list(rows, n)]
+        present = [n for n in fills if all_have(rows, n) and _is_list(rows, n)]
         width = max((len(row[name]) for row in rows for name in present), default=0)
         width = max(width, self.widths[2]) if self.widths is not None and present else width
         if self.pad_to_multiple_of:
@@ -411,46 +410,9 @@ class FlareDataCollator:
         return columns
 
 
-def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with plain lists and numbers, one name for labels, and no columns that hold None.
-
-    Raises:
-        ValueError: no rows, or one whose ids or labels are missing, empty or text.
-    """
-    if not rows:
-        raise ValueError("the collator was given no rows")
-    read = [_without_empty(row) for row in rows]
-    for index, row in enumerate(read):
-        check_row(row, index)
-    return read
-
-
-def _without_empty(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with plain lists and numbers, one name for labels, and no columns that hold None."""
-    plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
-    if row.get("source_states") is not None:
-        plain["source_states"] = torch.as_tensor(row["source_states"], dtype=torch.float32)
-    plain = {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items() if v is not None}
-    given = [name for name in _LABEL_NAMES if name in plain]
-    if given:
-        plain["labels"] = plain[given[0]]
-    return plain
-
-
 def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every column of any row, once."""
     return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _all_have(rows: Sequence[Mapping[str, Any]], name: str, prefix: str = "") -> bool:
-    """Whether the rows have a column; a batch in which only some have it is an error."""
-    missing = [index for index, row in enumerate(rows) if name not in row]
-    if 0 < len(missing) < len(rows):
-        raise ValueError(
-            f"row {missing[0]} of the batch has no column '{prefix}{name}' but other rows have: give it to every row "
-            "or to none"
-        )
-    return not missing
 
 
 def _is_list(rows: list[dict[str, Any]], name: str) -> bool:

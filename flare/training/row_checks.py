@@ -6,7 +6,48 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+#: Names of the column of labels.
+LABEL_NAMES = ("labels", "label", "label_ids")
 _SPECIAL = ("pad", "bos", "eos")
+
+
+def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with plain lists and numbers, one name for labels, and no columns that hold None.
+
+    Raises:
+        ValueError: no rows, or one whose ids or labels are missing, empty or text.
+    """
+    if not rows:
+        raise ValueError("the collator was given no rows")
+    read = [_without_empty(row) for row in rows]
+    for index, row in enumerate(read):
+        check_row(row, index)
+    return read
+
+
+def _without_empty(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with plain lists and numbers, one name for labels, and no columns that hold None."""
+    plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+    if row.get("source_states") is not None:
+        plain["source_states"] = torch.as_tensor(row["source_states"], dtype=torch.float32)
+    plain = {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items() if v is not None}
+    given = [name for name in LABEL_NAMES if name in plain]
+    if given:
+        plain["labels"] = plain[given[0]]
+    return plain
+
+
+def all_have(rows: Sequence[Mapping[str, Any]], name: str, prefix: str = "") -> bool:
+    """Whether the rows have a column; a batch in which only some have it is an error."""
+    missing = [index for index, row in enumerate(rows) if name not in row]
+    if 0 < len(missing) < len(rows):
+        raise ValueError(
+            f"row {missing[0]} of the batch has no column '{prefix}{name}' but other rows have: give it to every row "
+            "or to none"
+        )
+    return not missing
 
 
 def check_row(row: Mapping[str, Any], index: int) -> None:
