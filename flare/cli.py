@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .commands import bench, demo, evaluate, finetune, info, report, train, translate
 from .processes import is_main
@@ -31,10 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse, in one of several processes: all of them read the same command line."""
+        if is_main():
+            super().error(message)
+        raise SystemExit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream."
-    )
+    parser = _Parser(prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
