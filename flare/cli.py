@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flare_kernels import __version__
 
@@ -60,10 +61,16 @@ def _resume(after: str, argv: Sequence[str] | None) -> str:
     return after.replace("{command}", shlex.join(["flare", *words])) if after else ""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse, in one of several processes: all of them read the same command line."""
+        if is_main():
+            super().error(message)
+        raise SystemExit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream."
-    )
+    parser = _Parser(prog="flare", description="FLARE: LoRA adapters that fuse a source- and a target-language stream.")
     parser.add_argument("--version", action="version", version=f"flare-kernels {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="subcommand", required=True)
     for command in COMMANDS:

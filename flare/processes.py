@@ -149,13 +149,14 @@ def _exchange(outcome: tuple[Any, UserError | None]) -> list[Any]:
     Raises:
         UserError: the first of the outcomes' errors, in every process; or a process has ended.
     """
-    outcomes = [outcome]
+    outcomes = [outcome] * process_count()
     if process_count() > 1:
-        from accelerate.utils import gather_object
+        import torch.distributed
 
         _state()
         try:
-            outcomes = gather_object(outcomes)
+            # not accelerate's: transformers' TrainingArguments make its state anew, on a CPU as that of one process
+            torch.distributed.all_gather_object(outcomes, outcome)
         except RuntimeError as error:
             raise UserError(f"{_ENDED} ({str(error).splitlines()[0]})") from error
     for _, failure in outcomes:

@@ -117,7 +117,6 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
     """What every command returns and prints in one of two processes, by name."""
     world = str(two_processes.WORLD)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     found: dict[str, Any] = {}
 
     def run(name: str, *words: object) -> None:

@@ -201,6 +201,8 @@ def training_arguments(
     if process_count() > 1:
         size, batches = of_one_process(values, process_count())
         merged |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
+        if not torch.accelerator.is_available():
+            merged["use_cpu"] = True  # else every process would train alone
     try:
         made = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
@@ -256,6 +258,11 @@ def fit(
         )
     except (ValueError, RuntimeError, ImportError) as error:  # as a report_to whose package is not installed
         raise UserError(f"these training arguments do not work: {error}") from error
+    if trainer.accelerator.num_processes != process_count():
+        raise UserError(
+            f"{process_count()} processes were started, and accelerate sees {trainer.accelerator.num_processes}; start "
+            "them by accelerate launch or torchrun"
+        )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
         predictor.collator = trainer.data_collator  # which may pad to another width, and a row's name has it
