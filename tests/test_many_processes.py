@@ -20,6 +20,7 @@ import two_processes
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from experiment_data import write_bert, write_data
+from predicting import rows_of, texts_alone, write_jsonl
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -56,6 +57,13 @@ def train(root: Path, output: str, *more: object) -> tuple[object, ...]:
 def evaluate(root: Path, output: str, *more: object) -> tuple[object, ...]:
     words = ("--output", root / output, "--translations", root / "mt", "--eval-batch-size", 8)
     return ("evaluate", *words, "--threads", 1, "--no-progress", *more)
+
+
+def predict(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    adapter = root / "one" / "vemari" / "flare-r4" / "seed-0"
+    codes = ("--translator", root / "nllb", "--source-code", "eng_Latn", "--target-code", "ace_Latn")
+    words = ("--adapter", adapter, "--input", root / "new.jsonl", "--output", root / output, *codes)
+    return ("predict", *words, "--batch-size", 4, "--threads", 1, "--no-progress", *more)
 
 
 @contextlib.contextmanager
@@ -98,7 +106,11 @@ def root(tmp_path_factory) -> Path:
         shutil.copytree(root / "one", root / name)
     assert flare(*train(root, "one")) == 0
     assert flare(*translate(root, "one-mt")) == 0
+    write_jsonl(root / "new.jsonl", texts_alone(rows_of(root / "data", "vemari")))
+    assert flare(*predict(root, "one.jsonl")) == 0
     # and what one process leaves when it is stopped
+    with after(2, Predictor, "_read", KeyboardInterrupt()):
+        assert flare(*predict(root, "stopped.jsonl")) == 130
     with after(8, ExperimentTrainer, "training_step", KeyboardInterrupt()):
         assert flare(*train(root, "resumed")) == 130
     with after(3, Translator, "translate_batch", KeyboardInterrupt()):
@@ -134,6 +146,10 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
     run("train again", *train(root, "two"))
     run("resumed", *train(root, "resumed"))
     run("not shared", *train(root, "two", "--name", "nine", "--batch-size", 9))
+    with after(99, Predictor, "_read", UserError("")) as calls:
+        run("predict", *predict(root, "two.jsonl"))
+    found["predicted"] = len(calls)
+    run("predict on", *predict(root, "stopped.jsonl"))
     # of one process: its share of the zero-shot rows, and what comes before the rows of translate-test are shared
     unread = after(0 if rank else 99, Predictor, "_read", UserError("no zero-shot"))
     with unread, after(1 if rank else 99, Evaluation, "_base_pairs", UserError("no rows")):
@@ -168,7 +184,7 @@ def two(root, tmp_path_factory) -> list[dict[str, Any]]:
 
 def test_one_process_prints(two) -> None:
     first, second = two
-    for name in ("translate", "continued", "train", "train again", "resumed", "evaluate", "sharded"):
+    for name in ("translate", "continued", "train", "train again", "resumed", "evaluate", "predict", "sharded"):
         assert first[name][0] == second[name][0] == 0, (name, first[name], second[name])
         assert first[name][1] and second[name][1] == "", name
 
@@ -222,6 +238,15 @@ def test_scores_are_those_of_one_process(root, two) -> None:
     before = files(root / "two", "*.json*")
     assert flare(*evaluate(root, "two", "--source-text", "gold", "mt")) == 0
     assert files(root / "two", "*.json*") == before
+
+
+def test_predictions_are_shared_and_those_of_one_process(root, two) -> None:
+    assert [one["predict"][0] for one in two] == [one["predict on"][0] for one in two] == [0, 0]
+    assert [one["predicted"] for one in two] == [3, 2]  # 20 rows, 4 in a batch
+    want = (root / "one.jsonl").read_bytes()
+    assert (root / "two.jsonl").read_bytes() == want and (root / "stopped.jsonl").read_bytes() == want
+    assert "resuming after 8 of 20 rows" in two[0]["predict on"][1]
+    assert not list(root.glob("*.partial"))
 
 
 def test_an_error_of_one_process_is_raised_in_all(two) -> None:

@@ -120,8 +120,8 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
         counted("translated")
         return translated(self, pieces)
 
-    def batches(self, *given):
-        for batch in predicted(self, *given):
+    def batches(self, *given, **options):
+        for batch in predicted(self, *given, **options):
             counted("predicted")
             yield batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Predictor:
     batch_size: rows per batch.
     autocast: dtype of mixed precision, or None.
     name: shown beside the bar; None: no bar.
+    share: whether several processes share the batches, which all of them must then predict.
     """
 
     form: Any
@@ -46,6 +47,7 @@ class Predictor:
     batch_size: int
     autocast: torch.dtype | None = None
     name: str | None = None
+    share: bool = True
 
     def __call__(self, model: Any) -> list[Any]:
         """Predictions, one for each pair: see `Form.predictions`.
@@ -53,32 +55,38 @@ class Predictor:
         Raises:
             DivergedError: logits that are NaN or infinite.
         """
-        was_training, device = model.training, next(model.parameters()).device
-        model.eval()
         found: list[Any] = []
+        with counter(self.name, len(self.rows), "row") as bar:
+            for predictions in self.batches(model):
+                found += predictions
+                bar.update(len(predictions))
+        return found
+
+    def batches(self, model: Any) -> Iterator[list[Any]]:
+        """Yield the predictions of each batch in turn. Raises as a call."""
+        was_training, device = model.training, next(model.parameters()).device
         half: Any = contextlib.nullcontext()
         if self.autocast is not None:
             half = torch.autocast(device.type, self.autocast)
-        bar = counter(self.name, len(self.rows), "row")
 
-        def predicted(first: int) -> list[str]:
+        def predicted(first: int) -> list[Any]:
             pairs = list(self.pairs[first : first + self.batch_size])
             rows = list(self.rows[first : first + self.batch_size])
-            if self.form.layout == "encoder":
-                return self._read(model, rows, pairs)
-            return list(self.form.predictions(self._written(model, rows, pairs), pairs))
+            with torch.no_grad(), half:
+                if self.form.layout == "encoder":
+                    return self._read(model, rows, pairs)
+                return list(self.form.predictions(self._written(model, rows, pairs), pairs))
 
         firsts = range(0, len(self.rows), self.batch_size)
         # the processes of a sharded model run every forward together
-        made = ((first, predicted(first)) for first in firsts) if is_split(model) else shared(firsts, predicted)
+        alone = not self.share or is_split(model)
+        made = ((first, predicted(first)) for first in firsts) if alone else shared(firsts, predicted)
+        model.eval()
         try:
-            with torch.no_grad(), half, bar:
-                for _, predictions in made:
-                    found += predictions
-                    bar.update(len(predictions))
+            for _, predictions in made:
+                yield predictions
         finally:
             model.train(was_training)
-        return found
 
     def scores(self, predictions: Sequence[Any]) -> dict[str, float]:
         """The task's metrics, in percent."""

@@ -135,6 +135,7 @@ class FlarePipeline:
         where: str | None = None,
         kept: Path | None = None,
         done: Callable[[int, int], Any] = lambda now, total: None,
+        share: bool = False,
     ) -> tuple[list[Texts | None], list[int]]:
         """Return the source of every row, where the adapter reads one, and which rows' were translated.
 
@@ -142,7 +143,7 @@ class FlarePipeline:
             rows, given: texts, and their sources where there are some.
             where: where the given ones come from; the line about the source is said with it only, or where given
                 ones are not read.
-            kept, done: as of `translated`.
+            kept, done, share: as of `translated`.
         """
         needed = [index for index, row in enumerate(rows) if has_text(row)]
         found = [None if source is None or not has_text(source) else source for source in given]
@@ -157,7 +158,7 @@ class FlarePipeline:
         if lacking:
             with quiet_libraries():
                 _ = self.translator.loaded.model  # loads the weights
-            made, notes = translated(self.translator, [rows[index] for index in lacking], kept, done)
+            made, notes = translated(self.translator, [rows[index] for index in lacking], kept, done, share)
             self.tell(notes)
             for index, source in zip(lacking, made, strict=True):
                 found[index] = source
@@ -177,11 +178,12 @@ class FlarePipeline:
             for name, row, source in zip(names, rows, sources, strict=True)
         ]
 
-    def batches(self, pairs: Sequence[Pair], first: int = 0) -> Iterator[list[Prediction]]:
+    def batches(self, pairs: Sequence[Pair], first: int = 0, share: bool = False) -> Iterator[list[Prediction]]:
         """Predict pairs, all with a text, batch after batch, as `flare evaluate` does.
 
         Args:
             first: the row to begin with, a multiple of the batch size.
+            share: whether several processes, all with these pairs, share the batches.
         """
         trained = self.trained
         reads = trained.reads == "text" and not self.settings.no_source
@@ -190,16 +192,18 @@ class FlarePipeline:
         self.tell([note for note in notes if note not in form.unanswered(pairs)])
         if trained.latent is not None:
             rows = add_states(rows, target_texts(pairs), trained.latent, Path(tempfile.gettempdir()), None)
-        for begin in range(first, len(pairs), trained.batch_size):
-            end = begin + trained.batch_size
-            predictor = Predictor(
-                form, trained.collate, pairs[begin:end], rows[begin:end], trained.batch_size, trained.autocast
-            )
+        predictor = Predictor(
+            form, trained.collate, pairs[first:], rows[first:], trained.batch_size, trained.autocast, share=share
+        )
+        batches = predictor.batches(trained.model)
+        while True:
             with warnings.catch_warnings():
                 if not reads:
                     expect_no_source()
-                predictions = predictor(trained.model)
-            yield [{"prediction": one, **more} for one, more in zip(predictions, form.taken(), strict=True)]
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def tell(self, notes: Sequence[str]) -> None:
         """Say every note once."""
@@ -221,23 +225,18 @@ class FlarePipeline:
 
 
 class _Detailed:
-    """A form that keeps what else the output of a batch says of each row."""
+    """A form whose predictions are dicts, with what else the output of a batch says of each row."""
 
     def __init__(self, form: Any) -> None:
         self._form = form
-        self._details: list[Prediction] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._form, name)
 
-    def predictions(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[str]:
-        self._details += self._form.details(output, pairs, *more)
-        return list(self._form.predictions(output, pairs, *more))
-
-    def taken(self) -> list[Prediction]:
-        """Return what was kept, and forget it."""
-        found, self._details = self._details, []
-        return found
+    def predictions(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[Prediction]:
+        made = self._form.predictions(output, pairs, *more)
+        details = self._form.details(output, pairs, *more)
+        return [{"prediction": one, **rest} for one, rest in zip(made, details, strict=True)]
 
 
 def has_text(row: Texts) -> bool:

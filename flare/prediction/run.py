@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..processes import errors_reach_all, is_main, on_main, only_main
 from ..progress import counter
 from ..tasks import score
 from ..tasks.digest import digest_of
@@ -19,7 +21,7 @@ from .sources import Texts
 
 
 def run_predict(settings: PredictSettings, say: Callable[[str], None]) -> None:
-    """Predict every row of the input into the output.
+    """Predict every row of the input into the output. Several processes share the rows; one reads and writes.
 
     Args:
         say: is told what is done for a source, what was cut, progress, and the scores where rows have labels; with
@@ -29,21 +31,24 @@ def run_predict(settings: PredictSettings, say: Callable[[str], None]) -> None:
         UserError: something the user can fix; finished batches are kept for the next call.
     """
     settings.check()
-    output = check_output(settings.output, settings.overwrite)
+    say = only_main(say)
+    output = on_main(lambda: check_output(settings.output, settings.overwrite))
     pipeline = FlarePipeline.of(settings, say)
     trained = pipeline.trained
-    given = read_input(settings, trained.task)
+    given = on_main(lambda: read_input(settings, trained.task))
     pipeline.tell(given.notes)
     own = sorted({"prediction"} & {name for row in given.rows for name in row})
     if own:
         raise UserError(f"--input has a column {own[0]}, which the output would replace; rename it")
     say(f"{trained.folder}: {trained.record.method} on {trained.base}, {len(given.rows)} rows")
-    if output is None:
-        _predict(pipeline, given, None, settings, say)
-        return
-    with Progress(output, _header(pipeline, given)) as progress:
+    header = _header(pipeline, given)
+    with errors_reach_all(), contextlib.ExitStack() as stack:
+        progress = None
+        if output is not None and is_main():
+            progress = stack.enter_context(Progress(output, header))
         _predict(pipeline, given, progress, settings, say)
-        progress.remove()
+        if progress is not None:
+            progress.remove()
 
 
 def _predict(
@@ -53,32 +58,35 @@ def _predict(
     settings: PredictSettings,
     say: Callable[[str], None],
 ) -> None:
-    trained = pipeline.trained
+    trained, main = pipeline.trained, is_main()
+    shows = settings.progress and main
+    done = on_main(lambda: [one for batch in (progress.done if progress is not None else []) for one in batch])
     bars: list[Any] = []
 
     def translating(now: int, total: int) -> None:
         if not bars:
-            bars.append(counter("translate" if settings.progress else None, total, "text", now))
+            bars.append(counter("translate" if shows else None, total, "text", now))
         bars[0].update(now - bars[0].n)
 
     kept = None if progress is None else progress.translations
-    sources, _ = pipeline.sources(given.texts, given.sources, given.where, kept, translating)
+    sources, _ = pipeline.sources(given.texts, given.sources, given.where, kept, translating, share=True)
     for bar in bars:
         bar.close()
     full = [index for index, row in enumerate(given.texts) if has_text(row)]
     if len(full) < len(given.texts):
         say(f"{len(given.texts) - len(full)} of {len(given.texts)} rows have an empty text and get no prediction")
     pairs = pipeline.pairs(given.texts, sources, given.ids)
-    done = [one for batch in (progress.done if progress is not None else []) for one in batch]
     if done:
-        say(f"going on after {len(done)} of {len(full)} rows")
+        say(f"resuming after {len(done)} of {len(full)} rows")
+    to_screen = settings.output == "-" and main
     shown = 0  # rows on standard output
-    with counter("predict" if settings.progress else None, len(full), "row", len(done)) as bar:
-        for batch in pipeline.batches([pairs[index] for index in full], len(done)) if len(done) < len(full) else ():
+    left = [pairs[index] for index in full]
+    with counter("predict" if shows else None, len(full), "row", len(done)) as bar:
+        for batch in pipeline.batches(left, len(done), share=True) if len(done) < len(full) else ():
             done += batch
             if progress is not None:
                 progress.add(batch)
-            else:
+            elif to_screen:
                 until = len(given.rows) if len(done) == len(full) else full[len(done)]
                 write_lines(_rows(given, sources, full, done, shown, until))
                 shown = until
@@ -86,7 +94,7 @@ def _predict(
     if progress is not None:
         write_file(Path(settings.output).expanduser(), _rows(given, sources, full, done, 0, len(given.rows)))
         say(f"{len(given.rows)} rows in {settings.output}")
-    elif not full:
+    elif to_screen and not full:
         write_lines(_rows(given, sources, full, done, 0, len(given.rows)))
     predictions = [one["prediction"] for one in done]
     pipeline.tell(trained.setup.form.prediction_notes(predictions))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..processes import on_main, shared
 from ..tasks import Task
 from ..translation import Translated, TranslateSettings, Translator
 from ..translation.progress_file import ProgressFile
@@ -52,36 +53,44 @@ def translated(
     rows: Sequence[Texts],
     kept: Path | None = None,
     done: Callable[[int, int], Any] = lambda now, total: None,
+    share: bool = False,
 ) -> tuple[list[Texts], list[str]]:
     """Translate all texts of some rows, equal texts once, in batches of about one length.
 
     Args:
-        kept: file in which finished batches are kept, so that they are not translated again.
+        kept: file in which finished batches are kept, so that they are not translated again; the main process's.
         done: is told how many texts of how many are translated.
+        share: whether several processes, all with these rows, share the batches.
 
     Returns:
         The rows' translations, and notes on what was cut.
     """
     plan = translator.plan([text for row in rows for text in row.values()])
     file = None if kept is None else ProgressFile(kept, plan)
-    finished = {} if file is None else file.done
-    pieces = [Translated("")] * len(plan.pieces)
-    count = 0
+
+    def made(number: int) -> list[Translated]:
+        return translator.translate_batch([plan.pieces[piece] for piece in plan.batches[number]])
+
     try:
-        for number, batch in enumerate(plan.batches):
-            if number not in finished:
-                made = translator.translate_batch([plan.pieces[piece] for piece in batch])
-                if file is None:
-                    finished[number] = made
-                else:
-                    file.add(number, made)
-            for piece, one in zip(batch, finished[number], strict=True):
-                pieces[piece] = one
+        finished = {} if file is None else dict(file.done)
+        if share:
+            finished = on_main(lambda: finished)
+        count = sum(len(plan.batches[number]) for number in finished)
+        done(count, len(plan.pieces))
+        left = [number for number in range(len(plan.batches)) if number not in finished]
+        for number, batch in shared(left, made) if share else ((number, made(number)) for number in left):
+            finished[number] = batch
+            if file is not None:
+                file.add(number, batch)
             count += len(batch)
             done(count, len(plan.pieces))
     finally:
         if file is not None:
             file.close()
+    pieces = [Translated("")] * len(plan.pieces)
+    for number, members in enumerate(plan.batches):
+        for piece, one in zip(members, finished[number], strict=True):
+            pieces[piece] = one
     texts = iter(plan.join([one.text for one in pieces]))
     notes = [
         f"{number} of {len(pieces)} {what}"
