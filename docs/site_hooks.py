@@ -13,10 +13,11 @@ _RESULTS = (".md", ".png", ".json", ".csv")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the change log, the contributors' page and the measured results."""
+    """Add the change log, the contributors' page, the examples and the measured results."""
     results = [path for path in (_ROOT / "benchmarks" / "results").rglob("*") if path.suffix in _RESULTS]
     tables = (_ROOT / "flare_kernels" / "tables").glob("*.json")
-    for path in [*(_ROOT / name for name in _PAGES), *results, *tables]:
+    examples = (_ROOT / "examples").iterdir()
+    for path in [*(_ROOT / name for name in _PAGES), *results, *tables, *examples]:
         files.append(File.generated(config, path.relative_to(_ROOT).as_posix(), abs_src_path=str(path)))
     return files
 

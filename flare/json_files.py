@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def parsed(text: str | bytes) -> Any:
-    """Return the content of a JSON text.
+def parsed(text: str | bytes, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return the content of a JSON text; ``object_of`` makes what an object becomes of its pairs.
 
     Raises:
         ValueError: it is not JSON in UTF-8, or nested too deeply to be read.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_of)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -21,8 +21,8 @@ from transformers import HfArgumentParser, TrainingArguments
 import flare.cli
 from flare.cli import main
 from flare.errors import UserError
-from flare.experiment.base import PREDICTIONS, read_predictions
 from flare.experiment.options import REFUSED, read_settings
+from flare.experiment.predict import PREDICTIONS, read_predictions
 from flare.experiment.settings import TrainSettings
 from flare.translation.provenance import read_provenance
 
@@ -93,7 +93,7 @@ CASES = {
     "a folder": (in_place_of(_TRAIN, Path.mkdir), FINETUNE, "train.csv is not a file"),
     "a FIFO": (in_place_of(_TRAIN, os.mkfifo), FINETUNE, "train.csv is not a file"),
     "a dangling link": (in_place_of(_TRAIN, lambda path: path.symlink_to("gone")), DEMO, "train.csv is not a file"),
-    "data that are a file": (write("file", ""), FINETUNE.replace("0}/data", "0}/file"), "this is not a folder"),
+    "data that are a file": (write("file", ""), FINETUNE.replace("0}/data", "0}/file"), "this is one file"),
     "half a character": (jsonl(r'{"id": 1, "text": "a\ud800", "label": "x"}'), FINETUNE, "row 0: text holds half a"),
     "half a label": (jsonl(r'{"id": 1, "text": "a", "label": "\ud800"}'), FINETUNE, "label holds half a character"),
     "half an id": (jsonl(r'{"id": "\ud800", "text": "a", "label": "x"}'), FINETUNE, "id holds half a character"),
@@ -222,7 +222,7 @@ def test_messages_name_flags_that_there_are():
     flags = _flags()
     every = set().union(*flags.values())
     homes = {"translation": ("translate",), "demo": ("demo",), "report": ("report",)}
-    homes["experiment"] = ("finetune", "train", "evaluate")
+    homes |= {"experiment": ("finetune", "train", "evaluate", "check"), "prediction": ("predict",)}
     wrong, seen = [], 0
     for path in sorted(ROOT.rglob("*.py")):
         if path.name == "environment.py":  # git's

@@ -50,7 +50,7 @@ def test_a_hub_id_is_asked_for_once(requests, tmp_path, capsys):
     data.mkdir(parents=True)
     assert main([str(word) for word in (*words, "--data", tmp_path / "data", "--no-progress")]) == 2
     err = capsys.readouterr().err
-    assert "owner/mistyped: there is no such folder here" in err and "(ConnectionError: no network)" in err
+    assert "owner/mistyped: there is no such folder here" in err and "(ConnectionError: no network more)" in err
     with pytest.raises(TranslationError, match="there is no such folder here"):
         TranslationModel("owner/mistyped")
     assert requests == [("owner/mistyped", 10)] * 2

@@ -124,12 +124,12 @@ def test_text_of_others_stays_text():
 
 def test_a_dollar_in_a_picture_is_one(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    from flare.report.pictures.style import heading, new_figure, save
+    from flare.report.pictures.style import new_figure, save
 
     figure = new_figure(3, 2)
     axes = figure.add_subplot()
     axes.set_xticks([0, 1], ["$a", r"$\frac{$"])
     axes.set_yscale("log")
-    heading(figure, r"$\nothing$")
+    axes.set_xlabel(r"$\nothing$")
     (path,) = save(figure, tmp_path / "x", ["svg"])
     assert r"$\nothing$" in path.read_text() and r"$\frac{$" in path.read_text()

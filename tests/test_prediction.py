@@ -233,7 +233,7 @@ def test_a_script_s_adapter(place, tmp_path):
     with pytest.raises(UserError, match="does not name its 3 labels; give them with --labels"):
         FlarePipeline(tmp_path)
     options = {"max_length": 24, "say": lambda line: None}
-    with pytest.raises(UserError, match="the adapter cannot be used .*size mismatch"):
+    with pytest.raises(UserError, match=r"the adapter cannot be used .*size mismatch"):
         FlarePipeline(tmp_path, labels=["a", "b"], **options)
     predict = FlarePipeline.from_pretrained(tmp_path, labels=["a", "b", "c"], **options)
     texts, english = pairs(place)

@@ -10,8 +10,8 @@ from .common import add_experiment_parser, run_experiment_command
 _DESCRIPTION = """\
 Say, before hours of training, what will be paired with what, how many texts are cut, how the labels are
 distributed, what the tokenizer makes of each language, what the base scores on the source language, and how long and
-with how much memory each method will train on this machine. Takes the flags of `flare train`; writes nothing (but
---json FILE), and needs no fine-tuned base (--model)."""
+with how much memory each method will train on this machine. Takes the flags of `flare train`. `flare check` writes
+nothing (but --json FILE), and needs no fine-tuned base (--model)."""
 
 _INTERRUPTED = """\
 Nothing was written. Start again with the same command:

@@ -100,17 +100,19 @@ def needed_bytes(
     dtype = dtype if dtype.is_floating_point else torch.float32
     steady = collator.layout == "encoder" and collator.padding == "max_length"
     batch = (collator if steady or request.zero_pads else collator.fitted(rows))([dict(rows[0])])
-    positions = batch["source_input_ids"].shape[1]
+    positions = batch["source_input_ids"].shape[-1]
     answers = batch["source_labels"].shape[1] if "source_labels" in batch else 0
     total, seen = 0, set()
     for row in rows:
-        ids, labels = tuple(row["source_input_ids"]), tuple(row.get("source_labels") or ())
-        if (ids, labels) in seen:
-            continue
-        seen.add((ids, labels))
-        texts, written = (len(ids), len(labels)) if request.zero_pads else (positions, answers)
-        counted = len(request.keys) * texts + (len(request.decoder_keys) * written if answers else 0)
-        total += aligned(counted * width * dtype.itemsize)
+        given, labels = row["source_input_ids"], tuple(row.get("source_labels") or ())
+        for text in given if isinstance(given[0], list) else [given]:  # a multiple choice has a text for each choice
+            ids = tuple(text)
+            if (ids, labels) in seen:
+                continue
+            seen.add((ids, labels))
+            tokens, written = (len(ids), len(labels)) if request.zero_pads else (positions, answers)
+            counted = len(request.keys) * tokens + (len(request.decoder_keys) * written if answers else 0)
+            total += aligned(counted * width * dtype.itemsize)
     return total
 
 

@@ -40,7 +40,7 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
         raise DataError(
             f"{hub_id} has no {split} split, only {', '.join(known.splits)}: "
             + (
-                "translate the English rows (flare translate, then --target-text mt)"
+                "translate the English rows (flare translate, then flare train --target-text mt)"
                 if known.english
                 else "put your own rows, in its columns, and its test split into folders, and name them with --data"
             )
@@ -56,7 +56,8 @@ def check_parallel(hub_id: str, source: str, target: str) -> None:
     if known is not None and not known.parallel:
         raise DataError(
             f"{hub_id}: its {target} and {source} rows are not translations of each other. Use machine-translated "
-            "text: flare translate, then --source-text mt (the target's rows and their translation) or --target-text mt"
+            "text: flare translate, then flare train with --source-text mt (the target's rows and their translation) or "
+            "--target-text mt"
         )
 
 

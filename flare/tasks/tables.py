@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..json_files import parsed
 from .conll import read_conll
 from .errors import DataError
 
@@ -163,12 +164,12 @@ def _check_head(path: Path, head: Sequence[str]) -> None:
 
 def _read_json(path: Path) -> Table:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+        content = parsed(path.read_text(encoding="utf-8-sig"), _object)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object per line, as datasets' to_json writes by default
             return _read_jsonl(path)
         raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    except (ValueError, OSError, RecursionError) as error:  # also what UTF-8 raises
+    except (ValueError, OSError) as error:  # also what UTF-8 raises
         raise DataError(f"{path} cannot be read as JSON in UTF-8: {error}") from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -187,11 +188,11 @@ def _read_jsonl(path: Path) -> Table:
             for line in file:
                 number += 1
                 if line.strip():
-                    row = json.loads(line, object_pairs_hook=_object)
+                    row = parsed(line, _object)
                     if not isinstance(row, dict):
                         raise ValueError("it is not an object")
                     rows.append(row)
-    except (ValueError, OSError, RecursionError) as error:  # also what UTF-8 and JSON raise
+    except (ValueError, OSError) as error:  # also what UTF-8 and JSON raise
         raise DataError(f"{path}, line {max(number, 1)}: no JSON object in UTF-8 ({error})") from error
     return _table_of_objects(rows)
 

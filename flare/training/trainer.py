@@ -239,7 +239,8 @@ class FlareTrainer(Trainer):
         for name in names or (row if isinstance(row, Mapping) else ()):
             value = row.get(name) if isinstance(row, Mapping) else None
             near = did_you_mean(name, [one for one in kept if one.startswith("source_")])
-            per_token = isinstance(value, Tensor | Sequence) and len(value) and not isinstance(value[0], str)
+            many = isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0)
+            per_token = many and len(value) and not isinstance(value[0], str)  # type: ignore[arg-type,index]
             if name.startswith("source_") and name not in kept and (near or (per_token and not isinstance(value, str))):
                 raise ValueError(
                     f"the data set's column {name!r} is not read, and remove_unused_columns would drop it{near or ';'} "

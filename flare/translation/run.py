@@ -51,8 +51,8 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
     if task.kind == "token-classification" and any(map(settings.to_target, settings.splits)):
         raise TranslationError(
             f"task {task.name}: tags belong to the words of their own language and cannot be translated along; "
-            "translate the target's sentences into the source language (--direction to-source), and train with "
-            "--source-text mt"
+            "translate the target's sentences into the source language (--direction to-source), and use "
+            "flare train --source-text mt"
         )
     if tuple(settings.target) == ("all",):
         targets, news = all_targets(task, settings.data, settings.source)
