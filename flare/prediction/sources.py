@@ -123,7 +123,7 @@ def source_line(trained: Trained, settings: PipelineSettings, given: int, total:
         return f"source: states of the MT encoder {name} on the texts themselves"
     if trained.reads == "nothing":
         ignored = f" ({where} is not read)" if given else ""
-        what = "flare with --train-only-fusion" if record.fusion else record.method
+        what = "flare train --train-only-fusion" if record.fusion else record.method
         return f"source: none, {what} reads the text alone{ignored}"
     if settings.no_source:
         if record.method == "input-fusion":

@@ -56,8 +56,8 @@ def check_parallel(hub_id: str, source: str, target: str) -> None:
     if known is not None and not known.parallel:
         raise DataError(
             f"{hub_id}: its {target} and {source} rows are not translations of each other. Use machine-translated "
-            "text: flare translate, then flare train with --source-text mt (the target's rows and their translation) or "
-            "--target-text mt"
+            "text: flare translate, then flare train with --source-text mt (the target's rows and their translation) "
+            "or --target-text mt"
         )
 
 
