@@ -20,7 +20,7 @@ from ..training.collator import FlareDataCollator
 from ..tuner.config import FlareConfig
 from .sources import Sources
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lm_eval.models.flare")  # shown as lm_eval shows its own
 _IGNORED = -100
 _SOURCE = ("source_input_ids", "source_attention_mask")
 

@@ -13,7 +13,7 @@ from lm_eval.utils import apply_template
 from ..errors import UserError
 from ..tasks.files import read_rows
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lm_eval.models.flare")  # shown as lm_eval shows its own
 PREFIX = "source_"
 Row = dict[str, Any]
 
