@@ -120,7 +120,10 @@ def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[s
     if record.kind != "train":
         raise UserError(f"--adapter {run}: this is a run of flare {record.kind}, which has no adapter")
     if what := diverged(read_run(run)):
-        raise UserError(f"--adapter {run}: its training diverged ({what}); train it again (flare train --no-resume) with a smaller --lr")
+        raise UserError(
+            f"--adapter {run}: its training diverged ({what}); train it again: flare train --no-resume with a "
+            "smaller --lr"
+        )
     if not record.done:
         raise UserError(f"--adapter {run}: its training is not finished; run flare train again, it goes on")
     given = [f"--{name}" for name in _RUNS_OWN if getattr(settings, name) is not None]
