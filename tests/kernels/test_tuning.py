@@ -84,7 +84,7 @@ def test_a_damaged_or_foreign_table_is_reported_and_ignored(damage: str, tmp_pat
     launch_table.table_for.cache_clear()
     path.write_text(DAMAGE[damage](whole))
     assert path.read_text() != whole
-    with pytest.warns(RuntimeWarning, match=r"table\.json is (no launch table|for Other GPU)"):
+    with pytest.warns(RuntimeWarning, match=r"table\.json is (not a launch table|for Other GPU)"):
         assert launch_table.table_for("Some GPU").entries == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
