@@ -196,6 +196,7 @@ def test_a_base_that_was_made_anew(train, runs):
         (("--method", "magic"), ("magic", "input-fusion")),
         (("--fusion", "concat"), ("concat", "add_relu")),
         (("--r", "0"), ("--r must be 1 or more", "got 0")),
+        (("--mixup-layer", "-1"), ("--mixup-layer must be 0 or more", "got -1")),
         (("--seeds", "0", "0"), ("--seeds", "twice")),
         (("--source-text", "mt"), ("--translations",)),
         (("--name", "a/b"), ("--name",)),

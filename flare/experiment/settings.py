@@ -22,7 +22,7 @@ TEXTS = ("gold", "mt")
 QUANTIZATIONS = ("none", "nf4", "int8")
 ALL_FUSIONS = (*FUSIONS, *(name for name in EAGER_FUSIONS if name not in FUSIONS))
 BASE = "base"
-_FROM_ZERO = ("seeds", "show", "score_rows", "steps")
+_FROM_ZERO = ("seeds", "show", "score_rows", "steps", "mixup_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
