@@ -132,7 +132,11 @@ class FlareLayer:
             context = None if self in slot.met else context
             slot.met.add(self)
         mixes = context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
-        by_modules = slot.plain or (not slot.running and needs_plain_operators())
+        by_modules = slot.plain
+        if torch.compiler.is_compiling():  # a graph that looks at slot.running is not the recompute's
+            by_modules = torch.compiler.is_exporting()
+        elif not slot.running:
+            by_modules = by_modules or needs_plain_operators()
         fused = not (by_modules or mixes or any(self.needs_modules(name) for name in active))
         if x.dim() > 2 and fused and not (args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
             # flat rows: the linear's output then has memory of its own and can be accumulated into

@@ -232,10 +232,10 @@ class Site:
 
     def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
         """Return the outputs of the projections that are computed together; None where the caller has no part in it."""
+        if torch.compiler.is_compiling():  # first: a graph that looks at slot.running is not the recompute's
+            return None if torch.compiler.is_exporting() else self._traced(module, x, slot)
         if slot.plain or (not slot.running and needs_plain_operators()):
             return None
-        if torch.compiler.is_compiling():
-            return self._traced(module, x, slot)
         plan = self.plan
         if plan is None or not plan.holds():
             plan = self.plan = self._find(_Plan)
