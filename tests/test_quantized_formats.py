@@ -42,6 +42,22 @@ def base_with(exchange: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = t
     return model
 
 
+def without_source(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.startswith("source_")}
+
+
+def steps(stock: Any, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """The outputs of one step, gradients taken: of the method written out over PEFT's layers, and of the model."""
+    plain = without_source(inputs)
+    states = tiny.source_hidden_states(stock, inputs, offset=1)
+    with tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), tuple(NAMES)):
+        want = stock(**plain)
+        want.loss.backward()
+    got = model(**inputs)
+    got.loss.backward()
+    return want, got
+
+
 def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
     """Logits and gradients of fast_lora against PEFT's layers with the formula in their place; the FLARE model."""
     with warnings.catch_warnings():
@@ -54,13 +70,7 @@ def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
             if "lora_" in name:
                 parameter.data = parameter.data.to(torch.float64)
     inputs = tiny.batch("llama")
-    plain = {k: v for k, v in inputs.items() if not k.startswith("source_")}
-    states = tiny.source_hidden_states(stock, inputs, offset=1)
-    with tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), tuple(NAMES)):
-        want = stock(**plain)
-        want.loss.backward()
-    got = model(**inputs)
-    got.loss.backward()
+    want, got = steps(stock, model, inputs)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-9, atol=1e-9)
     wanted, grads = tiny.gradients(stock), tiny.gradients(model)
     assert wanted.keys() == grads.keys() and len(grads) == 4 * tiny.LAYERS
@@ -69,7 +79,7 @@ def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
             grad, wanted[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
     with torch.no_grad():
-        assert (model(**plain).logits - got.logits).abs().max() > 1e-3, "the source must matter"
+        assert (model(**without_source(inputs)).logits - got.logits).abs().max() > 1e-3, "the source must matter"
         model.set_source_cache(flare.SourceStateCache(10**7))
         for _ in ("fills the cache", "reads it"):
             torch.testing.assert_close(model(**inputs).logits, got.logits, rtol=1e-9, atol=1e-9)
@@ -271,13 +281,7 @@ def test_torchao_fuses(kind: str) -> None:
     for each in (stock, model):
         tiny.randomize_lora(each)
     inputs = tiny.batch("llama")
-    plain = {k: v for k, v in inputs.items() if not k.startswith("source_")}
-    states = tiny.source_hidden_states(stock, inputs, offset=1)
-    with tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), tuple(NAMES)):
-        want = stock(**plain)
-        want.loss.backward()
-    got = model(**inputs)
-    got.loss.backward()
+    want, got = steps(stock, model, inputs)
     assert {row.backend_layer for row in model.fast_lora_report().fused} == {"FlareTorchaoLoraLinear"}
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
     wanted = tiny.gradients(stock)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,7 +12,6 @@ from ..atomic_files import write_json
 from ..environment import environment, now
 from ..errors import UserError
 from ..tasks import Pair
-from ..tasks.reading import shown_labels
 from . import check_tables as tables
 from .base import Base, find_base
 from .callbacks import quiet_libraries
@@ -22,8 +20,8 @@ from .check_data import DataCheck, check_data
 from .common import location
 from .methods import for_method
 from .settings import BASE, CheckSettings
-from .setup import Data, Notes, Setup, place_of, prepare, task_of, with_targets
-from .train import Plan, check_bases, form_of, plans
+from .setup import Data, Notes, Setup, prepare
+from .train import Plan, read_grid
 
 
 @dataclasses.dataclass
@@ -51,17 +49,9 @@ def run_check(settings: CheckSettings, say: Callable[[str], None] = print) -> Ch
     settings.check()
     with quiet_libraries():
         base = _base(settings)
-        labels = check_bases(settings, {settings.seeds[0]: base})
-        settings = replace(settings, form=form_of(settings, {settings.seeds[0]: base}))
-        place = place_of(settings, settings.data, settings.source_language)
-        task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
-        data = Data(task, place, settings.source_language, settings.translations, settings.rows)
         notes = Notes(say)
-        notes(table)
-        settings = with_targets(settings, data, notes)
-        grid = plans(settings)
-        data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
-        setup = prepare(settings, task, base.model, settings.training)
+        settings, data, grid = read_grid(settings, {settings.seeds[0]: base}, notes)
+        setup = prepare(settings, data.task, base.model, settings.training)
         notes(setup.notes)
         about = _about(settings, data, setup, base)
         say(tables.headline(about))
@@ -75,7 +65,7 @@ def run_check(settings: CheckSettings, say: Callable[[str], None] = print) -> Ch
         score, said = _score(settings, data, setup, base)
         for line in said if score is None else tables.score(score, data.source):
             say(line)
-        costs = _costs(settings, grid, base, data, task)
+        costs = _costs(settings, grid, base, data)
         runs = len(settings.seeds) * len(settings.target or ())
         if costs:
             for line in tables.costs(costs, runs, about):
@@ -162,7 +152,7 @@ def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tup
     return score_base(setup, pairs, split, batch, name), []
 
 
-def _costs(settings: CheckSettings, grid: Sequence[Plan], base: Base, data: Data, task: Any) -> list[Cost]:
+def _costs(settings: CheckSettings, grid: Sequence[Plan], base: Base, data: Data) -> list[Cost]:
     """The cost of every method, fusion and rank, on the first target."""
     if settings.steps == 0:
         return []
@@ -171,7 +161,7 @@ def _costs(settings: CheckSettings, grid: Sequence[Plan], base: Base, data: Data
     with tqdm(own, unit="method", leave=False, disable=None if settings.progress else True) as bar:
         for plan in bar:
             bar.set_description(plan.variant)
-            setup = for_method(plan.method, prepare(settings, task, base.model, settings.training))
+            setup = for_method(plan.method, prepare(settings, data.task, base.model, settings.training))
             splits, _ = _splits(settings, plan, data)
             found.append(measure(settings, plan, setup, splits))
     return found

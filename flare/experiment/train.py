@@ -98,16 +98,8 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
     say = only_main(say)
     with quiet_libraries():
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
-        labels = check_bases(settings, bases)
-        settings = replace(settings, form=form_of(settings, bases))
-        place = place_of(settings, settings.data, settings.source_language)
-        task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
-        data = Data(task, place, settings.source_language, settings.translations, settings.rows)
         notes = Notes(say)
-        notes(table)
-        settings = with_targets(settings, data, notes)
-        grid = plans(settings)
-        data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
+        settings, data, grid = read_grid(settings, bases, notes)
         folders = []
         chance = {
             seed: notes(chance_notes(Path(base.model))) if base.record is not None else []
@@ -115,10 +107,28 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         }
         for plan in grid:
             base = bases[plan.seed]
-            setup = for_method(plan.method, prepare(settings, task, base.model, settings.training))
+            setup = for_method(plan.method, prepare(settings, data.task, base.model, settings.training))
             notes(setup.notes)
             folders.append(_Run(settings, plan, base, data, setup, notes, say, chance[plan.seed]).run())
     return folders
+
+
+def read_grid(settings: Any, bases: dict[int, Base], notes: Notes) -> tuple[Any, Data, list[Plan]]:
+    """Return the settings with form and targets filled in, the data with their task, and the runs that are meant.
+
+    Raises:
+        UserError: the bases or the data do not fit the settings.
+    """
+    labels = check_bases(settings, bases)
+    settings = replace(settings, form=form_of(settings, bases))
+    place = place_of(settings, settings.data, settings.source_language)
+    task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
+    data = Data(task, place, settings.source_language, settings.translations, settings.rows)
+    notes(table)
+    settings = with_targets(settings, data, notes)
+    grid = plans(settings)
+    data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
+    return settings, data, grid
 
 
 def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..json_files import parsed
 from ..tasks import DataError, Example, Task
 from ..tasks.alignment import position_id
 from ..tasks.errors import some_ids
@@ -81,8 +81,8 @@ def _read(name: str, option: str) -> tuple[list[Row], list[str], str]:
         where, rows = "standard input", []
         for number, line in enumerate(sys.stdin, 1):
             try:
-                row = json.loads(line) if line.strip() else {}
-            except (ValueError, RecursionError) as error:
+                row = parsed(line) if line.strip() else {}
+            except ValueError as error:
                 raise DataError(f"{where}, line {number}: not a JSON object ({error})") from error
             if not isinstance(row, dict):
                 raise DataError(f'{where}, line {number}: not a JSON object, such as {{"text": "..."}}')
