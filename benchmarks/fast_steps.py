@@ -28,7 +28,7 @@ from timing import device_work
 from torch import Tensor
 
 import flare
-from flare.measure import peak_bytes
+from flare.experiments.measure import peak_bytes
 
 #: Row -> the row of models.METHODS that computes the same. The first rows get what memory there is.
 CAPTURED = {

@@ -31,7 +31,7 @@ from models import base_model
 from shapes import GEMMA2, LLAMA, MT5, XLMR, ModelShape
 
 import flare
-from flare.experiment.fitting import of_one_process
+from flare.experiments.runs.fitting import of_one_process
 from flare.recipes import Recipe
 
 GIB = 2**30

@@ -29,7 +29,10 @@ def fingerprint(root: Path = ROOT) -> str:
 
 def run_conditions(**more: Any) -> dict[str, Any]:
     """Device, versions, commit, sources and date of this process."""
-    from flare.environment import environment, now  # brings torch along, which reading results does not need
+    from flare.experiments.utils.environment import (  # brings torch along, which reading results does not need
+        environment,
+        now,
+    )
 
     return {**environment(), "sources": fingerprint(), "date": now(), **more}
 

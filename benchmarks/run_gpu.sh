@@ -58,7 +58,7 @@ fi
 
 begin
 END=$((${FLARE_BENCH_SECONDS:-570} - 30)) # what is left is for the summary
-GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_source_cache_warm.py tests/test_measure.py
+GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_source_cache_warm.py tests/experiments/test_measure.py
   tests/test_compile.py"
 
 # 1. compile what the measurements launch

@@ -22,7 +22,7 @@ from timing import Effort, device_work, wall_seconds
 from torch import Tensor
 
 import flare_kernels
-from flare.measure import count_calls, count_flops, count_ops, peak_bytes, saved_bytes
+from flare.experiments.measure import count_calls, count_flops, count_ops, peak_bytes, saved_bytes
 
 #: The rows whose growth is drawn.
 SCALED = ("lora", "input-fusion", "authors", "eager-sdpa", "flare", "flare-offload", "flare-recompute", "flare-warm")

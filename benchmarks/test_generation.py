@@ -24,7 +24,7 @@ from steps import dtype_of
 from timing import Effort, Rotation, device_launches
 from torch import Tensor
 
-from flare.measure import count_calls, count_ops, peak_bytes, transient_bytes
+from flare.experiments.measure import count_calls, count_ops, peak_bytes, transient_bytes
 from flare_kernels import fused_lora_qkv, reference
 
 BF16 = torch.bfloat16

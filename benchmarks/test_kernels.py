@@ -17,7 +17,7 @@ from gate import exact, poisoned, require_correct
 from primitives import DTYPE, flops, module, operands, oracle, recorded_launches, run
 from timing import Ceilings, Rotation, device_launches
 
-from flare.measure import count_ops, transient_bytes
+from flare.experiments.measure import count_ops, transient_bytes
 from flare_kernels import torch_ops
 
 VARIANTS = ("flare", "triton", "peer")

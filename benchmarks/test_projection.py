@@ -38,7 +38,7 @@ from timing import Ceilings, Rotation, device_launches
 from torch import Tensor, nn
 
 import flare_kernels
-from flare.measure import count_flops, count_ops, peak_bytes, saved_bytes, transient_bytes
+from flare.experiments.measure import count_flops, count_ops, peak_bytes, saved_bytes, transient_bytes
 from flare_kernels import fused_lora, fused_lora_qkv, launch_mode, reference
 from flare_kernels.launch_mode import forcing, using
 

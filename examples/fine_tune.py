@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, set_seed
 
 import flare
-from flare.demo.base_model import build_tokenizer
-from flare.demo.corpus import LABELS, make_corpus
+from flare.experiments.demo.base_model import build_tokenizer
+from flare.experiments.demo.corpus import LABELS, make_corpus
 
 
 def parse() -> argparse.Namespace:

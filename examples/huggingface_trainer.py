@@ -92,7 +92,7 @@ def main() -> None:
 
 def tiny_model(labels: int) -> tuple:
     """A random BERT and its tokenizer, for the made-up language."""
-    from flare.demo.base_model import build_tokenizer
+    from flare.experiments.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()
     size = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -102,7 +102,7 @@ def tiny_model(labels: int) -> tuple:
 
 def make_data(folder: Path) -> Path:
     """Write the made-up parallel corpus as CSV files, as yours would be."""
-    from flare.demo.corpus import make_corpus
+    from flare.experiments.demo.corpus import make_corpus
 
     corpus = make_corpus(train=96, test=60)
     for language, side in (("english", "source"), ("vemari", "target")):

@@ -58,7 +58,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForQuestionAnswering.from_pretrained(options.model)
     else:
-        from flare.demo.base_model import build_tokenizer
+        from flare.experiments.demo.base_model import build_tokenizer
 
         tokenizer = build_tokenizer()
         size = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -91,7 +91,7 @@ def main() -> None:
 
 def make_data(folder: Path) -> Path:
     """Write rows of the made-up language ("who praised": two clauses, one with that verb), as yours would be."""
-    from flare.demo.corpus import PEOPLE, THINGS, VERBS, vemari_word
+    from flare.experiments.demo.corpus import PEOPLE, THINGS, VERBS, vemari_word
 
     rng = random.Random(0)
     verbs = [verb for group in VERBS.values() for verb in group]

@@ -16,7 +16,7 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
 
 import flare
-from flare.errors import UserError
+from flare.experiments.utils.errors import UserError
 
 
 class Request(BaseModel):

@@ -23,7 +23,7 @@ from .tuner.model import FlareModel
 
 if TYPE_CHECKING:
     from . import recipes
-    from .prediction.pipeline import FlarePipeline
+    from .experiments.prediction.pipeline import FlarePipeline
     from .recipes import Recipe, from_recipe
     from .training.graphed_step import GraphedStep
     from .training.replicated import replicate_adapters
@@ -52,7 +52,7 @@ __all__ = [
 _LATER = {
     "FlareTrainer": ".training.trainer",
     "FlareSeq2SeqTrainer": ".training.trainer",
-    "FlarePipeline": ".prediction.pipeline",
+    "FlarePipeline": ".experiments.prediction.pipeline",
     "GraphedStep": ".training.graphed_step",
     "Recipe": ".recipes",
     "from_recipe": ".recipes",

@@ -3,7 +3,7 @@
 import sys
 
 from .cli import main
-from .processes import leave
+from .experiments.utils.processes import leave
 
 if __name__ == "__main__":
     status = main()

@@ -1,4 +1,4 @@
-"""The command `flare`: parse, call, print. What a command takes and does stands in `flare.commands`."""
+"""The command `flare`: parse, call, print. What a command takes and does stands in `flare.experiments.commands`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from typing import NoReturn
 
 from flare_kernels import __version__
 
-from .commands import bench, check, demo, evaluate, finetune, info, predict, report, train, translate, unforeseen
-from .processes import is_main, says_the_error
-from .progress import quiet_libraries_in_log_files
+from .experiments.commands import (
+    bench,
+    check,
+    demo,
+    evaluate,
+    finetune,
+    info,
+    predict,
+    report,
+    train,
+    translate,
+    unforeseen,
+)
+from .experiments.utils.processes import is_main, says_the_error
+from .experiments.utils.progress import quiet_libraries_in_log_files
 
 #: In the order of their use.
 COMMANDS = (finetune, translate, check, train, evaluate, predict, report, demo, bench, info)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from flare.demo.base_model import build_tokenizer
-from flare.demo.corpus import make_corpus
+from flare.experiments.demo.base_model import build_tokenizer
+from flare.experiments.demo.corpus import make_corpus
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROWS = {"train": (0, 48), "valid": (48, 64), "test": (64, 84)}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flare.cli import main
-from flare.experiment.records import Run
+from flare.experiments.runs.records import Run
 
 
 def rows_of(data: Path, language: str) -> list[dict[str, Any]]:
-    """The test rows of a language, as flare.tasks reads them."""
+    """The test rows of a language, as flare.experiments.tasks reads them."""
     path = data / language / "test.jsonl"
     if path.is_file():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

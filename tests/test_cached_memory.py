@@ -17,7 +17,7 @@ from test_source_memory import FAMILIES, assert_close, assert_same, gradients, i
 from torch.nn.parallel import DistributedDataParallel
 
 import flare
-from flare.measure import count_calls, saved_bytes
+from flare.experiments.measure import count_calls, saved_bytes
 from flare.source.source_pass import Preparation
 from flare.source_cache import CachedReader
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 import flare
 from flare.baselines import x_mixup
-from flare.experiment.adapter_card import describe
+from flare.experiments.runs.adapter_card import describe
 
 
 def saved(folder, family: str = "bert", **fields) -> str:

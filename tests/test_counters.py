@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flare
-from flare.measure import count_calls, count_flops, count_ops, saved_bytes, transient_bytes
+from flare.experiments.measure import count_calls, count_flops, count_ops, saved_bytes, transient_bytes
 from flare_kernels import fused_lora, fused_lora_qkv, reference
 from flare_kernels.launch_mode import recording
 

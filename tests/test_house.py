@@ -237,42 +237,55 @@ def test_no_module_is_hidden_by_a_name_that_its_package_collects(package: str):
     pytest.importorskip("triton", reason="Triton is not installed")
     for module in sources(package):
         parent, _, name = module.rpartition(".")
-        if module.startswith("flare.harness") and not importlib.util.find_spec("lm_eval"):
+        if module.startswith("flare.experiments.harness") and not importlib.util.find_spec("lm_eval"):
             continue  # an extra that is not part of [dev]
         if parent:
             loaded = importlib.import_module(module)
             assert getattr(importlib.import_module(parent), name) is loaded, f"{module} is hidden by another {name}"
 
 
-#: As CONTRIBUTING.md draws them, the uppermost first; modules of flare that stand in no layer are below all of these.
-LAYERS = (
-    ("__main__",),
-    ("cli",),
-    ("commands",),
-    ("report", "demo"),
-    ("prediction", "harness"),
-    ("experiment", "translation"),
-    ("tasks", "baselines", "recipes"),
-    ("training",),
-)
+#: The folders of flare/ and of flare/experiments/ as CONTRIBUTING.md draws them, the uppermost first. Folders that are
+#: not listed are below all of these.
+LAYERS = {
+    "flare": (("__main__",), ("cli",), ("experiments",), ("baselines", "recipes"), ("training",)),
+    "flare.experiments": (
+        ("commands",),
+        ("check", "report", "demo", "prediction", "harness"),
+        ("runs", "translation"),
+        ("tasks", "measure"),
+        ("utils",),
+    ),
+}
+#: What only the experiments may import; the extra `experiments` installs it.
+ONLY_IN_EXPERIMENTS = {"datasets", "tqdm", "matplotlib", "seqeval"}
 
 
-def test_imports_within_flare_point_downwards():
-    """Also those inside functions. ``flare`` itself collects what a user imports."""
-    depth = {name: at for at, names in enumerate(LAYERS) for name in names}
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_point_downwards(package: str):
+    """Also those inside functions. ``flare/__init__.py`` itself collects what a user imports."""
+    depth = {name: at for at, names in enumerate(LAYERS[package]) for name in names}
+    lowest = len(LAYERS[package])
 
-    def layer(module: str) -> tuple[str, int]:
-        name = module.split(".")[1]
-        return name, depth.get(name, len(LAYERS))
+    def folder(module: str) -> tuple[str, int]:
+        name = module.removeprefix(package + ".").partition(".")[0]
+        return name, depth.get(name, lowest)
 
     for module, path in sources("flare").items():
-        if module == "flare":
+        if not module.startswith(package + "."):
             continue
-        own, at = layer(module)
-        for imports in imported(module, path, top_level_only=False):
-            if imports.startswith("flare."):
-                name, below = layer(imports)
-                assert below > at or name == own or at == len(LAYERS) == below, f"{module} imports {imports}"
+        importer, upper = folder(module)
+        for target in imported(module, path, top_level_only=False):
+            if target.startswith(package + "."):
+                name, lower = folder(target)
+                below = lower > upper or name == importer or upper == lowest == lower
+                assert below, f"{module} imports {target}"
+
+
+def test_the_method_does_not_need_the_experiments_libraries():
+    for module, path in sources("flare").items():
+        if not module.startswith("flare.experiments"):
+            roots = {name.partition(".")[0] for name in imported(module, path, top_level_only=False)}
+            assert not roots & ONLY_IN_EXPERIMENTS, f"{module} imports {sorted(roots & ONLY_IN_EXPERIMENTS)}"
 
 
 def test_no_code_of_a_models_folder_runs_unless_the_caller_says_so():

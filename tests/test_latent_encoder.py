@@ -132,7 +132,7 @@ def test_what_is_refused(mt) -> None:
 
 
 def test_states_larger_than_memory_are_read_from_one_file_without_a_name(mt, tmp_path, monkeypatch) -> None:
-    from flare.experiment import latent_rows
+    from flare.experiments.runs import latent_rows
 
     texts = [" ".join(TEXTS[: 1 + index % 3]) for index in range(40)]
     rows = [{"labels": index} for index in range(40)]

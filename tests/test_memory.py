@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import flare
-from flare.measure import saved_bytes
+from flare.experiments.measure import saved_bytes
 from flare_kernels import reference
 
 

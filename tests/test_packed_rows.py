@@ -102,7 +102,7 @@ def test_x_mixup_refuses_the_same() -> None:
 
 def test_a_source_of_packed_rows_is_refused_by_the_model_behind_the_collator() -> None:
     """flare.FlareDataCollator passes columns on that it does not know."""
-    from flare.demo.base_model import build_tokenizer
+    from flare.experiments.demo.base_model import build_tokenizer
 
     rows = [{"input_ids": [5, 6, 7], "source_input_ids": [5, 6, 8], "source_position_ids": [0, 1, 0]}]
     batch = flare.FlareDataCollator(build_tokenizer(), layout="causal")(rows)

@@ -13,7 +13,7 @@ import transformers
 
 import flare
 import flare_kernels
-from flare.demo.base_model import build_tokenizer
+from flare.experiments.demo.base_model import build_tokenizer
 from flare.source import source_pass
 
 ROOT = Path(__file__).parents[1]

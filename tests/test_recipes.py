@@ -17,8 +17,8 @@ from datasets import Dataset
 from two_streams import rows, tokenizer
 
 import flare
-from flare.errors import UserError
-from flare.experiment.defaults import kind_of
+from flare.experiments.runs.defaults import kind_of
+from flare.experiments.utils.errors import UserError
 from flare.recipes import Recipe, names
 
 CLASSES = {

@@ -19,7 +19,7 @@ from test_generation import ENDING, TOLERANCE, ends_of, fused, generated, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flare
-from flare.measure import count_calls
+from flare.experiments.measure import count_calls
 from flare.source.context import KEYWORD, THREAD
 
 L = tiny.LAYERS

@@ -26,7 +26,7 @@ from cached_states import (
 
 import flare
 from flare.source.runtime import runtime_of
-from flare.source_cache.rows import counts_relatively
+from flare.source_cache.row_keys import counts_relatively
 
 
 @pytest.mark.parametrize("family", FAMILIES)

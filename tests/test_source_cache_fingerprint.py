@@ -8,7 +8,7 @@ import torch
 from cached_states import MB, assert_same, batch_of, fused, step
 
 import flare
-from flare.measure import count_ops
+from flare.experiments.measure import count_ops
 from flare.source_cache.checksum import _mixed, _weights, checksum
 from flare.source_cache.fingerprint import fingerprint
 from flare.source_cache.watch import Watch

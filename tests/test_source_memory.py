@@ -13,7 +13,7 @@ from states_alive import StatesAlive
 from torch.utils.checkpoint import checkpoint
 
 import flare
-from flare.measure import count_calls
+from flare.experiments.measure import count_calls
 from flare.source import inputs as source_inputs
 from flare.source import memory as source_memory
 from flare.source.source_pass import FrozenPass, Preparation

@@ -43,9 +43,9 @@ class InputFusionCollator(FlareDataCollator):
     ``labels`` stay those of the target: one class, or one per token with -100 on the source; ``start_positions`` and
     ``end_positions`` move along with the target. Causal rows read source prompt, target prompt, target answer; the
     source's answer is left out, and only the target's answer has labels. The collator cannot know where a prompt's
-    instruction begins, so it would stand there twice: for rows with prompts use `flare.tasks.JoinedForm`, which writes
-    one prompt of both texts (as `flare train --method input-fusion` does), and FlareDataCollator. No ``source_*`` key
-    comes out.
+    instruction begins, so the instruction would appear twice. For rows with prompts use
+    `flare.experiments.tasks.JoinedForm`, which writes one prompt of both texts (as `flare train --method input-fusion`
+    does), and FlareDataCollator. The output has no ``source_*`` key.
 
     Args:
         max_positions: the longest text the model can read (see :func:`max_positions`); wider batches are an error.

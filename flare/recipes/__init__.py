@@ -24,7 +24,7 @@ from .._compat import enable_checkpointing
 from ..training.collator import FlareDataCollator
 from ..tuner.config import FlareConfig
 from ..tuner.convert import fast_lora
-from ..yaml_files import YamlLoader
+from .yaml_loader import YamlLoader
 
 #: PEFT's task type (it has none for a multiple choice) -> transformers' Auto class, and the collator's layout.
 TASKS = {

@@ -17,7 +17,7 @@ from .arguments import TIERS
 from .fingerprint import fingerprint
 from .reader import CachedReader, read
 from .request import SourceRequest
-from .rows import Batch, Plan, accepts_types, counts_relatively, needs_width
+from .row_keys import Batch, Plan, accepts_types, counts_relatively, needs_width
 from .store import Store
 from .watch import Watch
 

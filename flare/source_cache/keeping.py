@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..source.states import StateKey
 from .entries import Entry
-from .rows import Batch, Row
+from .row_keys import Batch, Row
 from .store import Store, Tier
 
 

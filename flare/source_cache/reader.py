@@ -16,7 +16,7 @@ from ..source.source_pass import Preparation, Visitor, read_from_model
 from ..source.states import StateKey
 from .entries import Entry
 from .keeping import Keeping, TrialClock
-from .rows import Batch, device_of
+from .row_keys import Batch, device_of
 from .store import Store
 
 #: Rows among which one that comes back in another width is noticed.

@@ -20,7 +20,7 @@ from .arguments import checked, make_directory
 from .entries import Entry
 from .memory import MemoryTier
 from .meter import CacheStats, Meter, readable
-from .rows import Batch
+from .row_keys import Batch
 from .shards import DiskTier
 from .trial import seconds_to_read
 

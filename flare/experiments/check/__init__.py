@@ -1,0 +1,1 @@
+"""Checks of settings, data and costs before training: ``flare check``."""

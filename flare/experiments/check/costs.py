@@ -1,0 +1,177 @@
+"""What `flare check` measures: the base's score on the source language, time and memory of each method."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from ...source.memory import memory_of
+from ..measure import StepTimer
+from ..runs.callbacks import Timing, measure_step, quiet
+from ..runs.fitting import ExperimentTrainer, autocast_of, training_arguments, training_values
+from ..runs.latent_rows import add_states, latent_encoder, target_texts
+from ..runs.methods import build, collator
+from ..runs.predictor import Predictor
+from ..runs.recorded_settings import adapter_fields
+from ..runs.run_settings import CheckSettings
+from ..runs.setup import Setup
+from ..runs.train import Plan
+from ..tasks import Pair
+from ..utils.errors import UserError
+from ..utils.processes import process_count
+
+_MEMORY_SHARE = 0.9
+
+
+@dataclass
+class Cost:
+    """What one run of a method costs; None: not measured, for the reason in `error`.
+
+    step_seconds: median of the timed steps. steps: of a whole run. train_seconds: of these steps. other_seconds: of
+    predicting the validation split after each epoch and the test split, and of FLARE MT's encoder. peak_bytes: of one
+    step, weights and optimizer included (`peak_kind`).
+    """
+
+    method: str
+    step_seconds: float | None = None
+    steps: int | None = None
+    train_seconds: float | None = None
+    other_seconds: float | None = None
+    peak_bytes: int | None = None
+    peak_kind: str | None = None
+    error: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of a whole run."""
+        return (self.train_seconds or 0.0) + (self.other_seconds or 0.0)
+
+
+@dataclass
+class Score:
+    """The base's score on rows of the source language; majority: accuracy of always the most frequent label."""
+
+    split: str
+    rows: int
+    scores: dict[str, float]
+    majority: float | None
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the accuracy is not above the majority's by one standard error."""
+        accuracy = self.scores.get("accuracy")
+        if accuracy is None or self.majority is None:
+            return False
+        share = self.majority / 100
+        return accuracy <= self.majority + 100 * math.sqrt(share * (1 - share) / max(self.rows, 1))
+
+
+def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name: str | None) -> Score:
+    """Predict rows of the source language with the base as it is."""
+    set_seed(0)
+    device = _device(use_cpu=False)
+    model = setup.load_model()
+    model = model if setup.recipe.quantization is not None else model.to(device)
+    rows, _ = setup.form.eval_rows(pairs, with_source=False)
+    half = autocast_of(setup.recipe.training) if device.type == "cuda" else None
+    scorer = Predictor(setup.form, collator("lora", setup, model), pairs, rows, batch, half, name)
+    counts = Counter(pair.target.label for pair in pairs if isinstance(pair.target.label, str))
+    majority = 100 * max(counts.values()) / len(pairs) if counts else None
+    return Score(split, len(pairs), scorer.scores(scorer(model)), majority)
+
+
+def measure(settings: CheckSettings, plan: Plan, setup: Setup, splits: Mapping[str, Sequence[Pair]]) -> Cost:
+    """Train a few steps of a method in a temporary folder, and work out what a run costs; see `Cost`."""
+    cost = Cost(plan.variant)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _measure(cost, settings, plan, setup, splits, Path(folder))
+    except UserError as error:
+        cost.error = str(error)
+    except RuntimeError as error:  # what PyTorch raises where memory ends
+        if "memory" not in str(error).lower():
+            raise
+        cost.error = f"memory ran out: {str(error).splitlines()[0]}"
+    return cost
+
+
+def _measure(
+    cost: Cost,
+    settings: CheckSettings,
+    plan: Plan,
+    setup: Setup,
+    splits: Mapping[str, Sequence[Pair]],
+    folder: Path,
+) -> None:
+    values = training_values(setup.recipe.training, settings.training)
+    own = {"max_steps": settings.steps + 1, "save_strategy": "no"}
+    arguments = training_arguments({**values, **own}, folder, plan.seed, None, {})
+    whole = training_arguments(values, folder, plan.seed, None, {})
+    accumulation = arguments.gradient_accumulation_steps
+    size = arguments.train_batch_size * accumulation * process_count()
+    train = list(splits["train"])
+    some = random.Random(0).sample(train, min(len(train), size * (settings.steps + 2)))
+    with_source = plan.source_text is not None
+    rows, _ = setup.form.train_rows(some, with_source=with_source)
+    test = list(splits["test"])[: settings.eval_batch_size or 2 * arguments.per_device_train_batch_size]
+    eval_rows, _ = setup.form.eval_rows(test, with_source=with_source)
+    others = sum(map(len, splits.values()))
+    latent_seconds, latent_dim = 0.0, None
+    if plan.method == "flare-mt":
+        device = _device(arguments.use_cpu)
+        encoder = latent_encoder(settings.mt_model or "", plan.target, settings.mt_language, setup.max_length, device)
+        begun = time.perf_counter()
+        kept = setup.form.trainable(some)
+        rows = add_states(rows, target_texts(kept), encoder, folder, None)
+        latent_seconds = (time.perf_counter() - begun) / max(len(kept), 1) * others
+        eval_rows = add_states(eval_rows, target_texts(test), encoder, folder, None)
+        latent_dim = encoder.latent_dim
+    set_seed(plan.seed)
+    adapter = adapter_fields(setup, plan.r, settings.alpha, settings.dropout, settings.target_modules, settings.adapter)
+    model, collate = build(
+        plan.method, setup, adapter, fusion=plan.fusion, latent_dim=latent_dim, mixup_layer=settings.mixup_layer
+    )
+    trainer = ExperimentTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    timer = StepTimer(1, arguments.device)
+    quiet(trainer, Timing(timer))
+    trainer.train()
+    predictor = Predictor(setup.form, collate, test, eval_rows, max(len(test), 1), autocast_of(values))
+    begun = time.perf_counter()
+    predictor(trainer.model)
+    per_row = (time.perf_counter() - begun) / max(len(test), 1)
+    per_epoch = math.ceil(len(train) / size)
+    cost.step_seconds = timer.median
+    cost.steps = whole.max_steps if whole.max_steps > 0 else math.ceil(per_epoch * whole.num_train_epochs)
+    epochs = math.ceil(cost.steps / per_epoch)
+    cost.train_seconds = cost.steps * (timer.median or 0.0)
+    valid = len(splits.get("valid", ()))
+    cost.other_seconds = latent_seconds + per_row * ((epochs + 1) * valid + settings.test * len(splits["test"]))
+    cost.peak_bytes, _ = measure_step(trainer)
+    cost.peak_kind = "cuda peak" if arguments.device.type == "cuda" else "live tensors"
+
+
+def memory_warning(cost: Cost) -> str | None:
+    """Return a line where a method comes near the device's memory."""
+    if cost.peak_bytes is None:
+        return None
+    device = torch.device("cuda" if cost.peak_kind == "cuda peak" else "cpu")
+    total = memory_of(device)
+    if cost.peak_bytes < _MEMORY_SHARE * total:
+        return None
+    return (
+        f"{cost.method} needs {cost.peak_bytes / 2**30:.1f} GiB of the {total / 2**30:.1f} GiB there are: use a "
+        "smaller --batch-size with --gradient_accumulation_steps, or --gradient_checkpointing"
+    )
+
+
+def _device(use_cpu: bool) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")

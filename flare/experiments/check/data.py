@@ -1,0 +1,244 @@
+"""What `flare check` says of the data: pairs, lengths, labels, vocabulary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..runs.setup import Setup
+from ..tasks import Example, Pair, Task, make_form
+from ..tasks.registry import METRICS
+from ..tasks.written_form import WrittenForm
+
+#: Rows of a split whose texts are tokenised, evenly spaced.
+SAMPLE = 5000
+_LONG = 10**6  # tokens; nothing is cut
+
+_CUT_SHARE, _UNKNOWN_SHARE, _SPLIT_RATIO = 0.05, 0.01, 1.5
+_FEW, _MAJORITY, _PADDING = 10, 0.8, 0.6
+
+
+@dataclass
+class Lengths:
+    """Tokens per text of one language's split.
+
+    texts: how many were tokenised. cut: how many of them are longer than `limit`. mean, most_of (95 % have up to so
+    many), longest: tokens.
+    """
+
+    language: str
+    split: str
+    texts: int
+    mean: float
+    most_of: int
+    longest: int
+    limit: int
+    cut: int
+
+
+@dataclass
+class Vocabulary:
+    """What the tokenizer makes of a language's texts: words (split at white space), their tokens, and unknown ones."""
+
+    language: str
+    words: int
+    tokens: int
+    unknown: int
+
+    @property
+    def per_word(self) -> float:
+        """Tokens per word."""
+        return self.tokens / max(self.words, 1)
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of tokens that stand for something the vocabulary lacks."""
+        return self.unknown / max(self.tokens, 1)
+
+
+@dataclass
+class DataCheck:
+    """Everything about one target language's data.
+
+    pairs: split -> rows that are used. left_out: lines about rows that are not. labels: split -> label -> rows.
+    """
+
+    target: str
+    pairs: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)
+    lengths: list[Lengths] = field(default_factory=list)
+    vocabulary: list[Vocabulary] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_data(
+    target: str, source: str, splits: dict[str, list[Pair]], notes: Sequence[str], setup: Setup, shown: int
+) -> DataCheck:
+    """Look at the pairs of every split of a target language.
+
+    Args:
+        target, source: the languages.
+        splits: split -> pairs.
+        notes: what `load_pairs` said.
+        setup: tokenizer, form and length.
+        shown: example pairs, the first ones of the training split.
+    """
+    task = setup.form.task
+    found = DataCheck(target, {split: len(pairs) for split, pairs in splits.items()}, list(notes))
+    found.examples = [_shown(pair) for pair in splits["train"][:shown]]
+    for split, pairs in splits.items():
+        counts = Counter(label for pair in pairs for label in _labels(pair.target))
+        if counts:
+            found.labels[split] = {label: counts.get(label, 0) for label in _order(task, counts)}
+        found.lengths += _lengths(target, source, split, pairs, setup)
+    every = {target: [pair.target for pairs in splits.values() for pair in pairs]}
+    sources = [pair.source for pairs in splits.values() for pair in pairs if pair.source is not None]
+    if sources:
+        every[source] = sources
+    found.vocabulary = [_vocabulary(name, rows, task, setup.tokenizer) for name, rows in every.items()]
+    found.warnings = [
+        *(line for line in notes if "dropped" in line or "position" in line),
+        *_warn_of_pairs(target, source, splits),
+        *_warn_of_labels(target, found.labels, "macro_f1" in METRICS[task.kind]),
+        *_warn_of_lengths(found.lengths, setup),
+        *_warn_of_vocabulary(found.vocabulary),
+    ]
+    return found
+
+
+# --- counting ---------------------------------------------------------------------------------------------------------
+
+
+def _shown(pair: Pair) -> dict[str, Any]:
+    label = pair.target.label if pair.target.label is not None else [answer.text for answer in pair.target.answers]
+    source = None if pair.source is None else pair.source.texts
+    return {"id": pair.target.id, "target": pair.target.texts, "source": source, "label": label}
+
+
+def _labels(row: Example) -> list[str]:
+    if isinstance(row.label, tuple):
+        return list(row.label)
+    return [row.label] if isinstance(row.label, str) else []
+
+
+def _order(task: Task, counts: Counter[str]) -> list[str]:
+    return list(task.labels or sorted(counts))
+
+
+def _sampled(pairs: Sequence[Pair]) -> list[Pair]:
+    every = -(-len(pairs) // SAMPLE)
+    return list(pairs[:: max(every, 1)])
+
+
+def _lengths(target: str, source: str, split: str, pairs: Sequence[Pair], setup: Setup) -> list[Lengths]:
+    whole = make_form(setup.form.task, setup.tokenizer, setup.family, _LONG)
+    some = _sampled(pairs)
+    limit = setup.form.longest_prompt if isinstance(setup.form, WrittenForm) else setup.max_length
+    with_source = all(pair.source is not None for pair in some)
+    rows, _ = whole.eval_rows(some, with_source=with_source)
+    found = []
+    for language, column in ((target, "input_ids"), (source, "source_input_ids")):
+        if not rows or column not in rows[0]:
+            continue
+        sizes = np.array([_size(row[column]) for row in rows])
+        found.append(
+            Lengths(
+                language,
+                split,
+                len(sizes),
+                float(sizes.mean()),
+                int(np.percentile(sizes, 95, method="higher")),
+                int(sizes.max()),
+                limit,
+                int((sizes > limit).sum()),
+            )
+        )
+    return found
+
+
+def _size(ids: Any) -> int:
+    return max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+
+
+def _vocabulary(language: str, rows: Sequence[Example], task: Task, tokenizer: Any) -> Vocabulary:
+    texts = [row.texts[column] for row in rows[:: -(-len(rows) // SAMPLE)] for column in task.text_columns]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    return Vocabulary(
+        language,
+        sum(len(text.split()) for text in texts),
+        sum(map(len, encoded)),
+        0 if unknown is None else sum(ids.count(unknown) for ids in encoded),
+    )
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> Iterable[str]:
+    for split, pairs in splits.items():
+        same = [p.target.id for p in pairs if p.source is not None and p.target.texts == p.source.texts]
+        if len(same) > 0.05 * len(pairs):
+            yield (
+                f"{target} {split}: {len(same)} of {len(pairs)} rows have the same text in {source}; is a column or a "
+                "folder the wrong one?"
+            )
+    known = {tuple(pair.target.texts.values()) for pair in splits.get("train", ())}
+    again = [pair.target.id for pair in splits.get("test", ()) if tuple(pair.target.texts.values()) in known]
+    if again:
+        yield f"{target}: {len(again)} test texts are training texts too, so their score says little"
+
+
+def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bool) -> Iterable[str]:
+    train, test = labels.get("train"), labels.get("test", {})
+    for label, count in (train or {}).items():
+        if count == 0 and test.get(label):
+            yield f"{target}: no training row has the label {label!r}, and {test[label]} test rows have it"
+        elif count < _FEW and label != "O":
+            yield f"{target}: {count} training rows have the label {label!r}"
+    total = sum((train or {}).values())
+    for label, count in (train or {}).items():
+        if count > _MAJORITY * total and label != "O":
+            advice = ", choose checkpoints by macro F1 (--metric macro_f1)" if macro_f1 else ""
+            share = f"{100 * count / total:.0f} % of the training rows"
+            yield f"{target}: {share} are {label!r}; accuracy will say little{advice}"
+
+
+def _warn_of_lengths(lengths: Sequence[Lengths], setup: Setup) -> Iterable[str]:
+    for language in dict.fromkeys(one.language for one in lengths):
+        own = [one for one in lengths if one.language == language]
+        cut, texts = sum(one.cut for one in own), sum(one.texts for one in own)
+        if cut > _CUT_SHARE * texts:
+            enough = max(one.most_of for one in own) + setup.max_length - own[0].limit  # the answer's room stays
+            yield (
+                f"{language}: {100 * cut / texts:.0f} % of the texts are cut to {own[0].limit} tokens; --max-length "
+                f"{enough} would keep 95 % of every split whole"
+            )
+    longest = max((one.longest for one in lengths), default=0)
+    limit = max((one.limit for one in lengths), default=0)
+    if setup.batches["padding"] == "max_length" and 0 < longest < _PADDING * limit:
+        yield (
+            f"every batch is padded to {limit} tokens and the longest text has {longest}: --padding longest, or "
+            f"--max-length {longest}, trains faster with the same result"
+        )
+
+
+def _warn_of_vocabulary(vocabulary: Sequence[Vocabulary]) -> Iterable[str]:
+    for one in vocabulary:
+        if one.unknown_share > _UNKNOWN_SHARE:
+            yield (
+                f"{one.language}: {100 * one.unknown_share:.1f} % of the tokens are unknown to the tokenizer, so the "
+                "model cannot read them; take a model whose vocabulary covers the language's script"
+            )
+    if len(vocabulary) == 2 and vocabulary[0].per_word > _SPLIT_RATIO * vocabulary[1].per_word:
+        target, source = vocabulary
+        yield (
+            f"{target.language} words are split into {target.per_word:.1f} tokens and {source.language} words into "
+            f"{source.per_word:.1f}: the tokenizer hardly knows {target.language}, and its texts are longer"
+        )

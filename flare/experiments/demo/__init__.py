@@ -1,0 +1,83 @@
+"""`flare demo`: cross-lingual transfer in a few minutes on a CPU, on a corpus made by rule or on real data.
+
+from flare.experiments.demo import DemoSettings, run_demo
+
+rows = run_demo(DemoSettings(output="flare-demo", seeds=3))
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..utils.atomic_files import write_json
+from ..utils.environment import environment, use_threads
+from .demo_settings import DemoError, DemoSettings
+
+__all__ = ["DemoError", "DemoSettings", "run_demo"]
+
+
+def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Run the comparison and write results.json, run.json, table.md and results.png.
+
+    Args:
+        settings: options; None values take the defaults of the embedded or the real run.
+        say: takes the lines meant for the user.
+
+    Returns:
+        The rows of results.json.
+
+    Raises:
+        DemoError: an option or a file that the user can mend.
+    """
+    from . import experiment, report
+
+    settings = replace(settings, output=Path(settings.output)).resolved()
+    report.prepare_folder(settings.output)
+    threads = torch.get_num_threads()
+    if settings.threads is not None:
+        use_threads(settings.threads)
+    try:
+        with experiment.quiet_libraries():
+            return _run(settings, say)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    from . import experiment, report
+
+    began, date = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    task = (experiment.embedded_task if settings.embedded else experiment.real_task)(settings, say)
+    say(
+        f"Data: {len(task.finetune)} {task.source} sentences to fine-tune the base, {len(task.train)} pairs "
+        f"{task.source}-{task.target} to train adapters, {len(task.test)} pairs to test"
+    )
+    run = experiment.Experiment(task, settings, say)
+    rows: list[dict[str, Any]] = []
+    for row in run.rows():
+        if not rows:
+            # Not before there is something to put in their place.
+            report.make_room(settings.output, settings.overwrite, say)
+        rows.append(row)
+        write_json(settings.output / report.RESULTS, rows)
+    information = {
+        "settings": asdict(settings),
+        "languages": {"source": task.source, "target": task.target},
+        "sizes": {"finetune": len(task.finetune), "train": len(task.train), "test": len(task.test)},
+        "notes": task.notes,
+        "source_macro_f1": run.source_f1,
+        "seeds": list(range(settings.seeds)),
+        "units": {"macro_f1": "percent", "seconds_per_step": "s, median", "peak_bytes": "B", "saved_bytes": "B"},
+        "environment": environment(),
+        "date": date.isoformat(timespec="seconds"),
+        "duration_s": round(time.perf_counter() - began, 1),
+    }
+    report.finish(settings.output, rows, information, say)
+    return rows

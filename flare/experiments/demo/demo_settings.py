@@ -1,0 +1,163 @@
+"""What `flare demo` can be told, its defaults, and the errors for values that cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from flare_kernels import FUSIONS
+
+from ..utils.errors import UserError
+from ..utils.names import checked_text, folder_name
+
+
+class DemoError(UserError, ValueError):
+    """Something the user can mend: an option, a folder, a missing file. The message says how."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Options of the demo; None means the default of the kind of run (see `EMBEDDED` and `REAL`).
+
+    Attributes:
+        output: folder for results.json, run.json, table.md and results.png.
+        seeds: how many seeds, counted from 0.
+        model: folder or hub id of a transformers model; None takes the tiny embedded one.
+        data: folder or hub id of parallel data; None takes the embedded corpus.
+        source, target: languages of `data`.
+        fusion: FLARE's fusion function.
+        r, alpha, epochs, batch_size, lr, max_length: of the adapters, the same for every method.
+        finetune_epochs, finetune_lr, finetune_batch_size: of the full fine-tuning on the source language.
+        noise: share of words damaged in the noisy source; 0 leaves that part out.
+        rows: use at most so many rows of every part, for a quick look.
+        pretrain_steps: masked-language modelling steps of the embedded base.
+        cache_dir: where the embedded base is kept.
+        threads: CPU threads; None takes one for the embedded model, and PyTorch's choice for a real one.
+        overwrite: replace earlier results in `output` instead of keeping them beside the new ones.
+        progress: show progress bars.
+    """
+
+    output: Path = Path("flare-demo")
+    seeds: int = 3
+    model: str | None = None
+    data: str | None = None
+    source: str | None = None
+    target: str | None = None
+    fusion: str = "add_relu"
+    r: int | None = None
+    alpha: float | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    max_length: int | None = None
+    finetune_epochs: int | None = None
+    finetune_lr: float | None = None
+    finetune_batch_size: int | None = None
+    noise: float = 0.15
+    rows: int | None = None
+    pretrain_steps: int | None = None
+    cache_dir: Path | None = None
+    threads: int | None = None
+    overwrite: bool = False
+    progress: bool = True
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the demo brings its own model and data."""
+        return self.data is None
+
+    def resolved(self) -> DemoSettings:
+        """Check every value and fill in the defaults.
+
+        Raises:
+            DemoError: a value that cannot work; the message names the option.
+        """
+        self._check()
+        defaults: dict[str, Any] = EMBEDDED if self.embedded else REAL
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def _check(self) -> None:
+        for name in ("seeds", "r", "batch_size", "rows", "threads", "finetune_batch_size"):
+            _at_least(self, name, 1)
+        for name in ("epochs", "finetune_epochs", "pretrain_steps"):
+            _at_least(self, name, 0 if name != "epochs" else 1)
+        _at_least(self, "max_length", 4)
+        for name in ("alpha", "lr", "finetune_lr"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise DemoError(f"{option(name)} must be greater than 0; got {value}")
+        if not 0.0 <= self.noise < 1.0:
+            raise DemoError(f"--noise must be a share of words, from 0 up to but not including 1; got {self.noise}")
+        if self.fusion not in FUSIONS:
+            raise DemoError(f"--fusion must be one of {', '.join(FUSIONS)}; got {self.fusion!r}")
+        if (self.model is None) != (self.data is None):
+            given, missing = ("--model", "--data") if self.data is None else ("--data", "--model")
+            raise DemoError(
+                f"{given} needs {missing} as well: a real model and real data go together. "
+                "Leave both out to run on the embedded corpus."
+            )
+        for name in ("source", "target"):
+            if self.data is not None and getattr(self, name) is None:
+                raise DemoError(
+                    f"{option(name)} is missing: name a language of {self.data}, for instance "
+                    f"{option(name)} {'english' if name == 'source' else 'acehnese'}"
+                )
+            if self.data is None and getattr(self, name) is not None:
+                raise DemoError(
+                    f"{option(name)} goes with --model and --data; the embedded corpus has one language pair"
+                )
+        for name in ("source", "target"):
+            try:
+                folder_name("-" if getattr(self, name) is None else getattr(self, name), option(name))
+            except UserError as error:
+                raise DemoError(str(error)) from None
+        for name in ("model", "data", "output", "cache_dir"):
+            try:
+                if getattr(self, name) is not None:
+                    checked_text(str(getattr(self, name)), option(name))
+            except UserError as error:
+                raise DemoError(str(error)) from None
+        if self.data is not None and self.pretrain_steps is not None:
+            raise DemoError("--pretrain-steps is for the embedded base; leave it out with --model and --data")
+        if self.data is not None and self.source == self.target:
+            raise DemoError(f"--source and --target are both {self.source!r}; name two languages")
+
+
+# Adapters and task of the embedded corpus: its longest sentence has 23 tokens, its model is too small for two threads.
+EMBEDDED = {
+    "threads": 1,
+    "r": 16,
+    "alpha": 32,
+    "epochs": 10,
+    "batch_size": 32,
+    "lr": 5e-3,  # where plain LoRA does best
+    "max_length": 24,
+    "finetune_epochs": 15,
+    "finetune_lr": 1e-3,
+    "finetune_batch_size": 32,
+}
+# The recipe for a real model on a few hundred rows.
+REAL = {
+    "r": 64,
+    "alpha": 128,
+    "epochs": 8,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "max_length": 64,
+    "finetune_epochs": 5,
+    "finetune_lr": 5e-5,
+    "finetune_batch_size": 16,
+}
+
+
+def option(name: str) -> str:
+    """The command line's spelling of a field."""
+    assert name in {item.name for item in fields(DemoSettings)}, name
+    return "--" + name.replace("_", "-")
+
+
+def _at_least(settings: DemoSettings, name: str, least: int) -> None:
+    value = getattr(settings, name)
+    if value is not None and value < least:
+        raise DemoError(f"{option(name)} must be {least} or more; got {value}")

@@ -1,0 +1,256 @@
+"""What a demo run leaves behind: results.json, run.json, a table (on the screen and as Markdown) and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..utils.atomic_files import replacing, write_json
+from ..utils.escape import markdown
+from ..utils.result_folders import check_writable, move_earlier
+from .demo_settings import DemoError
+
+RESULTS, RUN, TABLE, PICTURE = "results.json", "run.json", "table.md", "results.png"
+FILES = (RESULTS, RUN, TABLE, PICTURE)
+_NAMES = {"zero-shot": "zero-shot", "lora": "LoRA", "input-fusion": "input-level fusion", "flare": "FLARE"}
+_COLORS = {"zero-shot": "#9a9a9a", "lora": "#5b8db8", "input-fusion": "#e0a030", "flare": "#b8403a"}
+
+
+# --- folder -----------------------------------------------------------------------------------------------------------
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder and see whether it can be written to.
+
+    Raises:
+        DemoError: it cannot.
+    """
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise DemoError(f"--output {folder}: cannot be written to ({error}); name another folder") from error
+
+
+def make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None:
+    """Move results that are there already to `earlier-N` in the folder, or drop them if told to."""
+    there = [folder / name for name in FILES if (folder / name).exists()]
+    if overwrite or not there:
+        for path in there:
+            path.unlink()
+        return
+    earlier = move_earlier(there, folder)
+    say(f"Output: {folder} held results already; they are kept in {earlier} (--overwrite drops them)")
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per method and source: mean and standard deviation of macro F1 over the seeds, medians of the costs."""
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row.get("source")), []).append(row)
+    lines = []
+    for (method, source), members in groups.items():
+        scores = [row["macro_f1"] for row in members]
+        line: dict[str, Any] = {
+            "method": method,
+            "source": source,
+            "fusion": members[0].get("fusion"),
+            "scores": scores,
+            "mean": statistics.fmean(scores),
+            "spread": statistics.stdev(scores) if len(scores) > 1 else None,
+        }
+        for cost in ("seconds_per_step", "peak_bytes", "saved_bytes"):
+            known = [row[cost] for row in members if row[cost] is not None]
+            line[cost] = statistics.median(known) if known else None
+        lines.append(line)
+    return sorted(lines, key=lambda line: (line["source"] == "noisy", list(_NAMES).index(line["method"])))
+
+
+_HEAD = ("method", "source", "macro F1", "ms/step", "peak memory", "saved for backward")
+
+
+def _cells(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    cells: list[tuple[str, ...]] = []
+    for line in lines:
+        spread = "" if line["spread"] is None else f" ± {line['spread']:.1f}"
+        name = _NAMES[line["method"]] + (f" ({line['fusion']})" if line["fusion"] else "")
+        seconds = line["seconds_per_step"]
+        cells.append(
+            (
+                name,
+                line["source"] or "-",
+                f"{line['mean']:.1f}{spread}",
+                "-" if seconds is None else f"{1000 * seconds:.1f}",
+                _mebibytes(line["peak_bytes"]),
+                _mebibytes(line["saved_bytes"]),
+            )
+        )
+    return cells
+
+
+def _mebibytes(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table for the screen."""
+    cells = [_HEAD, *_cells(summarize(rows))]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD))]
+
+    def show(line: Sequence[str]) -> str:
+        left = [line[i].ljust(widths[i]) for i in range(2)]
+        right = [line[i].rjust(widths[i]) for i in range(2, len(line))]
+        return "  ".join([*left, *right]).rstrip()
+
+    return "\n".join([show(cells[0]), "  ".join("-" * width for width in widths), *map(show, cells[1:])])
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table for a README."""
+    body = ["| " + " | ".join(map(markdown, line)) + " |" for line in (_HEAD, *_cells(summarize(rows)))]
+    return "\n".join([body[0], "|---|---|---:|---:|---:|---:|", *body[1:]])
+
+
+def legend(information: dict[str, Any]) -> str:
+    """What the table shows, in three or four lines."""
+    settings, languages, sizes = information["settings"], information["languages"], information["sizes"]
+    count = len(information["seeds"])
+    over = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
+    base = statistics.fmean(information["source_macro_f1"])
+    lines = [
+        f"Macro F1 in percent on {sizes['test']} held-out {languages['target']} sentences, {over}. "
+        f"The same base on {languages['source']}: {base:.1f}.",
+        f"Adapters: r={settings['r']}, alpha={settings['alpha']:g}, {settings['epochs']} epochs over "
+        f"{sizes['train']} rows, batch {settings['batch_size']}, lr {settings['lr']:g}, texts padded to "
+        f"{settings['max_length']} tokens "
+        f"(input-level fusion: {2 * settings['max_length']}).",
+    ]
+    if settings["noise"]:
+        lines.append(
+            f"Source: gold as it is; noisy with {100 * settings['noise']:g} % of its words dropped or replaced, in "
+            "training and at test time."
+        )
+    lines.append(
+        "Peak memory: tensors alive at one time in a training step, weights included. "
+        "Saved for backward: activations that autograd keeps."
+    )
+    return "\n".join(lines)
+
+
+# --- end of a run -----------------------------------------------------------------------------------------------------
+
+
+def finish(
+    folder: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Write every file of a finished run and show the table."""
+    write_json(folder / RESULTS, list(rows))
+    write_json(folder / RUN, information)
+    languages = [markdown(information["languages"][which]) for which in ("source", "target")]
+    heading = f"# flare demo: {' to '.join(languages)}"
+    note = "\n\n".join(map(markdown, legend(information).splitlines()))
+    with replacing(folder / TABLE) as file:
+        file.write(f"{heading}\n\n{markdown_table(rows)}\n\n{note}\n")
+    say("")
+    say(text_table(rows))
+    say("")
+    say(legend(information))
+    say("")
+    try:
+        draw(folder / PICTURE, rows, information)
+        written: Sequence[str] = FILES
+    except ImportError:
+        say("No picture: matplotlib is not installed. To get one: pip install 'flare-kernels[experiments]'")
+        written = FILES[:-1]
+    say(f"Written to {folder}: {', '.join(written)} ({information['duration_s']:.0f} s)")
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any]) -> None:
+    """Draw quality and costs side by side.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    lines = summarize(rows)
+    costly = [line for line in lines if line["seconds_per_step"] is not None and line["source"] != "noisy"]
+    height = 1.9 + 0.42 * len(lines)
+    figure = Figure(figsize=(11, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(3, 2, width_ratios=(1.35, 1))
+    quality = figure.add_subplot(grid[:, 0])
+    names = [_label(line) for line in lines]
+    patch = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for index, line in enumerate(lines):
+        noisy = line["source"] == "noisy"
+        color = _COLORS[line["method"]]
+        quality.barh(
+            index,
+            line["mean"],
+            color=color,
+            alpha=0.45 if noisy else 0.9,
+            height=0.66,
+            hatch="///" if noisy else None,
+            edgecolor="white" if noisy else color,
+        )
+        quality.plot(line["scores"], [index] * len(line["scores"]), "o", color="black", markersize=3.5, zorder=3)
+        quality.text(
+            max(line["mean"], *line["scores"]) + 1.8, index, f"{line['mean']:.1f}", va="center", fontsize=9, bbox=patch
+        )
+    base = statistics.fmean(information["source_macro_f1"])
+    quality.axvline(base, color="black", linewidth=0.9, linestyle=":")
+    quality.annotate(
+        f"base on {information['languages']['source']}: {base:.1f}",
+        (base, -0.62),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        fontsize=8,
+    )
+    quality.set_yticks(range(len(lines)), names)
+    quality.set_ylim(len(lines) - 0.4, -0.95)
+    quality.set_xlim(0, 112)
+    quality.set_xticks(range(0, 101, 20))
+    quality.set_xlabel("macro F1 (%)   bar: mean, dots: seeds")
+    quality.set_title(f"Quality on {information['languages']['target']}", fontsize=11, loc="left")
+    costs = (
+        ("seconds_per_step", 1e3, "ms per training step (median)"),
+        ("peak_bytes", 2.0**-20, "peak live tensors (MiB)"),
+        ("saved_bytes", 2.0**-20, "saved for backward (MiB)"),
+    )
+    for position, (key, scale, title) in enumerate(costs):
+        axes = figure.add_subplot(grid[position, 1])
+        values = [scale * line[key] for line in costly]
+        axes.barh(
+            range(len(costly)), values, color=[_COLORS[line["method"]] for line in costly], alpha=0.9, height=0.66
+        )
+        for index, value in enumerate(values):
+            axes.text(value, index, f" {value:.1f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(costly)), [_NAMES[line["method"]] for line in costly], fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.18 * max(values, default=1.0))
+        axes.set_title(title, fontsize=9, loc="left")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    settings, count = information["settings"], len(information["seeds"])
+    figure.suptitle(
+        f"{information['languages']['source']} → {information['languages']['target']}: r={settings['r']}, "
+        f"{settings['epochs']} epochs, {count} seed{'s' if count > 1 else ''}, {information['environment']['device']}",
+        fontsize=11,
+    )
+    for text in figure.findobj(Text):  # a dollar sign in a language's name is one
+        text.set_parse_math(False)
+    figure.savefig(path, dpi=130)
+
+
+def _label(line: dict[str, Any]) -> str:
+    return _NAMES[line["method"]] + (f"\n{line['source']} source" if line["source"] else "")

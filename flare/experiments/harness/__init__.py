@@ -1,0 +1,12 @@
+"""lm-evaluation-harness on a FLARE adapter. Importing this package registers the model ``flare`` with ``lm_eval``."""
+
+try:
+    import lm_eval  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "flare.experiments.harness needs lm-evaluation-harness: pip install 'flare-kernels[harness]'"
+    ) from error
+
+from .model import FlareLM
+
+__all__ = ["FlareLM"]

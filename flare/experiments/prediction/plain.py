@@ -1,0 +1,143 @@
+"""A saved adapter that is not a run's: what its folder says, what flags say, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..._compat import FLARE, X_MIXUP
+from ..runs.records import RunRecord
+from ..tasks import get_task
+from ..utils.errors import UserError, library_errors
+from .predict_settings import PipelineSettings
+
+CONFIG_FILE = "adapter_config.json"
+# PEFT's task_type -> the task it stands for where none is named, and the form of models
+_TASKS = {
+    "SEQ_CLS": ("classification", "encoder"),
+    "QUESTION_ANS": ("qa", "encoder"),
+    "CAUSAL_LM": (None, "causal"),
+    "SEQ_2_SEQ_LM": (None, "seq2seq"),
+}
+
+
+def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list[str]]:
+    """Describe an adapter as a run would be, from its folder and the flags.
+
+    Returns:
+        The record, and a note on what was assumed.
+
+    Raises:
+        UserError: something is not known, or contradicts what is.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        task_type, _ = config.get("task_type"), config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
+    method = _method(folder, config, settings)
+    if task_type is not None and task_type not in _TASKS:
+        raise UserError(f"--adapter {folder}: its task_type is {task_type}; accepted: {', '.join(_TASKS)}")
+    named, family = _TASKS.get(task_type, (None, None))
+    name = settings.task or named
+    if name is None:
+        raise UserError(
+            f"--adapter {folder}: its folder does not say which task it was trained on; name it with --task (and, for "
+            "prompts other than the task's, --prompt)"
+        )
+    base = settings.base or config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"--adapter {folder}: its folder does not say which base model it is for; name it with --base")
+    task = get_task(name, text_columns=settings.text_columns, labels=settings.labels, max_length=settings.max_length)
+    labels = task.labels
+    if task.kind == "classification" and labels is None:
+        labels = _labels_of(folder, str(base)) if task_type == "SEQ_CLS" else None
+        if labels is None:
+            size = _head_size(folder)
+            count = f" {size}" if size else ""
+            raise UserError(
+                f"--adapter {folder}: its folder does not name its{count} labels; give them with --labels, in the "
+                "order of their indices (or --task, for a task that knows them)"
+            )
+    if method == "flare-mt" and settings.mt_model is None:
+        raise UserError(f"--adapter {folder}: it reads states of an MT encoder (latent_dim); name it with --mt-model")
+    if method == "flare-mt" and settings.target is None and settings.mt_language is None:
+        raise UserError(f"--adapter {folder}: name the language of the texts with --target (or --mt-language)")
+    padding = settings.padding or "longest"
+    record = RunRecord(
+        kind="train",
+        status="done",
+        task=name,
+        source_language=settings.source or "english",
+        target_language=settings.target,
+        method=method,
+        variant=folder.name,
+        seed=0,
+        fusion=config.get("fusion"),
+        r=config.get("r"),
+        settings={
+            "labels": list(labels or ()) or None,
+            "text_columns": list(task.text_columns),
+            "label_column": task.label_column,
+            "family": family,
+            "max_length": task.max_length,
+            "padding": padding,
+            "mt_model": settings.mt_model,
+            "mt_language": settings.mt_language,
+        },
+        base=str(base),
+    )
+    assumed = f"{folder} is not a run of flare train: taken for {method} on {name}"
+    if labels:
+        assumed += f" with the labels {', '.join(labels)}"
+    return record, [
+        f"{assumed}; texts of up to {task.max_length} tokens (--max-length), padded to the {_SHOWN[padding]}"
+    ]
+
+
+_SHOWN = {"longest": "longest of a batch (--padding)", "max_length": "full length"}
+
+
+def _method(folder: Path, config: dict[str, Any], settings: PipelineSettings) -> str:
+    kind, method = str(config["peft_type"]), None
+    if kind == X_MIXUP.value:
+        method = "x-mixup"
+    elif kind == FLARE.value and config.get("latent_dim") is not None:
+        method = "flare-mt"
+    elif kind == FLARE.value and config.get("fusion") is not None:
+        method = "flare"
+    elif kind == FLARE.value:
+        return settings.method or "lora"
+    if method is None:
+        raise UserError(
+            f"--adapter {folder}: its peft_type is {kind}; accepted: {FLARE.value}, {X_MIXUP.value}. An adapter of "
+            "PEFT's own reads no source: use it with transformers.pipeline"
+        )
+    if settings.method is not None:
+        raise UserError(f"--method {settings.method}: {folder} is an adapter of {method}; leave it out")
+    return method
+
+
+def _labels_of(folder: Path, base: str) -> tuple[str, ...] | None:
+    """The labels of the base's configuration, where they have names and are as many as the adapter's head has."""
+    from transformers import AutoConfig
+
+    try:
+        names = AutoConfig.from_pretrained(base, trust_remote_code=False).id2label
+    except (OSError, ValueError):  # said in its place, when the base is loaded
+        return None
+    labels = tuple(str(names[index]) for index in sorted(names))
+    generic = labels == tuple(f"LABEL_{index}" for index in range(len(labels)))
+    return None if generic or len(labels) != _head_size(folder) else labels
+
+
+def _head_size(folder: Path) -> int | None:
+    """How many classes the saved head has; None where there is no head."""
+    from peft.utils import load_peft_weights
+
+    with library_errors(f"--adapter {folder}: its weights cannot be read"):
+        weights = load_peft_weights(str(folder), device="cpu")
+    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("modules_to_save") or ()
+    heads = [name for name, weight in weights.items() if weight.dim() == 2 and set(name.split(".")) & set(saved)]
+    return min((weights[name].shape[0] for name in heads), default=None)

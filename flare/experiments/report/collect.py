@@ -1,0 +1,288 @@
+"""Runs, sorted into what may be compared: one group for each task, source language and base model."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..runs.records import RecordError, Run, diverged, find_runs, read_record
+from ..tasks.registry import OWN
+from ..utils.errors import UserError
+from .display import language_name, language_names, task_name
+
+#: Methods in the order of the paper's tables, with their names for readers.
+METHODS = {
+    "zero-shot": "zero-shot",
+    "translate-test": "translate-test",
+    "lora": "LoRA",
+    "input-fusion": "input-level fusion",
+    "x-mixup": "X-Mixup",
+    "flare-mt": "FLARE MT",
+    "flare": "FLARE",
+}
+#: Settings that are the ordinary one of a run; results of another setting get a line of their own.
+_MAIN = ("translate-train", "zero-shot", "translate-test")
+
+
+class ReportError(UserError):
+    """A report that cannot be made; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one run gave in one setting: scores by metric, in percent."""
+
+    run: Run
+    setting: str
+    scores: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """Line of the tables: the variant, and the setting where it is not the ordinary one."""
+        variant = self.run.record.variant
+        return variant if self.setting in _MAIN else f"{variant} @ {self.setting}"
+
+    @property
+    def name(self) -> str:
+        """The label as readers know it: "flare-r8" of method "flare" is "FLARE (r8)"."""
+        record = self.run.record
+        rest = record.variant.removeprefix(record.method)
+        name = record.variant
+        if record.method == record.variant == "translate-test":  # beside the machine-translated one
+            name = f"{METHODS[record.method]} ({record.source_text or 'gold'} source)"
+        elif record.method in METHODS and (not rest or (rest != record.variant and rest.startswith("-"))):
+            name = METHODS[record.method] + (f" ({rest[1:].replace('-', ' ')})" if rest else "")
+        if self.setting in _MAIN:
+            return name
+        _, slash, text = self.setting.partition("/")
+        return f"{name} ({text} source at test)" if slash else f"{name} ({self.setting})"
+
+    @property
+    def language(self) -> str:
+        """The target language."""
+        return str(self.run.record.target_language)
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.run.record.seed
+
+
+@dataclass
+class Group:
+    """Entries that stand in one table, and the fine-tuned bases they begin with.
+
+    Attributes:
+        slug: short name for files, unique in a report.
+        labels: lines of the tables, in the order of the paper's, mapped to their names for readers.
+        languages: target languages, sorted.
+        metrics: names of the metrics, the task's first one first.
+        data: name of the data where the task is one for data of the user's own.
+        rows: which test rows the group was scored on, where they are not those of the adapters.
+    """
+
+    task: str
+    source: str
+    model: str
+    data: str = ""
+    entries: list[Entry] = field(default_factory=list)
+    bases: list[Run] = field(default_factory=list)
+    slug: str = ""
+    rows: str = ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        first: dict[str, Entry] = {}
+        for entry in self.entries:
+            first.setdefault(entry.label, entry)
+        return {label: first[label].name for label in sorted(first, key=lambda label: _order(first[label]))}
+
+    @property
+    def languages(self) -> list[str]:
+        return sorted({entry.language for entry in self.entries})
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(name for entry in self.entries for name in entry.scores))
+
+    @property
+    def shown_task(self) -> str:
+        """The task as people write it; of data of the user's own, their name."""
+        return self.data or task_name(self.task)
+
+    @property
+    def title(self) -> str:
+        languages = ", ".join(language_names(self.languages).values())
+        return f"{self.shown_task}: {language_name(self.source)} to {languages}" + (
+            f", {self.rows}" if self.rows else ""
+        )
+
+    def of(self, label: str, language: str | None = None) -> list[Entry]:
+        """Entries of a line (in a language), in the order of their seeds."""
+        found = [e for e in self.entries if e.label == label and language in (None, e.language)]
+        return sorted(found, key=lambda e: (e.language, e.seed))
+
+
+@dataclass
+class Collection:
+    """All that the report is made of."""
+
+    groups: list[Group]
+    unfinished: list[str]
+    runs: int
+
+
+def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
+    """Read every run in the folders and below and sort them.
+
+    Raises:
+        ReportError: there is no run, none is finished, or two runs are one and the same cell of a table.
+        RecordError: a folder is missing, or a file in it is damaged.
+    """
+    runs: dict[Path, Run] = {}
+    for folder in folders:
+        for run in find_runs(folder):
+            runs.setdefault(run.folder.resolve(), run)
+    where = ", ".join(str(folder) for folder in folders)
+    if not runs:
+        raise ReportError(
+            f"{where}: no run there (no run.json in it or below); flare finetune, train and evaluate write them"
+        )
+    groups: dict[tuple[str, str, str, str], Group] = {}
+    unfinished = []
+    for run in runs.values():
+        record, reason = run.record, _unfinished(run)
+        if reason:
+            unfinished.append(f"{run.folder}: {reason}")
+            continue
+        model = _model(run, runs)
+        key = record.task, record.source_language, model, _data_of(run)
+        group = groups.setdefault(key, Group(*key))
+        if record.kind == "finetune":
+            group.bases.append(run)
+        else:
+            group.entries += [Entry(run, setting, _scores(run, setting)) for setting in run.metrics.test]
+    full = [part for group in groups.values() for part in _apart(group) if part.entries]
+    if not full:
+        bases = sum(len(group.bases) for group in groups.values())
+        raise ReportError(
+            f"{where}: nothing to report. Runs: {len(runs)}, of them fine-tuned bases: {bases}, unfinished or without "
+            f"test results: {len(unfinished)}" + "".join(f"\n  {line}" for line in unfinished[:5])
+        )
+    for group in full:
+        _refuse_twins(group.entries)
+    _name(full)
+    return Collection(sorted(full, key=lambda group: group.slug), unfinished, len(runs))
+
+
+def _apart(group: Group) -> list[Group]:
+    """The group, and one of its own for scores of the base on other test rows than any adapter's."""
+    trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
+    other = [
+        entry
+        for entry in group.entries
+        if entry.run.record.kind == "evaluate"
+        and (peers := [one for one in trained if one.language == entry.language])
+        and not any(_same_rows(entry.run, one.run) for one in peers)
+    ]
+    if not other:
+        return [group]
+    group.entries = [entry for entry in group.entries if entry not in other]
+    rows = "the base on other test rows than the adapters"
+    return [group, Group(group.task, group.source, group.model, group.data, other, group.bases, rows=rows)]
+
+
+def _same_rows(one: Run, other: Run) -> bool:
+    """Whether two runs of a language were scored on the same test rows, as far as they tell."""
+    a, b = one.record.data, other.record.data
+    digests = [(data.get("digest") or {}).get("test") for data in (a, b)]
+    if all(digests):
+        return bool(digests[0] == digests[1])
+    return a.get("test") == b.get("test") or not (a.get("test") and b.get("test"))
+
+
+def _unfinished(run: Run) -> str | None:
+    if what := diverged(run):
+        return f"diverged, {what}; run flare train --no-resume with a smaller --lr"
+    if not run.record.done:
+        return f"not finished (status {run.record.status!r}); the command that began it goes on with it"
+    if run.record.kind != "finetune" and not run.metrics.test:
+        return "no test results; flare evaluate adds them"
+    return None
+
+
+def _scores(run: Run, setting: str) -> dict[str, float]:
+    scores = run.metrics.test[setting]
+    wrong = not isinstance(scores, dict) or any(
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+        for value in scores.values()
+    )
+    if wrong:
+        raise ReportError(
+            f"{run.folder / 'metrics.json'}: test results of {setting!r} are {scores!r}; expected numbers by metric"
+        )
+    return {name: float(value) for name, value in scores.items()}
+
+
+def _model(run: Run, runs: dict[Path, Run]) -> str:
+    """The model behind a run: the base's own base where the base is a run, as far as that can be found."""
+    base = run.record.base
+    if run.record.kind == "finetune" or not base:
+        return base
+    above = list(run.folder.resolve().parents)[2:3]  # runs/<target>/<variant>/seed-N: the experiment's folder
+    for folder in (Path(base), *(root / "base" / Path(base).name for root in above)):
+        if folder.resolve() in runs:
+            return runs[folder.resolve()].record.base
+        try:
+            return read_record(folder).base
+        except RecordError:
+            continue
+    return re.sub(r"/seed-\d+/?$", "", base)
+
+
+def _data_of(run: Run) -> str:
+    """The name of the data of a task for data of the user's own, which several data sets may share; else empty."""
+    given = str(run.record.settings.get("data") or "") if run.record.task in OWN else ""
+    return given.rstrip("/").rpartition("/")[2]
+
+
+def _refuse_twins(entries: Iterable[Entry]) -> None:
+    seen: dict[tuple[str, str, int], Entry] = {}
+    for entry in entries:
+        twin = seen.setdefault((entry.label, entry.language, entry.seed), entry)
+        if twin is not entry:
+            raise ReportError(
+                f"two runs of {entry.label} on {entry.language} with seed {entry.seed}: {twin.run.folder} and "
+                f"{entry.run.folder}. Report them apart, or give one a name of its own (flare train --name)"
+            )
+
+
+def _order(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
+    method = entry.run.record.method
+    place = list(METHODS).index(method) if method in METHODS else len(METHODS)
+    pieces = [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", entry.label)]
+    return place, entry.label != method, pieces
+
+
+def _name(groups: Sequence[Group]) -> None:
+    """Slugs: the task, with the source language and the model where the task alone does not tell groups apart."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"
+
+    for group in groups:
+        same = [other for other in groups if (other.task, other.data) == (group.task, group.data)]
+        parts = [group.data or group.task, *(["other-rows"] if group.rows else [])]
+        if len({other.source for other in same}) > 1:
+            parts.append(group.source)
+        if len({other.model for other in same}) > 1:
+            parts.append(Path(group.model).name)
+        slug = "-".join(map(plain, parts))
+        taken = {other.slug for other in groups if other is not group}
+        number, group.slug = 2, slug
+        while group.slug in taken:
+            group.slug, number = f"{slug}-{number}", number + 1

@@ -1,0 +1,99 @@
+"""The report's pictures: each is drawn where the runs hold its data, and left out with the reason where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...utils.progress import counter
+from ..across import Overview
+from ..collect import Group
+from .ablations import draw_fusions, draw_ranks, draw_source_texts, draw_translators
+from .activations import activation_labels, draw_averages, draw_instances
+from .compare import draw_comparison, draw_costs
+from .layers import draw_layers, layered_labels
+from .overview import draw_average_ranks, draw_tasks
+from .style import NothingToDraw, caption_of, save
+
+FORMATS = ("png", "pdf", "svg")
+#: Single rows that are drawn.
+_INSTANCES = 2
+
+
+class Picture(NamedTuple):
+    """A picture that was drawn (`files`, `caption`), or why not (`missing`)."""
+
+    name: str
+    title: str
+    files: list[Path]
+    missing: str | None
+    caption: str = ""
+
+
+_Plan = Iterator[tuple[str, str, Callable[[], Any]]]
+
+
+def draw_all(group: Group, metric: str, folder: Path, formats: Sequence[str]) -> list[Picture]:
+    """Draw every picture of a group into `folder`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plan = list(_of_group(group, metric))
+    drawn = []
+    with counter(f"pictures of {group.slug}", len(plan), "picture") as bar:
+        for name, title, draw in plan:
+            drawn.append(_drawn(name, title, draw, folder / f"{group.slug}-{name}", formats))
+            bar.update(1)
+    return drawn
+
+
+def draw_overviews(found: Sequence[Overview], folder: Path, formats: Sequence[str]) -> list[Picture]:
+    """Draw the pictures over several tasks and models into `folder`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plan = (
+        ("average-rank", "Average rank over tasks", partial(draw_average_ranks, found)),
+        ("tasks", "Methods by task", partial(draw_tasks, found)),
+    )
+    return [_drawn(name, title, draw, folder / name, formats) for name, title, draw in plan]
+
+
+def _drawn(name: str, title: str, draw: Callable[[], Any], path: Path, formats: Sequence[str]) -> Picture:
+    try:
+        figure = draw()
+    except NothingToDraw as reason:
+        return Picture(name, title, [], str(reason))
+    return Picture(name, title, save(figure, path, formats), None, caption_of(figure))
+
+
+def _of_group(group: Group, metric: str) -> _Plan:
+    yield "comparison", "Methods by language", partial(draw_comparison, group, metric)
+    yield "costs", "Quality against costs", partial(draw_costs, group, metric)
+    labels = layered_labels(group)
+    for label in labels:
+        name = "layers" if label == "flare" else f"layers-{label}"
+        yield name, f"Source and target in the bottleneck, {group.labels[label]}", partial(draw_layers, group, label)
+    if not labels:
+        yield "layers", "Source and target in the bottleneck", _no_bottleneck
+    labels = activation_labels(group)
+    # one line's pictures tell the story: the method with its defaults where it is there
+    for label in labels[:1] if "flare" not in labels else ["flare"]:
+        yield "activations", "Activations by position", partial(draw_averages, group, label)
+        for number in range(_INSTANCES):
+            draw = partial(draw_instances, group, label, number)
+            yield f"activations-row-{number + 1}", f"Activations of a single row ({number + 1})", draw
+    if not labels:
+        yield "activations", "Activations by position", _no_bottleneck
+    yield "rank", "Effect of r", partial(draw_ranks, group, metric)
+    yield "fusion", "Effect of the fusion", partial(draw_fusions, group, metric)
+    yield "source-text", "Effect of the source text", partial(draw_source_texts, group, metric)
+    yield "translators", "Quality by translator", partial(draw_translators, group, metric)
+
+
+def _no_bottleneck() -> Any:
+    raise NothingToDraw("no fusing run measured the bottleneck")

@@ -1,0 +1,295 @@
+"""Tables as Markdown, LaTeX (booktabs) and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..utils.escape import csv_cell, latex, markdown, one_line
+from ..utils.progress import duration
+from .collect import Group
+from .display import language_name, language_names, metric_name
+from .summary import RANGED, Cell, Cost, Line, Quality, costs
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. The first `left` columns are left-aligned; `best` are the (row, column) to set in bold."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    left: int = 1
+    best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+    def markdown(self) -> str:
+        """The table alone, for report.md and the screen of a README."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cells) + " |"
+
+        rule = "|" + "---|" * self.left + "---:|" * (len(self.head) - self.left)
+        return "\n".join([line([*map(markdown, self.head)]), rule, *map(line, self._rows("**{}**".format, markdown))])
+
+    def text(self) -> str:
+        """The table for a terminal."""
+        head, *rows = ([*map(one_line, cells)] for cells in (self.head, *self.rows))
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+        def line(cells: Sequence[str]) -> str:
+            pairs = list(zip(cells, widths, strict=True))
+            return "  ".join(c.ljust(w) if i < self.left else c.rjust(w) for i, (c, w) in enumerate(pairs)).rstrip()
+
+        return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+    def latex(self) -> str:
+        r"""A table environment; needs \usepackage{booktabs}."""
+        columns = "l" * self.left + "r" * (len(self.head) - self.left)
+        body = [
+            *("% " + one_line(note) for note in self.notes),
+            r"\begin{table}",
+            r"\centering",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(map(latex, self.head)) + r" \\",
+            r"\midrule",
+            *(" & ".join(row) + r" \\" for row in self._rows(r"\textbf{{{}}}".format, latex)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            rf"\caption{{{latex(self.title)}.}}",
+            r"\end{table}",
+        ]
+        return "\n".join(body) + "\n"
+
+    def _rows(self, bold: Callable[[str], str], escape: Callable[[str], str]) -> list[list[str]]:
+        return [
+            [bold(escape(cell)) if (i, j) in self.best else escape(cell) for j, cell in enumerate(row)]
+            for i, row in enumerate(self.rows)
+        ]
+
+
+def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """CSV with a head; None becomes an empty field, and what a spreadsheet would compute a text."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([*map(csv_cell, row)] for row in (head, *rows))
+    return out.getvalue()
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------
+
+
+def quality_table(group: Group, table: Quality) -> Table:
+    """Languages, average, rank and seeds, one line a variant."""
+    partial = bool(table.common) and len(table.common) < len(table.languages)
+    several = len(table.languages) > 1
+    shown = language_names(table.languages)
+    head = ["method", *shown.values()]
+    if several:
+        head.append("average")
+        if partial:
+            head.append(f"average over {len(table.common)}")
+        head.append("rank")
+    head.append("seeds")
+    rows = []
+    for line in table.lines:
+        row = [line.name, *(show(line.cells[language]) for language in table.languages)]
+        if several:
+            marked = line.average is not None and line.average.languages < len(table.languages)
+            of = f" ({line.average.languages} of {len(table.languages)})" if marked and line.average else ""
+            row.append(show(line.average) + of)
+            if partial:
+                row.append(show(line.common))
+            row.append(MISSING if line.rank is None else f"{line.rank:.2f}")
+        rows.append((*row, line.seeds))
+    name, source = metric_name(table.metric), language_name(group.source)
+    return Table(
+        f"{name[:1].upper()}{name[1:]} in percent, {group.shown_task}, {source} as the source language"
+        + (f", {group.rows}" if group.rows else ""),
+        tuple(head),
+        tuple(rows),
+        tuple(_notes(table, partial)),
+        best=_best(table, partial),
+    )
+
+
+def _notes(table: Quality, partial: bool) -> list[str]:
+    notes = []
+    if any(cell and cell.spread is not None for line in table.lines for cell in line.cells.values()):
+        notes.append("mean ± sample standard deviation (n - 1) over seeds; the average's is over each seed's average")
+    if any(cell and cell.spread is None for line in table.lines for cell in line.cells.values()):
+        notes.append("a cell without ± is one seed")
+    if len(table.languages) > 1:
+        if len(table.complete) < len(table.lines):
+            notes.append("an average marked (n of N) is over fewer languages: do not compare it with the others")
+        if partial:
+            notes.append(f"average over {len(table.common)}: languages that every line has: {_listed(table.common)}")
+        notes.append(
+            f"rank: mean rank over the {len(table.languages)} languages, 1 the best, among the {len(table.complete)} "
+            "lines that have them all"
+        )
+    return notes
+
+
+def _listed(languages: Sequence[str]) -> str:
+    return ", ".join(map(language_name, languages))
+
+
+def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
+    """The best mean of every column, as shown: lines that show the same number are all best."""
+    columns: list[list[float | None]] = [
+        [cell.mean if (cell := line.cells[language]) else None for line in table.lines] for language in table.languages
+    ]
+    if len(table.languages) > 1:
+        columns.append([_full_average(line, table) for line in table.lines])
+        if partial:
+            columns.append([line.common.mean if line.common else None for line in table.lines])
+    found = set()
+    for column, values in enumerate(columns, start=1):
+        shown = [None if value is None else round(value, 1) for value in values]
+        known = [value for value in shown if value is not None]
+        if known and min(known) < max(known):  # where all are equal none is best
+            found |= {(row, column) for row, value in enumerate(shown) if value == max(known)}
+    return frozenset(found)
+
+
+def _full_average(line: Line, table: Quality) -> float | None:
+    return line.average.mean if line.average and line.average.languages == len(table.languages) else None
+
+
+def show(cell: Cell | None) -> str:
+    """ "71.0 ± 1.2", "71.0" for one seed, "-" for none."""
+    if cell is None:
+        return MISSING
+    return f"{cell.mean:.1f}" + ("" if cell.spread is None else f" ± {cell.spread:.1f}")
+
+
+def quality_csv(table: Quality) -> str:
+    """The quality table with numbers apart: mean, standard deviation and seeds of every cell."""
+    head = ["variant", "name", "metric"]
+    for one in (*table.languages, "average", "average_common"):
+        head += [f"{one}_mean", f"{one}_std", f"{one}_n"]
+    head += ["average_languages", "average_common_languages", "rank"]
+    rows = []
+    for line in table.lines:
+        row: list[object] = [line.label, line.name, table.metric]
+        for cell in (*(line.cells[one] for one in table.languages), line.average, line.common):
+            row += [cell.mean, cell.spread, len(cell.values)] if cell else [None, None, 0]
+        rows.append([*row, line.average.languages if line.average else 0, len(table.common), line.rank])
+    return csv_text(head, rows)
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+def cost_table(group: Group) -> Table | None:
+    """ms/step, peak memory and training time; None where no run measured one."""
+    lines = costs(group)
+    if not lines:
+        return None
+    head = ("method", "ms/step", "peak memory", "training time", "steps", "trained parameters", "runs")
+    rows = tuple(
+        (
+            line.name,
+            _ranged(line, "seconds_per_step", lambda seconds: f"{1000 * seconds:.1f}"),
+            _ranged(line, "peak_bytes", size),
+            _ranged(line, "train_seconds", duration),
+            MISSING if line.steps is None else f"{line.steps:g}",
+            MISSING if line.trainable_parameters is None else f"{line.trainable_parameters:,.0f}",
+            str(line.runs),
+        )
+        for line in lines
+    )
+    kinds = sorted({kind for e in group.entries if (kind := e.run.metrics.peak_kind)})
+    notes = [
+        "medians over a line's runs, in brackets the least and the greatest; training time includes evaluation and "
+        "checkpoints"
+    ]
+    if kinds:
+        notes.append(f"peak memory: {' or '.join(kinds)} of one training step, weights and optimizer state included")
+    held = {name: most for name, most in _cached(group).items() if most}
+    if held:
+        notes.append(
+            "source states were kept between epochs: steps read them from the second one on, and ms/step is the "
+            "median of all. Host memory for them, beside the peak: "
+            + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
+        )
+    if any(line.processes != "1" for line in lines):
+        shares = "; ".join(f"{line.name}: {line.processes}" for line in lines)
+        notes.append(f"processes that share a step: {shares}; peak memory is one process's")
+    title = f"Costs, {group.shown_task}, {language_name(group.source)} as the source language"
+    return Table(title, head, rows, tuple(notes))
+
+
+def _cached(group: Group) -> dict[str, int]:
+    """Name of a line -> the most bytes that a run's source cache held."""
+    found: dict[str, int] = {}
+    for entry in group.entries:
+        facts = entry.run.metrics.source_cache or {}
+        found[entry.name] = max(found.get(entry.name, 0), int(facts.get("bytes", 0)))
+    return found
+
+
+def _ranged(line: Cost, name: str, text: Callable[[float], str]) -> str:
+    """The median, and least to greatest in brackets where runs differ: "1391.5 (949.0 to 1834.0)"."""
+    value, ends = getattr(line, name), [text(end) for end in line.ranges.get(name, ())]
+    if value is None:
+        return MISSING
+    return text(value) + (f" ({' to '.join(ends)})" if len(set(ends)) > 1 else "")
+
+
+def cost_csv(lines: Sequence[Cost]) -> str:
+    """The cost table in plain units."""
+    head = ("variant", "name", "seconds_per_step", "peak_bytes", "train_seconds", "steps", "trainable_parameters")
+    ends = [f"{name}_{end}" for name in RANGED for end in ("min", "max")]
+    rows = [
+        [
+            *(getattr(line, name, None) for name in ("label", *head[1:])),
+            line.runs,
+            *(end for name in RANGED for end in line.ranges.get(name, (None, None))),
+            line.processes,
+        ]
+        for line in lines
+    ]
+    return csv_text((*head, "runs", *ends, "processes"), rows)
+
+
+def size(count: float) -> str:
+    """Bytes for readers."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+# --- every run --------------------------------------------------------------------------------------------------------
+
+_RAW = (
+    *("task", "source_language", "target_language", "method", "variant", "setting", "seed", "metric", "percent"),
+    *("fusion", "r", "source_text", "target_text", "model", "seconds_per_step", "train_seconds", "peak_bytes"),
+    *("peak_kind", "steps", "trainable_parameters", "device", "processes", "commit", "date", "folder"),
+)
+
+
+def raw_csv(groups: Sequence[Group]) -> str:
+    """One row for every run, setting and metric, as they were read."""
+    rows = []
+    for group in groups:
+        for entry in sorted(group.entries, key=lambda e: (e.language, list(group.labels).index(e.label), e.seed)):
+            record, metrics = entry.run.record, entry.run.metrics
+            for metric, percent in entry.scores.items():
+                given: dict[str, object] = {
+                    **{name: getattr(record, name) for name in _RAW if hasattr(record, name)},
+                    **{name: getattr(metrics, name) for name in _RAW if hasattr(metrics, name)},
+                    "setting": entry.setting,
+                    "metric": metric,
+                    "percent": percent,
+                    "model": group.model,
+                    "device": record.environment.get("device"),
+                    "commit": record.environment.get("commit"),
+                    "folder": str(entry.run.folder),
+                }
+                rows.append([given[name] for name in _RAW])
+    return csv_text(_RAW, rows)

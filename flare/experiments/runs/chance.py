@@ -1,0 +1,79 @@
+"""Whether a base is better than guessing on its own language."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .predictor import PREDICTIONS, read_predictions
+from .records import read_run
+
+
+def chance_notes(folder: Path) -> list[str]:
+    """Return a note where a fine-tuned base is no better than chance on its own language.
+
+    Chance is, by the task's metrics:
+        accuracy: always the most frequent label; one standard error above it still counts as chance.
+        exact match: no answer matches, and F1 is below 5.
+        entity F1: no entity is found (all words are outside of entities).
+        micro F1 of several labels: the best set of labels that is always the same, which may be none.
+        Pearson: numbers that have nothing to do with the right ones; one standard error still counts as chance.
+    """
+    run = read_run(folder)
+    tested = run.metrics.test.get("source-language")
+    scores = tested or run.metrics.valid
+    truths = [row["truth"] for row in read_predictions(folder / PREDICTIONS)] if tested else []
+    rows = len(truths) or run.record.data.get("valid") or 0
+    said = _at_chance(scores, truths, rows, len(run.record.settings.get("labels") or ()) or 2)
+    if said is None:
+        return []
+    return [
+        f"the base {folder} is at chance level on {run.record.source_language} ({said}): adapters on it learn the "
+        "task anew, or not at all; run flare finetune --no-resume longer or with another --lr"
+    ]
+
+
+def _at_chance(scores: dict[str, float], truths: list[Any], rows: int, labels: int) -> str | None:
+    """The scores in words where they are at chance level.
+
+    Args:
+        scores: by metric, in percent.
+        truths: of the rows that were scored, as `Example.label`; empty where they are not known.
+        rows: how many there were.
+        labels: how many labels the task has.
+    """
+    if "exact_match" in scores:
+        low = scores["exact_match"] == 0 and scores.get("f1", 0) < 5
+        return f"exact match {scores['exact_match']:.1f}, F1 {scores.get('f1', 0):.1f}" if low else None
+    if "entity_f1" in scores:
+        return "entity F1 0.0" if scores["entity_f1"] == 0 else None
+    if "micro_f1" in scores:
+        best = _best_constant_f1(truths)
+        return (
+            f"micro F1 {scores['micro_f1']:.1f}; always the same labels: {best:.1f}"
+            if scores["micro_f1"] <= best
+            else None
+        )
+    if "pearson" in scores:
+        error = 100 / math.sqrt(rows - 1) if rows > 1 else 0.0
+        return (
+            f"Pearson {scores['pearson']:.1f}; one standard error: {error:.1f}" if scores["pearson"] <= error else None
+        )
+    if "accuracy" not in scores:
+        return None
+    counts = Counter(map(str, truths))
+    share = max(counts.values()) / len(truths) if truths else 1 / labels
+    error = math.sqrt(share * (1 - share) / rows) if rows else 0.0
+    if scores["accuracy"] > 100 * (share + error):
+        return None
+    return f"accuracy {scores['accuracy']:.1f}; always the most frequent label: {100 * share:.1f}"
+
+
+def _best_constant_f1(truths: list[Any]) -> float:
+    """The highest micro F1, in percent, of one set of labels for all rows: one of the most frequent labels."""
+    counts = sorted(Counter(label for row in truths for label in row).values(), reverse=True)
+    total = sum(counts)
+    found = [200 * sum(counts[:n]) / (n * len(truths) + total) for n in range(1, len(counts) + 1)]
+    return max(found, default=0.0)

@@ -1,0 +1,130 @@
+"""The paper's settings for a model and a task (its Table 5), as far as this machine can follow them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...recipes import TASKS, Recipe
+from ..tasks import TASKS as REGISTRY
+from ..utils.errors import UserError, library_errors
+from ..utils.model_names import find_model
+
+#: Kinds of model, as `flare.experiments.tasks.make_form` knows them.
+FAMILIES = ("encoder", "causal", "seq2seq")
+_QUANTIZED: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+_PAPERS = ("nusax", "xnli", "tydiqa")
+#: Kind of task -> the paper's task whose settings it takes; others take those of NusaX, short texts with a label.
+_LIKE = {"qa": "tydiqa", "multiple-choice": "xnli", "afrixnli": "xnli"}
+# What the experiment sets by itself.
+_OURS = ("predict_with_generate",)
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """family: one of `FAMILIES`. model_type: transformers' name of the architecture."""
+
+    family: str
+    model_type: str
+
+
+def kind_of(model: str, form: str | None = None) -> ModelKind:
+    """What kind of model a folder or hub id is; `form` chooses where it can be read in several ways.
+
+    Raises:
+        UserError: its configuration cannot be read, or it is none of `FAMILIES`.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as names
+
+    model = find_model(model, "model")
+    with library_errors(f"model {model}: its configuration cannot be read"):
+        # False, not left out: transformers would ask at the terminal whether to run the folder's code
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    kind = config.model_type
+    if form is not None:
+        return ModelKind(form, kind)
+    if getattr(config, "is_encoder_decoder", False):
+        return ModelKind("seq2seq", kind)
+    if kind in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return ModelKind("encoder", kind)
+    if kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return ModelKind("causal", kind)
+    raise UserError(f"model {model}: {kind!r} is neither an encoder, a decoder nor an encoder-decoder; name its --form")
+
+
+def paper_recipe(kind: ModelKind, task: str) -> Recipe:
+    """The recipe of the paper for a kind of model and a task's name, with the base left out."""
+    file = "paper-xlmr" if kind.family == "encoder" else "paper-mt5"
+    if kind.family == "causal" or (kind.family == "encoder" and kind.model_type in _decoders()):
+        file = "paper-gemma2" if kind.model_type.startswith("gemma") else "paper-llama"
+    like = task if task in _PAPERS else _LIKE.get(task, _LIKE.get(REGISTRY[task].kind, "nusax"))
+    recipe = Recipe.read(f"{file}/{like}")
+    training = {name: value for name, value in recipe.training.items() if name not in _OURS}
+    return replace(recipe, base=None, model={}, training=training)
+
+
+def for_this_machine(recipe: Recipe, quantization: str | None, given: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe with what the device lacks taken out, and a line for each such thing.
+
+    Args:
+        recipe: of the paper.
+        quantization: "none", "nf4" or "int8" as the user says; None: the recipe's, where there is a CUDA device.
+        given: TrainingArguments' fields that the user gave; these stay.
+
+    Raises:
+        UserError: a quantisation that was asked for, without bitsandbytes.
+    """
+    notes: list[str] = []
+    cuda = torch.cuda.is_available()
+    bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    training = dict(recipe.training)
+    half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    quantized = recipe.quantization
+    if quantization is not None and quantization != "none":
+        if not bitsandbytes:
+            raise UserError(f"--quantization {quantization} needs bitsandbytes: pip install bitsandbytes")
+        compute = {"bnb_4bit_compute_dtype": "bfloat16" if half or not cuda else "float16"}
+        quantized = {**_QUANTIZED[quantization], **(compute if quantization == "nf4" else {})}
+    elif quantization == "none":
+        quantized = None
+    elif quantized is not None and not (cuda and bitsandbytes):
+        quantized = None
+        why = "bitsandbytes is not installed" if cuda else "there is no CUDA device"
+        notes.append(f"the base is not quantised to 4 bits as in the paper: {why} (--quantization nf4 asks for it)")
+    if training.get("bf16") and not half and not {"bf16", "fp16"} & set(given):
+        training["bf16"] = False
+        if cuda:
+            training["fp16"] = True
+            notes.append("half precision is float16: this GPU has no bfloat16")
+        else:
+            notes.append("training is in float32: half precision needs a GPU")
+    if "bnb" in str(training.get("optim")) and not (cuda and bitsandbytes) and "optim" not in given:
+        training["optim"] = "adamw_torch"
+        notes.append("the optimizer is AdamW in 32 bits: its 8-bit form needs a GPU and bitsandbytes")
+    if given.get("use_cpu"):
+        training["bf16"] = bool(given.get("bf16", False))
+    dtype = recipe.dtype
+    if dtype == "bfloat16" and not half and quantized is None:
+        dtype = "float16" if cuda else "float32"
+    # replaced, not merged: of a recipe's quantisation nothing must be left
+    return replace(recipe, quantization=quantized, training=training, dtype=dtype), notes
+
+
+def with_auto_class(recipe: Recipe, auto_class: str, model_options: Mapping[str, Any]) -> Recipe:
+    """The recipe for a form's model class and its options (num_labels and the like)."""
+    task = next(name for name, (found, _) in TASKS.items() if found == auto_class)
+    return replace(recipe, task=task, model=dict(model_options))
+
+
+def _decoders() -> set[str]:
+    from transformers.models.auto import modeling_auto as names
+
+    return set(names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(names.MODEL_FOR_MASKED_LM_MAPPING_NAMES)

@@ -1,0 +1,316 @@
+"""One training: arguments, checkpoints chosen on the validation split, resuming, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ...source.fsdp import is_sharded
+from ...source_cache import SourceStateCache
+from ...training.trainer import FlareTrainer
+from ..measure import StepTimer
+from ..utils.errors import UserError, reason
+from ..utils.processes import is_main, on_main, process_count
+from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
+from .checkpoints import last_checkpoint
+from .diverged import Finite, check_weights
+from .predictor import Predictor
+from .records import LOG_FILE, Metrics
+from .run_folder import CHECKPOINTS
+
+_TIMER_WARM_UP = 3
+_KEPT = 2  # checkpoints: the best, and the newest to go on from
+# The user's way to say it -> the recipe's, which then must not be passed as well.
+_REPLACES = {"warmup_ratio": "warmup_steps", "fp16": "bf16"}
+
+
+class ExperimentTrainer(FlareTrainer):
+    """FlareTrainer that evaluates by the task's own metrics, by generation where the model writes its answer.
+
+    Args:
+        predictor: of the validation split; None: checkpoints are not evaluated.
+        groups: for rows of which only some have a source: whether each has one. A batch never mixes the two.
+    """
+
+    def __init__(
+        self, *args: Any, predictor: Predictor | None = None, groups: Sequence[bool] | None = None, **kwargs: Any
+    ) -> None:
+        self.predictor = predictor
+        self.groups = groups
+        self.losses = Losses()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.losses)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's; the loss is counted for ``train_loss``."""
+        loss = super().training_step(*args, **kwargs)
+        self.losses.add(loss)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As FlareTrainer; the last ``train_loss`` is the mean over all steps, those before a resume included."""
+        if "train_loss" in logs and self.losses.resumed:
+            logs["train_loss"] = self.losses.mean(self.state.global_step)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The task's metrics on the validation split, logged."""
+        assert self.predictor is not None
+        scores = self.predictor.scores(self.predictor(self.model))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.groups is None:
+            return super()._get_train_sampler(train_dataset)
+        # the batches of all processes that are computed together are of one group
+        return GroupSampler(self.groups, self.args.per_device_train_batch_size * process_count(), self.args.seed)
+
+
+class GroupSampler(torch.utils.data.Sampler[int]):
+    """Rows in random order such that every batch is of one group.
+
+    Args:
+        groups: the group of each row; how many rows are True must be a multiple of `batch_size`.
+        batch_size: rows per batch.
+        seed: with the epoch, it decides about the order.
+    """
+
+    def __init__(self, groups: Sequence[bool], batch_size: int, seed: int) -> None:
+        self.groups, self.batch_size, self.seed = list(groups), batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of the epoch that begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self.groups), generator=generator).tolist()
+        size = self.batch_size
+        whole, rest = [], []
+        for wanted in (True, False):
+            rows = [row for row in order if self.groups[row] == wanted]
+            end = len(rows) - len(rows) % size
+            whole += [rows[first : first + size] for first in range(0, end, size)]
+            rest += rows[end:]
+        for batch in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[batch]
+        yield from rest
+
+
+@dataclass
+class Fit:
+    """A finished training: the trainer (with the chosen weights) and its metrics so far."""
+
+    trainer: ExperimentTrainer
+    metrics: Metrics
+
+
+def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """TrainingArguments' fields of a recipe, with the user's in their place."""
+    values = dict(recipe)
+    for name in given:
+        values.pop(_REPLACES.get(name, ""), None)
+    if "per_device_train_batch_size" in given:
+        values.pop("gradient_accumulation_steps", None)  # a batch size that was given is the whole of it
+    return {**values, **given}
+
+
+def batch_size(values: Mapping[str, Any]) -> int:
+    """Return the rows of a batch over all processes.
+
+    Args:
+        values: of :func:`training_values`.
+    """
+    return int(values.get("per_device_train_batch_size", 8))
+
+
+def of_one_process(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
+    """Return the rows of one process's batches and its batches per optimizer step.
+
+    A step has the same rows for any number of processes. Batches are as large as memory holds in one process, so that
+    more processes first take fewer batches per step, then smaller ones.
+
+    Args:
+        values: of :func:`training_values`, of one process that does all.
+        processes: how many share a step.
+
+    Raises:
+        UserError: the rows of a step cannot be divided.
+    """
+    size, batches = batch_size(values), int(values.get("gradient_accumulation_steps", 1))
+    share, rest = divmod(size * batches, processes)
+    if rest or not share:
+        raise UserError(
+            f"--batch-size {size}: {processes} processes cannot share the {size * batches} rows of a step equally; "
+            f"take a multiple of {processes}, or another number of processes"
+        )
+    size = next(rows for rows in range(min(size, share), 0, -1) if share % rows == 0)
+    return size, share // size
+
+
+def training_arguments(
+    values: Mapping[str, Any], folder: Path, seed: int, metric: str | None, given: Mapping[str, Any]
+) -> TrainingArguments:
+    """TrainingArguments of a run: a checkpoint each epoch, or as the user says; the best one is loaded at the end.
+
+    Args:
+        values: of :func:`training_values`.
+        folder: the run's.
+        seed: of everything.
+        metric: what checkpoints are chosen by; None: there is no validation split.
+        given: what the user gave.
+
+    Raises:
+        UserError: values that do not fit together.
+    """
+    own: dict[str, Any] = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "epoch" if "logging_steps" not in given else "steps",
+        "save_total_limit": _KEPT,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # a loss that is NaN must show
+    }
+    steps = "save_steps" in given or "eval_steps" in given
+    own["save_strategy"] = given.get("eval_strategy", "steps" if steps else "epoch")
+    if metric is not None:
+        strategy = given.get("save_strategy", own["save_strategy"])
+        own["eval_strategy"] = "steps" if strategy == "steps" else "epoch"
+        if strategy == "steps":
+            every = given.get("eval_steps", given.get("save_steps", 500))
+            own |= {"eval_steps": every, "save_steps": every}
+        own |= {"metric_for_best_model": metric, "greater_is_better": True, "load_best_model_at_end": True}
+    elif given.get("eval_strategy", "no") != "no" or "eval_steps" in given:
+        raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have none")
+    merged = {**own, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
+    if process_count() > 1:
+        size, batches = of_one_process(values, process_count())
+        merged |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
+        if not torch.accelerator.is_available():
+            merged["use_cpu"] = True  # else every process would train alone
+    try:
+        made = TrainingArguments(**merged)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"these training arguments do not work: {error}") from error
+    if made.max_steps <= 0 and made.num_train_epochs <= 0:
+        raise UserError(f"--epochs must be greater than 0; got {made.num_train_epochs}")
+    return made
+
+
+def autocast_of(values: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of mixed precision that a training uses, for predictions outside of it.
+
+    Args:
+        values: of :func:`training_values`.
+    """
+    return torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
+
+
+def fit(
+    model: Any,
+    collator: Any,
+    rows: Sequence[dict[str, Any]],
+    arguments: TrainingArguments,
+    folder: Path,
+    *,
+    name: str,
+    progress: bool,
+    say: Callable[[str], None],
+    predictor: Predictor | None = None,
+    groups: Sequence[bool] | None = None,
+    source_cache: SourceStateCache | None = None,
+) -> Fit:
+    """Train, or resume from the newest whole checkpoint; afterwards the model holds the weights that were chosen.
+
+    Raises:
+        UserError: no rows, or values that the trainer refuses.
+        DivergedError: a loss or weights that are not finite.
+    """
+    if not rows:
+        raise UserError(f"{name}: no row is left to train on")
+    timer = StepTimer(_TIMER_WARM_UP)
+    clock = Clock(timer)
+    try:
+        trainer = ExperimentTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=list(rows),
+            eval_dataset=None if predictor is None else list(predictor.rows),
+            data_collator=collator,
+            predictor=predictor,
+            groups=groups,
+            source_cache=source_cache,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:  # as a report_to whose package is not installed
+        raise UserError(f"these training arguments do not work: {error}") from error
+    if trainer.accelerator.num_processes != process_count():
+        raise UserError(
+            f"{process_count()} processes were started, and accelerate sees {trainer.accelerator.num_processes}; start "
+            "them by accelerate launch or torchrun"
+        )
+    timer.device = arguments.device
+    if source_cache is not None and predictor is not None:
+        predictor.collator = trainer.data_collator  # which may pad to another width, and a row's name has it
+    quiet(trainer, Finite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
+    checkpoint = on_main(lambda: last_checkpoint(folder, say))
+    if checkpoint is not None and is_main():
+        say(f"{name}: goes on from step {checkpoint.name.rpartition('-')[2]}")
+    peak = PeakMemory(arguments.device)
+    if arguments.device.type == "cuda":
+        trainer.add_callback(peak)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (ValueError, ArithmeticError, ImportError) as error:  # as an optimizer whose package is not installed
+        if trainer.state.global_step:
+            raise
+        raise UserError(f"{name}: the training cannot begin ({reason(error)})") from error
+    check_weights(trainer.model, f"step {trainer.state.global_step}")
+    metrics = Metrics(train_seconds=round(clock.seconds, 3), seconds_per_step=timer.median)
+    metrics.steps = trainer.state.global_step
+    metrics.best_checkpoint = trainer.state.best_global_step if predictor is not None else trainer.state.global_step
+    if peak.bytes is not None:
+        metrics.peak_bytes, metrics.peak_kind = peak.bytes, "cuda peak"
+    if predictor is not None:
+        metrics.valid = predictor.scores(predictor(trainer.model))
+    if source_cache is not None:
+        metrics.source_cache = source_cache.stats().facts()
+        trainer.model.set_source_cache(None)
+    return Fit(trainer, metrics)
+
+
+def save(trainer: ExperimentTrainer, folder: Path) -> None:
+    """Save the trained weights as PEFT or transformers does, gathered from all processes where they are sharded."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not is_sharded(model)):  # FSDP1
+        trainer.save_model(str(folder))
+        return
+    state = None
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        state = get_model_state_dict(model, options=whole)
+    if is_main():
+        model.save_pretrained(folder, state_dict=state)
+
+
+def add_cost(done: Fit) -> None:
+    """Measure the peak of one more step where fit could not. It changes the weights: call it when all is saved."""
+    if done.metrics.peak_kind is None:
+        done.metrics.peak_bytes, _ = measure_step(done.trainer)
+        done.metrics.peak_kind = "cuda peak" if done.trainer.args.device.type == "cuda" else "live tensors"

@@ -1,0 +1,97 @@
+"""FLARE MT's rows: an MT encoder's states of the target text, computed once per split."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...source.latent_encoder import LatentEncoder
+from ..tasks import Pair, nllb_code
+from ..utils.errors import UserError, library_errors
+from ..utils.model_names import find_model
+from ..utils.progress import counter
+
+#: Larger states are kept in a file, from which batches are read.
+IN_MEMORY = 1 << 30
+_BATCH = 32
+
+
+def latent_encoder(model: str, target: str, language: str | None, max_length: int, device: Any) -> LatentEncoder:
+    """The MT encoder for a target language.
+
+    Args:
+        model: name or folder of an MT model.
+        target: the language as the experiment names it.
+        language: its tag, where the table's is not wanted.
+        max_length: of a text.
+
+    Raises:
+        UserError: it cannot be loaded, or has no tag for the language.
+    """
+    from transformers import AutoTokenizer
+
+    model = find_model(model, "--mt-model")
+    with library_errors(f"--mt-model {model}: its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tag = language
+    if tag is None and hasattr(tokenizer, "src_lang"):
+        try:
+            tag = nllb_code(target)
+        except UserError as error:  # of the table of languages, which speaks of flare translate's options
+            said = str(error).replace("--source-code or --target-code", "--mt-language")
+            raise UserError(f"--mt-model {model} for {target}: {said}") from error
+    with library_errors(f"--mt-model {model} for {target}", advice="; --mt-language sets the tag"):
+        return LatentEncoder(model, tokenizer, language=tag, max_length=max_length, device=device)
+
+
+def add_states(
+    rows: Sequence[dict[str, Any]], texts: Sequence[str], encoder: LatentEncoder, folder: Path, name: str | None
+) -> list[dict[str, Any]]:
+    """The rows with ``source_states`` (length, latent_dim) of their texts, float32.
+
+    The batches depend on the texts alone, so that a resumed run gets the same states.
+
+    Args:
+        rows, texts: of equal number.
+        encoder: the MT encoder.
+        folder: where states larger than `IN_MEMORY` are kept, in a file without a name: it is this call's alone and is
+            gone with the rows, however the process ends.
+        name: shown beside a bar; None: no bar.
+    """
+    order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
+    found: list[Any] = [None] * len(texts)
+    in_file: list[tuple[int, int, tuple[int, ...]]] = []  # row, where its numbers begin, shape
+    size = written = 0
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(counter(name, len(texts), "row"))
+        store: Any = None
+        for first in range(0, len(order), _BATCH):
+            part = order[first : first + _BATCH]
+            for index, states in zip(part, encoder.rows([texts[i] for i in part])["source_states"], strict=True):
+                size += states.nbytes
+                if size <= IN_MEMORY:
+                    found[index] = np.array(states)
+                    continue
+                if store is None:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    store = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                store.write(np.ascontiguousarray(states).tobytes())
+                in_file.append((index, written, states.shape))
+                written += states.size
+            bar.update(len(part))
+        if store is not None:
+            store.flush()
+            whole = np.memmap(store, np.float32, "c")  # one for all: each mapping would hold a file open
+            for index, begin, shape in in_file:
+                found[index] = whole[begin : begin + int(np.prod(shape))].reshape(shape)
+    return [{**row, "source_states": states} for row, states in zip(rows, found, strict=True)]
+
+
+def target_texts(pairs: Sequence[Pair]) -> list[str]:
+    """The target's own text of each pair; several texts as one."""
+    return [" ".join(pair.target.texts.values()) for pair in pairs]

@@ -1,0 +1,171 @@
+"""The methods of the paper: what each does to the base model, how its batches are made, how it is loaded again."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft import PeftModel
+from peft.utils import load_peft_weights
+
+from ..._compat import FLARE, X_MIXUP
+from ...baselines import InputFusionCollator, input_fusion, max_positions, plain_lora
+from ...training.collator import FlareDataCollator
+from ...tuner.convert import fast_lora
+from ..tasks import JoinedForm
+from ..tasks.written_form import WrittenForm
+from ..utils.errors import UserError, library_errors
+from .records import RunRecord
+from .setup import Setup
+
+#: Methods that read a source text.
+READS_SOURCE = ("input-fusion", "x-mixup", "flare")
+_KINDS = {"x-mixup": X_MIXUP.value}
+_AGAIN = "Train it again (flare train --no-resume keeps this one beside it), or leave it out (--variant, --seeds)"
+_LORA_FIELDS = {one.name for one in fields(peft.LoraConfig)}
+
+
+def build(
+    method: str,
+    setup: Setup,
+    adapter: dict[str, Any],
+    *,
+    fusion: str | None = None,
+    latent_dim: int | None = None,
+    mixup_layer: int | None = None,
+) -> tuple[Any, Any]:
+    """The base with new adapters of a method, and the collator of its batches.
+
+    Args:
+        method: a name of `flare.experiments.runs.run_settings.METHODS`.
+        setup: the base and its form.
+        adapter: FlareConfig's fields.
+        fusion: of flare and flare-mt.
+        latent_dim: of flare-mt.
+        mixup_layer: of x-mixup; None: its default.
+
+    Raises:
+        UserError: the method cannot be had on this model, with the reason.
+    """
+    model = setup.load_model()
+    collate = collator(method, setup, model)
+    try:
+        if method == "lora":
+            return plain_lora(model, **adapter), collate
+        if method == "input-fusion":
+            return input_fusion(model, max_length=setup.max_length, **adapter), collate
+        if method == "x-mixup":
+            from ...baselines import x_mixup
+
+            lora = {name: value for name, value in adapter.items() if name in _LORA_FIELDS}
+            return x_mixup(model, layer=mixup_layer, **lora), collate
+        if method == "flare-mt":
+            return fast_lora(model, fusion=fusion, latent_dim=latent_dim, **adapter), collate
+        return fast_lora(model, fusion=fusion, **adapter), collate
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--method {method}: {error}") from error
+
+
+def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _AGAIN) -> tuple[Any, Any]:
+    """Return the base with the trained adapters of a folder, and the collator of its batches.
+
+    Args:
+        record: of the run that trained them.
+        setup: the base and its form.
+        folder: what ``save_pretrained`` wrote.
+        advice: what to do about an adapter that cannot be used, for the message.
+
+    Raises:
+        UserError: the adapter is damaged, incomplete, or another one than the record's.
+    """
+    model = setup.load_model()
+    collate = collator(record.method, setup, model)
+    with library_errors(f"{folder}: the adapter cannot be used", advice=f". {advice}"):
+        _check_config(record, peft.PeftConfig.from_pretrained(str(folder)))
+        saved = load_peft_weights(str(folder), device="cpu")
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        _check_weights(record, adapted, set(saved))
+    return adapted, collate
+
+
+def _check_config(record: RunRecord, config: Any) -> None:
+    """Raise ValueError where a saved adapter is not the one that its run describes."""
+    kind, wanted = str(getattr(config.peft_type, "value", config.peft_type)), _KINDS.get(record.method, FLARE.value)
+    if kind != wanted:
+        raise ValueError(f"its peft_type is {kind}, and a run of {record.method} saves {wanted}")
+    for name in ("fusion", "r"):
+        there, trained = getattr(config, name, None), getattr(record, name)
+        if there != trained:
+            raise ValueError(f"its adapter_config.json says {name}={there!r}, and run.json {name}={trained!r}")
+
+
+def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
+    """Raise ValueError where an adapter's file lacks weights, which PEFT would leave random, or nothing fuses."""
+    missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - saved)
+    if missing:
+        raise ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}")
+    if record.fusion is not None and not adapted.base_model.fast_lora_report().fused:
+        raise ValueError(f"none of its modules fuses on {record.base}, and the run was trained with {record.fusion}")
+
+
+def for_method(method: str, setup: Setup) -> Setup:
+    """Return the setup as a method reads the task: input-level fusion of models that write has one joint prompt.
+
+    Raises:
+        UserError: the method cannot read the task.
+    """
+    if method in ("x-mixup", "flare-mt") and setup.form.auto_class == "AutoModelForMultipleChoice":
+        raise UserError(
+            f"--method {method}: it reads one text a row, and a multiple choice head one for each choice; use lora, "
+            "flare or input-fusion, or a model that writes its answer"
+        )
+    if method != "input-fusion" or not isinstance(setup.form, WrittenForm):
+        return setup
+    return replace(setup, form=JoinedForm(setup.form))
+
+
+def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
+    """Makes batches of a method's rows.
+
+    Raises:
+        UserError: a text, or with input-level fusion two, may be longer than the model has positions for.
+    """
+    limit = max_positions(model) if setup.form.layout == "encoder" else None
+    if limit is not None and setup.max_length > limit:
+        raise UserError(
+            f"--max-length {setup.max_length}: the model {setup.model} reads texts of up to {limit} tokens; "
+            f"use {limit} or less"
+        )
+    if method != "input-fusion":
+        return FlareDataCollator(setup.tokenizer, require_source=False, **setup.batches)
+    if isinstance(setup.form, JoinedForm):  # its rows are one text already
+        batches = {**setup.batches, "max_length": 2 * setup.max_length}
+        return FlareDataCollator(setup.tokenizer, require_source=False, **batches)
+    try:
+        return InputFusionCollator.for_model(model, setup.tokenizer, require_source=False, **setup.batches)
+    except ValueError as error:
+        raise UserError(f"--method input-fusion: {error}") from error
+
+
+def variant_name(
+    method: str,
+    fusion: str | None,
+    r: int | None,
+    *,
+    source_text: str | None,
+    target_text: str | None,
+    train_only: bool = False,
+) -> str:
+    """The folder of a run: the method, and what departs from the defaults (r is None for the default rank)."""
+    name = method
+    if fusion not in (None, "add_relu"):
+        name += "-" + str(fusion).replace("_", "-")
+    if r is not None:
+        name += f"-r{r}"
+    if source_text == "mt":
+        name += "-mt-source"
+    if target_text == "mt":
+        name += "-mt-target"
+    return name + ("-train-only" if train_only else "")

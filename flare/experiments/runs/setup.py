@@ -1,0 +1,211 @@
+"""What every command needs before a model is loaded: the task, the paper's recipe, tokenizer, form and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...recipes import Recipe
+from ...training.row_checks import broken_by, vocabulary_of, wrong_tokenizer
+from ..tasks import TASKS, Pair, Task, get_task, has_split, load_pairs, make_form, read_split
+from ..tasks.parallel import ParallelColumns, check_targets
+from ..tasks.reading import all_targets
+from ..utils.errors import UserError, library_errors
+from ..utils.model_names import find_model
+from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
+from .run_settings import Settings
+
+Say = Callable[[str], None]
+
+
+class Notes:
+    """Says every note once, and keeps them for run.json."""
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+        self._said: set[str] = set()
+
+    def __call__(self, notes: Sequence[str], where: str = "") -> list[str]:
+        """Say what was not said before; returns the notes with `where` in front."""
+        full = [f"{where}: {note}" if where else note for note in notes]
+        for note in full:
+            if note not in self._said:
+                self._said.add(note)
+                self.say(note)
+        return full
+
+
+@dataclass
+class Data:
+    """The rows of a task; the pairs of one target language are kept until another one is asked for.
+
+    folder: as load_pairs takes it; None: the task's data set on the hub.
+    """
+
+    task: Task
+    folder: str | ParallelColumns | None
+    source: str
+    translations: Path | None = None
+    rows: int | None = None
+    _kept: dict[tuple[Any, ...], tuple[list[Pair], list[str]]] = field(default_factory=dict)
+
+    def pairs(
+        self, target: str, split: str, *, target_text: str = "gold", source_text: str | None = None
+    ) -> tuple[list[Pair], list[str]]:
+        """Pairs of a split and the notes about them.
+
+        Raises:
+            UserError: the split is missing, empty, damaged, or does not align.
+        """
+        key = (target, split, target_text, source_text)
+        if key not in self._kept:
+            if any(other[0] != target for other in self._kept):
+                self._kept.clear()
+            self._kept[key] = load_pairs(
+                self.task,
+                self.folder,
+                self.source,
+                target,
+                split,
+                translations=self.translations,
+                target_text=target_text,
+                source_text=source_text,
+                limit=self.rows,
+            )
+        return self._kept[key]
+
+    def has(self, language: str, split: str) -> bool:
+        """Whether a language has a split."""
+        return has_split(self.task, self.folder, language, split)
+
+    def check_languages(self, targets: Sequence[str]) -> None:
+        """Raise UserError where a target lacks its training or test rows, before anything is trained."""
+        if isinstance(self.folder, ParallelColumns):
+            check_targets(self.folder, targets)
+        for target in targets:
+            for split in ("train", "test"):
+                if not self.has(target, split):
+                    read_split(self.task, self.folder, target, split)  # says what is there
+
+    def sizes(self, **splits: Sequence[Any] | None) -> dict[str, int]:
+        return {name: len(rows) for name, rows in splits.items() if rows is not None}
+
+
+@dataclass
+class Setup:
+    """A model's kind, the recipe for it, its tokenizer, and the form in which it reads the task."""
+
+    model: str
+    family: str
+    recipe: Recipe
+    tokenizer: Any
+    form: Any
+    max_length: int
+    notes: list[str]
+    misfit: str | None = None  # what says that the tokenizer is another model's
+    drawn: list[str] = field(default_factory=list)  # modules below the head that the checkpoint has no weights for
+
+    @property
+    def batches(self) -> dict[str, Any]:
+        """FlareDataCollator's options."""
+        return {"layout": self.form.layout, "padding": self.recipe.batches["padding"], "max_length": self.max_length}
+
+    def load_model(self, quantized: bool = True) -> Any:
+        """The base model, ready for adapters; ``quantized=False`` leaves it in 16 or 32 bits.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
+        lacking: list[str] = []
+        with library_errors(f"model {self.model} cannot be loaded as {self.form.auto_class}"):
+            model = recipe.base_model(self.model, self.tokenizer, lacking)
+        size, highest = vocabulary_of(model), max(self.tokenizer.get_vocab().values(), default=0)
+        if size is not None and highest >= size:
+            raise UserError(
+                f"model {self.model}: its tokenizer has ids up to {highest} and the model {size} embeddings, so it is "
+                "another model's; put the model's own tokenizer into the folder"
+            )
+        if broken := broken_by(self.tokenizer, model):
+            raise UserError(
+                f"model {self.model}: {broken}. Put the model's own tokenizer into the folder, or correct the ids "
+                "in its config.json and generation_config.json"
+            )
+        self.misfit = wrong_tokenizer(self.tokenizer, model)
+        # the head, beside the backbone, is trained
+        body = {name.rpartition(".")[0] for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
+        self.drawn = sorted(body)
+        return model
+
+    @property
+    def drawn_notes(self) -> list[str]:
+        """What to know of the last :meth:`load_model`: modules without weights, a tokenizer that does not fit."""
+        misfit = [f"{self.model}: {self.misfit}"] if self.misfit else []
+        if not self.drawn:
+            return misfit
+        return [*misfit, f"{self.model} has no weights for {', '.join(self.drawn)}: drawn by the seed, and not trained"]
+
+
+def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] | None = None) -> Task:
+    """The task that the settings name; `labels` where they are known from a run."""
+    named = settings.task or name
+    if named is None:
+        raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
+    return get_task(
+        named,
+        text_columns=settings.text_columns,
+        choice_columns=settings.choice_columns,
+        label_column=settings.label_column,
+        id_columns=settings.id_column,
+        labels=settings.labels or labels,
+        metric=settings.metric,
+        prompt=settings.prompt,
+        verbalizer={label: str(text) for label, text in settings.verbalizer.items()} or None,
+        max_length=settings.max_length,
+    )
+
+
+def place_of(settings: Settings, data: str | None, source: str) -> str | ParallelColumns | None:
+    """Return where the rows are, as load_pairs takes it.
+
+    Args:
+        data: the settings' own, or a run's.
+        source: the source language.
+    """
+    if data is None or not (settings.source_column or settings.target_column):
+        return data
+    return ParallelColumns(Path(data).expanduser(), source, settings.source_column, settings.target_column)
+
+
+def with_targets(settings: Any, data: Data, notes: Notes) -> Any:
+    """Return the settings with every language in place of ``--target all``."""
+    if settings.target != ("all",):
+        return settings
+    found, news = all_targets(data.task, data.folder, data.source)
+    notes(news)
+    return replace(settings, target=tuple(found))
+
+
+def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | None = None) -> Setup:
+    """Recipe, tokenizer and form for a model.
+
+    Args:
+        given: TrainingArguments' fields that the user gave.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be used.
+    """
+    model = find_model(model, "model")
+    kind = kind_of(model, settings.form)
+    recipe, notes = for_this_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
+    padding = settings.padding or ("longest" if kind.family == "causal" else recipe.batches["padding"])
+    recipe = replace(recipe, batches={**recipe.batches, "padding": padding})
+    with library_errors(f"model {model}: its tokenizer cannot be loaded"):
+        tokenizer = recipe.tokenizer_of(model)
+    form = make_form(task, tokenizer, kind.family, task.max_length)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        notes.append(f"texts are padded with the end token {tokenizer.eos_token!r}: the tokenizer has no pad token")
+    recipe = with_auto_class(recipe, form.auto_class, form.model_options)
+    return Setup(model, kind.family, recipe, tokenizer, form, task.max_length, notes)

@@ -1,0 +1,165 @@
+"""All of `flare translate`: check everything that can be checked, then translate split by split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from ..tasks import Example, get_task, language, nllb_code, read_split
+from ..tasks.reading import all_targets
+from ..utils.environment import use_threads
+from ..utils.processes import is_main, only_main
+from .job import Job, Outcome, summary, translate_split
+from .model import TranslationError, TranslationModel, check_tag, writes_tags
+from .translate_settings import TranslateSettings
+from .translator import Translator
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction of translation: languages, their tags (None for a model without), and the splits."""
+
+    source: str
+    target: str
+    source_tag: str | None
+    target_tag: str | None
+    splits: tuple[str, ...]
+
+
+def run_translate(settings: TranslateSettings, say: Callable[[str], None] = print) -> list[tuple[Job, Outcome]]:
+    """Translate what the settings ask for. Languages, tags and data are checked before the weights are loaded.
+
+    Args:
+        say: is told one line for every split, and what a user should know.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    if settings.threads is not None:
+        use_threads(settings.threads)
+    say, progress = only_main(say), settings.progress and is_main()
+    task = get_task(
+        settings.task,
+        text_columns=settings.text_columns,
+        choice_columns=settings.choice_columns,
+        label_column=settings.label_column,
+        id_columns=settings.id_column,
+        labels=settings.labels,
+    )
+    if task.kind == "token-classification" and any(map(settings.to_target, settings.splits)):
+        raise TranslationError(
+            f"task {task.name}: tags belong to the words of their own language and cannot be translated along; "
+            "translate the target's sentences into the source language (--direction to-source), and use "
+            "flare train --source-text mt"
+        )
+    if tuple(settings.target) == ("all",):
+        targets, news = all_targets(task, settings.data, settings.source)
+        settings = replace(settings, target=targets)
+        for line in news:
+            say(line)
+    model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    directions = _directions(settings, model, say)
+
+    @cache
+    def rows(name: str, split: str) -> tuple[Example, ...]:
+        return tuple(read_split(task, settings.data, name, split))[: settings.limit]
+
+    jobs = [
+        (
+            direction,
+            Job(
+                task=task,
+                source_language=direction.source,
+                target_language=direction.target,
+                split=split,
+                rows=rows(direction.source, split),
+                output=Path(settings.output).expanduser(),
+                lost_marks=settings.policy(split),
+                data=settings.data or task.hub_id,
+            ),
+        )
+        for direction in directions
+        for split in direction.splits
+    ]
+    translators = {direction: _translator(settings, model, direction, say) for direction in directions}
+    done = []
+    for direction, job in jobs:
+        outcome = translate_split(job, translators[direction], progress=progress, say=say)
+        say(summary(job, outcome))
+        done.append((job, outcome))
+    return done
+
+
+def translator_to_source(settings: TranslateSettings, say: Callable[[str], None] = print) -> Translator:
+    """Return a translator from the first target language into the source language; nothing is read or written.
+
+    Raises:
+        TranslationError: the model, a tag or a limit cannot be used.
+    """
+    model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
+    return _translator(settings, model, _directions(settings, model, say)[0], say)
+
+
+def _directions(
+    settings: TranslateSettings, model: TranslationModel, say: Callable[[str], None]
+) -> Sequence[Direction]:
+    """Both directions of every target, as far as splits are translated in them."""
+    forth = tuple(split for split in settings.splits if settings.to_target(split))
+    back = tuple(split for split in settings.splits if not settings.to_target(split))
+    tagged = writes_tags(model.tokenizer)
+    if not tagged and "{target}" not in settings.prefix and (len(settings.target) > 1 or (forth and back)):
+        raise TranslationError(
+            f"--model {settings.model} writes no language tag, so it translates into one language only. Give one "
+            "--target and one direction (--direction to-target --splits train valid, and --direction to-source "
+            "--splits test with a model for that), or a --prefix with {target} in it if the model is told by words"
+        )
+    source = _tag(settings.source, settings.source_code, "--source", tagged, model, say)
+    codes: Sequence[str | None] = settings.target_code or [None] * len(settings.target)
+    targets = [
+        _tag(name, code, "--target", tagged, model, say) for name, code in zip(settings.target, codes, strict=True)
+    ]
+    found = []
+    for name, tag in zip(settings.target, targets, strict=True):
+        if forth:
+            found.append(Direction(settings.source, name, source, tag, forth))
+        if back:
+            found.append(Direction(name, settings.source, tag, source, back))
+    return found
+
+
+def _tag(
+    name: str, given: str | None, side: str, tagged: bool, model: TranslationModel, say: Callable[[str], None]
+) -> str | None:
+    """The tag of a language, checked against the tokenizer; where it writes none, what was given for the prefix."""
+    if not tagged:
+        return given
+    if given is not None:
+        check_tag(model.tokenizer, given, f"{side}-code")
+        return given
+    tag = nllb_code(name)
+    check_tag(model.tokenizer, tag, f"{side} {name}: {side}-code")
+    if note := language(name).note:
+        say(f"{name}: {note}")
+    return tag
+
+
+def _translator(
+    settings: TranslateSettings, model: TranslationModel, direction: Direction, say: Callable[[str], None]
+) -> Translator:
+    tagged = writes_tags(model.tokenizer)
+    prefix = settings.prefix.replace("{source}", direction.source_tag or direction.source)
+    prefix = prefix.replace("{target}", direction.target_tag or direction.target)
+    return Translator(
+        model,
+        direction.source_tag if tagged else None,
+        direction.target_tag if tagged else None,
+        prefix=prefix,
+        max_length=settings.max_length,
+        max_new_tokens=settings.max_new_tokens,
+        batch_tokens=settings.batch_tokens,
+        batch_size=settings.batch_size,
+        num_beams=settings.beams,
+        say=say,
+    )

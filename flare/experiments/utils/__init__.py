@@ -1,0 +1,1 @@
+"""Helpers of the experiment: files, names, errors, processes, progress."""

@@ -1,0 +1,97 @@
+"""What a result depends on beside its settings: versions, commit, device, time."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flare_kernels import __version__
+
+from .errors import UserError
+
+_MOST_THREADS = 1024
+
+# Everything that takes part in a result: kernels, models, optimizers, tokenizers, data.
+_PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes", "safetensors", "numpy"),
+    *("datasets", "sentencepiece", "protobuf"),
+)
+
+
+def environment(use_cpu: bool = False) -> dict[str, Any]:
+    """Versions, commit and device of this process, for the files that results are kept in.
+
+    Args:
+        use_cpu: the work leaves a GPU that is there alone.
+    """
+    versions = {"python": platform.python_version(), "flare-kernels": __version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    versions["cuda"] = torch.version.cuda or "none"
+    return {
+        "versions": versions,
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not use_cpu else "cpu",
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def use_threads(number: int) -> None:
+    """Compute with so many CPU threads.
+
+    Raises:
+        UserError: fewer than one, or more than any machine has, with which torch crashes.
+    """
+    if not 1 <= number <= _MOST_THREADS:
+        raise UserError(f"--threads must be from 1 to {_MOST_THREADS}; got {number}")
+    torch.set_num_threads(number)
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from ("-dirty" where files differ), None where there is none.
+
+    The environment variable FLARE_COMMIT goes first: it names the commit of files that were copied without git.
+    """
+    if named := os.environ.get("FLARE_COMMIT"):
+        return named
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

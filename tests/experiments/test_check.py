@@ -1,0 +1,124 @@
+"""flare check: its numbers are those of the training that follows, and it writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from experiment_data import write_bert, write_data
+from small_tasks import write_csv
+
+from flare.cli import main
+from flare.experiments.runs.records import read_metrics
+from flare.experiments.tasks.tables import read_table
+
+SIZES = {"train": (0, 20), "valid": (20, 30), "test": (30, 42)}
+COMMON = ("--task", "classification", "--max-length", "24", "--batch-size", "8", "--epochs", "2", "--no-progress")
+
+
+def flare(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """data/, bert/ and runs/base of one fine-tuning."""
+    root = tmp_path_factory.mktemp("check")
+    write_data(root / "data", rows=SIZES)
+    write_bert(root / "bert")
+    words = ("--model", root / "bert", "--data", root / "data", "--output", root / "runs", "--r", 4)
+    assert flare("finetune", *COMMON, *words) == 0
+    return root
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_numbers_are_those_of_the_run(place, tmp_path, capsys):
+    words = (*COMMON, "--data", place / "data", "--output", place / "runs", "--target", "vemari", "--r", 4)
+    words = (*words, "--method", "lora", "flare")
+    before = files(place)
+    assert flare("check", *words, "--steps", 1, "--json", tmp_path / "check.json") == 0
+    assert files(place) == before, "nothing is written"
+    found, shown = json.loads((tmp_path / "check.json").read_text()), capsys.readouterr().out
+    base = read_metrics(place / "runs" / "base" / "seed-0")
+    assert found["score"]["scores"] == pytest.approx(base.valid) and found["score"]["rows"] == 10
+    data = found["data"][0]
+    assert data["pairs"] == {"train": 20, "valid": 10, "test": 12} and data["left_out"] == []
+    first = read_table(place / "data" / "vemari" / "train.csv").rows[0]
+    assert data["examples"][0]["id"] == first["id"] and data["examples"][0]["target"]["text"] == first["text"]
+    assert f"    vemari: {first['text']}" in shown
+    labels = [row["label"] for row in read_table(place / "data" / "vemari" / "test.csv").rows]
+    assert data["labels"]["test"] == {name: labels.count(name) for name in data["labels"]["train"]}
+    # the run that follows
+    assert flare("train", *words) == 0
+    for cost in found["costs"]:
+        run = read_metrics(place / "runs" / "vemari" / cost["method"] / "seed-0")
+        assert cost["steps"] == run.steps and cost["error"] is None
+        assert cost["peak_bytes"] == pytest.approx(run.peak_bytes, rel=0.02), "of one step, by the same count"
+        assert cost["step_seconds"] > 0 and cost["other_seconds"] > 0
+        assert cost["train_seconds"] == pytest.approx(cost["steps"] * cost["step_seconds"])
+    assert [cost["method"] for cost in found["costs"]] == ["lora-r4", "flare-r4"] and found["runs"] == 1
+    capsys.readouterr()
+    assert flare("check", *words, "--json", tmp_path / "check.json") == 2
+    assert "check.json is there already; name another file" in capsys.readouterr().err
+
+
+def test_lengths_and_vocabulary(place, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    words = ("--data", place / "data", "--output", tmp_path, "--model", place / "bert", "--target", "vemari")
+    words = (*words, "--steps", 0, "--max-length", 10, "--json", tmp_path / "c.json")
+    assert flare("check", *COMMON[:2], "--no-progress", *words) == 0
+    found, shown = json.loads((tmp_path / "c.json").read_text()), capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(place / "bert")
+    for row in found["data"][0]["lengths"]:
+        texts = [one["text"] for one in read_table(place / "data" / row["language"] / f"{row['split']}.csv").rows]
+        sizes = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        assert (row["texts"], row["longest"], row["cut"]) == (len(texts), max(sizes), sum(n > 10 for n in sizes))
+        assert row["mean"] == pytest.approx(sum(sizes) / len(sizes)) and row["limit"] == 10
+    for row in found["data"][0]["vocabulary"]:
+        folder = place / "data" / row["language"]
+        texts = [one["text"] for split in SIZES for one in read_table(folder / f"{split}.csv").rows]
+        tokens = [token for text in texts for token in tokenizer.tokenize(text)]
+        assert row["words"] == sum(len(text.split()) for text in texts) and row["tokens"] == len(tokens)
+        assert row["unknown"] == tokens.count(tokenizer.unk_token)
+    assert "is not fine-tuned, so its head is random" in shown and found["costs"] == [] and found["score"] is None
+    assert "% of the texts are cut to 10 tokens" in shown
+
+
+def test_warnings(place, tmp_path, capsys):
+    """Rows that pair with nothing, texts of the wrong language, tests seen in training, rare labels, unknown words."""
+    for language in ("english", "vemari"):
+        for split, (start, end) in {"train": (0, 14), "test": (9, 21)}.items():
+            rows = [(i, f"the same {i}", "bad" if i == 20 else "good") for i in range(start, end)]
+            rows += [(f"{language}-{split}", "алло", "good")]
+            write_csv(tmp_path / "data" / language / f"{split}.csv", rows, ("id", "text", "label"))
+    words = ("--data", tmp_path / "data", "--output", tmp_path, "--model", place / "bert", "--target", "vemari")
+    words = (*words, "--labels", "good", "bad", "--steps", 0, "--no-progress", "--padding", "max_length")
+    assert flare("check", "--task", "classification", *words) == 0
+    shown = capsys.readouterr().out.partition("Warnings")[2]
+    for line in (
+        "train: 1 rows of vemari dropped, no row of english has their id (id vemari-train)",
+        "vemari train: 14 of 14 rows have the same text in english; is a column or a folder the wrong one?",
+        "vemari: 5 test texts are training texts too",
+        "no training row has the label 'bad', and 1 test rows have it",
+        "100 % of the training rows are 'good'",
+        "of the tokens are unknown to the tokenizer",
+        "every batch is padded to 128 tokens and the longest text has",
+    ):
+        assert line in shown, shown
+
+
+def test_what_cannot_be_checked_is_said(place, tmp_path, capsys):
+    words = ("--data", place / "data", "--output", tmp_path, "--target", "vemari", *COMMON)
+    assert flare("check", *words) == 2
+    assert "To check before that, name the model to begin with: --model" in capsys.readouterr().err
+    more = ("--model", place / "bert", "--steps", 1, "--show", 0, "--method", "flare-mt", "--mt-model", tmp_path / "no")
+    assert flare("check", *words, *more) == 0
+    shown = capsys.readouterr().out
+    assert "flare-mt cannot be trained here: --mt-model" in shown and "1 could not be measured" in shown
+    assert flare("check", *words, "--model", place / "bert", "--base", "b") == 2
+    assert "--model and --base both name the model" in capsys.readouterr().err

@@ -1,0 +1,299 @@
+"""flare finetune, train and evaluate on tiny data: what they write, how they resume, and their errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from experiment_data import write_bert, write_data
+from predicting import predicts_as_evaluated
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from flare.cli import main
+from flare.experiments.runs.fitting import GroupSampler
+from flare.experiments.runs.records import find_runs, read_metrics, read_record, read_run, write_record
+
+TASK = ("--task", "classification")
+QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progress")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """data/, bert/ and runs/base of one fine-tuning."""
+    root = tmp_path_factory.mktemp("experiment")
+    write_data(root / "data")
+    write_bert(root / "bert")
+    words = ("--model", root / "bert", "--data", root / "data", "--output", root / "runs", "--r", 4, "--epochs", 2)
+    assert flare("finetune", *TASK, *words, *QUICK) == 0
+    return root
+
+
+@pytest.fixture
+def runs(place, tmp_path) -> Path:
+    """A folder of runs with the fine-tuned base alone."""
+    shutil.copytree(place / "runs", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def flare(*words: object) -> int:
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as exit:  # argparse
+        return int(exit.code or 0)
+
+
+def train_words(place: Path, runs: Path, *more: object) -> list[str]:
+    words = ("train", *TASK, "--data", place / "data", "--output", runs, "--target", "vemari", *QUICK)
+    return [str(word) for word in (*words, "--epochs", 2, *more)]
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_finetune_saves_an_ordinary_model(place):
+    folder = place / "runs" / "base" / "seed-0"
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    record, metrics = read_record(folder), read_metrics(folder)
+    assert record.done and record.kind == "finetune" and record.r == 4 and record.data["train"] == 48
+    assert tuple(record.settings["labels"]) == tuple(model.config.id2label.values())
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    before = AutoModelForSequenceClassification.from_pretrained(place / "bert", num_labels=3).state_dict()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert {name.split(".")[-2] for name in changed if name.startswith("bert.encoder")} == {"query", "value"}
+    assert set(metrics.valid) == {"accuracy", "macro_f1"} and set(metrics.test["source-language"]) == set(metrics.valid)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_the_grid_its_files_and_numbers(place, runs, capsys):
+    words = train_words(
+        place, runs, "--method", "lora", "input-fusion", "flare", "--r", 4, "--fusion", "add_relu", "mul"
+    )
+    assert flare(*words) == 0
+    found = {run.record.variant: run for run in find_runs(runs) if run.record.kind == "train"}
+    assert set(found) == {"lora-r4", "input-fusion-r4", "flare-r4", "flare-mul-r4"}
+    for run in found.values():
+        metrics, record = run.metrics, run.record
+        assert record.done and record.trainable_parameters and record.base == "base/seed-0"
+        assert metrics.steps == 12 and metrics.best_checkpoint in (6, 12)
+        assert metrics.seconds_per_step and metrics.train_seconds and metrics.peak_bytes
+        lines = [json.loads(line) for line in (run.folder / "predictions-test.jsonl").read_text().splitlines()]
+        right = sum(line["truth"] == line["prediction"] for line in lines)
+        assert len(lines) == 20 and metrics.test["translate-train"]["accuracy"] == pytest.approx(5 * right)
+        assert (run.folder / "log.jsonl").read_text().count("eval_accuracy") == 2
+        assert (metrics.bottleneck is not None) == record.variant.startswith("flare")
+    flare_run = found["flare-r4"]
+    sizes = flare_run.metrics.bottleneck
+    assert len(sizes["layers"]) == len(sizes["S"]) == len(sizes["T"]) == 4 and min(sizes["S"] + sizes["T"]) > 0
+    assert found["lora-r4"].record.source_text is None and flare_run.record.source_text == "gold"
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert flare(*words) == 0
+    assert capsys.readouterr().out.count("done before") == 4
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+
+
+def test_evaluate_settings_and_the_other_source_text(place, runs, tmp_path, capsys):
+    assert flare(*train_words(place, runs, "--r", 4)) == 0
+    translations = tmp_path / "mt"
+    shutil.copytree(place / "data" / "english", translations / "vemari-english")
+    shuffled = translations / "vemari-english" / "test.csv"
+    shuffled.write_text("\n".join(line.replace("not", "") for line in shuffled.read_text().splitlines()))
+    words = ("evaluate", "--output", runs, "--translations", translations, "--no-progress")
+    assert flare(*words, "--source-text", "gold", "mt") == 0
+    there = {run.record.variant: run for run in find_runs(runs)}
+    base = there["base"].metrics.test["source-language"]
+    # the test texts of both languages are the same rows: translate-test is the base's own score
+    assert there["translate-test"].metrics.test == {"translate-test": base}
+    assert there["translate-test-mt-source"].record.source_text == "mt"
+    assert set(there["zero-shot"].metrics.test) == {"zero-shot"}
+    adapter = there["flare-r4"]
+    assert set(adapter.metrics.test) == {"translate-train", "translate-train/mt"}
+    assert (adapter.folder / "predictions-test-mt.jsonl").is_file()
+    # an adapter loaded again predicts what it did at the end of its training
+    first = (adapter.folder / "predictions-test.jsonl").read_bytes()
+    assert flare(*words, "--setting", "translate-train", "--no-resume") == 0
+    assert (adapter.folder / "predictions-test.jsonl").read_bytes() == first
+    assert read_metrics(adapter.folder).test == adapter.metrics.test
+
+
+def test_machine_translated_training_text(place, runs, tmp_path):
+    """The gold source is what was translated; at test time the source is the translation of the target."""
+    translations = tmp_path / "mt"
+    shutil.copytree(place / "data" / "vemari", translations / "english-vemari")
+    shutil.copytree(place / "data" / "english", translations / "vemari-english")
+    (translations / "vemari-english" / "train.csv").unlink()
+    (translations / "english-vemari" / "provenance.json").write_text('{"model": "some"}')
+    words = train_words(place, runs, "--r", 4, "--translations", translations, "--source-text", "mt")
+    assert flare(*words, "--target-text", "mt") == 0
+    folder = runs / "vemari" / "flare-r4-mt-source-mt-target" / "seed-0"
+    record = read_record(folder)
+    assert record.data["translation"] == {"english-vemari": {"model": "some"}}
+    assert flare(*words) == 2  # gold target text needs a translated training source, which is not there
+    # the folder of translations is the run's own, whatever it was called and wherever one stands
+    again = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
+    assert flare(*again) == 0
+    (tmp_path / "other").symlink_to(translations)
+    words[words.index(str(translations))] = str(tmp_path / "other")
+    assert flare(*words, "--target-text", "mt") == 0
+
+
+def test_train_only_fusion_and_flare_mt(place, runs):
+    assert flare(*train_words(place, runs, "--r", 4, "--train-only-fusion")) == 0
+    record = read_record(runs / "vemari" / "flare-r4-train-only" / "seed-0")
+    assert "vemari: 24 of 48 training rows have a source" in record.data["notes"]
+    assert read_metrics(runs / "vemari" / "flare-r4-train-only" / "seed-0").bottleneck is None
+    assert flare(*train_words(place, runs, "--r", 4, "--method", "flare-mt", "--mt-model", place / "bert")) == 0
+    folder = runs / "vemari" / "flare-mt-r4" / "seed-0"
+    assert any("latent_proj" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
+    before = (folder / "predictions-test.jsonl").read_bytes()
+    words = ("evaluate", "--output", runs, "--variant", "flare-mt-r4", "--setting", "translate-train", "--no-resume")
+    assert flare(*words, "--no-progress") == 0
+    assert (folder / "predictions-test.jsonl").read_bytes() == before
+    for name in ("flare-r4-train-only", "flare-mt-r4"):  # neither reads the source texts
+        predicts_as_evaluated(read_run(runs / "vemari" / name / "seed-0"), place / "data", runs)
+
+
+def test_batches_of_one_group():
+    groups = [True] * 8 + [False] * 9
+    sampler = GroupSampler(groups, 4, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(17)) and list(sampler) == first
+    for start in range(0, 17, 4):
+        assert len({groups[row] for row in first[start : start + 4]}) == 1
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_peak_on_a_gpu_is_of_training_steps_alone(monkeypatch):
+    from flare.experiments.runs.callbacks import PeakMemory
+
+    allocated = [0]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.__setitem__(0, 5))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated[0])
+    peak = PeakMemory(torch.device("cuda"))
+    for in_step, in_evaluation in ((30, 900), (40, 900), (20, 900)):
+        peak.on_step_begin(None, None, None)
+        allocated[0] = max(allocated[0], in_step)
+        peak.on_step_end(None, None, None)
+        allocated[0] = max(allocated[0], in_evaluation)
+    assert peak.bytes == 40
+
+
+def test_killed_and_started_again_it_ends_as_if_uninterrupted(place, tmp_path):
+    """SIGKILL in the middle of training, twice; weights, scores and predictions are the uninterrupted run's."""
+    for name in ("whole", "killed"):
+        shutil.copytree(place / "runs", tmp_path / name)
+    more = ("--r", 4, "--dropout", 0.1, "--epochs", 6, "--save-steps", 4, "--fusion", "add")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "flare", *train_words(place, tmp_path / name, *more, "--threads", 1)]
+
+    def start(name: str) -> subprocess.Popen:
+        return subprocess.Popen(command(name), env=environment, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
+
+    folder = tmp_path / "killed" / "vemari" / "flare-add-r4" / "seed-0"
+    for step in (4, 16):
+        process = start("killed")
+        deadline = time.monotonic() + 300
+        while not (folder / "checkpoints" / f"checkpoint-{step}").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not read_record(folder).done
+    for name in ("killed", "whole"):
+        process = start(name)
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+        process.stderr.close()
+    other = tmp_path / "whole" / "vemari" / "flare-add-r4" / "seed-0"
+    one, two = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, other))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    a, b = read_metrics(folder), read_metrics(other)
+    assert (a.valid, a.test, a.steps, a.best_checkpoint) == (b.valid, b.test, b.steps, b.best_checkpoint)
+    assert a.bottleneck == b.bottleneck
+    assert (folder / "predictions-test.jsonl").read_bytes() == (other / "predictions-test.jsonl").read_bytes()
+    seen = [[json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] for path in (folder, other)]
+    assert [line["step"] for line in seen[0]] == [line["step"] for line in seen[1]]
+
+
+def test_a_torn_checkpoint_is_left_out(place, runs, capsys):
+    """What a kill leaves while a checkpoint is written is removed, and the one before it is used."""
+    words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints")
+    assert flare(*words) == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    (folder / "checkpoints" / "checkpoint-12" / "trainer_state.json").write_text('{"epo')
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    capsys.readouterr()
+    assert flare(*words) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-12 was cut off" in said and "goes on from step 6" in said
+    assert adapter.read_bytes() == before
+
+
+def test_a_resumed_run_logs_the_loss_of_all_steps(place, runs):
+    """Also where the checkpoint lies between two lines of the log."""
+    words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints", "--save_steps", 4)
+    assert flare(*words) == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    log = folder / "log.jsonl"
+    whole = json.loads(log.read_text().splitlines()[-1])
+    for step in (12, 8):
+        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step}", ignore_errors=True)
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    assert flare(*words) == 0
+    resumed = json.loads(log.read_text().splitlines()[-1])
+    assert resumed["step"] == whole["step"] == 12
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+
+
+def test_a_run_killed_behind_its_last_step_can_be_finished(place, runs):
+    """All steps are done and the scores are not written: nothing is left to train, and the cost is measured all the
+    same."""
+    words = train_words(place, runs, "--r", 4, "--keep-checkpoints")
+    assert flare(*words) == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+    whole, log = read_metrics(folder), (folder / "log.jsonl").read_text().splitlines()
+    (folder / "metrics.json").unlink()
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    assert flare(*words) == 0
+    again = read_metrics(folder)
+    assert (again.test, again.best_checkpoint, again.peak_bytes) == (
+        whole.test,
+        whole.best_checkpoint,
+        whole.peak_bytes,
+    )
+    assert len((folder / "log.jsonl").read_text().splitlines()) == len(log)
+
+
+def test_no_resume_keeps_the_old_run(place, runs):
+    words = train_words(place, runs, "--r", 4, "--method", "lora")
+    assert flare(*words) == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert flare(*words, "--no-resume") == 0
+    kept = runs / "vemari" / "lora-r4" / "earlier-1" / "seed-0"
+    assert (kept / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before  # the same settings and seed
+    assert [run.folder for run in find_runs(runs) if run.record.kind == "train"] == [folder]

@@ -1,0 +1,132 @@
+"""flare train --source-cache: the same scores with it and without, its size beforehand, and when it is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from experiment_data import write_bert, write_data, write_t5
+from safetensors.torch import load_file
+
+from flare.cli import main
+from flare.experiments.runs.activations import read_activations
+from flare.experiments.runs.options import parse_bytes, read_settings
+from flare.experiments.runs.records import read_metrics, read_record
+from flare.experiments.runs.run_settings import TrainSettings
+from flare.experiments.utils.errors import UserError
+from flare.source_cache.memory import _group_bytes
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """data/ and bert/."""
+    root = tmp_path_factory.mktemp("cache")
+    write_data(root / "data", rows={"train": (0, 24), "valid": (24, 32), "test": (32, 44)})
+    write_bert(root / "bert")
+    return root
+
+
+def train(place: Path, name: str, *more: object) -> Path:
+    words = ("train", "--task", "classification", "--data", place / "data", "--output", place / name, "--r", 4)
+    words += ("--target", "vemari", "--base", place / "bert", "--max-length", 24, "--batch-size", 8, "--lr", 1e-2)
+    assert main([str(word) for word in (*words, "--no-progress", *more)]) == 0
+    return place / name / "vemari" / "flare-r4" / "seed-0"
+
+
+def test_the_scores_are_the_same_with_the_cache_and_without(place, capsys):
+    kept, without = train(place, "auto", "--epochs", 3), train(place, "off", "--epochs", 3, "--source-cache", "off")
+    facts, metrics = read_record(kept).data["source_cache"], read_metrics(kept)
+    assert facts["on"] and facts["mode"] == "auto" and facts["rows"] == 32
+    # both epochs after the first, in training and validation, and the validation of the chosen weights
+    assert metrics.source_cache["hits"] == 2 * 32 + 8 and metrics.source_cache["rows"] == 3 * 32 + 8
+    assert read_record(without).data["source_cache"] == {"mode": "off", "on": False}
+    assert read_metrics(without).source_cache is None
+    assert (metrics.test, metrics.valid) == (read_metrics(without).test, read_metrics(without).valid)
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (kept, without))
+    for name in one:
+        np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
+    texts = [(folder / "predictions-test.jsonl").read_text() for folder in (kept, without)]
+    assert texts[0] == texts[1]
+    out = capsys.readouterr().out
+    assert "source cache on: " in out and "rows, in host memory" in out
+
+    # 32 different sources, 2 blocks, 24 positions, width 32, float32
+    assert facts["bytes_needed"] == 32 * 2 * 24 * 32 * 4
+    assert metrics.source_cache["bytes"] == facts["bytes_needed"]
+
+    # |x| = 2 relu(x) - x ties the positions' averages to the layer's mean
+    positions, sizes = read_activations(kept), metrics.bottleneck
+    assert positions.layer == sizes["layers"][0] and positions.layer.endswith("query")
+    for stream in ("S", "T"):
+        averages = getattr(positions, stream)
+        weights = averages.counts / averages.counts.sum()
+        mean = float((weights[:, None] * (2 * averages.after - averages.before)).sum(axis=0).mean())
+        assert mean == pytest.approx(sizes[stream][0], rel=1e-5)
+    first = positions.instances[0]
+    rows = [json.loads(line) for line in texts[0].splitlines()]
+    assert first.id == rows[0]["id"] and first.source_tokens[0] == "[CLS]" and len(first.target_tokens) == len(first.T)
+
+
+def test_an_encoder_decoder_keeps_the_states_of_both_stacks(place, tmp_path):
+    write_t5(tmp_path / "t5")
+    words = ("--base", tmp_path / "t5", "--rows", 8, "--epochs", 2, "--max-length", 40)
+    folders = [train(place, tmp_path / mode, *words, "--source-cache", mode) for mode in ("auto", "off")]
+    facts, found = read_record(folders[0]).data["source_cache"], read_metrics(folders[0])
+    assert facts["on"] and found.source_cache["hits"] == 8  # training's rows alone: answers are generated without it
+    assert found.source_cache["bytes"] == facts["bytes_needed"]
+    assert found.test == read_metrics(folders[1]).test
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
+    for name in one:
+        np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--epochs", 1), "one epoch"),
+        (("--epochs", 2, "--padding", "longest"), "padded to their longest text"),
+        (("--epochs", 2, "--adapter", "source_dropout=true"), "source_dropout=True"),
+        (("--epochs", 2, "--source-cache-budget", "50KB"), "--source-cache-budget is 48.8 KiB"),
+    ],
+)
+def test_auto_leaves_it_out_and_says_why(place, tmp_path, capsys, words, reason):
+    folder = train(place, tmp_path / "runs", "--rows", 8, "--no-test", *words)
+    facts = read_record(folder).data["source_cache"]
+    assert not facts["on"] and reason in facts["reason"]
+    assert "source cache off: " in capsys.readouterr().out
+
+
+def test_on_is_an_error_where_states_change(place, tmp_path, capsys):
+    words = ("train", "--task", "classification", "--data", place / "data", "--output", tmp_path, "--target", "vemari")
+    words += ("--base", place / "bert", "--max-length", 24, "--epochs", 2, "--source-cache", "on", "--no-progress")
+    assert main([str(word) for word in (*words, "--adapter", "source_dropout=true")]) == 2
+    assert "--source-cache on: " in capsys.readouterr().err
+
+
+def test_its_options_as_flags_and_as_yaml(tmp_path):
+    file = tmp_path / "train.yaml"
+    given = {"task": "nusax", "target": "ace"}
+    for text, mode in (("off", "off"), ("on", "on"), ("auto", "auto")):
+        file.write_text(f"source_cache: {text}\n")
+        assert read_settings(TrainSettings, {"config": str(file), **given}).source_cache == mode
+    assert parse_bytes("8GiB", "--x") == 8 << 30 and parse_bytes("1.5 mb", "--x") == 1_500_000
+    assert parse_bytes("1000", "--x") == 1000 and parse_bytes(None, "--x") is None
+    for wrong in ("lots", "8XiB", "0", "-1GiB", "1.2.3MB"):
+        with pytest.raises(UserError, match="--source-cache-budget"):
+            read_settings(TrainSettings, {"source_cache_budget": wrong, **given}).check()
+    with pytest.raises(UserError, match="--source-cache off"):
+        read_settings(TrainSettings, {"source_cache_budget": "1GB", "source_cache": "off", **given}).check()
+
+
+def test_free_memory_is_within_the_limits_of_the_control_groups(tmp_path):
+    job = tmp_path / "cgroup" / "slurm" / "job"
+    job.mkdir(parents=True)
+    for folder, limit, used, pages in ((job, "max", 0, 0), (job.parent, 1000, 700, 200)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {pages}\n")
+    (tmp_path / "own").write_text("0::/slurm/job\n")
+    assert _group_bytes(tmp_path / "cgroup", tmp_path / "own") == [500]
+    assert _group_bytes(tmp_path / "cgroup", tmp_path / "nothing") == []

@@ -1,0 +1,341 @@
+"""What a user can do wrong with finetune, train and evaluate: a clear sentence, and nothing is touched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from experiment_data import write_bert, write_data
+
+from flare.cli import main
+from flare.experiments.runs.options import read_settings
+from flare.experiments.runs.records import find_runs, read_record, write_record
+from flare.experiments.runs.run_settings import EvaluateSettings, FinetuneSettings, TrainSettings
+from flare.experiments.utils.errors import UserError
+
+TASK = ("--task", "classification")
+QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("experiment")
+    write_data(root / "data", valid=False)
+    write_bert(root / "bert")
+    words = ("--model", root / "bert", "--data", root / "data", "--output", root / "runs")
+    assert main([str(word) for word in ("finetune", *TASK, *words, *QUICK)]) == 0
+    return root
+
+
+@pytest.fixture
+def runs(place, tmp_path) -> Path:
+    shutil.copytree(place / "runs", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def train(place, runs, capsys):
+    """Run flare train; returns (status, what it said, its error)."""
+
+    def call(*words: object, data: Path | None = None, target: str = "vemari"):
+        given = ("--data", data or place / "data", "--output", runs, "--target", target)
+        capsys.readouterr()
+        try:
+            status = main([str(word) for word in ("train", *TASK, *given, *QUICK, *words)])
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return call
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_a_valid_split_the_last_checkpoint_is_used_and_said(train, runs):
+    status, out, _ = train("--method", "lora")
+    assert status == 0 and "vemari has no valid split: the last checkpoint is used" in out
+    run = next(run for run in find_runs(runs) if run.record.kind == "train")
+    assert run.metrics.valid == {} and run.metrics.best_checkpoint == run.metrics.steps == 6
+
+
+def test_a_folder_of_another_run_is_refused_and_stays(train, runs):
+    assert train("--method", "lora")[0] == 0
+    before = files(runs)
+    status, _, err = train("--method", "lora", "--lr", "1e-3", "--alpha", "2", "--rows", "30")
+    assert status == 2
+    for word in ("other settings", "learning_rate is 0.01 there and 0.001 now", "rows is not given there", "adapter"):
+        assert word in err, err
+    assert "--name" in err and "--output" in err and "--no-resume" in err
+    assert files(runs) == before
+
+
+def test_a_run_that_never_began_does_not_bind_the_folder(train, runs, place, tmp_path):
+    broken, folder = tmp_path / "broken", runs / "vemari" / "lora-r4" / "seed-0"
+    shutil.copytree(place / "data", broken)
+    (broken / "vemari" / "train.csv").write_text("id,text\n1,a\n")
+    assert train("--method", "lora", data=broken)[0] == 2
+    assert not list(folder.iterdir())  # nothing that looks like a run under way
+    assert train("--method", "lora")[0] == 0
+    # killed before its first checkpoint, there is nothing to lose
+    record = read_record(folder)
+    record.status = "running"
+    shutil.rmtree(folder)
+    write_record(folder, record)
+    status, out, err = train("--method", "lora", "--lr", "1e-3")
+    assert status == 0 and "ended before its first checkpoint; it begins anew" in out, err
+    # with a checkpoint there is something
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    status, _, err = train("--method", "lora")
+    assert status == 2 and "other settings" in err
+
+
+def test_foreign_files_are_not_touched(train, runs):
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("mine")
+    before = files(runs)
+    status, _, err = train("--method", "lora")
+    assert status == 2 and "thesis.tex" in err and "nothing there was touched" in err
+    assert {path: text for path, text in files(runs).items() if path.name != ".lock"} == before
+
+
+def test_a_file_where_a_folder_has_to_be(train, runs):
+    (runs / "vemari").write_text("mine")
+    status, _, err = train("--method", "lora")
+    assert status == 2 and "cannot be written to" in err and (runs / "vemari").read_text() == "mine"
+
+
+def test_a_run_that_another_process_works_on(train, runs):
+    from flare.experiments.runs.run_folder import locked
+
+    with locked(runs / "vemari" / "lora-r4" / "seed-0"):
+        status, _, err = train("--method", "lora")
+    assert status == 2 and "another process" in err
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+    import fcntl
+
+    from flare.experiments.runs import run_folder
+
+    path, plain, calls = tmp_path / run_folder.LOCK_FILE, fcntl.flock, []
+
+    def flock(*arguments):
+        plain(*arguments)
+        calls.append(path.stat().st_ino)
+        if len(calls) < 3:  # gone, then gone and made anew by somebody else
+            path.unlink()
+        if len(calls) == 2:
+            path.touch()
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    with run_folder.locked(tmp_path):
+        assert len(calls) == 3
+        with pytest.raises(UserError, match="another process is working"), run_folder.locked(tmp_path):
+            pass
+    assert not path.exists()
+
+
+def test_damaged_run_json(train, runs):
+    assert train("--method", "lora")[0] == 0
+    path = runs / "vemari" / "lora-r4" / "seed-0" / "run.json"
+    path.write_text('{"kind": "tra')
+    status, _, err = train("--method", "lora")
+    assert status == 2 and str(path) in err and "cannot be read" in err
+
+
+def test_bases_that_are_missing_unfinished_or_of_another_task(train, runs, place):
+    status, _, err = train("--seeds", "0", "3")
+    assert status == 2 and "no base for seed 3, only seed-0" in err and "--base" in err
+    status, _, err = train("--base", runs / "nowhere")
+    assert status == 2 and "nowhere" in err
+    folder = runs / "base" / "seed-0"
+    record = read_record(folder)
+    record.task = "nusax"
+    write_record(folder, record)
+    status, _, err = train()
+    assert status == 2 and "fine-tuned with --task nusax" in err
+    record.task, record.status = "classification", "running"
+    write_record(folder, record)
+    status, _, err = train()
+    assert status == 2 and "not finished" in err and "flare finetune" in err
+    shutil.rmtree(runs / "base")
+    status, _, err = train()
+    assert status == 2 and "flare finetune" in err and "--base" in err
+
+
+def test_a_base_that_was_made_anew(train, runs):
+    assert train("--method", "lora")[0] == 0
+    record = read_record(runs / "base" / "seed-0")
+    record.date = "2001-01-01T00:00:00+00:00"
+    write_record(runs / "base" / "seed-0", record)
+    status, _, err = train("--method", "lora")
+    assert status == 2 and "base_date" in err
+    words = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
+    assert main([str(word) for word in words]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--output_dir", "x"), ("--output-dir cannot be given", "--output")),
+        (("--seed", "3"), ("--seed", "--seeds")),
+        (("--do_train", "true"), ("--do-train", "command says")),
+        (("--weight-decya", "0.1"), ("--weight-decya", "did you mean --weight-decay")),
+        (("--weight_decay", "much"), ("--weight_decay", "invalid float")),
+        (("--lr_scheduler_type", "zigzag"), ("zigzag",)),
+        (("--eval_steps", "5"), ("valid split",)),
+        (("--method", "magic"), ("magic", "input-fusion")),
+        (("--fusion", "concat"), ("concat", "add_relu")),
+        (("--r", "0"), ("--r must be 1 or more", "got 0")),
+        (("--mixup-layer", "-1"), ("--mixup-layer must be 0 or more", "got -1")),
+        (("--seeds", "0", "0"), ("--seeds", "twice")),
+        (("--source-text", "mt"), ("--translations",)),
+        (("--name", "a/b"), ("--name",)),
+        (("--name", "mine", "--method", "lora", "flare"), ("--name", "share the folder")),
+        (("--train-only-fusion", "--method", "lora"), ("--train-only-fusion", "flare")),
+        (("--train-only-fusion", "--batch-size", "60"), ("two batches of 60",)),
+        (("--adapter", "colour=red"), ("colour", "FlareConfig")),
+        (("--adapter", "source_layer_ofset=0"), ("source_layer_offset?",)),
+        (("--adapter", "fusion=mul"), ("use --fusion",)),
+        (("--adapter", "r=3"), ("use --r",)),
+        (("--adapter", "red"), ("KEY=VALUE",)),
+        (("--target-modules", "nothing"), ("--method flare", "target_modules")),
+        (("--quantization", "int4"), ("int4", "nf4")),
+        (("--config", "/no/such.yaml"), ("--config /no/such.yaml",)),
+        (("--target", "english"), ("--source and --target",)),
+        (("--target", "klingon"), ("klingon", "vemari")),
+        (("--method", "flare-mt", "--mt-model", "/no/model"), ("--mt-model /no/model",)),
+        (("--max-length", "60", "--method", "input-fusion"), ("input-fusion", "positions")),
+        (("--max-length", "65"), ("--max-length 65", "up to 64 tokens")),
+        (("--epochs", "0"), ("--epochs must be greater than 0",)),
+        (("--form", "causal"), ("--form causal", "fine-tuned with --form encoder")),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_wrong_values(train, runs, words, said):
+    status, _, err = train(*words)
+    assert status == 2, err
+    for word in said:
+        assert word in err, err
+    assert not [run for run in find_runs(runs) if run.record.done and run.record.kind == "train"]
+
+
+def test_a_score_with_other_settings_says_so(train, runs, capsys):
+    assert train("--method", "flare", "--no-test")[0] == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+
+    def evaluate(*words: str) -> list[str]:
+        given = ("evaluate", "--output", str(runs), "--setting", "translate-train", "--no-progress", *words)
+        assert main(list(given)) == 0
+        return [note for note in read_record(folder).data["notes"] if "scored with" in note]
+
+    said = "vemari flare-r4 seed 0: scored with max_length 8 (trained with 24)"
+    assert evaluate("--max-length", "8") == [said] and said in capsys.readouterr().out
+    assert evaluate("--no-resume") == []
+
+
+def test_what_a_gpu_trained_is_scored_without_one(train, runs, monkeypatch):
+    """Its run.json asks for bfloat16, which the trainer refuses here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train("--method", "lora")[0] == 0
+    folder = runs / "vemari" / "lora-r4" / "seed-0"
+    before = (folder / "predictions-test.jsonl").read_bytes()
+    record = read_record(folder)
+    record.training_arguments["bf16"] = True
+    write_record(folder, record)
+    words = ("evaluate", "--output", str(runs), "--setting", "translate-train", "--no-resume", "--no-progress")
+    assert main(list(words)) == 0
+    assert (folder / "predictions-test.jsonl").read_bytes() == before
+
+
+def test_what_cannot_be_evaluated_does_not_keep_the_rest_from_it(place, train, runs, tmp_path, capsys):
+    """Without the source's test split there is no translate-test."""
+    assert train("--method", "lora", "--no-test")[0] == 0
+    shutil.copytree(place / "data", tmp_path / "data")
+    (tmp_path / "data" / "english" / "test.csv").unlink()
+    words = ("--data", tmp_path / "data", "--target", "vemari", "--output", runs, "--no-progress")
+    assert (
+        main(
+            [str(word) for word in ("evaluate", "--setting", "translate-test", "zero-shot", "translate-train", *words)]
+        )
+        == 2
+    )
+    err = capsys.readouterr().err
+    assert "vemari translate-test seed 0: " in err and "test" in err and "zero-shot" not in err
+    done = {run.record.variant for run in find_runs(runs) if run.metrics.test}
+    assert done >= {"zero-shot", "lora-r4"} and "translate-test" not in done
+
+
+def test_commands_need_their_options(capsys):
+    for words, said in (
+        (("finetune", "--model", "m"), "--task is missing"),
+        (("finetune", *TASK), "--model is missing"),
+        (("finetune", *TASK, "--model", "m", "--full", "--r", "3"), "--full"),
+        (("train", *TASK), "--target is missing"),
+        (("evaluate", "--output", "/no/runs"), "--target is missing"),
+        (("evaluate", "--colour", "red"), "--colour is not known"),
+    ):
+        assert main(list(words)) == 2
+        assert said in capsys.readouterr().err
+
+
+# --- YAML -------------------------------------------------------------------------------------------------------------
+
+
+def test_yaml_and_flags(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        "task: nusax\ntarget: [acehnese, javanese]\nmethod: lora\nseeds: [0, 1]\nmax-length: 64\nlr: 2e-5\n"
+        "epochs: 3\nweight_decay: 0.1\nadapter: {source_layer_offset: 0}\nprogress: false\n"
+    )
+    given = {"config": str(file), "target": ["javanese"], "epochs": 5.0, "adapter": ["source_dropout=true"]}
+    made = read_settings(TrainSettings, given, ["--warmup_steps", "7", "--weight-decay", "0.3"])
+    assert (made.task, made.target, made.method, made.seeds) == ("nusax", ("javanese",), ("lora",), (0, 1))
+    assert made.max_length == 64 and made.progress is False
+    assert made.adapter == {"source_layer_offset": 0, "source_dropout": True}
+    wanted = {"learning_rate": 2e-5, "num_train_epochs": 5.0, "weight_decay": 0.3, "warmup_steps": 7}
+    assert made.training == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("taks: nusax", "taks is not known; did you mean task"),
+        ("seeds: many", "seeds must be a whole number; got 'many'"),
+        ("method: [lora, magic]", "method must be one of lora"),
+        ("output_dir: x", "output_dir cannot be given"),
+        ("progress: 3", "progress must be true or false"),
+        ("task: [a, b]", "task takes one value"),
+        ("- nusax", "must hold names and values"),
+        ("task: [", "cannot be read"),
+    ],
+)
+def test_wrong_yaml(tmp_path, text, said):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"experiment\.yaml") as error:
+        read_settings(TrainSettings, {"config": str(file)})
+    assert said in str(error.value)
+
+
+def test_paper_sets_every_setting_of_the_paper_and_what_is_given_wins(tmp_path):
+    made = read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"], "translations": "mt"})
+    assert (made.seeds, made.source_text, made.target_text) == ((0, 1, 2, 3, 4), "mt", "mt")
+    assert made.padding == "max_length"
+    file = tmp_path / "paper.yaml"
+    file.write_text("paper: true\nseeds: [3]\n")
+    kept = read_settings(TrainSettings, {"config": str(file), "target_text": "gold"})
+    assert (kept.seeds, kept.source_text, kept.target_text) == ((3,), "mt", "gold")
+    assert read_settings(FinetuneSettings, {"paper": True}).seeds == (0, 1, 2, 3, 4)
+    assert read_settings(EvaluateSettings, {"paper": True}).source_text == ("mt",)
+    with pytest.raises(UserError, match=r"which --paper sets\) need --translations"):
+        read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"]}).check()

@@ -1,0 +1,231 @@
+"""What the experiment's numbers stand for: which rows were scored, on which data, and runs that cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from experiment_data import ROWS, write_bert, write_data
+from safetensors.torch import load_file, save_file
+
+from flare.cli import main
+from flare.experiments.report import write_report
+from flare.experiments.report.collect import ReportError, collect
+from flare.experiments.report.conditions import warnings
+from flare.experiments.runs.chance import chance_notes
+from flare.experiments.runs.diverged import NoNaN
+from flare.experiments.runs.records import read_metrics, read_record, write_metrics, write_record
+from flare.experiments.utils.errors import DivergedError
+
+QUICK = ("--batch-size", 8, "--lr", 1e-2, "--no-progress", "--epochs", 1, "--r", 4)
+LENGTH = ("--max-length", 28)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """qa/ and data/ of two languages, bert/, and a fine-tuned base of each in qa-runs/ and runs/."""
+    root = tmp_path_factory.mktemp("numbers")
+    write_data(root / "data", rows={"train": (0, 16), "valid": (16, 24), "test": (24, 36)})
+    for language, word in (("english", "river"), ("vemari", "goats")):
+        write_questions(root / "qa" / language, word)
+    write_bert(root / "bert")
+    for task, data, runs in (("qa", "qa", "qa-runs"), ("classification", "data", "runs")):
+        words = ("--task", task, "--data", root / data, "--output", root / runs, "--model", root / "bert", *LENGTH)
+        assert flare("finetune", *words, *QUICK) == 0
+    return root
+
+
+def write_questions(folder: Path, word: str, unanswered: tuple[int, ...] = ()) -> None:
+    folder.mkdir(parents=True)
+    for split, count in {"train": 16, "valid": 8, "test": 8}.items():
+        lines = []
+        for row in range(count):
+            context = f"the {word} {'old ' * (row % 3)}was near the house"
+            texts = [] if split == "test" and row in unanswered else ["near the house"]
+            answers = {"text": texts, "answer_start": [context.index("near")] * len(texts)}
+            lines.append({"id": str(row), "question": "where", "context": context, "answers": answers})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def runs(place, tmp_path) -> Path:
+    """A folder of runs with the fine-tuned classifier alone."""
+    shutil.copytree(place / "runs", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def flare(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def train(place: Path, runs: Path, *more: object) -> int:
+    words = ("train", "--task", "classification", "--data", place / "data", "--output", runs, "--target", "vemari")
+    return flare(*words, *LENGTH, *QUICK, *more)
+
+
+# --- translate-test of questions --------------------------------------------------------------------------------------
+
+
+def test_translate_test_never_compares_with_answers_of_the_other_language(place, tmp_path, capsys):
+    """Rows whose translation lost its marks are left out and counted."""
+    shutil.copytree(place / "qa-runs", tmp_path / "runs")
+    write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=(2, 5))
+    words = ("evaluate", "--output", tmp_path / "runs", "--target", "vemari", "--setting", "translate-test")
+    words += ("--source-text", "mt", "--no-progress", "--translations", tmp_path / "mt")
+    assert flare(*words) == 0
+    folder = tmp_path / "runs" / "vemari" / "translate-test-mt-source" / "seed-0"
+    lines = [json.loads(line) for line in (folder / "predictions-test.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["0", "1", "3", "4", "6", "7"]
+    record = read_record(folder)
+    assert record.data["test"] == 6
+    assert any("2 of 8 test questions have no answer in english" in note for note in record.data["notes"])
+    right = sum(line["prediction"] in line["truth"] for line in lines)
+    assert read_metrics(folder).test["translate-test"]["exact_match"] == pytest.approx(100 * right / 6)
+
+    shutil.rmtree(tmp_path / "mt")
+    write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=tuple(range(8)))
+    capsys.readouterr()
+    assert flare(*words, "--no-resume") != 0
+    assert "8 of 8 test questions have no answer in english" in capsys.readouterr().err
+
+
+# --- what has no score ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "flare"])
+def test_a_training_that_diverges_is_an_error_and_no_score(place, runs, capsys, method):
+    assert train(place, runs, "--method", method, "--lr", 1e30, "--max_grad_norm", 0) != 0
+    error = capsys.readouterr().err
+    assert "vemari" in error and ("NaN or infinite" in error or "the loss is" in error) and "smaller --lr" in error
+    assert not list((runs / "vemari").rglob("metrics.json"))
+
+
+def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs, capsys):
+    assert train(place, runs, "--method", "lora", "flare", "--save_strategy", "epoch") == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+    path = folder / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, path, {"format": "pt"})
+    words = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
+    capsys.readouterr()
+    assert flare(*words) != 0
+    assert "logits of 12 rows are NaN or infinite" in capsys.readouterr().err
+    found = collect([runs])
+    assert [entry.label for entry in found.groups[0].entries] == ["lora-r4"]
+    assert any("diverged" in line and str(folder) in line for line in found.unfinished)
+    # a run of an older version: its log alone tells
+    log = runs / "vemari" / "lora-r4" / "seed-0" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 2, "loss": 0.0, "grad_norm": NaN}\n')
+    with pytest.raises(ReportError, match="diverged, its gradient is not finite"):
+        collect([runs])
+
+
+def test_a_generation_from_nan_is_an_error():
+    scores = torch.tensor([[0.0, -torch.inf], [1.0, torch.nan]])
+    with pytest.raises(DivergedError, match=r"logits of 1 rows are NaN or infinite \(id b\)"):
+        NoNaN(["a", "b"])(torch.zeros(2, 1), scores)
+    assert NoNaN(["a"])(torch.zeros(1, 1), scores[:1]) is not None
+
+
+def test_a_base_at_chance_level_is_said_before_adapters_are_trained_on_it(place, runs, capsys):
+    base = runs / "base" / "seed-0"
+    lines = [json.loads(line) for line in (base / "predictions-test.jsonl").read_text().splitlines()]
+    truths = [line["truth"] for line in lines]
+    metrics = read_metrics(base)
+    share = 100 * max(map(truths.count, truths)) / len(truths)
+    metrics.test["source-language"] = {"accuracy": 99.0, "macro_f1": 99.0}
+    write_metrics(base, metrics)
+    assert chance_notes(base) == []
+    metrics.test["source-language"] = {"accuracy": share, "macro_f1": 17.3}
+    write_metrics(base, metrics)
+    capsys.readouterr()
+    assert train(place, runs, "--method", "lora") == 0
+    said = capsys.readouterr().out
+    assert "is at chance level on english" in said and said.index("chance level") < said.index("lora-r4 seed 0:")
+    assert any("chance level" in line for line in warnings(collect([runs]).groups[0]))
+
+
+# --- data known by content --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(place, tmp_path) -> Path:
+    shutil.copytree(place / "data", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def change(path: Path) -> None:
+    """Another word in one row: as many rows, the same ids."""
+    lines = path.read_text().splitlines()
+    row = lines[3].split(",")
+    row[1] += " goats"
+    path.write_text("\n".join([*lines[:3], ",".join(row), *lines[4:]]) + "\n")
+
+
+def test_changed_rows_stop_a_resume_and_mark_an_old_score(place, runs, data, capsys):
+    words = ("--data", data, "--method", "flare", "--keep-checkpoints")
+    assert train(place, runs, *words) == 0
+    folder = runs / "vemari" / "flare-r4" / "seed-0"
+    record = read_record(folder)
+    assert set(record.data["digest"]) == {f"{split}{text}" for split in ROWS for text in ("", "/gold")}
+    assert len(set(record.data["digest"].values())) == 6
+    versions = record.environment["versions"]
+    assert {"bitsandbytes", "datasets", "numpy", "safetensors", "cuda"} <= set(versions)
+
+    before = (data / "english" / "test.csv").read_text()
+    change(data / "english" / "test.csv")
+    capsys.readouterr()
+    assert train(place, runs, *words) == 0
+    said = "vemari flare-r4 seed 0: its results are of other data: the test/gold rows have changed since"
+    assert said in capsys.readouterr().out and said in read_record(folder).data["notes"]
+    assert said in warnings(collect([runs]).groups[0])
+    evaluate = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-progress")
+    assert flare(*evaluate) == 0 and said in capsys.readouterr().out
+    assert flare(*evaluate, "--no-resume") == 0
+    assert said not in read_record(folder).data["notes"]
+    (data / "english" / "test.csv").write_text(before)
+    assert flare(*evaluate) == 0 and said in read_record(folder).data["notes"]
+    assert flare(*evaluate, "--no-resume") == 0
+
+    record = read_record(folder)
+    record.status = "running"
+    write_record(folder, record)
+    change(data / "vemari" / "train.csv")
+    capsys.readouterr()
+    assert train(place, runs, *words) != 0
+    error = capsys.readouterr().err
+    assert "the train rows have changed since this run began, so it cannot go on" in error and "--no-resume" in error
+    assert train(place, runs, *words, "--no-resume") == 0
+
+
+# --- the same rows for all --------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsys):
+    """Two rows have no source, so FLARE has 10 of 12 test rows; zero-shot alone would take all."""
+    lines = (data / "english" / "test.csv").read_text().splitlines()
+    (data / "english" / "test.csv").write_text("\n".join(lines[:-2]) + "\n")
+    words = ("evaluate", "--output", runs, "--target", "vemari", "--data", data, "--no-progress")
+    assert flare(*words, "--setting", "zero-shot") == 0
+    folder = runs / "vemari" / "zero-shot" / "seed-0"
+    assert read_record(folder).data["test"] == 12
+    assert train(place, runs, "--data", data, "--method", "flare") == 0
+    # what was scored before stands apart, in a table of its own
+    found = {group.rows: [entry.label for entry in group.entries] for group in collect([runs]).groups}
+    assert found == {"": ["flare-r4"], "the base on other test rows than the adapters": ["zero-shot"]}
+    assert write_report([runs], runs / "report", say=lambda line: None).read_text().count("on other test rows than") > 1
+    shutil.rmtree(runs / "report")
+    capsys.readouterr()
+    assert flare(*words, "--setting", "zero-shot") == 0
+    assert "its results are of other data: the test rows have changed since" in capsys.readouterr().out
+    assert flare(*words, "--setting", "zero-shot", "--no-resume") == 0
+    assert "2 of 12 test rows are left out: no adapter was scored on them" in capsys.readouterr().out
+    ids = [
+        [json.loads(line)["id"] for line in (one / "predictions-test.jsonl").read_text().splitlines()]
+        for one in (folder, runs / "vemari" / "flare-r4" / "seed-0")
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) == 10
+    assert len(collect([runs]).groups) == 1

@@ -1,0 +1,249 @@
+"""Hostile input from the command line ends in a sentence, never in a traceback; advice names flags that exist."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from experiment_data import write_bert, write_data
+from safetensors import SafetensorError
+from transformers import HfArgumentParser, TrainingArguments
+
+import flare.cli
+from flare.cli import main
+from flare.experiments.runs.options import REFUSED, read_settings
+from flare.experiments.runs.predictor import PREDICTIONS, read_predictions
+from flare.experiments.runs.run_settings import TrainSettings
+from flare.experiments.translation.provenance import read_provenance
+from flare.experiments.utils.errors import UserError
+
+ROOT = Path(flare.cli.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hostile")
+    write_data(root / "data", valid=False)
+    write_bert(root / "bert")
+    return root
+
+
+@pytest.fixture
+def run(place, tmp_path, capsys):
+    """Run a command on a copy of data and model, named by {0}; return (status, its last words)."""
+
+    def call(spoil: Callable[[Path], object], command: str) -> tuple[object, str]:
+        shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+        spoil(tmp_path)
+        try:
+            status: object = main([word.format(tmp_path) for word in command.split(" ")])
+        except SystemExit as exit:  # argparse
+            status = exit.code
+        err = capsys.readouterr().err
+        assert "Traceback" not in err and "unforeseen" not in err, err
+        return status, err
+
+    return call
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    return lambda root: (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        (root / name).unlink()
+        make(root / name)
+
+    return spoil
+
+
+def jsonl(line: str) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        (root / "data/english/train.csv").unlink()
+        (root / "data/english/train.jsonl").write_text(line + "\n")
+
+    return spoil
+
+
+def config(**changes: object) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        path = root / "bert/config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+FINETUNE = "finetune --task classification --model {0}/bert --data {0}/data --output {0}/runs --rows 8 --no-progress"
+DEMO = "demo --model {0}/bert --data {0}/data --source english --target vemari --output {0}/demo --rows 8"
+TRANSLATE = "translate --task classification --model {0}/bert --data {0}/data --source english --target vemari"
+DEEP = "[" * 100_000
+_TRAIN = "data/english/train.csv"
+
+CASES = {
+    "a folder": (in_place_of(_TRAIN, Path.mkdir), FINETUNE, "train.csv is not a file"),
+    "a FIFO": (in_place_of(_TRAIN, os.mkfifo), FINETUNE, "train.csv is not a file"),
+    "a dangling link": (in_place_of(_TRAIN, lambda path: path.symlink_to("gone")), DEMO, "train.csv is not a file"),
+    "data that are a file": (write("file", ""), FINETUNE.replace("0}/data", "0}/file"), "this is one file"),
+    "half a character": (jsonl(r'{"id": 1, "text": "a\ud800", "label": "x"}'), FINETUNE, "row 0: text holds half a"),
+    "half a label": (jsonl(r'{"id": 1, "text": "a", "label": "\ud800"}'), FINETUNE, "label holds half a character"),
+    "half an id": (jsonl(r'{"id": "\ud800", "text": "a", "label": "x"}'), FINETUNE, "id holds half a character"),
+    "deep rows": (jsonl(DEEP), FINETUNE, "line 1: .*nested too deeply"),
+    "a long text": (write(_TRAIN, f"id,text,label\n1,{'a' * 200_000},x\n"), FINETUNE, "as JSON lines"),
+    "a deep configuration": (write("bert/config.json", DEEP), FINETUNE, "configuration cannot be read .Recursion"),
+    "a configuration that is a list": (write("bert/config.json", "[]"), DEMO, "--model .*bert: its tokenizer"),
+    "sizes that are texts": (config(hidden_size="x"), FINETUNE, "configuration cannot be read .*'hidden_size'"),
+    "other sizes": (config(hidden_size=64), FINETUNE, "other shapes than its config.json says"),
+    "code of the folder": (config(auto_map={"AutoConfig": "x.Y"}, model_type="x"), TRANSLATE, "code of its own"),
+    "a deep tokenizer": (write("bert/tokenizer.json", DEEP), DEMO, "its tokenizer cannot be loaded .Recursion"),
+    "a tokenizer that is null": (write("bert/tokenizer.json", "null"), FINETUNE, "its tokenizer cannot be loaded"),
+    "its settings a list": (write("bert/tokenizer_config.json", "[]"), FINETUNE, "its tokenizer cannot be loaded"),
+    "weights cut off": (write("bert/model.safetensors", b"abc"), DEMO, "it cannot be loaded for classification"),
+    "no encoder-decoder": (write("x", ""), TRANSLATE, "no encoder-decoder"),
+    "an empty model": (write("x", ""), FINETUNE.replace("{0}/bert", ""), "--model is empty"),
+    "an empty output": (write("x", ""), FINETUNE.replace("{0}/runs", ""), "--output is empty"),
+    "an empty model of the demo": (write("x", ""), DEMO.replace("{0}/bert", ""), "--model is empty"),
+    "an empty language": (write("x", ""), DEMO.replace("english", ""), "--source '' is empty"),
+    "an empty --config": (write("x", ""), "train --config ", "--config is empty"),
+    "no threads": (write("x", ""), f"{FINETUNE} --threads 0", "--threads must be from 1 to 1024; got 0"),
+    "too many threads": (write("x", ""), f"{DEMO} --threads 9999999", "--threads must be from 1 to 1024"),
+    "a prefix of half a character": (write("x", ""), f"{TRANSLATE} --prefix \udcff", "--prefix .*lone surrogate"),
+    "a mistyped path": (write("x", ""), FINETUNE.replace("{0}/bert", "models/xlmr/base"), "no such folder"),
+    "a column that only others can name": (write(_TRAIN, "id,sentence,label\n1,a,x\n"), DEMO, "the demo does not have"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_damaged_and_odd_input(run, name):
+    spoil, command, words = CASES[name]
+    status, err = run(spoil, command)
+    assert status == 2 and re.search(words, err), err
+
+
+# --- errors that no command foresees ----------------------------------------------------------------------------------
+
+
+UNFORESEEN = [
+    (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "the disk is full .*give the command again"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+    (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed"), 2, "disk is"),
+    (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied.*you may use it"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 2, "device's memory is full .*smaller --batch-size"),
+    (MemoryError(), 2, "the memory is full .MemoryError."),
+    (ModuleNotFoundError("No module named 'foo'"), 2, "a package is missing .*'foo'.*Install it"),
+    (KeyError("foo"), 1, "an unforeseen KeyError: 'foo'. This is a defect: .*traceback in (.*)"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "words"), UNFORESEEN, ids=lambda value: type(value).__name__)
+def test_an_error_that_no_command_foresees(monkeypatch, capsys, tmp_path, error, status, words):
+    def fails(settings, say):
+        raise error
+
+    monkeypatch.setattr("flare.experiments.demo.run_demo", fails)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["demo"]) == status
+    err = capsys.readouterr().err
+    found = re.search(words, err)
+    assert err.startswith("flare demo: error: ") and found and "Traceback" not in err, err
+    if status == 1:
+        assert "KeyError: 'foo'" in Path(found[1]).read_text()
+    else:
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_is_gone(monkeypatch):
+    """`flare info | head -1`: quiet."""
+
+    def gone() -> int:
+        raise BrokenPipeError
+
+    turned = []
+    monkeypatch.setattr(flare.cli.info, "run", gone)
+    monkeypatch.setattr("os.dup2", lambda *given: turned.append(given))
+    monkeypatch.setattr("sys.stdout.fileno", lambda: 1, raising=False)
+    assert main(["info"]) == 1 and len(turned) == 1
+
+
+# --- files of ours that somebody damaged ------------------------------------------------------------------------------
+
+
+def test_damaged_predictions_and_provenance(tmp_path):
+    path = tmp_path / PREDICTIONS
+    assert read_predictions(path) == []
+    line = {"id": "1", "truth": "a\u2028b", "prediction": "x"}  # U+2028 ends no line of JSON
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_predictions(path) == [line]
+    for damage in ("[]", "{}", "[" * 100_000, '{"id": 1'):
+        path.write_text(json.dumps(line) + "\n" + damage)
+        with pytest.raises(UserError, match=r"line 2: not a prediction .*move the file away"):
+            read_predictions(path)
+    for damage in ("[]", DEEP, "\0"):
+        (tmp_path / "provenance.json").write_text(damage)
+        with pytest.raises(UserError, match=r"provenance\.json cannot be read"):
+            read_provenance(tmp_path)
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+def _flags() -> dict[str, set[str]]:
+    """Command -> its flags; those that train take TrainingArguments' too."""
+    found = next(one for one in flare.cli._parser()._actions if isinstance(one, argparse._SubParsersAction))
+    flags = {name: set(parser._option_string_actions) for name, parser in found.choices.items()}
+    training = set(HfArgumentParser(TrainingArguments)._option_string_actions)
+    return {name: flags[name] | (training if name in ("finetune", "train") else set()) for name in flags}
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """The string constants of a module that are no docstrings, with {} for what is formatted."""
+    tree = ast.parse(path.read_text())
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
+    skipped = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            skipped |= {id(part) for part in node.values}
+            yield node.lineno, "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+            yield node.lineno, node.value
+
+
+def test_messages_name_flags_that_there_are():
+    """A flag behind `flare COMMAND` is that command's; another one in a package of one command is that one's."""
+    flags = _flags()
+    every = set().union(*flags.values())
+    homes = {"translation": ("translate",), "demo": ("demo",), "report": ("report",)}
+    homes |= {"runs": ("finetune", "train", "evaluate", "check"), "prediction": ("predict",)}
+    wrong, seen = [], 0
+    for path in sorted(ROOT.rglob("*.py")):
+        if path.name == "environment.py":  # git's
+            continue
+        parts = path.relative_to(ROOT).parts
+        part = parts[1] if parts[0] == "experiments" else ""
+        here = set().union(*(flags[name] for name in homes[part])) if part in homes else every
+        for line, text in _texts(path):
+            accepted = here
+            for word in re.findall(rf"flare (?:{'|'.join(flags)})\b|(?<![\w-])--[a-z][\w-]*", text):
+                if word.startswith("flare"):
+                    accepted = flags[word.removeprefix("flare ")] | (here if part == "runs" else set())
+                    continue
+                seen += 1
+                if word not in accepted and text not in (word, "--source-code or --target-code"):  # these are no advice
+                    wrong.append(f"{path}:{line}: {word} in {text[:80]!r}")
+    assert seen > 150 and not wrong, "\n".join(wrong)
+
+
+def test_a_near_name_that_is_refused_is_not_advised():
+    for word in ("do_trian", "resume_from_checkpoin", "disable_tqd"):
+        with pytest.raises(UserError) as error:
+            read_settings(TrainSettings, {}, [f"--{word}", "1"])
+        assert not any(name in str(error.value) for name in REFUSED), error.value

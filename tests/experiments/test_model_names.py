@@ -1,0 +1,56 @@
+"""Names of models: what is no folder and no hub id is said at once, without trying the hub for minutes."""
+
+from __future__ import annotations
+
+import huggingface_hub
+import pytest
+
+from flare.cli import main
+from flare.experiments.translation.model import TranslationError, TranslationModel
+from flare.experiments.utils.errors import UserError
+from flare.experiments.utils.model_names import find_model
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """The hub's answers: none; the names it was asked for."""
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append((name, timeout))
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    return asked
+
+
+def test_a_path_never_goes_to_the_hub(requests, tmp_path):
+    (tmp_path / "file").touch()
+    for name, said in (
+        (str(tmp_path / "nothing"), "no such folder"),
+        ("./nothing", "no such folder"),
+        ("~nobody-of-this-name/x", "no such folder"),
+        ("models/xlmr/base", "no such folder"),
+        ("models\\xlmr", "no such folder"),
+        ("", "this|no such"),
+        (str(tmp_path / "file"), "the folder that holds config.json"),
+        ("a\0b", "NUL"),
+        ("a\ud800", "surrogate"),
+    ):
+        if name:
+            with pytest.raises(UserError, match=said):
+                find_model(name, "--model")
+    assert requests == []
+    assert find_model(str(tmp_path), "--model") == str(tmp_path)
+
+
+def test_a_hub_id_is_asked_for_once(requests, tmp_path, capsys):
+    words = ("finetune", "--task", "nusax", "--model", "owner/mistyped", "--output", tmp_path / "runs")
+    data = tmp_path / "data" / "english"
+    data.mkdir(parents=True)
+    assert main([str(word) for word in (*words, "--data", tmp_path / "data", "--no-progress")]) == 2
+    err = capsys.readouterr().err
+    assert "owner/mistyped: there is no such folder here" in err and "(ConnectionError: no network more)" in err
+    with pytest.raises(TranslationError, match="there is no such folder here"):
+        TranslationModel("owner/mistyped")
+    assert requests == [("owner/mistyped", 10)] * 2

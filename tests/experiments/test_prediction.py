@@ -1,0 +1,301 @@
+"""`flare predict` and FlarePipeline: sources, resuming, formats, adapters of any folder, and threads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from experiment_data import write_bert, write_data
+from predicting import read_jsonl, rows_of, texts_alone, write_jsonl
+from tiny_mt import save_nllb
+
+import flare
+from flare.cli import main
+from flare.experiments.prediction.pipeline import FlarePipeline
+from flare.experiments.runs.records import read_metrics
+from flare.experiments.translation import Translator
+from flare.experiments.utils.errors import UserError
+
+QUICK = ("--batch-size", 4, "--lr", "1e-2", "--no-progress", "--epochs", 1, "--r", 4, "--max-length", 24)
+CODES = ("--source-code", "eng_Latn", "--target-code", "ace_Latn")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a run of flare in runs/vemari/flare-r4/seed-0, its data, and a translation model."""
+    root = tmp_path_factory.mktemp("prediction")
+    write_data(root / "data", valid=False, rows={"train": (0, 16), "test": (16, 36)})
+    write_bert(root / "bert")
+    save_nllb(root / "mt")
+    words = ("--task", "classification", "--data", root / "data", "--output", root / "runs", *QUICK)
+    assert run("finetune", "--model", root / "bert", *words) == 0
+    assert run("train", "--target", "vemari", "--method", "flare", *words) == 0
+    vemari, english = (texts_alone(rows_of(root / "data", language)) for language in ("vemari", "english"))
+    write_jsonl(root / "texts.jsonl", vemari)
+    write_jsonl(root / "english.jsonl", english)
+    return root
+
+
+@pytest.fixture(scope="module")
+def scored(place) -> list[str]:
+    return [row["prediction"] for row in read_jsonl(adapter(place) / "predictions-test.jsonl")]
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def adapter(place: Path) -> Path:
+    return place / "runs" / "vemari" / "flare-r4" / "seed-0"
+
+
+def predict(place: Path, *words: object) -> int:
+    return run("predict", "--adapter", adapter(place), "--no-progress", *words)
+
+
+def pairs(place: Path) -> tuple[list[str], list[str]]:
+    return tuple([row["text"] for row in read_jsonl(place / name)] for name in ("texts.jsonl", "english.jsonl"))
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_is_needed_unless_told_otherwise(place, tmp_path, capsys):
+    words = ("--input", place / "texts.jsonl", "--output", tmp_path / "out.jsonl")
+    assert predict(place, *words) == 2
+    said = capsys.readouterr().err
+    assert "20 of 20 texts have no source" in said and "--translator" in said and "--no-source" in said
+    assert not list(tmp_path.iterdir())
+    assert predict(place, *words, "--no-source") == 0
+    assert "left out (--no-source)" in capsys.readouterr().out
+    without = [row["probability"] for row in read_jsonl(tmp_path / "out.jsonl")]
+    assert (
+        predict(place, *words[:2], "--source-input", place / "english.jsonl", "--output", tmp_path / "with.jsonl") == 0
+    )
+    assert [row["probability"] for row in read_jsonl(tmp_path / "with.jsonl")] != pytest.approx(without, rel=1e-4)
+
+
+def test_texts_without_a_source_are_translated(place, tmp_path, capsys):
+    texts, english = pairs(place)
+    rows = [{"text": t, "source_text": e if n % 2 else ""} for n, (t, e) in enumerate(zip(texts, english, strict=True))]
+    file = write_jsonl(tmp_path / "mixed.jsonl", rows)
+    words = ("--translator", place / "mt", *CODES)
+    assert predict(place, "--input", file, "--output", tmp_path / "out.jsonl", *words) == 0
+    said = capsys.readouterr().out
+    assert f"column source_text for 10 of 20 texts, translated with {place / 'mt'} for 10 of 20" in said
+    found = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["source_text"] for row in found[1::2]] == english[1::2]
+    translator = Translator(str(place / "mt"), "ace_Latn", "eng_Latn")
+    assert [row["source_text"] for row in found[::2]] == translator.translate(texts[::2])
+    # the translations given as sources predict the same
+    assert FlarePipeline(adapter(place))(texts, [row["source_text"] for row in found]) == [
+        {name: row[name] for name in ("prediction", "probability", "probabilities")} for row in found
+    ]
+
+
+def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
+    """Neither a translated nor a predicted batch is done again, and the output is that of a whole run."""
+    few = write_jsonl(tmp_path / "texts.jsonl", read_jsonl(place / "texts.jsonl")[:10])
+    words = ("--input", few, "--translator", place / "mt", *CODES, "--batch-tokens", 96, "--batch-size", 4)
+    assert predict(place, *words, "--output", tmp_path / "whole.jsonl") == 0
+    translated, predicted = Translator.translate_batch, FlarePipeline.batches
+    counts = {"translated": 0, "predicted": 0}
+    stop = {"translated": 2, "predicted": 0}
+
+    def counted(name: str) -> None:
+        if stop.get(name) == counts[name]:
+            raise KeyboardInterrupt
+        counts[name] += 1
+
+    def translate_batch(self, pieces):
+        counted("translated")
+        return translated(self, pieces)
+
+    def batches(self, *given, **options):
+        for batch in predicted(self, *given, **options):
+            counted("predicted")
+            yield batch
+
+    monkeypatch.setattr(Translator, "translate_batch", translate_batch)
+    monkeypatch.setattr(FlarePipeline, "batches", batches)
+    out = ("--output", tmp_path / "out.jsonl")
+    assert predict(place, *words, *out) == 130  # in the translation
+    stop = {"predicted": 2}
+    assert predict(place, *words, *out) == 130  # in the prediction
+    total = counts["translated"]
+    assert predict(place, *words, *out, "--max-length", 20) == 2  # other settings than then
+    stop = {}
+    with (tmp_path / "out.jsonl.partial").open("ab") as file:
+        file.write(b'[{"torn')
+    assert predict(place, *words, *out) == 0
+    assert total > 2 and counts == {"translated": total, "predicted": 3}  # 10 rows by 4
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl", "whole.jsonl"]
+
+
+def test_what_is_there_is_not_replaced(place, tmp_path, capsys):
+    file = tmp_path / "out.jsonl"
+    file.write_text("mine")
+    words = ("--input", place / "texts.jsonl", "--source-input", place / "english.jsonl", "--output", file)
+    assert predict(place, *words) == 2
+    assert "is there already" in capsys.readouterr().err and file.read_text() == "mine"
+    assert predict(place, *words, "--overwrite") == 0
+    assert len(read_jsonl(file)) == 20
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def test_standard_input_and_output(place, scored, monkeypatch, capsys):
+    texts, english = pairs(place)
+    lines = [json.dumps({"text": t, "source_text": e}) for t, e in zip(texts, english, strict=True)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "", '{"text": " "}'])))
+    assert predict(place, "--input", "-") == 0
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [row["prediction"] for row in found] == [*scored, None]
+    assert "source: column source_text for all 20 texts" in err and "1 of 21 rows have an empty text" in err
+
+
+def test_csv_with_labels_is_scored(place, tmp_path, capsys):
+    rows = rows_of(place / "data", "vemari")
+    with (tmp_path / "in.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sentence", "english", "label"])
+        for row, english in zip(rows, pairs(place)[1], strict=True):
+            writer.writerow([row["text"], english, row["label"]])
+    columns = ("--text-columns", "sentence", "--source-columns", "english")
+    assert predict(place, "--input", tmp_path / "in.csv", *columns, "--output", tmp_path / "out.csv") == 0
+    scores = read_metrics(adapter(place)).test["translate-train"]
+    assert f"accuracy {scores['accuracy']:.1f}, macro_f1 {scores['macro_f1']:.1f}" in capsys.readouterr().out
+    with (tmp_path / "out.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    labels = sorted({row["label"] for row in rows})
+    for row in found:
+        shares = {label: float(row[f"probability_{label}"]) for label in labels}
+        assert sum(shares.values()) == pytest.approx(1) and max(shares, key=shares.get) == row["prediction"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "said"),
+    [
+        ([{"sentence": "a"}], (), "no column text; it has sentence"),
+        ([{"text": 3}], (), "holds a int"),
+        ([{"text": "a", "prediction": 1}], ("--no-source",), "has a column prediction"),
+        ([{"text": "a"}], ("--source-input", "english.jsonl"), "20 rows and --input 1"),
+        ([{"text": "a"}], ("--labels", "a", "b"), "run.json says this"),
+        ([{"text": "a"}], ("--translator", "mt"), "vemari"),
+        ([{"text": "a"}], ("--translator", "mt", "--no-source"), "exclude each other"),
+        ([], (), "has no rows"),
+    ],
+    ids=lambda value: None if isinstance(value, list) else str(value)[:20],
+)
+def test_errors_name_what_is_wrong(place, tmp_path, monkeypatch, capsys, rows, words, said):
+    monkeypatch.chdir(place)
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    assert predict(place, "--input", file, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+# --- other folders ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_a_runs_adapter_alone(place, scored, tmp_path):
+    """Moved away from its run, with its base: the base's configuration knows the labels."""
+    shutil.copytree(adapter(place) / "adapter", tmp_path / "adapter")
+    shutil.copytree(place / "runs" / "base" / "seed-0", tmp_path / "base")
+    lines: list[str] = []
+    alone = FlarePipeline(tmp_path / "base", tmp_path / "adapter", max_length=24, say=lines.append)
+    assert [one["prediction"] for one in alone(*pairs(place))] == scored
+    assert "taken for flare on classification with the labels" in lines[0]
+    shutil.copytree(adapter(place), tmp_path / "run")
+    moved = FlarePipeline(tmp_path / "base", tmp_path / "run", say=lambda line: None)
+    assert [one["prediction"] for one in moved(*pairs(place))] == scored
+
+
+def test_a_script_s_adapter(place, tmp_path):
+    torch.manual_seed(0)
+    base = transformers.BertForSequenceClassification.from_pretrained(place / "bert", num_labels=3)
+    model = flare.fast_lora(base, r=4).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not name its 3 labels; give them with --labels"):
+        FlarePipeline(tmp_path)
+    options = {"max_length": 24, "say": lambda line: None}
+    with pytest.raises(UserError, match=r"the adapter cannot be used .*size mismatch"):
+        FlarePipeline(tmp_path, labels=["a", "b"], **options)
+    predict = FlarePipeline.from_pretrained(tmp_path, labels=["a", "b", "c"], **options)
+    texts, english = pairs(place)
+    tokenizer = predict.trained.setup.tokenizer
+    rows = [
+        {"input_ids": tokenizer(t)["input_ids"], "source_input_ids": tokenizer(e)["input_ids"]}
+        for t, e in zip(texts[:4], english[:4], strict=True)
+    ]
+    with torch.no_grad():
+        expected = model(**flare.FlareDataCollator(tokenizer)(rows)).logits.softmax(-1)
+    found = predict(texts[:4], english[:4])
+    torch.testing.assert_close(torch.tensor([list(one["probabilities"].values()) for one in found]), expected)
+
+
+def test_runs_that_cannot_predict(place, tmp_path):
+    for folder, said in (
+        (place / "runs", "name one of the runs in it: .*flare-r4"),
+        (place / "runs" / "base" / "seed-0", "a run of flare finetune"),
+        (tmp_path, "holds neither run.json nor adapter_config.json"),
+        (tmp_path / "none", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            FlarePipeline(folder)
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline(place, scored):
+    predict = FlarePipeline.from_pretrained(adapter(place), say=lambda line: None)
+    texts, english = pairs(place)
+    assert [one["prediction"] for one in predict(texts, english)] == scored
+    assert predict(texts[0], english[0])["prediction"] == scored[0]
+    assert predict([" "], [None]) == [{"prediction": None}] and predict([]) == []
+    with pytest.raises(UserError, match="1 of 2 texts have no source"):
+        predict(texts[:2], [english[0], None])
+    with pytest.raises(ValueError, match="1 source texts were given for 2 texts"):
+        predict(texts[:2], english[:1])
+    with pytest.raises(TypeError, match="text 0 must be a text; got int"):
+        predict([3])
+    with pytest.raises(TypeError, match="unexpected"):
+        FlarePipeline(adapter(place), colour="red")
+
+
+def test_a_translating_pipeline_returns_the_source(place):
+    codes = {"source_code": "eng_Latn", "target_code": "ace_Latn"}
+    predict = FlarePipeline(adapter(place), translator=str(place / "mt"), say=lambda line: None, **codes)
+    texts, english = pairs(place)
+    found = predict(texts[:2], [english[0], None])
+    assert "source" not in found[0] and found[1]["source"] == predict.translator.translate([texts[1]])[0]
+
+
+def test_threads_share_a_pipeline(place):
+    predict = FlarePipeline(adapter(place), say=lambda line: None)
+    rows = list(zip(*pairs(place), strict=True))
+    alone = [predict(*row) for row in rows]
+    start = threading.Barrier(4)
+
+    def worker(number: int) -> list[dict[str, Any]]:
+        start.wait()
+        return [predict(*row) for row in rows[number::4]]
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(worker, range(4)))
+    assert together == [alone[number::4] for number in range(4)]

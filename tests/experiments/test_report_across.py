@@ -1,0 +1,182 @@
+"""flare report over tasks and models: averages, average ranks, one thing varied; activations by position."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_report import group_of, is_drawn, make_run
+
+from flare.experiments.report import write_report
+from flare.experiments.report.across import VARIED, overview_csv, overview_table, overviews, varied_table
+from flare.experiments.report.collect import collect
+from flare.experiments.report.display import language_names, model_name, task_name
+from flare.experiments.report.figures.ablations import draw_translators
+from flare.experiments.report.figures.overview import draw_average_ranks
+from flare.experiments.runs.activations import (
+    ACTIVATIONS_FILE,
+    Activations,
+    Instance,
+    Sums,
+    read_activations,
+    write_activations,
+)
+from flare.experiments.runs.records import RecordError
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """NusaX in two languages and XNLI in one, two seeds; X-Mixup lacks a language, zero-shot is not trained."""
+    scores = {
+        "nusax": {
+            "zero-shot": (20, 30),
+            "lora": (60, 70),
+            "x-mixup": (62,),
+            "input-fusion": (80, 80),
+            "flare": (80, 90),
+        },
+        "xnli": {"zero-shot": (50,), "lora": (82,), "x-mixup": (81,), "input-fusion": (70,), "flare": (80,)},
+    }
+    for task, methods in scores.items():
+        for method, means in methods.items():
+            for language, mean in zip(
+                ("acehnese", "javanese") if task == "nusax" else ("swahili",), means, strict=False
+            ):
+                for seed in (0, 1):
+                    make_run(tmp_path / task, language, method, seed, mean - 1 + 2 * seed, task=task)
+        for seed in (0, 1):
+            make_run(tmp_path / task, None, "finetune", seed, 90.0, task=task)
+    return tmp_path
+
+
+def overview_of(root: Path):
+    groups = collect([root]).groups
+    return overviews(groups, {group.slug: "macro_f1" for group in groups})
+
+
+def test_averages_and_ranks_over_tasks_by_hand(tasks: Path) -> None:
+    (one,) = overview_of(tasks)
+    assert one.model == "tiny-bert" and list(one.tasks) == ["NusaX", "XNLI"]
+    lines = {line.label: line for line in one.lines}
+    # NusaX 65, 80, 85 and XNLI 82, 70, 80: the places among the three that have every language
+    assert {label: line.rank for label, line in lines.items()} == {
+        "zero-shot": None,
+        "lora": (3 + 1) / 2,
+        "x-mixup": None,
+        "input-fusion": (2 + 3) / 2,
+        "flare": (1 + 2) / 2,
+    }
+    assert lines["lora"].average.mean == pytest.approx((65 + 82) / 2)
+    assert lines["lora"].average.values == pytest.approx((72.5, 74.5))  # each seed's own average
+    assert lines["zero-shot"].average.mean == pytest.approx((25 + 50) / 2)
+    assert lines["x-mixup"].average is None and lines["x-mixup"].cells["NusaX"] is None
+    table = overview_table([one])
+    assert table.head == ("model", "method", "NusaX (macro F1)", "XNLI (macro F1)", "average", "rank")
+    assert table.rows[-1] == ("", "FLARE", "85.0 ± 1.4", "80.0 ± 1.4", "82.5 ± 1.4", "1.50")
+    assert {(len(one.lines) - 1, 2), (len(one.lines) - 1, 4), (len(one.lines) - 1, 5), (1, 3)} == table.best
+    assert "tiny-bert,flare,FLARE,average,,82.5," in overview_csv([one])
+
+
+def test_data_of_the_users_own_are_told_apart(tmp_path: Path) -> None:
+    for data, score in (("polarity", 70.0), ("topics", 50.0)):
+        settings = {"data": f"/data/{data}"}
+        make_run(tmp_path / data, "ace", "lora", 0, score, task="classification", settings=settings)
+        make_run(tmp_path / data, None, "finetune", 0, 90.0, task="classification", settings=settings)
+    found = collect([tmp_path]).groups
+    assert [(group.slug, group.shown_task) for group in found] == [("polarity", "polarity"), ("topics", "topics")]
+
+
+def test_one_thing_varied_by_hand(tasks: Path, tmp_path: Path) -> None:
+    for task, languages in (("nusax", ("acehnese", "javanese")), ("xnli", ("swahili",))):
+        for r, score in ((8, 60.0), (16, 66.0)):
+            for language in languages:
+                make_run(tasks / task, language, "flare", 0, score, variant=f"flare-r{r}", r=r, task=task)
+    groups = collect([tasks]).groups
+    table = varied_table(groups, {group.slug: "macro_f1" for group in groups}, *VARIED["ranks"])
+    assert table.head == ("model", "method", "r", "NusaX", "XNLI", "average")
+    assert table.rows == (
+        ("tiny-bert", "FLARE", "8", "60.0", "60.0", "60.0"),
+        ("tiny-bert", "FLARE", "16", "66.0", "66.0", "66.0"),
+    )
+    assert table.best == {(1, 3), (1, 4)}
+
+
+def test_names_as_people_write_them() -> None:
+    assert task_name("nusax") == "NusaX" and task_name("my-task") == "my-task"
+    assert [
+        model_name(name) for name in ("FacebookAI/xlm-roberta-large", "google/mt5-xl", "meta-llama/Llama-3.1-8B")
+    ] == [
+        "XLM-R Large",
+        "mT5-XL",
+        "Llama 3.1 8B",
+    ]
+    assert model_name("/home/me/minilm/model") == "minilm"
+    assert language_names(["ace", "jav", "my_dialect"]) == {
+        "ace": "Acehnese",
+        "jav": "Javanese",
+        "my_dialect": "my_dialect",
+    }
+    assert language_names(["ace", "acehnese"]) == {"ace": "ace", "acehnese": "acehnese"}
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def made_activations() -> tuple[Activations, list[np.ndarray]]:
+    generator = np.random.default_rng(0)
+    rows = [generator.standard_normal((length, 4)).astype(np.float32) for length in (3, 5, 2)]
+    sums = Sums()
+    for row in rows:
+        sums.add(row)
+    one = Instance("7", ("a", "b", "c"), ("x", "y"), rows[0], rows[2])
+    return Activations("layer.0.query", "add_relu", sums.averages(), sums.averages(), (one,)), rows
+
+
+def test_averages_by_position_and_their_file(tmp_path: Path) -> None:
+    found, rows = made_activations()
+    padded = np.full((3, 5, 4), np.nan)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    np.testing.assert_allclose(found.S.before, np.nanmean(padded, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.S.after, np.nanmean(np.maximum(padded, 0), axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.S.before_spread, np.nanstd(padded.mean(axis=2), axis=0), rtol=1e-5, atol=1e-7)
+    assert found.S.counts.tolist() == [3, 3, 2, 1, 1]
+    write_activations(tmp_path, found)
+    back = read_activations(tmp_path)
+    assert (back.layer, back.fusion, back.instances[0].id) == ("layer.0.query", "add_relu", "7")
+    assert back.instances[0].source_tokens == ("a", "b", "c")
+    np.testing.assert_array_equal(back.instances[0].T, rows[2])
+    np.testing.assert_allclose(back.T.after, found.T.after, rtol=1e-6)
+    path = tmp_path / ACTIVATIONS_FILE
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(RecordError, match="cannot be read"):
+        read_activations(tmp_path)
+
+
+def test_the_pictures_over_tasks_translators_and_positions(tasks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for translator, score in (("facebook/nllb-200-distilled-600M", 70.0), ("facebook/nllb-200-3.3B", 75.0)):
+        for language in ("acehnese", "javanese"):
+            data = {"translation": {f"{language}-english": {"settings": {"model": {"name": translator}}}}}
+            variant = f"flare-{translator[-4:]}"
+            folder = make_run(tasks / "nusax", language, "flare", 0, score, variant=variant, source_text="mt")
+            record = json.loads((folder / "run.json").read_text())
+            (folder / "run.json").write_text(json.dumps({**record, "data": {**record["data"], **data}}))
+            write_activations(tasks / "nusax" / language / "flare" / "seed-0", made_activations()[0])
+    output = tmp_path / "report"
+    write_report([tasks], output, say=lambda line: None)
+    for name in ("average-rank", "tasks", "nusax-activations", "nusax-activations-row-1", "nusax-translators"):
+        assert is_drawn(output / "pictures" / f"{name}.png"), name
+        assert (output / "pictures" / f"{name}.pdf").read_bytes().startswith(b"%PDF"), name
+    for name in ("overview", "source-texts"):
+        assert (output / "tables" / f"{name}.tex").read_text().count(r"\toprule") == 1, name
+    text = (output / "report.md").read_text()
+    assert (
+        "Average over tasks and average rank" in text and "Average rank of the trained methods over NusaX, XNLI" in text
+    )
+    bars = draw_average_ranks(overview_of(tasks)).axes[0]
+    assert bars.get_ylim()[0] == 0 and {"1.50", "2.00", "2.50"} == {text.get_text() for text in bars.texts}
+    axes = draw_translators(group_of(tasks / "nusax"), "macro_f1").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["NLLB 600M", "NLLB 3.3B"]

@@ -1,0 +1,127 @@
+"""Rows that are wrong: refused with their place and the reason, before anything is trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from experiment_data import write_bert, write_data
+from small_tasks import write_csv, write_jsonl
+
+from flare.cli import main
+from flare.experiments.demo import DemoError
+from flare.experiments.demo.real_data import load_parallel
+from flare.experiments.tasks import DataError, Example, align, get_task, read_split, resolve_labels
+from flare.experiments.tasks.reading import shown_labels
+
+OWN = get_task("classification")
+HEAD = ("id", "text", "label")
+MANY = ["positive"] * 6 + ["negative"] * 5
+
+
+def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv") -> Path:
+    (folder / language).mkdir(exist_ok=True)
+    (folder / language / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("id,text,label\n1,a,x\n2,b, c,y\n3,d,e,x\n", "line 3: 4 fields where the head has 3 (id, text, label); so"),
+        ('id,text,label\n1,"a\nb",x\n2,b\n', "line 4: 2 fields where the head has 3"),
+        ('id,text,label\n1,"a,x\n2,b,y\n', "cannot be read as a CSV file"),
+        ("id,text,text,label\n1,a,b,x\n", "the column 'text' stands in the head twice"),
+        ("id;text;label\n1;a;x\n", "separated by commas; its head is 'id;text;label'"),
+        ("id,text,label\n1,a,x\n2,b,y\n1,c,x\n", "row 2 (counted from 0): the id '1' is row 0's too"),
+        ("id,text,label\n1,a,x\n ,b,y\n", "row 1 (counted from 0) has no id"),
+        ("ID,text,label\n1,a,x\n", "its column 'ID' looks like one"),
+        ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like one"),
+    ],
+)  # fmt: skip
+def test_csv_rows(tmp_path, text, said):
+    write(tmp_path, text)
+    with pytest.raises(DataError) as error:
+        read_split(OWN, tmp_path, "ace", "train")
+    assert said in str(error.value), error.value
+
+
+def test_values_of_another_kind(tmp_path):
+    for row, said in (
+        ({"text": "a", "label": ["x", "y"]}, "row 1: label holds a list (['x', 'y']); a row has one label"),
+        ({"text": ["a", "b"], "label": "x"}, "row 1: text holds a list (['a', 'b']); it must be a text"),
+        ({"text": {"a": 1}, "label": "x"}, "row 1: text holds a dict"),
+    ):
+        write_jsonl(tmp_path / "ace" / "train.jsonl", [{"text": "a", "label": "x"}, row])
+        with pytest.raises(DataError) as error:
+            read_split(OWN, tmp_path, "ace", "train")
+        assert said in str(error.value), error.value
+    write(tmp_path, "[" * 100_000, name="train.jsonl")
+    with pytest.raises(DataError, match="line 1"):
+        read_split(OWN, tmp_path, "ace", "train")
+    write_jsonl(tmp_path / "ace" / "train.jsonl", [{"id": 1.0, "text": float("nan"), "label": 1.0}])
+    assert read_split(OWN, tmp_path, "ace", "train") == [Example("1", {"text": ""}, "1")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            [*MANY, "postive"],
+            "row 11 (counted from 0, id 11): the label 'postive' has one row only; did you mean 'positive'?",
+        ),
+        (
+            [*MANY, "Positive", "Positive"],
+            "row 11 (counted from 0, id 11): the label 'Positive' (2 rows) differs from 'positive' (6 rows)",
+        ),
+        (["0.5", "1", "2.25"], "row 0 (counted from 0, id 0): the label '0.5' is a number with a fraction"),
+        ([str(i) for i in range(12)], "has one row only; so have 11 more labels."),
+    ],
+)
+def test_labels_that_nobody_named_and_look_wrong(tmp_path, labels, said):
+    for language in ("english", "ace"):
+        for split in ("train", "test"):
+            write_csv(tmp_path / language / f"{split}.csv", [(i, "a", label) for i, label in enumerate(labels)], HEAD)
+    with pytest.raises(DataError) as error:
+        resolve_labels(OWN, tmp_path, "english")
+    assert said in str(error.value), error.value
+    with pytest.raises(DemoError) as same:
+        load_parallel(str(tmp_path), "english", "ace")
+    assert said in str(same.value)
+    given = get_task("classification", labels=list(dict.fromkeys(labels)))
+    assert len(read_split(given, tmp_path, "english", "train")) == len(labels), "labels that are named are taken"
+
+
+def test_inferred_labels_are_shown_before_training(tmp_path, capsys):
+    rows = [(i, "a", label) for i, label in enumerate(["neutral"] * 3 + ["good"] * 11)]
+    write_csv(tmp_path / "english" / "train.csv", rows, HEAD)
+    task, table = shown_labels(OWN, tmp_path, "english")
+    assert task.labels == ("good", "neutral")
+    assert [line.split() for line in table[1:]] == [
+        ["index", "label", "rows"],
+        ["0", "good", "11"],
+        ["1", "neutral", "3"],
+    ]
+    assert shown_labels(task, tmp_path, "english")[1] == []
+
+    data, model = write_data(tmp_path / "data"), write_bert(tmp_path / "bert")
+    words = ("finetune", "--task", "classification", "--data", data, "--model", model, "--output", tmp_path / "runs")
+    quick = ("--max-length", "24", "--no-progress", "--epochs", "1", "--r", "4", "--rows", "8", "--no-keep-checkpoints")
+    assert main([str(word) for word in (*words, *quick)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("labels, taken from the english training rows"))
+    shown = [line.split() for line in lines[head + 2 : head + 5]]
+    assert [row[0] for row in shown] == ["0", "1", "2"] and sum(int(row[2]) for row in shown) == 48
+    assert not any("english train" in line or "seconds" in line for line in lines[:head]), "before anything is trained"
+
+
+def test_ids_that_begin_as_positions_do_are_ids():
+    one, other = (Example(f"#{i}", {"text": text}, "x") for i, text in enumerate("ab"))
+    pairs, _ = align([one, other], [other, one])
+    assert [pair.target.id == pair.source.id for pair in pairs] == [True, True]
+
+
+def test_files_that_are_there_are_named(tmp_path):
+    write(tmp_path, "", name="train.xlsx")
+    with pytest.raises(DataError, match=r"files there: train\.xlsx"):
+        read_split(OWN, tmp_path, "ace", "train")

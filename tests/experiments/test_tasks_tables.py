@@ -1,0 +1,276 @@
+"""Data as people have them: every format gives the same rows and the same errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiment_data import write_bert, write_data
+from small_tasks import write_csv, write_jsonl
+
+from flare.cli import main
+from flare.experiments.runs.records import find_runs
+from flare.experiments.tasks import DataError, Example, get_task, has_split, load_pairs, read_split
+from flare.experiments.tasks.parallel import ParallelColumns
+from flare.experiments.tasks.tables import read_table
+from flare.experiments.utils.errors import UserError
+
+OWN = get_task("classification")
+HEAD = ("id", "text", "label")
+ROWS = [
+    {"id": "7", "text": 'ein "Satz",\nzwei\tZeilen', "label": "good"},
+    {"id": "8", "text": "žluťoučký", "label": "bad"},
+]
+FORMATS = ("csv", "tsv", "json", "data.json", "lines.json", "jsonl", "parquet", "shards", "saved")
+
+
+def write_as(folder: Path, rows: list[dict[str, Any]], form: str, name: str = "train") -> Path:
+    """Write rows in a format; returns what `read_table` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.{form.rpartition('.')[2]}"
+    if form in ("csv", "tsv"):
+        import csv
+
+        head = list(dict.fromkeys(key for row in rows for key in row))
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.writer(file, delimiter="," if form == "csv" else "\t")
+            writer.writerows([head, *([row[key] for key in head if key in row] for row in rows)])
+    elif form in ("json", "data.json"):
+        path.write_text(json.dumps(rows if form == "json" else {"version": 1, "data": rows}), encoding="utf-8-sig")
+    elif form in ("jsonl", "lines.json"):
+        write_jsonl(path, rows)
+    else:
+        import datasets
+
+        table = datasets.Dataset.from_list(rows)
+        if form == "parquet":
+            table.to_parquet(path)
+        elif form == "saved":
+            path = folder / name
+            table.save_to_disk(path)
+        else:
+            for number in range(2):
+                path = folder / f"{name}-{number:05d}-of-00002.parquet"
+                table.shard(2, number, contiguous=True).to_parquet(path)
+    return path
+
+
+def says(kind: type[Exception], text: str):
+    return pytest.raises(kind, match=re.escape(text))
+
+
+# --- one split of one language ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_format_gives_the_same_rows(tmp_path, form):
+    write_as(tmp_path / "ace", ROWS, form)
+    assert has_split(OWN, tmp_path, "ace", "train") and not has_split(OWN, tmp_path, "ace", "test")
+    wanted = [Example(row["id"], {"text": row["text"]}, row["label"]) for row in ROWS]
+    assert read_split(OWN, tmp_path, "ace", "train") == wanted
+    write_csv(tmp_path / "ace" / "train.csv", [], HEAD) if form != "csv" else write_jsonl(
+        tmp_path / "ace" / "train.jsonl", []
+    )
+    with says(DataError, "several files for train"):
+        read_split(OWN, tmp_path, "ace", "train")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_format_has_the_checks_of_a_csv_file(tmp_path, form):
+    """The message names the row and the reason."""
+    good = [{"id": str(i), "text": "a", "label": "xy"[i % 2]} for i in range(12)]
+    cases = {
+        "row 2 (counted from 0): the id '0' is row 0's too": [*good[:2], {**good[2], "id": "0"}],
+        "row 1 (counted from 0) has no id": [good[0], {**good[1], "id": " "}],
+        "its column 'row_id' looks like one": [{"row_id": i, "text": "a", "label": "x"} for i in "12"],
+        "has no column text; it has id, content, label": [{"id": i, "content": "a", "label": "x"} for i in "12"],
+        "1 of 2 rows have a label that is none of task classification's: '(empty)' (id 1)": [
+            good[0],
+            {**good[1], "label": ""},
+        ],
+    }
+    for number, (said, rows) in enumerate(cases.items()):
+        write_as(tmp_path / str(number), rows, form)
+        with says(DataError, said):
+            read_split(OWN, tmp_path, str(number), "train")
+    from flare.experiments.tasks import resolve_labels
+
+    write_as(tmp_path / "alone", [{**good[0], "label": "xx"}, *good[1:]], form)
+    with says(DataError, "row 0 (counted from 0, id 0): the label 'xx' has one row only"):
+        resolve_labels(OWN, tmp_path, "alone")
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "json", "data.json", "lines.json", "jsonl"])
+def test_a_row_that_lacks_a_field(tmp_path, form):
+    """Parquet and saved data sets have every column in every row."""
+    rows = [ROWS[1], {"id": "9", "text": "b"}, {"id": "10", "text": "c"}]
+    write_as(tmp_path / "ace", rows, form)
+    said = "line 3: 2 fields where the head has 3" if form in ("csv", "tsv") else "row 1 (counted from 0): it has no 'l"
+    with says(DataError, said) as raised:
+        read_split(OWN, tmp_path, "ace", "train")
+    assert "1 more" in str(raised.value)
+    # what the task does not need may be missing
+    write_as(tmp_path / "other", [{**ROWS[0], "url": "u"}, ROWS[1]], "jsonl")
+    assert len(read_split(OWN, tmp_path, "other", "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("train.tsv", "id,text,label\n1,a,x\n", "must be separated by tabs; its head is 'id,text,label'"),
+        ("train.tsv", "id\ttext\ttext\n", "the column 'text' stands in the head twice"),
+        ("train.tsv", 'id\ttext\tlabel\n1\t"a\tx\n2\tb\n', "cannot be read as a TSV file in UTF-8"),
+        ("train.json", "[{]", "cannot be read as JSON"),
+        ("train.json", '{"rows": []}', 'must hold a list of rows, or {"data": [rows]}; it holds an object with rows'),
+        ("train.json", '[{"text": "a"}, "b"]', "row 1 (counted from 0): not an object, but 'b'"),
+        ("train.json", '[{"text": "a", "text": "b"}]', "the key 'text' stands there twice"),
+        ("train.jsonl", '{"text": "a", "text": "b"}', "line 1: no JSON object in UTF-8 (the key 'text' stands"),
+        ("train.parquet", "no", "cannot be read as a Parquet file"),
+        ("train-00000-of-00002.parquet", "no", "1 of 2 shards are missing, such as train-00001-of-00002.parquet"),
+        ("train/state.json", "{}", "has several files for train: "),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, text, said):
+    (tmp_path / "ace" / "train").mkdir(parents=True)
+    (tmp_path / "ace" / name).write_text(text)
+    if name == "train/state.json":
+        (tmp_path / "ace" / "train" / "dataset_info.json").write_text("{}")
+        with says(DataError, "cannot be read as a data set that save_to_disk wrote"):
+            read_split(OWN, tmp_path, "ace", "train")
+        (tmp_path / "ace" / "train.csv").write_text("")
+    with says(DataError, said):
+        read_split(OWN, tmp_path, "ace", "train")
+
+
+def test_a_tsv_file_with_single_quotation_marks_is_plain_text(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text('id\ttext\n1\t"Good" he said\n2\t"so\n3\tb\n')
+    with pytest.warns(UserWarning, match="its quotation marks are read as text, because they do not pair up"):
+        assert [row["text"] for row in read_table(path).rows] == ['"Good" he said', '"so', "b"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_classes_that_a_file_names_are_read_by_their_names(tmp_path, form):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
+    rows = rows.cast_column("label", datasets.ClassLabel(names=["positive", "negative"]))  # not the task's order
+    folder = tmp_path / "ace"
+    folder.mkdir()
+    rows.to_parquet(folder / "train.parquet") if form == "parquet" else rows.save_to_disk(folder / "train")
+    found = read_split(get_task("nusax"), tmp_path, "ace", "train")
+    assert [row.label for row in found] == ["negative", "positive"]
+
+
+def test_an_id_column_of_another_name(tmp_path):
+    for language in ("en", "ace"):
+        write_csv(
+            tmp_path / language / "train.csv", [("b", language, "x"), ("a", language, "y")], ("uid", "text", "label")
+        )
+    task = get_task("classification", id_columns=["uid"], labels=["x", "y"])
+    pairs, notes = load_pairs(task, tmp_path, "en", "ace", "train")
+    assert [(pair.target.id, pair.source.id) for pair in pairs] == [("b", "b"), ("a", "a")] and notes == []
+    with says(DataError, "has no column key; it has uid, text, label"):
+        read_split(get_task("classification", id_columns=["key"]), tmp_path, "en", "train")
+
+
+# --- columns of both languages side by side ---------------------------------------------------------------------------
+
+BOTH = [
+    {"key": str(i), "en": f"en {i}", "ace": f"ace {i}", "jav": f"jav {i}", "topic": "xy"[i % 2], "split": split}
+    for i, split in enumerate(("train", "train", "dev", "Test", "test"))
+]
+TASK = get_task("classification", id_columns=["key"], label_column="topic", labels=["x", "y"])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_columns_of_both_languages(tmp_path, form):
+    path = write_as(tmp_path, BOTH, form, name="all")
+    data = ParallelColumns(path, "english", ("en",), ("{language}",))
+    pairs, notes = load_pairs(TASK, data, "english", "jav", "test")
+    assert [(p.target.id, p.target.texts, p.source.texts, p.target.label) for p in pairs] == [
+        ("3", {"text": "jav 3"}, {"text": "en 3"}, "y"),
+        ("4", {"text": "jav 4"}, {"text": "en 4"}, "x"),
+    ]
+    assert notes == [] and has_split(TASK, data, "ace", "valid") and len(read_split(TASK, data, "ace", "train")) == 2
+    # the same rows, a file for each split
+    for split in ("train", "test"):
+        rows = [{k: v for k, v in row.items() if k != "split"} for row in BOTH if row["split"].lower() == split]
+        write_as(tmp_path / "splits", rows, form, name=split)
+    again = ParallelColumns(tmp_path / "splits", "english", ("en",), ("jav",))
+    assert load_pairs(TASK, again, "english", "javanese", "test") == (pairs, [])
+    assert not has_split(TASK, again, "javanese", "valid")
+
+
+def test_columns_of_two_texts(tmp_path):
+    rows = [{"p_en": "p", "h_en": "h", "p_sw": "P", "h_sw": "H", "label": "neutral"}]
+    write_as(tmp_path, rows, "tsv", name="test")
+    data = ParallelColumns(tmp_path, "english", ("p_en", "h_en"), ("p_sw", "h_sw"))
+    pairs, _ = load_pairs(get_task("xnli"), data, "english", "swahili", "test")
+    assert pairs[0].target.texts == {"premise": "P", "hypothesis": "H"}
+    assert pairs[0].source.texts == {"premise": "p", "hypothesis": "h"}
+    with says(UserError, "task xnli has 2 text columns (premise, hypothesis); got 1 of the swahili text (p_sw)"):
+        read_split(get_task("xnli"), ParallelColumns(tmp_path, "english", None, ("p_sw",)), "swahili", "test")
+
+
+def test_errors_of_parallel_columns(tmp_path):
+    path = write_as(tmp_path, BOTH, "csv", name="all")
+    data = ParallelColumns(path, "english", ("en",), ("{language}",))
+    for said, task, place, language in (
+        ("has no column ban; it has key, en, ace, jav, topic, split", TASK, data, "ban"),
+        ("--source-column is missing: name the column of", TASK, ParallelColumns(path, "english"), "english"),
+        ("the answers of a qa task are parts of each language's text", get_task("qa"), data, "ace"),
+        ("no such file or folder", TASK, ParallelColumns(tmp_path / "no.csv", "english", ("en",)), "english"),
+    ):
+        with says(UserError, said):
+            read_split(task, place, language, "train")
+    with says(DataError, "this is one file; name its columns with --source-column and --target-column"):
+        read_split(TASK, path, "ace", "train")
+    write_as(tmp_path, [{**BOTH[0], "split": "eval"}], "csv", name="odd")
+    with says(DataError, "row 0 (counted from 0): its split is 'eval'; accepted: train, valid, validation, dev, test"):
+        read_split(TASK, ParallelColumns(tmp_path / "odd.csv", "english", ("en",), None), "english", "train")
+    write_as(tmp_path, [{k: v for k, v in BOTH[0].items() if k != "split"}], "csv", name="none")
+    with says(DataError, "is one file without a column 'split'"):
+        read_split(TASK, ParallelColumns(tmp_path / "none.csv", "english", ("en",), None), "english", "train")
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_one_table_through_all_commands(tmp_path, capsys):
+    """finetune, train and evaluate score what they score with a folder per language."""
+    sizes = {"train": (0, 16), "valid": (16, 24), "test": (24, 36)}
+    write_data(tmp_path / "folders", rows=sizes)
+    write_bert(tmp_path / "bert")
+    rows = []
+    for split in sizes:
+        english, vemari = (
+            read_table(tmp_path / "folders" / name / f"{split}.csv").rows for name in ("english", "vemari")
+        )
+        rows += [
+            {"uid": en["id"], "en": en["text"], "vem": ve["text"], "mood": en["label"], "split": split}
+            for en, ve in zip(english, vemari, strict=True)
+        ]
+    table = write_as(tmp_path, rows, "tsv", name="all")
+    config = tmp_path / "columns.yaml"
+    config.write_text("source_column: en\ntarget-column: [vem]\nid_column: uid\nlabel_column: mood\n")
+    common = ("--task", "classification", "--max-length", "24", "--batch-size", "16", "--r", "4", "--epochs", "1")
+    scores = []
+    for number, place in enumerate((("--data", table, "--config", config), ("--data", tmp_path / "folders"))):
+        runs = tmp_path / str(number)
+        words = (*common, *place, "--lr", "1e-2", "--no-progress", "--output", runs)
+        assert main([str(w) for w in ("finetune", *words, "--model", tmp_path / "bert")]) == 0
+        assert main([str(w) for w in ("train", *words, "--target", "vemari")]) == 0
+        # nothing named again: the columns are the runs'
+        assert main([str(w) for w in ("evaluate", "--output", runs, "--no-progress")]) == 0
+        scores.append({str(run.folder.relative_to(runs)): run.metrics.test for run in find_runs(runs)})
+    assert scores[0] == scores[1] and len(scores[0]) == 4
+    capsys.readouterr()
+    assert main(["train", "--task", "nusax", "--target", "a", "--target-column", "b"]) == 2
+    assert "name columns of your own table: name it with --data" in capsys.readouterr().err
+    words = ["train", *common, "--output", str(tmp_path / "0"), "--data", str(table), "--config", str(config)]
+    assert main([*words, "--target", "a", "b"]) == 2
+    assert "--target-column vem is one language's, and --target names 2" in capsys.readouterr().err
