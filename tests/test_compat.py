@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import flare
-from flare import _compat
+from flare import _compat, _versions
 from flare.source.source_pass import switches_of
 
 
@@ -219,10 +219,14 @@ def test_pefts_layers_over_linears_are_told_from_its_others() -> None:
     )
 
 
-def test_an_old_version_is_named(monkeypatch) -> None:
-    monkeypatch.setitem(_compat.REQUIRED, "peft", ("99.0", "99.1"))
+def test_an_old_version_is_an_error_and_a_new_one_a_warning(monkeypatch) -> None:
+    monkeypatch.setitem(_versions.TESTED, "peft", ("99.0", "99.1"))
     with pytest.raises(ImportError, match=r"flare needs peft>=99.0, found .*pip install"):
-        _compat.check_versions()
+        _versions.check_versions()
+    monkeypatch.setitem(_versions.TESTED, "peft", ("0.1", "0.2"))
+    with pytest.warns(UserWarning, match=r"tested with peft>=0.1,<0.2, found 0\.") as seen:
+        _versions.check_versions()
+    assert len(seen) == 1
 
 
 def test_reentrant_checkpointing_is_recognised():
