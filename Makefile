@@ -24,8 +24,6 @@ PYTEST_ARGS ?=
 DEMO_OUTPUT ?= demo-output
 DEMO_ARGS ?=
 BENCH_OUTPUT ?= bench-output
-HUB_OUTPUT ?= hub-kernel
-HUB_REPO ?= local/flare-kernels
 
 comma := ,
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -37,7 +35,7 @@ INSTALL := $(PIP) install -q --progress-bar off
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; print(*(n + " " + v(n) for n in ("torch", "transformers", "peft")), sep=", ")'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types bench compile-all hub-kernel clean
+.PHONY: help env demo test lint format types bench compile-all clean
 
 help: ## this list
 	@echo "make demo and make test make their own environment in $(VENV) and reuse it."
@@ -111,6 +109,9 @@ bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (fou
 compile-all: $(STAMP) ## compile every kernel configuration for every GPU generation (no GPU needed)
 	$(BIN)/python -m flare_kernels.aot --all
 
+HUB_OUTPUT ?= hub-kernel
+HUB_REPO ?= local/flare-kernels
+.PHONY: hub-kernel
 hub-kernel: ## the kernels as a package for the Hugging Face kernels hub, in hub-kernel (docs/kernels-hub.md)
 	@"$(PYTHON)" tools/build_hub_kernel.py "$(HUB_OUTPUT)" --repo-id "$(HUB_REPO)"
 
