@@ -53,6 +53,7 @@ help: ## this list
 	@echo "  WORKERS         $(WORKERS) test processes; PYTEST_ARGS more arguments for pytest"
 	@echo "  DEMO_OUTPUT     $(DEMO_OUTPUT); DEMO_ARGS more arguments for flare demo, such as --seeds 1"
 	@echo "  BENCH_OUTPUT    $(BENCH_OUTPUT), where make bench leaves rows, table and pictures"
+	@echo "  HUB_OUTPUT      $(HUB_OUTPUT), where make hub-kernel writes; HUB_REPO the repository on the hub, such as me/flare-kernels"
 
 env: $(STAMP) ## make the environment and nothing else
 
@@ -116,7 +117,13 @@ bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (fou
 compile-all: $(STAMP) ## compile every kernel configuration for every GPU generation (no GPU needed)
 	$(BIN)/python -m flare_kernels.aot --all
 
-clean: ## remove what make made: environments, caches, build folders, demo-output, bench-output
+HUB_OUTPUT ?= hub-kernel
+HUB_REPO ?= local/flare-kernels
+.PHONY: hub-kernel
+hub-kernel: ## the kernels as a package for the Hugging Face kernels hub, in hub-kernel (docs/kernels-hub.md)
+	@"$(PYTHON)" tools/build_hub_kernel.py "$(HUB_OUTPUT)" --repo-id "$(HUB_REPO)"
+
+clean: ## remove what make made: environments, caches, build folders, demo-output, bench-output, hub-kernel
 	@for v in .venv .venv-oldest "$(VENV)"; do if ls "$$v"/.flare-made-* >/dev/null 2>&1; then echo "removing $$v"; rm -rf "$$v"; fi; done
-	@rm -rf build dist flare_kernels.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	@rm -rf build dist flare_kernels.egg-info demo-output bench-output hub-kernel .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	@for d in flare flare_kernels tests benchmarks; do if [ -d $$d ]; then find $$d -name __pycache__ -type d -prune -exec rm -rf {} +; fi; done

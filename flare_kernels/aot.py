@@ -288,7 +288,7 @@ def compiler_pool(jobs: int) -> ProcessPoolExecutor:
     """Return a pool of processes for :func:`compile_unit`."""
     # forked from a server that imports torch once and runs no threads; this process has threads of torch and LLVM
     context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "flare_kernels.triton_ops.primitives"])
+    context.set_forkserver_preload(["__main__", f"{__package__}.triton_ops.primitives"])
     return ProcessPoolExecutor(jobs, mp_context=context)
 
 

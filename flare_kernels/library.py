@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import node
+from ._ops import add_op_namespace_prefix
 from .call import Adapter, Call
 from .node import rows, without_autocast
 from .selection import primitives
@@ -97,7 +98,7 @@ def _kept_sizes(
     return ((M, R) if keep and As else (0,)), ((M, fused) if keep and needs_S else (0,))
 
 
-@torch.library.custom_op("flare_kernels::lora", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("lora"), mutates_args=())
 def lora(
     x: Tensor,
     x_source: Tensor | None,
@@ -164,7 +165,7 @@ def _(
     return [*(y.new_empty(y.shape) for y in ys), *(x.new_empty(size, dtype=dtype) for size in sizes)]
 
 
-@torch.library.custom_op("flare_kernels::lora_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("lora_backward"), mutates_args=())
 def lora_backward(
     grads: Sequence[Tensor],
     x: Tensor,
