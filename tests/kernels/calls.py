@@ -58,7 +58,7 @@ def calls(
 
     yield lambda: ops.stack(As, BF16)
     yield lambda: ops.stack([*As, As[0]], BF16)
-    yield lambda: ops.keep_bits(seed, M, K, 6554, 1)
+    yield lambda: ops.dropout_mask(seed, M, K, 6554, 1)
     for one, options in (((x, None), masks), ((x, x_source), both), ((None, x_source), {"mask_source": mask_source})):
         yield lambda one=one: ops.shrink(*one, A, compute_dtype=BF16)
         yield lambda one=one, options=options: ops.shrink(*one, A, compute_dtype=BF16, **options)
@@ -76,7 +76,7 @@ def calls(
         if M <= 64 and R <= 128:
             for given in ([], [S[:, :R], S[:, R:]]):
                 source = x_source if fusion and not given else None
-                decode = {"compute_dtype": BF16, "keep": bool(given)} | phi
+                decode = {"compute_dtype": BF16, "save_for_backward": bool(given)} | phi
                 yield lambda g=given, s=source, d=decode: ops.decode(x, s, g, ys, As, Bs, **d)
                 yield lambda g=given, s=source, d=decode: ops.decode(x, s, g, ys, As, Bs, outs=outs, **d)
     yield lambda: ops.grad_bottleneck(ys, None, None, Bs, scalings=[1.0, 1.0], fusion=None, dT=dT)

@@ -102,7 +102,7 @@ def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.devi
     T, S = torch.randn(M, 2 * R, device=device), torch.randn(M, 2 * R, device=device)
     scalings, columns = [0.5, 2.0], [slice(0, R), slice(R, 2 * R)]
     A, seed = torch.cat(As), torch.tensor(7, device=device)
-    masks = [triton_ops.keep_bits(seed, M, K, dropout.drop_threshold(0.3), stream) for stream in (0, 1)]
+    masks = [triton_ops.dropout_mask(seed, M, K, dropout.drop_threshold(0.3), stream) for stream in (0, 1)]
     keeps = [dropout.unpack(mask, K, torch.uint8) for mask in masks]
     phi: dict[str, Any] = {"scalings": scalings, "fusion": fusion}
 
@@ -135,7 +135,7 @@ def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.devi
             product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)
         ]
         own = [y.clone() for y in ys]
-        triton_ops.decode(x, x_source, [], own, As, Bs, compute_dtype=torch.float32, keep=False, **phi)
+        triton_ops.decode(x, x_source, [], own, As, Bs, compute_dtype=torch.float32, save_for_backward=False, **phi)
         yield "decode", own, want
 
 

@@ -47,8 +47,8 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
     Bs = [randn(n, R, adapter, R**-0.5) for n in (N, N + 9)]
     ys, Gs = ([randn(M, B.shape[0]) for B in Bs] for _ in range(2))
     T, S = randn(M, 2 * R), randn(M, 2 * R)
-    bits = [triton_ops.keep_bits(seed, M, K, 6554, stream) for stream in (0, 1)]
-    yield bits, [torch_ops.keep_bits(seed, M, K, 6554, stream) for stream in (0, 1)]
+    bits = [triton_ops.dropout_mask(seed, M, K, 6554, stream) for stream in (0, 1)]
+    yield bits, [torch_ops.dropout_mask(seed, M, K, 6554, stream) for stream in (0, 1)]
     masks = {"mask": place(bits[0]), "mask_source": place(bits[1]), "keep_scale": KEEP_SCALE}
     A = triton_ops.stack(As, dtype)
     yield [A], [torch_ops.stack(As, dtype)]
@@ -69,7 +69,7 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
     if triton_ops.can_decode(M, [R, R]):
         for given in ([], [S[:, :R], S[:, R:]]):
             got = [place(y) for y in ys]
-            call = {"compute_dtype": dtype, "keep": True, **phi}
+            call = {"compute_dtype": dtype, "save_for_backward": True, **phi}
             triton_ops.decode(x, None if given else x_source, given, got, As, Bs, **call)
             T_own, S_own = (s @ A.float().T for s in (x.float(), x_source.float()))
             want = [y.clone().float() for y in ys]

@@ -37,7 +37,7 @@ def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results
     yield from _sums(case, place, device)
     Bs = [randn(n, R, adapter, R**-0.5) for n in (N, N + 3)]
     Gs, T, S = [randn(M, B.shape[0]) for B in Bs], randn(M, 2 * R), randn(M, 2 * R)
-    with _taken("grad_bottleneck", "rows_first", ["grad_bottleneck_kernel", "sum_partials_kernel"]):
+    with _taken("grad_bottleneck", "rows_first", ["grad_bottleneck_kernel", "split_k_reduce_kernel"]):
         results = grad_bottlenecks(place, Gs, T, S, Bs, B_grad_dtype=adapter, **_PHI)
     yield results
     given = [randn(1, B.shape[0])[0] for B in Bs]
@@ -73,11 +73,11 @@ def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
         options = {"compute_dtype": dtype}
         if step == "grad_weight":
             args, options = (randn(M, R), x, randn(M, R), x_source), {"grad_dtype": adapter}
-        masks = [place(torch_ops.keep_bits(seed, M, K, 6554, stream)) for stream in (0, 1)]
+        masks = [place(torch_ops.dropout_mask(seed, M, K, 6554, stream)) for stream in (0, 1)]
         for form, dropped in forms:
             if dropped:
                 dropped |= {"mask": masks[0], "mask_source": masks[1]}
-            launches = [f"{step}_tma_kernel", "sum_partials_kernel"] if form == "tma" else [f"{step}_kernel"]
+            launches = [f"{step}_tma_kernel", "split_k_reduce_kernel"] if form == "tma" else [f"{step}_kernel"]
             with _taken(step, form, launches):
                 results = both(step, *args, **options, **dropped)
             yield results

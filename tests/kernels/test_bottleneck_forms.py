@@ -25,7 +25,7 @@ from flare_kernels.triton_ops.config import FORMS, TileConfig
 
 __all__ = ["poisoned_empty"]  # the fixture is in force here too
 
-KERNEL, ADD = "grad_bottleneck_kernel", "sum_partials_kernel"
+KERNEL, ADD = "grad_bottleneck_kernel", "split_k_reduce_kernel"
 by_form = pytest.mark.parametrize("form", [form for form in FORMS["grad_bottleneck"] if form != "torch"])
 #: (M, K, N, R): steps shorter and longer than a row tile, R in blocks; chunks that do not divide M
 TILES = {"short steps": (32, 16, 32, 16), "long steps": (16, 32, 64, 32)}

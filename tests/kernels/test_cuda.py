@@ -194,8 +194,8 @@ def test_forms_are_captured_and_run_on_streams_at_once(form: str) -> None:
 
     with forcing(form=form), counting() as names:
         want = run()
-        assert all(name.startswith(("shrink", "grad_weight", "sum_partials")) for name in names)
-        assert ("sum_partials_kernel" in names) == (form == "tma") == ("grad_weight_tma_kernel" in names)
+        assert all(name.startswith(("shrink", "grad_weight", "split_k_reduce")) for name in names)
+        assert ("split_k_reduce_kernel" in names) == (form == "tma") == ("grad_weight_tma_kernel" in names)
         streams = [torch.cuda.Stream() for _ in range(3)]
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream())

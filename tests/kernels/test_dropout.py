@@ -33,7 +33,7 @@ def test_a_mask_takes_some_hundred_operators() -> None:
             return operator(*args, **(kwargs or {}))
 
     with Count() as count:
-        dropout.keep_bits_torch(seed_of(3), 64, 250, 6554, 0)
+        dropout.dropout_mask_torch(seed_of(3), 64, 250, 6554, 0)
     assert count.operators <= 130
 
 
@@ -42,14 +42,14 @@ def test_a_mask_takes_some_hundred_operators() -> None:
 )
 def test_torch_and_triton_give_the_same_bits(rows: int, cols: int, p: float, stream: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from flare_kernels.triton_ops.keep_bits import keep_bits
+    from flare_kernels.triton_ops.dropout_mask import dropout_mask
 
     threshold = dropout.drop_threshold(p)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for number in (0, 1, 2**33 + 5, 2**63 - 2):
         seed = seed_of(number).to(device)
-        from_torch = dropout.keep_bits_torch(seed, rows, cols, threshold, stream)
-        assert torch.equal(keep_bits(seed, rows, cols, threshold, stream), from_torch)
+        from_torch = dropout.dropout_mask_torch(seed, rows, cols, threshold, stream)
+        assert torch.equal(dropout_mask(seed, rows, cols, threshold, stream), from_torch)
 
 
 def test_mask_is_a_pure_function_of_its_arguments() -> None:

@@ -18,8 +18,8 @@ from test_triton_ops import BF16, F16, F32, F64, KEEP_SCALE, Shape, assert_close
 
 from flare_kernels import tuning
 from flare_kernels.launch_mode import counting, forcing
-from flare_kernels.triton_ops import partials
 from flare_kernels.triton_ops import primitives as triton_ops
+from flare_kernels.triton_ops import split_k
 from flare_kernels.triton_ops.config import FORMS, TileConfig
 
 __all__ = ["poisoned_empty"]  # the fixture is in force here too
@@ -65,7 +65,7 @@ def launched(names: list[str]) -> list[str]:
 
 def expected_launches(step: str, form: str, case: str) -> list[str]:
     kernel = f"{step}_tma" if form == "tma" else step
-    return [kernel, "sum_partials"] if case == "splits" and form != "last_adds" else [kernel]
+    return [kernel, "split_k_reduce"] if case == "splits" and form != "last_adds" else [kernel]
 
 
 @by_form
@@ -127,7 +127,7 @@ def test_dropout_and_odd_rows_stay_with_pointers(step: str, device: torch.device
                 got = triton_ops.grad_weight(dT, stream, dS, x_source, grad_dtype=F32, **options)
                 pairs = ((i.T, i.x, "mask"), (i.S, i.x_source, "mask_source"))
                 want = sum(d.to(F64).T @ drop(s, options.get(mask), F64) for d, s, mask in pairs)
-        assert launched(names) == [step, "sum_partials"]
+        assert launched(names) == [step, "split_k_reduce"]
         torch.testing.assert_close(got.to(F64), want, rtol=2e-3, atol=2e-3 * want.abs().max().item())
 
 
@@ -146,8 +146,8 @@ def test_the_last_program_adds_dropped_streams(device: torch.device) -> None:
 def test_counters_are_zero_between_launches(device: torch.device) -> None:
     """Every tile that was counted is reset by its last program: launches of a stream share one buffer."""
     i = make(SHAPES["splits"], device)
-    counters = partials.counters(i.x.device)
-    assert counters is partials.counters(i.x.device) and not counters.any()
+    counters = split_k.counters(i.x.device)
+    assert counters is split_k.counters(i.x.device) and not counters.any()
     with forced("last_adds", "splits"):
         first = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         assert not counters.any()

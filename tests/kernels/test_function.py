@@ -291,7 +291,7 @@ def test_a_card_that_is_too_old_is_declined_by_name(monkeypatch) -> None:
     pytest.importorskip("triton")
     module = importlib.import_module("flare_kernels.selection")
     capability = {0: (7, 5), 1: (9, 0)}
-    module._device_refusal.cache_clear()
+    module._unsupported_reason.cache_clear()
     monkeypatch.setattr(module, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -306,7 +306,7 @@ def test_a_card_that_is_too_old_is_declined_by_name(monkeypatch) -> None:
     assert flare_kernels.select_backend(new, torch.bfloat16) == "triton"
     with pytest.raises(ValueError, match=r"cannot run here: Old GPU"):
         module.primitives("triton", old, torch.bfloat16)
-    module._device_refusal.cache_clear()
+    module._unsupported_reason.cache_clear()
 
 
 BAD = [

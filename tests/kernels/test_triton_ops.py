@@ -239,7 +239,7 @@ def test_several_projections_in_one_launch(count: int, rank: int, fusion: str | 
     with counting() as names:
         triton_ops.expand_(ys, T, S, Bs, outs=outs, **options)
         dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=F32, **options)
-    assert [n for n in names if n != "sum_partials_kernel"] == ["expand_kernel", "grad_bottleneck_kernel"]
+    assert [n for n in names if n != "split_k_reduce_kernel"] == ["expand_kernel", "grad_bottleneck_kernel"]
     for at, i in enumerate(parts):
         columns = slice(at * rank, (at + 1) * rank)
         want = i.y.clone()
@@ -285,7 +285,8 @@ def test_decode(shape: Shape, fusion: str | None, given: bool, device: torch.dev
     outs = [torch.empty_like(i.y), torch.empty_like(j.y)]
     call = {"compute_dtype": shape.compute, "scalings": [SCALING, 2.0], "fusion": fusion}
     with counting() as names:
-        T, S = triton_ops.decode(i.x, x_source, Ss, [i.y, j.y], [i.A, j.A], [i.B, j.B], keep=True, outs=outs, **call)
+        args = (i.x, x_source, Ss, [i.y, j.y], [i.A, j.A], [i.B, j.B])
+        T, S = triton_ops.decode(*args, save_for_backward=True, outs=outs, **call)
     assert names == ["shrink_decode_kernel", "expand_decode_kernel"]
     for at, (k, scaling) in enumerate(((i, SCALING), (j, 2.0))):
         columns, results = slice(at * shape.R, (at + 1) * shape.R), {}
@@ -303,7 +304,7 @@ def test_decode(shape: Shape, fusion: str | None, given: bool, device: torch.dev
         else:
             assert_close(S[:, columns], plain[2], truth[2], shape.compute)
     assert triton_ops.decode(
-        i.x, x_source, Ss[:1], [i.y], [i.A], [i.B], keep=False, **(call | {"scalings": [1.0]})
+        i.x, x_source, Ss[:1], [i.y], [i.A], [i.B], save_for_backward=False, **(call | {"scalings": [1.0]})
     ) == (
         None,
         None,
@@ -313,7 +314,7 @@ def test_decode(shape: Shape, fusion: str | None, given: bool, device: torch.dev
 def test_decoding_a_row_does_not_depend_on_the_rows_beside_it(device: torch.device) -> None:
     shape = Shape(M=64, K=2100, N=40, R=16, compute=BF16)
     i = make(shape, device)
-    call = {"compute_dtype": BF16, "scalings": [SCALING], "fusion": "mul", "keep": False}
+    call = {"compute_dtype": BF16, "scalings": [SCALING], "fusion": "mul", "save_for_backward": False}
 
     def rows(at: slice) -> Tensor:
         out = torch.empty_like(i.y[at])
@@ -469,7 +470,7 @@ def test_sums_that_are_split_repeat_their_bits(dtype: torch.dtype, device: torch
 
     with recording(config.LARGE_SHARED_BYTES) as launches:
         run()
-    assert sum(launch.kernel.__name__ == "sum_partials_kernel" for launch in launches) == 3
+    assert sum(launch.kernel.__name__ == "split_k_reduce_kernel" for launch in launches) == 3
 
     first, second = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

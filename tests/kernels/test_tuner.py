@@ -160,7 +160,7 @@ def test_both_orders_are_run(monkeypatch, device) -> None:
 def test_every_form_that_can_run_is_compared_and_tiles_that_cannot_fit_are_not(monkeypatch) -> None:
     forms = {"triton": ("grad_weight",), "new": ("grad_weight",), "two": ("shrink", "grad_weight"), "torch": ()}
     monkeypatch.setitem(config.FORMS, "grad_weight", forms)
-    monkeypatch.setitem(config.RUNS_WHERE, ("grad_weight", "new"), lambda operands, capability: capability >= 90)
+    monkeypatch.setitem(config.SUPPORTED, ("grad_weight", "new"), lambda operands, capability: capability >= 90)
     grid = ((64,), (64, 128), (0,), (4,), (2, 4), (256,))
     monkeypatch.setattr(config, "_CANDIDATES", dict.fromkeys(config.KERNELS, grid))
     wanted = tuning.problems([tuning.SHAPES["llama-3.1-8b"]], [8192], [64])
@@ -252,7 +252,7 @@ print(*sorted({unit.kernel for unit in units}))
         "True False",
         "True",
         "{None}",
-        "grad_input_kernel shrink_kernel shrink_tma_kernel sum_partials_kernel",
+        "grad_input_kernel shrink_kernel shrink_tma_kernel split_k_reduce_kernel",
     ]
 
 
@@ -294,16 +294,16 @@ def test_the_tuner_takes_the_fastest_that_is_right(monkeypatch, device) -> None:
             tiles = mode.forced[step]
             return factor * ({4: 20.0, 8: 10.0}[tiles.num_warps] + tiles.num_stages)
 
-        finding = search.tune_one(problem, device, told(us), 1e3)
-        assert finding.best is not None and finding.best.form == "triton"
-        tiles = finding.best.tiles[problem.step]
+        measurement = search.tune_one(problem, device, told(us), 1e3)
+        assert measurement.best is not None and measurement.best.form == "triton"
+        tiles = measurement.best.tiles[problem.step]
         assert (tiles.num_warps, tiles.num_stages, tiles.programs) == (8, 3, 7)
-        assert finding.tried == 6 and len(finding.refused) == 1 and "wrong numbers" in finding.refused[0]
-        assert finding.us["torch"] == 50.0 and finding.us["triton"] == 13.0
+        assert measurement.tried == 6 and len(measurement.rejected) == 1 and "wrong results" in measurement.rejected[0]
+        assert measurement.us["torch"] == 50.0 and measurement.us["triton"] == 13.0
         rule = config.choose(problem.step, problem.key.operands, problem.key.rank, LARGE)
-        assert finding.us["triton, general rule"] == {4: 20.0, 8: 10.0}[rule.num_warps] + rule.num_stages
-        entry = finding.entry(finding.best)
-        assert entry.tiles[problem.step]["num_stages"] == 3 and entry.us["floor"] == round(finding.floor_us, 3)
+        assert measurement.us["triton, general rule"] == {4: 20.0, 8: 10.0}[rule.num_warps] + rule.num_stages
+        entry = measurement.entry(measurement.best)
+        assert entry.tiles[problem.step]["num_stages"] == 3 and entry.us["floor"] == round(measurement.floor_us, 3)
         slow = search.tune_one(problem, device, told(lambda mode: us(mode, factor=9.0)), 1e3)
         assert slow.best == Variant("torch") and slow.entry(slow.best).tiles == {}
         assert slow.us["torch"] == 50.0 and slow.us["triton"] == 9 * 13.0
@@ -331,7 +331,7 @@ def test_a_table_is_written_as_it_grows_and_says_how_far_each_step_is_from_its_f
         return 2.0 if mode.forced_form in ("torch", "frozen_first") else 1.0
 
     wanted = list(tuning.problems([SMALL], [70, 3], [8]))
-    table = tuning.tune(wanted, device=device, about={"date": "today"}, timer=told(us), say=said.append, save=save)
+    table = tuning.tune(wanted, device=device, about={"date": "today"}, timer=told(us), log=said.append, save=save)
     assert {key.step: entry.form for key, entry in table.entries.items()} == dict.fromkeys(config.FORMS, "triton") | {
         "order": "adapter_first"
     }
@@ -355,12 +355,12 @@ def test_a_table_is_written_as_it_grows_and_says_how_far_each_step_is_from_its_f
 def test_the_budget_leaves_the_last_sizes_out(device) -> None:
     said: list[str] = []
     wanted = list(tuning.problems([SMALL], [70], [8]))
-    options = {"device": device, "about": {}, "timer": told(lambda mode: 1.0), "say": said.append}
+    options = {"device": device, "about": {}, "timer": told(lambda mode: 1.0), "log": said.append}
     table = tuning.tune(wanted, budget_s=-1.0, **options)
-    assert not table.entries and any(f"{len(wanted)} problems were left out" in line for line in said)
+    assert not table.entries and any(f"{len(wanted)} problems were not measured" in line for line in said)
 
 
 def test_the_tuner_says_why_it_cannot_run(monkeypatch) -> None:
     monkeypatch.setattr(search, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="nothing to tune: the triton backend is"):
-        tuning.tune([], device=torch.device("meta"), about={}, say=lambda line: None)
+        tuning.tune([], device=torch.device("meta"), about={}, log=lambda line: None)

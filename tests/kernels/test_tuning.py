@@ -160,21 +160,21 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
 def test_every_form_has_tiles_by_rule_and_by_table() -> None:
     """The registry is complete: rows, candidates and axes of every kernel, and a first form that runs anywhere."""
     for step, of_step in config.FORMS.items():
-        assert (step, next(iter(of_step))) not in config.RUNS_WHERE
+        assert (step, next(iter(of_step))) not in config.SUPPORTED
         for form, kernels in of_step.items():
             tiles = {kernel: dataclasses.asdict(config.choose(kernel, "narrow", 64, 232448)) for kernel in kernels}
             row = {"step": step, "operands": "narrow", "rank": 64, "rows": 4, "width": 3, "form": form, "tiles": tiles}
             assert launch_table._parse(row)[1].form == form
             for kernel, operands in itertools.product(kernels, config.OPERAND_CLASSES):
                 assert list(config.candidates(kernel, operands, 64, 232448))
-    assert all(form in config.FORMS[step] for step, form in config.RUNS_WHERE)
+    assert all(form in config.FORMS[step] for step, form in config.SUPPORTED)
 
 
 def test_a_form_is_forced_tuned_or_the_rule_s(monkeypatch) -> None:
     """In this order; a form that the device or the call cannot take gives way to the general rule's."""
     device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
     monkeypatch.setitem(config.FORMS, "shrink", {"triton": ("shrink",), "new": ("shrink",), "torch": ()})
-    monkeypatch.setitem(config.RUNS_WHERE, ("shrink", "new"), lambda operands, capability: capability >= 90)
+    monkeypatch.setitem(config.SUPPORTED, ("shrink", "new"), lambda operands, capability: capability >= 90)
     monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
     monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
     LaunchTable("Some GPU", {KEY: Entry("new", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
@@ -285,7 +285,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
 def test_the_plan_where_the_kernels_do_not_run() -> None:
     plan = flare_kernels.launch_plan(8192, 4096, (4096, 1024), 64, device="cpu")
     assert set(plan) == set(config.FORMS) - {"decode", "order"} and all(
-        "torch (what cpu takes" in step for step in plan.values()
+        "torch (the backend for cpu" in step for step in plan.values()
     )
 
 
