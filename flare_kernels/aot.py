@@ -229,7 +229,7 @@ def ci_cases() -> Iterator[Case]:
     """Yield the cases that CI compiles: all rows in bfloat16, and one case of each other kind and form per kernel."""
     for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
         yield Case(capability, rank=rank)
-    # stands for sm_86 and sm_120 too, which have the same rows and the same shared memory
+    # sm_89 stands for sm_86 and sm_120 too, which have the same rows and the same shared memory
     yield from (Case(89, rank=rank) for rank in (16, 32, 64, 128))
     yield Case(90, dtype="float32")
     yield Case(90, aligned=False)

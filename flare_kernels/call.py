@@ -1,4 +1,4 @@
-"""The constants of a call of the node, computed once and read in every step.
+"""The constants of the autograd node (:mod:`flare_kernels.node`), computed once and read in every step.
 
 No code of this module runs in a training step after the first.
 """
@@ -41,7 +41,7 @@ class ProjectionGroup(NamedTuple):
 
 
 class Call:
-    """The constants of a call of the node, reused by all calls with the same adapters.
+    """The constants of the autograd node, reused by all calls with the same adapters.
 
     Args:
         ops: the primitives.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Stream numbers. Masks of the two streams are independent, also with the same seed.
+#: Stream numbers. Masks of the two streams are independent even if they have the same seed.
 TARGET_STREAM, SOURCE_STREAM = 0, 1
 
 _LEVELS = 1 << 16

@@ -16,7 +16,7 @@ from .launch_table import ROW_BOUNDS, WIDTH_BOUNDS, Entry, Key, bucket, table_fo
 from .triton_ops.config import FORMS, can_run, operand_class, rank_bucket
 
 
-def form_in_force(
+def select_form(
     mode: Mode,
     step: str,
     operands: str,

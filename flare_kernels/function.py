@@ -28,7 +28,7 @@ from .call import AdapterSpec, Call
 from .fusion import EAGER_FUSIONS
 from .library import call_of
 from .node import rows, without_autocast
-from .order import Order, order_of
+from .order import Order, choose_order
 from .reference import compute_dtype
 
 # The attributes of a weight that are part of the key of an order, for `map`.
@@ -115,7 +115,7 @@ class FusedLoRA(torch.autograd.Function):
             try:
                 order = mode.plans[key]
             except KeyError:
-                order = mode.plans.add(key, order_of(mode, call, x_MK, Ws, biases, autocast))
+                order = mode.plans.add(key, choose_order(mode, call, x_MK, Ws, biases, autocast))
             if order is None:
                 # under autocast, which casts as in the unmodified layer
                 ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, biases))

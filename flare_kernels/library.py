@@ -1,8 +1,9 @@
-"""The node as ``torch.library`` operators, which ``torch.compile`` traces instead of the in-place autograd function.
+"""The autograd node as ``torch.library`` operators, for ``torch.compile``.
 
-``flare_kernels::lora`` takes the frozen outputs and returns new tensors: the compiler frees the old ones, and the
-kernels move the same number of bytes as in place. ``flare_kernels::lora_backward`` computes all gradients. Both are
-opaque to the compiler and have fake implementations, so a compiled layer is one graph, which a CUDA graph can capture.
+Compiled code calls these operators instead of the in-place autograd function. ``flare_kernels::lora`` takes the frozen
+outputs and returns new tensors: the compiler frees the old ones, and the kernels move as many bytes as in place.
+``flare_kernels::lora_backward`` computes all gradients. Both are opaque to the compiler and have fake implementations,
+so a compiled layer is one graph, which a CUDA graph can capture.
 The frozen products are separate operators of the graph and run first (:mod:`flare_kernels.order` has the other order).
 
 Optional results are empty tensors, because an operator cannot return None.
@@ -26,7 +27,7 @@ from .selection import primitives
 def call_of(
     backend: str, device: torch.device, dtype: torch.dtype, adapters: tuple[AdapterSpec, ...], outputs: int, p: float
 ) -> Call:
-    """Return the cached constants of a call of the node, with the primitives of a backend (which may be "auto")."""
+    """Return the cached constants of the node for these adapters and the primitives of a backend (also "auto")."""
     ops = primitives(backend, device, dtype)
     key = (id(ops), dtype, adapters, outputs, p)
     call = _calls.get(key)

@@ -1,4 +1,4 @@
-"""The order of the frozen products and the adapters, if the node computes both.
+"""The order of the frozen products and the adapters, if the autograd node computes both.
 
 ``frozen_first``: in forward, the frozen product writes y = x W^T + b, then the adapter reads y and adds its share. In
 backward, the first frozen product writes dx, then the other frozen products and dT A add to it.
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .forms import class_of, form_in_force
+from .forms import class_of, select_form
 from .launch_mode import Mode
 
 #: Sizes (M, n_i) of the outputs that the adapters write, in stacking order; None if the frozen products run first.
 Order = tuple[tuple[int, int], ...] | None
 
 
-def order_of(
+def choose_order(
     mode: Mode,
     call: Call,
     x: Tensor,
@@ -49,7 +49,7 @@ def order_of(
     operands = class_of(max(call.ranks), call.dtype, wide=(x, *Ws), thin=())
     # only backend="auto" follows the table; a backend chosen by name follows the general rule
     device = x.device if getattr(call.ops, "FOLLOWS_TABLE", False) else torch.device("cpu")
-    form, _ = form_in_force(mode, "order", operands, max(call.ranks), M, max(widths), device)
+    form, _ = select_form(mode, "order", operands, max(call.ranks), M, max(widths), device)
     return tuple((M, width) for width in widths) if form == "adapter_first" else None
 
 

@@ -319,7 +319,7 @@ def _plan(
     fusion: str | None,
     save_for_backward: bool,
 ) -> tuple[tuple[None, ...], tuple[int, int], bool, tuple[int, ...], Launcher, Launcher]:
-    """(missing projections' arguments, size of T and S, whether S is kept, size of the partial results, launches)."""
+    """Return (None per missing projection, size of T and S, whether to save S, size of the workspace, launches)."""
     fusion = None if x_source is None and not Ss else fusion
     (M, K), R, count = x.shape, As[0].shape[0], len(ys)
     streams = 1 if x_source is None else 2

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._compat import compiled_runner, current_cuda_device, with_descriptor_allocator
-from ..forms import class_of, form_in_force
+from ..forms import class_of, select_form
 from ..launch_mode import Mode
 from .config import FORMS, LARGE_SHARED_BYTES, TileConfig, choose
 
@@ -251,7 +251,7 @@ def form_of_class(
     excluded: Collection[str] = (),
 ) -> tuple[str, dict[str, TileConfig]]:
     """Return the result of :func:`form_for` for an operand class instead of the operands."""
-    form, entry = form_in_force(mode, step, operands, rank, rows, width, device, excluded)
+    form, entry = select_form(mode, step, operands, rank, rows, width, device, excluded)
     shared_bytes = shared_memory_bytes(device) if mode.shared_bytes is None else mode.shared_bytes
     tiles = {}
     for kernel in FORMS[step][form]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import launch_mode
-from ..forms import form_in_force
+from ..forms import select_form
 from .config import operand_class
 from .decode import MAX_RANK, MAX_ROWS
 from .launch import form_of_class
@@ -28,7 +28,7 @@ def launch_plan(
     for step, (rank, width) in (forward | backward).items():
         sizes = (step, operands, rank, M, width, device)
         form, tiles = form_of_class(launch_mode.current, *sizes)
-        _, entry = form_in_force(launch_mode.current, *sizes)
+        _, entry = select_form(launch_mode.current, *sizes)
         origin = "general rule" if entry is None else "tuned table"
         configs = "; ".join(map(str, tiles.values()))
         plan[step] = f"{form}, {configs} ({origin})" if tiles else f"{form} ({origin})"

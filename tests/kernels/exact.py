@@ -110,7 +110,7 @@ def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.devi
         name = " with dropout" if dropped else ""
         scale, (mask, mask_source) = KEEP_SCALE if dropped else 1.0, unpacked if dropped else (None, None)
         both = {"mask": masks[0], "mask_source": masks[1], "keep_scale": scale} if dropped else {}
-        one = {"mask": masks[0], "keep_scale": scale} if dropped else {}
+        one_mask = {"mask": masks[0], "keep_scale": scale} if dropped else {}
         naive = [product(x, A.T, scale, mask), product(x_source, A.T, scale, mask_source)]
         yield f"shrink{name}", triton_ops.shrink(x, x_source, A, compute_dtype=torch.float32, **both), naive
         dA = product(x.T, T, scale, None if mask is None else mask.T)
@@ -118,7 +118,7 @@ def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.devi
         yield f"grad_weight{name}", [triton_ops.grad_weight(T, x, S, x_source, grad_dtype=torch.float32, **both)], [dA]
         dx = product(T, A, scale)
         dx = dx if mask is None else torch.where(mask != 0, dx, 0.0)
-        yield f"grad_input{name}", [triton_ops.grad_input(T, A, dtype=torch.float32, **one)], [dx]
+        yield f"grad_input{name}", [triton_ops.grad_input(T, A, dtype=torch.float32, **one_mask)], [dx]
     H, _ = elementwise(T, S, fusion)
     want = [product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)]
     got = [y.clone() for y in ys]

@@ -56,11 +56,11 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
     for dropped in ({}, masks):
         yield both("shrink", x, x_source, A, compute_dtype=dtype, **dropped)
         yield both("grad_weight", T, x, S, x_source, grad_dtype=adapter, **dropped)
-        one = {key: value for key, value in dropped.items() if key != "mask_source"}
-        yield both("grad_input", T, A, dtype=dtype, **one)
+        one_mask = {key: value for key, value in dropped.items() if key != "mask_source"}
+        yield both("grad_input", T, A, dtype=dtype, **one_mask)
         dx = randn(M, K)
-        want = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one)
-        yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one)], [want]
+        want = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one_mask)
+        yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one_mask)], [want]
     got, want = [place(y) for y in ys], [y.clone() for y in ys]
     triton_ops.expand_(got, T, S, Bs, **phi)
     torch_ops.expand_(want, T, S, Bs, **phi)

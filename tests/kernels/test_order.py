@@ -42,7 +42,7 @@ def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[order.Order]]:
     from flare_kernels import function
 
     orders: list[order.Order] = []
-    monkeypatch.setattr(function, "order_of", lambda *args: orders.append(order.order_of(*args)) or orders[-1])
+    monkeypatch.setattr(function, "choose_order", lambda *args: orders.append(order.choose_order(*args)) or orders[-1])
     with forcing():  # with an empty cache of plans
         yield orders
 
@@ -199,7 +199,7 @@ def test_calls_that_cannot_run_adapters_first(device, orders) -> None:
     with forcing(form="adapter_first"):
         for name, arguments in {"valid": valid, "without bias": (*valid[:3], None, None), **refused}.items():
             constants, x_i, W_i, bias, autocast = arguments
-            chosen = order.order_of(launch_mode.current, call_of(*constants), x_i, [W_i], [bias], autocast)
+            chosen = order.choose_order(launch_mode.current, call_of(*constants), x_i, [W_i], [bias], autocast)
             assert (chosen is None) == (name in refused), name
         with torch.autocast(device.type, BF16):  # every frozen product casts its float32 operands
             run(t, "qv", "qkv", "torch")
@@ -256,7 +256,7 @@ def test_auto_follows_the_table_and_caches_the_order(device, monkeypatch, tmp_pa
     for ops, M, want in ((auto_ops, 8192, other), (auto_ops, 512, general), (torch_ops, 8192, general)):
         call = Call(ops, BF16, [(0, 64, 1.0, None), (1, 64, 1.0, None)], 2, 0.0)
         x, Ws = OnGPU(M, 4096), [OnGPU(4096, 4096), OnGPU(1024, 4096)]
-        chosen = order.order_of(launch_mode.current, call, x, Ws, [None, None], None)
+        chosen = order.choose_order(launch_mode.current, call, x, Ws, [None, None], None)
         assert chosen == (((M, 4096), (M, 1024)) if want == "adapter_first" else None)
     launch_table.table_for.cache_clear()
 
@@ -265,7 +265,7 @@ def test_auto_follows_the_table_and_caches_the_order(device, monkeypatch, tmp_pa
 
     with forcing(form="adapter_first"):
         run(t, "qv", "qkv", "torch")
-        monkeypatch.setattr(function, "order_of", lambda *args: pytest.fail("the order was chosen again"))
+        monkeypatch.setattr(function, "choose_order", lambda *args: pytest.fail("the order was chosen again"))
         run(t, "qv", "qkv", "torch")
 
 

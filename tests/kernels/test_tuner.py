@@ -142,8 +142,8 @@ def test_both_orders_are_run(monkeypatch, device) -> None:
     """The problem of the step order runs in the forced order."""
     (problem,) = [problem for problem in tuning.problems([SMALL], [70], [8]) if problem.step == "order"]
     orders: list[object] = []
-    order_of = function.order_of
-    monkeypatch.setattr(function, "order_of", lambda *args: orders.append(order_of(*args)) or orders[-1])
+    choose_order = function.choose_order
+    monkeypatch.setattr(function, "choose_order", lambda *args: orders.append(choose_order(*args)) or orders[-1])
     check = search.Check(problem, device)
     run = functools.partial(problem.run, triton_ops.tuned)
     sizes = ((70, 40), (70, 24))

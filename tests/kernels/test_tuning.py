@@ -341,7 +341,7 @@ for problem in tuning.problems(tuning.SHAPES.values(), (8192, 4096, 2048, 512, 1
     if entry is None:
         continue
     keys.add(problem.key)
-    tiles = {{kernel: TileConfig(**of_one) for kernel, of_one in entry.tiles.items()}}
+    tiles = {{kernel: TileConfig(**fields) for kernel, fields in entry.tiles.items()}}
     if tiles:
         with forcing(form=entry.form, **tiles), recording(limit) as launches:
             problem.run(primitives.tuned, problem.make(torch.device("cpu"), real=False))
