@@ -1,4 +1,4 @@
-"""The element-wise fusion functions phi(S, T) and their derivatives (FLARE, section 3; method in the README).
+"""The element-wise fusion functions phi(S, T) and their derivatives (FLARE, section 3; docs/how-it-works.md).
 
 Shapes: S and T are (..., m, r): the down-projected source and target stream. H = phi(S, T) has the same shape. Every
 formula here is plain PyTorch; the Triton forms of the same formulas are in ``triton_ops/device.py``.

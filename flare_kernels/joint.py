@@ -48,7 +48,7 @@ def fused_lora_qkv(
             computes the frozen products from ``weights``, before or after the adapters (:mod:`flare_kernels.order`).
         adapters: name -> (A (r, d), B (n, r), scaling) for any subset of the names. Outputs of the other names are
             returned unchanged.
-        fusion: one name for all adapters, or name -> fusion (plain LoRA for None and for names that are missing).
+        fusion: one fusion for all adapters, or name -> fusion. None and missing names mean plain LoRA.
         source_bottleneck: name -> S (..., m, r) instead of x_source; differentiable. A missing name is plain LoRA.
         weights: name -> frozen weight W (n, d). If passed, the node also computes dx of the frozen products, in one
             buffer. ``base_outputs`` must then be None or have no graph (compute them under ``torch.no_grad()``).

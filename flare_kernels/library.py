@@ -3,8 +3,8 @@
 Compiled code calls these operators instead of the in-place autograd function. ``flare_kernels::lora`` takes the frozen
 outputs and returns new tensors: the compiler frees the old ones, and the kernels move as many bytes as in place.
 ``flare_kernels::lora_backward`` computes all gradients. Both are opaque to the compiler and have fake implementations,
-so a compiled layer is one graph, which a CUDA graph can capture.
-The frozen products are separate operators of the graph and run first (:mod:`flare_kernels.order` has the other order).
+so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are separate operators of the
+graph and always run first (:mod:`flare_kernels.order` describes the other order).
 
 Optional results are empty tensors, because an operator cannot return None.
 """
