@@ -488,7 +488,7 @@ def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
         "grad_weight",
         "grad_input",
         "stack",
-        "keep_bits",
+        "dropout_mask",
         "expand_decode",
         "shrink_tma",
         "grad_weight_tma",

@@ -8,8 +8,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from flare_kernels import FUSIONS
-from flare_kernels.fusion import EAGER_FUSIONS
+from flare_kernels.fusion import ALL_FUSIONS
 
 from .._compat import FLARE
 from .card import fill_card
@@ -147,7 +146,7 @@ class FlareConfig(LoraConfig):
 
     def _check_values(self) -> None:
         """Each field on its own, and those that must fit together."""
-        _one_of("fusion", self.fusion, (*FUSIONS, *EAGER_FUSIONS, None))
+        _one_of("fusion", self.fusion, (*ALL_FUSIONS, None))
         _one_of("source_layer_offset", self.source_layer_offset, (1, 0))
         _one_of("source_padding", self.source_padding, SOURCE_PADDING)
         _one_of("source_memory", self.source_memory, SOURCE_MEMORY)

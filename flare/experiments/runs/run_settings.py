@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flare_kernels.fusion import EAGER_FUSIONS, FUSIONS
+from flare_kernels.fusion import ALL_FUSIONS
 
 from ..tasks.registry import OWN, TASKS
 from ..utils.errors import UserError
@@ -20,7 +20,6 @@ SETTINGS = ("zero-shot", "translate-test", "translate-train")
 FORMS = ("encoder", "causal", "seq2seq")
 TEXTS = ("gold", "mt")
 QUANTIZATIONS = ("none", "nf4", "int8")
-ALL_FUSIONS = (*FUSIONS, *(name for name in EAGER_FUSIONS if name not in FUSIONS))
 BASE = "base"
 _FROM_ZERO = ("seeds", "show", "score_rows", "steps", "mixup_layer")
 
