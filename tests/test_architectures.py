@@ -129,20 +129,20 @@ REFUSED = [
         {"rotary_dim": 4},
         r"share one linear layer \(qkv_proj\).*not known for.*codegen",
     ),
-    ("AlbertForSequenceClassification", "AlbertConfig", {"embedding_size": 8}, "names 3 blocks.*holds 1.*share"),
-    ("XLMForSequenceClassification", "XLMConfig", {}, "attentions holds attention modules alone"),
+    ("AlbertForSequenceClassification", "AlbertConfig", {"embedding_size": 8}, "has 3 blocks.*holds 1.*share"),
+    ("XLMForSequenceClassification", "XLMConfig", {}, "attentions holds attention modules only"),
     (
         "MvpForConditionalGeneration",
         "MvpConfig",
         _PAIR,
-        "cannot reach its attention: MvpEncoder.*hands no",
+        "cannot reach its attention: MvpEncoder.*does not pass on",
     ),
 ]
 
 
 @pytest.mark.parametrize(("model", "config", "changes", "message"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_refused(model, config, changes, message) -> None:
-    """Before the model is touched, and in words; fusion=None still makes a plain LoRA model of it."""
+    """The error comes before the model is changed. With fusion=None the model can still be used as plain LoRA."""
     made = getattr(transformers, model)(getattr(transformers, config)(**{**_SIZE, **changes}))
     before = {name: id(module) for name, module in made.named_modules()}
     with pytest.raises(ValueError, match=f"{model}: .*{message}"):

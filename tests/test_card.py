@@ -27,7 +27,7 @@ def test_it_says_how_to_load_and_what_is_needed(tmp_path):
         "A source is needed at prediction time",
         "AutoModelForSequenceClassification",
         "| fusion | `mul`: S * T |",
-        "| source_layer_offset | 0: block i meets the source's input",
+        "| source_layer_offset | 0: block i fuses with the source's input",
         "source_input_ids=...",
         "- flare-kernels ",
         "- transformers ",
@@ -40,12 +40,12 @@ def test_it_says_how_to_load_and_what_is_needed(tmp_path):
     ("made", "words", "absent"),
     [
         (lambda: flare.fast_lora(tiny.model("bert"), r=4, latent_dim=8), "source_states=...", "source_input_ids"),
-        (lambda: flare.fast_lora(tiny.model("llama"), r=4, fusion=None), "reads the text alone", "source"),
+        (lambda: flare.fast_lora(tiny.model("llama"), r=4, fusion=None), "reads only the input text", "source"),
         (lambda: x_mixup(tiny.model("bert"), r=4), "An X-Mixup adapter", "A FLARE adapter"),
     ],
     ids=["flare-mt", "lora", "x-mixup"],
 )
-def test_each_kind_has_its_own_words(tmp_path, made, words, absent):
+def test_the_card_describes_the_kind_of_adapter(tmp_path, made, words, absent):
     made().save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert words in card and absent not in card

@@ -201,7 +201,7 @@ def test_bitsandbytes_layers_are_told_by_name() -> None:
     for name in ("Linear4bit", "Linear8bitLt"):
         assert _compat.is_lora_over_linear(getattr(lora, name)) and _compat.find_lora_class(name) is getattr(lora, name)
     int8 = [bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=False, threshold=threshold) for threshold in (0.0, 6.0)]
-    mixing = [bool(_compat.mixes_rows(linear)) for linear in (*int8, bnb.nn.Linear4bit(4, 4))]
+    mixing = [bool(_compat.row_mixing_reason(linear)) for linear in (*int8, bnb.nn.Linear4bit(4, 4))]
     assert mixing == [False, True, False]
     assert _compat.is_quantized_linear(bnb.nn.Linear4bit(4, 4))
     assert not _compat.is_quantized_linear(tiny.torch.nn.Linear(4, 4))
@@ -288,12 +288,12 @@ def test_hooks_are_found_where_torch_keeps_them() -> None:
         assert sum(map(len, _compat.module_hooks(module))) == len(kinds)
         kinds.append(getattr(module, f"register_{register}")(lambda *_: None))
     assert sum(map(len, _compat.module_hooks(module))) == 4
-    assert not _compat.gradient_hooks(module.weight)
+    assert not _compat.has_gradient_hooks(module.weight)
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         handle = getattr(module.weight, register)(lambda *_: None)
-        assert _compat.gradient_hooks(module.weight)
+        assert _compat.has_gradient_hooks(module.weight)
         handle.remove()
-        assert not _compat.gradient_hooks(module.weight)
+        assert not _compat.has_gradient_hooks(module.weight)
 
 
 def test_a_backward_pass_and_a_checkpoint_are_recognised() -> None:

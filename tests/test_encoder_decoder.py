@@ -305,7 +305,7 @@ def test_latent_states_are_the_encoders() -> None:
     model, inputs = fused(latent_dim=6).eval(), batch()
     assert {row.reason for row in model.fast_lora_report().declined} == {
         "cross-attention does not fuse",
-        "with latent_dim only the encoder of an encoder-decoder fuses: the states are of the encoder's text",
+        "with latent_dim, only the encoder of an encoder-decoder fuses: the states belong to its text",
     }
     latent = torch.randn(3, 7, 6, dtype=torch.float64)
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}

@@ -46,7 +46,7 @@ def test_kinds_of_arguments() -> None:
         flare.fast_lora("bert-base-uncased")
     with pytest.raises(TypeError, match=r"config must be a FlareConfig.*got dict"):
         flare.fast_lora(tiny.model("bert"), {"r": 4})
-    with pytest.raises(TypeError, match="rank: no field of FlareConfig"):
+    with pytest.raises(TypeError, match="rank: not a field of FlareConfig"):
         flare.fast_lora(tiny.model("bert"), rank=4)
 
 
@@ -80,11 +80,11 @@ def test_nothing_that_fuses() -> None:
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-def test_peft_models_that_cannot_be_adopted() -> None:
+def test_peft_models_that_cannot_be_converted() -> None:
     other = peft.get_peft_model(tiny.model("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="only LoRA adapters can fuse, this PeftModel has a IA3Model"):
         flare.fast_lora(other)
-    with pytest.raises(ValueError, match="already run through flare"):
+    with pytest.raises(ValueError, match="are FLARE adapters already"):
         flare.fast_lora(fused())
     merged = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     merged.merge_adapter()

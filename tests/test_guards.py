@@ -209,7 +209,7 @@ CHANGED_BASE = [
 @pytest.mark.parametrize("fields", CHANGED_BASE, ids=str)
 def test_what_changes_the_base_model_is_refused(fields) -> None:
     name, value = next(iter(fields.items()))
-    with pytest.raises(ValueError, match=f"{name}='{value}' .*source pass reads the frozen base model.*fusion=None"):
+    with pytest.raises(ValueError, match=f"{name}='{value}' .*source pass runs the frozen base model.*fusion=None"):
         flare.FlareConfig(**fields)
     if value in ("pissa", "all"):
         assert getattr(flare.FlareConfig(**fields, fusion=None), name) == value

@@ -77,7 +77,7 @@ def test_deleting_an_adapter_takes_its_hooks_away(left) -> None:
     after = hook_count(base)
     if left is None:
         assert after == before and not [n for n in base.__dict__ if n.startswith("_flare")]
-        with pytest.raises(ValueError, match="no adapter left"):
+        with pytest.raises(ValueError, match="no adapter that could read a source"):
             model.encode_source(tiny.batch("bert")["source_input_ids"])
         assert torch.equal(base(**text()).logits, want)
         return  # PEFT itself adds no adapter to a head whose adapters are all gone

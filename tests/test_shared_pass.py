@@ -424,7 +424,9 @@ def test_layers_called_with_other_rows_say_so(together) -> None:
         q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
     forward = type(q_proj).forward
     q_proj.forward = lambda x: forward(q_proj, x[:-1] if len(x) == 6 else x)
-    message = "q_proj was called with 5 rows in a pass that source and target share, which has 6: pass source_pass="
+    message = (
+        "q_proj was called with 5 rows in a pass that source and target share, which has 6 rows: pass source_pass="
+    )
     with pytest.raises(ValueError, match=message):
         generated(model, inputs, source_pass="shared")
     assert THREAD.slot.rows is None and THREAD.slot.forward is None

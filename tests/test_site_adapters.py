@@ -161,5 +161,5 @@ def test_an_adapter_on_another_device_is_named(part) -> None:
 def test_matrices_that_do_not_fit_are_named() -> None:
     model = fused("llama")
     first_attention(model).q_proj.lora_A["default"].weight.data = torch.zeros(4, tiny.HIDDEN)
-    with pytest.raises(ValueError, match=r"q_proj: lora_A is \(4, 32\) and lora_B \(32, 5\), expected"):
+    with pytest.raises(ValueError, match=r"q_proj: lora_A has shape \(4, 32\) and lora_B \(32, 5\), expected"):
         model(**plain(tiny.batch("llama")))

@@ -29,7 +29,7 @@ from .._compat import (
     BaseTunerLayer,
     is_compiled,
     is_quantized_linear,
-    mixes_rows,
+    row_mixing_reason,
 )
 from ..source.context import Bottlenecks, SiteSource, SourceContext
 from ..source.fsdp import is_sharded
@@ -91,7 +91,7 @@ def _module_obstacle(model: nn.Module, path: str, module: nn.Module) -> str:
             return f"{path} stands in a list of modules of which each may see a part of the rows"
     elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         return f"{path} is a {type(module).__name__} of PEFT's, which cannot be off for the source's rows alone"
-    why = mixes_rows(module)
+    why = row_mixing_reason(module)
     return f"{path} {why}" if why else ""
 
 
