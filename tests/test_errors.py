@@ -1,4 +1,4 @@
-"""Every wrong input that the interface names gets an error that names the argument, what came and what is accepted."""
+"""Errors for wrong input name the argument, the value, and what is accepted."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_config(fields, message) -> None:
     model = tiny.model("llama")
     with pytest.raises(ValueError, match=message):
         flare.fast_lora(model, **fields)
-    assert not any("lora" in name for name, _ in model.named_modules()), "the model must be left as it was"
+    assert not any("lora" in name for name, _ in model.named_modules()), "the model must not change"
 
 
-def test_kinds_of_arguments() -> None:
+def test_arguments_of_wrong_type() -> None:
     with pytest.raises(TypeError, match=r"model must be a transformers model or a peft.PeftModel, got str"):
         flare.fast_lora("bert-base-uncased")
     with pytest.raises(TypeError, match=r"config must be a FlareConfig.*got dict"):
