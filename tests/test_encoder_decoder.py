@@ -278,7 +278,7 @@ def test_encoded_sources_are_the_encoders() -> None:
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
     want = model(**without(inputs, "source_labels")).logits
     torch.testing.assert_close(model(**plain, source_states=states).logits, want)
-    with pytest.raises(ValueError, match=r"source_labels and source_states were both given.*only for the encoder"):
+    with pytest.raises(ValueError, match=r"source_labels and source_states were both given.*the encoder's"):
         model(**plain, source_states=states, source_labels=inputs["source_labels"])
 
 

@@ -120,7 +120,7 @@ def test_a_traced_model_is_saved_and_loaded(source) -> None:
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention", None])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_transforms_of_torch_func(family, fusion) -> None:
-    """Compare grad, and per-row gradients by vmap, with the fused backward. No masks: transformers reads their values."""
+    """Compare grad, and per-row gradients by vmap, with the fused backward. transformers would read masks."""
     model, batch = fused(family, fusion=fusion).double(), inputs_of(family, fusion is not None, masks=False)
 
     def loss(weights: dict, batch: dict) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_gradients_of_gradients_are_refused(source, ask) -> None:
 
 
 def test_functional_gradients_of_plain_lora_match_peft() -> None:
-        model = fused("llama", fusion=None)
+    model = fused("llama", fusion=None)
     other, batch = stock("llama", model), tiny.batch("llama", source=False)
 
     def gradients(of: Any) -> dict[str, torch.Tensor]:
