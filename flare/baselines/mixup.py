@@ -98,9 +98,9 @@ class XMixupModel(FlareModel):
         Place.of(self.model, cast(XMixupConfig, peft_config).x_mixup_layer)  # raises before the model is touched
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def wire(self, adapter: str) -> None:
+    def convert_adapter(self, adapter: str) -> None:
         """FLARE's, then w and b and the hooks of both streams."""
-        super().wire(adapter)
+        super().convert_adapter(adapter)
         config = cast(XMixupConfig, self.peft_config[adapter])
         place = Place.of(self.model, config.x_mixup_layer)
         mixup_layer.add_ratio(self.model, place.block, adapter)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from .._compat import BaseTunerLayer, checkpoints_save_random_state, gradient_hooks, is_compiled, module_hooks
+from .._compat import BaseTunerLayer, checkpoints_save_random_state, has_gradient_hooks, is_compiled, module_hooks
 from ..source.states import SourceStates
 
 #: Masks (B, m) that say which positions are tokens; one that is all ones may be left out.
@@ -47,7 +47,7 @@ def unsupported_model(model: nn.Module) -> str | None:
             "gradient_checkpointing_kwargs={'preserve_rng_state': False}"
         )
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and gradient_hooks(parameter):
+        if parameter.requires_grad and has_gradient_hooks(parameter):
             return f"{name} has a gradient hook, whose Python code a replay would not run"
     for name, module in modules.items():
         for hook in (hook for table in module_hooks(module) for hook in table.values()):
@@ -144,7 +144,7 @@ class ModelState:
         return {
             "where its tensors are": list(map(Tensor.data_ptr, self._tensors)),
             "requires_grad": [tensor.requires_grad for tensor in self._tensors],
-            "gradient hooks": list(map(gradient_hooks, self._trained)),
+            "gradient hooks": list(map(has_gradient_hooks, self._trained)),
             "training mode": [module.training for module in self._modules],
             "module hooks": list(map(len, self._hooks)),
             "adapters": tuple(getattr(self._model, "peft_config", ())),
