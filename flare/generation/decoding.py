@@ -36,7 +36,7 @@ Slots = frozenset[tuple[str, str]]
 
 def slots_of(reads: Reads) -> Slots:
     """Return the (layer, adapter) pairs that fuse."""
-    return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.wanted)
+    return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.uses)
 
 
 def map_states(states: Bottlenecks, change: Callable[[Tensor], Tensor]) -> Bottlenecks:
@@ -56,8 +56,8 @@ def join_states(parts: list[Bottlenecks]) -> Bottlenecks:
 
 def say_two_passes(runtime: Runtime, why: str) -> None:
     """Once for each reason: the streams could share a pass, and this keeps them from it."""
-    if why not in runtime.said:
-        runtime.said.add(why)
+    if why not in runtime.warned:
+        runtime.warned.add(why)
         warnings.warn(f"generate: source and target take a pass each, not one together: {why}", stacklevel=2)
 
 

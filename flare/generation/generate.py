@@ -17,9 +17,10 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from flare_kernels.fusion import EAGER_FUSIONS
 
+from ..source.arguments import DECODER_ARGUMENTS
 from ..source.context import THREAD, SourceContext
-from ..source.hooks import SOURCE_OF_CACHE, check_reached, note_target_masks, warn_user
-from ..source.inputs import DECODER_ARGUMENTS, backbone_inputs, check_ids, read_source
+from ..source.hooks import SOURCE_OF_CACHE, check_reached, store_target_masks, warn_user
+from ..source.inputs import backbone_inputs, check_ids, read_source
 from ..source.runtime import Reads, Runtime
 from ..source.states import SourceStates
 from ..tuner.config import SOURCE_PADDING
@@ -158,7 +159,7 @@ def _refuse_options(options: Options) -> None:
 
 def _refuse_mixing(reads: Reads) -> None:
     """Fusions in which a position looks at all positions of the target, in a stack that writes them one by one."""
-    for _, adapter, layer in reads.wanted:
+    for _, adapter, layer in reads.uses:
         fusion = layer.flare_fusion[adapter]
         if fusion in EAGER_FUSIONS:
             raise ValueError(
@@ -372,7 +373,7 @@ def _generate_encoder_decoder(
             if all(runtime.configs[adapter].latent_dim is None for adapter in in_encoder.adapters):
                 source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
             context = read_source(model, runtime, source, target, source_padding=padding)
-    note_target_masks(runtime, in_encoder.wanted, context, args, kwargs)
+    store_target_masks(runtime, in_encoder.uses, context, args, kwargs)
     THREAD.slot.forward = context  # generate calls the encoder by itself, and the hook before its blocks finds it here
     try:
         found = model.generate(*args, **kwargs)

@@ -35,7 +35,7 @@ from ..source.context import Bottlenecks, SiteSource, SourceContext
 from ..source.fsdp import is_sharded
 from ..source.projected import project_rows
 from ..source.runtime import Reads, Runtime
-from ..source.source_pass import Group, Preparation
+from ..source.source_pass import Preparation, ProjectionGroup
 from ..source.states import StateKey
 from ..tuner.layer import FlareLayer
 
@@ -55,7 +55,7 @@ def obstacle(model: nn.Module, runtime: Runtime, reads: Reads, cache: Any) -> tu
         model, runtime, reads: the transformers model, its runtime and what fuses now.
         cache: an empty KV cache of this model.
     """
-    if any(key.position != runtime.map.places[layer.flare_key].block for key, _, layer in reads.wanted):
+    if any(key.position != runtime.map.places[layer.flare_key].block for key, _, layer in reads.uses):
         return "source_layer_offset is 1, with which a block meets the source that has left it; 0 is needed", False
     if _in_training(model):
         return "the model is in train mode (model.eval() leaves it)", False
@@ -192,8 +192,8 @@ class SharedStep:
         self.inputs, self.rows, self.total = inputs, rows, len(inputs["input_ids"])
         self.settle, self.spread, self.finished = settle, spread, finished
         self.sites = reads.sites
-        self.groups: dict[StateKey, list[Group]] = {}
-        self.context = SourceContext(graded=False)
+        self.groups: dict[StateKey, list[ProjectionGroup]] = {}
+        self.context = SourceContext(with_grad=False)
         for group in reads.groups:
             self.groups.setdefault(group.key, []).append(group)
             self.context.sites.setdefault(group.site, SiteSource())
