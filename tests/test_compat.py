@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import flare
 from flare import _compat, _versions
-from flare.source.source_pass import switches_of
+from flare.source.source_pass import module_switches
 
 
 def test_types_are_registered_with_peft() -> None:
@@ -130,7 +130,7 @@ def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
 
     module, calls = Own(2, 2), []
     module.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
-    with switches_of(module).off(dropout=True):
+    with module_switches(module).off(dropout=True):
         module(torch.ones(2))
         assert not calls
     module(torch.ones(2))

@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
 from flare.source import projected
-from flare.source.fsdp import gathered, prepare_generate
+from flare.source.fsdp import full_parameter, prepare_generate
 from flare.training.replicated import leave_adapters_whole, trained_modules
 from flare.tuner import site
 
@@ -465,7 +465,7 @@ def errors(rank: int) -> dict[str, str]:
 
     def tensor_parallel() -> None:
         mesh = init_device_mesh("cpu", (two_processes.WORLD,), mesh_dim_names=("tp",))
-        gathered(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+        full_parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
 
     steps = {
         "tp": tensor_parallel,

@@ -11,7 +11,7 @@ import torch
 from site_models import fused, is_empty, plain
 
 from flare.source.context import THREAD
-from flare.source.source_pass import Switches
+from flare.source.source_pass import ModuleSwitches
 
 
 def in_threads(*runs: Callable[[], None]) -> None:
@@ -74,7 +74,7 @@ def test_threads_share_a_model_in_eval_mode(family, fusion, frequent_switches) -
     assert is_empty(THREAD.slot)
     assert {path: module.training for path, module in model.named_modules()} == state
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
-    assert not any(one._passes for m in model.modules() for one in vars(m).values() if isinstance(one, Switches))
+    assert not any(one._passes for m in model.modules() for one in vars(m).values() if isinstance(one, ModuleSwitches))
 
 
 @pytest.mark.parametrize("fusion", [None, "add_relu"])

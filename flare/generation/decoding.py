@@ -39,7 +39,7 @@ Pairs = frozenset[tuple[str, str]]
 
 def fusing_pairs(reads: Reads) -> Pairs:
     """Return the (layer, adapter) pairs that fuse."""
-    return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.wanted)
+    return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.uses)
 
 
 def map_states(states: Bottlenecks, function: Callable[[Tensor], Tensor]) -> Bottlenecks:
@@ -59,8 +59,8 @@ def join_states(parts: list[Bottlenecks]) -> Bottlenecks:
 
 def warn_two_passes_once(runtime: Runtime, why: str) -> None:
     """Warn, once per reason, that source and target do not share a pass."""
-    if why not in runtime.said:
-        runtime.said.add(why)
+    if why not in runtime.warned:
+        runtime.warned.add(why)
         warnings.warn(f"generate: source and target do not share a pass, which is slower: {why}", stacklevel=2)
 
 

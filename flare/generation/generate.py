@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from flare_kernels.fusion import EAGER_FUSIONS
 
+from ..source.arguments import DECODER_ARGUMENTS
 from ..source.context import THREAD, SourceContext
-from ..source.hooks import check_reached, note_target_masks, warn_user
-from ..source.inputs import DECODER_ARGUMENTS, backbone_inputs, check_ids, read_source
+from ..source.hooks import check_reached, store_target_masks, warn_user
+from ..source.inputs import backbone_inputs, check_ids, read_source
 from ..source.runtime import Reads, Runtime
 from ..source.states import SourceStates
 from ..tuner.config import SOURCE_PADDING
@@ -47,7 +48,7 @@ PADDING_WARNING = (
 
 def _refuse_mixing(reads: Reads) -> None:
     """Raise ValueError for a fusion in which each position reads all positions, which are not generated yet."""
-    for _, adapter, layer in reads.wanted:
+    for _, adapter, layer in reads.uses:
         fusion = layer.flare_fusion[adapter]
         if fusion in EAGER_FUSIONS:
             raise ValueError(
@@ -255,7 +256,7 @@ def _generate_encoder_decoder(
             if all(runtime.configs[adapter].latent_dim is None for adapter in in_encoder.adapters):
                 source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
             context = read_source(model, runtime, source, target, source_padding=padding)
-    note_target_masks(runtime, in_encoder.wanted, context, args, kwargs)
+    store_target_masks(runtime, in_encoder.uses, context, args, kwargs)
     THREAD.slot.forward = context  # generate calls the encoder directly; the hook before its blocks reads this
     try:
         output = model.generate(*args, **kwargs)

@@ -35,7 +35,7 @@ from ..source.context import Bottlenecks, SiteSource, SourceContext
 from ..source.fsdp import is_sharded
 from ..source.projected import project_rows
 from ..source.runtime import Reads, Runtime
-from ..source.source_pass import Group, Preparation
+from ..source.source_pass import Preparation, ProjectionGroup
 from ..source.states import StateKey
 from ..tuner.layer import FlareLayer
 
@@ -57,7 +57,7 @@ def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: 
         reads: the source states that the active adapters read.
         cache: an empty KV cache of this model.
     """
-    if any(key.position != runtime.map.places[layer.flare_key].block for key, _, layer in reads.wanted):
+    if any(key.position != runtime.map.places[layer.flare_key].block for key, _, layer in reads.uses):
         return "source_layer_offset is 1, which fuses with a block's output; 0 is needed", False
     if _in_training(model):
         return "the model is in train mode; call model.eval()", False
@@ -194,8 +194,8 @@ class SharedStep:
         self.inputs, self.rows, self.total = inputs, rows, len(inputs["input_ids"])
         self.keep_ended, self.for_target, self.on_finish = keep_ended, for_target, on_finish
         self.sites = reads.sites
-        self.groups: dict[StateKey, list[Group]] = {}
-        self.context = SourceContext(graded=False)
+        self.groups: dict[StateKey, list[ProjectionGroup]] = {}
+        self.context = SourceContext(with_grad=False)
         for group in reads.groups:
             self.groups.setdefault(group.key, []).append(group)
             self.context.sites.setdefault(group.site, SiteSource())

@@ -214,7 +214,9 @@ class FlareTrainer(Trainer):
         """Outside a training the Trainer casts the whole model for bf16_full_eval: then it is another base model."""
         name = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, name)), None)
         if name is not None and self.source_cache is not None:
-            self.source_cache.say(f"left out of this evaluation: {name} casts the base model, whose states it holds")
+            self.source_cache.warn_once(
+                f"left out of this evaluation: {name} casts the base model, whose states it holds"
+            )
             self.model.set_source_cache(None)
 
     # --- columns ------------------------------------------------------------------------------------------------------

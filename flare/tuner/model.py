@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .._compat import LoraLayer, register_tuner, warn_of_shards
 from ..generation.generate import ALIGNMENTS, generate
+from ..source.arguments import SOURCE_ARGUMENTS
 from ..source.hooks import attach, detach, take_source, warn_without_source
-from ..source.inputs import SOURCE_ARGUMENTS, check_cacheable, encode
+from ..source.inputs import check_cacheable, encode
 from ..source.packed_rows import refuse_packed_rows
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
@@ -365,9 +366,9 @@ class FlareModel(LoraModel):
         if runtime is None:
             return cast(Any, self.model).generate(*args, **kwargs)
         # transformers' generate calls an encoder-decoder's encoder first, without the hook that warns
-        if not source and runtime.wanted() and runtime.map.decoders:
+        if not source and runtime.state_uses() and runtime.map.decoders:
             warn_without_source(runtime, training=False)
-        if not source or not runtime.wanted():
+        if not source or not runtime.state_uses():
             return cast(Any, self.model).generate(*args, **kwargs)
         refuse_packed_rows(self.model, source, (), kwargs)
         return generate(self.model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)

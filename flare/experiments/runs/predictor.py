@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from ...source.fsdp import is_split, prepare_generate
+from ...source.fsdp import is_partitioned, prepare_generate
 from ..tasks import Pair
 from ..tasks.form import IGNORED
 from ..utils.atomic_files import replacing
@@ -79,7 +79,7 @@ class Predictor:
 
         firsts = range(0, len(self.rows), self.batch_size)
         # the processes of a sharded model run every forward together
-        alone = not self.share or is_split(model)
+        alone = not self.share or is_partitioned(model)
         made = ((first, predicted(first)) for first in firsts) if alone else shared(firsts, predicted)
         model.eval()
         try:
