@@ -300,7 +300,7 @@ def test_source_spans_follow_their_tokens_when_padding_stands_on_the_left():
     first = out["source_input_ids"][at, out["source_start_positions"]]
     assert first.tolist() == [row["source_input_ids"][1] for row in made]
     made[0]["source_end_positions"] = 40
-    with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is no position of its \d+ source_input_ids"):
+    with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is outside its \d+ source_input_ids"):
         FlareDataCollator(tokenizer())(made)
 
 

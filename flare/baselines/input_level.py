@@ -118,7 +118,7 @@ class InputFusionCollator(FlareDataCollator):
             split = at + max(target.split - drop, 0)
         else:
             split = at + length if self.padding_side == "left" else 0
-        return Text(columns, split, moved=at - drop)
+        return Text(columns, split, target_offset=at - drop)
 
 
 def input_fusion(

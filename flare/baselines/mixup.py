@@ -154,7 +154,7 @@ class XMixupModel(FlareModel):
         Raises:
             TypeError, ValueError: source arguments that do not fit, or an option that cannot be combined with a source.
         """
-        source = take_source(self.model, kwargs, mixup_streams.SOURCE_ARGUMENTS)
+        source = take_source(self.model, kwargs, mixup_streams.X_MIXUP_ARGUMENTS)
         runtime, model = mixup_layer.runtime_of(self.model), cast(Any, self.model)
         if not source or not runtime.is_on():
             return super().generate(*args, **kwargs)

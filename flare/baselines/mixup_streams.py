@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from .._compat import REPLICA_MARK
 from ..source.hooks import take_source, warn_user
-from ..source.inputs import check_ids, check_same_shape, check_source_mask
+from ..source.inputs import SOURCE_ARGUMENTS, check_ids, check_same_shape, check_source_mask
 from ..source.packed_rows import refuse_packed_rows
-from ..training.collator import SOURCE_COLUMNS, SOURCE_POSITIONS
+from ..training.collator import SOURCE_POSITIONS
 from .mixup_layer import MixupRuntime, Streams, runtime_of
 
-SOURCE_ARGUMENTS = (*SOURCE_COLUMNS, *SOURCE_POSITIONS)
+#: Keyword arguments of the model that belong to the source.
+X_MIXUP_ARGUMENTS = (*SOURCE_ARGUMENTS, *SOURCE_POSITIONS)
 _NOT_TAKEN = ("source_states", "source_decoder_input_ids")
 _POSITIONS = ("start_positions", "end_positions")
 
@@ -51,7 +52,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     runtime = runtime_of(model)
     if runtime.mode == "source" or runtime.holds:
         return None
-    source = take_source(model, kwargs, SOURCE_ARGUMENTS)
+    source = take_source(model, kwargs, X_MIXUP_ARGUMENTS)
     if not runtime.is_on():
         return args, kwargs
     if not source:
