@@ -438,7 +438,7 @@ def test_no_source_is_said_once_and_is_plain_lora():
 
 
 def test_what_does_not_fit_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"layer=3 is no block of BertForSequenceClassification.* has 0 to 2"):
+    with pytest.raises(ValueError, match=r"layer=3 is not a block of BertForSequenceClassification.* has 0 to 2"):
         x_mixup(task_model("bert"), r=4, layer=3)
     with pytest.raises(ValueError, match=r"lambda0=1\.5 must be a number from 0 to 1"):
         x_mixup(task_model("bert"), r=4, lambda0=1.5)

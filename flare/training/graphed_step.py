@@ -217,10 +217,7 @@ class GraphedStep:
                 for parameter, grad in zip(parameters, grads, strict=True):
                     parameter.grad = grad
         if random.getstate() != host_random[1] or not torch.equal(torch.get_rng_state(), host_random[0]):
-            reason = (
-                reason
-                or "the step draws random numbers on the host (layer drop?), which a replay would not do"
-            )
+            reason = reason or "the step draws random numbers on the host (layer drop?), which a replay would not do"
             torch.set_rng_state(host_random[0])
             random.setstate(host_random[1])
         if reason:

@@ -202,7 +202,7 @@ def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
             "these rows cannot be stacked: their texts differ in length, and the trainer has no tokenizer to pad them "
-            "with. Pass processing_class=tokenizer to FlareTrainer, or data_collator=flare.FlareDataCollator(tokenizer)"
+            "with; pass processing_class=tokenizer to FlareTrainer, or data_collator=flare.FlareDataCollator(tokenizer)"
         ) from error
 
 
