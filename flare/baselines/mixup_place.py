@@ -63,8 +63,8 @@ class Place:
         if not _compat.looks_up_attention(model.get_submodule(attention)):
             raise ValueError(
                 f"{type(model).__name__}: {type(model.get_submodule(attention)).__name__} does not look up its "
-                "attention function in transformers' AttentionInterface, which X-Mixup uses to read queries and keys. Use "
-                "flare.fast_lora or flare.baselines.input_fusion instead"
+                "attention function in transformers' AttentionInterface, which X-Mixup needs to read queries and keys. "
+                "Use flare.fast_lora or flare.baselines.input_fusion instead"
             )
         place = _in_block(model, stack.rpartition(".")[0], stack, block, attention)
         if place is None:
