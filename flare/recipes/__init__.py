@@ -151,10 +151,8 @@ class Recipe:
             raise ValueError(f"recipe {name!r}: no task {variant!r}; it has: {', '.join(variants) or 'none'}")
         task: dict[str, Any] = variants[variant] if variant is not None else {}
         content = {
-            key: {**content[key], **task_keys[key]}
-            if key in content and isinstance(task_keys.get(key), dict)
-            else value
-            for key, value in {**content, **task_keys}.items()
+            key: {**content[key], **task[key]} if key in content and isinstance(task.get(key), dict) else value
+            for key, value in {**content, **task}.items()
         }
         known = {f.name for f in fields(cls)} - {"name"}
         unknown = sorted(set(content) - known)
@@ -166,7 +164,7 @@ class Recipe:
             raise ValueError(f"recipe {name!r}: task is missing; one of: {', '.join(TASKS)}")
         return cls(name=name, **content)
 
-    # --- models, collators, arguments -----------------------------------------------------------------------------------
+    # --- models, collators, arguments ---------------------------------------------------------------------------------
 
     def load(
         self,
@@ -278,7 +276,7 @@ class Recipe:
             ) from error
 
     def _prepared(self, model: Any) -> Any:
-        """Switch on gradient checkpointing and, if quantised, freeze the weights and cast norms to float32 (by PEFT)."""
+        """Switch on gradient checkpointing; if quantised, also freeze the weights and cast norms to float32 (by PEFT)."""
         on = bool(self.gradient_checkpointing)
         mode = {"use_reentrant": self.gradient_checkpointing == "reentrant"}
         if self.quantization is not None:
