@@ -186,22 +186,19 @@ class Recipe:
             raise ValueError(f"{', '.join(sorted(adapter))}: fixed by the trained adapter {os.fspath(trained)!r}")
         return peft.PeftModel.from_pretrained(model, os.fspath(trained), is_trainable=True), tokenizer
 
-    def tokenizer_of(self, base: str | os.PathLike[str], **options: Any) -> Any:
+    def tokenizer_of(self, base: str | os.PathLike[str], **changes: Any) -> Any:
         """Load the base's tokenizer, and set its pad token if it has none.
 
         Args:
             base: name or folder of the base model.
-            **options: arguments of from_pretrained. The tokenizer uses revision, trust_remote_code, token, cache_dir.
+            **changes: arguments of from_pretrained. The tokenizer uses revision, trust_remote_code, token, cache_dir.
         """
         names = ("revision", "trust_remote_code", "token", "cache_dir")
-        shared = {name: options[name] for name in names if name in options}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            os.fspath(base), **{"trust_remote_code": False, **shared, **self.tokenizer}
-        )
+        shared = {name: changes[name] for name in names if name in changes}
+        options: dict[str, Any] = {"trust_remote_code": False, **shared, **self.tokenizer}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(base), **options)
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = (
-                tokenizer.eos_token
-            )  # padding is masked by position, so end tokens in a text still count
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so end tokens still count
         return tokenizer
 
     def base_model(
@@ -276,7 +273,7 @@ class Recipe:
             ) from error
 
     def _prepared(self, model: Any) -> Any:
-        """Switch on gradient checkpointing; if quantised, also freeze the weights and cast norms to float32 (by PEFT)."""
+        """Switch on checkpointing. For a quantised base also freeze the weights and cast norms to float32 (by PEFT)."""
         on = bool(self.gradient_checkpointing)
         mode = {"use_reentrant": self.gradient_checkpointing == "reentrant"}
         if self.quantization is not None:
