@@ -66,30 +66,31 @@ def test_values_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cell", "text"),
-    [
-        ("a", "a"),
-        (3, "3"),
-        (-0.5, "-0.5"),
-        (1e20, "1e+20"),
-        (True, "True"),
-        (None, ""),
-        (float("nan"), ""),
-        ("NA", "NA"),
-    ],
+    ("cell", "text"), [(3, "3"), (-0.5, "-0.5"), (1e20, "1e+20"), (True, "True"), (float("nan"), "")]
 )
-def test_numbers_and_missing_cells_as_texts_in_training_and_prediction(cell, text):
-    assert text_of(cell, "FILE, row 0: text") == text
-    assert prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0") == {"text": text}
+def test_a_number_is_a_text_in_data_but_not_in_prediction(cell, text):
+    assert text_of(cell, "FILE, row 0: title") == text
+    with pytest.raises(DataError, match=rf"FILE, row 0: title holds a {type(cell).__name__} .*; it must be a text"):
+        prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0")
 
 
-def test_a_list_of_words_is_a_text_in_prediction_only():
+def test_a_list_of_words_is_a_text_in_prediction_but_not_in_data():
     assert prediction_texts({"tokens": ["a", "b"]}, {"tokens": "tokens"}, "FILE, row 0") == {"tokens": "a b"}
     with pytest.raises(DataError, match="FILE, row 0: text holds a list"):
         text_of(["a", "b"], "FILE, row 0: text")
-    for wrong in ([1, 2], {"a": 1}, b"a"):
-        with pytest.raises(DataError, match=r"FILE, row 0: title holds a .*; it must be a text"):
-            prediction_texts({"title": wrong}, {"text": "title"}, "FILE, row 0")
+
+
+def test_cells_that_are_texts_or_wrong_everywhere():
+    for cell, text in (("NA", "NA"), ("3", "3"), (None, "")):
+        assert text_of(cell, "FILE, row 0: title") == text
+        assert prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0") == {"text": text}
+    for cell in ([1, 2], {"a": 1}, b"a"):
+        for read in (
+            lambda value: text_of(value, "FILE, row 0: title"),
+            lambda value: prediction_texts({"title": value}, {"text": "title"}, "FILE, row 0"),
+        ):
+            with pytest.raises(DataError, match=r"FILE, row 0: title holds a .*; it must be a text"):
+                read(cell)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,10 @@ def _need(names: Sequence[str], columns: Sequence[str], where: str, option: str)
 
 def _row(row: Row, names: dict[str, str], where: str) -> Texts:
     """Return the texts of a row; a missing text is empty, and a list of words is joined with spaces."""
-    return {column: text_of(row.get(name), f"{where}: {name}", join_words=True) for column, name in names.items()}
+    return {
+        column: text_of(row.get(name), f"{where}: {name}", numbers=False, word_lists=True)
+        for column, name in names.items()
+    }
 
 
 def _matched(rows: Sequence[Row], ids: Sequence[str], name: str, columns: dict[str, str]) -> list[Texts | None]:

@@ -88,22 +88,21 @@ def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: 
     return _class(value, task, name_of, cell)
 
 
-def text_of(value: Any, where: str, *, join_words: bool = False) -> str:
-    """Return a cell as text.
-
-    A number becomes its decimal notation; a missing value (None, NaN) becomes "".
+def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = False) -> str:
+    """Return a cell as text; a missing value is "".
 
     Args:
         value: the cell.
         where: file, row and column, for the messages.
-        join_words: accept a list of words and join it with spaces.
+        numbers: accept numbers: str() of the number, and "" for NaN.
+        word_lists: accept lists of words, which are joined with spaces.
 
     Raises:
-        DataError: another list or object, bytes, or a text with a lone surrogate.
+        DataError: the cell holds something else, or a lone surrogate.
     """
-    if join_words and isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
+    if word_lists and isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
         value = " ".join(value)
-    if isinstance(value, list | tuple | dict | bytes):
+    if isinstance(value, list | tuple | dict | bytes) or not (numbers or value is None or isinstance(value, str)):
         raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
     text = "" if value is None or value != value else str(value)
     if any("\ud800" <= letter <= "\udfff" for letter in text):
