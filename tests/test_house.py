@@ -258,7 +258,7 @@ LAYERS = {
     ),
 }
 #: What only the experiments may import; the extra `experiments` installs it.
-ONLY_IN_EXPERIMENTS = {"datasets", "tqdm", "matplotlib", "seqeval"}
+ONLY_IN_EXPERIMENTS = {"datasets", "tqdm", "matplotlib", "scipy", "seqeval", "sklearn"}
 
 
 @pytest.mark.parametrize("package", LAYERS)

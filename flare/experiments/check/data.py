@@ -11,8 +11,8 @@ import numpy as np
 
 from ..runs.setup import Setup
 from ..tasks import Example, Pair, Task, make_form
+from ..tasks.forms.generative import GenerativeForm
 from ..tasks.registry import METRICS
-from ..tasks.written_form import WrittenForm
 
 #: Rows of a split whose texts are tokenised, evenly spaced.
 SAMPLE = 5000
@@ -139,7 +139,7 @@ def _sampled(pairs: Sequence[Pair]) -> list[Pair]:
 def _lengths(target: str, source: str, split: str, pairs: Sequence[Pair], setup: Setup) -> list[Lengths]:
     whole = make_form(setup.form.task, setup.tokenizer, setup.family, _LONG)
     some = _sampled(pairs)
-    limit = setup.form.longest_prompt if isinstance(setup.form, WrittenForm) else setup.max_length
+    limit = setup.form.longest_prompt if isinstance(setup.form, GenerativeForm) else setup.max_length
     with_source = all(pair.source is not None for pair in some)
     rows, _ = whole.eval_rows(some, with_source=with_source)
     found = []

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..tasks import Example, get_task, read_split
-from ..tasks.alignment import POSITION, match
-from ..tasks.inferred import inferred_labels, label_table
+from ..tasks.alignment import match
+from ..tasks.examples import POSITION_PREFIX
+from ..tasks.label_inference import inferred_labels, label_table
 from ..utils.errors import UserError
 from .corpus import Pair
 from .demo_settings import DemoError
@@ -117,6 +118,6 @@ def _read(data: str, language: str, split: str) -> list[Row]:
         found = read_split(_TASK, data, language, split)
     except UserError as error:
         raise DemoError(_without_options(error)) from error
-    if found[0].id.startswith(POSITION):
+    if found[0].id.startswith(POSITION_PREFIX):
         raise DemoError(f"--data {data}: {language}/{split} has no column id, by which rows belong together")
     return [Row(row.id, row.texts["text"], row.label or "") for row in found]

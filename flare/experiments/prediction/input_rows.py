@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import DataError, Example, Task
-from ..tasks.alignment import position_id
-from ..tasks.errors import some_ids
+from ..tasks.cell_parsing import text_of
+from ..tasks.data_error import some_ids
+from ..tasks.examples import position_id
 from ..tasks.files import read_rows
+from ..tasks.metrics import check_metric_packages
 from ..tasks.row_parsing import examples_from
 from ..utils.errors import UserError
 from ..utils.json_files import parsed
@@ -110,16 +112,11 @@ def _need(names: Sequence[str], columns: Sequence[str], where: str, option: str)
 
 
 def _row(row: Row, names: dict[str, str], where: str) -> Texts:
-    """The texts of a row; a missing one is empty."""
-    found = {column: row.get(name) for column, name in names.items()}
-    for column, text in found.items():
-        if isinstance(text, list) and all(isinstance(word, str) for word in text):
-            found[column] = text = " ".join(text)  # words, as token classification keeps them
-        if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"{where}: {names[column]} holds a {type(text).__name__} ({str(text)[:40]}); it must be a text"
-            )
-    return {column: text or "" for column, text in found.items()}
+    """Return the texts of a row; a missing text is empty, and a list of words is joined with spaces."""
+    return {
+        column: text_of(row.get(name), f"{where}: {name}", numbers=False, word_lists=True)
+        for column, name in names.items()
+    }
 
 
 def _matched(rows: Sequence[Row], ids: Sequence[str], name: str, columns: dict[str, str]) -> list[Texts | None]:
@@ -162,6 +159,7 @@ def _truth(
         for row in rows
     ]
     try:
+        check_metric_packages(task)
         return examples_from(renamed, list(renamed[0]), task, where), []
-    except DataError as error:
+    except UserError as error:
         return None, [f"nothing is scored: {error}"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tasks.errors import some_ids
+from ..tasks.data_error import some_ids
 from ..utils.errors import DivergedError
 
 _WAY_OUT = "train anew with a smaller --lr, a longer --warmup_steps or --max_grad_norm (flare train --no-resume)"

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import set_seed
 
 from ..tasks import JoinedForm, Pair, resolve_labels
+from ..tasks.data_error import some_ids
 from ..tasks.digest import digests_of_pairs
-from ..tasks.errors import some_ids
 from ..utils.environment import environment, now
 from ..utils.errors import UserError
 from ..utils.names import folder_name

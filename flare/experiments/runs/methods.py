@@ -15,7 +15,7 @@ from ...baselines import InputFusionCollator, input_fusion, max_positions, plain
 from ...training.collator import FlareDataCollator
 from ...tuner.convert import fast_lora
 from ..tasks import JoinedForm
-from ..tasks.written_form import WrittenForm
+from ..tasks.forms.generative import GenerativeForm
 from ..utils.errors import UserError, library_errors
 from .records import RunRecord
 from .setup import Setup
@@ -121,7 +121,7 @@ def for_method(method: str, setup: Setup) -> Setup:
             f"--method {method}: it reads one text a row, and a multiple choice head one for each choice; use lora, "
             "flare or input-fusion, or a model that writes its answer"
         )
-    if method != "input-fusion" or not isinstance(setup.form, WrittenForm):
+    if method != "input-fusion" or not isinstance(setup.form, GenerativeForm):
         return setup
     return replace(setup, form=JoinedForm(setup.form))
 

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 
 from ...source.fsdp import is_partitioned, prepare_generate
 from ..tasks import Pair
-from ..tasks.form import IGNORED
+from ..tasks.forms.base import IGNORED
 from ..utils.atomic_files import replacing
 from ..utils.errors import UserError, reason
 from ..utils.json_files import parsed

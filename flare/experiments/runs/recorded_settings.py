@@ -11,7 +11,7 @@ from typing import Any
 
 from ...tuner.config import FlareConfig
 from ..tasks import TASKS
-from ..tasks.parallel import ParallelColumns
+from ..tasks.parallel_table import ParallelColumns
 from ..utils.errors import UserError
 from ..utils.processes import is_main, on_main, process_count
 from .records import Metrics

@@ -10,7 +10,8 @@ from typing import Any
 from ...recipes import Recipe
 from ...training.row_checks import broken_by, vocabulary_of, wrong_tokenizer
 from ..tasks import TASKS, Pair, Task, get_task, has_split, load_pairs, make_form, read_split
-from ..tasks.parallel import ParallelColumns, check_targets
+from ..tasks.metrics import check_metric_packages
+from ..tasks.parallel_table import ParallelColumns, check_targets
 from ..tasks.reading import all_targets
 from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
@@ -153,7 +154,7 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
     named = settings.task or name
     if named is None:
         raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
-    return get_task(
+    task = get_task(
         named,
         text_columns=settings.text_columns,
         choice_columns=settings.choice_columns,
@@ -165,6 +166,8 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
         verbalizer={label: str(text) for label, text in settings.verbalizer.items()} or None,
         max_length=settings.max_length,
     )
+    check_metric_packages(task)
+    return task
 
 
 def place_of(settings: Settings, data: str | None, source: str) -> str | ParallelColumns | None:

@@ -132,7 +132,9 @@ def _data() -> Iterable[Capability]:
 def _commands() -> Iterable[Capability]:
     need = "needs a sequence-to-sequence MT model"
     yield Capability("flare translate", True, _sentencepiece(need) or need)
-    yield Capability("flare finetune, train, evaluate", True, "")
+    missing = "scikit-learn is missing, which computes their metrics: pip install 'flare-kernels[experiments]'"
+    scores = _installed("sklearn")
+    yield Capability("flare finetune, train, evaluate", scores, "" if scores else missing)
     entities = _installed("seqeval")
     missing = "seqeval is missing, which computes entity F1: pip install 'flare-kernels[experiments]'"
     yield Capability("--task token-classification", entities, "" if entities else missing)

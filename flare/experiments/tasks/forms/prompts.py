@@ -1,34 +1,37 @@
-"""Prompts: a template with the texts filled in, as many of their characters as a number of tokens has room for."""
+"""Fill the texts into a prompt template, and truncate them to fit a number of tokens."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 
-from .registry import Task
+from ..registry import Task
 
 
 def fill(task: Task, texts: Mapping[str, str]) -> str:
-    """The prompt of one example. Braces inside the texts are text.
+    """Return the prompt of one example. Braces inside the texts are not placeholders.
 
     >>> from flare.experiments.tasks.registry import get_task
     >>> fill(get_task("nusax"), {"text": "{a}"})
     'Text: {a}\\nSentiment:'
     """
     names = "|".join(re.escape(column) for column in task.text_columns)
-    return re.sub(rf"\{{({names})\}}", lambda found: texts[found[1]], task.prompt)
+    return re.sub(rf"\{{({names})\}}", lambda match: texts[match[1]], task.prompt)
 
 
 def cut_to_fit(task: Task, texts: Mapping[str, str], fits: Callable[[str], bool]) -> str | None:
-    """The longest prompt that fits, its texts cut at their ends; the instruction and a question stay whole.
+    """Return the longest prompt that fits, with its texts truncated at the end.
+
+    The instruction, a question and choices are never truncated. A QA task truncates its contexts, other tasks their
+    context columns; texts are cut to a common number of characters, so the longest is cut first.
 
     Args:
-        task: every context of a QA task is cut; of several texts of another task the longest one; a choice never.
+        task: the task.
         texts: column -> text.
-        fits: whether a prompt fits.
+        fits: returns whether a prompt fits.
 
     Returns:
-        The prompt, or None where not even the rest fits.
+        The prompt, or None if it does not fit even without the texts that may be truncated.
     """
     cuttable = task.text_columns[1::2] if task.kind == "qa" else task.context_columns
 

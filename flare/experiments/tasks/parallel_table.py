@@ -1,9 +1,9 @@
-"""One table with the texts of several languages side by side.
+"""Read a table with the texts of several languages in parallel columns.
 
     id,english,acehnese,label
 
-It is a folder with a file per split (train.csv, test.csv, ...), a DatasetDict that save_to_disk wrote, or one file with
-a column ``split``. Ids and labels are those of both languages; the texts of a language come from its own columns.
+The table is a folder with one file per split (train.csv, test.csv, ...), a DatasetDict written by save_to_disk, or a
+single file with a column ``split``. All languages share the ids and labels; each has its own text columns.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
-from .errors import DataError
+from .data_error import DataError
 from .examples import Example
 from .files import SPLITS, examples_of, no_split, split_file
 from .registry import Task
 from .tables import SUFFIXES, Table, is_saved, read_table
 
 SPLIT_COLUMN = "split"
-#: Stands for the target language's name in a column's.
+#: Placeholder for the language's name in a column's name.
 LANGUAGE = "{language}"
-#: Kinds whose answers are parts of the text, so that each language has its own.
-_OWN_ANSWERS = ("qa", "token-classification")
+#: Kinds whose answers are parts of the text and therefore differ between languages.
+_ANSWERS_IN_TEXT = ("qa", "token-classification")
 
 
 @dataclass(frozen=True)
 class ParallelColumns:
-    """Where the rows are, in place of a folder of languages.
+    """Location and columns of a parallel table.
 
-    path: a folder with a file per split, or one file with a column "split".
-    source_language: name of the language that `source_columns` hold.
-    source_columns, target_columns: one column for each of the task's text columns. {language} in a target's column
-        stands for the language's name.
+    Attributes:
+        path: a folder with one file per split, or a single file with a column "split".
+        source_language: name of the language in `source_columns`.
+        source_columns, target_columns: one column for each of the task's text columns. "{language}" in a target column
+            is replaced by the language's name.
     """
 
     path: Path
@@ -50,10 +51,10 @@ class ParallelColumns:
         return str(self.path)
 
     def columns(self, language: str) -> tuple[str, ...]:
-        """Return the columns of a language's texts.
+        """Return the text columns of a language.
 
         Raises:
-            UserError: none are named.
+            UserError: the columns are not given.
         """
         is_source = language == self.source_language
         named, flag = (
@@ -65,11 +66,11 @@ class ParallelColumns:
 
 
 def check_targets(data: ParallelColumns, targets: Sequence[str]) -> None:
-    """Raise UserError where several targets would share one column."""
+    """Raise UserError if several targets would share one column."""
     if data.target_columns is not None and len(targets) > 1 and not any(LANGUAGE in one for one in data.target_columns):
         raise UserError(
-            f"--target-column {' '.join(data.target_columns)} is one language's, and --target names {len(targets)}; "
-            f"write {LANGUAGE} in place of the language's name, such as text_{LANGUAGE}"
+            f"--target-column {' '.join(data.target_columns)} is the column of one language, but --target names "
+            f"{len(targets)}; write {LANGUAGE} in place of the language's name, such as text_{LANGUAGE}"
         )
 
 
@@ -78,27 +79,26 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
 
     Raises:
         DataError: the split, a column or the rows are missing, or the table cannot be read.
-        UserError: no column is named for the language, or the task has answers of each language's own.
+        UserError: no column is given for the language, or the task's answers differ between languages.
     """
-    if task.kind in _OWN_ANSWERS:
+    if task.kind in _ANSWERS_IN_TEXT:
         raise UserError(
             f"--source-column and --target-column: the answers of a {task.kind} task are parts of each language's "
-            "text, so one column of them cannot serve both languages; use one folder per language"
+            "text, so both languages cannot share one column of answers; use one folder per language"
         )
     columns = data.columns(language)
     if len(columns) != len(task.text_columns):
         raise UserError(
             f"task {task.name} has {len(task.text_columns)} text columns ({', '.join(task.text_columns)}); got "
-            f"{len(columns)} of the {language} text ({', '.join(columns)}): name one for each, in this order"
+            f"{len(columns)} of the {language} text ({', '.join(columns)}): give one for each, in this order"
         )
     table, where = _split_of(data.path, split)
-    named = replace(task, text_columns=columns)  # so that errors name the table's columns
-    rows = examples_of(table, named, where)
+    rows = examples_of(table, replace(task, text_columns=columns), where)  # errors then name the table's columns
     return [replace(row, texts=dict(zip(task.text_columns, row.texts.values(), strict=True))) for row in rows]
 
 
 def has_parallel(data: ParallelColumns, split: str) -> bool:
-    """Whether the table has rows of a split."""
+    """Return whether the table has rows of a split."""
     if _one_file(data.path):
         return bool(_rows_of(read_table(data.path), split, str(data.path)))
     return split_file(data.path, split) is not None
@@ -117,8 +117,8 @@ def _split_of(path: Path, split: str) -> tuple[Table, str]:
     table = read_table(path)
     rows = _rows_of(table, split, str(path))
     if not rows:
-        there = sorted({str(row[SPLIT_COLUMN]) for row in table.rows})
-        raise DataError(f"{path} has no rows whose {SPLIT_COLUMN} is {split}; it has {', '.join(there) or 'none'}")
+        splits = sorted({str(row[SPLIT_COLUMN]) for row in table.rows})
+        raise DataError(f"{path} has no rows whose {SPLIT_COLUMN} is {split}; it has {', '.join(splits) or 'none'}")
     return replace(table, rows=rows), f"{path} ({split})"
 
 
@@ -129,20 +129,20 @@ def _one_file(path: Path) -> bool:
 def _rows_of(table: Table, split: str, where: str) -> list[dict[str, Any]]:
     if SPLIT_COLUMN not in table.columns:
         raise DataError(
-            f"{where} is one file without a column {SPLIT_COLUMN!r}, so it is not known which rows are for training "
-            f"and which for the test; add one with {', '.join(SPLITS)}, or give a folder with a file for each. It has "
+            f"{where} is one file without a column {SPLIT_COLUMN!r}, so training and test rows cannot be "
+            f"distinguished; add the column with {', '.join(SPLITS)}, or give a folder with one file per split. It has "
             f"{', '.join(table.columns)}"
         )
-    known = {name: one for one, names in SPLITS.items() for name in names}
-    is_class = table.names.get(SPLIT_COLUMN)
-    found = []
+    known = {name: key for key, names in SPLITS.items() for name in names}
+    class_name = table.names.get(SPLIT_COLUMN)
+    rows = []
     for index, row in enumerate(table.rows):
         value = row.get(SPLIT_COLUMN)
-        name = is_class(value) if is_class is not None and isinstance(value, int) else str(value).strip().lower()
+        name = class_name(value) if class_name is not None and isinstance(value, int) else str(value).strip().lower()
         if name not in known:
             raise DataError(
                 f"{where}, row {index} (counted from 0): its {SPLIT_COLUMN} is {value!r}; accepted: {', '.join(known)}"
             )
         if known[name] == split:
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
