@@ -18,7 +18,7 @@ from flare.experiments.report.families import source_kind
 from flare.experiments.report.figures.compare import draw_comparison, draw_costs
 from flare.experiments.report.figures.layers import curves, draw_layers
 from flare.experiments.report.figures.style import COLUMN, PAGE, caption_of
-from flare.experiments.report.lines import main_lines
+from flare.experiments.report.main_lines import main_lines
 from flare.experiments.report.summary import costs, quality
 from flare.experiments.report.tables import cost_csv, cost_table, latex, quality_csv, quality_table
 from flare.experiments.runs.records import (

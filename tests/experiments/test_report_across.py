@@ -10,8 +10,8 @@ import pytest
 from test_report import group_of, is_drawn, make_run
 
 from flare.experiments.report import write_report
-from flare.experiments.report.across import VARIED, overview_csv, overview_table, overviews, varied_table
 from flare.experiments.report.collect import collect
+from flare.experiments.report.cross_task import VARIED, overview_csv, overview_table, overviews, varied_table
 from flare.experiments.report.display import language_names, model_name, task_name
 from flare.experiments.report.figures.ablations import draw_translators
 from flare.experiments.report.figures.overview import draw_average_ranks

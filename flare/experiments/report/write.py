@@ -11,10 +11,10 @@ from typing import Any
 from ..utils.atomic_files import write_json
 from ..utils.environment import environment, now
 from ..utils.escape import code, markdown
-from . import folder as places
-from .across import VARIED, Overview, overview_csv, overview_table, overviews, varied_table
+from . import report_folder
 from .collect import Collection, Group, ReportError, collect
 from .conditions import conditions, notes, warnings
+from .cross_task import VARIED, Overview, overview_csv, overview_table, overviews, varied_table
 from .figures import FORMATS, Picture, draw_all, draw_overviews
 from .summary import costs, quality
 from .tables import Table, cost_csv, cost_table, csv_text, quality_csv, quality_table, raw_csv
@@ -72,17 +72,17 @@ def write_report(
     output = Path(output)
     found = collect(runs)
     chosen = {group.slug: _metrics(group, metrics, found) for group in found.groups}
-    places.check(output)
-    with places.replacing(output, overwrite, say) as scratch:
+    report_folder.check(output)
+    with report_folder.replacing(output, overwrite, say) as scratch:
         sections = [_section(group, chosen[group.slug], scratch, formats) for group in found.groups]
         across = _across(found.groups, {slug: names[0] for slug, names in chosen.items()}, scratch, formats)
-        (scratch / places.RAW).write_text(raw_csv(found.groups), encoding="utf-8")
+        (scratch / report_folder.RAW).write_text(raw_csv(found.groups), encoding="utf-8")
         text = _markdown(title or "FLARE experiment", found, across, sections, runs)
-        (scratch / places.TEXT).write_text(text, encoding="utf-8")
+        (scratch / report_folder.TEXT).write_text(text, encoding="utf-8")
         files = sorted(str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file())
-        write_json(scratch / places.REPORT, _everything(found, across, sections, chosen, runs, files))
+        write_json(scratch / report_folder.REPORT, _everything(found, across, sections, chosen, runs, files))
     _show(found, across, sections, output, say)
-    return output / places.TEXT
+    return output / report_folder.TEXT
 
 
 def _metrics(group: Group, wanted: Sequence[str] | None, found: Collection) -> list[str]:
@@ -100,7 +100,7 @@ def _across(groups: Sequence[Group], metrics: dict[str, str], scratch: Path, for
     tables: list[tuple[str, Table]] = []
     pictures: list[Picture] = []
     found = overviews(groups, metrics)
-    folder = scratch / places.TABLES
+    folder = scratch / report_folder.TABLES
     folder.mkdir(exist_ok=True)
     if sum(len(one.tasks) for one in found) > 1:
         tables.append(("overview", overview_table(found)))
@@ -116,7 +116,7 @@ def _across(groups: Sequence[Group], metrics: dict[str, str], scratch: Path, for
 
 def _section(group: Group, metrics: Sequence[str], scratch: Path, formats: Sequence[str]) -> _Section:
     tables = []
-    folder = scratch / places.TABLES
+    folder = scratch / report_folder.TABLES
     folder.mkdir(exist_ok=True)
     for metric in metrics:
         numbers = quality(group, metric)
@@ -142,7 +142,7 @@ def _write_tables(tables: Sequence[tuple[str, Table]], folder: Path) -> None:
 
 
 def _pictures(scratch: Path, formats: Sequence[str], draw: Callable[[Path, list[str]], list[Picture]]) -> list[Picture]:
-    folder = scratch / places.PICTURES
+    folder = scratch / report_folder.PICTURES
     folder.mkdir(exist_ok=True)
     try:
         pictures = draw(folder, list(dict.fromkeys(("png", *formats))))
@@ -165,7 +165,7 @@ def _everything(
     files: list[str],
 ) -> dict[str, Any]:
     return {
-        "made_by": places.MADE_BY,
+        "made_by": report_folder.MADE_BY,
         "date": now(),
         "environment": environment(),
         "runs": [str(folder) for folder in runs],
@@ -254,7 +254,7 @@ def _content_lines(tables: Sequence[tuple[str, Table]], pictures: Sequence[Pictu
         lines += [*(f"- {markdown(note)}" for note in table.notes), ""]
     for picture in pictures:
         if picture.files:
-            lines += [f"![{markdown(picture.title)}]({places.PICTURES}/{picture.files[0].name})", ""]
+            lines += [f"![{markdown(picture.title)}]({report_folder.PICTURES}/{picture.files[0].name})", ""]
             lines += [f"*{markdown(picture.caption)}.*", ""]
     missing = [picture for picture in pictures if picture.missing]
     if missing:

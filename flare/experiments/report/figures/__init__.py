@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...utils.progress import counter
-from ..across import Overview
 from ..collect import Group
+from ..cross_task import Overview
 from .ablations import draw_fusions, draw_ranks, draw_source_texts, draw_translators
 from .activations import activation_labels, draw_averages, draw_instances
 from .compare import draw_comparison, draw_costs

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..collect import Group
 from ..display import axis_name, language_name, language_names
-from ..lines import main_lines, method_of
+from ..main_lines import main_lines, method_of
 from ..summary import Line, Quality, costs, quality
 from .bars import Series, grouped_bars
 from .style import NORMAL, PAGE, NothingToDraw, caption, legend_below, looks, new_figure, plain_axes

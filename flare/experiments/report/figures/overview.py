@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..across import Overview, OverviewLine
+from ..cross_task import Overview, OverviewLine
 from ..display import axis_name
 from ..summary import Cell
 from .bars import Series, grouped_bars

@@ -10,7 +10,7 @@ from typing import Any
 from .collect import METHODS, Group
 from .display import language_name, metric_name, model_names
 from .families import FUSION, RANK, SOURCE_TEXT, Kind, Members, comparable, families, method_of_family, over
-from .lines import plainest
+from .main_lines import plainest
 from .summary import Cell, Quality, places_of, quality, spread
 from .tables import MISSING, Table, csv_text, show
 
