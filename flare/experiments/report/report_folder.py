@@ -1,4 +1,4 @@
-"""The report's folder: made by this command or left alone; an earlier report is kept unless told otherwise."""
+"""The report's folder: only folders written by this command are changed, and an earlier report is kept by default."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..utils.json_files import read_object
 from ..utils.result_folders import check_writable, move_earlier
 from .collect import ReportError
 
-REPORT, TEXT, RAW, TABLES, PICTURES = "report.json", "report.md", "runs.csv", "tables", "pictures"
-_OURS = (REPORT, TEXT, RAW, TABLES, PICTURES)
+REPORT, TEXT, RAW, TABLES, FIGURES = "report.json", "report.md", "runs.csv", "tables", "pictures"
+_CONTENTS = (REPORT, TEXT, RAW, TABLES, FIGURES)
 MADE_BY = "flare report"
-_SCRATCH = ".flare-report-unfinished"
+_TEMPORARY = ".flare-report-unfinished"
 
 
 def check(folder: Path) -> None:
-    """See that a report may be written here, before any work is done.
+    """Check that a report can be written here, before any work is done.
 
     Raises:
-        ReportError: the path is a file, cannot be written to, or holds something that is no report.
+        ReportError: the path is a file, is not writable, or holds something other than a report.
     """
     if folder.exists() and not folder.is_dir():
         raise ReportError(f"--output {folder} is a file; name another folder")
@@ -37,51 +37,51 @@ def check(folder: Path) -> None:
 
 @contextmanager
 def replacing(folder: Path, overwrite: bool, say: Callable[[str], None]) -> Iterator[Path]:
-    """A scratch folder whose content takes the place of the report in `folder` once all of it is written.
+    """Yield a temporary folder whose contents replace the report in `folder` once they are complete.
 
-    Without `overwrite` the report that is there moves to earlier-N in the folder. A failure leaves it as it was.
+    Without `overwrite`, an existing report moves to earlier-N in the folder. After an error it is unchanged.
     """
-    scratch = folder / _SCRATCH
-    if scratch.exists():
-        shutil.rmtree(scratch)
-    scratch.mkdir()
+    temporary = folder / _TEMPORARY
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
     try:
-        yield scratch
-        _make_room(folder, overwrite, say)
-        for path in scratch.iterdir():
+        yield temporary
+        _remove_existing(folder, overwrite, say)
+        for path in temporary.iterdir():
             path.rename(folder / path.name)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None:
-    there = [folder / name for name in _OURS if (folder / name).exists()]
-    if not there:
+def _remove_existing(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None:
+    existing = [folder / name for name in _CONTENTS if (folder / name).exists()]
+    if not existing:
         return
     if overwrite:
         files = read_object(folder / REPORT)["files"]
         for name in [*files, REPORT]:
-            if isinstance(name, str) and Path(name).parts[:1] and Path(name).parts[0] in _OURS and ".." not in name:
+            if isinstance(name, str) and Path(name).parts[:1] and Path(name).parts[0] in _CONTENTS and ".." not in name:
                 (folder / name).unlink(missing_ok=True)
-        for name in (TABLES, PICTURES):
-            # What somebody put beside our files stays.
+        for name in (TABLES, FIGURES):
+            # files of the user in these folders are kept
             if (folder / name).is_dir() and not any((folder / name).iterdir()):
                 (folder / name).rmdir()
-        there = [path for path in there if path.exists()]
-        if not there:
+        existing = [path for path in existing if path.exists()]
+        if not existing:
             return
-    earlier = move_earlier(there, folder)
-    kept = "files of yours beside it" if overwrite else "the report that was there"
-    say(f"{folder}: {kept} moved to {earlier}" + ("" if overwrite else " (--overwrite drops it)"))
+    earlier = move_earlier(existing, folder)
+    moved = "your own files in the report's folders" if overwrite else "the earlier report"
+    say(f"{folder}: {moved} moved to {earlier}" + ("" if overwrite else " (--overwrite deletes it instead)"))
 
 
 def _is_report(folder: Path) -> bool:
-    """Whether a report is what the folder holds; one that never got finished counts too."""
+    """Return whether the folder holds a report, finished or not."""
     names = {path.name for path in folder.iterdir()}
-    if names <= {_SCRATCH}:
+    if names <= {_TEMPORARY}:
         return True
     try:
-        made = read_object(folder / REPORT)
+        report = read_object(folder / REPORT)
     except (OSError, ValueError):
         return False
-    return made.get("made_by") == MADE_BY and isinstance(made.get("files"), list)
+    return report.get("made_by") == MADE_BY and isinstance(report.get("files"), list)
