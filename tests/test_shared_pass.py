@@ -23,7 +23,7 @@ from flare.experiments.measure import count_calls
 from flare.source.context import KEYWORD, THREAD
 
 L = tiny.LAYERS
-REASON = "generate: source and target do not share a pass, which is slower"
+REASON = "generate: source and target do not share a pass"
 
 
 def zero_offset(family: str = "llama", **options: Any) -> Any:

@@ -147,8 +147,8 @@ class FlareModel(LoraModel):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Return a weight's name in a saved adapter, which does not contain the adapter's name.
 
-        PEFT removes the adapter's name only from the last but one component. Cross-attention has it one earlier. FLARE
-        MT's projection is saved under one name, independent of the layer that holds it.
+        PEFT expects the adapter's name as the last but one component of a key. In keys of cross-attention it comes one
+        component earlier. FLARE MT's projection is saved under one name, independent of the layer that holds it.
         """
         name = re.escape(adapter_name)
         attention = re.fullmatch(rf"(.*\.lora_cross_attention)\.{name}(\.(query|key|value)\.(weight|bias))", key)
