@@ -45,8 +45,8 @@ def test_card_describes_loading_and_inputs(tmp_path):
     ],
     ids=["flare-mt", "lora", "x-mixup"],
 )
-def test_the_card_describes_the_kind_of_adapter(tmp_path, made, words, absent):
-    made().save_pretrained(tmp_path)
+def test_the_card_describes_the_kind_of_adapter(tmp_path, make, words, absent):
+    make().save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert words in card and absent not in card
 
