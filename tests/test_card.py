@@ -37,7 +37,7 @@ def test_card_describes_loading_and_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("made", "words", "absent"),
+    ("make", "words", "absent"),
     [
         (lambda: flare.fast_lora(tiny.model("bert"), r=4, latent_dim=8), "source_states=...", "source_input_ids"),
         (lambda: flare.fast_lora(tiny.model("llama"), r=4, fusion=None), "reads only the input text", "source"),
