@@ -19,7 +19,7 @@ from ..source.packed_rows import refuse_packed_rows
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceRequest, SourceStateCache
-from .checks import check_combination, unsupported_reason
+from .checks import check_combination, unfused_reason
 from .config import FLARE_FIELDS, FlareConfig
 from .grouping import make_sites
 from .layer import MERGE_REFUSED, FlareLayer, convert_layer
@@ -91,7 +91,7 @@ class FlareModel(LoraModel):
             reason = convert_layer(module, path)
             if not reason:
                 assert isinstance(module, FlareLayer)
-                reason = unsupported_reason(self.model, runtime, config, path, module, adapter)
+                reason = unfused_reason(self.model, runtime, config, path, module, adapter)
                 module.flare_rows = runtime.map.fused.get(path)
                 module.flare_fusion[adapter] = None if reason else config.fusion
                 if config.fusion is not None:
