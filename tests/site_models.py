@@ -50,12 +50,12 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Counts:
     outputs, owned, single = Site._outputs, sites.apply_with_products, layer.fused_lora
 
     def spy_outputs(site: Site, *args: Any) -> Any:
-        found = outputs(site, *args)
-        if found:
-            counts["joint" if len(found) > 1 else "lone"] += 1
-        if found and len(found) > 1:
-            counts.names.append(frozenset(name for name, child in site.parent.named_children() if child in found))
-        return found
+        results = outputs(site, *args)
+        if results:
+            counts["joint" if len(results) > 1 else "lone"] += 1
+        if results and len(results) > 1:
+            counts.names.append(frozenset(name for name, child in site.parent.named_children() if child in results))
+        return results
 
     def spy(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -77,9 +77,9 @@ def forget(calls: Counts) -> None:
 
 def fused(family: str, subset: str = "qv", *, dtype: torch.dtype = torch.float32, **overrides) -> peft.PeftModel:
     targets = [NAMES[family][index] for index in SUBSETS[subset]]
-    made = {"r": 5, "lora_alpha": 7, "target_modules": targets, **overrides}
+    options = {"r": 5, "lora_alpha": 7, "target_modules": targets, **overrides}
     no_dropout = {"dropout_rate": 0.0} if family == "mt5" else {}
-    model = flare.fast_lora(tiny.model(family, dtype=dtype, **no_dropout), **made)
+    model = flare.fast_lora(tiny.model(family, dtype=dtype, **no_dropout), **options)
     tiny.randomize_lora(model)
     return model
 

@@ -143,9 +143,9 @@ REFUSED = [
 @pytest.mark.parametrize(("model", "config", "changes", "message"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_unsupported_model_is_refused(model, config, changes, message) -> None:
     """The error comes before the model is changed. With fusion=None the model can still be used as plain LoRA."""
-    made = getattr(transformers, model)(getattr(transformers, config)(**{**_SIZE, **changes}))
-    before = {name: id(module) for name, module in made.named_modules()}
+    base_model = getattr(transformers, model)(getattr(transformers, config)(**{**_SIZE, **changes}))
+    before = {name: id(module) for name, module in base_model.named_modules()}
     with pytest.raises(ValueError, match=f"{model}: .*{message}"):
-        flare.fast_lora(made)
-    assert {name: id(module) for name, module in made.named_modules()} == before
-    flare.fast_lora(made, fusion=None, r=2, target_modules="all-linear")
+        flare.fast_lora(base_model)
+    assert {name: id(module) for name, module in base_model.named_modules()} == before
+    flare.fast_lora(base_model, fusion=None, r=2, target_modules="all-linear")

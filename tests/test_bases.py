@@ -67,14 +67,14 @@ class Base:
     def make(self) -> Any:
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**{**_COMMON, **self.changes}, attn_implementation="eager")
-        made = getattr(transformers, self.model)(config)
-        for module in made.modules():
+        base_model = getattr(transformers, self.model)(config)
+        for module in base_model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         with torch.no_grad():
-            for parameter in made.parameters():  # so that biases are not zero and norms not one
+            for parameter in base_model.parameters():  # so that biases are not zero and norms not one
                 parameter.add_(0.05 * torch.randn(parameter.shape))
-        return made.to(torch.float64).train()
+        return base_model.to(torch.float64).train()
 
     def batch(self) -> dict[str, Tensor]:
         """Return three rows, padded on the right by different lengths in the two streams."""
@@ -257,13 +257,13 @@ def randomize(model: nn.Module) -> None:
 def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Return each block's output on the source: the next block's input, and the last block's output."""
     blocks = model.get_base_model().get_submodule(base.stack)
-    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
     handles = []
     for index, block in enumerate(blocks):
         if index:
             handles.append(
                 block.register_forward_pre_hook(
-                    lambda _, args, kwargs, i=index: found.__setitem__(
+                    lambda _, args, kwargs, i=index: states.__setitem__(
                         i - 1, (args[0] if args else kwargs["hidden_states"]).detach()
                     ),
                     with_kwargs=True,
@@ -272,7 +272,7 @@ def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tenso
     last = len(blocks) - 1
     handles.append(
         blocks[-1].register_forward_hook(
-            lambda _, args, output: found.__setitem__(
+            lambda _, args, output: states.__setitem__(
                 last, (output if isinstance(output, Tensor) else output[0]).detach()
             )
         )
@@ -283,7 +283,7 @@ def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tenso
         )
     for handle in handles:
         handle.remove()
-    return [found[index] for index in range(len(blocks))]
+    return [states[index] for index in range(len(blocks))]
 
 
 def reference_step(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -323,11 +323,11 @@ def check(model: Any, inputs: dict[str, Tensor], logits: Tensor, grads: dict[str
     out = model(**inputs)
     out.loss.backward()
     torch.testing.assert_close(out.logits, logits, rtol=1e-9, atol=1e-9)
-    found = gradients(model)
-    assert found.keys() == grads.keys() and len(grads) > 0
+    model_grads = gradients(model)
+    assert model_grads.keys() == grads.keys() and len(grads) > 0
     for name, grad in grads.items():
         torch.testing.assert_close(
-            found[name], grad, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            model_grads[name], grad, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -396,14 +396,14 @@ def test_encoder_decoder_matches_the_formula(family: str) -> None:
 
     def make() -> Any:
         torch.manual_seed(0)
-        made = getattr(transformers, name)(
+        base_model = getattr(transformers, name)(
             getattr(transformers, config)(**size, **changes, attn_implementation="eager")
         )
-        for module in made.modules():
+        for module in base_model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             module.__dict__.update({each: 0.0 for each in ("dropout", "activation_dropout") if each in module.__dict__})
-        return made.to(torch.float64).train()
+        return base_model.to(torch.float64).train()
 
     inputs = base.batch()
     generator = torch.Generator().manual_seed(5)
@@ -433,11 +433,11 @@ def test_encoder_decoder_matches_the_formula(family: str) -> None:
     for handle in handles:
         handle.remove()
     for path, layer in inner.named_modules():
-        own = next((state for key, state in states.items() if path.startswith(f"{key}.")), None)
-        if own is None or not hasattr(layer, "lora_A") or any(mark in path for mark in _CROSS):
+        source_state = next((state for key, state in states.items() if path.startswith(f"{key}.")), None)
+        if source_state is None or not hasattr(layer, "lora_A") or any(mark in path for mark in _CROSS):
             continue
 
-        def forward(x: Tensor, layer: Any = layer, state: Tensor = own) -> Tensor:
+        def forward(x: Tensor, layer: Any = layer, state: Tensor = source_state) -> Tensor:
             A, B = layer.lora_A["default"], layer.lora_B["default"]
             return layer.base_layer(x) + layer.scaling["default"] * B(add_relu(A(state), A(x)))
 

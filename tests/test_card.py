@@ -37,7 +37,7 @@ def test_card_describes_loading_and_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("made", "words", "absent"),
+    ("make", "words", "absent"),
     [
         (lambda: flare.fast_lora(tiny.model("bert"), r=4, latent_dim=8), "source_states=...", "source_input_ids"),
         (lambda: flare.fast_lora(tiny.model("llama"), r=4, fusion=None), "reads only the input text", "source"),
@@ -45,8 +45,8 @@ def test_card_describes_loading_and_inputs(tmp_path):
     ],
     ids=["flare-mt", "lora", "x-mixup"],
 )
-def test_the_card_describes_the_kind_of_adapter(tmp_path, made, words, absent):
-    made().save_pretrained(tmp_path)
+def test_the_card_describes_the_kind_of_adapter(tmp_path, make, words, absent):
+    make().save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert words in card and absent not in card
 

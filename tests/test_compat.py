@@ -147,16 +147,16 @@ def test_a_compiled_module_is_recognised() -> None:
 @pytest.mark.parametrize("layer", _compat.GROWING_CACHE_LAYERS, ids=lambda layer: layer.__name__)
 def test_rows_of_cache_layers_can_be_concatenated(layer) -> None:
     """Only ``keys`` and ``values`` have a dimension of rows, and each step is appended to them."""
-    made = layer(sliding_window=4) if "Sliding" in layer.__name__ else layer()
+    cache = layer(sliding_window=4) if "Sliding" in layer.__name__ else layer()
     first, second = torch.randn(2, 1, 3, 2), torch.randn(2, 1, 1, 2)
-    assert not made.is_initialized
-    made.update(first, first)
-    by_row = [name for name, value in vars(made).items() if isinstance(value, torch.Tensor) and value.dim()]
+    assert not cache.is_initialized
+    cache.update(first, first)
+    by_row = [name for name, value in vars(cache).items() if isinstance(value, torch.Tensor) and value.dim()]
     assert sorted(by_row) == ["keys", "values"]
-    made.keys, made.values = torch.cat([made.keys, -made.keys]), torch.cat([made.values, -made.values])
-    keys, _ = made.update(*[torch.cat([second, -second])] * 2)
+    cache.keys, cache.values = torch.cat([cache.keys, -cache.keys]), torch.cat([cache.values, -cache.values])
+    keys, _ = cache.update(*[torch.cat([second, -second])] * 2)
     torch.testing.assert_close(keys[2:], -torch.cat([first, second], dim=2))
-    assert made.get_seq_length() == 4
+    assert cache.get_seq_length() == 4
 
 
 def test_encoder_decoder_has_a_method_that_shifts_labels() -> None:
@@ -268,22 +268,22 @@ def test_capture_creates_no_mask_if_none_is_given(family: str, monkeypatch: pyte
     embedded, mask = torch.zeros(2, 5, tiny.HIDDEN), torch.ones(2, 5, dtype=torch.long)
     positions = torch.arange(5).unsqueeze(0)
 
-    def made(mask: torch.Tensor | None) -> torch.Tensor | None:
+    def create_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
         if family == "bert":
             return masking_utils.create_bidirectional_mask(config, embedded, mask)
         return masking_utils.create_causal_mask(config, embedded, mask, past_key_values=None, position_ids=positions)
 
     stock = masking_utils.is_tracing, masking_utils.find_packed_sequence_indices
-    assert made(None) is None and made(mask) is None
+    assert create_mask(None) is None and create_mask(mask) is None
     with _compat.eager_attention_masks():
         packed = torch.tensor([[0, 1, 0, 1, 2]])
         assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1, 1, 1]]  # not capturing
         monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
-        assert made(None) is None
-        assert made(mask).shape == (2, 1, 5, 5)  # a capture cannot read its values
+        assert create_mask(None) is None
+        assert create_mask(mask).shape == (2, 1, 5, 5)  # a capture cannot read its values
     assert (masking_utils.is_tracing, masking_utils.find_packed_sequence_indices) == stock
     if family == "llama":
-        assert made(None) is not None  # if this fails, the context manager may be redundant
+        assert create_mask(None) is not None  # if this fails, the context manager may be redundant
 
 
 def test_hooks_of_modules_and_gradients_are_found() -> None:

@@ -48,9 +48,9 @@ def test_loss_and_gradients_match_the_formula(family, fusion, offset) -> None:
     got = model(**inputs)
     got.loss.backward()
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
-    wanted, grads = tiny.gradients(stock), tiny.gradients(model)
-    assert wanted.keys() == grads.keys()
-    for name, grad in wanted.items():
+    want_grads, grads = tiny.gradients(stock), tiny.gradients(model)
+    assert want_grads.keys() == grads.keys()
+    for name, grad in want_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -199,8 +199,8 @@ def cross_attentions(model) -> dict[str, torch.nn.Module]:
 def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) -> None:
     """It exists only in modules that fuse, in float32 over a bf16 base. Without a source the layer is plain LoRA."""
     inputs = tiny.batch(family)
-    own = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
-    model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **own).eval()
+    options = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
+    model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **options).eval()
     report = model.fast_lora_report()
     assert set(cross_attentions(model)) == {row.module for row in report.fused} and report.declined
     trained = [p for module in cross_attentions(model).values() for p in module.parameters()]
@@ -381,8 +381,13 @@ def test_an_override_that_contradicts_the_trained_adapter(override) -> None:
 def test_values_of_a_lora_config_are_used() -> None:
     config = peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.1, target_modules=["v_proj"])
     model = flare.fast_lora(tiny.model("llama"), config)
-    own = model.peft_config["default"]
-    assert (own.r, own.lora_alpha, own.lora_dropout, own.fusion) == (3, 5, 0.1, "add_relu")
+    flare_config = model.peft_config["default"]
+    assert (flare_config.r, flare_config.lora_alpha, flare_config.lora_dropout, flare_config.fusion) == (
+        3,
+        5,
+        0.1,
+        "add_relu",
+    )
     assert str(config.peft_type) != "FLARE", "the config that was passed must not change"
 
 
@@ -405,8 +410,8 @@ def undropped(family: str):
 
 
 def attending(family: str, masked: bool = True):
-    own = {"fusion": "cross_attention", "cross_attention_heads": 2, "cross_attention_mask": masked}
-    model = flare.fast_lora(undropped(family), r=4, **own)
+    options = {"fusion": "cross_attention", "cross_attention_heads": 2, "cross_attention_mask": masked}
+    model = flare.fast_lora(undropped(family), r=4, **options)
     tiny.randomize_lora(model)
     return model
 

@@ -226,10 +226,10 @@ def test_prompts_of_the_collator() -> None:
     batch = flare.FlareDataCollator(tokenizer(), layout="causal")(rows)
     model = fused()
     sequences = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    for row, given in enumerate(rows):
-        alone = flare.FlareDataCollator(tokenizer(), layout="causal")([given])
-        own = model.generate(**alone, max_new_tokens=4, do_sample=False, pad_token_id=0)
-        assert torch.equal(own[0, -4:], sequences[row, -4:])
+    for row, single in enumerate(rows):
+        alone = flare.FlareDataCollator(tokenizer(), layout="causal")([single])
+        single_sequences = model.generate(**alone, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(single_sequences[0, -4:], sequences[row, -4:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -281,9 +281,9 @@ def test_row_alone_matches_row_in_a_batch(padding, fusion) -> None:
     model, inputs = fused(source_padding=padding, fusion=fusion), prompts()
     sequences, logits = generated(model, inputs)
     for row in range(3):
-        alone, own = generated(model, row_of(inputs, row))
+        alone, row_logits = generated(model, row_of(inputs, row))
         assert torch.equal(alone[0, -6:], sequences[row, -6:])
-        torch.testing.assert_close(own[0], logits[row], **TOLERANCE)
+        torch.testing.assert_close(row_logits[0], logits[row], **TOLERANCE)
 
 
 def test_absolute_positions_are_counted_from_a_rows_first_token() -> None:
@@ -296,9 +296,9 @@ def test_absolute_positions_are_counted_from_a_rows_first_token() -> None:
     model, inputs = model.double().eval(), prompts()
     sequences, logits = generated(model, inputs)
     for row in range(3):
-        alone, own = generated(model, row_of(inputs, row))
+        alone, row_logits = generated(model, row_of(inputs, row))
         assert torch.equal(alone[0, -6:], sequences[row, -6:])
-        torch.testing.assert_close(own[0], logits[row], **TOLERANCE)
+        torch.testing.assert_close(row_logits[0], logits[row], **TOLERANCE)
 
 
 def test_source_padding_keep_warns_once_if_a_source_is_shorter() -> None:
@@ -307,8 +307,8 @@ def test_source_padding_keep_warns_once_if_a_source_is_shorter() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _, logits = generated(model, inputs, source_padding="keep")
-    _, own = generated(model, row_of(inputs, 2), source_padding="keep")
-    torch.testing.assert_close(own[0], logits[2], **TOLERANCE)
+    _, row_logits = generated(model, row_of(inputs, 2), source_padding="keep")
+    torch.testing.assert_close(row_logits[0], logits[2], **TOLERANCE)
     with pytest.warns(UserWarning, match="source_padding='keep' and a source prompt that is shorter") as seen:
         _, kept_logits = generated(model, prompts(), source_padding="keep")
     assert seen[0].filename == __file__
@@ -394,14 +394,14 @@ def test_new_tokens_use_the_last_latent_state(masked, alignment) -> None:
     sequences, logits = generated(model, {**inputs, **source}, source_alignment=alignment)
     longer = torch.cat([latent, latent[torch.arange(3), last][:, None].expand(-1, 5, -1)], dim=1)
     target_mask = torch.cat([inputs["attention_mask"], torch.ones(3, 5, dtype=torch.long)], dim=1)
-    given = {"source_states": longer}
+    longer_source = {"source_states": longer}
     if masked:
-        given["source_attention_mask"] = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], dim=1)
+        longer_source["source_attention_mask"] = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], dim=1)
     want = model(
         input_ids=sequences[:, :-1],
         attention_mask=target_mask,
         position_ids=(target_mask.cumsum(1) - 1).clamp(min=0),
-        **given,
+        **longer_source,
     ).logits[:, 6:]
     torch.testing.assert_close(logits, want.float(), **TOLERANCE)
 
@@ -440,10 +440,10 @@ def test_options_that_are_refused(options, message) -> None:
 
 def test_generation_config_as_positional_argument() -> None:
     model, inputs = fused(), prompts()
-    own = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=1, do_sample=False)
+    config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=1, do_sample=False)
     ids = inputs.pop("input_ids")
     sequences, _ = generated(model, {"input_ids": ids, **inputs}, 3)
-    assert torch.equal(model.generate(ids, own, **inputs), sequences)
+    assert torch.equal(model.generate(ids, config, **inputs), sequences)
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(ids, transformers.GenerationConfig(use_cache=False), **inputs)
 

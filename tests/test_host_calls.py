@@ -53,14 +53,14 @@ def test_calls_per_block_are_at_most_pefts(host: Any, family: str) -> None:
             pytest.skip(f"counts are settled for {name} {least[0]}.{least[1]} or newer, this is {version(name)}")
     with launches_left_out() as names:
         shape = shape_of(family)
-        found = {v: host.per_block(v, shape, names) for v in ("frozen", "peft", "lora", "flare", "flare-warm")}
-    calls = {variant: each.calls for variant, each in found.items()}
+        blocks = {v: host.per_block(v, shape, names) for v in ("frozen", "peft", "lora", "flare", "flare-warm")}
+    calls = {variant: each.calls for variant, each in blocks.items()}
     assert 0 < calls["frozen"] < calls["peft"], calls
-    assert found["frozen"].kernels == found["peft"].kernels == {}
+    assert blocks["frozen"].kernels == blocks["peft"].kernels == {}
     stacked, others = LAUNCHES[family]
     for variant in ("lora", "flare", "flare-warm"):
         kernels = {"stack_kernel": stacked, **dict.fromkeys(OTHERS, others)}
-        assert found[variant].kernels == kernels, f"{variant}: other launches than those of the training kernels"
+        assert blocks[variant].kernels == kernels, f"{variant}: other launches than those of the training kernels"
     assert calls["lora"] <= calls["peft"], calls
     assert calls["flare"] <= calls["peft"] + calls["frozen"], calls
     assert calls["flare-warm"] <= calls["peft"] + 10, calls

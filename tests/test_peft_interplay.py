@@ -111,7 +111,7 @@ def test_the_papers_ranks(r, fusion) -> None:
     out = model(**inputs)
     assert (out.logits - model(**text(inputs)).logits).abs().max() > 1e-3
     out.loss.backward()
-    found = tiny.gradients(model)
+    grads = tiny.gradients(model)
     assert {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n} == {r}
     # the key's bias has no effect on softmax
-    assert all(torch.isfinite(g).all() and (g.any() or n.endswith("key.bias")) for n, g in found.items())
+    assert all(torch.isfinite(g).all() and (g.any() or n.endswith("key.bias")) for n, g in grads.items())

@@ -154,15 +154,15 @@ def test_hotswap_after_compiling(backend, source, tmp_path) -> None:
 def test_target_parameters_add_the_same_targets_as_peft(monkeypatch) -> None:
     """PEFT adds its default targets for a known model type, and none for an unknown one."""
     for kind, count in (("llama", 3), ("a_new_type", 1)):
-        found = []
+        targets = []
         monkeypatch.setattr(LlamaConfig, "model_type", kind)
         for config in (peft.LoraConfig, flare.FlareConfig):
             fields = {"fusion": None} if config is flare.FlareConfig else {}
             model = peft.get_peft_model(
                 tiny.model("llama"), config(r=4, target_parameters=["mlp.down_proj.weight"], **fields)
             )
-            found.append(sorted(name for name, _ in model.named_parameters() if ".lora_A." in name))
-        assert found[0] == found[1] and len(found[0]) == count * tiny.LAYERS
+            targets.append(sorted(name for name, _ in model.named_parameters() if ".lora_A." in name))
+        assert targets[0] == targets[1] and len(targets[0]) == count * tiny.LAYERS
     with pytest.raises(ValueError, match="target_parameters cannot be combined with a fusion"):
         flare.FlareConfig(target_parameters=["mlp.down_proj.weight"])
 

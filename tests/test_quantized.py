@@ -92,14 +92,14 @@ def test_generation_over_a_quantised_base(kind, checkpoint) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_pass_over_a_quantised_base(kind, checkpoint) -> None:
-    """4-bit linears support it. int8 linears select outlier columns over all rows, so two passes run, and it warns."""
+    """4-bit linears support it. int8 linears select outlier columns over all rows, so "shared" raises."""
     model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_layer_offset=0, target_modules="all-linear").eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     want = model.generate(**inputs, **options, source_pass="separate")
     if kind == "int8":
-        with pytest.raises(ValueError, match=r"chooses the columns .* \(llm_int8_threshold\)"):
+        with pytest.raises(ValueError, match=r"selects its 16-bit columns .* \(llm_int8_threshold\)"):
             model.generate(**inputs, **options, source_pass="shared")
         return
     got = model.generate(**inputs, **options, source_pass="shared")

@@ -72,11 +72,11 @@ def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
     inputs = tiny.batch("llama")
     want, got = steps(stock, model, inputs)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-9, atol=1e-9)
-    wanted, grads = tiny.gradients(stock), tiny.gradients(model)
-    assert wanted.keys() == grads.keys() and len(grads) == 4 * tiny.LAYERS
+    want_grads, grads = tiny.gradients(stock), tiny.gradients(model)
+    assert want_grads.keys() == grads.keys() and len(grads) == 4 * tiny.LAYERS
     for name, grad in grads.items():
         torch.testing.assert_close(
-            grad, wanted[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            grad, want_grads[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
     with torch.no_grad():
         assert (model(**without_source(inputs)).logits - got.logits).abs().max() > 1e-3, "the source must matter"
@@ -206,10 +206,10 @@ def test_fine_grained_fp8_of_transformers_fuses(monkeypatch: pytest.MonkeyPatch)
         return x @ fp8._dequantize_fp8_weight(weight, scale, block_size, x.dtype).T
 
     def exchange(linear: nn.Linear) -> nn.Module:
-        made = fp8.FP8Linear(linear.in_features, linear.out_features, block_size=(32, 32))
-        made.weight = nn.Parameter(linear.weight.detach().float().to(torch.float8_e4m3fn), requires_grad=False)
-        made.weight_scale_inv = nn.Parameter(torch.ones_like(made.weight_scale_inv), requires_grad=False)
-        return made
+        quantized = fp8.FP8Linear(linear.in_features, linear.out_features, block_size=(32, 32))
+        quantized.weight = nn.Parameter(linear.weight.detach().float().to(torch.float8_e4m3fn), requires_grad=False)
+        quantized.weight_scale_inv = nn.Parameter(torch.ones_like(quantized.weight_scale_inv), requires_grad=False)
+        return quantized
 
     monkeypatch.setattr(fp8, "fp8_linear", product)
     model = compare_with_eager(lambda: base_with(exchange))
@@ -284,9 +284,9 @@ def test_torchao_fuses(kind: str) -> None:
     want, got = steps(stock, model, inputs)
     assert {row.backend_layer for row in model.fast_lora_report().fused} == {"FlareTorchaoLoraLinear"}
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
-    wanted = tiny.gradients(stock)
+    want_grads = tiny.gradients(stock)
     for name, grad in tiny.gradients(model).items():
-        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, want_grads[name], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         model.set_source_cache(flare.SourceStateCache(10**7))
         for _ in ("fills the cache", "reads it"):

@@ -11,24 +11,24 @@ from flare.tuner.routing import ModelMap
 
 
 def test_paths_of_a_block() -> None:
-    found = ModelMap.of(tiny.model("llama"))
-    assert found.stacks == {"model.layers": tiny.LAYERS}
-    place = found.places["model.layers.1.self_attn.v_proj"]
+    model_map = ModelMap.of(tiny.model("llama"))
+    assert model_map.stacks == {"model.layers": tiny.LAYERS}
+    place = model_map.places["model.layers.1.self_attn.v_proj"]
     assert (place.stack, place.block, place.attention, place.owner) == (
         "model.layers",
         1,
         "model.layers.1.self_attn",
         "model",
     )
-    assert found.default_targets() == {"q_proj", "v_proj"}
-    assert "model.layers.0.mlp.up_proj" not in found.places
+    assert model_map.default_targets() == {"q_proj", "v_proj"}
+    assert "model.layers.0.mlp.up_proj" not in model_map.places
 
 
 def test_cross_attention_and_both_stacks_of_an_encoder_decoder() -> None:
-    found = ModelMap.of(tiny.model("mt5"))
-    assert found.stacks == {"encoder.block": tiny.LAYERS, "decoder.block": 2}
-    assert found.places["decoder.block.0.layer.1.EncDecAttention.q"].is_cross_attention
-    assert not any("EncDecAttention" in path for path in found.query_and_value)
+    model_map = ModelMap.of(tiny.model("mt5"))
+    assert model_map.stacks == {"encoder.block": tiny.LAYERS, "decoder.block": 2}
+    assert model_map.places["decoder.block.0.layer.1.EncDecAttention.q"].is_cross_attention
+    assert not any("EncDecAttention" in path for path in model_map.query_and_value)
 
 
 def test_source_arguments_of_wrong_shape_or_type() -> None:

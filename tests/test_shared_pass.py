@@ -23,7 +23,7 @@ from flare.experiments.measure import count_calls
 from flare.source.context import KEYWORD, THREAD
 
 L = tiny.LAYERS
-REASON = "generate: source and target do not share a pass, which is slower"
+REASON = "generate: source and target do not share a pass"
 
 
 def zero_offset(family: str = "llama", **options: Any) -> Any:
@@ -43,15 +43,15 @@ def of_family(name: str) -> Any:
 
 def both_ways(model: Any, inputs: dict, new: int = 6, seed: int = 0, **options: Any) -> dict[str, tuple]:
     """Return sequences, logits and block executions of each source_pass, after comparing the first two."""
-    found = {}
+    results = {}
     for way in ("separate", "shared"):
         torch.manual_seed(seed)
         with count_calls(tiny.block_list(model.get_base_model())) as calls:
             sequences, logits = generated(model, inputs, new, source_pass=way, **options)
-        found[way] = (sequences, logits, calls.total)
-    assert torch.equal(found["shared"][0], found["separate"][0])
-    torch.testing.assert_close(found["shared"][1], found["separate"][1], **TOLERANCE)
-    return found
+        results[way] = (sequences, logits, calls.total)
+    assert torch.equal(results["shared"][0], results["separate"][0])
+    torch.testing.assert_close(results["shared"][1], results["separate"][1], **TOLERANCE)
+    return results
 
 
 # --- the numbers of two passes, in half the executions ----------------------------------------------------------------
@@ -62,11 +62,11 @@ def both_ways(model: Any, inputs: dict, new: int = 6, seed: int = 0, **options: 
 @pytest.mark.filterwarnings("ignore:source_padding='keep'")
 def test_greedy(fusion, padding) -> None:
     model, inputs = zero_offset(fusion=fusion), prompts()
-    found = both_ways(model, inputs, source_padding=padding)
-    assert found["separate"][2] == 2 * 6 * L
-    assert found["shared"][2] == (2 + 5) * L, "two passes for the prompts, then one per token"
+    results = both_ways(model, inputs, source_padding=padding)
+    assert results["separate"][2] == 2 * 6 * L
+    assert results["shared"][2] == (2 + 5) * L, "two passes for the prompts, then one per token"
     _, plain_logits = generated(model, {n: v for n, v in inputs.items() if not n.startswith("source")})
-    assert not torch.allclose(found["shared"][1][:, -1], plain_logits[:, -1], atol=1e-3), (
+    assert not torch.allclose(results["shared"][1][:, -1], plain_logits[:, -1], atol=1e-3), (
         "the source made no difference"
     )
 
@@ -77,8 +77,8 @@ def test_families_with_sliding_windows(name) -> None:
     inputs = prompts(pads=name != "Gemma2")  # it only runs eager attention, which gives NaN on padding in float64
     if name == "Gemma2":
         assert len(set(model.config.layer_types)) == 2, "windows in every block"
-    found = both_ways(model, inputs)
-    assert found["shared"][2] == (2 + 5) * L
+    results = both_ways(model, inputs)
+    assert results["shared"][2] == (2 + 5) * L
 
 
 class _WeightReads(TorchDispatchMode):
@@ -111,8 +111,8 @@ def test_each_frozen_weight_is_read_once_per_token(way, reads, targets) -> None:
 
 
 def test_samples_share_their_prompts_source_row() -> None:
-    found = both_ways(zero_offset(), prompts(), do_sample=True, top_k=0, num_return_sequences=3)
-    assert len({tuple(row) for row in found["shared"][0].tolist()}) > 3, "nothing was sampled"
+    results = both_ways(zero_offset(), prompts(), do_sample=True, top_k=0, num_return_sequences=3)
+    assert len({tuple(row) for row in results["shared"][0].tolist()}) > 3, "nothing was sampled"
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -146,8 +146,8 @@ def test_ended_source_stays_at_its_end_token(padded) -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING, pads=padded)
     ends = ends_of(model, inputs, 7)
     going_on = generated(model, inputs, 7)[1]
-    found = both_ways(model, inputs, 7, eos_token_id=ends, min_new_tokens=7)
-    assert not torch.allclose(found["shared"][1][0], going_on[0], atol=1e-4), "the end token made no difference"
+    results = both_ways(model, inputs, 7, eos_token_id=ends, min_new_tokens=7)
+    assert not torch.allclose(results["shared"][1][0], going_on[0], atol=1e-4), "the end token made no difference"
 
 
 def test_sources_leave_the_batch_when_all_have_ended() -> None:
@@ -196,16 +196,16 @@ def test_chunks_embeddings_and_hooked_projections() -> None:
     projection = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     projection.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
     both_ways(model, inputs)
-    assert all(torch.equal(kept, then) for kept, then in seen), "an output stored by a hook was overwritten"
+    assert all(torch.equal(stored, then) for stored, then in seen), "an output stored by a hook was overwritten"
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     model, inputs = zero_offset(), prompts()
     sequences, logits = generated(model, inputs, source_pass="shared")
     for row in range(3):
-        alone, own = generated(model, row_of(inputs, row), source_pass="shared")
+        alone, row_logits = generated(model, row_of(inputs, row), source_pass="shared")
         assert torch.equal(alone[0, -6:], sequences[row, -6:])
-        torch.testing.assert_close(own[0], logits[row], **TOLERANCE)
+        torch.testing.assert_close(row_logits[0], logits[row], **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -63,16 +63,16 @@ def test_backward_accumulates_dx_in_one_buffer(subset, apart, calls) -> None:
     """In separate calls, each frozen product and each adapter has its own dx, and autograd adds them."""
     inputs = tiny.batch("llama", B=2, m=7)
     model = fused("llama", subset)
-    found = {}
+    operations = {}
     for name, each in (("joint", model), ("apart", alone(model))):
         each.enable_input_require_grads()
         loss = each(**inputs).loss
         with _Buffers(2 * 7 * tiny.HIDDEN) as seen:
             loss.backward()
-        found[name] = seen.counts
-    sums = {name: counts["add"] + counts["add_"] for name, counts in found.items()}
-    assert found["joint"]["addmm_"] == 3 * tiny.LAYERS, "two frozen products and all adapters accumulate into q's dx"
-    assert found["apart"]["mm"] - found["joint"]["mm"] == (apart - 1) * tiny.LAYERS
+        operations[name] = seen.counts
+    sums = {name: counts["add"] + counts["add_"] for name, counts in operations.items()}
+    assert operations["joint"]["addmm_"] == 3 * tiny.LAYERS, "frozen products and adapters accumulate into q's dx"
+    assert operations["apart"]["mm"] - operations["joint"]["mm"] == (apart - 1) * tiny.LAYERS
     assert sums["apart"] - sums["joint"] == (apart - 1) * tiny.LAYERS
 
 

@@ -153,7 +153,7 @@ def test_error_names_an_adapter_on_another_device(part) -> None:
     model = fused("llama", fusion=None)
     q_proj = first_attention(model).q_proj
     getattr(q_proj, part)["default"].to("meta")
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj: .*meta.*move the adapter to the device of its layer"):
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj: .*meta.*move the adapter to its layer's device"):
         model(**plain(tiny.batch("llama")))
     assert is_empty(THREAD.slot)
 

@@ -40,14 +40,14 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         other = hidden_states * 2 if self.how == "another" else hidden_states
-        found = {}
+        outputs = {}
         for name in self.order:
             if name == "q" and self.how == "written to":
                 hidden_states += 1
-            found[name] = getattr(self, f"{name}_proj")(hidden_states if name == "q" else other)
-        q = found["q"]
+            outputs[name] = getattr(self, f"{name}_proj")(hidden_states if name == "q" else other)
+        q = outputs["q"]
         q *= 2  # in place, as modeling code may
-        return q + found["k"] * found["v"]
+        return q + outputs["k"] * outputs["v"]
 
 
 class Model(nn.Module):
@@ -202,9 +202,9 @@ def test_forward_leaves_no_state_on_modules(run, fusion) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
 def test_plan_is_reused_until_something_changes(family, monkeypatch) -> None:
     """This includes models that slice their list of blocks in each forward, which registers modules."""
-    made: list[str] = []
+    planned: list[str] = []
     find = Site._find
-    monkeypatch.setattr(Site, "_find", lambda site, kind: made.append(site.path) or find(site, kind))
+    monkeypatch.setattr(Site, "_find", lambda site, kind: planned.append(site.path) or find(site, kind))
     inputs, model = tiny.batch(family), fused(family)
     model.add_adapter("second", flare.FlareConfig(r=3, task_type=model.peft_config["default"].task_type))
     tiny.randomize_lora(model)
@@ -212,14 +212,14 @@ def test_plan_is_reused_until_something_changes(family, monkeypatch) -> None:
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
 
     def plans() -> list[str]:
-        made.clear()
+        planned.clear()
         for _ in range(5):
             if model(**inputs).loss.requires_grad:  # False if adapters are disabled
                 step(model, inputs)
                 optimizer.step()
             model.eval()(**plain(inputs))
             model.train()
-        return sorted(made)
+        return sorted(planned)
 
     assert len(paths) == (tiny.LAYERS + 2 + 2 * 2 if family == "mt5" else tiny.LAYERS) and plans() == sorted(paths)
     assert plans() == []

@@ -65,14 +65,14 @@ def test_hooked_or_patched_projection_is_called_as_a_module(spoiler, whom, calls
 def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> None:
     """Two steps of SGD after one without the hook. When it is removed, all projections are computed together again."""
     seen: collections.Counter[str] = collections.Counter()
-    kept: list[Any] = []
+    handles: list[Any] = []
     inputs = plain(tiny.batch("llama"))
 
     def spoil(name: str, module: nn.Module) -> None:
         if how == "hook":
-            kept.append(module.register_forward_hook(lambda *_: seen.update([name])))
+            handles.append(module.register_forward_hook(lambda *_: seen.update([name])))
         elif how == "scaled by a hook":
-            kept.append(module.register_forward_hook(lambda module, args, output: output * 1.5))
+            handles.append(module.register_forward_hook(lambda module, args, output: output * 1.5))
         elif how == "pruning":
             prune.l1_unstructured(module, "weight", 0.4)
         elif how == "parametrisation":
@@ -87,14 +87,14 @@ def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> Non
         for path, module in list(model.named_modules()):
             if path.endswith(f"{part}.default"):
                 spoil(name, module)
-        found = {}
+        results = {}
         for index in range(2):
-            found |= {f"{index} {key}": value for key, value in step(model, inputs).items()}
+            results |= {f"{index} {key}": value for key, value in step(model, inputs).items()}
             with torch.no_grad():
                 for p in model.parameters():
                     if p.grad is not None:
                         p -= 0.5 * p.grad
-        return found
+        return results
 
     config = peft.LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     stock = peft.get_peft_model(tiny.model("llama"), config).double()
@@ -111,7 +111,7 @@ class _Doubled(nn.Module):
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_pruned_A_projects_both_streams(memory) -> None:
     """Pruning recomputes the weight in each step. The source's projection uses it too."""
-    inputs, found = tiny.batch("llama"), []
+    inputs, losses = tiny.batch("llama"), []
     for pruned in (True, False):
         model = fused("llama", dtype=torch.float64, source_memory=memory).double()
         layers = [module for path, module in model.named_modules() if path.endswith("lora_A.default")]
@@ -123,8 +123,8 @@ def test_pruned_A_projects_both_streams(memory) -> None:
         if not pruned:  # the same weights without the pruning hook
             for one in layers:
                 prune.remove(one, "weight")
-        found += [step(model, inputs)["loss"], step(model, inputs)["loss"]]
-    torch.testing.assert_close(torch.stack(found), found[-1].expand(4), rtol=1e-12, atol=0)
+        losses += [step(model, inputs)["loss"], step(model, inputs)["loss"]]
+    torch.testing.assert_close(torch.stack(losses), losses[-1].expand(4), rtol=1e-12, atol=0)
 
 
 def test_trained_base_weight_has_a_separate_graph(calls) -> None:

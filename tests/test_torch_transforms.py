@@ -34,10 +34,10 @@ def stock(family: str, model: Any) -> Any:
     config = peft.LoraConfig(
         r=4, lora_alpha=128, target_modules=QV[family], task_type=model.peft_config["default"].task_type
     )
-    made = peft.get_peft_model(tiny.model(family, **SMALL[family]), config)
-    made.config.use_cache = False
-    made.eval().load_state_dict(model.state_dict())
-    return made
+    stock_model = peft.get_peft_model(tiny.model(family, **SMALL[family]), config)
+    stock_model.config.use_cache = False
+    stock_model.eval().load_state_dict(model.state_dict())
+    return stock_model
 
 
 def inputs_of(family: str, source: bool, masks: bool = True) -> dict[str, torch.Tensor]:
@@ -157,9 +157,9 @@ def test_gradients_of_gradients_are_refused(source, ask) -> None:
     """Second derivatives raise instead of being zero. First derivatives do not change with create_graph=True."""
     model, batch = fused("llama", source_memory="recompute"), inputs_of("llama", source)
     want, parameters = fused_gradients(model, batch), [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True)
-    torch.testing.assert_close(list(found), list(want.values()), rtol=0, atol=0)
-    penalty = sum(one.square().sum() for one in found)
+    grads = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True)
+    torch.testing.assert_close(list(grads), list(want.values()), rtol=0, atol=0)
+    penalty = sum(one.square().sum() for one in grads)
     with pytest.raises(RuntimeError, match=r"differentiated again \(create_graph=True\).*torch.func"):
         if ask == "grad":
             torch.autograd.grad(penalty, parameters, allow_unused=True)

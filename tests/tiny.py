@@ -39,7 +39,7 @@ _CAUSAL = ("llama", "gemma2", "gemma3", "qwen3", "mistral")
 
 def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
     """Return the tiny configuration of a family, with transformers' default dropouts."""
-    made = {
+    configs = {
         "bert": lambda: transformers.BertConfig(**{**_ENCODER, **changes}),
         "xlmr": lambda: transformers.XLMRobertaConfig(**{**_ENCODER, **changes}),
         "llama": lambda: transformers.LlamaConfig(**{**_DECODER, **changes}),
@@ -75,7 +75,7 @@ def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
             }
         ),
     }
-    return made[family]()
+    return configs[family]()
 
 
 CLASSES = {
@@ -95,13 +95,13 @@ CLASSES = {
 def model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
     """Return a random tiny model in train mode. Its dropouts are 0 unless ``changes`` sets them."""
     torch.manual_seed(seed)
-    made = CLASSES[family](config(family, **changes))
+    instance = CLASSES[family](config(family, **changes))
     if "hidden_dropout_prob" not in changes and "dropout_rate" not in changes:
-        for module in made.modules():
+        for module in instance.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        made.config.hidden_dropout_prob = made.config.attention_probs_dropout_prob = 0.0
-    return made.to(dtype).train()
+        instance.config.hidden_dropout_prob = instance.config.attention_probs_dropout_prob = 0.0
+    return instance.to(dtype).train()
 
 
 def randomize_lora(model: nn.Module, seed: int = 1) -> None:

@@ -66,7 +66,7 @@ def rows(task: str, count: int, seed: int = 0, source: bool = True) -> list[dict
     def words(low: int, high: int) -> list[int]:
         return [draw.randrange(len(SPECIAL), VOCAB) for _ in range(draw.randint(low, high))]
 
-    found = []
+    task_rows = []
     for _ in range(count):
         ids = [CLS, *words(3, 9), SEP]
         row: dict[str, Any] = {"input_ids": ids}
@@ -91,5 +91,5 @@ def rows(task: str, count: int, seed: int = 0, source: bool = True) -> list[dict
             row["labels"] = words(1, 6)
             if source:
                 row["source_labels"] = words(1, 6)
-        found.append(row)
-    return found
+        task_rows.append(row)
+    return task_rows

@@ -61,7 +61,7 @@ def warn_two_passes_once(runtime: Runtime, why: str) -> None:
     """Warn, once per reason, that source and target do not share a pass."""
     if why not in runtime.warned:
         runtime.warned.add(why)
-        warnings.warn(f"generate: source and target do not share a pass, which is slower: {why}", stacklevel=2)
+        warnings.warn(f"generate: source and target do not share a pass: {why}", stacklevel=2)
 
 
 @dataclass(kw_only=True)

@@ -47,7 +47,7 @@ PADDING_WARNING = (
 
 
 def _refuse_mixing(reads: Reads) -> None:
-    """Raise ValueError for a fusion in which each position reads all positions, which are not generated yet."""
+    """Raise ValueError for a fusion in which each position reads all positions, including ones not generated yet."""
     for _, adapter, layer in reads.uses:
         fusion = layer.flare_fusion[adapter]
         if fusion in EAGER_FUSIONS:
@@ -127,7 +127,7 @@ def _target_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     inputs = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
     ids = next((value for value in inputs if isinstance(value, Tensor)), None)
     if ids is None:
-        raise ValueError("generate: a source needs the target's input_ids, with whose positions it is aligned")
+        raise ValueError("generate: a source needs the target's input_ids, because both are aligned by position")
     return ids, kwargs.get("attention_mask")
 
 

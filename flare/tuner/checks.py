@@ -12,7 +12,7 @@ from .config import FlareConfig
 from .layer import FlareLayer
 
 
-def unsupported_reason(
+def unfused_reason(
     model: nn.Module, runtime: Runtime, config: FlareConfig, path: str, layer: FlareLayer, adapter: str
 ) -> str:
     """Return why an adapter does not fuse in a LoRA module; "" if it fuses.

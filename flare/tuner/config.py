@@ -59,12 +59,12 @@ _Config = TypeVar("_Config")
 
 
 def _help_from_docstring(cls: type[_Config]) -> type[_Config]:
-    """Set ``metadata["help"]`` of each field that the class docstring describes, as transformers' parsers read it."""
+    """Set ``metadata["help"]``, which transformers' parsers read, of the class's fields from its docstring."""
     args = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
     texts = re.findall(r"^    (\w+) \(.*?\): (.*(?:\n     .*)*)", args, re.MULTILINE)
     meanings = {name: " ".join(text.split()) for name, text in texts}
     for each in fields(cls):  # type: ignore[arg-type]
-        if each.name in meanings:
+        if each.name in meanings and each.name in inspect.get_annotations(cls):  # other fields belong to a base class
             each.metadata = MappingProxyType({"help": meanings[each.name]})
     return cls
 

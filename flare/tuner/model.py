@@ -20,7 +20,7 @@ from ..source.packed_rows import refuse_packed_rows
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceRequest, SourceStateCache
-from .checks import check_combination, unsupported_reason
+from .checks import check_combination, unfused_reason
 from .config import FLARE_FIELDS, FlareConfig
 from .grouping import make_sites
 from .layer import MERGE_REFUSED, FlareLayer, convert_layer
@@ -92,7 +92,7 @@ class FlareModel(LoraModel):
             reason = convert_layer(module, path)
             if not reason:
                 assert isinstance(module, FlareLayer)
-                reason = unsupported_reason(self.model, runtime, config, path, module, adapter)
+                reason = unfused_reason(self.model, runtime, config, path, module, adapter)
                 module.flare_rows = runtime.map.fused.get(path)
                 module.flare_fusion[adapter] = None if reason else config.fusion
                 if config.fusion is not None:
@@ -148,8 +148,8 @@ class FlareModel(LoraModel):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Return a weight's name in a saved adapter, which does not contain the adapter's name.
 
-        PEFT removes the adapter's name only from the last but one component. Cross-attention has it one earlier. FLARE
-        MT's projection is saved under one name, independent of the layer that holds it.
+        PEFT expects the adapter's name as the last but one component of a key. In keys of cross-attention it comes one
+        component earlier. FLARE MT's projection is saved under one name, independent of the layer that holds it.
         """
         name = re.escape(adapter_name)
         attention = re.fullmatch(rf"(.*\.lora_cross_attention)\.{name}(\.(query|key|value)\.(weight|bias))", key)

@@ -120,7 +120,7 @@ class _Plan(_JointProjections):
         self.hooks = [*map(len, self.hook_dicts)]
         self.calls: dict[tuple[Any, ...], Any] = {}
 
-    def holds(self) -> bool:
+    def is_current(self) -> bool:
         """Return whether the state that the plan depends on is unchanged."""
         return (
             self.registrations == registrations.count
@@ -191,7 +191,7 @@ class Site:
             if not saved_tensors_are_packed():  # a checkpoint's recompute must run as its forward did
                 self.separate = True
         if slot.met is not None and module in slot.met:
-            return None  # the second call of a block is not on its tokens
+            return None  # a second call is not on the tokens (DeBERTa projects relative positions too)
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
@@ -245,7 +245,7 @@ class Site:
         if slot.plain or (not slot.running and needs_plain_operators()):
             return None
         plan = self.plan
-        if plan is None or not plan.holds():
+        if plan is None or not plan.is_current():
             plan = self.plan = self._find(_Plan)
         members, adapted = plan.members, plan.adapted
         if (self.separate or not (slot.running or in_backward())) and len(members) > 1:
