@@ -261,7 +261,7 @@ class CachedReader:
     def _assembled(
         self, key: StateKey, stored: dict[str, dict[StateKey, Tensor]], computed: Tensor | None, missing: dict[str, int]
     ) -> Tensor:
-        """Return a state (B, m, d) of the whole batch. ``computed`` has the missing rows, in the order of ``missing``."""
+        """Return a state (B, m, d) of the whole batch; ``computed``: the missing rows, in the order of ``missing``."""
         rows = self.batch.rows
         sample = computed if computed is not None else next(iter(stored.values()))[key]
         device = computed.device if computed is not None else device_of(self.model, key)
