@@ -108,12 +108,17 @@ def flipped_in_its_header(path: Path) -> None:
     path.write_bytes(data)
 
 
+def with_missing_fields(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"float32 32 ", b"float32_32_"))
+
+
 def of_another_format(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(FORMAT.encode(), FORMAT[:-1].encode() + b"9"))
 
 
 @pytest.mark.parametrize(
-    "damage", [truncated, truncated_in_its_header, emptied, flipped_in_its_header, of_another_format]
+    "damage",
+    [truncated, truncated_in_its_header, emptied, flipped_in_its_header, with_missing_fields, of_another_format],
 )
 def test_a_damaged_file_is_reported_left_alone_and_recomputed(damage, tmp_path) -> None:
     model = fused("bert")

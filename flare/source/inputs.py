@@ -226,7 +226,7 @@ def read_source(
     decoder = [name for name in DECODER_ARGUMENTS if name in source]
     if decoder and not runtime.map.decoders:
         raise ValueError(
-            f"{decoder[0]}: {type(model).__name__} is not an encoder-decoder and has no decoder to read it; leave it out"
+            f"{decoder[0]}: {type(model).__name__} is not an encoder-decoder, so no decoder reads it; leave it out"
         )
     if torch.compiler.is_exporting() and runtime.map.decoders and not decoder:
         raise ValueError(

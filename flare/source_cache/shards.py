@@ -78,7 +78,7 @@ class Shard:
         try:
             with safe_open(path, "numpy") as file:
                 self._read_header(file.metadata() or {}, file.offset_keys(), base)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
             raise Unreadable(f"damaged, or not a safetensors file ({type(error).__name__}: {error})") from error
 
     def _read_header(self, about: Mapping[str, str], keys: Sequence[str], base: str) -> None:
