@@ -1,4 +1,4 @@
-"""Models, batches, steps and caches for the tests of the source cache."""
+"""Models, batches, training steps and caches for tests of the source cache."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def take(batch: dict[str, torch.Tensor], *indices: int) -> dict[str, torch.Tenso
 
 
 class SourceBlocks:
-    """How many rows went through each block of the frozen model's source pass: one list of counts per pass."""
+    """Counts the rows that each block of the frozen model has processed in source passes."""
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model()
@@ -63,10 +63,10 @@ class SourceBlocks:
         return count
 
     def since(self) -> set[int]:
-        """The numbers of rows that blocks have read since the last call (one number where all blocks agree)."""
-        found = set(self.rows.values())
+        """Return the blocks' row counts since the last call (one number if all blocks agree)."""
+        counts = set(self.rows.values())
         self.rows = dict.fromkeys(self.rows, 0)
-        return found
+        return counts
 
 
 def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -97,7 +97,7 @@ def one_row_bytes() -> int:
 
 
 def published(folder: Path, model: Any, *seeds: int) -> None:
-    """One shard for each batch."""
+    """Publish one shard per batch."""
     for seed in seeds:
         cache = cache_in("disk", folder)
         model.set_source_cache(cache)
@@ -107,7 +107,7 @@ def published(folder: Path, model: Any, *seeds: int) -> None:
 
 
 def reopened(folder: Path, model: Any, *seeds: int, budget: int = MB) -> flare.SourceStateCache:
-    """A fresh cache on a folder, used for some batches; losses are checked against those without a cache."""
+    """Open a new cache on a folder, run some batches, and compare them with runs without a cache."""
     cache = cache_in("disk", folder, budget)
     batches = [batch_of("bert", seed=seed) for seed in seeds]
     model.set_source_cache(None)
@@ -126,12 +126,12 @@ def silence() -> Any:
 
 
 def request_of(model: Any) -> SourceRequest:
-    """What the model's active adapters read, as the cache asks for it."""
+    """Return the source states that the model's active adapters read."""
     return model.source_request()  # type: ignore[no-any-return]
 
 
 def reader_of(model: Any, cache: flare.SourceStateCache, batch: dict[str, torch.Tensor]) -> CachedReader:
-    """The cache's reader for a batch, as the source pass asks for it."""
+    """Return the cache's reader for a batch, as in a source pass."""
     request = request_of(model)
     columns, keys = request.columns(batch, types=True)
     stacks = {key.stack for key in request.keys}

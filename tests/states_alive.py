@@ -1,4 +1,4 @@
-"""How many of the states that pass through a source pass are in memory at a time."""
+"""Counts the source states that are in memory at the same time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flare.source_cache import CachedReader
 
 
 class StatesAlive:
-    """Follows the memory of states. counts: how many were there whenever another one came."""
+    """Tracks the storages of states. ``counts``: the number in memory each time a state was added."""
 
     def __init__(self) -> None:
         self._storages: list[weakref.ref[Any]] = []
@@ -26,26 +26,26 @@ class StatesAlive:
 
     @property
     def now(self) -> int:
-        return sum(one() is not None for one in self._storages)
+        return sum(storage() is not None for storage in self._storages)
 
     def clear(self) -> None:
         self._storages.clear()
         self.counts.clear()
 
-    def noting(self) -> Any:
-        """``FrozenPass.record`` that follows the states it is given."""
+    def recording(self) -> Any:
+        """Return a ``FrozenPass.record`` that tracks its states."""
         plain = FrozenPass.record
 
-        def note(frozen_pass: FrozenPass, key: Any, hidden: torch.Tensor) -> None:
+        def record(frozen_pass: FrozenPass, key: Any, hidden: torch.Tensor) -> None:
             if key in frozen_pass.missing:
                 self.follow(hidden)
                 self.count()
             plain(frozen_pass, key, hidden)
 
-        return note
+        return record
 
     def warming(self) -> Any:
-        """``CachedReader.warm`` that follows the states it returns."""
+        """Return a ``CachedReader.warm`` that tracks the states that it returns."""
         plain = CachedReader.warm
 
         def warm(reader: CachedReader) -> Any:
@@ -58,7 +58,7 @@ class StatesAlive:
         return warm
 
     def preparing(self) -> Any:
-        """``Preparation.__call__`` that follows what it returns."""
+        """Return a ``Preparation.__call__`` that tracks its results."""
         plain = Preparation.__call__
 
         def prepared(prepare: Preparation, key: Any, hidden: torch.Tensor) -> torch.Tensor:

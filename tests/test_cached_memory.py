@@ -1,4 +1,4 @@
-"""A source cache under every source_memory mode: the gradients of "keep" without a cache, and no needless pass."""
+"""A source cache with every source_memory mode: gradients equal "keep" without a cache, without unneeded passes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.usefixtures("offload_anywhere")
-def test_every_mode_with_a_cache_has_the_gradients_of_keep_without(family, padding, memory) -> None:
-    """To the bit: filling, reading, checkpointing; up to the order of sums: two forwards, accumulation."""
+def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, padding, memory) -> None:
+    """Bit for bit while filling, reading and checkpointing; up to the order of sums with two forward passes."""
     options = {"source_padding": padding, "lora_dropout": 0.3}
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options).train(), model_of(family, memory, **options).train()
@@ -61,7 +61,7 @@ def test_every_mode_with_a_cache_has_the_gradients_of_keep_without(family, paddi
     for one in (first, second):
         assert_same(gradients(other, one), gradients(keep, one))
     assert_close(accumulated(other, first, second), accumulated(keep, first, second))
-    # under reentrant checkpointing every mode is "keep", but for the one that this test forces
+    # under reentrant checkpointing every mode is "keep", except the one that this test forces
     for reentrant in (False,) if memory == "offload" else (False, True):
         for model in (keep, other):
             checkpointed(model, reentrant)
@@ -76,7 +76,7 @@ def test_every_mode_with_a_cache_has_the_gradients_of_keep_without(family, paddi
     ids=str,
 )
 def test_block_executions_of_the_first_and_of_later_steps(memory, budget, executions) -> None:
-    """ "recompute" reads what its own forward pass has put into the cache, and runs again only what found no room."""
+    """ "recompute" reads the rows that its forward pass has stored, and computes only the others again."""
     inputs = inputs_of("llama")
     model, want = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
     model.set_source_cache(cache_of(budget))
@@ -87,8 +87,8 @@ def test_block_executions_of_the_first_and_of_later_steps(memory, budget, execut
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_rows_without_room_are_recomputed_in_the_batch_that_they_came_in(family) -> None:
-    """Room for one row of three: the second pass sees the first one's batch, so "recompute" is "keep" to the bit."""
+def test_rows_that_did_not_fit_are_recomputed_in_their_batch(family) -> None:
+    """One of three rows fits: the second pass has the batch of the first, so "recompute" equals "keep" bit for bit."""
     inputs, found = inputs_of(family), []
     for memory in ("keep", "recompute"):
         model = model_of(family, memory)
@@ -121,7 +121,7 @@ def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> Non
 @pytest.mark.parametrize("tier", ["device", "disk"])
 @pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
 def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tmp_path, monkeypatch) -> None:
-    """Of those that are copied out of the cache: one for each block under "keep", else at most two at any depth."""
+    """Of the states copied out of the cache: one per block under "keep", otherwise at most two at any depth."""
     alive = StatesAlive()
     for layers in (2, 6):
         model = model_of("llama", "recompute" if memory == "recompute" else "keep", base={"num_hidden_layers": layers})
@@ -146,7 +146,7 @@ def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tm
         assert cache.stats().hits == 3
 
 
-def test_what_a_forward_saves_for_its_backward() -> None:
+def test_saved_bytes_of_a_forward_pass() -> None:
     """ "keep" saves L M d numbers more than "recompute", which saves the ids instead; a cache changes neither."""
     inputs = inputs_of("llama")
     states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
@@ -166,7 +166,7 @@ def test_what_a_forward_saves_for_its_backward() -> None:
 
 
 def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-    """Three epochs of one step, in the second of which the ranks exchange their rows: gradients, block executions."""
+    """Run three epochs of one step (the ranks swap rows in the second); return gradients and block executions."""
     model = test_distributed.fused("llama", source_memory=memory)
     cache = cache_of(folder=folder)
     model.set_source_cache(cache)
@@ -186,7 +186,7 @@ def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[lis
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
-    """Rows that one rank has computed are read by the other; gradients stay one process's over both batches."""
+    """Each rank reads the other's rows; gradients equal those of one process over both batches."""
     (tmp_path / "run").mkdir()
     folder = tmp_path / "states"
     want = test_distributed.train(None, "none", "llama")

@@ -1,4 +1,4 @@
-"""Encoder-decoders: both stacks read one frozen pass, the decoder where it is given a source; seq2seq generation."""
+"""Encoder-decoders: both stacks read one frozen pass, the decoder only if it has a source; seq2seq generation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START = 0
 
 
 def mt5(**changes: Any) -> Any:
-    """A random mT5 without dropout, its head not tied to its embeddings: tied, it repeats what it reads."""
+    """Return a random mT5 without dropout. Its head is not tied to its embeddings, or it would repeat its input."""
     model = tiny.model("mt5", dropout_rate=0.0, tie_word_embeddings=False, **changes)
     model.lm_head.weight = nn.Parameter(torch.randn(model.lm_head.weight.shape) / 6)
     return model
@@ -36,7 +36,7 @@ def fused(*, base: dict | None = None, **overrides: Any) -> Any:
 
 
 def batch(B: int = 3, m: int = 7, u: int = 5, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Right-padded texts and labels of different lengths in the two streams."""
+    """Return right-padded texts and labels of different lengths in the two streams."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for prefix, shift in (("", 0), ("source_", 2)):
@@ -52,7 +52,7 @@ def batch(B: int = 3, m: int = 7, u: int = 5, seed: int = 5) -> dict[str, torch.
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:
-    """What mT5's decoder reads of labels."""
+    """Return mT5's decoder input for labels."""
     return torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1]], dim=1).masked_fill_(
         torch.cat([labels.new_zeros(len(labels), 1), labels[:, :-1]], dim=1) == -100, 0
     )
@@ -66,7 +66,7 @@ def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def states_of(model: Any, inputs: dict, offset: int) -> dict[str, list[torch.Tensor]]:
-    """x_S of every block of both stacks from a plain hooked pass of the frozen model."""
+    """Return x_S of every block of both stacks from a pass of the frozen model with plain hooks."""
     base, found, handles = model.get_base_model(), {"encoder": [], "decoder": []}, []
     for name, states in found.items():
         for block in getattr(base, name).block:
@@ -87,7 +87,7 @@ def states_of(model: Any, inputs: dict, offset: int) -> dict[str, list[torch.Ten
 
 @contextlib.contextmanager
 def by_hand(model: Any, states: dict[str, list[torch.Tensor]], phi: Any) -> Iterator[None]:
-    """The self-attention's q and v of the given stacks replaced by the formula, in PEFT's eager style."""
+    """Replace the self-attention's q and v of the given stacks by the formula, with PEFT's eager layers."""
     base, patched = model.get_base_model(), []
     for name, own in states.items():
         for block, state in zip(getattr(base, name).block, own, strict=True):
@@ -131,7 +131,7 @@ PHI = {"add_relu": add_relu, "mul": torch.mul, "add": torch.add}
 @pytest.mark.parametrize("fusion", PHI)
 @pytest.mark.parametrize("offset", [1, 0])
 @pytest.mark.parametrize("decoder", [True, False])
-def test_logits_and_gradients_are_those_by_hand(fusion, offset, decoder) -> None:
+def test_logits_and_gradients_equal_the_formula(fusion, offset, decoder) -> None:
     """With source_labels both stacks fuse; without them the decoder is plain LoRA."""
     model = fused(fusion=fusion, source_layer_offset=offset)
     inputs = batch()
@@ -146,7 +146,7 @@ def test_logits_and_gradients_are_those_by_hand(fusion, offset, decoder) -> None
 
 
 def test_eager_attention_and_sdpa_agree() -> None:
-    """To float32's rounding: mT5's eager attention takes its softmax in float32."""
+    """Up to float32's rounding: mT5's eager attention computes its softmax in float32."""
     steps = {}
     for name in ("eager", "sdpa"):
         model = fused(base={"attn_implementation": name})
@@ -162,14 +162,14 @@ def test_the_decoders_source_as_ids_and_as_labels() -> None:
     want = step(model, inputs)
     ids = shifted(inputs["source_labels"])
     assert_same_step(step(model, {**without(inputs, "source_labels"), "source_decoder_input_ids": ids}), want)
-    # ids stand in front of labels, as in transformers
+    # ids take precedence over labels, as in transformers
     assert_same_step(
         step(model, {**inputs, "source_labels": inputs["source_labels"].flip(0), "source_decoder_input_ids": ids}), want
     )
 
 
-def test_padding_of_both_stacks_as_zero() -> None:
-    """The start token and every token before the padding count; in the labels' form and in the ids'."""
+def test_zero_padding_of_both_stacks() -> None:
+    """The start token and every token before the padding are read, from labels and from ids."""
     model, inputs = fused(source_padding="zero"), batch()
     states = states_of(model, inputs, 1)
     real = torch.ones_like(inputs["source_labels"])
@@ -185,7 +185,7 @@ def test_padding_of_both_stacks_as_zero() -> None:
 
 
 @pytest.mark.parametrize("decoder", [True, False])
-def test_one_frozen_pass_that_ends_where_it_may(decoder) -> None:
+def test_one_frozen_pass_ends_after_the_last_required_state(decoder) -> None:
     model, inputs = fused(source_layer_offset=0), batch()
     base, runs = model.get_base_model(), []
     for name in ("encoder", "decoder"):
@@ -271,7 +271,7 @@ def test_lengths_of_the_labels() -> None:
         model(**without(inputs, "source_input_ids", "source_attention_mask"))
 
 
-def test_encoded_sources_are_the_encoders() -> None:
+def test_encode_source_returns_the_encoders_states() -> None:
     model, inputs = fused(), batch()
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     assert {key.stack for key in states.states} == {"encoder.block"} and len(states) == tiny.LAYERS
@@ -301,7 +301,7 @@ def test_adapters_in_the_decoder_alone() -> None:
     torch.testing.assert_close(logits, teacher_forced(model, text, sequences, own).float(), **TOLERANCE)
 
 
-def test_latent_states_are_the_encoders() -> None:
+def test_latent_states_are_read_by_the_encoder() -> None:
     model, inputs = fused(latent_dim=6).eval(), batch()
     assert {row.reason for row in model.fast_lora_report().declined} == {
         "cross-attention does not fuse",
@@ -324,14 +324,14 @@ def test_latent_states_are_the_encoders() -> None:
 
 
 def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences (with what they began with), and the logits (B, new, V) of every step."""
+    """Return the sequences (with their prompts) and the logits (B, new, V) of every step."""
     options = {"do_sample": False, "pad_token_id": 1, "max_new_tokens": new, **options}
     out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     return out.sequences, torch.stack(out.logits, dim=1)
 
 
 def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: torch.Tensor | None = None) -> Any:
-    """What the frozen decoder writes for the source, by generate itself, and the states' held positions."""
+    """Return the frozen decoder's text for the source, generated by ``generate``, and the held positions."""
     with model.disable_adapter():
         text = model.generate(
             input_ids=inputs["source_input_ids"],
@@ -348,7 +348,7 @@ def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: tor
 
 
 def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, source_text: torch.Tensor | None) -> torch.Tensor:
-    """Logits of one forward without a cache."""
+    """Return the logits of one forward pass without a KV cache."""
     source = {} if source_text is None else {"source_decoder_input_ids": source_text}
     return model(**inputs, decoder_input_ids=sequences[:, :-1], **source, use_cache=False).logits
 
@@ -371,7 +371,7 @@ def test_the_encoder_fuses_in_generate(fusion, padding) -> None:
 @pytest.mark.parametrize("offset", [1, 0])
 @pytest.mark.parametrize("given", ["labels", "ids"])
 def test_both_stacks_fuse_in_generate(fusion, offset, given) -> None:
-    """The source's decoder writes its own text; of source_labels only the presence counts."""
+    """The source's decoder generates its own text; only the presence of source_labels matters."""
     model, inputs = fused(fusion=fusion, source_layer_offset=offset).eval(), texts()
     source = {"source_labels": batch()["source_labels"]}
     if given == "ids":
@@ -397,7 +397,7 @@ def test_beams_and_samples() -> None:
     torch.testing.assert_close(logits, teacher_forced(model, repeated, sequences, own).float(), **TOLERANCE)
 
 
-def test_a_source_that_has_ended_is_held_and_rows_are_independent() -> None:
+def test_a_finished_source_is_held_and_rows_are_independent() -> None:
     model, inputs = fused().eval(), texts()
     text = frozen_text(model, inputs, 7, [])
     end = int(text[0, 2])  # row 0 ends with its second token
@@ -405,7 +405,7 @@ def test_a_source_that_has_ended_is_held_and_rows_are_independent() -> None:
     source = {"source_decoder_input_ids": torch.full((3, 1), START)}
     sequences, logits = generated(model, {**inputs, **source}, 6, eos_token_id=end, min_new_tokens=6)
     own = frozen_text(model, inputs, 6, [end])
-    # up to its end token the source's text is its own; behind it every position meets that token's state
+    # after the source's end token every position fuses with that token's state
     want = teacher_forced(model, inputs, sequences, own).float()
     torch.testing.assert_close(logits[0, :3], want[0, :3], **TOLERANCE)
     assert not torch.allclose(logits[0, 3:], want[0, 3:], atol=1e-4)
@@ -440,7 +440,7 @@ def states_of_decoder(model: Any, inputs: dict, text: torch.Tensor) -> list[torc
 
 @pytest.mark.parametrize("started", [True, False])
 def test_decoder_prompts(started) -> None:
-    """Both decoders begin with texts of their own; generate puts the start token in front where it is missing."""
+    """Both decoders start with their own prompts; generate adds a missing start token."""
     model, inputs = fused().eval(), texts()
     begin = {name: torch.randint(3, tiny.VOCAB, (3, 3)) for name in ("decoder_input_ids", "source_decoder_input_ids")}
     if started:
@@ -454,7 +454,7 @@ def test_decoder_prompts(started) -> None:
         generated(model, {**inputs, "source_decoder_input_ids": prompt}, 4)
 
 
-def test_states_of_the_encoder_can_be_generated_with() -> None:
+def test_generate_accepts_states_of_the_encoder() -> None:
     model, inputs = fused().eval(), texts()
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
@@ -480,7 +480,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_is_refused(options, message) -> None:
+def test_wrong_arguments_are_refused(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         fused().eval().generate(**{**texts(), "max_new_tokens": 2, **options})
 
@@ -491,7 +491,7 @@ def test_a_decoder_whose_fusion_mixes_positions() -> None:
         model.generate(**texts(), source_labels=batch()["source_labels"], max_new_tokens=2)
 
 
-def test_without_a_cache_where_the_decoder_is_plain() -> None:
+def test_without_a_kv_cache_if_the_decoder_is_plain() -> None:
     model, inputs = fused().eval(), texts()
     want, _ = generated(model, inputs)
     assert torch.equal(generated(model, inputs, use_cache=False)[0], want)

@@ -1,4 +1,4 @@
-"""FLARE MT: one trained projection of given latent states stands for the source in every block; no source pass."""
+"""FLARE MT: one trained projection of given latent states replaces the source in every block; no source pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batch(family: str = "llama", seed: int = 2) -> dict[str, torch.Tensor]:
 
 
 def projections(model) -> dict[str, nn.Linear]:
-    """Adapter name -> projection; one each."""
+    """Return adapter name -> projection, and check that each adapter has one."""
     found = [
         (name, module[name])
         for path, module in model.named_modules()
@@ -45,8 +45,8 @@ def projections(model) -> dict[str, nn.Linear]:
 
 @pytest.mark.parametrize("fusion", ["add_relu", "mul", "matmul"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_numbers_are_the_methods(fusion, masked) -> None:
-    """Loss and every gradient, the projection's too, against the formula written by hand over PEFT's eager layers."""
+def test_results_equal_the_formula(fusion, masked) -> None:
+    """Loss and all gradients, including the projection's, equal the formula written with PEFT's eager layers."""
     inputs = batch()
     mask = torch.ones(3, 9)
     mask[0, 5:] = 0
@@ -74,7 +74,7 @@ def test_numbers_are_the_methods(fusion, masked) -> None:
     torch.testing.assert_close(own.bias.grad, projection.bias.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_no_source_pass_is_run() -> None:
+def test_no_source_pass_runs() -> None:
     model, runs = fused(), []
     for index, block in enumerate(tiny.block_list(model.get_base_model())):
         block.register_forward_hook(lambda *_, index=index: runs.append(index))
@@ -101,7 +101,7 @@ def test_gradient_checkpointing(family, use_reentrant, fusion) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_save_and_load(family, tmp_path) -> None:
-    """Float32 under a bf16 base as A and B are; saved under one name, loaded under any, and missed where it lacks."""
+    """The projection is float32 like A and B under a bf16 base; it loads under any name; a missing one is reported."""
     inputs = batch(family)
     model = fused(family, dtype=torch.bfloat16, fusion="cross_attention").eval()
     want = model(**inputs).logits
@@ -127,7 +127,7 @@ def test_save_and_load(family, tmp_path) -> None:
 
 
 def test_several_adapters(tmp_path) -> None:
-    """Each has its own projection, trained with it and gone with it; none acts where adapters are disabled."""
+    """Each has its own projection, which is trained and deleted with it, and is inactive if adapters are disabled."""
     inputs, model = batch(), fused()
     first = model(**inputs).logits
     text = {k: v for k, v in inputs.items() if k != "source_states"}

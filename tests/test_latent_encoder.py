@@ -1,4 +1,4 @@
-"""FLARE MT's helper: text of the target language, tagged with it, through an MT encoder, into a fusing model."""
+"""LatentEncoder: text with the tag of the target language, its latent states, and training on them."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def mt() -> flare.LatentEncoder:
 
 
 def by_hand(mt: flare.LatentEncoder, text: str, model: Any) -> torch.Tensor:
-    """States (length, 16) of one text alone, its tag written by hand."""
+    """Return the states (length, 16) of a single text, with an explicit tag."""
     tag, end = mt.tokenizer.convert_tokens_to_ids(["ace_Latn", "</s>"])
     words = mt.tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         return model.get_encoder()(input_ids=torch.tensor([[tag, *words, end]])).last_hidden_state[0]
 
 
-def test_states_are_those_of_each_text_alone_under_its_languages_tag(mt) -> None:
+def test_states_equal_those_of_each_single_text_with_the_languages_tag(mt) -> None:
     assert mt.latent_dim == 16
     model = m2m100().eval()
     wanted = [by_hand(mt, text, model) for text in TEXTS]
@@ -64,12 +64,12 @@ def test_states_are_those_of_each_text_alone_under_its_languages_tag(mt) -> None
         torch.testing.assert_close(torch.as_tensor(row), want)
     cut = mt(TEXTS, length=4)["source_attention_mask"]
     assert cut.shape == (3, 4) and not mt.encoder.training
-    assert mt.tokenizer.src_lang == "eng_Latn", "the tokenizer keeps the tag it had"
+    assert mt.tokenizer.src_lang == "eng_Latn", "the tokenizer keeps its tag"
     other = flare.LatentEncoder(m2m100(), nllb_tokenizer(), language="eng_Latn")(TEXTS, length=14)
     assert not torch.allclose(other["source_states"][0], found["source_states"][0], atol=1e-3)
 
 
-def test_by_name_and_encoder_models(tmp_path) -> None:
+def test_models_by_name_and_encoder_models(tmp_path) -> None:
     m2m100().save_pretrained(tmp_path)
     nllb_tokenizer().save_pretrained(tmp_path)
     named = flare.LatentEncoder(str(tmp_path), language="ace_Latn")
@@ -87,7 +87,7 @@ def test_by_name_and_encoder_models(tmp_path) -> None:
 
 @pytest.mark.parametrize("layout", ["encoder", "causal"])
 def test_rows_are_collated_to_one_width_and_train_the_projection(layout, mt, tmp_path) -> None:
-    """Padded as the target is; padding of the latent states does not enter: a row is the same alone."""
+    """Rows are padded to the target's length; a row gives the same result without the others."""
     own = tokenizer()
     words = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [21]]
     data: dict[str, list] = {"input_ids": words, **mt.rows(TEXTS)}
@@ -110,7 +110,7 @@ def test_rows_are_collated_to_one_width_and_train_the_projection(layout, mt, tmp
     assert all(p.grad.any() for name, p in model.named_parameters() if "latent_proj" in name)
 
 
-def test_what_is_refused(mt) -> None:
+def test_wrong_arguments_are_refused(mt) -> None:
     cases = [
         ({"language": "xx_Latn"}, r"language='xx_Latn': NllbTokenizer has no such tag"),
         ({}, r"language is missing: NllbTokenizer writes a language tag \(now 'eng_Latn'\)"),
@@ -131,7 +131,7 @@ def test_what_is_refused(mt) -> None:
         flare.FlareDataCollator(tokenizer())(rows)
 
 
-def test_states_larger_than_memory_are_read_from_one_file_without_a_name(mt, tmp_path, monkeypatch) -> None:
+def test_states_larger_than_memory_are_read_from_an_unnamed_file(mt, tmp_path, monkeypatch) -> None:
     from flare.experiments.runs import latent_rows
 
     texts = [" ".join(TEXTS[: 1 + index % 3]) for index in range(40)]

@@ -1,4 +1,4 @@
-"""What the adapters keep for the backward pass, against the same mathematics in PEFT's eager layers."""
+"""Bytes that the adapters save for the backward pass, compared with PEFT's eager layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flare_kernels import reference
 
 
 def saved_by_adapters(model, inputs, plain_inputs) -> int:
-    """Bytes a forward saves with the adapters on, less those of the frozen model alone (its input requires grad)."""
+    """Return the bytes that a forward pass saves, minus those of the frozen model (whose input requires grad)."""
     totals = []
     for adapters_on in (True, False):
         with saved_bytes(ignore=[model.parameters(), model.buffers(), inputs]) as saved:
@@ -29,7 +29,7 @@ def saved_by_adapters(model, inputs, plain_inputs) -> int:
 
 @pytest.mark.parametrize("fusion", ["add_relu", "mul", "add"])
 def test_saved_bytes_against_pefts_eager_layers(fusion, capsys) -> None:
-    """A two-layer Llama in bf16, PEFT's float32 adapters, no autocast: at most 0.4 of what eager PEFT saves."""
+    """A two-layer Llama in bf16, PEFT's float32 adapters, no autocast: at most 0.4 times the bytes of eager PEFT."""
     size = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "dtype": torch.bfloat16}
     inputs = tiny.batch("llama", B=4, m=64)
     plain = {k: v for k, v in inputs.items() if not k.startswith("source_")}
@@ -61,8 +61,8 @@ def test_saved_bytes_against_pefts_eager_layers(fusion, capsys) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("train", [True, False])
-def test_the_frozen_output_is_accumulated_into_and_not_copied(family, train, monkeypatch) -> None:
-    """With a bias (BERT) or without (Llama): every adapter's result stands where the frozen linear's output stood."""
+def test_the_adapter_adds_to_the_frozen_output_in_place(family, train, monkeypatch) -> None:
+    """With a bias (BERT) or without (Llama): every adapter's result is in the memory of the frozen linear's output."""
     model = flare.fast_lora(tiny.model(family), r=4)
     tiny.randomize_lora(model)
     places = []

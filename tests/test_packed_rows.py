@@ -1,4 +1,4 @@
-"""Packed texts next to a source are refused, and so is every source_... argument that nothing reads."""
+"""Packed texts next to a source, and unknown source_... arguments, are refused."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def test_packed_rows_next_to_a_source_are_refused(changes, message, training) ->
         model(**plain)  # without a source they are the model's
 
 
-def test_the_states_of_a_packed_source_are_refused_too() -> None:
+def test_packed_rows_next_to_source_states_are_refused() -> None:
     model, inputs = fused("llama"), inputs_of("llama", attention_mask=None, position_ids=PACKED)
     states = model.encode_source(inputs.pop("source_input_ids"), inputs.pop("source_attention_mask"))
     with pytest.raises(ValueError, match="position_ids do not increase by one"):
         model(**inputs, source_states=states)
 
 
-def test_positions_by_place_in_the_call() -> None:
+def test_positional_position_ids_are_checked() -> None:
     inputs = batch_of("llama")
     source = {name: value for name, value in inputs.items() if name.startswith("source_")}
     with pytest.raises(ValueError, match="position_ids do not increase by one"):
         fused("llama").base_model.model(inputs["input_ids"], None, PACKED, **source)
 
 
-def test_positions_that_count_are_taken() -> None:
-    """With any numbers at padding, in front of a row or behind it."""
+def test_consecutive_positions_are_accepted() -> None:
+    """With any values at padding, before or after the text."""
     model, inputs = fused("llama").eval(), inputs_of("llama")
     mask = inputs["attention_mask"]
     counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
@@ -81,7 +81,7 @@ def test_flare_mt_reads_states_by_position() -> None:
 @pytest.mark.parametrize("name", ["source_position_ids", "source_inputs_ids", "source_attention_masks"])
 @pytest.mark.parametrize("fusion", ["add_relu", None])
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
-def test_an_argument_that_nothing_reads_is_named(family, fusion, name) -> None:
+def test_an_unknown_argument_is_named(family, fusion, name) -> None:
     model = fused(family, fusion=fusion).eval()
     with pytest.raises(TypeError, match=f"{name} is not an argument of .*For.*: .*source_input_ids, source_att"):
         model(**batch_of(family), **{name: COUNTED})
@@ -92,7 +92,7 @@ def test_an_argument_that_nothing_reads_is_named(family, fusion, name) -> None:
             model.generate(**tiny.batch(family), **{name: COUNTED}, max_new_tokens=2)
 
 
-def test_x_mixup_refuses_the_same() -> None:
+def test_x_mixup_refuses_packed_rows() -> None:
     model = x_mixup(tiny.model("llama"), r=4)
     with pytest.raises(TypeError, match="source_position_ids is not an argument"):
         model(**batch_of("llama"), source_position_ids=COUNTED)
@@ -100,8 +100,8 @@ def test_x_mixup_refuses_the_same() -> None:
         model(**batch_of("llama"), position_ids=PACKED)
 
 
-def test_a_source_of_packed_rows_is_refused_by_the_model_behind_the_collator() -> None:
-    """flare.FlareDataCollator passes columns on that it does not know."""
+def test_the_model_refuses_packed_rows_from_the_collator() -> None:
+    """flare.FlareDataCollator passes unknown columns through."""
     from flare.experiments.demo.base_model import build_tokenizer
 
     rows = [{"input_ids": [5, 6, 7], "source_input_ids": [5, 6, 8], "source_position_ids": [0, 1, 0]}]
@@ -110,13 +110,13 @@ def test_a_source_of_packed_rows_is_refused_by_the_model_behind_the_collator() -
         fused("llama")(**batch)
 
 
-def test_the_nearest_name_is_given() -> None:
+def test_the_most_similar_name_is_suggested() -> None:
     with pytest.raises(TypeError, match=r"source_atention_mask is not .*; did you mean 'source_attention_mask'\?"):
         fused("bert")(**batch_of("bert"), source_atention_mask=COUNTED)
 
 
-def test_lookup_refuses_the_same() -> None:
-    """It takes a batch as the model does, before the model sees it."""
+def test_lookup_refuses_packed_rows() -> None:
+    """It gets the batch before the model does."""
     model, inputs = fused("llama"), inputs_of("llama")
     cache = flare.SourceStateCache(1 << 20)
     model.set_source_cache(cache)
@@ -150,18 +150,18 @@ def test_generate_refuses_packed_prompts() -> None:
         ("list", "source_id", 7, None),
     ],
 )
-def test_the_trainer_drops_no_misspelt_column(kind, column, value, message, tmp_path) -> None:
+def test_the_trainer_does_not_drop_misspelt_columns(kind, column, value, message, tmp_path) -> None:
     from datasets import Dataset
     from trained import arguments
     from two_streams import tokenizer
 
     row = {"input_ids": [5, 6, 7], "source_input_ids": [5, 6, 8], "labels": 1}
     data = [{**row, column: value}] * 2
-    made = Dataset.from_list(data) if kind != "list" else data
+    dataset = Dataset.from_list(data) if kind != "list" else data
     trainer = flare.FlareTrainer(
-        fused("bert"), arguments(tmp_path, max_steps=1), train_dataset=made, processing_class=tokenizer()
+        fused("bert"), arguments(tmp_path, max_steps=1), train_dataset=dataset, processing_class=tokenizer()
     )
-    call = (lambda: trainer.evaluate(made)) if kind == "evaluated" else trainer.train
+    call = (lambda: trainer.evaluate(dataset)) if kind == "evaluated" else trainer.train
     if message is None:
         call()
         return

@@ -1,4 +1,4 @@
-"""SourceStateCache: the same numbers as without it, and each source block once per example."""
+"""SourceStateCache: the results are the same as without it, and each source block runs once per example."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_rows_that_miss_are_computed_in_a_smaller_pass(family, padding) -> None:
     assert ran.since() == {2}, "equal rows of one batch are one row"
 
 
-def test_the_encoder_alone_and_both_stacks_are_other_rows() -> None:
+def test_rows_of_the_encoder_and_of_both_stacks_have_different_keys() -> None:
     model, batch = fused("mt5"), batch_of("mt5")
     encoder = {name: value for name, value in batch.items() if name != "source_labels"}
     want = step(model, encoder)
@@ -85,8 +85,8 @@ def test_the_encoder_alone_and_both_stacks_are_other_rows() -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_states_are_those_of_their_offset(offset) -> None:
-    """Two adapters of other offsets share a cache, and never a row."""
+def test_layer_offsets_have_different_rows(offset) -> None:
+    """Two adapters with different offsets share a cache but no row."""
     model, batch = fused("bert", source_layer_offset=offset), batch_of("bert")
     other = fused("bert", source_layer_offset=1 - offset)
     want = step(other, batch)
@@ -98,7 +98,7 @@ def test_states_are_those_of_their_offset(offset) -> None:
     assert cache.stats().hits == 0
 
 
-def test_everything_a_state_depends_on_is_part_of_the_key() -> None:
+def test_the_key_covers_all_inputs_of_a_state() -> None:
     model, batch = fused("bert"), batch_of("bert")
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
@@ -132,7 +132,7 @@ def test_everything_a_state_depends_on_is_part_of_the_key() -> None:
 
 
 def widened(family: str, batch: dict[str, torch.Tensor], by: int = 3) -> dict[str, torch.Tensor]:
-    """The same texts padded further, on the family's side."""
+    """Return the same texts with more padding, on the family's side."""
     where = (by, 0) if family == "llama" else (0, by)
     fills = {"input_ids": 1, "source_input_ids": 1}
     texts = {n: v for n, v in batch.items() if n.removeprefix("source_") in ("input_ids", "attention_mask")}
@@ -143,7 +143,7 @@ def widened(family: str, batch: dict[str, torch.Tensor], by: int = 3) -> dict[st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_pads_the_width_does_not_count(family) -> None:
+def test_without_padding_the_width_is_not_part_of_the_key(family) -> None:
     model, batch = fused(family, source_padding="zero"), batch_of(family)
     wide = widened(family, batch)
     want = step(model, wide)
@@ -156,10 +156,10 @@ def test_without_pads_the_width_does_not_count(family) -> None:
     tokens = int(batch["source_attention_mask"].sum())
     decoder = 2 * 3 * 5 if family == "mt5" else 0
     exact = (tokens * tiny.LAYERS + decoder) * tiny.HIDDEN * 4
-    assert exact <= cache.nbytes < exact + 3 * 64 + 1, "pads are not stored"
+    assert exact <= cache.nbytes < exact + 3 * 64 + 1, "padding is not stored"
 
 
-def test_a_learned_position_is_part_of_the_key() -> None:
+def test_learned_positions_are_part_of_the_key() -> None:
     """BERT padded on the left: the same words at other positions have other states."""
     model, batch = fused("bert", source_padding="zero"), batch_of("llama")
     batch["labels"] = torch.tensor([0, 1, 2])
@@ -172,7 +172,7 @@ def test_a_learned_position_is_part_of_the_key() -> None:
     assert cache.stats().hits == 0
 
 
-def test_rotary_frequencies_that_follow_the_width_make_it_count() -> None:
+def test_the_width_is_part_of_the_key_if_rotary_frequencies_depend_on_it() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     model, batch = fused("llama", source_padding="zero", base={"rope_parameters": rope}), batch_of("llama")
     cache = flare.SourceStateCache(MB)
@@ -182,7 +182,7 @@ def test_rotary_frequencies_that_follow_the_width_make_it_count() -> None:
     assert cache.stats().hits == 0
 
 
-def test_attention_in_chunks_counts_from_the_first_position() -> None:
+def test_left_padding_is_part_of_the_key_with_chunked_attention() -> None:
     model = fused("llama").get_base_model()
     assert counts_relatively(model)
     model.config.attention_chunk_size = 4
@@ -190,7 +190,7 @@ def test_attention_in_chunks_counts_from_the_first_position() -> None:
 
 
 @pytest.mark.parametrize("tier", ["device", "disk"])
-def test_a_row_without_any_source_and_one_with_a_hole(tier, tmp_path) -> None:
+def test_a_row_without_tokens_and_a_mask_with_a_gap(tier, tmp_path) -> None:
     model, batch = fused("bert", source_padding="zero"), batch_of("bert")
     batch["source_attention_mask"][1] = 0
     batch["source_attention_mask"][2] = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 0])
@@ -219,15 +219,15 @@ def test_gradient_checkpointing(use_reentrant) -> None:
     assert (cache.stats().rows, cache.stats().hits) == (6, 3)
 
 
-def test_another_width_is_said_once_with_kept_pads() -> None:
+def test_another_width_warns_once_with_kept_padding() -> None:
     model, batch = fused("bert"), batch_of("bert")
     want = step(model, widened("bert", batch))
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     step(model, batch)
-    with pytest.warns(UserWarning, match="padded to another width.*max_length") as said:
+    with pytest.warns(UserWarning, match="padded to another width.*max_length") as caught:
         assert_same(step(model, widened("bert", batch)), want)
-    assert len(said) == 1
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         step(model, widened("bert", batch, by=5))
@@ -235,27 +235,27 @@ def test_another_width_is_said_once_with_kept_pads() -> None:
         step(model, other)
 
 
-def test_under_recomputation_in_backward_a_reader_reads_again() -> None:
-    """A second reading of one pass (in a backward) gives the same states and counts nothing."""
+def test_a_reader_can_be_called_again_in_backward() -> None:
+    """The second call of a reader gives the same states and does not change the counts."""
     from flare.source.source_pass import Preparation
 
     model, batch = fused("bert"), batch_of("bert")
     base = model.get_base_model()
     cache = flare.SourceStateCache(3500, tiers=("device",))  # room for one row of three
     model.set_source_cache(cache)
-    wanted = {key for key, _, _ in runtime_of(base).state_uses()}
+    keys_read = {key for key, _, _ in runtime_of(base).state_uses()}
     inputs = {"input_ids": batch["source_input_ids"], "attention_mask": batch["source_attention_mask"]}
-    read = cache.reader(base, inputs, wanted, Preparation())
+    read = cache.reader(base, inputs, keys_read, Preparation())
     first: dict[Any, torch.Tensor] = {}
     second: dict[Any, torch.Tensor] = {}
     read(first.__setitem__)
     read(second.__setitem__)
     assert cache.stats().entries == {"device": 1} and cache.stats().rows == 3
-    for key in wanted:
+    for key in keys_read:
         torch.testing.assert_close(first[key], second[key])
 
 
-def test_inference_mode_leaves_states_that_training_can_save() -> None:
+def test_states_cached_in_inference_mode_can_be_saved_for_backward() -> None:
     model, batch = fused("llama"), batch_of("llama")
     want = step(model, batch)
     model.set_source_cache(flare.SourceStateCache(MB))
@@ -281,10 +281,10 @@ def test_a_failing_pass_leaves_cache_and_model_usable() -> None:
     assert cache.stats().entries == {"device": 0}
     assert_same(step(model, batch), want)
     assert_same(step(model, batch), want)
-    assert cache.stats().entries == {"device": 3}, "the failed passes have given their room back"
+    assert cache.stats().entries == {"device": 3}, "the failed passes have released their memory"
 
 
-def test_generation_and_encode_source_do_without() -> None:
+def test_generation_and_encode_source_do_not_use_the_cache() -> None:
     model, batch = fused("llama").eval(), batch_of("llama")
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
@@ -294,7 +294,7 @@ def test_generation_and_encode_source_do_without() -> None:
     assert cache.stats().rows == 0
 
 
-def test_copies_share_the_cache_and_pickles_do_not_carry_it() -> None:
+def test_copies_share_the_cache_and_pickles_do_not_contain_it() -> None:
     cache = flare.SourceStateCache(MB, tiers=("host",))
     model, batch = fused("bert"), batch_of("bert")
     model.set_source_cache(cache)

@@ -1,4 +1,4 @@
-"""SourceStateCache on disk: files that are damaged, foreign or shared, each fault really done."""
+"""SourceStateCache on disk: damaged, foreign and shared files. Each test causes the fault."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path) -> None:
         assert reopened(tmp_path, model, 0).stats().hits == 3
 
 
-def test_without_memory_to_write_from_rows_that_wait_are_written_and_then_no_more(tmp_path, monkeypatch) -> None:
+def test_without_host_memory_waiting_rows_are_written_and_no_more_rows_are_stored(tmp_path, monkeypatch) -> None:
     from flare.source_cache import shards as module
 
     model = fused("bert")
@@ -59,18 +59,18 @@ def test_without_memory_to_write_from_rows_that_wait_are_written_and_then_no_mor
     monkeypatch.setattr(module, "_host_buffer", scarce)
     cache = cache_in("disk", tmp_path)
     model.set_source_cache(cache)
-    with pytest.warns(UserWarning, match="no memory to write to") as said:
+    with pytest.warns(UserWarning, match="no memory to write to") as caught:
         for _ in range(2):
             for batch, want in zip(batches, wants, strict=True):
                 assert_same(step(model, batch), want, exact=False)
-    assert len([one for one in said if "source_cache" in str(one.message)]) == 1
-    assert len(shards(tmp_path)) == 1, "written to make room"
+    assert len([one for one in caught if "source_cache" in str(one.message)]) == 1
+    assert len(shards(tmp_path)) == 1, "written to free memory"
     cache.flush()
     assert len(shards(tmp_path)) == 2 and cache.stats().entries == {"disk": 5}
     assert cache.stats().hits == 5
 
 
-def test_rows_of_other_sizes_and_dtypes_share_a_shard(tmp_path) -> None:
+def test_rows_of_different_sizes_and_dtypes_share_a_shard(tmp_path) -> None:
     model = fused("bert", source_padding="zero")
     batch = batch_of("bert", m=7)
     cache = cache_in("disk", tmp_path)
@@ -108,12 +108,17 @@ def flipped_in_its_header(path: Path) -> None:
     path.write_bytes(data)
 
 
+def with_missing_fields(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"float32 32 ", b"float32_32_"))
+
+
 def of_another_format(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(FORMAT.encode(), FORMAT[:-1].encode() + b"9"))
 
 
 @pytest.mark.parametrize(
-    "damage", [truncated, truncated_in_its_header, emptied, flipped_in_its_header, of_another_format]
+    "damage",
+    [truncated, truncated_in_its_header, emptied, flipped_in_its_header, with_missing_fields, of_another_format],
 )
 def test_a_damaged_file_is_reported_left_alone_and_recomputed(damage, tmp_path) -> None:
     model = fused("bert")
@@ -121,18 +126,18 @@ def test_a_damaged_file_is_reported_left_alone_and_recomputed(damage, tmp_path) 
     intact, broken = shards(tmp_path)
     damage(broken)
     before = broken.read_bytes()
-    with pytest.warns(UserWarning, match=rf"source_cache: not used, and left alone.*{broken.name}") as said:
+    with pytest.warns(UserWarning, match=rf"source_cache: not used, and left alone.*{broken.name}") as caught:
         cache = reopened(tmp_path, model, 0, 1)
-    assert len([one for one in said if issubclass(one.category, UserWarning)]) == 1
+    assert len([one for one in caught if issubclass(one.category, UserWarning)]) == 1
     assert cache.stats().hits == 3
     cache.flush()
     assert broken.read_bytes() == before and intact.exists()
     with pytest.warns(UserWarning, match="left alone"):
-        assert reopened(tmp_path, model, 0, 1).stats().hits == 6, "the rows were written anew, into another file"
+        assert reopened(tmp_path, model, 0, 1).stats().hits == 6, "the rows were written again, into another file"
 
 
-def test_every_flipped_byte_of_the_entries_is_noticed(tmp_path) -> None:
-    """Of one row each: that row alone is computed anew, what is around it is used."""
+def test_flipped_bytes_of_entries_are_detected(tmp_path) -> None:
+    """Only the damaged row is computed again; the other rows are used."""
     model = fused("bert")
     published(tmp_path, model, 0)
     (path,) = shards(tmp_path)
@@ -146,16 +151,16 @@ def test_every_flipped_byte_of_the_entries_is_noticed(tmp_path) -> None:
             data = bytearray(intact)
             data[start + at] ^= 0x10
             path.write_bytes(data)
-            with pytest.warns(UserWarning, match="checksum of an entry does not match") as said:
+            with pytest.warns(UserWarning, match="checksum of an entry does not match") as caught:
                 cache = reopened(tmp_path, model, 0)
-            assert cache.stats().hits == 2 and len(said) == 1
+            assert cache.stats().hits == 2 and len(caught) == 1
             del cache
     path.write_bytes(intact)
     with silence():
         assert reopened(tmp_path, model, 0).stats().hits == 3
 
 
-def test_two_flipped_signs_of_an_entry_are_noticed(tmp_path) -> None:
+def test_two_flipped_signs_of_an_entry_are_detected(tmp_path) -> None:
     model = fused("bert")
     published(tmp_path, model, 0)
     (path,) = shards(tmp_path)
@@ -190,13 +195,13 @@ def test_a_fifo_in_the_folder_is_not_opened(tmp_path) -> None:
     assert fifo.exists() and len(shards(tmp_path)) == 1
 
 
-def test_caches_do_not_add_callbacks_at_exit(tmp_path) -> None:
+def test_caches_do_not_add_exit_callbacks(tmp_path) -> None:
     before = atexit._ncallbacks()
     caches = [cache_in("disk", tmp_path) for _ in range(3)]
     assert atexit._ncallbacks() == before and len(caches) == 3
 
 
-def test_a_file_cut_while_it_is_in_use_does_not_end_the_process(tmp_path) -> None:
+def test_a_file_truncated_while_in_use_does_not_kill_the_process(tmp_path) -> None:
     model = fused("bert")
     published(tmp_path, model, 0)
     cache = reopened(tmp_path, model, 0)
@@ -216,9 +221,9 @@ def test_foreign_files_and_shards_of_another_model_are_left_alone(tmp_path) -> N
     for name, content in mine.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning) as caught:
         cache = reopened(tmp_path, model, 0)
-    texts = " ".join(str(one.message) for one in said)
+    texts = " ".join(str(one.message) for one in caught)
     assert all(name in texts for name in mine) and "of another base model" in texts
     assert cache.stats().hits == 0
     cache.flush()

@@ -1,4 +1,4 @@
-"""SourceStateCache: what makes a base model another one, and checksums."""
+"""SourceStateCache: changes of the base model, its fingerprint, and checksums."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_another_base_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("change", ["in place", "requires_grad", "another tensor"])
-def test_a_base_model_that_changes_is_noticed_in_the_next_pass(change) -> None:
+def test_a_changed_base_model_is_detected_in_the_next_pass(change) -> None:
     model, batch = fused("bert"), batch_of("bert")
     model.set_source_cache(flare.SourceStateCache(MB))
     step(model, batch)
@@ -51,8 +51,8 @@ def test_a_base_model_that_changes_is_noticed_in_the_next_pass(change) -> None:
     ],
 )
 @pytest.mark.parametrize("again", [False, True])
-def test_what_the_code_reads_beside_weights_and_config_is_watched(family, name, value, again) -> None:
-    """An attribute of a module, or a buffer that is not saved, set after binding: in the next pass, or bound again."""
+def test_attributes_and_unsaved_buffers_are_watched(family, name, value, again) -> None:
+    """Set after binding; detected in the next pass, or when the cache is bound again."""
     model, batch = fused(family), batch_of(family)
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
@@ -73,8 +73,8 @@ def test_what_the_code_reads_beside_weights_and_config_is_watched(family, name, 
     step(model, batch)
 
 
-def test_attributes_that_say_nothing_are_not_watched() -> None:
-    """Training, checkpointing and a copy on its way through another dtype; rotary frequencies that a model renews."""
+def test_irrelevant_attributes_are_not_watched() -> None:
+    """Train mode, checkpointing, a round trip through another dtype, and rotary frequencies that are recomputed."""
     model, batch = (
         fused("llama", base={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
         (batch_of("llama")),
@@ -90,7 +90,7 @@ def test_attributes_that_say_nothing_are_not_watched() -> None:
     assert cache.stats().hits == 3
 
 
-def test_a_write_past_torch_is_noticed_when_the_cache_is_set_again() -> None:
+def test_a_write_through_data_is_detected_when_the_cache_is_set_again() -> None:
     model = fused("bert")
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
@@ -99,7 +99,7 @@ def test_a_write_past_torch_is_noticed_when_the_cache_is_set_again() -> None:
         model.set_source_cache(cache)
 
 
-def test_the_same_weights_elsewhere_are_the_same_model() -> None:
+def test_a_copy_with_the_same_weights_is_the_same_model() -> None:
     model, batch = fused("bert"), batch_of("bert")
     want = step(model, batch)
     cache = flare.SourceStateCache(MB)
@@ -111,8 +111,8 @@ def test_the_same_weights_elsewhere_are_the_same_model() -> None:
     assert cache.stats().hits == 3
 
 
-def test_the_fingerprint_is_of_the_frozen_backbone() -> None:
-    """Not of adapters, heads, trained copies or poolers; of every weight, wherever it is wrapped."""
+def test_the_fingerprint_covers_the_frozen_backbone() -> None:
+    """It covers every weight, also below wrappers, but no adapters, heads, trained copies or poolers."""
     plain = fingerprint(tiny.model("bert").requires_grad_(False))
     assert fingerprint(fused("bert").get_base_model()) == plain
     wrapped = fused("bert", target_modules="all-linear", modules_to_save=["classifier", "word_embeddings"])
@@ -134,8 +134,8 @@ def test_the_fingerprint_is_of_the_frozen_backbone() -> None:
         assert fingerprint(changed) != plain, name
 
 
-def test_trained_heads_and_embeddings_do_not_feed_back() -> None:
-    """modules_to_save: the source reads the frozen original, so what is cached stays true while the copy trains."""
+def test_trained_heads_and_embeddings_do_not_change_cached_states() -> None:
+    """modules_to_save: the source reads the frozen original, so cached states stay valid while the copy is trained."""
     model, batch = fused("llama", modules_to_save=["embed_tokens", "lm_head"]), batch_of("llama")
     model.set_source_cache(flare.SourceStateCache(MB))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -161,8 +161,8 @@ def test_quantised_weights_are_part_of_the_fingerprint() -> None:
     assert len(found) == 3 and fingerprint(scaled) != before
 
 
-def test_looking_whether_quantised_weights_changed_computes_nothing() -> None:
-    """It is done before every pass; a stamp that differs from itself would have the whole base read again."""
+def test_checking_quantised_weights_computes_nothing() -> None:
+    """The check runs before every pass. If a stamp differed from itself, the whole base would be read each time."""
     bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), False, quant_type="nf4", compress_statistics=True)
@@ -175,7 +175,7 @@ def test_looking_whether_quantised_weights_changed_computes_nothing() -> None:
     assert not operators.ops
 
 
-def test_a_quantised_model_trains_with_a_cache_and_one_repacked_for_a_cpu_is_refused() -> None:
+def test_a_quantised_model_trains_with_a_cache_and_a_repacked_one_is_refused() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     base = tiny.model("llama", hidden_size=64, head_dim=16)
     for layer in tiny.block_list(base):
@@ -202,7 +202,7 @@ def test_a_quantised_model_trains_with_a_cache_and_one_repacked_for_a_cpu_is_ref
         model(**batch)
 
 
-def test_every_word_counts_in_a_checksum() -> None:
+def test_every_word_changes_the_checksum() -> None:
     torch.manual_seed(0)
     data = torch.randint(0, 256, (300_001,), dtype=torch.uint8)
     want = checksum(data)
@@ -213,7 +213,7 @@ def test_every_word_counts_in_a_checksum() -> None:
             assert checksum(data) != want
             data[position] ^= 1 << bit
     data[:8], data[8:16] = data[8:16].clone(), data[:8].clone()
-    assert checksum(data) != want, "exchanged words are noticed"
+    assert checksum(data) != want, "swapped words change the checksum"
     misaligned = torch.arange(100, dtype=torch.uint8)
     assert checksum(misaligned[3:67]) == checksum(misaligned[3:67].clone())
 
@@ -231,8 +231,8 @@ def test_an_even_number_of_flipped_bits_changes_a_checksum(bit) -> None:
             assert checksum(changed) != want, (bit, count)
 
 
-def test_no_two_places_of_a_checksum_cancel_a_flipped_sign() -> None:
-    """Of zeros, where a sign's flip changes a sum by the same power of two at every place but for its weight."""
+def test_two_flipped_signs_never_cancel_in_a_checksum() -> None:
+    """In zeros, where a flipped sign changes the sum by a power of two times the weight of its position."""
     for data in (torch.zeros(1 << 14, dtype=torch.int64), torch.arange(1 << 14)):
         flipped = data ^ torch.tensor(-(2**63))
         changes = _mixed(flipped, _weights(data.device)) - _mixed(data, _weights(data.device))
@@ -255,7 +255,7 @@ def test_negated_weights_are_another_model(dtype) -> None:
     ("family", "name", "value"),
     [("mistral", "sliding_window", 2), ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 3.0})],
 )
-def test_a_config_that_changes_is_noticed_in_every_pass(family, name, value) -> None:
+def test_a_changed_config_is_detected_in_every_pass(family, name, value) -> None:
     model, batch = fused(family), batch_of(family)
     config = model.get_base_model().config
     cache = flare.SourceStateCache(MB)
@@ -271,7 +271,7 @@ def test_a_config_that_changes_is_noticed_in_every_pass(family, name, value) -> 
     assert cache.stats().hits == 3
 
 
-def test_the_pad_token_that_positions_are_counted_from_is_part_of_the_fingerprint() -> None:
+def test_the_pad_token_of_position_embeddings_is_part_of_the_fingerprint() -> None:
     one, other = (tiny.model("xlmr", pad_token_id=pad).requires_grad_(False) for pad in (1, 0))
     other.load_state_dict(one.state_dict())
     assert fingerprint(one) != fingerprint(other)

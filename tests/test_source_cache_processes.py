@@ -1,4 +1,4 @@
-"""SourceStateCache and processes: disks that fill up, kills at every step, folders that two share."""
+"""SourceStateCache and processes: full disks, processes killed at every step, shared directories."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from flare.source_cache.shards import UNFINISHED
 
 
 def in_child(work: Any) -> int:
-    """The pid of a forked process that runs ``work`` and ends with 0, or with 1 after printing its error."""
+    """Fork a process that runs ``work`` and exits with 0, or with 1 after printing its error; return its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -51,8 +51,8 @@ def succeeded(pid: int) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path) -> None:
-    """Files may not grow beyond 12 KiB there: one row fits, a shard of three does not."""
+def test_a_full_disk_warns_once_and_training_continues(tmp_path) -> None:
+    """Files are limited to 12 KiB: one row fits, a shard of three rows does not."""
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
     wants = [step(model, batch) for batch in batches]
@@ -63,15 +63,17 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
         cache = cache_in("disk", tmp_path, 2 * MB)
         model.set_source_cache(cache)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
                 for batch, want in zip(batches, wants, strict=True):
                     assert_same(step(model, batch), want, exact=False)
                 cache.flush()
             model(**batch_of("bert", seed=7))
-        told = [str(one.message) for one in said if "source_cache" in str(one.message)]
-        assert len(told) == 1 and "takes no more source states" in told[0] and "File too large" in told[0], told
+        messages = [str(one.message) for one in caught if "source_cache" in str(one.message)]
+        assert (
+            len(messages) == 1 and "takes no more source states" in messages[0] and "File too large" in messages[0]
+        ), messages
         assert cache.stats().hits == 3, cache.stats()
 
     assert succeeded(in_child(train))
@@ -81,7 +83,7 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path) -> None:
 
 
 def mounted(folder: Path, nbytes: int) -> str:
-    """A filesystem of a few bytes on a folder, in a user namespace of this process alone; why not, where it cannot."""
+    """Mount a small file system in a user namespace of this process; return the reason if that fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, mounts, own = 0x10000000, 0x00020000, {"uid_map": os.getuid(), "gid_map": os.getgid()}
     if libc.unshare(user | mounts):
@@ -97,8 +99,8 @@ def mounted(folder: Path, nbytes: int) -> str:
     return ""
 
 
-def test_a_filesystem_that_is_full_is_said_once_and_what_is_there_is_read(tmp_path) -> None:
-    """A tmpfs of 16 KiB: a shard of three rows fits, a second does not."""
+def test_a_full_filesystem_warns_once_and_stored_rows_are_read(tmp_path) -> None:
+    """A tmpfs of 16 KiB: one shard of three rows fits, a second one does not."""
     model, folder = fused("bert"), tmp_path / "small"
     folder.mkdir()
     why = tmp_path / "why"
@@ -111,14 +113,14 @@ def test_a_filesystem_that_is_full_is_said_once_and_what_is_there_is_read(tmp_pa
             return
         cache = cache_in("disk", folder)
         model.set_source_cache(cache)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
                 for batch, want in zip(batches, wants, strict=True):
                     assert_same(step(model, batch), want, exact=False)
                     cache.flush()
-        told = [str(one.message) for one in said if "source_cache" in str(one.message)]
-        assert len(told) == 1 and "No space left on device" in told[0], told
+        messages = [str(one.message) for one in caught if "source_cache" in str(one.message)]
+        assert len(messages) == 1 and "No space left on device" in messages[0], messages
         assert cache.stats().hits == 3 and len(shards(folder)) == 1
         assert not list(folder.glob(f"*{UNFINISHED}"))
         with silence():
@@ -127,10 +129,10 @@ def test_a_filesystem_that_is_full_is_said_once_and_what_is_there_is_read(tmp_pa
     assert succeeded(in_child(train))
     if why.read_text():
         pytest.skip(why.read_text())
-    assert not list(folder.iterdir()), "it was that process's own"
+    assert not list(folder.iterdir()), "the mount was visible in that process only"
 
 
-def test_killed_at_any_moment_it_still_opens(tmp_path) -> None:
+def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
     model = fused("bert")
     seeds = range(40)
     batches = [batch_of("bert", seed=seed) for seed in seeds]
@@ -149,14 +151,14 @@ def test_killed_at_any_moment_it_still_opens(tmp_path) -> None:
         pid = in_child(write)
         time.sleep(0.03 + 0.017 * attempt)
         os.kill(pid, signal.SIGKILL)
-        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it was still at work"
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the process was still running"
         for path in shards(tmp_path):
             safetensors.safe_open(path, "pt")
         with silence():
             cache = cache_in("disk", tmp_path, 200 * MB)
             cache.bind(model.get_base_model())
         entries = cache.stats().entries["disk"]
-        assert entries >= last and entries % 3 == 0, "what was published is never lost, and whole"
+        assert entries >= last and entries % 3 == 0, "published rows are never lost or incomplete"
         found.append(entries)
         last = entries
     assert found[-1] > 0
@@ -166,7 +168,7 @@ def test_killed_at_any_moment_it_still_opens(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["begun", "half written", "not synced", "not named"])
-def test_killed_at_each_step_of_writing_it_still_opens(stage, tmp_path, monkeypatch) -> None:
+def test_a_directory_opens_after_a_kill_at_each_step_of_writing(stage, tmp_path, monkeypatch) -> None:
     from flare.source_cache import shards as module
 
     model = fused("bert")
@@ -179,7 +181,7 @@ def test_killed_at_each_step_of_writing_it_still_opens(stage, tmp_path, monkeypa
         if stage == "begun":
             monkeypatch.setattr(module.fcntl, "flock", die)
         elif stage == "half written":
-            monkeypatch.setattr(module, "bytes", die, raising=False)  # what fills up the first entry
+            monkeypatch.setattr(module, "bytes", die, raising=False)  # the padding of the first entry
         elif stage == "not synced":
             monkeypatch.setattr(module.os, "fsync", die)
         else:
@@ -192,7 +194,7 @@ def test_killed_at_each_step_of_writing_it_still_opens(stage, tmp_path, monkeypa
         assert reopened(tmp_path, model, 0, 1).stats().hits == 3
 
 
-def test_what_a_killed_process_left_is_cleared_away_and_a_living_ones_is_not(tmp_path) -> None:
+def test_unfinished_files_of_killed_processes_are_removed(tmp_path) -> None:
     import fcntl
 
     model = fused("bert")
@@ -229,7 +231,7 @@ def test_two_processes_share_a_directory(tmp_path) -> None:
     assert cache.stats().hits == 39
 
 
-def test_one_process_reads_what_another_has_published_since(tmp_path) -> None:
+def test_refresh_finds_rows_of_another_process(tmp_path) -> None:
     model = fused("bert")
     here = cache_in("disk", tmp_path)
     model.set_source_cache(here)
@@ -243,7 +245,7 @@ def test_one_process_reads_what_another_has_published_since(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("budget", [MB, 30_000])  # of the smaller one, each row is a file
-def test_a_directory_that_is_gone_degrades_with_one_message(budget, tmp_path) -> None:
+def test_a_deleted_directory_warns_once(budget, tmp_path) -> None:
     import shutil
 
     model, folder = fused("bert"), tmp_path / "states"
@@ -251,15 +253,15 @@ def test_a_directory_that_is_gone_degrades_with_one_message(budget, tmp_path) ->
     cache = cache_in("disk", folder, budget)
     model.set_source_cache(cache)
     shutil.rmtree(folder)
-    with pytest.warns(UserWarning, match="takes no more source states") as said:
+    with pytest.warns(UserWarning, match="takes no more source states") as caught:
         assert_same(step(model, batch_of("bert")), want)
         cache.flush()
         assert_same(step(model, batch_of("bert")), want)
         cache.flush()
-    assert len(said) == 1
+    assert len(caught) == 1
 
 
-def test_a_relative_directory_is_where_it_was_asked_for(tmp_path, monkeypatch) -> None:
+def test_a_relative_directory_is_resolved_when_the_cache_is_created(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     cache = cache_in("disk", Path("states"))
     model = fused("bert")

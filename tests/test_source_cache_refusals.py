@@ -1,4 +1,4 @@
-"""SourceStateCache: arguments and adapters that are refused, each by its name."""
+"""SourceStateCache: arguments and adapters that raise errors with their names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_wrong_arguments_are_named(tmp_path) -> None:
     assert file.read_text() == "mine"
 
 
-def test_what_cannot_be_kept_is_refused() -> None:
+def test_adapters_and_models_that_cannot_be_cached_are_refused() -> None:
     cache = flare.SourceStateCache(MB)
     with pytest.raises(ValueError, match="source_dropout=True"):
         fused("bert", source_dropout=True).set_source_cache(cache)

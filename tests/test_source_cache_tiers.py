@@ -1,4 +1,4 @@
-"""SourceStateCache: budgets, the order in which tiers fill, and what ``tiers="auto"`` leaves out."""
+"""SourceStateCache: budgets, the order in which tiers fill, and the choice of ``tiers="auto"``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from flare.source_cache.shards import UNFINISHED
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
-def test_a_full_cache_stays_as_it_is(tier, tmp_path) -> None:
-    """Two epochs in order over more rows than there is room for: what came first is found, nothing is thrown out."""
+def test_a_full_cache_does_not_change(tier, tmp_path) -> None:
+    """Two epochs in order over more rows than fit: the first rows are found, and no row is evicted."""
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
     budget = 5 * (one_row_bytes() + (600 if tier == "disk" else 0))
     cache = cache_in(tier, tmp_path, budget)
     wants = [step(model, batch) for batch in batches]
     model.set_source_cache(cache)
-    with pytest.warns(UserWarning, match="the budget is spent") as said:
+    with pytest.warns(UserWarning, match="the budget is spent") as caught:
         for _ in range(3):
             for batch, want in zip(batches, wants, strict=True):
                 assert_same(step(model, batch), want, exact=False)
             cache.flush()
             assert cache.nbytes <= budget
-    assert len([one for one in said if "source_cache" in str(one.message)]) == 1
+    assert len([one for one in caught if "source_cache" in str(one.message)]) == 1
     stats = cache.stats()
     assert stats.entries == {tier: 5} and stats.hits == 2 * 5
     if tier == "disk":
@@ -74,7 +74,7 @@ def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
     assert sum(over_all.stats().entries.values()) == 4
 
 
-def test_a_shared_budget_leaves_memory_free_and_a_budget_of_ones_own_overrules_that(monkeypatch) -> None:
+def test_a_shared_budget_leaves_memory_free_unless_the_tier_has_its_own_budget(monkeypatch) -> None:
     from flare.source_cache import memory
 
     free = [1 << 30]
@@ -86,16 +86,16 @@ def test_a_shared_budget_leaves_memory_free_and_a_budget_of_ones_own_overrules_t
         free[0] = 1 << 30
         cache = flare.SourceStateCache(budget, tiers=("device",) if isinstance(budget, dict) else ("device", "host"))
         model.set_source_cache(cache)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for seed in range(3):
                 model(**batch_of("bert", seed=seed))
                 free[0] = 1 << 20  # the training itself has taken the rest
         assert cache.stats().entries["device"] == entries
-        assert sum("little is free" in str(one.message) for one in said) == (2 if entries == 3 else 0), "one a tier"
+        assert sum("little is free" in str(one.message) for one in caught) == (2 if entries == 3 else 0), "one per tier"
 
 
-def test_rows_on_disk_move_up_where_there_is_room(tmp_path) -> None:
+def test_rows_on_disk_are_copied_into_faster_tiers(tmp_path) -> None:
     model, batch = fused("bert"), batch_of("bert")
     first = cache_in("disk", tmp_path)
     model.set_source_cache(first)
@@ -112,7 +112,7 @@ def test_rows_on_disk_move_up_where_there_is_room(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_auto_keeps_a_tier_only_where_reading_beats_computing(fast, tmp_path, monkeypatch) -> None:
+def test_auto_uses_a_tier_only_if_reading_is_faster_than_computing(fast, tmp_path, monkeypatch) -> None:
     from flare.source_cache import store as module
 
     asked = []
@@ -132,11 +132,11 @@ def test_auto_keeps_a_tier_only_where_reading_beats_computing(fast, tmp_path, mo
     for batch, want in zip(batches, wants, strict=True):
         assert_same(step(model, batch), want)
     assert cache.tiers == (("device", "host") if fast else ())
-    assert ran.since() == ({0} if fast else {9}), "rows of the passes that were timed are kept too"
+    assert ran.since() == ({0} if fast else {9}), "rows of the trial passes are stored too"
     assert "reading a row" in cache.decisions["disk"] and "disk not used" in cache.summary()
 
 
-def test_auto_really_measures(tmp_path) -> None:
+def test_auto_measures_every_tier(tmp_path) -> None:
     model = fused("bert")
     cache = flare.SourceStateCache(MB, tiers="auto", directory=tmp_path)
     model.set_source_cache(cache)
@@ -144,10 +144,10 @@ def test_auto_really_measures(tmp_path) -> None:
         step(model, batch_of("bert", seed=seed))
     assert set(cache.decisions) == {"device", "host", "disk"}
     assert all(("used" in why) and " ms" in why for why in cache.decisions.values())
-    assert not list(tmp_path.glob(f"*{UNFINISHED}")), "the file that was timed is gone"
+    assert not list(tmp_path.glob(f"*{UNFINISHED}")), "the measured file was removed"
 
 
-def test_auto_says_what_it_leaves_out(tmp_path, monkeypatch) -> None:
+def test_auto_warns_about_tiers_that_it_does_not_use(tmp_path, monkeypatch) -> None:
     from flare.source_cache import store as module
 
     measure = module.seconds_to_read
@@ -155,14 +155,14 @@ def test_auto_says_what_it_leaves_out(tmp_path, monkeypatch) -> None:
     model = fused("bert")
     model.set_source_cache(flare.SourceStateCache(MB, tiers="auto", directory=tmp_path / "states"))
     (tmp_path / "states").rmdir()
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning) as caught:
         for _ in range(4):
             step(model, batch_of("bert"))
-    text = [str(one.message) for one in said if "source_cache" in str(one.message)]
-    assert len(text) == 2 and "leaves the disk tier out" in text[0] and "keeps nothing" in text[1]
+    text = [str(one.message) for one in caught if "source_cache" in str(one.message)]
+    assert len(text) == 2 and "does not use the disk tier" in text[0] and "uses no tier" in text[1]
 
 
-def test_named_tiers_measure_nothing(monkeypatch, tmp_path) -> None:
+def test_named_tiers_are_not_measured(monkeypatch, tmp_path) -> None:
     from flare.source_cache import store as module
 
     monkeypatch.setattr(module, "seconds_to_read", lambda *_: pytest.fail("a named tier was measured"))

@@ -32,7 +32,7 @@ def trained(
     args = arguments(folder, **{**defaults, "logging_steps": 1, **options})
     if task == "mt5":
         args = Seq2SeqTrainingArguments(**{**args.to_dict(), "output_dir": str(folder)})
-    # what one padded length is for a run without a cache
+    # for a run without a cache: the same padded length
     collator = FlareDataCollator(tokenizer(), layout=layout).fitted(data)
     trainer = SEQ2SEQ.get(task, FlareTrainer)(
         model=model,
@@ -75,24 +75,24 @@ def test_two_epochs_run_each_source_block_once_per_example(task, padding, tmp_pa
     assert "source_cache: 10 of 20 rows read (50.0%)" in capsys.readouterr().out
 
 
-def test_a_collator_of_ones_own_is_told_why_nothing_hits(tmp_path) -> None:
+def test_a_custom_collator_gets_a_warning_about_the_padded_width(tmp_path) -> None:
     from flare.training.collator import FlareDataCollator
 
     model = flare_model("bert")
-    own = FlareDataCollator(tokenizer())
+    custom_collator = FlareDataCollator(tokenizer())
     trainer = FlareTrainer(
         model=model,
         args=arguments(tmp_path, num_train_epochs=4, per_device_train_batch_size=2),
         train_dataset=Dataset.from_list(rows("bert", 10)),
-        data_collator=lambda batch: own(batch),
+        data_collator=lambda batch: custom_collator(batch),
         source_cache=flare.SourceStateCache(MB),
     )
-    with pytest.warns(UserWarning, match="padded to another width") as said:
+    with pytest.warns(UserWarning, match="padded to another width") as caught:
         trainer.train()
-    assert len([one for one in said if "another width" in str(one.message)]) == 1
+    assert len([one for one in caught if "another width" in str(one.message)]) == 1
 
 
-def test_a_run_that_is_resumed_finds_its_rows(tmp_path) -> None:
+def test_a_resumed_run_finds_its_rows(tmp_path) -> None:
     options = {"save_strategy": "epoch", "num_train_epochs": 2}
     whole, _ = trained("bert", tmp_path / "whole", **options)
     states = tmp_path / "states"
@@ -122,7 +122,7 @@ def test_a_base_model_changed_between_runs_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("task", ["bert", "llama"])
-def test_special_tokens_that_the_trainer_takes_from_the_tokenizer_are_no_other_base_model(task, tmp_path) -> None:
+def test_special_tokens_from_the_tokenizer_do_not_change_the_base_model(task, tmp_path) -> None:
     model = flare_model(task)
     model.get_base_model().config.pad_token_id = None
     trainer = FlareTrainer(
@@ -138,7 +138,7 @@ def test_special_tokens_that_the_trainer_takes_from_the_tokenizer_are_no_other_b
     assert trainer.source_cache.stats().hit_rate == 0.5
 
 
-def test_logged_hit_rates_are_of_this_training_alone(tmp_path) -> None:
+def test_logged_hit_rates_cover_this_training_only(tmp_path) -> None:
     cache = flare.SourceStateCache(MB)
     options = {"eval_strategy": "epoch", "num_train_epochs": 3}
     first, _ = trained("bert", tmp_path / "first", cache, **options)
@@ -150,7 +150,7 @@ def test_logged_hit_rates_are_of_this_training_alone(tmp_path) -> None:
         assert entry.get("source_cache_hit_rate", 1.0) == 1.0
 
 
-def test_an_evaluation_that_casts_the_base_model_does_without_the_cache(tmp_path) -> None:
+def test_an_evaluation_that_casts_the_base_model_does_not_use_the_cache(tmp_path) -> None:
     trainer, ran = trained("bert", tmp_path, flare.SourceStateCache(MB), bf16_full_eval=True)
     ran.since()
     with pytest.warns(UserWarning, match="bf16_full_eval casts the base model"):

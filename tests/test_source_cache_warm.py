@@ -1,4 +1,4 @@
-"""SourceStateCache: a batch of which every row is kept, read at once."""
+"""SourceStateCache: reading a batch at once if all its rows are cached."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ SOURCE = ("source_input_ids", "source_attention_mask", "source_labels")
 
 
 def visited(model: Any, reader: Any) -> dict[Any, torch.Tensor]:
-    """The states that a reader hands to a visitor."""
+    """Return the states that a reader passes to a visitor."""
     states: dict[Any, torch.Tensor] = {}
     reader(states.__setitem__)
     return states
 
 
 def filled(model: Any, cache: flare.SourceStateCache, *batches: Any) -> flare.SourceStateCache:
-    """The cache with the rows of the batches."""
+    """Return a cache with the rows of the batches."""
     for batch in batches:
         visited(model, reader_of(model, cache, batch))
     cache.flush()
@@ -60,12 +60,12 @@ def filled(model: Any, cache: flare.SourceStateCache, *batches: Any) -> flare.So
 
 
 def asked(model: Any) -> Any:
-    """The model as ``lookup`` needs it."""
+    """Return the model in the form that ``lookup`` needs."""
     return types.SimpleNamespace(source_request=lambda: request_of(model))
 
 
 def stored(model: Any, key: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Where a state is stored: (B, m) bool."""
+    """Return the stored positions of a state: (B, m) bool."""
     zero = model.peft_config["default"].source_padding == "zero"
     if key.stack in runtime_of(model.get_base_model()).map.decoders:
         return torch.ones(batch["source_labels"].shape, dtype=torch.bool)
@@ -73,7 +73,7 @@ def stored(model: Any, key: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def with_holes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The last row's tokens with gaps in between, the first row without any."""
+    """Return a batch with gaps in the last row's mask and without tokens in the first row."""
     mask = batch["source_attention_mask"].clone()
     mask[-1] = torch.arange(mask.shape[1]) % 3 != 1
     mask[0] = 0
@@ -82,7 +82,7 @@ def with_holes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory holds NaN, in which a position that is not written shows."""
+    """Fill new memory with NaN, so that a position that is not written shows."""
     plain = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -96,8 +96,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.usefixtures("poisoned")
-def test_a_warm_batch_is_what_the_slow_path_visits_to_the_bit(family, padding, tier, tmp_path) -> None:
-    """Rows of other batches, in another order, one of them twice; unequal lengths, holes, and a row without tokens."""
+def test_a_warm_batch_equals_the_visited_states_bit_for_bit(family, padding, tier, tmp_path) -> None:
+    """Rows of other batches in another order, one of them twice; different lengths, gaps, and a row without tokens."""
     model = fused(family, source_padding=padding)
     first, second = batch_of(family), with_holes(batch_of(family, seed=4))
     cache = filled(model, cache_in(tier, tmp_path), first, second)
@@ -107,7 +107,7 @@ def test_a_warm_batch_is_what_the_slow_path_visits_to_the_bit(family, padding, t
     got = reader.warm()
     assert got is not None and cache.stats().rows == rows + 6
     want = visited(model, reader)
-    assert cache.stats().rows == rows + 6, "read again, as a backward pass does"
+    assert cache.stats().rows == rows + 6, "read twice, as a backward pass does"
     assert list(got) == list(want)
     for key, state in got.items():
         where = stored(model, key, batch)
@@ -115,7 +115,7 @@ def test_a_warm_batch_is_what_the_slow_path_visits_to_the_bit(family, padding, t
         assert torch.equal(state[where], want[key][where]) and not state[~where].any()
 
 
-def test_rows_of_several_tiers_are_one_batch(tmp_path) -> None:
+def test_a_batch_may_have_rows_of_several_tiers(tmp_path) -> None:
     model, batch = fused("bert"), batch_of("bert")
     budget = {"device": one_row_bytes(), "host": one_row_bytes(), "disk": MB}
     cache = filled(model, flare.SourceStateCache(budget, directory=tmp_path), batch)
@@ -125,8 +125,8 @@ def test_rows_of_several_tiers_are_one_batch(tmp_path) -> None:
     assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
 
 
-def test_columns_on_the_host_are_taken_in_place_of_the_devices() -> None:
-    """A reader whose inputs have no values at all (the meta device), but for those that the caller has on the CPU."""
+def test_columns_on_the_host_replace_those_on_the_device() -> None:
+    """The reader's inputs are on the meta device; only the caller's columns on the CPU have values."""
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
     request = request_of(model)
@@ -137,21 +137,21 @@ def test_columns_on_the_host_are_taken_in_place_of_the_devices() -> None:
     assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
 
 
-def test_without_a_row_there_is_no_warm_batch(monkeypatch) -> None:
+def test_a_batch_with_a_missing_row_is_not_warm(monkeypatch) -> None:
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), take(batch, 0, 2))
     reader = reader_of(model, cache, batch)
     before = cache.stats()
     assert reader.warm() is None and cache.lookup(asked(model), batch) is None
-    assert cache.stats() == before, "counted where the caller computes the row"
+    assert cache.stats() == before, "counted when the caller computes the row"
     visited(model, reader)
     assert (cache.stats().rows, cache.stats().hits) == (before.rows + 3, before.hits + 2)
     assert reader_of(model, cache, batch).warm() is not None
     monkeypatch.setattr(cache, "undecided", True)
-    assert reader_of(model, cache, batch).warm() is None, "a pass that is timed computes its rows"
+    assert reader_of(model, cache, batch).warm() is None, "a trial pass computes its rows"
 
 
-def test_of_a_batch_that_lacks_a_row_nothing_is_read_from_disk(tmp_path, monkeypatch) -> None:
+def test_a_missing_row_is_detected_before_any_row_is_read_from_disk(tmp_path, monkeypatch) -> None:
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, cache_in("disk", tmp_path), take(batch, 0, 1))
     monkeypatch.setattr(shards_module, "checksum", lambda _: pytest.fail("a row was read"))
@@ -180,7 +180,7 @@ def test_blocks_on_several_devices_are_read_one_by_one() -> None:
 
 
 def calls_of(layers: int) -> int:
-    """Python and C calls of a whole warm reading."""
+    """Count the Python and C calls of a warm read."""
     config = tiny.config("xlmr", num_hidden_layers=layers)
     model = flare.fast_lora(transformers.XLMRobertaForSequenceClassification(config), r=4)
     batch = batch_of("xlmr")
@@ -202,15 +202,15 @@ def calls_of(layers: int) -> int:
     return count
 
 
-def test_a_block_adds_next_to_nothing_to_a_warm_reading() -> None:
-    """The frozen weights are compared, the rows looked up and copied by calls that do not grow with depth."""
+def test_calls_of_a_warm_read_hardly_grow_with_depth() -> None:
+    """The number of calls that compare the weights, and look up and copy the rows, does not depend on the depth."""
     few, many = calls_of(4), calls_of(12)
     assert (many - few) / 8 <= 3, (few, many)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", ["keep", "zero"])
-def test_a_warm_reading_of_a_batch_on_the_host_never_waits_for_a_device(family, padding, monkeypatch) -> None:
+def test_a_warm_read_of_a_batch_on_the_host_does_not_wait_for_a_device(family, padding, monkeypatch) -> None:
     model, batch = fused(family, source_padding=padding), with_holes(batch_of(family))
     cache = filled(model, flare.SourceStateCache(MB), batch)
     for name in ("item", "tolist", "nonzero", "cpu", "__bool__", "__int__"):
@@ -222,14 +222,14 @@ def test_a_warm_reading_of_a_batch_on_the_host_never_waits_for_a_device(family, 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_looked_up_states_take_the_place_of_a_source(family, padding, autocast) -> None:
+def test_looked_up_states_replace_a_source(family, padding, autocast) -> None:
     model, batch = fused(family, source_padding=padding), batch_of(family)
     bf16 = torch.bfloat16
     with torch.autocast("cpu", bf16, enabled=autocast):
         want = step(model, batch)
         cache = filled(model, flare.SourceStateCache(MB), batch)
     if autocast:
-        assert cache.lookup(asked(model), batch) is None, "rows in float32 are other rows"
+        assert cache.lookup(asked(model), batch) is None, "rows in float32 have other keys"
     with torch.inference_mode():
         states = cache.lookup(asked(model), batch, dtype=bf16 if autocast else None)
     assert states is not None and cache.stats().hits == 3
@@ -251,7 +251,7 @@ def test_looked_up_states_of_an_encoder_alone_and_with_its_decoder() -> None:
         assert all(torch.equal(states.states[key], want[key]) for key in want)
 
 
-def test_a_mask_of_ones_and_none_are_the_same_rows() -> None:
+def test_a_mask_of_ones_and_no_mask_give_the_same_keys() -> None:
     model, batch = fused("bert"), batch_of("bert")
     whole = {**batch, "source_attention_mask": torch.ones_like(batch["source_input_ids"])}
     cache = filled(model, flare.SourceStateCache(MB), whole)
@@ -260,7 +260,7 @@ def test_a_mask_of_ones_and_none_are_the_same_rows() -> None:
         assert states is not None and states.attention_mask is None
 
 
-def test_what_cannot_be_looked_up_is_named(monkeypatch) -> None:
+def test_errors_of_lookup_name_the_argument(monkeypatch) -> None:
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
     with pytest.raises(TypeError, match=r"model must have FLARE adapters.*got BertForSequenceClassification"):
@@ -280,7 +280,7 @@ def test_what_cannot_be_looked_up_is_named(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("change", ["window", "rope", "another config", "module", "merged", "buffer"])
-def test_what_the_model_computes_is_watched(change) -> None:
+def test_a_changed_model_is_detected_by_lookup(change) -> None:
     model, batch = fused("mistral"), batch_of("llama")
     base = model.get_base_model()
     base.model.register_buffer("scale", torch.ones(1))
@@ -309,7 +309,7 @@ def test_what_the_model_computes_is_watched(change) -> None:
         assert reader_of(model, cache, batch).warm() is not None
 
 
-def test_what_changes_no_state_does_not_have_the_weights_read_again(monkeypatch) -> None:
+def test_irrelevant_changes_do_not_read_the_weights_again(monkeypatch) -> None:
     model, batch = fused("bert"), batch_of("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch)
     monkeypatch.setattr(cache_module, "fingerprint", lambda _: pytest.fail("all weights were read"))
@@ -334,7 +334,7 @@ def test_a_cache_keeps_no_model_alive() -> None:
 
 
 class FakeStream:
-    """Notes what is asked of a stream, in the order of all streams."""
+    """Logs the operations of all streams in order."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -352,8 +352,8 @@ class FakeStream:
         self.log.append(f"{self.name} waits for {other.name}")
 
 
-def test_rows_in_host_memory_are_copied_beside_the_computing_stream(monkeypatch) -> None:
-    """On a CPU with streams that only note: what is queued where, and that the host waits from the third reading on."""
+def test_rows_in_host_memory_are_copied_on_a_separate_stream(monkeypatch) -> None:
+    """On a CPU with logging streams: the operations per stream, and that the host waits from the third read on."""
     model, batch = fused("mt5", source_padding="zero"), batch_of("mt5")
     cache = filled(model, cache_in("host", None), batch)
     reader, log = reader_of(model, cache, batch), []
@@ -381,8 +381,8 @@ def test_rows_in_host_memory_are_copied_beside_the_computing_stream(monkeypatch)
 @needs_cuda
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.parametrize("padding", ["keep", "zero"])
-def test_rows_come_on_a_stream_of_their_own_without_a_wait(tier, padding, tmp_path) -> None:
-    """Looked up while the device works on: the states are right, and the host has waited for nothing."""
+def test_rows_are_copied_on_a_separate_stream_without_a_wait(tier, padding, tmp_path) -> None:
+    """Looked up while the device is busy: the states are correct, and the host does not wait."""
     device = torch.device("cuda", torch.cuda.current_device())
     model, batch = fused("llama", source_padding=padding).to(device), with_holes(batch_of("llama"))
     moved = {name: value.to(device) for name, value in batch.items()}
@@ -407,7 +407,7 @@ def test_rows_come_on_a_stream_of_their_own_without_a_wait(tier, padding, tmp_pa
 
 
 @needs_cuda
-def test_ids_on_the_device_name_the_same_rows() -> None:
+def test_ids_on_the_device_give_the_same_keys() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     model, batch = fused("mt5", source_padding="zero").to(device), batch_of("mt5")
     moved = {name: value.to(device) for name, value in batch.items()}

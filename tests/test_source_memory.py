@@ -1,4 +1,4 @@
-"""How source states wait for backward: every mode gives the gradients of "keep", and costs what it says."""
+"""source_memory: every mode gives the gradients of "keep", at the documented cost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def inputs_of(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def gradients(model, *batches, seed: int = 7) -> dict[str, torch.Tensor]:
-    """Of the sum of the batches' losses: all forwards before the one backward."""
+    """Return the gradients of the sum of the batches' losses: all forward passes run before one backward pass."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     sum(model(**inputs).loss for inputs in batches).backward()
@@ -52,7 +52,7 @@ def assert_same(got, want) -> None:
 
 
 def assert_close(got, want) -> None:
-    """For sums over several forwards, which are in another order where the streams' shares come apart."""
+    """Compare sums over several forward passes. Their order depends on the mode, so they differ by rounding."""
     assert got.keys() == want.keys()
     for name, grad in want.items():
         torch.testing.assert_close(got[name], grad, msg=name)
@@ -60,7 +60,7 @@ def assert_close(got, want) -> None:
 
 @pytest.fixture
 def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The strategy itself, where a CPU would take "keep" in its place."""
+    """Use "offload" on a CPU, where "keep" would replace it."""
     plain = source_memory.choose_memory
 
     def choose(setting: str, *args, **kwargs):
@@ -79,7 +79,7 @@ def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("offload_anywhere")
 def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options: dict) -> None:
-    """To the bit, also with non-reentrant checkpointing; after two forwards the sums are in another order."""
+    """Bit for bit, also with non-reentrant checkpointing. After two forward passes the sums have another order."""
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options), model_of(family, memory, **options)
     for model in (keep, other):
@@ -94,8 +94,8 @@ def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options:
 
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
 @pytest.mark.usefixtures("offload_anywhere")
-def test_the_second_pass_sees_the_first_ones_autocast(memory: str, monkeypatch) -> None:
-    """Backward runs outside the forward's autocast; the states come again to the bit."""
+def test_the_second_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
+    """Backward runs outside of the forward's autocast; the states are the same bit for bit."""
     seen: list[list[torch.Tensor]] = []
     plain = Preparation.__call__
 
@@ -127,7 +127,7 @@ EXECUTIONS = {"keep": 2, "offload": 2, "recompute": 3}
 @pytest.mark.parametrize("memory", EXECUTIONS)
 @pytest.mark.usefixtures("offload_anywhere")
 def test_block_executions_of_a_step(memory: str) -> None:
-    """Target and source, and for "recompute" the source once more, to the last state that is read and no further."""
+    """Target and source once each; "recompute" runs the source again. The source pass ends with the last state."""
     model = model_of("llama", memory)
     blocks = tiny.block_list(model.get_base_model())
     with count_calls(blocks) as calls:
@@ -139,7 +139,7 @@ def test_block_executions_of_a_step(memory: str) -> None:
             parameter.requires_grad_(False)
     with count_calls(tiny.block_list(frozen.get_base_model())) as calls:
         frozen(**inputs_of("llama")).loss.backward()
-    assert calls.total == 2 * tiny.LAYERS, "with a frozen A nothing is read again"
+    assert calls.total == 2 * tiny.LAYERS, "with a frozen A there is no second source pass"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,7 +147,7 @@ def test_block_executions_of_a_step(memory: str) -> None:
 def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypatch) -> None:
     """ "keep" holds one state for each block; "recompute" and inference hold at most two, at any time and depth."""
     alive = StatesAlive()
-    monkeypatch.setattr(FrozenPass, "record", alive.noting())
+    monkeypatch.setattr(FrozenPass, "record", alive.recording())
     depth = "num_layers" if family == "mt5" else "num_hidden_layers"
     for layers in (2, 6):
         model = model_of(family, "keep" if memory == "inference" else memory, base={depth: layers})
@@ -167,7 +167,7 @@ def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypat
 
 @pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
 def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: str, monkeypatch) -> None:
-    """At most two at any time, over the prompt and over new tokens; what waits has the rank's width.
+    """At most two at any time, for the prompt and for new tokens; kept tensors have the width of the rank.
 
     Offset 0 reads the embeddings too, which transformers' own forward holds on to until it ends: not counted here.
     """
@@ -195,8 +195,8 @@ def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: 
         assert all(S.untyped_storage().nbytes() <= 3 * 2 * 5 * 4 for own in held.values() for S in own.values())
 
 
-def test_inputs_that_were_overwritten_are_refused() -> None:
-    """A second pass over other tokens would give wrong gradients in silence."""
+def test_overwritten_inputs_raise_an_error() -> None:
+    """A second pass over other tokens would silently give wrong gradients."""
     model = model_of("llama", "recompute")
     inputs = inputs_of("llama")
     loss = model(**inputs).loss
@@ -205,7 +205,7 @@ def test_inputs_that_were_overwritten_are_refused() -> None:
         loss.backward()
 
 
-def test_reentrant_checkpointing_keeps_and_says_so_once() -> None:
+def test_reentrant_checkpointing_uses_keep_and_warns_once() -> None:
     inputs = inputs_of("llama")
     want = gradients(model_of("llama", "keep"), inputs)
     model = model_of("llama", "recompute")
@@ -221,7 +221,7 @@ def test_reentrant_checkpointing_keeps_and_says_so_once() -> None:
         gradients(model, inputs)
 
 
-def test_reentrant_checkpointing_of_ones_own_is_an_error_that_says_what_to_do() -> None:
+def test_reentrant_checkpointing_by_the_user_raises_an_error() -> None:
     model = model_of("llama", "recompute")
     block = tiny.block_list(model.get_base_model())[0]
     plain = block.forward
@@ -231,31 +231,31 @@ def test_reentrant_checkpointing_of_ones_own_is_an_error_that_says_what_to_do() 
         model(**inputs_of("llama"))
 
 
-def test_auto_decides_from_sizes_and_says_what_it_picked(monkeypatch) -> None:
+def test_auto_decides_from_sizes_and_warns(monkeypatch) -> None:
     model, inputs = model_of("llama", "auto"), inputs_of("llama")
     blocks = tiny.block_list(model.get_base_model())
     want = gradients(model, inputs)
     states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
     for total, executions in ((8 * states, 2), (8 * states - 8, 3)):
         monkeypatch.setattr(source_memory, "memory_of", lambda device, total=total: total)
-        with warnings.catch_warnings(record=True) as said, count_calls(blocks) as calls:
+        with warnings.catch_warnings(record=True) as caught, count_calls(blocks) as calls:
             warnings.simplefilter("always")
             assert_same(gradients(model, inputs), want)
         assert calls.total == executions * tiny.LAYERS, "the model is not run to decide"
-        picked = [str(one.message) for one in said if "source_memory" in str(one.message)]
+        picked = [str(one.message) for one in caught if "source_memory" in str(one.message)]
         assert len(picked) == (executions == 3)
         assert all("'auto' chose 'recompute'" in one and "to override" in one for one in picked)
 
 
-def test_offload_on_a_cpu_is_keep_said_once() -> None:
+def test_offload_on_a_cpu_uses_keep_and_warns_once() -> None:
     model, inputs = model_of("bert", "offload"), inputs_of("bert")
     with pytest.warns(UserWarning, match=ON_CPU):
         got = gradients(model, inputs)
     assert_same(got, gradients(model_of("bert", "keep"), inputs))
 
 
-def test_states_that_are_given_are_kept() -> None:
-    """They are there anyway: no second pass, whatever the mode."""
+def test_given_states_are_kept() -> None:
+    """The caller holds them anyway, so no mode runs a second pass."""
     model, inputs = model_of("llama", "recompute"), inputs_of("llama")
     want = gradients(model, inputs)
     source = {name: inputs.pop(name) for name in list(inputs) if name.startswith("source")}
@@ -265,8 +265,8 @@ def test_states_that_are_given_are_kept() -> None:
     assert calls.total == tiny.LAYERS
 
 
-def test_pads_are_neither_kept_nor_read(monkeypatch) -> None:
-    """With source_padding="zero" only the source's tokens wait, and columns of pads at the end are not run."""
+def test_padding_is_neither_kept_nor_read(monkeypatch) -> None:
+    """With source_padding="zero" only the source's tokens are kept, and trailing columns of padding are cut off."""
     model, inputs = model_of("llama", "keep", source_padding="zero"), inputs_of("llama")
     mask = torch.ones_like(inputs["source_attention_mask"])
     mask[:, -3:] = 0
@@ -282,10 +282,10 @@ def test_pads_are_neither_kept_nor_read(monkeypatch) -> None:
     )
     got = gradients(model, inputs)
     assert seen == [(mask.shape[1] - 3, int(mask.sum()))] * tiny.LAYERS
-    # tokens at pads change nothing
+    # token ids at padding have no effect
     changed = {**inputs, "source_input_ids": torch.where(mask == 0, 5, inputs["source_input_ids"])}
     assert_same(gradients(model, changed), got)
-    # and nothing is lost: whole rows of tokens give what "keep" does
+    # rows without padding give the same as "keep"
     inputs["source_attention_mask"] = torch.ones_like(mask)
     assert_same(gradients(model, inputs), gradients(model_of("llama", "keep"), inputs))
 
@@ -305,8 +305,8 @@ def test_wrong_settings(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_states_are_gone_after_backward_though_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
-    """A loop that holds its last output while the next forward runs has one batch's states, not two."""
+def test_states_are_freed_after_backward_even_if_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
+    """A loop that holds its last output during the next forward pass has the states of one batch, not of two."""
     alive: list[weakref.ref] = []
     plain = FrozenPass.record
 

@@ -1,4 +1,4 @@
-"""The source pass: what runs, what it costs, what it leaves untouched, and that its gradients are exact."""
+"""The source pass: which blocks run, its cost, that it restores the model's state, and that gradients are exact."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assert_same_gradients(got, want, *, exact: bool = False) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_gradient_checkpointing(family, use_reentrant, dropout) -> None:
-    """Fusion survives the recompute: same loss and gradients as without, in both modes, and not those of plain LoRA."""
+    """The recompute fuses too: loss and gradients are those without checkpointing, and not those of plain LoRA."""
     inputs = tiny.batch(family)
     model = fused(family, lora_dropout=dropout)
     torch.manual_seed(11)
@@ -88,7 +88,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize(("family", "head"), [("llama", "lm_head"), ("bert", "classifier"), ("bert", "bert.pooler")])
 @pytest.mark.parametrize("offset", [1, 0])
-def test_only_the_blocks_that_are_needed_run(family, head, offset) -> None:
+def test_only_the_required_blocks_run(family, head, offset) -> None:
     model = fused(family, source_layer_offset=offset)
     base = model.get_base_model()
     counts: dict[str, int] = {}
@@ -104,8 +104,8 @@ def test_only_the_blocks_that_are_needed_run(family, head, offset) -> None:
     assert counts == {"block 0": 2, "block 1": 2, "block 2": last, "head": 1}
 
 
-def test_dropout_is_off_and_everything_is_put_back() -> None:
-    """Train mode with dropout: the source states are deterministic, the random state and all flags are untouched."""
+def test_dropout_is_off_and_the_state_is_restored() -> None:
+    """Train mode with dropout: the source states are deterministic; the random state and all flags do not change."""
     model = fused("bert", base={"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3})
     assert model.training
     inputs = tiny.batch("bert")
@@ -140,7 +140,7 @@ def test_a_failing_pass_leaves_the_model_usable() -> None:
     torch.testing.assert_close(loss_and_gradients(model, inputs)[0], want)
 
 
-def test_what_is_trained_never_feeds_back_into_the_source() -> None:
+def test_trained_weights_do_not_change_source_states() -> None:
     """Other adapters, another head: the same source states."""
     model = fused("bert")
     inputs = tiny.batch("bert")
@@ -153,7 +153,7 @@ def test_what_is_trained_never_feeds_back_into_the_source() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.encode_source(ids, mask), strict=True))
 
 
-def test_trained_embeddings_stay_out_of_the_source() -> None:
+def test_the_source_does_not_use_trained_embeddings() -> None:
     model = fused("llama", modules_to_save=["embed_tokens"])
     inputs = tiny.batch("llama")
     before = list(model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"]))
@@ -164,7 +164,7 @@ def test_trained_embeddings_stay_out_of_the_source() -> None:
 
 
 @pytest.mark.parametrize("offset", [1, 0])
-def test_encode_source_gives_the_states_the_blocks_read(offset) -> None:
+def test_encode_source_returns_the_states_that_the_blocks_read(offset) -> None:
     inputs = tiny.batch("llama")
     model = fused("llama", source_layer_offset=offset)
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
@@ -180,7 +180,7 @@ def test_encode_source_gives_the_states_the_blocks_read(offset) -> None:
     assert_same_gradients(grads, want_grads, exact=True)
 
 
-def test_a_mask_left_out_means_all_ones() -> None:
+def test_a_missing_mask_means_all_ones() -> None:
     inputs = tiny.batch("bert")
     inputs["source_attention_mask"] = torch.ones_like(inputs["source_input_ids"])
     model = fused("bert").eval()
@@ -200,8 +200,8 @@ def test_token_types_of_a_pair_reach_the_source_pass() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["add", "add_relu", "mul"])
-def test_zeroed_pads(fusion) -> None:
-    """source_padding="zero": where there is no source token, add gives T, add_relu gives relu(T), mul is silent."""
+def test_zero_padding(fusion) -> None:
+    """source_padding="zero": without a source token, add gives T, add_relu gives relu(T), and mul gives 0."""
     inputs = tiny.batch("bert")
     inputs["source_attention_mask"] = torch.zeros_like(inputs["source_attention_mask"])
     inputs["source_attention_mask"][:, 0] = 1  # one token, so that the source pass itself is defined
@@ -225,7 +225,7 @@ def test_zeroed_pads(fusion) -> None:
     assert not torch.allclose(run(fusion=fusion, source_padding="keep")[:, 1:], want[:, 1:])
 
 
-def test_states_are_kept_once_and_only_where_a_gradient_asks() -> None:
+def test_states_are_kept_once_and_only_if_a_gradient_needs_them() -> None:
     inputs = tiny.batch("llama")
     model = fused("llama", base={"dtype": torch.bfloat16})
     seen = []
@@ -261,8 +261,8 @@ def test_autocast_keeps_one_copy_in_the_compute_dtype() -> None:
     assert all(grad.dtype == torch.float32 for grad in grads.values())
 
 
-def test_layers_that_transform_nothing_are_not_waited_for() -> None:
-    """Adapters on the first block only: the source pass ends there."""
+def test_the_pass_ends_with_the_last_required_state() -> None:
+    """With adapters on the first block only, the source pass ends after it."""
     model = fused("llama", layers_to_transform=[0], target_modules=["q_proj", "v_proj"])
     runs = []
     for index, block in enumerate(tiny.block_list(model.get_base_model())):
@@ -271,7 +271,7 @@ def test_layers_that_transform_nothing_are_not_waited_for() -> None:
     assert runs == [0, 0, 1, 2]
 
 
-def test_a_model_that_swallows_keyword_arguments_is_noticed(monkeypatch) -> None:
+def test_a_model_that_drops_keyword_arguments_raises_an_error(monkeypatch) -> None:
     model = fused("llama")
     block = tiny.block_list(model.get_base_model())[1]
     plain = block.self_attn.forward
@@ -298,13 +298,13 @@ def test_a_copy_has_its_own_layers_and_sites() -> None:
     assert runtime_of(twin.get_base_model()) is not runtime_of(model.get_base_model())
     assert THREAD.slot.forward is None and THREAD.slot.context is None and THREAD.slot.pending is None
     assert all(isinstance(layer, nn.Module) for layer in runtime_of(twin.get_base_model()).layers)
-    own = {id(m) for m in twin.modules()}
-    assert all(id(layer) in own for layer in runtime_of(twin.get_base_model()).layers)
+    modules_of_twin = {id(m) for m in twin.modules()}
+    assert all(id(layer) in modules_of_twin for layer in runtime_of(twin.get_base_model()).layers)
     sites = {layer.__dict__["_flare_site"] for layer in runtime_of(twin.get_base_model()).layers}
-    assert len(sites) == tiny.LAYERS and all(id(site.parent) in own for site in sites)
+    assert len(sites) == tiny.LAYERS and all(id(site.parent) in modules_of_twin for site in sites)
 
 
-def test_a_hook_on_the_frozen_layer_keeps_what_it_saw() -> None:
+def test_outputs_seen_by_a_hook_on_the_frozen_layer_do_not_change() -> None:
     model = fused("llama").eval()
     layer = tiny.block_list(model.get_base_model())[0].self_attn.q_proj
     seen = []
@@ -313,7 +313,7 @@ def test_a_hook_on_the_frozen_layer_keeps_what_it_saw() -> None:
     assert seen and all(torch.equal(kept, copied) for kept, copied in seen)
 
 
-def test_a_source_at_a_cached_step_is_refused() -> None:
+def test_a_source_next_to_a_filled_kv_cache_is_refused() -> None:
     model = fused("llama").eval()
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
@@ -324,7 +324,7 @@ def test_a_source_at_a_cached_step_is_refused() -> None:
     model(**step)
 
 
-def test_a_module_exchanged_later_has_its_dropout_off_too() -> None:
+def test_dropout_of_a_replaced_module_is_off_too() -> None:
     model = fused("bert")
     inputs = tiny.batch("bert")
     ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]
@@ -346,7 +346,7 @@ def test_states_encoded_in_inference_mode_can_be_trained_on() -> None:
     assert_same_gradients(got, want, exact=True)
 
 
-def test_zeroed_pads_are_zero_whatever_stood_there() -> None:
+def test_zeroed_padding_replaces_nan_and_inf() -> None:
     from flare.source.source_pass import zero_pads
 
     hidden = torch.tensor([[[1.0, float("nan")], [float("inf"), 2.0], [3.0, 4.0]]])

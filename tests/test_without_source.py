@@ -1,4 +1,4 @@
-"""A fusing adapter called without a source is plain LoRA, and says so once in training and once in predicting."""
+"""A fusing adapter without a source is plain LoRA; it warns once in training and once in prediction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text(family: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_predicting_without_a_source_is_said_once(family, grad) -> None:
+def test_predicting_without_a_source_warns_once(family, grad) -> None:
     model = fused(family).eval()
     with torch.set_grad_enabled(grad):
         with pytest.warns(UserWarning, match=MESSAGE) as seen:
@@ -31,7 +31,7 @@ def test_predicting_without_a_source_is_said_once(family, grad) -> None:
             model(**text(family))
 
 
-def test_a_loaded_adapter_says_it_of_its_own(tmp_path) -> None:
+def test_a_loaded_adapter_warns_too(tmp_path) -> None:
     fused("llama").save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     with pytest.warns(UserWarning, match=MESSAGE):
@@ -40,7 +40,7 @@ def test_a_loaded_adapter_says_it_of_its_own(tmp_path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mt5"])
 def test_generating_without_a_source(family) -> None:
-    """And quiet with one: of an encoder-decoder also where the decoder has none, as it then had none in training."""
+    """There is no warning with a source, also if only the decoder of an encoder-decoder has none."""
     model, inputs = fused(family).eval(), tiny.batch(family)
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     with silence():
@@ -52,7 +52,7 @@ def test_generating_without_a_source(family) -> None:
         model.generate(**plain, max_new_tokens=2)
 
 
-def test_quiet_where_it_is_meant() -> None:
+def test_no_warning_if_the_missing_source_is_intended() -> None:
     model = fused("llama").eval()
     with silence():
         model(**tiny.batch("llama"))
@@ -66,7 +66,7 @@ def test_quiet_where_it_is_meant() -> None:
         model.eval()(**text("llama"))
 
 
-def test_a_compiled_model_says_it_and_stays_one_graph() -> None:
+def test_a_compiled_model_warns_without_a_graph_break() -> None:
     torch._dynamo.reset()
     model = fused("llama").eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

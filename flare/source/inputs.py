@@ -226,8 +226,7 @@ def read_source(
     decoder = [name for name in DECODER_ARGUMENTS if name in source]
     if decoder and not runtime.map.decoders:
         raise ValueError(
-            f"{decoder[0]} is for an encoder-decoder's decoder, and {type(model).__name__} is not an encoder-decoder; "
-            "leave it out"
+            f"{decoder[0]}: {type(model).__name__} is not an encoder-decoder, so no decoder reads it; leave it out"
         )
     if torch.compiler.is_exporting() and runtime.map.decoders and not decoder:
         raise ValueError(
@@ -262,14 +261,14 @@ def read_source(
     # If modules must be called, each layer calls its lora_A on the state. A graph does that anyway.
     compiles, plain = torch.compiler.is_compiling(), slot.plain
     by_modules = plain or (not compiles and needs_grad(weights) and reads.have_hooks())
-    states: Any  # a reader
+    reader: Any
     states_given = "source_states" in source
     if states_given:
-        given = source["source_states"]
-        check_states(given, source, target, runtime.setting("source_layer_offset", adapters), weights[0].shape[1])
-        if given.attention_mask is not None:
-            masks = dict.fromkeys(runtime.map.stacks, given.attention_mask)
-        states = read_from_states(given, reads.keys)
+        states = source["source_states"]
+        check_states(states, source, target, runtime.setting("source_layer_offset", adapters), weights[0].shape[1])
+        if states.attention_mask is not None:
+            masks = dict.fromkeys(runtime.map.stacks, states.attention_mask)
+        reader = read_from_states(states, reads.keys)
     else:
         inputs = backbone_inputs(model, source, target)
         if "attention_mask" in inputs:
@@ -280,14 +279,14 @@ def read_source(
         if zero_padding and not by_modules:
             inputs = without_trailing_pads(inputs)
         dropout = runtime.setting("source_dropout", adapters)
-        states = read_from_model(model, inputs, reads.keys, dropout=dropout)
+        reader = read_from_model(model, inputs, reads.keys, dropout=dropout)
     prepare = Preparation.under_autocast(device, masks if zero_padding else {})
     if by_modules and prepare.tokens:
         prepare = Preparation(prepare.dtype, masks=masks)
     cached = source_cache is not None and not states_given
     if cached:
         check_cacheable(runtime, adapters)
-        states = source_cache.reader(
+        reader = source_cache.reader(
             model,
             inputs,
             reads.keys,
@@ -297,24 +296,24 @@ def read_source(
             zero_pads=zero_padding,
         )
     if compiles or plain:
-        return context_from_states(states, prepare, reads.by_key)
+        return context_from_states(reader, prepare, reads.by_key)
     if not needs_grad(weights):
-        return _projected(model, runtime, reads, states, prepare, None)
+        return _projected(model, runtime, reads, reader, prepare, None)
     if by_modules:
         _warn_states_kept(runtime, reads)
-        return context_from_states(states, prepare, reads.by_key)
+        return context_from_states(reader, prepare, reads.by_key)
     layers_project = not (prepare.tokens or reads.mixes_positions)
     if not (layers_project and (states_given or runtime.setting("source_memory", adapters) == "keep")):
-        memory = memory_of_pass(model, runtime, reads, source, states, prepare)
+        memory = memory_of_pass(model, runtime, reads, source, reader, prepare)
         if not (layers_project and isinstance(memory, Keep)):
-            return _projected(model, runtime, reads, states, prepare, memory)
+            return _projected(model, runtime, reads, reader, prepare, memory)
     A = weights[0]
     if A.__class__ is not nn.Parameter or A.ndim != 2 or 0 in A.shape:
         check_gatherable(A)
-    cached_states = states.warm() if cached else None
+    cached_states = reader.warm() if cached else None
     if cached_states is not None:  # prepared before they were stored
         return context_from_states(cached_states, Preparation(prepare.dtype), reads.by_key)
-    return context_from_states(states, prepare, reads.by_key)
+    return context_from_states(reader, prepare, reads.by_key)
 
 
 def _warn_states_kept(runtime: Runtime, reads: Reads) -> None:

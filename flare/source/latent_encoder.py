@@ -148,10 +148,10 @@ class LatentEncoder:
         if not writes_tag:
             return
         try:
-            known = self.tokenizer.unk_token_id not in self._tokens([""])["input_ids"][0].tolist()
+            is_known = self.tokenizer.unk_token_id not in self._tokens([""])["input_ids"][0].tolist()
         except KeyError:
-            known = False
-        if not known:
+            is_known = False
+        if not is_known:
             raise ValueError(
                 f"language={self.language!r}: {name} has no such tag; tags look like 'ace_Latn' (NLLB) or 'id' (M2M100)"
             )

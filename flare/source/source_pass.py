@@ -195,10 +195,10 @@ def module_switches(model: nn.Module) -> ModuleSwitches:
     """Return the switches of a model, which are cached on the model."""
     if torch.compiler.is_compiling():
         return ModuleSwitches(model, 0)
-    known: ModuleSwitches | None = model.__dict__.get(_SWITCHES)
-    if known is None or not known.is_current():
-        known = model.__dict__[_SWITCHES] = ModuleSwitches(model, registrations.count)
-    return known
+    switches: ModuleSwitches | None = model.__dict__.get(_SWITCHES)
+    if switches is None or not switches.is_current():
+        switches = model.__dict__[_SWITCHES] = ModuleSwitches(model, registrations.count)
+    return switches
 
 
 # --- reading the states -----------------------------------------------------------------------------------------------
@@ -382,10 +382,10 @@ class Preparation:
             return cls(dtype)
         if any(mask.device.type != "cpu" for mask in masks.values()):
             return cls(dtype, masks=masks)
-        made = {
+        by_mask = {
             id(mask): TokenPositions.of(mask) for mask in masks.values()
         }  # stacks that read one text share its mask
-        return cls(dtype, {stack: made[id(mask)] for stack, mask in masks.items()})
+        return cls(dtype, {stack: by_mask[id(mask)] for stack, mask in masks.items()})
 
 
 # --- states on the device ---------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def checksum(data: Tensor) -> bytes:
 
 
 def _mixed(words: Tensor, weights: Tensor) -> Tensor:
-    """Multiply, fold, multiply. This is invertible for each word, and the effect of a bit depends on the word's position.
+    """Multiply, fold, multiply. It is invertible per word, and the effect of a bit depends on the word's position.
 
     Without the fold, a flip of bit 63 would add 2^63 for every weight, and two such flips would cancel.
     """

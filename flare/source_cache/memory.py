@@ -135,15 +135,15 @@ def _machine_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _group_bytes(root: Path, own: Path) -> list[int]:
+def _group_bytes(root: Path, group_file: Path) -> list[int]:
     """Return the free bytes of each control group (version 2) of the process; reclaimable file pages count as free.
 
     Args:
         root: mount point of the groups.
-        own: the file that names the process's group.
+        group_file: the file that names the process's group.
     """
     try:
-        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+        name = next(line[3:] for line in group_file.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         return []
     free = []

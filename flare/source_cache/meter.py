@@ -86,7 +86,10 @@ class Meter:
             self._storing += time.perf_counter() - begin
 
     def seconds_saved(self) -> float | None:
-        """Return the estimated time to compute all rows minus the measured time; None if no pass computed all its rows."""
+        """Return the estimated time to compute all rows minus the measured time.
+
+        None if no pass computed all its rows, so the time of a row is unknown.
+        """
         self._settle(wait=True)
         seconds, rows = self._computed
         if not rows:

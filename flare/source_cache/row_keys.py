@@ -1,9 +1,9 @@
-"""What one row of a batch is called, and which of its positions are stored.
+"""Keys of a batch's rows, and which of their positions are stored.
 
-With source_padding="keep" a row is everything the frozen model is given for it: ids, mask and token types over the
-whole padded width. With "zero" no adapter reads pads, and tokens do not attend to them: what counts are the positions
-from the first that matters to the last token. That is the first token where positions count relatively to each other
-(rotary embeddings, T5's bias), else position 0, as a learned position embedding tells one place from another.
+With source_padding="keep" a row's key covers all inputs of the frozen model: ids, mask and token types over the padded
+width. With "zero" no adapter reads padding, and tokens do not attend to it, so the key ends at the last token. It
+starts at the first token if the model's positions are relative (rotary embeddings, T5's bias). Otherwise it starts at
+position 0, because learned position embeddings depend on the absolute position.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..source.states import StateKey
 
 _ABSOLUTE = ("position_embedding", "embed_position", "wpe")
 _RELATIVE = ("rotary_emb", "relative_attention_bias")
-#: Rotary frequencies that do not depend on the width of the batch.
+#: Kinds of rotary frequencies that do not depend on the width of the batch.
 _STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its name, and per stack the positions (in this batch) that are stored, and how many these are."""
+    """One row: its key, and per stack the positions (in this batch) that are stored, and their number."""
 
     key: str
     positions: dict[str, slice | Tensor]
@@ -48,11 +48,16 @@ class TextColumns:
 
 @dataclass(frozen=True)
 class Plan:
-    """The states that a reading wants, all that depends on them alone.
+    """The required states, and everything that depends on them alone.
 
-    keys: in the order of an entry. visited: in the model's order. stacks: how many states each has, in the order of an
-    entry. of_text, of_decoder: the stacks by the text that they read. places: the keys as text. device: where the model
-    makes the states; None where these are several.
+    Attributes:
+        keys: the states in the order of an entry.
+        visited: the states in the order in which the model computes them.
+        stacks: stack -> its number of states, in the order of an entry.
+        of_text: the stacks that read the source text.
+        of_decoder: the stacks that read ``decoder_input_ids``.
+        places: the states' names as one string.
+        device: device on which the model computes the states, or None if there are several.
     """
 
     keys: tuple[StateKey, ...]
@@ -64,9 +69,9 @@ class Plan:
     device: torch.device | None
 
     @classmethod
-    def of(cls, wanted: Iterable[StateKey], decoders: Collection[str], model: nn.Module) -> Plan:
-        """Return the plan of the states of a model, given which stacks read ``decoder_input_ids``."""
-        keys = tuple(sorted(wanted))
+    def of(cls, required: Iterable[StateKey], decoders: Collection[str], model: nn.Module) -> Plan:
+        """Return the plan of a model's states; ``decoders``: the stacks that read ``decoder_input_ids``."""
+        keys = tuple(sorted(required))
         stacks = Counter(key.stack for key in keys)
         devices = {device_of(model, key) for key in keys}
         return cls(
@@ -82,15 +87,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of texts whose states are wanted.
+    """A batch of texts whose states are required.
 
-    rows: one for each text. widths: stack -> positions of its states. streams, context: what the names are made of.
+    Attributes:
+        plan: the required states.
+        rows: one for each text.
+        widths: stack -> padded width of its states.
+        texts: the columns that the keys are computed from.
+        context: everything else that the keys depend on.
     """
 
     plan: Plan
     rows: list[Row]
     widths: dict[str, int]
-    streams: list[TextColumns]
+    texts: list[TextColumns]
     context: str
 
     @classmethod
@@ -104,51 +114,51 @@ class Batch:
         dtype: torch.dtype | None,
         width_counts: bool,
     ) -> Batch:
-        """Name the rows of a batch. Waits for the device where a column is on one: see :func:`on_host`.
+        """Return a batch with its rows' keys. This waits for the device if a column is on it; see :func:`on_host`.
 
         Args:
-            plan: the wanted states.
-            columns: ``input_ids`` (B, m), and where there are any ``attention_mask`` and ``token_type_ids`` of the same
-                shape; for decoder stacks ``decoder_input_ids`` (B, u) and ``decoder_attention_mask``.
+            plan: the required states.
+            columns: ``input_ids`` (B, m), optionally ``attention_mask`` and ``token_type_ids`` of the same shape; for
+                decoder stacks also ``decoder_input_ids`` (B, u) and ``decoder_attention_mask``.
             relative: see :func:`counts_relatively`.
-            zero_pads: whether pads are neither read nor stored.
-            dtype: autocast's, or None.
+            zero_pads: whether padding is neither read nor stored.
+            dtype: autocast's dtype, or None.
             width_counts: see :func:`needs_width`.
         """
         columns = on_host(columns)
         ids = columns["input_ids"]
         types = [columns["token_type_ids"]] if "token_type_ids" in columns else []
-        streams = [_stream([ids, *types], columns.get("attention_mask"), plan.of_text, relative)]
+        texts = [_text_columns([ids, *types], columns.get("attention_mask"), plan.of_text, relative)]
         widths = dict.fromkeys(plan.of_text, ids.shape[1])
         if plan.of_decoder:
             ids = columns["decoder_input_ids"]
-            streams.append(_stream([ids], columns.get("decoder_attention_mask"), plan.of_decoder, False))
+            texts.append(_text_columns([ids], columns.get("decoder_attention_mask"), plan.of_decoder, False))
             widths |= dict.fromkeys(plan.of_decoder, ids.shape[1])
         width = columns["input_ids"].shape[1] if width_counts else None
         context = f"{plan.places} | {'zero' if zero_pads else 'keep'} | {dtype} | {width} | "
-        return cls(plan, name_rows(streams, context, zero_pads), widths, streams, context)
+        return cls(plan, make_rows(texts, context, zero_pads), widths, texts, context)
 
     def content(self, index: int) -> str:
-        """Return a name of a row's tokens alone, which does not depend on how they are padded."""
-        name = hashlib.blake2b(self.context.encode(), digest_size=16)
-        for stream in self.streams:
-            tokens = stream.mask[index].nonzero()[0]
-            name.update(_bytes(stream, index, *((tokens[0], tokens[-1] + 1) if len(tokens) else (0, 0))))
-        return name.hexdigest()
+        """Return a hash of a row's tokens that does not depend on the padding."""
+        digest = hashlib.blake2b(self.context.encode(), digest_size=16)
+        for text in self.texts:
+            tokens = text.mask[index].nonzero()[0]
+            digest.update(_bytes(text, index, *((tokens[0], tokens[-1] + 1) if len(tokens) else (0, 0))))
+        return digest.hexdigest()
 
     def counts(self, row: Row) -> dict[StateKey, int]:
-        """Return how many positions of each state a row stores."""
+        """Return the number of positions that a row stores of each state."""
         return {key: row.lengths[key.stack] for key in self.plan.keys}
 
     def size(self, row: Row) -> int:
-        """Return how many positions of all states together a row stores."""
+        """Return the number of positions that a row stores of all states together."""
         return sum(count * row.lengths[stack] for stack, count in self.plan.stacks.items())
 
 
 def on_host(columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return integer columns on the CPU: those that are there as they are, the others by one copy and one wait.
+    """Return integer columns on the CPU. Columns on a GPU are moved with one copy, for which the host waits.
 
-    The copy is queued behind what the device has been given so far, so the host waits for that. A caller that has the
+    The copy is queued after all work that was launched before, so the host waits for that too. A caller that has the
     columns on the host (``SourceStateCache.lookup``, or ``reader(..., host=)``) does not wait.
     """
     moving = {name: column for name, column in columns.items() if column.device.type == "cuda"}
@@ -163,14 +173,14 @@ def on_host(columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {**columns, **{name: part.view(moving[name].shape) for name, part in zip(moving, parts, strict=True)}}
 
 
-def _stream(columns: list[Tensor], mask: Tensor | None, stacks: tuple[str, ...], relative: bool) -> TextColumns:
+def _text_columns(columns: list[Tensor], mask: Tensor | None, stacks: tuple[str, ...], relative: bool) -> TextColumns:
     arrays = tuple(column.detach().long().numpy() for column in columns)
-    seen = np.ones(arrays[0].shape, dtype=bool) if mask is None else (mask.detach() != 0).numpy()
-    return TextColumns(arrays, seen, stacks, relative)
+    is_token = np.ones(arrays[0].shape, dtype=bool) if mask is None else (mask.detach() != 0).numpy()
+    return TextColumns(arrays, is_token, stacks, relative)
 
 
 def device_of(model: nn.Module, key: StateKey) -> torch.device:
-    """Return where the model makes a state."""
+    """Return the device on which the model computes a state."""
     blocks = model.get_submodule(key.stack)
     return next(blocks[max(key.position - 1, 0)].parameters()).device  # type: ignore[index]
 
@@ -182,7 +192,7 @@ def accepts_types(model: nn.Module) -> bool:
 
 
 def counts_relatively(model: nn.Module) -> bool:
-    """Whether moving a text along the positions leaves its hidden states as they are, up to rounding."""
+    """Return whether shifting a text along the positions does not change its hidden states, up to rounding."""
     backbone: Any = getattr(model, "base_model", model)
     parts = {path.rpartition(".")[2] for path, _ in backbone.named_modules()}
     if any(mark in part for part in parts for mark in _ABSOLUTE) or _in_chunks(getattr(model, "config", None)):
@@ -191,13 +201,13 @@ def counts_relatively(model: nn.Module) -> bool:
 
 
 def _in_chunks(config: Any) -> bool:
-    """Whether attention stops at places that are counted from the first position."""
+    """Return whether attention has chunks whose boundaries depend on absolute positions."""
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     return any(getattr(text, name, None) for name in ("attention_chunk_size", "encoder_attention_type"))
 
 
 def needs_width(model: nn.Module) -> bool:
-    """Whether hidden states depend on the width of the batch even without pads: rotary frequencies that follow it."""
+    """Return whether hidden states depend on the batch's width, because rotary frequencies do."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     rope: Any = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -205,44 +215,44 @@ def needs_width(model: nn.Module) -> bool:
     return any(kind.get("rope_type", "default") not in _STEADY_ROPE for kind in kinds)
 
 
-def name_rows(streams: list[TextColumns], context: str, zero_pads: bool) -> list[Row]:
+def make_rows(texts: list[TextColumns], context: str, zero_pads: bool) -> list[Row]:
     """Return a Row for every row of a batch.
 
     Args:
-        streams: the texts that the wanted states depend on.
-        context: whatever else they depend on (states, compute dtype, padding), but for the base model.
-        zero_pads: whether pads are neither read nor stored.
+        texts: the texts that the required states depend on.
+        context: everything else that they depend on (states, compute dtype, padding), except the base model.
+        zero_pads: whether padding is neither read nor stored.
     """
-    begin = hashlib.blake2b(context.encode(), digest_size=16)
-    bounds = [_bounds(stream.mask) for stream in streams]
+    prefix = hashlib.blake2b(context.encode(), digest_size=16)
+    bounds = [_bounds(text.mask) for text in texts]
     rows = []
-    for index in range(len(streams[0].mask)):
-        key = begin.copy()
+    for index in range(len(texts[0].mask)):
+        key = prefix.copy()
         positions: dict[str, slice | Tensor] = {}
         lengths: dict[str, int] = {}
-        for stream, (firsts, ends, counts) in zip(streams, bounds, strict=True):
-            first, end, stored = 0, stream.mask.shape[1], stream.mask.shape[1]
+        for text, (firsts, ends, counts) in zip(texts, bounds, strict=True):
+            first, end, stored = 0, text.mask.shape[1], text.mask.shape[1]
             if zero_pads:
                 first, end, stored = firsts[index], ends[index], counts[index]
-            key.update(_bytes(stream, index, first if stream.relative else 0, end))
+            key.update(_bytes(text, index, first if text.relative else 0, end))
             where: slice | Tensor = slice(first, end)
             if stored != end - first:
-                where = torch.from_numpy(stream.mask[index].nonzero()[0])
-            for stack in stream.stacks:
+                where = torch.from_numpy(text.mask[index].nonzero()[0])
+            for stack in text.stacks:
                 positions[stack], lengths[stack] = where, stored
         rows.append(Row(key.hexdigest(), positions, lengths))
     return rows
 
 
 def _bounds(mask: np.ndarray) -> tuple[list[int], list[int], list[int]]:
-    """The first token of each row, the position after its last, and its number of tokens; zeros where it has none."""
+    """Return each row's first token, the position after its last token, and its number of tokens; 0 for empty rows."""
     counts = mask.sum(1)
-    some = counts > 0
+    has_tokens = counts > 0
     ends = mask.shape[1] - mask[:, ::-1].argmax(1)
-    return (mask.argmax(1) * some).tolist(), (ends * some).tolist(), counts.tolist()
+    return (mask.argmax(1) * has_tokens).tolist(), (ends * has_tokens).tolist(), counts.tolist()
 
 
-def _bytes(stream: TextColumns, index: int, first: int, end: int) -> bytes:
-    """The columns and the mask of a span; its length first, so that no two rows can read alike."""
-    parts = [column[index, first:end].tobytes() for column in (*stream.columns, stream.mask)]
-    return f"{len(stream.columns)} {end - first} ".encode() + b"".join(parts)
+def _bytes(text: TextColumns, index: int, first: int, end: int) -> bytes:
+    """Return the columns and the mask of a span, after its length, so that different rows give different bytes."""
+    parts = [column[index, first:end].tobytes() for column in (*text.columns, text.mask)]
+    return f"{len(text.columns)} {end - first} ".encode() + b"".join(parts)

@@ -1,9 +1,15 @@
-"""The tier on disk: safetensors files that are published whole (written aside, synced, renamed) or not at all.
+"""The disk tier: safetensors files that are published atomically (written to a temporary file, synced, renamed).
 
-A shard is an ordinary safetensors file: a JSON header, then the entries' bytes. Its metadata name the base model and
-hold, per entry, dtype, width and a digest of its name and bytes. Every process writes shards of its own and reads
-those of all; nothing is ever changed or removed that this module did not write and no process is still writing.
-Opening checks the header against the file's size; each reading checks the file's size and the entry's digest.
+A shard is an ordinary safetensors file. Its metadata have the fingerprint of the base model and, per entry, dtype,
+width, bytes and a digest of key and bytes. Every process writes its own shards and reads those of all processes. A
+published file is never changed or removed, and an unfinished file is removed only if its process is gone.
+
+Opening a shard checks the header against the file's size (``safetensors.safe_open``). Every read checks the file's
+size and the entry's digest. Two things do not use the package:
+
+- Reading a row. ``get_tensor`` takes about ten times as long per row as a view of a memory map, and a file that is
+  truncated while it is mapped would kill the process.
+- Writing. ``save_file`` may write to a new file and rename it, so the lock of an unfinished file would be lost.
 """
 
 from __future__ import annotations
@@ -16,38 +22,38 @@ import mmap
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checksum import checksum
 from .entries import Entry, aligned
 
 _FORMATS = "flare-source-states-"
-#: The number changes with the layout, the checksum and the fingerprint: rows of another format are never read.
+#: The number changes with the layout, the checksum and the fingerprint. Rows of another format are never read.
 FORMAT = f"{_FORMATS}2"
 PREFIX, SUFFIX, UNFINISHED = "source-states-", ".safetensors", ".unfinished"
-#: Bytes of header that an entry is reckoned to take.
+#: Estimated bytes of the header per entry.
 HEADER = 384
-_LONGEST_HEADER = 1 << 28
 _SHARD = 256 << 20
-#: Files kept mapped (and open) at a time.
+#: Number of files that stay mapped (and open).
 _MAPPED = 64
-#: Seconds after which an unfinished file that nobody has locked is taken for abandoned.
+#: Seconds after which an unfinished file without a lock is considered abandoned.
 _ABANDONED = 60
 
 
 class Unreadable(Exception):
-    """A file that is no intact shard of this cache; the text says why."""
+    """A file is not an intact shard of this cache; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where an entry stands in a shard (bytes from its beginning), and what it must be."""
+    """Location of an entry in a shard (bytes from the file's start), and its dtype, width and digest."""
 
     start: int
     nbytes: int
@@ -57,10 +63,10 @@ class Record:
 
 
 class Shard:
-    """A published file; mapped into memory while it is read.
+    """A published file, which is memory-mapped while it is read.
 
     Raises:
-        Unreadable: anything but an intact shard of this base model.
+        Unreadable: the file is not an intact shard of this base model.
     """
 
     def __init__(self, path: Path, base: str) -> None:
@@ -68,51 +74,40 @@ class Shard:
         self.records: dict[str, Record] = {}
         self.reported = False
         self._map: mmap.mmap | None = None
-        with path.open("rb") as file:
-            self.nbytes = os.fstat(file.fileno()).st_size
-            try:
-                self._read(*self._header(file), base)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise Unreadable(f"damaged header ({type(error).__name__}: {error})") from error
+        self.nbytes = path.stat().st_size
+        try:
+            with safe_open(path, "numpy") as file:
+                self._read_header(file.metadata() or {}, file.offset_keys(), base)
+        except (SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise Unreadable(f"damaged, or not a safetensors file ({type(error).__name__}: {error})") from error
 
-    def _header(self, file: BinaryIO) -> tuple[dict[str, Any], int]:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or length > _LONGEST_HEADER or 8 + length > self.nbytes:
-            raise Unreadable("truncated, or no safetensors file")
-        header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise Unreadable("no safetensors file")
-        return header, 8 + length
-
-    def _read(self, header: dict[str, Any], start: int, base: str) -> None:
-        about = header.pop("__metadata__", None) or {}
+    def _read_header(self, about: Mapping[str, str], keys: Sequence[str], base: str) -> None:
+        """Fill the records from the file's metadata and its keys in the order of the data."""
         written = about.get("format")
         if written != FORMAT:
             if not str(written).startswith(_FORMATS):
                 raise Unreadable("not written by a SourceStateCache")
             raise Unreadable(
                 f"written in format {written} by another version, which checks rows differently (this version reads "
-                f"{FORMAT}); its rows are computed again, and nothing here needs the file any more"
+                f"{FORMAT}); its rows are computed again, and this version does not need the file"
             )
         if about.get("base") != base:
             raise Unreadable("of another base model")
-        for key, place in header.items():
+        start = self.nbytes - sum(aligned(int(about[key].split()[2])) for key in keys)
+        for key in keys:
             dtype, width, nbytes, digest = about[key].split()
-            begin, end = (start + int(offset) for offset in place["data_offsets"])
-            if end > self.nbytes:
-                raise Unreadable("truncated")
-            if not start <= begin <= begin + int(nbytes) <= end:
+            if start < 0 or int(nbytes) < 0:
                 raise Unreadable("damaged header")
-            self.records[key] = Record(begin, int(nbytes), _dtype(dtype), int(width), digest)
+            self.records[key] = Record(start, int(nbytes), _dtype(dtype), int(width), digest)
+            start += aligned(int(nbytes))
 
     def entry(self, key: str) -> Entry:
-        """An entry, checked now. Raises Unreadable where its bytes are not those that were written."""
+        """Read an entry and check it; raise Unreadable if its bytes are not those that were written."""
         record = self.records[key]
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if self._map.size() < self.nbytes:  # to read a mapped page that is gone would end the process
+        if self._map.size() < self.nbytes:  # reading a mapped page past the file's end kills the process
             raise Unreadable("truncated")
         data = torch.empty(0, dtype=torch.uint8)
         if record.nbytes:
@@ -122,17 +117,17 @@ class Shard:
         return Entry(data, record.dtype, record.width)
 
     def unmap(self) -> None:
-        """Let go of the mapping; it ends with the last tensor that looks into it."""
+        """Drop the memory map. It is closed with the last tensor that uses it."""
         self._map = None
 
 
 class DiskTier:
-    """Rows in the shards of a directory; what is not published yet waits in memory.
+    """Rows in the shards of a directory. Rows that are not published yet are in memory.
 
     Args:
-        directory: made where it is missing.
-        budget: bytes of all shards of this base model in the directory, other processes' included.
-        say: tells the user one thing.
+        directory: folder of the shards.
+        budget: bytes of all shards of this base model in the directory, including those of other processes.
+        warn_once: warns the user, once per message.
     """
 
     name = "disk"
@@ -140,8 +135,8 @@ class DiskTier:
     def __init__(self, directory: Path, budget: int, warn_once: Callable[[str], None]) -> None:
         self.directory = directory
         self.budget = budget
-        self.full: str | None = None  # why nothing more is taken, where that is not the budget
-        self._failed = False  # whether writing has
+        self.full: str | None = None  # why no more rows are stored, if the budget is not the reason
+        self._failed = False  # whether writing has failed
         self._warn_once = warn_once
         self._base = ""
         self._looked_at: set[str] = set()
@@ -154,11 +149,11 @@ class DiskTier:
 
     @property
     def used(self) -> int:
-        """Bytes of the published shards and of what waits."""
+        """Bytes of the published shards and of the rows in memory."""
         return self._published_bytes + self._waiting_bytes + self._reserved_bytes
 
     def open(self, base: str) -> None:
-        """Read what is published for a base model."""
+        """Open the published shards of a base model."""
         self._base = base
         self._looked_at.clear()
         self._holders.clear()
@@ -168,7 +163,7 @@ class DiskTier:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what other processes have published since; report every file that is not usable, once."""
+        """Open shards that other processes have published since; report each unusable file once."""
         try:
             names = sorted(entry.name for entry in os.scandir(self.directory) if entry.is_file())
         except OSError as error:
@@ -188,11 +183,11 @@ class DiskTier:
             self._warn_once(f"not used, and left alone in {self.directory}: {', '.join(files[:3])}{more}: {why}")
 
     def contains(self, key: str) -> bool:
-        """Whether there is an entry of a key, intact or not: nothing is read."""
+        """Return whether a key has an entry, without reading or checking it."""
         return key in self._waiting or key in self._holders
 
     def find(self, key: str) -> Entry | None:
-        """The entry of a key, intact; one that is not is forgotten, its file reported once."""
+        """Return the intact entry of a key, or None. Damaged entries are dropped, and their file is reported once."""
         if key in self._waiting:
             return self._waiting[key]
         holders = self._holders.get(key, [])
@@ -204,7 +199,7 @@ class DiskTier:
                 holders.pop(0)
                 if not shard.reported:
                     shard.reported = True
-                    self._warn_once(f"{shard.path}: {error}; rows of it that cannot be read are computed anew")
+                    self._warn_once(f"{shard.path}: {error}; its rows that cannot be read are computed again")
                 continue
             self._mapped.pop(shard, None)
             self._mapped[shard] = None
@@ -217,32 +212,32 @@ class DiskTier:
         return None
 
     def reserve(self, nbytes: int, device: torch.device, left: int) -> Tensor | None:
-        """Room in memory for an entry that is to be written: uint8, flat; None where the budget is spent."""
+        """Reserve memory for an entry to be written: uint8 of one dimension, or None if the budget is spent."""
         size = aligned(nbytes) + HEADER
         if self.full is not None or size > min(left, self.budget - self.used):
             return None
         try:
-            room = _host_buffer(nbytes, device)
-        except RuntimeError:  # of pinned memory there is little; what waits is written, and gives its own back
+            buffer = _host_buffer(nbytes, device)
+        except RuntimeError:  # pinned memory is scarce: write the waiting rows, which releases theirs
             self.flush()
             try:
-                room = _host_buffer(nbytes, device)
+                buffer = _host_buffer(nbytes, device)
             except RuntimeError as error:
                 self.full = self.full or str(error).splitlines()[0]
                 self._warn_once(
-                    f"no memory to write to {self.directory} from ({self.full}); what is there is read, the rest is "
+                    f"no memory to write to {self.directory} from ({self.full}); stored rows are read, the others are "
                     "computed in every epoch"
                 )
                 return None
         self._reserved_bytes += size
-        return room
+        return buffer
 
-    def release(self, room: Tensor) -> None:
-        """Room that was reserved and not used."""
-        self._reserved_bytes -= aligned(room.numel()) + HEADER
+    def release(self, buffer: Tensor) -> None:
+        """Release reserved memory that was not used."""
+        self._reserved_bytes -= aligned(buffer.numel()) + HEADER
 
     def put(self, key: str, entry: Entry) -> None:
-        """Keep an entry until enough wait to be published."""
+        """Store an entry in memory; publish the waiting entries when there are enough of them."""
         self.release(entry.data)
         self._waiting[key] = entry
         self._waiting_bytes += aligned(entry.data.numel()) + HEADER
@@ -251,29 +246,29 @@ class DiskTier:
 
     @property
     def count(self) -> int:
-        """Rows published or waiting."""
+        """Number of rows, published or waiting."""
         return len(self._holders) + len(self._waiting)
 
     def flush(self) -> None:
-        """Publish what waits. A failure is told once; from then on the tier only reads."""
-        if self._failed:  # rows whose room was taken before
+        """Publish the waiting rows. After a failure, which is reported once, the tier only reads."""
+        if self._failed:  # rows whose memory was reserved before the failure
             self._waiting, self._waiting_bytes = {}, 0
         if not self._waiting:
             return
         path = self.directory / f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
-        aside = path.with_suffix(UNFINISHED)
+        unfinished = path.with_suffix(UNFINISHED)
         waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
         try:
-            _write(path, aside, waiting, self._base)
+            _write(path, unfinished, waiting, self._base)
             self._looked_at.add(path.name)
             self._take(Shard(path, self._base))
         except (OSError, Unreadable) as error:
             self.full, self._failed = str(error), True
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
             self._warn_once(
-                f"{self.directory} takes no more source states ({error}); what is there is read, the rest is computed "
-                "in every epoch"
+                f"{self.directory} takes no more source states ({error}); stored rows are read, the others are "
+                "computed in every epoch"
             )
             return
         self.refresh()
@@ -284,9 +279,9 @@ class DiskTier:
             self._holders.setdefault(key, []).append(shard)
 
     def _remove_unfinished(self) -> None:
-        """What processes that are gone have left half written: their lock is gone with them."""
+        """Remove unfinished files of dead processes, whose locks are gone."""
         for path in self.directory.glob(f"{PREFIX}*{UNFINISHED}"):
-            if not path.is_file():  # to open a FIFO would wait for its writer
+            if not path.is_file():  # opening a FIFO would wait for its writer
                 continue
             with contextlib.suppress(OSError), path.open("rb") as file:
                 if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
@@ -295,20 +290,20 @@ class DiskTier:
 
 
 def _host_buffer(nbytes: int, device: torch.device) -> Tensor:
-    """Host memory that states on the device can be copied into."""
+    """Allocate host memory for an entry, pinned if the device is a GPU."""
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 def digest_of(key: str, data: Tensor, dtype: torch.dtype, width: int) -> str:
-    """32 hexadecimal digits for an entry: its name, how it is read, and its bytes."""
-    found = hashlib.blake2b(f"{key} {_name(dtype)} {width} {data.numel()} ".encode(), digest_size=16)
-    found.update(checksum(data))
-    return found.hexdigest()
+    """Return 32 hexadecimal digits for an entry: its key, dtype, width and bytes."""
+    digest = hashlib.blake2b(f"{key} {_name(dtype)} {width} {data.numel()} ".encode(), digest_size=16)
+    digest.update(checksum(data))
+    return digest.hexdigest()
 
 
-def _write(path: Path, aside: Path, entries: dict[str, Entry], base: str) -> None:
-    """A safetensors file, complete on the disk before it has its name."""
+def _write(path: Path, unfinished: Path, entries: dict[str, Entry], base: str) -> None:
+    """Write a safetensors file to ``unfinished``, sync it to disk, and rename it to ``path``."""
     about: dict[str, Any] = {"format": FORMAT, "base": base}
     header: dict[str, Any] = {"__metadata__": about}
     at = 0
@@ -317,12 +312,12 @@ def _write(path: Path, aside: Path, entries: dict[str, Entry], base: str) -> Non
             entry.ready.synchronize()
         size, digest = entry.data.numel(), digest_of(key, entry.data, entry.dtype, entry.width)
         about[key] = f"{_name(entry.dtype)} {entry.width} {size} {digest}"
-        whole = aligned(size)  # with the zeros that fill it up: safetensors allows no gaps
-        header[key] = {"dtype": "U8", "shape": [whole], "data_offsets": [at, at + whole]}
-        at += whole
+        padded = aligned(size)  # safetensors allows no gaps, so the padding is part of the tensor
+        header[key] = {"dtype": "U8", "shape": [padded], "data_offsets": [at, at + padded]}
+        at += padded
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    with aside.open("xb") as file:
+    with unfinished.open("xb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries.values():
@@ -330,7 +325,7 @@ def _write(path: Path, aside: Path, entries: dict[str, Entry], base: str) -> Non
             file.write(bytes(aligned(entry.data.numel()) - entry.data.numel()))
         file.flush()
         os.fsync(file.fileno())
-        aside.rename(path)
+        unfinished.rename(path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -343,7 +338,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {name}")
-    return found
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {name}")
+    return dtype

@@ -1,4 +1,4 @@
-"""The rows of a cache: tiers with their budgets, what is found and kept in them, and what was counted."""
+"""The tiers of a cache with their budgets: finding rows, storing rows, and statistics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _locked(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 class Store:
-    """Rows by their names. Arguments and errors are SourceStateCache's."""
+    """Rows by their keys, in tiers. See SourceStateCache for arguments and errors."""
 
     def __init__(
         self,
@@ -50,38 +50,38 @@ class Store:
         directory: str | Path | None,
     ) -> None:
         self._arguments = (budget, tiers, directory)
-        named, self._total = check_arguments(budget, tiers, directory)
+        names, self._total = check_arguments(budget, tiers, directory)
         self.undecided = tiers == "auto"
         self._directory = None if directory is None else Path(directory).absolute()
-        shared = not isinstance(budget, Mapping) and len(named) > 1
+        shared = not isinstance(budget, Mapping) and len(names) > 1
         self._tiers: list[Tier] = []
-        for name in named:
-            own = budget[name] if isinstance(budget, Mapping) else budget
+        for name in names:
+            tier_budget = budget[name] if isinstance(budget, Mapping) else budget
             if name == "disk":
                 assert self._directory is not None
                 make_directory(self._directory)
-                self._tiers.append(DiskTier(self._directory, own, self.warn_once))
+                self._tiers.append(DiskTier(self._directory, tier_budget, self.warn_once))
             else:
-                self._tiers.append(MemoryTier(name, own, shared))
-        self.decisions: dict[str, str] = {}  # of tiers="auto": tier -> what was measured and decided
+                self._tiers.append(MemoryTier(name, tier_budget, shared))
+        self.decisions: dict[str, str] = {}  # of tiers="auto": tier -> measurement and decision
         self._base: str | None = None
         self._traits: dict[str, Any] = {}
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
         self._warned: set[str] = set()
-        self.contents: dict[str, tuple[int, ...]] = {}  # rows by their tokens alone -> padded widths
-        self._row_seconds: list[float] = []
-        self.trial_rows: list[tuple[str, Entry]] = []
-        self.lock = threading.RLock()  # on a GPU backward passes read in threads of their own
+        self.contents: dict[str, tuple[int, ...]] = {}  # content of a row without padding -> padded widths
+        self._row_seconds: list[float] = []  # measured for tiers="auto"
+        self.trial_rows: list[tuple[str, Entry]] = []  # computed before tiers="auto" has decided
+        self.lock = threading.RLock()  # on a GPU, backward passes read from other threads
         self._process = os.getpid()
         if self._directory is not None:
             _on_disk.add(self)
 
     def claim(self, base: str, traits: Mapping[str, Any]) -> None:
-        """Tie the rows to a base model, by its fingerprint, and within this process by its modules' attributes too.
+        """Bind the rows to a base model: to its fingerprint and, within this process, its modules' attributes.
 
         Raises:
-            ValueError: they are of another one.
+            ValueError: the rows are of another base model.
         """
         if self._base is None:
             self._base, self._traits = base, dict(traits)
@@ -90,42 +90,47 @@ class Store:
                     tier.open(base)
         elif self._base != base:
             raise ValueError(
-                f"source_cache is bound to another base model (fingerprint {self._base[:12]}, this one's is "
-                f"{base[:12]}: other weights or another config); make a SourceStateCache for each base model, with a "
-                "directory of its own or a shared one"
+                f"source_cache is bound to another base model (fingerprint {self._base[:12]}; this model's is "
+                f"{base[:12]}: other weights or another config); make a SourceStateCache for each base model (they may "
+                "share a directory)"
             )
         changed = [name for name, value in traits.items() if name in self._traits and self._traits[name] != value]
         if changed:
             raise ValueError(
                 f"source_cache holds states of this base model before its {changed[0].strip('.')} was changed "
-                f"({len(changed)} such changes); make a new SourceStateCache for the model as it is now, with another "
-                "directory"
+                f"({len(changed)} such changes); make a new SourceStateCache for the changed model, with "
+                "another directory"
             )
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     @_locked
     def find_all(self, batch: Batch) -> list[Entry] | None:
-        """The entry of every row of a batch; None where a row has none, of which nothing is then read from disk."""
+        """Return the entry of every row of a batch, or None if one is missing (before anything is read from disk)."""
         if not all(self._contains(row.key) for row in batch.rows):
             return None
-        found = []
+        entries = []
         for row in batch.rows:
             entry = self.find(row.key, batch.size(row))
             if entry is None:
                 return None
-            found.append(entry)
-        return found
+            entries.append(entry)
+        return entries
 
     @_locked
     def find(self, key: str, positions: int) -> Entry | None:
-        """A row's entry in the fastest tier that has it, of so many positions; copied into a faster one with room."""
+        """Return a row's entry from the fastest tier that has it, and copy it into a faster tier with free memory.
+
+        Args:
+            key: the row's key.
+            positions: how many positions the entry must have.
+        """
         for tier in self._tiers:
             entry = tier.find(key)
             if entry is None:
                 continue
             if entry.data.numel() != positions * entry.width * entry.dtype.itemsize:
-                self.warn_once(f"the {tier.name} tier holds a row of another size under the name {key}; it is not used")
+                self.warn_once(f"the {tier.name} tier has a row of another size under the key {key}; it is not used")
                 continue
             return self._promoted(key, entry, tier)
         return None
@@ -133,11 +138,11 @@ class Store:
     def _promoted(self, key: str, entry: Entry, holder: Tier) -> Entry:
         if isinstance(holder, DiskTier) and entry.data.numel() and entry.ready is None:
             for tier in self._tiers[: self._tiers.index(holder)]:
-                room = tier.reserve(entry.data.numel(), self.device, self._left)
-                if room is not None:
+                buffer = tier.reserve(entry.data.numel(), self.device, self._left)
+                if buffer is not None:
                     with torch.inference_mode(False), torch.no_grad():
-                        room.copy_(entry.data)
-                    entry = Entry(room, entry.dtype, entry.width)
+                        buffer.copy_(entry.data)
+                    entry = Entry(buffer, entry.dtype, entry.width)
                     tier.put(key, entry)
                     break
         return entry
@@ -146,18 +151,18 @@ class Store:
 
     @_locked
     def reserve(self, nbytes: int) -> tuple[Tier, Tensor] | None:
-        """Room for a row in the first tier that has any, and that tier."""
+        """Reserve memory for a row in the first tier that has some; return the tier and the memory, or None."""
         for tier in self._tiers:
-            room = tier.reserve(nbytes, self.device, self._left)
-            if room is not None:
-                return tier, room
+            buffer = tier.reserve(nbytes, self.device, self._left)
+            if buffer is not None:
+                return tier, buffer
         for tier in self._tiers:
             if isinstance(tier, MemoryTier) and tier.full is not None:
-                self.warn_once(f"no memory for the {tier.name} tier ({tier.full}); it stays as it is")
+                self.warn_once(f"no memory for the {tier.name} tier ({tier.full}); it stores no more rows")
         if self._tiers and all(tier.full is None for tier in self._tiers):
             self.warn_once(
-                f"the budget is spent ({', '.join(self.tiers)}): the rows kept so far stay, others are computed in "
-                "every epoch"
+                f"the budget is spent ({', '.join(self.tiers)}): the rows stored so far are kept, the others are "
+                "computed in every epoch"
             )
         return None
 
@@ -170,14 +175,14 @@ class Store:
 
     @_locked
     def refresh(self) -> None:
-        """Take in what other processes have put into the directory since."""
+        """Open the files that other processes have published in the directory since."""
         for tier in self._tiers:
             if isinstance(tier, DiskTier) and self._base is not None:
                 tier.refresh()
 
     @_locked
     def flush(self) -> None:
-        """Publish the rows that wait to be written to disk; FlareTrainer does it after every epoch."""
+        """Write the waiting rows to disk. FlareTrainer calls this after every epoch."""
         for tier in self._tiers:
             if isinstance(tier, DiskTier):
                 tier.flush()
@@ -186,39 +191,42 @@ class Store:
 
     @_locked
     def record_seconds(self, seconds: float) -> None:
-        """What one row took to compute, in a pass before the tiers are decided; the first pass only warms up."""
+        """Record the time to compute one row in a trial pass, and choose the tiers after the second pass.
+
+        The first pass is a warm-up.
+        """
         self._row_seconds.append(seconds)
         if len(self._row_seconds) == 2:
-            self._decide(seconds)
+            self._choose_tiers(seconds)
 
-    def _decide(self, computing: float) -> None:
-        """Keep the tiers from which a row is read sooner than it is computed, given the seconds that takes."""
+    def _choose_tiers(self, computing: float) -> None:
+        """Use the tiers from which a row is read faster than it is computed; ``computing``: seconds to compute it."""
         nbytes = max((entry.data.numel() for _, entry in self.trial_rows), default=0)
-        kept: list[Tier] = []
+        chosen: list[Tier] = []
         for tier in self._tiers:
             try:
                 reading = seconds_to_read(tier.name, nbytes, self.device, self._directory)
             except (OSError, RuntimeError) as error:
                 self.decisions[tier.name] = f"not used: {error}"
-                self.warn_once(f"tiers='auto' leaves the {tier.name} tier out, and what it holds: {error}")
+                self.warn_once(f"tiers='auto' does not use the {tier.name} tier and its rows: {error}")
                 continue
             times = f"reading a row {reading * 1e3:.3g} ms, computing it {computing * 1e3:.3g} ms"
             self.decisions[tier.name] = f"{'used' if reading < computing else 'not used'}: {times}"
             if reading < computing:
-                kept.append(tier)
-        self._tiers, self.undecided = kept, False
+                chosen.append(tier)
+        self._tiers, self.undecided = chosen, False
         _log.info("source_cache: %s", self._decided)
-        if not kept:
-            self.warn_once(f"tiers='auto' keeps nothing, every epoch computes its source states: {self._decided}")
-        held, self.trial_rows = self.trial_rows, []
-        for key, entry in held:
+        if not chosen:
+            self.warn_once(f"tiers='auto' uses no tier, every epoch computes its source states: {self._decided}")
+        rows, self.trial_rows = self.trial_rows, []
+        for key, entry in rows:
             if self._tiers and self._contains(key):
                 continue
-            found = self.reserve(entry.data.numel())
-            if found is not None:
-                tier, room = found
-                room.copy_(entry.data)
-                tier.put(key, Entry(room, entry.dtype, entry.width))
+            reserved = self.reserve(entry.data.numel())
+            if reserved is not None:
+                tier, buffer = reserved
+                buffer.copy_(entry.data)
+                tier.put(key, Entry(buffer, entry.dtype, entry.width))
 
     def _contains(self, key: str) -> bool:
         return any(tier.contains(key) for tier in self._tiers)
@@ -227,11 +235,11 @@ class Store:
     def _decided(self) -> str:
         return "; ".join(f"{tier} {why}" for tier, why in self.decisions.items())
 
-    # --- what it did --------------------------------------------------------------------------------------------------
+    # --- statistics ---------------------------------------------------------------------------------------------------
 
     @property
     def budget(self) -> int | Mapping[str, int]:
-        """As it was given."""
+        """The ``budget`` argument."""
         return self._arguments[0]
 
     @property
@@ -245,13 +253,13 @@ class Store:
         return sum(tier.used for tier in self._tiers)
 
     def stats(self) -> CacheStats:
-        """Rows, hits, bytes and seconds so far. On a GPU this waits for the passes that are under way."""
+        """Return rows, hits, bytes and seconds so far. On a GPU this waits for running passes."""
         entries = {tier.name: tier.count for tier in self._tiers}
         nbytes = {tier.name: tier.used for tier in self._tiers}
         return CacheStats(self.meter.rows, self.meter.hits, entries, nbytes, self.meter.seconds_saved())
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return the statistics as one line of text."""
         now = self.stats()
         held = ", ".join(f"{name} {now.entries[name]} rows {readable(now.nbytes[name])}" for name in self.tiers)
         saved = "time saved not known (no pass computed all its rows)"
@@ -260,11 +268,11 @@ class Store:
         text = f"source_cache: {now.hits} of {now.rows} rows read ({now.hit_rate:.1%}), {saved}; {held or 'no tier'}"
         return f"{text}; {self._decided}" if self.decisions else text
 
-    def warn_once(self, what: str) -> None:
-        """One warning for each thing, however often it happens."""
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(f"source_cache: {what}", UserWarning, stacklevel=2)
+    def warn_once(self, message: str) -> None:
+        """Warn if this warning was not given before."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"source_cache: {message}", UserWarning, stacklevel=2)
 
 
 _on_disk: weakref.WeakSet[Store] = weakref.WeakSet()
@@ -273,5 +281,5 @@ _on_disk: weakref.WeakSet[Store] = weakref.WeakSet()
 @atexit.register
 def _flush_at_exit() -> None:
     for store in list(_on_disk):
-        if store._process == os.getpid():  # what a fork holds is its parent's to publish
+        if store._process == os.getpid():  # a forked process leaves waiting rows to its parent
             store.flush()

@@ -1,4 +1,4 @@
-"""tiers="auto": a tier is worth having where reading a row from it takes less time than computing it."""
+"""tiers="auto": measures how long it takes to read a row from a tier, to compare with the time to compute it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LARGEST = 64 << 20
 
 
 def seconds_to_read(tier: str, nbytes: int, device: torch.device, directory: Path | None) -> float:
-    """Seconds from an entry in a tier to states on the device: the median of three, for entries of this many bytes.
+    """Return the seconds to read an entry of ``nbytes`` bytes from a tier to the device: the median of three.
 
-    The disk's are read from the disk as far as the system allows it (dropped from its page cache before), and checked.
+    An entry on disk is dropped from the page cache first, if the system allows it, and its checksum is computed.
     """
     size = max(8, min(nbytes, _LARGEST))
     target = torch.empty(size, dtype=torch.uint8, device=device)
     pinned = device.type == "cuda"
-    taken = []
+    seconds = []
     with contextlib.ExitStack() as stack:
         if tier == "disk":
             assert directory is not None
@@ -46,12 +46,12 @@ def seconds_to_read(tier: str, nbytes: int, device: torch.device, directory: Pat
             else:
                 target.copy_(memory, non_blocking=True)
             _wait(device)
-            taken.append(time.perf_counter() - begin)
-    return sorted(taken)[_REPEATS // 2] * nbytes / size
+            seconds.append(time.perf_counter() - begin)
+    return sorted(seconds)[_REPEATS // 2] * nbytes / size
 
 
 def _read_file(path: Path, target: Tensor) -> float:
-    """Read a mapped file into a tensor; the time when reading began."""
+    """Read a mapped file into a tensor; return the time at which reading began."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):

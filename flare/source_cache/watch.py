@@ -1,7 +1,7 @@
-"""Whether a base model is still the one that was fingerprinted: one flat comparison before every source pass.
+"""Detects changes of a fingerprinted base model, with one flat comparison before every source pass.
 
-The comparison runs in C over lists made once: identity of everything on the way to a weight, then each weight's
-address, version and ``requires_grad``. Any difference has the modules walked again, which finds out what it means.
+The comparison runs in C over lists that are made once: the identity of every object on the path to a weight, then each
+weight's address, version and ``requires_grad``. After a difference the modules are traversed again to see what changed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _merged = attrgetter("merged_adapters")
 
 
 class Watch:
-    """A frozen base model as it is now.
+    """Snapshot of a frozen base model.
 
-    It sees in-place changes, other tensors and modules, moves, merged adapters and changes of the config and of the
-    modules' plain attributes. It does not see a write through ``.data``.
+    It detects in-place changes, replaced tensors and modules, moves to another device, merged adapters, and changes of
+    the config and of the modules' plain attributes. It does not detect a write through ``.data``.
 
     Attributes:
-        stamp: equal for two watches where the weights and the config are the same objects, unchanged in between.
-        traits: what the modules' code reads beside weights and config, by name: plain attributes, and the bytes of
-            buffers that are not saved. Equal for copies of a model in one process.
+        stamp: equal for two snapshots if the weights and the config are the same objects, unchanged in between.
+        traits: other values that the modules' code reads, by name: plain attributes, and checksums of buffers that are
+            not saved. Equal for copies of a model in one process.
 
     Raises:
         ValueError: see FrozenWeights.
@@ -88,28 +88,28 @@ class Watch:
         if len(values) == len(self._config_values) and all(map(is_, values, self._config_values)):
             return True
         if config_digest(self._model_config) != self._config:
-            return False  # and nothing is noted, so that the next pass notices it as well
-        self._note_config()  # what changed says nothing about hidden states, such as use_cache
+            return False  # without updating the snapshot, so that the next pass sees the change too
+        self._note_config()  # the change does not affect hidden states (use_cache)
         return True
 
 
 def _views(value: Any) -> Any:
-    """Live views of the keys and values of a config, of the configs in it, and of their dictionaries and lists."""
+    """Yield live views of the keys and values of a config, of nested configs, and of their dictionaries and lists."""
     if isinstance(value, list):
         yield value
-        for one in value:
-            yield from _views(one)
+        for item in value:
+            yield from _views(item)
     elif isinstance(value, dict) or hasattr(value, "to_dict"):
-        held = value if isinstance(value, dict) else vars(value)
-        yield held.keys()
-        yield held.values()
-        for one in held.values():
-            yield from _views(one)
+        entries = value if isinstance(value, dict) else vars(value)
+        yield entries.keys()
+        yield entries.values()
+        for item in entries.values():
+            yield from _views(item)
 
 
 def _has_address(tensor: Tensor) -> bool:
     try:
         tensor.data_ptr()
-    except RuntimeError:  # a tensor subclass without storage of its own
+    except RuntimeError:  # a tensor subclass without storage
         return False
     return True

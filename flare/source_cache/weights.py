@@ -1,7 +1,7 @@
-"""The frozen weights that the source pass reads, and where each of them hangs.
+"""The frozen weights that the source pass reads, and their places in the modules.
 
-Weights are read through PEFT's wrappers, so the same base under other adapters, another head or trained copies of its
-modules (which the source pass switches off) gives the same list.
+PEFT's wrappers are skipped. A base model therefore gives the same list under other adapters, with another head, and
+with trained copies of its modules, which the source pass does not use.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from torch import Tensor, nn
 
 from .._compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 
-#: Modules whose plain attributes say nothing that their weights' shapes do not, or that only training looks at.
+#: Modules whose plain attributes follow from their weights' shapes or matter in training only.
 _WITHOUT_TRAITS = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _TRAIT_TYPES = (bool, int, float, str, type(None))
-#: Kinds of rotary embeddings that write their buffers anew for the lengths they meet.
-_WRITES_ITSELF = ("dynamic", "longrope")
+#: Kinds of rotary embeddings that recompute their buffers for each length.
+_UPDATES_ITSELF = ("dynamic", "longrope")
 
-#: Names under which libraries keep the scales of quantised weights on a parameter or its module.
+#: Attributes of a parameter or its module in which libraries store the scales of quantised weights.
 _SCALES = ("SCB",)
 
 
 class FrozenWeights:
-    """Everything saved with the backbone of a transformers model, under the names it has without PEFT.
+    """Weights that are saved with the backbone of a transformers model, under their names without PEFT.
 
-    A pooler is left out: the source pass does not run it, and it may be random.
+    A pooler is left out, because the source pass does not run it, and its weights may be random.
 
     Attributes:
         tensors: (name, tensor) in the order of the modules.
-        places: (dictionary, key) of every tensor and of every module and object on the way to one.
-        dictionaries: those of modules that hold something: what is added to one changes its length.
-        wrappers: the adapter layers on the way.
-        derived: (name, buffer) of what is not saved with the model but made by its code (rotary frequencies).
-        traits: (name, dictionary, key) of the modules' plain numbers, flags and names, such as ``sliding_window``.
+        places: (dictionary, key) of every tensor, and of every module and object on the path to one.
+        dictionaries: the modules' non-empty dictionaries. An added parameter, buffer or module changes their length.
+        wrappers: the adapter layers on the path.
+        derived: (name, buffer) of buffers that the model's code computes and that are not saved (rotary frequencies).
+        traits: (name, dictionary, key) of the modules' plain numbers, flags and strings, such as ``sliding_window``.
 
     Raises:
         ValueError: a weight that is trained, merged with an adapter, or repacked by bitsandbytes.
@@ -65,28 +65,29 @@ class FrozenWeights:
             self.places.append((module._modules, "base_layer"))
             self._walk(module.get_base_layer(), name)
             return
-        self.dictionaries += [held for held in (module._parameters, module._buffers, module._modules) if held]
-        unsaved, lasting = module._non_persistent_buffers_set, not _writes_itself(module)
-        for held in (module._parameters, module._buffers, module._modules):
-            self.places += [(held, own) for own in held if lasting or own not in unsaved]
-        if lasting:
+        dictionaries = (module._parameters, module._buffers, module._modules)
+        self.dictionaries += [dictionary for dictionary in dictionaries if dictionary]
+        unsaved, is_constant = module._non_persistent_buffers_set, not _updates_itself(module)
+        for dictionary in dictionaries:
+            self.places += [(dictionary, key) for key in dictionary if is_constant or key not in unsaved]
+        if is_constant:
             self.derived += [
-                (f"{name}.{own}", b) for own, b in module._buffers.items() if own in unsaved and b is not None
+                (f"{name}.{key}", b) for key, b in module._buffers.items() if key in unsaved and b is not None
             ]
-        if lasting and not isinstance(module, _WITHOUT_TRAITS):
-            own_values = vars(module)
-            self.traits += [(f"{name}.{key}", own_values, key) for key in own_values if _is_trait(key, own_values[key])]
-        for own, parameter in module._parameters.items():
+        if is_constant and not isinstance(module, _WITHOUT_TRAITS):
+            attributes = vars(module)
+            self.traits += [(f"{name}.{key}", attributes, key) for key in attributes if _is_trait(key, attributes[key])]
+        for key, parameter in module._parameters.items():
             if parameter is not None:
-                self._add(f"{name}.{own}", parameter)
+                self._add(f"{name}.{key}", parameter)
                 for part, tensor in self._scales(module, parameter):
-                    self._add(f"{name}.{own}.{part}", tensor)
-        for own, buffer in module._buffers.items():
-            if buffer is not None and own not in unsaved:
-                self._add(f"{name}.{own}", buffer)
-        for own, child in module._modules.items():
-            if child is not None and own != "pooler":
-                self._walk(child, f"{name}.{own}")
+                    self._add(f"{name}.{key}.{part}", tensor)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in unsaved:
+                self._add(f"{name}.{key}", buffer)
+        for key, child in module._modules.items():
+            if child is not None and key != "pooler":
+                self._walk(child, f"{name}.{key}")
 
     def _add(self, name: str, tensor: Tensor) -> None:
         if tensor.requires_grad:
@@ -97,14 +98,14 @@ class FrozenWeights:
         if getattr(getattr(tensor, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
                 f"source_cache: bitsandbytes has repacked the base model's {name} for a CPU, as it does in eval mode, "
-                "and rounds its scales in that: states from before and after are of two models; leave the cache out"
+                "and rounded its scales, so source states from before and after differ; leave the cache out"
             )
         self.tensors.append((name, tensor))
 
     def _scales(self, module: nn.Module, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of a quantised weight that are not parameters."""
+        """Yield (name, tensor) of a quantised weight's tensors that are not parameters."""
         state: Any = getattr(parameter, "quant_state", None)
-        # not by its as_dict(), which copies one of them and waits for the device
+        # quant_state.as_dict() would copy one of them and wait for the device
         nested = getattr(state, "state2", None)
         for holder, attributes in (
             (parameter if state is not None else None, ("quant_state",)),
@@ -122,12 +123,12 @@ class FrozenWeights:
             value = getattr(holder, attribute, None)
             if isinstance(value, Tensor):
                 yield name, value
-        # HQQ keeps these beside its one parameter
+        # HQQ stores these next to its parameter
         meta, bias = vars(module).get("meta"), vars(module).get("bias")
         if isinstance(meta, dict):
             self.places.append((vars(module), "meta"))
-            self.places += [(meta, own) for own, value in meta.items() if isinstance(value, Tensor)]
-            yield from ((own, value) for own, value in meta.items() if isinstance(value, Tensor))
+            self.places += [(meta, key) for key, value in meta.items() if isinstance(value, Tensor)]
+            yield from ((key, value) for key, value in meta.items() if isinstance(value, Tensor))
         if isinstance(bias, Tensor):
             self.places.append((vars(module), "bias"))
             yield "bias", bias
@@ -141,13 +142,13 @@ class FrozenWeights:
 
 
 def _is_trait(name: str, value: object) -> bool:
-    """Whether a module's attribute is a plain value that its forward may read in a frozen pass."""
-    off = name.startswith("_") or name in ("training", "gradient_checkpointing") or "drop" in name
-    return not off and isinstance(value, _TRAIT_TYPES)
+    """Return whether a module's attribute is a plain value that its forward may read in a frozen pass."""
+    is_excluded = name.startswith("_") or name in ("training", "gradient_checkpointing") or "drop" in name
+    return not is_excluded and isinstance(value, _TRAIT_TYPES)
 
 
-def _writes_itself(module: nn.Module) -> bool:
-    """Whether a module exchanges its buffers and attributes in its forward."""
+def _updates_itself(module: nn.Module) -> bool:
+    """Return whether a module replaces its buffers and attributes in its forward."""
     kinds = getattr(module, "rope_type", None)
     kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
-    return any(part in str(kind) for kind in kinds for part in _WRITES_ITSELF)
+    return any(part in str(kind) for kind in kinds for part in _UPDATES_ITSELF)
