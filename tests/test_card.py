@@ -18,7 +18,7 @@ def saved(folder, family: str = "bert", **fields) -> str:
     return (folder / "README.md").read_text()
 
 
-def test_it_says_how_to_load_and_what_is_needed(tmp_path):
+def test_the_card_says_how_to_load_and_what_is_needed(tmp_path):
     card = saved(tmp_path, fusion="mul", source_layer_offset=0)
     assert "[More Information Needed]" not in card
     for words in (
@@ -45,13 +45,13 @@ def test_it_says_how_to_load_and_what_is_needed(tmp_path):
     ],
     ids=["flare-mt", "lora", "x-mixup"],
 )
-def test_each_kind_has_its_own_words(tmp_path, made, words, absent):
+def test_each_kind_of_adapter_has_its_text(tmp_path, made, words, absent):
     made().save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert words in card and absent not in card
 
 
-def test_it_follows_the_adapter_until_it_is_edited(tmp_path):
+def test_the_card_is_updated_until_it_is_edited(tmp_path):
     saved(tmp_path, fusion="add")
     card = saved(tmp_path, fusion="mul")
     assert "`mul`" in card and "`add`" not in card and card == saved(tmp_path, fusion="mul")
@@ -69,7 +69,7 @@ def test_a_second_adapter_does_not_replace_the_first_s_card(tmp_path):
     assert "`add_relu`" in card and "`mul`" not in card
 
 
-def test_a_run_adds_its_task_and_languages(tmp_path):
+def test_a_run_adds_task_and_languages(tmp_path):
     model = flare.fast_lora(tiny.model("bert"), r=4)
     model.save_pretrained(tmp_path)
     record = SimpleNamespace(
