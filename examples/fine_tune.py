@@ -1,14 +1,14 @@
-"""Fine-tune a classifier on rows of two texts, on one or many GPUs: an ordinary script, with one line for FLARE.
+"""Fine-tune a classifier on pairs of texts, on one or many GPUs: an ordinary script with one line for FLARE.
 
 One process:                    python examples/fine_tune.py
 Two GPUs:                       accelerate launch --config_file examples/ddp.yaml examples/fine_tune.py
 Two GPUs, the model sharded:    accelerate launch --config_file examples/fsdp2.yaml examples/fine_tune.py
 
---num_processes 8 before the script is eight of them. Where there is no GPU the same commands start processes on the CPU
-(both DDP: accelerate shards nothing there). With several machines, run the command on each, and add --num_machines,
---machine_rank and --main_process_ip.
+For eight GPUs, add --num_processes 8 before the script. On a machine without a GPU, the same commands start processes
+on the CPU (both with DDP, because accelerate does not shard there). With several machines, run the command on each, and
+add --num_machines, --machine_rank and --main_process_ip.
 
-It makes its own small corpus and a random base model, so that it runs anywhere in seconds; put your own in their place.
+The script makes a small corpus and a random base model, so that it runs anywhere in seconds. Replace both by your own.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from flare.experiments.demo.corpus import LABELS, make_corpus
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="fine-tuned", help="where the adapter is written")
+    parser.add_argument("--output", default="fine-tuned", help="folder for the adapter")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=8, help="of one process")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per process")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
     return parser.parse_args()
 
 
@@ -57,9 +57,8 @@ def main() -> None:
     )
     model = BertForSequenceClassification(config)
 
-    model = flare.fast_lora(
-        model, r=16, lora_alpha=32
-    )  # <- the one line; it was get_peft_model(model, LoraConfig(...))
+    # <- the one line; it was: model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32))
+    model = flare.fast_lora(model, r=16, lora_alpha=32)
 
     args = TrainingArguments(
         options.output,
@@ -76,7 +75,7 @@ def main() -> None:
     trainer = flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
 
-    # Every process takes part in gathering the adapter; one writes it. Under DDP and alone this changes nothing.
+    # All processes gather the adapter, and one writes it. Without sharding there is nothing to gather.
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state = get_model_state_dict(trainer.model, options=whole)
     if trainer.is_world_process_zero():

@@ -1,10 +1,10 @@
-"""An ordinary Hugging Face Trainer script on CSV files of two languages, with the one-line change for FLARE marked.
+"""An ordinary Hugging Face Trainer script for CSV files in two languages. The one line for FLARE is marked.
 
     python examples/huggingface_trainer.py --model FacebookAI/xlm-roberta-base --data nusax --target acehnese
 
-DATA has one folder per language, each with train.csv and test.csv of the columns id, text and label; rows of two
-languages belong together by their id. Without --model and --data a tiny random model and a small made-up language are
-used, so that the script runs anywhere in seconds (and learns little).
+DATA has one folder per language, each with train.csv and test.csv. Their columns are id, text and label; the id matches
+the rows of two languages. Without --model and --data the script uses a tiny random model and a small made-up language,
+so that it runs anywhere in seconds (and learns little).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def parse() -> argparse.Namespace:
 
 
 def load(data: Path, source: str, target: str, split: str) -> Dataset:
-    """The target's rows with their source text beside them: id, text, label, source_text."""
+    """Return the target's rows with their source text: id, text, label, source_text."""
     files = {language: str(data / language / f"{split}.csv") for language in (source, target)}
-    rows, other = (load_dataset("csv", data_files=files[language])["train"] for language in (target, source))
-    texts = dict(zip(other["id"], other["text"], strict=True))
+    rows, sources = (load_dataset("csv", data_files=files[language])["train"] for language in (target, source))
+    texts = dict(zip(sources["id"], sources["text"], strict=True))
     rows = rows.filter(lambda row: row["id"] in texts)
     return rows.map(lambda row: {"source_text": texts[row["id"]]})
 
@@ -74,7 +74,7 @@ def main() -> None:
         per_device_train_batch_size=32,
         save_strategy="no",
         report_to="none",
-        remove_unused_columns=False,  # <- keeps the source's columns; flare.FlareTrainer does so by itself
+        remove_unused_columns=False,  # <- keeps the source's columns; flare.FlareTrainer keeps them anyway
         use_cpu=not torch.accelerator.is_available(),
     )
     trainer = Trainer(
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def tiny_model(labels: int) -> tuple:
-    """A random BERT and its tokenizer, for the made-up language."""
+    """Return a random BERT and its tokenizer for the made-up language."""
     from flare.experiments.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -101,7 +101,7 @@ def tiny_model(labels: int) -> tuple:
 
 
 def make_data(folder: Path) -> Path:
-    """Write the made-up parallel corpus as CSV files, as yours would be."""
+    """Write the made-up parallel corpus as CSV files in the layout described above."""
     from flare.experiments.demo.corpus import make_corpus
 
     corpus = make_corpus(train=96, test=60)

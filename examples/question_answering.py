@@ -1,10 +1,10 @@
-"""Span question answering in one language with the English question and context beside it: a complete script.
+"""Span question answering in one language with question and context in English as the source: a complete script.
 
     python examples/question_answering.py --model FacebookAI/xlm-roberta-base --data tydiqa --target swahili
 
 DATA has one folder per language, each with train.jsonl and test.jsonl: id, question, context and SQuAD's answers
-{"text": [...], "answer_start": [...]}. Without --model and --data a tiny random model and made-up rows are used, so
-that the script runs anywhere in seconds (and learns little).
+{"text": [...], "answer_start": [...]}. Without --model and --data the script uses a tiny random model and made-up rows,
+so that it runs anywhere in seconds (and learns little).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(folder: Path, split: str) -> dict[str, dict]:
 
 
 def features(row: dict, source: dict, tokenizer) -> dict | None:
-    """Both texts as (question, context) pairs, and the answer as token positions; None where it was cut off."""
+    """Return both texts as (question, context) pairs and the answer as token positions; None if it was cut off."""
     pair = {"truncation": "only_second", "max_length": 512}
     target = tokenizer(row["question"], row["context"], return_offsets_mapping=True, **pair)
     start = row["answers"]["answer_start"][0]
@@ -67,9 +67,9 @@ def main() -> None:
     rows = {}
     for split in ("train", "test"):
         source, target = read(data / options.source, split), read(data / options.target, split)
-        made = [features(target[i], source[i], tokenizer) for i in target if i in source]
-        rows[split] = [row for row in made if row]
-        print(f"{split}: {len(rows[split])} rows, {len(made) - len(rows[split])} dropped (answer cut off)")
+        pairs = [features(target[i], source[i], tokenizer) for i in target if i in source]
+        rows[split] = [row for row in pairs if row]
+        print(f"{split}: {len(rows[split])} rows, {len(pairs) - len(rows[split])} dropped (answer cut off)")
     model = flare.fast_lora(model, r=64, lora_alpha=128)  # the span head trains and is saved with the adapter
     arguments = TrainingArguments(
         str(options.output / "checkpoints"),
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def make_data(folder: Path) -> Path:
-    """Write rows of the made-up language ("who praised": two clauses, one with that verb), as yours would be."""
+    """Write rows of the made-up language: a question such as "who praised" asks about one of two clauses."""
     from flare.experiments.demo.corpus import PEOPLE, THINGS, VERBS, vemari_word
 
     rng = random.Random(0)

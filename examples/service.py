@@ -1,13 +1,14 @@
-"""A prediction service for one adapter: POST /predict takes texts with or without their source texts.
+"""Prediction service for one adapter: POST /predict takes texts with or without their source texts.
 
     pip install -r examples/requirements-service.txt
     FLARE_ADAPTER=runs/acehnese/flare/seed-0 uvicorn --factory service:app --app-dir examples
     curl localhost:8000/predict -H "Content-Type: application/json" \
          -d '{"texts": ["Nyo beutoi."], "source_texts": ["Yeah, that is right."]}'
 
-FLARE_BASE names the base model where it lies elsewhere than the adapter says, FLARE_TRANSLATOR an encoder-decoder for
-texts that come without a source. One process holds one model and predicts one request after the other; requests wait
-in threads, so the process keeps answering. For more throughput start more processes, or send more texts in a request.
+Set FLARE_BASE if the base model is not where the adapter's configuration says, and FLARE_TRANSLATOR to an
+encoder-decoder that translates texts without a source. A process holds one model and predicts one request at a time.
+Other requests wait in threads, so that /health still answers. For more throughput, start more processes or send more
+texts per request.
 """
 
 import os
@@ -27,24 +28,24 @@ class Request(BaseModel):
 
 
 def make_app(pipeline: flare.FlarePipeline) -> FastAPI:
-    """Return the application that serves a pipeline."""
-    made = FastAPI(title="FLARE")
+    """Return an application that serves a pipeline."""
+    application = FastAPI(title="FLARE")
 
-    @made.get("/health")
+    @application.get("/health")
     def health() -> dict[str, str]:
         return {"adapter": str(pipeline.trained.folder), "base": pipeline.trained.base}
 
-    @made.post("/predict")
+    @application.post("/predict")
     def predict(request: Request) -> dict[str, list]:  # not async: FastAPI runs it in a thread
         try:
             return {"predictions": pipeline(request.texts, request.source_texts)}
         except (UserError, TypeError, ValueError) as error:
             raise HTTPException(422, str(error)) from error
 
-    return made
+    return application
 
 
 def app() -> FastAPI:
-    """Load what the environment names; for uvicorn --factory."""
+    """Load the pipeline that the environment variables name; for uvicorn --factory."""
     base, translator = os.environ.get("FLARE_BASE"), os.environ.get("FLARE_TRANSLATOR")
     return make_app(flare.FlarePipeline.from_pretrained(os.environ["FLARE_ADAPTER"], base, translator))

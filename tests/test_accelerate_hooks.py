@@ -84,7 +84,7 @@ def test_generation_with_offloaded_weights(offset, tmp_path) -> None:
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_hooks_of_the_users(family, padding, memory) -> None:
+def test_user_hooks(family, padding, memory) -> None:
     """In prediction and in training, however states wait; the gradients are those of a doubled A."""
     fields = {"source_padding": padding, "source_memory": memory}
     model, want = with_hooks(fused(family, **fields), "lora_A"), twice(fused(family, **fields), "lora_A")
@@ -106,7 +106,7 @@ def test_hooks_of_the_users(family, padding, memory) -> None:
         torch.testing.assert_close(grad, factor * expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_cross_attention_says_that_it_has_no_hooks() -> None:
+def test_cross_attention_with_hooks_raises() -> None:
     model = with_hooks(fused("llama", fusion="cross_attention"), "lora_A")
     with pytest.raises(ValueError, match=r"q_proj: hooks .* cannot be combined with fusion='cross_attention'"):
         model(**batch_of("llama"))
@@ -115,7 +115,7 @@ def test_cross_attention_says_that_it_has_no_hooks() -> None:
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("source", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_an_adapter_on_another_device_is_an_error(part, source, grad) -> None:
+def test_an_adapter_on_another_device_raises(part, source, grad) -> None:
     """The meta device stands for a second one."""
     model = fused("llama").eval()
     layer: Any = tiny.block_list(model.get_base_model())[1].self_attn.q_proj

@@ -52,7 +52,7 @@ def test_plain_lora_does_not_fuse():
 # --- one text of both -------------------------------------------------------------------------------------------------
 
 
-def test_source_and_target_stand_next_to_each_other():
+def test_source_and_target_are_joined():
     batch = InputFusionCollator(tokenizer(), token_types=True)(classes())
     assert batch["input_ids"].tolist() == [[CLS, B, C, D, SEP, A, SEP], [CLS, G, SEP, E, F, SEP, PAD]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1] * 6 + [0]]
@@ -62,7 +62,7 @@ def test_source_and_target_stand_next_to_each_other():
     assert "token_type_ids" not in InputFusionCollator(tokenizer(), token_types=False)(classes())
 
 
-def test_the_fixed_width_is_twice_that_of_a_text():
+def test_the_fixed_width_is_twice_max_length():
     batch = InputFusionCollator(tokenizer("left"), padding="max_length", max_length=6)(classes())
     assert batch["input_ids"].tolist()[0] == [PAD] * 5 + [CLS, B, C, D, SEP, A, SEP]
     assert batch["input_ids"].shape == (2, 12)
@@ -161,7 +161,7 @@ def test_a_collator_for_a_model():
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_the_same_trainer_runs_it_and_the_source_matters(family: str, tmp_path: Path):
+def test_flare_trainer_trains_it_and_the_source_matters(family: str, tmp_path: Path):
     model = input_fusion(task_model(family), max_length=16, r=4)
     args = TrainingArguments(
         output_dir=str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", max_steps=2

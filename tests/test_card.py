@@ -69,7 +69,7 @@ def test_second_adapter_does_not_replace_the_first_card(tmp_path):
     assert "`add_relu`" in card and "`mul`" not in card
 
 
-def test_a_run_adds_its_task_and_languages(tmp_path):
+def test_a_run_adds_task_and_languages(tmp_path):
     model = flare.fast_lora(tiny.model("bert"), r=4)
     model.save_pretrained(tmp_path)
     record = SimpleNamespace(

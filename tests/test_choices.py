@@ -37,7 +37,7 @@ def one_by_one(model, batch):
     return model(**rows).logits.view(2, 3)
 
 
-def test_choices_meet_their_own_sources(model, batch):
+def test_each_choice_is_fused_with_its_source(model, batch):
     logits = model(**batch).logits
     assert logits.shape == (2, 3)
     torch.testing.assert_close(logits, one_by_one(model, batch))
@@ -47,7 +47,7 @@ def test_choices_meet_their_own_sources(model, batch):
     torch.testing.assert_close(model(**without_masks).logits, one_by_one(model, without_masks))
 
 
-def test_choices_train_their_head_and_read_a_cache(model, batch):
+def test_choices_train_the_head_and_use_a_cache(model, batch):
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert any("classifier" in name for name in trained)
     expected = model(**batch).logits
@@ -60,13 +60,13 @@ def test_choices_train_their_head_and_read_a_cache(model, batch):
         model.set_source_cache(None)
 
 
-def test_a_source_of_one_text_a_row_is_refused(model, batch):
+def test_a_source_with_one_text_per_row_raises(model, batch):
     one = {**batch, "source_input_ids": batch["source_input_ids"][:, 0]}
     with pytest.raises(ValueError, match=r"source_input_ids is \(2, 7\): next to input_ids \(B, n, m\)"):
         model(**one)
 
 
-def test_rows_with_different_numbers_of_choices_are_refused():
+def test_rows_with_different_numbers_of_choices_raise():
     rows = [{"input_ids": [[1, 2], [1, 3]]}, {"input_ids": [[1, 2]]}]
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="<pad>")
     with pytest.raises(ValueError, match="different numbers of choices \\(1, 2"):

@@ -31,7 +31,7 @@ def test_both_texts_get_the_width_of_the_longest_of_either():
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
-def test_the_tokenizers_padding_side_or_the_one_asked_for():
+def test_padding_side():
     for collator in (
         FlareDataCollator(tokenizer("left")),
         FlareDataCollator(tokenizer("right"), padding_side="left"),
@@ -142,7 +142,7 @@ def test_causal_answers_start_at_one_index_in_both_streams():
     assert "source_labels" not in batch
 
 
-def test_causal_source_of_prompt_only_is_masked_where_the_answer_stands():
+def test_a_causal_source_without_answer_is_masked_at_the_answer():
     given = [{k: v for k, v in row.items() if k != "source_labels"} for row in answers()]
     for row in given:
         row["source_input_ids"] = row["source_input_ids"][:2]
@@ -152,7 +152,7 @@ def test_causal_source_of_prompt_only_is_masked_where_the_answer_stands():
     assert batch["source_attention_mask"].tolist() == [[0, 1, 1, 0, 0]] * 2
 
 
-def test_causal_rows_that_were_padded_before_are_laid_out_anew():
+def test_padding_of_causal_rows_is_replaced():
     given = answers()
     given[1]["input_ids"] = [PAD, PAD, BOS, A, C]
     given[1]["labels"] = [-100, -100, -100, -100, C]
@@ -197,7 +197,7 @@ def test_causal_truncation_cuts_the_start_of_prompts_and_keeps_the_opening_token
 # --- encoder-decoder --------------------------------------------------------------------------------------------------
 
 
-def test_seq2seq_labels_have_a_width_of_their_own():
+def test_seq2seq_labels_have_their_own_width():
     given = [
         {"input_ids": [A, B, SEP], "source_input_ids": [C, SEP], "labels": [D, SEP], "source_labels": [E, F, G, SEP]},
         {"input_ids": [A, SEP], "source_input_ids": [C, SEP], "labels": [SEP], "source_labels": [SEP]},
@@ -236,7 +236,7 @@ def test_the_models_layout(family: str, layout: str):
 
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "bert-spans", "xlmr", "llama", "llama-classes", "mt5"])
-def test_auto_finds_the_layout_that_the_model_wants(family: str):
+def test_auto_finds_the_layout_of_the_model(family: str):
     given = rows(family, 6)
     auto = FlareDataCollator(tokenizer())(given)
     named = FlareDataCollator(tokenizer(), layout=layout_of(task_model(family)))(given)
@@ -252,7 +252,7 @@ def without(name: str, index: int | None = None) -> list[dict]:
     return [{k: v for k, v in row.items() if k != name or index not in (None, i)} for i, row in enumerate(classes())]
 
 
-def test_a_missing_source_is_an_error_unless_asked_for():
+def test_a_missing_source_raises_unless_require_source_is_false():
     with pytest.raises(ValueError, match=r"no row has the column 'source_input_ids'.*remove_unused_columns"):
         FlareDataCollator(tokenizer())(without("source_input_ids"))
     plain = FlareDataCollator(tokenizer(), require_source=False)(without("source_input_ids"))
@@ -262,7 +262,7 @@ def test_a_missing_source_is_an_error_unless_asked_for():
             FlareDataCollator(tokenizer(), require_source=require)(without("source_input_ids", 1))
 
 
-def test_latent_states_stand_for_a_source():
+def test_latent_states_replace_a_source_text():
     given = [
         {**row, "source_states": [[0.5, 1.0]] * 3, "source_attention_mask": [1, 1, 0]}
         for row in without("source_input_ids")
@@ -282,12 +282,12 @@ def test_latent_states_stand_for_a_source():
         ({"names": [[1], [2, 3]]}, r"column 'names' cannot be stacked"),
     ],
 )
-def test_columns_that_do_not_fit(change: dict, message: str):
+def test_invalid_columns_raise(change: dict, message: str):
     with pytest.raises(ValueError, match=message):
         FlareDataCollator(tokenizer())([{**row, **change} for row in classes()])
 
 
-def test_rows_that_lack_what_others_have():
+def test_columns_missing_in_some_rows_raise():
     for name in ("labels", "weight"):
         given = [{**row, "weight": 1.0} for row in classes()]
         del given[1][name]
@@ -299,7 +299,7 @@ def test_rows_that_lack_what_others_have():
         FlareDataCollator(tokenizer())([])
 
 
-def test_long_texts_are_an_error_or_cut_on_request():
+def test_long_texts_raise_or_are_truncated():
     with pytest.raises(ValueError, match=r"row 0: source_input_ids has 5 tokens and max_length is 4.*truncation=True"):
         FlareDataCollator(tokenizer(), max_length=4)(classes())
     batch = FlareDataCollator(tokenizer(), max_length=4, truncation=True)(classes())
@@ -332,7 +332,7 @@ def test_a_tokenizer_without_pad_token():
 
 @pytest.mark.parametrize("task", ["bert", "llama", "mt5"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_fitted_collator_gives_each_row_the_same_shape_and_place_in_any_batch(task: str, side: str):
+def test_a_fitted_collator_pads_a_row_alike_in_every_batch(task: str, side: str):
     data = rows(task, 7)
     layout = {"bert": "encoder", "llama": "causal", "mt5": "seq2seq"}[task]
     loose = FlareDataCollator(tokenizer(side), layout=layout)
@@ -348,7 +348,7 @@ def test_a_fitted_collator_gives_each_row_the_same_shape_and_place_in_any_batch(
     assert any(loose([row])["input_ids"].shape != together["input_ids"][:1].shape for row in data)
 
 
-def test_a_fitted_collator_keeps_to_max_length():
+def test_a_fitted_collator_respects_max_length():
     data = rows("llama", 7)
     wide = FlareDataCollator(tokenizer(), layout="causal").fitted(data)(data)["input_ids"].shape[1]
     limited = FlareDataCollator(tokenizer(), layout="causal", max_length=wide - 1)

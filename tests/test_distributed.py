@@ -241,7 +241,7 @@ ENGINE_CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("family", ["llama", "bert", "mt5"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_are_one_processs(engine, family, tmp_path) -> None:
+def test_gradients_equal_those_of_one_process(engine, family, tmp_path) -> None:
     cases = {**CASES, **(MORE_CASES | ENGINE_CASES[engine] if family == "llama" else {})}
     found = two_processes.run(tmp_path, train_all, engine, family, cases)
     wanted: dict[str, list[dict[str, Tensor]]] = {}
@@ -260,7 +260,7 @@ def without_the_source(rank: int) -> list[dict[str, Tensor]]:
     return train(rank, "ddp", "bert", source_memory="recompute")
 
 
-def test_a_missing_share_of_the_source_would_be_seen(tmp_path) -> None:
+def test_a_missing_source_share_is_detected(tmp_path) -> None:
     found = two_processes.run(tmp_path, without_the_source)
     with pytest.raises(AssertionError, match=r"lora_A.* off, of"):
         check(found[0], train(None, "none", "bert"), "cut")
@@ -334,7 +334,7 @@ def fine_tune(rank: int | None, task: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("task", ["bert", "llama"])
-def test_the_trainer_on_two_processes_is_one_with_the_double_batch(task, tmp_path) -> None:
+def test_the_trainer_on_two_processes_equals_one_with_the_double_batch(task, tmp_path) -> None:
     """For llama with rows of unequal numbers of labels: the mean is over all of the step's labels, on all ranks."""
     want = fine_tune(None, task, tmp_path)
     assert len(want["losses"]) == 4 and want["seen"][1] > 0
@@ -443,7 +443,7 @@ def test_the_example_runs_on_two_processes(tmp_path) -> None:
     assert all(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
 
 
-def test_the_fsdp_example_asks_for_fsdp2() -> None:
+def test_the_fsdp_example_uses_fsdp2() -> None:
     plugin = load_config_from_file(str(EXAMPLE.with_name("fsdp2.yaml"))).fsdp_config
     assert plugin["fsdp_version"] == 2 and plugin["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
 
@@ -482,7 +482,7 @@ def errors(rank: int) -> dict[str, str]:
     return found
 
 
-def test_what_an_engine_cannot_take_is_refused(tmp_path) -> None:
+def test_unsupported_engines_raise(tmp_path) -> None:
     for found in two_processes.run(tmp_path, errors):
         assert "tensor parallelism" in found["tp"]
         assert "DistributedDataParallel" in found["ddp"] and "'use_reentrant': False" in found["ddp"]
@@ -490,7 +490,7 @@ def test_what_an_engine_cannot_take_is_refused(tmp_path) -> None:
         assert "FSDP1" in found["fsdp1"] and "fsdp_version: 2" in found["fsdp1"]
 
 
-def test_a_base_in_8_bits_is_not_sharded() -> None:
+def test_an_8_bit_base_raises_under_fsdp2() -> None:
     class Int8Params(torch.nn.Parameter):
         """As bitsandbytes names them."""
 
@@ -506,7 +506,7 @@ def test_a_base_in_8_bits_is_not_sharded() -> None:
         flare.replicate_adapters(model)
 
 
-def test_data_parallel_threads_are_refused() -> None:
+def test_data_parallel_raises() -> None:
     model, inputs = fused("bert"), batch("bert", 0)
     model.get_base_model()._is_replica = True
     with pytest.raises(ValueError, match=r"source_input_ids in a model under torch.nn.DataParallel.*accelerate launch"):

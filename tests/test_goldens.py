@@ -137,7 +137,7 @@ def test_one_step(folder, name) -> None:
 
 
 @pytest.mark.parametrize(("folder", "name"), GENERATION)
-def test_generation_by_the_releases_rule(folder, name) -> None:
+def test_generation_with_the_releases_alignment(folder, name) -> None:
     model, tensors, case = build(folder, name)
     out = model.eval().generate(
         **inputs_of(tensors, case["fusion"]),

@@ -39,7 +39,7 @@ def plain_lora(family: str) -> Any:
     ],
     ids=["bert", "llama with dropout", "mt5", "lora"],
 )
-def test_a_training_loop_is_the_eager_one(make: Callable[[], Any], to_none: bool) -> None:
+def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none: bool) -> None:
     """Three shapes in turn, accumulation over two batches, clipping, AdamW and a schedule: bit-equal parameters."""
     plain = "lora" in type(make().base_model).__name__.lower() and not hasattr(make(), "fast_lora_report")
     family = make().get_base_model().config.model_type
@@ -75,7 +75,7 @@ def test_a_training_loop_is_the_eager_one(make: Callable[[], Any], to_none: bool
         assert torch.equal(got, want), name
 
 
-def test_gradients_are_added_to_what_is_there() -> None:
+def test_gradients_are_accumulated() -> None:
     """Gradients of a user's own, of eager steps of other shapes and of replays meet in p.grad."""
     model, want = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
@@ -93,7 +93,7 @@ def test_gradients_are_added_to_what_is_there() -> None:
     assert recorder.replays == 5
 
 
-def test_a_parameter_without_a_gradient_stays_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_without_a_gradient_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A zero gradient would decay the weight, and move it by Adam's momentum."""
     model = fused("bert")
     unused = model.unused = nn.Parameter(torch.ones(3))
@@ -173,7 +173,7 @@ def test_autocast_is_part_of_the_shape_and_keeps_no_cast_weights() -> None:
 # --- a few shapes -----------------------------------------------------------------------------------------------------
 
 
-def test_the_shapes_last_used_are_kept() -> None:
+def test_the_last_used_shapes_are_kept() -> None:
     model, want = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1, max_graphs=2)
     lengths = [5, 5, 6, 6, 5, 7, 7, 5, *[6] * 17]  # 7 takes the place of 6, which waits before it takes that of 7
@@ -187,7 +187,7 @@ def test_the_shapes_last_used_are_kept() -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_graphs": 0}, {"warmup_steps": 0}], ids=str)
-def test_options_that_are_not_accepted(options: dict[str, int]) -> None:
+def test_invalid_options_raise(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}=0 must be at least 1"):
         flare.GraphedStep(fused("bert"), **options)
 
@@ -273,7 +273,7 @@ def test_a_decoders_source_is_not_in_the_cache() -> None:
 # --- padding and masks ------------------------------------------------------------------------------------------------
 
 
-def test_full_and_padded_rows_are_different_graphs() -> None:
+def test_full_and_padded_rows_have_different_graphs() -> None:
     """Each stream by itself; a mask of ones is left out, and the padded ones keep their values."""
     model, seen = fused("bert"), []
 
@@ -297,7 +297,7 @@ def test_full_and_padded_rows_are_different_graphs() -> None:
     }
 
 
-def test_positions_of_the_users_own_keep_the_mask() -> None:
+def test_position_ids_keep_the_mask() -> None:
     """Without one, transformers looks in position_ids for packed texts."""
     batch = {**full(batch_of("llama")), "position_ids": torch.arange(9).expand(3, 9)}
     assert set(batch) - set(without_full_masks(batch)) == {"source_attention_mask"}
@@ -315,7 +315,7 @@ def test_positions_of_the_users_own_keep_the_mask() -> None:
         (True, "padded"),
     ],
 )
-def test_attention_is_given_what_it_is_given_eagerly(
+def test_attention_gets_the_eager_arguments(
     family: str, source: bool, padding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sdpa's attn_mask and is_causal in both passes, with transformers told that a stream is capturing."""

@@ -68,7 +68,7 @@ def test_a_changed_model_is_captured_again(change: str) -> None:
     assert (recorder.captures, recorder.released, recorder.replays) == (2, 1, 3)
 
 
-def test_a_model_that_changes_in_every_step_is_named() -> None:
+def test_a_model_that_changes_in_every_step_is_reported() -> None:
     model = fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     with pytest.warns(UserWarning, match=r"changes from step to step \(active adapters or their scaling\)") as said:
@@ -170,7 +170,7 @@ def test_a_batch_that_cannot_be_captured_runs_eagerly(change: dict[str, Any], re
     assert len(said) == 1 and recorder.captures == 0
 
 
-def test_a_value_that_a_graph_cannot_hold_is_named() -> None:
+def test_a_value_that_a_graph_cannot_hold_is_reported() -> None:
     seen = []
     step, recorder = graphed(fused("bert"), lambda batch: (seen.append(batch["rows"]), torch.zeros(()))[1])
     with pytest.warns(UserWarning, match="rows is a list: a batch must hold tensors"):
@@ -183,7 +183,7 @@ class Interrupted(RuntimeError):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "end"])
-def test_a_capture_that_fails_leaves_all_as_it_was(where: str) -> None:
+def test_a_failed_capture_changes_nothing(where: str) -> None:
     """Gradients in accumulation, random numbers and the model are those of an eager loop; other shapes go on."""
     model, want = fused("bert", lora_dropout=0.2), fused("bert", lora_dropout=0.2)
     failing = [False]
@@ -242,7 +242,7 @@ def test_out_of_memory_is_reported() -> None:
         assert step(batch_of("bert")).isfinite()
 
 
-def test_a_model_of_which_no_shape_can_be_captured_is_left_alone() -> None:
+def test_a_model_without_capturable_shapes_runs_eagerly() -> None:
     """A model that waits for the device fails for each shape alike."""
     step, recorder = graphed(fused("bert"), warmup_steps=1)
 
@@ -278,7 +278,7 @@ def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
     same_gradients(model, want)
 
 
-def test_random_numbers_of_the_host_are_found() -> None:
+def test_random_numbers_on_the_host_are_detected() -> None:
     """Layer drop decides in Python, and a replay would take the capture's decision for ever."""
     model = fused("bert")
 

@@ -114,7 +114,7 @@ def test_a_trainers_batches_stay_on_the_host(tmp_path: Path, recorders: Recorder
     [({}, "the model is on cpu"), ({"torch_empty_cache_steps": 2}, "torch_empty_cache_steps frees memory")],
     ids=str,
 )
-def test_a_trainer_that_cannot_capture_says_so_once(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_a_trainer_that_cannot_capture_warns_once(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     models = []
     for captured in (False, True):
         model = lora("bert")

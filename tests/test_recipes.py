@@ -57,7 +57,7 @@ def loaded(recipe: Any, base: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", names())
-def test_what_is_shipped_can_be_read_and_used(name, tmp_path) -> None:
+def test_packaged_recipes_can_be_read_and_used(name, tmp_path) -> None:
     recipe = Recipe.read(name)
     config = flare.FlareConfig(**recipe.adapter)
     assert (config.r, config.lora_alpha, config.fusion) == (64, 128, "add_relu")
@@ -177,7 +177,7 @@ def test_heads_stay_in_full_precision_and_are_trained(task, bases) -> None:
     assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_all_linear_spares_a_head_that_is_trained_in_full(bases) -> None:
+def test_all_linear_excludes_a_trained_head(bases) -> None:
     """PEFT alone spares that of sequence classification, and fails on these."""
     for task in ("QUESTION_ANS", "TOKEN_CLS"):
         model = flare.fast_lora(CLASSES[task].from_pretrained(bases[task]), r=4, target_modules="all-linear")
@@ -187,7 +187,7 @@ def test_all_linear_spares_a_head_that_is_trained_in_full(bases) -> None:
 # --- files of one's own, and what is refused --------------------------------------------------------------------------
 
 
-def test_a_file_of_ones_own(bases, tmp_path) -> None:
+def test_a_users_recipe_file(bases, tmp_path) -> None:
     content = {
         "base": str(bases["SEQ_CLS"]),
         "task": "SEQ_CLS",
@@ -227,7 +227,7 @@ def test_what_is_refused(recipe, changes, error, message) -> None:
         flare.from_recipe(recipe, **changes)
 
 
-def test_an_argument_that_nobody_takes_is_named(bases) -> None:
+def test_an_unknown_argument_is_named(bases) -> None:
     recipe = {"task": "SEQ_CLS", "base": str(bases["SEQ_CLS"])}
     with pytest.raises(TypeError, match=r"fusoin: not a key of a recipe, not a field of FlareConfig, and not accepted"):
         flare.from_recipe(recipe, fusoin="mul")
@@ -251,13 +251,13 @@ def test_without_bitsandbytes(bases, monkeypatch) -> None:
     ],
     ids=str,
 )
-def test_a_recipe_runs_no_code_of_a_folder(content, tmp_path) -> None:
+def test_a_recipe_runs_no_code_of_a_model_folder(content, tmp_path) -> None:
     (tmp_path / "evil.yaml").write_text(yaml.safe_dump({"task": "SEQ_CLS", "tasks": {"x": content}}))
     with pytest.raises(ValueError, match="a recipe never runs"):
         Recipe.read(f"{tmp_path / 'evil.yaml'}/x")
 
 
-def test_code_of_a_folder_runs_where_the_call_says_so_alone(bases, tmp_path, monkeypatch) -> None:
+def test_code_of_a_model_folder_runs_only_if_the_call_allows_it(bases, tmp_path, monkeypatch) -> None:
     """Neither a recipe nor a command asks at the terminal; the folder's module says when it is imported."""
     folder = tmp_path / "model"
     shutil.copytree(bases["SEQ_CLS"], folder)

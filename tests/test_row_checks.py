@@ -40,7 +40,7 @@ def train(folder: Path, data: list[dict], **options) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_row_that_no_model_takes(tmp_path, change, said):
+def test_invalid_rows_raise(tmp_path, change, said):
     row = {"input_ids": [1, 2], "source_input_ids": [2, 3], "labels": 0, **change}
     with pytest.raises(ValueError) as error:
         train(tmp_path, [row], processing_class=tokenizer())
@@ -60,7 +60,7 @@ def test_a_trainer_without_a_tokenizer(tmp_path):
     train(tmp_path, [{**row, "input_ids": [5, 6], "source_input_ids": [6, 7]} for row in ragged])  # of one length
 
 
-def test_a_tokenizer_of_another_model(tmp_path):
+def test_a_tokenizer_of_another_model_warns(tmp_path):
     model = flare_model("bert")
     assert vocabulary_of(model) == model.config.vocab_size
     own = tokenizer()
@@ -83,7 +83,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "kind"), [("xlmr", "pad"), ("llama", "eos"), ("mt5", "eos")])
-def test_special_tokens_that_the_model_computes_with(family, kind):
+def test_special_tokens_that_change_results_raise(family, kind):
     """Positions counted from the pad, and the token that writing stops at: such a tokenizer is refused."""
     model, own = tiny.model(family), tokenizer()
     for name in ("pad", "eos"):
@@ -100,7 +100,7 @@ def test_special_tokens_that_the_model_computes_with(family, kind):
     assert broken_by(own, bert) is None, "BERT masks its padding, counts from 0, and does not write"
 
 
-def test_a_source_made_by_another_tokenizer():
+def test_a_source_from_another_tokenizer_warns():
     own = small_tasks.word_tokenizer("a b c d")
     first = own("a")["input_ids"][0]
     good = {"input_ids": own("a b")["input_ids"], "source_input_ids": own("c d")["input_ids"]}

@@ -136,7 +136,7 @@ def test_a_micro_batch_without_labelled_tokens_adds_nothing(family: str, tmp_pat
     assert both_loss == pytest.approx(one_loss, abs=2e-4)
 
 
-def test_a_loss_of_the_users_own_is_left_alone(tmp_path: Path):
+def test_the_users_loss_function_is_not_normalised(tmp_path: Path):
     counts = []
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -218,7 +218,7 @@ def test_the_default_collator_and_its_layout(tmp_path: Path):
     assert FlareTrainer(model=lora("bert"), args=args).data_collator is stock
 
 
-def test_rows_without_a_source_are_an_error_for_a_fusing_model(tmp_path: Path):
+def test_rows_without_a_source_raise_for_a_fusing_model(tmp_path: Path):
     trainer = FlareTrainer(
         model=flare_model("bert"),
         args=arguments(tmp_path, max_steps=1),
@@ -229,7 +229,7 @@ def test_rows_without_a_source_are_an_error_for_a_fusing_model(tmp_path: Path):
         trainer.train()
 
 
-def test_source_cache_must_be_one(tmp_path: Path):
+def test_source_cache_of_another_type_raises(tmp_path: Path):
     trainer = FlareTrainer(model=lora("bert"), args=arguments(tmp_path), source_cache=None)
     assert isinstance(trainer, Trainer)
     for cache in (True, object()):
@@ -237,7 +237,7 @@ def test_source_cache_must_be_one(tmp_path: Path):
             FlareTrainer(model=lora("bert"), args=arguments(tmp_path), source_cache=cache)
 
 
-def test_the_private_methods_that_are_extended_exist():
+def test_the_extended_private_methods_exist():
     for name in _compat.TRAINER_METHODS:
         assert callable(getattr(Trainer, name)), name
     _compat.check_trainer(Trainer)

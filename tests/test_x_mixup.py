@@ -183,7 +183,7 @@ def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Te
     return logits["target"], loss, ratio.flatten()
 
 
-def test_a_decoder_by_hand_neither_answer_is_shown():
+def test_a_decoder_by_hand_and_neither_answer_is_visible():
     model, inputs = mixup_model("llama"), batch("llama")
     split = int(inputs["labels"].ne(-100).int().argmax(1)[0])
     out = model(**inputs)
@@ -228,7 +228,7 @@ def logits_of(out: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_without_mixup_the_target_is_plain_lora_and_with_it_the_source_counts(task: str):
+def test_without_mixup_it_is_plain_lora_and_with_mixup_the_source_matters(task: str):
     model, inputs = mixup_model(task), batch(task)
     none, plain = mixup_model(task, lambda0=0), randomised(plain_lora(task_model(task).double(), r=4))
     for other in (none, plain):
@@ -293,7 +293,7 @@ def test_the_terms_of_spans_and_tokens():
         model(**bare)
 
 
-def test_source_spans_follow_their_tokens_when_padding_stands_on_the_left():
+def test_source_spans_follow_their_tokens_with_padding_on_the_left():
     made = with_source_labels("bert-spans", rows("bert-spans", 3, 5))
     out = FlareDataCollator(tokenizer("left"))(made)
     at = torch.arange(3)
@@ -308,7 +308,7 @@ def test_source_spans_follow_their_tokens_when_padding_stands_on_the_left():
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "mistral", "qwen3", "gemma2", "gemma3", "mt5"])
-def test_every_family_mixes_and_its_copy_is_its_own(family: str):
+def test_every_family_mixes_and_copies_are_independent(family: str):
     model = randomised(x_mixup(tiny.model(family, **({"dropout_rate": 0.0} if family == "mt5" else {})), r=4))
     inputs = tiny.batch(family)
     if family in ("mistral", "qwen3", "gemma2", "gemma3"):
@@ -327,7 +327,7 @@ def test_every_family_mixes_and_its_copy_is_its_own(family: str):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mt5"])
-def test_generation_continues_as_training_saw_it(family: str):
+def test_generation_matches_teacher_forcing(family: str):
     """Every generated token is the best one of a teacher-forced forward; texts of a batch have unequal padding."""
     model = randomised(x_mixup(tiny.model(family, eos_token_id=None), r=4)).eval()
     inputs = {k: v for k, v in tiny.batch(family, B=3, m=9).items() if k != "labels"}
@@ -368,7 +368,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool):
 # --- saving and training ----------------------------------------------------------------------------------------------
 
 
-def test_what_was_saved_comes_back(tmp_path: Path):
+def test_saving_and_loading(tmp_path: Path):
     model = mixup_model("xlmr", lambda0=0.4, alpha=0.3, layer_norm=False).eval()
     model.save_pretrained(tmp_path)
     inputs = batch("xlmr")
@@ -388,7 +388,7 @@ def test_what_was_saved_comes_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize("task", ["bert", "bert-spans", "llama"])
-def test_the_trainer_trains_resumes_and_loads_the_best(task: str, tmp_path: Path):
+def test_training_resuming_and_loading_the_best(task: str, tmp_path: Path):
     data = Dataset.from_list(with_source_labels(task, rows(task, 12)))
 
     def run(folder: str, resume: bool = False) -> Any:
@@ -424,7 +424,7 @@ def test_the_trainer_trains_resumes_and_loads_the_best(task: str, tmp_path: Path
     assert len(predicted[0] if isinstance(predicted, tuple) else predicted) == 12
 
 
-def test_no_source_is_said_once_and_is_plain_lora():
+def test_without_a_source_it_warns_once_and_is_plain_lora():
     model, inputs = mixup_model("bert"), batch("bert")
     alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
     with pytest.warns(UserWarning, match="run without a source and is plain LoRA"):
@@ -437,7 +437,7 @@ def test_no_source_is_said_once_and_is_plain_lora():
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match=r"layer=3 is not a block of BertForSequenceClassification.* has 0 to 2"):
         x_mixup(task_model("bert"), r=4, layer=3)
     with pytest.raises(ValueError, match=r"lambda0=1\.5 must be a number from 0 to 1"):

@@ -16,7 +16,7 @@ def numbers() -> torch.Tensor:
     return torch.ones(256)
 
 
-def test_peak_is_what_lives_at_one_time():
+def test_peak_is_the_largest_live_size():
     with peak_bytes() as peak:
         a = torch.empty(256)
         b = torch.empty(512)
@@ -37,7 +37,7 @@ def test_views_and_in_place_results_count_once():
     assert len(views) == 5
 
 
-def test_a_storage_lives_as_long_as_its_last_view():
+def test_a_storage_counts_until_its_last_view_is_freed():
     with peak_bytes() as peak:
         part = torch.empty(256)[:1]
         assert peak.current == KIB
@@ -45,7 +45,7 @@ def test_a_storage_lives_as_long_as_its_last_view():
         assert peak.current == 0
 
 
-def test_tensors_from_before_the_block_count_only_where_named():
+def test_existing_tensors_count_only_if_passed_as_live():
     before, named = numbers(), numbers()
     with peak_bytes(live=[named, {"again": named.view(2, 128)}]) as peak:
         before.mul_(2)
@@ -55,7 +55,7 @@ def test_tensors_from_before_the_block_count_only_where_named():
     del out
 
 
-def test_freeing_a_named_tensor_makes_room():
+def test_freeing_a_live_tensor_is_counted():
     named = numbers()
     with peak_bytes(live=[named]) as peak:
         del named
@@ -64,7 +64,7 @@ def test_freeing_a_named_tensor_makes_room():
     del new
 
 
-def test_freeing_an_unnamed_tensor_changes_nothing():
+def test_freeing_another_tensor_changes_nothing():
     before = numbers()
     with peak_bytes() as peak:
         total = before.sum()
@@ -72,14 +72,14 @@ def test_freeing_an_unnamed_tensor_changes_nothing():
     assert peak.current == peak.peak == total.untyped_storage().nbytes()
 
 
-def test_addresses_that_are_used_again_are_counted_again():
+def test_reused_addresses_are_counted_again():
     with peak_bytes() as peak:
         for _ in range(20):
             torch.empty(256)
     assert (peak.peak, peak.current) == (KIB, 0)
 
 
-def test_growing_a_tensor_is_seen():
+def test_growing_a_tensor_is_counted():
     with peak_bytes() as peak:
         a = torch.empty(256)
         a.resize_(1024)
@@ -112,14 +112,14 @@ def test_saved_bytes_of_known_functions():
     assert (saved.total, saved.storages) == (2 * KIB, 2)
 
 
-def test_a_view_keeps_its_whole_storage():
+def test_a_saved_view_counts_its_whole_storage():
     big, x = torch.ones(1024), torch.ones(256, requires_grad=True)
     with saved_bytes() as saved:
         x * big[:256]
     assert saved.total == 4 * KIB
 
 
-def test_parameters_and_inputs_can_be_left_out():
+def test_parameters_and_inputs_can_be_ignored():
     linear, x = torch.nn.Linear(256, 1), torch.ones(1, 256)
     with saved_bytes() as everything:
         linear(x).exp()
@@ -161,7 +161,7 @@ def test_checkpointing_saves_less():
     assert less.total < plain.total
 
 
-def test_timer_leaves_the_warm_up_out():
+def test_the_median_leaves_out_the_warm_up():
     timer = StepTimer(warmup=2)
     assert timer.median is None
     for pause in (0.05, 0.05, 0.0, 0.0, 0.0):
@@ -171,7 +171,7 @@ def test_timer_leaves_the_warm_up_out():
     assert timer.median is not None and timer.median < 0.02 < timer.seconds[0]
 
 
-def test_timer_counts_all_where_the_warm_up_would_leave_none():
+def test_all_steps_count_if_there_are_only_warm_up_steps():
     timer = StepTimer(warmup=3)
     with timer.step():
         pass
@@ -191,7 +191,7 @@ def test_timer_errors():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_on_a_gpu_is_the_allocators():
+def test_peak_on_a_gpu_is_that_of_the_allocator():
     with peak_bytes(device="cuda") as peak:
         a = torch.empty(1 << 20, device="cuda")
     assert peak.above_start == 4 << 20
