@@ -30,7 +30,7 @@ from flare.experiments.tasks.digest import digest_of_rows
 from flare.experiments.tasks.forms.tokens import first_tokens_of
 from flare.experiments.tasks.label_inference import inferred_tags
 from flare.experiments.tasks.row_parsing import examples_from
-from flare.experiments.translation.task_texts import finish, prepare
+from flare.experiments.translation.row_texts import prepare_rows, restore_rows
 from flare.experiments.utils.errors import UserError
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -175,7 +175,7 @@ def test_the_targets_tags_count_and_a_source_may_be_a_sentence(tmp_path):
 def test_a_translated_sentence_is_a_source_without_words(tmp_path):
     task = get_task("token-classification", labels=TAGS)
     row = Example("1", {"tokens": "a b"}, ("O", "B-PER"), words=("a", "b"))
-    found, _ = finish(prepare([row], task, "drop"), ["x y z"])
+    found, _ = restore_rows(prepare_rows([row], task, "drop"), ["x y z"])
     (tmp_path / "hausa-english").mkdir()
     write_split(tmp_path / "hausa-english" / "test.jsonl", found, task)
     (read,) = read_split(task, tmp_path, "hausa-english", "test")

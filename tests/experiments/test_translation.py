@@ -7,8 +7,8 @@ import tiny_mt
 import torch
 
 from flare.experiments.translation import TranslationError, TranslationModel, Translator
+from flare.experiments.translation.batch_plan import make_plan, sentences
 from flare.experiments.translation.model import fingerprint, known_tags
-from flare.experiments.translation.pieces import make_plan, sentences
 
 TEXTS = [tiny_mt.SENTENCES[0], "", "the sea", "  ", "it is far . we came", "the sea"]
 
@@ -121,7 +121,7 @@ def test_memory_that_is_too_small_halves_the_batch_and_says_so(nllb, monkeypatch
 
     monkeypatch.setattr(translator, "_generate", small)
     assert translator.translate_batch(texts) == expected
-    assert [line.rpartition("going on with ")[2] for line in told] == ["3.", "1."]
+    assert [line.rpartition("continuing with ")[2] for line in told] == ["3.", "1."]
     fits = 0
     with pytest.raises(TranslationError, match="too small for one piece"):
         translator.translate_batch(texts)
@@ -146,7 +146,7 @@ def test_a_wrong_tag_is_an_error_with_suggestions_before_the_weights_are_loaded(
 def test_models_devices_and_limits_that_cannot_work(tmp_path, nllb, minilm):
     with pytest.raises(TranslationError, match="no such folder"):
         TranslationModel(str(tmp_path / "absent"))
-    with pytest.raises(TranslationError, match="bert is no encoder-decoder"):
+    with pytest.raises(TranslationError, match="bert is not an encoder-decoder"):
         TranslationModel(str(minilm))
     with pytest.raises(TranslationError, match="--dtype must be one of"):
         TranslationModel(nllb.name, dtype="float8")

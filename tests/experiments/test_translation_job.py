@@ -186,7 +186,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(data, nllb, tmp_pa
         file.write(b'{"batch": 11, "transl')  # what a kill within a write leaves
     sizes = counted(monkeypatch)
     assert main(options(data, nllb, broken, *slow)) == 0
-    assert f"going on after {done} of 12 batches" in capsys.readouterr().out
+    assert f"resuming after {done} of 12 batches" in capsys.readouterr().out
     assert len(sizes) == 12 - done
     assert main(options(data, nllb, whole, *slow)) == 0
     assert finished.read_bytes() == (whole / "english-acehnese" / "train.jsonl").read_bytes()
@@ -239,7 +239,7 @@ def test_a_finished_split_is_left_alone(data, nllb, tmp_path, capsys, monkeypatc
     sizes = counted(monkeypatch)
     assert main(arguments) == 0
     assert sizes == [] and (path.read_bytes(), path.stat().st_mtime_ns) == before
-    assert "was finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     path.write_text(path.read_text().replace("valid0", "mended"))
     assert main(arguments) == 0
     assert "mended" in path.read_text() and "was changed after it was translated" in capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_files_of_others_are_not_overwritten(data, nllb, tmp_path, capsys):
     own = tmp_path / "out" / "english-acehnese" / "valid.csv"
     own.parent.mkdir(parents=True)
     own.write_text("mine")
-    assert "nothing says that this command made it" in fails(
+    assert "has no record that this command wrote it" in fails(
         options(data, nllb, tmp_path / "out", "--splits", "valid"), capsys
     )
     assert own.read_text() == "mine" and list(own.parent.iterdir()) == [own]

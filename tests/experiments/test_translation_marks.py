@@ -6,8 +6,8 @@ import pytest
 
 from flare.experiments.tasks import Answer, Example, get_task
 from flare.experiments.translation import Job, Translated, TranslationError, translate_split
-from flare.experiments.translation.marks import MarksLost, mark, recover, remove
-from flare.experiments.translation.pieces import make_plan
+from flare.experiments.translation.answer_marks import MarksLost, mark, recover, remove
+from flare.experiments.translation.batch_plan import make_plan
 
 CONTEXT = "The tower stands in Paris."
 PARIS = Answer("Paris", 20)
@@ -148,5 +148,5 @@ def test_test_rows_are_all_kept(tmp_path):
 
 
 def test_a_split_of_which_nothing_is_left_is_an_error_with_the_reasons(tmp_path):
-    with pytest.raises(TranslationError, match=r"no row is left to write; dropped: 1 \(marks lost\)"):
+    with pytest.raises(TranslationError, match=r"no rows are left to write; dropped: 1 \(marks lost\)"):
         translate_split(job(tmp_path, "train", "drop", ROWS[1:2]), Mangling())
