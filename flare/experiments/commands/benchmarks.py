@@ -98,7 +98,7 @@ def run_tuner(
             about=about,
             jobs=jobs or max(1, (os.cpu_count() or 1) - 1),
             budget_s=budget,
-            say=say,
+            log=say,
             save=lambda table: table.save(path),
         )
     except ValueError as error:

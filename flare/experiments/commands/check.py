@@ -35,7 +35,7 @@ def run(rest: list[str], **given: Any) -> int:
     """Run it; 2 for an error that the user can mend."""
 
     def work(settings: CheckSettings, say: Any) -> None:
-        from ..check.check import run_check
+        from ..check.run import run_check
 
         run_check(settings, say)
 

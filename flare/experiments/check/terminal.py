@@ -1,4 +1,4 @@
-"""`flare check` on the terminal: lines of tables."""
+"""Terminal output of `flare check`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from .costs import Cost, Score
 from .data import DataCheck
 
-_TEXT = 100  # characters of a text shown
+_TEXT = 100  # characters shown of a text
 _GAP = "  "
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Return lines of a table, the first column to the left and the others to the right, under a title."""
+    """Return the lines of a table with a title; the first column is left-aligned, the others right-aligned."""
     cells = [list(head), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [
@@ -24,12 +24,12 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> lis
 
 
 def headline(about: dict[str, Any]) -> str:
-    """Return what is checked, in one line."""
+    """Return a line about the checked task, languages and model."""
     texts = f"{about['target_text']} target text, {about['source_text']} source text"
     tuned = "fine-tuned" if about["fine-tuned"] else "not fine-tuned"
     return (
         f"{about['task']}: {about['source']} -> {', '.join(about['targets'])} ({texts}); {about['model']} "
-        f"({about['family']}, {tuned}), {about['max_length']} tokens a text"
+        f"({about['family']}, {tuned}), {about['max_length']} tokens per text"
     )
 
 
@@ -70,45 +70,46 @@ def data(check: DataCheck, source: str) -> list[str]:
     return lines
 
 
-def score(found: Score, source: str) -> list[str]:
-    """Return the lines about the base."""
-    said = ", ".join(f"{name} {value:.1f}" for name, value in found.scores.items())
-    most = "" if found.majority is None else f" (accuracy of always the most frequent label: {found.majority:.1f})"
-    return ["", f"The base on {found.rows} {source} {found.split} rows: {said}{most}"]
+def score(base_score: Score, source: str) -> list[str]:
+    """Return the lines about the base's score."""
+    scores = ", ".join(f"{name} {value:.1f}" for name, value in base_score.scores.items())
+    majority = base_score.majority
+    chance = "" if majority is None else f" (accuracy of always predicting the most frequent label: {majority:.1f})"
+    return ["", f"The base on {base_score.rows} {source} {base_score.split} rows: {scores}{chance}"]
 
 
-def costs(found: Sequence[Cost], runs: int, about: dict[str, Any]) -> list[str]:
+def costs(methods: Sequence[Cost], runs: int, about: dict[str, Any]) -> list[str]:
     """Return the lines about time and memory."""
     rows: list[tuple[Any, ...]] = []
-    for one in found:
+    for one in methods:
         if one.step_seconds is None or one.peak_bytes is None:
             rows.append((one.method, *["-"] * 5))
             continue
         peak = f"{one.peak_bytes / 2**20:.0f} MiB"
         seconds = (one.train_seconds or 0.0, one.other_seconds or 0.0)
         rows.append((one.method, f"{1000 * one.step_seconds:.0f}", one.steps, *map(duration, seconds), peak))
-    kind = next((one.peak_kind for one in found if one.peak_kind), "")
+    kind = next((one.peak_kind for one in methods if one.peak_kind), "")
     lines = table(
-        f"One run on this machine ({about['device']}), from a few steps",
+        f"One run on this machine ({about['device']}), estimated from a few steps",
         ("method", "ms/step", "steps", "training", "evaluation", f"peak memory ({kind})" if kind else "peak memory"),
         rows,
     )
-    total = sum(one.seconds for one in found) * runs
-    failed = sum(one.error is not None for one in found)
-    left = f"; {failed} could not be measured" if failed else ""
-    grid = f"{len(found)} method{'s' * (len(found) > 1)}, {runs} run{'s' * (runs > 1)} of each"
-    return [*lines, f"{_GAP}{grid}: about {duration(total)} in all{left}"]
+    total = sum(one.seconds for one in methods) * runs
+    failed = sum(one.error is not None for one in methods)
+    unmeasured = f"; {failed} could not be measured" if failed else ""
+    grid = f"{len(methods)} method{'s' * (len(methods) > 1)}, {runs} run{'s' * (runs > 1)} of each"
+    return [*lines, f"{_GAP}{grid}: about {duration(total)} in total{unmeasured}"]
 
 
-def warnings(found: Sequence[str]) -> list[str]:
-    """Return the warnings, a line for each."""
-    if not found:
+def warnings(messages: Sequence[str]) -> list[str]:
+    """Return one line per warning."""
+    if not messages:
         return ["", "No warnings."]
-    return ["", f"Warnings ({len(found)})", *(f"{_GAP}- {line}" for line in found)]
+    return ["", f"Warnings ({len(messages)})", *(f"{_GAP}- {line}" for line in messages)]
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in words: "40 s", "12 min", "3.4 h".
+    """Return a duration such as "40 s", "12 min" or "3.4 h".
 
     >>> duration(5000)
     '1.4 h'
