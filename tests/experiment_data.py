@@ -1,4 +1,4 @@
-"""A tiny experiment: parallel data of the demo's corpus in a folder, and tiny random models with a tokenizer."""
+"""Files of a tiny experiment: parallel data from the demo's corpus, and tiny random models with a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = {"train": (0, 48), "valid": (48, 64), "test": (64, 84)}
 
 
 def write_data(folder: Path, valid: bool = True, rows: dict[str, tuple[int, int]] = ROWS) -> Path:
-    """folder/english and folder/vemari with train, (valid) and test, aligned by id."""
+    """Write train, (valid) and test splits, aligned by id, to folder/english and folder/vemari."""
     pairs = make_corpus(train=90).train
     for language, text in (("english", "source"), ("vemari", "target")):
         (folder / language).mkdir(parents=True)
@@ -31,7 +31,7 @@ def write_data(folder: Path, valid: bool = True, rows: dict[str, tuple[int, int]
 
 
 def write_bert(folder: Path) -> Path:
-    """A tiny random BERT without a head."""
+    """Save a tiny random BERT without a head."""
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SIZE)
@@ -41,8 +41,8 @@ def write_bert(folder: Path) -> Path:
 
 
 def write_llama(folder: Path) -> Path:
-    """A tiny random Llama."""
-    tokenizer = _with_ends()
+    """Save a tiny random Llama."""
+    tokenizer = _tokenizer_with_end_token()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -59,8 +59,8 @@ def write_llama(folder: Path) -> Path:
 
 
 def write_t5(folder: Path) -> Path:
-    """A tiny random T5."""
-    tokenizer = _with_ends()
+    """Save a tiny random T5."""
+    tokenizer = _tokenizer_with_end_token()
     torch.manual_seed(0)
     config = transformers.MT5Config(
         vocab_size=len(tokenizer),
@@ -79,7 +79,7 @@ def write_t5(folder: Path) -> Path:
     return folder
 
 
-def _with_ends() -> transformers.PreTrainedTokenizerFast:
+def _tokenizer_with_end_token() -> transformers.PreTrainedTokenizerFast:
     tokenizer = build_tokenizer()
     tokenizer.eos_token = tokenizer.sep_token
     return tokenizer

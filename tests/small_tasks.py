@@ -1,4 +1,4 @@
-"""Small tokenizers and data for the tests of tasks: every word or character is a token, nothing is downloaded."""
+"""Small tokenizers and data files for the tests of tasks. Every word or byte is a token; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def word_tokenizer(words: str, **options: Any) -> PreTrainedTokenizerFast:
-    """BERT's form: [<s> a </s>], [<s> a </s> b </s>] with types 0 and 1; a token is a word or a punctuation mark."""
+    """Return a tokenizer with BERT's layout ([<s> a </s>], [<s> a </s> b </s>] with types 0 and 1) and word tokens."""
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *words.split()]))}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **{**names, **options})
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **{**names, **options})
 
 
 def byte_tokenizer(*, merges: Sequence[tuple[str, str]] = (), ends: bool = False, **options: Any) -> Any:
-    """Byte-level BPE: a text begins with <s> (Llama's form) or, with ``ends``, is closed with </s> (T5's)."""
+    """Return a byte-level BPE tokenizer: <s> starts a text, as for Llama; with ``ends``, </s> ends it, as for T5."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *_ALPHABET, *("".join(pair) for pair in merges)])}
-    made = Tokenizer(models.BPE(vocabulary, list(merges)))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>" if ends else "<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": None if ends else "<s>"}
-    chosen = {name: value for name, value in {**names, **options}.items() if value is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=["input_ids", "attention_mask"], **chosen)
+    special = {name: value for name, value in {**names, **options}.items() if value is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
+    )
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]], head: Sequence[str], encoding: str = "utf-8") -> Path:
-    """A CSV file with a head line."""
+    """Write a CSV file with a head line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding=encoding) as file:
         csv.writer(file).writerows([head, *rows])
@@ -51,7 +53,7 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]], head: Sequence[str], en
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A file of JSON lines."""
+    """Write a file of JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Tiny random translation models with real tokenizers, saved as a hub's folder would be."""
+"""Tiny random translation models with real tokenizers, saved in the layout of the hub."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ SENTENCES = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
 
 
 def save_nllb(folder: Path, seed: int = 0, width: int = 16) -> Path:
-    """NLLB's architecture (M2M100) and NLLB's tokenizer; its generation settings ask for beams, as a trap."""
+    """Save a model with NLLB's architecture (M2M100) and tokenizer; its generation_config sets beams and sampling."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -46,7 +46,7 @@ def save_nllb(folder: Path, seed: int = 0, width: int = 16) -> Path:
 
 
 def save_t5(folder: Path) -> Path:
-    """An encoder-decoder whose tokenizer writes no language tags."""
+    """Save an encoder-decoder whose tokenizer writes no language tags."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]

@@ -134,7 +134,10 @@ def test_what_a_kind_cannot_do_is_refused_in_words(place, tmp_path, capsys):
     translate = ("translate", "--task", "token-classification", "--data", place / "token-classification")
     for command, error in (
         (mixup, "--method x-mixup: it reads one text a row"),
-        (("finetune", "--model", place / "llama", *tags), "is answered by a head, not in writing"),
+        (
+            ("finetune", "--model", place / "llama", *tags),
+            "needs a model with a head and cannot be answered by generated text",
+        ),
         (
             (*translate, "--source", "english", "--target", "vemari", "--model", place / "bert"),
             "translate the target's sentences into the source language (--direction to-source)",

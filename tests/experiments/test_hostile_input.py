@@ -108,7 +108,7 @@ CASES = {
     "a tokenizer that is null": (write("bert/tokenizer.json", "null"), FINETUNE, "its tokenizer cannot be loaded"),
     "its settings a list": (write("bert/tokenizer_config.json", "[]"), FINETUNE, "its tokenizer cannot be loaded"),
     "weights cut off": (write("bert/model.safetensors", b"abc"), DEMO, "it cannot be loaded for classification"),
-    "no encoder-decoder": (write("x", ""), TRANSLATE, "no encoder-decoder"),
+    "no encoder-decoder": (write("x", ""), TRANSLATE, "not an encoder-decoder"),
     "an empty model": (write("x", ""), FINETUNE.replace("{0}/bert", ""), "--model is empty"),
     "an empty output": (write("x", ""), FINETUNE.replace("{0}/runs", ""), "--output is empty"),
     "an empty model of the demo": (write("x", ""), DEMO.replace("{0}/bert", ""), "--model is empty"),

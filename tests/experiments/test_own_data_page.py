@@ -1,4 +1,4 @@
-"""docs/own-data.md: its recipe and commands run as printed."""
+"""Run the recipe and commands of docs/own-data.md as printed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def block(name: str) -> str:
     return found[1]
 
 
-def test_the_recipe_needs_no_code(tmp_path, monkeypatch, capsys):
+def test_recipe_and_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     head, *rows = block("table").splitlines()
     assert all(row.count("\t") == head.count("\t") for row in rows)
@@ -51,10 +51,10 @@ def test_the_recipe_needs_no_code(tmp_path, monkeypatch, capsys):
         "base/seed-0",
         *(f"hausa/{name}/seed-0" for name in ("lora-r16", "flare-r16", "zero-shot", "translate-test")),
     }
-    settings, told = runs["hausa/flare-r16/seed-0"].record.settings, yaml.safe_load(recipe)
-    assert settings["metric"] == told["metric"] and settings["task_prompt"] == told["prompt"]
+    settings, recipe_options = runs["hausa/flare-r16/seed-0"].record.settings, yaml.safe_load(recipe)
+    assert settings["metric"] == recipe_options["metric"] and settings["task_prompt"] == recipe_options["prompt"]
     assert settings["labels"] == ["health", "politics", "sport"] and settings["verbalizer"] == {"sport": "sports"}
-    # a name that no command has is an error, in the file as on the command line
+    # an unknown option is an error in the file, as on the command line
     Path("odd.yaml").write_text(recipe + "lable_column: topic\n", encoding="utf-8")
     for name in ("finetune", "evaluate"):
         assert main([name, "--config", "odd.yaml"]) == 2

@@ -1,4 +1,4 @@
-"""Reading, writing and pairing the rows of a task, and what is said when they do not fit."""
+"""Read, write and pair the rows of a task; errors for data that does not fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def example(row_id: str, text: str = "x", label: str | None = "positive") -> Exa
     return Example(row_id, {"text": text}, label)
 
 
-def says(kind: type[Exception], text: str):
+def raises_text(kind: type[Exception], text: str):
     return pytest.raises(kind, match=re.escape(text))
 
 
@@ -53,7 +53,7 @@ def test_csv_jsonl_and_parquet_read_alike(tmp_path):
 
 def test_answers_in_every_form(tmp_path):
     context = "Lake Toba is in Sumatra."
-    wanted = [Example("1", {"question": "Where?", "context": context}, None, (Answer("Sumatra", 16),))]
+    expected = [Example("1", {"question": "Where?", "context": context}, None, (Answer("Sumatra", 16),))]
     squad = {"text": ["Sumatra"], "answer_start": [16]}
     base = {"id": "1", "question": "Where?", "context": context}
     write_jsonl(tmp_path / "a" / "test.jsonl", [{**base, "answers": squad}])
@@ -62,10 +62,10 @@ def test_answers_in_every_form(tmp_path):
     write_csv(tmp_path / "b" / "test.csv", [(*row, "Sumatra", 16)], (*head, "answer", "answer_start"))
     write_csv(tmp_path / "c" / "test.csv", [(*row, json.dumps(squad))], (*head, "answers"))
     write_csv(tmp_path / "d" / "test.csv", [(*row, "Sumatra")], (*head, "answer"))
-    assert all(read_split(QA, tmp_path, name, "test") == wanted for name in "abc")
+    assert all(read_split(QA, tmp_path, name, "test") == expected for name in "abc")
     assert read_split(QA, tmp_path, "d", "test")[0].answers == (Answer("Sumatra", -1),)
     write_csv(tmp_path / "e" / "test.csv", [(*row, "{oops")], (*head, "answers"))
-    with says(DataError, "row 0: its answers cannot be read"):
+    with raises_text(DataError, "row 0: its answers cannot be read"):
         read_split(QA, tmp_path, "e", "test")
 
 
@@ -77,22 +77,22 @@ def test_labels_are_names_or_indices(tmp_path):
     assert read_split(other, tmp_path, "m", "train") == [Example("#0", {"a": "p", "b": "q"}, "yes")]
 
 
-def test_labels_that_nobody_named_come_from_the_training_rows(tmp_path):
+def test_labels_are_inferred_from_the_training_rows(tmp_path):
     write_csv(tmp_path / "en" / "train.csv", [(i, "a", label) for i, label in enumerate(("10", "9", "9"))], HEAD)
     assert resolve_labels(OWN, tmp_path, "en").labels == ("9", "10")
     assert resolve_labels(NUSAX, tmp_path, "en") is NUSAX
-    # a number that is none of the labels is no index of one
+    # if labels are numbers, a number is never an index
     write_csv(tmp_path / "ace" / "train.csv", [("1", "a", "9"), ("2", "a", "1")], HEAD)
-    with says(
+    with raises_text(
         DataError, "1 of 2 rows have a label that is not one of task classification's: '1' (id 2); accepted: 9, 10"
     ):
         read_split(resolve_labels(OWN, tmp_path, "en"), tmp_path, "ace", "train")
     write_csv(tmp_path / "en" / "train.csv", [("1", "a", "x")], HEAD)
-    with says(UserError, "two or more different labels are needed; got 'x'"):
+    with raises_text(UserError, "two or more different labels are needed; got 'x'"):
         resolve_labels(OWN, tmp_path, "en")
 
 
-def test_what_is_written_is_what_was_read(tmp_path):
+def test_a_written_split_reads_back_equal(tmp_path):
     rows = [Example("1", {"question": "q", "context": "a\u2028b"}, None, (Answer("a", 0), Answer("b", 2)))]
     write_split(tmp_path / "x" / "train.jsonl", rows, QA)
     assert read_split(QA, tmp_path, "x", "train") == rows
@@ -100,13 +100,13 @@ def test_what_is_written_is_what_was_read(tmp_path):
     with pytest.raises(KeyError):
         write_split(tmp_path / "x" / "train.jsonl", [*rows, Example("2", {"question": "q"})], QA)
     assert (tmp_path / "x" / "train.jsonl").read_bytes() == before
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["train.jsonl"], "nothing half-written is left"
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["train.jsonl"], "no partial file is left"
 
 
 # --- what is wrong with a file ----------------------------------------------------------------------------------------
 
 
-def test_missing_things_are_named(tmp_path):
+def test_errors_name_what_is_missing(tmp_path):
     write_csv(tmp_path / "ace" / "train.csv", [("1", "a")], ("id", "content"))
     write_csv(tmp_path / "ace" / "valid.csv", [], HEAD)
     write_jsonl(tmp_path / "ace" / "test.jsonl", [])
@@ -116,23 +116,23 @@ def test_missing_things_are_named(tmp_path):
         ("test.jsonl has no rows", "ace", "test"),
         ("has no folder 'jav'; languages there: ace", "jav", "train"),
     ):
-        with says(DataError, text):
+        with raises_text(DataError, text):
             read_split(NUSAX, tmp_path, language, split)
-    with says(DataError, "no column answers (or answer); it has id, content"):
+    with raises_text(DataError, "no column answers (or answer); it has id, content"):
         read_split(get_task("qa", text_columns=["id", "content"]), tmp_path, "ace", "train")
     (tmp_path / "ace" / "valid.csv").unlink()
-    with says(DataError, "valid.csv is missing, and so is any other valid split (valid, validation, dev"):
+    with raises_text(DataError, "valid.csv is missing, and so is any other valid split (valid, validation, dev"):
         read_split(NUSAX, tmp_path, "ace", "valid")
     assert has_split(NUSAX, tmp_path, "ace", "train") and not has_split(NUSAX, tmp_path, "ace", "valid")
-    with says(UserError, "the split 'eval' is not known; one of train, valid, test"):
+    with raises_text(UserError, "the split 'eval' is not known; one of train, valid, test"):
         read_split(NUSAX, tmp_path, "ace", "eval")
-    with says(DataError, "no such folder"):
+    with raises_text(DataError, "no such folder"):
         read_split(NUSAX, "./nowhere", "ace", "train")
-    with says(DataError, "give a folder or a hub id with --data"):
+    with raises_text(DataError, "give a folder or a hub id with --data"):
         read_split(OWN, None, "ace", "train")
 
 
-def test_a_label_outside_the_set_is_shown_with_its_rows(tmp_path):
+def test_errors_name_unknown_labels_and_their_rows(tmp_path):
     rows = [(f"n{i}", "a", label) for i, label in enumerate(("positive", "mixed", "3", "", "mixed"))]
     write_csv(tmp_path / "ace" / "train.csv", rows, HEAD)
     with pytest.raises(DataError) as raised:
@@ -145,39 +145,39 @@ def test_a_label_outside_the_set_is_shown_with_its_rows(tmp_path):
     assert "accepted: negative, neutral, positive, or their indices from 0" in text
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_errors(tmp_path):
     write_csv(tmp_path / "ace" / "train.csv", [("1", "a", "b")], HEAD)
     (tmp_path / "ace" / "train.jsonl").write_text("{}")
-    with says(DataError, "several files for train: train.csv, train.jsonl; keep one of them"):
+    with raises_text(DataError, "several files for train: train.csv, train.jsonl; keep one of them"):
         read_split(OWN, tmp_path, "ace", "train")
     (tmp_path / "ace" / "valid.jsonl").write_text('{"id": 1, "text": "a", "label": "b"}\n{"id": 2,')
-    with says(DataError, "valid.jsonl, line 2: not a JSON object"):
+    with raises_text(DataError, "valid.jsonl, line 2: not a JSON object"):
         read_split(OWN, tmp_path, "ace", "valid")
     (tmp_path / "ace" / "test.csv").write_bytes(b"id,text,label\n1,\xff,b\n")
-    with says(DataError, "cannot be read as a CSV file in UTF-8"):
+    with raises_text(DataError, "cannot be read as a CSV file in UTF-8"):
         read_split(OWN, tmp_path, "ace", "test")
     (tmp_path / "jav").mkdir()
     (tmp_path / "jav" / "test.parquet").write_bytes(b"PAR1")
-    with says(DataError, "cannot be read as a Parquet file"):
+    with raises_text(DataError, "cannot be read as a Parquet file"):
         read_split(OWN, tmp_path, "jav", "test")
 
 
 # --- alignment --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_ids_are_aligned_by_position_if_there_are_equally_many():
+def test_rows_without_ids_are_aligned_by_position():
     targets, sources = [example("#0", "a"), example("#1", "b")], [example("#0", "A"), example("#1", "B")]
     pairs, notes = align(targets, sources, target_name="ace", source_name="en", split="train")
     assert [(p.target.texts["text"], p.source.texts["text"]) for p in pairs] == [("a", "A"), ("b", "B")]
     assert notes == ["train: ace and en are aligned by position: they have no id column in common"]
     assert align(targets, [example("x", "A"), example("y", "B")])[0][1].source.texts == {"text": "B"}
-    with says(DataError, "train: rows of ace (2) and en (1) cannot be aligned: without an id column"):
+    with raises_text(DataError, "train: rows of ace (2) and en (1) cannot be aligned: without an id column"):
         align(targets, sources[:1], target_name="ace", source_name="en", split="train")
     pairs, notes = align(targets, sources[1:], translated=True)
     assert [(p.target.id, p.source.texts["text"]) for p in pairs] == [("#1", "B")], "a translation keeps position ids"
 
 
-def test_what_has_no_counterpart_is_counted_with_ids():
+def test_rows_without_counterpart_are_counted():
     targets = [example(i) for i in ("5", "1", "2", "2", "3", "4")]
     sources = [
         example("1"),
@@ -197,7 +197,7 @@ def test_what_has_no_counterpart_is_counted_with_ids():
     ]
 
 
-def test_nothing_aligned_is_an_error_with_counts_and_ids():
+def test_no_matching_rows_is_an_error():
     with pytest.raises(DataError) as raised:
         align([example("a"), example("b")], [example("c")], target_name="ace", source_name="en", split="train")
     text = str(raised.value)
@@ -214,8 +214,8 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     for language in ("english", "ace"):
         write_csv(data / language / "train.csv", [(i, f"{language} {i}", "positive") for i in range(4)], HEAD)
     write_csv(data / "ace" / "test.csv", [(i, f"ace {i}", "negative") for i in range(3)], HEAD)
-    made = {"english-ace": ("train", (3, 1, 0)), "ace-english": ("test", (0, 2))}
-    for name, (split, ids) in made.items():
+    translated = {"english-ace": ("train", (3, 1, 0)), "ace-english": ("test", (0, 2))}
+    for name, (split, ids) in translated.items():
         rows = [example(str(i), f"{name} {i}", "positive" if split == "train" else "negative") for i in ids]
         write_split(translations / name / f"{split}.jsonl", rows, NUSAX)
     return data, translations
@@ -240,20 +240,20 @@ def test_gold_and_translated_texts_come_from_their_folders(folders):
     assert notes == ["test: 1 rows of ace dropped, no row of english (mt) has their id (id 1)"]
 
 
-def test_a_missing_translation_says_which_command_makes_it(folders):
+def test_error_for_a_missing_translation_gives_the_command(folders):
     data, mt = folders
-    with says(
+    with raises_text(
         DataError, "flare translate --task nusax --source ace --target english --splits train --direction to-target"
     ):
         load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, source_text="mt")
     (mt / "ace-english" / "train.partial.jsonl").touch()
-    with says(DataError, "it was started but not finished"):
+    with raises_text(DataError, "it was started but not finished"):
         load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, source_text="mt")
-    with says(UserError, "give its folder with --translations"):
+    with raises_text(UserError, "give its folder with --translations"):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="mt")
-    with says(UserError, "got 'machine' and 'gold'"):
+    with raises_text(UserError, "got 'machine' and 'gold'"):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="machine")
-    with says(UserError, "limit must be 1 or more"):
+    with raises_text(UserError, "limit must be 1 or more"):
         load_pairs(NUSAX, data, "english", "ace", "train", limit=0)
 
 
@@ -283,8 +283,8 @@ def test_tasks_have_the_papers_metrics_and_lengths():
         ({"name": "nusax", "max_length": 2}, "--max-length must be 4 or more; got 2"),
     ],
 )
-def test_options_of_a_task_that_do_not_fit(options, text):
-    with says(UserError, text):
+def test_invalid_task_options(options, text):
+    with raises_text(UserError, text):
         get_task(**options)
 
 
@@ -326,9 +326,9 @@ def test_the_papers_data_sets_on_the_hub(monkeypatch):
     assert calls[-1] == ("google-research-datasets/tydiqa", "secondary_task", "validation", "main")
     notes = load_pairs(tydiqa, None, "english", "swahili", "test", source_text=None)[1]
     assert notes == ["test: the data set has no test split; this is its validation split"]
-    with says(UserError, "xnli has no Acehnese; it has Arabic (ar), "):
+    with raises_text(UserError, "xnli has no Acehnese; it has Arabic (ar), "):
         read_split(get_task("xnli"), None, "acehnese", "train")
-    with says(DataError, "--data someone/else: neither a folder here nor a data set"):
+    with raises_text(DataError, "--data someone/else: neither a folder here nor a data set"):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
         read_split(OWN, "someone/else", "en", "train")
     assert not has_split(OWN, "someone/else", "en", "train")

@@ -34,7 +34,7 @@ def test_a_pair_of_texts_is_one_sequence_in_both_streams():
     ]
     rows, notes = form.train_rows(pairs, with_source=True)
     words = [" ".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) for row in rows]
-    assert words == ["<s> a b </s> c </s>", "<s> a b c d </s> f </s>"], "of two texts the longer one is cut"
+    assert words == ["<s> a b </s> c </s>", "<s> a b c d </s> f </s>"], "the longer text is truncated"
     assert rows[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
     assert tokenizer.decode(rows[0]["source_input_ids"]) == "<s> d </s> e f </s>"
     assert [row["labels"] for row in rows] == [1, 2]
@@ -70,7 +70,7 @@ def test_a_tokenizer_without_pad_token():
         make_form(NUSAX, word_tokenizer("a", pad_token=None), "encoder")
 
 
-def test_forms_that_cannot_be():
+def test_unsupported_forms_are_errors():
     tokenizer = word_tokenizer("a")
     with pytest.raises(UserError, match="'bert' is not known; one of encoder, causal, seq2seq"):
         make_form(NUSAX, tokenizer, "bert")
@@ -99,11 +99,11 @@ def test_token_spans_cover_the_characters():
     offsets = [(0, 0), (0, 3), (0, 0), (0, 4), (5, 9), (9, 10), (0, 0)]
     inside = [False, False, False, True, True, True, False]
     assert token_span(offsets, inside, 0, 4) == (3, 3)
-    assert token_span(offsets, inside, 6, 10) == (4, 5), "an answer that begins inside a token takes the whole token"
+    assert token_span(offsets, inside, 6, 10) == (4, 5), "an answer that starts inside a token includes the whole token"
     assert token_span(offsets, inside, 5, 14) is None
 
 
-def test_the_best_span_is_the_best_of_all():
+def test_best_span_equals_brute_force():
     generator = np.random.default_rng(0)
     for _ in range(20):
         start, end = generator.normal(size=(2, 12))
@@ -116,8 +116,8 @@ WORDS = "who where lives in the north of big Sumatra Java near a lake with Ana a
 
 
 def qa(row_id: str, question: str, context: str, *answers: str) -> Example:
-    found = tuple(Answer(text, context.find(text)) for text in answers)
-    return Example(row_id, {"question": question, "context": context}, None, found)
+    accepted = tuple(Answer(text, context.find(text)) for text in answers)
+    return Example(row_id, {"question": question, "context": context}, None, accepted)
 
 
 PAIRS = [
@@ -134,8 +134,8 @@ PAIRS = [
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("joined", [False, True])
-def test_answers_go_to_positions_and_back(side, joined):
-    """The right start and end positions, as logits of a batch, give the right answers, wherever the target stands."""
+def test_answer_positions_round_trip(side, joined):
+    """Logits made from the collated start and end positions give the answers, for both paddings and joined rows."""
     tokenizer = word_tokenizer(WORDS, padding_side=side)
     form = make_form(QA, tokenizer, "encoder", 32)
     rows, notes = form.train_rows(PAIRS, with_source=True)
@@ -145,7 +145,7 @@ def test_answers_go_to_positions_and_back(side, joined):
     collator = kind(tokenizer, layout="encoder", padding="longest")
     batch = collator(rows)
     width = batch["input_ids"].shape[1]
-    # every special token and every source gets a higher logit than the answer
+    # special tokens and sources get higher logits than the answer
     output = [2.0 - batch["attention_mask"] + torch.nn.functional.one_hot(batch[name], width) / 2
               for name in ("start_positions", "end_positions")]  # fmt: skip
     starts = collator([{**row, "start_positions": 0, "end_positions": 0} for row in rows])["start_positions"]
@@ -158,7 +158,7 @@ def test_answers_go_to_positions_and_back(side, joined):
     assert form.scores(predicted, PAIRS) == {"exact_match": 100, "f1": 100}
 
 
-def test_what_is_cut_off_is_counted():
+def test_truncated_rows_are_counted():
     tokenizer = word_tokenizer(WORDS)
     form = make_form(QA, tokenizer, "encoder", 12)
     long = "who lives in the north of Sumatra near a lake with Ana ?"
@@ -178,7 +178,7 @@ def test_what_is_cut_off_is_counted():
     ]
     assert all(len(row["input_ids"]) <= 12 for row in rows)
     everything, notes = form.eval_rows([*pairs, Pair(qa("5", "who ?", "Ana ."))], with_source=False)
-    assert len(everything) == 5, "no row is left out of an evaluation"
+    assert len(everything) == 5, "evaluation keeps every row"
     assert notes[-1] == "1 of 5 questions have no answer to compare with and do not count (id 5)"
     assert tokenizer.decode(everything[3]["input_ids"]) == "<s> who lives in the north of </s> Budi . </s>"
 
@@ -191,9 +191,9 @@ def test_logits_of_other_rows_are_refused():
         form.predictions((torch.zeros(3, 5), torch.zeros(3, 5)), PAIRS)
 
 
-def test_a_decoders_tokenizer_can_have_the_form():
+def test_span_form_with_a_decoders_tokenizer():
     form = make_form(QA, byte_tokenizer(), "encoder", 64)
     (row,), notes = form.train_rows([Pair(qa("1", "who?", "Ana é here", "é"))], with_source=False)
     assert notes == [] and row["input_ids"][0] == 1
-    # the answer's one character is two bytes, and both are its tokens
+    # the answer is one character of two bytes, so it has two tokens
     assert row["end_positions"] - row["start_positions"] == 1

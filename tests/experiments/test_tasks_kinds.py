@@ -30,7 +30,7 @@ from flare.experiments.tasks.digest import digest_of_rows
 from flare.experiments.tasks.forms.tokens import first_tokens_of
 from flare.experiments.tasks.label_inference import inferred_tags
 from flare.experiments.tasks.row_parsing import examples_from
-from flare.experiments.translation.task_texts import finish, prepare
+from flare.experiments.translation.row_texts import prepare_rows, restore_rows
 from flare.experiments.utils.errors import UserError
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -44,17 +44,17 @@ def labels_of(rows, task):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_tags_are_names_indices_or_a_classlabels_numbers_and_belong_to_the_words():
+def test_tags_are_names_indices_or_class_label_numbers():
     task = get_task("token-classification", labels=TAGS)
     rows = [
         {"tokens": ["Nelson", "Mandela", "came"], "ner_tags": ["B-PER", "I-PER", "O"]},
         {"tokens": ["in", "Lagos"], "ner_tags": [0, 3]},
         {"tokens": '["in", "Lagos"]', "ner_tags": "O B-LOC"},
     ]
-    found = examples_from(rows, ["tokens", "ner_tags"], task, "FILE")
-    assert [row.label for row in found] == [("B-PER", "I-PER", "O"), ("O", "B-LOC"), ("O", "B-LOC")]
-    assert found[0].words == ("Nelson", "Mandela", "came")
-    assert found[0].texts == {"tokens": "Nelson Mandela came"}
+    examples = examples_from(rows, ["tokens", "ner_tags"], task, "FILE")
+    assert [row.label for row in examples] == [("B-PER", "I-PER", "O"), ("O", "B-LOC"), ("O", "B-LOC")]
+    assert examples[0].words == ("Nelson", "Mandela", "came")
+    assert examples[0].texts == {"tokens": "Nelson Mandela came"}
     hub = {"tokens": ["in", "Lagos"], "ner_tags": [0, 1]}
     (row,) = examples_from([hub], list(hub), get_task("token-classification"), "HUB", ["O", "B-LOC"].__getitem__)
     assert row.label == ("O", "B-LOC")
@@ -72,18 +72,18 @@ def test_tags_are_names_indices_or_a_classlabels_numbers_and_belong_to_the_words
         ({"words": ["a"]}, "has no column tokens, ner_tags"),
     ],
 )
-def test_tags_that_cannot_be_read_are_refused(row, error):
+def test_invalid_tags_are_errors(row, error):
     with pytest.raises(DataError, match=error):
         examples_from([row], list(row), get_task("token-classification"), "FILE")
 
 
-def test_conll_files_hold_a_word_and_its_tag_a_line(tmp_path):
+def test_conll_files(tmp_path):
     (tmp_path / "hausa").mkdir()
     path = tmp_path / "hausa" / "train.txt"
     path.write_text("-DOCSTART- -X- O O\n\nNelson NNP B-PER\nMandela NNP I-PER\n\n\nLagos\tB-LOC\n", encoding="utf-8")
     task = get_task("token-classification")
-    found = read_split(task, tmp_path, "hausa", "train")
-    assert [(row.words, row.label) for row in found] == [
+    examples = read_split(task, tmp_path, "hausa", "train")
+    assert [(row.words, row.label) for row in examples] == [
         (("Nelson", "Mandela"), ("B-PER", "I-PER")),
         (("Lagos",), ("B-LOC",)),
     ]
@@ -92,7 +92,7 @@ def test_conll_files_hold_a_word_and_its_tag_a_line(tmp_path):
         read_split(task, tmp_path, "hausa", "train")
 
 
-def test_tags_of_the_training_rows_are_completed_to_iob2(tmp_path):
+def test_inferred_tags_are_completed_to_iob2(tmp_path):
     rows = [Example("1", label=("O", "B-PER", "O", "I-LOC"))]
     assert list(inferred_tags(rows)) == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
     write_jsonl(tmp_path / "english" / "train.jsonl", [{"tokens": ["a"], "ner_tags": ["B-PER"]}])
@@ -101,14 +101,14 @@ def test_tags_of_the_training_rows_are_completed_to_iob2(tmp_path):
         get_task("token-classification", labels=["B-PER", "I-PER"])
 
 
-def test_choices_are_columns_or_a_list_and_their_label_a_letter_or_a_number():
+def test_choices_and_their_labels():
     task = get_task("multiple-choice", **CHOICES, label_column="answer")
     row = {"passage": "p", "question": "q", "c1": "x", "c2": "y", "c3": "z", "answer": "b"}
     listed = {"passage": "p", "question": "q", "choices": ["x", "y", "z"], "answer": 1}
     for one in (row, listed):
-        (found,) = examples_from([one], list(one), task, "FILE")
-        assert found.label == "B"
-        assert found.texts == {"passage": "p", "question": "q", "c1": "x", "c2": "y", "c3": "z"}
+        (example,) = examples_from([one], list(one), task, "FILE")
+        assert example.label == "B"
+        assert example.texts == {"passage": "p", "question": "q", "c1": "x", "c2": "y", "c3": "z"}
     assert labels_of([{**row, "answer": "3"}], replace(task, first_choice=1)) == ["C"]
     with pytest.raises(DataError, match="answer is '3'; accepted: A, B, C, or the choice's number counted from 0"):
         labels_of([{**row, "answer": "3"}], task)
@@ -116,7 +116,7 @@ def test_choices_are_columns_or_a_list_and_their_label_a_letter_or_a_number():
         labels_of([{**listed, "choices": ["x", "y"]}], task)
 
 
-def test_several_labels_are_names_indices_marks_or_a_column_each():
+def test_sets_of_labels():
     task = get_task("multi-label", labels=["joy", "anger", "fear"])
     values = ["anger;joy", ["fear"], [0, 2], [0, 1, 0], "[]", ""]
     assert labels_of([{"text": "t", "labels": value} for value in values], task) == [
@@ -151,7 +151,7 @@ def test_a_regression_needs_finite_numbers():
         ("regression", {"metric": "accuracy"}, "not one of task regression's: pearson, spearman"),
     ],
 )
-def test_options_that_do_not_fit_a_kind_are_refused(name, options, error):
+def test_options_of_another_kind_are_errors(name, options, error):
     with pytest.raises(UserError, match=error):
         get_task(name, **options)
 
@@ -159,7 +159,7 @@ def test_options_that_do_not_fit_a_kind_are_refused(name, options, error):
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_targets_tags_count_and_a_source_may_be_a_sentence(tmp_path):
+def test_only_the_targets_tags_are_used(tmp_path):
     task = get_task("token-classification", labels=TAGS)
     write_jsonl(tmp_path / "hausa" / "test.jsonl", [{"id": "1", "tokens": ["a", "b"], "ner_tags": ["O", "B-PER"]}])
     write_jsonl(tmp_path / "english" / "test.jsonl", [{"id": "1", "tokens": ["c"], "ner_tags": ["B-LOC"]}])
@@ -172,12 +172,12 @@ def test_the_targets_tags_count_and_a_source_may_be_a_sentence(tmp_path):
     assert pairs[0].source.words == ()
 
 
-def test_a_translated_sentence_is_a_source_without_words(tmp_path):
+def test_a_translated_sentence_has_no_words(tmp_path):
     task = get_task("token-classification", labels=TAGS)
     row = Example("1", {"tokens": "a b"}, ("O", "B-PER"), words=("a", "b"))
-    found, _ = finish(prepare([row], task, "drop"), ["x y z"])
+    examples, _ = restore_rows(prepare_rows([row], task, "drop"), ["x y z"])
     (tmp_path / "hausa-english").mkdir()
-    write_split(tmp_path / "hausa-english" / "test.jsonl", found, task)
+    write_split(tmp_path / "hausa-english" / "test.jsonl", examples, task)
     (read,) = read_split(task, tmp_path, "hausa-english", "test")
     assert (read.texts, read.words, read.label) == ({"tokens": "x y z"}, (), None)
 
@@ -191,14 +191,14 @@ def test_rows_without_words_keep_their_digest():
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_words_tag_stands_at_its_first_token_only():
+def test_only_a_words_first_token_is_labelled():
     tokenizer = byte_tokenizer(cls_token="<s>")
     task = get_task("token-classification", labels=TAGS)
     form = make_form(task, tokenizer, "encoder", 12)
     target = Example("1", {"tokens": "ab c def"}, ("O", "B-PER", "I-PER"), words=("ab", "c", "def"))
     source = Example("1", {"tokens": "xyz"})
     rows, notes = form.train_rows([Pair(target, source)], with_source=True)
-    # <s> a b ' ' c ' ' d e f: with a byte a token, a word begins at its first byte
+    # <s> a b ' ' c ' ' d e f: each byte is a token, so a word's first token is its first byte
     assert rows[0]["labels"] == [-100, 0, -100, -100, 1, -100, 2, -100, -100]
     assert len(rows[0]["source_input_ids"]) == 4
     assert not notes
@@ -209,18 +209,18 @@ def test_a_words_tag_stands_at_its_first_token_only():
     assert "words without a token" in notes[-1]
 
 
-def test_first_tokens_of_sentencepiece_bytes_and_words_without_any():
-    # a token that holds the space in front of a word is the word's, one of the space alone is not
+def test_first_tokens():
+    # a token with the space before a word belongs to the word; a token of the space alone does not
     assert first_tokens_of(["ab", "cd"], [(0, 0), (0, 2), (2, 5), (0, 0)]) == [1, 2]
     assert first_tokens_of(["ab", "cd"], [(0, 2), (2, 3), (3, 4), (4, 5)]) == [0, 2]
-    # a word that the tokenizer drops, and one token that reaches over two words
+    # a word that the tokenizer drops, and a token that spans two words
     assert first_tokens_of(["ab", "\u200b", "cd"], [(0, 2), (5, 7)]) == [0, None, 1]
     assert first_tokens_of(["ab", "cd"], [(0, 5)]) == [0, None]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("joined", [False, True])
-def test_tags_are_read_where_the_collator_put_the_words(side, joined):
+def test_tags_are_read_at_the_collated_positions(side, joined):
     tokenizer = byte_tokenizer(cls_token="<s>")
     form = make_form(get_task("token-classification", labels=TAGS), tokenizer, "encoder", 16)
     pairs = [
@@ -231,20 +231,20 @@ def test_tags_are_read_where_the_collator_put_the_words(side, joined):
     kind = flare.baselines.InputFusionCollator if joined else flare.FlareDataCollator
     batch = kind(tokenizer, layout="encoder", padding_side=side)(rows)
     logits = torch.zeros(*batch["input_ids"].shape, len(TAGS))
-    for row, word in ((0, "ab"), (0, "c"), (1, "d")):  # the first byte of a word says its tag
+    for row, word in ((0, "ab"), (0, "c"), (1, "d")):  # the logits of a word's first byte give its tag
         byte = tokenizer(word)["input_ids"][1]
         at = (batch["input_ids"][row] == byte).nonzero()[-1]
         logits[row, at, {"ab": 1, "c": 0, "d": 3}[word]] = 1
     assert form.predictions(logits, pairs, batch["labels"]) == [("B-PER", "O"), ("B-LOC",)]
 
 
-def test_target_rows_without_words_are_refused():
+def test_target_rows_without_words_are_errors():
     form = make_form(get_task("token-classification", labels=TAGS), word_tokenizer("a"), "encoder")
     with pytest.raises(DataError, match="1 of 1 rows have no words with tags"):
         form.train_rows([Pair(Example("1", {"tokens": "a"}))], with_source=False)
 
 
-def test_each_choice_is_a_text_with_the_context_and_its_source():
+def test_each_choice_is_a_pair_with_the_context():
     tokenizer = word_tokenizer("p q x y z P Q X Y Z")
     task = get_task("multiple-choice", **CHOICES)
     form = make_form(task, tokenizer, "encoder")
@@ -263,7 +263,7 @@ def test_each_choice_is_a_text_with_the_context_and_its_source():
     assert form.predictions(torch.tensor([[0.0, 1.0, 0.5]]), [pair]) == ["B"]
 
 
-def test_a_written_choice_is_one_of_the_letters():
+def test_a_generated_choice_is_one_of_the_letters():
     tokenizer = byte_tokenizer(merges=[("Ġ", "A"), ("Ġ", "B"), ("Ġ", "C")])
     task = get_task("multiple-choice", **CHOICES, max_length=96)
     form = make_form(task, tokenizer, "causal")
@@ -272,7 +272,7 @@ def test_a_written_choice_is_one_of_the_letters():
     prompt = tokenizer.decode(
         [i for i, label in zip(rows[0]["input_ids"], rows[0]["labels"], strict=True) if label < 0]
     )
-    assert prompt.endswith("\nQuestion: q\nA: x\nB: y\nC: z\nAnswer:")  # only the passage is cut
+    assert prompt.endswith("\nQuestion: q\nA: x\nB: y\nC: z\nAnswer:")  # only the passage is truncated
     assert len(rows[0]["input_ids"]) <= 96 and "cut to prompts" in notes[0]
     letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][0] for letter in "ABC"]
     assert form.next_tokens([]) == sorted(letters)
@@ -282,7 +282,7 @@ def test_a_written_choice_is_one_of_the_letters():
     assert both.next_tokens([]) == sorted(letters)
 
 
-def test_several_labels_and_numbers_have_their_losses_and_predictions():
+def test_multi_label_and_regression_forms():
     tokenizer = word_tokenizer("a b")
     several = make_form(get_task("multi-label", labels=["joy", "anger"]), tokenizer, "encoder")
     pairs = [Pair(Example("1", {"text": "a"}, ("anger",))), Pair(Example("2", {"text": "b"}, ()))]
@@ -300,7 +300,7 @@ def test_several_labels_and_numbers_have_their_losses_and_predictions():
 
 
 @pytest.mark.parametrize("kind", ["token-classification", "multi-label", "regression"])
-def test_a_model_that_writes_has_no_form_for_heads(kind):
+def test_generative_models_have_no_form_for_these_kinds(kind):
     with pytest.raises(
         UserError, match=rf"task {kind} \({kind}\) needs a model with a head.*--form encoder \(AutoModelFor"
     ):
@@ -314,9 +314,9 @@ def test_entity_scores_equal_seqevals():
     pytest.importorskip("seqeval.metrics", exc_type=ImportError)
     task = get_task("token-classification", labels=TAGS)
     truth = [Example("1", label=("B-PER", "I-PER", "O", "B-LOC")), Example("2", label=("B-LOC", "O"))]
-    said = [("B-PER", "I-PER", "O", "O"), ("B-LOC", "I-LOC")]
-    # right: 1 of 2 that were said and 3 that are true
-    assert score_of(task, said, truth) == pytest.approx(
+    predictions = [("B-PER", "I-PER", "O", "O"), ("B-LOC", "I-LOC")]
+    # correct: 1 of 2 predicted and 3 true entities
+    assert score_of(task, predictions, truth) == pytest.approx(
         {"entity_f1": 40.0, "entity_precision": 50.0, "entity_recall": 100 / 3}
     )
 
@@ -330,21 +330,23 @@ def test_entity_scores_equal_seqevals():
         ("regression", "scipy"),
     ],
 )
-def test_scores_without_their_package_say_what_to_install(monkeypatch, kind, package):
+def test_error_for_a_missing_metric_package(monkeypatch, kind, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         score_of(get_task(kind), ["x"], [Example("1", label="x")])
     with pytest.raises(UserError, match=f"pip install {package}"):
         task_of(Settings(task=kind))  # before anything is trained
-    assert score_of(get_task("qa"), ["x"], [Example("1", answers=(Answer("x"),))])["f1"] == 100, "needs no package"
+    assert score_of(get_task("qa"), ["x"], [Example("1", answers=(Answer("x"),))])["f1"] == 100, (
+        "QA metrics need no package"
+    )
 
 
 def test_f1_of_several_labels_by_hand():
     task = get_task("multi-label", labels=["a", "b", "c"])
     truth = [Example("1", label=("a",)), Example("2", label=("a", "b")), Example("3", label=())]
-    said = [("a", "b"), ("a",), ("c",)]
-    # a: 2 right of 2 and 2; b: 0 of 1 and 1; c: 0 of 1 and 0. Together 2 right, 4 said, 3 true
-    assert score_of(task, said, truth) == pytest.approx({"micro_f1": 100 * 4 / 7, "macro_f1": 100 / 3})
+    predictions = [("a", "b"), ("a",), ("c",)]
+    # a: 2 correct of 2 predicted and 2 true; b: 0 of 1 and 1; c: 0 of 1 and 0. In total 2 correct of 4 and 3
+    assert score_of(task, predictions, truth) == pytest.approx({"micro_f1": 100 * 4 / 7, "macro_f1": 100 / 3})
 
 
 def test_correlations_by_hand():
@@ -355,6 +357,6 @@ def test_correlations_by_hand():
     assert metrics.pearson([1, 1], [1, 2]) == 0
 
 
-def test_a_csv_of_choices_and_numbers_is_read(tmp_path):
+def test_a_number_in_a_csv_file(tmp_path):
     write_csv(tmp_path / "english" / "test.csv", [["1", "t", "-0.5"]], ["id", "text", "label"])
     assert read_split(get_task("regression"), tmp_path, "english", "test")[0].label == -0.5

@@ -1,4 +1,4 @@
-"""The table of languages: complete, unambiguous, and helpful to whoever mistypes."""
+"""The table of languages is complete and unambiguous, and its errors suggest similar names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flare.experiments.tasks import LANGUAGES, NLLB_TAGS, language, nllb_code
 from flare.experiments.utils.errors import UserError
 
 
-def test_it_has_every_tag_of_nllb():
+def test_table_has_every_tag_of_nllb():
     from transformers.models.nllb import tokenization_nllb
 
     assert set(NLLB_TAGS) == set(tokenization_nllb.FAIRSEQ_LANGUAGE_CODES)
@@ -45,10 +45,10 @@ def test_substitutes_are_marked():
         (("toba_batak",), "NLLB has no Toba Batak, and the paper leaves it out; .*--source-code or --target-code"),
     ],
 )
-def test_a_wrong_language_is_refused_with_suggestions(arguments, text):
+def test_error_for_an_unknown_language_has_suggestions(arguments, text):
     with pytest.raises(UserError, match=text.replace("(", r"\(").replace(")", r"\)")):
         nllb_code(*arguments)
 
 
-def test_an_override_is_taken():
+def test_override():
     assert nllb_code("my own folder", "ban_Latn") == "ban_Latn"

@@ -1,4 +1,4 @@
-"""Metrics against cases worked out by hand."""
+"""Metrics compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ ABC = ("a", "b", "c")
 
 
 def test_macro_f1_is_over_all_labels():
-    # a: precision 1, recall 1/2; b: precision 2/3, recall 1; c: right
+    # a: precision 1, recall 1/2; b: precision 2/3, recall 1; c: all correct
     assert macro_f1(list("abbbcc"), list("aabbcc"), ABC) == pytest.approx(100 * (2 / 3 + 4 / 5 + 1) / 3)
-    assert macro_f1(list("aa"), list("aa"), ABC) == pytest.approx(100 / 3), "labels that are nowhere count 0"
-    # a prediction that is no label is missed for its true label and costs the others nothing
+    assert macro_f1(list("aa"), list("aa"), ABC) == pytest.approx(100 / 3), "labels that do not occur count as 0"
+    # a prediction that is not a label is a miss for its true label and does not affect other labels
     assert macro_f1(["a", "?"], ["a", "b"], ("a", "b")) == pytest.approx(50)
     assert accuracy(list("abc?"), list("abab")) == 50
 
 
-def test_macro_f1_is_that_of_the_demo():
+def test_macro_f1_equals_the_demos():
     import torch
 
-    from flare.experiments.demo.experiment import macro_f1 as of_the_demo
+    from flare.experiments.demo.experiment import macro_f1 as demo_macro_f1
 
-    said, true = torch.randint(0, 3, (50,)), torch.randint(0, 3, (50,))
-    names = [[ABC[i] for i in indices] for indices in (said, true)]
-    assert macro_f1(names[0], names[1], ABC) == pytest.approx(of_the_demo(said, true, 3))
+    predicted, true = torch.randint(0, 3, (50,)), torch.randint(0, 3, (50,))
+    names = [[ABC[i] for i in indices] for indices in (predicted, true)]
+    assert macro_f1(names[0], names[1], ABC) == pytest.approx(demo_macro_f1(predicted, true, 3))
 
 
-def test_answers_are_compared_as_squads_script_does():
+def test_squad_metrics():
     assert normalize_answer("The  U.S., a land") == "us land"
     assert exact_match(["the Nile!", "Nile"], [["Nile"], ["Amazon", "nile"]]) == 100
     assert exact_match(["Nile river"], [["Nile"]]) == 0
-    # two of three words said are among the two accepted: precision 2/3, recall 1
+    # two of three predicted words are in the accepted answer of two: precision 2/3, recall 1
     assert f1(["blue Nile river"], [["Amazon", "Nile river"]]) == pytest.approx(80)
-    assert f1(["x x"], [["x"]]) == pytest.approx(100 * 2 * 1 / 3), "a word counts as often as it is accepted"
+    assert f1(["x x"], [["x"]]) == pytest.approx(100 * 2 * 1 / 3), (
+        "a repeated word counts only as often as in the accepted answer"
+    )
     assert f1([""], [["x"]]) == 0
     assert exact_match(["کتاب"], [["کتاب"]]) == 100
 
 
-def test_scores_have_the_tasks_metrics_with_the_deciding_one_first():
+def test_score():
     rows = [Example("1", {}, "negative"), Example("2", {}, "neutral")]
-    found = score(get_task("nusax"), ["negative", "positive"], rows)
-    assert list(found) == ["macro_f1", "accuracy"]
-    assert found == pytest.approx({"macro_f1": 100 / 3, "accuracy": 50})
+    scores = score(get_task("nusax"), ["negative", "positive"], rows)
+    assert list(scores) == ["macro_f1", "accuracy"]
+    assert scores == pytest.approx({"macro_f1": 100 / 3, "accuracy": 50})
     answered = Example("1", {}, None, (Answer("x y"),))
-    found = score(get_task("qa"), ["y", "whatever"], [answered, Example("2")])
-    assert found == pytest.approx({"exact_match": 0, "f1": 100 * 2 / 3}), "what has no answer does not count"
+    scores = score(get_task("qa"), ["y", "whatever"], [answered, Example("2")])
+    assert scores == pytest.approx({"exact_match": 0, "f1": 100 * 2 / 3}), "a question without an answer does not count"
     with pytest.raises(DataError, match="none of 1 rows has a label or answer"):
         score(get_task("qa"), ["x"], [Example("2")])
     with pytest.raises(ValueError, match="1 predictions were given for 2 rows"):

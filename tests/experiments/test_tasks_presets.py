@@ -1,4 +1,4 @@
-"""The tasks' data sets on the hub, as fakes with the hub's columns and feature types."""
+"""Data sets of the tasks on the hub, tested on fakes with the hub's columns and feature types."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ SPLITS = {"masakhane/afrixnli": {"validation", "test"}, "facebook/belebele": {"t
 
 
 def row_of(hub_id: str, configuration: str, number: int) -> dict[str, Any]:
-    """One row; texts name the column, the configuration and the row."""
+    """Return one row; each text names its column, configuration and row."""
 
     def value(name: str, feature: Any) -> Any:
         fixed = {"category": "travel", "correct_answer_num": "3", "index_id": number + 100, "link": "https://w/1"}
@@ -92,21 +92,21 @@ def row_of(hub_id: str, configuration: str, number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def hub(monkeypatch) -> list[tuple[str, str, str]]:
-    """datasets.load_dataset on the fakes; the list holds what was asked for."""
-    asked = []
+    """Replace datasets.load_dataset by the fakes; return the list of its calls."""
+    calls = []
 
     def load_dataset(hub_id: str, configuration: str, split: str, **_: Any) -> datasets.Dataset:
-        asked.append((hub_id, configuration, split))
+        calls.append((hub_id, configuration, split))
         if split not in SPLITS.get(hub_id, {"train", "validation", "test"}):
             raise ValueError(f"Unknown split {split!r}")
         rows = [row_of(hub_id, configuration, number) for number in range(2)]
         return datasets.Dataset.from_list(rows, features=Features(HUB[hub_id]))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
+    return calls
 
 
-def says(kind: type[Exception], text: str):
+def raises_text(kind: type[Exception], text: str):
     return pytest.raises(kind, match=re.escape(text))
 
 
@@ -116,7 +116,7 @@ def one(task: str, name: str, split: str = "test") -> Example:
 
 def test_rows_of_classifications(hub):
     assert one("sib200", "acehnese", "train") == Example("101", {"text": "text ace_Latn 1"}, "travel")
-    assert one("sib200", "min_Arab").texts == {"text": "text min_Arab 1"}, "of FLORES-200, and not of NLLB"
+    assert one("sib200", "min_Arab").texts == {"text": "text min_Arab 1"}, "a tag of FLORES-200 that NLLB does not have"
     assert one("masakhanews", "swahili", "valid") == Example(
         "#1", {"headline": "headline swa 1", "text": "text swa 1"}, "health"
     )
@@ -127,20 +127,22 @@ def test_rows_of_classifications(hub):
     assert hub[-1] == ("facebook/xnli", "zh", "test")
 
 
-def test_rows_of_choices_and_words(hub):
-    found = one("belebele", "yoruba")
-    assert found.id == "https://w/1-2" and found.label == "C"
-    assert list(found.texts) == ["flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4))]
-    assert found.texts["mc_answer3"] == "mc_answer3 yor_Latn 1"
-    found = one("masakhaner2", "kiswahili", "train")
-    assert found == Example("1", {"tokens": "swa Mandela ran"}, ("O", "B-PER", "B-DATE"), (), ("swa", "Mandela", "ran"))
+def test_rows_of_multiple_choice_and_token_classification(hub):
+    example = one("belebele", "yoruba")
+    assert example.id == "https://w/1-2" and example.label == "C"
+    assert list(example.texts) == ["flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4))]
+    assert example.texts["mc_answer3"] == "mc_answer3 yor_Latn 1"
+    example = one("masakhaner2", "kiswahili", "train")
+    assert example == Example(
+        "1", {"tokens": "swa Mandela ran"}, ("O", "B-PER", "B-DATE"), (), ("swa", "Mandela", "ran")
+    )
 
 
 def test_english_rows_of_other_data_sets(hub):
     assert one("afrixnli", "english", "train").texts["premise"] == "premise en 1"
     assert one("afrixnli", "english", "test").texts["premise"] == "premise eng 1"
     conll = one("masakhaner2", "english", "train")
-    assert conll.label == ("O", "B-PER", "O"), "its MISC is no entity here"
+    assert conll.label == ("O", "B-PER", "O"), "its MISC counts as O"
     assert hub == [
         ("facebook/xnli", "en", "train"),
         ("masakhane/afrixnli", "eng", "test"),
@@ -152,10 +154,10 @@ def test_english_rows_of_other_data_sets(hub):
     assert notes == ["test: hausa and english are aligned by position: they have no id column in common"]
 
 
-def test_splits_that_are_not_there(hub):
-    with says(DataError, "masakhane/afrixnli has no train split, only valid, test: translate the English rows"):
+def test_missing_splits_are_errors(hub):
+    with raises_text(DataError, "masakhane/afrixnli has no train split, only valid, test: translate the English rows"):
         one("afrixnli", "hausa", "train")
-    with says(DataError, "facebook/belebele has no train split, only test: put your own rows"):
+    with raises_text(DataError, "facebook/belebele has no train split, only test: put your own rows"):
         one("belebele", "english", "train")
     assert not has_split(get_task("belebele"), None, "english", "valid") and has_split(
         get_task("sib200"), None, "en", "valid"
@@ -163,30 +165,32 @@ def test_splits_that_are_not_there(hub):
 
 
 @pytest.mark.parametrize("task", ["masakhanews", "masakhaner2", "tydiqa"])
-def test_languages_that_are_not_translations_are_not_paired(hub, task):
-    """MasakhaNER 2 numbers the rows of every language from 0: pairing them by id would look right."""
-    with says(DataError, "its yoruba and english rows are not translations of each other. Use machine-translated text"):
+def test_languages_that_are_not_parallel_are_not_paired(hub, task):
+    """MasakhaNER 2 numbers the rows of every language from 0, so pairing by id would seem to work."""
+    with raises_text(
+        DataError, "its yoruba and english rows are not translations of each other. Use machine-translated text"
+    ):
         load_pairs(get_task(task), None, "english", "yoruba", "train")
 
 
 def test_every_language_is_in_the_table(hub):
-    """With its tag of NLLB, or the reason that it has none."""
+    """Every language has an NLLB tag, or a note that says why not."""
     lacking = set()
     for data in DATA_SETS.values():
         for code in data.codes or ():
             assert data.configuration(language(code).name) == code
             if language(code).nllb is None:
                 lacking.add(code)
-                with says(UserError, f"NLLB has no {language(code).name}"):
+                with raises_text(UserError, f"NLLB has no {language(code).name}"):
                     nllb_code(code)
     assert lacking == {"bbc", "bbj", "pcm"}
     assert [nllb_code(code) for code in ("orm", "lug", "twi", "nya", "zul")] == [
         *("gaz_Latn", "lug_Latn", "twi_Latn", "nya_Latn", "zul_Latn")
     ]
     assert {task.hub_id for task in TASKS.values() if task.hub_id} == set(DATA_SETS)
-    with says(UserError, "masakhane/masakhanews has no Wolof; it has Amharic (amh), English (eng), "):
+    with raises_text(UserError, "masakhane/masakhanews has no Wolof; it has Amharic (amh), English (eng), "):
         one("masakhanews", "wolof")
-    with says(UserError, "Davlan/sib200 names its languages by FLORES-200's tags, and Madurese has none"):
+    with raises_text(UserError, "Davlan/sib200 names its languages by FLORES-200's tags, and Madurese has none"):
         one("sib200", "madurese")
 
 
@@ -210,30 +214,30 @@ def test_metrics_lengths_and_rates():
 
 
 @pytest.mark.parametrize("task", ["sib200", "masakhanews", "afrixnli", "belebele", "masakhaner2"])
-def test_forms_take_the_rows(hub, task):
-    """Both of a gold pair, or the target's and its translation."""
+def test_forms_accept_the_rows(hub, task):
+    """A form accepts rows of every data set, for target and source."""
     if task == "masakhaner2":
         pytest.importorskip("seqeval")
-    made = get_task(task)
-    rows = read_split(made, None, "yoruba", "test")
-    form = make_form(made, word_tokenizer("text yor Mandela ran"), "encoder")
-    found, _ = form.train_rows([Pair(row, row) for row in rows], with_source=True)
-    assert len(found) == 2 and {"input_ids", "source_input_ids", "labels"} <= set(found[0])
+    definition = get_task(task)
+    rows = read_split(definition, None, "yoruba", "test")
+    form = make_form(definition, word_tokenizer("text yor Mandela ran"), "encoder")
+    model_rows, _ = form.train_rows([Pair(row, row) for row in rows], with_source=True)
+    assert len(model_rows) == 2 and {"input_ids", "source_input_ids", "labels"} <= set(model_rows[0])
 
 
 def test_all_targets(hub, tmp_path):
-    found, notes = all_targets(get_task("nusax"), None, "english")
-    assert len(found) == 10 and "toba_batak" not in found and "madurese" in found
+    targets, notes = all_targets(get_task("nusax"), None, "english")
+    assert len(targets) == 10 and "toba_batak" not in targets and "madurese" in targets
     assert notes[0] == "--target all leaves out toba_batak: NLLB has no tag for it"
     assert len(all_targets(get_task("xnli"), None, "english")[0]) == 14
     assert len(all_targets(get_task("tydiqa"), None, "english")[0]) == 8
-    with says(UserError, "--target all: Davlan/sib200 has 205 languages; name the ones you want"):
+    with raises_text(UserError, "--target all: Davlan/sib200 has 205 languages; name the ones you want"):
         all_targets(get_task("sib200"), None, "english")
     for name in ("english", "ace", "ban"):
         write_csv(tmp_path / name / "test.csv", [], ("id",))
     (tmp_path / "english-ace").mkdir()
     assert all_targets(get_task("nusax"), tmp_path, "english")[0] == ["ace", "ban"]
-    with says(UserError, "has no language except english"):
+    with raises_text(UserError, "has no language except english"):
         all_targets(get_task("nusax"), tmp_path / "ban", "english")
 
 

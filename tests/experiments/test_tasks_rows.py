@@ -1,4 +1,4 @@
-"""Rows that are wrong: refused with their place and the reason, before anything is trained on them."""
+"""Invalid rows are errors that name the row and the reason, before any training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("id,text,label\n1,a,x\n2,b, c,y\n3,d,e,x\n", "line 3: 4 fields, but the head has 3 (id, text, label); 1 more"),
         ('id,text,label\n1,"a\nb",x\n2,b\n', "line 4: 2 fields, but the head has 3"),
@@ -41,15 +41,15 @@ def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv
         ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like one"),
     ],
 )  # fmt: skip
-def test_csv_rows(tmp_path, text, said):
+def test_invalid_csv_rows(tmp_path, text, message):
     write(tmp_path, text)
     with pytest.raises(DataError) as error:
         read_split(OWN, tmp_path, "ace", "train")
-    assert said in str(error.value), error.value
+    assert message in str(error.value), error.value
 
 
-def test_values_of_another_kind(tmp_path):
-    for row, said in (
+def test_values_of_the_wrong_type(tmp_path):
+    for row, message in (
         ({"text": "a", "label": ["x", "y"]}, "row 1: label holds a list (['x', 'y']); a row has one label"),
         ({"text": ["a", "b"], "label": "x"}, "row 1: text holds a list (['a', 'b']); it must be a text"),
         ({"text": {"a": 1}, "label": "x"}, "row 1: text holds a dict"),
@@ -57,7 +57,7 @@ def test_values_of_another_kind(tmp_path):
         write_jsonl(tmp_path / "ace" / "train.jsonl", [{"text": "a", "label": "x"}, row])
         with pytest.raises(DataError) as error:
             read_split(OWN, tmp_path, "ace", "train")
-        assert said in str(error.value), error.value
+        assert message in str(error.value), error.value
     write(tmp_path, "[" * 100_000, name="train.jsonl")
     with pytest.raises(DataError, match="line 1"):
         read_split(OWN, tmp_path, "ace", "train")
@@ -68,19 +68,19 @@ def test_values_of_another_kind(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "text"), [(3, "3"), (-0.5, "-0.5"), (1e20, "1e+20"), (True, "True"), (float("nan"), "")]
 )
-def test_a_number_is_a_text_in_data_but_not_in_prediction(cell, text):
+def test_numbers_are_texts_in_data_but_not_in_prediction(cell, text):
     assert text_of(cell, "FILE, row 0: title") == text
     with pytest.raises(DataError, match=rf"FILE, row 0: title holds a {type(cell).__name__} .*; it must be a text"):
         prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0")
 
 
-def test_a_list_of_words_is_a_text_in_prediction_but_not_in_data():
+def test_word_lists_are_texts_in_prediction_but_not_in_data():
     assert prediction_texts({"tokens": ["a", "b"]}, {"tokens": "tokens"}, "FILE, row 0") == {"tokens": "a b"}
     with pytest.raises(DataError, match="FILE, row 0: text holds a list"):
         text_of(["a", "b"], "FILE, row 0: text")
 
 
-def test_cells_that_are_texts_or_wrong_everywhere():
+def test_cells_that_data_and_prediction_read_alike():
     for cell, text in (("NA", "NA"), ("3", "3"), (None, "")):
         assert text_of(cell, "FILE, row 0: title") == text
         assert prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0") == {"text": text}
@@ -94,7 +94,7 @@ def test_cells_that_are_texts_or_wrong_everywhere():
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         (
             [*MANY, "postive"],
@@ -108,18 +108,18 @@ def test_cells_that_are_texts_or_wrong_everywhere():
         ([str(i) for i in range(12)], "occurs in one row only; so do 11 more labels."),
     ],
 )
-def test_labels_that_nobody_named_and_look_wrong(tmp_path, labels, said):
+def test_suspicious_inferred_labels_are_errors(tmp_path, labels, message):
     for language in ("english", "ace"):
         for split in ("train", "test"):
             write_csv(tmp_path / language / f"{split}.csv", [(i, "a", label) for i, label in enumerate(labels)], HEAD)
     with pytest.raises(DataError) as error:
         resolve_labels(OWN, tmp_path, "english")
-    assert said in str(error.value), error.value
-    with pytest.raises(DemoError) as same:
+    assert message in str(error.value), error.value
+    with pytest.raises(DemoError) as demo_error:
         load_parallel(str(tmp_path), "english", "ace")
-    assert said in str(same.value)
+    assert message in str(demo_error.value)
     given = get_task("classification", labels=list(dict.fromkeys(labels)))
-    assert len(read_split(given, tmp_path, "english", "train")) == len(labels), "labels that are named are taken"
+    assert len(read_split(given, tmp_path, "english", "train")) == len(labels), "labels that are listed are accepted"
 
 
 def test_inferred_labels_are_shown_before_training(tmp_path, capsys):
@@ -145,13 +145,13 @@ def test_inferred_labels_are_shown_before_training(tmp_path, capsys):
     assert not any("english train" in line or "seconds" in line for line in lines[:head]), "before anything is trained"
 
 
-def test_ids_that_begin_as_positions_do_are_ids():
+def test_ids_that_look_like_positions_are_ids():
     one, other = (Example(f"#{i}", {"text": text}, "x") for i, text in enumerate("ab"))
     pairs, _ = align([one, other], [other, one])
     assert [pair.target.id == pair.source.id for pair in pairs] == [True, True]
 
 
-def test_files_that_are_there_are_named(tmp_path):
+def test_error_for_a_missing_split_lists_the_files(tmp_path):
     write(tmp_path, "", name="train.xlsx")
     with pytest.raises(DataError, match=r"files there: train\.xlsx"):
         read_split(OWN, tmp_path, "ace", "train")

@@ -1,4 +1,4 @@
-"""Data as people have them: every format gives the same rows and the same errors."""
+"""File formats: all of them give the same rows and the same errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMATS = ("csv", "tsv", "json", "data.json", "lines.json", "jsonl", "parquet", 
 
 
 def write_as(folder: Path, rows: list[dict[str, Any]], form: str, name: str = "train") -> Path:
-    """Write rows in a format; returns what `read_table` reads."""
+    """Write rows in a format; return the path for `read_table`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.{form.rpartition('.')[2]}"
     if form in ("csv", "tsv"):
@@ -58,7 +58,7 @@ def write_as(folder: Path, rows: list[dict[str, Any]], form: str, name: str = "t
     return path
 
 
-def says(kind: type[Exception], text: str):
+def raises_text(kind: type[Exception], text: str):
     return pytest.raises(kind, match=re.escape(text))
 
 
@@ -66,21 +66,21 @@ def says(kind: type[Exception], text: str):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_format_gives_the_same_rows(tmp_path, form):
+def test_every_format_gives_the_same_rows(tmp_path, form):
     write_as(tmp_path / "ace", ROWS, form)
     assert has_split(OWN, tmp_path, "ace", "train") and not has_split(OWN, tmp_path, "ace", "test")
-    wanted = [Example(row["id"], {"text": row["text"]}, row["label"]) for row in ROWS]
-    assert read_split(OWN, tmp_path, "ace", "train") == wanted
+    expected = [Example(row["id"], {"text": row["text"]}, row["label"]) for row in ROWS]
+    assert read_split(OWN, tmp_path, "ace", "train") == expected
     write_csv(tmp_path / "ace" / "train.csv", [], HEAD) if form != "csv" else write_jsonl(
         tmp_path / "ace" / "train.jsonl", []
     )
-    with says(DataError, "several files for train"):
+    with raises_text(DataError, "several files for train"):
         read_split(OWN, tmp_path, "ace", "train")
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_format_has_the_checks_of_a_csv_file(tmp_path, form):
-    """The message names the row and the reason."""
+def test_every_format_has_the_same_checks(tmp_path, form):
+    """Error messages name the row and the reason."""
     good = [{"id": str(i), "text": "a", "label": "xy"[i % 2]} for i in range(12)]
     cases = {
         "row 2 (counted from 0): row 0 has the same id '0'": [*good[:2], {**good[2], "id": "0"}],
@@ -92,33 +92,35 @@ def test_a_format_has_the_checks_of_a_csv_file(tmp_path, form):
             {**good[1], "label": ""},
         ],
     }
-    for number, (said, rows) in enumerate(cases.items()):
+    for number, (message, rows) in enumerate(cases.items()):
         write_as(tmp_path / str(number), rows, form)
-        with says(DataError, said):
+        with raises_text(DataError, message):
             read_split(OWN, tmp_path, str(number), "train")
     from flare.experiments.tasks import resolve_labels
 
     write_as(tmp_path / "alone", [{**good[0], "label": "xx"}, *good[1:]], form)
-    with says(DataError, "row 0 (counted from 0, id 0): the label 'xx' occurs in one row only"):
+    with raises_text(DataError, "row 0 (counted from 0, id 0): the label 'xx' occurs in one row only"):
         resolve_labels(OWN, tmp_path, "alone")
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "json", "data.json", "lines.json", "jsonl"])
-def test_a_row_that_lacks_a_field(tmp_path, form):
+def test_a_row_with_a_missing_field(tmp_path, form):
     """Parquet and saved data sets have every column in every row."""
     rows = [ROWS[1], {"id": "9", "text": "b"}, {"id": "10", "text": "c"}]
     write_as(tmp_path / "ace", rows, form)
-    said = "line 3: 2 fields, but the head has 3" if form in ("csv", "tsv") else "row 1 (counted from 0): it has no 'l"
-    with says(DataError, said) as raised:
+    message = (
+        "line 3: 2 fields, but the head has 3" if form in ("csv", "tsv") else "row 1 (counted from 0): it has no 'l"
+    )
+    with raises_text(DataError, message) as raised:
         read_split(OWN, tmp_path, "ace", "train")
     assert "1 more" in str(raised.value)
-    # what the task does not need may be missing
+    # columns that the task does not need may be missing
     write_as(tmp_path / "other", [{**ROWS[0], "url": "u"}, ROWS[1]], "jsonl")
     assert len(read_split(OWN, tmp_path, "other", "train")) == 2
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("train.tsv", "id,text,label\n1,a,x\n", "fields must be separated by tabs; its head is 'id,text,label'"),
         ("train.tsv", "id\ttext\ttext\n", "the column 'text' occurs twice in the head"),
@@ -133,19 +135,19 @@ def test_a_row_that_lacks_a_field(tmp_path, form):
         ("train/state.json", "{}", "has several files for train: "),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, name, text, said):
+def test_unreadable_files_are_errors(tmp_path, name, text, message):
     (tmp_path / "ace" / "train").mkdir(parents=True)
     (tmp_path / "ace" / name).write_text(text)
     if name == "train/state.json":
         (tmp_path / "ace" / "train" / "dataset_info.json").write_text("{}")
-        with says(DataError, "cannot be read as a data set written by save_to_disk"):
+        with raises_text(DataError, "cannot be read as a data set written by save_to_disk"):
             read_split(OWN, tmp_path, "ace", "train")
         (tmp_path / "ace" / "train.csv").write_text("")
-    with says(DataError, said):
+    with raises_text(DataError, message):
         read_split(OWN, tmp_path, "ace", "train")
 
 
-def test_a_tsv_file_with_single_quotation_marks_is_plain_text(tmp_path):
+def test_a_tsv_file_with_unbalanced_quotation_marks(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text('id\ttext\n1\t"Good" he said\n2\t"so\n3\tb\n')
     with pytest.warns(UserWarning, match="quotation marks are read as text, because they are not balanced"):
@@ -153,7 +155,7 @@ def test_a_tsv_file_with_single_quotation_marks_is_plain_text(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["parquet", "saved"])
-def test_classes_that_a_file_names_are_read_by_their_names(tmp_path, form):
+def test_class_numbers_are_read_by_name(tmp_path, form):
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
@@ -161,11 +163,11 @@ def test_classes_that_a_file_names_are_read_by_their_names(tmp_path, form):
     folder = tmp_path / "ace"
     folder.mkdir()
     rows.to_parquet(folder / "train.parquet") if form == "parquet" else rows.save_to_disk(folder / "train")
-    found = read_split(get_task("nusax"), tmp_path, "ace", "train")
-    assert [row.label for row in found] == ["negative", "positive"]
+    examples = read_split(get_task("nusax"), tmp_path, "ace", "train")
+    assert [row.label for row in examples] == ["negative", "positive"]
 
 
-def test_an_id_column_of_another_name(tmp_path):
+def test_id_column_with_another_name(tmp_path):
     for language in ("en", "ace"):
         write_csv(
             tmp_path / language / "train.csv", [("b", language, "x"), ("a", language, "y")], ("uid", "text", "label")
@@ -173,7 +175,7 @@ def test_an_id_column_of_another_name(tmp_path):
     task = get_task("classification", id_columns=["uid"], labels=["x", "y"])
     pairs, notes = load_pairs(task, tmp_path, "en", "ace", "train")
     assert [(pair.target.id, pair.source.id) for pair in pairs] == [("b", "b"), ("a", "a")] and notes == []
-    with says(DataError, "has no column key; it has uid, text, label"):
+    with raises_text(DataError, "has no column key; it has uid, text, label"):
         read_split(get_task("classification", id_columns=["key"]), tmp_path, "en", "train")
 
 
@@ -196,7 +198,7 @@ def test_columns_of_both_languages(tmp_path, form):
         ("4", {"text": "jav 4"}, {"text": "en 4"}, "x"),
     ]
     assert notes == [] and has_split(TASK, data, "ace", "valid") and len(read_split(TASK, data, "ace", "train")) == 2
-    # the same rows, a file for each split
+    # the same rows with one file per split
     for split in ("train", "test"):
         rows = [{k: v for k, v in row.items() if k != "split"} for row in BOTH if row["split"].lower() == split]
         write_as(tmp_path / "splits", rows, form, name=split)
@@ -212,28 +214,30 @@ def test_columns_of_two_texts(tmp_path):
     pairs, _ = load_pairs(get_task("xnli"), data, "english", "swahili", "test")
     assert pairs[0].target.texts == {"premise": "P", "hypothesis": "H"}
     assert pairs[0].source.texts == {"premise": "p", "hypothesis": "h"}
-    with says(UserError, "task xnli has 2 text columns (premise, hypothesis); got 1 of the swahili text (p_sw)"):
+    with raises_text(UserError, "task xnli has 2 text columns (premise, hypothesis); got 1 of the swahili text (p_sw)"):
         read_split(get_task("xnli"), ParallelColumns(tmp_path, "english", None, ("p_sw",)), "swahili", "test")
 
 
 def test_errors_of_parallel_columns(tmp_path):
     path = write_as(tmp_path, BOTH, "csv", name="all")
     data = ParallelColumns(path, "english", ("en",), ("{language}",))
-    for said, task, place, language in (
+    for message, task, place, language in (
         ("has no column ban; it has key, en, ace, jav, topic, split", TASK, data, "ban"),
         ("--source-column is missing: name the column of", TASK, ParallelColumns(path, "english"), "english"),
         ("the answers of a qa task are parts of each language's text", get_task("qa"), data, "ace"),
         ("no such file or folder", TASK, ParallelColumns(tmp_path / "no.csv", "english", ("en",)), "english"),
     ):
-        with says(UserError, said):
+        with raises_text(UserError, message):
             read_split(task, place, language, "train")
-    with says(DataError, "this is one file; name its columns with --source-column and --target-column"):
+    with raises_text(DataError, "this is one file; name its columns with --source-column and --target-column"):
         read_split(TASK, path, "ace", "train")
     write_as(tmp_path, [{**BOTH[0], "split": "eval"}], "csv", name="odd")
-    with says(DataError, "row 0 (counted from 0): its split is 'eval'; accepted: train, valid, validation, dev, test"):
+    with raises_text(
+        DataError, "row 0 (counted from 0): its split is 'eval'; accepted: train, valid, validation, dev, test"
+    ):
         read_split(TASK, ParallelColumns(tmp_path / "odd.csv", "english", ("en",), None), "english", "train")
     write_as(tmp_path, [{k: v for k, v in BOTH[0].items() if k != "split"}], "csv", name="none")
-    with says(DataError, "is one file without a column 'split'"):
+    with raises_text(DataError, "is one file without a column 'split'"):
         read_split(TASK, ParallelColumns(tmp_path / "none.csv", "english", ("en",), None), "english", "train")
 
 
@@ -241,7 +245,7 @@ def test_errors_of_parallel_columns(tmp_path):
 
 
 def test_one_table_through_all_commands(tmp_path, capsys):
-    """finetune, train and evaluate score what they score with a folder per language."""
+    """finetune, train and evaluate give the same scores as with one folder per language."""
     sizes = {"train": (0, 16), "valid": (16, 24), "test": (24, 36)}
     write_data(tmp_path / "folders", rows=sizes)
     write_bert(tmp_path / "bert")
@@ -264,7 +268,7 @@ def test_one_table_through_all_commands(tmp_path, capsys):
         words = (*common, *place, "--lr", "1e-2", "--no-progress", "--output", runs)
         assert main([str(w) for w in ("finetune", *words, "--model", tmp_path / "bert")]) == 0
         assert main([str(w) for w in ("train", *words, "--target", "vemari")]) == 0
-        # nothing named again: the columns are the runs'
+        # the columns are not given again: evaluate reads them from the runs
         assert main([str(w) for w in ("evaluate", "--output", runs, "--no-progress")]) == 0
         scores.append({str(run.folder.relative_to(runs)): run.metrics.test for run in find_runs(runs)})
     assert scores[0] == scores[1] and len(scores[0]) == 4

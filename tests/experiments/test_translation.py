@@ -1,4 +1,4 @@
-"""Translator, plans and models: what is translated, in which batches, by which settings."""
+"""Translator, batch plans and translation models."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import tiny_mt
 import torch
 
 from flare.experiments.translation import TranslationError, TranslationModel, Translator
+from flare.experiments.translation.batch_plan import make_plan, sentences
 from flare.experiments.translation.model import fingerprint, known_tags
-from flare.experiments.translation.pieces import make_plan, sentences
 
 TEXTS = [tiny_mt.SENTENCES[0], "", "the sea", "  ", "it is far . we came", "the sea"]
 
@@ -25,7 +25,7 @@ def nllb(tmp_path_factory) -> TranslationModel:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_sorts_by_length_keeps_the_budget_and_the_order_of_texts():
+def test_plan():
     texts = ["a b c", "a", "", "a b c d e f", "a b", "a", "c b a"]
     plan = make_plan(texts, words, limit=None, batch_tokens=6)
     assert [[plan.pieces[i] for i in batch] for batch in plan.batches] == [
@@ -38,7 +38,7 @@ def test_a_plan_sorts_by_length_keeps_the_budget_and_the_order_of_texts():
     assert [len(batch) for batch in rows] == [2, 2, 1]
 
 
-def test_a_long_text_is_divided_at_sentences_and_put_together_again():
+def test_a_long_text_is_split_at_sentence_ends():
     text = 'One two three. "Four five!"\n\nSix seven eight nine? 十。十一。Ten'
     assert [sentence for sentence, _ in sentences(text)] == [
         "One two three.",
@@ -50,12 +50,12 @@ def test_a_long_text_is_divided_at_sentences_and_put_together_again():
     ]
     assert "".join(sentence + space for sentence, space in sentences(text)) == text
     plan = make_plan([text, "short"], words, limit=5, batch_tokens=100)
-    # as many sentences as fit; scripts that set no space between sentences are given one where they are divided
+    # as many sentences as fit; a space is added at a split if the script has none
     assert plan.pieces == ('One two three. "Four five!"', "Six seven eight nine? 十。", "十一。Ten", "short")
     assert plan.join(plan.pieces) == [text.replace("十。十", "十。 十"), "short"]
 
 
-def test_a_sentence_over_the_limit_stays_whole_for_the_model_to_cut():
+def test_a_sentence_over_the_limit_is_not_split():
     plan = make_plan(["a b c d e f. g h"], words, limit=4, batch_tokens=100)
     assert plan.pieces == ("a b c d e f.", "g h")
 
@@ -63,7 +63,7 @@ def test_a_sentence_over_the_limit_stays_whole_for_the_model_to_cut():
 # --- translating ------------------------------------------------------------------------------------------------------
 
 
-def test_translations_come_in_the_texts_order_and_empty_texts_stay_empty(nllb):
+def test_translations_keep_the_order_and_blank_texts(nllb):
     translator = Translator(nllb, "eng_Latn", "ace_Latn", max_new_tokens=8, batch_tokens=40)
     together = translator.translate(TEXTS)
     assert together[1] == "" and together[3] == "  " and together[2] == together[5]
@@ -71,17 +71,17 @@ def test_translations_come_in_the_texts_order_and_empty_texts_stay_empty(nllb):
     assert all(together[index] for index in (0, 2, 4))
 
 
-def test_greedy_whatever_the_models_own_settings_say(nllb):
+def test_greedy_decoding_regardless_of_generation_config(nllb):
     """The folder's generation_config asks for sampling, four beams and five tokens."""
     translator = Translator(nllb, "eng_Latn", "ace_Latn", max_new_tokens=9)
     tokens = nllb.tokenizer(TEXTS[0], return_tensors="pt")
-    made = [nllb.model.config.decoder_start_token_id, nllb.tokenizer.convert_tokens_to_ids("ace_Latn")]
+    ids = [nllb.model.config.decoder_start_token_id, nllb.tokenizer.convert_tokens_to_ids("ace_Latn")]
     assert tokens["input_ids"][0, 0] == nllb.tokenizer.convert_tokens_to_ids("eng_Latn")
     with torch.no_grad():
-        while len(made) < 10 and made[-1] != 2:
-            logits = nllb.model(**tokens, decoder_input_ids=torch.tensor([made])).logits
-            made.append(int(logits[0, -1].argmax()))
-    assert translator.translate(TEXTS[:1]) == [nllb.tokenizer.decode(made, skip_special_tokens=True).strip()]
+        while len(ids) < 10 and ids[-1] != 2:
+            logits = nllb.model(**tokens, decoder_input_ids=torch.tensor([ids])).logits
+            ids.append(int(logits[0, -1].argmax()))
+    assert translator.translate(TEXTS[:1]) == [nllb.tokenizer.decode(ids, skip_special_tokens=True).strip()]
     assert translator.settings()["decoding"] == {"num_beams": 1, "do_sample": False, "max_new_tokens": 9}
 
 
@@ -93,7 +93,7 @@ def test_two_directions_share_one_model(nllb):
     assert forth.loaded.model is back.loaded.model
 
 
-def test_what_was_cut_is_reported(nllb):
+def test_truncation_is_reported(nllb):
     translator = Translator(nllb, "eng_Latn", "ace_Latn", max_length=8, max_new_tokens=3)
     long, short = translator.translate_batch(["the sea the sea the sea the sea", "sea"])
     assert long.source_cut and not short.source_cut
@@ -102,15 +102,15 @@ def test_what_was_cut_is_reported(nllb):
 
 def test_a_model_without_tags_takes_a_prefix(tmp_path):
     folder = str(tiny_mt.save_t5(tmp_path / "t5"))
-    plain, told = Translator(folder, max_new_tokens=8), Translator(folder, prefix="it is : ", max_new_tokens=8)
-    assert told.translate(["sea"]) == plain.translate(["it is : sea"]) != plain.translate(["sea"])
+    plain, prefixed = Translator(folder, max_new_tokens=8), Translator(folder, prefix="it is : ", max_new_tokens=8)
+    assert prefixed.translate(["sea"]) == plain.translate(["it is : sea"]) != plain.translate(["sea"])
     with pytest.raises(TranslationError, match="writes no language tag; leave it out"):
         Translator(folder, "eng_Latn", "ace_Latn")
 
 
-def test_memory_that_is_too_small_halves_the_batch_and_says_so(nllb, monkeypatch):
-    told: list[str] = []
-    translator = Translator(nllb, "eng_Latn", "ace_Latn", max_new_tokens=4, say=told.append)
+def test_out_of_memory_halves_the_batch(nllb, monkeypatch):
+    messages: list[str] = []
+    translator = Translator(nllb, "eng_Latn", "ace_Latn", max_new_tokens=4, say=messages.append)
     texts = tiny_mt.SENTENCES[:7]
     expected, generate, fits = translator.translate_batch(texts), translator._generate, 2
 
@@ -121,7 +121,7 @@ def test_memory_that_is_too_small_halves_the_batch_and_says_so(nllb, monkeypatch
 
     monkeypatch.setattr(translator, "_generate", small)
     assert translator.translate_batch(texts) == expected
-    assert [line.rpartition("going on with ")[2] for line in told] == ["3.", "1."]
+    assert [line.rpartition("continuing with ")[2] for line in messages] == ["3.", "1."]
     fits = 0
     with pytest.raises(TranslationError, match="too small for one piece"):
         translator.translate_batch(texts)
@@ -130,7 +130,7 @@ def test_memory_that_is_too_small_halves_the_batch_and_says_so(nllb, monkeypatch
 # --- errors, identity -------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_tag_is_an_error_with_suggestions_before_the_weights_are_loaded(tmp_path):
+def test_an_unknown_tag_is_an_error_before_weights_are_loaded(tmp_path):
     folder = tiny_mt.save_nllb(tmp_path / "nllb")
     (folder / "model.safetensors").unlink()
     model = TranslationModel(str(folder))
@@ -143,10 +143,10 @@ def test_a_wrong_tag_is_an_error_with_suggestions_before_the_weights_are_loaded(
         Translator(model, "eng_Latn", "ace_Latn").translate(["the sea"])
 
 
-def test_models_devices_and_limits_that_cannot_work(tmp_path, nllb, minilm):
+def test_invalid_models_dtypes_and_limits(tmp_path, nllb, minilm):
     with pytest.raises(TranslationError, match="no such folder"):
         TranslationModel(str(tmp_path / "absent"))
-    with pytest.raises(TranslationError, match="bert is no encoder-decoder"):
+    with pytest.raises(TranslationError, match="bert is not an encoder-decoder"):
         TranslationModel(str(minilm))
     with pytest.raises(TranslationError, match="--dtype must be one of"):
         TranslationModel(nllb.name, dtype="float8")
@@ -154,7 +154,7 @@ def test_models_devices_and_limits_that_cannot_work(tmp_path, nllb, minilm):
         Translator(nllb, "eng_Latn", "ace_Latn", max_length=500)
 
 
-def test_a_fingerprint_knows_content_and_not_place_or_time(tmp_path):
+def test_fingerprint_depends_on_content_only(tmp_path):
     one, two = tiny_mt.save_nllb(tmp_path / "one"), tiny_mt.save_nllb(tmp_path / "two")
     other = tiny_mt.save_nllb(tmp_path / "other", seed=1)
     (two / "README.md").write_text("made twice")

@@ -70,7 +70,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def counted(monkeypatch) -> list[int]:
-    """Sizes of the batches that are translated from now on."""
+    """Return a list that collects the sizes of the batches translated from now on."""
     sizes: list[int] = []
     whole = Translator.translate_batch
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def counted(monkeypatch) -> list[int]:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def test_train_and_valid_go_to_the_targets_and_test_to_the_source(data, nllb, tmp_path, capsys):
+def test_default_directions(data, nllb, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--target", "acehnese", "javanese")) == 0
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(
@@ -107,7 +107,7 @@ def test_train_and_valid_go_to_the_targets_and_test_to_the_source(data, nllb, tm
     assert "english-acehnese/train: 12 of 12 rows in" in capsys.readouterr().out
 
 
-def test_provenance_says_by_what_and_of_what(data, nllb, tmp_path):
+def test_provenance(data, nllb, tmp_path):
     import hashlib
 
     out = tmp_path / "out"
@@ -126,14 +126,14 @@ def test_provenance_says_by_what_and_of_what(data, nllb, tmp_path):
     assert {"torch", "transformers"} <= set(entry["environment"]["versions"])
 
 
-def test_to_source_makes_the_source_text_of_human_target_text(data, nllb, tmp_path):
+def test_direction_to_source(data, nllb, tmp_path):
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--splits", "train", "--direction", "to-source", "--limit", "3")) == 0
     assert [row["id"] for row in rows_of(out / "acehnese-english" / "train.jsonl")] == ["train0", "train1", "train2"]
     assert not (out / "english-acehnese").exists()
 
 
-def test_both_texts_of_a_pair_are_translated_and_equal_ones_once(nllb, tmp_path, monkeypatch):
+def test_equal_texts_are_translated_once(nllb, tmp_path, monkeypatch):
     folder = tmp_path / "data" / "english"
     folder.mkdir(parents=True)
     lines = [
@@ -152,7 +152,7 @@ def test_both_texts_of_a_pair_are_translated_and_equal_ones_once(nllb, tmp_path,
 
 
 def kill_midway(arguments: list[str], partial: Path, lines: int) -> None:
-    """Start the command in a process of its own and kill it when its file has so many lines."""
+    """Start the command in its own process and kill it when its progress file has this many lines."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "flare", *arguments],
@@ -174,7 +174,7 @@ def kill_midway(arguments: list[str], partial: Path, lines: int) -> None:
         process.stderr.close()
 
 
-def test_killed_and_started_again_it_ends_with_the_same_bytes(data, nllb, tmp_path, capsys, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bytes(data, nllb, tmp_path, capsys, monkeypatch):
     slow = ["--splits", "train", "--batch-size", "1", "--max-new-tokens", "63", "--threads", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     partial = broken / "english-acehnese" / "train.partial.jsonl"
@@ -183,10 +183,10 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(data, nllb, tmp_pa
     done = partial.read_bytes().count(b"\n") - 1
     assert 3 <= done < 12 and not finished.exists()
     with partial.open("ab") as file:
-        file.write(b'{"batch": 11, "transl')  # what a kill within a write leaves
+        file.write(b'{"batch": 11, "transl')  # as left by a kill during a write
     sizes = counted(monkeypatch)
     assert main(options(data, nllb, broken, *slow)) == 0
-    assert f"going on after {done} of 12 batches" in capsys.readouterr().out
+    assert f"resuming after {done} of 12 batches" in capsys.readouterr().out
     assert len(sizes) == 12 - done
     assert main(options(data, nllb, whole, *slow)) == 0
     assert finished.read_bytes() == (whole / "english-acehnese" / "train.jsonl").read_bytes()
@@ -198,7 +198,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(data, nllb, tmp_pa
 
 
 def test_a_kill_between_the_last_steps_loses_nothing(data, nllb, tmp_path, monkeypatch):
-    """The split is written, then provenance, then the file of the run in progress is removed."""
+    """The split is written first, then the provenance; the progress file is removed last."""
     from flare.experiments.translation import job
 
     out = tmp_path / "out"
@@ -230,7 +230,7 @@ def test_a_kill_between_the_last_steps_loses_nothing(data, nllb, tmp_path, monke
     assert not (finished.parent / "valid.partial.jsonl").exists()
 
 
-def test_a_finished_split_is_left_alone(data, nllb, tmp_path, capsys, monkeypatch):
+def test_a_finished_split_is_not_changed(data, nllb, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     arguments = options(data, nllb, out, "--splits", "valid")
     assert main(arguments) == 0
@@ -239,7 +239,7 @@ def test_a_finished_split_is_left_alone(data, nllb, tmp_path, capsys, monkeypatc
     sizes = counted(monkeypatch)
     assert main(arguments) == 0
     assert sizes == [] and (path.read_bytes(), path.stat().st_mtime_ns) == before
-    assert "was finished before" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     path.write_text(path.read_text().replace("valid0", "mended"))
     assert main(arguments) == 0
     assert "mended" in path.read_text() and "was changed after it was translated" in capsys.readouterr().out
@@ -267,11 +267,11 @@ def test_other_rows_are_refused(data, nllb, tmp_path, capsys):
     assert "english/valid has changed" in fails(options(data, nllb, out, "--splits", "valid"), capsys)
 
 
-def test_files_of_others_are_not_overwritten(data, nllb, tmp_path, capsys):
+def test_other_files_are_not_overwritten(data, nllb, tmp_path, capsys):
     own = tmp_path / "out" / "english-acehnese" / "valid.csv"
     own.parent.mkdir(parents=True)
     own.write_text("mine")
-    assert "nothing says that this command made it" in fails(
+    assert "has no record that this command wrote it" in fails(
         options(data, nllb, tmp_path / "out", "--splits", "valid"), capsys
     )
     assert own.read_text() == "mine" and list(own.parent.iterdir()) == [own]
@@ -290,33 +290,44 @@ def test_a_folder_in_use_is_refused(data, nllb, tmp_path, capsys):
     assert main(options(data, nllb, tmp_path / "out", "--splits", "valid")) == 0
 
 
-def test_wrong_names_are_refused_before_the_weights_are_loaded(data, tmp_path, capsys):
+def test_unknown_names_are_errors_before_weights_are_loaded(data, tmp_path, capsys):
     model = tiny_mt.save_nllb(tmp_path / "nllb")
     (model / "model.safetensors").unlink()
     out = tmp_path / "out"
     wrong = fails(options(data, model, out, "--target", "acehnes"), capsys)
-    assert "Acehnese (ace_Latn)" in wrong and "--target-code" in wrong  # asked of the table
+    assert "Acehnese (ace_Latn)" in wrong and "--target-code" in wrong  # from the table of languages
     assert "did you mean ace_Latn" in fails(options(data, model, out, "--target-code", "ace_Lat"), capsys)
-    lacking = fails(options(data, model, out, "--target", "swahili"), capsys)  # NLLB's, but not this tokenizer's
-    assert "swh_Latn" in lacking and "--target-code" in lacking
+    unknown_tag = fails(
+        options(data, model, out, "--target", "swahili"), capsys
+    )  # a tag of NLLB that this tokenizer does not have
+    assert "swh_Latn" in unknown_tag and "--target-code" in unknown_tag
     (data / "english" / "valid.csv").unlink()
     missing = fails(options(data, model, out), capsys)
     assert "valid.csv is missing" in missing and "test.csv, train.csv" in missing
     assert not out.exists()
 
 
-def test_a_model_without_tags_translates_one_way_or_is_told_by_words(data, tmp_path, capsys):
+def test_a_model_without_tags_needs_one_direction_or_a_prefix(data, tmp_path, capsys):
     model = tiny_mt.save_t5(tmp_path / "t5")
     assert "one language only" in fails(options(data, model, tmp_path / "out"), capsys)
     one_way = ["--direction", "to-target", "--splits", "valid"]
     assert main(options(data, model, tmp_path / "one", *one_way)) == 0
-    told = ["--target", "acehnese", "javanese", "--prefix", "{source} to {target} : ", "--splits", "valid", "test"]
-    assert main(options(data, model, tmp_path / "told", *told)) == 0
-    there = json.loads((tmp_path / "told" / "javanese-english" / FILE).read_text())
-    assert there["settings"]["prefix"] == "javanese to english : " and there["settings"]["source_tag"] is None
+    with_prefix = [
+        "--target",
+        "acehnese",
+        "javanese",
+        "--prefix",
+        "{source} to {target} : ",
+        "--splits",
+        "valid",
+        "test",
+    ]
+    assert main(options(data, model, tmp_path / "prefix", *with_prefix)) == 0
+    provenance = json.loads((tmp_path / "prefix" / "javanese-english" / FILE).read_text())
+    assert provenance["settings"]["prefix"] == "javanese to english : " and provenance["settings"]["source_tag"] is None
 
 
-def test_a_config_file_gives_options_and_flags_win(data, nllb, tmp_path, capsys):
+def test_flags_override_the_config_file(data, nllb, tmp_path, capsys):
     config = tmp_path / "mt.yaml"
     config.write_text(
         f"task: nusax\ndata: {data}\nsource: english\ntarget: acehnese\nmodel: {nllb}\nsplits: [valid]\n"

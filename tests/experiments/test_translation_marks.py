@@ -1,4 +1,4 @@
-"""Answer spans through a translation, by marks, with translators that keep, lose and mangle them."""
+"""Answer spans carried through a translation by marks, with translators that keep, lose and mangle the marks."""
 
 import json
 
@@ -6,18 +6,18 @@ import pytest
 
 from flare.experiments.tasks import Answer, Example, get_task
 from flare.experiments.translation import Job, Translated, TranslationError, translate_split
-from flare.experiments.translation.marks import MarksLost, mark, recover, remove
-from flare.experiments.translation.pieces import make_plan
+from flare.experiments.translation.answer_marks import MarksLost, mark, recover, remove
+from flare.experiments.translation.batch_plan import make_plan
 
 CONTEXT = "The tower stands in Paris."
 PARIS = Answer("Paris", 20)
 
 
-def test_marks_stand_around_the_answer_and_avoid_what_the_text_holds():
+def test_marks_differ_from_the_characters_of_the_text():
     assert mark(CONTEXT, PARIS).text == "The tower stands in [ Paris ]."
     assert mark("[1] in Paris", Answer("Paris", 7)).text == "[1] in { Paris }"
     assert mark("《a》 Paris", Answer("Paris", 4)).pair == ("{", "}")  # a variant of square brackets
-    assert mark(CONTEXT, Answer("Paris")).text == "The tower stands in [ Paris ]."  # the only one: it can be looked up
+    assert mark(CONTEXT, Answer("Paris")).text == "The tower stands in [ Paris ]."  # a single occurrence needs no start
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_answers_that_cannot_be_marked(context, answer, reason):
         ("e l'[Hôtel de ville], là", "e l'Hôtel de ville, là", "Hôtel de ville"),
     ],
 )
-def test_the_answer_is_found_again_at_its_exact_place(translation, plain, answer):
+def test_recover(translation, plain, answer):
     text, found = recover(translation, ("[", "]"))
     assert (text, found.text) == (plain, answer)
     assert text[found.start : found.start + len(found.text)] == answer
@@ -63,7 +63,7 @@ def test_the_answer_is_found_again_at_its_exact_place(translation, plain, answer
         ("La tour est à [ ] Paris.", "nothing between the marks", "La tour est à Paris."),
     ],
 )
-def test_marks_that_are_lost_have_a_reason_and_leave_no_trace(translation, reason, left):
+def test_lost_marks_have_a_reason_and_are_removed(translation, reason, left):
     with pytest.raises(MarksLost, match=reason):
         recover(translation, ("[", "]"))
     assert remove(translation, ("[", "]")) == left
@@ -73,7 +73,7 @@ def test_marks_that_are_lost_have_a_reason_and_leave_no_trace(translation, reaso
 
 
 class Mangling:
-    """Upper case, and by a word in the text: marks lost, doubled, turned."""
+    """Fake translator: upper case; a word in the text makes it lose, double or reorder the marks."""
 
     def settings(self):
         return {"model": "mangling"}
@@ -82,7 +82,7 @@ class Mangling:
         return make_plan(texts, lambda some: [len(text) for text in some], limit=None, batch_tokens=60)
 
     def translate_batch(self, pieces):
-        made = []
+        results = []
         for piece in pieces:
             text = piece.upper()
             for word, change in (
@@ -92,8 +92,8 @@ class Mangling:
             ):
                 if word in text:
                     text = change(text)
-            made.append(Translated(text))
-        return made
+            results.append(Translated(text))
+        return results
 
 
 def row(name: str, context: str, *answers: Answer) -> Example:
@@ -111,14 +111,14 @@ ROWS = [
 ]
 
 
-def job(tmp_path, split, policy, rows=ROWS):
+def job_of(tmp_path, split, policy, rows=ROWS):
     return Job(get_task("qa"), "english", "loud", split, rows, tmp_path, lost_marks=policy, data="made here")
 
 
-def test_training_rows_without_a_span_are_dropped_and_counted(tmp_path):
-    made = job(tmp_path, "train", "drop")
-    outcome = translate_split(made, Mangling(), say=print)
-    rows = [json.loads(line) for line in made.path.read_text(encoding="utf-8").splitlines()]
+def test_rows_without_a_span_are_dropped_in_train(tmp_path):
+    job = job_of(tmp_path, "train", "drop")
+    outcome = translate_split(job, Mangling(), say=print)
+    rows = [json.loads(line) for line in job.path.read_text(encoding="utf-8").splitlines()]
     assert [one["id"] for one in rows] == ["1", "7"]
     for one in rows:
         (text,), (start,) = one["answers"]["text"], one["answers"]["answer_start"]
@@ -132,14 +132,14 @@ def test_training_rows_without_a_span_are_dropped_and_counted(tmp_path):
         "the answer is not at its place in the text": 1,
     }
     assert (outcome.counts["rows"], outcome.counts["written"], outcome.counts["other_answers"]) == (7, 2, 1)
-    entry = json.loads((made.folder / "provenance.json").read_text())["splits"]["train"]
+    entry = json.loads((job.folder / "provenance.json").read_text())["splits"]["train"]
     assert entry["counts"] == outcome.counts and entry["lost_marks"] == "drop" and entry["data"] == "made here"
 
 
-def test_test_rows_are_all_kept(tmp_path):
-    made = job(tmp_path, "test", "keep")
-    outcome = translate_split(made, Mangling())
-    rows = [json.loads(line) for line in made.path.read_text(encoding="utf-8").splitlines()]
+def test_rows_without_a_span_are_kept_in_test(tmp_path):
+    job = job_of(tmp_path, "test", "keep")
+    outcome = translate_split(job, Mangling())
+    rows = [json.loads(line) for line in job.path.read_text(encoding="utf-8").splitlines()]
     assert [one["id"] for one in rows] == [one.id for one in ROWS]
     assert [len(one["answers"]["text"]) for one in rows] == [1, 0, 0, 0, 0, 0, 1]
     assert not any(mark in one["context"] for one in rows for mark in "[]")
@@ -147,6 +147,6 @@ def test_test_rows_are_all_kept(tmp_path):
     assert outcome.counts["dropped"] == {} and sum(outcome.counts["without_span"].values()) == 4
 
 
-def test_a_split_of_which_nothing_is_left_is_an_error_with_the_reasons(tmp_path):
-    with pytest.raises(TranslationError, match=r"no row is left to write; dropped: 1 \(marks lost\)"):
-        translate_split(job(tmp_path, "train", "drop", ROWS[1:2]), Mangling())
+def test_an_empty_result_is_an_error_with_the_reasons(tmp_path):
+    with pytest.raises(TranslationError, match=r"no rows are left to write; dropped: 1 \(marks lost\)"):
+        translate_split(job_of(tmp_path, "train", "drop", ROWS[1:2]), Mangling())

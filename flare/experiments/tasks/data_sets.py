@@ -62,18 +62,18 @@ class DataSet:
         """
         if self.codes is None:
             return name if _FLORES_TAG.fullmatch(name) else self._flores(name)
-        wanted = language(name)
+        entry = language(name)
         for code in self.codes:
-            if language(code) is wanted:
+            if language(code) is entry:
                 return code
         available = sorted(f"{language(code).name} ({code})" for code in self.codes)
-        raise UserError(f"{self.hub_id} has no {wanted.name}; it has {', '.join(available)}")
+        raise UserError(f"{self.hub_id} has no {entry.name}; it has {', '.join(available)}")
 
     def _flores(self, name: str) -> str:
-        wanted = language(name)
-        if wanted.nllb is None or wanted.substituted:
-            raise UserError(f"{self.hub_id} names its languages by FLORES-200's tags, and {wanted.name} has none")
-        return wanted.nllb
+        entry = language(name)
+        if entry.nllb is None or entry.substituted:
+            raise UserError(f"{self.hub_id} names its languages by FLORES-200's tags, and {entry.name} has none")
+        return entry.nllb
 
 
 def _codes(names: str) -> tuple[str, ...]:

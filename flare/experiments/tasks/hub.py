@@ -40,14 +40,14 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
         rows = _load(other.hub_id, other.configuration, SPLIT_NAMES[split])
         return _examples(rows, task, f"{other.hub_id}, {other.configuration}/{split}", other.renamed)
     if known is not None and split not in known.splits:
-        raise DataError(
-            f"{hub_id} has no {split} split, only {', '.join(known.splits)}: "
-            + (
-                "translate the English rows (flare translate, then flare train --target-text mt)"
-                if known.english
-                else "put your own rows, in its columns, and its test split into folders, and name them with --data"
+        if known.english:
+            advice = "translate the English rows (flare translate, then flare train --target-text mt)"
+        else:
+            advice = (
+                "put your own rows and its test split, with the same columns, into one folder per language, and give "
+                "their parent folder with --data"
             )
-        )
+        raise DataError(f"{hub_id} has no {split} split, only {', '.join(known.splits)}: {advice}")
     configuration = language if known is None else known.configuration(language)
     rows = _load(hub_id, configuration, SPLIT_NAMES[split])
     return _examples(rows, task, f"{hub_id}, {configuration}/{split}")

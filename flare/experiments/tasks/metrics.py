@@ -114,7 +114,7 @@ def macro_f1(predictions: Sequence[str], truth: Sequence[str], labels: Sequence[
 
     A prediction that is not one of the labels is a miss for the true label and does not affect the other labels.
     """
-    from sklearn.metrics import f1_score  # type: ignore[import-untyped,unused-ignore]
+    from sklearn.metrics import f1_score  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     indices = {label: index for index, label in enumerate(labels)}
     true, predicted = ([indices.get(name, -1) for name in names] for names in (truth, predictions))
@@ -150,7 +150,7 @@ def entity_scores(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence
 
 def pearson(predictions: Sequence[float], truth: Sequence[float]) -> float:
     """Return the linear correlation times 100; 0 if either side is constant."""
-    from scipy.stats import pearsonr  # type: ignore[import-untyped,unused-ignore]
+    from scipy.stats import pearsonr  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     return _correlation(pearsonr, predictions, truth)
 

@@ -11,13 +11,11 @@ from ..utils.names import checked_text
 from .data_error import DataError
 from .data_sets import DATA_SETS, translatable
 from .examples import Example
-from .files import SPLITS, find_file, read_folder, write_split
+from .files import SPLITS, find_file, read_folder
 from .hub import check_parallel, hub_note, read_hub
 from .label_inference import inferred_labels, inferred_tags, label_table
 from .parallel_table import ParallelColumns, has_parallel, read_parallel
 from .registry import NAMED, Task
-
-__all__ = ["data_notes", "has_split", "read_split", "resolve_labels", "write_split"]
 
 Data = str | os.PathLike[str] | ParallelColumns | None
 

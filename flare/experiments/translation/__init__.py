@@ -1,4 +1,4 @@
-"""Machine translation of a task's data: any encoder-decoder, answer spans by marks, resumable, with provenance."""
+"""Machine translation of a task's data with any encoder-decoder: resumable, with answer spans and provenance."""
 
 from .job import Job, Outcome, translate_split
 from .model import TranslationError, TranslationModel

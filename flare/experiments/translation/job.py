@@ -1,4 +1,4 @@
-"""One split from one language into another: resumable, with provenance."""
+"""Translate one split from one language into another, resumably and with provenance."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..utils.environment import environment, now
 from ..utils.names import folder_name
 from ..utils.processes import on_main, shared
 from ..utils.progress import counter
+from .batch_plan import Plan
 from .model import TranslationError
-from .pieces import Plan
 from .progress_file import ProgressFile
 from .provenance import FORMAT, differences, digest_of_file, read_provenance, write_provenance
-from .task_texts import POLICIES, Prepared, finish, prepare
+from .row_texts import POLICIES, PreparedRows, prepare_rows, restore_rows
 from .translator import Translated
 
 
 class TranslatorLike(Protocol):
-    """What a job needs of a `Translator`."""
+    """The interface of `Translator` that a job uses."""
 
     def settings(self) -> dict[str, Any]: ...
     def plan(self, texts: Sequence[str]) -> Plan: ...
@@ -35,15 +35,16 @@ class TranslatorLike(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What is translated, and where it goes.
+    """The translation of one split.
 
-    task: says which columns are text.
-    source_language, target_language: from and into which; names of folders.
-    split: "train", "valid" or "test".
-    rows: the split in the source language.
-    output: folder of translations; the split becomes output/<source_language>-<target_language>/<split>.jsonl.
-    lost_marks: of QA, what happens to a row without a span: "drop" leaves it out, "keep" keeps it without answers.
-    data: where the rows came from, for provenance.
+    Attributes:
+        task: determines which columns are translated.
+        source_language, target_language: names of the folders to translate from and into.
+        split: "train", "valid" or "test".
+        rows: the split in the source language.
+        output: folder of translations; the split becomes output/<source_language>-<target_language>/<split>.jsonl.
+        lost_marks: for QA, what to do with a row without a span: "drop" it, or "keep" it without answers.
+        data: origin of the rows, for provenance.
     """
 
     task: Task
@@ -56,12 +57,12 @@ class Job:
     data: str | None = None
 
     def __post_init__(self) -> None:
-        for one in (self.source_language, self.target_language):
-            folder_name(one, "the language")
+        for language in (self.source_language, self.target_language):
+            folder_name(language, "the language")
 
     @property
     def name(self) -> str:
-        """As messages name it: "english-acehnese/train"."""
+        """Name for messages: "english-acehnese/train"."""
         return f"{self.source_language}-{self.target_language}/{self.split}"
 
     @property
@@ -70,20 +71,23 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """The finished split."""
+        """File of the finished split."""
         return self.folder / f"{self.split}.jsonl"
 
     @property
     def partial(self) -> Path:
-        """The split in progress."""
+        """File of the split in progress."""
         return self.folder / f"{self.split}.partial.jsonl"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job: counts as provenance.json has them; resumed: batches that were there already.
+    """Result of a job.
 
-    already: whether the split had been finished before, so that nothing was done.
+    Attributes:
+        counts: the counts in provenance.json.
+        resumed: number of batches that were finished by earlier runs.
+        already: whether the split was already finished, so nothing was done.
     """
 
     counts: Mapping[str, Any] = field(default_factory=dict)
@@ -94,105 +98,107 @@ class Outcome:
 def translate_split(
     job: Job, translator: TranslatorLike, *, progress: bool = False, say: Callable[[str], None] = print
 ) -> Outcome:
-    """Translate a split, resume it, or do nothing where it is finished.
+    """Translate a split, resume its translation, or do nothing if it is finished.
 
-    Ids, labels and order stay; answers go along by marks. Killed at any point and started again, it ends with the same
-    bytes, and no finished batch is translated again. Several processes share the batches, and the main one writes: the
-    bytes are the same for any number of processes, also where it changes between a kill and the next start.
+    Ids, labels and order are kept, and answers are carried along by marks. A killed run that is started again ends with
+    the same bytes and translates no finished batch twice. Several processes share the batches and the main one writes.
+    The bytes do not depend on the number of processes, even if it changes between a kill and the next start.
 
     Args:
-        progress: show a bar, in the main process.
-        say: is told what is resumed, and what a user should know; in the main process.
+        job: what to translate.
+        translator: translates the batches.
+        progress: show a progress bar in the main process.
+        say: called with messages for the user in the main process.
 
     Raises:
-        TranslationError: the folder holds translations made by other settings or of other rows, files that are not
-            ours, or is in use by another process.
+        TranslationError: the folder holds translations with other settings or of other rows, or files that this command
+            did not write, or another process uses it.
     """
     if job.lost_marks not in POLICIES:
         raise TranslationError(f"--lost-marks must be one of {', '.join(POLICIES)}; got {job.lost_marks!r}")
-    with contextlib.ExitStack() as held:
-        found = on_main(lambda: _begin(job, translator.settings(), held, say))
-        if isinstance(found, Outcome):
-            return found
-        written, entry = found
-        prepared = prepare(job.rows, job.task, job.lost_marks)
+    with contextlib.ExitStack() as stack:
+        state = on_main(lambda: _start(job, translator.settings(), stack, say))
+        if isinstance(state, Outcome):
+            return state
+        provenance, entry = state
+        prepared = prepare_rows(job.rows, job.task, job.lost_marks)
         plan = translator.plan(prepared.texts)
 
-        def opened() -> dict[int, list[Translated]]:
-            written["splits"][job.split] = entry
-            write_provenance(job.folder, written)
-            files.append(held.enter_context(contextlib.closing(ProgressFile(job.partial, plan))))
+        def open_progress_file() -> dict[int, list[Translated]]:
+            provenance["splits"][job.split] = entry
+            write_provenance(job.folder, provenance)
+            files.append(stack.enter_context(contextlib.closing(ProgressFile(job.partial, plan))))
             if files[0].done:
-                say(f"{job.name}: going on after {len(files[0].done)} of {len(plan.batches)} batches")
+                say(f"{job.name}: resuming after {len(files[0].done)} of {len(plan.batches)} batches")
             return dict(files[0].done)
 
-        files: list[ProgressFile] = []  # of the main process
-        done = on_main(opened)
+        files: list[ProgressFile] = []  # stays empty in all but the main process
+        done = on_main(open_progress_file)
         resumed = len(done)
         for batch, translations in _translate(plan, translator, done, job.name if progress else None):
             done[batch] = translations
             if files:
                 files[0].add(batch, translations)
-        return Outcome(on_main(lambda: _finish(job, prepared, plan, done, written, entry)), resumed)
+        return Outcome(on_main(lambda: _finish(job, prepared, plan, done, provenance, entry)), resumed)
 
 
-def _begin(
-    job: Job, settings: dict[str, Any], held: contextlib.ExitStack, say: Callable[[str], None]
+def _start(
+    job: Job, settings: dict[str, Any], stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> Outcome | tuple[dict[str, Any], dict[str, Any]]:
-    """Lock the folder; return its provenance and the split's entry, or the outcome of a split that is finished."""
+    """Lock the folder; return its provenance and the split's entry, or the outcome if the split is finished."""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TranslationError(
-            f"{job.folder} cannot be written to ({error}); name another folder with --output"
+            f"{job.folder} cannot be written to ({error}); choose another folder with --output"
         ) from error
-    held.enter_context(_locked(job.folder, say))
+    stack.enter_context(_locked(job.folder, say))
     entry = {
         "status": "running",
         "input_sha256": digest_of_rows(job.rows),
         "data": job.data,
         **({"lost_marks": job.lost_marks} if job.task.kind == "qa" else {}),
     }
-    written = _joined(job, settings)
-    before = written["splits"].get(job.split)
-    if before is not None:
-        _check_same(job, before, entry)
-    if before is not None and before["status"] == "done" and job.path.exists():
-        if digest_of_file(job.path) != before["output_sha256"]:
-            say(f"{job.name}: {job.path} was changed after it was translated; it is left as it is.")
+    provenance = _provenance_of_folder(job, settings)
+    previous = provenance["splits"].get(job.split)
+    if previous is not None:
+        _check_same(job, previous, entry)
+    if previous is not None and previous["status"] == "done" and job.path.exists():
+        if digest_of_file(job.path) != previous["output_sha256"]:
+            say(f"{job.name}: {job.path} was changed after it was translated; it is left unchanged.")
         job.partial.unlink(missing_ok=True)
-        return Outcome(before["counts"], already=True)
-    if before is None and (other := find_file(job.output, job.folder.name, job.split)) is not None:
+        return Outcome(previous["counts"], already=True)
+    if previous is None and (other := find_file(job.output, job.folder.name, job.split)) is not None:
         raise TranslationError(
-            f"{other} is there, and nothing says that this command made it; move it away, or name another folder "
-            "with --output"
+            f"{other} exists, but the folder has no record that this command wrote it; move it away, or choose another "
+            "folder with --output"
         )
-    return written, entry
+    return provenance, entry
 
 
 def _finish(
     job: Job,
-    prepared: Prepared,
+    prepared: PreparedRows,
     plan: Plan,
     done: Mapping[int, Sequence[Translated]],
-    written: dict[str, Any],
+    provenance: dict[str, Any],
     entry: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the split and its provenance; return the counts."""
     pieces = [Translated("")] * len(plan.pieces)
     for batch, translations in done.items():
-        for piece, translated in zip(plan.batches[batch], translations, strict=True):
-            pieces[piece] = translated
-    rows, counts = finish(prepared, plan.join([one.text for one in pieces]))
+        for index, translated in zip(plan.batches[batch], translations, strict=True):
+            pieces[index] = translated
+    rows, counts = restore_rows(prepared, plan.join([piece.text for piece in pieces]))
     counts |= {
         "different_pieces": len(pieces),
-        "cut": sum(one.source_cut for one in pieces),
-        "unfinished": sum(one.unfinished for one in pieces),
+        "cut": sum(piece.source_cut for piece in pieces),
+        "unfinished": sum(piece.unfinished for piece in pieces),
     }
     if not rows:
-        raise TranslationError(f"{job.name}: no row is left to write; dropped: {_reasons(counts['dropped'])}")
+        raise TranslationError(f"{job.name}: no rows are left to write; dropped: {_reasons(counts['dropped'])}")
     write_split(job.path, rows, job.task)
-    written["splits"][job.split] = {
+    provenance["splits"][job.split] = {
         **entry,
         "status": "done",
         "counts": counts,
@@ -200,28 +206,27 @@ def _finish(
         "date": now(),
         "environment": environment(),
     }
-    write_provenance(job.folder, written)
-    # last: a kill before this line finds the translations again
-    job.partial.unlink()
+    write_provenance(job.folder, provenance)
+    job.partial.unlink()  # last, so that a kill before this line loses no translations
     return counts
 
 
 def _translate(
     plan: Plan, translator: TranslatorLike, done: Mapping[int, Sequence[Translated]], label: str | None
 ) -> Iterator[tuple[int, list[Translated]]]:
-    """Yield every batch that is not done with its translations; the processes share them."""
-    before = sum(len(plan.batches[batch]) for batch in done)
-    left = [batch for batch in range(len(plan.batches)) if batch not in done]
-    with counter(label, len(plan.pieces), "text", before) as bar:
+    """Yield every unfinished batch with its translations; the processes share them."""
+    finished = sum(len(plan.batches[batch]) for batch in done)
+    unfinished = [batch for batch in range(len(plan.batches)) if batch not in done]
+    with counter(label, len(plan.pieces), "text", finished) as bar:
         for batch, translations in shared(
-            left, lambda batch: translator.translate_batch([plan.pieces[piece] for piece in plan.batches[batch]])
+            unfinished, lambda batch: translator.translate_batch([plan.pieces[piece] for piece in plan.batches[batch]])
         ):
             yield batch, translations
             bar.update(len(translations))
 
 
 def summary(job: Job, outcome: Outcome) -> str:
-    """A line for the user: what was written, and what was lost."""
+    """Return one line for the user: what was written, and what was lost."""
     counts = outcome.counts
     parts = [f"{counts['written']} of {counts['rows']} rows in {job.path}"]
     if counts["dropped"]:
@@ -235,16 +240,16 @@ def summary(job: Job, outcome: Outcome) -> str:
     ):
         if counts[key]:
             parts.append(f"{text}: {counts[key]}")
-    return f"{job.name}: {'was finished before: ' if outcome.already else ''}{'; '.join(parts)}"
+    return f"{job.name}: {'already finished: ' if outcome.already else ''}{'; '.join(parts)}"
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} ({reason})" for reason, count in counts.items())
 
 
-def _joined(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-    """The folder's provenance, which has to be of these settings; a new one where there is none."""
-    now = {
+def _provenance_of_folder(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the folder's provenance, or a new one; raise TranslationError if its settings differ."""
+    current = {
         "format": FORMAT,
         "task": job.task.name,
         "text_columns": list(job.task.text_columns),
@@ -252,46 +257,46 @@ def _joined(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
         "to": job.target_language,
         "settings": settings,
     }
-    then = read_provenance(job.folder)
-    if then is None:
-        return {**now, "splits": {}}
-    differing = differences({key: then.get(key) for key in now}, now)
+    previous = read_provenance(job.folder)
+    if previous is None:
+        return {**current, "splits": {}}
+    differing = differences({key: previous.get(key) for key in current}, current)
     if differing:
         raise TranslationError(
-            f"{job.folder} holds translations made with other settings: {'; '.join(differing)}. Give the settings of "
-            "then, or name another folder with --output"
+            f"{job.folder} holds translations made with other settings: {'; '.join(differing)}. Use the previous "
+            "settings, or choose another folder with --output"
         )
-    return then
+    return previous
 
 
-def _check_same(job: Job, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    state = "finished" if then["status"] == "done" else "begun"
-    if then["input_sha256"] != now["input_sha256"]:
+def _check_same(job: Job, previous: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise TranslationError if a split was started with other rows or another --lost-marks."""
+    state = "finished" if previous["status"] == "done" else "started"
+    if previous["input_sha256"] != current["input_sha256"]:
         raise TranslationError(
-            f"{job.name} was {state} with other rows than those there are now (another --limit, or "
-            f"{job.source_language}/{job.split} has changed); give it the rows of then, or name another "
-            "folder with --output"
+            f"{job.name} was {state} with other rows (another --limit, or {job.source_language}/{job.split} has "
+            "changed); restore the previous rows, or choose another folder with --output"
         )
-    if then.get("lost_marks") != now.get("lost_marks"):
+    if previous.get("lost_marks") != current.get("lost_marks"):
         raise TranslationError(
-            f"{job.name} was {state} with --lost-marks {then.get('lost_marks')}, now it is {now.get('lost_marks')}; "
-            "name another folder with --output"
+            f"{job.name} was {state} with --lost-marks {previous.get('lost_marks')}, now it is "
+            f"{current.get('lost_marks')}; use the same value, or choose another folder with --output"
         )
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep a second process out of the folder; the lock ends with the process, however that ends."""
+    """Lock the folder against a second process. The lock ends with this process, even if it is killed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TranslationError(
-                f"{folder} is in use by another flare translate; wait for it, or name another folder with --output"
+                f"{folder} is in use by another flare translate; wait for it, or choose another folder with --output"
             ) from error
         except OSError as error:
-            say(f"{folder} cannot be locked ({error}): see that no second flare translate writes there")
+            say(f"{folder} cannot be locked ({error}): make sure that no second flare translate writes to it")
         yield
     finally:
         os.close(handle)

@@ -1,4 +1,4 @@
-"""A machine translation model and its tokenizer: loading, language tags, limits, and a name for what was loaded."""
+"""Machine translation model and its tokenizer: loading, language tags, length limits, and identification."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from ..utils.model_names import find_model
 from ..utils.processes import device as this_device
 from ..utils.processes import process_count
 
-_TAG = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # as NLLB and mBART write them; M2M100 lists its own
+_TAG = re.compile(r"[a-z]{2,3}_[A-Za-z]{2,4}")  # tags of NLLB and mBART; M2M100's tokenizer lists its tags
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack")
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 class TranslationError(UserError):
-    """A translation that cannot be made; the message says what to do."""
+    """A translation that is not possible. The message says what to do."""
 
 
 class TranslationModel:
-    """An encoder-decoder with its tokenizer, for any number of directions. The weights are loaded when first needed.
+    """An encoder-decoder with its tokenizer, for any number of directions. The weights are loaded on first use.
 
     Args:
         name: hub id or folder (NLLB, M2M100, mBART, Marian, T5, ...).
         revision: branch, tag or commit on the hub.
         device: default: the GPU if there is one, else the CPU.
-        dtype: "float32", "float16", "bfloat16" or a torch dtype; "auto": bfloat16 on a GPU that has it, else float32.
+        dtype: "float32", "float16", "bfloat16" or a torch dtype; "auto": bfloat16 on a GPU that supports it, else
+            float32.
 
     Raises:
-        TranslationError: no such model, device or dtype, or a model that is no encoder-decoder.
+        TranslationError: an unknown model, device or dtype, or a model that is not an encoder-decoder.
     """
 
     def __init__(
@@ -49,17 +50,17 @@ class TranslationModel:
         import transformers
 
         try:
-            found = find_model(name, "--model")
+            path = find_model(name, "--model")
         except UserError as error:
             raise TranslationError(str(error)) from error
-        self.name, self._wanted = name, revision
+        self.name, self._requested_revision = name, revision
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.folder = Path(found) if Path(found).is_dir() else None
+        self.folder = Path(path) if Path(path).is_dir() else None
         self.config = self._load(transformers.AutoConfig, "configuration")
         if not getattr(self.config, "is_encoder_decoder", False):
             raise TranslationError(
-                f"--model {name}: {self.config.model_type} is no encoder-decoder; translation takes one, such as "
+                f"--model {name}: {self.config.model_type} is not an encoder-decoder; use one, such as "
                 "facebook/nllb-200-distilled-600M"
             )
         self.tokenizer = self._load(transformers.AutoTokenizer, "tokenizer")
@@ -79,13 +80,13 @@ class TranslationModel:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """What says which model it is, for provenance: name, commit or fingerprint of the folder, and dtype."""
-        which = {"fingerprint": fingerprint(self.folder)} if self.folder else {"revision": self.revision}
-        return {"name": self.name, **which, "dtype": str(self.dtype).removeprefix("torch.")}
+        """Identification of the model for provenance: name, commit or fingerprint of the folder, and dtype."""
+        version = {"fingerprint": fingerprint(self.folder)} if self.folder else {"revision": self.revision}
+        return {"name": self.name, **version, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def _load(self, auto: Any, what: str, **options: Any) -> Any:
-        # the commit that the configuration came from, so that a branch that moves meanwhile changes nothing
-        revision = getattr(self, "revision", None) or self._wanted
+        # pin the configuration's commit: the branch may move between two downloads
+        revision = getattr(self, "revision", None) or self._requested_revision
         if self.folder is None and revision is not None:
             options["revision"] = revision
         with library_errors(f"--model {self.name}: its {what} could not be loaded", TranslationError):
@@ -93,32 +94,32 @@ class TranslationModel:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device meant: that given, else this process's GPU if there is one, else the CPU.
+    """Return the given device. If it is None, return this process's GPU if there is one, else the CPU.
 
     Raises:
-        TranslationError: it is not here, or one that several processes would share.
+        TranslationError: the device is not available, or several processes would share it.
     """
     if device is None:
         return this_device()
     try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        resolved = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
         raise TranslationError(
             f"--device {device} cannot be used here ({reason(error)}); leave it out for {this_device()}"
         ) from error
-    if process_count() > 1 and found.type != "cpu":
+    if process_count() > 1 and resolved.type != "cpu":
         raise TranslationError(
-            f"--device {device} would put all {process_count()} processes on one device; leave it out, and each takes "
-            "its own"
+            f"--device {device} would put all {process_count()} processes on one device; leave it out, and each "
+            "process uses its own"
         )
-    return found
+    return resolved
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype meant; "auto" is bfloat16 on a GPU that computes in it, else float32.
+    """Return the dtype of a name; "auto" is bfloat16 on a GPU that supports it, else float32.
 
     Raises:
-        TranslationError: another name.
+        TranslationError: an unknown name.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -134,12 +135,12 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def writes_tags(tokenizer: Any) -> bool:
-    """Whether a tokenizer writes a language tag (NLLB, M2M100, mBART), rather than none (Marian, T5)."""
+    """Return whether a tokenizer writes language tags, as NLLB, M2M100 and mBART do and Marian and T5 do not."""
     return hasattr(tokenizer, "src_lang")
 
 
 def known_tags(tokenizer: Any) -> list[str]:
-    """The language tags of a tokenizer, those included that somebody added to it."""
+    """Return the language tags of a tokenizer, including added ones."""
     listed = getattr(tokenizer, "lang_code_to_id", None)
     if listed:
         return sorted(listed)
@@ -148,30 +149,32 @@ def known_tags(tokenizer: Any) -> list[str]:
 
 
 def check_tag(tokenizer: Any, tag: str, option: str) -> None:
-    """A tag the tokenizer does not know would become <unk>, in silence.
+    """Check that the tokenizer knows a tag; it would silently encode an unknown tag as <unk>.
 
     Args:
-        option: how the tag is given, for the message.
+        tokenizer: the tokenizer.
+        tag: the language tag.
+        option: name of the option with the tag, for the message.
 
     Raises:
-        TranslationError: it is unknown; the message names the nearest.
+        TranslationError: the tag is unknown; the message suggests similar ones.
     """
     tags = known_tags(tokenizer)
     if tag in tags or (not tags and tokenizer.convert_tokens_to_ids(tag) != tokenizer.unk_token_id):
         return
-    by_key = {one.casefold(): one for one in tags}
-    near = [by_key[key] for key in difflib.get_close_matches(tag.casefold(), list(by_key), n=3, cutoff=0.5)]
-    # an alphabet apart ("eng_Latn" for "en", "en_XX") nothing is close: what begins alike is meant
-    near = near or [one for one in tags if one[:2] == tag[:2]][:3]
-    shown = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(tags[:8])}, ..."
+    by_key = {known.casefold(): known for known in tags}
+    similar = [by_key[key] for key in difflib.get_close_matches(tag.casefold(), list(by_key), n=3, cutoff=0.5)]
+    # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not similar: compare the first two letters
+    similar = similar or [known for known in tags if known[:2] == tag[:2]][:3]
+    shown = f"did you mean {' or '.join(similar)}?" if similar else f"it has {', '.join(tags[:8])}, ..."
     raise TranslationError(
         f"{option} {tag!r}: {type(tokenizer).__name__} has no such language tag ({len(tags)} in all); {shown}"
     )
 
 
 def tag_id(tokenizer: Any, tag: str) -> int:
-    """The token that a translation into a language begins with."""
-    if hasattr(tokenizer, "get_lang_id"):  # M2M100: the token is not spelt as the tag is
+    """Return the id of the token that starts a translation into a language."""
+    if hasattr(tokenizer, "get_lang_id"):  # M2M100: the token differs from the tag
         return int(tokenizer.get_lang_id(tag))
     return int(tokenizer.convert_tokens_to_ids(tag))
 
@@ -180,24 +183,24 @@ def tag_id(tokenizer: Any, tag: str) -> int:
 
 
 def position_limit(config: Any, tokenizer: Any = None) -> int | None:
-    """How many tokens the model (and, where given, the tokenizer) can take; None: no limit is known."""
+    """Return the maximum tokens of the model (and of the tokenizer, if given); None if no limit is known."""
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    # T5's n_positions is what it was trained on; its positions are relative and go on
+    # T5 has relative positions without a limit; its n_positions is only the length in training
     if getattr(config, "relative_attention_num_buckets", None) is not None:
         limits = []
     limits.append(getattr(tokenizer, "model_max_length", None))
-    known = [int(one) for one in limits if one is not None and 0 < one < 2**31]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]
     return min(known) if known else None
 
 
-# --- which model it is ------------------------------------------------------------------------------------------------
+# --- identification ---------------------------------------------------------------------------------------------------
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of a model's folder that does not depend on where it lies or when it was written.
+    """Return a digest of a model's folder that does not depend on its location or time stamps.
 
-    Of weights: names, sizes and 64 samples of 64 KiB, so that several GB take no minute; of JSON and tokenizer files
-    all bytes. Other files (a README) do not count.
+    Weight files contribute their names, sizes and 64 samples of 64 KiB, which keeps it fast for several GB. JSON and
+    tokenizer files contribute all bytes. Other files (a README) are ignored.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""The file a translation in progress is kept in: a line for every batch, forced to disk before the next begins."""
+"""Progress file of a translation: one line per batch, synced to disk before the next batch starts."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from typing import Any
 
 from ..tasks.digest import digest_of
 from ..utils.json_files import parsed
+from .batch_plan import Plan
 from .model import TranslationError
-from .pieces import Plan
 from .translator import Translated
 
 
 class ProgressFile:
-    """Batches done so far, on disk.
+    """Finished batches of a translation, on disk.
 
-    The first line names the plan, every other one holds a batch: {"batch": n, "translations": [[text, cut, unfinished],
-    ...]}. What a kill left of a last line is cut off.
+    The first line identifies the plan. Every other line is a batch: {"batch": n, "translations": [[text, cut,
+    unfinished], ...]}. An incomplete last line, left by a killed process, is truncated.
 
     Args:
-        path: made where it is not there.
-        plan: has to be that of the file.
+        path: the file; created if it does not exist.
+        plan: the plan that the file must belong to.
 
     Attributes:
         done: batch -> its translations.
 
     Raises:
-        TranslationError: the file was written for another plan.
+        TranslationError: the file belongs to another plan.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path, self.done = path, dict[int, list[Translated]]()
         header = {"plan": digest_of([plan.pieces, plan.batches])}
-        whole = self._read(plan, header) if path.exists() else 0
+        complete = self._read(plan, header) if path.exists() else 0
         self._file = path.open("ab")
-        self._file.truncate(whole)
-        if not whole:
+        self._file.truncate(complete)
+        if not complete:
             self._write(header)
 
     def add(self, batch: int, translations: Sequence[Translated]) -> None:
-        """Keep a batch; it is on disk when this returns."""
+        """Append a batch. It is on disk when this returns."""
         self._write({"batch": batch, "translations": [[t.text, t.source_cut, t.unfinished] for t in translations]})
         self.done[batch] = list(translations)
 
     def close(self) -> None:
-        """Close the file; it stays where it is."""
+        """Close the file without removing it."""
         self._file.close()
 
     def _write(self, line: Any) -> None:
@@ -56,31 +56,31 @@ class ProgressFile:
         os.fsync(self._file.fileno())
 
     def _read(self, plan: Plan, header: Any) -> int:
-        """Read what is whole; return how many bytes that is."""
-        whole = 0
+        """Read the complete lines; return their size in bytes."""
+        complete = 0
         with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 try:
                     content = parsed(line)
-                except ValueError:  # a block that the disk never got, after a power cut
+                except ValueError:  # after a power cut, a block may not have reached the disk
                     break
-                if whole == 0:
+                if complete == 0:
                     self._check(content == header)
                 else:
                     try:
-                        made = [Translated(*one) for one in content["translations"]]
-                        self._check(len(made) == len(plan.batches[content["batch"]]))
+                        translations = [Translated(*fields) for fields in content["translations"]]
+                        self._check(len(translations) == len(plan.batches[content["batch"]]))
                     except (KeyError, TypeError, IndexError):
                         self._check(False)
-                    self.done[content["batch"]] = made
-                whole += len(line)
-        return whole
+                    self.done[content["batch"]] = translations
+                complete += len(line)
+        return complete
 
     def _check(self, fits: bool) -> None:
         if not fits:
             raise TranslationError(
-                f"{self.path} was begun with other batches of text, as by another version of the tokenizer or of this "
-                "package; move it away to start anew, or name another folder with --output"
+                f"{self.path} was written for other batches of text, for example by another version of the tokenizer "
+                "or of this package; move it away to start again, or choose another folder with --output"
             )

@@ -1,4 +1,4 @@
-"""provenance.json beside translated splits: by what they were made, of what, and what was lost on the way."""
+"""Read and write provenance.json, which records how the translations in a folder were made and what was lost."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ FORMAT = 1
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """What a folder says of its translations; None where it says nothing.
+    """Return the provenance of a folder's translations, or None if there is no file.
 
     Raises:
-        TranslationError: the file is there and cannot be read.
+        TranslationError: the file exists but cannot be read.
     """
     path = folder / FILE
     try:
-        found = read_object(path)
-        if found.get("format") != FORMAT:
+        content = read_object(path)
+        if content.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise TranslationError(
-            f"{path} cannot be read ({error}); it says how the files beside it were made, so nothing can be added to "
-            "them: name another folder with --output"
+            f"{path} cannot be read ({error}). It records how the files in its folder were made, so no translations "
+            "can be added to them: choose another folder with --output"
         ) from error
-    return found
+    return content
 
 
 def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write it whole or not at all."""
+    """Write the provenance of a folder, atomically."""
     write_json(folder / FILE, content)
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """Where two settings differ, a line for each value: "model.name: 'a' then, 'b' now"."""
+    """Return one line for each value that differs between two settings: "model.name: 'a' then, 'b' now"."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = dict.fromkeys([*then, *now])
         return [
@@ -52,6 +52,6 @@ def differences(then: Any, now: Any, name: str = "") -> list[str]:
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

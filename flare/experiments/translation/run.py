@@ -1,4 +1,4 @@
-"""All of `flare translate`: check everything that can be checked, then translate split by split."""
+"""Run `flare translate`: check languages, tags and data, then translate split by split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .translator import Translator
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction of translation: languages, their tags (None for a model without), and the splits."""
+    """One direction of translation: languages, their tags (None for a model without tags), and the splits."""
 
     source: str
     target: str
@@ -29,13 +29,17 @@ class Direction:
 
 
 def run_translate(settings: TranslateSettings, say: Callable[[str], None] = print) -> list[tuple[Job, Outcome]]:
-    """Translate what the settings ask for. Languages, tags and data are checked before the weights are loaded.
+    """Translate all splits of the settings. Languages, tags and data are checked before the weights are loaded.
 
     Args:
-        say: is told one line for every split, and what a user should know.
+        settings: options of the command.
+        say: called with one line per split and with notes for the user.
+
+    Returns:
+        Every job with its outcome.
 
     Raises:
-        UserError: something the user can mend.
+        UserError: an error that the user can fix.
     """
     if settings.threads is not None:
         use_threads(settings.threads)
@@ -50,15 +54,14 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
     )
     if task.kind == "token-classification" and any(map(settings.to_target, settings.splits)):
         raise TranslationError(
-            f"task {task.name}: tags belong to the words of their own language and cannot be translated along; "
-            "translate the target's sentences into the source language (--direction to-source), and use "
-            "flare train --source-text mt"
+            f"task {task.name}: the tags belong to the words of one language and cannot be translated; translate the "
+            "target's sentences into the source language (--direction to-source), and use flare train --source-text mt"
         )
     if tuple(settings.target) == ("all",):
-        targets, news = all_targets(task, settings.data, settings.source)
+        targets, notes = all_targets(task, settings.data, settings.source)
         settings = replace(settings, target=targets)
-        for line in news:
-            say(line)
+        for note in notes:
+            say(note)
     model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
     directions = _directions(settings, model, say)
 
@@ -84,16 +87,16 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         for split in direction.splits
     ]
     translators = {direction: _translator(settings, model, direction, say) for direction in directions}
-    done = []
+    outcomes = []
     for direction, job in jobs:
         outcome = translate_split(job, translators[direction], progress=progress, say=say)
         say(summary(job, outcome))
-        done.append((job, outcome))
-    return done
+        outcomes.append((job, outcome))
+    return outcomes
 
 
 def translator_to_source(settings: TranslateSettings, say: Callable[[str], None] = print) -> Translator:
-    """Return a translator from the first target language into the source language; nothing is read or written.
+    """Return a translator from the first target language into the source language, without reading or writing data.
 
     Raises:
         TranslationError: the model, a tag or a limit cannot be used.
@@ -105,39 +108,40 @@ def translator_to_source(settings: TranslateSettings, say: Callable[[str], None]
 def _directions(
     settings: TranslateSettings, model: TranslationModel, say: Callable[[str], None]
 ) -> Sequence[Direction]:
-    """Both directions of every target, as far as splits are translated in them."""
-    forth = tuple(split for split in settings.splits if settings.to_target(split))
-    back = tuple(split for split in settings.splits if not settings.to_target(split))
+    """Return the directions of every target in which splits are translated."""
+    to_target = tuple(split for split in settings.splits if settings.to_target(split))
+    to_source = tuple(split for split in settings.splits if not settings.to_target(split))
     tagged = writes_tags(model.tokenizer)
-    if not tagged and "{target}" not in settings.prefix and (len(settings.target) > 1 or (forth and back)):
+    if not tagged and "{target}" not in settings.prefix and (len(settings.target) > 1 or (to_target and to_source)):
         raise TranslationError(
             f"--model {settings.model} writes no language tag, so it translates into one language only. Give one "
-            "--target and one direction (--direction to-target --splits train valid, and --direction to-source "
-            "--splits test with a model for that), or a --prefix with {target} in it if the model is told by words"
+            "--target and one direction (--direction to-target --splits train valid, then --direction to-source "
+            "--splits test with another model). If the model reads its target language from the text, give a --prefix "
+            "with {target}"
         )
     source = _tag(settings.source, settings.source_code, "--source", tagged, model, say)
     codes: Sequence[str | None] = settings.target_code or [None] * len(settings.target)
     targets = [
         _tag(name, code, "--target", tagged, model, say) for name, code in zip(settings.target, codes, strict=True)
     ]
-    found = []
+    directions = []
     for name, tag in zip(settings.target, targets, strict=True):
-        if forth:
-            found.append(Direction(settings.source, name, source, tag, forth))
-        if back:
-            found.append(Direction(name, settings.source, tag, source, back))
-    return found
+        if to_target:
+            directions.append(Direction(settings.source, name, source, tag, to_target))
+        if to_source:
+            directions.append(Direction(name, settings.source, tag, source, to_source))
+    return directions
 
 
 def _tag(
-    name: str, given: str | None, side: str, tagged: bool, model: TranslationModel, say: Callable[[str], None]
+    name: str, code: str | None, side: str, tagged: bool, model: TranslationModel, say: Callable[[str], None]
 ) -> str | None:
-    """The tag of a language, checked against the tokenizer; where it writes none, what was given for the prefix."""
+    """Return the tag of a language after checking it. For a model without tags, return the code for the prefix."""
     if not tagged:
-        return given
-    if given is not None:
-        check_tag(model.tokenizer, given, f"{side}-code")
-        return given
+        return code
+    if code is not None:
+        check_tag(model.tokenizer, code, f"{side}-code")
+        return code
     tag = nllb_code(name)
     check_tag(model.tokenizer, tag, f"{side} {name}: {side}-code")
     if note := language(name).note:

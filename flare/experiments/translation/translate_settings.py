@@ -1,4 +1,4 @@
-"""What `flare translate` can be told, its defaults, and the errors for values that cannot work."""
+"""Options of `flare translate`, with their defaults and checks."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ class TranslateSettings:
 
     Attributes:
         task: name of the task.
-        source: the language that is rich in data (English).
-        target: the languages to translate into, and test texts from.
+        source: the high-resource language (English).
+        target: the low-resource languages. Training text is translated into them, test text from them.
         model: hub id or folder of an encoder-decoder.
         output: folder of the translations.
-        data: folder or hub id of the task's data; None takes the task's own on the hub.
-        text_columns, choice_columns, label_column, id_column, labels: of your own data, as `get_task` takes them.
-        splits: which ones.
-        direction: "auto": train and valid to the target, test to the source; "to-target", "to-source": all of them.
-        source_code, target_code: language tags in place of the table's NLLB tags; target_code: one for each target.
-        prefix: written before every text; {source} and {target} stand for the tags, or for the languages' names where
+        data: folder or hub id of the task's data; None: the task's data set on the hub.
+        text_columns, choice_columns, label_column, id_column, labels: columns and labels of your own data; see
+            `get_task`.
+        splits: the splits to translate.
+        direction: "auto": train and valid to the target, test to the source; "to-target", "to-source": all splits.
+        source_code, target_code: language tags that replace the table's NLLB tags; target_code: one per target.
+        prefix: written before every text; {source} and {target} are replaced by the tags, or by the languages' names if
             no tags are given.
-        lost_marks: "auto" drops QA rows of train and valid whose span is lost, and keeps those of test without one.
+        lost_marks: what to do with QA rows whose span is lost: "drop", "keep" (without answers), or "auto": drop rows
+            of train and valid, and keep rows of test.
         max_length, max_new_tokens, batch_tokens, batch_size, beams, dtype, device, revision: see `Translator`.
-        limit: translate the first so many rows of every split.
-        threads: CPU threads; None: PyTorch's choice.
+        limit: translate only the first `limit` rows of every split.
+        threads: CPU threads; None: PyTorch's default.
         progress: show progress bars.
     """
 
@@ -77,8 +79,8 @@ class TranslateSettings:
         for name in ("splits", "target"):
             values = getattr(self, name)
             if isinstance(values, str) or not values or len(set(values)) < len(values):
-                raise TranslationError(f"{option(name)} must name one or more, each once; got {values!r}")
-        for name, value in (("source", self.source), *(("target", one) for one in self.target)):
+                raise TranslationError(f"{option(name)} must list one or more different values; got {values!r}")
+        for name, value in (("source", self.source), *(("target", name) for name in self.target)):
             try:
                 folder_name(value, option(name))
             except UserError as error:
@@ -91,13 +93,15 @@ class TranslateSettings:
                 raise TranslationError(str(error)) from None
         unknown = [split for split in self.splits if split not in SPLITS]
         if unknown:
-            raise TranslationError(f"--splits must be of {', '.join(SPLITS)}; got {', '.join(unknown)}")
+            raise TranslationError(f"--splits must be among {', '.join(SPLITS)}; got {', '.join(unknown)}")
         if self.source in self.target:
-            raise TranslationError(f"--source {self.source} is among the targets ({', '.join(self.target)})")
+            raise TranslationError(
+                f"--source {self.source} is also a target ({', '.join(self.target)}); remove it from --target"
+            )
         if self.target_code is not None and len(self.target_code) != len(self.target):
             raise TranslationError(
-                f"--target-code needs a code for every target: {len(self.target)} targets ({', '.join(self.target)}), "
-                f"{len(self.target_code)} codes ({', '.join(self.target_code)})"
+                f"--target-code needs one code per target; got {len(self.target)} targets ({', '.join(self.target)}) "
+                f"and {len(self.target_code)} codes ({', '.join(self.target_code)})"
             )
         for name in ("limit", "threads", "batch_tokens", "batch_size", "beams", "max_length", "max_new_tokens"):
             value = getattr(self, name)
@@ -105,16 +109,16 @@ class TranslateSettings:
                 raise TranslationError(f"{option(name)} must be 1 or more; got {value}")
 
     def to_target(self, split: str) -> bool:
-        """Whether a split is translated from the source into the target language."""
+        """Return whether a split is translated from the source into the target language."""
         return self.direction == "to-target" or (self.direction == "auto" and split != "test")
 
     def policy(self, split: str) -> str:
-        """What happens to a QA row of a split whose span is lost."""
+        """Return what to do with a QA row of a split whose span is lost: "drop" or "keep"."""
         if self.lost_marks != "auto":
             return self.lost_marks
         return "keep" if split == "test" else "drop"
 
 
 def option(name: str) -> str:
-    """The command line's spelling of a field."""
+    """Return the command line option of a field."""
     return "--" + name.replace("_", "-")

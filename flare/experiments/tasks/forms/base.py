@@ -26,7 +26,7 @@ class Form:
     Attributes:
         layout: layout of FlareDataCollator.
         auto_class: name of the transformers Auto class that loads a suitable model.
-        model_options: arguments of its from_pretrained that the task determines (num_labels, id2label, label2id, ...).
+        model_options: arguments of from_pretrained that the task determines (num_labels, id2label, label2id, ...).
         max_new_tokens: maximum number of tokens to generate; None if the form reads logits.
         notes: notes for the user about the tokenizer.
 

@@ -17,7 +17,7 @@ from ..examples import Example, Pair
 from ..registry import Task
 from .base import Form, Row, as_array
 
-#: A label of several applies if its probability is higher.
+#: A multi-label prediction contains a label if its probability is higher.
 THRESHOLD = 0.5
 
 

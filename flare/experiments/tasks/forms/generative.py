@@ -274,8 +274,8 @@ class Seq2SeqForm(GenerativeForm):
 
     Rows: input_ids, labels, source_input_ids and source_labels. The source's row is the English text in the same prompt
     and, in training, the English label or answer as ``source_labels``, so that the decoder fuses as well. In
-    `eval_rows`, ``source_labels`` holds only an end token: generate() checks that it is present and decodes the source
-    by itself.
+    `eval_rows`, ``source_labels`` holds only an end token: generate() only checks that it is present, and decodes the
+    source without it.
     """
 
     layout = "seq2seq"

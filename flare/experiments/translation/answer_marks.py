@@ -1,7 +1,7 @@
-"""Answer spans through a translation: EasyProject (Chen et al., ACL Findings 2023).
+"""Carry answer spans through a translation with marks, as EasyProject does (Chen et al., ACL Findings 2023).
 
-Two marks are set around the answer, the marked text is translated, and the answer of the translation is what stands
-between the marks there. A translation that lost them, doubled them or turned them round has no span.
+Two marks are put around the answer, the marked text is translated, and the text between the marks of the translation is
+the translated answer. If the translation lost, doubled or reordered the marks, the span is lost.
 """
 
 from __future__ import annotations
@@ -11,32 +11,33 @@ from dataclasses import dataclass
 
 from ..tasks import Answer
 
-# Square brackets are what Chen et al. found to survive best; the others are for texts that hold some.
+# Chen et al. found that square brackets survive best. The other pairs are for texts that contain brackets.
 PAIRS = (("[", "]"), ("{", "}"), ("<", ">"), ("«", "»"))
-# What models write in place of square brackets, in Chinese and Japanese above all (as in the authors' release).
+# Variants that models write instead of square brackets, mostly in Chinese and Japanese (as in the authors' release).
 _VARIANTS = {"[": "［【《", "]": "］】》"}
 
-_CLOSE = (".", ",")
+_NO_SPACE_BEFORE = (".", ",")
 
 NO_ANSWER = "no answer"
 NOT_FOUND = "the answer is not at its place in the text"
 NO_PAIR = "the text holds every kind of mark"
 LOST = "marks lost"
 DOUBLED = "marks doubled"
-TURNED = "marks out of order"
+OUT_OF_ORDER = "marks out of order"
 EMPTY = "nothing between the marks"
 
 
 class MarksLost(Exception):
-    """A row has no span; the message is the reason it is counted under."""
+    """A row without a span. The message is the reason, under which the row is counted."""
 
 
 @dataclass(frozen=True)
 class Marked:
     """A text with marks around a span.
 
-    text: with the marks, each set off from the span by a space.
-    pair: the opening and the closing mark.
+    Attributes:
+        text: the text with the marks, each separated from the span by a space.
+        pair: the opening and the closing mark.
     """
 
     text: str
@@ -44,12 +45,12 @@ class Marked:
 
 
 def mark(context: str, answer: Answer) -> Marked:
-    """Set marks around an answer.
+    """Put marks around an answer.
 
-    An answer without a start is looked up, where it occurs only once.
+    An answer without a start is searched for, and must occur exactly once.
 
     Raises:
-        MarksLost: the answer is not where it should be, or there is no mark that the text does not hold already.
+        MarksLost: the answer is not at its start, or the text contains every kind of mark.
     """
     text, start = answer.text, answer.start
     if start < 0 and text and context.count(text) == 1:
@@ -57,20 +58,20 @@ def mark(context: str, answer: Answer) -> Marked:
     if start < 0 or not text.strip() or context[start : start + len(text)] != text:
         raise MarksLost(NOT_FOUND)
     for pair in PAIRS:
-        taken = set("".join(one + _VARIANTS.get(one, "") for one in pair))
-        if not taken & set(context):
+        characters = set("".join(one + _VARIANTS.get(one, "") for one in pair))
+        if not characters & set(context):
             before, after = context[:start], context[start + len(text) :]
             return Marked(f"{before}{pair[0]} {text.strip()} {pair[1]}{after}", pair)
     raise MarksLost(NO_PAIR)
 
 
 def recover(translation: str, pair: tuple[str, str]) -> tuple[str, Answer]:
-    """The translation without marks, and the answer with its place in it.
+    """Return the translation without its marks, and the answer with its position.
 
     Raises:
-        MarksLost: a mark is lost, doubled or out of order, or nothing stands between them.
+        MarksLost: a mark is lost, doubled or out of order, or there is no text between them.
     """
-    translation = _plain(translation, pair)
+    translation = _normalized(translation, pair)
     opening, closing = (translation.count(one) for one in pair)
     if not opening or not closing:
         raise MarksLost(LOST)
@@ -78,34 +79,35 @@ def recover(translation: str, pair: tuple[str, str]) -> tuple[str, Answer]:
         raise MarksLost(DOUBLED)
     first, last = translation.index(pair[0]), translation.index(pair[1])
     if last < first:
-        raise MarksLost(TURNED)
+        raise MarksLost(OUT_OF_ORDER)
     before, span, after = translation[:first], translation[first + 1 : last], translation[last + 1 :]
     answer = span.strip()
     if not answer:
         raise MarksLost(EMPTY)
-    before, after = _joint(before, after)
-    # "a[ b ]c" was written without the marks' outer spaces; scripts that set none need none
-    if span[0].isspace() and _letter(before[-1:]):
+    before, after = _without_extra_spaces(before, after)
+    # The model may write "a[ b ]c" without outer spaces. Scripts that separate words need them back.
+    if span[0].isspace() and _separates_words(before[-1:]):
         before += " "
-    if span[-1].isspace() and _letter(after[:1]):
+    if span[-1].isspace() and _separates_words(after[:1]):
         after = " " + after
     return before + answer + after, Answer(answer, len(before))
 
 
 def remove(translation: str, pair: tuple[str, str]) -> str:
-    """The translation without whatever is left of the marks."""
-    translation = _plain(translation, pair)
+    """Return the translation without any remaining marks."""
+    translation = _normalized(translation, pair)
     for one in pair:
         while one in translation:
             before, _, after = translation.partition(one)
-            # a mark stood between spaces; one of them is enough
+            # a mark between two spaces leaves one of them
             after = after.lstrip() if not before or before[-1].isspace() else after
-            translation = "".join(_joint(before.rstrip() if after[:1] in _CLOSE else before, after))
+            before = before.rstrip() if after[:1] in _NO_SPACE_BEFORE else before
+            translation = "".join(_without_extra_spaces(before, after))
     return translation.strip()
 
 
-def _plain(translation: str, pair: tuple[str, str]) -> str:
-    """Variants of the marks become the marks; two directly beside each other are one, as in the authors' release."""
+def _normalized(translation: str, pair: tuple[str, str]) -> str:
+    """Replace variants of the marks, and merge adjacent repetitions of a mark (as in the authors' release)."""
     for one in pair:
         for variant in _VARIANTS.get(one, ""):
             translation = translation.replace(variant, one)
@@ -113,13 +115,13 @@ def _plain(translation: str, pair: tuple[str, str]) -> str:
     return translation
 
 
-def _joint(before: str, after: str) -> tuple[str, str]:
-    """Spaces that the marks brought along, taken out: at the text's ends, and before a full stop or comma."""
+def _without_extra_spaces(before: str, after: str) -> tuple[str, str]:
+    """Remove spaces that belong to a mark: at the ends of the text, and before a full stop or comma."""
     if re.match(r"\s+[.,](\s|$)", after):
         after = after.lstrip()
     return before if before.strip() else "", after if after.strip() else ""
 
 
-def _letter(character: str) -> bool:
-    """Whether it is a letter or digit of a script that sets words apart."""
+def _separates_words(character: str) -> bool:
+    """Return whether this is a letter or digit of a script that puts spaces between words."""
     return character.isalnum() and ord(character) < 0x0E00

@@ -1,4 +1,4 @@
-"""Decoders and encoder-decoders: prompts, verbalised answers, and predictions from generated tokens."""
+"""Forms of decoders and encoder-decoders: prompts, verbalized answers, predictions from generated tokens."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_prompts_of_the_papers_tasks():
     assert fill(QA, {"question": "q", "context": "c"}) == "Context: c\nQuestion: q\nAnswer:"
 
 
-def test_answers_stand_behind_prompts_that_are_tokenised_alone():
+def test_prompt_and_answer_are_tokenized_separately():
     tokenizer = byte_tokenizer(merges=[(":", "Ġ"), ("b", "a"), ("ba", "d")])
     form = make_form(NUSAX, tokenizer, "causal")
-    assert tokenizer.tokenize("is: bad")[-2:] == [":Ġ", "bad"], "tokenised together, a token would reach over the seam"
+    assert tokenizer.tokenize("is: bad")[-2:] == [":Ġ", "bad"], "tokenized together, one token would span both"
     (row,), notes = form.train_rows([Pair(sentiment("1", "x"), sentiment("1", "yz"))], with_source=True)
     assert notes == []
     answer = tokenizer.convert_tokens_to_ids(["Ġ", "bad", "</s>"])
@@ -50,10 +50,10 @@ def test_answers_stand_behind_prompts_that_are_tokenised_alone():
     assert row["source_labels"] == [-100] * (len(prompt) + 1) + answer
     batch = flare.FlareDataCollator(tokenizer, layout="causal")([row])
     begins = (batch["labels"][0] != -100).nonzero()[0].item()
-    assert batch["source_input_ids"][0, begins:].tolist() == answer, "answers begin at one index in both streams"
+    assert batch["source_input_ids"][0, begins:].tolist() == answer, "answers start at the same index in both streams"
 
 
-def test_no_answer_is_shown_at_evaluation():
+def test_evaluation_rows_contain_no_answer():
     tokenizer = byte_tokenizer()
     form = make_form(NUSAX, tokenizer, "causal")
     (row,), _ = form.eval_rows([Pair(sentiment("1", "x"), sentiment("1", "yz"))], with_source=True)
@@ -61,7 +61,7 @@ def test_no_answer_is_shown_at_evaluation():
                    (("input_ids", "x\nis:"), ("source_input_ids", "yz\nis:"))}  # fmt: skip
     form = make_form(NUSAX, byte_tokenizer(ends=True), "seq2seq")
     (row,), _ = form.eval_rows([Pair(sentiment("1", "x"), sentiment("1", "yz"))], with_source=True)
-    assert row["source_labels"] == [2], "that they are there makes the decoder fuse; nothing of them is read"
+    assert row["source_labels"] == [2], "its presence makes the decoder fuse; its content is not read"
     assert "labels" not in row
 
 
@@ -79,7 +79,7 @@ def test_seq2seq_rows():
 
 
 @pytest.mark.parametrize("family", ["causal", "seq2seq"])
-def test_the_context_is_cut_and_never_the_question(family):
+def test_only_the_context_is_truncated(family):
     tokenizer = byte_tokenizer(ends=family == "seq2seq")
     form = make_form(QA, tokenizer, family, 64)
     assert form.max_new_tokens == 16
@@ -101,11 +101,11 @@ def test_the_context_is_cut_and_never_the_question(family):
     prompt = tokenizer.decode(rows[0]["input_ids"], skip_special_tokens=True)
     assert prompt.startswith("Context: éééé") and "\nQuestion: who?\nAnswer:" in prompt
     longest = len(rows[0]["input_ids"]) - (len(form.answer_ids("me")) if family == "causal" else 0)
-    assert most - 1 <= longest <= most, "as much is kept as fits"
+    assert most - 1 <= longest <= most, "the prompt is as long as possible"
     assert rows[1]["source_labels"][-2:] == ([-100, 2] if family == "causal" else [2])
     rows, notes = form.eval_rows(pairs, with_source=False)
     assert len(rows) == 4 and notes[0].startswith("1 of 4 texts cut")
-    # no batch is wider than max_length, whichever row has the longest prompt and whichever the longest answer
+    # no batch is wider than max_length, even if different rows have the longest prompt and the longest answer
     rows = form.train_rows([pairs[0], Pair(question("5", "who?", "me", "x" * 14))], with_source=False)[0]
     batch = flare.FlareDataCollator(tokenizer, layout=form.layout, max_length=64, require_source=False)(rows)
     assert batch["input_ids"].shape[1] <= 64
@@ -127,23 +127,23 @@ def test_settings_that_leave_no_room():
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def test_labels_are_read_from_what_was_written():
+def test_labels_from_generated_text():
     tokenizer = byte_tokenizer()
     form = make_form(NUSAX, tokenizer, "causal")
-    said = ["badly good", "bad", "Bad!", "badly good it is", "neutral", "positive", "so-so", ""]
-    pairs = [Pair(sentiment(str(i), "x")) for i in range(len(said))]
-    output = [[*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], 2, 0, 0, -100] for text in said]
-    found = form.predictions(output, pairs)
-    assert found == ["positive", "negative", "negative", "positive", "neutral", "positive", "so-so", ""]
-    assert form.prediction_notes(found) == [
+    texts = ["badly good", "bad", "Bad!", "badly good it is", "neutral", "positive", "so-so", ""]
+    pairs = [Pair(sentiment(str(i), "x")) for i in range(len(texts))]
+    output = [[*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], 2, 0, 0, -100] for text in texts]
+    predictions = form.predictions(output, pairs)
+    assert predictions == ["positive", "negative", "negative", "positive", "neutral", "positive", "so-so", ""]
+    assert form.prediction_notes(predictions) == [
         "2 of 8 predictions are not a label and count as wrong, such as 'so-so', ''"
     ]
-    assert form.scores(found, pairs)["accuracy"] == 25
+    assert form.scores(predictions, pairs)["accuracy"] == 25
     with pytest.raises(ValueError, match="8 generated rows were given for 1 pairs"):
         form.predictions(output, pairs[:1])
 
 
-def test_what_comes_after_the_end_is_no_answer():
+def test_tokens_after_the_end_token_are_ignored():
     tokenizer = byte_tokenizer(ends=True)
     form = make_form(QA, tokenizer, "seq2seq", 64)
     ids = tokenizer("me")["input_ids"] + tokenizer("you")["input_ids"]
@@ -186,8 +186,8 @@ def train(model, batch, steps: int, lr: float) -> float:
 
 
 @pytest.mark.parametrize("family", ["causal", "seq2seq"])
-def test_what_is_learnt_is_generated(family):
-    """A tiny model learns four English rows by heart, then adapters learn others beside the English text."""
+def test_generation_reproduces_the_training_rows(family):
+    """A tiny model memorizes four English rows; then adapters memorize target rows with the English text as source."""
     tokenizer = byte_tokenizer(ends=family == "seq2seq")
     form = make_form(NUSAX, tokenizer, family, 48)
     collator = flare.FlareDataCollator(tokenizer, layout=form.layout, require_source=False)
@@ -211,7 +211,7 @@ def test_what_is_learnt_is_generated(family):
 # --- input-level fusion -----------------------------------------------------------------------------------------------
 
 
-def test_input_level_fusion_is_one_prompt_with_both_texts_and_one_instruction():
+def test_joined_prompts():
     prompts = {name: joined_task(get_task(name)).prompt for name in ("nusax", "xnli", "qa")}
     assert prompts["nusax"] == "Text: {source:text}\nText: {text}\nSentiment:"
     assert prompts["xnli"].count("Relation (") == 1 and prompts["qa"].count("Answer:") == 1
@@ -220,7 +220,7 @@ def test_input_level_fusion_is_one_prompt_with_both_texts_and_one_instruction():
 
 
 @pytest.mark.parametrize("family", ["causal", "seq2seq"])
-def test_joined_rows_hold_both_texts_cut_to_the_room_of_two(family: str):
+def test_joined_rows_truncate_both_texts_equally(family: str):
     tokenizer = byte_tokenizer(ends=family == "seq2seq")
     form = make_form(QA, tokenizer, family, 48)
     joined = JoinedForm(form)
@@ -229,7 +229,7 @@ def test_joined_rows_hold_both_texts_cut_to_the_room_of_two(family: str):
     (asked,), _ = joined.eval_rows([pair], with_source=True)
     text = tokenizer.decode(asked["input_ids"], skip_special_tokens=True)
     source, target = text.count("A") - text.count("Answer:"), text.count("B")
-    assert source == target > 0, "neither text loses more than the other"
+    assert source == target > 0, "both texts are cut to the same length"
     assert text == f"Context: {'A' * source}\nQuestion: where\nContext: {'B' * target}\nQuestion: wo\nAnswer:"
     assert len(asked["input_ids"]) <= 2 * form.longest_prompt and len(notes) == 1 and "1 of 1 texts cut" in notes[0]
     assert set(row) == {"input_ids", "labels"} and joined.max_new_tokens == form.max_new_tokens == 12
