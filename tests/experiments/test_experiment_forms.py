@@ -11,7 +11,7 @@ from experiment_data import write_bert, write_data, write_llama, write_t5
 from predicting import predicts_as_evaluated
 
 from flare.cli import main
-from flare.experiments.runs.defaults import for_this_machine, kind_of, paper_recipe
+from flare.experiments.runs.defaults import adapt_to_machine, kind_of, paper_recipe
 from flare.experiments.runs.records import find_runs, read_record
 
 QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
@@ -144,11 +144,11 @@ def test_kinds_of_models_and_the_papers_settings(place):
 def test_settings_that_need_a_gpu_are_turned_off_without_one(place, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = paper_recipe(kind_of(str(place / "llama")), "nusax")
-    here, notes = for_this_machine(recipe, None, {})
+    here, notes = adapt_to_machine(recipe, None, {})
     assert here.quantization is None and here.dtype == "float32"
     assert here.training["bf16"] is False and here.training["optim"] == "adamw_torch"
     assert len(notes) == 3 and all("GPU" in note or "CUDA" in note for note in notes)
-    kept, _ = for_this_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
+    kept, _ = adapt_to_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
     assert kept.training["bf16"] is True  # a value given by the user is kept
 
 

@@ -16,7 +16,7 @@ from flare.experiments.report import write_report
 from flare.experiments.report.collect import ReportError, collect
 from flare.experiments.report.conditions import warnings
 from flare.experiments.runs.chance import chance_notes
-from flare.experiments.runs.diverged import NoNaN
+from flare.experiments.runs.diverged import CheckLogits
 from flare.experiments.runs.records import read_metrics, read_record, write_metrics, write_record
 from flare.experiments.utils.errors import DivergedError
 
@@ -126,8 +126,8 @@ def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs,
 def test_a_generation_from_nan_is_an_error():
     scores = torch.tensor([[0.0, -torch.inf], [1.0, torch.nan]])
     with pytest.raises(DivergedError, match=r"logits of 1 rows are NaN or infinite \(id b\)"):
-        NoNaN(["a", "b"])(torch.zeros(2, 1), scores)
-    assert NoNaN(["a"])(torch.zeros(1, 1), scores[:1]) is not None
+        CheckLogits(["a", "b"])(torch.zeros(2, 1), scores)
+    assert CheckLogits(["a"])(torch.zeros(1, 1), scores[:1]) is not None
 
 
 def test_a_base_at_chance_level_is_noted_before_training_adapters(place, runs, capsys):

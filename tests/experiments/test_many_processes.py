@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from flare.cli import main
 from flare.experiments.runs.evaluate import _Evaluation as Evaluation
-from flare.experiments.runs.fitting import ExperimentTrainer, of_one_process
+from flare.experiments.runs.fitting import ExperimentTrainer, per_process_batch
 from flare.experiments.runs.predictor import Predictor
 from flare.experiments.runs.records import find_runs, read_record
 from flare.experiments.translation import Translator
@@ -268,7 +268,7 @@ def test_an_error_of_one_process_is_raised_in_all(two) -> None:
 )
 def test_a_step_is_divided(size, batches, processes, share) -> None:
     values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
-    assert of_one_process(values, processes) == share and share[0] * share[1] * processes == size * batches
+    assert per_process_batch(values, processes) == share and share[0] * share[1] * processes == size * batches
 
 
 FAILING = """

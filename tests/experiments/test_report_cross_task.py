@@ -19,7 +19,7 @@ from flare.experiments.runs.activations import (
     ACTIVATIONS_FILE,
     Activations,
     Instance,
-    Sums,
+    RowCollector,
     read_activations,
     write_activations,
 )
@@ -127,7 +127,7 @@ def test_display_names() -> None:
 def made_activations() -> tuple[Activations, list[np.ndarray]]:
     generator = np.random.default_rng(0)
     rows = [generator.standard_normal((length, 4)).astype(np.float32) for length in (3, 5, 2)]
-    sums = Sums()
+    sums = RowCollector()
     for row in rows:
         sums.add(row)
     one = Instance("7", ("a", "b", "c"), ("x", "y"), rows[0], rows[2])

@@ -1,4 +1,4 @@
-"""Check whether a base is better than chance on its own language."""
+"""Notes about bases that are not better than chance on their own language."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
-_LOCK_SECONDS = 0.5  # of retries: the first attempts may open a file that its holder is just removing
+_LOCK_SECONDS = 0.5  # time for retries, because the first attempts may open a file that its holder is removing
 # Settings that have no effect on the result.
 _NO_EFFECT = {
     "dataloader_num_workers",
@@ -171,7 +171,7 @@ def _locked_here(folder: Path) -> Iterator[None]:
 def _record_failure(folder: Path, error: UserError) -> None:
     """Mark a run that diverged in its run.json, or remove the record of a run that could not start.
 
-    Without this, a run that its data or options kept from starting would look like one in progress.
+    Otherwise a run that failed to start, for instance because of its data, would look like one in progress.
     """
     if not (folder / RUN_FILE).is_file():
         return
