@@ -48,7 +48,7 @@ SOURCE_TEXT = Factor("source text", source_kind, ("source_text", "noise", "sourc
 
 
 def families(group: RunGroup, table: Quality, factor: Factor) -> list[Family]:
-    """Return the families of a factor: lines of one method that differ in this factor only, with two values or more."""
+    """Return the families of a factor: two or more lines of one method that differ in this factor only."""
     by_settings: dict[str, Family] = {}
     for line in table.lines:
         entry = group.of(line.label)[0]

@@ -34,7 +34,7 @@ class ExperimentTrainer(FlareTrainer):
 
     Args:
         predictor: predictor of the validation split; None: checkpoints are not evaluated.
-        has_source: if only some rows have a source: whether each row has one. A batch never mixes the two kinds.
+        has_source: whether each row has a source, if only some have one. A batch never mixes the two kinds.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ def batch_size(values: Mapping[str, Any]) -> int:
 def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
     """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same rows for any number of processes. With more processes, each first computes fewer batches per
-    step, and then smaller ones: the batch size fits the memory of one process.
+    A step has the same rows for any number of processes. The batch size fits the memory of one process, so it is kept
+    if possible: more processes first compute fewer batches per step, and only then smaller ones.
 
     Args:
         values: result of :func:`training_values`, for a single process.
@@ -175,7 +175,7 @@ def training_arguments(
         given: fields given by the user.
 
     Raises:
-        UserError: values that do not fit together.
+        UserError: the values do not fit together.
     """
     defaults: dict[str, Any] = {
         "report_to": "none",

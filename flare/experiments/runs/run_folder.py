@@ -97,7 +97,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
 
 
 def nothing_to_resume(folder: Path) -> bool:
-    """Return whether an unfinished run left nothing to resume from, as after an error in its data."""
+    """Return whether an unfinished run left nothing to resume from, for instance after an error in its data."""
     allowed = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
     only_ours = all(path.name.startswith(allowed) for path in folder.iterdir())
     return only_ours and not any((folder / CHECKPOINTS).glob("*"))

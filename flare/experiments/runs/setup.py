@@ -39,7 +39,7 @@ class Notes:
 
 @dataclass
 class Data:
-    """Rows of a task. The pairs of the latest target language are cached.
+    """Rows of a task. The pairs of the most recent target language are cached.
 
     folder: where `load_pairs` reads; None: the task's data set on the hub.
     """
