@@ -32,7 +32,7 @@ from models import base_model
 from shapes import GEMMA2, LLAMA, MT5, XLMR, ModelShape
 
 import flare
-from flare.experiments.runs.fitting import of_one_process
+from flare.experiments.runs.fitting import per_process_batch
 from flare.recipes import Recipe
 
 GIB = 2**30
@@ -106,10 +106,10 @@ def table() -> str:
             memory, training = need(name, m), Recipe.read(f"{name}/{LENGTHS[m]}").training
             cells = [name, str(m), *(f"{part / GIB:.2f}" for part in (memory.base, memory.trained, memory.row))]
             for gpus in GPUS:
-                rows, steps = of_one_process(training, gpus)
+                rows, steps = per_process_batch(training, gpus)
                 batch = f"{rows} x {steps}" if steps > 1 else str(rows)
                 cells.append(f"{batch}, {memory.total(rows) / GIB:.0f}")
-            rows = of_one_process(training, 8)[0]
+            rows = per_process_batch(training, 8)[0]
             lines.append("| " + " | ".join([*cells, f"{memory.total(rows, 8) / GIB:.0f}"]) + " |")
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 import flare
 from flare.baselines import x_mixup
-from flare.experiments.runs.adapter_card import describe
+from flare.experiments.runs.adapter_card import fill_run_card
 
 
 def saved(folder, family: str = "bert", **fields) -> str:
@@ -80,7 +80,7 @@ def test_a_run_adds_task_and_languages(tmp_path):
         source_text="mt",
         settings={"labels": ["bad", "good"], "max_length": 48},
     )
-    describe(tmp_path, model, record)
+    fill_run_card(tmp_path, model, record)
     card = (tmp_path / "README.md").read_text()
     assert "| languages | acehnese, with its source in english |" in card
     assert "| source text in training | machine-translated |" in card and "bad, good" in card

@@ -1,4 +1,4 @@
-"""flare finetune, train and evaluate on tiny data: what they write, how they resume, and their errors."""
+"""flare finetune, train and evaluate on tiny data: their files, resuming, and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progre
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """data/, bert/ and runs/base of one fine-tuning."""
+    """Folder with data/, bert/ and the base of one fine-tuning in runs/."""
     root = tmp_path_factory.mktemp("experiment")
     write_data(root / "data")
     write_bert(root / "bert")
@@ -39,7 +39,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(place, tmp_path) -> Path:
-    """A folder of runs with the fine-tuned base alone."""
+    """Folder of runs with only the fine-tuned base."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -73,7 +73,7 @@ def test_finetune_saves_an_ordinary_model(place):
     assert not (folder / "checkpoints").exists()
 
 
-def test_the_grid_its_files_and_numbers(place, runs, capsys):
+def test_grid_writes_its_files_and_numbers(place, runs, capsys):
     words = train_words(
         place, runs, "--method", "lora", "input-fusion", "flare", "--r", 4, "--fusion", "add_relu", "mul"
     )
@@ -101,7 +101,7 @@ def test_the_grid_its_files_and_numbers(place, runs, capsys):
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
 
 
-def test_evaluate_settings_and_the_other_source_text(place, runs, tmp_path, capsys):
+def test_evaluate_in_all_settings_and_with_the_other_source_text(place, runs, tmp_path, capsys):
     assert flare(*train_words(place, runs, "--r", 4)) == 0
     translations = tmp_path / "mt"
     shutil.copytree(place / "data" / "english", translations / "vemari-english")
@@ -111,14 +111,14 @@ def test_evaluate_settings_and_the_other_source_text(place, runs, tmp_path, caps
     assert flare(*words, "--source-text", "gold", "mt") == 0
     there = {run.record.variant: run for run in find_runs(runs)}
     base = there["base"].metrics.test["source-language"]
-    # the test texts of both languages are the same rows: translate-test is the base's own score
+    # both languages have the same test rows, so translate-test equals the base's score on its own language
     assert there["translate-test"].metrics.test == {"translate-test": base}
     assert there["translate-test-mt-source"].record.source_text == "mt"
     assert set(there["zero-shot"].metrics.test) == {"zero-shot"}
     adapter = there["flare-r4"]
     assert set(adapter.metrics.test) == {"translate-train", "translate-train/mt"}
     assert (adapter.folder / "predictions-test-mt.jsonl").is_file()
-    # an adapter loaded again predicts what it did at the end of its training
+    # a reloaded adapter makes the same predictions as at the end of its training
     first = (adapter.folder / "predictions-test.jsonl").read_bytes()
     assert flare(*words, "--setting", "translate-train", "--no-resume") == 0
     assert (adapter.folder / "predictions-test.jsonl").read_bytes() == first
@@ -126,7 +126,7 @@ def test_evaluate_settings_and_the_other_source_text(place, runs, tmp_path, caps
 
 
 def test_machine_translated_training_text(place, runs, tmp_path):
-    """The gold source is what was translated; at test time the source is the translation of the target."""
+    """In training, the target is translated from the gold source; at test time, the source from the target."""
     translations = tmp_path / "mt"
     shutil.copytree(place / "data" / "vemari", translations / "english-vemari")
     shutil.copytree(place / "data" / "english", translations / "vemari-english")
@@ -137,8 +137,8 @@ def test_machine_translated_training_text(place, runs, tmp_path):
     folder = runs / "vemari" / "flare-r4-mt-source-mt-target" / "seed-0"
     record = read_record(folder)
     assert record.data["translation"] == {"english-vemari": {"model": "some"}}
-    assert flare(*words) == 2  # gold target text needs a translated training source, which is not there
-    # the folder of translations is the run's own, whatever it was called and wherever one stands
+    assert flare(*words) == 2  # gold target text needs a translated training source, which is missing
+    # the folder of translations is read from the run, independent of the working directory
     again = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
     assert flare(*again) == 0
     (tmp_path / "other").symlink_to(translations)
@@ -162,7 +162,7 @@ def test_train_only_fusion_and_flare_mt(place, runs):
         predicts_as_evaluated(read_run(runs / "vemari" / name / "seed-0"), place / "data", runs)
 
 
-def test_batches_of_one_group():
+def test_batches_of_one_kind():
     groups = [True] * 8 + [False] * 9
     sampler = OneKindSampler(groups, 4, seed=3)
     first = list(sampler)
@@ -177,7 +177,7 @@ def test_batches_of_one_group():
 
 
 @pytest.mark.slow
-def test_the_peak_on_a_gpu_is_of_training_steps_alone(monkeypatch):
+def test_peak_on_a_gpu_covers_only_training_steps(monkeypatch):
     from flare.experiments.runs.callbacks import PeakMemory
 
     allocated = [0]
@@ -192,8 +192,8 @@ def test_the_peak_on_a_gpu_is_of_training_steps_alone(monkeypatch):
     assert peak.bytes == 40
 
 
-def test_killed_and_started_again_it_ends_as_if_uninterrupted(place, tmp_path):
-    """SIGKILL in the middle of training, twice; weights, scores and predictions are the uninterrupted run's."""
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place, tmp_path):
+    """After two SIGKILLs during training; weights, scores and predictions are compared."""
     for name in ("whole", "killed"):
         shutil.copytree(place / "runs", tmp_path / name)
     more = ("--r", 4, "--dropout", 0.1, "--epochs", 6, "--save-steps", 4, "--fusion", "add")
@@ -230,8 +230,8 @@ def test_killed_and_started_again_it_ends_as_if_uninterrupted(place, tmp_path):
     assert [line["step"] for line in seen[0]] == [line["step"] for line in seen[1]]
 
 
-def test_a_torn_checkpoint_is_left_out(place, runs, capsys):
-    """What a kill leaves while a checkpoint is written is removed, and the one before it is used."""
+def test_an_incomplete_checkpoint_is_skipped(place, runs, capsys):
+    """A checkpoint whose writing was interrupted is removed, and the one before it is used."""
     words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints")
     assert flare(*words) == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
@@ -249,7 +249,7 @@ def test_a_torn_checkpoint_is_left_out(place, runs, capsys):
 
 
 def test_a_resumed_run_logs_the_loss_of_all_steps(place, runs):
-    """Also where the checkpoint lies between two lines of the log."""
+    """Also if the checkpoint lies between two lines of the log."""
     words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints", "--save_steps", 4)
     assert flare(*words) == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
@@ -266,9 +266,8 @@ def test_a_resumed_run_logs_the_loss_of_all_steps(place, runs):
     assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
 
 
-def test_a_run_killed_behind_its_last_step_can_be_finished(place, runs):
-    """All steps are done and the scores are not written: nothing is left to train, and the cost is measured all the
-    same."""
+def test_a_run_killed_after_its_last_step_can_be_finished(place, runs):
+    """All steps are done but the scores are not written. Nothing is left to train, and the cost is still measured."""
     words = train_words(place, runs, "--r", 4, "--keep-checkpoints")
     assert flare(*words) == 0
     folder = runs / "vemari" / "flare-r4" / "seed-0"

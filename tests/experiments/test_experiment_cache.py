@@ -1,4 +1,4 @@
-"""flare train --source-cache: the same scores with it and without, its size beforehand, and when it is left out."""
+"""flare train --source-cache: equal scores with and without it, its estimated size, and when it is off."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flare.source_cache.memory import _group_bytes
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """data/ and bert/."""
+    """Folder with data/ and bert/."""
     root = tmp_path_factory.mktemp("cache")
     write_data(root / "data", rows={"train": (0, 24), "valid": (24, 32), "test": (32, 44)})
     write_bert(root / "bert")
@@ -35,11 +35,11 @@ def train(place: Path, name: str, *more: object) -> Path:
     return place / name / "vemari" / "flare-r4" / "seed-0"
 
 
-def test_the_scores_are_the_same_with_the_cache_and_without(place, capsys):
+def test_scores_are_equal_with_and_without_the_cache(place, capsys):
     kept, without = train(place, "auto", "--epochs", 3), train(place, "off", "--epochs", 3, "--source-cache", "off")
     facts, metrics = read_record(kept).data["source_cache"], read_metrics(kept)
     assert facts["on"] and facts["mode"] == "auto" and facts["rows"] == 32
-    # both epochs after the first, in training and validation, and the validation of the chosen weights
+    # two epochs after the first, in training and validation, and the validation of the selected weights
     assert metrics.source_cache["hits"] == 2 * 32 + 8 and metrics.source_cache["rows"] == 3 * 32 + 8
     assert read_record(without).data["source_cache"] == {"mode": "off", "on": False}
     assert read_metrics(without).source_cache is None
@@ -56,7 +56,7 @@ def test_the_scores_are_the_same_with_the_cache_and_without(place, capsys):
     assert facts["bytes_needed"] == 32 * 2 * 24 * 32 * 4
     assert metrics.source_cache["bytes"] == facts["bytes_needed"]
 
-    # |x| = 2 relu(x) - x ties the positions' averages to the layer's mean
+    # because |x| = 2 relu(x) - x, the averages by position give the layer's mean |S|
     positions, sizes = read_activations(kept), metrics.bottleneck
     assert positions.layer == sizes["layers"][0] and positions.layer.endswith("query")
     for stream in ("S", "T"):
@@ -69,12 +69,12 @@ def test_the_scores_are_the_same_with_the_cache_and_without(place, capsys):
     assert first.id == rows[0]["id"] and first.source_tokens[0] == "[CLS]" and len(first.target_tokens) == len(first.T)
 
 
-def test_an_encoder_decoder_keeps_the_states_of_both_stacks(place, tmp_path):
+def test_an_encoder_decoder_caches_the_states_of_both_stacks(place, tmp_path):
     write_t5(tmp_path / "t5")
     words = ("--base", tmp_path / "t5", "--rows", 8, "--epochs", 2, "--max-length", 40)
     folders = [train(place, tmp_path / mode, *words, "--source-cache", mode) for mode in ("auto", "off")]
     facts, found = read_record(folders[0]).data["source_cache"], read_metrics(folders[0])
-    assert facts["on"] and found.source_cache["hits"] == 8  # training's rows alone: answers are generated without it
+    assert facts["on"] and found.source_cache["hits"] == 8  # only training rows: generation does not use the cache
     assert found.source_cache["bytes"] == facts["bytes_needed"]
     assert found.test == read_metrics(folders[1]).test
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
@@ -91,21 +91,21 @@ def test_an_encoder_decoder_keeps_the_states_of_both_stacks(place, tmp_path):
         (("--epochs", 2, "--source-cache-budget", "50KB"), "--source-cache-budget is 48.8 KiB"),
     ],
 )
-def test_auto_leaves_it_out_and_says_why(place, tmp_path, capsys, words, reason):
+def test_auto_is_off_with_a_reason(place, tmp_path, capsys, words, reason):
     folder = train(place, tmp_path / "runs", "--rows", 8, "--no-test", *words)
     facts = read_record(folder).data["source_cache"]
     assert not facts["on"] and reason in facts["reason"]
     assert "source cache off: " in capsys.readouterr().out
 
 
-def test_on_is_an_error_where_states_change(place, tmp_path, capsys):
+def test_on_is_an_error_if_states_change(place, tmp_path, capsys):
     words = ("train", "--task", "classification", "--data", place / "data", "--output", tmp_path, "--target", "vemari")
     words += ("--base", place / "bert", "--max-length", 24, "--epochs", 2, "--source-cache", "on", "--no-progress")
     assert main([str(word) for word in (*words, "--adapter", "source_dropout=true")]) == 2
     assert "--source-cache on: " in capsys.readouterr().err
 
 
-def test_its_options_as_flags_and_as_yaml(tmp_path):
+def test_options_as_flags_and_in_yaml(tmp_path):
     file = tmp_path / "train.yaml"
     given = {"task": "nusax", "target": "ace"}
     for text, mode in (("off", "off"), ("on", "on"), ("auto", "auto")):
@@ -120,7 +120,7 @@ def test_its_options_as_flags_and_as_yaml(tmp_path):
         read_settings(TrainSettings, {"source_cache_budget": "1GB", "source_cache": "off", **given}).check()
 
 
-def test_free_memory_is_within_the_limits_of_the_control_groups(tmp_path):
+def test_free_memory_respects_control_group_limits(tmp_path):
     job = tmp_path / "cgroup" / "slurm" / "job"
     job.mkdir(parents=True)
     for folder, limit, used, pages in ((job, "max", 0, 0), (job.parent, 1000, 700, 200)):

@@ -1,4 +1,4 @@
-"""Damaged adapters and checkpoints of an experiment: an error or an older checkpoint, never a score."""
+"""Damaged adapters and checkpoints cause an error or fall back to an older checkpoint; they are never scored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train_words(place: Path, runs: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """data/, bert/ and runs/ with a fine-tuned base and one trained adapter, its three checkpoints kept."""
+    """Folder with data/, bert/ and runs/: a fine-tuned base and one trained adapter with its three checkpoints."""
     root = tmp_path_factory.mktemp("experiment")
     write_data(root / "data")
     write_bert(root / "bert")
@@ -43,7 +43,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(place, tmp_path) -> Path:
-    """The folder of the trained adapter, in a copy of the runs."""
+    """Folder of the trained adapter in a copy of the runs."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     folder = tmp_path / "runs" / "vemari" / "flare-r4" / "seed-0"
     for state in folder.glob("checkpoints/*/trainer_state.json"):
@@ -98,13 +98,13 @@ def change(adapter: Path, **values: object) -> None:
         (no_lora_weights, r"its file lacks \d+ weights, such as base_model"),
         (one_weight_less, "its file lacks 1 weights"),
         (another_method, "its peft_type is LORA, and a run of flare saves FLARE"),
-        (another_fusion, "says fusion='mul', and run.json fusion='add_relu'"),
+        (another_fusion, "has fusion='mul', and run.json has fusion='add_relu'"),
         (nothing_fuses, "none of its modules fuses"),
         (cut_weights, "the adapter cannot be used"),
         (cut_config, "the adapter cannot be used"),
     ],
 )
-def test_a_damaged_adapter_is_an_error_and_gets_no_score(damage, message, run, capsys):
+def test_a_damaged_adapter_is_not_scored(damage, message, run, capsys):
     damage(run / "adapter")
     metrics = read_metrics(run)
     words = ("evaluate", "--output", run.parents[2], "--setting", "translate-train", "--no-resume", "--no-progress")
@@ -136,7 +136,7 @@ def begin_again(place: Path, run: Path) -> int:
         ("adapter_model.safetensors", None, "it has no weights"),
     ],
 )
-def test_an_older_checkpoint_is_taken_where_the_newest_is_damaged(name, cut, why, place, run, capsys):
+def test_an_older_checkpoint_is_used_if_the_newest_is_damaged(name, cut, why, place, run, capsys):
     whole = load_file(run / "adapter" / "adapter_model.safetensors")
     newest = run / "checkpoints" / "checkpoint-18"
     file = newest / name
@@ -152,7 +152,7 @@ def test_an_older_checkpoint_is_taken_where_the_newest_is_damaged(name, cut, why
     assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
 
 
-def test_a_checkpoint_whose_best_is_lost_is_passed_over(place, run, capsys):
+def test_a_checkpoint_whose_best_is_lost_is_skipped(place, run, capsys):
     checkpoints = run / "checkpoints"
     for step, best in ((12, 6), (18, 12)):
         state = checkpoints / f"checkpoint-{step}" / "trainer_state.json"
@@ -168,7 +168,7 @@ def test_a_checkpoint_whose_best_is_lost_is_passed_over(place, run, capsys):
     assert "the training starts from the beginning" in said and "resumes" not in said
 
 
-def test_a_damaged_base_is_an_error_and_gets_no_score(place, tmp_path, capsys):
+def test_a_damaged_base_is_not_scored(place, tmp_path, capsys):
     shutil.copytree(place / "runs", tmp_path / "runs")
     base = tmp_path / "runs" / "base" / "seed-0"
     file = base / "model.safetensors"

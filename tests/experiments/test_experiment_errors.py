@@ -1,4 +1,4 @@
-"""What a user can do wrong with finetune, train and evaluate: a clear sentence, and nothing is touched."""
+"""User errors with finetune, train and evaluate get a clear message and change no files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def runs(place, tmp_path) -> Path:
 
 @pytest.fixture
 def train(place, runs, capsys):
-    """Run flare train; returns (status, what it said, its error)."""
+    """Function that runs flare train and returns (status, stdout, stderr)."""
 
     def call(*words: object, data: Path | None = None, target: str = "vemari"):
         given = ("--data", data or place / "data", "--output", runs, "--target", target)
@@ -61,14 +61,14 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_without_a_valid_split_the_last_checkpoint_is_used_and_said(train, runs):
+def test_without_a_valid_split_the_last_checkpoint_is_used_with_a_note(train, runs):
     status, out, _ = train("--method", "lora")
     assert status == 0 and "vemari has no valid split: the last checkpoint is used" in out
     run = next(run for run in find_runs(runs) if run.record.kind == "train")
     assert run.metrics.valid == {} and run.metrics.best_checkpoint == run.metrics.steps == 6
 
 
-def test_a_folder_of_another_run_is_refused_and_stays(train, runs):
+def test_a_folder_of_another_run_is_refused_and_unchanged(train, runs):
     assert train("--method", "lora")[0] == 0
     before = files(runs)
     status, _, err = train("--method", "lora", "--lr", "1e-3", "--alpha", "2", "--rows", "30")
@@ -79,21 +79,21 @@ def test_a_folder_of_another_run_is_refused_and_stays(train, runs):
     assert files(runs) == before
 
 
-def test_a_run_that_never_began_does_not_bind_the_folder(train, runs, place, tmp_path):
+def test_a_run_that_never_started_does_not_block_the_folder(train, runs, place, tmp_path):
     broken, folder = tmp_path / "broken", runs / "vemari" / "lora-r4" / "seed-0"
     shutil.copytree(place / "data", broken)
     (broken / "vemari" / "train.csv").write_text("id,text\n1,a\n")
     assert train("--method", "lora", data=broken)[0] == 2
-    assert not list(folder.iterdir())  # nothing that looks like a run under way
+    assert not list(folder.iterdir())  # nothing looks like a run in progress
     assert train("--method", "lora")[0] == 0
-    # killed before its first checkpoint, there is nothing to lose
+    # a run killed before its first checkpoint has nothing to keep
     record = read_record(folder)
     record.status = "running"
     shutil.rmtree(folder)
     write_record(folder, record)
     status, out, err = train("--method", "lora", "--lr", "1e-3")
     assert status == 0 and "ended before its first checkpoint; it is restarted" in out, err
-    # with a checkpoint there is something
+    # a run with a checkpoint is kept
     record = read_record(folder)
     record.status = "running"
     write_record(folder, record)
@@ -111,7 +111,7 @@ def test_foreign_files_are_not_touched(train, runs):
     assert {path: text for path, text in files(runs).items() if path.name != ".lock"} == before
 
 
-def test_a_file_where_a_folder_has_to_be(train, runs):
+def test_a_file_in_place_of_a_folder(train, runs):
     (runs / "vemari").write_text("mine")
     status, _, err = train("--method", "lora")
     assert status == 2 and "cannot be written to" in err and (runs / "vemari").read_text() == "mine"
@@ -193,7 +193,7 @@ def test_bases_that_are_missing_unfinished_or_of_another_task(train, runs, place
     assert status == 2 and "flare finetune" in err and "--base" in err
 
 
-def test_a_base_that_was_made_anew(train, runs):
+def test_a_base_that_was_fine_tuned_again(train, runs):
     assert train("--method", "lora")[0] == 0
     record = read_record(runs / "base" / "seed-0")
     record.date = "2001-01-01T00:00:00+00:00"
@@ -250,7 +250,7 @@ def test_wrong_values(train, runs, words, said):
     assert not [run for run in find_runs(runs) if run.record.done and run.record.kind == "train"]
 
 
-def test_a_score_with_other_settings_says_so(train, runs, capsys):
+def test_a_score_with_other_settings_is_noted(train, runs, capsys):
     assert train("--method", "flare", "--no-test")[0] == 0
     folder = runs / "vemari" / "flare-r4" / "seed-0"
 
@@ -264,8 +264,8 @@ def test_a_score_with_other_settings_says_so(train, runs, capsys):
     assert evaluate("--no-resume") == []
 
 
-def test_what_a_gpu_trained_is_scored_without_one(train, runs, monkeypatch):
-    """Its run.json asks for bfloat16, which the trainer refuses here."""
+def test_an_adapter_trained_on_a_gpu_can_be_scored_on_a_cpu(train, runs, monkeypatch):
+    """Its run.json requests bfloat16, which the trainer rejects on this machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train("--method", "lora")[0] == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
@@ -278,8 +278,8 @@ def test_what_a_gpu_trained_is_scored_without_one(train, runs, monkeypatch):
     assert (folder / "predictions-test.jsonl").read_bytes() == before
 
 
-def test_what_cannot_be_evaluated_does_not_keep_the_rest_from_it(place, train, runs, tmp_path, capsys):
-    """Without the source's test split there is no translate-test."""
+def test_one_failed_evaluation_does_not_stop_the_others(place, train, runs, tmp_path, capsys):
+    """Translate-test fails here, because the source has no test split."""
     assert train("--method", "lora", "--no-test")[0] == 0
     shutil.copytree(place / "data", tmp_path / "data")
     (tmp_path / "data" / "english" / "test.csv").unlink()
@@ -336,7 +336,7 @@ def test_yaml_and_flags(tmp_path):
         ("output_dir: x", "output_dir cannot be given"),
         ("progress: 3", "progress must be true or false"),
         ("task: [a, b]", "task takes one value"),
-        ("- nusax", "must hold names and values"),
+        ("- nusax", "must map names to values"),
         ("task: [", "cannot be read"),
     ],
 )
@@ -348,7 +348,7 @@ def test_wrong_yaml(tmp_path, text, said):
     assert said in str(error.value)
 
 
-def test_paper_sets_every_setting_of_the_paper_and_what_is_given_wins(tmp_path):
+def test_paper_sets_the_papers_values_and_given_options_override_them(tmp_path):
     made = read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"], "translations": "mt"})
     assert (made.seeds, made.source_text, made.target_text) == ((0, 1, 2, 3, 4), "mt", "mt")
     assert made.padding == "max_length"

@@ -1,4 +1,4 @@
-"""The same commands on decoders, encoder-decoders and questions, and with X-Mixup."""
+"""finetune, train and evaluate on decoders, encoder-decoders and questions, and with X-Mixup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiment_data import write_bert, write_data, write_llama, write_t5
 from predicting import predicts_as_evaluated
 
 from flare.cli import main
-from flare.experiments.runs.defaults import for_this_machine, kind_of, paper_recipe
+from flare.experiments.runs.defaults import adapt_to_machine, kind_of, paper_recipe
 from flare.experiments.runs.records import find_runs, read_record
 
 QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")
@@ -69,10 +69,10 @@ def test_every_family_and_task(place, tmp_path, model, task, methods, length):
             lines = [json.loads(line) for line in first[run.folder].splitlines()]
             assert [line["id"] for line in lines] and len(lines) == 8
     assert len(first) == len(methods)
-    # loaded again, an adapter predicts what it did when it was trained
+    # a reloaded adapter makes the same predictions as after training
     assert flare("evaluate", "--output", tmp_path / "runs", "--no-resume", "--no-progress") == 0
     assert {folder: (folder / "predictions-test.jsonl").read_text() for folder in first} == first
-    # and so does flare predict, from the texts alone
+    # and so does flare predict, from texts without labels
     for run in find_runs(tmp_path / "runs"):
         if run.record.kind == "train":
             names = predicts_as_evaluated(run, data, tmp_path)[0].keys()
@@ -81,7 +81,7 @@ def test_every_family_and_task(place, tmp_path, model, task, methods, length):
             assert ("probabilities" in names) == (model == "bert" and task != "qa")
 
 
-def test_the_base_decides_about_the_form_of_its_adapters(place, tmp_path):
+def test_the_base_determines_the_form_of_its_adapters(place, tmp_path):
     words = ("--task", "classification", "--data", place / "data", "--output", tmp_path / "runs", *QUICK)
     assert flare("finetune", "--model", place / "llama", "--form", "encoder", "--max-length", 40, *words) == 0
     assert flare("train", "--target", "vemari", "--method", "lora", "--max-length", 40, *words) == 0
@@ -97,8 +97,8 @@ def test_a_classifier_can_become_a_span_model(place, tmp_path):
     assert flare("finetune", "--model", tmp_path / "classifier", *words) == 0
 
 
-def test_what_a_checkpoint_lacks_beside_its_head_is_drawn_once(place, tmp_path):
-    """A masked language model has no pooler: the merged base has the one that its adapter was trained over."""
+def test_missing_backbone_weights_are_initialised_once(place, tmp_path):
+    """A masked language model has no pooler; the merged base must have the pooler its adapter was trained with."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "bert")
     config = transformers.AutoConfig.from_pretrained(place / "bert")
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "mlm")
@@ -141,19 +141,19 @@ def test_kinds_of_models_and_the_papers_settings(place):
     assert paper_recipe(kind_of(str(place / "t5")), "nusax").training["num_train_epochs"] == 20
 
 
-def test_what_a_machine_without_gpu_leaves_out(place, monkeypatch):
+def test_settings_that_need_a_gpu_are_turned_off_without_one(place, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = paper_recipe(kind_of(str(place / "llama")), "nusax")
-    here, notes = for_this_machine(recipe, None, {})
+    here, notes = adapt_to_machine(recipe, None, {})
     assert here.quantization is None and here.dtype == "float32"
     assert here.training["bf16"] is False and here.training["optim"] == "adamw_torch"
     assert len(notes) == 3 and all("GPU" in note or "CUDA" in note for note in notes)
-    kept, _ = for_this_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
-    assert kept.training["bf16"] is True  # what the user gave is the user's
+    kept, _ = adapt_to_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
+    assert kept.training["bf16"] is True  # a value given by the user is kept
 
 
 def test_decoders_can_be_padded_to_the_full_length(place, tmp_path):
-    """As the paper does: --paper, or --padding max_length, which was not heard before."""
+    """As in the paper: with --paper or --padding max_length."""
     words = ("--task", "classification", "--data", place / "data", "--output", tmp_path, "--max-length", 40, *QUICK)
     words += ("--padding", "max_length")
     assert flare("finetune", "--model", place / "llama", *words) == 0

@@ -25,7 +25,7 @@ CHOICES = ("--choice-columns", *LABELS)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Data of every kind made of the demo's corpus, and tiny models."""
+    """Folder with data of every kind, from the demo's corpus, and tiny models."""
     root = tmp_path_factory.mktemp("kinds")
     pairs = make_corpus(train=42).train
     for language, side in (("english", "source"), ("vemari", "target")):
@@ -54,7 +54,7 @@ def row_of(kind: str, name: str, text: str, label: str) -> dict[str, object]:
 
 @pytest.fixture(autouse=True)
 def stand_in_for_seqeval(monkeypatch):
-    """Where seqeval is not installed, the share of right tags in the place of its numbers."""
+    """Replace seqeval's numbers by the share of correct tags if seqeval is not installed."""
     if importlib.util.find_spec("seqeval") is not None:
         return
 
@@ -82,7 +82,7 @@ def flare(*words: object) -> int:
         ("regression", "bert", ("flare",), ()),
     ],
 )
-def test_every_kind_is_trained_and_scored_alike(place, tmp_path, capsys, kind, model, methods, more):
+def test_every_kind_is_trained_scored_and_reported(place, tmp_path, capsys, kind, model, methods, more):
     runs = tmp_path / "runs"
     words = ("--task", kind, "--data", place / kind, "--output", runs, "--max-length", 28, *QUICK, *more)
     if model != "bert":
@@ -99,12 +99,12 @@ def test_every_kind_is_trained_and_scored_alike(place, tmp_path, capsys, kind, m
     assert (trained["flare"].folder / "predictions-test.jsonl").read_text() == lines
     capsys.readouterr()
     assert flare("evaluate", "--setting", "zero-shot", "translate-test", "--output", runs, "--no-progress") == 0
-    refused = "translate-test is not done for task token-classification" in capsys.readouterr().out
+    refused = "translate-test is skipped for task token-classification" in capsys.readouterr().out
     assert refused == (kind == "token-classification")
     assert flare("report", runs, "--output", tmp_path / "report") == 0
 
 
-def test_tags_are_learned_where_they_are_read(place):
+def test_tags_are_trained_and_predicted_at_the_same_tokens(place):
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "bert")
     task = resolve_labels(get_task("token-classification"), place / "token-classification", "english")
     form = make_form(task, tokenizer, "encoder", 24)
@@ -126,14 +126,14 @@ def test_tags_are_learned_where_they_are_read(place):
     assert found == [pair.target.label for pair in pairs]
 
 
-def test_what_a_kind_cannot_do_is_refused_in_words(place, tmp_path, capsys):
+def test_unsupported_combinations_of_kind_and_method_are_refused(place, tmp_path, capsys):
     words = ("--output", tmp_path / "runs", "--max-length", 28, *QUICK)
     choice = ("--task", "multiple-choice", "--data", place / "multiple-choice", *CHOICES, *words)
     mixup = ("train", "--base", place / "bert", "--target", "vemari", "--method", "x-mixup", *choice)
     tags = ("--task", "token-classification", "--data", place / "token-classification", *words)
     translate = ("translate", "--task", "token-classification", "--data", place / "token-classification")
     for command, error in (
-        (mixup, "--method x-mixup: it reads one text a row"),
+        (mixup, "--method x-mixup: it reads one text per row"),
         (
             ("finetune", "--model", place / "llama", *tags),
             "needs a model with a head and cannot be answered by generated text",
@@ -152,7 +152,7 @@ def test_what_a_kind_cannot_do_is_refused_in_words(place, tmp_path, capsys):
     [
         ({"entity_f1": 0.0}, [], True),
         ({"entity_f1": 0.5}, [], False),
-        # always "a": 2 of 3 rows, so 2 right of 3 said and 3 true
+        # always predicting "a" gives 2 correct of 3 predicted and 3 true labels
         ({"micro_f1": 66.6}, [["a"], ["a"], ["b"]], True),
         ({"micro_f1": 66.7}, [["a"], ["a"], ["b"]], False),
         ({"pearson": 9.0}, [0.5] * 101, True),

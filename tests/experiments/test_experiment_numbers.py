@@ -1,4 +1,4 @@
-"""What the experiment's numbers stand for: which rows were scored, on which data, and runs that cannot be scored."""
+"""The meaning of scores: which rows and data were scored, and runs that cannot be scored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flare.experiments.report import write_report
 from flare.experiments.report.collect import ReportError, collect
 from flare.experiments.report.conditions import warnings
 from flare.experiments.runs.chance import chance_notes
-from flare.experiments.runs.diverged import NoNaN
+from flare.experiments.runs.diverged import CheckLogits
 from flare.experiments.runs.records import read_metrics, read_record, write_metrics, write_record
 from flare.experiments.utils.errors import DivergedError
 
@@ -26,7 +26,7 @@ LENGTH = ("--max-length", 28)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """qa/ and data/ of two languages, bert/, and a fine-tuned base of each in qa-runs/ and runs/."""
+    """Folder with qa/ and data/ in two languages, bert/, and a fine-tuned base of each in qa-runs/ and runs/."""
     root = tmp_path_factory.mktemp("numbers")
     write_data(root / "data", rows={"train": (0, 16), "valid": (16, 24), "test": (24, 36)})
     for language, word in (("english", "river"), ("vemari", "goats")):
@@ -52,7 +52,7 @@ def write_questions(folder: Path, word: str, unanswered: tuple[int, ...] = ()) -
 
 @pytest.fixture
 def runs(place, tmp_path) -> Path:
-    """A folder of runs with the fine-tuned classifier alone."""
+    """Folder of runs with only the fine-tuned classifier."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -69,8 +69,8 @@ def train(place: Path, runs: Path, *more: object) -> int:
 # --- translate-test of questions --------------------------------------------------------------------------------------
 
 
-def test_translate_test_never_compares_with_answers_of_the_other_language(place, tmp_path, capsys):
-    """Rows whose translation lost its marks are left out and counted."""
+def test_translate_test_compares_only_with_answers_in_the_source_language(place, tmp_path, capsys):
+    """Rows whose translation lost the marks around its answer are left out and counted."""
     shutil.copytree(place / "qa-runs", tmp_path / "runs")
     write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=(2, 5))
     words = ("evaluate", "--output", tmp_path / "runs", "--target", "vemari", "--setting", "translate-test")
@@ -96,7 +96,7 @@ def test_translate_test_never_compares_with_answers_of_the_other_language(place,
 
 
 @pytest.mark.parametrize("method", ["lora", "flare"])
-def test_a_training_that_diverges_is_an_error_and_no_score(place, runs, capsys, method):
+def test_a_training_that_diverges_is_an_error_without_a_score(place, runs, capsys, method):
     assert train(place, runs, "--method", method, "--lr", 1e30, "--max_grad_norm", 0) != 0
     error = capsys.readouterr().err
     assert "vemari" in error and ("NaN or infinite" in error or "the loss is" in error) and "smaller --lr" in error
@@ -116,7 +116,7 @@ def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs,
     found = collect([runs])
     assert [entry.label for entry in found.groups[0].entries] == ["lora-r4"]
     assert any("diverged" in line and str(folder) in line for line in found.unfinished)
-    # a run of an older version: its log alone tells
+    # in a run of an older version, only the log shows it
     log = runs / "vemari" / "lora-r4" / "seed-0" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 2, "loss": 0.0, "grad_norm": NaN}\n')
     with pytest.raises(ReportError, match="diverged, its gradient is not finite"):
@@ -126,11 +126,11 @@ def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs,
 def test_a_generation_from_nan_is_an_error():
     scores = torch.tensor([[0.0, -torch.inf], [1.0, torch.nan]])
     with pytest.raises(DivergedError, match=r"logits of 1 rows are NaN or infinite \(id b\)"):
-        NoNaN(["a", "b"])(torch.zeros(2, 1), scores)
-    assert NoNaN(["a"])(torch.zeros(1, 1), scores[:1]) is not None
+        CheckLogits(["a", "b"])(torch.zeros(2, 1), scores)
+    assert CheckLogits(["a"])(torch.zeros(1, 1), scores[:1]) is not None
 
 
-def test_a_base_at_chance_level_is_said_before_adapters_are_trained_on_it(place, runs, capsys):
+def test_a_base_at_chance_level_is_noted_before_training_adapters(place, runs, capsys):
     base = runs / "base" / "seed-0"
     lines = [json.loads(line) for line in (base / "predictions-test.jsonl").read_text().splitlines()]
     truths = [line["truth"] for line in lines]
@@ -158,7 +158,7 @@ def data(place, tmp_path) -> Path:
 
 
 def change(path: Path) -> None:
-    """Another word in one row: as many rows, the same ids."""
+    """Change a word in one row; ids and number of rows stay the same."""
     lines = path.read_text().splitlines()
     row = lines[3].split(",")
     row[1] += " goats"
@@ -207,7 +207,7 @@ def test_changed_rows_stop_a_resume_and_mark_an_old_score(place, runs, data, cap
 
 
 def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsys):
-    """Two rows have no source, so FLARE has 10 of 12 test rows; zero-shot alone would take all."""
+    """Two rows have no source, so FLARE has 10 of 12 test rows; zero-shot without adapters would use all 12."""
     lines = (data / "english" / "test.csv").read_text().splitlines()
     (data / "english" / "test.csv").write_text("\n".join(lines[:-2]) + "\n")
     words = ("evaluate", "--output", runs, "--target", "vemari", "--data", data, "--no-progress")
@@ -215,7 +215,7 @@ def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsy
     folder = runs / "vemari" / "zero-shot" / "seed-0"
     assert read_record(folder).data["test"] == 12
     assert train(place, runs, "--data", data, "--method", "flare") == 0
-    # what was scored before stands apart, in a table of its own
+    # the earlier score has a separate table
     found = {group.rows: [entry.label for entry in group.entries] for group in collect([runs]).groups}
     assert found == {"": ["flare-r4"], "the base on other test rows than the adapters": ["zero-shot"]}
     assert write_report([runs], runs / "report", say=lambda line: None).read_text().count("on other test rows than") > 1

@@ -1,4 +1,4 @@
-"""The commands on two processes (accelerate launch): one process's files and numbers, shared work, errors in all."""
+"""The commands on two processes (accelerate launch): files and numbers as with one, shared work, shared errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from flare.cli import main
 from flare.experiments.runs.evaluate import _Evaluation as Evaluation
-from flare.experiments.runs.fitting import ExperimentTrainer, of_one_process
+from flare.experiments.runs.fitting import ExperimentTrainer, per_process_batch
 from flare.experiments.runs.predictor import Predictor
 from flare.experiments.runs.records import find_runs, read_record
 from flare.experiments.translation import Translator
@@ -68,7 +68,7 @@ def predict(root: Path, output: str, *more: object) -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def after(calls: int, owner: Any, name: str, error: BaseException) -> Any:
-    """Within: an error in every call of a method but the first so many."""
+    """Within the context, raise an error in every call of a method after the first `calls`."""
     whole, seen = getattr(owner, name), []
 
     def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -86,7 +86,7 @@ def after(calls: int, owner: Any, name: str, error: BaseException) -> Any:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Texts and a translator; data, a base without dropout, and what one process makes of them: one/ and one-mt/."""
+    """Folder with texts, a translator, data and a base without dropout; results of one process in one/ and one-mt/."""
     root = tmp_path_factory.mktemp("processes")
     tiny_mt.save_nllb(root / "nllb")
     (root / "texts" / "english").mkdir(parents=True)
@@ -108,7 +108,7 @@ def root(tmp_path_factory) -> Path:
     assert flare(*translate(root, "one-mt")) == 0
     write_jsonl(root / "new.jsonl", texts_alone(rows_of(root / "data", "vemari")))
     assert flare(*predict(root, "one.jsonl")) == 0
-    # and what one process leaves when it is stopped
+    # and unfinished results of one process that was stopped
     with after(2, Predictor, "_read", KeyboardInterrupt()):
         assert flare(*predict(root, "stopped.jsonl")) == 130
     with after(8, ExperimentTrainer, "training_step", KeyboardInterrupt()):
@@ -126,7 +126,7 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
 
 
 def on_two(rank: int, root: Path) -> dict[str, Any]:
-    """What every command returns and prints in one of two processes, by name."""
+    """Return the result and output of every command in one of two processes, by name."""
     world = str(two_processes.WORLD)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     found: dict[str, Any] = {}
@@ -150,14 +150,14 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
         run("predict", *predict(root, "two.jsonl"))
     found["predicted"] = len(calls)
     run("predict on", *predict(root, "stopped.jsonl"))
-    # of one process: its share of the zero-shot rows, and what comes before the rows of translate-test are shared
+    # raised in one process: its share of the zero-shot rows, and a failure before translate-test's rows are shared
     unread = after(0 if rank else 99, Predictor, "_read", UserError("no zero-shot"))
     with unread, after(1 if rank else 99, Evaluation, "_base_pairs", UserError("no rows")):
         run("failing", *evaluate(root, "two", "--setting", "zero-shot", "translate-test"))
     with after(99, Predictor, "_read", UserError("")) as calls:
         run("evaluate", *evaluate(root, "two", "--source-text", "gold", "mt"))
     found["read"] = len(calls)
-    # accelerate shards nothing on a CPU, unless it takes it for a GPU
+    # accelerate does not shard on a CPU unless it takes it for a GPU
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
@@ -189,10 +189,10 @@ def test_one_process_prints(two) -> None:
         assert first[name][1] and second[name][1] == "", name
 
 
-def test_translations_are_shared_and_those_of_one_process(root, two) -> None:
+def test_translations_are_shared_and_equal_those_of_one_process(root, two) -> None:
     want = files(root / "one-mt", "*.jsonl")
     batches = [one["batches"] for one in two]
-    assert sum(batches) == 7 and max(batches) == 4  # 13 texts, two in a batch
+    assert sum(batches) == 7 and max(batches) == 4  # 13 texts, two per batch
     assert files(root / "two-mt", "*.jsonl") == want
     assert files(root / "stopped-by-one", "*.jsonl") == want and "after 3 of 7 batches" in two[0]["continued"][1]
     assert [one["stopped"][0] for one in two] == [130, 130]
@@ -207,8 +207,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "vemari" / "flare-r4" / "seed-0" / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_training_has_the_steps_of_one_process(root, two) -> None:
-    """Also one that two processes resume, and one whose base FSDP2 shards and whose adapters it leaves whole."""
+def test_training_steps_equal_those_of_one_process(root, two) -> None:
+    """Also for a training that two processes resume, and with FSDP2, which shards the base but not the adapters."""
     assert [one["shards"][0] for one in two] == [0, 0] and min(one["shards"][1] for one in two) > 20
     want = weights(root / "one")
     for name in ("two", "resumed", "sharded"):
@@ -226,23 +226,23 @@ def test_a_training_has_the_steps_of_one_process(root, two) -> None:
     assert status == 2 and "2 processes cannot share the 9 rows of a step" in error
 
 
-def test_scores_are_those_of_one_process(root, two) -> None:
+def test_scores_equal_those_of_one_process(root, two) -> None:
     assert flare(*evaluate(root, "one", "--source-text", "gold", "mt")) == 0
     pattern = "predictions-*.jsonl"
     assert files(root / "two" / "vemari", pattern) == files(root / "one" / "vemari", pattern)
     found = {name: {run.record.variant: run.metrics.test for run in find_runs(root / name)} for name in ("one", "two")}
     assert found["one"] == found["two"] and len(found["one"]) == 5
-    # 20 rows, 8 in a batch: zero-shot, translate-test of two texts, the adapter with the other text
+    # 20 rows, 8 per batch: zero-shot, translate-test with two texts, the adapter with the other text
     assert [one["read"] for one in two] == [4 * 2, 4 * 1]
-    # another number of processes is no other result
+    # the number of processes does not affect the result
     before = files(root / "two", "*.json*")
     assert flare(*evaluate(root, "two", "--source-text", "gold", "mt")) == 0
     assert files(root / "two", "*.json*") == before
 
 
-def test_predictions_are_shared_and_those_of_one_process(root, two) -> None:
+def test_predictions_are_shared_and_equal_those_of_one_process(root, two) -> None:
     assert [one["predict"][0] for one in two] == [one["predict on"][0] for one in two] == [0, 0]
-    assert [one["predicted"] for one in two] == [3, 2]  # 20 rows, 4 in a batch
+    assert [one["predicted"] for one in two] == [3, 2]  # 20 rows, 4 per batch
     want = (root / "one.jsonl").read_bytes()
     assert (root / "two.jsonl").read_bytes() == want and (root / "stopped.jsonl").read_bytes() == want
     assert "resuming after 8 of 20 rows" in two[0]["predict on"][1]
@@ -268,7 +268,7 @@ def test_an_error_of_one_process_is_raised_in_all(two) -> None:
 )
 def test_a_step_is_divided(size, batches, processes, share) -> None:
     values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
-    assert of_one_process(values, processes) == share and share[0] * share[1] * processes == size * batches
+    assert per_process_batch(values, processes) == share and share[0] * share[1] * processes == size * batches
 
 
 FAILING = """
@@ -277,7 +277,7 @@ from flare.cli import main
 from flare.experiments.translation import TranslationError, Translator
 
 status = main(sys.argv[1:])
-if os.environ["RANK"] == "1":  # while the other process waits for its share
+if os.environ["RANK"] == "1":  # while the other process waits
     def fails(self, texts):
         raise TranslationError("only here")
     Translator.plan = fails
@@ -286,7 +286,7 @@ sys.exit(status or main([*sys.argv[1:], "--splits", "valid"]))
 
 
 def test_a_process_that_fails_ends_the_others(root, tmp_path) -> None:
-    """Under accelerate launch: one split is translated, the next one fails in one process; one error, no waiting."""
+    """Under accelerate launch, one split is translated and the next fails in one process: one error, no waiting."""
     shutil.copy(root / "texts" / "english" / "train.csv", root / "texts" / "english" / "valid.csv")
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

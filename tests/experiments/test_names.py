@@ -90,7 +90,7 @@ def test_earlier_runs_keep_their_name():
         ('output: "a\\0b"', "NUL"),
         ('model: "a\\0b"', "NUL"),
         ('labels: ["a", "b\\0"]', "NUL"),
-        ("output: ~nobody-of-this-name/x", "write the whole path"),
+        ("output: ~nobody-of-this-name/x", "give the full path"),
     ],
 )
 def test_values_that_no_system_call_takes(tmp_path, text, said):

@@ -1,4 +1,4 @@
-"""flare report: its numbers by hand, its texts, its pictures, and what it refuses."""
+"""flare report: numbers computed by hand, texts, figures, and errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_run(
     measured: dict | None = None,
     **record,
 ) -> Path:
-    """A run's folder as flare finetune, train and evaluate leave it."""
+    """Write a run's folder as flare finetune, train and evaluate do."""
     variant = variant or method
     kind = {"finetune": "finetune", "zero-shot": "evaluate"}.get(method, "train")
     folder = root / (language or "base") / (variant if language else "") / f"seed-{seed}"
@@ -78,7 +78,7 @@ def make_run(
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Two languages; LoRA and FLARE with two seeds, X-Mixup with one seed on one language, zero-shot."""
+    """Runs in two languages: LoRA and FLARE with two seeds, X-Mixup with one seed in one language, zero-shot."""
     root = tmp_path / "runs"
     scores = {
         ("ace", "zero-shot"): [20.0, 30.0],
@@ -120,7 +120,7 @@ def group_of(root: Path):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_means_spreads_averages_and_ranks_by_hand(runs: Path) -> None:
+def test_means_spreads_averages_and_ranks(runs: Path) -> None:
     table = quality(group_of(runs), "macro_f1")
     assert [line.label for line in table.lines] == ["zero-shot", "lora", "x-mixup", "flare"]
     assert table.common == ("ace",) and table.complete == ("zero-shot", "lora", "flare")
@@ -130,14 +130,14 @@ def test_means_spreads_averages_and_ranks_by_hand(runs: Path) -> None:
     assert lora.average.mean == pytest.approx(66.5)
     assert lora.average.values == (65.0, 68.0)  # the seeds' own averages
     assert lora.average.spread == pytest.approx(4.5**0.5)
-    # jav: LoRA and FLARE both have 71: they share places 1 and 2
+    # in jav, LoRA and FLARE both have 71 and share the ranks 1 and 2
     assert (flare.rank, lora.rank, table.line("zero-shot").rank) == (1.25, 1.75, 3.0)
     assert mixup.cells["jav"] is None and mixup.rank is None
     assert (mixup.average.mean, mixup.average.languages, mixup.average.spread) == (70.0, 1, None)
     assert (lora.common.mean, lora.common.languages) == (62.0, 1)
 
 
-def test_an_average_spreads_over_seeds_that_all_languages_have(tmp_path: Path) -> None:
+def test_the_spread_of_an_average_is_over_the_seeds_of_all_languages(tmp_path: Path) -> None:
     for language, seeds in (("ace", (0, 1, 2)), ("jav", (1, 2, 7))):
         for seed in seeds:
             make_run(tmp_path, language, "lora", seed, 50.0 + seed)
@@ -147,7 +147,7 @@ def test_an_average_spreads_over_seeds_that_all_languages_have(tmp_path: Path) -
     assert line.seeds == "3"
 
 
-def test_the_tables_texts(runs: Path) -> None:
+def test_table_texts(runs: Path) -> None:
     group = group_of(runs)
     table = quality_table(group, quality(group, "macro_f1"))
     lines = table.markdown().splitlines()
@@ -170,7 +170,7 @@ def test_costs_are_medians(runs: Path) -> None:
     assert rows["X-Mixup"][1:4] == ("300.0", "300.0 MiB", "3 min 0 s")
 
 
-def test_costs_carry_their_spread(tmp_path: Path) -> None:
+def test_costs_show_their_range(tmp_path: Path) -> None:
     for seed, seconds in enumerate((0.949, 1.834)):
         measured = {"seconds_per_step": seconds, "train_seconds": 600 * seconds, "peak_bytes": 2**20}
         make_run(tmp_path, "ace", "lora", seed, 60.0 + seed, measured=measured)
@@ -192,7 +192,7 @@ def test_costs_carry_their_spread(tmp_path: Path) -> None:
     assert "smallest to largest cost" in caption_of(figure)
 
 
-def test_gold_and_machine_translated_translate_test_have_names_of_their_own(tmp_path: Path) -> None:
+def test_gold_and_machine_translated_translate_test_have_separate_names(tmp_path: Path) -> None:
     for variant, text in (("translate-test", "gold"), ("translate-test-mt-source", "mt")):
         make_run(
             tmp_path, "ace", "translate-test", 0, 60.0, variant=variant, source_text=text, setting="translate-test"
@@ -217,10 +217,10 @@ def test_latex_is_escaped_and_balanced(tmp_path: Path) -> None:
     assert not re.search(r"(?<!\\)[_%#]", code)
 
 
-# --- what may be compared ---------------------------------------------------------------------------------------------
+# --- comparability ----------------------------------------------------------------------------------------------------
 
 
-def test_settings_mixed_under_one_name_are_warned_of(runs: Path, tmp_path: Path) -> None:
+def test_mixed_settings_under_one_name_cause_a_warning(runs: Path, tmp_path: Path) -> None:
     assert warnings(group_of(runs)) == []
     other = tmp_path / "other"
     make_run(other, "ace", "lora", 0, 50.0, settings={"num_train_epochs": 8, "adapter": {"lora_alpha": 16}})
@@ -230,7 +230,7 @@ def test_settings_mixed_under_one_name_are_warned_of(runs: Path, tmp_path: Path)
     ]
 
 
-def test_lines_of_other_rows_are_warned_of(runs: Path) -> None:
+def test_lines_with_different_rows_cause_a_warning(runs: Path) -> None:
     for seed in (0, 1):
         folder = runs / "ace" / "flare" / f"seed-{seed}"
         record = read_record(folder)
@@ -240,14 +240,14 @@ def test_lines_of_other_rows_are_warned_of(runs: Path) -> None:
     assert line == "ace: its lines were scored on different numbers of rows: 4: FLARE; 5: LoRA, X-Mixup, zero-shot"
 
 
-def test_scores_with_other_settings_than_the_trainings_are_warned_of(runs: Path) -> None:
+def test_scores_with_other_settings_than_in_training_cause_a_warning(runs: Path) -> None:
     record = read_record(runs / "ace" / "flare" / "seed-0")
     record.data["notes"] = ["ace flare seed 0: scored with rows 5 (trained with None)"]
     write_record(runs / "ace" / "flare" / "seed-0", record)
     assert warnings(group_of(runs)) == record.data["notes"]
 
 
-def test_another_setting_of_a_run_is_a_line_of_its_own(tmp_path: Path) -> None:
+def test_another_setting_of_a_run_has_a_separate_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "ace", "flare", 0, 80.0, source_text="gold")
     test = {"translate-train": {"macro_f1": 80.0}, "translate-train/mt": {"macro_f1": 75.0}}
     write_metrics(folder, Metrics(test=test))
@@ -273,23 +273,23 @@ def test_groups_are_tasks_and_models(runs: Path, tmp_path: Path) -> None:
     record = json.loads((other / "base" / "seed-0" / "run.json").read_text())
     (other / "base" / "seed-0" / "run.json").write_text(json.dumps({**record, "base": "org/big-bert"}))
     make_run(other, "ace", "lora", 0, 99.0)
-    found = collect([tmp_path, runs])  # overlapping folders: no run counts twice
-    assert [group.slug for group in found.groups] == ["nusax-big-bert", "nusax-tiny-bert", "xnli"]
-    assert found.runs == 13 + 2 + 1 + 2
-    # moved elsewhere, a run finds its base beside it
+    collection = collect([tmp_path, runs])  # the folders overlap, but no run counts twice
+    assert [group.slug for group in collection.groups] == ["nusax-big-bert", "nusax-tiny-bert", "xnli"]
+    assert collection.runs == 13 + 2 + 1 + 2
+    # after a move, a run finds its base in the same folder
     moved = tmp_path / "moved"
     (tmp_path / "big").rename(moved)
     assert "org/big-bert" in {group.model for group in collect([moved]).groups}
 
 
-def test_the_bottleneck_by_block_and_projection(runs: Path) -> None:
+def test_bottleneck_by_block_and_projection(runs: Path) -> None:
     found = curves(group_of(runs).of("flare", "ace")[0])
     assert list(found) == ["query", "value"]
     assert found["query"]["S"] == pytest.approx({1: 0.1, 2: 0.3, 3: 0.5})
     assert found["value"]["S"] == pytest.approx({1: 0.2, 2: 0.4, 3: 0.6})
 
 
-def test_pictures_show_all_of_a_curve_and_fit_a_column_or_a_page(runs: Path) -> None:
+def test_figures_show_whole_curves_and_fit_a_column_or_a_page(runs: Path) -> None:
     pytest.importorskip("matplotlib")
     path = runs / "jav" / "flare" / "seed-0"
     metrics = read_metrics(path)
@@ -305,14 +305,14 @@ def test_pictures_show_all_of_a_curve_and_fit_a_column_or_a_page(runs: Path) -> 
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
     numbers = {text.get_text() for text in figure.axes[0].texts}
-    assert {"62.0", "81.0", "71.0"} <= numbers, "means stand on their bars"
+    assert {"62.0", "81.0", "71.0"} <= numbers, "means are written on their bars"
 
 
 # --- the whole report -------------------------------------------------------------------------------------------------
 
 
-def test_of_many_lines_the_comparison_shows_the_plainest_of_each_method(tmp_path: Path) -> None:
-    """Not whichever comes first: with --r 8 everywhere no line has its method's bare name."""
+def test_with_many_lines_the_comparison_shows_the_representative_ones(tmp_path: Path) -> None:
+    """With --r 8 everywhere, no line has the bare name of its method."""
     for language in ("ace", "jav"):
         for method in ("lora", "input-fusion", "x-mixup"):
             make_run(tmp_path, language, method, 0, 50, variant=f"{method}-r8", r=8)
@@ -328,7 +328,7 @@ def test_of_many_lines_the_comparison_shows_the_plainest_of_each_method(tmp_path
 
 
 def is_drawn(path: Path) -> bool:
-    """A picture of some size in which many pixels are no background."""
+    """Return whether an image has a reasonable size and many pixels that are not background."""
     from matplotlib.image import imread
 
     pixels = imread(path)[..., :3]
@@ -392,13 +392,13 @@ def test_without_matplotlib_the_tables_are_written(runs: Path, tmp_path: Path, m
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch) -> Path:
-    """One run, and no pictures to wait for."""
+    """Folder with one run; figures are not drawn."""
     monkeypatch.setattr("flare.experiments.report.write.draw_figures", lambda *_: [])
     make_run(tmp_path / "small", "ace", "lora", 0, 50.0)
     return tmp_path / "small"
 
 
-def test_an_earlier_report_is_kept_unless_told(small: Path, tmp_path: Path) -> None:
+def test_an_earlier_report_is_kept_without_overwrite(small: Path, tmp_path: Path) -> None:
     output, said = tmp_path / "report", []
     write_report([small], output, title="first", say=said.append)
     (output / "tables" / "mine.txt").write_text("mine")
@@ -412,7 +412,7 @@ def test_an_earlier_report_is_kept_unless_told(small: Path, tmp_path: Path) -> N
     assert (output / "notes.txt").read_text() == "mine" and not (output / "earlier-2").exists()
 
 
-def test_a_failure_leaves_the_earlier_report(small: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_failure_keeps_the_earlier_report(small: Path, tmp_path: Path, monkeypatch) -> None:
     output = write_report([small], tmp_path / "report", title="first", say=lambda line: None).parent
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
@@ -425,7 +425,7 @@ def test_a_failure_leaves_the_earlier_report(small: Path, tmp_path: Path, monkey
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_that_is_no_report_is_refused(small: Path, tmp_path: Path, capsys) -> None:
+def test_a_folder_that_is_not_a_report_is_refused(small: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "report.md").write_text("my thesis")
@@ -435,7 +435,7 @@ def test_a_folder_that_is_no_report_is_refused(small: Path, tmp_path: Path, caps
     assert (output / "report.md").read_text() == "my thesis"
 
 
-def test_what_cannot_be_reported_is_said(small: Path, tmp_path: Path) -> None:
+def test_errors_name_what_cannot_be_reported(small: Path, tmp_path: Path) -> None:
     def refused(*words: str, runs: list[Path], kind: type[Exception] = ReportError, **options: object) -> None:
         with pytest.raises(kind) as caught:
             write_report(runs, tmp_path / "never", say=lambda line: None, **options)

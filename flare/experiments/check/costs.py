@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from ...source.memory import memory_of
 from ..measure import StepTimer
-from ..runs.callbacks import Timing, measure_step, quiet
+from ..runs.callbacks import Timing, measure_step, set_callbacks
 from ..runs.fitting import ExperimentTrainer, autocast_of, training_arguments, training_values
 from ..runs.grid import Plan
 from ..runs.latent_rows import add_states, latent_encoder, target_texts
@@ -142,7 +142,7 @@ def _measure(
     )
     trainer = ExperimentTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     timer = StepTimer(1, arguments.device)
-    quiet(trainer, Timing(timer))
+    set_callbacks(trainer, Timing(timer))
     trainer.train()
     predictor = Predictor(setup.form, collate, test, eval_rows, max(len(test), 1), autocast_of(values))
     start = time.perf_counter()

@@ -29,7 +29,7 @@ from ...training.collator import FlareDataCollator
 from ...training.trainer import FlareTrainer
 from ...tuner.convert import fast_lora
 from ..measure import StepTimer
-from ..runs.callbacks import Bar, Timing, measure_step, quiet, quiet_libraries
+from ..runs.callbacks import Bar, Timing, measure_step, quiet_libraries, set_callbacks
 from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
 from .base_model import BaseConfig, pretrained_base
@@ -176,7 +176,7 @@ class Experiment:
                 train_dataset=rows,
                 data_collator=DataCollatorWithPadding(self.task.tokenizer),
             )
-            quiet(trainer, self._bar(f"seed {seed} fine-tuning"))
+            set_callbacks(trainer, self._bar(f"seed {seed} fine-tuning"))
             trainer.train()
         return trainer.model.eval()
 
@@ -217,7 +217,7 @@ class Experiment:
             )
             timer = StepTimer(TIMER_WARM_UP, trainer.args.device)
             name = f"seed {seed} {method}" + (f" ({source})" if source else "")
-            quiet(trainer, self._bar(name), Timing(timer))
+            set_callbacks(trainer, self._bar(name), Timing(timer))
             if method != "zero-shot":
                 trainer.train()
             row["macro_f1"] = _evaluate(
@@ -235,7 +235,7 @@ class Experiment:
         collator = FlareDataCollator(self.task.tokenizer, require_source=False, layout="encoder")
         with tempfile.TemporaryDirectory() as scratch:
             trainer = FlareTrainer(model=base, args=self._arguments(scratch, seed, 1, 1, 1.0), data_collator=collator)
-            quiet(trainer)
+            set_callbacks(trainer)
             return _evaluate(trainer, rows, self.task.labels)
 
     def _rows(self, pairs: Sequence[Pair], source: str | None, noise_seed: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from ..runs.methods import READS_SOURCE, for_method, load
 from ..runs.records import RUN_FILE, RunRecord, diverged, find_runs, read_record, read_run
 from ..runs.run_settings import EvaluateSettings
 from ..runs.setup import Setup, prepare
-from ..runs.trained_adapter import ADAPTER, as_trained, base_of, batch_and_autocast, placed
+from ..runs.trained_adapter import ADAPTER, base_of_run, batch_and_autocast, to_device, with_run_settings
 from ..tasks import JoinedForm, Task, get_task
 from ..translation.model import resolve_device
 from ..utils.errors import UserError
@@ -65,7 +65,7 @@ def load_trained(settings: PipelineSettings) -> Trained:
     )
     try:
         task = _task_of(record, settings)
-        setup = prepare(as_trained(wanted, record), task, base)
+        setup = prepare(with_run_settings(wanted, record), task, base)
     except UserError as error:
         raise UserError(
             f"{error} (--base names the base model of {folder})" if settings.base is None else error
@@ -79,7 +79,7 @@ def load_trained(settings: PipelineSettings) -> Trained:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(record.seed)  # what a base lacks is drawn as it was for the training
         model, collate = load(record, setup, folder, _ADVICE)
-    model = placed(model, setup, device).eval()
+    model = to_device(model, setup, device).eval()
     batch, half = batch_and_autocast(record, setup, settings.batch_size, device)
     latent = None
     if record.method == "flare-mt":
@@ -129,7 +129,7 @@ def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[s
     given = [f"--{name}" for name in _RUNS_OWN if getattr(settings, name) is not None]
     if given:
         raise UserError(f"{', '.join(given)}: {run / RUN_FILE} says this of the adapter; leave it out")
-    base = settings.base or base_of(record, (run / ".." / ".." / "..").resolve()).model
+    base = settings.base or base_of_run(record, (run / ".." / ".." / "..").resolve()).model
     record = replace(record, target_language=settings.target or record.target_language)
     if settings.source is not None:
         record = replace(record, source_language=settings.source)

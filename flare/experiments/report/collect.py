@@ -229,7 +229,7 @@ def _scores(run: Run, setting: str) -> dict[str, float]:
 
 
 def _model(run: Run, runs: dict[Path, Run]) -> str:
-    """Return the pretrained model of a run: the base of its base, if its base is a fine-tuning that can be found."""
+    """Return the pretrained model of a run: if its base is a fine-tuning that can be found, the base of that."""
     base = run.record.base
     if run.record.kind == "finetune" or not base:
         return base

@@ -48,7 +48,7 @@ SOURCE_TEXT = Factor("source text", source_kind, ("source_text", "noise", "sourc
 
 
 def families(group: RunGroup, table: Quality, factor: Factor) -> list[Family]:
-    """Return the families of a factor: lines of one method that differ in this factor only, with two values or more."""
+    """Return the families of a factor: two or more lines of one method that differ in this factor only."""
     by_settings: dict[str, Family] = {}
     for line in table.lines:
         entry = group.of(line.label)[0]
@@ -64,8 +64,8 @@ def families(group: RunGroup, table: Quality, factor: Factor) -> list[Family]:
 def comparable(table: Quality, candidates: list[Family]) -> tuple[list[str], list[Family]]:
     """Return languages and families such that every line of these families has all these languages.
 
-    These are the languages that all lines share, with all families. If there are none, they are all languages, with
-    the families whose lines have them all; that list may be empty.
+    If all lines share some languages, return these languages and all families. Otherwise return all languages and the
+    families whose lines have all of them, which may be an empty list.
     """
     labels = [label for family in candidates for label in family.values()]
     languages = [one for one in table.languages if all(table.line(label).cells[one] for label in labels)]
@@ -75,7 +75,7 @@ def comparable(table: Quality, candidates: list[Family]) -> tuple[list[str], lis
 
 
 def average_over(group: RunGroup, label: str, metric: str, languages: list[str]) -> Cell:
-    """Return a line's average over languages, all of which it must have."""
+    """Return a line's average over languages; the line must have all of them."""
     scores: dict[str, dict[int, float]] = {language: {} for language in languages}
     for entry in group.of(label):
         if entry.language in scores and metric in entry.scores:

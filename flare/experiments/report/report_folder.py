@@ -1,4 +1,4 @@
-"""The report's folder: only folders written by this command are changed, and an earlier report is kept by default."""
+"""The report's folder. Only folders written by this command are changed, and an earlier report is kept by default."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Activations:
 
 
 @dataclass
-class Sums:
+class RowCollector:
     """Collector of the rows of one stream, for their averages by position in float64."""
 
     rows: list[np.ndarray] = field(default_factory=list)

@@ -12,7 +12,7 @@ from .methods import READS_SOURCE
 from .records import RunRecord
 
 
-def describe(folder: Path, model: Any, record: RunRecord) -> None:
+def fill_run_card(folder: Path, model: Any, record: RunRecord) -> None:
     """Fill in the model card of a run's adapter.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...source.context import THREAD
 from ...tuner.layer import FlareLayer, weight_of
-from .activations import INSTANCES, Activations, Instance, Sums
+from .activations import INSTANCES, Activations, Instance, RowCollector
 
 
 @dataclass
@@ -20,8 +20,8 @@ class _Recorded:
     """Activations of the layer that is recorded by position: its fusion function, and the rows of both streams."""
 
     fusion: str = ""
-    S: Sums = field(default_factory=Sums)
-    T: Sums = field(default_factory=Sums)
+    S: RowCollector = field(default_factory=RowCollector)
+    T: RowCollector = field(default_factory=RowCollector)
 
 
 def measure_bottleneck(

@@ -144,10 +144,10 @@ class Log(TrainerCallback):
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         # the training's last line (train_runtime) will be written again
-        kept = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
-        if len(kept) < len(lines):
+        earlier = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
+        if len(earlier) < len(lines):
             with replacing(self.path) as file:
-                file.writelines(f"{line}\n" for line in kept)
+                file.writelines(f"{line}\n" for line in earlier)
 
     def on_log(
         self,
@@ -169,7 +169,7 @@ def _step(line: str) -> float:
         return float("inf")  # a line cut off by a kill
 
 
-def quiet(trainer: Trainer, *callbacks: TrainerCallback) -> None:
+def set_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
     """Replace the trainer's callback that prints dictionaries with the given callbacks."""
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
@@ -211,7 +211,7 @@ def measure_step(trainer: Trainer) -> tuple[int, int]:
     fixed = [*model.parameters(), *model.buffers(), dict(batch)]
     state = [list(values.values()) for values in optimizer.state.values()]
     model.train()
-    # the trainer sets this at its first batch; after a resume from the last checkpoint there was none
+    # the trainer sets this at its first batch, but a run resumed from its last checkpoint had no batch
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     with peak_bytes(live=[fixed, state], device=model.device) as peak, saved_bytes(ignore=fixed) as saved:
         trainer.training_step(model, batch)

@@ -1,4 +1,4 @@
-"""Check whether a base is better than chance on its own language."""
+"""Notes about bases that are not better than chance on their own language."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def chance_notes(folder: Path) -> list[str]:
         exact match: 0, and an F1 below 5.
         entity F1: 0 (every word is tagged as outside).
         micro F1 of several labels: always predicting the same set of labels, the best one (it may be empty).
-        Pearson: 0 (numbers unrelated to the right ones), plus one standard error.
+        Pearson: 0 (numbers unrelated to the true ones), plus one standard error.
     """
     run = read_run(folder)
     tested = run.metrics.test.get("source-language")

@@ -74,7 +74,7 @@ def paper_recipe(kind: ModelKind, task: str) -> Recipe:
     return replace(recipe, base=None, model={}, training=training)
 
 
-def for_this_machine(recipe: Recipe, quantization: str | None, given: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
     """Return the recipe without the features that this machine lacks, and a note for each of them.
 
     Args:

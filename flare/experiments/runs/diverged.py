@@ -16,7 +16,7 @@ from ..utils.errors import DivergedError
 _ADVICE = "restart with a smaller --lr, a longer --warmup_steps or --max_grad_norm (flare train --no-resume)"
 
 
-class Finite(TrainerCallback):
+class StopIfNotFinite(TrainerCallback):
     """Callback that stops a training with a loss or weights that are not finite, before they are logged or saved."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
@@ -39,8 +39,11 @@ class Finite(TrainerCallback):
             raise DivergedError(f"step {state.global_step}: the loss is {loss}; {_ADVICE}")
 
 
-class NoNaN(LogitsProcessor):
-    """Logits processor that raises DivergedError if the logits of a generation step are NaN or infinite."""
+class CheckLogits(LogitsProcessor):
+    """Logits processor that raises DivergedError for NaN or infinite logits of a generation step.
+
+    ids: ids of the rows, for the message.
+    """
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = ids

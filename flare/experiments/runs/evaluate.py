@@ -30,7 +30,7 @@ from .records import Metrics, Run, RunRecord, find_runs, read_metrics, result_li
 from .run_folder import locked, open_run
 from .run_settings import EvaluateSettings
 from .setup import Data, Notes, Setup, place_of, prepare, task_of
-from .trained_adapter import ADAPTER, as_trained, base_of, batch_and_autocast, placed
+from .trained_adapter import ADAPTER, base_of_run, batch_and_autocast, to_device, with_run_settings
 
 _COLUMNS = ("source_column", "target_column")
 
@@ -147,7 +147,7 @@ class _Evaluation:
             if setting == "translate-test":
                 pairs = [_source_only(pair) for pair in pairs]
             set_seed(seed)  # a base without fine-tuning has a random head
-            model = placed(setup.load_model(), setup, device())
+            model = to_device(setup.load_model(), setup, device())
             scores, predictions = self._predict(
                 model, collator("lora", setup, model), setup, pairs, False, name, record
             )
@@ -160,7 +160,10 @@ class _Evaluation:
         return [folder]
 
     def _base_pairs(self, data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
-        """Return the test rows to score the base on (if there are adapters, those of the adapters) and notes."""
+        """Return the test rows for the base, and notes.
+
+        If adapters were scored on this language, the base gets the same rows.
+        """
         ids = self._scored_ids(target) if self.settings.rows is None else set()
         if ids:  # they replace the number of rows that the base was fine-tuned with
             data = Data(data.task, data.folder, data.source, data.translations)
@@ -226,12 +229,12 @@ class _Evaluation:
         if setting in metrics.test and self.settings.resume:
             self.say(f"{name}: already done, in {run.folder}")
             with contextlib.suppress(UserError):  # missing data do not matter for a finished run
-                data, _ = self._prepared(record, base_of(record, self.settings.output))
+                data, _ = self._prepared(record, base_of_run(record, self.settings.output))
                 pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
                 self._note_changed_rows(run.folder, name, digests_of_pairs("test", pairs, text))
             return [run.folder]
         assert record.target_language is not None
-        data, setup = self._prepared(record, base_of(record, self.settings.output))
+        data, setup = self._prepared(record, base_of_run(record, self.settings.output))
         setup = for_method(record.method, setup)
         if isinstance(setup.form, JoinedForm) and record.settings.get("prompt") != setup.form.prompt:
             trained = record.settings.get("prompt") or "two complete prompts, one after the other"
@@ -245,7 +248,7 @@ class _Evaluation:
             self.notes(messages, record.target_language)
             set_seed(record.seed)  # weights missing from the base (a pooler) are initialised as in the training
             model, collate = load(record, setup, run.folder / ADAPTER)
-            placed(model, setup, device())
+            to_device(model, setup, device())
             scores, predictions = self._predict(model, collate, setup, pairs, reads, name, record)
             differing = self._differences(record, data, setup)
             record.data["notes"] = [
@@ -281,7 +284,7 @@ class _Evaluation:
         settings = self.settings
         saved = {} if record is None else record.settings
         columns = self._columns_of(record) if settings.data is None else {}
-        merged = as_trained(settings, record, columns)
+        merged = with_run_settings(settings, record, columns)
         source = settings.source or (record.source_language if record is not None else "english")
         folder = settings.data or saved.get("data")
         task = task_of(merged, record.task if record is not None else None, saved.get("labels"))

@@ -16,9 +16,9 @@ from ...training.trainer import FlareTrainer
 from ..measure import StepTimer
 from ..utils.errors import UserError, reason
 from ..utils.processes import is_main, on_main, process_count
-from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, quiet
+from .callbacks import Bar, Clock, Log, Losses, PeakMemory, Timing, measure_step, set_callbacks
 from .checkpoints import last_checkpoint
-from .diverged import Finite, check_weights
+from .diverged import StopIfNotFinite, check_weights
 from .predictor import Predictor
 from .records import LOG_FILE, Metrics
 from .run_folder import CHECKPOINTS
@@ -34,7 +34,7 @@ class ExperimentTrainer(FlareTrainer):
 
     Args:
         predictor: predictor of the validation split; None: checkpoints are not evaluated.
-        has_source: if only some rows have a source: whether each row has one. A batch never mixes the two kinds.
+        has_source: whether each row has a source, if only some have one. A batch never mixes the two kinds.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ def batch_size(values: Mapping[str, Any]) -> int:
     return int(values.get("per_device_train_batch_size", 8))
 
 
-def of_one_process(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
+def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
     """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same rows for any number of processes. With more processes, each first computes fewer batches per
-    step, and then smaller ones: the batch size fits the memory of one process.
+    A step has the same rows for any number of processes. The batch size fits the memory of one process, so it is kept
+    if possible: more processes first compute fewer batches per step, and only then smaller ones.
 
     Args:
         values: result of :func:`training_values`, for a single process.
@@ -175,9 +175,9 @@ def training_arguments(
         given: fields given by the user.
 
     Raises:
-        UserError: values that do not fit together.
+        UserError: the values do not fit together.
     """
-    own: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "report_to": "none",
         "disable_tqdm": True,
         "logging_strategy": "epoch" if "logging_steps" not in given else "steps",
@@ -187,29 +187,29 @@ def training_arguments(
         "logging_nan_inf_filter": False,  # keep a NaN loss visible
     }
     steps = "save_steps" in given or "eval_steps" in given
-    own["save_strategy"] = given.get("eval_strategy", "steps" if steps else "epoch")
+    defaults["save_strategy"] = given.get("eval_strategy", "steps" if steps else "epoch")
     if metric is not None:
-        strategy = given.get("save_strategy", own["save_strategy"])
-        own["eval_strategy"] = "steps" if strategy == "steps" else "epoch"
+        strategy = given.get("save_strategy", defaults["save_strategy"])
+        defaults["eval_strategy"] = "steps" if strategy == "steps" else "epoch"
         if strategy == "steps":
             every = given.get("eval_steps", given.get("save_steps", 500))
-            own |= {"eval_steps": every, "save_steps": every}
-        own |= {"metric_for_best_model": metric, "greater_is_better": True, "load_best_model_at_end": True}
+            defaults |= {"eval_steps": every, "save_steps": every}
+        defaults |= {"metric_for_best_model": metric, "greater_is_better": True, "load_best_model_at_end": True}
     elif given.get("eval_strategy", "no") != "no" or "eval_steps" in given:
         raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have none")
-    merged = {**own, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
+    merged = {**defaults, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
     if process_count() > 1:
-        size, batches = of_one_process(values, process_count())
+        size, batches = per_process_batch(values, process_count())
         merged |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
         if not torch.accelerator.is_available():
             merged["use_cpu"] = True  # otherwise every process would train on its own
     try:
-        made = TrainingArguments(**merged)
+        arguments = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"these training arguments do not work: {error}") from error
-    if made.max_steps <= 0 and made.num_train_epochs <= 0:
-        raise UserError(f"--epochs must be greater than 0; got {made.num_train_epochs}")
-    return made
+    if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
+        raise UserError(f"--epochs must be greater than 0; got {arguments.num_train_epochs}")
+    return arguments
 
 
 def autocast_of(values: Mapping[str, Any]) -> torch.dtype | None:
@@ -266,7 +266,7 @@ def fit(
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
         predictor.collator = trainer.data_collator  # it may pad to another width, which is part of the cache's keys
-    quiet(trainer, Finite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
+    set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, say))
     if checkpoint is not None and is_main():
         say(f"{name}: resumes from step {checkpoint.name.rpartition('-')[2]}")

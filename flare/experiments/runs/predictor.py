@@ -21,7 +21,7 @@ from ..utils.errors import UserError, reason
 from ..utils.json_files import parsed
 from ..utils.processes import shared
 from ..utils.progress import counter
-from .diverged import NoNaN, check_logits
+from .diverged import CheckLogits, check_logits
 
 PREDICTIONS = "predictions-test.jsonl"
 _POSITIONS = ("start_positions", "end_positions")
@@ -135,7 +135,7 @@ class Predictor:
             max_new_tokens=self.form.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            logits_processor=LogitsProcessorList([NoNaN(_ids(pairs))]),
+            logits_processor=LogitsProcessorList([CheckLogits(_ids(pairs))]),
             pad_token_id=self.collator.tokenizer.pad_token_id,
         )
         return tokens[:, begin:]

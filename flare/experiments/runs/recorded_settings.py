@@ -44,7 +44,7 @@ def adapter_fields(
     known = {one.name for one in fields(FlareConfig)}
     for name in more or {}:
         if name in _FLAGS:
-            raise UserError(f"--adapter {name}: use {_FLAGS[name]}, which also names the run's folder")
+            raise UserError(f"--adapter {name}: use {_FLAGS[name]}, the flag of this field")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise UserError(

@@ -209,7 +209,7 @@ def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
     root = Path(folder)
     if not root.is_dir():
         raise RecordError(f"{root}: no such folder; flare finetune, train and evaluate write runs")
-    return [read_run(found) for found in sorted(_run_folders(root))]
+    return [read_run(run_folder) for run_folder in sorted(_run_folders(root))]
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
-_LOCK_SECONDS = 0.5  # of retries: the first attempts may open a file that its holder is just removing
+_LOCK_SECONDS = 0.5  # time for retries, because the first attempts may open a file that its holder is removing
 # Settings that have no effect on the result.
 _NO_EFFECT = {
     "dataloader_num_workers",
@@ -97,7 +97,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
 
 
 def nothing_to_resume(folder: Path) -> bool:
-    """Return whether an unfinished run left nothing to resume from, as after an error in its data."""
+    """Return whether an unfinished run left nothing to resume from, for instance after an error in its data."""
     allowed = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
     only_ours = all(path.name.startswith(allowed) for path in folder.iterdir())
     return only_ours and not any((folder / CHECKPOINTS).glob("*"))
@@ -171,7 +171,7 @@ def _locked_here(folder: Path) -> Iterator[None]:
 def _record_failure(folder: Path, error: UserError) -> None:
     """Mark a run that diverged in its run.json, or remove the record of a run that could not start.
 
-    Without this, a run that its data or options kept from starting would look like one in progress.
+    Otherwise a run that failed to start, for instance because of its data, would look like one in progress.
     """
     if not (folder / RUN_FILE).is_file():
         return

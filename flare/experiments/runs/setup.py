@@ -15,7 +15,7 @@ from ..tasks.parallel_table import ParallelColumns, check_targets
 from ..tasks.reading import all_targets
 from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
-from .defaults import for_this_machine, kind_of, paper_recipe, with_auto_class
+from .defaults import adapt_to_machine, kind_of, paper_recipe, with_auto_class
 from .run_settings import Settings
 
 Say = Callable[[str], None]
@@ -40,7 +40,7 @@ class Notes:
 
 @dataclass
 class Data:
-    """Rows of a task. The pairs of the latest target language are cached.
+    """Rows of a task. The pairs of the most recent target language are cached.
 
     folder: where `load_pairs` reads; None: the task's data set on the hub.
     """
@@ -204,7 +204,7 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
     """
     model = find_model(model, "model")
     kind = kind_of(model, settings.form)
-    recipe, notes = for_this_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
+    recipe, notes = adapt_to_machine(paper_recipe(kind, task.name), settings.quantization, given or {})
     padding = settings.padding or ("longest" if kind.family == "causal" else recipe.batches["padding"])
     recipe = replace(recipe, batches={**recipe.batches, "padding": padding})
     with library_errors(f"model {model}: its tokenizer cannot be loaded"):

@@ -18,14 +18,23 @@ from ..utils.environment import environment, now
 from ..utils.errors import UserError
 from ..utils.processes import is_main, on_main, only_main, process_count, wait
 from .activations import write_activations
-from .adapter_card import describe
+from .adapter_card import fill_run_card
 from .base import Base, find_base
 from .bottleneck import measure_bottleneck
 from .caching import CachePlan, plan_cache
 from .callbacks import ignore_missing_source, quiet_libraries
 from .chance import chance_notes
 from .data_digests import note_changed_rows, record_digests
-from .fitting import add_cost, autocast_of, batch_size, fit, of_one_process, save, training_arguments, training_values
+from .fitting import (
+    add_cost,
+    autocast_of,
+    batch_size,
+    fit,
+    per_process_batch,
+    save,
+    training_arguments,
+    training_values,
+)
 from .grid import Plan, read_grid
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import build, for_method
@@ -238,7 +247,7 @@ class _Run:
         trainer = done.trainer
         save(trainer, self.folder / ADAPTER)
         if is_main():
-            describe(self.folder / ADAPTER, trainer.accelerator.unwrap_model(trainer.model), record)
+            fill_run_card(self.folder / ADAPTER, trainer.accelerator.unwrap_model(trainer.model), record)
         if test:
             scorer = predictor(test, "test")
             predictions = scorer(trainer.model)
@@ -325,7 +334,7 @@ class _Run:
 
         The seed selects the half; its size is rounded to whole batches.
         """
-        size = of_one_process(self.values, process_count())[0] * process_count()
+        size = per_process_batch(self.values, process_count())[0] * process_count()
         chosen = size * round(len(train) / 2 / size)
         if not 0 < chosen < len(train):
             raise UserError(

@@ -19,7 +19,7 @@ from .setup import Setup
 ADAPTER = "adapter"
 
 
-def base_of(record: RunRecord, output: Path) -> Base:
+def base_of_run(record: RunRecord, output: Path) -> Base:
     """Return the base that a run was trained on; its recorded path may be relative to the experiment's folder.
 
     Raises:
@@ -37,7 +37,7 @@ def base_of(record: RunRecord, output: Path) -> Base:
     return base
 
 
-def as_trained(
+def with_run_settings(
     settings: EvaluateSettings, record: RunRecord | None, columns: Mapping[str, Any] | None = None
 ) -> EvaluateSettings:
     """Return the settings, with a run's settings in place of those that are not given.
@@ -77,7 +77,7 @@ def batch_and_autocast(
     return batch_size or 2 * int(values["per_device_train_batch_size"]), half
 
 
-def placed(model: Any, setup: Setup, device: torch.device) -> Any:
+def to_device(model: Any, setup: Setup, device: torch.device) -> Any:
     """Return the model on a device; a quantised model was placed there when it was loaded."""
     return model if setup.recipe.quantization is not None else model.to(device)
 

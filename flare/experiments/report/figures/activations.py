@@ -24,7 +24,7 @@ def activation_labels(group: RunGroup) -> list[str]:
 
 
 def draw_averages(group: RunGroup, label: str) -> Any:
-    """Draw the mean activation over the units by position, languages side by side, before ReLU above after ReLU."""
+    """Draw the mean activation over the units by position, languages side by side, before ReLU in the upper row."""
     panels = _by_language(group, label)
     if not panels:
         raise NothingToDraw("no run measured activations by position")

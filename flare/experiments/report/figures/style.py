@@ -59,7 +59,7 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
     from matplotlib import rc_context
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # a dollar sign in a name is not math; tick labels of matplotlib are
+    for text in figure.findobj(Text):  # a dollar sign in a name is not math, unlike in matplotlib's tick labels
         text.set_parse_math(r"\mathdefault" in text.get_text())
     written = []
     figure.draw_without_rendering()  # one layout for all formats

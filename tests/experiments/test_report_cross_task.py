@@ -1,4 +1,4 @@
-"""flare report over tasks and models: averages, average ranks, one thing varied; activations by position."""
+"""flare report over tasks and models: averages, average ranks, ablations; activations by position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flare.experiments.runs.activations import (
     ACTIVATIONS_FILE,
     Activations,
     Instance,
-    Sums,
+    RowCollector,
     read_activations,
     write_activations,
 )
@@ -28,7 +28,7 @@ from flare.experiments.runs.records import RecordError
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """NusaX in two languages and XNLI in one, two seeds; X-Mixup lacks a language, zero-shot is not trained."""
+    """Runs with two seeds on NusaX (two languages) and XNLI (one); X-Mixup lacks a language, zero-shot is untrained."""
     scores = {
         "nusax": {
             "zero-shot": (20, 30),
@@ -56,11 +56,11 @@ def overview_of(root: Path):
     return overviews(groups, {group.slug: "macro_f1" for group in groups})
 
 
-def test_averages_and_ranks_over_tasks_by_hand(tasks: Path) -> None:
+def test_averages_and_ranks_over_tasks(tasks: Path) -> None:
     (one,) = overview_of(tasks)
     assert one.model == "tiny-bert" and list(one.tasks) == ["NusaX", "XNLI"]
     lines = {line.label: line for line in one.lines}
-    # NusaX 65, 80, 85 and XNLI 82, 70, 80: the places among the three that have every language
+    # NusaX 65, 80, 85 and XNLI 82, 70, 80: the ranks among the three methods that have every language
     assert {label: line.rank for label, line in lines.items()} == {
         "zero-shot": None,
         "lora": (3 + 1) / 2,
@@ -79,7 +79,7 @@ def test_averages_and_ranks_over_tasks_by_hand(tasks: Path) -> None:
     assert "tiny-bert,flare,FLARE,average,,82.5," in overview_csv([one])
 
 
-def test_data_of_the_users_own_are_told_apart(tmp_path: Path) -> None:
+def test_own_data_sets_are_separate_groups(tmp_path: Path) -> None:
     for data, score in (("polarity", 70.0), ("topics", 50.0)):
         settings = {"data": f"/data/{data}"}
         make_run(tmp_path / data, "ace", "lora", 0, score, task="classification", settings=settings)
@@ -88,7 +88,7 @@ def test_data_of_the_users_own_are_told_apart(tmp_path: Path) -> None:
     assert [(group.slug, group.shown_task) for group in found] == [("polarity", "polarity"), ("topics", "topics")]
 
 
-def test_one_thing_varied_by_hand(tasks: Path, tmp_path: Path) -> None:
+def test_ablation_table(tasks: Path, tmp_path: Path) -> None:
     for task, languages in (("nusax", ("acehnese", "javanese")), ("xnli", ("swahili",))):
         for r, score in ((8, 60.0), (16, 66.0)):
             for language in languages:
@@ -103,7 +103,7 @@ def test_one_thing_varied_by_hand(tasks: Path, tmp_path: Path) -> None:
     assert table.best == {(1, 3), (1, 4)}
 
 
-def test_names_as_people_write_them() -> None:
+def test_display_names() -> None:
     assert task_name("nusax") == "NusaX" and task_name("my-task") == "my-task"
     assert [
         model_name(name) for name in ("FacebookAI/xlm-roberta-large", "google/mt5-xl", "meta-llama/Llama-3.1-8B")
@@ -127,7 +127,7 @@ def test_names_as_people_write_them() -> None:
 def made_activations() -> tuple[Activations, list[np.ndarray]]:
     generator = np.random.default_rng(0)
     rows = [generator.standard_normal((length, 4)).astype(np.float32) for length in (3, 5, 2)]
-    sums = Sums()
+    sums = RowCollector()
     for row in rows:
         sums.add(row)
     one = Instance("7", ("a", "b", "c"), ("x", "y"), rows[0], rows[2])
@@ -155,7 +155,7 @@ def test_averages_by_position_and_their_file(tmp_path: Path) -> None:
         read_activations(tmp_path)
 
 
-def test_the_pictures_over_tasks_translators_and_positions(tasks: Path, tmp_path: Path) -> None:
+def test_figures_over_tasks_translators_and_positions(tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for translator, score in (("facebook/nllb-200-distilled-600M", 70.0), ("facebook/nllb-200-3.3B", 75.0)):
         for language in ("acehnese", "javanese"):
