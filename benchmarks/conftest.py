@@ -1,7 +1,7 @@
-"""Shared by all benchmarks: which cases run, how a case is measured, and where its rows go.
+"""Fixtures and options of all benchmarks: which cases run, how a case is measured, and where its rows are written.
 
-A case (one shape of one question) has several variants, each a test of its own. The first of them measures all,
-interleaved: build, gate, count, time. The others report what was measured then. `--results FILE` keeps the rows.
+A case (one shape of one question) has several variants, and each variant is a test. The first test of a case measures
+all variants in turn: build, check, count, time. The other tests report their row. `--results FILE` saves the rows.
 """
 
 from __future__ import annotations
@@ -28,15 +28,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _CLOCK = timing.Replay()
 _recorder = results.Recorder(None)
-
-
 _last: Measured | None = None
 _ceilings: timing.Ceilings | None = None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("flare benchmarks")
-    group.addoption("--results", type=Path, help="keep the rows of this run in a JSON file, written after every case")
+    group.addoption("--results", type=Path, help="save the rows of this run in a JSON file, written after every case")
     group.addoption("--part", type=int, help="run only this part of the grid (see benchmarks/sweep.py)")
 
 
@@ -47,26 +45,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every test our timer; leave out what is not in the part, and skip cases that were done before."""
+    """Set the timer of every test; deselect cases outside the part, and skip cases that have results."""
     part = config.getoption("--part")
-    wanted = None if part is None else sweep.cases_of(part)
-    finished = set() if part is None else results.done(sweep.result_folders())
-    kept = []
+    part_cases = None if part is None else sweep.cases_of(part)
+    finished = set() if part is None else results.finished_cases(sweep.result_folders())
+    selected = []
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=_CLOCK))
         case = getattr(getattr(item, "callspec", None), "params", {}).get("shape")
-        if case is not None and wanted is not None and case.case not in wanted:
+        if case is not None and part_cases is not None and case.case not in part_cases:
             continue
         if case is not None and case.case in finished:
             item.add_marker(pytest.mark.skip(reason="a result of these sources exists"))
-        kept.append(item)
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+        selected.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the benchmarks run."""
+    """Return the device of the benchmarks: the GPU if there is one, otherwise the CPU."""
     return DEVICE
 
 
@@ -77,7 +75,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def ceilings() -> timing.Ceilings:
-    """Copy bandwidth and matrix-product rate of the device, measured once in this run."""
+    """Return copy bandwidth and matrix-product rate of the device, measured once per run."""
     global _ceilings
     if _ceilings is None:
         _ceilings = timing.ceilings(DEVICE)
@@ -87,10 +85,10 @@ def ceilings() -> timing.Ceilings:
 
 @pytest.fixture
 def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
-    """Measure a case once, all its variants interleaved, and report one of them to pytest-benchmark.
+    """Return a function that measures a case once and reports one of its variants to pytest-benchmark.
 
-    The function takes the shape, the variant's name, ``build`` (which makes the variants, called once), conditions (one
-    line for the row) and ``queue_ahead`` (see timing.py; False for calls that wait for the device themselves).
+    The function takes the shape, the variant's name, ``build`` (called once to make the variants), the conditions (one
+    line for the row) and ``queue_ahead`` (see timing.py; False for calls that synchronise with the device).
     """
 
     def run(
@@ -110,7 +108,7 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
                 torch.cuda.empty_cache()
             try:
                 _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
-            except Exception as error:  # of building it: its other variants need not try again
+            except Exception as error:  # the case could not be built: its other variants report the same
                 _last = failed(shape, variant, conditions, error)
             gc.collect()
             _recorder.add(_last.rows.values())
@@ -130,18 +128,18 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print calls on the host, and last, in words, what each method costs."""
+    """Print the calls on the host, then what each method costs."""
     host = [row for row in _recorder.cases if row["question"] == "host"]
     if host:
         terminalreporter.section("host time")
         terminalreporter.write_line(tables.section("host", host))
-    said = costs(_recorder.cases)
-    if said:
+    summary = costs(_recorder.cases)
+    if summary:
         terminalreporter.section("what each method costs")
-        terminalreporter.write_line(said)
+        terminalreporter.write_line(summary)
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """Device, versions, commit and date beside every result; what names the machine itself is left out."""
+    """Add device, versions, commit and date to the results, and remove the name of the machine."""
     machine_info.pop("node", None)
     machine_info.update(results.run_conditions())

@@ -1,6 +1,6 @@
-"""What each method costs, in words: one table for each case, and how FLARE compares in a sentence.
+"""Tables of what each method costs: one per case, with full names, and a sentence that compares FLARE.
 
-`pytest benchmarks/` prints it, and table.md begins with it: Markdown with aligned columns reads well in a terminal.
+`pytest benchmarks/` prints them, and table.md begins with them. They are Markdown with aligned columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Column = tuple[str, Callable[[Row], str]]
 _FAILED = ("failed", "wrong")
 _MIB = 2**20
 
-#: What the rows are, for somebody who has not read the code. The first words, before a parenthesis, are its label.
+#: Description of each row for readers who do not know the code. The part before a parenthesis is its label.
 NAMES = {
     "frozen": "frozen model (no adapter)",
     "no-adapters": "frozen model (no adapter)",
@@ -31,7 +31,7 @@ NAMES = {
     "flare-offset0": "FLARE, source states a block earlier",
     "flare-shared": "the same, both texts in one pass",
 }
-#: The same of the q and v projections of one block.
+#: The same for the q and v projections of one block.
 PROJECTIONS = {
     "frozen": "frozen products alone",
     "peft-bf16": "on PEFT's layers, bf16 adapters",
@@ -48,12 +48,12 @@ PROJECTIONS = {
     "flare-joint-fp32-autocast": "the same, float32 adapters, autocast",
     "flare-adapter-only": "the same, adapters without the frozen products",
 }
-#: Ends of a row's name, and what they add.
+#: Suffixes of row names, and what each adds to the description.
 _ENDINGS = {"-captured": "as a CUDA graph", "-compiled": "under torch.compile", "-liger": "over Liger's kernels"}
 
 
 def name_of(row: Row) -> str:
-    """Return what a row is, in words; its own name if there are none."""
+    """Return the description of a row; its name if it has no description."""
     variant: str = row["variant"]
     if row["question"] == "projection":
         return PROJECTIONS.get(variant, variant)
@@ -66,47 +66,46 @@ def name_of(row: Row) -> str:
 
 
 def label(variant: str) -> str:
-    """Return the short form of a method's name, for a picture."""
+    """Return the short description of a method, for a figure."""
     return NAMES.get(variant, variant).partition(" (")[0]
 
 
-#: The questions whose rows are methods that a user chooses from; the one that says most comes last.
+#: Questions that compare methods a user chooses from. The most important ones come last: they stay on the screen.
 _COSTS = {
     "projection": (
         "The query and value projections of one block with FLARE adapters",
-        "Forward and backward, frozen products included. ms: what the device needs; peak: what a call needs beyond its "
-        "inputs.",
+        "Forward and backward, frozen products included. ms: device time; peak: memory beyond the inputs.",
     ),
     "generate": (
         "Generating text",
-        "Whole calls of generate, prompt included. peak: what the call needs beyond the model.",
+        "Whole calls of generate, prompt included. peak: memory beyond the model.",
     ),
     "block": ("One transformer block", "Forward and backward of a model of one block."),
     "step": ("A training step", "Forward, backward and optimizer step."),
     "scaling": ("A training step as texts, batch, rank and depth change", "Forward, backward and optimizer step."),
 }
 _OF_A_STEP = (
-    "ms: what a user waits for; tokens/s: tokens of the target text; peak: most memory in use at a time, weights "
-    "included; saved: what the forward pass keeps for the backward pass. Ratios are of times."
+    "ms: wall time; tokens/s: tokens of the target text; peak: peak memory, weights included; saved: what the forward "
+    "pass saves for the backward pass. Ratios are of times."
 )
 _ON_A_CPU = (
-    "Small random models. The Triton kernels do not run on a CPU: FLARE and plain LoRA take this package's PyTorch "
-    "path. Memory is exact; the milliseconds are this machine's."
+    "Small random models. The Triton kernels do not run on a CPU: FLARE and plain LoRA use this package's PyTorch "
+    "path. Memory is exact; the milliseconds hold for this machine only."
 )
 
 
 def costs(rows: list[Row]) -> str:
-    """Return what each method costs, a table for each case; empty if no row belongs there."""
+    """Return the tables as Markdown; an empty string if no row belongs to them."""
     parts = []
-    for question, (title, says) in _COSTS.items():
-        own = [row for row in rows if row["question"] == question]
-        if not own:
+    for question, (title, text) in _COSTS.items():
+        question_rows = [row for row in rows if row["question"] == question]
+        if not question_rows:
             continue
         trains = question in ("block", "step", "scaling")
-        parts += [f"## {title}", f"{says} {_OF_A_STEP}" if trains else says]
-        for case in dict.fromkeys(row["case"] for row in own):
-            parts += _of_case([row for row in own if row["case"] == case])
-        parts += _not_run(own)
+        parts += [f"## {title}", f"{text} {_OF_A_STEP}" if trains else text]
+        for case in dict.fromkeys(row["case"] for row in question_rows):
+            parts += _of_case([row for row in question_rows if row["case"] == case])
+        parts += _not_run(question_rows)
     if parts and any(row["stand_in"] for row in rows):
         parts.insert(0, _ON_A_CPU)
     return "\n\n".join(part if part.startswith("|") else _wrapped(part) for part in parts)
@@ -120,7 +119,7 @@ def _wrapped(text: str) -> str:
 
 
 def _of_case(rows: list[Row]) -> list[str]:
-    """Return its title, its table, what failed, and the comparison in a sentence; nothing if no row could run."""
+    """Return title, table, failures and comparison of one case; an empty list if all its rows were skipped."""
     timed = [row for row in rows if row["status"] == "timed"]
     failed = [f"- {name_of(row)}: {row['status']}, {row['reason']}" for row in rows if row["status"] in _FAILED]
     if not timed and not failed:
@@ -131,44 +130,44 @@ def _of_case(rows: list[Row]) -> list[str]:
         body = [[name_of(row), *(cell(row) for _, cell in columns)] for row in timed]
         head = "computation" if timed[0]["question"] == "projection" else "method"
         parts.append(aligned([head, *(name for name, _ in columns)], body))
-    return [*parts, *(["\n".join(failed)] if failed else []), *_in_a_sentence(timed)]
+    return [*parts, *(["\n".join(failed)] if failed else []), *_comparison(timed)]
 
 
 def _not_run(rows: list[Row]) -> list[str]:
-    """Return which rows could not run here, a line for each reason."""
+    """Return the list of rows that could not run here, with one line per reason."""
     skipped = [row for row in rows if row["status"] == "skipped"]
-    every: dict[str, list[str]] = {}
+    names_by_reason: dict[str, list[str]] = {}
     for row in skipped:
         alone = all(other["status"] == "skipped" for other in rows if other["case"] == row["case"])
         name = _title(row) if alone else name_of(row)
-        reason = re.sub(r"see the row (\S+)", lambda found: f"see {label(found[1])}", row["reason"])
-        if name not in every.setdefault(reason, []):
-            every[reason].append(name)
-    lines = [f"- {'; '.join(names)}: {reason}" for reason, names in every.items()]
+        reason = re.sub(r"see the row (\S+)", lambda match: f"see {label(match[1])}", row["reason"])
+        if name not in names_by_reason.setdefault(reason, []):
+            names_by_reason[reason].append(name)
+    lines = [f"- {'; '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
     return ["\n".join(["Not run here:", *lines])] if lines else []
 
 
 def _title(row: Row) -> str:
-    """Return model and sizes of a case."""
+    """Return the title of a case: model and sizes."""
     shape = row["shape"]
     blocks = f"{row['depth']} block{'s' * (row['depth'] > 1)} of " if "depth" in row else ""
-    found = [f"{row['model']}: {blocks}width {shape['d']}"]
+    parts = [f"{row['model']}: {blocks}width {shape['d']}"]
     if "M" in shape:
-        found.append(f"{shape['M']} tokens")
+        parts.append(f"{shape['M']} tokens")
     else:
         texts = "prompts" if "new" in shape else "texts"
-        found.append(f"batch of {shape['B']}, {texts} of {shape['m']} tokens")
-    found += [f"{shape['new']} new tokens"] if "new" in shape else []
-    found += ["padded rows"] if shape.get("padded") else []
-    found += ["with the frozen key projection"] if shape.get("key") else []
-    found += [f"rank {shape['r']}"]
-    found += [f"{shape['precision']} weights"] if shape.get("precision", "plain") != "plain" else []
-    found += [row["dtype"]] if "dtype" in row else []
-    return ", ".join(found)
+        parts.append(f"batch of {shape['B']}, {texts} of {shape['m']} tokens")
+    parts += [f"{shape['new']} new tokens"] if "new" in shape else []
+    parts += ["padded rows"] if shape.get("padded") else []
+    parts += ["with the frozen key projection"] if shape.get("key") else []
+    parts += [f"rank {shape['r']}"]
+    parts += [f"{shape['precision']} weights"] if shape.get("precision", "plain") != "plain" else []
+    parts += [row["dtype"]] if "dtype" in row else []
+    return ", ".join(parts)
 
 
 def _columns(timed: list[Row]) -> list[Column]:
-    """Return the columns that the rows of one case have numbers for."""
+    """Return the columns for which the rows of one case have numbers."""
     question = timed[0]["question"]
     by_name = {row["variant"]: row for row in timed}
     seconds_of = _device_seconds if question == "projection" else _wall_seconds
@@ -193,20 +192,20 @@ def _columns(timed: list[Row]) -> list[Column]:
     return columns
 
 
-def _in_a_sentence(timed: list[Row]) -> list[str]:
-    """Return how FLARE compares with input-level fusion, where both were measured."""
+def _comparison(timed: list[Row]) -> list[str]:
+    """Return a sentence that compares FLARE with input-level fusion, if both were timed."""
     by_name = {row["variant"]: row for row in timed}
     if not {"flare", "input-fusion"} <= set(by_name):
         return []
     ours, theirs = by_name["flare"], by_name["input-fusion"]
     time = _less(_wall_seconds(ours) / _wall_seconds(theirs), "time")
     memory = _less(ours["counters"]["peak_bytes"] / theirs["counters"]["peak_bytes"], "peak memory")
-    said = f"FLARE takes {time} and {memory} than input-level fusion"
+    sentence = f"FLARE takes {time} and {memory} than input-level fusion"
     if "flare-warm" in by_name:
-        said += (
+        sentence += (
             f"; with cached source states {_less(_wall_seconds(by_name['flare-warm']) / _wall_seconds(theirs), 'time')}"
         )
-    return [f"{said}."]
+    return [f"{sentence}."]
 
 
 def _less(ratio: float, what: str) -> str:
@@ -226,7 +225,7 @@ def _tokens_per_s(row: Row) -> str:
 
 
 def _digits(value: float | None, unit: float = 1.0) -> str:
-    """Return three digits of a number, without an exponent."""
+    """Format a number with three significant digits and without an exponent."""
     if value is None:
         return "-"
     value /= unit
@@ -235,7 +234,7 @@ def _digits(value: float | None, unit: float = 1.0) -> str:
 
 
 def aligned(head: list[str], body: list[list[str]]) -> str:
-    """Return a Markdown table whose columns are as wide as their widest cell, numbers to the right."""
+    """Return a Markdown table with columns as wide as their widest cell; all but the first are right-aligned."""
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 

@@ -1,10 +1,10 @@
-"""What holds grad_bottleneck: its row programs and strip programs timed apart and together, over tiles and forms.
+"""What limits grad_bottleneck: time its row programs and its strip programs alone and together, over tiles and forms.
 
     python benchmarks/grad_bottleneck_parts.py --output parts.json      # a CUDA device; --dry: the interpreter, small
 
-"rows" asks for dT and dS alone, "strips" for dB alone, "both" for all. Where Nsight Compute (ncu) is on PATH, the best
-of each is run under it as well, for the L2 hit rate and the bytes that memory moved. --output gets one JSON object: the
-run's conditions and one row per measurement, whole after each.
+"rows" computes dT and dS, "strips" computes dB, "both" computes all. If Nsight Compute (ncu) is on PATH, the fastest
+case of each part also runs under it, for the L2 hit rate and the memory traffic. --output receives one JSON object with
+the run's conditions and one row per measurement; the file is complete after each measurement.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flare_kernels.launch_mode import forcing
 from flare_kernels.triton_ops import primitives
 from flare_kernels.triton_ops.config import FORMS, TileConfig
 
-#: q and v of one block; the tokens and the rank are the same for both.
+#: Tokens and rank of the q and v projections of one block.
 M, R = 8192, 64
 SHAPES = {"llama-3.1-8b": ProjectionShape(LLAMA, M, R), "xlm-r-large": ProjectionShape(XLMR, M, R)}
 PARTS = ("rows", "strips", "both")
@@ -43,7 +43,7 @@ _METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_sector_hit_rate.pct": "l2_h
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a part of the work, the form that does it, and the tiles of all its kernels."""
+    """One measurement: a part of the work, the form of the step, and the tiles of all its kernels."""
 
     shape: str
     part: str
@@ -51,17 +51,18 @@ class Case:
     tiles: TileConfig
 
     def forced(self) -> Any:
+        """Return the context in which the form and the tiles are used."""
         return forcing(form=self.form, **dict.fromkeys(FORMS["grad_bottleneck"][self.form], self.tiles))
 
 
 def cases(shape: str) -> Iterator[Case]:
-    """The parts apart over tiles, then together over tiles and forms."""
+    """Yield each part alone over tiles, and both together over tiles and forms."""
     grid = itertools.product((64, 128), (64, 128), (128, 256), (4, 8), (3, 4), (132, 264))
     for m, k, n, warps, stages, programs in grid:
-        if k == 128 and (n == 256 or stages == 4):  # beyond a block's shared memory
+        if k == 128 and (n == 256 or stages == 4):  # exceeds the shared memory of a thread block
             continue
         tiles = TileConfig(m, k, n, R, warps, stages, programs)
-        if n == 128 and programs == 132:  # neither matters to rows
+        if n == 128 and programs == 132:  # neither affects the rows
             yield Case(shape, "rows", "triton", tiles)
         if m == 64:
             yield Case(shape, "strips", "triton", tiles)
@@ -70,7 +71,7 @@ def cases(shape: str) -> Iterator[Case]:
 
 
 def inputs(shape: str, tokens: int, device: torch.device) -> Callable[[], dict[str, Any]]:
-    """Return a function that draws the operands of a shape (see the module's names)."""
+    """Return a function that makes random operands of a shape, named as in flare_kernels."""
     widths = SHAPES[shape].widths
     if device.type != "cuda":
         widths = tuple(n // 32 for n in widths)
@@ -87,7 +88,7 @@ def inputs(shape: str, tokens: int, device: torch.device) -> Callable[[], dict[s
 
 
 def run(part: str, t: dict[str, Any]) -> list[Tensor] | None:
-    """Compute a part of the gradients from one set of operands."""
+    """Compute a part of the gradients. Returns dB if it is part of them."""
     outs: dict[str, Any] = {} if part == "strips" else {"dT": t["dT"], "dS": t["dS"]}
     outs |= {} if part == "rows" else {"B_grad_dtype": torch.float32}
     call = {"scalings": [2.0] * len(t["Gs"]), "fusion": "add_relu"}
@@ -95,7 +96,7 @@ def run(part: str, t: dict[str, Any]) -> list[Tensor] | None:
 
 
 def measure(case: Case, rotation: Rotation, device: torch.device, how: Effort) -> dict[str, Any]:
-    """Return the row of one case: seconds, or why there are none."""
+    """Return the row of one case, with its times or the reason why it was refused."""
     row = {
         "case": f"{case.shape}/{case.part}",
         "variant": f"{case.form} {_short(case.tiles)}",
@@ -106,34 +107,34 @@ def measure(case: Case, rotation: Rotation, device: torch.device, how: Effort) -
     try:
         with case.forced():
             samples = interleave({"it": lambda: run(case.part, rotation.next())}, device, how=how)["it"]
-    except Exception as error:  # what a compiler or a card refuses
+    except Exception as error:  # refused by the compiler or the GPU
         return row | {"status": "refused", "reason": f"{type(error).__name__}: {str(error)[:200]}"}
     return row | {"status": "timed", **samples.row()}
 
 
 def counters(case: Case) -> dict[str, Any]:
-    """Return what Nsight Compute counts in one call of a case, summed over its launches; {} where it cannot be run."""
+    """Return the counters of Nsight Compute for one call of a case; empty if it cannot run."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return {}
-    again = [sys.executable, __file__, "--once", json.dumps(asdict(case))]
+    command = [sys.executable, __file__, "--once", json.dumps(asdict(case))]
     options = ["--csv", "--kernel-name", "regex:grad_bottleneck", "--metrics", ",".join(_METRICS)]
-    done = subprocess.run([ncu, *options, *again], capture_output=True, text=True)
+    done = subprocess.run([ncu, *options, *command], capture_output=True, text=True)
     return parse_counters(done.stdout) if done.returncode == 0 else {}
 
 
 def parse_counters(text: str) -> dict[str, Any]:
-    """Return the counters in ncu's CSV: bytes summed over launches, the hit rate of each launch."""
+    """Return the counters in ncu's CSV: bytes summed over launches, and the hit rate of each launch."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     scale = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for line in csv.DictReader(io.StringIO("\n".join(lines))):
         name, value = _METRICS.get(line["Metric Name"]), float(line["Metric Value"].replace(",", ""))
         if name == "dram_bytes":
-            found[name] = found.get(name, 0.0) + value * scale[line["Metric Unit"]]
+            result[name] = result.get(name, 0.0) + value * scale[line["Metric Unit"]]
         elif name == "l2_hit_percent":
-            found.setdefault(name, []).append(value)
-    return found
+            result.setdefault(name, []).append(value)
+    return result
 
 
 def _short(tiles: TileConfig) -> str:
@@ -143,7 +144,7 @@ def _short(tiles: TileConfig) -> str:
 
 
 def table(rows: list[dict[str, Any]], most: int = 8) -> str:
-    """Return the fastest rows of each case as text."""
+    """Return the ``most`` fastest rows of each case as text."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = [row for row in rows if row["case"] == case and row["status"] == "timed"]
@@ -154,16 +155,16 @@ def table(rows: list[dict[str, Any]], most: int = 8) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, write and print; return 0."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help="the JSON file to write")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--most", type=int, help="measure this many cases of each shape at most")
+    parser.add_argument("--most", type=int, help="measure at most this many cases of each shape")
     parser.add_argument("--dry", action="store_true", help="small sizes in Triton's interpreter, on the CPU")
     parser.add_argument("--once", help=argparse.SUPPRESS)  # one call of one case, for ncu
     options = parser.parse_args(arguments)
     if not (options.dry or torch.cuda.is_available()):
-        parser.error("no CUDA device: --dry takes the same path on the CPU, with TRITON_INTERPRET=1")
+        parser.error("no CUDA device was found; --dry with TRITON_INTERPRET=1 runs small sizes on the CPU")
     if options.dry and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--dry needs TRITON_INTERPRET=1 in the environment, before Triton is imported")
     device = torch.device("cpu" if options.dry else "cuda")
@@ -181,8 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
         for case in itertools.islice(cases(shape), options.most):
             row = measure(case, rotation, device, how)
             recorder.add([row])
-            before = best.get(case.part)
-            if row["status"] == "timed" and (before is None or row["median_s"] < before[0]["median_s"]):
+            fastest = best.get(case.part)
+            if row["status"] == "timed" and (fastest is None or row["median_s"] < fastest[0]["median_s"]):
                 best[case.part] = row, case
         for row, case in best.values() if device.type == "cuda" else ():
             recorder.add([row | counters(case)])

@@ -1,9 +1,9 @@
-"""What the host does in a training step: Python and C calls per block, and this project's files that run.
+"""Host work of a training step: Python and C calls per block, and the files of this project that run.
 
-On a CPU the kernels' path is taken with `flare_kernels.testing.launches_left_out`, which the caller enters: a step then
-makes the calls that it makes on a GPU, and its numbers mean nothing. The counts depend on the versions of Python,
-torch, transformers and PEFT, not on the machine. `sys.setprofile` sees calls of Python functions and of C functions
-from Python; attribute getters, operators and calls made from C are not counted.
+On a CPU the caller enters `flare_kernels.testing.launches_left_out`. A step then makes the same calls as on a GPU, but
+launches no kernels, so its results are meaningless. The counts depend on the versions of Python, torch, transformers
+and PEFT, not on the machine. `sys.setprofile` sees calls of Python functions, and calls of C functions from Python.
+Attribute getters, operators and calls made from C are not counted.
 
 ===============  =====================================================================================================
 frozen           forward of the base model, without gradients
@@ -11,7 +11,7 @@ peft             PEFT's LoRA
 lora             plain LoRA on this package's layers
 flare            source_memory="keep"
 flare-recompute  source_memory="recompute"
-flare-warm       "keep", the states of all rows in a SourceStateCache in host memory
+flare-warm       "keep", with the states of all rows in a SourceStateCache in host memory
 ===============  =====================================================================================================
 """
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import flare
 
 VARIANTS = ("frozen", "peft", "lora", "flare", "flare-recompute", "flare-warm")
-#: The calls of a model of this share of the depth are taken off: what is done once per step cancels.
+#: Depth of the shallow model, as a share of the depth. Its calls are subtracted, which cancels the calls per step.
 _SHORT = 1 / 3
 _MEMORY = {"flare": "keep", "flare-recompute": "recompute", "flare-warm": "keep"}
 _WARMUP = 3
@@ -44,7 +44,7 @@ _WARMUP = 3
 
 @dataclass
 class HostStep:
-    """Forward and backward of one variant on one batch; the frozen model's forward alone."""
+    """A step of one variant on one batch: forward and backward; for the frozen model only forward."""
 
     model: Any
     batch: dict[str, Tensor]
@@ -58,11 +58,11 @@ class HostStep:
                 self.model(**self.batch)
 
     def clear(self) -> None:
-        """Drop the gradients."""
+        """Clear the gradients."""
         self.model.zero_grad()
 
     def warm_up(self) -> HostStep:
-        """Run it a few times, so that what is worked out once is there. Returns itself."""
+        """Run the step a few times, so that values computed once are cached. Returns itself."""
         for _ in range(_WARMUP):
             self.run()
             self.clear()
@@ -70,7 +70,7 @@ class HostStep:
 
 
 def steps_of(shape: HostShape, device: torch.device, variants: tuple[str, ...] = VARIANTS) -> dict[str, HostStep]:
-    """The step of each variant, all over one set of frozen weights; B is random."""
+    """Return the step of each variant. All share one set of frozen weights; B is random."""
     dtype = PRECISION if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     base = base_model(shape.model, shape.depth, 2 * shape.m, device, dtype).requires_grad_(False)
@@ -79,7 +79,7 @@ def steps_of(shape: HostShape, device: torch.device, variants: tuple[str, ...] =
 
 
 def _batch(shape: HostShape, device: torch.device) -> dict[str, Tensor]:
-    """Full rows; as many target tokens as source tokens in an encoder-decoder too."""
+    """Return full rows. An encoder-decoder has as many target tokens as source tokens."""
     texts = torch.randint(5, shape.model.vocabulary, (3, shape.B, shape.m), device=device)
     labels = {"xlmr": torch.arange(shape.B, device=device) % 3, "llama": texts[0], "mt5": texts[2]}
     return {"input_ids": texts[0], "source_input_ids": texts[1], "labels": labels[shape.model.family]}
@@ -113,9 +113,7 @@ def _step(variant: str, shape: HostShape, model: Any, batch: dict[str, Tensor]) 
 
 @dataclass
 class HostCalls:
-    """Calls of the main thread, and the files of this project in which a function was called, in the order of the first
-    call.
-    """
+    """Number of calls, and the files of this project whose functions were called, in order of the first call."""
 
     calls: int = 0
     files: list[str] = field(default_factory=list)
@@ -123,7 +121,7 @@ class HostCalls:
 
 @contextlib.contextmanager
 def watching_host() -> Iterator[HostCalls]:
-    """Count the calls of the running thread; on a CPU the backward pass runs there too."""
+    """Count the calls of the current thread. On a CPU it also runs the backward pass."""
     seen = HostCalls()
     files: dict[str, None] = {}
 
@@ -134,7 +132,7 @@ def watching_host() -> Iterator[HostCalls]:
             seen.calls += 1
 
     before, collecting = sys.getprofile(), gc.isenabled()
-    gc.disable()  # a collection would add the calls of what it finalises
+    gc.disable()  # a collection would add the calls of finalisers
     sys.setprofile(note)
     try:
         yield seen
@@ -143,24 +141,24 @@ def watching_host() -> Iterator[HostCalls]:
         if collecting:
             gc.enable()
         paths = [Path(name) for name in files]
-        own = [path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT)]
-        seen.files = [name for name in own if name.split("/")[0] in ("flare", "flare_kernels")]
+        names = [path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT)]
+        seen.files = [name for name in names if name.split("/")[0] in ("flare", "flare_kernels")]
 
 
 @dataclass(frozen=True)
 class PerBlock:
-    """Calls of a step, and kernels left out by name, per block; of an encoder-decoder, per pair of blocks."""
+    """Calls of a step and skipped kernels by name, per block; for an encoder-decoder per pair of blocks."""
 
     calls: float
     kernels: dict[str, float]
 
 
 def per_block(variant: str, shape: HostShape, left_out: list[str], whole: HostStep | None = None) -> PerBlock:
-    """The difference of two depths over the blocks between them.
+    """Return the difference between the counts at two depths, divided by the difference of the depths.
 
     Args:
-        left_out: the list that `launches_left_out` yielded.
-        whole: the step of ``shape``, where it is there already.
+        left_out: the list that `launches_left_out` yields.
+        whole: the step of ``shape``, if the caller has it.
     """
     cpu = torch.device("cpu")
     depth = int(_SHORT * shape.depth)

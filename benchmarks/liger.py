@@ -1,8 +1,8 @@
-"""The methods over Liger's kernels, as transformers' ``use_liger_kernel`` puts them in place.
+"""The methods over Liger's kernels, applied as transformers' ``use_liger_kernel`` does.
 
-They replace RMSNorm, the gated feed-forward, the rotary embedding, and the head with its loss, whose logits are never
-held as a whole. Liger replaces the rotary embedding for all models of a family, so its rows bring it along in each
-call and the others keep their own.
+Liger replaces RMSNorm, the gated feed-forward layer, the rotary embedding, and the head with its loss, so that the full
+logits are never in memory. It replaces the rotary embedding for all models of a family. Its rows therefore install the
+replacement only during their calls, and the other rows keep transformers' function.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS = {
 
 
 def refusal(device: torch.device) -> str | None:
-    """Why the rows cannot run here; None where they can."""
+    """Return why the rows cannot run here; None if they can."""
     if device.type != "cuda":
         return "Liger's kernels need a CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:
@@ -42,18 +42,17 @@ class Liger:
         self._apply = getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{family}")
         self._replaced: dict[str, Any] = {}
 
-    def put_into(self, model: Any) -> Any:
-        """Put the kernels into a transformers model, and leave the family's module as it was. Returns the model."""
+    def apply(self, model: Any) -> None:
+        """Replace the modules of a transformers model, and restore the functions of the family's modeling module."""
         before = dict(vars(self._modeling))
         self._apply(model=model)
         after = dict(vars(self._modeling))
         self._replaced = {name: value for name, value in after.items() if before.get(name) is not value}
         for name in self._replaced:
             setattr(self._modeling, name, before[name])
-        return model
 
     @contextlib.contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Within it the family's module has Liger's functions."""
+    def functions_replaced(self) -> Iterator[None]:
+        """Install Liger's functions in the family's modeling module within the context."""
         with mock.patch.multiple(self._modeling, **self._replaced):
             yield

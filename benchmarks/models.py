@@ -1,20 +1,20 @@
-"""Whole models with random weights, and the ways to train them on two texts that are compared.
+"""Whole models with random weights, and the methods that train them on source and target texts.
 
-One set of weights serves all methods: the stock PEFT model is copied, module by module but not weight by weight, and
-the copies get this package's layers. So the methods can be timed in turn, and a big model is held once.
+All methods share one set of weights: copies of the stock PEFT model have separate modules and the same tensors, and get
+this package's layers. The methods can therefore be timed in turn, and the weights of a big model are in memory once.
 
 ===============  =====================================================================================================
-frozen           the frozen model alone: forward, and backward to its embeddings
+frozen           the frozen model: forward, and backward to its embeddings
 peft-lora        plain LoRA on PEFT's layers; no source
 lora             the same on this package's layers
-input-fusion     the same layers on one text of source + target, 2m tokens
-authors          FLARE as its authors run it: PEFT's layers, eager attention, the source through the whole model with
-                 its head and all hidden states, x_S = the input of each block
+input-fusion     this package's layers on source and target concatenated to one text of 2m tokens
+authors          FLARE as its authors run it: PEFT's layers, eager attention, a source pass through the whole model
+                 with its head and all hidden states, x_S = the input of each block
 eager-sdpa       the same with PyTorch's fused attention
 flare            this package, source states kept on the device (source_memory="keep")
-flare-offload    the same with source_memory="offload": states wait in host memory (CUDA only)
-flare-recompute  the same with source_memory="recompute": the source pass runs once more in backward
-flare-warm       "keep", every source row in a SourceStateCache (on the device): no source pass is run
+flare-offload    the same with source_memory="offload": states are kept in host memory (CUDA only)
+flare-recompute  the same with source_memory="recompute": the source pass runs again in backward
+flare-warm       "keep", with every source row in a SourceStateCache on the device: no source pass
 ===============  =====================================================================================================
 """
 
@@ -44,10 +44,11 @@ FUSION = "add_relu"
 #: source_memory of this package's rows.
 MEMORY = {"flare": "keep", "flare-offload": "offload", "flare-recompute": "recompute", "flare-warm": "keep"}
 METHODS = ("frozen", "peft-lora", "lora", "input-fusion", "authors", "eager-sdpa", *MEMORY)
-#: A step in units of the frozen model's forward pass over m tokens: forward and backward of the target (no weight
-#: gradients) are 2, each source pass is 1. Input-level fusion is 2 over 2m tokens, and more for its attention.
+#: Cost of a step in units of the frozen model's forward pass over m tokens; methods that are not listed: 3. Forward and
+#: backward of the target (no weight gradients) cost 2, each source pass 1. Input-level fusion costs 2 over 2m tokens,
+#: plus the quadratic part of attention.
 UNITS = {"frozen": 2, "peft-lora": 2, "lora": 2, "input-fusion": 4, "flare-recompute": 4, "flare-warm": 2}
-#: How often a step runs each block, where that is not twice.
+#: How often a step runs each block; methods that are not listed: twice.
 EXECUTIONS = {"frozen": 1, "peft-lora": 1, "lora": 1, "input-fusion": 1, "flare-recompute": 3, "flare-warm": 1}
 PRECISION = torch.bfloat16
 
@@ -61,7 +62,7 @@ _TASKS = {"xlmr": "SEQ_CLS", "llama": "CAUSAL_LM", "gemma2": "CAUSAL_LM", "mt5":
 
 
 def config_of(model: ModelShape, depth: int, positions: int) -> Any:
-    """The transformers configuration of a model of the given depth, without dropout."""
+    """Return the transformers configuration of a model of a given depth, without dropout."""
     if model.family == "xlmr":
         return transformers.XLMRobertaConfig(
             vocab_size=model.vocabulary,
@@ -110,17 +111,17 @@ _CLASSES = {
 def base_model(
     model: ModelShape, depth: int, positions: int, device: torch.device, dtype: torch.dtype, precision: str = "plain"
 ) -> Any:
-    """A random model on the device; with nf4 the linears of its blocks are bitsandbytes'."""
+    """Return a model with random weights on the device. With "nf4" its blocks have bitsandbytes' linears."""
     with torch.device(device):
-        made = _CLASSES[model.family](config_of(model, depth, positions))
-    made = made.to(device, dtype)
+        base = _CLASSES[model.family](config_of(model, depth, positions))
+    base = base.to(device, dtype)
     if precision == "nf4":
-        quantise(made, device, dtype)
-    return made
+        quantise(base, device, dtype)
+    return base
 
 
 def quantise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Put nf4 weights in place of those of every linear inside the blocks."""
+    """Replace every linear inside the blocks by one with nf4 weights."""
     import bitsandbytes as bnb
 
     for stack in ModelMap.of(model).stacks:
@@ -143,43 +144,55 @@ def quantise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def refusal(precision: str) -> str | None:
-    """Why a precision cannot run here; None where it can."""
+    """Return why a precision cannot run here; None if it can."""
     if precision == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     return None
 
 
 def lora_config(family: str, r: int, dropout: float = 0.0) -> peft.LoraConfig:
-    """LoRA on query and value."""
+    """Return a LoRA configuration for query and value."""
     return peft.LoraConfig(
         r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=_TARGETS[family], task_type=_TASKS[family]
     )
 
 
-# --- one set of weights, three sets of modules ------------------------------------------------------------------------
+# --- models over one set of weights ------------------------------------------------------------------------
 
 
 @dataclass
 class Models:
-    """PEFT's stock LoRA model, this package's plain LoRA and FLARE, over the same weights."""
+    """The models of all methods, over the same weights.
+
+    Attributes:
+        stock: PEFT's LoRA.
+        eager: PEFT's LoRA with eager attention.
+        lora: plain LoRA on this package's layers.
+        ours: this package's FLARE models by row.
+        family: family of the base model.
+        cache: the source cache of flare-warm.
+        frozen: the model without adapters; gradients reach its embeddings.
+        liger: Liger's kernels, if its rows run.
+        over_liger: the models over Liger's kernels by row.
+    """
 
     stock: Any
-    eager: Any  # PEFT's, with eager attention
+    eager: Any
     lora: Any
-    ours: dict[str, Any]  # this package's FLARE: row -> model
+    ours: dict[str, Any]
     family: str
-    cache: flare.SourceStateCache  # of flare-warm
-    frozen: Any  # without adapters; gradients reach its embeddings
+    cache: flare.SourceStateCache
+    frozen: Any
     liger: liger.Liger | None = None
-    over_liger: dict[str, Any] = field(default_factory=dict)  # row -> model
+    over_liger: dict[str, Any] = field(default_factory=dict)
 
     def with_offset(self, offset: int) -> Any:
-        """One more FLARE over the same weights, with another source_layer_offset."""
+        """Return another FLARE model over the same weights, with the given source_layer_offset."""
         return flare.fast_lora(same_weights(self.stock), fusion=FUSION, source_layer_offset=offset)
 
     @classmethod
     def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
-        """LoRA on query and value, adapters in the model's dtype, B not zero."""
+        """Build all models. LoRA on query and value, adapters in the model's dtype, B not zero."""
         frozen = same_weights(base).requires_grad_(False)
         frozen.enable_input_require_grads()
         stock = peft.get_peft_model(base, lora_config(family, r), autocast_adapter_dtype=False)
@@ -199,12 +212,12 @@ class Models:
         ours["flare-warm"].set_source_cache(cache)
         return cls(stock, eager, lora, ours, family, cache, frozen)
 
-    def put_over_liger(self) -> None:
-        """Make the models of the rows of liger.py."""
+    def add_liger(self) -> None:
+        """Build the models of the rows in liger.py."""
         self.liger = liger.Liger(self.family)
         for row, method in liger.ROWS.items():
             model = same_weights(self.stock)
-            self.liger.put_into(model.get_base_model())
+            self.liger.apply(model.get_base_model())
             if method == "flare":
                 model = flare.fast_lora(model, fusion=FUSION, source_memory=MEMORY[method])
             elif method != "peft-lora":
@@ -213,28 +226,29 @@ class Models:
 
     @property
     def flare(self) -> Any:
-        """The model of the row of that name."""
+        """Return the model of the row "flare"."""
         return self.ours["flare"]
 
     @property
     def trained(self) -> list[nn.Parameter]:
+        """Return the trained parameters, which all models share."""
         return [p for p in self.stock.parameters() if p.requires_grad]
 
     def blocks(self, method: str) -> list[nn.Module]:
-        """The blocks of the model that a method runs; an encoder-decoder's encoder's."""
+        """Return the blocks of a method's model; of an encoder-decoder the encoder's."""
         return blocks_below(self.transformers_model(method))
 
     def transformers_model(self, method: str) -> Any:
-        """The model that a method runs, without PEFT's around it."""
-        return self.frozen if method == "frozen" else self.of_method(method).get_base_model()
+        """Return the transformers model of a method, without PEFT's wrapper."""
+        return self.frozen if method == "frozen" else self.model_of(method).get_base_model()
 
-    def of_method(self, method: str) -> Any:
-        """The model that a method runs."""
-        own = {"lora": self.lora, "input-fusion": self.lora, "authors": self.eager, "frozen": self.frozen}
-        return {**own, **self.ours, **self.over_liger}.get(method, self.stock)
+    def model_of(self, method: str) -> Any:
+        """Return the model of a method."""
+        named = {"lora": self.lora, "input-fusion": self.lora, "authors": self.eager, "frozen": self.frozen}
+        return {**named, **self.ours, **self.over_liger}.get(method, self.stock)
 
     def refusal(self, method: str) -> str | None:
-        """Why a method has no row for this model; None where it has one."""
+        """Return why a method has no row for this model; None if it has one."""
         attention = self.stock.get_base_model().config._attn_implementation
         if method == "eager-sdpa" and attention != "sdpa":
             return f"transformers runs this model with {attention} attention: see the row authors"
@@ -243,23 +257,23 @@ class Models:
         return None
 
     def loss(self, method: str, batch: Batch) -> Tensor:
-        """The forward pass of a method, its source pass included."""
-        model = self.of_method(method)
+        """Run the forward pass of a method, including its source pass; return the loss."""
+        model = self.model_of(method)
         if method in liger.ROWS:
             assert self.liger is not None
-            with self.liger.in_force():
+            with self.liger.functions_replaced():
                 return model(**arguments(method, batch)).loss
         if method in ("authors", "eager-sdpa"):
             return self.eager_loss(model, batch, self.all_states(model, batch))
         return model(**arguments(method, batch)).loss
 
     def all_states(self, model: Any, batch: Batch) -> list[Tensor]:
-        """The authors' source pass: the whole model, its head included, and every hidden state of it."""
+        """Run the authors' source pass: the whole model with its head; return all hidden states."""
         with torch.no_grad(), model.disable_adapter():
-            return list(self._reader(model)(**batch.source, output_hidden_states=True).hidden_states)
+            return list(self._source_reader(model)(**batch.source, output_hidden_states=True).hidden_states)
 
     def block_outputs(self, model: Any, batch: Batch) -> list[Tensor]:
-        """What this package's default reads: the output of every block on the source text."""
+        """Return the output of every block on the source text, which this package reads by default."""
         states: list[Tensor] = []
 
         def note(block: nn.Module, args: Any, output: Any) -> None:
@@ -268,47 +282,47 @@ class Models:
         handles = [block.register_forward_hook(note) for block in blocks_of(model)]
         try:
             with torch.no_grad(), model.disable_adapter():
-                self._reader(model)(**batch.source)
+                self._source_reader(model)(**batch.source)
         finally:
             for handle in handles:
                 handle.remove()
         return states
 
-    def _reader(self, model: Any) -> Any:
+    def _source_reader(self, model: Any) -> Any:
         base = model.get_base_model()
         return base.get_encoder() if self.family == "mt5" else base
 
     def eager_loss(self, model: Any, batch: Batch, states: list[Tensor]) -> Tensor:
-        """The method over PEFT's own layers, block i fusing with states[i]."""
+        """Return the loss of FLARE over PEFT's own layers. Block i fuses with states[i]."""
         with _fusing(model, states, _TARGETS[self.family]):
             return model(**batch.target).loss
 
 
-def like(method: str) -> str:
-    """The row of METHODS that computes what a row over Liger's kernels does; any other row itself."""
+def without_liger(method: str) -> str:
+    """Return the row of METHODS that computes the same as a row over Liger's kernels; any other row unchanged."""
     return liger.ROWS.get(method, method)
 
 
 def arguments(method: str, batch: Batch) -> dict[str, Tensor]:
-    """What a method's model is called with."""
-    kind = like(method)
-    return batch.pair if kind in MEMORY else batch.joined if kind == "input-fusion" else batch.target
+    """Return the arguments with which a method's model is called."""
+    method = without_liger(method)
+    return batch.pair if method in MEMORY else batch.joined if method == "input-fusion" else batch.target
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The blocks of a PEFT model; an encoder-decoder's encoder's."""
+    """Return the blocks of a PEFT model; of an encoder-decoder the encoder's."""
     return blocks_below(model.get_base_model())
 
 
 def blocks_below(base: Any) -> list[nn.Module]:
-    """The blocks of a transformers model; an encoder-decoder's encoder's."""
+    """Return the blocks of a transformers model; of an encoder-decoder the encoder's."""
     stacks = [stack for stack in ModelMap.of(base).stacks if "decoder" not in stack.split(".")]
     return [block for stack in stacks for block in base.get_submodule(stack)]
 
 
 @contextlib.contextmanager
 def _fusing(model: Any, states: list[Tensor], targets: list[str]) -> Iterator[None]:
-    """PEFT's layers, their forward replaced by the method's formula, written as PEFT writes LoRA."""
+    """Replace the forward of PEFT's layers by FLARE's formula, written as PEFT writes LoRA."""
     patched = []
     for block, state in zip(blocks_below(model.get_base_model()), states, strict=False):
         for path, layer in block.named_modules():
@@ -334,13 +348,13 @@ def _eager_forward(layer: Any, state: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def same_weights(model: nn.Module) -> Any:
-    """A copy of the modules that shares every parameter and buffer."""
+    """Return a copy of the modules that shares every parameter and buffer."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
 
 
 def gradients(models: Models, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of the adapters by name, whichever method the loss is of: they share the weights."""
+    """Return the gradients of the adapters by name. All methods share these parameters."""
     named = [(n, p) for n, p in models.stock.named_parameters() if p.requires_grad and "lora_" in n]
     grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     return {name: grad for (name, _), grad in zip(named, grads, strict=True) if grad is not None}
@@ -348,7 +362,7 @@ def gradients(models: Models, loss: Tensor) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of other libraries about their own deprecated calls."""
+    """Suppress warnings, such as those of other libraries about deprecated calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,12 +1,12 @@
-"""Tables and pictures from result files.
+"""Tables and figures from result files.
 
     python benchmarks/plot.py results.json [more.json ...] [--output FOLDER]
 
-Without --output it prints what each method costs. With it, it writes table.md, and where the rows for it are there:
-steps.png (milliseconds and memory of a step), scaling.png (time and memory against m), roofline.png (each kernel
-against the device's ceilings) and parts.png (where a step's time goes). Every row is shown, also those where this
-package loses and those that were skipped, with their reason. Each picture's caption says device, versions, commit, date
-and conditions.
+Without --output, the script prints what each method costs. With it, it writes table.md and those figures for which the
+files have rows: steps.png (time and memory of a step), scaling.png (time and memory against m), roofline.png (each
+kernel under the device's ceilings) and parts.png (the parts of a step's time). The table shows every row, including
+those where this package is slower and those that were skipped, with the reason. The caption of a figure gives device,
+versions, commit, date and conditions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tables import caption, table
 
 Row = dict[str, Any]
 
-#: One colour per method, the same in every picture (Okabe and Ito's palette, told apart by colour-blind readers).
+#: Colour of each method in all figures (Okabe and Ito's palette, which colour-blind readers can distinguish).
 COLOURS = {
     "flare": "#0072B2",
     "flare-warm": "#009E73",
@@ -39,7 +39,7 @@ _MARKERS = {"shrink": "o", "expand": "s", "grad_bottleneck": "^", "grad_weight":
 _FAMILY_MARKS = {"llama": "-", "xlmr": "--", "gemma2": ":", "mt5": "-."}
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def _pyplot() -> Any:
@@ -61,10 +61,10 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path, said: str) -> None:
-    """With the caption under the axes, wrapped to the figure's width."""
+def _save(figure: Any, path: Path, caption_text: str) -> None:
+    """Write a figure with a caption under its axes, wrapped to its width."""
     width = int(figure.get_figwidth() * 15.5)
-    lines = textwrap.wrap(said, width)
+    lines = textwrap.wrap(caption_text, width)
     strip = 0.17 * (len(lines) + 1) / figure.get_figheight()
     figure.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom")
@@ -72,24 +72,24 @@ def _save(figure: Any, path: Path, said: str) -> None:
 
 
 def along_m(rows: list[Row]) -> dict[str, list[Row]]:
-    """Model -> the rows in which m alone varies (scaling), or those of the steps where no such rows exist."""
+    """Return for each model the timed scaling rows in which only m varies."""
     timed = [row for row in rows if row["status"] == "timed" and row["question"] == "scaling"]
-    found: dict[str, list[Row]] = {}
+    by_model: dict[str, list[Row]] = {}
     for row in timed:
-        found.setdefault(row["model"], []).append(row)
-    kept = {}
-    for model, own in found.items():
-        middle = own[0]["shape"]  # the first case is the middle
-        kept[model] = [
+        by_model.setdefault(row["model"], []).append(row)
+    for model, model_rows in by_model.items():
+        first = model_rows[0]  # the first case is the base case
+        by_model[model] = [
             r
-            for r in own
-            if all(r["shape"][key] == middle[key] for key in ("B", "r", "precision")) and r["depth"] == own[0]["depth"]
+            for r in model_rows
+            if all(r["shape"][key] == first["shape"][key] for key in ("B", "r", "precision"))
+            and r["depth"] == first["depth"]
         ]
-    return {model: own for model, own in kept.items() if len({row["shape"]["m"] for row in own}) > 1}
+    return {model: varied for model, varied in by_model.items() if len({row["shape"]["m"] for row in varied}) > 1}
 
 
 def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """Seconds a step and peak memory against m, a column for each model."""
+    """Draw time per step and peak memory against m, with one column per model; return whether there were rows."""
     models = along_m(rows)
     if not models:
         return False
@@ -97,39 +97,39 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     figure, axes = plt.subplots(
         2, len(models), figsize=(max(6.4, 4.8 * len(models)), 6.6), squeeze=False, sharex="col", layout="constrained"
     )
-    for column, (model, own) in enumerate(models.items()):
-        first = own[0]
-        for method in reversed(COLOURS):  # ours last, on top
-            line = sorted((r for r in own if r["variant"] == method), key=lambda r: r["shape"]["m"])
+    for column, (model, model_rows) in enumerate(models.items()):
+        first = model_rows[0]
+        for method in reversed(COLOURS):  # drawn last, on top: this package
+            line = sorted((r for r in model_rows if r["variant"] == method), key=lambda r: r["shape"]["m"])
             if not line:
                 continue
-            at = [r["shape"]["m"] for r in line]
+            lengths = [r["shape"]["m"] for r in line]
             style = {"color": COLOURS[method], "marker": "o", "markersize": 4, "label": label(method)}
             low = [1e3 * (r["median_s"] - r["q25_s"]) for r in line]
             high = [1e3 * (r["q75_s"] - r["median_s"]) for r in line]
-            axes[0][column].errorbar(at, [1e3 * r["median_s"] for r in line], [low, high], capsize=2, **style)
-            axes[1][column].plot(at, [r["counters"]["peak_bytes"] / 2**20 for r in line], **style)
+            axes[0][column].errorbar(lengths, [1e3 * r["median_s"] for r in line], [low, high], capsize=2, **style)
+            axes[1][column].plot(lengths, [r["counters"]["peak_bytes"] / 2**20 for r in line], **style)
         axes[0][column].set_title(
             f"{model}, B = {first['shape']['B']}, depth {first['depth']}, r = {first['shape']['r']}"
         )
         axes[1][column].set_xlabel("m, tokens of each text")
         for axis in (axes[0][column], axes[1][column]):
             axis.set_xscale("log", base=2)
-            ticks = sorted({r["shape"]["m"] for r in own})
+            ticks = sorted({r["shape"]["m"] for r in model_rows})
             axis.set_xticks(ticks, [str(m) for m in ticks])
             axis.set_ylim(bottom=0)
-    axes[0][0].set_ylabel("ms a step (median, quartiles)")
+    axes[0][0].set_ylabel("ms per step (median, quartiles)")
     axes[1][0].set_ylabel("peak memory, MiB")
     handles, labels = axes[0][0].get_legend_handles_labels()
     columns = 3 if axes.shape[1] > 1 else 2
     figure.legend(handles[::-1], labels[::-1], fontsize=8, ncols=columns, loc="outside upper center")
-    _save(figure, path, caption(run, [r["conditions"] for own in models.values() for r in own]))
+    _save(figure, path, caption(run, [r["conditions"] for model_rows in models.values() for r in model_rows]))
     plt.close(figure)
     return True
 
 
 def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """FLOP/s reached against FLOP per byte that must move, under the ceilings measured in the same run."""
+    """Draw FLOP/s against FLOP per byte of each kernel, under the ceilings measured in the same run."""
     timed = [r for r in rows if r["question"] == "kernels" and r["status"] == "timed" and r["headline"]]
     if not timed or "ceilings" not in run:
         return False
@@ -191,37 +191,37 @@ def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def timed_model(rows: list[Row], llama: bool) -> str:
-    """The names of the models whose marks are filled (the Llama family) or hollow (the others)."""
+    """Return the legend of the models with filled marks (the Llama family) or hollow marks (the others)."""
     names = dict.fromkeys(r["model"] for r in rows if (r["family"] == "llama") == llama)
     return f"{', '.join(names) or '-'} ({'filled' if llama else 'hollow'})"
 
 
 def _bars(plt: Any, groups: list[list[Row]]) -> tuple[Any, Any]:
-    """A figure with an axis for each group of rows, a horizontal bar's place for each row."""
-    heights = [len(own) for own in groups]
+    """Return a figure with one axis per group of rows and one place for a horizontal bar per row."""
+    heights = [len(group) for group in groups]
     size = (8.0, 1.6 + 0.7 * len(groups) + 0.24 * sum(heights))
     figure, axes = plt.subplots(
         len(groups), 1, figsize=size, squeeze=False, layout="constrained", gridspec_kw={"height_ratios": heights}
     )
-    for axis, own in zip(axes[:, 0], groups, strict=True):
-        axis.set_yticks(range(len(own)), [name_of(r).partition(" (")[0] for r in own], fontsize=8.5)
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        axis.set_yticks(range(len(group)), [name_of(r).partition(" (")[0] for r in group], fontsize=8.5)
         axis.invert_yaxis()
         axis.grid(visible=False, axis="y")
         axis.margins(x=0.12)
-        shape = own[0]["shape"]
+        shape = group[0]["shape"]
         padded = ", padded rows" if shape.get("padded") else ""
-        title = f"{own[0]['model']}, {own[0]['depth']} blocks, B = {shape['B']}, m = {shape['m']}, r = {shape['r']}"
+        title = f"{group[0]['model']}, {group[0]['depth']} blocks, B = {shape['B']}, m = {shape['m']}, r = {shape['r']}"
         axis.set_title(title + padded, fontsize=10)
     return figure, axes[:, 0]
 
 
-def _beside_bar(axis: Any, text: str, end: float, place: int) -> None:
-    """Write a text to the right of a bar's end."""
+def _label_bar(axis: Any, text: str, end: float, place: int) -> None:
+    """Write a text to the right of a bar."""
     axis.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """What a user waits for in a step of each method, with the device's share of it and the most memory in use."""
+    """Draw wall time of a step of each method, with the device's busy time and peak memory."""
     timed = [r for r in rows if r["question"] == "step" and r["headline"] and r["status"] == "timed"]
     cases = list(dict.fromkeys(r["case"] for r in timed))
     if not cases:
@@ -230,8 +230,8 @@ def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     groups = [[r for r in timed if r["case"] == case] for case in cases]
     figure, axes = _bars(plt, groups)
     on_device = False
-    for axis, own in zip(axes, groups, strict=True):
-        for place, row in enumerate(own):
+    for axis, group in zip(axes, groups, strict=True):
+        for place, row in enumerate(group):
             counters, wall = row.get("counters", {}), 1e3 * row["wall_median_s"]
             axis.barh(place, wall, color=COLOURS["lora"])
             if busy := counters.get("device_busy_s"):
@@ -239,15 +239,15 @@ def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
                 axis.barh(place, min(1e3 * busy, wall), color=COLOURS["flare"])
             peak = counters.get("peak_bytes")
             text = f"{wall:.3g} ms" + (f", {peak / 2**30:.3g} GiB" if peak else "")
-            _beside_bar(axis, text, wall, place)
-    axes[-1].set_xlabel("ms of a step that a user waits for" + (" (dark: the device works)" if on_device else ""))
+            _label_bar(axis, text, wall, place)
+    axes[-1].set_xlabel("wall time of a step, ms" + (" (dark: the device is busy)" if on_device else ""))
     _save(figure, path, caption(run, [r["conditions"] for r in timed]))
     plt.close(figure)
     return True
 
 
 def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """Source pass, forward, backward and optimizer of each method's step, stacked."""
+    """Draw source pass, forward, backward and optimizer of each method's step as stacked bars."""
     timed = [r for r in rows if r["question"] == "step" and r["headline"] and "parts_s" in r.get("counters", {})]
     timed = [r for r in timed if r["status"] == "timed"]
     models = list(dict.fromkeys(r["model"] for r in timed))
@@ -256,15 +256,15 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     plt = _pyplot()
     groups = [[r for r in timed if r["model"] == model] for model in models]
     figure, axes = _bars(plt, groups)
-    for axis, own in zip(axes, groups, strict=True):
-        for place, row in enumerate(own):
+    for axis, group in zip(axes, groups, strict=True):
+        for place, row in enumerate(group):
             left = 0.0
             for part, colour in _PARTS.items():
                 width = 1e3 * row["counters"]["parts_s"][part]
                 axis.barh(place, width, left=left, color=colour, label=part if place == 0 else None)
                 left += width
-            _beside_bar(axis, f"{left:.3g}", left, place)
-    axes[-1].set_xlabel("ms of a step, each part timed from an idle device to an idle device")
+            _label_bar(axis, f"{left:.3g}", left, place)
+    axes[-1].set_xlabel("ms of a step, the device synchronised before and after each part")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in _PARTS.values()]
     figure.legend(handles, ["source pass", "forward", "backward", "optimizer"], ncols=4, loc="outside upper center")
     _save(figure, path, caption(run, [r["conditions"] for r in timed]))
@@ -273,29 +273,29 @@ def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def draw_all(loaded: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """The table and every picture that there are rows for."""
+    """Write the table and every figure that has rows; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     run = loaded[0]["run"]
     rows = [row for result in loaded for row in result["cases"]]
     written = [folder / "table.md"]
     written[0].write_text(table(run, rows))
-    drawn = {
+    figures = {
         "steps.png": draw_steps,
         "scaling.png": draw_scaling,
         "roofline.png": draw_roofline,
         "parts.png": draw_parts,
     }
-    for name, draw in drawn.items():
+    for name, draw in figures.items():
         if draw(run, rows, folder / name):
             written.append(folder / name)
     return written
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read result files, and print what each method costs or write table and pictures."""
-    parser = argparse.ArgumentParser(description="table and pictures from benchmark results")
+    """Read result files; print what each method costs, or write table and figures."""
+    parser = argparse.ArgumentParser(description="Table and figures from benchmark results.")
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, help="folder for table and pictures; without it costs are printed")
+    parser.add_argument("--output", type=Path, help="folder for table and figures (default: print the costs)")
     args = parser.parse_args(arguments)
     loaded = [results.load(path) for path in args.results if path.exists()]
     if args.output is None:

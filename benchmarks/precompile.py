@@ -1,11 +1,11 @@
-"""Compile the kernels that benchmarks and tests of a GPU launch, on all processors, into Triton's cache.
+"""Compile the kernels that the GPU benchmarks and tests launch into Triton's cache, on all processor cores.
 
     python benchmarks/precompile.py [--jobs N] [--seconds S] [--most N]
 
-A benchmark runs in one process and a launch compiles what is missing, one kernel after the other: compiled here first,
-a run of all cases starts timing minutes earlier. Launches are recorded on the device, so that they follow its launch
-table, and nothing is launched; the frozen products do run. Tests of kernels run in several processes and compile their
-own. Without a GPU the launches are those of sm_90.
+A benchmark runs in one process and compiles missing kernels one after the other. Compiling them in advance lets a run
+of all cases start timing minutes earlier. The launches are recorded on the device, so that they follow its launch
+table, and not executed; the frozen products do run. Kernel tests are not included: they compile in their own processes.
+Without a GPU the launches are those of sm_90.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# a compiler process imports this module as well: what is heavy is imported where it is used
+# compiler processes import this module too, so heavy imports are inside the functions
 _CPU_CAPABILITY = 90
 _SHARED_BYTES = 227 * 1024
 
 
 def _projections(device: Any) -> None:
-    """Forward and backward of q and v, jointly and one by one; with dropout; float32 adapters under autocast."""
+    """Run forward and backward of q and v, jointly and separately; also with dropout and with float32 adapters."""
     import shapes
     import torch
 
@@ -50,10 +50,10 @@ def _projections(device: Any) -> None:
             options: dict[str, Any] = {"fusion": "add_relu", "dropout_p": p, "training": True}
             cast = torch.autocast(x.device.type, bf16) if dtype != bf16 else contextlib.nullcontext()
             adapters = {name: (*pair, 2.0) for name, pair in factors.items()}
-            for owned in (weights, None):
+            for frozen_weights in (weights, None):
                 with cast:
-                    own = {name: y.clone() for name, y in bases.items()}
-                    ys = fused_lora_qkv(x, x_source, own, adapters, weights=owned, **options)
+                    outputs = {name: y.clone() for name, y in bases.items()}
+                    ys = fused_lora_qkv(x, x_source, outputs, adapters, weights=frozen_weights, **options)
                 torch.autograd.backward(list(ys.values()), list(bases.values()))
             for name, pair in factors.items():
                 with cast:
@@ -82,7 +82,7 @@ def _decoding(device: Any) -> None:
 
 
 def _steps(device: Any) -> None:
-    """Two blocks of Llama and XLM-R, at the batch sizes of whole steps and of their gate."""
+    """Run two blocks of Llama and XLM-R, at the batch sizes of whole steps and of their correctness check."""
     import shapes
     import step_gate
     import torch
@@ -103,7 +103,7 @@ def _steps(device: Any) -> None:
 
 
 def _models_of_tests(device: Any) -> None:
-    """The tiny models that several test processes would compile for at once."""
+    """Run the tiny models for which several test processes would otherwise compile the same kernels."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from cached_states import FAMILIES, batch_of, fused, step
 
@@ -114,7 +114,7 @@ def _models_of_tests(device: Any) -> None:
             step(model, batch)
 
 
-#: What is recorded, in order: what needs the fewest imports first, so that compiling starts early.
+#: Functions whose launches are recorded. Those with the fewest imports come first, so that compiling starts early.
 SOURCES: dict[str, Callable[[Any], None]] = {
     "projections": _projections,
     "kernels": _kernels,
@@ -125,9 +125,9 @@ SOURCES: dict[str, Callable[[Any], None]] = {
 
 
 def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Return for each source its name and the units to compile that none before it had.
+    """Yield the name of each source and its units to compile, without those of earlier sources.
 
-    A source that fails is reported with its error and costs its own units only.
+    If a source fails, its error is printed and only its own units are lost.
     """
     from flare_kernels import aot
     from flare_kernels.launch_mode import recording
@@ -143,7 +143,7 @@ def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
         capability, shared_bytes = 10 * major + minor, shared_memory_bytes(device)
     seen: dict[Any, None] = {}
     for name, record in SOURCES.items():
-        # without a GPU the kernels' path is taken where launches are left out; recording them comes before that
+        # without a GPU, skipping launches selects the kernels' path; they are recorded before they are skipped
         with contextlib.nullcontext() if on_gpu else launches_left_out(), recording(shared_bytes) as launches:
             try:
                 record(device)
@@ -155,25 +155,25 @@ def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _ready() -> None:
-    """Do nothing: a process that has done it has started."""
+    """Do nothing; submitted to start each process."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Record, compile, and print how long each took; return 1 where a unit failed to compile."""
+    """Run the command line; return 1 if a kernel failed to compile."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one a core)"
+        "--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one per core)"
     )
-    parser.add_argument("--seconds", type=float, help="begin no compilation after so long")
-    parser.add_argument("--most", type=int, help="compile so many kernels only (default: all)")
+    parser.add_argument("--seconds", type=float, help="start no compilation after this many seconds")
+    parser.add_argument("--most", type=int, help="compile at most this many kernels (default: all)")
     options = parser.parse_args(arguments)
-    began = time.monotonic()
+    start = time.monotonic()
 
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
+    def log(text: str) -> None:
+        print(f"{time.monotonic() - start:6.1f} s  {text}", flush=True)
 
-    # a server that has imported the compiler is forked, clean of CUDA and threads: one import for all processes, and it
-    # happens while launches are recorded here
+    # The fork server imports the compiler once for all processes, while launches are recorded here. It has neither
+    # CUDA nor threads, so it is safe to fork.
     context = get_context("forkserver")
     context.set_forkserver_preload(["flare_kernels.aot", "flare_kernels.triton_ops.primitives"])
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
@@ -183,20 +183,20 @@ def main(arguments: list[str] | None = None) -> int:
 
         from flare_kernels import aot
 
-        say("imported")
+        log("imported")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         pending: list[Future[dict[str, Any]]] = []
-        for name, found in units(device):
+        for name, new_units in units(device):
             left = None if options.most is None else options.most - len(pending)
-            pending += [pool.submit(aot.compile_unit, unit) for unit in found[:left]]
-            say(f"{name}: {len(found)} kernels that were not there before")
-        seconds = None if options.seconds is None else max(0.0, began + options.seconds - time.monotonic())
+            pending += [pool.submit(aot.compile_unit, unit) for unit in new_units[:left]]
+            log(f"{name}: {len(new_units)} kernels that no earlier source needs")
+        seconds = None if options.seconds is None else max(0.0, start + options.seconds - time.monotonic())
         done, late = wait(pending, timeout=seconds)
         cancelled = sum(future.cancel() for future in late)
         failed = [error for future in done if (error := future.result().get("error"))]
     for error in sorted(set(failed)):
         print(f"not compiled: {error[:300]}", flush=True)
-    say(f"{len(pending) - cancelled - len(failed)} compiled, {len(failed)} failed, {cancelled} left for later")
+    log(f"{len(pending) - cancelled - len(failed)} compiled, {len(failed)} failed, {cancelled} not started")
     return 1 if failed else 0
 
 

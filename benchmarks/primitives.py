@@ -1,8 +1,7 @@
-"""The one place that calls the primitives directly; every other benchmark goes through the public functions.
+"""Direct calls of the primitives. The other benchmarks call the public functions.
 
-A case is one primitive on one projection. ``operands`` draws what it needs, ``run`` calls it in a module of primitives
-("flare": what the package picks on this device, "peer": the plain BLAS form), ``oracle`` gives the same results in
-float64, ``flops`` says what it must do (``bytes_moved.step_bytes`` what it must move).
+A case is one primitive on one projection. ``operands`` makes its inputs, ``run`` calls it in a module of primitives,
+``oracle`` computes the same in float64, and ``flops`` counts its operations (``bytes_moved.step_bytes`` its bytes).
 Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n); A (r, d); B (n, r).
 """
 
@@ -28,9 +27,10 @@ Results = dict[str, Tensor | None]
 
 
 def module(variant: str, device: torch.device) -> ModuleType | str:
-    """The primitives behind a variant, or why they cannot run here.
+    """Return the primitives of a variant, or the reason why they cannot run here.
 
-    "flare" is what the package picks at each size, "triton" the kernels alone, "peer" the plain BLAS form.
+    Args:
+        variant: "flare": what the package picks at each size. "triton": only the kernels. "peer": the plain BLAS form.
     """
     if variant == "peer":
         return torch_ops
@@ -43,7 +43,7 @@ def module(variant: str, device: torch.device) -> ModuleType | str:
 
 
 def recorded_launches(shape: KernelShape) -> int | None:
-    """How many Triton kernels a call launches, told without running one; None where there is no Triton."""
+    """Return the number of Triton kernels that a call launches, without running it; None without Triton."""
     try:
         from flare_kernels.launch_mode import recording
         from flare_kernels.triton_ops import primitives as triton_ops
@@ -55,13 +55,13 @@ def recorded_launches(shape: KernelShape) -> int | None:
 
 
 def operands(shape: KernelShape, device: torch.device) -> Operands:
-    """Random inputs of unit scale; adapters as they are stored for bf16 training."""
+    """Return random inputs of unit scale. The adapters are in bf16."""
     M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*size, device=device, dtype=DTYPE) * scale
 
-    made = {
+    makers = {
         "shrink": lambda: {"x": randn(M, d), "x_source": randn(M, d), "A": randn(r, d, scale=d**-0.5)},
         "expand": lambda: {
             "y": randn(M, n),
@@ -78,11 +78,11 @@ def operands(shape: KernelShape, device: torch.device) -> Operands:
         "grad_weight": lambda: {"dT": randn(M, r), "x": randn(M, d), "dS": randn(M, r), "x_source": randn(M, d)},
         "grad_input": lambda: {"dT": randn(M, r), "A": randn(r, d, scale=r**-0.5)},
     }
-    return made[shape.primitive]()
+    return makers[shape.primitive]()
 
 
 def run(primitive: str, ops: ModuleType, t: Operands) -> Results:
-    """One call. ``expand`` writes into t["y"], as in training."""
+    """Call a primitive once; return its results by name. ``expand`` adds to t["y"] in place, as in training."""
     call: Any = ops
     if primitive == "shrink":
         T, S = call.shrink(t["x"], t["x_source"], t["A"], compute_dtype=DTYPE)
@@ -101,7 +101,7 @@ def run(primitive: str, ops: ModuleType, t: Operands) -> Results:
 
 
 def oracle(primitive: str, t: Operands) -> dict[str, Tensor]:
-    """The same in float64, written out; t in float64."""
+    """Return the results of the written-out formula. ``t`` is in float64."""
     if primitive == "shrink":
         return {"T": t["x"] @ t["A"].T, "S": t["x_source"] @ t["A"].T}
     if primitive == "expand":
@@ -116,7 +116,7 @@ def oracle(primitive: str, t: Operands) -> dict[str, Tensor]:
 
 
 def flops(shape: KernelShape) -> int:
-    """Floating-point operations of the products."""
+    """Return the floating-point operations of the matrix products."""
     M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
     wide, out = 2 * M * r * d, 2 * M * r * n
     return {

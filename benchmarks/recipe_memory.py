@@ -1,24 +1,25 @@
-"""What the paper's recipes need on 1, 4 and 8 GPUs, computed: no GPU is used, nothing is measured.
+"""Memory of the paper's recipes on 1, 4 and 8 GPUs, computed from sizes. No GPU is needed; nothing is measured.
 
     python benchmarks/recipe_memory.py
 
-Parameter counts are those of the models built on the meta device. Bytes of a process (DDP: a whole model on each GPU):
+Parameters are counted on models built on the meta device. Bytes of a process (DDP: a whole model on each GPU):
 
 =================  ===================================================================================================
-base               4 a weight in float32, 2 in bfloat16, NF4: 1/2 + 1/64 + 1/4096 (its blocks' scales, quantised twice)
-trained weights    4 (weight) + 4 (gradient) + 8 (AdamW; 2 where it is the 8-bit one), float32
-source states      2 d for each token and fusing block: source_memory="keep"
-block              what autograd keeps of one block for each token, without checkpointing, in bfloat16 autocast:
+base               4 per weight in float32, 2 in bfloat16; NF4: 1/2 + 1/64 + 1/4096 (scales of blocks, quantised twice)
+trained weights    4 (weight) + 4 (gradient) + 8 (AdamW; 2 for the 8-bit AdamW), float32
+source states      2 d per token and fusing block: source_memory="keep"
+block              what autograd saves per token of one block, without checkpointing, in bfloat16 autocast:
                    2 (6 d) for x, q, k, v, the attention's output and its input; 4 (2 d) for the inputs of two norms;
-                   2 d for masks of dropout (not Llama and Gemma 2); 2 f a for the feed-forward layer of width f, a = 1
-                   (one activation) or 3 (gated); mT5, whose attention is not fused: 7 m for each head (scores)
-checkpointing      2 d for each token and block, and one block as above
-logits             10 for each token and word of the vocabulary: bfloat16, a float32 copy, its gradient
+                   2 d for dropout masks (not Llama and Gemma 2); 2 f a for the feed-forward layer of width f, a = 1
+                   (one activation) or 3 (gated); mT5, which has no fused attention: 7 m per head (scores)
+checkpointing      2 d per token and block, plus one block as above
+logits             10 per token and vocabulary entry: bfloat16, a float32 copy, its gradient
 =================  ===================================================================================================
 
-Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 a trained
-weight), mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, no dropout, and
-weights and norms in bfloat16 the same count gives 5.7 GiB; an H200's peak was 5.8 (benchmarks/results/nvidia-h200).
+Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 per trained
+weight), and mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, no dropout, and
+weights and norms in bfloat16, the same formula gives 5.7 GiB. The measured peak on an H200 was 5.8 GiB
+(benchmarks/results/nvidia-h200).
 """
 
 from __future__ import annotations
@@ -43,19 +44,28 @@ RECIPES = {"paper-xlmr": XLMR, "paper-mt5": MT5, "paper-llama": LLAMA, "paper-ge
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one process: `base`, `trained` (weights, gradients, optimizer) and `row`, of each row of a batch."""
+    """Memory of one process in bytes.
+
+    Attributes:
+        base: the frozen weights.
+        trained: trained weights, their gradients and the optimizer's state.
+        row: each row of a batch.
+    """
 
     base: float
     trained: float
     row: float
 
-    def of(self, rows: int, shards: int = 1) -> float:
-        """With so many rows; the base sharded over so many processes (its largest unit, gathered, is left out)."""
+    def total(self, rows: int, shards: int = 1) -> float:
+        """Return the bytes for a batch of ``rows``, with the base sharded over ``shards`` processes.
+
+        The largest unit of a sharded base, which is gathered in use, is not counted.
+        """
         return self.base / shards + self.trained + rows * self.row
 
 
 def need(name: str, m: int) -> Need:
-    """What a recipe needs at a length."""
+    """Return the memory of a recipe for texts of m tokens."""
     shape, recipe = RECIPES[name], Recipe.read(f"{name}/{LENGTHS[m]}")
     with torch.device("meta"):
         base = base_model(shape, shape.layers, 512, torch.device("meta"), torch.float32)
@@ -65,7 +75,7 @@ def need(name: str, m: int) -> Need:
         if isinstance(module, torch.nn.Linear) and "head" not in path and "classifier" not in path
     )
     others = sum(parameter.numel() for parameter in base.parameters()) - linears
-    if shape is MT5:  # its head is not its embedding, as benchmarks/models.py makes it
+    if shape is MT5:  # models.py builds it with a head that is not tied to the embedding
         others += shape.vocabulary * shape.d if base.config.tie_word_embeddings else 0
     wide = 4 if recipe.dtype == "float32" else 2
     frozen = linears * NF4 + others * wide if recipe.quantization else (linears + others) * wide
@@ -93,14 +103,14 @@ def table() -> str:
     lines = ["| " + " | ".join([*head, "8 GPUs, FSDP2"]) + " |", "|---|" + "---:|" * len(head)]
     for name in RECIPES:
         for m in LENGTHS:
-            found, training = need(name, m), Recipe.read(f"{name}/{LENGTHS[m]}").training
-            cells = [name, str(m), *(f"{part / GIB:.2f}" for part in (found.base, found.trained, found.row))]
+            memory, training = need(name, m), Recipe.read(f"{name}/{LENGTHS[m]}").training
+            cells = [name, str(m), *(f"{part / GIB:.2f}" for part in (memory.base, memory.trained, memory.row))]
             for gpus in GPUS:
                 rows, steps = of_one_process(training, gpus)
                 batch = f"{rows} x {steps}" if steps > 1 else str(rows)
-                cells.append(f"{batch}, {found.of(rows) / GIB:.0f}")
+                cells.append(f"{batch}, {memory.total(rows) / GIB:.0f}")
             rows = of_one_process(training, 8)[0]
-            lines.append("| " + " | ".join([*cells, f"{found.of(rows, 8) / GIB:.0f}"]) + " |")
+            lines.append("| " + " | ".join([*cells, f"{memory.total(rows, 8) / GIB:.0f}"]) + " |")
     return "\n".join(lines)
 
 

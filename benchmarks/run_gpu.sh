@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# On a GPU machine:
+# Tests and benchmarks for a GPU machine:
 #
-#   benchmarks/run_gpu.sh            compiles, tests, measures every number of summary.json and tunes; under 10 minutes
-#   benchmarks/run_gpu.sh tune       times every candidate launch; launch-table.json for flare_kernels/tables; under 9 minutes
-#   benchmarks/run_gpu.sh sweep N    part N of the whole grid (python benchmarks/sweep.py lists the parts); under 9 minutes
+#   benchmarks/run_gpu.sh            compile, test, measure every number of summary.json, and tune; under 10 minutes
+#   benchmarks/run_gpu.sh tune       time every candidate launch, for flare_kernels/tables; under 9 minutes
+#   benchmarks/run_gpu.sh sweep N    run part N of the whole grid (python benchmarks/sweep.py lists them); under 9 minutes
 #
-# Results go to benchmarks/results/<gpu>, or to the folder $OUT: of the first form they are one file there,
-# results.tar.gz, packed again after each step and every 15 seconds. Each step has a time limit, and what was measured
-# before one ran out is kept. A sweep skips cases that have a result of the same sources in either folder.
-# Nothing is installed: it takes python3 (or $PYTHON) and the packages that are there. Where there is no git, name the
-# commit: FLARE_COMMIT=... . FLARE_BENCH_SECONDS limits the first form as a whole (default 570). FLARE_BENCH_DRY=1 takes
-# the same path with tiny sizes and without limits, on a CPU too.
+# Results go to benchmarks/results/<gpu>, or to the folder $OUT. The first form writes one file to $OUT, results.tar.gz,
+# and updates it after each step and every 15 seconds. Each step has a time limit; measurements made before the limit are
+# kept. A sweep skips cases that have a result of the same sources in either folder.
+# The script installs nothing. It uses python3 (or $PYTHON) and the installed packages. Without git, set the commit with
+# FLARE_COMMIT. FLARE_BENCH_SECONDS limits the first form as a whole (default 570). FLARE_BENCH_DRY=1 runs the same steps
+# with tiny sizes and without limits, also on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -41,7 +41,7 @@ if [ "${1:-}" = sweep ]; then
   exit $status
 fi
 
-tune() { # tune SECONDS ARGUMENTS...: the table is written entry by entry
+tune() { # tune SECONDS ARGUMENTS...: the table is updated after each entry
   local limit=$1
   shift
   step "$limit" tune "$PYTHON" -u -m flare bench --tune --overwrite --output "$RESULTS/launch-table.json" "$@"
@@ -51,26 +51,26 @@ if [ "${1:-}" = tune ]; then
   mkdir -p "$RESULTS"
   LOG="$RESULTS/tune.txt"
   : > "$LOG"
-  # compiling is not timed by --budget: the limit of the step keeps what was found by then
+  # --budget does not include compiling; if the step reaches its limit, the table written so far is kept
   tune 530 --budget 400 "${@:2}"
   exit $status
 fi
 
 begin
-END=$((${FLARE_BENCH_SECONDS:-570} - 30)) # what is left is for the summary
+END=$((${FLARE_BENCH_SECONDS:-570} - 30)) # the remaining time is for the summary
 GPU_TESTS="tests/test_models_on_cuda.py tests/kernels/test_cuda.py tests/test_source_cache_warm.py tests/experiments/test_measure.py
   tests/test_compile.py"
 
-# 1. compile what the measurements launch
-# 2. tests that a GPU answers: whole models first, then every kernel
+# 1. compile the kernels that the measurements launch
+# 2. tests that need a GPU: whole models first, then every kernel
 # 3. whole steps, projections, padded steps, the tuner
-# 4. in the time that is left: the other questions, and the projections with the tuner's table
+# 4. in the remaining time: the other questions, and the projections with the tuner's table
 if [ -n "$DRY" ]; then
   step 0 "compile" "$PYTHON" benchmarks/precompile.py --jobs 1 --most 1
   step 0 "tests" "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_cuda.py
   bench 0 "whole steps" steps.json benchmarks/test_training_step.py -k "step/xlmr"
   bench 0 "projections" projections.json benchmarks/test_projection.py -k "xlmr-qv"
-  [ -e /dev/nvidiactl ] && tune 0 --shapes xlm-r-large --tokens 512 --ranks 8 # there is nothing to tune on a CPU
+  [ -e /dev/nvidiactl ] && tune 0 --shapes xlm-r-large --tokens 512 --ranks 8 # a CPU has nothing to tune
   bench 0 "more" more.json benchmarks/test_generation.py benchmarks/test_host_time.py -k "decode/xlmr/M1- or host/xlmr/plain"
 else
   CORES=$(nproc)
@@ -96,7 +96,7 @@ MEASURED=()
 for name in steps padded projections more; do [ -f "$RESULTS/$name.json" ] && MEASURED+=("$RESULTS/$name.json"); done
 if [ ${#MEASURED[@]} -gt 0 ]; then
   if "$PYTHON" -c 'import matplotlib' 2> /dev/null; then
-    step 20 "table and pictures" "$PYTHON" benchmarks/plot.py "${MEASURED[@]}" --output "$RESULTS"
+    step 20 "table and figures" "$PYTHON" benchmarks/plot.py "${MEASURED[@]}" --output "$RESULTS"
   fi
   step 10 "summary.json" "$PYTHON" benchmarks/summary.py "${MEASURED[@]}" --output "$RESULTS/summary.json"
 else

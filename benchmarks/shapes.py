@@ -1,8 +1,8 @@
 """Sizes that the benchmarks run: models from their published configurations, and the grids of cases over them.
 
-Three grids: ``tiny`` (what a CPU runs: stand-ins of the same proportions), ``main`` (what a GPU runs unless told
-otherwise: everything that `summary.json` needs, and a few sizes around it) and ``full`` (everything).
-Letters: d width, M tokens, B rows, m tokens a row, r rank, L blocks.
+Three grids: ``tiny`` (default on a CPU: small models of the same proportions), ``main`` (default on a GPU: everything
+that `summary.json` needs, and a few more sizes) and ``full`` (everything).
+Letters: d width, M tokens, B rows, m tokens per row, r rank, L blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PRECISIONS = ("plain", "nf4")  # of the frozen weights: the dtype in the row, or
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A transformer: width, inner width of the feed-forward layer, heads, and how wide the key and value heads are."""
+    """Sizes of a transformer. ``inner`` is the width of the feed-forward layer; ``stand_in``: not a published model."""
 
     name: str
     family: str
@@ -36,12 +36,12 @@ class ModelShape:
 
     @property
     def n_q(self) -> int:
-        """Output width of the query projection."""
+        """Return the output width of the query projection."""
         return self.heads * self.head_dim
 
     @property
     def n_v(self) -> int:
-        """Output width of the key and of the value projection."""
+        """Return the output width of the key projection and of the value projection."""
         return self.kv_heads * self.head_dim
 
 
@@ -55,7 +55,7 @@ TINY_XLMR = ModelShape("XLM-R-like", "xlmr", 128, 512, 2, 2, 2, 64, 256, bias=Tr
 TINY_GEMMA2 = ModelShape("Gemma-2-like", "gemma2", 128, 512, 2, 2, 1, 64, 256, stand_in=True)
 TINY_MT5 = ModelShape("mT5-like", "mt5", 128, 320, 2, 2, 2, 64, 256, stand_in=True)
 
-# as small as a model can be, so that a CPU's step is the host's work
+# tiny, so that nearly all of a step's time on a CPU is host work
 HOST_XLMR = ModelShape("XLM-R-like, d = 64", "xlmr", 64, 64, 6, 2, 2, 32, 128, bias=True, stand_in=True)
 HOST_LLAMA = ModelShape("Llama-like, d = 64", "llama", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
 HOST_MT5 = ModelShape("mT5-like, d = 64", "mt5", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
@@ -78,12 +78,12 @@ class KernelShape:
 
     @property
     def n(self) -> int:
-        """Output width."""
+        """Return the output width."""
         return self.model.n_q if self.projection == "q" else self.model.n_v
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Output widths of the adapted projections."""
+        """Return the output widths of the adapted projections."""
         return (self.n,)
 
     @property
@@ -96,13 +96,13 @@ class KernelShape:
 
     @property
     def estimate_s(self) -> float:
-        """Seconds the case takes on a data-centre GPU, for balancing the parts of a sweep."""
+        """Return the estimated seconds of the case on a data-centre GPU, to balance the parts of a sweep."""
         return 2.0 + 2e-4 * self.M
 
 
 @dataclass(frozen=True)
 class ProjectionShape:
-    """Query and value projection of one block (with ``key`` the frozen key projection too)."""
+    """Query and value projections of one block; with ``key`` also the frozen key projection."""
 
     model: ModelShape
     M: int
@@ -114,7 +114,7 @@ class ProjectionShape:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Output widths of the adapted projections."""
+        """Return the output widths of the adapted projections."""
         return (self.model.n_q, self.model.n_v)
 
     @property
@@ -134,9 +134,9 @@ class ProjectionShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """B rows of m tokens through ``depth`` blocks (None: as many as fit the device's memory).
+    """A step on B rows of m tokens through ``depth`` blocks (None: as many as fit into the device's memory).
 
-    ``padded``: three eighths of the positions are pads, and the masks are given; else rows are full and have no mask.
+    ``padded``: three eighths of the positions are padding, with masks. Otherwise rows are full and have no mask.
     """
 
     model: ModelShape
@@ -156,7 +156,7 @@ class StepShape:
 
     @property
     def has_liger(self) -> bool:
-        """Whether the methods over Liger's kernels have rows: those of a causal model's whole step on full rows."""
+        """Return whether the case has rows over Liger's kernels: a causal model's whole step on full rows."""
         causal = self.model.family in ("llama", "gemma2")
         return causal and self.question == "step" and self.precision == "plain" and not self.padded
 
@@ -174,7 +174,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class HostShape:
-    """B rows of m tokens through ``depth`` blocks, to see what the host does in a step.
+    """A step on B rows of m tokens through ``depth`` blocks, for the host's work.
 
     ``setting``: "plain", "dropout" (lora_dropout 0.1) or "checkpointing" (every block, use_reentrant=False).
     """
@@ -203,7 +203,7 @@ class HostShape:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """The adapters of one block on M new tokens, the source's bottleneck known."""
+    """The adapters of one block on M new tokens; the source's bottleneck S is an input."""
 
     model: ModelShape
     M: int
@@ -226,7 +226,7 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class GenerateShape:
-    """`generate`: B prompts of m tokens, ``new`` tokens each."""
+    """A call of `generate`: B prompts of m tokens, ``new`` tokens each."""
 
     model: ModelShape
     B: int
@@ -254,10 +254,10 @@ Shape = KernelShape | ProjectionShape | StepShape | HostShape | DecodeShape | Ge
 
 
 def grid() -> str:
-    """The grid in force: FLARE_BENCH_GRID, else ``main`` where there is a GPU and ``tiny`` where there is none.
+    """Return the name of the grid: FLARE_BENCH_GRID; by default ``main`` with a GPU and ``tiny`` without.
 
     Raises:
-        ValueError: a grid of another name.
+        ValueError: there is no grid of that name.
     """
     chosen = os.environ.get("FLARE_BENCH_GRID") or ("main" if torch.cuda.is_available() else "tiny")
     if chosen not in GRIDS:
@@ -266,7 +266,7 @@ def grid() -> str:
 
 
 def kernels(which: str) -> list[KernelShape]:
-    """Five primitives; M from 1 to 32k, r in 8, 64, 128."""
+    """Return the cases of the five primitives; in ``full`` M from 1 to 32k and r of 8, 64 and 128."""
     if which == "tiny":
         return [KernelShape(m, p, q, 512, 16) for m, q in ((TINY_LLAMA, "v"), (TINY_XLMR, "q")) for p in PRIMITIVES]
     projections = [(LLAMA, "q"), (LLAMA, "v"), (XLMR, "q")]
@@ -278,7 +278,7 @@ def kernels(which: str) -> list[KernelShape]:
 
 
 def projections(which: str) -> list[ProjectionShape]:
-    """q and v; with the frozen k; over nf4 weights."""
+    """Return the cases of q and v; also with the frozen k, and over nf4 weights."""
     if which == "tiny":
         base = [ProjectionShape(TINY_LLAMA, 512, 8), ProjectionShape(TINY_XLMR, 512, 8)]
         return [*base, replace(base[0], key=True), replace(base[0], precision="nf4")]
@@ -293,7 +293,7 @@ def projections(which: str) -> list[ProjectionShape]:
 
 
 def blocks(which: str) -> list[StepShape]:
-    """One transformer block."""
+    """Return the cases of one transformer block."""
     if which == "tiny":
         return [StepShape(model, 2, 32, 8, depth=1, question="block") for model in TINY]
     if which == "main":
@@ -307,7 +307,7 @@ def blocks(which: str) -> list[StepShape]:
 
 
 def steps(which: str) -> list[StepShape]:
-    """Whole training steps, on full rows and on padded ones; ``main`` has a Llama whose steps take their time."""
+    """Return the cases of whole training steps, on full rows and on padded rows."""
     if which == "tiny":
         tiny = [StepShape(model, 4, 32, 8, depth=model.layers) for model in TINY]
         return [*tiny, *(replace(full, padded=True) for full in tiny[:2])]
@@ -324,7 +324,7 @@ def steps(which: str) -> list[StepShape]:
 
 
 def host(which: str) -> list[HostShape]:
-    """Training steps for the host's share; on a CPU more than 64 rows, or the form for decoding would run."""
+    """Return the training steps for host work. On a CPU they have over 64 tokens: fewer would run the decoding form."""
     if which == "tiny":
         models = (HOST_XLMR, HOST_LLAMA, HOST_MT5)
         return [HostShape(model, 2, 64, 8, model.layers, setting) for model in models for setting in HOST_SETTINGS]
@@ -335,31 +335,31 @@ def host(which: str) -> list[HostShape]:
 
 
 def scaling(which: str) -> list[StepShape]:
-    """One thing varied at a time around a middle: m, batch, r, depth."""
+    """Return cases that vary one of m, batch, r and depth from a base case."""
     if which == "main":
         return []
     if which == "tiny":
-        middle = StepShape(TINY_LLAMA, 2, 32, 8, depth=2, question="scaling")
+        base = StepShape(TINY_LLAMA, 2, 32, 8, depth=2, question="scaling")
         varied = [{"m": 16}, {"m": 64}, {"depth": 1}]
-        # as long as the paper's texts: what a frozen source pass saves against one text of twice the length
+        # as long as the paper's texts, where a frozen source pass saves most against one text of 2m tokens
         long = StepShape(TINY_XLMR, 1, 512, 8, depth=2, question="scaling")
-        return [middle, *(replace(middle, **change) for change in varied), long]
-    found: dict[str, StepShape] = {}
+        return [base, *(replace(base, **change) for change in varied), long]
+    cases: dict[str, StepShape] = {}
     for model in (XLMR, LLAMA):
-        middle = StepShape(model, 16, 256, 64, depth=8, question="scaling")
+        base = StepShape(model, 16, 256, 64, depth=8, question="scaling")
         changes: list[dict[str, int]] = [{}]
         changes += [{"m": m} for m in (64, 128, 512, 1024)]
         changes += [{"B": B} for B in (1, 4, 32)]
         changes += [{"r": r} for r in (8, 128)]
         changes += [{"depth": depth} for depth in (1, 2, 4, 16)]
         for change in changes:
-            shape = replace(middle, **change)  # type: ignore[arg-type]
-            found[shape.case] = shape
-    return list(found.values())
+            shape = replace(base, **change)  # type: ignore[arg-type]
+            cases[shape.case] = shape
+    return list(cases.values())
 
 
 def decoding(which: str) -> list[DecodeShape]:
-    """Adapters on a few new tokens."""
+    """Return the cases of adapters on a few new tokens."""
     if which == "tiny":
         return [DecodeShape(model, M, 8) for model in (TINY_LLAMA, TINY_XLMR) for M in (1, 16)]
     models, sizes = ((LLAMA, XLMR), (1, 64)) if which == "main" else (REAL, (1, 2, 4, 8, 16, 32, 64))
@@ -367,7 +367,7 @@ def decoding(which: str) -> list[DecodeShape]:
 
 
 def generation(which: str) -> list[GenerateShape]:
-    """Whole `generate` calls of the decoders."""
+    """Return the cases of whole `generate` calls."""
     if which == "tiny":
         return [GenerateShape(TINY_LLAMA, 2, 16, 4, 8, depth=2)]
     if which == "main":

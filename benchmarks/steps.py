@@ -1,4 +1,4 @@
-"""A training step as a case: the methods of models.py as variants, gated, counted, and ready to be timed in turn."""
+"""Cases of a training step: every method of models.py, liger.py and fast_steps.py as a variant."""
 
 from __future__ import annotations
 
@@ -24,42 +24,43 @@ from torch import Tensor
 import flare_kernels
 from flare.experiments.measure import count_calls, count_flops, count_ops, peak_bytes, saved_bytes
 
-#: The rows whose growth is drawn.
+#: The rows of a scaling case.
 SCALED = ("lora", "input-fusion", "authors", "eager-sdpa", "flare", "flare-offload", "flare-recompute", "flare-warm")
 #: The eager rows of a padded step.
 _PADDED = ("peft-lora", "lora", "input-fusion", "eager-sdpa", "flare", "flare-warm")
-#: Rows that take the most memory.
-_HUNGRY = ("input-fusion", "authors")
+#: The rows that need the most memory.
+_MOST_MEMORY = ("input-fusion", "authors")
 #: Rows of PEFT's own layers in eager mode.
-_PEFTS_OWN = ("peft-lora", "authors", "eager-sdpa")
+_EAGER_PEFT = ("peft-lora", "authors", "eager-sdpa")
+#: Rows whose step has a source pass.
 _READ_SOURCE = ("authors", "eager-sdpa", "flare", "flare-offload", "flare-recompute")
 
 
 def effort(device: torch.device) -> Effort:
-    """A whole step is long: fewer rounds on a GPU; on a CPU as many as its neighbours ask for."""
+    """Return fewer rounds than the default on a GPU, where a step is long, and more on a CPU, where others run too."""
     return Effort(6.0, 3, 20, 1) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
 
 
 def depth_that_fits(shape: StepShape, device: torch.device) -> int:
-    """The deepest model, up to the real one, whose hungriest method should fit the device's memory."""
+    """Return the largest depth, up to the model's own, at which every method should fit into the device's memory."""
     model, tokens = shape.model, shape.B * shape.m
     if device.type != "cuda":
         return shape.depth or model.layers
     total = 0.85 * torch.cuda.get_device_properties(device).total_memory
-    of_head = 2 * 2 * model.vocabulary * model.d + 2 * tokens * model.vocabulary * 12
+    head_bytes = 2 * 2 * model.vocabulary * model.d + 2 * tokens * model.vocabulary * 12
     if model.family == "xlmr":
-        of_head = 2 * model.vocabulary * model.d
+        head_bytes = 2 * model.vocabulary * model.d
     weights = 2 * (2 * model.d * model.n_q + 2 * model.d * model.n_v + 3 * model.d * model.inner)
-    twice_as_long = 2 * tokens * 2 * (12 * model.d + 5 * model.inner)
-    eager_length = (2 if model.family == "gemma2" else 1) * shape.m  # Gemma 2 has no other attention
-    scores = eager_length * twice_as_long // (2 * shape.m) + shape.B * model.heads * eager_length**2 * 8
+    joined_text = 2 * tokens * 2 * (12 * model.d + 5 * model.inner)
+    eager_length = (2 if model.family == "gemma2" else 1) * shape.m  # Gemma 2 has only eager attention
+    scores = eager_length * joined_text // (2 * shape.m) + shape.B * model.heads * eager_length**2 * 8
     stacks = 2 if model.family == "mt5" else 1
-    fits = int((total - of_head) / (stacks * (weights + max(twice_as_long, scores))))
+    fits = int((total - head_bytes) / (stacks * (weights + max(joined_text, scores))))
     return max(1, min(shape.depth or model.layers, fits))
 
 
 def methods_of(shape: StepShape) -> tuple[str, ...]:
-    """The rows of a case."""
+    """Return the rows of a case."""
     if shape.question == "scaling":
         return SCALED
     eager = _PADDED if shape.padded else METHODS
@@ -67,7 +68,7 @@ def methods_of(shape: StepShape) -> tuple[str, ...]:
 
 
 def build(shape: StepShape, device: torch.device) -> Variants:
-    """Every method on one set of weights; where memory does not suffice, at half the depth."""
+    """Return every method on one set of weights. If memory does not suffice, halve the depth and try again."""
     reason = refusal(shape.precision)
     if reason is not None:
         return dict.fromkeys(methods_of(shape), reason)
@@ -75,14 +76,14 @@ def build(shape: StepShape, device: torch.device) -> Variants:
         vocabulary = min(SMALL_VOCABULARY, shape.model.vocabulary)
         shape = replace(shape, model=replace(shape.model, vocabulary=vocabulary))
     refused = {method: _refusal(method, shape, device) for method in methods_of(shape)}
-    alone = ("frozen", *fast_steps.COMPILED)  # transformers' own; compiling twice would take too long
-    runnable = [method for method, why in refused.items() if why is None and method not in alone]
+    unchecked = ("frozen", *fast_steps.COMPILED)  # transformers' own model; compiling twice would take too long
+    runnable = [method for method, why in refused.items() if why is None and method not in unchecked]
     with quiet():
         errors = small_errors(shape, runnable, device)
     depth = depth_that_fits(shape, device)
     while True:
         try:
-            _give_back(device)
+            _free_memory(device)
             with quiet():
                 return _build(shape, depth, device, refused, errors)
         except torch.OutOfMemoryError:
@@ -91,7 +92,7 @@ def build(shape: StepShape, device: torch.device) -> Variants:
             depth //= 2
 
 
-def _give_back(device: torch.device) -> None:
+def _free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -113,9 +114,9 @@ def _build(
     models, batch = models_of(shape, depth, device), batch_of(shape, device)
     optimizer = None if shape.question == "block" else torch.optim.AdamW(models.trained, lr=1e-5)
     case = _Case(models, shape, depth, batch, optimizer, errors)
-    for method in ("lora", *_HUNGRY):  # the optimizer's state exists from here on
+    for method in ("lora", *_MOST_MEMORY):  # creates the optimizer's state
         if method in refused and (method == "lora" or device.type == "cuda"):
-            case.step(method)  # where the memory's worst is too much, all methods get less
+            case.step(method)  # runs out of memory here, so that the depth is halved for all methods
     variants: dict[str, Variant | str] = {}
     for method, why in refused.items():
         reason = why or models.refusal(method)
@@ -125,7 +126,7 @@ def _build(
 
 
 class _Case:
-    """The variants of one shape over one set of weights."""
+    """Builds the variants of one shape over one set of weights."""
 
     def __init__(
         self,
@@ -141,31 +142,35 @@ class _Case:
         self.device = batch.pair["input_ids"].device
         self.fast = FastSteps(models)
         self.truth = Truth(models, batch)
-        self.at_first = [parameter.detach().clone() for parameter in models.trained]
+        self.initial = [parameter.detach().clone() for parameter in models.trained]
         self._counted: dict[str, dict[str, Any]] = {}
 
     def step(self, method: str) -> dict[str, Tensor]:
-        """Run forward, backward and the optimizer's step; return the adapters' gradients."""
+        """Run forward, backward and the optimizer's step; return the gradients of the adapters."""
         self.models.loss(method, self.batch).backward()
         if self.optimizer is not None and method != "frozen":
             self.optimizer.step()
-        return self.fast.taken()
+        return self.fast.pop_gradients()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the adapters to what they were before the first step: gradients are compared there."""
-        torch._foreach_copy_(self.models.trained, self.at_first)
+        """Reset the adapters to their initial weights, with which gradients are compared."""
+        torch._foreach_copy_(self.models.trained, self.initial)
 
     def require(self, method: str, grads: dict[str, Tensor]) -> dict[str, float]:
-        """Return a method's errors at two blocks (a compiled one's: of its eager form) and at full size.
+        """Return a method's gradient errors at two blocks and at full size.
 
-        Raises what was raised at two blocks, or WrongResult. PEFT's own eager layers have nothing to be compared with
-        at full size.
+        The first is that of the eager form for compiled methods. PEFT's own eager layers are the reference at full size
+        and have no second error.
+
+        Raises:
+            Exception: what the method raised at two blocks.
+            WrongResult: the error at full size is too large.
         """
         small = self.errors[fast_steps.COMPILED.get(method, method)]
         if isinstance(small, Exception):
             raise small
-        if method in _PEFTS_OWN:
+        if method in _EAGER_PEFT:
             return {"two_blocks": small}
         return {"two_blocks": small, "full_size": self.truth.require(method, grads, exact=False)}
 
@@ -180,7 +185,7 @@ class _Case:
         }
 
     def fast_variant(self, method: str) -> Variant:
-        """A row of fast_steps.py."""
+        """Return a row of fast_steps.py."""
         facts = self._facts(fast_steps.eager_form(method))
 
         def require(grads: dict[str, Tensor]) -> None:
@@ -189,7 +194,7 @@ class _Case:
         return fast_steps.variant(self.fast, method, self.batch, require, self.optimizer, facts, self.restore)
 
     def variant(self, method: str) -> Variant:
-        """An eager row of models.py or liger.py."""
+        """Return an eager row of models.py or liger.py."""
         facts = self._facts(liger.ROWS.get(method, method))
 
         def call() -> None:
@@ -200,7 +205,7 @@ class _Case:
             if method == "frozen":  # transformers' own model
                 return
             self.restore()
-            with quiet():  # one step is gated and counted: at full size each costs a part of the case's time
+            with quiet():  # one step is both checked and counted, because steps at full size are slow
                 grads, self._counted[method] = self._counted_step(method)
                 self.restore()
                 facts["gradient_error"] = self.require(method, grads)
@@ -212,15 +217,15 @@ class _Case:
         return Variant(call, check, count, facts)
 
     def _counted_step(self, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Run a step; return its gradients and counters, on a GPU with launches and device-busy seconds."""
+        """Run a step; return its gradients and counters. On a GPU they include launches and device-busy seconds."""
         models, device = self.models, self.device
-        if method == "flare-warm":  # from here on no source pass is due
+        if method == "flare-warm":  # fill the cache, so that no source pass runs
             with torch.no_grad():
                 models.loss(method, self.batch)
-        # before the step, so that what only a first forward makes is not counted
+        # runs before the measured step, which therefore excludes what only a first forward allocates
         with saved_bytes(ignore=[models.stock.parameters(), self.batch.pair, self.batch.joined]) as saved:
-            kept = models.loss(method, self.batch)
-        del kept
+            loss = models.loss(method, self.batch)
+        del loss
         state = [] if self.optimizer is None else self.optimizer.state_dict()
         live = [models.trained, list(models.stock.parameters()), state]
         blocks, grads = models.blocks(method), {}
@@ -228,77 +233,81 @@ class _Case:
             work = device_work(lambda: grads.update(self.step(method)), device, warmed=True)
             if work is None:
                 grads.update(self.step(method))
-        due = EXECUTIONS.get(liger.ROWS.get(method, method), 2) * len(blocks)
-        if ran.total != due:
-            raise WrongResult(f"a step ran {ran.total} blocks, {due} are due")
-        self.fast.needs[method] = peak.above_start
-        found = {
+        expected = EXECUTIONS.get(liger.ROWS.get(method, method), 2) * len(blocks)
+        if ran.total != expected:
+            raise WrongResult(f"a step ran {ran.total} blocks, expected {expected}")
+        self.fast.eager_bytes[method] = peak.above_start
+        counters: dict[str, Any] = {
             "block_executions": ran.total,
             "saved_bytes": saved.total,
             "peak_bytes": peak.peak,
             "peak_bytes_above_start": peak.above_start,
         }
-        return grads, found if work is None else {**found, "launches": work.launches, "device_busy_s": work.busy_s}
+        return grads, counters if work is None else {
+            **counters,
+            "launches": work.launches,
+            "device_busy_s": work.busy_s,
+        }
 
     def _counters(self, method: str) -> dict[str, Any]:
         models, device = self.models, self.device
-        found = self._counted.pop(method, None) or self._counted_step(method)[1]
+        counters = self._counted.pop(method, None) or self._counted_step(method)[1]
         if device.type != "cuda":
-            with count_ops() as launched, count_flops() as flops:
+            with count_ops() as ops, count_flops() as flops:
                 self.step(method)
-            found["launches"] = launched.total
-            # what runs inside a Triton kernel, or in bitsandbytes, is not seen
+            counters["launches"] = ops.total
+            # FLOPs inside Triton kernels and bitsandbytes are not counted
             if self.shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
-                found["flops"] = flops.total
+                counters["flops"] = flops.total
         if method == "flare-warm":
-            found["cache_bytes"] = models.cache.nbytes  # on the device, within peak_bytes
+            counters["cache_bytes"] = models.cache.nbytes  # on the device, included in peak_bytes
         if method == "frozen":
-            found["frozen_block_s"] = block_seconds(models.frozen, self.batch, device)
+            counters["frozen_block_s"] = block_seconds(models.frozen, self.batch, device)
         if method in METHODS and (device.type != "cuda" or shapes.grid() == "full"):
-            found["parts_s"] = self._parts(method)
-        return found
+            counters["parts_s"] = self._parts(method)
+        return counters
 
     def _parts(self, method: str) -> dict[str, float]:
-        """Seconds of source pass, forward, backward and optimizer, each from an idle device to an idle device."""
+        """Return seconds of source pass, forward, backward and optimizer. The device is idle before and after each."""
         models, device = self.models, self.device
-        found: dict[str, list[float]] = {"source": [], "forward": [], "backward": [], "optimizer": []}
+        parts: dict[str, list[float]] = {"source": [], "forward": [], "backward": [], "optimizer": []}
 
         def source() -> object:
             if method in models.ours:
                 source = self.batch.source
                 return models.ours[method].encode_source(source["input_ids"], source.get("attention_mask"))
-            return models.all_states(models.of_method(method), self.batch)
+            return models.all_states(models.model_of(method), self.batch)
 
         for _ in range(1 if device.type == "cuda" else 3):
-            kept: list[Tensor] = []
-            forward = lambda kept=kept: kept.append(models.loss(method, self.batch))  # noqa: E731
-            alone = wall_seconds(source, device) if method in _READ_SOURCE else 0.0
-            whole = wall_seconds(forward, device)
-            found["source"].append(alone)
-            found["forward"].append(max(whole - alone, 0.0))
-            found["backward"].append(wall_seconds(kept.pop().backward, device))
+            losses: list[Tensor] = []
+            forward = lambda losses=losses: losses.append(models.loss(method, self.batch))  # noqa: E731
+            source_s = wall_seconds(source, device) if method in _READ_SOURCE else 0.0
+            forward_s = wall_seconds(forward, device)
+            parts["source"].append(source_s)
+            parts["forward"].append(max(forward_s - source_s, 0.0))
+            parts["backward"].append(wall_seconds(losses.pop().backward, device))
             steps = self.optimizer is not None and method != "frozen"
-            found["optimizer"].append(wall_seconds(self.optimizer.step, device) if steps else 0.0)
-            self.fast.drop()
-        return {name: statistics.median(seconds) for name, seconds in found.items()}
+            parts["optimizer"].append(wall_seconds(self.optimizer.step, device) if steps else 0.0)
+            self.fast.clear_gradients()
+        return {name: statistics.median(seconds) for name, seconds in parts.items()}
 
 
 def block_seconds(model: Any, batch: Batch, device: torch.device) -> float:
-    """Seconds of forward and dx of the first block of a frozen model: device-busy ones; of the wall on a CPU."""
-    block, given = blocks_below(model)[0], {}
+    """Return device-busy seconds of forward and dx of a frozen model's first block; wall time on a CPU."""
+    block, inputs = blocks_below(model)[0], {}
 
     def note(block: Any, args: Any, kwargs: Any) -> None:
-        given.update(args=args, kwargs=kwargs)
+        inputs.update(args=args, kwargs=kwargs)
 
     handle = block.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
         model(**batch.target)
     handle.remove()
-    x = given["args"][0].detach().requires_grad_()
+    x = inputs["args"][0].detach().requires_grad_()
     grad = torch.randn_like(x)
 
     def call() -> None:
-        y = block(x, *given["args"][1:], **given["kwargs"])
+        y = block(x, *inputs["args"][1:], **inputs["kwargs"])
         torch.autograd.grad(y if isinstance(y, Tensor) else y[0], x, grad)
 
     call()

@@ -1,9 +1,10 @@
-"""One number per target from the result files of one run.
+"""Compute one number per target from the result files of one run.
 
     python benchmarks/summary.py results.json [more.json ...] --output summary.json
 
-Every number is a ratio of two rows that were timed in turn on the same device. ``targets`` says which are met; on
-stand-in sizes or without a GPU nothing is judged, and the summary says so. A number whose rows are missing is null.
+Almost every number is a ratio of two rows that were timed in turn on the same device. ``targets`` tells which targets
+are met. With stand-in sizes or without a GPU, none is judged and ``note`` gives the reason. A number with missing rows
+is null.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import results
 
 FAMILIES = ("llama", "xlmr")
 _QUESTIONS = ("projection", "step", "decode")
-#: Whole steps on padded rows go by this name.
+#: Question of whole steps on padded rows.
 _PADDED = "padded-step"
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
@@ -27,20 +28,28 @@ Rows = dict[tuple[str, str], Row]
 
 @dataclass(frozen=True)
 class Key:
-    """One number of the summary: how it comes from rows, what it must be, and in words what it is."""
+    """One number of the summary.
+
+    Attributes:
+        name: its key in the summary.
+        meaning: what it is, in words.
+        number: computes it from the rows for a model family.
+        bound: "<=", ">=" or ">".
+        limits: the target of each family; None: no target.
+    """
 
     name: str
-    says: str
+    meaning: str
     number: Callable[[Rows, str], float]
     bound: str = ""
     limits: tuple[float | None, float | None] = (None, None)
 
     def limit(self, family: str) -> float | None:
-        """A family's target; None where there is none."""
+        """Return the target of a family; None if it has none."""
         return self.limits[FAMILIES.index(family)]
 
     def met(self, family: str, value: float | None) -> bool | None:
-        """Whether a value is within its target; None where there is no target or no value."""
+        """Return whether a value meets its target; None without a target or a value."""
         limit = self.limit(family)
         if limit is None or value is None:
             return None
@@ -56,7 +65,7 @@ def _row(rows: Rows, family: str, question: str, variant: str) -> Row:
 
 
 def _over(question: str, slow: str, fast: str) -> Callable[[Rows, str], float]:
-    """Seconds of one row over those of another."""
+    """Return a function: seconds of one row over those of another."""
     return lambda rows, family: _seconds(rows, family, question, slow) / _seconds(rows, family, question, fast)
 
 
@@ -93,13 +102,13 @@ def _wall_over_busy(variant: str) -> Callable[[Rows, str], float]:
 
 
 def _wall_over_device(rows: Rows, family: str) -> float:
-    """Of the captured step; of the eager one where none was captured."""
+    """Return wall over busy time of the captured step; of the eager step if none was captured."""
     captured = ("step/" + family, "flare-captured") in rows
     return _wall_over_busy("flare-captured" if captured else "flare")(rows, family)
 
 
 def _adapter_share(rows: Rows, family: str) -> float:
-    """Seconds for each token: a CPU's stand-ins of the two cases have other numbers of tokens."""
+    """Return the ratio from seconds per token, since the two cases may differ in their number of tokens."""
     frozen, joint = (_row(rows, family, *which) for which in (("step", "frozen"), ("projection", "flare-joint")))
     block = frozen["counters"]["frozen_block_s"] / (frozen["shape"]["B"] * frozen["shape"]["m"])
     adapters = (joint["median_s"] - _seconds(rows, family, "projection", "frozen")) / joint["shape"]["M"]
@@ -184,8 +193,8 @@ KEYS = (
     ),
     Key(
         "step_wall_over_device",
-        "a whole step, source states kept, captured in a CUDA graph (eager where none was captured): seconds that a "
-        "user waits over seconds in which the device is busy",
+        "a whole step, source states kept, captured in a CUDA graph (eager if none was captured): wall time over "
+        "device-busy time",
         _wall_over_device,
         "<=",
         (1.15, 1.15),
@@ -210,7 +219,8 @@ KEYS = (
         _over("step", "flare-captured", "lora-captured"),
     ),
 )
-BESIDE = (
+#: Further numbers, under the key "beside" of the summary.
+OTHER_KEYS = (
     Key(
         "warm_step_vs_lora",
         "a whole step with every source row in a cache on the device, over plain LoRA's",
@@ -239,7 +249,7 @@ BESIDE = (
     ),
     Key(
         "captured_wall_vs_busy",
-        "a captured step, source states kept: wall time over the time in which the device is busy",
+        "a captured step, source states kept: wall time over device-busy time",
         _wall_over_busy("flare-captured"),
         "<=",
         (1.15, 1.15),
@@ -264,7 +274,7 @@ BESIDE = (
 
 
 def headline_rows(loaded: list[dict[str, Any]]) -> Rows:
-    """(question/family, variant) -> row, of the cases that the summary is about."""
+    """Return the rows that the summary uses, by (question/family, variant)."""
     return {
         (f"{_PADDED if _is_padded(row) else row['question']}/{row['family']}", row["variant"]): row
         for result in loaded
@@ -278,23 +288,23 @@ def _is_padded(row: Row) -> bool:
 
 
 def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
-    """The summary of the result files of one run.
+    """Return the summary of the result files of one run.
 
     Raises:
-        ValueError: no files, or files of different sources or devices.
+        ValueError: there are no files, or they are of different sources or devices.
     """
     if not loaded:
         raise ValueError("no result files were given")
     for name in ("sources", "device"):
-        found = {result["run"][name] for result in loaded}
-        if len(found) > 1:
-            raise ValueError(f"the result files are of different runs: {name} {sorted(found)}")
+        values = {result["run"][name] for result in loaded}
+        if len(values) > 1:
+            raise ValueError(f"the result files are of different runs: {name} {sorted(values)}")
     rows = headline_rows(loaded)
     numbers: dict[str, dict[str, float | None]] = {}
     targets: dict[str, dict[str, Any]] = {}
     run = loaded[0]["run"]
     judged = run["device"] != "cpu" and bool(rows) and not any(row["stand_in"] for row in rows.values())
-    for key in (*KEYS, *BESIDE):
+    for key in (*KEYS, *OTHER_KEYS):
         numbers[key.name] = {family: _number(key, rows, family) for family in FAMILIES}
         targeted = {family: limit for family in FAMILIES if (limit := key.limit(family)) is not None}
         if targeted:
@@ -307,10 +317,10 @@ def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
             }
     return {
         **{key.name: numbers[key.name] for key in KEYS},
-        "beside": {key.name: numbers[key.name] for key in BESIDE},
+        "beside": {key.name: numbers[key.name] for key in OTHER_KEYS},
         "targets": targets,
         "judged": judged,
-        "note": "" if judged else "stand-in sizes or no GPU: these numbers are no statement about the targets",
+        "note": "" if judged else "stand-in sizes or no GPU: these numbers say nothing about the targets",
         "device": run["device"],
         "versions": run["versions"],
         "commit": run["commit"],
@@ -320,7 +330,7 @@ def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
         "conditions": {row["case"]: row["conditions"] for row in rows.values()},
         "depths": {row["case"]: row["depth"] for row in rows.values() if "depth" in row},
         "spread": _spread(rows),
-        "meaning": {key.name: key.says for key in (*KEYS, *BESIDE)},
+        "meaning": {key.name: key.meaning for key in (*KEYS, *OTHER_KEYS)},
     }
 
 
@@ -332,17 +342,17 @@ def _number(key: Key, rows: Rows, family: str) -> float | None:
 
 
 def _spread(rows: Rows) -> dict[str, float]:
-    """The widest interquartile range over the median among the rows of a case: differences below it are noise."""
-    found: dict[str, float] = {}
+    """Return for each case the largest IQR / median of its rows. Smaller differences are noise."""
+    spread: dict[str, float] = {}
     for row in rows.values():
-        own = (row["q75_s"] - row["q25_s"]) / row["median_s"]
-        found[row["case"]] = round(max(found.get(row["case"], 0.0), own), 4)
-    return found
+        relative = (row["q75_s"] - row["q25_s"]) / row["median_s"]
+        spread[row["case"]] = round(max(spread.get(row["case"], 0.0), relative), 4)
+    return spread
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read result files, write the summary, print what was met."""
-    parser = argparse.ArgumentParser(description="summary.json from benchmark results")
+    """Read result files, write the summary, and print which targets are met."""
+    parser = argparse.ArgumentParser(description="Write summary.json from benchmark results.")
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
@@ -350,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = json.dumps(summary, indent=1) + "\n"
     if args.output:
         args.output.write_text(text)
-    for key in (*KEYS, *BESIDE):
+    for key in (*KEYS, *OTHER_KEYS):
         where = summary if key in KEYS else summary["beside"]
         for family in FAMILIES:
             target = summary["targets"].get(key.name, {}).get(family, {"target": "", "met": None})

@@ -1,10 +1,10 @@
-"""The whole grid in parts of under nine minutes: which case belongs to which part.
+"""Split the whole grid into parts of under nine minutes.
 
-    python benchmarks/sweep.py          # how many parts there are, and what each holds
-    benchmarks/run_gpu.sh sweep 3       # run the third
+    python benchmarks/sweep.py          # list the parts
+    benchmarks/run_gpu.sh sweep 3       # run the third part
 
-Parts are balanced by the shapes' estimates and depend on the grid alone, so that they stay what they were when a part
-is run again; cases with a result of the same sources are skipped then.
+Parts are balanced by the estimates of their shapes. They depend on the grid only, so a part has the same cases when it
+is run again. Cases that have a result of the same sources are then skipped.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 import shapes
 import torch
 
-#: Estimated seconds of a part; run_gpu.sh stops one at nine minutes.
+#: Estimated seconds of a part. run_gpu.sh stops a part after nine minutes.
 PART_S = 360.0
 
 
 def all_cases(which: str) -> list[shapes.Shape]:
-    """Every case of a grid, in the order of the questions."""
+    """Return every case of a grid, in the order of the questions."""
     return [
         *shapes.kernels(which),
         *shapes.projections(which),
@@ -36,39 +36,39 @@ def all_cases(which: str) -> list[shapes.Shape]:
 
 @cache
 def parts(which: str) -> tuple[tuple[str, ...], ...]:
-    """The names of the cases of each part: largest first, each into the emptiest part."""
+    """Return the case names of each part. The largest cases come first, each into the part with the least load."""
     cases = sorted(all_cases(which), key=lambda shape: -shape.estimate_s)
     count = max(1, -(-int(sum(shape.estimate_s for shape in cases)) // int(PART_S)))
     loads = [0.0] * count
-    found: list[list[str]] = [[] for _ in range(count)]
+    names: list[list[str]] = [[] for _ in range(count)]
     for shape in cases:
         part = loads.index(min(loads))
         loads[part] += shape.estimate_s
-        found[part].append(shape.case)
-    return tuple(tuple(part) for part in found)
+        names[part].append(shape.case)
+    return tuple(tuple(part) for part in names)
 
 
 def cases_of(part: int) -> set[str]:
-    """The cases of part 1, 2, ...
+    """Return the case names of a part, counted from 1.
 
     Raises:
-        ValueError: a part that the grid does not have.
+        ValueError: the grid does not have this part.
     """
-    found = parts(shapes.grid())
-    if not 1 <= part <= len(found):
-        raise ValueError(f"--part {part}: the grid {shapes.grid()!r} has parts 1 to {len(found)}")
-    return set(found[part - 1])
+    all_parts = parts(shapes.grid())
+    if not 1 <= part <= len(all_parts):
+        raise ValueError(f"--part {part}: the grid {shapes.grid()!r} has parts 1 to {len(all_parts)}")
+    return set(all_parts[part - 1])
 
 
 def gpu_name() -> str:
-    """The device's name as a folder's."""
+    """Return the device's name in the form of a folder name."""
     return torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
 
 
 def result_folders() -> list[Path]:
-    """Where earlier parts may have left results: $OUT, and this device's folder."""
-    own = Path(__file__).parent / "results" / gpu_name()
-    return [Path(os.environ["OUT"]), own] if os.environ.get("OUT") else [own]
+    """Return the folders that may hold results of earlier parts: $OUT and this device's folder."""
+    device_folder = Path(__file__).parent / "results" / gpu_name()
+    return [Path(os.environ["OUT"]), device_folder] if os.environ.get("OUT") else [device_folder]
 
 
 if __name__ == "__main__":

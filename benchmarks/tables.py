@@ -1,4 +1,4 @@
-"""Tables of every row with every number, and durations, sizes and conditions in words."""
+"""Tables of every row with every number, and the formatting of durations, sizes and conditions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def seconds(value: float) -> str:
-    """A duration with a unit that suits it, to three digits."""
+    """Format a duration with a suitable unit and three significant digits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -19,7 +19,7 @@ def seconds(value: float) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes with a unit that suits them."""
+    """Format a number of bytes with a suitable unit."""
     if value is None:
         return "-"
     for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -29,33 +29,33 @@ def size(value: float | None) -> str:
 
 
 def caption(run: dict[str, Any], conditions: Iterable[str] = ()) -> str:
-    """Device, versions, commit, date and conditions of a run, as one sentence."""
+    """Return device, versions, commit, date and conditions of a run as text."""
     device = (
         run["device"]
         if run["device"] != "cpu"
         else f"CPU ({run['cpu']}, {run['threads']} thread{'s' * (run['threads'] > 1)})"
     )
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "triton", "transformers", "peft"))
-    said = "; ".join(dict.fromkeys(conditions))
+    text = "; ".join(dict.fromkeys(conditions))
     commit = run["commit"] or f"sources {run['sources']}"
-    return f"{device}; {versions}; commit {commit}, {run['date'][:10]}." + (f" Conditions: {said}." if said else "")
+    return f"{device}; {versions}; commit {commit}, {run['date'][:10]}." + (f" Conditions: {text}." if text else "")
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 def table(run: dict[str, Any], rows: list[Row]) -> str:
-    """Return Markdown: what each method costs, then all rows, one section a question."""
+    """Return Markdown: what each method costs, then all rows with one section per question."""
     parts = [f"Measured on {caption(run)}"]
     if any(row["stand_in"] for row in rows):
         parts.append(
-            "**Small stand-ins on a CPU**: FLOPs, bytes and launches are exact; seconds only say how this CPU does."
+            "**Small stand-ins on a CPU**: FLOPs, bytes and launches are exact; seconds hold for this CPU only."
         )
     parts += ["# What each method costs", costs(rows), "# Every row"]
     for question, title in _TITLES.items():
-        own = [row for row in rows if row["question"] == question]
-        if own:
-            parts += [f"## {title}", f"{own[0]['conditions']}.", section(question, own)]
+        question_rows = [row for row in rows if row["question"] == question]
+        if question_rows:
+            parts += [f"## {title}", f"{question_rows[0]['conditions']}.", section(question, question_rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,20 +72,20 @@ _TITLES = {
 
 
 def _speed(row: Row, rows: list[Row]) -> str:
-    """How many times the time of the package's own row of the same case."""
-    own = next((r for r in rows if r["case"] == row["case"] and r["variant"] in _OURS and "median_s" in r), None)
-    return "-" if own is None else f"{row['median_s'] / own['median_s']:.2f}"
+    """Return the time over that of the package's row of the same case."""
+    ours = next((r for r in rows if r["case"] == row["case"] and r["variant"] in _OURS and "median_s" in r), None)
+    return "-" if ours is None else f"{row['median_s'] / ours['median_s']:.2f}"
 
 
 def _over(row: Row, rows: list[Row], variant: str, number: Callable[[Row], float | None]) -> str:
-    """A number over that of another variant's row of the same case."""
+    """Return a number over the same number of another variant of the case."""
     other = next((r for r in rows if (r["case"], r["variant"]) == (row["case"], variant)), None)
-    own, theirs = number(row), None if other is None else number(other)
-    return f"{own / theirs:.2f}" if own and theirs else "-"
+    value, other_value = number(row), None if other is None else number(other)
+    return f"{value / other_value:.2f}" if value and other_value else "-"
 
 
 def _theory(row: Row, rows: list[Row]) -> str:
-    """What the method's arithmetic says of the time over plain LoRA's, whose step is 2 units."""
+    """Return the expected time over plain LoRA's, from the arithmetic of the frozen model (see models.UNITS)."""
     if "theory_units" not in row:
         return "-"
     return f"{row['theory_units'] / 2:g}" + (" and attention" if row["variant"] == "input-fusion" else "")
@@ -170,7 +170,7 @@ def _giga(value: float | None) -> str:
 
 
 def section(question: str, rows: list[Row]) -> str:
-    """The rows of one question as a Markdown table."""
+    """Return the rows of one question as a Markdown table."""
     columns = [column for kind in _KINDS[question] for column in _COLUMNS[kind]]
     lines = [
         "| case | row | " + " | ".join(name for name, _ in columns) + " |",
@@ -179,9 +179,9 @@ def section(question: str, rows: list[Row]) -> str:
     for row in _folded(rows):
         case = row["case"].partition("/")[2]
         if row["status"] != "timed":
-            # what was counted without running it stands in its column
-            known = [cell(row, rows) if name == "launches" else "" for name, cell in columns[1:]]
-            cells = [f"{row['status']}: {row['reason']}", *("" if cell == "-" else cell for cell in known)]
+            # launches may be known without running the variant
+            counted = [cell(row, rows) if name == "launches" else "" for name, cell in columns[1:]]
+            cells = [f"{row['status']}: {row['reason']}", *("" if cell == "-" else cell for cell in counted)]
         else:
             cells = [cell(row, rows) for _, cell in columns]
         lines.append(f"| {case} | {row['variant']} | " + " | ".join(cells) + " |")
@@ -189,13 +189,13 @@ def section(question: str, rows: list[Row]) -> str:
 
 
 def _folded(rows: list[Row]) -> list[Row]:
-    """A case none of whose rows could run here, for one reason, is one row."""
+    """Replace the rows of a case by one row if none could run and all have the same reason."""
     by_case: dict[str, list[Row]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)
-    found = []
-    for own in by_case.values():
-        reasons = {(row["status"], row.get("reason")) for row in own}
-        one = len(own) > 1 and len(reasons) == 1 and own[0]["status"] != "timed"
-        found += [{**own[0], "variant": f"all {len(own)}"}] if one else own
-    return found
+    folded = []
+    for case_rows in by_case.values():
+        reasons = {(row["status"], row.get("reason")) for row in case_rows}
+        same = len(case_rows) > 1 and len(reasons) == 1 and case_rows[0]["status"] != "timed"
+        folded += [{**case_rows[0], "variant": f"all {len(case_rows)}"}] if same else case_rows
+    return folded

@@ -1,9 +1,11 @@
-"""What do the adapters cost while tokens are generated?
+"""What do the adapters cost during generation?
 
-``decode``: the adapters of one block's q and v on M new tokens, forward only, the source's bottleneck S known:
-launches, device seconds, and on a GPU a CUDA graph of the call, whose replay must give the same bits. ``generate``:
-tokens per second of whole `generate` calls (greedy) on models of real width, with executions of blocks: the source in a
-pass of its own, with either offset, and (offset 0) in one pass with the target. PROVIDERS is the place for a new way.
+``decode``: the adapters of one block's q and v on M new tokens, forward only, with the source's bottleneck S as an
+input: launches and device seconds. On a GPU also a CUDA graph of the call, whose replay must be bitwise equal.
+
+``generate``: tokens per second and block executions of whole `generate` calls (greedy) on models of real width. The
+source has a separate pass (both offsets) or shares one pass with the target (offset 0). A new way to generate is added
+to PROVIDERS.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ DECODE_CONDITIONS = "bf16, add_relu, q and v adapters of one block, forward, S g
 
 
 def decode_inputs(shape: shapes.DecodeShape, device: torch.device) -> Inputs:
-    """x (M, d), and per projection the frozen output y (M, n), S (M, r), A (r, d), B (n, r)."""
+    """Return x (M, d), and per projection the frozen output y (M, n), S (M, r), A (r, d), B (n, r)."""
     d = shape.model.d
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -54,13 +56,13 @@ def decode_inputs(shape: shapes.DecodeShape, device: torch.device) -> Inputs:
 
 
 def decode_moved(shape: shapes.DecodeShape) -> int:
-    """Fewest bytes: x, S, A and B read, both y read and written."""
+    """Return the least bytes that must move: x, S, A and B are read; both y are read and written."""
     d, n = shape.model.d, shape.model.n_q + shape.model.n_v
     return 2 * (shape.M * d + 2 * shape.M * shape.r + 2 * shape.r * d + n * shape.r + 2 * shape.M * n)
 
 
 def decode_eager(t: Inputs) -> dict[str, Tensor]:
-    """The formula, an operation at a time."""
+    """Compute the formula with one PyTorch operation at a time."""
     return {
         name: reference.fused_lora(
             t["x"],
@@ -77,7 +79,7 @@ def decode_eager(t: Inputs) -> dict[str, Tensor]:
 
 
 def decode_fused(backend: str) -> Callable[[Inputs], dict[str, Tensor]]:
-    """The public joint call, accumulating into y."""
+    """Return the public joint call with a backend. It adds to y in place."""
 
     def run(t: Inputs) -> dict[str, Tensor]:
         return fused_lora_qkv(
@@ -94,7 +96,7 @@ def decode_fused(backend: str) -> Callable[[Inputs], dict[str, Tensor]]:
 
 
 def decode_variants(shape: shapes.DecodeShape, device: torch.device, ceilings: Any) -> Variants:
-    """The eager formula, the addmm form, what the package picks, and that in a CUDA graph."""
+    """Return the eager formula, the addmm form, what the package picks, and the same in a CUDA graph."""
     rotation = Rotation(lambda: decode_inputs(shape, device), device)
     moved = decode_moved(shape)
     floor = {"floor_bytes": moved, "floor_s": moved / ceilings.copy_bytes_per_s}
@@ -121,17 +123,17 @@ def decode_variants(shape: shapes.DecodeShape, device: torch.device, ceilings: A
 
         return Variant(call, check, count, dict(floor))
 
-    made: dict[str, Variant | str] = {
+    rows: dict[str, Variant | str] = {
         "eager": variant(decode_eager),
         "addmm": variant(decode_fused("torch")),
         "flare": variant(decode_fused("auto")),
     }
-    made["flare-graph"] = "CUDA graphs need a CUDA device" if device.type != "cuda" else _graphed(rotation, floor)
-    return made
+    rows["flare-graph"] = "CUDA graphs need a CUDA device" if device.type != "cuda" else _graphed(rotation, floor)
+    return rows
 
 
 def _graphed(rotation: Rotation, floor: dict[str, Any]) -> Variant:
-    """One graph per set of inputs; its replay against the plain call, bit for bit."""
+    """Return a variant with one graph per set of inputs. The replay is compared bitwise with the plain call."""
     run = decode_fused("auto")
     sets = rotation.sets
     outputs = ("q.y", "v.y")
@@ -139,7 +141,7 @@ def _graphed(rotation: Rotation, floor: dict[str, Any]) -> Variant:
 
     def capture() -> None:
         for t in sets:
-            run({k: v.clone() for k, v in t.items()})  # compiled before it is captured
+            run({k: v.clone() for k, v in t.items()})  # compiles the kernels before the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -176,16 +178,24 @@ def test_decode_adapters(compare: Any, shape: shapes.DecodeShape, variant: str, 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to generate: the model it calls, and where that reads a source, in how many passes."""
+    """A way to generate.
+
+    Attributes:
+        name: the row.
+        model: returns the model that is called.
+        source_pass: "separate" or "shared"; None: no source.
+        adapters: whether the adapters are enabled.
+        offset: source_layer_offset of the model.
+    """
 
     name: str
     model: Callable[[Models], Any]
-    source_pass: str | None = None  # None: no source
+    source_pass: str | None = None
     adapters: bool = True
     offset: int = 1
 
     def generate(self, model: Any, batch: Inputs, options: dict[str, Any]) -> Tensor:
-        """Prompt and new tokens (B, m + new)."""
+        """Return prompt and new tokens (B, m + new)."""
         if self.source_pass is not None:
             return model.generate(**batch, **options, source_pass=self.source_pass)  # type: ignore[no-any-return]
         with nullcontext() if self.adapters else model.disable_adapter():
@@ -204,14 +214,16 @@ GENERATE_CONDITIONS = "greedy, key-value cache, random weights, full rows, promp
 
 
 def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Variants:
-    """Every provider on one set of weights; one that the library refuses is skipped with its reason."""
+    """Return every provider on one set of weights. A provider that raises ValueError is skipped with its message."""
     dtype = dtype_of(device)
     with quiet():
         base = base_model(shape.model, shape.depth, shape.m + shape.new, device, dtype)
         base.generation_config.pad_token_id = 0
         models = Models.of(base, shape.model.family, shape.r, dtype)
-    words = shape.model.vocabulary
-    batch = {k: torch.randint(5, words, (shape.B, shape.m), device=device) for k in ("input_ids", "source_input_ids")}
+    size = (shape.B, shape.m)
+    batch = {
+        k: torch.randint(5, shape.model.vocabulary, size, device=device) for k in ("input_ids", "source_input_ids")
+    }
     options = {"max_new_tokens": shape.new, "min_new_tokens": shape.new, "do_sample": False}
 
     def variant(provider: Provider) -> Variant | str:
@@ -224,24 +236,24 @@ def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Vari
 
         try:
             call()
-        except ValueError as refused:
+        except ValueError as error:
             if provider.source_pass is None:
                 raise
-            return str(refused)
+            return str(error)
 
         def check() -> None:
-            made = call()
-            if made.shape != (shape.B, shape.m + shape.new) or not torch.equal(made[:, : shape.m], batch["input_ids"]):
-                raise WrongResult(f"generated {tuple(made.shape)}, or not behind the prompt")
-            _require_next_token(provider, models, model, batch, made[:, shape.m])
+            ids = call()
+            if ids.shape != (shape.B, shape.m + shape.new) or not torch.equal(ids[:, : shape.m], batch["input_ids"]):
+                raise WrongResult(f"the result has shape {tuple(ids.shape)}, or does not begin with the prompt")
+            _require_next_token(provider, models, model, batch, ids[:, shape.m])
 
         def count() -> dict[str, Any]:
-            with count_ops() as launched:
+            with count_ops() as ops:
                 call()
             with peak_bytes(device=device) as peak, count_calls(blocks_of(model)) as blocks:
                 call()
             return {
-                "launches": device_launches(call, device) or launched.total,
+                "launches": device_launches(call, device) or ops.total,
                 "block_executions": blocks.total,
                 "peak_bytes_above_start": peak.above_start,
             }
@@ -254,7 +266,7 @@ def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Vari
 
 
 def _require_next_token(provider: Provider, models: Models, model: Any, batch: Inputs, token: Tensor) -> None:
-    """The first new token is (nearly) the likeliest by PEFT's own layers on the prompt."""
+    """Check that the first new token has the largest logit on the prompt, up to rounding."""
     with torch.no_grad(), quiet():
         if provider.source_pass is not None:
             logits = model(**batch).logits[:, -1]
@@ -266,7 +278,7 @@ def _require_next_token(provider: Provider, models: Models, model: Any, batch: I
     best, chosen = logits.amax(-1), logits.gather(-1, token[:, None])[:, 0]
     slack = 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(-1)
     if not bool((best - chosen <= slack).all()):
-        raise WrongResult("the first new token is not the likeliest one")
+        raise WrongResult("the first new token does not have the largest logit")
 
 
 @pytest.mark.parametrize("variant", [provider.name for provider in PROVIDERS])

@@ -1,9 +1,9 @@
 """What does the host do in a training step, and does the device wait for it?
 
-On a CPU: Python and C calls per block (host_calls.py) and milliseconds of forward and backward, both compared with
-PEFT's in the same run, on the kernels' path with the launches left out; models of width 64, so that nearly all of a
-step is the host's work. mT5's block is an encoder's and a decoder's. On a GPU: wall time over device-busy time, and
-launches, of models of real width. "frozen" is a forward pass, the others are forward and backward.
+On a CPU: Python and C calls per block (host_calls.py) and the time of forward and backward, both compared with PEFT in
+the same run. The kernels' path runs without launching kernels, on models of width 64, so that nearly all of a step is
+host work. For mT5, a block is an encoder block and a decoder block. On a GPU: wall time over device-busy time, and
+launches, of models of real width. "frozen" is a forward pass; the others are forward and backward.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ CONDITIONS = (
     "dropout: lora_dropout 0.1; checkpointing: every block, use_reentrant=False; time over PEFT's is the median of the "
     "rounds' ratios"
 )
-#: The same steps with the backward pass on the calling thread instead of autograd's own; for a GPU alone.
+#: Steps with the backward pass on the calling thread instead of autograd's thread; on a GPU only.
 _ONE_THREAD = {"lora-one-thread": "lora", "flare-one-thread": "flare"}
 _OURS = ("lora", "flare", "flare-recompute", "flare-warm", *_ONE_THREAD)
 
 
 def effort(device: torch.device) -> Effort:
-    """A few rounds: every step of a round is compared with PEFT's of the same round."""
+    """Return few rounds: the ratio to PEFT is taken within each round."""
     return Effort(5.0, 5, 20, 1) if device.type == "cuda" else Effort(0.5, 5, 15, 1)
 
 
 @pytest.fixture
 def left_out(device: torch.device) -> Iterator[list[str] | None]:
-    """Return the names of the kernels left out on a CPU; None on a GPU, or without Triton."""
+    """Return the list of kernels that a CPU skips; None on a GPU or without Triton."""
     with contextlib.ExitStack() as stack:
-        possible = device.type != "cuda" and importlib.util.find_spec("triton") is not None
-        yield stack.enter_context(launches_left_out()) if possible else None
+        skip_launches = device.type != "cuda" and importlib.util.find_spec("triton") is not None
+        yield stack.enter_context(launches_left_out()) if skip_launches else None
 
 
 def build(shape: shapes.HostShape, device: torch.device, left_out: list[str] | None) -> Variants:
-    """Every variant on one set of weights."""
+    """Return every variant on one set of weights."""
     if device.type != "cuda" and left_out is None:
-        return dict.fromkeys(VARIANTS, "Triton is not installed, so the kernels' path cannot be taken on a CPU")
+        return dict.fromkeys(VARIANTS, "Triton is not installed, so the kernels' path cannot run on a CPU")
     with quiet():
         steps = steps_of(shape, device)
     if device.type == "cuda":
@@ -86,14 +86,14 @@ def _variant(
         elif step.graded:
             norms = {n: float(p.grad.norm()) for n, p in step.model.named_parameters() if p.grad is not None}
             if not norms or not all(map(math.isfinite, norms.values())):
-                raise WrongResult("the step left no gradients, or some that are not finite")
+                raise WrongResult("the step computed no gradients, or gradients that are not finite")
         step.clear()
 
     def count() -> dict[str, Any]:
         with quiet():
             if left_out is not None:
-                found = per_block(name, shape, left_out, step)
-                return {"calls_per_block": found.calls, "kernels_per_block": sum(found.kernels.values())}
+                counted = per_block(name, shape, left_out, step)
+                return {"calls_per_block": counted.calls, "kernels_per_block": sum(counted.kernels.values())}
             work = device_work(call, device, warmed=True)
             assert work is not None
             return {"launches": work.launches, "device_busy_s": work.busy_s}
@@ -107,5 +107,5 @@ def test_host_time(
     compare: Any, shape: shapes.HostShape, variant: str, device: Any, left_out: list[str] | None
 ) -> None:
     if variant in _ONE_THREAD and device.type != "cuda":
-        pytest.skip("on a CPU the backward pass runs on the calling thread as it is")
+        pytest.skip("on a CPU the backward pass always runs on the calling thread")
     compare(shape, variant, lambda: build(shape, device, left_out), CONDITIONS, queue_ahead=False, how=effort(device))

@@ -1,7 +1,7 @@
-"""How far is each of the primitives from its floor, and from the plain BLAS form of the same step?
+"""How far is each primitive from its memory floor, and from the plain BLAS form of the same step?
 
 bf16, fusion add_relu. The floor is the bytes that the step must move (bytes_moved.step_bytes) over the copy bandwidth
-measured in the same run. On a CPU only the BLAS form runs; the launches of both are exact there.
+measured in the same run. On a CPU only the BLAS form runs; the number of launches is exact for both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONDITIONS = "bf16, add_relu, one projection, both streams, dropout 0, inputs ro
 
 
 def variants(shape: shapes.KernelShape, device: torch.device, ceilings: Ceilings) -> Variants:
-    """What the package picks at this size, the kernel, and its peer in plain PyTorch."""
+    """Return the form that the package picks at this size, the kernel, and plain PyTorch."""
     rotation = Rotation(lambda: operands(shape, device), device)
     floor_bytes = step_bytes(shape, accumulate_dx=False)[shape.primitive]
     floor = {
@@ -51,10 +51,10 @@ def variants(shape: shapes.KernelShape, device: torch.device, ceilings: Ceilings
             run(shape.primitive, ops, rotation.next())
 
         def count() -> dict[str, Any]:
-            with count_ops() as launched:
+            with count_ops() as ops:
                 call()
             return {
-                "launches": device_launches(call, device) or launched.total,
+                "launches": device_launches(call, device) or ops.total,
                 "transient_bytes": transient_bytes(lambda: run(shape.primitive, ops, rotation.next()), device=device),
             }
 

@@ -1,6 +1,6 @@
 """How does the cost of a step grow with the text's length m, the batch, the rank and the depth?
 
-One of them varied at a time around a middle; the rows of test_training_step.py.
+One of them varies at a time from a base case. The rows are those of test_training_step.py.
 """
 
 from __future__ import annotations

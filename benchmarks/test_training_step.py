@@ -1,16 +1,16 @@
 """What does a whole training step cost: plain LoRA, input-level fusion, FLARE as its authors run it, this package?
 
-Forward, backward and AdamW on random weights; the methods are described in models.py, those over Liger's kernels in
-liger.py, captured and compiled ones in fast_steps.py. XLM-R Large whole, Llama at 8 blocks of 32, in the full grid the
-big models at the depth that fits the device's memory with every method (in the row). Full rows without a mask, and
-padded ones as data have them (batches.py). bf16 on a GPU, float32 on a CPU; the adapters have the model's dtype, which
-favours the eager rows: PEFT's default of float32 adapters costs them more (see test_projection.py).
+Forward, backward and AdamW on random weights. The methods are described in models.py, those over Liger's kernels in
+liger.py, captured and compiled ones in fast_steps.py. Sizes: all blocks of XLM-R Large, 8 of the 32 blocks of Llama.
+The full grid runs each model with as many blocks as fit into memory with every method; the depth is in the row. Texts
+are full without a mask, or padded (batches.py). bf16 on a GPU, float32 on a CPU. The adapters have the model's dtype,
+which favours the eager rows: PEFT's default of float32 adapters is slower (see test_projection.py).
 
-Every row says how long a user waits (wall), how long the host is at it, how long the device is busy, and how many
-kernels and copies it runs. "theory" is the frozen model's arithmetic over plain LoRA's (models.UNITS), without
-adapters, head and attention's m^2; a row that runs more blocks than its method needs fails. The row frozen runs no
-optimizer, and has the seconds of one frozen block. Input-level fusion computes the logits of all 2m positions, as
-transformers does when it is given labels. mT5 reads both texts in its encoder, with m / 4 target tokens in its decoder.
+Every row has wall time, host time, device-busy time, and the number of kernels and copies. "theory" is the frozen
+model's arithmetic over plain LoRA's (models.UNITS), without adapters, head and the quadratic part of attention. A row
+fails if it runs more blocks than its method needs. The row frozen has no optimizer step, and contains the seconds of
+one frozen block. Input-level fusion computes the logits of all 2m positions, as transformers does if labels are given.
+mT5 reads both texts in its encoder and has m / 4 target tokens in its decoder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from steps import build, effort, methods_of
 
 CONDITIONS = (
     "forward + backward + AdamW, LoRA on query and value, random weights, no checkpointing, full rows without a mask "
-    "(padded: 3/8 pads, masks given), source read anew in every step (flare-warm: from a cache on the device)"
+    "(padded: 3/8 pads, masks given), source pass in every step (flare-warm: from a cache on the device)"
 )
 _CASES = [(shape, variant) for shape in shapes.steps(shapes.grid()) for variant in methods_of(shape)]
 

@@ -1,7 +1,15 @@
-"""FLARE: LoRA adapters that fuse a source-language and a target-language stream, on fused kernels.
+"""FLARE: LoRA adapters that fuse a source language with a target language, on fused kernels.
 
-Importing this package registers ``peft_type: FLARE`` with PEFT, so ``PeftModel.from_pretrained`` finds saved adapters.
-The trainer and the recipes are imported on first use: transformers' Trainer brings datasets with it.
+:func:`fast_lora` adds such adapters to a transformers model, :class:`FlareConfig` configures them,
+:class:`FlareDataCollator` and :class:`FlareTrainer` train them, and :class:`SourceStateCache` stores the hidden states
+of the source texts between epochs::
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = flare.fast_lora(model, r=64, lora_alpha=128)
+    trainer = flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+Importing this package registers ``peft_type: FLARE`` with PEFT, which ``PeftModel.from_pretrained`` needs to load a
+saved adapter. The trainer, the recipes and the pipeline are imported when they are first used.
 """
 
 import importlib
@@ -10,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from flare_kernels import __version__
 
 from . import (
-    _compat,  # noqa: F401  (first: it checks versions before anything of PEFT is used)
+    _compat,  # noqa: F401  (first, because it checks the versions of PEFT and transformers)
     baselines,
 )
 from .source.latent_encoder import LatentEncoder
@@ -49,7 +57,8 @@ __all__ = [
     "replicate_adapters",
 ]
 
-_LATER = {
+#: Public names that are imported when they are first used -> their modules.
+_LAZY_NAMES = {
     "FlareTrainer": ".training.trainer",
     "FlareSeq2SeqTrainer": ".training.trainer",
     "FlarePipeline": ".experiments.prediction.pipeline",
@@ -62,9 +71,9 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_LATER[name], __name__)
-    value = module if _LATER[name] == f".{name}" else getattr(module, name)
+    module = importlib.import_module(_LAZY_NAMES[name], __name__)
+    value = module if _LAZY_NAMES[name] == f".{name}" else getattr(module, name)
     globals()[name] = value
     return value

@@ -1,7 +1,6 @@
-"""Every private or semi-private symbol of PEFT and transformers that this package leans on, in one place.
+"""The private symbols of torch, PEFT and transformers that this package uses, all in this module.
 
-Each stands here under a name of ours, so that an upgrade that moves one fails in ``tests/test_compat.py`` with its
-name, and not somewhere in training.
+Other modules import them from here. If an upgrade moves one, ``tests/test_compat.py`` fails and names it.
 """
 
 from __future__ import annotations
@@ -15,38 +14,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_module_registration_hook
 
-# --- versions ---------------------------------------------------------------------------------------------------------
+from ._versions import check_versions
 
-REQUIRED = {"transformers": ("5.17", "5.24"), "peft": ("0.21", "0.23")}
+check_versions()  # before any symbol below is looked up
 
-
-def check_versions() -> None:
-    """Raises ImportError, naming the package and both versions, where an installed one is older than the oldest tested.
-
-    A newer one than tested is let through: `pip` warns of it, and the symbols below fail by name if they are gone.
-    """
-    for package, (oldest, _) in REQUIRED.items():
-        installed = importlib.metadata.version(package)
-        if Version(installed) < Version(oldest):
-            raise ImportError(
-                f"flare needs {package}>={oldest}, found {installed}: pip install -U '{package}>={oldest}'"
-            )
-
-
-check_versions()
-
-# PEFT imports bitsandbytes where it is installed, which warns on every CPU of an optional package that nobody needs.
+# PEFT imports bitsandbytes if it is installed, and on a CPU bitsandbytes then warns about another optional package.
 _BNB_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
 _BNB_LEVEL = _BNB_LOGGER.level
 _BNB_LOGGER.setLevel(logging.ERROR)
 
-# --- PEFT: a tuner type of our own ------------------------------------------------------------------------------------
-# register_peft_method refuses names outside the closed enum PeftType; these maps are what it would fill.
+# --- PEFT: registering a tuner type -----------------------------------------------------------------------------------
+# register_peft_method accepts only members of the enum PeftType, so register_tuner fills its mappings directly.
 from peft.mapping import (  # noqa: E402
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -63,52 +45,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # 
 
 _BNB_LOGGER.setLevel(_BNB_LEVEL)
 
-__all__ = [
-    "COMPILED_CALL",
-    "GROWING_CACHE_LAYERS",
-    "QUANTIZERS",
-    "REPLICA_MARK",
-    "AuxiliaryTrainingWrapper",
-    "BaseTunerLayer",
-    "LoraLayer",
-    "LoraLinear",
-    "after_backward",
-    "attention_function",
-    "checkpoints_save_random_state",
-    "copy_each",
-    "drops_blocks",
-    "eager_attention_masks",
-    "enable_checkpointing",
-    "end_failed_capture",
-    "every_module",
-    "execution_device",
-    "find_lora_class",
-    "gradient_hooks",
-    "in_backward",
-    "inside_ddp",
-    "is_compiled",
-    "is_linear",
-    "is_lora_over_linear",
-    "is_quantized_linear",
-    "looks_up_attention",
-    "mixes_rows",
-    "module_hooks",
-    "out_features",
-    "register_attention",
-    "register_tuner",
-    "registrations",
-    "saved_tensors_are_packed",
-    "set_adapters_disabled",
-    "shift_labels",
-    "synchronizes_gradients",
-    "unit_classes",
-    "warn_of_shards",
-    "without_torch_function",
-]
+# names of PEFT that other modules import from here
+__all__ = ["AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "LoraLinear", "warn_of_shards"]
 
 
 class FlareType(str):
-    """ "FLARE" where PEFT expects a member of its enum: equal to the string, with the ``value`` that is read of it."""
+    """A string with the attribute ``value``, which PEFT reads from the members of its enum PeftType."""
 
     __slots__ = ()
 
@@ -122,31 +64,41 @@ X_MIXUP = FlareType("FLARE_X_MIXUP")
 
 
 def register_tuner(config: type, tuner: type, hotswap_keys: list[str], name: FlareType = FLARE) -> None:
-    """Make PEFT find our config and tuner by ``peft_type``; adapter weights keep LoRA's names."""
+    """Register a config and a tuner class with PEFT under a ``peft_type``. Weight names keep LoRA's prefix.
+
+    Args:
+        config: the config class.
+        tuner: the tuner class.
+        hotswap_keys: config fields that must be equal for a hot-swap, in addition to LoRA's.
+        name: the ``peft_type``.
+    """
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = config  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = "lora_"  # type: ignore[index]
     CONFIG_KEYS_TO_CHECK[name] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
 
 
-#: What PEFT writes onto a transformers model when it wraps it, also under gradient checkpointing.
+#: Attributes that PEFT sets on a transformers model when it wraps it, gradient checkpointing included.
 SET_BY_PEFT = ("peft_config", "_require_grads_hook", "_require_grads_hooks")
 
 
 def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
-    """Switch a tuner layer or a modules_to_save wrapper without touching requires_grad; the former state."""
-    before: bool = module._disable_adapters  # type: ignore[assignment]
+    """Switch the adapters of a tuner layer or a modules_to_save wrapper on or off. Return the previous state.
+
+    ``requires_grad`` does not change.
+    """
+    previous: bool = module._disable_adapters  # type: ignore[assignment]
     module._disable_adapters = disabled  # type: ignore[assignment]
-    return before
+    return previous
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
 class Registrations:
-    """How many submodules were registered in this process, apart from those appended to a list of modules.
+    """Counter of the submodules registered in this process, except those appended to a ModuleList.
 
-    What was worked out from a module tree holds until then.
+    A result computed from a module tree is valid as long as ``count`` has not changed.
     """
 
     count = 0
@@ -156,9 +108,9 @@ registrations = Registrations()
 
 
 def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    if torch.compiler.is_compiling():  # a traced forward that slices a ModuleList would guard on the count
+    if torch.compiler.is_compiling():  # otherwise a graph that slices a ModuleList would guard on the count
         return
-    # decoders of transformers slice their list of blocks in each forward, which fills a new list
+    # the decoders of transformers slice their list of blocks in each forward, and a slice is a new ModuleList
     if type(module) is not nn.ModuleList or name != str(len(module._modules)):
         registrations.count += 1
 
@@ -167,43 +119,43 @@ register_module_module_registration_hook(_note_registration)
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
-    """``list(model.modules())`` in a third of the time: every pass over the source asks for it."""
-    found: dict[nn.Module, None] = {}
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            waiting += reversed(module._modules.values())
-    return list(found)
+    """Return ``list(model.modules())`` in a third of the time; every source pass calls this."""
+    modules: dict[nn.Module, None] = {}
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is not None and module not in modules:
+            modules[module] = None
+            stack += reversed(module._modules.values())
+    return list(modules)
 
 
-#: Where torch keeps the compiled call of a module that was compiled in place (``block.compile()``).
+#: The attribute with the compiled call of a module that was compiled in place (``block.compile()``).
 COMPILED_CALL = "_compiled_call_impl"
-#: Copies each tensor of a list into the tensor at its place in another, in one call.
+#: Copies the tensors of the second list into those of the first, in one call.
 copy_each = torch._foreach_copy_
-#: Within it, reading an attribute of a tensor subclass does not run the subclass's Python code.
+#: Context manager in which reading an attribute of a tensor subclass does not run the subclass's Python code.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs in this thread, as it does around a checkpoint's recompute."""
+    """Return whether a backward pass runs in this thread, for example around a checkpoint's recompute."""
     return torch._C._current_graph_task_id() != -1
 
 
 def saved_tensors_are_packed() -> bool:
-    """Whether hooks receive the tensors that autograd saves, as under non-reentrant gradient checkpointing."""
+    """Return whether saved-tensor hooks are active, as under non-reentrant gradient checkpointing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a module of the model was compiled in place."""
+    """Return whether a module of the model was compiled in place."""
     return any(module.__dict__.get(COMPILED_CALL) for module in every_module(model))
 
 
 # --- quantised linears ------------------------------------------------------------------------------------------------
 
-#: Packages whose linears hold a quantised weight. Some of them look at ``training``, or change their weight with it.
+#: Packages whose linears hold a quantised weight. Some of these read ``training``, or change their weight with it.
 QUANTIZERS = (
     "bitsandbytes",
     "hqq",
@@ -218,48 +170,48 @@ _QUANTIZER_PREFIXES = tuple(f"{package}." for package in QUANTIZERS)
 
 
 def is_lora_over_linear(cls: type) -> bool:
-    """Whether the class is a LoRA layer of PEFT's over a linear of another library (told by its module alone).
+    """Return whether a class is PEFT's LoRA layer for another library's linear. Only the class's module is inspected.
 
-    PEFT has one module for each library; ``layer`` has those over torch's modules, ``tp_layer`` those over Megatron's,
-    which return tuples.
+    PEFT has one module per library. Its ``layer`` module is for torch's own modules, and ``tp_layer`` is for
+    Megatron's, which return tuples.
     """
     package, _, name = cls.__module__.rpartition(".")
     return package == "peft.tuners.lora" and name not in ("layer", "tp_layer") and issubclass(cls, LoraLayer)
 
 
 def find_lora_class(name: str) -> type | None:
-    """Return the class of PEFT's with this name that :func:`is_lora_over_linear` accepts, if its library is here."""
+    """Return PEFT's class of this name that :func:`is_lora_over_linear` accepts; None if PEFT has not imported one."""
     import peft.tuners.lora as lora
 
     modules = [lora, *(module for path, module in sys.modules.items() if path.startswith(f"{lora.__name__}."))]
-    found = (getattr(module, name, None) for module in modules)
-    return next((cls for cls in found if isinstance(cls, type) and is_lora_over_linear(cls)), None)
+    candidates = (getattr(module, name, None) for module in modules)
+    return next((cls for cls in candidates if isinstance(cls, type) and is_lora_over_linear(cls)), None)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module maps (..., d) to (..., n) as far as its attributes tell: plain, quantised or with adapters."""
+    """Return whether a module's attributes are those of a linear layer: plain, quantised or with adapters."""
     if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
         return True
-    # the two have no attribute for their widths
-    named = type(module).__name__ in ("EetqLinear", "Conv1D")
-    return named or hasattr(module, "in_features") or hasattr(module, "infeatures")
+    # these two classes have no attribute for their widths
+    known_by_name = type(module).__name__ in ("EetqLinear", "Conv1D")
+    return known_by_name or hasattr(module, "in_features") or hasattr(module, "infeatures")
 
 
 def out_features(module: nn.Module) -> int | None:
-    """Return n of a layer that :func:`is_linear` accepts; None where it does not say."""
-    found = (getattr(module, name, None) for name in ("out_features", "outfeatures", "nf"))
-    return next((width for width in found if isinstance(width, int)), None)
+    """Return the output width of a layer that :func:`is_linear` accepts; None if no attribute has it."""
+    widths = (getattr(module, name, None) for name in ("out_features", "outfeatures", "nf"))
+    return next((width for width in widths if isinstance(width, int)), None)
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear of a quantising library, whose ``training`` flag must never be flipped."""
+    """Return whether a module is a linear of a quantising library, whose ``training`` flag must not be changed."""
     return type(module).__module__.startswith(_QUANTIZER_PREFIXES)
 
 
-def mixes_rows(module: nn.Module) -> str:
-    """Return why a quantised linear's result for a row depends on the rows beside it; empty where it does not."""
+def row_mixing_reason(module: nn.Module) -> str:
+    """Return why a quantised linear's output for a row depends on the batch's other rows; "" if it does not."""
     if is_quantized_linear(module) and getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0:
-        return "chooses the columns that it keeps in 16 bit over all rows of a batch (llm_int8_threshold)"
+        return "selects its 16-bit columns over all rows of a batch (llm_int8_threshold)"
     activations = getattr(getattr(module, "weight", None), "act_quant_kwargs", None)  # torchao
     if type(getattr(activations, "granularity", None)).__name__ == "PerTensor":
         return "quantises activations with one scale for all rows of a batch (granularity PerTensor)"
@@ -269,12 +221,12 @@ def mixes_rows(module: nn.Module) -> str:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
-#: Layers of a KV cache that hold ``keys`` and ``values`` (rows, heads, positions, c), longer by a ``cat`` at each step.
+#: Layers of a KV cache that append to ``keys`` and ``values`` (rows, heads, positions, c) with ``torch.cat``.
 GROWING_CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
-    """Gradient checkpointing by the name that this transformers has for it (``activation_checkpointing_enable``)."""
+    """Enable gradient checkpointing; newer transformers call it ``activation_checkpointing_enable``."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
@@ -282,7 +234,7 @@ def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
 
 
 class _ConfigWithAttention:
-    """A model's config as one attention module sees it: all the same, but for the attention function's name."""
+    """View of a model's config with another attention function, for a single attention module."""
 
     def __init__(self, config: Any, name: str) -> None:
         self.__dict__.update(_config=config, _attn_implementation=name)
@@ -292,9 +244,9 @@ class _ConfigWithAttention:
 
 
 def shift_labels(model: nn.Module, labels: torch.Tensor) -> torch.Tensor | None:
-    """Return the decoder's input ids (B, u) that an encoder-decoder makes of labels (B, u); None where it is unknown.
+    """Return an encoder-decoder's decoder input ids (B, u) for labels (B, u); None if the model has no such rule.
 
-    M2M100 (NLLB) has a function of its module where others have a method.
+    Most models have a method for this. M2M100 (NLLB) has a function in its module.
     """
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is not None:
@@ -307,23 +259,23 @@ def shift_labels(model: nn.Module, labels: torch.Tensor) -> torch.Tensor | None:
 
 
 def drops_blocks(model: nn.Module) -> bool:
-    """Whether a training step leaves blocks out at random (LayerDrop: M2M100, BART, OPT)."""
+    """Return whether a training step skips blocks at random (LayerDrop: M2M100, BART, OPT)."""
     return any(module.training and module.__dict__.get("layerdrop", 0.0) > 0.0 for module in every_module(model))
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Give transformers an attention function by a name."""
+    """Register an attention function with transformers."""
     AttentionInterface.register(name, function)
 
 
 def looks_up_attention(module: nn.Module) -> bool:
-    """Whether an attention module takes its attention function by the name in its config."""
+    """Return whether an attention module looks up its attention function by the name in its config."""
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 @contextlib.contextmanager
 def attention_function(module: Any, name: str) -> Iterator[None]:
-    """One attention module runs with a registered attention function; no other module of the model does."""
+    """Let one attention module of a model run with a registered attention function."""
     config = module.config
     module.config = _ConfigWithAttention(config, name)
     try:
@@ -332,28 +284,29 @@ def attention_function(module: Any, name: str) -> Iterator[None]:
         module.config = config
 
 
-# --- torch: engines for many GPUs -------------------------------------------------------------------------------------
+# --- torch: distributed training --------------------------------------------------------------------------------------
 
 
 def after_backward(callback: Callable[[], None]) -> None:
-    """Call back when the backward pass that runs now is over; behind those that asked before (FSDP2 asks first)."""
+    """Call a function at the end of the running backward pass, after callbacks queued earlier (FSDP2's come first)."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
 def synchronizes_gradients(model: nn.Module) -> bool:
-    """Whether FSDP2 reduces gradients in this backward pass: not under set_requires_gradient_sync(False)."""
+    """Return whether FSDP2 reduces gradients in this backward pass; not under set_requires_gradient_sync(False)."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch before 2.13: one
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # before torch 2.13
             if groups[0] is not None:
                 return bool(groups[0].reduce_grads)
     return True
 
 
 def unit_classes(model: nn.Module) -> list[str]:
-    """Return the names of the classes that transformers would not split, without those that hold the token embeddings:
-    accelerate's FSDP2 shards these by themselves, and a weight twice is an error.
+    """Return the names of the classes in ``_no_split_modules`` that do not hold the token embeddings.
+
+    accelerate's FSDP2 shards the embeddings separately, and sharding a weight twice is an error.
     """
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     owners = {type(module).__name__ for module in model.modules() if embeddings in module.children()}
@@ -361,63 +314,76 @@ def unit_classes(model: nn.Module) -> list[str]:
 
 
 def inside_ddp() -> bool:
-    """Whether this is the forward of a model in DistributedDataParallel."""
+    """Return whether the running forward is that of a model in DistributedDataParallel."""
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
-#: What torch.nn.DataParallel sets on the copies that it makes in every forward.
+#: The attribute that torch.nn.DataParallel sets on the copies that it makes in each forward.
 REPLICA_MARK = "_is_replica"
 
 
 # --- transformers.Trainer ---------------------------------------------------------------------------------------------
 
-#: Private methods of Trainer that FlareTrainer extends: the first decides which columns of a data set are kept, the
-#: second counts tokens. An override of a method that is gone would be silence, so FlareTrainer checks.
+#: Private methods of Trainer that FlareTrainer overrides: choice of the data set columns, token count, evaluation loop.
+#: FlareTrainer checks that they exist, because an override of a removed method would never be called.
 TRAINER_METHODS = ("_set_signature_columns_if_needed", "_track_num_input_tokens", "evaluation_loop")
 
 
 def check_trainer(trainer: type) -> None:
-    """Raises ImportError, naming the methods, where a Trainer class lacks one that FlareTrainer extends."""
-    gone = [name for name in TRAINER_METHODS if not callable(getattr(trainer, name, None))]
-    if gone:
+    """Raise ImportError if a Trainer class lacks a method that FlareTrainer overrides."""
+    missing = [name for name in TRAINER_METHODS if not callable(getattr(trainer, name, None))]
+    if missing:
         raise ImportError(
-            f"transformers {importlib.metadata.version('transformers')}: {trainer.__name__} has no {', '.join(gone)}, "
-            "which FlareTrainer extends; install a version that pyproject.toml admits"
+            f"transformers {importlib.metadata.version('transformers')}: {trainer.__name__} has no "
+            f"{', '.join(missing)}, which FlareTrainer extends; install a version that pyproject.toml allows"
         )
 
 
 def signature_columns(trainer: Any) -> list[str]:
-    """The data set columns a Trainer keeps, once ``_set_signature_columns_if_needed`` has run; the list itself."""
+    """Return the list of data set columns that a Trainer keeps, not a copy.
+
+    ``_set_signature_columns_if_needed`` fills it.
+    """
     columns: list[str] = trainer._signature_columns
     return columns
 
 
 def loss_shifts_labels(trainer: Any) -> bool:
-    """Whether the Trainer found that the model's loss predicts the next token (the first label is then no target)."""
+    """Return whether the model's loss predicts the next token, so that the first label is not a target."""
     shifts: bool = trainer._loss_shifts_labels
     return shifts
 
 
-def uses_reentrant_checkpointing(model: Any) -> bool:
-    """Whether transformers' activation checkpointing is on somewhere in a model, in its reentrant form."""
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+def _checkpointing_options(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield the options of each module of a model that checkpoints activations."""
     for module in every_module(model):
         if module.__dict__.get("gradient_checkpointing"):
-            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-            if options.get("use_reentrant"):
-                return True
-    return False
+            yield getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
 
 
-# --- steps captured in CUDA graphs ------------------------------------------------------------------------------------
+def uses_reentrant_checkpointing(model: Any) -> bool:
+    """Return whether a module of a model uses reentrant activation checkpointing."""
+    return any(options.get("use_reentrant") for options in _checkpointing_options(model))
+
+
+def checkpoints_save_random_state(model: Any) -> bool:
+    """Return whether a module of a model checkpoints activations and saves the random state."""
+    return any(options.get("preserve_rng_state", True) for options in _checkpointing_options(model))
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def eager_attention_masks() -> Iterator[None]:
-    """While a stream captures, make transformers decide about a missing attention mask as it does in eager mode.
+    """During a CUDA graph capture, let transformers treat a missing attention mask as in eager mode.
 
-    It takes a capture for tracing, and then makes a mask where none is given (5.17 for every model, later releases for
-    a causal model without a KV cache, whose positions might be packed texts). Attention would leave its fast kernel. A
-    mask that is given is made as before; ``position_ids`` of the user's must not come without one.
+    transformers takes a capture for tracing and then creates a mask if none is given. 5.17 does so for every model,
+    later releases for a causal model without a KV cache, because its positions might be packed texts. Attention would
+    then not use its fast kernel. A mask that is given is processed as usual. ``position_ids`` need a mask too.
     """
     from transformers import masking_utils
     from transformers.utils import import_utils
@@ -437,18 +403,8 @@ def eager_attention_masks() -> Iterator[None]:
         masking_utils.is_tracing, masking_utils.find_packed_sequence_indices = is_tracing, packed_indices
 
 
-def checkpoints_save_random_state(model: Any) -> bool:
-    """Whether transformers' activation checkpointing is on somewhere in a model and keeps the random state."""
-    for module in every_module(model):
-        if module.__dict__.get("gradient_checkpointing"):
-            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-            if options.get("preserve_rng_state", True):
-                return True
-    return False
-
-
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a linear layer computes: where its weight is, or where accelerate's hook puts an offloaded one."""
+    """Return the device on which a linear layer computes: its weight's, or accelerate's for an offloaded weight."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     if weight.device.type != "meta":
         return weight.device
@@ -458,16 +414,16 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def module_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """The tables of a module's hooks; they stay the same objects."""
+    """Return the dicts that hold a module's hooks; torch never replaces these objects."""
     return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
-def gradient_hooks(parameter: torch.Tensor) -> bool:
-    """Whether a leaf has hooks on its gradient."""
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Return whether a leaf has hooks on its gradient."""
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def end_failed_capture(device: torch.device, pool: Any) -> None:
-    """Take the allocator out of the capture that failed; ``torch.cuda.graph`` leaves it there where the end fails."""
+    """End the allocator's part of a failed capture, which ``torch.cuda.graph`` does not end if its exit fails."""
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)

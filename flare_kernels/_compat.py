@@ -1,4 +1,4 @@
-"""The symbols of PyTorch and Triton that are not public, in one place."""
+"""Every non-public symbol of PyTorch and Triton that this package uses."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_act
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Return ``function.apply`` without its Python wrapper, which makes some 29 calls for functorch's sake alone."""
+    """Return ``function.apply`` without its Python wrapper, which makes about 29 calls that only functorch needs."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
 def sleep_on_device(cycles: int) -> None:
-    """Let the current CUDA stream wait for a number of clock cycles."""
+    """Make the current CUDA stream sleep for a number of clock cycles."""
     torch.cuda._sleep(cycles)
 
 
 def current_cuda_device() -> Callable[[], int]:
-    """Return the cheapest getter of the current CUDA device's index."""
-    # torch.cuda.current_device() also initialises CUDA, which a tensor on the device has already done
+    """Return the fastest function that returns the current CUDA device's index."""
+    # torch.cuda.current_device() also checks that CUDA is initialised; a tensor on the device implies it
     return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
@@ -39,11 +39,11 @@ def current_raw_stream(device: torch.device) -> int:
     return int(raw(device.index))
 
 
-def with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``run`` with an allocator of the memory that Triton keeps tensor descriptors in.
+def with_descriptor_allocator(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``run`` preceded by a check that Triton has an allocator for tensor descriptors.
 
-    Triton asks a context variable, which the threads of the autograd engine do not inherit: it is set wherever it is
-    not set yet. An allocator of somebody else stays.
+    Triton reads the allocator from a context variable, which the threads of the autograd engine do not inherit. The
+    check therefore runs before each launch. An allocator that someone else has set is not replaced.
     """
     import triton
     from triton.runtime import _allocation
@@ -62,11 +62,11 @@ def with_scratch(run: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., Any] | None, str]:
     """Return the launcher of a compiled kernel, which takes every argument by position.
 
-    Triton 3.6 to 3.9 return a ``CompiledKernel`` from ``kernel[grid](...)``. Its own ``compiled[grid]`` skips the
-    binding of arguments and still calls the launch hooks.
+    Triton 3.6 to 3.9 return a ``CompiledKernel`` from ``kernel[grid](...)``. ``compiled[grid]`` does not bind arguments
+    again, and still calls the launch hooks.
 
     Returns:
-        The launcher and "", or None and the reason there is none.
+        The launcher and "", or None and the reason why this Triton version has no such launcher.
     """
     if not hasattr(type(compiled), "__getitem__"):
         return None, f"a launch returned {type(compiled).__name__} and not a compiled kernel"
@@ -80,9 +80,9 @@ def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[...,
 def jit_source(
     kernel: Any, args: dict[str, Any], capability: int, options: dict[str, Any]
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[list[Any]]]]:
-    """Return what a launch on an NVIDIA GPU would compile: the signature, the constants and the attributes.
+    """Return the signature, constants and attributes that a launch on an NVIDIA GPU would compile.
 
-    Triton's cache is keyed by these, down to an empty list for an argument that nothing is known of.
+    They are the key of Triton's cache, including an empty list for each argument without attributes.
     """
     backend, bind = _binder(kernel, capability)
     bound, specialization, _ = bind(**args, **options)

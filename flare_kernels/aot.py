@@ -1,14 +1,14 @@
-"""Compile the kernels ahead of time, for GPUs that need not be present, and report what the compiler made of them.
+"""Compile the kernels ahead of time and report registers, spills and shared memory.
 
-``python -m flare_kernels.aot`` compiles each row of the general rule in bfloat16 for sm_80, sm_90 and sm_100
-and a few other cases; ``--all`` the whole grid. The public launchers are called on CPU tensors while
-:func:`flare_kernels.launch_mode.recording` listens, so what is compiled is what would be launched: same
-arguments, same configuration, same specialisation. Exits with 1 if
+``python -m flare_kernels.aot`` compiles each row of the general rule in bfloat16 for sm_80, sm_90 and sm_100, and a few
+other cases. ``--all`` compiles the whole grid. The public launchers run on CPU tensors under
+:func:`flare_kernels.launch_mode.recording`. Each recorded launch is compiled with the arguments, the configuration and
+the specialisation that it would have on a GPU. The exit status is 1 if
 
 * a launch with aligned 2-byte operands and a rank up to 128 spills registers, or
-* a kernel needs more shared memory than a block may have on its target.
+* a kernel needs more shared memory than a block may use on its target.
 
-Spills elsewhere are printed. Needs Triton, and its bundled ``cuobjdump``; no GPU and no driver.
+Other spills are printed only. Needs Triton and the ``cuobjdump`` in its package; needs neither a GPU nor a driver.
 """
 
 from __future__ import annotations
@@ -47,40 +47,40 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 @dataclass(frozen=True)
 class Case:
-    """One way of calling the primitives, on one target."""
+    """A combination of dtypes, rank, fusion and options to call the primitives with, on one target."""
 
     capability: int
     dtype: str = "bfloat16"
     rank: int = 64
     fusion: str | None = "mul_relu"
-    #: rows of 16-byte multiples, as every model has; else the odd widths that the kernels accept as well
+    #: whether rows are multiples of 16 bytes, as in every model; if not, the sizes are odd
     aligned: bool = True
     dropout: bool = False
-    #: projections in one launch (query and value, say)
+    #: projections in one launch (2: query and value)
     projections: int = 1
-    #: dtype of A and B ("float32": PEFT's default); None for the dtype itself
+    #: dtype of A and B ("float32" is PEFT's default); None: ``dtype``
     adapter_dtype: str | None = None
-    #: dtype of x and G ("float32": autocast); None for the dtype itself
+    #: dtype of x and G ("float32" under autocast); None: ``dtype``
     input_dtype: str | None = None
-    #: the form of each step that has it ("tma": sm_90 and newer); None for the general rule's
+    #: form of each step that has it ("tma" needs sm_90 or newer); None: the general rule's
     form: str | None = None
 
     @property
     def spills_are_errors(self) -> bool:
-        """Whether all operands are aligned, of 2 bytes, and the rank is at most 128."""
+        """Return whether all operands are aligned and of 2 bytes, and the rank is at most 128."""
         all_narrow = all(dtype in (None, "float16", "bfloat16") for dtype in (self.adapter_dtype, self.input_dtype))
         return self.aligned and self.dtype != "float32" and all_narrow and self.rank <= 128
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One thing to compile: a kernel specialised as a launch would specialise it. Picklable."""
+    """A kernel with the specialisation of a launch: the unit of compilation. Picklable."""
 
     module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[tuple[int, ...], Any], ...]
-    #: position of an argument -> what a launch knows of its value, such as ("tt.divisibility", 16)
+    #: position of an argument -> its attributes at launch, such as ("tt.divisibility", 16)
     attributes: tuple[tuple[tuple[int, ...], tuple[tuple[Any, ...], ...]], ...]
     num_warps: int
     num_stages: int
@@ -89,7 +89,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a unit. ``spills`` is the stack frame in bytes, which only spills fill."""
+    """Resources that the compiler reports for a unit. ``spills`` is the stack frame in bytes; only spills use it."""
 
     kernel: str
     case: Case
@@ -103,6 +103,7 @@ class Report:
 
     @property
     def violation(self) -> str:
+        """The limit that is exceeded, or the compiler's error; empty if there is none."""
         if self.error:
             return self.error
         available = SHARED_BYTES[self.case.capability]
@@ -114,7 +115,7 @@ class Report:
 
 
 def record(case: Case, *, rows: int = 16384) -> list[Any]:
-    """The launches that the primitives make in this case, forward and backward."""
+    """Return the launches of the primitives in this case, forward and backward."""
     from .launch_mode import forcing, recording
     from .triton_ops import primitives as triton_ops
 
@@ -126,10 +127,10 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
         M, K, N = M - 3, K - 1, N - 3
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)  # never touched: no memory is spent
+        return torch.empty(shape, dtype=dtype)  # never written, so no memory is committed
 
     x, x_source = empty(M, K, dtype=input_dtype), empty(M, K, dtype=input_dtype)
-    # each projection of its own width, as query and value may be
+    # projections of different widths, as query and value may have
     widths = [N >> i for i in range(count)] if case.aligned else [N - i for i in range(count)]
     As, Bs = [empty(R, K, dtype=adapter_dtype)] * count, [empty(n, R, dtype=adapter_dtype) for n in widths]
     ys, Gs = [empty(M, n) for n in widths], [empty(M, n, dtype=input_dtype) for n in widths]
@@ -142,26 +143,28 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
         masks: dict[str, Any] = {}
         if case.dropout:
             seed = torch.zeros((), dtype=torch.int64)
-            masks = {"mask": triton_ops.keep_bits(seed, M, K, 6554, 0), "keep_scale": 1.25}
-        both = masks | ({"mask_source": masks["mask"]} if masks and case.fusion else {})
-        # what is stacked has the compute dtype; a single adapter is read as it is
+            masks = {"mask": triton_ops.dropout_mask(seed, M, K, 6554, 0), "keep_scale": 1.25}
+        both_masks = masks | ({"mask_source": masks["mask"]} if masks and case.fusion else {})
+        # stacked weights have the compute dtype; a single adapter is read in its own
         A = triton_ops.stack(As, dtype) if count > 1 else As[0]
-        triton_ops.shrink(x, source, A, compute_dtype=dtype, sum_streams=add, **both)
-        few = [y[:8] for y in ys]
-        # with a second stream, or (compiled for one rank) with S given
-        forms: list[list[Tensor]] = [[], [T[:8, :R]] * count] if case.fusion and R == 64 else [[]]
-        for given in forms if triton_ops.can_decode(8, [R] * count) and not case.dropout else []:
-            x_few = source[:8] if source is not None and not given else None
-            triton_ops.decode(x[:8], x_few, given, few, As, Bs, compute_dtype=dtype, keep=bool(given), **common)
-        S, dS = (None, None) if add else (S, dS)  # "add" keeps the sum alone
+        triton_ops.shrink(x, source, A, compute_dtype=dtype, sum_streams=add, **both_masks)
+        y_rows = [y[:8] for y in ys]
+        # with a second stream, or (for one rank only) with S instead of it
+        bottlenecks: list[list[Tensor]] = [[], [T[:8, :R]] * count] if case.fusion and R == 64 else [[]]
+        for Ss in bottlenecks if triton_ops.can_decode(8, [R] * count) and not case.dropout else []:
+            options: dict[str, Any] = {"compute_dtype": dtype, "save_for_backward": bool(Ss)} | common
+            triton_ops.decode(
+                x[:8], source[:8] if source is not None and not Ss else None, Ss, y_rows, As, Bs, **options
+            )
+        S, dS = (None, None) if add else (S, dS)  # "add" saves only the sum
         common["fusion"] = None if add else case.fusion
         triton_ops.expand_(ys, T, S, Bs, **common)
         if not case.dropout:
-            # the adapters run first; biases of the base model have its dtype
+            # adapter_first; biases of the base model have its dtype
             for biases in ([None] * count, [empty(n) for n in widths]):
                 triton_ops.expand_(ys, T, S, Bs, biases=biases, **common)
         triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=adapter_dtype, **common)
-        triton_ops.grad_weight(dT, x, dT if add else dS, source, grad_dtype=adapter_dtype, **both)
+        triton_ops.grad_weight(dT, x, dT if add else dS, source, grad_dtype=adapter_dtype, **both_masks)
         dx = triton_ops.grad_input(dT, A, dtype=input_dtype, **masks)
         if count > 1:
             triton_ops.grad_input(dT, A, dtype=input_dtype, out=dx, **masks)
@@ -169,7 +172,7 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
 
 
 def specialise(launch: Any, capability: int) -> Unit:
-    """Return the launch as Triton's JIT would compile it; compiling the unit leaves it where the launch looks it up."""
+    """Return the unit that Triton's JIT would compile for a launch. Compiling the unit fills the launch's cache."""
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages, "enable_fp_fusion": True}
     signature, constants, attributes = jit_source(launch.kernel, launch.args, capability, options)
     return Unit(
@@ -185,7 +188,7 @@ def specialise(launch: Any, capability: int) -> Unit:
 
 
 def compile_unit(unit: Unit) -> dict[str, Any]:
-    """Compiles one unit and reads registers, spills and shared memory off the result."""
+    """Compile one unit and return its registers, spills and shared memory, or its error."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -198,7 +201,7 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
     )
     options = {"num_warps": unit.num_warps, "num_stages": unit.num_stages, "enable_fp_fusion": True}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the whole assembly that ptxas refuses
+        with contextlib.redirect_stdout(io.StringIO()):  # Triton prints all assembly that ptxas rejects
             compiled = triton.compile(source, target=GPUTarget("cuda", unit.capability, 32), options=options)
     except Exception as error:
         return {"registers": 0, "spills": 0, "shared": 0, "error": f"{type(error).__name__}: {error}"}
@@ -207,7 +210,7 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, bytes of stack frame) of a cubin with one kernel."""
+    """Return (registers per thread, bytes of stack frame) of a cubin with one kernel."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -216,17 +219,17 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [str(cuobjdump), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
-    if found is None:
+    usage = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
+    if usage is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
-    return int(found[1]), int(found[2])
+    return int(usage[1]), int(usage[2])
 
 
 def ci_cases() -> Iterator[Case]:
-    """Yield what CI compiles: all rows in bfloat16, and one case of each other kind and form per kernel."""
+    """Yield the cases that CI compiles: all rows in bfloat16, and one case of each other kind and form per kernel."""
     for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
         yield Case(capability, rank=rank)
-    # sm_86 and sm_120 have the same rows and the same shared memory
+    # sm_89 stands for sm_86 and sm_120 too, which have the same rows and the same shared memory
     yield from (Case(89, rank=rank) for rank in (16, 32, 64, 128))
     yield Case(90, dtype="float32")
     yield Case(90, aligned=False)
@@ -240,13 +243,13 @@ def ci_cases() -> Iterator[Case]:
         yield Case(capability, rank=rank, form="tma")
     for capability, rank in itertools.product((80, 89, 90, 100), (16, 64, 128)):
         yield Case(capability, rank=rank, form="last_adds")
-    # the general rule's kernel, which Triton specialises on a group of one chunk
+    # the general rule's kernel is specialised on group_chunks == 1; this form compiles the other variant
     yield from (Case(90, rank=rank, form="rows_first") for rank in (64, 128))
     yield Case(90, projections=2, adapter_dtype="float32")
 
 
 def all_cases() -> Iterator[Case]:
-    """The whole grid."""
+    """Yield the whole grid."""
     yield from ci_cases()
     fusions = (None, *FUSIONS)
     for capability, dtype, rank, fusion, aligned, dropout in itertools.product(
@@ -261,12 +264,12 @@ def all_cases() -> Iterator[Case]:
 
 
 def compile_cases(cases: Iterable[Case], jobs: int = 2) -> Iterator[Report]:
-    """Compiles every distinct launch of the cases, in parallel; a launch counts for the first case that makes it."""
-    found: dict[Unit, tuple[Case, Any]] = {}
+    """Compile every distinct launch of the cases in parallel; report each launch with the first case that makes it."""
+    units: dict[Unit, tuple[Case, Any]] = {}
     for case in cases:
         for launch in record(case):
-            found.setdefault(specialise(launch, case.capability), (case, launch))
-    for result, (case, launch) in zip(compile_units(found, jobs), found.values(), strict=True):
+            units.setdefault(specialise(launch, case.capability), (case, launch))
+    for result, (case, launch) in zip(compile_units(units, jobs), units.values(), strict=True):
         tiles = launch.config.tiles_of(launch.kernel.arg_names)
         yield Report(
             kernel=launch.kernel.fn.__name__.removesuffix("_kernel"),
@@ -279,16 +282,16 @@ def compile_cases(cases: Iterable[Case], jobs: int = 2) -> Iterator[Report]:
 
 
 def compile_units(units: Iterable[Unit], jobs: int = 2) -> Iterator[dict[str, Any]]:
-    """:func:`compile_unit` of each unit, in order, in ``jobs`` processes."""
+    """Yield the result of :func:`compile_unit` for each unit, in order, from ``jobs`` processes."""
     with compiler_pool(jobs) as pool:
         yield from pool.map(compile_unit, units)
 
 
 def compiler_pool(jobs: int) -> ProcessPoolExecutor:
     """Return a pool of processes for :func:`compile_unit`."""
-    # forked from a server that imports torch once and runs no threads; this process has threads of torch and LLVM
+    # a fork server without threads: forking this process, which runs threads of torch and LLVM, could deadlock
     context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "flare_kernels.triton_ops.primitives"])
+    context.set_forkserver_preload(["__main__", f"{__package__}.triton_ops.primitives"])
     return ProcessPoolExecutor(jobs, mp_context=context)
 
 
@@ -306,9 +309,9 @@ def _row(report: Report) -> tuple[str, ...]:
         f"x {case.input_dtype}" if case.input_dtype else "",
         case.form or "",
     )
-    described = (report.kernel, f"sm_{case.capability}", case.dtype, str(case.rank), " ".join(filter(None, kind)))
-    options = (report.num_warps, report.num_stages, report.registers, report.spills, report.shared)
-    return (*described, report.tiles, *map(str, options))
+    case_cells = (report.kernel, f"sm_{case.capability}", case.dtype, str(case.rank), " ".join(filter(None, kind)))
+    resources = (report.num_warps, report.num_stages, report.registers, report.spills, report.shared)
+    return (*case_cells, report.tiles, *map(str, resources))
 
 
 def _print_row(cells: Iterable[str]) -> None:
@@ -317,9 +320,9 @@ def _print_row(cells: Iterable[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: compile, print a row per launch, return 1 on a violation."""
+    """Run the command line: compile, print a row per launch, and return 1 if there is a violation."""
     parser = argparse.ArgumentParser(prog="python -m flare_kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--all", action="store_true", help="compile the whole grid (some half an hour)")
+    parser.add_argument("--all", action="store_true", help="compile the whole grid (about half an hour)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes (default 2)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
-"""The constants of a call of the node: worked out once, read in every step.
+"""The constants of the autograd node (:mod:`flare_kernels.node`), computed once and read in every step.
 
-Nothing here runs in a step that has been warmed up.
+No code of this module runs in a training step after the first.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from . import dropout as _dropout
 
 #: (output index, rank, scaling, fusion) of an adapter.
-Adapter = tuple[int, int, float, str | None]
+AdapterSpec = tuple[int, int, float, str | None]
 
 
 class Projection(NamedTuple):
-    """One adapted projection: its output's index, its constants, and its columns of T."""
+    """An adapted projection: the index of its output, its constants, and its columns of T."""
 
     output: int
     scaling: float
@@ -25,11 +25,12 @@ class Projection(NamedTuple):
     columns: slice
 
 
-class Group(NamedTuple):
-    """Neighbouring projections of one phi and one rank, which a launch can hold; ``columns`` of T are theirs.
+class ProjectionGroup(NamedTuple):
+    """Neighbouring projections of one phi and one rank, which share a launch.
 
-    launch_fusion: the fusion that a kernel sees. "add" is linear: only H = S + T matters once it is formed, so a
-    kernel treats it as plain LoRA of that sum.
+    columns: their columns of T.
+    launch_fusion: the fusion that the kernels see. It is None for "add", which is linear: the kernels get the sum
+    H = S + T and treat it as T of plain LoRA.
     """
 
     fusion: str | None
@@ -40,23 +41,26 @@ class Group(NamedTuple):
 
 
 class Call:
-    """The constants of a call of the node, worked out once for any number of calls.
+    """The constants of the autograd node, reused by all calls with the same adapters.
 
     Args:
         ops: the primitives.
         dtype: compute dtype.
         adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first.
-        outputs: how many outputs there are, adapted or not.
+        outputs: number of outputs, adapted or not.
         p: probability of dropping an entry of the streams.
 
     Attributes:
-        rank: R, the columns of T. fused: the leading columns that have a source.
-        nonlinear: whether a phi needs T and S in backward. only_adds: whether every projection's H is S + T.
-        adapted: the output of each projection. others: the outputs without an adapter.
-        needs: the flags of (x, x_source, S_i ..., A_i ..., B_i ...) and the number of S_i -> :class:`Needs`.
+        rank: R, the number of columns of T.
+        fused: the number of leading columns of T that fuse with a source.
+        nonlinear: whether some phi needs T and S in backward.
+        only_adds: whether H = S + T for every projection.
+        adapted: the output index of each projection.
+        others: the indices of the outputs without an adapter.
+        needs: (requires-grad flags of (x, x_source, S_i ..., A_i ..., B_i ...), number of S_i) -> :class:`Needs`.
     """
 
-    def __init__(self, ops: Any, dtype: torch.dtype, adapters: Sequence[Adapter], outputs: int, p: float) -> None:
+    def __init__(self, ops: Any, dtype: torch.dtype, adapters: Sequence[AdapterSpec], outputs: int, p: float) -> None:
         self.ops, self.dtype, self.outputs, self.p = ops, dtype, outputs, p
         projections, start = [], 0
         for output, rank, scaling, fusion in adapters:
@@ -77,14 +81,14 @@ class Call:
         self.only_adds = bool(projections) and all(projection.fusion == "add" for projection in projections)
         self.keep_scale = _dropout.keep_scale(p) if p > 0.0 else 1.0
         self.exact = torch.float64 if dtype == torch.float64 else torch.float32
-        #: the most tokens for which a call takes the form for decoding; 0 if it has no such form
+        #: the largest number of tokens that the decoding kernels take; 0 if this call cannot use them
         decodes = p == 0.0 and self.group is not None and hasattr(ops, "decode") and ops.can_decode(1, self.ranks)
         self.decode_rows = ops.DECODE_ROWS if decodes else 0
-        self.needs = _NeedsOfFlags(self.count)
+        self.needs = _NeedsCache(self.count)
 
 
-def _groups(projections: Sequence[Projection], ranks: Sequence[int]) -> tuple[Group, ...]:
-    groups: list[Group] = []
+def _groups(projections: Sequence[Projection], ranks: Sequence[int]) -> tuple[ProjectionGroup, ...]:
+    groups: list[ProjectionGroup] = []
     for index, projection in enumerate(projections):
         first = groups[-1].members.start if groups else 0
         if groups and groups[-1].fusion == projection.fusion and ranks[first] == ranks[index]:
@@ -93,35 +97,37 @@ def _groups(projections: Sequence[Projection], ranks: Sequence[int]) -> tuple[Gr
             first = index
         members = slice(first, index + 1)
         groups.append(
-            Group(
+            ProjectionGroup(
                 projection.fusion,
                 None if projection.fusion == "add" else projection.fusion,
                 members,
                 slice(projections[first].columns.start, projection.columns.stop),
-                tuple(one.scaling for one in projections[members]),
+                tuple(member.scaling for member in projections[members]),
             )
         )
     return tuple(groups)
 
 
 class Needs:
-    """Which gradients are asked for."""
+    """The gradients that a backward pass has to compute, for each input."""
 
     def __init__(self, x: bool, x_source: bool, S: tuple[bool, ...], A: tuple[bool, ...], B: tuple[bool, ...]) -> None:
         self.x, self.x_source, self.S, self.A, self.B = x, x_source, S, A, B
         self.count_S = len(S)
         self.any_S, self.any_A, self.any_B, self.all_B = any(S), any(A), any(B), all(B)
-        #: whether dT is needed on the way to something
+        #: whether some required gradient depends on dT
         self.hidden = x or x_source or self.any_S or self.any_A
         self.anything = self.hidden or self.any_B
 
 
-class _NeedsOfFlags(dict[tuple[tuple[bool, ...], int], Needs]):
+class _NeedsCache(dict[tuple[tuple[bool, ...], int], Needs]):
+    """Mapping that builds each :class:`Needs` on its first lookup."""
+
     def __init__(self, count: int) -> None:
         self.count = count
 
     def __missing__(self, key: tuple[tuple[bool, ...], int]) -> Needs:
-        (flags, sources), count = key, self.count
-        of_S, of_A, of_B = flags[2 : 2 + sources], flags[2 + sources : 2 + sources + count], flags[-count:]
-        self[key] = Needs(flags[0], flags[1], of_S, of_A, of_B if count else ())
+        (flags, count_S), count = key, self.count
+        S, A, B = flags[2 : 2 + count_S], flags[2 + count_S : 2 + count_S + count], flags[-count:]
+        self[key] = Needs(flags[0], flags[1], S, A, B if count else ())
         return self[key]

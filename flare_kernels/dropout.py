@@ -1,12 +1,12 @@
-"""Dropout as packed one-bit keep masks: drawn once, kept for the backward pass, never a dropped copy of x.
+"""Dropout with packed masks of one bit per element, regenerated from a seed. No dropped-out copy of x is stored.
 
-A mask of an (M, K) stream is uint8 (M, ceil(K / 8)); bit j of byte b is 1 if column 8 b + j is kept; bits past
-column K are zero. It is a pure function of (seed, stream, row, byte): Philox 4x32-10 with
+The mask of an (M, K) stream is uint8 (M, ceil(K / 8)). Bit j of byte b is 1 if column 8 b + j is kept and 0 if it is
+dropped. Bits past column K are zero. A byte is a pure function of (seed, stream, row, byte): Philox 4x32-10 with
 
     counter = (byte, row, stream, 0)    key = (low, high word of the seed)
 
-gives 128 bits, cut into eight 16-bit numbers u_j (j even: low half of word j // 2, odd: its high half); column 8 b + j
-is kept where u_j >= round(p * 65536). The torch and the Triton form give the same bits.
+gives 128 bits, which are split into eight 16-bit numbers u_j (even j: low half of word j // 2, odd j: its high half).
+Column 8 b + j is kept if u_j >= round(p * 65536). The PyTorch and the Triton implementation give the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Numbers of the two streams: masks of one seed are independent across them.
+#: Stream numbers. Masks of the two streams are independent even if they have the same seed.
 TARGET_STREAM, SOURCE_STREAM = 0, 1
 
 _LEVELS = 1 << 16
@@ -24,28 +24,28 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-#: Mask bytes drawn at a time by the torch form: what it holds stays in a CPU's cache; on a GPU it is some 500 MiB.
+#: Mask bytes per step of the PyTorch implementation. Its temporaries fit a CPU's cache; on a GPU they take ~500 MiB.
 _CHUNK_BYTES = {"cpu": 1 << 15, "other": 1 << 22}
 
 
 def drop_threshold(p: float) -> int:
-    """round(p * 65536): a column is kept where its 16-bit number is not below it."""
+    """Return round(p * 65536). A column is kept if its 16-bit number is at least that."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p={p!r} is not a probability (0 to 1)")
     return round(p * _LEVELS)
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p') for the probability p' that the 16-bit threshold represents; 0 if everything is dropped."""
-    kept = _LEVELS - drop_threshold(p)
-    return _LEVELS / kept if kept else 0.0
+    """Return 1 / (1 - p') for the probability p' that the 16-bit threshold represents; 0 if everything is dropped."""
+    keep_levels = _LEVELS - drop_threshold(p)
+    return _LEVELS / keep_levels if keep_levels else 0.0
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
-    """An int64 scalar from the default generator of the device, left there.
+    """Return a seed as an int64 scalar tensor on the device, from the device's default generator.
 
-    Checkpointing restores that generator before it recomputes, so the same masks come again; nothing waits for the
-    device, and a CUDA graph replays with a new seed each time.
+    Gradient checkpointing restores that generator before it recomputes, so the masks are the same. The host does not
+    wait for the device, and each replay of a CUDA graph draws a new seed.
     """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
@@ -56,50 +56,54 @@ def packed_mask(
     cols: int,
     p: float,
     stream: int,
-    keep_bits: Callable[[Tensor, int, int, int, int], Tensor] | None = None,
+    generate: Callable[[Tensor, int, int, int, int], Tensor] | None = None,
 ) -> Tensor | None:
-    """Packed keep bits of a (rows, cols) stream, uint8 (rows, ceil(cols / 8)), on the seed's device.
+    """Return the packed mask of a (rows, cols) stream, uint8 (rows, ceil(cols / 8)), on the seed's device.
 
-    A pure function of its arguments. None for p = 0 (all kept), all zero for p = 1.
+    A pure function of its arguments. None for p = 0 (nothing is dropped), all zeros for p = 1.
 
     Args:
         seed: int64 scalar tensor, from :func:`draw_seed`.
-        p: probability of dropping, to a resolution of 1/65536.
-        stream: which stream the mask is for (TARGET_STREAM, SOURCE_STREAM, or any other number below 2**31).
-        keep_bits: the primitive that draws them (``ops.keep_bits``); None: :func:`keep_bits_torch`. All give the same
-            bits.
+        rows, cols: size of the stream.
+        p: probability of dropping, with a resolution of 1/65536.
+        stream: number of the stream (TARGET_STREAM, SOURCE_STREAM, or another number below 2**31).
+        generate: the primitive that generates the bits (``ops.dropout_mask``); None: :func:`dropout_mask_torch`. All
+            implementations give the same bits.
+
+    Raises:
+        ValueError: p is not a probability.
     """
     threshold = drop_threshold(p)
     if p == 0.0:
         return None
     if threshold == _LEVELS or rows == 0 or cols == 0 or seed.is_meta:
         return torch.zeros((rows, (cols + 7) // 8), dtype=torch.uint8, device=seed.device)
-    return (keep_bits or keep_bits_torch)(seed, rows, cols, threshold, stream)
+    return (generate or dropout_mask_torch)(seed, rows, cols, threshold, stream)
 
 
 def unpack(mask: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
-    """Keep bits as a (rows, cols) tensor of ones and zeros."""
+    """Return a packed mask as a (rows, cols) tensor of ones (kept) and zeros (dropped)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.unsqueeze(-1) >> shifts).bitwise_and_(1)
     return bits.flatten(1)[:, :cols].to(dtype)
 
 
-def keep_bits_torch(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -> Tensor:
-    """The plain PyTorch form of the generator, on any device, some rows at a time.
+def dropout_mask_torch(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -> Tensor:
+    """Return a packed mask, generated in plain PyTorch on any device, a chunk of rows at a time.
 
-    All four words are drawn together: where an operator is a launch, their number is what this takes.
+    All four Philox words are computed by the same operators: on a GPU, the number of launches decides the time.
     """
     n_bytes = (cols + 7) // 8
     out = torch.empty((rows, n_bytes), dtype=torch.uint8, device=seed.device)
     o_byte = torch.arange(n_bytes, dtype=torch.int64, device=seed.device)
-    place = torch.arange(0, 8, 2, dtype=torch.uint8, device=seed.device).view(4, 1, 1)
+    shift = torch.arange(0, 8, 2, dtype=torch.uint8, device=seed.device).view(4, 1, 1)
     chunk = max(1, _CHUNK_BYTES["cpu" if seed.device.type == "cpu" else "other"] // n_bytes)
     for start in range(0, rows, chunk):
         end = min(start + chunk, rows)
         o_row = torch.arange(start, end, dtype=torch.int64, device=seed.device).unsqueeze(1)
         words = philox(seed, o_byte.expand(end - start, n_bytes), o_row.expand(end - start, n_bytes), stream)
-        bits = ((words & 0xFFFF) >= threshold).to(torch.uint8).bitwise_left_shift_(place)
-        bits |= (words >= threshold << 16).to(torch.uint8).bitwise_left_shift_(place + 1)
+        bits = ((words & 0xFFFF) >= threshold).to(torch.uint8).bitwise_left_shift_(shift)
+        bits |= (words >= threshold << 16).to(torch.uint8).bitwise_left_shift_(shift + 1)
         torch.sum(bits, dim=0, dtype=torch.uint8, out=out[start:end])
     if cols % 8:
         out[:, -1] &= (1 << cols % 8) - 1
@@ -107,11 +111,10 @@ def keep_bits_torch(seed: Tensor, rows: int, cols: int, threshold: int, stream: 
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> Tensor:
-    """Philox 4x32-10 of counter (c0, c1, c2, 0) and key = seed: four words below 2**32, int64 (4, *c0.shape).
+    """Return Philox 4x32-10 of counter (c0, c1, c2, 0) and key = seed: four words below 2**32, int64 (4, *c0.shape).
 
-    int64 products wrap modulo 2**64, which leaves both of their 32-bit halves right.
+    int64 products wrap modulo 2**64, so both of their 32-bit halves are correct.
     """
-
     shape = (2, *[1] * c0.dim())
     even = torch.stack((c0, torch.full_like(c0, c2, memory_format=torch.contiguous_format)))  # words 0 and 2
     odd = torch.stack((torch.zeros_like(c1), c1))  # words 3 and 1
@@ -126,6 +129,6 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> Tensor:
 
 
 def _pair(values: tuple[int, int], device: torch.device) -> Tensor:
-    """Two numbers as an int64 tensor that is made on the device: a copy from the host would end a graph's capture."""
+    """Return two numbers as an int64 tensor, computed on the device: a copy from the host would break graph capture."""
     first, second = values
     return torch.arange(2, device=device).mul_(second - first).add_(first)

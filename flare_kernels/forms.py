@@ -1,6 +1,6 @@
-"""The form of a step that a call takes: the forced one, the tuned table's, or the general rule's. Imports no Triton.
+"""Choice of the form of a step: the forced one, the tuned table's, or the general rule's. Does not import Triton.
 
-``FORMS`` in ``triton_ops/config.py`` lists the forms of each step.
+A form is one implementation of a step. ``FORMS`` in ``triton_ops/config.py`` lists the forms of each step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .launch_table import ROW_BOUNDS, WIDTH_BOUNDS, Entry, Key, bucket, table_fo
 from .triton_ops.config import FORMS, can_run, operand_class, rank_bucket
 
 
-def form_in_force(
+def select_form(
     mode: Mode,
     step: str,
     operands: str,
@@ -26,14 +26,17 @@ def form_in_force(
     device: torch.device,
     excluded: Collection[str] = (),
 ) -> tuple[str, Entry | None]:
-    """Return the form of a step and the table entry that names it (None where no entry decided).
+    """Return the form of a step, and the table entry that decided it (None if no entry did).
+
+    A forced form is taken without a check that the device can run it.
 
     Args:
-        step: a key of ``FORMS``. operands: the operand class (:func:`class_of`). rank, rows, width: as in
-            :class:`~flare_kernels.launch_table.Key`, before they are put into buckets.
-        excluded: forms that this call cannot take, whatever is forced or tuned.
-
-    A form that is forced is taken without asking whether the device can run it.
+        mode: the launch mode, which may force a form or a table.
+        step: a key of ``FORMS``.
+        operands: the operand class (:func:`class_of`).
+        rank, rows, width: sizes as in :class:`~flare_kernels.launch_table.Key`, not yet mapped to buckets.
+        device: where the launch runs.
+        excluded: forms that this call cannot take, even if they are forced or tuned.
     """
     if mode.forced_form in FORMS[step] and mode.forced_form not in excluded:
         return mode.forced_form, None
@@ -47,29 +50,36 @@ def form_in_force(
 
 
 def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> Entry | None:
-    """Return the entry that the device's tuned table has for a step, or None."""
+    """Return the entry of the device's tuned table for a step, or None."""
     if device.type != "cuda":
         return None
     return table_for(_gpu_name(_index(device))).entries.get(table_key(step, operands, rank, rows, width))
 
 
 def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key:
-    """Return the table's key of a launch of these sizes."""
+    """Return the key under which a table holds launches of these sizes."""
     return Key(step, operands, rank_bucket(rank), bucket(rows, ROW_BOUNDS), bucket(width, WIDTH_BOUNDS))
 
 
 def class_of(
     rank: int, compute_dtype: torch.dtype, wide: Sequence[Tensor | None], thin: Sequence[Tensor | None]
 ) -> str:
-    """Return the operand class of a launch on tensors of wide rows (x, G, y, A) and of thin ones (T, S, B)."""
-    # rows of a handful of elements cannot be aligned, and need not be
+    """Return the operand class of a launch.
+
+    Args:
+        rank: rank of one adapter.
+        compute_dtype: dtype of the products' operands.
+        wide: operands with wide rows (x, G, y, A).
+        thin: operands with rows of rank width (T, S, B).
+    """
+    # rows of a few elements cannot be aligned, and alignment does not matter for them
     aligned = is_aligned(*wide) and (rank <= 16 or is_aligned(*thin))
     widest = max(x.element_size() for x in (*wide, *thin) if x is not None)
     return operand_class(compute_dtype.itemsize, widest, aligned)
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
-    """Return whether Triton can use 16-byte accesses: it asks that of pointers, and strides of multiples of 16."""
+    """Return whether Triton can use 16-byte accesses: pointers and strides must be multiples of 16."""
     for x in tensors:
         if x is not None and (x.data_ptr() % 16 or any(s != 1 and s % 16 for s in x.stride())):
             return False
@@ -77,7 +87,7 @@ def is_aligned(*tensors: Tensor | None) -> bool:
 
 
 def capability(device: torch.device) -> int:
-    """Return a CUDA device's compute capability as one number (90 for sm_90), and 0 for any other device."""
+    """Return a CUDA device's compute capability as one number (90 for sm_90), or 0 for any other device."""
     return _cuda_capability(_index(device)) if device.type == "cuda" else 0
 
 

@@ -1,9 +1,13 @@
 """The autograd function over :mod:`flare_kernels.node`, and the public function for one projection.
 
-Saved for backward: x and x_source as they came (only where an A asks for a gradient), T and S rounded to the compute
-dtype (only H where phi is linear), the stacked A and B where they had to be stacked or cast and are small compared with
-x, and with dropout the seed, from which the masks are made again. Never a cast or dropped-out copy of x. The form for
-projections that share their input is in :mod:`flare_kernels.joint`.
+Saved for backward:
+
+* x and x_source as passed, if some A requires grad; never a cast or dropped-out copy of them,
+* T and S in the compute dtype, or only H if phi is linear,
+* the stacked A and B, if they were stacked or cast and are small compared with x,
+* the seed of the dropout masks, which backward regenerates.
+
+The public function for projections that share their input is in :mod:`flare_kernels.joint`.
 """
 
 from __future__ import annotations
@@ -20,22 +24,22 @@ from torch import Tensor
 from . import dropout as _dropout
 from . import launch_mode, library, node, reference, validation
 from ._compat import functorch_is_active, plain_apply
-from .call import Adapter, Call
+from .call import AdapterSpec, Call
 from .fusion import EAGER_FUSIONS
 from .library import call_of
 from .node import rows, without_autocast
-from .order import Order, order_of
+from .order import Order, choose_order
 from .reference import compute_dtype
 
-# What the key of an order reads off every weight, for `map`.
+# The attributes of a weight that are part of the key of an order, for `map`.
 _LAYOUT = operator.attrgetter("shape", "dtype")
 
-#: Weights in the compute dtype are kept for the backward pass where x is this many times as large.
-_KEPT_SHARE = 16
+#: Weights in the compute dtype are saved for the backward pass if x is at least this many times as large.
+_SAVE_RATIO = 16
 
 
 def needs_plain_operators() -> bool:
-    """Whether a transform of torch.func, torch.jit.trace or torch.export runs: these take plain operators only."""
+    """Return whether a torch.func transform, torch.jit.trace or torch.export is active: they need plain operators."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return functorch_is_active() or torch.jit.is_tracing()
@@ -44,9 +48,9 @@ def needs_plain_operators() -> bool:
 def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
     """Return base_output itself if the result may overwrite it, otherwise a copy.
 
-    A leaf that requires grad, a view, a part of a larger storage, and memory that one of ``others`` shares still belong
-    to someone; memory with gaps cannot be accumulated into as (M, n). A ``detach()`` that covers the whole tensor
-    cannot be told from a tensor of its own and is written to.
+    A tensor is copied if it is a leaf that requires grad, a view, a part of a larger storage, or shares memory with one
+    of ``others``. A non-contiguous tensor is copied too, because it cannot be accumulated into as (M, n). A
+    ``detach()`` of a whole tensor is indistinguishable from an independent tensor and is overwritten.
     """
     storage = base_output.untyped_storage()
     addresses = (other.untyped_storage().data_ptr() for other in others if other is not None and other.numel())
@@ -61,13 +65,19 @@ def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
 
 
 class FusedLoRA(torch.autograd.Function):
-    """y_i (..., n_i) += s_i phi_i(S_i, T_i) B_i^T in the memory of every output that has an adapter.
+    """Autograd function that adds s_i phi_i(S_i, T_i) B_i^T to y_i (..., n_i), in place, for every adapted output.
 
-    Shapes: x, x_source (..., d); seed () int64 or None, and the source's own or None; A (R, d), the stacked A, or None;
-    then, of the numbers that ``sizes`` states, outputs y_i, given S (..., columns), A_i (r_i, d), B_i (n_i, r_i) in
-    stacking order, and frozen weights W_i (n_i, d) where the node owns dx of their products. Without y_i the node makes
-    the products too, from W_i and the biases (n_i,) or None behind them, before or after the adapters
-    (:mod:`flare_kernels.order`); the outputs are then (M, n_i).
+    Arguments of ``apply``:
+        call: the constants.
+        sizes: the numbers of y_i, of S, and of W_i among ``tensors``.
+        x, x_source: (..., d); x_source may be None.
+        seed: dropout seed, () int64, or None.
+        source_seed: dropout seed of the source stream; None: ``seed``.
+        A: the stacked A (R, d), or None.
+        tensors: y_i (..., n_i); S (..., columns) instead of x_source; A_i (r_i, d) and B_i (n_i, r_i) in stacking
+            order; frozen weights W_i (n_i, d) if the node computes dx of their products. Without y_i, the node computes
+            the products too, before or after the adapters (:mod:`flare_kernels.order`). The W_i are then followed by
+            their biases, (n_i,) or None, and the outputs have shape (M, n_i).
     """
 
     @staticmethod
@@ -105,25 +115,25 @@ class FusedLoRA(torch.autograd.Function):
             try:
                 order = mode.plans[key]
             except KeyError:
-                order = mode.plans.add(key, order_of(mode, call, x_MK, Ws, biases, autocast))
+                order = mode.plans.add(key, choose_order(mode, call, x_MK, Ws, biases, autocast))
             if order is None:
-                # under autocast, which casts as it would without us
+                # under autocast, which casts as in the unmodified layer
                 ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, biases))
             else:
-                made: list[Any] = [None] * count_W
+                outputs: list[Any] = [None] * count_W
                 empty = functools.partial(torch.empty, dtype=call.dtype, device=x.device)
                 for output, y in zip(call.adapted, map(empty, order), strict=True):
-                    made[output] = y
+                    outputs[output] = y
                 for output in call.others:
-                    made[output] = F.linear(x_MK, Ws[output], biases[output])
-                ys = matrices = tuple(made)
-            if call.others and not needs.x:  # they depend on nothing that asks for a gradient
+                    outputs[output] = F.linear(x_MK, Ws[output], biases[output])
+                ys = matrices = tuple(outputs)
+            if call.others and not needs.x:  # these outputs depend on nothing that requires grad
                 ctx.mark_non_differentiable(*[ys[index] for index in call.others])
         xs_MK = None if x_source is None else x_source.flatten(0, -2) if x_source.ndim > 2 else rows(x_source)
         S_matrices = [rows(S) for S in Ss] if Ss else ()
         seeds = None if seed is None else (seed, seed if source_seed is None else source_seed)
-        written = None if order is None else biases
-        args = (call, x_MK, xs_MK, S_matrices, seeds, matrices, As, Bs, needs.anything, None, A, written)
+        adapter_biases = None if order is None else biases
+        args = (call, x_MK, xs_MK, S_matrices, seeds, matrices, As, Bs, needs.anything, None, A, adapter_biases)
         T, S, A, B = node.forward(*args) if autocast is None else without_autocast(node.forward, x.device, *args)
         if order is not None:
             for output in call.adapted:
@@ -131,15 +141,15 @@ class FusedLoRA(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call, ctx.sizes, ctx.needs, ctx.adapter_first = call, sizes, needs, order is not None
         ctx.frozen_inputs = count_W if count_y else 2 * count_W  # weights, and biases
-        # T is needed for dB, and T and S where dH goes through phi
-        keep_hidden = needs.any_B or (needs.hidden and call.nonlinear)
+        # dB needs T; a nonlinear phi needs T and S in backward
+        save_hidden = needs.any_B or (needs.hidden and call.nonlinear)
         ctx.save_for_backward(
             x if needs.any_A else None,
             x_source if needs.any_A else None,
-            T if keep_hidden else None,
-            S if keep_hidden else None,
-            A if A is not None and (needs.x or needs.x_source) and _worth_keeping(A, As, x) else None,
-            B if B is not None and needs.hidden and _worth_keeping(B, Bs, x) else None,
+            T if save_hidden else None,
+            S if save_hidden else None,
+            A if A is not None and (needs.x or needs.x_source) and _worth_saving(A, As, x) else None,
+            B if B is not None and needs.hidden and _worth_saving(B, Bs, x) else None,
             seed,
             source_seed,
             *tensors[at_A : at_W + count_W],
@@ -188,14 +198,14 @@ class FusedLoRA(torch.autograd.Function):
             [shape[-1] for shape, _ in ctx.S_likes] if count_S else (),
             ctx.adapter_first,
         )
-        of_outputs: Sequence[Tensor | None] = ()
+        dys: Sequence[Tensor | None] = ()
         if count_y:
-            of_outputs = [G if need else None for G, need in zip(grads, flags[7 : 7 + count_y], strict=True)]
-        of_S: Sequence[Tensor | None] = ()
+            dys = [G if need else None for G, need in zip(grads, flags[7 : 7 + count_y], strict=True)]
+        S_grads: Sequence[Tensor | None] = ()
         if count_S:
-            of_S = [
-                None if dS is None else dS.to(to).view(like) if dS.is_contiguous() else dS.to(to).reshape(like)
-                for dS, (like, to) in zip(dSs, ctx.S_likes, strict=True)
+            S_grads = [
+                None if dS is None else dS.to(dtype).view(shape) if dS.is_contiguous() else dS.to(dtype).reshape(shape)
+                for dS, (shape, dtype) in zip(dSs, ctx.S_likes, strict=True)
             ]
         return (
             None,
@@ -205,8 +215,8 @@ class FusedLoRA(torch.autograd.Function):
             None,
             None,
             None,
-            *of_outputs,
-            *of_S,
+            *dys,
+            *S_grads,
             *dAs,
             *dBs,
             *(None,) * ctx.frozen_inputs,
@@ -216,8 +226,8 @@ class FusedLoRA(torch.autograd.Function):
 _apply_in_cpp = plain_apply(FusedLoRA)
 
 
-class _OnceOnly(torch.autograd.Function):
-    """The last ``count`` tensors, gradients that depend on those before, and an error where they are differentiated."""
+class _DifferentiableOnce(torch.autograd.Function):
+    """Autograd function that returns its last ``count`` tensors and raises an error in backward."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -227,41 +237,41 @@ class _OnceOnly(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         raise RuntimeError(
             "the gradient of a FLARE adapter was differentiated again (create_graph=True), which its fused backward "
-            "pass does not support: use the transforms of torch.func (grad, jvp, hessian over functional_call), under "
-            "which adapters run on plain PyTorch operators"
+            "pass does not support: use the transforms of torch.func (grad, jvp, hessian over functional_call). Under "
+            "them, adapters run on plain PyTorch operators"
         )
 
 
 def differentiable_once(
     grads: Sequence[Tensor | None], depend_on: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a backward pass with ``create_graph=True``, which raise where they are differentiated.
+    """Return the gradients of a backward pass with ``create_graph=True``, such that differentiating them raises.
 
-    torch's ``once_differentiable`` knows neither what a node has saved nor the way to the inputs of ``autograd.grad``,
-    which then finds no second derivative and says nothing.
+    torch's ``once_differentiable`` does not connect the gradients to the saved tensors. ``autograd.grad`` would then
+    find no second derivative and raise no error.
 
     Args:
-        grads: without a graph.
-        depend_on: everything that they were made of.
+        grads: gradients without a graph.
+        depend_on: all tensors that the gradients were computed from.
     """
     sources = [tensor for tensor in depend_on if tensor is not None and tensor.requires_grad]
     present = [grad for grad in grads if grad is not None]
     if not sources or not present:
         return tuple(grads)
     with torch.enable_grad():
-        found = iter(_OnceOnly.apply(len(present), *sources, *present))
-    return tuple(None if grad is None else next(found) for grad in grads)
+        connected = iter(_DifferentiableOnce.apply(len(present), *sources, *present))
+    return tuple(None if grad is None else next(connected) for grad in grads)
 
 
-def _worth_keeping(stacked: Tensor, weights: Sequence[Tensor], x: Tensor) -> bool:
-    """Whether weights that were stacked or cast are small compared with x; otherwise backward makes them again."""
-    return stacked is not weights[0] and _KEPT_SHARE * stacked.nbytes <= x.nbytes
+def _worth_saving(stacked: Tensor, weights: Sequence[Tensor], x: Tensor) -> bool:
+    """Return whether stacked or cast weights are small compared with x; if not, backward stacks them again."""
+    return stacked is not weights[0] and _SAVE_RATIO * stacked.nbytes <= x.nbytes
 
 
 def apply(
     backend: str,
     dtype: torch.dtype,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterSpec],
     p: float,
     x: Tensor,
     x_source: Tensor | None,
@@ -271,23 +281,30 @@ def apply(
     Bs: Sequence[Tensor],
     Ws: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Call the node with gradients: in place, or as an operator of its own while torch.compile traces.
+    """Call the node with autograd: in place, or as a ``torch.library`` operator while torch.compile traces.
 
     Args:
+        backend: name of the backend.
+        dtype: compute dtype.
         adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first.
-        p: probability of dropout that acts.
-        ys: frozen outputs, consumed. Ws: the frozen weights, where ys have no graph and the node owns their dx.
+        p: probability of dropout; 0 outside training.
+        x, x_source: (..., d).
+        Ss: S (..., r_i) instead of x_source.
+        ys: frozen outputs, consumed.
+        As, Bs: (r_i, d) and (n_i, r_i), in stacking order.
+        Ws: the frozen weights, if ys have no graph and the node computes dx of the frozen products.
     """
     p = p if adapters else 0.0
     seed = _dropout.draw_seed(x.device) if p > 0.0 else None
     if torch.compiler.is_compiling():
         return library.apply(backend, dtype, adapters, p, x, x_source, Ss, seed, ys, As, Bs, Ws)
     call = call_of(backend, x.device, dtype, tuple(adapters), len(ys), p)
-    own: list[Tensor] = []
-    for y in ys:  # none shares memory with another or with an input
-        own.append(writable(y, x, x_source, *Ss, *own))
+    outputs: list[Tensor] = []
+    for y in ys:  # no output may share memory with another output or with an input
+        outputs.append(writable(y, x, x_source, *Ss, *outputs))
     sizes = (len(ys), len(Ss), len(Ws))
-    return FusedLoRA.apply(call, sizes, x, x_source, seed, None, None, *own, *Ss, *As, *Bs, *Ws)  # type: ignore[no-any-return]
+    tensors = (*outputs, *Ss, *As, *Bs, *Ws)
+    return FusedLoRA.apply(call, sizes, x, x_source, seed, None, None, *tensors)  # type: ignore[no-any-return]
 
 
 def apply_with_products(
@@ -303,23 +320,26 @@ def apply_with_products(
     Ws: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Call the node for adapters over plain frozen linears; it computes their products and dx too. Checks no arguments.
+    """Call the node for adapters over plain frozen linears, whose products and dx it computes too.
+
+    The arguments are not checked.
 
     Args:
-        call: of as many outputs as there are Ws.
-        sizes: (0, the number of Ss, the number of Ws).
+        call: the constants; it has one output per W.
+        sizes: (0, number of Ss, number of Ws).
         x, x_source: (..., d).
-        source_seed: of the dropout masks of x_source, where the caller has drawn it.
-        Ss: S (..., columns) in place of x_source.
-        A: the stacked A (R, d), where it is there already.
-        As, Bs: in the call's order. Ws, biases: (n_i, d) and (n_i,), frozen, of every output.
+        source_seed: seed of the dropout masks of x_source, if the caller has drawn it.
+        Ss: S (..., columns) instead of x_source.
+        A: the stacked A (R, d), if the caller has it.
+        As, Bs: (r_i, d) and (n_i, r_i), in the call's order.
+        Ws, biases: (n_i, d) and (n_i,) or None, frozen, of every output.
 
     Returns:
-        y_i (M, n_i), in memory of their own.
+        y_i (M, n_i), as new tensors.
     """
     seed = _dropout.draw_seed(x.device) if call.p > 0.0 else None
     args = (call, sizes, x, x_source, seed, source_seed, A, *Ss, *As, *Bs, *Ws, *biases)
-    if functorch_is_active():  # the wrapper says that transforms cannot take the node
+    if functorch_is_active():  # the Python wrapper of apply raises the error for transforms
         return FusedLoRA.apply(*args)  # type: ignore[no-any-return]
     return _apply_in_cpp(*args)  # type: ignore[no-any-return]
 
@@ -327,7 +347,7 @@ def apply_with_products(
 def add_adapters(
     call: Call, x: Tensor, Ss: Sequence[Tensor], ys: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor]
 ) -> None:
-    """Add the adapters' shares to y_i (..., n_i) in place, without a graph, from x (..., d) and S (..., columns)."""
+    """Add the adapters' shares to y_i (..., n_i) in place without a graph, from x (..., d) and S (..., columns)."""
     with torch.no_grad():
         Ss, ys = [*map(rows, Ss)], [*map(rows, ys)]
         without_autocast(node.forward, x.device, call, rows(x), None, Ss, None, ys, As, Bs, False)
@@ -352,27 +372,28 @@ def fused_lora(
     Args:
         x: (..., m, d) target stream.
         x_source: (..., m, d) source stream, or None.
-        base_output: (..., m, n) output of the frozen linear, whatever its quantisation. It is consumed: the result
-            may overwrite it, as with ``addmm_``. A leaf that requires grad, a view, or a tensor that shares memory with
-            x or the source is copied first.
+        base_output: (..., m, n) output of the frozen linear, quantised or not. It is consumed: the result may overwrite
+            it, as with ``addmm_``. It is copied first if it is a leaf that requires grad, a view, or shares memory with
+            x or the source.
         lora_A: (r, d) as PEFT stores it, shared by both streams.
         lora_B: (n, r) as PEFT stores it.
         scaling: alpha / r.
-        fusion: one of ``FUSIONS``; None, or neither source given, is plain LoRA: phi(S, T) = T.
-        source_bottleneck: (..., m, r) instead of x_source: S, already projected; differentiable.
-        dropout_p: probability of zeroing an entry of x and x_source (independent masks), where ``training``.
-        training: whether dropout acts.
+        fusion: one of ``FUSIONS``. None, or a call without a source, is plain LoRA: phi(S, T) = T.
+        source_bottleneck: (..., m, r) S, already projected, instead of x_source; differentiable.
+        dropout_p: probability of zeroing an entry of x and x_source (independent masks) if ``training``.
+        training: whether dropout is applied.
         backend: "triton", "torch", "reference", or "auto" (see :func:`flare_kernels.select_backend`).
 
     Returns:
-        (..., m, n) in base_output's dtype. Compute dtype: x's, or base_output's where autocast left x in float32; sums
-        are float32 (float64 for float64 inputs). Gradients come in each parameter's dtype; differentiable once in x,
-        base_output, lora_A, lora_B, source_bottleneck, x_source. dx is the adapter's share, dT A.
+        (..., m, n) in base_output's dtype. The compute dtype is x's, or base_output's if autocast left x in float32.
+        Sums are float32 (float64 for float64 inputs). Each gradient has the dtype of its tensor. The result is
+        differentiable once in x, base_output, lora_A, lora_B, source_bottleneck and x_source. dx is the adapter's
+        share, dT A.
 
     Raises:
-        TypeError: a non-floating tensor, or float64 mixed with another dtype.
-        ValueError: shapes that do not fit, both source forms, an unknown fusion or backend, or a backend that cannot
-            run here.
+        TypeError: a tensor is not floating-point, or float64 is mixed with another dtype.
+        ValueError: shapes do not fit, both source arguments are given, the fusion or backend is unknown, or the backend
+            cannot run here.
     """
     validation.check_fusion(fusion, backend)
     validation.check_numbers(scaling, dropout_p)

@@ -1,4 +1,4 @@
-"""The element-wise fusion functions phi(S, T) and their derivatives (FLARE, section 3; method in the README).
+"""The element-wise fusion functions phi(S, T) and their derivatives (FLARE, section 3; docs/how-it-works.md).
 
 Shapes: S and T are (..., m, r): the down-projected source and target stream. H = phi(S, T) has the same shape. Every
 formula here is plain PyTorch; the Triton forms of the same formulas are in ``triton_ops/device.py``.
@@ -19,9 +19,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fusion:
-    """One element-wise fusion: its forward and its derivative."""
+    """An element-wise fusion phi.
+
+    Attributes:
+        name: the value of the argument ``fusion``.
+        kernel_id: the number of the fusion in the Triton kernels (0 is plain LoRA).
+        forward: (S, T) -> H.
+        backward: (dH, S, T) -> (dT, dS).
+    """
 
     name: str
+    kernel_id: int
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -34,30 +42,35 @@ def _mul_relu_backward(dH: Tensor, S: Tensor, T: Tensor) -> tuple[Tensor, Tensor
 
 
 def _add_relu_backward(dH: Tensor, S: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
-    # not a product with 0 or 1, which would make a NaN of dH's NaN or infinity where relu passes nothing on
+    # masked_fill and not a product with 0 or 1: 0 * inf and 0 * NaN are NaN
     return dH.masked_fill(T <= 0, 0.0), dH.masked_fill(S <= 0, 0.0)
 
 
 _REGISTRY: dict[str, Fusion] = {
     fusion.name: fusion
     for fusion in (
-        # backward: (dH, S, T) -> (dT, dS)
-        Fusion("add", lambda S, T: S + T, lambda dH, S, T: (dH, dH)),
-        Fusion("mul", lambda S, T: S * T, lambda dH, S, T: (dH * S, dH * T)),
-        Fusion("add_relu", lambda S, T: S.relu() + T.relu(), _add_relu_backward),
-        Fusion("mul_relu", lambda S, T: S.relu() * T.relu(), _mul_relu_backward),
+        Fusion("add", 1, lambda S, T: S + T, lambda dH, S, T: (dH, dH)),
+        Fusion("mul", 2, lambda S, T: S * T, lambda dH, S, T: (dH * S, dH * T)),
+        Fusion("add_relu", 3, lambda S, T: S.relu() + T.relu(), _add_relu_backward),
+        Fusion("mul_relu", 4, lambda S, T: S.relu() * T.relu(), _mul_relu_backward),
     )
 }
 
 #: Fusions with fused kernels.
 FUSIONS: tuple[str, ...] = tuple(_REGISTRY)
 
-#: Fusions that mix positions; offered through :mod:`flare_kernels.reference` only.
+#: Fusions that mix positions. They have no fused kernel, only the plain PyTorch form in :mod:`flare_kernels.reference`.
 EAGER_FUSIONS: tuple[str, ...] = ("cross_attention", "matmul", "matmul_relu")
+
+ALL_FUSIONS: tuple[str, ...] = FUSIONS + EAGER_FUSIONS
 
 
 def get_fusion(name: str) -> Fusion:
-    """The fusion of that name. Raises ValueError for a name that has no fused kernel."""
+    """Return the element-wise fusion of a name.
+
+    Raises:
+        ValueError: the name has no fused kernel.
+    """
     try:
         return _REGISTRY[name]
     except (KeyError, TypeError):

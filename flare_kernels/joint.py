@@ -1,7 +1,7 @@
-"""The public function for several projections that share their input (q, k, v): one node for all.
+"""The public function for projections that share their input (q, k, v): one autograd node for all of them.
 
-Each stream is read once for all adapters, one launch serves all outputs, and with the frozen weights given the node
-also owns dx of the frozen products, accumulated into one buffer.
+Each stream is read once for all adapters, and one launch writes all outputs. If the frozen weights are passed, the node
+also computes dx of the frozen products, accumulated in the same buffer as the adapters' share.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from .function import apply, apply_with_products, needs_plain_operators
 from .library import call_of
 from .reference import compute_dtype
 
-Adapter = tuple[Tensor, Tensor, float]
+#: A (r, d), B (n, r), scaling.
+AdapterWeights = tuple[Tensor, Tensor, float]
 
 
 def fused_lora_qkv(
     x: Tensor,
     x_source: Tensor | None,
     base_outputs: Mapping[str, Tensor] | None,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, AdapterWeights],
     *,
     fusion: str | Mapping[str, str | None] | None = "add_relu",
     source_bottleneck: Mapping[str, Tensor] | None = None,
@@ -36,44 +37,48 @@ def fused_lora_qkv(
     training: bool = False,
     backend: str = "auto",
 ) -> dict[str, Tensor]:
-    """:func:`flare_kernels.fused_lora` for projections that share their input, reading each stream once.
+    """Return the outputs of :func:`flare_kernels.fused_lora` for projections that share their input.
+
+    Each stream is read once for all projections.
 
     Args:
         x: (..., m, d) input of all projections.
         x_source: (..., m, d) source stream, or None.
-        base_outputs: name -> (..., m, n) output of the frozen linear; consumed, as in ``fused_lora``. None with
-            ``weights``: the node makes the frozen products too, before or after the adapters
-            (:mod:`flare_kernels.order`).
-        adapters: name -> (A (r, d), B (n, r), scaling) for any subset of the names; the others come back as they are.
-        fusion: one name for all adapters, or name -> fusion (None, or a name left out: plain LoRA).
-        source_bottleneck: name -> S (..., m, r) instead of x_source; differentiable. A name left out is plain LoRA.
-        weights: name -> frozen weight W (n, d). With it the node owns dx of the frozen products too (one buffer):
-            give base_outputs without a graph, computed under ``torch.no_grad()``, or None.
-        biases: name -> frozen bias (n,) or None, for products that the node makes.
-        dropout_p: probability of dropping an element of x and of x_source; one mask for each, shared by the projections
-            (PEFT draws one per projection; the distribution of each projection's gradient is the same).
+        base_outputs: name -> (..., m, n) output of the frozen linear; consumed, as in ``fused_lora``. None: the node
+            computes the frozen products from ``weights``, before or after the adapters (:mod:`flare_kernels.order`).
+        adapters: name -> (A (r, d), B (n, r), scaling) for any subset of the names. Outputs of the other names are
+            returned unchanged.
+        fusion: one fusion for all adapters, or name -> fusion. None and missing names mean plain LoRA.
+        source_bottleneck: name -> S (..., m, r) instead of x_source; differentiable. A missing name is plain LoRA.
+        weights: name -> frozen weight W (n, d). If passed, the node also computes dx of the frozen products, in one
+            buffer. ``base_outputs`` must then be None or have no graph (compute them under ``torch.no_grad()``).
+        biases: name -> frozen bias (n,) or None, for products that the node computes.
+        dropout_p: probability of dropping an element of x and of x_source. Each stream has one mask, shared by the
+            projections (PEFT draws one per projection; the distribution of each projection's gradient is the same).
         training: whether dropout is applied.
         backend: as in ``fused_lora``.
 
     Returns:
-        name -> (..., m, n), in the order of base_outputs (of weights, where that is None).
+        name -> (..., m, n), in the order of base_outputs, or of weights if base_outputs is None.
 
     Raises:
-        TypeError, ValueError: as ``fused_lora``; also names in one mapping that base_outputs lacks, and base_outputs
-            with a graph together with ``weights`` (their dx would count twice); base_outputs=None without ``weights``,
-            or with weights or biases that require grad.
+        TypeError, ValueError: as in ``fused_lora``. ValueError also for
+
+            * a name that base_outputs does not have,
+            * base_outputs with a graph together with ``weights`` (their dx would be counted twice),
+            * base_outputs=None without ``weights``, or with weights or biases that require grad.
     """
     if base_outputs is None:
         p = dropout_p if training else 0.0
         options = (fusion, source_bottleneck, weights, biases, p, backend)
         return _with_products(x, x_source, adapters, *options)
     if biases is not None:
-        raise ValueError("biases were given with base_outputs, which contain them: pass one of the two")
+        raise ValueError("biases were given with base_outputs, which already include them: pass one of the two")
     fusions = _check(x, x_source, base_outputs, adapters, fusion, source_bottleneck, weights, dropout_p, backend)
     p = dropout_p if training else 0.0
     if backend == "reference" or (backend == "auto" and needs_plain_operators()):
         return _reference(x, x_source, base_outputs, adapters, fusions, source_bottleneck, weights, p)
-    # a projection with no adapter has something to do in the node only where the node owns its share of dx
+    # a projection without an adapter enters the node only if the node computes its share of dx
     owns_dx = weights is not None and x.requires_grad and torch.is_grad_enabled()
     names = tuple(base_outputs) if owns_dx else tuple(name for name in base_outputs if name in adapters)
     if not names:
@@ -98,10 +103,10 @@ def fused_lora_qkv(
 
 
 def _stacked(
-    names: Sequence[str], adapters: Mapping[str, Adapter], fusions: Mapping[str, str | None]
-) -> tuple[list[str], list[str], list[call.Adapter]]:
-    """Return the adapters' names in stacking order, those that fuse, and the constants of each."""
-    # fusing adapters first, those of one phi next to each other, so that one launch can take them
+    names: Sequence[str], adapters: Mapping[str, AdapterWeights], fusions: Mapping[str, str | None]
+) -> tuple[list[str], list[str], list[call.AdapterSpec]]:
+    """Return the adapters' names in stacking order, the names that fuse, and the constants of each adapter."""
+    # fusing adapters first, and adapters of one phi next to each other, so that they share a launch
     ordered = sorted(adapters, key=lambda name: (fusions[name] is None, fusions[name] or ""))
     fusing = [name for name in ordered if fusions[name] is not None]
     constants = [
@@ -113,7 +118,7 @@ def _stacked(
 def _with_products(
     x: Tensor,
     x_source: Tensor | None,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, AdapterWeights],
     fusion: str | Mapping[str, str | None] | None,
     source_bottleneck: Mapping[str, Tensor] | None,
     weights: Mapping[str, Tensor] | None,
@@ -121,24 +126,26 @@ def _with_products(
     p: float,
     backend: str,
 ) -> dict[str, Tensor]:
-    """Return the outputs of :func:`fused_lora_qkv` where the node makes the frozen products too."""
+    """Return the outputs of :func:`fused_lora_qkv` if the node computes the frozen products too."""
     if weights is None:
-        raise ValueError("base_outputs is None and so is weights: give the frozen weights, or the frozen outputs")
+        raise ValueError("base_outputs is None and so is weights: pass the frozen weights, or the frozen outputs")
     biases = {} if biases is None else biases
     if unknown := sorted(set(biases) - set(weights)):
         raise ValueError(f"biases names {unknown}, weights has {sorted(weights)}")
     for kind, frozen in (("weights", weights), ("biases", biases)):
-        if tracked := sorted(name for name, one in frozen.items() if one is not None and one.requires_grad):
-            raise ValueError(f"{kind} {tracked} require grad, and no gradient of theirs is formed: give base_outputs")
+        if trained := sorted(name for name, tensor in frozen.items() if tensor is not None and tensor.requires_grad):
+            raise ValueError(
+                f"{kind} {trained} require grad, but the node computes no gradient for them: pass base_outputs"
+            )
     names = tuple(weights)
-    given_biases = [biases.get(name) for name in names]
-    # the products are the caller's, or the graph's
+    bias_list = [biases.get(name) for name in names]
+    # the frozen products stay outside the node, as plain operators
     if backend == "reference" or torch.compiler.is_compiling() or (backend == "auto" and needs_plain_operators()):
         with torch.no_grad():
-            made = [F.linear(x, weights[name], bias) for name, bias in zip(names, given_biases, strict=True)]
-        own: dict[str, Any] = {"fusion": fusion, "source_bottleneck": source_bottleneck, "weights": weights}
-        own |= {"dropout_p": p, "training": True, "backend": backend}
-        return fused_lora_qkv(x, x_source, dict(zip(names, made, strict=True)), adapters, **own)
+            products = {name: F.linear(x, weights[name], bias) for name, bias in zip(names, bias_list, strict=True)}
+        options: dict[str, Any] = {"fusion": fusion, "source_bottleneck": source_bottleneck, "weights": weights}
+        options |= {"dropout_p": p, "training": True, "backend": backend}
+        return fused_lora_qkv(x, x_source, products, adapters, **options)
     like = {name: torch.empty((*x.shape[:-1], W.shape[0]), dtype=x.dtype, device="meta") for name, W in weights.items()}
     fusions = _check(x, x_source, like, adapters, fusion, source_bottleneck, weights, p, backend)
     dtype = x.dtype
@@ -157,7 +164,7 @@ def _with_products(
         [adapters[name][0] for name in ordered],
         [adapters[name][1] for name in ordered],
         [weights[name] for name in names],
-        given_biases,
+        bias_list,
     )
     return {name: y.view((*x.shape[:-1], y.shape[1])) for name, y in zip(names, ys, strict=True)}
 
@@ -166,14 +173,14 @@ def _check(
     x: Tensor,
     x_source: Tensor | None,
     base_outputs: Mapping[str, Tensor],
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, AdapterWeights],
     fusion: str | Mapping[str, str | None] | None,
     source_bottleneck: Mapping[str, Tensor] | None,
     weights: Mapping[str, Tensor] | None,
     dropout_p: float,
     backend: str,
 ) -> dict[str, str | None]:
-    """Validate a joint call; the fusion of every adapter (None: plain LoRA)."""
+    """Validate a joint call and return the fusion of every adapter (None: plain LoRA)."""
     validation.check_numbers(1.0, dropout_p)
     validation.check_dtypes({"x": x, "x_source": x_source})
     validation.check_streams(x, x_source, None)
@@ -182,19 +189,19 @@ def _check(
         if unknown:
             raise ValueError(f"{argument} names {unknown}, base_outputs has {sorted(base_outputs)}")
     if weights is not None and set(weights) != set(base_outputs):
-        raise ValueError(f"weights names {sorted(weights)}, base_outputs has {sorted(base_outputs)}: give all or none")
+        raise ValueError(f"weights names {sorted(weights)}, base_outputs has {sorted(base_outputs)}: pass all or none")
     if isinstance(fusion, Mapping) and set(fusion) - set(base_outputs):
         raise ValueError(
             f"fusion names {sorted(set(fusion) - set(base_outputs))}, base_outputs has {sorted(base_outputs)}"
         )
-    for own in fusion.values() if isinstance(fusion, Mapping) else (fusion,):
-        validation.check_fusion(own, "torch" if backend == "auto" else backend)
+    for adapter_fusion in fusion.values() if isinstance(fusion, Mapping) else (fusion,):
+        validation.check_fusion(adapter_fusion, "torch" if backend == "auto" else backend)
     for name, W in (weights or {}).items():
         validation.check_weight(x, base_outputs[name], W, where=name)
     fusions: dict[str, str | None] = {}
     for name, (A, B, scaling) in adapters.items():
         validation.check_numbers(scaling, dropout_p)
-        own = fusion.get(name) if isinstance(fusion, Mapping) else fusion
+        adapter_fusion = fusion.get(name) if isinstance(fusion, Mapping) else fusion
         S = None if source_bottleneck is None else source_bottleneck.get(name)
         tensors = {
             "x": x,
@@ -206,12 +213,12 @@ def _check(
         validation.check_dtypes({**tensors, "source_bottleneck": S})
         validation.check_streams(x, x_source, S)
         validation.check_adapter(x, base_outputs[name], A, B, S, where=name)
-        fusions[name] = None if x_source is None and S is None else own
+        fusions[name] = None if x_source is None and S is None else adapter_fusion
     if weights is not None:
-        tracked = sorted(name for name, y in base_outputs.items() if y.requires_grad)
-        if tracked:
+        trained = sorted(name for name, y in base_outputs.items() if y.requires_grad)
+        if trained:
             raise ValueError(
-                f"base_outputs {tracked} require grad while weights are given: the node computes their dx itself; "
+                f"base_outputs {trained} require grad while weights are given: the node computes their dx itself; "
                 "compute base_outputs under torch.no_grad()"
             )
     return fusions
@@ -221,20 +228,20 @@ def _reference(
     x: Tensor,
     x_source: Tensor | None,
     base_outputs: Mapping[str, Tensor],
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, AdapterWeights],
     fusions: Mapping[str, str | None],
     source_bottleneck: Mapping[str, Tensor] | None,
     weights: Mapping[str, Tensor] | None,
     p: float,
 ) -> dict[str, Tensor]:
-    """The joint form by the oracle, one projection after the other, with the same masks for all of them."""
-    result = {}
+    """Return the outputs of the oracle, one projection after the other, with the same masks for all of them."""
+    outputs = {}
     seed = _dropout.draw_seed(x.device) if p > 0.0 else torch.zeros((), dtype=torch.int64)
     dtype = compute_dtype(x, next(iter(base_outputs.values()))) if base_outputs else x.dtype
     x_target = reference.drop(x.to(dtype), p, seed, _dropout.TARGET_STREAM)
     x_other = None if x_source is None else reference.drop(x_source.to(dtype), p, seed, _dropout.SOURCE_STREAM)
     for name, y in base_outputs.items():
-        if weights is not None:  # the value is y's, the gradient x W^T's
+        if weights is not None:  # the value of y with the gradient of x W^T
             product = x.to(dtype) @ weights[name].to(dtype).T
             y = y + (product - product.detach()).to(y.dtype)
         if name in adapters:
@@ -250,5 +257,5 @@ def _reference(
                 fusion=fusions[name],
                 source_bottleneck=S,
             )
-        result[name] = y
-    return result
+        outputs[name] = y
+    return outputs

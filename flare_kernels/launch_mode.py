@@ -1,8 +1,8 @@
-"""How launches run at present, without importing Triton: kept plans, forced tiles, and who listens.
+"""The current launch mode: cached plans, forced tiles, and whether launches are recorded. Does not import Triton.
 
-A *plan* is what a primitive works out once per distinct call: configuration, grid, constant arguments and the launch
-itself. Each mode keeps plans of its own, so entering and leaving one of the contexts below can never run a plan that
-was made under other settings. The mode is one per process, not per thread.
+A *plan* is what a primitive computes once per distinct call: configuration, grid, constant arguments and the launch
+itself. Each mode has its own cache of plans, so a plan made under other settings is never run. The mode belongs to the
+process, not to a thread.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 from .launch_table import LaunchTable
 
-#: Plans kept before all are dropped: batches of ever new lengths must not fill the memory.
+#: Size at which the cache of plans is cleared, so that batches of many different lengths do not fill the memory.
 MAX_PLANS = 8192
 
 
 class Plans(dict[tuple[Any, ...], Any]):
-    """Plans by key."""
+    """Cache of plans by key."""
 
     def add(self, key: tuple[Any, ...], plan: Any) -> Any:
-        """Keep a plan and return it."""
+        """Store a plan and return it."""
         if len(self) >= MAX_PLANS:
             self.clear()
         self[key] = plan
@@ -31,11 +31,17 @@ class Plans(dict[tuple[Any, ...], Any]):
 
 @dataclass(frozen=True, eq=False)
 class Mode:
-    """What decides a launch besides its arguments.
+    """Everything that decides a launch in addition to its arguments.
 
-    plans: what is kept. forced: kernel -> configuration. forced_form: the form of every step that has it. table: the
-    launch table in force instead of the device's. shared_bytes: shared memory of a block, instead of the device's.
-    recorded, left_out: where launches are noted instead of running. counters: where names are noted as well.
+    Attributes:
+        plans: the cached plans.
+        forced: kernel name -> configuration.
+        forced_form: the form of every step that has it.
+        table: a launch table to use instead of the device's.
+        shared_bytes: shared memory per block to assume instead of the device's.
+        recorded: list that collects launches instead of running them.
+        left_out: list that collects kernel names instead of running the kernels.
+        counters: lists that collect kernel names while the kernels run.
     """
 
     plans: Plans = field(default_factory=Plans)
@@ -63,7 +69,7 @@ def _changed(**changes: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def using(mode: Mode) -> Iterator[None]:
-    """Run under a mode that was current before, with the plans that it has kept."""
+    """Run under an earlier mode, with its cached plans."""
     global current
     before, current = current, mode
     try:
@@ -74,7 +80,7 @@ def using(mode: Mode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(shared_bytes: int) -> Iterator[list[Any]]:
-    """Collect launches instead of running them, with configurations for a device of that shared-memory limit."""
+    """Collect launches instead of running them, configured for a device with this much shared memory per block."""
     launches: list[Any] = []
     with _changed(recorded=launches, shared_bytes=shared_bytes):
         yield launches
@@ -90,10 +96,10 @@ def counting() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def forcing(*, form: str | None = None, table: LaunchTable | None = None, **configs: Any) -> Iterator[None]:
-    """Take a form wherever a step has it and the call allows it, and run the kernels named with these configurations.
+    """Force a form, a launch table, and configurations by kernel name. For the tuner and tests.
 
-    For the tuner and tests: whether the device can run the form is not asked. Steps without that form follow
-    ``table``, whatever the device is.
+    A step takes the form if it has it and the call allows it. There is no check that the device can run it. Steps
+    without that form follow ``table`` on any device.
     """
     changes = {"forced_form": form or current.forced_form, "table": table or current.table}
     with _changed(forced={**current.forced, **configs}, **changes):

@@ -1,14 +1,14 @@
-"""Tuned launches of one kind of GPU: what ``flare bench --tune`` found, and how a launch finds its entry.
+"""Launch tables: the tuned launches of one GPU model, written by ``flare bench --tune``, and their lookup.
 
-The table is optional: a launch without an entry takes the general rule of ``triton_ops/config.py``, on any GPU. It is
-read once per process, from the first of these that exists:
+A table is optional. A launch without an entry follows the general rule of ``triton_ops/config.py``, on any GPU. The
+table is read once per process, from the first of these files that exists:
 
-1. the file that the environment variable FLARE_LAUNCH_TABLE names (an empty value: no table at all);
-2. ``~/.cache/flare-kernels/launch/<gpu>.json``, where the tuner writes;
-3. ``flare_kernels/tables/<gpu>.json``, which comes with the package.
+1. the file named by the environment variable FLARE_LAUNCH_TABLE (an empty value disables all tables),
+2. ``~/.cache/flare-kernels/launch/<gpu>.json``, which the tuner writes,
+3. ``flare_kernels/tables/<gpu>.json``, part of the package.
 
-An entry names the form that a step takes at a range of sizes (``FORMS`` in ``triton_ops/config.py``), and
-with which tiles. A file that cannot be read is reported once and ignored.
+An entry gives the form (``FORMS`` in ``triton_ops/config.py``) and the tiles of a step for a range of sizes. A file
+that cannot be read is ignored with one warning.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from typing import Any
 
 from .triton_ops.config import FORMS
 
-#: Layout of the file.
+#: Version of the file format.
 FORMAT = 1
 ENVIRONMENT_VARIABLE = "FLARE_LAUNCH_TABLE"
 
-#: Sizes up to and including each bound share an entry; above the last there is one more bucket.
+#: Upper bounds (inclusive) of the buckets of sizes that share an entry. Sizes above the last bound form another bucket.
 ROW_BOUNDS = (64, 256, 1024, 4096, 16384)
 WIDTH_BOUNDS = (1024, 2048, 3584, 4096)
 
 
 def bucket(size: int, bounds: tuple[int, ...]) -> int:
-    """The number of the bucket that holds a size."""
+    """Return the index of the bucket that contains a size."""
     return bisect.bisect_left(bounds, size)
 
 
 @dataclass(frozen=True)
 class Key:
-    """Which launches an entry is for: a step, its operand class, the rank bucket, and buckets of rows and width.
+    """Key of an entry: a step, its operand class, the rank bucket, and the buckets of rows and width.
 
-    Width: of the input (K) for shrink, grad_weight, grad_input, decode; of the widest output (N) for the others.
-    Rank: of one adapter (r) for expand, grad_bottleneck, decode, order; of the stacked ones for the others.
+    The width is that of the input (K) for shrink, grad_weight, grad_input and decode, and that of the widest output (N)
+    for the other steps. The rank is that of one adapter (r) for expand, grad_bottleneck, decode and order, and that of
+    the stacked adapters for the other steps.
     """
 
     step: str
@@ -58,9 +59,12 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """form: one of the step's. tiles: kernel -> fields of its TileConfig. us: what was measured, in microseconds.
+    """The tuned launch of a step.
 
-    A kernel of the form that has no tiles here takes the general rule's.
+    Attributes:
+        form: one of the step's forms.
+        tiles: kernel -> fields of its TileConfig. A kernel without tiles here uses those of the general rule.
+        us: measured times in microseconds.
     """
 
     form: str
@@ -70,7 +74,7 @@ class Entry:
 
 @dataclass
 class LaunchTable:
-    """The entries of one GPU and where they come from: ``about`` holds versions, commit, date and conditions."""
+    """The entries of one GPU model. ``about`` records versions, commit, date and conditions of the measurement."""
 
     gpu: str
     entries: dict[Key, Entry] = field(default_factory=dict)
@@ -78,7 +82,7 @@ class LaunchTable:
     path: Path | None = None
 
     def save(self, path: Path) -> None:
-        """Write the table, whole or not at all."""
+        """Write the table atomically."""
         rows = [asdict(key) | asdict(entry) for key, entry in self.entries.items()]
         document = {"format": FORMAT, "gpu": self.gpu, "about": self.about, "entries": rows}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,10 +99,10 @@ class LaunchTable:
 
     @classmethod
     def read(cls, path: Path) -> LaunchTable:
-        """The table in a file.
+        """Return the table in a file.
 
         Raises:
-            ValueError: it is not a launch table, or has another format; the message says what is wrong.
+            ValueError: the file is not a launch table or has another format version; the message says what is wrong.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -117,15 +121,15 @@ def _parse(row: Mapping[str, Any]) -> tuple[Key, Entry]:
     forms = FORMS[key.step]
     if row["form"] not in forms:
         raise ValueError(f"form {row['form']!r} of step {key.step!r} is not one of {', '.join(forms)}")
-    tiles = {str(kernel): {str(k): int(v) for k, v in of_one.items()} for kernel, of_one in row["tiles"].items()}
-    for kernel, of_one in tiles.items():
+    tiles = {str(kernel): {str(k): int(v) for k, v in fields.items()} for kernel, fields in row["tiles"].items()}
+    for kernel, fields in tiles.items():
         if kernel not in forms[row["form"]]:
             raise ValueError(f"form {row['form']!r} of step {key.step!r} has no kernel {kernel!r}")
-        _check_tiles(key, kernel, of_one)
+        _check_tiles(key, kernel, fields)
     return key, Entry(row["form"], tiles, {str(k): float(v) for k, v in row.get("us", {}).items()})
 
 
-#: Axes of each kernel's tiles.
+#: The axes that each kernel tiles.
 _AXES = {
     "shrink": "MKR",
     "expand": "MNR",
@@ -143,10 +147,10 @@ _OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "programs"
 
 
 def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
-    """Raises ValueError for tiles with which a launch of this step would fail, or be wrong."""
-    wanted = {f"BLOCK_{axis}" for axis in "MKNR"} | set(_OPTIONS)
-    if set(tiles) != wanted:
-        raise ValueError(f"tiles of {kernel} have the fields {sorted(tiles)}, expected {sorted(wanted)}")
+    """Raise ValueError for tiles with which a launch of this step would fail or compute wrong results."""
+    expected = {f"BLOCK_{axis}" for axis in "MKNR"} | set(_OPTIONS)
+    if set(tiles) != expected:
+        raise ValueError(f"tiles of {kernel} have the fields {sorted(tiles)}, expected {sorted(expected)}")
     for axis in _AXES[kernel]:
         size = tiles[f"BLOCK_{axis}"]
         if not 16 <= size <= 512 or size & (size - 1):
@@ -159,31 +163,31 @@ def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
 
 
 def file_name(gpu: str) -> str:
-    """A GPU's name as a file name: "NVIDIA H200" is nvidia-h200.json."""
+    """Return the file name for a GPU's name: nvidia-h200.json for "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
 def user_path(gpu: str) -> Path:
-    """Where the tuner writes by default."""
+    """Return the path where the tuner writes by default."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(cache) / "flare-kernels" / "launch" / file_name(gpu)
 
 
 def package_path(gpu: str) -> Path:
-    """Where the package keeps a table that comes with it."""
+    """Return the path of a table that is part of the package."""
     return Path(__file__).parent / "tables" / file_name(gpu)
 
 
 def _default_paths(gpu: str) -> list[Path]:
     try:
         return [user_path(gpu), package_path(gpu)]
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # a user without a home directory
         return [package_path(gpu)]
 
 
 @functools.cache
 def table_for(gpu: str) -> LaunchTable:
-    """Return the table in force for a GPU in this process; an empty one if there is none."""
+    """Return the table that this process uses for a GPU; an empty table if there is none."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named == "":
         return LaunchTable(gpu)
@@ -192,7 +196,7 @@ def table_for(gpu: str) -> LaunchTable:
             if named is None and not path.exists():
                 continue
             table = LaunchTable.read(path)
-        except OSError:  # a home that this user may not look into holds no table for them
+        except OSError:  # a home directory that this user may not read
             continue
         except ValueError as error:
             warnings.warn(f"{error}; general launch configurations are used", RuntimeWarning, stacklevel=2)

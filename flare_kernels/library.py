@@ -1,11 +1,12 @@
-"""The node as operators of ``torch.library``: what ``torch.compile`` sees instead of the in-place autograd function.
+"""The autograd node as ``torch.library`` operators, for ``torch.compile``.
 
-``flare_kernels::lora`` takes the frozen outputs and returns new tensors (a compiler frees the old ones itself, and the
-kernels read and write the same bytes either way), ``flare_kernels::lora_backward`` forms all gradients. Both are opaque
-to the compiler and have fake forms, so a compiled layer is one graph, and a CUDA graph can capture it. The frozen
-products are the graph's own and run first: see :mod:`flare_kernels.order` for the other order.
+Compiled code calls these operators instead of the in-place autograd function. ``flare_kernels::lora`` takes the frozen
+outputs and returns new tensors: the compiler frees the old ones, and the kernels move as many bytes as in place.
+``flare_kernels::lora_backward`` computes all gradients. Both are opaque to the compiler and have fake implementations,
+so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are separate operators of the
+graph and always run first (:mod:`flare_kernels.order` describes the other order).
 
-Optional results are empty tensors: an operator cannot return None.
+Optional results are empty tensors, because an operator cannot return None.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import torch
 from torch import Tensor
 
 from . import node
-from .call import Adapter, Call
+from ._ops import add_op_namespace_prefix
+from .call import AdapterSpec, Call
 from .node import rows, without_autocast
 from .selection import primitives
 
 
 def call_of(
-    backend: str, device: torch.device, dtype: torch.dtype, adapters: tuple[Adapter, ...], outputs: int, p: float
+    backend: str, device: torch.device, dtype: torch.dtype, adapters: tuple[AdapterSpec, ...], outputs: int, p: float
 ) -> Call:
-    """Return the call of the node on the primitives of a backend ("auto" included); made once."""
+    """Return the cached constants of the node for these adapters and the primitives of a backend (also "auto")."""
     ops = primitives(backend, device, dtype)
     key = (id(ops), dtype, adapters, outputs, p)
     call = _calls.get(key)
@@ -44,7 +46,7 @@ _calls: dict[tuple[Any, ...], Call] = {}
 def apply(
     backend: str,
     dtype: torch.dtype,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterSpec],
     p: float,
     x: Tensor,
     x_source: Tensor | None,
@@ -55,10 +57,10 @@ def apply(
     Bs: Sequence[Tensor],
     Ws: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """y_i + s_i phi_i(S_i, T_i) B_i^T for every output, as new tensors; the arguments are the node's."""
+    """Return y_i + s_i phi_i(S_i, T_i) B_i^T for every output, as new tensors. Arguments as in ``function.apply``."""
     streams = [x] if x_source is None else [x, x_source]
     differentiable = [*streams, *Ss, *ys, *As, *Bs]
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    save_for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     results = lora(
         x,
         x_source,
@@ -72,32 +74,37 @@ def apply(
         [adapter[2] for adapter in adapters],
         ",".join(adapter[3] or "none" for adapter in adapters),
         p,
-        keep,
+        save_for_backward,
         dtype,
         backend,
     )
     return tuple(results[: len(ys)])
 
 
-def _adapters(outputs: Sequence[int], scalings: Sequence[float], fusions: str, As: Sequence[Tensor]) -> list[Adapter]:
+def _adapter_specs(
+    outputs: Sequence[int], scalings: Sequence[float], fusions: str, As: Sequence[Tensor]
+) -> list[AdapterSpec]:
     names = [None if name == "none" else name for name in fusions.split(",")] if As else []
     ranks = [A.shape[0] for A in As]
     return list(zip(outputs, ranks, scalings, names, strict=True))
 
 
-def _kept_sizes(
-    x: Tensor, x_source: Tensor | None, As: Sequence[Tensor], fusions: str, keep: bool
+def _saved_sizes(
+    x: Tensor, x_source: Tensor | None, As: Sequence[Tensor], fusions: str, save_for_backward: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes of T and of S as the operator returns them; a given S is not returned again."""
+    """Return the sizes of T and S as the operator returns them. S is not returned if it was an input."""
     names = fusions.split(",") if As else []
-    M = math.prod(x.shape[:-1])  # Size.numel() would make a constant of a traced length
+    M = math.prod(x.shape[:-1])  # Size.numel() would turn a traced length into a constant
     R = sum(A.shape[0] for A in As)
     fused = sum(A.shape[0] for A, name in zip(As, names, strict=True) if name != "none")
     needs_S = x_source is not None and any(name not in ("none", "add") for name in names)
-    return ((M, R) if keep and As else (0,)), ((M, fused) if keep and needs_S else (0,))
+    return (
+        (M, R) if save_for_backward and As else (0,),
+        (M, fused) if save_for_backward and needs_S else (0,),
+    )
 
 
-@torch.library.custom_op("flare_kernels::lora", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("lora"), mutates_args=())
 def lora(
     x: Tensor,
     x_source: Tensor | None,
@@ -111,12 +118,15 @@ def lora(
     scalings: Sequence[float],
     fusions: str,
     p: float,
-    keep: bool,
+    save_for_backward: bool,
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    """[y_i + s_i phi_i(S_i, T_i) B_i^T ..., T, S]; T (M, R) and S (M, fused) where ``keep`` and they are needed."""
-    adapters = _adapters(outputs, scalings, fusions, As)
+    """Return [y_i + s_i phi_i(S_i, T_i) B_i^T ..., T, S].
+
+    T (M, R) and S (M, fused) are empty unless ``save_for_backward`` and the backward pass needs them.
+    """
+    adapters = _adapter_specs(outputs, scalings, fusions, As)
     call = call_of(backend, x.device, dtype, tuple(adapters), len(ys), p)
     dense = [y.contiguous() for y in ys]
     outs = [torch.empty_like(y) if i in outputs else y.clone() for i, y in enumerate(dense)]
@@ -131,14 +141,14 @@ def lora(
         [rows(y) for y in dense],
         As,
         Bs,
-        keep,
+        save_for_backward,
         [rows(out) for out in outs],
     )
-    T_size, S_size = _kept_sizes(x, x_source, As, fusions, keep)
-    nothing = x.new_empty((0,), dtype=dtype)
-    # T and S are parts of one buffer, which two results of an operator may not be
-    T = T_node.contiguous() if len(T_size) == 2 and T_node is not None else nothing
-    S = S_node.clone() if len(S_size) == 2 and S_node is not None else nothing.clone()
+    T_size, S_size = _saved_sizes(x, x_source, As, fusions, save_for_backward)
+    absent = x.new_empty((0,), dtype=dtype)
+    # T and S share a buffer, and results of an operator must not alias each other
+    T = T_node.contiguous() if len(T_size) == 2 and T_node is not None else absent
+    S = S_node.clone() if len(S_size) == 2 and S_node is not None else absent.clone()
     return [*outs, T, S]
 
 
@@ -156,15 +166,15 @@ def _(
     scalings: Sequence[float],
     fusions: str,
     p: float,
-    keep: bool,
+    save_for_backward: bool,
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    sizes = _kept_sizes(x, x_source, As, fusions, keep)
+    sizes = _saved_sizes(x, x_source, As, fusions, save_for_backward)
     return [*(y.new_empty(y.shape) for y in ys), *(x.new_empty(size, dtype=dtype) for size in sizes)]
 
 
-@torch.library.custom_op("flare_kernels::lora_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("lora_backward"), mutates_args=())
 def lora_backward(
     grads: Sequence[Tensor],
     x: Tensor,
@@ -184,12 +194,12 @@ def lora_backward(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    """[dx, dx_source, dS_i ..., dA_i ..., dB_i ...], empty where ``needs`` (in that order) does not ask for one."""
-    adapters = _adapters(outputs, scalings, fusions, As)
+    """Return [dx, dx_source, dS_i ..., dA_i ..., dB_i ...]; empty if the flag in ``needs`` (same order) is false."""
+    adapters = _adapter_specs(outputs, scalings, fusions, As)
     call = call_of(backend, x.device, dtype, tuple(adapters), len(grads), p)
     S_node: Tensor | None = S if S.dim() == 2 else None
     if S_node is None and Ss and call.nonlinear:
-        S_node = node.side_by_side([rows(given) for given in Ss]).to(dtype)
+        S_node = node.concat_columns([rows(S_i) for S_i in Ss]).to(dtype)
     dx, dx_source, dSs, dAs, dBs = without_autocast(
         node.backward,
         x.device,
@@ -206,19 +216,18 @@ def lora_backward(
         x.shape[-1],
         x.dtype,
         None if x_source is None else x_source.dtype,
-        [given.shape[-1] for given in Ss],
+        [S_i.shape[-1] for S_i in Ss],
     )
     likes = [x, x_source, *Ss, *As, *Bs]
     results: list[Tensor] = []
     for grad, like in zip([dx, dx_source, *dSs, *dAs, *dBs], likes, strict=True):
         if grad is None or like is None:
             results.append(x.new_empty((0,)))
-        else:  # parts of a shared buffer become tensors of their own
+        else:  # slices of a shared buffer are copied, because results must not alias each other
             size = grad.numel() * grad.element_size()
-            whole = size > 0 and grad.untyped_storage().nbytes() == size and grad.is_contiguous()
-            results.append(
-                (grad if whole else grad.clone(memory_format=torch.contiguous_format)).to(like.dtype).view(like.shape)
-            )
+            is_whole = size > 0 and grad.untyped_storage().nbytes() == size and grad.is_contiguous()
+            grad = grad if is_whole else grad.clone(memory_format=torch.contiguous_format)
+            results.append(grad.to(like.dtype).view(like.shape))
     return results
 
 
@@ -261,16 +270,15 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     Ss, rest = rest[:count_S], rest[count_S:]
     As, Bs, Ws = rest[:count_A], rest[count_A : 2 * count_A], rest[2 * count_A :]
     outputs, scalings, fusions, p, _, dtype, backend = ctx.constants
-    asked = ctx.needs_input_grad
-    needs = [bool(asked[0]), bool(asked[1]), *map(bool, asked[2]), *map(bool, asked[5]), *map(bool, asked[6])]
-    given = list(grads[:count_y])
-    found = lora_backward(
-        given, x, x_source, Ss, seed, T, S, As, Bs, Ws, outputs, scalings, fusions, p, needs, dtype, backend
+    flags = ctx.needs_input_grad
+    needs = [bool(flags[0]), bool(flags[1]), *map(bool, flags[2]), *map(bool, flags[5]), *map(bool, flags[6])]
+    Gs = list(grads[:count_y])
+    input_grads = lora_backward(
+        Gs, x, x_source, Ss, seed, T, S, As, Bs, Ws, outputs, scalings, fusions, p, needs, dtype, backend
     )
-    found = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-    dx, dx_source, *rest = found
+    dx, dx_source, *rest = [grad if need else None for grad, need in zip(input_grads, needs, strict=True)]
     dSs, dAs, dBs = rest[:count_S], rest[count_S : count_S + count_A], rest[count_S + count_A :]
-    dys = [G if need else None for G, need in zip(given, asked[4], strict=True)]
+    dys = [G if need else None for G, need in zip(Gs, flags[4], strict=True)]
     return dx, dx_source, dSs, None, dys, dAs, dBs, [None] * count_W, *([None] * len(ctx.constants))
 
 

@@ -3,13 +3,13 @@
     T = x A^T    S = x_source A^T    H_i = phi_i(S_i, T_i)    y_i = base_i + s_i H_i B_i^T            (paper, section 3)
     dB_i = s_i G_i^T H_i    dH_i = s_i G_i B_i    dA = dT^T x + dS^T x_source    dx = dT A            (G_i = dL/dy_i)
 
-The A_i (r_i, d) are stacked in A (R, d), so each stream is read once for all projections, and the T_i lie side by side
-in T (M, R). Projections that fuse come first: S has the leading columns only. With the frozen weights W_i the node owns
-dx of the frozen products too, accumulated into the same buffer: dx = sum_i G_i W_i + dT A. Which of the two runs first,
-in forward and in backward, is a choice (:mod:`flare_kernels.order`): the first writes, the second reads and adds.
+The A_i (r_i, d) are stacked in A (R, d), so each stream is read once for all projections. The T_i are columns of one
+T (M, R). Projections that fuse come first, so S has only the leading columns. If the frozen weights W_i are passed, the
+node also computes dx of the frozen products, accumulated in the same buffer: dx = sum_i G_i W_i + dT A. Either the
+frozen products or the adapters run first (:mod:`flare_kernels.order`): the first writes, the second reads and adds.
 
-Every tensor here is a matrix: M tokens, K input width d, N output width n, R rank.
-:mod:`flare_kernels.function` makes an autograd function of this, :mod:`flare_kernels.library` operators for
+Every tensor in this module is a matrix: M tokens, K input width d, N output width n, R rank.
+:mod:`flare_kernels.function` wraps the node in an autograd function, :mod:`flare_kernels.library` in operators for
 ``torch.compile``.
 """
 
@@ -22,40 +22,40 @@ import torch
 from torch import Tensor
 
 from . import dropout as _dropout
-from .call import Call, Group, Needs
+from .call import Call, Needs, ProjectionGroup
 
-#: What the forward pass leaves for the backward pass, in the compute dtype: T (M, R), for "add" T + S; S (M, fused),
-#: None where no phi needs it; the stacked A (R, d) and B (sum of n_i, r), None where they were not stacked or, for B,
-#: already had the compute dtype.
+#: T, S, A and B, which the forward pass returns for the backward pass, in the compute dtype. T (M, R) is T + S for
+#: "add". S (M, fused) is None if no phi needs it. The stacked A (R, d) is None if A was not stacked. The stacked
+#: B (sum of n_i, r) is None if B was not stacked or already had the compute dtype.
 Hidden = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-#: dx, dx_source, dS_i, dA_i and dB_i, None where not asked for. dx is the adapters' share, or all of it where the node
-#: owns the frozen products.
+#: dx, dx_source, dS_i, dA_i and dB_i; None if not required. dx is the adapters' share, plus the frozen products' share
+#: if the node computes it.
 Grads = tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]
 
-#: The dropout seeds of the target and of the source, or None. They are tensors, so that the host does not wait.
+#: The dropout seeds of target and source, or None. They are tensors, so that the host does not wait for the device.
 Seeds = tuple[Tensor, Tensor] | None
 
 _Result = TypeVar("_Result")
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return (..., m, c) as (M, c); a view wherever the strides allow one."""
+    """Return (..., m, c) as (M, c), as a view if the strides allow it."""
     return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
 def without_autocast(function: Callable[..., _Result], device: torch.device, *args: Any) -> _Result:
-    """Return ``function(*args)`` without autocast: the primitives choose their dtypes, it would round a second time."""
+    """Return ``function(*args)`` with autocast disabled: the primitives cast their operands themselves."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             return function(*args)
     return function(*args)
 
 
-def keep_bits(call: Call, seeds: Seeds, size: Sequence[int], stream: int) -> Tensor | None:
-    """Return the packed keep-mask of a stream of size (M, K), made from its seed; None without dropout."""
+def dropout_mask(call: Call, seeds: Seeds, size: Sequence[int], stream: int) -> Tensor | None:
+    """Return the packed dropout mask of a stream of size (M, K), generated from its seed; None without dropout."""
     if seeds is None:
         return None
-    return _dropout.packed_mask(seeds[stream], size[0], size[1], call.p, stream, call.ops.keep_bits)
+    return _dropout.packed_mask(seeds[stream], size[0], size[1], call.p, stream, call.ops.dropout_mask)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def forward(
     ys: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
-    keep: bool,
+    save_for_backward: bool,
     outs: Sequence[Tensor] | None = None,
     A: Tensor | None = None,
     biases: Sequence[Tensor | None] | None = None,
@@ -78,23 +78,26 @@ def forward(
     """Add every adapter's share to its y (M, n_i), in place, or write the sum to ``outs``.
 
     Args:
+        call: the constants.
         x, x_source: (M, d).
-        Ss: given instead of x_source: S (M, fused), whole or cut into columns.
+        Ss: S (M, fused) instead of x_source, as one matrix or as one matrix per projection.
+        seeds: dropout seeds of target and source, or None.
         ys: (M, n_i) of every output.
         As, Bs: (r_i, d) and (n_i, r_i), in stacking order.
-        keep: whether a backward pass will follow.
-        A: the stacked A (R, d) in the compute dtype, where the caller has it.
-        biases: (n_i,) or None of every output; with them the share and its bias are written to y, whose values are not
-            read, and the call is not one for decoding.
+        save_for_backward: whether a backward pass needs T and S.
+        outs: destinations like ys; None: in place.
+        A: the stacked A (R, d) in the compute dtype, if the caller has it.
+        biases: (n_i,) or None for every output. If passed, y is not read: bias plus share are written to it. The
+            decoding kernels are then not used.
     """
     if not call.projections:
         return None, None, None, None
     ops, dtype = call.ops, call.dtype
-    targets = [*map(ys.__getitem__, call.adapted)]  # a loop in C: calls are what this costs
+    targets = [*map(ys.__getitem__, call.adapted)]  # map loops in C, without a Python call per output
     results = None if outs is None else [*map(outs.__getitem__, call.adapted)]
-    own_biases = None if biases is None else [*map(biases.__getitem__, call.adapted)]
-    few = 0 < x.shape[0] <= call.decode_rows and x.shape[1] and biases is None
-    if few and _one_dtype(targets) and _one_dtype(As) and _one_dtype(Bs):
+    adapter_biases = None if biases is None else [*map(biases.__getitem__, call.adapted)]
+    decodes = 0 < x.shape[0] <= call.decode_rows and x.shape[1] and biases is None
+    if decodes and _one_dtype(targets) and _one_dtype(As) and _one_dtype(Bs):
         T, S = ops.decode(
             x,
             x_source,
@@ -105,13 +108,13 @@ def forward(
             compute_dtype=dtype,
             scalings=call.scalings,
             fusion=call.projections[0].fusion,
-            keep=keep,
+            save_for_backward=save_for_backward,
             outs=results,
         )
         return T, S, None, None
     if A is None:
         A = ops.stack(As, dtype)
-    B, Bs = _narrow(call, Bs)
+    B, Bs = _cast_B(call, Bs)
     T, S = _shrink(call, x, x_source, Ss, A, seeds)
     if call.group is not None:
         group = call.group
@@ -125,7 +128,7 @@ def forward(
             scalings=call.scalings,
             fusion=group.launch_fusion,
             outs=results,
-            biases=own_biases,
+            biases=adapter_biases,
         )
     else:
         for group in call.groups:
@@ -140,14 +143,14 @@ def forward(
                 scalings=group.scalings,
                 fusion=group.launch_fusion,
                 outs=None if results is None else results[at],
-                biases=None if own_biases is None else own_biases[at],
+                biases=None if adapter_biases is None else adapter_biases[at],
             )
     return T, S if call.nonlinear else None, A, B
 
 
 def _one_dtype(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0].dtype
-    for tensor in tensors:  # noqa: SIM110  (a generator costs a call per tensor)
+    for tensor in tensors:  # noqa: SIM110  (a generator makes a call per tensor)
         if tensor.dtype != first:
             return False
     return True
@@ -160,33 +163,33 @@ def _columns(Ss: Sequence[Tensor], call: Call) -> Sequence[Tensor]:
     return Ss[0].split(call.ranks, dim=1)
 
 
-def _narrow(call: Call, Bs: Sequence[Tensor], B: Tensor | None = None) -> tuple[Tensor | None, Sequence[Tensor]]:
-    """Return the stacked B and its parts in the compute dtype; None and the B_i as given where they have it already.
+def _cast_B(call: Call, Bs: Sequence[Tensor], B: Tensor | None = None) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """Return the stacked B in the compute dtype and its parts, or None and the B_i if these already have that dtype.
 
-    They are cast once and not tile by tile, because every row of tiles reads them.
+    B is cast once and not tile by tile, because every row of tiles reads it.
     """
-    for one in Bs:
-        if one.dtype != call.dtype and call.one_rank:
+    for B_i in Bs:
+        if B_i.dtype != call.dtype and call.one_rank:
             B = call.ops.stack(Bs, call.dtype) if B is None else B
-            return B, B.split([B_.shape[0] for B_ in Bs])
+            return B, B.split([part.shape[0] for part in Bs])
     return None, Bs
 
 
 def _shrink(
     call: Call, x: Tensor, x_source: Tensor | None, Ss: Sequence[Tensor], A: Tensor, seeds: Seeds
 ) -> tuple[Tensor, Tensor | None]:
-    """Return T (M, R) and S (M, fused); where every phi is "add" their sum, alone."""
+    """Return T (M, R) and S (M, fused), or (T + S, None) if every phi is "add"."""
     shrink, dtype, scale = call.ops.shrink, call.dtype, call.keep_scale
-    mask = None if seeds is None else keep_bits(call, seeds, x.shape, _dropout.TARGET_STREAM)
+    mask = None if seeds is None else dropout_mask(call, seeds, x.shape, _dropout.TARGET_STREAM)
     if x_source is None or not call.fused:
         T, _ = shrink(x, None, A, compute_dtype=dtype, mask=mask, keep_scale=scale)
         if not Ss:
             return T, None
-        S = side_by_side(Ss) if len(Ss) > 1 else Ss[0]
+        S = concat_columns(Ss) if len(Ss) > 1 else Ss[0]
         if S.dtype != dtype:
             S = S.to(dtype)
         return (T.add_(S), None) if call.only_adds else (T, S)
-    bits = None if seeds is None else keep_bits(call, seeds, x_source.shape, _dropout.SOURCE_STREAM)
+    mask_source = None if seeds is None else dropout_mask(call, seeds, x_source.shape, _dropout.SOURCE_STREAM)
     if call.fused == call.rank:
         return shrink(  # type: ignore[no-any-return]
             x,
@@ -194,17 +197,17 @@ def _shrink(
             A,
             compute_dtype=dtype,
             mask=mask,
-            mask_source=bits,
+            mask_source=mask_source,
             keep_scale=scale,
             sum_streams=call.only_adds,
         )
     T, _ = shrink(x, None, A, compute_dtype=dtype, mask=mask, keep_scale=scale)
-    _, S = shrink(None, x_source, A[: call.fused], compute_dtype=dtype, mask_source=bits, keep_scale=scale)
+    _, S = shrink(None, x_source, A[: call.fused], compute_dtype=dtype, mask_source=mask_source, keep_scale=scale)
     return T, S
 
 
-def side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Return matrices (M, r_i) as one (M, sum of r_i); without a copy where they are adjacent columns of one buffer."""
+def concat_columns(parts: Sequence[Tensor]) -> Tensor:
+    """Return matrices (M, r_i) as one (M, sum of r_i), without a copy if they are adjacent columns of one buffer."""
     first, width = parts[0], sum(part.shape[1] for part in parts)
     if len(parts) == 1:
         return first
@@ -237,21 +240,29 @@ def backward(
     source_columns: Sequence[int] = (),
     adapter_first: bool = False,
 ) -> Grads:
-    """Return the gradients that are asked for: dx, dx_source (M, width), dS_i, dA_i (r_i, width), dB_i (n_i, r_i).
+    """Return the required gradients: dx, dx_source (M, width), dS_i, dA_i (r_i, width), dB_i (n_i, r_i).
 
     Args:
-        x, x_source: (M, width), where an A asks for a gradient.
-        Gs: dL/dy (M, n) per output, None where the loss does not depend on it; at least one is given.
-        source_dtype: None without a second stream.
-        source_columns: columns of each S that was given.
-        adapter_first: whether dx begins with the adapters' share (:mod:`flare_kernels.order`).
+        call: the constants.
+        needs: the gradients to compute.
+        x, x_source: (M, width); None if no A requires grad.
+        hidden: the result of :func:`forward`.
+        As, Bs: (r_i, width) and (n_i, r_i), in stacking order.
+        Ws: (n_i, width) frozen weights, if the node computes dx of the frozen products; otherwise empty.
+        seeds: as in :func:`forward`.
+        Gs: dL/dy (M, n) of each output, None if the loss does not depend on it. At least one is not None.
+        width: d.
+        x_dtype: dtype of dx.
+        source_dtype: dtype of dx_source; None without a second stream.
+        source_columns: number of columns of each S that was passed to forward.
+        adapter_first: whether the adapters' share of dx is written first (:mod:`flare_kernels.order`).
     """
     ops, dtype = call.ops, call.dtype
     T, S, A, B = hidden
-    given_Bs = Bs
-    if needs.hidden:  # otherwise only dB is formed, which does not read B
-        _, Bs = _narrow(call, Bs, B)
-    dT, dS, dBs = _grad_bottleneck(call, needs, T, S, Bs, given_Bs, Gs, source_dtype is not None)
+    B_params = Bs
+    if needs.hidden:  # otherwise only dB is computed, which does not read B
+        _, Bs = _cast_B(call, Bs, B)
+    dT, dS, dBs = _grad_bottleneck(call, needs, T, S, Bs, B_params, Gs, source_dtype is not None)
     dAs: list[Tensor | None] = [None] * call.count
     dx = dx_source = None
     if A is None and As and (needs.x or needs.x_source):
@@ -261,8 +272,8 @@ def backward(
     if needs.x:
         dx = _grad_x(call, Gs, Ws, dT, A, seeds, width, x_dtype, adapter_first)
     if needs.x_source and dS is not None and A is not None and source_dtype is not None:
-        bits = keep_bits(call, seeds, (dS.shape[0], width), _dropout.SOURCE_STREAM)
-        dx_source = ops.grad_input(dS, A[: call.fused], mask=bits, keep_scale=call.keep_scale, dtype=source_dtype)
+        mask = dropout_mask(call, seeds, (dS.shape[0], width), _dropout.SOURCE_STREAM)
+        dx_source = ops.grad_input(dS, A[: call.fused], mask=mask, keep_scale=call.keep_scale, dtype=source_dtype)
     dSs: list[Tensor | None] = [None] * needs.count_S
     if needs.any_S and dS is not None:
         parts = (dS,) if len(source_columns) == 1 else dS.split(list(source_columns), dim=1)
@@ -276,11 +287,11 @@ def _grad_bottleneck(
     T: Tensor | None,
     S: Tensor | None,
     Bs: Sequence[Tensor],
-    given_Bs: Sequence[Tensor],
+    B_params: Sequence[Tensor],
     Gs: Sequence[Tensor | None],
     two_streams: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Return dT (M, R), dS (M, fused) and dB_i, from dL/dy_i; ``given_Bs`` have the dtypes of dB_i."""
+    """Return dT (M, R), dS (M, fused) and dB_i, from dL/dy_i. ``B_params`` have the dtypes of dB_i."""
     dBs: list[Tensor | None] = [None] * call.count
     if not call.count or not needs.anything:
         return None, None, dBs
@@ -290,20 +301,20 @@ def _grad_bottleneck(
             missing = True
         else:
             sample = Gs[projection.output]
-    if sample is None:  # the loss depends on outputs without an adapter only
+    if sample is None:  # the loss depends only on outputs without an adapter
         return None, None, dBs
     size = sample.shape[0], call.rank
     allocate = torch.zeros if missing else torch.empty
     dT = allocate(size, dtype=call.dtype, device=sample.device) if needs.hidden else None
     dS = None
     if dT is not None and call.fused and (two_streams or needs.any_S or call.nonlinear):
-        # where every phi is linear dS is dT; a phi of two arguments has both derivatives in one pass
+        # if every phi is linear, dS is dT; otherwise one pass computes both derivatives
         if call.nonlinear:
             dS = allocate((size[0], call.fused), dtype=call.dtype, device=sample.device)
         else:
             dS = dT if call.fused == call.rank else dT[:, : call.fused]
-    if call.group is not None and not missing and _one_dtype(given_Bs):
-        found = call.ops.grad_bottleneck(
+    if call.group is not None and not missing and _one_dtype(B_params):
+        group_dBs = call.ops.grad_bottleneck(
             [Gs[projection.output] for projection in call.projections],
             T,
             S if call.nonlinear else None,
@@ -312,13 +323,15 @@ def _grad_bottleneck(
             fusion=call.group.launch_fusion,
             dT=dT,
             dS=dS if call.nonlinear else None,
-            B_grad_dtype=given_Bs[0].dtype if needs.any_B else None,
+            B_grad_dtype=B_params[0].dtype if needs.any_B else None,
         )
-        if found is not None:
-            dBs = found if needs.all_B else [dB if need else None for dB, need in zip(found, needs.B, strict=True)]
+        if group_dBs is not None:
+            dBs = group_dBs
+            if not needs.all_B:
+                dBs = [dB if need else None for dB, need in zip(group_dBs, needs.B, strict=True)]
         return dT, dS, dBs
     for group in call.groups:
-        _grad_group(call, needs, group, T, S, Bs, given_Bs, Gs, dT, dS, dBs)
+        _grad_group(call, needs, group, T, S, Bs, B_params, Gs, dT, dS, dBs)
         if dS is not None and dT is not None and group.fusion == "add" and call.nonlinear:
             dS[:, group.columns].copy_(dT[:, group.columns])
     return dT, dS, dBs
@@ -327,31 +340,32 @@ def _grad_bottleneck(
 def _grad_group(
     call: Call,
     needs: Needs,
-    group: Group,
+    group: ProjectionGroup,
     T: Tensor | None,
     S: Tensor | None,
     Bs: Sequence[Tensor],
-    given_Bs: Sequence[Tensor],
+    B_params: Sequence[Tensor],
     Gs: Sequence[Tensor | None],
     dT: Tensor | None,
     dS: Tensor | None,
     dBs: list[Tensor | None],
 ) -> None:
-    """Fill one group's columns of dT and dS, and its dB_i; an output without a gradient has one of zeros."""
+    """Fill one group's columns of dT and dS, and its dB_i. The missing gradient of an output counts as zeros."""
     at, columns = group.members, group.columns
-    own = [Gs[projection.output] for projection in call.projections[at]]
-    given = next((G for G in own if G is not None), None)
-    if given is None or (dT is None and not any(needs.B[at])):
+    G_or_None = [Gs[projection.output] for projection in call.projections[at]]
+    sample = next((G for G in G_or_None if G is not None), None)
+    if sample is None or (dT is None and not any(needs.B[at])):
         return
-    G_group = [
-        given.new_zeros((given.shape[0], B.shape[0])) if G is None else G for G, B in zip(own, Bs[at], strict=True)
+    group_Gs = [
+        sample.new_zeros((sample.shape[0], B.shape[0])) if G is None else G
+        for G, B in zip(G_or_None, Bs[at], strict=True)
     ]
     fuses = group.launch_fusion is not None
-    wanted, dtypes = needs.B[at], [B.dtype for B in given_Bs[at]]
-    # one pass per dtype of B's gradients
-    for dtype_B in dict.fromkeys(to for to, want in zip(dtypes, wanted, strict=True) if want) or (None,):
-        found = call.ops.grad_bottleneck(
-            G_group,
+    needs_dB, dtypes = needs.B[at], [B.dtype for B in B_params[at]]
+    # one pass per dtype of dB
+    for dtype_B in dict.fromkeys(dtype for dtype, need in zip(dtypes, needs_dB, strict=True) if need) or (None,):
+        group_dBs = call.ops.grad_bottleneck(
+            group_Gs,
             None if T is None else T[:, columns],
             None if S is None or not fuses else S[:, columns],
             Bs[at],
@@ -362,8 +376,8 @@ def _grad_group(
             B_grad_dtype=dtype_B,
         )
         for i, index in enumerate(range(at.start, at.stop)):
-            if found is not None and wanted[i] and dtypes[i] == dtype_B:
-                dBs[index] = found[i]
+            if group_dBs is not None and needs_dB[i] and dtypes[i] == dtype_B:
+                dBs[index] = group_dBs[i]
 
 
 def _grad_A(
@@ -379,18 +393,19 @@ def _grad_A(
     """Return dA of all adapters from one pass over each stream, summed in float32 (float64 for float64)."""
     grad_weight, scale = call.ops.grad_weight, call.keep_scale
     grad_dtype = As[0].dtype if _one_dtype(As) else call.exact
-    mask = None if seeds is None else keep_bits(call, seeds, x.shape, _dropout.TARGET_STREAM)
-    bits = None
+    mask = None if seeds is None else dropout_mask(call, seeds, x.shape, _dropout.TARGET_STREAM)
+    mask_source = None
     if x_source is not None and seeds is not None:
-        bits = keep_bits(call, seeds, x_source.shape, _dropout.SOURCE_STREAM)
+        mask_source = dropout_mask(call, seeds, x_source.shape, _dropout.SOURCE_STREAM)
     if x_source is not None and call.fused < call.rank:
         dA = grad_weight(dT, x, None, None, mask=mask, keep_scale=scale, grad_dtype=call.exact)
         dA[: call.fused] += grad_weight(
-            None, None, dS, x_source, mask_source=bits, keep_scale=scale, grad_dtype=call.exact
+            None, None, dS, x_source, mask_source=mask_source, keep_scale=scale, grad_dtype=call.exact
         )
     else:
         dS = None if x_source is None else dS
-        dA = grad_weight(dT, x, dS, x_source, mask=mask, mask_source=bits, keep_scale=scale, grad_dtype=grad_dtype)
+        masks = {"mask": mask, "mask_source": mask_source, "keep_scale": scale}
+        dA = grad_weight(dT, x, dS, x_source, **masks, grad_dtype=grad_dtype)
     dAs: list[Tensor | None] = []
     for projection, A, need in zip(call.projections, As, needs.A, strict=True):
         part = dA[projection.columns] if need else None
@@ -409,12 +424,12 @@ def _grad_x(
     dtype: torch.dtype,
     adapter_first: bool,
 ) -> Tensor | None:
-    """Return one dx buffer: the frozen products' share where the node owns it, and the adapters' share."""
-    dx = bits = None
+    """Return dx in one buffer: the adapters' share, plus the frozen products' share if Ws are passed."""
+    dx = mask = None
     if dT is not None and seeds is not None:
-        bits = keep_bits(call, seeds, (dT.shape[0], width), _dropout.TARGET_STREAM)
+        mask = dropout_mask(call, seeds, (dT.shape[0], width), _dropout.TARGET_STREAM)
     if adapter_first and dT is not None and A is not None:
-        dx = call.ops.grad_input(dT, A, mask=bits, keep_scale=call.keep_scale, dtype=call.dtype)
+        dx = call.ops.grad_input(dT, A, mask=mask, keep_scale=call.keep_scale, dtype=call.dtype)
     for G, W in zip(Gs, Ws, strict=False):
         if G is not None:
             if G.dtype != call.dtype or W.dtype != call.dtype:
@@ -422,5 +437,5 @@ def _grad_x(
             dx = G @ W if dx is None else dx.addmm_(G, W)
     if not adapter_first and dT is not None and A is not None:
         share_dtype = dtype if dx is None else call.dtype
-        dx = call.ops.grad_input(dT, A, mask=bits, keep_scale=call.keep_scale, dtype=share_dtype, out=dx)
+        dx = call.ops.grad_input(dT, A, mask=mask, keep_scale=call.keep_scale, dtype=share_dtype, out=dx)
     return dx if dx is None or dx.dtype == dtype else dx.to(dtype)

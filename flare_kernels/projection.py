@@ -2,8 +2,8 @@
 
     S = drop(x) A^T        dA = dS^T drop(x)              x (M, d), A (R, d), S and dS (M, R)
 
-For a caller that projects a stream before the layers that use it run, and keeps it its own way (FLARE's source pass).
-Masks are those of the source stream of :func:`flare_kernels.fused_lora`.
+For callers that project a stream before the layers that use it run, and store the result themselves (FLARE's source
+pass). The dropout masks are those of the source stream of :func:`flare_kernels.fused_lora`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from .selection import primitives
 
 
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return matrices (R_i, d) of one device below each other in dtype, (sum of R_i, d); one of dtype is itself."""
+    """Return matrices (R_i, d) on one device, concatenated along the rows in dtype: (sum of R_i, d).
+
+    A single matrix of that dtype is returned itself.
+    """
     return primitives("auto", weights[0].device, dtype).stack(weights, dtype)  # type: ignore[no-any-return]
 
 
@@ -29,7 +32,7 @@ def project(x: Tensor, A: Tensor, *, seed: Tensor | None = None, dropout_p: floa
 
     Args:
         x: (M, d).
-        A: (R, d), any float dtype; rounded to x's.
+        A: (R, d), any float dtype; rounded to x's dtype.
         seed: int64 scalar from :func:`flare_kernels.dropout.draw_seed`; None for no dropout.
         dropout_p: probability of zeroing an entry of x.
     """
@@ -57,4 +60,4 @@ def project_grad(dS: Tensor, x: Tensor, *, seed: Tensor | None = None, dropout_p
 def _mask(ops: Any, x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
     if seed is None:
         return None
-    return _dropout.packed_mask(seed, x.shape[0], x.shape[1], p, _dropout.SOURCE_STREAM, ops.keep_bits)
+    return _dropout.packed_mask(seed, x.shape[0], x.shape[1], p, _dropout.SOURCE_STREAM, ops.dropout_mask)

@@ -1,7 +1,7 @@
-"""The oracle: FLARE's mathematics in plain PyTorch, differentiated by autograd, in any dtype including float64.
+"""The oracle: FLARE's formulas in plain PyTorch, differentiated by autograd, in any dtype including float64.
 
-Every kernel test compares with this module. Nothing here is fused, saved or rounded on purpose; read it as the
-definition of what the fast forms compute (paper section 3, equations 1 to 4; method in the README).
+Every kernel test compares with this module. It defines what the fused implementations compute (paper section 3,
+equations 1 to 4), without fusing, saving or rounding anything.
 
 Shapes: B batch, m length, d input width, n output width, r rank.
 """
@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dropout as _dropout
-from .fusion import EAGER_FUSIONS, FUSIONS, get_fusion
+from .fusion import ALL_FUSIONS, FUSIONS, get_fusion
 
 
 def fuse(
     S: Tensor, T: Tensor, fusion: str | None, weights: Mapping[str, Tensor] | None = None, *, heads: int = 1
 ) -> Tensor:
-    """phi(S, T) alone: (..., m, r) and (..., m, r) -> (..., m, r).
+    """Return phi(S, T), (..., m, r), for S and T of that shape.
 
     Args:
         S: down-projected source stream.
         T: down-projected target stream.
-        fusion: one of ``FUSIONS`` or ``"cross_attention"``, ``"matmul"``, ``"matmul_relu"``; None gives T.
+        fusion: one of ``FUSIONS`` or ``"cross_attention"``, ``"matmul"``, ``"matmul_relu"``; None returns T.
         weights: for ``cross_attention``: ``query.weight``, ``key.weight``, ``value.weight`` (r, r) and the three
-            ``.bias`` (r). The query comes from the source, key and value from the target; no mask and no output
-            projection.
+            ``.bias`` (r). The query is computed from the source, key and value from the target. There is neither a mask
+            nor an output projection.
         heads: attention heads of ``cross_attention``; must divide r.
 
     Raises:
@@ -47,15 +47,15 @@ def fuse(
         return S @ (T.transpose(-1, -2) @ T)
     if fusion == "cross_attention":
         return _cross_attention(S, T, weights, heads)
-    raise ValueError(f"fusion={fusion!r} is not one of {', '.join(FUSIONS + EAGER_FUSIONS)} (or None)")
+    raise ValueError(f"fusion={fusion!r} is not one of {', '.join(ALL_FUSIONS)} (or None)")
 
 
 def _cross_attention(S: Tensor, T: Tensor, weights: Mapping[str, Tensor] | None, heads: int) -> Tensor:
-    """softmax(Q K^T / sqrt(r / heads)) V with Q = Wq S + bq, K = Wk T + bk, V = Wv T + bv."""
-    wanted = [f"{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")]
-    missing = [name for name in wanted if weights is None or name not in weights]
+    """Return softmax(Q K^T / sqrt(r / heads)) V with Q = Wq S + bq, K = Wk T + bk, V = Wv T + bv."""
+    required = [f"{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")]
+    missing = [name for name in required if weights is None or name not in weights]
     if missing or weights is None:
-        raise ValueError(f"weights: cross_attention needs {', '.join(wanted)}; missing: {', '.join(missing)}")
+        raise ValueError(f"weights: cross_attention needs {', '.join(required)}; missing: {', '.join(missing)}")
     r = T.shape[-1]
     if heads < 1 or r % heads:
         raise ValueError(f"heads={heads} must divide the rank r={r}")
@@ -70,7 +70,7 @@ def _cross_attention(S: Tensor, T: Tensor, weights: Mapping[str, Tensor] | None,
 
 
 def drop(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
-    """Inverted dropout of x (..., d) with the packed mask that the fused forms regenerate from the same seed."""
+    """Return inverted dropout of x (..., d), with the packed mask that the kernels regenerate from the same seed."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     mask = _dropout.packed_mask(seed, rows, x.shape[-1], p, stream)
     if mask is None:
@@ -94,10 +94,11 @@ def fused_lora(
     weights: Mapping[str, Tensor] | None = None,
     heads: int = 1,
 ) -> Tensor:
-    """y = base_output + scaling * phi(x_source A^T, x A^T) B^T, written as it reads; arguments as
-    :func:`flare_kernels.fused_lora`, plus ``weights`` and ``heads`` of :func:`fuse`. ``backend`` is ignored.
+    """Return y = base_output + scaling * phi(x_source A^T, x A^T) B^T, written as the formula.
 
-    ``base_output`` is left as it is. Adapters are cast to x's dtype (x to base_output's under autocast).
+    Arguments as in :func:`flare_kernels.fused_lora`, plus ``weights`` and ``heads`` of :func:`fuse`. ``backend`` is
+    ignored. ``base_output`` is not modified. Adapters are cast to x's dtype (under autocast, x and adapters to
+    base_output's).
     """
     del backend
     dtype = compute_dtype(x, base_output)
@@ -121,7 +122,7 @@ def fused_lora(
 
 
 def compute_dtype(x: Tensor, base_output: Tensor) -> torch.dtype:
-    """x's dtype, or base_output's where autocast left x in float32 and made the frozen product 16 bit wide."""
+    """Return x's dtype, or base_output's if autocast left x in float32 and computed the frozen product in 16 bits."""
     if x.dtype == torch.float32 and base_output.dtype in (torch.float16, torch.bfloat16):
         return base_output.dtype
     return x.dtype

@@ -1,4 +1,4 @@
-"""Which implementation of the primitives runs where, and why another one does not."""
+"""Choice of the backend: which implementation of the primitives runs on a device, and why others cannot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MINIMUM_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run on this machine, and the reason where it cannot (empty where it can)."""
+    """Whether a backend can run on this machine, and the reason if it cannot (otherwise empty)."""
 
     available: bool
     reason: str = ""
@@ -36,12 +36,12 @@ class BackendStatus:
 
 
 def interpreting() -> bool:
-    """True where Triton runs kernels on the CPU (TRITON_INTERPRET=1, read by Triton when kernels are defined)."""
+    """Return whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, read when kernels are defined)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Name -> status of every backend; ``str()`` of a status names the reason.
+    """Return the status of every backend by name. ``str()`` of a status includes the reason.
 
     "triton" runs on CUDA devices of capability 8.0 or newer, or on the CPU under TRITON_INTERPRET=1; "torch" and
     "reference" run anywhere.
@@ -56,15 +56,15 @@ def _triton_status() -> BackendStatus:
         return BackendStatus(True)
     if not torch.cuda.is_available():
         return BackendStatus(False, "no CUDA device is visible, and TRITON_INTERPRET=1 is not set")
-    refusals = [_device_refusal(index) for index in range(torch.cuda.device_count())]
-    if all(refusals):
-        return BackendStatus(False, "; ".join(refusals))
+    reasons = [_unsupported_reason(index) for index in range(torch.cuda.device_count())]
+    if all(reasons):
+        return BackendStatus(False, "; ".join(reasons))
     return BackendStatus(True)
 
 
 @functools.cache
-def _device_refusal(index: int) -> str:
-    """Why the kernels cannot run on this CUDA device; empty where they can."""
+def _unsupported_reason(index: int) -> str:
+    """Return why the kernels cannot run on this CUDA device, or an empty string if they can."""
     capability = torch.cuda.get_device_capability(index)
     if capability >= MINIMUM_CAPABILITY:
         return ""
@@ -73,14 +73,13 @@ def _device_refusal(index: int) -> str:
 
 
 def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str | None = None) -> str:
-    """The backend that ``backend="auto"`` takes for tensors on this device in this compute dtype.
+    """Return the backend that ``backend="auto"`` chooses for tensors on this device in this compute dtype.
 
-    Where that is "triton", each step of a call still takes the form that the launch table prefers at its size:
-    :func:`launch_plan` returns the choice.
-
-    CPUs (also under the interpreter, which is for tests), float64 and float32 take "torch": cuBLAS is the safe choice
-    for IEEE float32 until the kernels have been timed against it. 16-bit calls on CUDA devices that can run the kernels
-    take "triton"; the fusions that mix positions take "reference".
+    * "triton" for 16-bit calls on CUDA devices that can run the kernels. Each step then takes the form that the launch
+      table prefers at its size; :func:`launch_plan` shows the choice.
+    * "torch" on CPUs (also under the interpreter, which is for tests), and for float64 and float32. The kernels have
+      not been timed against cuBLAS in IEEE float32.
+    * "reference" for the fusions that mix positions.
     """
     if fusion in EAGER_FUSIONS:
         return "reference"
@@ -93,7 +92,7 @@ def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str |
         or importlib.util.find_spec("triton") is None
     ):
         return "torch"
-    return "torch" if _device_refusal(_index(device)) else "triton"
+    return "torch" if _unsupported_reason(_index(device)) else "triton"
 
 
 def launch_plan(
@@ -105,29 +104,33 @@ def launch_plan(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
 ) -> dict[str, str]:
-    """What "auto" does with each step of a call, in words: which form, which tiles, and what decided.
+    """Describe what ``backend="auto"`` does in each step of a call: the form, the tiles, and what decided them.
 
     Args:
-        M: tokens. d: width of the input. widths: width of each adapted projection's output. r: rank of each adapter.
-        dtype: compute dtype, of all (aligned) tensors. device: where they are.
+        M: number of tokens.
+        d: width of the input.
+        widths: width of each adapted projection's output.
+        r: rank of each adapter.
+        dtype: dtype of all tensors, which are assumed to be aligned.
+        device: device of all tensors.
 
     Returns:
-        step -> its form, such as "triton, TileConfig(...) (tuned table)" or "torch (no Triton form for cpu)".
+        step -> description, such as "triton, TileConfig(...) (tuned table)".
     """
     device = torch.device(device)
     if select_backend(device, dtype) != "triton":
-        why = f"torch (what {device} takes in {dtype})"
-        return dict.fromkeys(("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"), why)
+        choice = f"torch (the backend for {device} in {dtype})"
+        return dict.fromkeys(("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input"), choice)
     from .triton_ops.plan_text import launch_plan as plan_of_kernels
 
     return plan_of_kernels(M, d, widths, r, dtype=dtype, device=device)
 
 
 def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The namespace of the primitives for a backend name; for "auto" the one that follows the tuned launch table.
+    """Return the namespace of primitives of a backend. For "auto" on a GPU, the one that follows the launch table.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run for this device and dtype; the message gives the reason.
+        ValueError: the backend is unknown, or cannot run on this device and in this dtype; the message has the reason.
     """
     if backend == "auto":
         return _tuned() if select_backend(device, dtype) == "triton" else _plain(device)
@@ -153,8 +156,8 @@ def _check_triton(device: torch.device) -> None:
             raise ValueError(
                 f"backend='triton' runs on CUDA, the tensors are on {device}; use backend='auto' or 'torch'"
             )
-    elif refusal := _device_refusal(_index(device)):
-        raise ValueError(f"backend='triton' cannot run here: {refusal}; use backend='torch'")
+    elif reason := _unsupported_reason(_index(device)):
+        raise ValueError(f"backend='triton' cannot run here: {reason}; use backend='torch'")
 
 
 def _tuned() -> Any:
@@ -164,18 +167,22 @@ def _tuned() -> Any:
 
 
 def _plain(device: torch.device) -> Any:
-    """The plain PyTorch forms, but on a device that runs the kernels their generator of dropout bits."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None and not _device_refusal(_index(device)):
-        return _plain_with_kernel_bits()
+    """Return the plain PyTorch primitives; on a device that can run the kernels, with the Triton dropout masks."""
+    if (
+        device.type == "cuda"
+        and importlib.util.find_spec("triton") is not None
+        and not _unsupported_reason(_index(device))
+    ):
+        return _plain_with_triton_masks()
     return torch_ops
 
 
 @functools.cache
-def _plain_with_kernel_bits() -> Any:
-    from .triton_ops.primitives import keep_bits
+def _plain_with_triton_masks() -> Any:
+    from .triton_ops.primitives import dropout_mask
 
-    # the generator has no dtype, and its plain form is some hundred launches
-    return types.SimpleNamespace(**vars(torch_ops) | {"keep_bits": keep_bits})
+    # the mask does not depend on a compute dtype, and in plain PyTorch it takes about a hundred launches
+    return types.SimpleNamespace(**vars(torch_ops) | {"dropout_mask": dropout_mask})
 
 
 def _index(device: torch.device) -> int:

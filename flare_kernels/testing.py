@@ -1,4 +1,4 @@
-"""Tools for tests and measurements of code that calls the kernels, on machines without a GPU."""
+"""Tools to test and measure code that calls the kernels on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["launches_left_out"]
 
 @contextlib.contextmanager
 def launches_left_out() -> Iterator[list[str]]:
-    """Take the kernels' path on CPU tensors, but leave out the launches.
+    """Take the code path of the kernels on CPU tensors, without launching them.
 
-    Within it ``backend="auto"`` and ``"triton"`` use the kernels for every dtype but float64. Configurations (those of
-    a card with 227 KB of shared memory per block), plans and arguments are worked out as on a GPU. Only the innermost
-    call does not happen, so **results are uninitialised memory**. Works with and without TRITON_INTERPRET. The state
-    belongs to the process, is restored on exit, and may be nested.
+    In this context, ``backend="auto"`` and ``"triton"`` take the kernels' path for every dtype except float64.
+    Configurations (of a GPU with 227 KB of shared memory per block), plans and arguments are computed as on a GPU. Only
+    the launch itself is left out, so **results are uninitialised memory**. Works with and without TRITON_INTERPRET. The
+    context applies to the whole process, can be nested, and restores the previous state on exit.
 
     Yields:
-        The names of the kernels left out, in order.
+        The names of the kernels that were not launched, in order.
 
     Raises:
         RuntimeError: Triton is not installed.

@@ -1,8 +1,8 @@
-"""The primitives of the adapter in plain PyTorch: BLAS calls that accumulate in place, any device, any dtype.
+"""The primitives of the adapter in plain PyTorch: BLAS calls that accumulate in place, on any device, in any dtype.
 
-This is the fallback where Triton cannot run, the only backend for float64, and the bar that the kernels in
+This is the fallback if Triton cannot run, the only backend for float64, and the baseline that the kernels in
 :mod:`flare_kernels.triton_ops` must beat. Both modules export the same functions, so the autograd node in
-:mod:`flare_kernels.node` is written once.
+:mod:`flare_kernels.node` works with either.
 
 Shape legend: M tokens, K input width, N output width, R rank; every tensor is 2-D. Suffixes of names follow it.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from . import dropout as _dropout
 from .fusion import get_fusion
 
-keep_bits = _dropout.keep_bits_torch
+dropout_mask = _dropout.dropout_mask_torch
 
 
 def _dropped(x_MK: Tensor, mask: Tensor | None, keep_scale: float, dtype: torch.dtype) -> Tensor:
-    """x in the compute dtype, dropped where a packed mask is given (a transient copy; the kernels make none)."""
+    """Return x in the compute dtype, with dropout if there is a mask (a temporary copy; the kernels make none)."""
     x_MK = x_MK.to(dtype)
     if mask is None:
         return x_MK
@@ -29,12 +29,12 @@ def _dropped(x_MK: Tensor, mask: Tensor | None, keep_scale: float, dtype: torch.
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
-    """scaling * a @ b with one rounding: the scale is applied to the accumulator."""
+    """Return scaling * a @ b with one rounding: the scaling is applied to the accumulator."""
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling, out=out)
 
 
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The matrices (R_i, K) below each other in dtype, (sum of R_i, K); a single one of dtype is itself."""
+    """Return matrices (R_i, K) concatenated along the rows in dtype, (sum of R_i, K); a single one of dtype itself."""
     if len(weights) == 1:
         return weights[0].to(dtype)
     return torch.cat([weight.to(dtype) for weight in weights])
@@ -51,7 +51,7 @@ def shrink(
     keep_scale: float = 1.0,
     sum_streams: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """T = drop(x) A^T and S = drop(x_source) A^T, (M, R) in compute_dtype; with sum_streams (T + S, None)."""
+    """Return T = drop(x) A^T and S = drop(x_source) A^T, (M, R) in compute_dtype; with sum_streams (T + S, None)."""
     A_KR = A.to(compute_dtype).T
     T = S = None
     if x is not None:
@@ -75,7 +75,7 @@ def expand_(
     outs: Sequence[Tensor] | None = None,
     biases: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """y_i (M, N_i) += scaling_i * phi(S_i, T_i) B_i^T, in place (or into outs), for projections of one rank.
+    """Add scaling_i * phi(S_i, T_i) B_i^T to y_i (M, N_i), in place or into outs, for projections of one rank.
 
     With ``biases``, (N_i,) or None each, y_i is not read: y_i = bias_i + scaling_i * phi(S_i, T_i) B_i^T.
     """
@@ -87,7 +87,7 @@ def expand_(
     H = T if fusion is None or S is None else get_fusion(fusion)(S, T)
     R = Bs[0].shape[1]
     for i, (y, B, scaling) in enumerate(zip(ys, Bs, scalings, strict=True)):
-        # in y's dtype: a no-op where it is the compute dtype, an upcast of the narrow H where y is wider
+        # cast to y's dtype: a no-op if it is the compute dtype, an upcast of the narrow H if y is wider
         H_i, B_i = H[:, i * R : (i + 1) * R].to(y.dtype), B.to(T.dtype).to(y.dtype).T
         if biases is None:
             y.addmm_(H_i, B_i, alpha=scaling)
@@ -109,32 +109,33 @@ def grad_bottleneck(
     dS: Tensor | None = None,
     B_grad_dtype: torch.dtype | None = None,
 ) -> list[Tensor] | None:
-    """From G_i = dL/dy_i (M, N_i): dH_i = scaling_i * G_i B_i, through phi to dT and dS; dB_i = scaling_i * G_i^T H_i.
+    """Compute dT and dS in place, and return dB_i, from G_i = dL/dy_i (M, N_i).
 
-    dT, dS and B_grad_dtype are None where nothing asks for that part, T where nothing needs it.
+    dH_i = scaling_i * G_i B_i goes through phi to dT and dS. dB_i = scaling_i * G_i^T H_i. dT, dS and B_grad_dtype are
+    None if that gradient is not needed. T may be None if only dT is needed.
     """
-    given = T if T is not None else dT
-    assert given is not None, "grad_bottleneck needs T where dB is wanted, and dT where it is not"
-    dtype, R = given.dtype, Bs[0].shape[1]
+    compute = T if T is not None else dT
+    assert compute is not None, "grad_bottleneck needs T to compute dB, and dT if dB is not needed"
+    dtype, R = compute.dtype, Bs[0].shape[1]
     phi = None if fusion is None or S is None else get_fusion(fusion)
     Gs = [G.to(dtype) for G in Gs]
-    each = [slice(i * R, (i + 1) * R) for i in range(len(Gs))]
+    slices = [slice(i * R, (i + 1) * R) for i in range(len(Gs))]
     if dT is not None:
-        for G, B, scaling, columns in zip(Gs, Bs, scalings, each, strict=True):
+        for G, B, scaling, columns in zip(Gs, Bs, scalings, slices, strict=True):
             _scaled_mm(G, B.to(dtype), scaling, out=dT[:, columns])
         if phi is not None:
             assert T is not None and S is not None
-            dH_T, dH_S = phi.backward(dT, S, T)  # dT holds dH up to here
-            dT.copy_(dH_T)
+            grad_T, grad_S = phi.backward(dT, S, T)  # the buffer dT holds dH until here
+            dT.copy_(grad_T)
             if dS is not None:
-                dS.copy_(dH_S)
+                dS.copy_(grad_S)
     if B_grad_dtype is None:
         return None
     assert T is not None
     H = T if phi is None or S is None else phi(S, T)
     return [
         _scaled_mm(G.T, H[:, columns], scaling).to(B_grad_dtype)
-        for G, scaling, columns in zip(Gs, scalings, each, strict=True)
+        for G, scaling, columns in zip(Gs, scalings, slices, strict=True)
     ]
 
 
@@ -149,13 +150,13 @@ def grad_weight(
     keep_scale: float = 1.0,
     grad_dtype: torch.dtype,
 ) -> Tensor:
-    """dA (R, K) = dT^T drop(x) + dS^T drop(x_source); either pair may be (None, None)."""
+    """Return dA (R, K) = dT^T drop(x) + dS^T drop(x_source); either pair may be (None, None)."""
     dA = None
-    for grad, stream, bits in ((dT, x, mask), (dS, x_source, mask_source)):
+    for grad, stream, stream_mask in ((dT, x, mask), (dS, x_source, mask_source)):
         if grad is None or stream is None:
             continue
-        stream = _dropped(stream, bits, keep_scale, grad.dtype)
-        # added after the products and in grad_dtype, as autograd does where the streams come apart: the same bits
+        stream = _dropped(stream, stream_mask, keep_scale, grad.dtype)
+        # each product is cast to grad_dtype before the sum, as in autograd with separate streams: the same bits
         share = (grad.T @ stream).to(grad_dtype)
         dA = share if dA is None else dA.add_(share)
     assert dA is not None, "grad_weight needs at least one stream"
@@ -171,7 +172,7 @@ def grad_input(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dx (M, K) = dT A, masked and scaled as the forward's dropout was, in dtype; with ``out``, out += that."""
+    """Return dx (M, K) = dT A in dtype, masked and scaled as in the forward pass; with ``out``, add it to out."""
     if out is not None and mask is None and out.dtype == dT.dtype:
         return out.addmm_(dT, A.to(dT.dtype))
     dx = dT @ A.to(dT.dtype)

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments. Every message names the argument, what came, and what is accepted."""
+"""Checks of the public functions' arguments. Every message names the argument, its value, and what is accepted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .fusion import EAGER_FUSIONS, FUSIONS
 
 
 def check_fusion(fusion: str | None, backend: str) -> None:
-    """Raises ValueError for a fusion that the backend does not have."""
+    """Raise ValueError for a fusion that the backend does not have."""
     if fusion is None or fusion in FUSIONS:
         return
     if fusion in EAGER_FUSIONS:
@@ -23,7 +23,7 @@ def check_fusion(fusion: str | None, backend: str) -> None:
 
 
 def check_dtypes(tensors: Mapping[str, Tensor | None]) -> None:
-    """Raises TypeError for a non-tensor, a non-floating tensor, or float64 mixed with another dtype."""
+    """Raise TypeError for a non-tensor, a non-floating tensor, or float64 mixed with another dtype."""
     dtypes = {}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -40,11 +40,11 @@ def check_dtypes(tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def check_streams(x: Tensor, x_source: Tensor | None, bottleneck: Tensor | None) -> None:
-    """Raises ValueError where the two streams do not have the same leading shape, or both source forms are given."""
+    """Raise ValueError if the streams differ in their leading shape, or if both source arguments are given."""
     if x.dim() < 2:
         raise ValueError(f"x must be (..., m, d), got shape {tuple(x.shape)}")
     if x_source is not None and bottleneck is not None:
-        raise ValueError("x_source and source_bottleneck were both given: pass the source once, as one or the other")
+        raise ValueError("x_source and source_bottleneck were both given: pass only one of them")
     if x_source is not None and x_source.shape != x.shape:
         raise ValueError(
             f"x_source has shape {tuple(x_source.shape)}, x has {tuple(x.shape)}: both streams need the same length "
@@ -60,7 +60,7 @@ def check_streams(x: Tensor, x_source: Tensor | None, bottleneck: Tensor | None)
 def check_adapter(
     x: Tensor, base_output: Tensor, A: Tensor, B: Tensor, bottleneck: Tensor | None, where: str = ""
 ) -> None:
-    """Raises ValueError where base_output (..., n), A (r, d), B (n, r) or S (..., r) do not fit x (..., d)."""
+    """Raise ValueError if base_output (..., n), A (r, d), B (n, r) or S (..., r) do not fit x (..., d)."""
     suffix = f" of {where!r}" if where else ""
     if base_output.shape[:-1] != x.shape[:-1]:
         raise ValueError(

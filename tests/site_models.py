@@ -1,4 +1,4 @@
-"""Models with sites, and what the tests of sites count and compare."""
+"""Models with sites, and helpers that count calls and compare steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flare.tuner import site as sites
 from flare.tuner.layer import SITE
 from flare.tuner.site import SiblingLinear, Site
 
-# (query, key, value) of a family
+# family -> names of query, key and value
 NAMES = {
     **dict.fromkeys(("bert", "xlmr", "roberta"), ("query", "key", "value")),
     **dict.fromkeys(("llama", "gemma2", "qwen3", "mistral"), ("q_proj", "k_proj", "v_proj")),
@@ -32,17 +32,19 @@ SUBSETS = {"qv": (0, 2), "qkv": (0, 1, 2), "q": (0,)}
 
 
 class Counts(collections.Counter):
-    """Calls since the start.
+    """Counter of calls.
 
-    joint, lone: calls of a site for several projections, for one. owned: those whose node makes the frozen products.
-    single: calls of a layer by itself.
+    joint: calls of a site with several projections.
+    lone: calls of a site with one projection.
+    owned: calls whose autograd node computes the frozen products.
+    single: calls of a layer without its site.
     """
 
-    names: list[frozenset[str]]  # of the projections of each joint call
+    names: list[frozenset[str]]  # names of the projections in each joint call
 
 
 def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Counts:
-    """Count the calls of sites and layers from here on; the fixture ``calls``."""
+    """Return a counter of the calls of sites and layers from now on; used by the fixture ``calls``."""
     counts = Counts()
     counts.names = []
     outputs, owned, single = Site._outputs, sites.apply_with_products, layer.fused_lora
@@ -87,7 +89,7 @@ def all_sites(model: nn.Module) -> list[Site]:
 
 
 def alone(model: peft.PeftModel) -> peft.PeftModel:
-    """A copy whose projections are computed one by one, without sites."""
+    """Return a copy whose projections are computed separately."""
     twin = copy.deepcopy(model)
     for site in all_sites(twin):
         site.output = lambda module, x, slot: None  # type: ignore[method-assign]
@@ -95,7 +97,7 @@ def alone(model: peft.PeftModel) -> peft.PeftModel:
 
 
 def step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-    """Loss and every gradient of one step."""
+    """Return the loss and every gradient of one step."""
     model.zero_grad(set_to_none=True)
     loss = model(**inputs).loss
     loss.backward()

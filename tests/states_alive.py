@@ -33,8 +33,8 @@ class StatesAlive:
         self.counts.clear()
 
     def noting(self) -> Any:
-        """``FrozenPass.note`` that follows the states it is given."""
-        plain = FrozenPass.note
+        """``FrozenPass.record`` that follows the states it is given."""
+        plain = FrozenPass.record
 
         def note(frozen_pass: FrozenPass, key: Any, hidden: torch.Tensor) -> None:
             if key in frozen_pass.missing:

@@ -1,7 +1,7 @@
-"""Families of models and attention implementations: the numbers of the formula by hand, or a refusal that says why.
+"""Families of models and attention implementations match the formula, or are refused with the reason.
 
-The reference is written by hand over PEFT's eager layers on the model with eager attention. Texts are padded on the
-right, where every query sees a key: on rows that see none the attention implementations differ among themselves.
+The reference is the formula over PEFT's eager layers, on the model with eager attention. Texts are padded on the right,
+so that every query has a key: for a query without one, the attention implementations differ from each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUERY_AND_VALUE = {
     "distilbert": ("q_lin", "v_lin"),
     **dict.fromkeys(("llama", "mistral", "qwen3", "gemma2", "gemma3"), ("q_proj", "v_proj")),
 }
-# a window narrower than the text, and layers with and without it
+# a window shorter than the text, in some of the layers
 CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4},
     "gemma2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -35,7 +35,7 @@ NO_SDPA = ("gemma2",)  # transformers refuses: its logits are soft-capped
 
 
 def batch(family: str, m: int = 9) -> dict[str, Tensor]:
-    """Three rows of m tokens, padded on the right to different lengths in the two streams."""
+    """Return three rows of m tokens, padded on the right by different lengths in the two streams."""
     inputs = tiny.batch(family, m=m)
     generator = torch.Generator().manual_seed(4)
     for prefix, lengths in (("", (m, m - 1, m - 2)), ("source_", (m - 2, m, m - 1))):
@@ -51,8 +51,8 @@ def base(family: str, attention: str) -> Any:
     return tiny.model(family, attn_implementation=attention, initializer_range=0.2, **CHANGES.get(family, {}))
 
 
-def by_hand(family: str, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of the formula over stock PEFT layers and eager attention."""
+def reference_step(family: str, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits and gradients of the formula over PEFT's layers and eager attention."""
     names = QUERY_AND_VALUE[family]
     task = "SEQ_CLS" if inputs["labels"].dim() == 1 else "CAUSAL_LM"
     stock = peft.get_peft_model(
@@ -74,12 +74,12 @@ def fused(family: str, attention: str) -> Any:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", QUERY_AND_VALUE)
-def test_logits_and_gradients_are_those_by_hand(family, attention) -> None:
-    """Every query and value projection fuses (strict), and a wrong or missing source would move all numbers."""
+def test_logits_and_gradients_match_the_formula(family, attention) -> None:
+    """Every query and value projection fuses (strict), so a wrong or missing source would change all numbers."""
     if attention == "sdpa" and family in NO_SDPA:
         pytest.skip(f"transformers has no sdpa for {family}")
     inputs = batch(family)
-    want_logits, want = by_hand(family, inputs)
+    want_logits, want = reference_step(family, inputs)
     model = fused(family, attention)
     assert model.get_base_model().config._attn_implementation == attention
     assert len(model.fast_lora_report().fused) == 2 * tiny.LAYERS
@@ -97,9 +97,9 @@ def test_logits_and_gradients_are_those_by_hand(family, attention) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gemma2"])
 def test_flex_attention(family) -> None:
-    """Forward only: torch has no backward of flex attention on a CPU."""
+    """Only the forward: torch has no backward of flex attention on a CPU."""
     inputs = batch(family)
-    want, _ = by_hand(family, inputs)
+    want, _ = reference_step(family, inputs)
     with torch.no_grad():
         torch.testing.assert_close(fused(family, "flex_attention")(**inputs).logits, want, rtol=1e-5, atol=1e-5)
 
@@ -129,20 +129,20 @@ REFUSED = [
         {"rotary_dim": 4},
         r"share one linear layer \(qkv_proj\).*not known for.*codegen",
     ),
-    ("AlbertForSequenceClassification", "AlbertConfig", {"embedding_size": 8}, "names 3 blocks.*holds 1.*share"),
-    ("XLMForSequenceClassification", "XLMConfig", {}, "attentions holds attention modules alone"),
+    ("AlbertForSequenceClassification", "AlbertConfig", {"embedding_size": 8}, "has 3 blocks.*holds 1.*share"),
+    ("XLMForSequenceClassification", "XLMConfig", {}, "attentions holds attention modules only"),
     (
         "MvpForConditionalGeneration",
         "MvpConfig",
         _PAIR,
-        "cannot reach its attention: MvpEncoder.*hands no",
+        "cannot reach its attention: MvpEncoder.*does not pass on",
     ),
 ]
 
 
 @pytest.mark.parametrize(("model", "config", "changes", "message"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_refused(model, config, changes, message) -> None:
-    """Before the model is touched, and in words; fusion=None still makes a plain LoRA model of it."""
+def test_unsupported_model_is_refused(model, config, changes, message) -> None:
+    """The error comes before the model is changed. With fusion=None the model can still be used as plain LoRA."""
     made = getattr(transformers, model)(getattr(transformers, config)(**{**_SIZE, **changes}))
     before = {name: id(module) for name, module in made.named_modules()}
     with pytest.raises(ValueError, match=f"{model}: .*{message}"):

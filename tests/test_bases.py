@@ -1,7 +1,7 @@
-"""Bases beside those of the authors: logits and gradients in float64 against the method written out by hand.
+"""Base models other than the authors': logits and gradients in float64 match the formula.
 
-The oracle runs PEFT's own layers on the same tiny random base: hooks read the source's states, and each projection's
-forward is the formula. Nothing of it looks at how flare finds blocks, projections or rows.
+The reference runs PEFT's layers on the same tiny random model: hooks read the source's states, and each projection's
+forward is the formula. It does not use flare's search for blocks, projections or rows.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ _COMMON = {
 
 
 def thirds(n: int) -> Tensor:
-    """The key's rows where query, key and value lie one behind the other."""
+    """Return the key's rows of a weight with all query rows, then all key rows, then all value rows."""
     return torch.arange(n) // (n // 3) == 1
 
 
 def by_head(n: int) -> Tensor:
-    """The key's rows where each head has its own query, key and value."""
+    """Return the key's rows of a weight with query, key and value rows of each head in turn."""
     return (torch.arange(n) // (n // (3 * HEADS))) % 3 == 1
 
 
 def last_but_one(width: int, group: int) -> Callable[[int], Tensor]:
-    """The key's rows where they are the last but one of parts ``width`` rows wide, ``group`` parts to a group."""
+    """Return the key's rows: the last but one of the ``group`` parts, of ``width`` rows each, of every group."""
     return lambda n: (torch.arange(n) // width) % group == group - 2
 
 
 @dataclass
 class Base:
-    """A family: model and config, the stack of blocks, its projections, and the key's rows where one layer has all."""
+    """A family: model and config, its stack of blocks, its projections, and the key's rows of a fused projection."""
 
     model: str
     config: str
@@ -72,12 +72,12 @@ class Base:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         with torch.no_grad():
-            for parameter in made.parameters():  # biases and norms that are not zero and one
+            for parameter in made.parameters():  # so that biases are not zero and norms not one
                 parameter.add_(0.05 * torch.randn(parameter.shape))
         return made.to(torch.float64).train()
 
     def batch(self) -> dict[str, Tensor]:
-        """Three rows, padded on the right to other lengths in the two streams."""
+        """Return three rows, padded on the right by different lengths in the two streams."""
         generator = torch.Generator().manual_seed(4)
         inputs = {}
         for prefix, lengths in (("", (M, M - 1, M - 2)), ("source_", (M - 2, M, M - 1))):
@@ -101,7 +101,7 @@ MDEBERTA = {**DEBERTA, "position_buckets": 4, "norm_rel_ebd": "layer_norm", "sha
 NO_DROP = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 BASES = {
-    # blocks that hand no keyword arguments on
+    # blocks that do not pass on keyword arguments
     "mdeberta": Base(
         "DebertaV2ForSequenceClassification",
         "DebertaV2Config",
@@ -119,7 +119,7 @@ BASES = {
     "deberta": Base(
         "DebertaForSequenceClassification", "DebertaConfig", "deberta.encoder.layer", ("in_proj",), DEBERTA, by_head
     ),
-    # query, key and value in one layer
+    # fused query, key and value
     "modernbert": Base(
         "ModernBertForSequenceClassification",
         "ModernBertConfig",
@@ -191,7 +191,7 @@ BASES = {
     "persimmon": Base(
         "PersimmonForCausalLM", "PersimmonConfig", "model.layers", ("query_key_value",), NO_DROP, by_head, True
     ),
-    # by configuration
+    # depends on the configuration
     "xlm-r (AfroXLM-R)": Base(
         "XLMRobertaForSequenceClassification", "XLMRobertaConfig", "roberta.encoder.layer", ("query", "value")
     ),
@@ -247,7 +247,7 @@ def add_relu(S: Tensor, T: Tensor) -> Tensor:
 
 
 def randomize(model: nn.Module) -> None:
-    """Random A and B in float64, by name, so that two models get the same."""
+    """Set A and B to random float64 values that depend on the names, so that two models get the same."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
@@ -255,7 +255,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """What each block hands on of the source: the next one's input, of the last its output."""
+    """Return each block's output on the source: the next block's input, and the last block's output."""
     blocks = model.get_base_model().get_submodule(base.stack)
     found: dict[int, Tensor] = {}
     handles = []
@@ -286,8 +286,8 @@ def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tenso
     return [found[index] for index in range(len(blocks))]
 
 
-def by_hand(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of the method over stock PEFT layers."""
+def reference_step(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits and gradients of the formula over PEFT's layers."""
     task = "CAUSAL_LM" if base.causal else "SEQ_CLS"
     stock = peft.get_peft_model(base.make(), peft.LoraConfig(**LORA, target_modules=list(base.names), task_type=task))
     randomize(stock)
@@ -300,7 +300,7 @@ def by_hand(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Te
             def forward(x: Tensor, layer: Any = layer, state: Tensor = state) -> Tensor:
                 A, B, s = layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
                 T, y = A(x), layer.base_layer(x)
-                if x.shape[:2] != (3, M):  # DeBERTa's positions: plain LoRA
+                if x.shape[:2] != (3, M):  # DeBERTa's relative positions: plain LoRA
                     return y + s * B(T)
                 H = add_relu(A(state), T)
                 if base.key_rows is None:
@@ -318,7 +318,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check(model: Any, inputs: dict[str, Tensor], logits: Tensor, grads: dict[str, Tensor]) -> None:
-    """One training step's logits and gradients."""
+    """Compare the logits and gradients of a training step."""
     model.zero_grad()
     out = model(**inputs)
     out.loss.backward()
@@ -332,11 +332,11 @@ def check(model: Any, inputs: dict[str, Tensor], logits: Tensor, grads: dict[str
 
 
 @pytest.mark.parametrize("family", BASES)
-def test_a_step_is_the_method_by_hand(family: str) -> None:
-    """Plain, without a source, with checkpointing, with states that are not kept, from a cache, and from a copy."""
+def test_training_step_matches_the_formula(family: str) -> None:
+    """With and without a source, with checkpointing, recomputed or cached states, and in a copy."""
     base = BASES[family]
     inputs = base.batch()
-    logits, grads = by_hand(base, inputs)
+    logits, grads = reference_step(base, inputs)
     model = flare.fast_lora(base.make(), **LORA, strict=True)
     randomize(model)
     assert len(model.fast_lora_report().fused) == LAYERS * len(base.names)
@@ -388,8 +388,8 @@ _CROSS = ("encoder_attn", "EncDecAttention")
 
 
 @pytest.mark.parametrize("family", PAIRS)
-def test_an_encoder_decoder_is_the_method_by_hand(family: str) -> None:
-    """Both stacks fuse, each with the source's state of its own depth; cross-attention is plain LoRA."""
+def test_encoder_decoder_matches_the_formula(family: str) -> None:
+    """Both stacks fuse with the source's state of the same depth. Cross-attention is plain LoRA."""
     name, config, changes, stacks, names = PAIRS[family]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": False}
     base = Base(name, config, stacks[0], names)
@@ -453,8 +453,8 @@ def test_an_encoder_decoder_is_the_method_by_hand(family: str) -> None:
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
-def test_blocks_that_a_training_step_leaves_out_need_no_source(memory: str) -> None:
-    """M2M100's own LayerDrop; the source pass runs every block."""
+def test_skipped_blocks_need_no_source(memory: str) -> None:
+    """M2M100's LayerDrop skips blocks of the target; the source pass runs every block."""
     name, config, changes, _, _ = PAIRS["m2m_100 (NLLB)"]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
     torch.manual_seed(3)
@@ -466,16 +466,16 @@ def test_blocks_that_a_training_step_leaves_out_need_no_source(memory: str) -> N
     for _ in range(6):
         model.zero_grad()
         loss = model(**inputs).loss
-        if loss.requires_grad:  # else every block was left out
+        if loss.requires_grad:  # otherwise every block was skipped
             loss.backward()
         reached.add(len(gradients(model)))
-    assert len(reached) > 1, "no step left a block out"
+    assert len(reached) > 1, "no step skipped a block"
 
 
 # --- blocks that carry the source, and fused projections, elsewhere ---------------------------------------------------
 
 
-def test_a_carrying_block_is_pickled_and_given_back() -> None:
+def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
     base = BASES["mdeberta"]
     inputs = base.batch()
     model = flare.fast_lora(base.make(), **LORA)
@@ -489,8 +489,8 @@ def test_a_carrying_block_is_pickled_and_given_back() -> None:
     assert type(block).__name__ == "DebertaV2Layer"
 
 
-def test_positions_as_long_as_the_text_do_not_meet_the_source() -> None:
-    """One row of M tokens and M relative positions: only the call says which of the two query_proj reads."""
+def test_relative_positions_as_long_as_the_text_do_not_fuse() -> None:
+    """With one row of M tokens and M relative positions, only the order of calls shows which of them is projected."""
     base = BASES["mdeberta"]
     width = base.changes["position_buckets"] * 2
     inputs = {name: value[:1, :width] for name, value in base.batch().items() if name != "labels"}
@@ -517,8 +517,8 @@ def test_positions_as_long_as_the_text_do_not_meet_the_source() -> None:
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "bloom"])
 @pytest.mark.parametrize("source_pass", ["separate", "shared"])
-def test_a_fused_projection_generates(family: str, source_pass: str) -> None:
-    """The cached steps agree with one forward of the finished text; both streams may share a pass."""
+def test_generation_with_a_fused_projection(family: str, source_pass: str) -> None:
+    """Cached steps match one forward of the finished text, with a shared pass and with separate passes."""
     base = BASES[family]
     model = flare.fast_lora(base.make(), **LORA, source_layer_offset=0, source_padding="zero").eval()
     randomize(model)
@@ -536,8 +536,8 @@ def test_a_fused_projection_generates(family: str, source_pass: str) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "mul"])
-def test_a_fused_projection_with_hooks_and_with_other_fusions(fusion: str) -> None:
-    """lora_A called as a module gives the kernels' numbers; the key's outputs are plain LoRA's under every fusion."""
+def test_fused_projection_with_hooks_and_with_other_fusions(fusion: str) -> None:
+    """Calling lora_A as a module gives the kernels' numbers, and the key's outputs are plain LoRA's in every fusion."""
     base = BASES["modernbert"]
     inputs = base.batch()
     model = flare.fast_lora(base.make(), **LORA, fusion=fusion).eval()

@@ -235,8 +235,8 @@ def test_only_finished_cases_of_the_same_sources_are_skipped(tmp_path: Path) -> 
         folder.mkdir()
         (folder / "r.json").write_text(results.dumps({"schema": 1, "run": {"sources": sources}, "cases": rows}))
         (folder / "other.json").write_text("[]")
-    assert results.done([tmp_path / "same", tmp_path / "none"]) == {"a"}
-    assert results.done([tmp_path / "other"]) == set()
+    assert results.finished_cases([tmp_path / "same", tmp_path / "none"]) == {"a"}
+    assert results.finished_cases([tmp_path / "other"]) == set()
 
 
 def test_the_sources_fingerprint_sees_a_changed_kernel(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     log = (unpacked / "log.txt").read_text()
     steps = [line[3:].split(" (")[0] for line in log.splitlines() if line.startswith("== ")]
     assert steps == [
-        *("compile", "tests", "whole steps", "projections", "more", "table and pictures", "summary.json"),
+        *("compile", "tests", "whole steps", "projections", "more", "table and figures", "summary.json"),
     ]
     table = log[log.index("outcome\n") :].splitlines()[1:]
     assert len(table) == len(steps) and all(line.endswith("done") for line in table), log
@@ -448,7 +448,7 @@ def test_run_gpu_keeps_what_there_is_when_steps_fail_and_time_runs_out(seconds: 
     steps = ["compile", "tests", "whole steps", "projections", "whole steps, padded", "tune", "more"]
     assert [name for name in outcomes if name != "summary.json"] == steps
     if seconds == "0":
-        assert all("not begun" in outcome for outcome in outcomes.values())
+        assert all("not started" in outcome for outcome in outcomes.values())
     else:
         assert outcomes["tests"] == "failed (1)" and "stopped after 210s" in outcomes["whole steps"]
         assert {outcomes[name] for name in ("compile", "projections", "tune", "more", "summary.json")} == {"done"}
@@ -488,7 +488,7 @@ def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
         "grad_weight",
         "grad_input",
         "stack",
-        "keep_bits",
+        "dropout_mask",
         "expand_decode",
         "shrink_tma",
         "grad_weight_tma",

@@ -1,4 +1,4 @@
-"""The model card: filled in by save_pretrained, written again as long as nobody edited it, and never over a user's."""
+"""The model card: save_pretrained fills it in, rewrites it unless it was edited, and never replaces a user's card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def saved(folder, family: str = "bert", **fields) -> str:
     return (folder / "README.md").read_text()
 
 
-def test_it_says_how_to_load_and_what_is_needed(tmp_path):
+def test_card_describes_loading_and_inputs(tmp_path):
     card = saved(tmp_path, fusion="mul", source_layer_offset=0)
     assert "[More Information Needed]" not in card
     for words in (
@@ -27,7 +27,7 @@ def test_it_says_how_to_load_and_what_is_needed(tmp_path):
         "A source is needed at prediction time",
         "AutoModelForSequenceClassification",
         "| fusion | `mul`: S * T |",
-        "| source_layer_offset | 0: block i meets the source's input",
+        "| source_layer_offset | 0: block i fuses with the source's input",
         "source_input_ids=...",
         "- flare-kernels ",
         "- transformers ",
@@ -40,18 +40,18 @@ def test_it_says_how_to_load_and_what_is_needed(tmp_path):
     ("made", "words", "absent"),
     [
         (lambda: flare.fast_lora(tiny.model("bert"), r=4, latent_dim=8), "source_states=...", "source_input_ids"),
-        (lambda: flare.fast_lora(tiny.model("llama"), r=4, fusion=None), "reads the text alone", "source"),
+        (lambda: flare.fast_lora(tiny.model("llama"), r=4, fusion=None), "reads only the input text", "source"),
         (lambda: x_mixup(tiny.model("bert"), r=4), "An X-Mixup adapter", "A FLARE adapter"),
     ],
     ids=["flare-mt", "lora", "x-mixup"],
 )
-def test_each_kind_has_its_own_words(tmp_path, made, words, absent):
+def test_the_card_describes_the_kind_of_adapter(tmp_path, made, words, absent):
     made().save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert words in card and absent not in card
 
 
-def test_it_follows_the_adapter_until_it_is_edited(tmp_path):
+def test_card_is_rewritten_until_it_is_edited(tmp_path):
     saved(tmp_path, fusion="add")
     card = saved(tmp_path, fusion="mul")
     assert "`mul`" in card and "`add`" not in card and card == saved(tmp_path, fusion="mul")
@@ -61,7 +61,7 @@ def test_it_follows_the_adapter_until_it_is_edited(tmp_path):
     assert ModelCard(again).text.strip() == ModelCard(edited).text.strip()  # PEFT writes the front matter
 
 
-def test_a_second_adapter_does_not_replace_the_first_s_card(tmp_path):
+def test_second_adapter_does_not_replace_the_first_card(tmp_path):
     model = flare.fast_lora(tiny.model("bert"), r=4, adapter_name="one")
     model.add_adapter("two", flare.FlareConfig(r=8, fusion="mul", task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The private symbols of PEFT and transformers that flare leans on, by name: an upgrade that moves one fails here."""
+"""The private symbols that flare uses: if an upgrade moves one, a test here fails and names it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import flare
-from flare import _compat
-from flare.source.source_pass import switches_of
+from flare import _compat, _versions
+from flare.source.source_pass import module_switches
 
 
-def test_pefts_maps_accept_our_type() -> None:
+def test_types_are_registered_with_peft() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
@@ -52,7 +52,7 @@ def test_pefts_maps_accept_our_type() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_methods_we_override_or_call(owner, name, parameters) -> None:
+def test_signatures_of_methods_that_flare_overrides_or_calls(owner, name, parameters) -> None:
     assert list(inspect.signature(getattr(owner, name)).parameters)[1 : 1 + len(parameters)] == parameters
 
 
@@ -76,7 +76,7 @@ def test_attributes_of_a_lora_layer() -> None:
     assert issubclass(LoraLayer, BaseTunerLayer)
 
 
-def test_a_modules_to_save_wrapper_switches_by_the_same_flag() -> None:
+def test_modules_to_save_wrapper_has_the_same_switch() -> None:
     model = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     wrapper = model.get_base_model().classifier
     assert isinstance(wrapper, _compat.AuxiliaryTrainingWrapper)
@@ -84,33 +84,33 @@ def test_a_modules_to_save_wrapper_switches_by_the_same_flag() -> None:
 
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "gemma2", "mt5"])
-def test_models_are_built_of_checkpointing_blocks_and_have_a_backbone(family) -> None:
+def test_models_have_checkpointing_blocks_and_a_backbone(family) -> None:
     model = tiny.model(family)
     assert any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
     assert isinstance(model.base_model, transformers.PreTrainedModel)
 
 
 @pytest.mark.parametrize("cache", [transformers.DynamicCache, transformers.EncoderDecoderCache])
-def test_caches_tell_what_happens_to_their_rows(cache) -> None:
+def test_caches_have_methods_for_row_selection(cache) -> None:
     for name in ("reorder_cache", "batch_select_indices", "get_seq_length", "crop"):
         assert callable(getattr(cache, name)), name
 
 
-def test_every_module_is_found_once_and_in_torchs_order() -> None:
-    model = flare.fast_lora(tiny.model("mt5"), r=2)  # which shares its embedding
+def test_every_module_is_returned_once_in_torchs_order() -> None:
+    model = flare.fast_lora(tiny.model("mt5"), r=2)  # its stacks share the embedding
     model.shared_again, model.nothing = model.base_model.model.shared, None
     model.register_module("none", None)
     assert [*map(id, _compat.every_module(model))] == [*map(id, model.modules())]
 
 
-def test_lists_are_copied_in_one_call_also_into_views() -> None:
+def test_copy_each_copies_into_views() -> None:
     sources = [torch.randn(2, 3), torch.randn(2, 1)]
     buffer = torch.zeros(2, 5)
     _compat.copy_each([buffer[:, :3], buffer[:, 4:]], sources, False)
     assert torch.equal(buffer, torch.cat([sources[0], torch.zeros(2, 1), sources[1]], 1))
 
 
-def test_a_subclass_is_read_without_its_own_code() -> None:
+def test_attributes_of_a_subclass_are_read_without_its_code() -> None:
     class Loud(torch.Tensor):
         @classmethod
         def __torch_function__(cls, *_: object) -> None:
@@ -130,7 +130,7 @@ def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
 
     module, calls = Own(2, 2), []
     module.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
-    with switches_of(module).off(dropout=True):
+    with module_switches(module).off(dropout=True):
         module(torch.ones(2))
         assert not calls
     module(torch.ones(2))
@@ -145,8 +145,8 @@ def test_a_compiled_module_is_recognised() -> None:
 
 
 @pytest.mark.parametrize("layer", _compat.GROWING_CACHE_LAYERS, ids=lambda layer: layer.__name__)
-def test_layers_of_a_cache_hold_rows_that_can_be_joined(layer) -> None:
-    """``keys`` and ``values`` by row, nothing else by row, and each step appended to what stands there."""
+def test_rows_of_cache_layers_can_be_concatenated(layer) -> None:
+    """Only ``keys`` and ``values`` have a dimension of rows, and each step is appended to them."""
     made = layer(sliding_window=4) if "Sliding" in layer.__name__ else layer()
     first, second = torch.randn(2, 1, 3, 2), torch.randn(2, 1, 1, 2)
     assert not made.is_initialized
@@ -159,12 +159,12 @@ def test_layers_of_a_cache_hold_rows_that_can_be_joined(layer) -> None:
     assert made.get_seq_length() == 4
 
 
-def test_an_encoder_decoder_says_how_its_decoder_reads_labels() -> None:
+def test_encoder_decoder_has_a_method_that_shifts_labels() -> None:
     method = transformers.MT5ForConditionalGeneration.prepare_decoder_input_ids_from_labels
     assert "labels" in inspect.signature(method).parameters
 
 
-def test_torch_says_which_engine_runs_a_model() -> None:
+def test_end_of_backward_and_distributed_wrappers_are_recognised() -> None:
     order: list[str] = []
 
     class Node(torch.autograd.Function):
@@ -187,13 +187,13 @@ def test_torch_says_which_engine_runs_a_model() -> None:
     assert "_active_ddp_module" in inspect.getsource(torch.nn.parallel.DistributedDataParallel._inside_ddp_forward)
 
 
-def test_units_of_fsdp2_leave_the_token_embeddings_alone() -> None:
+def test_unit_classes_exclude_the_token_embeddings() -> None:
     assert _compat.unit_classes(tiny.model("bert")) == ["BertLayer"]
     assert _compat.unit_classes(tiny.model("llama")) == ["LlamaDecoderLayer"]
     assert _compat.synchronizes_gradients(torch.nn.Linear(2, 2))
 
 
-def test_bitsandbytes_layers_are_told_by_name() -> None:
+def test_bitsandbytes_layers_are_recognised() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
     import bitsandbytes as bnb
     import peft.tuners.lora as lora
@@ -201,13 +201,13 @@ def test_bitsandbytes_layers_are_told_by_name() -> None:
     for name in ("Linear4bit", "Linear8bitLt"):
         assert _compat.is_lora_over_linear(getattr(lora, name)) and _compat.find_lora_class(name) is getattr(lora, name)
     int8 = [bnb.nn.Linear8bitLt(4, 4, has_fp16_weights=False, threshold=threshold) for threshold in (0.0, 6.0)]
-    mixing = [bool(_compat.mixes_rows(linear)) for linear in (*int8, bnb.nn.Linear4bit(4, 4))]
+    mixing = [bool(_compat.row_mixing_reason(linear)) for linear in (*int8, bnb.nn.Linear4bit(4, 4))]
     assert mixing == [False, True, False]
     assert _compat.is_quantized_linear(bnb.nn.Linear4bit(4, 4))
     assert not _compat.is_quantized_linear(tiny.torch.nn.Linear(4, 4))
 
 
-def test_pefts_layers_over_linears_are_told_from_its_others() -> None:
+def test_pefts_layers_for_linears_of_other_libraries() -> None:
     from peft.tuners.lora import awq, gptq, layer, te, torchao, tp_layer
 
     over_linears = (gptq.GPTQLoraLinear, awq.AwqLoraLinear, torchao.TorchaoLoraLinear, te.TeLinear)
@@ -219,10 +219,14 @@ def test_pefts_layers_over_linears_are_told_from_its_others() -> None:
     )
 
 
-def test_an_old_version_is_named(monkeypatch) -> None:
-    monkeypatch.setitem(_compat.REQUIRED, "peft", ("99.0", "99.1"))
+def test_an_old_version_is_an_error_and_a_new_version_a_warning(monkeypatch) -> None:
+    monkeypatch.setitem(_versions.TESTED, "peft", ("99.0", "99.1"))
     with pytest.raises(ImportError, match=r"flare needs peft>=99.0, found .*pip install"):
-        _compat.check_versions()
+        _versions.check_versions()
+    monkeypatch.setitem(_versions.TESTED, "peft", ("0.1", "0.2"))
+    with pytest.warns(UserWarning, match=r"tested with peft>=0.1,<0.2, found 0\.") as seen:
+        _versions.check_versions()
+    assert len(seen) == 1
 
 
 def test_reentrant_checkpointing_is_recognised():
@@ -235,8 +239,8 @@ def test_reentrant_checkpointing_is_recognised():
     assert not _compat.uses_reentrant_checkpointing(model)
 
 
-def test_an_attention_module_runs_with_a_function_of_our_own() -> None:
-    """_attn_implementation in the config, looked up in ALL_ATTENTION_FUNCTIONS."""
+def test_attention_module_runs_with_a_registered_function() -> None:
+    """transformers looks up _attn_implementation of the config in ALL_ATTENTION_FUNCTIONS."""
     seen = []
 
     def ours(module, query, key, value, mask, **kwargs):
@@ -254,8 +258,8 @@ def test_an_attention_module_runs_with_a_function_of_our_own() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_capture_makes_no_mask_where_none_is_given(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers takes a capture for tracing, and some of its releases then make a mask of nothing."""
+def test_capture_creates_no_mask_if_none_is_given(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers takes a capture for tracing, and some releases then create a mask."""
     from transformers import masking_utils
     from transformers.utils import import_utils
 
@@ -276,24 +280,24 @@ def test_a_capture_makes_no_mask_where_none_is_given(family: str, monkeypatch: p
         assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1, 1, 1]]  # not capturing
         monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
         assert made(None) is None
-        assert made(mask).shape == (2, 1, 5, 5)  # its values cannot be looked at
+        assert made(mask).shape == (2, 1, 5, 5)  # a capture cannot read its values
     assert (masking_utils.is_tracing, masking_utils.find_packed_sequence_indices) == stock
     if family == "llama":
-        assert made(None) is not None  # if this fails, the context manager may have become redundant
+        assert made(None) is not None  # if this fails, the context manager may be redundant
 
 
-def test_hooks_are_found_where_torch_keeps_them() -> None:
+def test_hooks_of_modules_and_gradients_are_found() -> None:
     module, kinds = nn.Linear(2, 2), []
     for register in ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"):
         assert sum(map(len, _compat.module_hooks(module))) == len(kinds)
         kinds.append(getattr(module, f"register_{register}")(lambda *_: None))
     assert sum(map(len, _compat.module_hooks(module))) == 4
-    assert not _compat.gradient_hooks(module.weight)
+    assert not _compat.has_gradient_hooks(module.weight)
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         handle = getattr(module.weight, register)(lambda *_: None)
-        assert _compat.gradient_hooks(module.weight)
+        assert _compat.has_gradient_hooks(module.weight)
         handle.remove()
-        assert not _compat.gradient_hooks(module.weight)
+        assert not _compat.has_gradient_hooks(module.weight)
 
 
 def test_a_backward_pass_and_a_checkpoint_are_recognised() -> None:
@@ -308,8 +312,8 @@ def test_a_backward_pass_and_a_checkpoint_are_recognised() -> None:
     assert seen == [(False, False), (False, True), (True, True)]
 
 
-def test_a_slice_of_a_list_of_modules_is_not_a_registration() -> None:
-    """Decoders of transformers make one in each forward; modules that are exchanged or added elsewhere count."""
+def test_slice_of_a_module_list_is_not_a_registration() -> None:
+    """Decoders of transformers slice their list in each forward. Replaced and added modules are counted."""
     before, blocks = _compat.registrations.count, nn.ModuleList([nn.ReLU(), nn.ReLU()])
     assert len(blocks[:1]) == 1 and _compat.registrations.count == before
     blocks[0] = nn.GELU()

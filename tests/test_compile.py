@@ -1,4 +1,4 @@
-"""torch.compile around the whole model, which takes the source pass into its graph, or around each block."""
+"""torch.compile of the whole model, whose graph then contains the source pass, or of each block."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def in_place(model: nn.Module, backend: str) -> nn.Module:
 
 
 def model_in_place(model: nn.Module, backend: str) -> nn.Module:
-    """The hooks of a module that is compiled in place are graphs of their own."""
+    """The hooks of a module that is compiled in place have separate graphs."""
     model.get_base_model().compile(backend=backend)
     return model
 
@@ -82,7 +82,7 @@ def wrapped(model: nn.Module, backend: str) -> nn.Module:
     ],
 )
 def test_training_steps(family, how, checkpointing) -> None:
-    """Two batches, the second of another width; in both modes of checkpointing."""
+    """Two batches of different widths, in both modes of checkpointing."""
     backend = "aot_eager" if family == "bert" else "eager"
     model, reference = how(fused(family, checkpointing), backend), fused(family)
     for inputs in (tiny.batch(family), tiny.batch(family, m=11, seed=5)):
@@ -90,7 +90,7 @@ def test_training_steps(family, how, checkpointing) -> None:
 
 
 class Graphs:
-    """A backend that keeps the graphs it is given and runs them with another one's compiler."""
+    """Backend that stores its graphs and compiles them with another backend."""
 
     def __init__(self, backend: str = "eager") -> None:
         self.graphs: list[torch.fx.Graph] = []
@@ -101,14 +101,14 @@ class Graphs:
         return self.backend(module, inputs)
 
     def adapters(self) -> list[int]:
-        """How many outputs each call of the kernels' operator has, in the order of the calls."""
+        """Return the number of outputs of each call of the kernels' operator, in order."""
         nodes = [node for graph in self.graphs for node in graph.nodes]
         return [len(node.args[4]) for node in nodes if node.target is torch.ops.flare_kernels.lora.default]
 
 
 @pytest.mark.parametrize(("family", "offset", "sites"), [("xlmr", 0, 3), ("llama", 1, 3), ("mt5", 0, 3 + 2)])
 def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offset, sites) -> None:
-    """Dropout of the base model is off in the source pass, and drawn as in eager mode in the target's. In float64."""
+    """The base model's dropout is off in the source pass and as in eager mode in the target's. In float64."""
     changes = {} if family == "llama" else {"dropout_rate" if family == "mt5" else "hidden_dropout_prob": 0.2}
     base = tiny.model(family, dtype=torch.float64, **changes)
     model = flare.fast_lora(base, r=5, lora_alpha=7, source_layer_offset=offset).to(torch.float64)
@@ -116,13 +116,13 @@ def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offs
     reference, backend = copy.deepcopy(model), Graphs()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     inputs = tiny.batch(family)
-    if family == "mt5":  # Dynamo of torch 2.11 does not trace how transformers makes its cache
+    if family == "mt5":  # Dynamo of torch 2.11 cannot trace the creation of the KV cache
         inputs["use_cache"] = False
     torch.manual_seed(3)
     want = step(reference, inputs)
     torch.manual_seed(3)
     assert_same_step(step(compiled, inputs), want)
-    alone = 2 * 2 if family == "mt5" else 0  # cross-attention's projections read two inputs
+    alone = 2 * 2 if family == "mt5" else 0  # the projections of cross-attention read two inputs
     assert len(backend.graphs) == 1
     assert sorted(backend.adapters()) == [1] * alone + [2] * sites
     assert all(module.training for module in model.modules())
@@ -135,8 +135,8 @@ def test_inductor() -> None:
     assert_same_step(step(compiled, tiny.batch("xlmr")), step(model, tiny.batch("xlmr")))
 
 
-def test_a_switched_adapter_and_a_hook_are_seen() -> None:
-    """A graph guards on what it was made from; a hooked projection is computed by itself."""
+def test_switched_adapter_and_new_hook_recompile() -> None:
+    """A graph has guards on the adapters' state. A hooked projection is computed separately."""
     backend = Graphs()
     model = fused("xlmr")
     reference = copy.deepcopy(model)
@@ -158,8 +158,8 @@ def test_a_switched_adapter_and_a_hook_are_seen() -> None:
 
 
 @pytest.mark.parametrize("why", ["recompute", "cache", pytest.param("a break", marks=pytest.mark.slow)])
-def test_source_passes_that_stay_eager(why) -> None:
-    """The graph breaks and the numbers are the same."""
+def test_eager_source_passes(why) -> None:
+    """The graph breaks, and the numbers do not change."""
     model = fused("xlmr", source_memory="recompute" if why == "recompute" else "keep")
     reference, backend = copy.deepcopy(model), Graphs()
     if why == "cache":
@@ -174,7 +174,7 @@ def test_source_passes_that_stay_eager(why) -> None:
 
 
 def train(folder: Path, model: nn.Module, **options) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and trained weights of two steps with FlareTrainer."""
+    """Return losses and trained weights of two steps of FlareTrainer."""
     rows = tiny.batch("xlmr", B=4)
     args = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=2, max_steps=2, logging_steps=1, report_to=[], seed=1,
@@ -219,8 +219,8 @@ def test_with_and_without_a_source() -> None:
         assert_same_step(step(model, inputs), step(reference, inputs))
 
 
-def test_checkpointed_blocks_compile_where_side_effects_in_backward_are_skipped() -> None:
-    """Dynamo's switch for side effects under checkpointing; without it such a block runs eagerly."""
+def test_checkpointed_blocks_compile_if_side_effects_in_backward_are_skipped() -> None:
+    """Without Dynamo's setting for side effects under checkpointing, such a block runs eagerly."""
     counter = torch._dynamo.testing.CompileCounter()
     model, reference = in_place(fused("llama", False), counter), fused("llama")
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):

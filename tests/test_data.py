@@ -277,7 +277,7 @@ def test_latent_states_stand_for_a_source():
     [
         ({"attention_mask": [1, 1]}, r"row \d: attention_mask has 2 entries, input_ids has \d"),
         ({"source_attention_mask": [1]}, r"row 0: source_attention_mask has 1 entries, source_input_ids has 5"),
-        ({"start_positions": 9, "end_positions": 9}, r"row 0: start_positions=9 is no position of its 3 input_ids"),
+        ({"start_positions": 9, "end_positions": 9}, r"row 0: start_positions=9 is outside its 3 input_ids"),
         ({"source_labels": 1}, r"row 0: source_labels are for causal and encoder-decoder rows"),
         ({"names": [[1], [2, 3]]}, r"column 'names' cannot be stacked"),
     ],
@@ -315,7 +315,7 @@ def test_long_texts_are_an_error_or_cut_on_request():
         ({"padding": "widest"}, r"padding='widest' is not known; use 'longest' or 'max_length'"),
         ({"padding": "max_length"}, r"needs max_length"),
         ({"truncation": True}, r"truncation=True needs max_length"),
-        ({"max_length": 10, "pad_to_multiple_of": 8}, r"max_length=10 is no multiple of pad_to_multiple_of=8"),
+        ({"max_length": 10, "pad_to_multiple_of": 8}, r"max_length=10 is not a multiple of pad_to_multiple_of=8"),
         ({"layout": "prefix"}, r"layout='prefix' is not known"),
         ({"padding_side": "top"}, r"padding_side='top' is not known"),
     ],

@@ -34,8 +34,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import flare
 from flare.source import projected
-from flare.source.fsdp import gathered, prepare_generate
-from flare.training.replicated import leave_adapters_whole, trained_modules
+from flare.source.fsdp import full_parameter, prepare_generate
+from flare.training.replicated import exclude_adapters_from_fsdp, trained_modules
 from flare.tuner import site
 
 D = 7  # of FLARE MT's latent states
@@ -465,7 +465,7 @@ def errors(rank: int) -> dict[str, str]:
 
     def tensor_parallel() -> None:
         mesh = init_device_mesh("cpu", (two_processes.WORLD,), mesh_dim_names=("tp",))
-        gathered(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+        full_parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
 
     steps = {
         "tp": tensor_parallel,
@@ -498,9 +498,9 @@ def test_a_base_in_8_bits_is_not_sharded() -> None:
     model.get_base_model().classifier.weight8 = Int8Params(torch.zeros(2), requires_grad=False)
     plugin = SimpleNamespace(fsdp_version=2, ignored_modules=None)
     with pytest.raises(ValueError, match=r"8 bits.*load_in_4bit.*DDP"):
-        leave_adapters_whole(model, plugin)
+        exclude_adapters_from_fsdp(model, plugin)
     plugin.fsdp_version = 1  # refused where a source comes
-    leave_adapters_whole(model, plugin)
+    exclude_adapters_from_fsdp(model, plugin)
     assert plugin.ignored_modules is None
     with pytest.raises(ValueError, match=r"group of processes.*accelerate launch"):
         flare.replicate_adapters(model)

@@ -305,7 +305,7 @@ def test_latent_states_are_the_encoders() -> None:
     model, inputs = fused(latent_dim=6).eval(), batch()
     assert {row.reason for row in model.fast_lora_report().declined} == {
         "cross-attention does not fuse",
-        "with latent_dim only the encoder of an encoder-decoder fuses: the states are of the encoder's text",
+        "with latent_dim, only the encoder of an encoder-decoder fuses: the states belong to its text",
     }
     latent = torch.randn(3, 7, 6, dtype=torch.float64)
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
@@ -450,7 +450,7 @@ def test_decoder_prompts(started) -> None:
     own = frozen_text(model, inputs, 4, [], prompt if started else nn.functional.pad(prompt, (1, 0), value=START))
     want = teacher_forced(model, inputs, sequences, own)[:, 3:].float()
     torch.testing.assert_close(logits, want, **TOLERANCE)
-    with pytest.raises(ValueError, match=r"source_decoder_input_ids begins the source's text with \(3, .* \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"source_decoder_input_ids gives the source \(3, .* \(3, 1\)"):
         generated(model, {**inputs, "source_decoder_input_ids": prompt}, 4)
 
 
@@ -465,7 +465,7 @@ def test_states_of_the_encoder_can_be_generated_with() -> None:
 
 
 REFUSED = [
-    ({"source_alignment": "release"}, "source_alignment='release': the authors released no encoder-decoder"),
+    ({"source_alignment": "release"}, "source_alignment='release': the authors' release has no encoder-decoder"),
     ({"encoder_outputs": (torch.zeros(3, 7, 32),)}, "encoder_outputs cannot be combined with a source"),
     ({"source_decoder_input_ids": torch.zeros(3, 1, dtype=torch.long), "use_cache": False}, "use_cache=False"),
     (

@@ -1,4 +1,4 @@
-"""Errors for wrong input name the argument, what came and what is accepted."""
+"""Errors for wrong input name the argument, the value, and what is accepted."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def test_config(fields, message) -> None:
     model = tiny.model("llama")
     with pytest.raises(ValueError, match=message):
         flare.fast_lora(model, **fields)
-    assert not any("lora" in name for name, _ in model.named_modules()), "the model must be unchanged"
+    assert not any("lora" in name for name, _ in model.named_modules()), "the model must not change"
 
 
-def test_types_of_arguments() -> None:
+def test_arguments_of_wrong_type() -> None:
     with pytest.raises(TypeError, match=r"model must be a transformers model or a peft.PeftModel, got str"):
         flare.fast_lora("bert-base-uncased")
     with pytest.raises(TypeError, match=r"config must be a FlareConfig.*got dict"):
         flare.fast_lora(tiny.model("bert"), {"r": 4})
-    with pytest.raises(TypeError, match="rank: no field of FlareConfig"):
+    with pytest.raises(TypeError, match="rank: not a field of FlareConfig"):
         flare.fast_lora(tiny.model("bert"), rank=4)
 
 
@@ -71,7 +71,7 @@ def test_architectures_that_cannot_be_mapped() -> None:
         flare.fast_lora(_NoStack())
 
 
-def test_no_module_fuses() -> None:
+def test_nothing_that_fuses() -> None:
     model = tiny.model("llama")
     with pytest.raises(
         ValueError, match=r"nothing fuses: .*adapter 'default'.*Include the query and value projections"
@@ -84,7 +84,7 @@ def test_peft_models_that_cannot_be_converted() -> None:
     other = peft.get_peft_model(tiny.model("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="only LoRA adapters can fuse, this PeftModel has a IA3Model"):
         flare.fast_lora(other)
-    with pytest.raises(ValueError, match="already run through flare"):
+    with pytest.raises(ValueError, match="are FLARE adapters already"):
         flare.fast_lora(fused())
     merged = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     merged.merge_adapter()
@@ -154,7 +154,7 @@ def test_latent_source_arguments(change, error, message) -> None:
         model.add_weighted_adapter(["default"], [1.0], "both", combination_type="linear")
 
 
-def test_source_states_that_do_not_match() -> None:
+def test_source_states_of_another_kind() -> None:
     inputs = tiny.batch("llama")
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
     model, released = fused(), fused(source_layer_offset=0)

@@ -1,4 +1,4 @@
-"""fast_lora: what it fuses, that the numbers are the method's, that PEFT's life cycle works as its users know it."""
+"""fast_lora: which modules fuse, the numbers of the method, and PEFT's operations on the resulting model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def without_source(inputs: dict) -> dict:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("fusion", [*FUSIONS, "matmul", "matmul_relu"])
 @pytest.mark.parametrize("offset", [1, 0])
-def test_numbers_are_the_methods(family, fusion, offset) -> None:
-    """Loss and every gradient against the formula written by hand over PEFT's eager layers."""
+def test_loss_and_gradients_match_the_formula(family, fusion, offset) -> None:
+    """Compare the loss and every gradient with the formula over PEFT's eager layers."""
     inputs = tiny.batch(family)
     stock = peft.get_peft_model(
         tiny.model(family), peft.LoraConfig(r=5, lora_alpha=7, target_modules=list(QV[family]), **_task(family))
@@ -59,7 +59,7 @@ def _task(family: str) -> dict:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_without_a_source_it_is_pefts_lora(family) -> None:
+def test_plain_lora_without_a_source_matches_peft(family) -> None:
     inputs = without_source(tiny.batch(family))
     stock = peft.get_peft_model(
         tiny.model(family), peft.LoraConfig(r=5, lora_alpha=7, target_modules=list(QV[family]), **_task(family))
@@ -78,11 +78,11 @@ def test_without_a_source_it_is_pefts_lora(family) -> None:
         torch.testing.assert_close(grads[name], grad, rtol=1e-5, atol=1e-7, msg=name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model(**inputs)  # said once
+        model(**inputs)  # the warning is given once
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_16_bit_is_no_further_from_float64_than_twice_peft(family) -> None:
+def test_16_bit_error_is_at_most_twice_that_of_peft(family) -> None:
     inputs = without_source(tiny.batch(family))
     targets = {"r": 5, "lora_alpha": 7, "target_modules": list(QV[family]), **_task(family)}
     exact = peft.get_peft_model(tiny.model(family).double(), peft.LoraConfig(**targets), autocast_adapter_dtype=False)
@@ -99,7 +99,7 @@ def test_16_bit_is_no_further_from_float64_than_twice_peft(family) -> None:
     assert (got - truth).abs().max() <= 2 * (plain - truth).abs().max() + torch.finfo(torch.bfloat16).eps
 
 
-def test_the_report_says_what_fused_and_why_not() -> None:
+def test_report_lists_fused_modules_and_reasons() -> None:
     model = flare.fast_lora(tiny.model("llama"), r=4, target_modules="all-linear")
     report = model.fast_lora_report()
     assert {row.module.rpartition(".")[2] for row in report.fused} == {"q_proj", "v_proj"}
@@ -110,7 +110,7 @@ def test_the_report_says_what_fused_and_why_not() -> None:
     assert f"{2 * tiny.LAYERS} of {7 * tiny.LAYERS} LoRA modules fuse" in str(report)
 
 
-def test_strict_raises_and_leaves_the_model_as_it_was() -> None:
+def test_strict_raises_and_does_not_change_the_model() -> None:
     model = tiny.model("llama")
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=r"strict=True and .* were declined"):
@@ -120,14 +120,14 @@ def test_strict_raises_and_leaves_the_model_as_it_was() -> None:
     flare.fast_lora(model, r=4, strict=True)
 
 
-def test_fusion_modules_choose_what_fuses() -> None:
+def test_fusion_modules_select_the_modules_that_fuse() -> None:
     model = flare.fast_lora(
         tiny.model("llama"), r=4, target_modules=["q_proj", "v_proj", "o_proj"], fusion_modules=["v_proj"]
     )
     assert {row.module.rpartition(".")[2] for row in model.fast_lora_report().fused} == {"v_proj"}
 
 
-# --- PEFT's life cycle ------------------------------------------------------------------------------------------------
+# --- PEFT's operations ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -160,7 +160,7 @@ def test_disable_adapter_is_the_base_model() -> None:
 
 
 def test_several_adapters() -> None:
-    """Each adapter keeps its own fusion; the active one decides; two active at once add up."""
+    """Each adapter keeps its fusion, the active one is used, and the outputs of two active ones are added."""
     inputs = tiny.batch("llama")
     model = fused("llama", fusion="add_relu").eval()
     first = model(**inputs).logits
@@ -187,7 +187,7 @@ def test_several_adapters() -> None:
 
 
 def cross_attentions(model) -> dict[str, torch.nn.Module]:
-    """Path below the model without the adapter's name -> query, key and value."""
+    """Return path in the model, without the adapter's name -> query, key and value."""
     return {
         path.removeprefix("base_model.model.").rpartition(".lora_cross_attention.")[0]: module
         for path, module in model.named_modules()
@@ -197,7 +197,7 @@ def cross_attentions(model) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) -> None:
-    """Only where it fuses, float32 under a bf16 base; without a source the layer is plain LoRA."""
+    """It exists only in modules that fuse, in float32 over a bf16 base. Without a source the layer is plain LoRA."""
     inputs = tiny.batch(family)
     own = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
     model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **own).eval()
@@ -222,14 +222,14 @@ def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) 
     lora = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
     plain.load_state_dict(lora, strict=False)
     text = without_source(inputs)
-    with forcing(form="frozen_first"):  # as a layer that runs by itself; the other order rounds elsewhere
+    with forcing(form="frozen_first"):  # as in a layer that is computed separately
         torch.testing.assert_close(model(**text).logits, plain(**text).logits, rtol=0, atol=0)
 
 
 def test_cross_attention_of_several_adapters() -> None:
     inputs = tiny.batch("llama")
     stock = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    model = flare.fast_lora(stock, fusion="cross_attention")  # an existing model gets it too
+    model = flare.fast_lora(stock, fusion="cross_attention")  # an existing PEFT model can have it too
     tiny.randomize_lora(model)
     first = model(**inputs).logits
     config = flare.FlareConfig(r=6, fusion="cross_attention", cross_attention_heads=3, rank_pattern={"v_proj": 4})
@@ -294,7 +294,7 @@ def test_merging_a_fusing_adapter_is_refused_before_anything_is_merged(way, fusi
         assert torch.equal(value, before[name]), name
 
 
-def test_without_fusion_it_merges_as_in_peft() -> None:
+def test_adapter_without_fusion_merges_as_in_peft() -> None:
     inputs = without_source(tiny.batch("llama"))
     model = fused("llama", fusion=None).eval()
     want = model(**inputs).logits
@@ -303,7 +303,7 @@ def test_without_fusion_it_merges_as_in_peft() -> None:
     assert not merged._forward_pre_hooks
 
 
-def test_unload_takes_every_hook_off() -> None:
+def test_unload_removes_every_hook() -> None:
     base = tiny.model("bert")
     model = flare.fast_lora(base, r=4)
     assert base._forward_pre_hooks
@@ -311,18 +311,18 @@ def test_unload_takes_every_hook_off() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in unloaded.modules())
 
 
-def test_a_deep_copy_and_a_pickle_route_to_their_own_layers() -> None:
+def test_deep_copy_and_pickle_use_their_own_layers() -> None:
     inputs = tiny.batch("bert")
     model = fused("bert").eval()
     want = model(**inputs).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        tiny.randomize_lora(model, seed=5)  # the original changes, the copy must not
+        tiny.randomize_lora(model, seed=5)  # changing the original must not change the copy
         torch.testing.assert_close(twin(**inputs).logits, want, rtol=0, atol=0)
         tiny.randomize_lora(model)
 
 
-def test_plain_lora_needs_no_map_of_the_model() -> None:
-    """fusion=None on an architecture that cannot fuse: PEFT's own targets and layers, with PEFT's numbers."""
+def test_plain_lora_works_on_an_unknown_architecture() -> None:
+    """With fusion=None, PEFT's default targets are used and the numbers are PEFT's."""
     import transformers
 
     config = transformers.CodeGenConfig(
@@ -336,7 +336,7 @@ def test_plain_lora_needs_no_map_of_the_model() -> None:
 
 
 def test_bare_backbone() -> None:
-    """A model with no head and no task type takes a source too."""
+    """A model without a head and a task type can fuse."""
     import transformers
 
     torch.manual_seed(0)
@@ -378,12 +378,12 @@ def test_an_override_that_contradicts_the_trained_adapter(override) -> None:
     assert type(stock.base_model) is peft.LoraModel
 
 
-def test_a_lora_config_gives_its_values() -> None:
+def test_values_of_a_lora_config_are_used() -> None:
     config = peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.1, target_modules=["v_proj"])
     model = flare.fast_lora(tiny.model("llama"), config)
     own = model.peft_config["default"]
     assert (own.r, own.lora_alpha, own.lora_dropout, own.fusion) == (3, 5, 0.1, "add_relu")
-    assert str(config.peft_type) != "FLARE", "the given config must not change"
+    assert str(config.peft_type) != "FLARE", "the config that was passed must not change"
 
 
 def test_defaults_and_task_types() -> None:
@@ -396,8 +396,8 @@ def test_defaults_and_task_types() -> None:
     assert isinstance(bert, peft.PeftModelForSequenceClassification)
     assert isinstance(llama, peft.PeftModelForCausalLM)
     trained = {name for name, p in bert.named_parameters() if p.requires_grad and "lora_" not in name}
-    assert trained and all("classifier" in name for name in trained), "the classification head trains"
-    assert all("lora_" in name for name, p in llama.named_parameters() if p.requires_grad), "an LM head does not"
+    assert trained and all("classifier" in name for name in trained), "the classification head is trained"
+    assert all("lora_" in name for name, p in llama.named_parameters() if p.requires_grad), "an LM head is not trained"
 
 
 def undropped(family: str):
@@ -411,8 +411,8 @@ def attending(family: str, masked: bool = True):
     return model
 
 
-def test_cross_attention_looks_at_no_padding() -> None:
-    """A padded row is what it is alone, where the formula needs no mask; unmasked, as in the release, it is not."""
+def test_masked_cross_attention_ignores_padding() -> None:
+    """A padded row has the output of the row alone. Without the mask, as in the authors' release, it does not."""
     inputs = without_source(tiny.batch("bert"))
     inputs["source_input_ids"], inputs["source_attention_mask"] = inputs["input_ids"].flip(0), inputs["attention_mask"]
     free, masked = attending("bert", False).eval(), attending("bert").eval()
@@ -425,7 +425,7 @@ def test_cross_attention_looks_at_no_padding() -> None:
         assert real.all() or not torch.allclose(free(**inputs).logits[row : row + 1], want, rtol=1e-4, atol=1e-6)
 
 
-def test_cross_attention_looks_at_no_later_token_in_causal_attention() -> None:
+def test_masked_cross_attention_ignores_later_tokens_in_causal_models() -> None:
     inputs = tiny.batch("llama")
     other = {**inputs, "input_ids": inputs["input_ids"].clone()}
     other["input_ids"][:, -1] += 1
@@ -437,7 +437,7 @@ def test_cross_attention_looks_at_no_later_token_in_causal_attention() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
-def test_masked_cross_attention_is_saved_and_survives_checkpointing(family, tmp_path) -> None:
+def test_masked_cross_attention_is_saved_and_works_with_checkpointing(family, tmp_path) -> None:
     inputs, model = tiny.batch(family), attending(family)
     if family == "mt5":
         inputs["source_labels"] = inputs["labels"]
@@ -460,7 +460,7 @@ def test_masked_cross_attention_is_saved_and_survives_checkpointing(family, tmp_
             torch.testing.assert_close(grad, want[name], msg=name)
 
 
-def test_what_the_mask_of_cross_attention_needs() -> None:
+def test_masked_cross_attention_needs_a_two_dimensional_mask() -> None:
     with pytest.raises(ValueError, match="cross_attention_mask=True needs fusion='cross_attention', got fusion='mul'"):
         flare.FlareConfig(fusion="mul", cross_attention_mask=True)
     with pytest.raises(TypeError, match="cross_attention_mask=1 must be True or False"):

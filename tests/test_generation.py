@@ -1,6 +1,6 @@
-"""Generation with a source: the KV cache changes no number, a row does not depend on its batch, the rest says why not.
+"""Generation with a source: cached steps match one forward, and a row does not depend on its batch.
 
-The yardstick is one forward without a cache over the finished text, given the states of the source's finished text.
+The reference is one forward without a cache over the finished text, with the states of the source's finished text.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import torch
 import transformers
 
 import flare
-from flare.generation.generate import SourceCache
+from flare.generation.caches import SourceCache
 
-TOLERANCE = {"rtol": 0, "atol": 2e-6}  # generate hands logits out in float32; rotary angles are float32 too
+TOLERANCE = {"rtol": 0, "atol": 2e-6}  # generate returns logits in float32; rotary angles are float32 too
 
 
 def fused(family: str = "llama", *, base: dict | None = None, **overrides: Any) -> Any:
     base_model = tiny.model(family, **(base or {}))
     base_model.generation_config.eos_token_id = None
     embeddings = base_model.get_input_embeddings().weight
-    embeddings.data[1] = embeddings.data[2]  # the pad token's is zero, with which padding would show nowhere
+    embeddings.data[1] = embeddings.data[2]  # the pad token's embedding is zero, which would hide errors
     model = flare.fast_lora(base_model, **{"r": 5, "lora_alpha": 7, "source_padding": "zero", **overrides})
     tiny.randomize_lora(model)
     return model.double().eval()
 
 
 def prompts(B: int = 3, m: int = 7, seed: int = 5, *, pads: bool = True) -> dict[str, torch.Tensor]:
-    """Left-padded prompts; the two streams of a row differ in length, either way round."""
+    """Return left-padded prompts; the source is longer than the target in some rows, and shorter in others."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for prefix, shift in (("", 0), ("source_", 2)):
@@ -49,14 +49,14 @@ def plain(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """One row alone, without the columns in which both of its texts are padding."""
+    """Return one row, without the columns in which both of its texts are padding."""
     alone = {name: value[row : row + 1] for name, value in inputs.items()}
     used = (alone["attention_mask"] + alone["source_attention_mask"])[0] > 0
     return {name: value[:, used] for name, value in alone.items()}
 
 
 def source_text(model: Any, inputs: dict[str, torch.Tensor], new: int, ends: list[int]) -> torch.Tensor:
-    """What the frozen model makes of the source, prompt included, by generate itself."""
+    """Return the frozen model's greedy continuation of the source, with its prompt, from transformers' generate."""
     with model.disable_adapter():
         text = model.generate(
             input_ids=inputs["source_input_ids"],
@@ -72,7 +72,7 @@ def source_text(model: Any, inputs: dict[str, torch.Tensor], new: int, ends: lis
 
 
 def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Logits (B, new, V) of one forward without a cache, each new position meeting the source's at the same step."""
+    """Return logits (B, new, V) of one forward without a cache; each new position fuses with the source's."""
     B, m = inputs["input_ids"].shape
     new = sequences.shape[1] - m
     text = source_text(model, inputs, new, ends)[:, : m + new - 1]
@@ -98,18 +98,18 @@ def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, ends: list
 
 
 def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences, and the logits (B, new, V) of every step."""
+    """Return the sequences, and the logits (B, new, V) of every step."""
     options = {"do_sample": False, "pad_token_id": 1, "max_new_tokens": new, **options}
     out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     return out.sequences, torch.stack(out.logits, dim=1)
 
 
-# --- the cache changes no number --------------------------------------------------------------------------------------
+# --- cached steps match one forward -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fusion", ["add_relu", "mul", "add", "mul_relu"])
 @pytest.mark.parametrize("offset", [1, 0])
-def test_cached_equals_one_forward(fusion, offset) -> None:
+def test_cached_steps_match_one_forward(fusion, offset) -> None:
     model = fused(fusion=fusion, source_layer_offset=offset)
     inputs = prompts()
     sequences, logits = generated(model, inputs)
@@ -120,7 +120,7 @@ def test_cached_equals_one_forward(fusion, offset) -> None:
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma2", "Qwen2"])
 def test_other_families(name) -> None:
-    """Sliding windows shorter than the text, in the target's cache and in the source's."""
+    """Their sliding windows are shorter than the text, in the target's cache and in the source's."""
     torch.manual_seed(0)
     values = {**tiny._DECODER, "head_dim": 8, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
     config = getattr(transformers, f"{name}Config")(**values)
@@ -129,13 +129,13 @@ def test_other_families(name) -> None:
     model = flare.fast_lora(base, r=5, source_padding="zero")
     tiny.randomize_lora(model)
     model = model.double().eval()
-    inputs = prompts(pads=name != "Gemma2")  # it runs eager attention alone, NaN on rows of pads in float64
+    inputs = prompts(pads=name != "Gemma2")  # it only runs eager attention, which gives NaN on padding in float64
     sequences, logits = generated(model, inputs)
     torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, []).float(), rtol=0, atol=5e-6)
 
 
 def ends_of(model: Any, inputs: dict, new: int) -> list[int]:
-    """End tokens by which the source of one row ends early, of another later, of a third not at all."""
+    """Return end tokens with which the source of row 0 ends early, that of row 1 later, and that of row 2 never."""
     text = source_text(model, inputs, new, [])[:, inputs["input_ids"].shape[1] :]
     ends = [int(text[0, 1]), int(text[1, 3])]
     stops = [[j for j in range(new) if row[j] in ends] for row in text.tolist()]
@@ -143,22 +143,22 @@ def ends_of(model: Any, inputs: dict, new: int) -> list[int]:
     return ends
 
 
-ENDING = 45  # a seed for prompts whose sources end as ends_of wants it
+ENDING = 45  # a seed for prompts that ends_of accepts
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_source_that_has_ended_is_held_at_its_end_token(padded) -> None:
+def test_ended_source_stays_at_its_end_token(padded) -> None:
     model, inputs = fused(), prompts(seed=ENDING, pads=padded)
     ends = ends_of(model, inputs, 7)
     sequences, logits = generated(model, inputs, 7, eos_token_id=ends, min_new_tokens=7)
     assert sequences.shape[1] == 14
     torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, ends).float(), **TOLERANCE)
     going_on = teacher_forced(model, inputs, sequences, []).float()
-    assert not torch.allclose(logits[0], going_on[0], atol=1e-4), "holding made no difference"
+    assert not torch.allclose(logits[0], going_on[0], atol=1e-4), "the end token made no difference"
     torch.testing.assert_close(logits[2], going_on[2], **TOLERANCE)
 
 
-def test_no_source_pass_once_all_sources_have_ended() -> None:
+def test_no_source_pass_after_all_sources_have_ended() -> None:
     model, inputs = fused(), prompts(seed=ENDING)
     ends = source_text(model, inputs, 2, [])[:, -1].tolist()  # every row ends with its second token
     passes, backbone = [], model.get_base_model().model.layers[0]
@@ -207,10 +207,10 @@ def test_beams(sample) -> None:
     chosen = logits.log_softmax(-1).gather(2, out.sequences[:, 7:, None])[..., 0]
     torch.testing.assert_close(out.sequences_scores.double(), chosen.sum(1), rtol=0, atol=1e-5)
     parents = out.beam_indices.view(3, 2, -1)
-    assert any(len(set(row.tolist())) > 1 for row in parents.flatten(0, 1)), "no beam changed its place"
+    assert any(len(set(row.tolist())) > 1 for row in parents.flatten(0, 1)), "no beam was reordered"
 
 
-def test_embeddings_in_place_of_ids() -> None:
+def test_embeddings_instead_of_ids() -> None:
     model, inputs = fused(), prompts()
     sequences, _ = generated(model, inputs)
     embeds = model.get_base_model().get_input_embeddings()(inputs["input_ids"])
@@ -219,7 +219,7 @@ def test_embeddings_in_place_of_ids() -> None:
     assert torch.equal(new, sequences[:, 7:])
 
 
-def test_the_collators_prompts() -> None:
+def test_prompts_of_the_collator() -> None:
     from two_streams import tokenizer
 
     rows = [{"input_ids": [5, 6, 7], "source_input_ids": [8, 9]}, {"input_ids": [9], "source_input_ids": [5, 6, 7, 8]}]
@@ -234,7 +234,7 @@ def test_the_collators_prompts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_and_autocast(dtype) -> None:
-    """The first step's logits are close to float64's; in float32 the text is the same."""
+    """The first step's logits are close to float64's, and in float32 the text is equal."""
     model, inputs = fused(fusion="add"), prompts()
     want, logits = generated(model, inputs, 4)
     model = model.to(dtype)
@@ -257,7 +257,7 @@ def test_a_compiled_model() -> None:
     torch.testing.assert_close(compiled, logits, **TOLERANCE)
 
 
-def test_a_cache_goes_on_where_it_ended() -> None:
+def test_generation_continues_from_a_cache() -> None:
     model, inputs = fused(), prompts()
     sequences, _ = generated(model, inputs, 6)
     first = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=1, return_dict_in_generate=True)
@@ -276,8 +276,8 @@ def test_a_cache_goes_on_where_it_ended() -> None:
 
 @pytest.mark.parametrize("padding", ["zero", "keep"])
 @pytest.mark.parametrize("fusion", ["add_relu", "add"])
-def test_alone_and_in_a_batch(padding, fusion) -> None:
-    """Zero is generate's default, whatever the adapter was trained with."""
+def test_row_alone_matches_row_in_a_batch(padding, fusion) -> None:
+    """generate uses source_padding="zero" by default, independent of the adapter's config."""
     model, inputs = fused(source_padding=padding, fusion=fusion), prompts()
     sequences, logits = generated(model, inputs)
     for row in range(3):
@@ -301,7 +301,7 @@ def test_absolute_positions_are_counted_from_a_rows_first_token() -> None:
         torch.testing.assert_close(own[0], logits[row], **TOLERANCE)
 
 
-def test_keep_is_independent_where_no_source_is_shorter_and_warns_once_where_one_is() -> None:
+def test_source_padding_keep_warns_once_if_a_source_is_shorter() -> None:
     model, inputs = fused(), prompts(seed=8)
     inputs["source_attention_mask"] = torch.ones_like(inputs["source_attention_mask"])
     with warnings.catch_warnings():
@@ -338,7 +338,7 @@ def test_several_adapters() -> None:
     torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, []).float(), **TOLERANCE)
 
 
-def test_adapters_exchanged_between_two_steps_are_noticed() -> None:
+def test_changing_the_adapter_between_two_steps_is_an_error() -> None:
     model, inputs = fused(), prompts()
     out = model.generate(**inputs, max_new_tokens=3, pad_token_id=1, return_dict_in_generate=True)
     model.add_adapter("second", flare.FlareConfig(r=4, task_type="CAUSAL_LM"))
@@ -347,7 +347,7 @@ def test_adapters_exchanged_between_two_steps_are_noticed() -> None:
         model(input_ids=out.sequences[:, -1:], past_key_values=out.past_key_values)
 
 
-def test_without_a_source_it_is_pefts(tmp_path) -> None:
+def test_generation_without_a_source_matches_peft(tmp_path) -> None:
     model, inputs = fused(), plain(prompts())
     model.save_pretrained(tmp_path)
     stock = peft.LoraConfig.from_pretrained(tmp_path)
@@ -367,7 +367,7 @@ def test_without_a_source_it_is_pefts(tmp_path) -> None:
         torch.testing.assert_close(fused_off[1], generated(lora, inputs)[1], **TOLERANCE)
 
 
-def test_nothing_is_left_behind(tmp_path) -> None:
+def test_generation_leaves_no_hooks_or_state(tmp_path) -> None:
     model, inputs = fused(), prompts()
     want = model(**inputs).logits
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -382,7 +382,7 @@ def test_nothing_is_left_behind(tmp_path) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("alignment", ["training", "release"])
-def test_latent_states_are_held_behind_the_prompt(masked, alignment) -> None:
+def test_new_tokens_use_the_last_latent_state(masked, alignment) -> None:
     model, inputs = fused(latent_dim=6), plain(prompts())
     latent = torch.randn(3, 7, 6, dtype=torch.float64)
     source = {"source_states": latent}
@@ -406,7 +406,7 @@ def test_latent_states_are_held_behind_the_prompt(masked, alignment) -> None:
     torch.testing.assert_close(logits, want.float(), **TOLERANCE)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 REFUSED = [
     ({"use_cache": False}, "use_cache=False cannot be combined with a source"),
@@ -438,7 +438,7 @@ def test_options_that_are_refused(options, message) -> None:
         fused().generate(**prompts(), **{"max_new_tokens": 2, "pad_token_id": 1, **options})
 
 
-def test_a_generation_config_given_by_position() -> None:
+def test_generation_config_as_positional_argument() -> None:
     model, inputs = fused(), prompts()
     own = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=1, do_sample=False)
     ids = inputs.pop("input_ids")
@@ -448,7 +448,7 @@ def test_a_generation_config_given_by_position() -> None:
         model.generate(ids, transformers.GenerationConfig(use_cache=False), **inputs)
 
 
-def test_an_assistant_is_refused_and_a_dynamic_cache_by_name_is_not() -> None:
+def test_assistant_is_refused_and_dynamic_cache_implementation_is_accepted() -> None:
     model = fused()
     with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM"):
         model.generate(**prompts(), assistant_model=tiny.model("llama"), max_new_tokens=2)
@@ -474,14 +474,14 @@ def test_source_arguments(change, message) -> None:
         fused().generate(**{**inputs, **change(inputs)}, max_new_tokens=2)
 
 
-def test_states_of_a_prompt_cannot_be_gone_on_with() -> None:
+def test_states_of_a_prompt_cannot_be_continued() -> None:
     model, inputs = fused(), prompts()
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    with pytest.raises(ValueError, match="source_states: these are of the prompt alone"):
+    with pytest.raises(ValueError, match="source_states: these belong to the prompt only"):
         model.generate(**plain(inputs), source_states=states, max_new_tokens=2)
 
 
-def test_release_needs_a_length() -> None:
+def test_release_alignment_needs_a_length() -> None:
     with pytest.raises(ValueError, match="source_alignment='release' needs max_new_tokens"):
         fused().generate(**prompts(), source_alignment="release")
 

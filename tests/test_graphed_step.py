@@ -265,7 +265,7 @@ def test_a_decoders_source_is_not_in_the_cache() -> None:
     cache = Cache(model)
     cache.warm = True
     step, recorder = graphed(model, warmup_steps=1, source_cache=cache)
-    with pytest.warns(UserWarning, match="states of a decoder are read inside the step"):
+    with pytest.warns(UserWarning, match="states of a decoder are looked up inside the step"):
         step(batch_of("mt5")), step(batch_of("mt5"))
     assert recorder.captures == 0
 

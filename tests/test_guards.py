@@ -1,4 +1,4 @@
-"""Calls that used to go wrong in silence, or to leave something broken behind, are refused or do what they say."""
+"""Calls that used to fail silently, or to leave a model half changed, now raise an error or work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def state(model: nn.Module) -> dict:
-    """What a refused call must not change: every module, parameter and flag, by identity."""
+    """Return what a refused call must not change: every module, parameter and flag, by identity."""
     return {
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
@@ -41,7 +41,7 @@ def state(model: nn.Module) -> dict:
 # --- adapter_names ----------------------------------------------------------------------------------------------------
 
 
-def test_a_refused_batch_of_several_adapters_leaves_no_hooks() -> None:
+def test_refused_batch_of_several_adapters_leaves_no_hooks() -> None:
     model = fused().eval()
     model.add_adapter("second", flare.FlareConfig(r=4, task_type="CAUSAL_LM"))
     inputs, names = tiny.batch("llama"), ["default", "second", "default"]
@@ -59,7 +59,7 @@ def test_a_refused_batch_of_several_adapters_leaves_no_hooks() -> None:
 USERS = b"# my project\r\n\r\nlibrary_name: peft\n\xff"
 
 
-def test_a_users_readme_is_left_alone(tmp_path) -> None:
+def test_a_users_readme_is_not_changed(tmp_path) -> None:
     (tmp_path / "README.md").write_bytes(USERS)
     flare.FlareConfig().save_pretrained(tmp_path / "config")
     flare.FlareConfig().save_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_a_named_adapter_is_described_in_the_card_above_it(tmp_path) -> None:
 
 @pytest.mark.parametrize("fusion", ["add", "add_relu"])
 @pytest.mark.parametrize("how", ["linear", "cat"])
-def test_an_adapter_combined_with_an_empty_one_is_itself(fusion, how) -> None:
+def test_combination_with_an_empty_adapter_changes_nothing(fusion, how) -> None:
     model, inputs = fused(fusion=fusion), tiny.batch("llama")
     model.add_adapter("zero", flare.FlareConfig(r=4, lora_alpha=8, fusion=fusion, task_type="CAUSAL_LM"))
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_an_adapter_combined_with_an_empty_one_is_itself(fusion, how) -> None:
         ("matmul", [1.0, 1.0], {"combination_type": "linear"}, "fusion='matmul'"),
     ],
 )
-def test_combinations_that_mean_nothing_are_refused(fusion, weights, how, message) -> None:
+def test_unsupported_combinations_are_refused(fusion, weights, how, message) -> None:
     model = fused(fusion=fusion)
     model.add_adapter("second", flare.FlareConfig(r=4, lora_alpha=8, fusion=fusion, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=message):
@@ -133,10 +133,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("family", ["bert", "llama"])  # bert's head is replaced by PEFT's modules_to_save
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refused_call_leaves_a_model_as_it_was(family, case) -> None:
+def test_refused_call_does_not_change_a_model(family, case) -> None:
     overrides, message = REFUSED[case]
     model = tiny.model(family)
-    next(model.parameters()).requires_grad_(False)  # one that the caller froze
+    next(model.parameters()).requires_grad_(False)  # frozen by the caller
     model.gradient_checkpointing_enable()
     before = state(model)
     with pytest.raises(ValueError, match=message):
@@ -154,8 +154,8 @@ def test_a_refused_call_leaves_a_model_as_it_was(family, case) -> None:
         (["q_proj", "v_proj"], {"fusion": "cross_attention", "cross_attention_heads": 2, "strict": True}, "does not"),
     ],
 )
-def test_a_refused_call_leaves_a_peft_model_as_it_was(targets, overrides, message) -> None:
-    """The last case fails after a layer was given its own parameters: only some ranks can be split in two heads."""
+def test_refused_call_does_not_change_a_peft_model(targets, overrides, message) -> None:
+    """The last case fails after a layer has got new parameters, because some ranks cannot be split into two heads."""
     model = stock(target_modules=targets, rank_pattern={"v_proj": 3} if "cross_attention_heads" in overrides else {})
     before, config = state(model), model.peft_config["default"]
     inputs = tiny.batch("llama", source=False)
@@ -189,7 +189,7 @@ def test_lora_dropout_can_be_set_on_an_existing_adapter() -> None:
 
 
 @pytest.mark.parametrize("override", [{"task_type": "SEQ_CLS"}, {"inference_mode": True}])
-def test_what_the_peft_model_fixes_cannot_be_overridden(override) -> None:
+def test_fields_fixed_by_the_peft_model_cannot_be_overridden(override) -> None:
     model = stock()
     with pytest.raises(ValueError, match=f"{next(iter(override))}=.* fixed by the PeftModel, .* 'default' has"):
         flare.fast_lora(model, **override)
@@ -207,9 +207,9 @@ CHANGED_BASE = [
 
 
 @pytest.mark.parametrize("fields", CHANGED_BASE, ids=str)
-def test_what_changes_the_base_model_is_refused(fields) -> None:
+def test_settings_that_change_the_base_model_are_refused(fields) -> None:
     name, value = next(iter(fields.items()))
-    with pytest.raises(ValueError, match=f"{name}='{value}' .*source pass reads the frozen base model.*fusion=None"):
+    with pytest.raises(ValueError, match=f"{name}='{value}' .*source pass runs the frozen base model.*fusion=None"):
         flare.FlareConfig(**fields)
     if value in ("pissa", "all"):
         assert getattr(flare.FlareConfig(**fields, fusion=None), name) == value
@@ -219,7 +219,7 @@ def test_what_changes_the_base_model_is_refused(fields) -> None:
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva'")
-def test_other_initialisations_leave_the_source_the_base_models(init) -> None:
+def test_other_initialisations_do_not_change_the_base_model(init) -> None:
     want = dict(tiny.model("llama").named_parameters())
     model = flare.fast_lora(tiny.model("llama"), r=4, init_lora_weights=init)
     for name, parameter in model.get_base_model().named_parameters():
@@ -248,14 +248,14 @@ def test_other_initialisations_leave_the_source_the_base_models(init) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_value_is_named(fields, error) -> None:
+def test_error_names_a_wrong_value(fields, error) -> None:
     name, value = next(iter(fields.items()))
     with pytest.raises(error) as caught:
         flare.FlareConfig(**fields)
     assert f"{name}={value!r} must be" in str(caught.value)
 
 
-def test_fusion_modules_take_names_and_paths() -> None:
+def test_fusion_modules_accepts_names_and_paths() -> None:
     assert flare.FlareConfig(fusion_modules="q_proj").fusion_modules == ["q_proj"]
     path = "model.layers.1.self_attn.v_proj"
     model = fused(fusion_modules=("q_proj", path))

@@ -1,6 +1,6 @@
-"""What the host does in a training step: calls per block against PEFT's, and the files of a step.
+"""Python's work in a training step: calls per block compared with PEFT's, and the files that run.
 
-Both are counted on a CPU, on the kernels' path, with the launches left out (benchmarks/host_calls.py).
+Both are counted on a CPU, on the kernels' path without the launches (benchmarks/host_calls.py).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ pytest.importorskip("triton", reason="counting on the kernels' path needs the pa
 from flare_kernels.testing import launches_left_out
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The versions at which the counts were settled; others make other calls around ours.
+#: The versions for which the counts hold; other versions make other calls.
 NEWEST = {"torch": (2, 13), "transformers": (5, 23)}
-#: Launches of one block by kernel: (of stack_kernel, of each other). Query and value: A and B stacked, then one for
+#: Launches of one block: (of stack_kernel, of each other kernel). Query and value: A and B are stacked, then one for
 #: each step of both. mT5: an encoder's and a decoder's self-attention, and its cross-attention's query and value apart.
 LAUNCHES = {"xlmr": (2, 1), "llama": (2, 1), "mt5": (4, 4)}
 OTHERS = ("shrink_kernel", "expand_kernel", "grad_bottleneck_kernel", "grad_weight_kernel")
@@ -35,7 +35,7 @@ MOST_FILES = 10
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """benchmarks/host_calls.py; benchmarks/ is a folder of files and no package."""
+    """Import benchmarks/host_calls.py; benchmarks/ is not a package."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield importlib.import_module("host_calls")
 
@@ -47,7 +47,7 @@ def shape_of(family: str) -> Any:
 
 @pytest.mark.parametrize("family", LAUNCHES)
 def test_calls_per_block_are_at_most_pefts(host: Any, family: str) -> None:
-    """Plain LoRA makes at most PEFT's calls, FLARE those and a frozen forward's, a warm cache ten more than PEFT's."""
+    """Plain LoRA makes at most PEFT's calls; FLARE also those of a frozen forward; with a warm cache, ten more."""
     for name, least in NEWEST.items():
         if tuple(int(part) for part in version(name).split(".")[:2]) < least:
             pytest.skip(f"counts are settled for {name} {least[0]}.{least[1]} or newer, this is {version(name)}")
@@ -89,7 +89,7 @@ def test_the_counter_sees_python_and_c_calls_and_names_the_files(host: Any) -> N
 
 
 def files_of(host: Any, variant: str) -> list[str]:
-    """The files that run between the collator's batch and dA in a warm step, in the order of their first call."""
+    """Return the files that run between the collator's batch and dA in a warm step, in order of their first call."""
     with launches_left_out():
         step = host.steps_of(shape_of("xlmr"), torch.device("cpu"), (variant,))[variant].warm_up()
         with host.watching_host() as seen:
@@ -99,7 +99,7 @@ def files_of(host: Any, variant: str) -> list[str]:
 
 
 def listed() -> tuple[list[str], list[str]]:
-    """The numbered files of CONTRIBUTING.md's section on a step, and those of a warm cache below them."""
+    """Return the numbered files in CONTRIBUTING.md's section on a step, and those of a warm cache."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     section = re.search(r"^## The path of a training step\n(.*?)^## ", text, re.M | re.S)
     assert section is not None, "CONTRIBUTING.md has no section on the path of a training step"
@@ -111,7 +111,7 @@ def test_contributing_lists_the_files_of_a_step_in_order(host: Any) -> None:
     path, of_cache = listed()
     assert files_of(host, "flare") == path
     lora = files_of(host, "lora")
-    assert lora == [name for name in path if name in lora], "plain LoRA takes a part of the same path"
+    assert lora == [name for name in path if name in lora], "plain LoRA runs a part of the same path"
     warm = files_of(host, "flare-warm")
     assert [name for name in warm if name not in path] == of_cache
     assert [name for name in warm if name in path] == [name for name in path if name in warm]

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
@@ -257,7 +258,7 @@ LAYERS = {
     ),
 }
 #: What only the experiments may import; the extra `experiments` installs it.
-ONLY_IN_EXPERIMENTS = {"datasets", "tqdm", "matplotlib", "seqeval"}
+ONLY_IN_EXPERIMENTS = {"datasets", "tqdm", "matplotlib", "scipy", "seqeval", "sklearn"}
 
 
 @pytest.mark.parametrize("package", LAYERS)
@@ -331,15 +332,24 @@ def test_pre_commit_uses_the_pinned_ruff():
     assert f"rev: v{ruff}" in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
-def test_ci_tests_the_oldest_admitted_transformers_peft_and_triton():
+def _pinned(constraints: str) -> dict[str, str]:
+    lines = (ROOT / "constraints" / constraints).read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def test_the_tested_versions_are_the_ones_that_ci_installs():
+    from flare._versions import TESTED
+
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    oldest = re.search(r'^OLDEST="(.*)"$', (ROOT / ".ci/run").read_text(), re.MULTILINE).group(1).split()
-    assert [pin.partition("==")[0] for pin in oldest] == ["transformers", "peft", "triton"]
-    for pin in oldest:
-        name, _, version = pin.partition("==")
-        admitted = next(d for d in dependencies if d.startswith(name))
-        floor = re.search(r">=([\d.]+)", admitted).group(1)
-        assert version == floor or version.startswith(floor + "."), f"{pin} is not the oldest of {admitted}"
+    oldest = {**_pinned("oldest.txt"), "triton": re.search(r"triton==([\d.]+)", (ROOT / ".ci/run").read_text())[1]}
+    makefile = (ROOT / "Makefile").read_text()
+    newest = {**_pinned("newest.txt"), **dict(re.findall(r"(torch|triton)==([\d.]+)\)", makefile))}
+    assert f"torch>={TESTED['torch'][0]}$(comma)<{TESTED['torch'][1]},torch==" in makefile
+    for package, (floor, untested) in TESTED.items():
+        assert any(re.fullmatch(rf"{package}>={floor}(;.*)?", one) for one in dependencies), package
+        if package != "torch":  # an older CPU build cannot be installed without a CUDA download
+            assert f"{oldest[package]}.".startswith(f"{floor}."), f"{package} {oldest[package]} is not the oldest"
+        assert Version(floor) <= Version(newest[package]) < Version(untested), f"{package} {newest[package]}"
 
 
 def test_packages_ship_their_types():

@@ -122,7 +122,7 @@ def test_what_is_refused(mt) -> None:
         flare.LatentEncoder(tiny.model("bert"), tokenizer(), language="ace_Latn")
     with pytest.raises(ValueError, match="tokenizer is missing"):
         flare.LatentEncoder(m2m100())
-    with pytest.raises(TypeError, match="texts must be a list of texts"):
+    with pytest.raises(TypeError, match="texts must be a list of strings"):
         mt("ab")
     with pytest.raises(ValueError, match="padding_side='both'"):
         mt(TEXTS, padding_side="both")

@@ -24,9 +24,9 @@ def inputs_of(family: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_mask": None, "position_ids": PACKED}, "position_ids do not count up by one .*row of its own"),
-        ({"position_ids": PACKED}, "position_ids do not count up by one"),
-        ({"position_ids": PACKED[:1]}, "position_ids do not count up by one"),
+        ({"attention_mask": None, "position_ids": PACKED}, "position_ids do not increase by one .*its own row"),
+        ({"position_ids": PACKED}, "position_ids do not increase by one"),
+        ({"position_ids": PACKED[:1]}, "position_ids do not increase by one"),
         ({"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 5, 9])}, r"cu_seq_lens_q \(packed texts\)"),
         ({"attention_mask": torch.ones(3, 1, 9, 9).bool().tril()}, r"attention_mask is of shape \(3, 1, 9, 9\)"),
         ({"attention_mask": {"full_attention": torch.ones(3, 9)}}, "attention_mask is a dict"),
@@ -46,14 +46,14 @@ def test_packed_rows_next_to_a_source_are_refused(changes, message, training) ->
 def test_the_states_of_a_packed_source_are_refused_too() -> None:
     model, inputs = fused("llama"), inputs_of("llama", attention_mask=None, position_ids=PACKED)
     states = model.encode_source(inputs.pop("source_input_ids"), inputs.pop("source_attention_mask"))
-    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+    with pytest.raises(ValueError, match="position_ids do not increase by one"):
         model(**inputs, source_states=states)
 
 
 def test_positions_by_place_in_the_call() -> None:
     inputs = batch_of("llama")
     source = {name: value for name, value in inputs.items() if name.startswith("source_")}
-    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+    with pytest.raises(ValueError, match="position_ids do not increase by one"):
         fused("llama").base_model.model(inputs["input_ids"], None, PACKED, **source)
 
 
@@ -96,7 +96,7 @@ def test_x_mixup_refuses_the_same() -> None:
     model = x_mixup(tiny.model("llama"), r=4)
     with pytest.raises(TypeError, match="source_position_ids is not an argument"):
         model(**batch_of("llama"), source_position_ids=COUNTED)
-    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+    with pytest.raises(ValueError, match="position_ids do not increase by one"):
         model(**batch_of("llama"), position_ids=PACKED)
 
 
@@ -125,13 +125,13 @@ def test_lookup_refuses_the_same() -> None:
     wrong = {("source_attention_msk" if n == "source_attention_mask" else n): v for n, v in inputs.items()}
     with pytest.raises(TypeError, match=r"source_attention_msk is not .*did you mean 'source_attention_mask'"):
         cache.lookup(model, wrong)
-    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+    with pytest.raises(ValueError, match="position_ids do not increase by one"):
         cache.lookup(model, {**inputs, "position_ids": PACKED})
 
 
 def test_generate_refuses_packed_prompts() -> None:
     inputs = {name: value for name, value in inputs_of("llama", position_ids=PACKED).items() if name != "labels"}
-    with pytest.raises(ValueError, match="position_ids do not count up by one"):
+    with pytest.raises(ValueError, match="position_ids do not increase by one"):
         fused("llama").eval().generate(**inputs, max_new_tokens=2)
 
 

@@ -1,4 +1,4 @@
-"""Adapters before and beside a fusing one: a merged English task adapter, a plain LoRA checkpoint, siblings."""
+"""A fusing adapter after a merged English adapter, from a LoRA checkpoint, and together with other adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
 
 
 def english(family: str, **fields: Any) -> Any:
-    """A stock PEFT LoRA model, "trained" on the English task."""
+    """Return a PEFT LoRA model that stands for one trained on the English task."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=QV[family], task_type=TASK[family], **fields)
     model = peft.get_peft_model(tiny.model(family), config)
     tiny.randomize_lora(model, seed=8)
@@ -28,8 +28,8 @@ def text(inputs: dict) -> dict:
 
 
 @pytest.mark.parametrize("family", QV)
-def test_the_english_adapter_is_merged_first(family, tmp_path) -> None:
-    """The paper's order: the fused adapter begins at the English model, and the source pass reads that model."""
+def test_fusing_adapter_on_a_merged_english_adapter(family, tmp_path) -> None:
+    """As in the paper: the fusing adapter is trained on the English model, which also runs the source pass."""
     inputs = tiny.batch(family)
     task = english(family)
     want = task.eval()(**text(inputs)).logits
@@ -51,8 +51,8 @@ def test_the_english_adapter_is_merged_first(family, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("family", QV)
-def test_a_plain_lora_checkpoint_is_the_start_of_a_fusing_adapter(family, tmp_path) -> None:
-    """Its A, B, rank, targets and head are kept; saved again it is a FLARE adapter that reloads as one."""
+def test_plain_lora_checkpoint_becomes_a_fusing_adapter(family, tmp_path) -> None:
+    """A, B, rank, targets and head are kept. The saved adapter loads as a FLARE adapter."""
     inputs, task = tiny.batch(family), english(family)
     task.save_pretrained(tmp_path / "lora")
     plain = task.eval()(**text(inputs)).logits
@@ -72,8 +72,8 @@ def test_a_plain_lora_checkpoint_is_the_start_of_a_fusing_adapter(family, tmp_pa
     torch.testing.assert_close(again(**inputs).logits, fused.logits, rtol=0, atol=0)
 
 
-def test_adapters_of_different_fusions_take_turns(tmp_path) -> None:
-    """Each is what it is alone, whatever was active before; the plain one does not look at the source."""
+def test_switching_between_adapters_of_different_fusions(tmp_path) -> None:
+    """Each gives its own output, independent of the adapter that was active before. Plain LoRA ignores the source."""
     inputs = tiny.batch("llama")
     configs = {
         "add": {"fusion": "add"},
@@ -104,7 +104,7 @@ def test_adapters_of_different_fusions_take_turns(tmp_path) -> None:
 @pytest.mark.parametrize("r", [8, 64, 128])
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
 def test_the_papers_ranks(r, fusion) -> None:
-    """Also far above the model's width: a step trains every weight of the adapter."""
+    """A step trains every weight of the adapter, also with a rank far above the model's width."""
     model = flare.fast_lora(tiny.model("llama"), r=r, lora_alpha=2 * r, fusion=fusion)
     tiny.randomize_lora(model)
     inputs = tiny.batch("llama")
@@ -113,5 +113,5 @@ def test_the_papers_ranks(r, fusion) -> None:
     out.loss.backward()
     found = tiny.gradients(model)
     assert {p.shape[0] for n, p in model.named_parameters() if "lora_A" in n} == {r}
-    # softmax does not see the key's bias
+    # the key's bias has no effect on softmax
     assert all(torch.isfinite(g).all() and (g.any() or n.endswith("key.bias")) for n, g in found.items())

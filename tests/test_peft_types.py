@@ -1,4 +1,4 @@
-"""What PEFT and transformers key on the type LORA: works with FLARE's type, or is refused with the reason."""
+"""Features that PEFT and transformers tie to the type LORA: they work with FLARE's type, or are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hook_count(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "corda"])
-def test_an_adapter_that_changed_the_base_is_converted_at_save(kind, tmp_path) -> None:
+def test_adapter_that_changed_the_base_is_converted_when_saved(kind, tmp_path) -> None:
     base = tiny.model("bert").eval()
     untouched = copy.deepcopy(base)
     config = flare.FlareConfig(r=3, lora_alpha=6, target_modules=QV, init_lora_weights=kind, fusion=None)
@@ -63,7 +63,7 @@ def test_an_adapter_that_changed_the_base_is_converted_at_save(kind, tmp_path) -
 
 
 @pytest.mark.parametrize("left", [None, "plain", "fusing"])
-def test_deleting_an_adapter_takes_its_hooks_away(left) -> None:
+def test_deleting_an_adapter_removes_its_hooks(left) -> None:
     base = tiny.model("bert").eval()
     want, before = base(**text()).logits, hook_count(base)
     model = flare.fast_lora(base, r=4).eval()
@@ -77,10 +77,10 @@ def test_deleting_an_adapter_takes_its_hooks_away(left) -> None:
     after = hook_count(base)
     if left is None:
         assert after == before and not [n for n in base.__dict__ if n.startswith("_flare")]
-        with pytest.raises(ValueError, match="no adapter left"):
+        with pytest.raises(ValueError, match="no adapter that could read a source"):
             model.encode_source(tiny.batch("bert")["source_input_ids"])
         assert torch.equal(base(**text()).logits, want)
-        return  # PEFT itself adds no adapter to a head whose adapters are all gone
+        return  # PEFT cannot add an adapter to a head whose adapters were all deleted
     elif left == "plain":
         assert before < after < fusing
     else:
@@ -109,7 +109,7 @@ def test_a_source_after_transformers_delete_is_refused(tmp_path) -> None:
         base(**tiny.batch("bert"))
 
 
-def test_adapters_of_another_type_beside_a_fusing_one_are_refused(tmp_path) -> None:
+def test_adapters_of_another_type_next_to_a_fusing_one_are_refused(tmp_path) -> None:
     model = flare.fast_lora(tiny.model("bert"), r=4)
     lora = peft.LoraConfig(r=4, target_modules=QV)
     with pytest.raises(ValueError, match=r"different peft types\. Found FLARE and PeftType\.LORA"):
@@ -123,7 +123,7 @@ def test_adapters_of_another_type_beside_a_fusing_one_are_refused(tmp_path) -> N
 
 
 def test_transformers_hotswap_is_refused(tmp_path) -> None:
-    """peft.utils.hotswap takes FLARE adapters: tests/test_fast_lora.py."""
+    """peft.utils.hotswap accepts FLARE adapters; see tests/test_fast_lora.py."""
     flare.fast_lora(tiny.model("bert"), r=4).save_pretrained(tmp_path)
     base = tiny.model("bert")
     base.load_adapter(str(tmp_path), adapter_name="default")
@@ -133,7 +133,7 @@ def test_transformers_hotswap_is_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize(("backend", "source"), [(None, False), (None, True), ("aot_eager", True)])
 def test_hotswap_after_compiling(backend, source, tmp_path) -> None:
-    """Other weights, rank and scaling in the compiled model, without compiling again; in an eager one too."""
+    """Weights, rank and scaling change without a recompilation. The same works in an eager model."""
     batch, want = tiny.batch("llama", source=source), []
     for name, r, alpha in (("one", 4, 8), ("two", 2, 20)):
         model = flare.fast_lora(tiny.model("llama", num_hidden_layers=1), r=r, lora_alpha=alpha).eval()
@@ -151,8 +151,8 @@ def test_hotswap_after_compiling(backend, source, tmp_path) -> None:
             torch.testing.assert_close(run(**batch).logits, want[1])
 
 
-def test_target_parameters_add_no_more_than_peft_does(monkeypatch) -> None:
-    """PEFT adds its own targets of a model type that it knows, and none to one that it does not."""
+def test_target_parameters_add_the_same_targets_as_peft(monkeypatch) -> None:
+    """PEFT adds its default targets for a known model type, and none for an unknown one."""
     for kind, count in (("llama", 3), ("a_new_type", 1)):
         found = []
         monkeypatch.setattr(LlamaConfig, "model_type", kind)
@@ -168,7 +168,7 @@ def test_target_parameters_add_no_more_than_peft_does(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["add_relu", None])
-def test_shards_that_were_not_gathered_are_warned_of_at_save(fusion, tmp_path) -> None:
+def test_saving_shards_that_were_not_gathered_warns(fusion, tmp_path) -> None:
     model = flare.fast_lora(tiny.model("llama"), r=4, fusion=fusion)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftWarning)
@@ -180,7 +180,7 @@ def test_shards_that_were_not_gathered_are_warned_of_at_save(fusion, tmp_path) -
 
 
 def test_peft_helpers_that_ask_for_lora() -> None:
-    """Conversion to a LoRA state dict is a merge; intruders are looked for in adapters of the type LORA alone."""
+    """convert_to_lora merges, so it refuses a fusing adapter. reduce_intruder_dimension only accepts the type LORA."""
     plain = flare.fast_lora(tiny.model("llama"), r=4, fusion=None)
     tiny.randomize_lora(plain)
     config, weights = peft.convert_to_lora(plain, rank=4)
@@ -194,7 +194,7 @@ def test_peft_helpers_that_ask_for_lora() -> None:
         torch.testing.assert_close(plain(**text("llama")).logits, tiny.model("llama")(**text("llama")).logits)
 
 
-def test_modules_of_mamba_that_lora_does_not_fit() -> None:
+def test_modules_of_mamba_that_lora_does_not_support() -> None:
     size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     for config in (peft.LoraConfig, flare.FlareConfig):
         fields = {"fusion": None} if config is flare.FlareConfig else {}

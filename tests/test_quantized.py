@@ -1,4 +1,4 @@
-"""Adapters over bitsandbytes' 4-bit and 8-bit linears, on the CPU: the quantised product stays with its library."""
+"""Adapters over bitsandbytes' 4-bit and 8-bit linears, on the CPU. bitsandbytes computes the quantised products."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
 
 
 def quantized(checkpoint, kind: str):
-    """A tiny Llama whose linears are quantised, its other weights in bf16."""
+    """Return a tiny Llama with quantised linears and other weights in bf16."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint,
         quantization_config=transformers.BitsAndBytesConfig(**KINDS[kind]),
@@ -43,7 +43,7 @@ def quantized(checkpoint, kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantised_base(kind, checkpoint, tmp_path) -> None:
-    """Same numbers as the method over PEFT's own quantised layers; it trains, saves and reloads."""
+    """The numbers match the formula over PEFT's quantised layers. The model can be trained, saved and loaded."""
     inputs = tiny.batch("llama")
     plain = {k: v for k, v in inputs.items() if not k.startswith("source_")}
     lora = {"r": 4, "lora_alpha": 8}
@@ -79,7 +79,7 @@ def test_quantised_base(kind, checkpoint, tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_over_a_quantised_base(kind, checkpoint) -> None:
-    """The cached steps agree with one forward of the finished prompt, and the source moves them."""
+    """Cached steps match one forward of the finished prompt, and the source changes them."""
     model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_padding="zero").eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
@@ -91,8 +91,8 @@ def test_generation_over_a_quantised_base(kind, checkpoint) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_pass_for_source_and_target_over_a_quantised_base(kind, checkpoint) -> None:
-    """4-bit linears take the rows of both; int8 ones find their columns of outliers over all rows, and say so."""
+def test_shared_pass_over_a_quantised_base(kind, checkpoint) -> None:
+    """4-bit linears support it. int8 linears select outlier columns over all rows, so two passes run, and it warns."""
     model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_layer_offset=0, target_modules="all-linear").eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}

@@ -1,7 +1,7 @@
-"""Adapters over every quantised linear that PEFT has a LoRA layer for: the frozen layer is called, whatever its format.
+"""Adapters over every quantised linear that PEFT has a LoRA layer for. The frozen layer is called in each format.
 
-HQQ and torchao run on a CPU where they are installed. The others need a GPU: PEFT's layers run over a layer of ours
-that stands for theirs, an int8 weight without any floating-point parameter.
+HQQ and torchao run on a CPU if they are installed. The others need a GPU: here, PEFT's layers run over a stand-in with
+an int8 weight and no floating-point parameter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES = ["q_proj", "v_proj"]
 
 
 def base_with(exchange: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny Llama whose blocks' linears are exchanged for others."""
+    """Return a tiny Llama whose blocks' linears are replaced."""
     model = tiny.model("llama", hidden_size=64, intermediate_size=64, dtype=dtype)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and ".layers." in path:
@@ -47,7 +47,7 @@ def without_source(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps(stock: Any, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    """The outputs of one step, gradients taken: of the method written out over PEFT's layers, and of the model."""
+    """Run forward and backward of the formula over PEFT's layers and of the model, and return both outputs."""
     plain = without_source(inputs)
     states = tiny.source_hidden_states(stock, inputs, offset=1)
     with tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), tuple(NAMES)):
@@ -59,9 +59,9 @@ def steps(stock: Any, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
-    """Logits and gradients of fast_lora against PEFT's layers with the formula in their place; the FLARE model."""
+    """Compare logits and gradients of fast_lora with the formula over PEFT's layers, and return the FLARE model."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's of layers that it does not know
+        warnings.simplefilter("ignore")  # PEFT warns about layers that it does not know
         stock = peft.get_peft_model(make(), peft.LoraConfig(**LORA, target_modules=NAMES, task_type="CAUSAL_LM"))
         model = flare.fast_lora(make(), **LORA)
     for each in (stock, model):
@@ -91,7 +91,7 @@ def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
 
 
 class Int8Linear(nn.Module):
-    """Stands for another library's linear: an int8 weight, no floating-point parameter, dx by autograd."""
+    """Stand-in for another library's linear: an int8 weight, no floating-point parameter, dx by autograd."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -105,14 +105,14 @@ class Int8Linear(nn.Module):
 
 
 class NoGradient(Int8Linear):
-    """One whose product passes no gradient to its input."""
+    """Stand-in whose product passes no gradient to its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.detach())
 
 
 def dispatch_to(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have PEFT make this layer over ours, as its dispatchers do where the library is installed."""
+    """Make PEFT use a layer class for the stand-in, as its dispatchers do if the library is installed."""
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         return cls(target, adapter_name, config=config, **kwargs) if isinstance(target, Int8Linear) else None
@@ -121,7 +121,7 @@ def dispatch_to(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gated(name: str, package: str, **symbols: Any) -> types.ModuleType:
-    """A module of PEFT's whose classes exist only where a package is installed, with a stand-in for the package."""
+    """Return a module of PEFT whose classes need an installed package, imported with a stand-in for that package."""
     fakes = {}
     for depth in range(package.count(".") + 1):
         path = ".".join(package.split(".")[: depth + 1])
@@ -161,7 +161,7 @@ FORMATS: dict[str, Callable[[], type]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_pefts_layer_of_each_format_fuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_of_each_format_fuses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = FORMATS[name]()
     dispatch_to(cls, monkeypatch)
     model = compare_with_eager(lambda: base_with(Int8Linear))
@@ -182,11 +182,11 @@ def test_a_format_that_peft_cannot_merge_is_refused_as_in_peft(monkeypatch: pyte
 
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
 def test_a_frozen_layer_without_a_gradient_is_refused_in_training(fusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the call for query and value together, and in that of each by itself."""
+    """This holds for the joint call of query and value, and for separate calls."""
     dispatch_to(gptq.GPTQLoraLinear, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        targets = [*NAMES, "o_proj"]  # without an adapter on o_proj, no gradient would come as far as the next block
+        targets = [*NAMES, "o_proj"]  # without an adapter on o_proj, no gradient would reach the block below
         model = flare.fast_lora(base_with(NoGradient, torch.float32), **LORA, fusion=fusion, target_modules=targets)
     tiny.randomize_lora(model)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_a_frozen_layer_without_a_gradient_is_refused_in_training(fusion, monkey
 
 
 def test_fine_grained_fp8_of_transformers_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8Linear is a torch.nn.Linear, which PEFT's ordinary layer takes; its kernel needs a GPU."""
+    """FP8Linear is a torch.nn.Linear, for which PEFT uses its ordinary layer. Its kernel needs a GPU."""
     from transformers.integrations import finegrained_fp8 as fp8
 
     if not hasattr(fp8, "FP8LinearFunction"):
@@ -246,7 +246,7 @@ def test_hqq_fuses() -> None:
 
 
 def test_hqq_merges_and_unmerges_as_in_peft() -> None:
-    """fusion=None: PEFT quantises the sum anew, and ours is the same layer."""
+    """With fusion=None, PEFT quantises the sum again, and FLARE's layer does the same."""
     stock = peft.get_peft_model(hqq_base(torch.float32), peft.LoraConfig(**LORA, target_modules=NAMES))
     model = flare.fast_lora(hqq_base(torch.float32), **LORA, fusion=None, target_modules=NAMES)
     inputs = tiny.batch("llama", source=False)
@@ -259,7 +259,7 @@ def test_hqq_merges_and_unmerges_as_in_peft() -> None:
             torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_a_cache_tells_hqq_bases_of_other_scales_apart() -> None:
+def test_cache_distinguishes_hqq_bases_with_other_scales() -> None:
     first, second = hqq_base(torch.float32), hqq_base(torch.float32)
     from flare.source_cache.fingerprint import fingerprint
 
@@ -273,9 +273,9 @@ def test_a_cache_tells_hqq_bases_of_other_scales_apart() -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
 def test_torchao_fuses(kind: str) -> None:
-    """Against the eager form in float32, which is all that torchao's products take."""
+    """Compare with the eager form in float32, the only dtype of torchao's products."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, that such a base cannot be merged
+        warnings.simplefilter("ignore")  # PEFT warns that such a base cannot be merged
         stock = peft.get_peft_model(torchao_base(kind), peft.LoraConfig(**LORA, target_modules=NAMES))
         model = flare.fast_lora(torchao_base(kind), **LORA)
     for each in (stock, model):
@@ -293,7 +293,7 @@ def test_torchao_fuses(kind: str) -> None:
             torch.testing.assert_close(model(**inputs).logits, got.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_torchaos_dynamic_activations_predict_and_do_not_train() -> None:
+def test_torchao_dynamic_activations_support_only_inference() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = flare.fast_lora(torchao_base("dynamic"), **LORA, target_modules="all-linear")
@@ -317,7 +317,7 @@ def test_generation_over_hqq_shares_a_pass() -> None:
 
 
 def test_transformers_loads_and_merges_torchao(tmp_path: Path) -> None:
-    """As a user loads it, with transformers' TorchAoConfig; with fusion=None it merges as in PEFT."""
+    """It is loaded with transformers' TorchAoConfig, as users do. With fusion=None it merges as in PEFT."""
     ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed", exc_type=ImportError)
     tiny.model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
 

@@ -208,14 +208,14 @@ def test_a_file_of_ones_own(bases, tmp_path) -> None:
 
 
 REFUSED = [
-    ("qlra", {}, ValueError, "recipe 'qlra' is no file and none of: .*qlora"),
+    ("qlra", {}, ValueError, "recipe 'qlra' is neither a file nor one of: .*qlora"),
     ("paper-llama", {}, ValueError, "one recipe for each task: paper-llama/xnli"),
     ("paper-llama/mnli", {}, ValueError, "no task 'mnli'; it has: xnli, tydiqa, nusax"),
-    ("qlora", {}, ValueError, "names no base model: pass its name or folder as base"),
+    ("qlora", {}, ValueError, "has no base model: pass its name or folder as base"),
     ({"base": "x"}, {}, ValueError, "task is missing; one of: SEQ_CLS"),
-    ({"task": "SEQ_CLS", "lr": 1}, {}, ValueError, "lr: no key of a recipe; keys: about, adapter"),
+    ({"task": "SEQ_CLS", "lr": 1}, {}, ValueError, "lr: not a key of a recipe; keys: about, adapter"),
     ({"task": "CLS"}, {}, ValueError, "task='CLS' is not accepted"),
-    ({"task": "SEQ_CLS", "adapter": {"rank": 4}}, {}, ValueError, "adapter has rank, no field of FlareConfig"),
+    ({"task": "SEQ_CLS", "adapter": {"rank": 4}}, {}, ValueError, "adapter has rank, not a field of FlareConfig"),
     ({"task": "SEQ_CLS", "training": 3}, {}, TypeError, "training must be a mapping, got 3"),
     ("qlora", {"gradient_checkpointing": "on"}, ValueError, "gradient_checkpointing='on' is not accepted"),
 ]
@@ -229,7 +229,7 @@ def test_what_is_refused(recipe, changes, error, message) -> None:
 
 def test_an_argument_that_nobody_takes_is_named(bases) -> None:
     recipe = {"task": "SEQ_CLS", "base": str(bases["SEQ_CLS"])}
-    with pytest.raises(TypeError, match=r"fusoin: no key of a recipe, no field of FlareConfig, and not accepted"):
+    with pytest.raises(TypeError, match=r"fusoin: not a key of a recipe, not a field of FlareConfig, and not accepted"):
         flare.from_recipe(recipe, fusoin="mul")
 
 

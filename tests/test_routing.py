@@ -1,4 +1,4 @@
-"""Which module of a model is which, and what its source arguments must look like."""
+"""The map of a model, and the checks of source arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_cross_attention_and_both_stacks_of_an_encoder_decoder() -> None:
     assert not any("EncDecAttention" in path for path in found.query_and_value)
 
 
-def test_source_arguments_of_the_wrong_form() -> None:
+def test_source_arguments_of_wrong_shape_or_type() -> None:
     model = flare.fast_lora(tiny.model("bert"), r=4)
     inputs = tiny.batch("bert")
     with pytest.raises(ValueError, match=r"source_token_type_ids has shape \(3, 4\)"):

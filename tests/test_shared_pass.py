@@ -1,7 +1,7 @@
-"""Source and target in one pass over the weights: the numbers of two passes, half the reads, and when there are two.
+"""Decoding with one pass for source and target: same numbers, half the weight reads, and when it is not possible.
 
-Only ``source_layer_offset=0`` has it. The yardstick is ``source_pass="separate"``, which tests/test_generation.py holds
-against one forward without a cache.
+It needs ``source_layer_offset=0``. The reference is ``source_pass="separate"``, which tests/test_generation.py compares
+with one forward without a cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flare.experiments.measure import count_calls
 from flare.source.context import KEYWORD, THREAD
 
 L = tiny.LAYERS
-REASON = "generate: source and target take a pass each, not one together"
+REASON = "generate: source and target do not share a pass, which is slower"
 
 
 def zero_offset(family: str = "llama", **options: Any) -> Any:
@@ -31,7 +31,7 @@ def zero_offset(family: str = "llama", **options: Any) -> Any:
 
 
 def of_family(name: str) -> Any:
-    """Sliding windows shorter than the text, in some of the blocks."""
+    """Return a model whose sliding windows, in some of the blocks, are shorter than the text."""
     torch.manual_seed(0)
     values = {**tiny._DECODER, "head_dim": 8, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
     base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**values))
@@ -42,7 +42,7 @@ def of_family(name: str) -> Any:
 
 
 def both_ways(model: Any, inputs: dict, new: int = 6, seed: int = 0, **options: Any) -> dict[str, tuple]:
-    """Sequences, logits and executions of blocks, by source_pass; one message for anything that differs."""
+    """Return sequences, logits and block executions of each source_pass, after comparing the first two."""
     found = {}
     for way in ("separate", "shared"):
         torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def test_greedy(fusion, padding) -> None:
     model, inputs = zero_offset(fusion=fusion), prompts()
     found = both_ways(model, inputs, source_padding=padding)
     assert found["separate"][2] == 2 * 6 * L
-    assert found["shared"][2] == (2 + 5) * L, "two for the prompts, then one for each token"
+    assert found["shared"][2] == (2 + 5) * L, "two passes for the prompts, then one per token"
     _, plain_logits = generated(model, {n: v for n, v in inputs.items() if not n.startswith("source")})
     assert not torch.allclose(found["shared"][1][:, -1], plain_logits[:, -1], atol=1e-3), (
         "the source made no difference"
@@ -74,7 +74,7 @@ def test_greedy(fusion, padding) -> None:
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma2", "Gemma3", "Qwen2"])
 def test_families_with_sliding_windows(name) -> None:
     model = of_family(name) if name != "Gemma3" else zero_offset("gemma3", base={"sliding_window": 4})
-    inputs = prompts(pads=name != "Gemma2")  # it runs eager attention alone, NaN on rows of pads in float64
+    inputs = prompts(pads=name != "Gemma2")  # it only runs eager attention, which gives NaN on padding in float64
     if name == "Gemma2":
         assert len(set(model.config.layer_types)) == 2, "windows in every block"
     found = both_ways(model, inputs)
@@ -82,7 +82,7 @@ def test_families_with_sliding_windows(name) -> None:
 
 
 class _WeightReads(TorchDispatchMode):
-    """How often each frozen weight goes into a product."""
+    """Count the products of each frozen weight."""
 
     def __init__(self, weights: dict[int, str]) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class _WeightReads(TorchDispatchMode):
 
 @pytest.mark.parametrize(("way", "reads"), [("shared", 1), ("separate", 2)])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_each_frozen_weight_is_read_once_a_token(way, reads, targets) -> None:
+def test_each_frozen_weight_is_read_once_per_token(way, reads, targets) -> None:
     model, inputs = zero_offset(target_modules=targets), prompts()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n}
-    assert len(linears) == 7 * L + 1, "seven in a block, and the head"
+    assert len(linears) == 7 * L + 1, "seven per block, and the head"
     counted = []
     for new in (3, 7):
         with _WeightReads({m.weight.data_ptr(): n for n, m in linears.items()}) as mode:
@@ -117,7 +117,7 @@ def test_samples_share_their_prompts_source_row() -> None:
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_beams(sample) -> None:
-    """They change places in the target's rows alone; the source's one row for each prompt stays where it is."""
+    """Only the target's rows are reordered. The source has one row per prompt, which keeps its place."""
     model, inputs = zero_offset(), prompts()
     out = {}
     for way in ("separate", "shared"):
@@ -138,19 +138,19 @@ def test_beams(sample) -> None:
     torch.testing.assert_close(out["shared"].sequences_scores, out["separate"].sequences_scores, **TOLERANCE)
     assert out["shared"].past_key_values.layers[0].keys.shape[0] == 3 * 4 + 3
     assert torch.equal(out["shared"].beam_indices, out["separate"].beam_indices)
-    assert any(len(set(r.tolist())) > 1 for r in out["shared"].beam_indices.view(6, -1)), "no beam changed its place"
+    assert any(len(set(r.tolist())) > 1 for r in out["shared"].beam_indices.view(6, -1)), "no beam was reordered"
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_source_that_has_ended_is_held(padded) -> None:
+def test_ended_source_stays_at_its_end_token(padded) -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING, pads=padded)
     ends = ends_of(model, inputs, 7)
     going_on = generated(model, inputs, 7)[1]
     found = both_ways(model, inputs, 7, eos_token_id=ends, min_new_tokens=7)
-    assert not torch.allclose(found["shared"][1][0], going_on[0], atol=1e-4), "holding made no difference"
+    assert not torch.allclose(found["shared"][1][0], going_on[0], atol=1e-4), "the end token made no difference"
 
 
-def test_sources_that_have_all_ended_leave_the_batch() -> None:
+def test_sources_leave_the_batch_when_all_have_ended() -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING)
     ends = source_text(model, inputs, 2, [])[:, -1].tolist()  # every row ends with its second token
     options = {"eos_token_id": ends, "min_new_tokens": 6}
@@ -168,7 +168,7 @@ def test_sources_that_have_all_ended_leave_the_batch() -> None:
     ],
     ids=str,
 )
-def test_adapters_that_do_not_fuse_stay_off_the_source(options) -> None:
+def test_adapters_that_do_not_fuse_are_not_applied_to_the_source(options) -> None:
     model = zero_offset(**options)
     for name, parameter in model.named_parameters():
         if "lora_B" in name and name.endswith("bias"):
@@ -185,8 +185,8 @@ def test_several_adapters() -> None:
     both_ways(model, prompts())
 
 
-def test_other_ways_in() -> None:
-    """Chunks of a prompt, embeddings, and a base whose projections somebody hooks."""
+def test_chunks_embeddings_and_hooked_projections() -> None:
+    """Chunked prompts, embeddings as inputs, and a base model with hooks on its projections."""
     model, inputs = zero_offset(), prompts()
     for chunk in (1, 3):
         both_ways(model, inputs, prefill_chunk_size=chunk)
@@ -196,7 +196,7 @@ def test_other_ways_in() -> None:
     projection = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer
     projection.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
     both_ways(model, inputs)
-    assert all(torch.equal(kept, then) for kept, then in seen), "what a hook holds was written to"
+    assert all(torch.equal(kept, then) for kept, then in seen), "an output stored by a hook was overwritten"
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
@@ -210,7 +210,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_and_autocast(dtype) -> None:
-    """Against float64 no worse than two passes are, up to rounding; the same tokens are fed to both."""
+    """The error against float64 is at most that of two passes, up to rounding. Both read the same tokens."""
     model, inputs = zero_offset(fusion="add"), prompts()
     want = generated(model, inputs, 2)[1]
     model = model.to(dtype)
@@ -224,7 +224,7 @@ def test_other_dtypes_and_autocast(dtype) -> None:
 # --- what a caller gets to see ----------------------------------------------------------------------------------------
 
 
-def test_hidden_states_and_attentions_are_the_targets() -> None:
+def test_hidden_states_and_attentions_have_the_targets_rows() -> None:
     model, inputs = zero_offset(), prompts()
     model.get_base_model().set_attn_implementation("eager")
     inputs = prompts(pads=False)
@@ -238,8 +238,8 @@ def test_hidden_states_and_attentions_are_the_targets() -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 
-def test_a_cache_goes_on_where_it_ended() -> None:
-    """Token by token, and with several at once, for which the two streams part and meet again."""
+def test_generation_continues_from_a_cache() -> None:
+    """Continue token by token, and with several tokens at once, for which the caches are split and joined again."""
     model, inputs = zero_offset(), prompts()
     sequences, logits = generated(model, inputs, 7, source_pass="separate")
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1, "return_dict_in_generate": True}
@@ -255,7 +255,7 @@ def test_a_cache_goes_on_where_it_ended() -> None:
         out = model(
             input_ids=sequences[:, 9:11], attention_mask=mask, position_ids=positions[:, :2], past_key_values=cache
         )
-        assert cache.layers[0].keys.shape[0] == 3 and calls.total == 3 * L, "two tokens of the source, one by one"
+        assert cache.layers[0].keys.shape[0] == 3 and calls.total == 3 * L, "the source reads its two tokens one by one"
         torch.testing.assert_close(out.logits.float(), logits[:, 3:5], **TOLERANCE)
         longer = torch.cat([mask, mask[:, -1:]], dim=1)
         out = model(
@@ -269,7 +269,7 @@ def test_a_cache_goes_on_where_it_ended() -> None:
         torch.testing.assert_close(out[0].float(), logits[:, 5:6], **TOLERANCE)
 
 
-def test_nothing_is_left_behind_also_by_a_failing_pass() -> None:
+def test_generation_leaves_no_hooks_or_state_even_if_it_fails() -> None:
     model, inputs = zero_offset(), prompts()
     want = generated(model, inputs, source_pass="shared")
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -288,7 +288,7 @@ def test_nothing_is_left_behind_also_by_a_failing_pass() -> None:
     torch.testing.assert_close(again, want, rtol=0, atol=0)
 
 
-# --- where there are two passes ---------------------------------------------------------------------------------------
+# --- cases with two passes --------------------------------------------------------------------------------------------
 
 
 def executions(model: Any, inputs: dict, **options: Any) -> int:
@@ -317,8 +317,8 @@ def compiled() -> Any:
     ],
     ids=["offset", "train", "compiled", "release"],
 )
-def test_by_design(make, options, message) -> None:
-    """Nothing to be told of, unless one pass was asked for."""
+def test_expected_reasons_for_two_passes_do_not_warn(make, options, message) -> None:
+    """source_pass="auto" does not warn; source_pass="shared" raises."""
     model, inputs = make(), prompts()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -354,14 +354,14 @@ def with_experts() -> Any:
 
 UNUSUAL = [
     (with_trained_head, "lm_head is a ModulesToSaveWrapper"),
-    (with_other_adapters, "embed_tokens is a Embedding of PEFT's"),
-    (with_long_rope, "rope_type='dynamic' looks at the longest row"),
-    (with_experts, r"mlp\.experts\.0 stands in a list of modules"),
+    (with_other_adapters, "embed_tokens is a Embedding of PEFT"),
+    (with_long_rope, "rope_type='dynamic' depends on the longest row"),
+    (with_experts, r"mlp\.experts\.0 is in a list of modules"),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), UNUSUAL, ids=lambda value: getattr(value, "__name__", ""))
-def test_what_is_unusual_is_said_once(make, message) -> None:
+def test_unexpected_reasons_for_two_passes_warn_once(make, message) -> None:
     model, inputs = make(), prompts()
     with pytest.warns(UserWarning, match=f"{REASON}: .*{message}"):
         assert executions(model, inputs) == 2 * 3 * L
@@ -373,7 +373,7 @@ def test_what_is_unusual_is_said_once(make, message) -> None:
         generated(model, inputs, 3, source_pass="shared")
 
 
-def test_a_merged_adapter_is_in_the_weights_of_both() -> None:
+def test_merged_adapter_prevents_a_shared_pass() -> None:
     model = zero_offset()
     plain_config = flare.FlareConfig(r=4, fusion=None, target_modules=["o_proj"], task_type="CAUSAL_LM")
     model.add_adapter("plain", plain_config)
@@ -386,7 +386,7 @@ def test_a_merged_adapter_is_in_the_weights_of_both() -> None:
 
 def test_other_caches(monkeypatch) -> None:
     class Another(transformers.cache_utils.DynamicLayer):
-        """A layer of a kind that nobody has looked at."""
+        """A cache layer of an unknown class."""
 
     model, inputs = zero_offset(), prompts()
     monkeypatch.setitem(transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", Another)
@@ -394,8 +394,8 @@ def test_other_caches(monkeypatch) -> None:
         assert executions(model, inputs) == 2 * 3 * L
 
 
-def test_what_a_forward_is_given_for_the_target_alone() -> None:
-    """A mask of four dimensions, made by hand: this step takes two passes and says so."""
+def test_four_dimensional_mask_needs_two_passes() -> None:
+    """A step with such a mask of the target takes two passes and warns."""
     model, inputs = zero_offset(), prompts()
     sequences, logits = generated(model, inputs, 4, source_pass="separate")
     out = model.generate(**inputs, max_new_tokens=3, pad_token_id=1, return_dict_in_generate=True)
@@ -416,23 +416,25 @@ def test_wrong_names() -> None:
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one call", "by itself"])
-def test_layers_called_with_other_rows_say_so(together) -> None:
-    """As one that sees a part of a batch would be."""
+def test_error_for_a_layer_called_with_other_rows(together) -> None:
+    """A layer that is called with a part of the batch raises."""
     model, inputs = zero_offset(), prompts()
     q_proj = model.get_base_model().model.layers[1].self_attn.q_proj
     if not together:
         q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
     forward = type(q_proj).forward
     q_proj.forward = lambda x: forward(q_proj, x[:-1] if len(x) == 6 else x)
-    message = "q_proj was called with 5 rows in a pass that source and target share, which has 6: pass source_pass="
+    message = (
+        "q_proj was called with 5 rows in a pass that source and target share, which has 6 rows: pass source_pass="
+    )
     with pytest.raises(ValueError, match=message):
         generated(model, inputs, source_pass="shared")
     assert THREAD.slot.rows is None and THREAD.slot.forward is None
 
 
 @pytest.mark.parametrize("where", ["one attention", "every attention"])
-def test_layers_that_the_source_does_not_reach_are_named(where) -> None:
-    """Attention modules that are not given their keyword arguments in a decoding step."""
+def test_error_names_layers_that_the_source_does_not_reach(where) -> None:
+    """Attention modules are called without their keyword arguments in a decoding step."""
 
     def lose(module: Any, args: Any, kwargs: Any) -> None:
         if len(kwargs["hidden_states"]) == 6:

@@ -1,4 +1,4 @@
-"""A site: the projections of an attention module in one call, with the numbers of separate calls and one dx buffer."""
+"""A site computes the projections of an attention module in one call, with one dx buffer and unchanged numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flare_kernels import launch_mode, reference
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("source", [True, False], ids=["source", "plain"])
-def test_one_call_per_attention_with_the_numbers_of_separate_calls(family, subset, source, calls) -> None:
+def test_one_call_per_attention_matches_separate_calls(family, subset, source, calls) -> None:
     inputs = tiny.batch(family, source=source)
     exact = family != "gemma2"  # in float64 its left-padded rows are NaN
     model = fused(family, subset, dtype=torch.float64 if exact else torch.float32)
@@ -29,7 +29,7 @@ def test_one_call_per_attention_with_the_numbers_of_separate_calls(family, subse
     got = step(model, inputs)
     attentions, cross = (tiny.LAYERS + 2, 2) if family == "mt5" else (tiny.LAYERS, 0)
     assert calls["joint"] == attentions and set(calls.names) == {frozenset(NAMES[family])}
-    assert calls["lone"] == cross * len(SUBSETS[subset]), "cross-attention's q and k, v read two sequences"
+    assert calls["lone"] == cross * len(SUBSETS[subset]), "in cross-attention, q reads another sequence than k and v"
     assert calls["owned"] == attentions + calls["lone"] and not calls["single"]
     forget(calls)
     assert_same(got, step(twin, inputs), **({} if exact else {"rtol": 1e-5, "atol": 1e-7}))
@@ -37,14 +37,14 @@ def test_one_call_per_attention_with_the_numbers_of_separate_calls(family, subse
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_float32_to_rounding(family) -> None:
+def test_float32_matches_up_to_rounding(family) -> None:
     inputs, model = tiny.batch(family), fused(family)
     twin = alone(model)
     assert_same(step(model, inputs), step(twin, inputs), rtol=1e-5, atol=1e-7)
 
 
 class _Buffers(TorchDispatchMode):
-    """Operations whose result has as many elements as the hidden state: sums of two tensors, and matrix products."""
+    """Count operations whose result has the size of the hidden state: sums of two tensors, and matrix products."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class _Buffers(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("subset", "apart"), [("qv", 5), ("qkv", 6), ("q", 4)])
-def test_backward_has_one_dx_buffer_and_no_additions_of_its_own(subset, apart, calls) -> None:
-    """Apart, each frozen product and each adapter makes a dx of its own, and autograd adds them up."""
+def test_backward_accumulates_dx_in_one_buffer(subset, apart, calls) -> None:
+    """In separate calls, each frozen product and each adapter has its own dx, and autograd adds them."""
     inputs = tiny.batch("llama", B=2, m=7)
     model = fused("llama", subset)
     found = {}
@@ -71,13 +71,13 @@ def test_backward_has_one_dx_buffer_and_no_additions_of_its_own(subset, apart, c
             loss.backward()
         found[name] = seen.counts
     sums = {name: counts["add"] + counts["add_"] for name, counts in found.items()}
-    assert found["joint"]["addmm_"] == 3 * tiny.LAYERS, "two frozen products and all adapters: into what q's made"
+    assert found["joint"]["addmm_"] == 3 * tiny.LAYERS, "two frozen products and all adapters accumulate into q's dx"
     assert found["apart"]["mm"] - found["joint"]["mm"] == (apart - 1) * tiny.LAYERS
     assert sums["apart"] - sums["joint"] == (apart - 1) * tiny.LAYERS
 
 
 class _Copies(TorchDispatchMode):
-    """Copies of tensors, and products of frozen weights, by number."""
+    """Count copies of tensors, and products of frozen weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_no_output_is_copied(family, train) -> None:
         assert seen["adapter"][name] == seen["frozen"][name], name
 
 
-def test_autocast_is_no_further_from_the_truth_than_separate_calls() -> None:
+def test_autocast_error_is_at_most_that_of_separate_calls() -> None:
     for family in ("bert", "llama"):
         inputs = tiny.batch(family)
         model = fused(family)
@@ -129,8 +129,8 @@ def test_inference(mode, calls) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_adapters_first_gives_the_same_step(family, dropout) -> None:
-    """Over a whole model, with the biases of XLM-R and a key without an adapter."""
+def test_adding_adapters_before_the_frozen_products_gives_the_same_step(family, dropout) -> None:
+    """A whole model, with the biases of XLM-R and a key without an adapter."""
     model, inputs, results = fused(family, dtype=torch.float64, lora_dropout=dropout), tiny.batch(family), []
     for form in ("frozen_first", "adapter_first"):
         with launch_mode.forcing(form=form):
@@ -141,8 +141,8 @@ def test_adapters_first_gives_the_same_step(family, dropout) -> None:
     assert_same(*reversed(results))
 
 
-def by_the_oracle(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
-    """apply_with_products by the reference, with the same seeds."""
+def apply_reference(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
+    """Compute apply_with_products by the reference, with the same seeds."""
     x = x.flatten(0, -2)
     dropped = reference.drop(x, call.p, kernel_dropout.draw_seed(x.device), kernel_dropout.TARGET_STREAM)
     if x_source is not None:
@@ -163,13 +163,13 @@ def by_the_oracle(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, bias
     return tuple(outputs)
 
 
-def test_dropout_draws_one_mask_for_all_projections(monkeypatch) -> None:
-    """With the same seeds, the oracle's numbers, which drops x once and hands it to every projection."""
+def test_dropout_uses_one_mask_for_all_projections(monkeypatch) -> None:
+    """With equal seeds, the numbers are the reference's, which applies dropout to x once for all projections."""
     inputs = tiny.batch("llama")
     model = fused("llama", "qkv", dtype=torch.float64, lora_dropout=0.4)
     torch.manual_seed(3)
     got = step(model, inputs)
-    monkeypatch.setattr(sites, "apply_with_products", by_the_oracle)
+    monkeypatch.setattr(sites, "apply_with_products", apply_reference)
     torch.manual_seed(3)
     assert_same(got, step(model, inputs))
     torch.manual_seed(4)
@@ -191,7 +191,7 @@ def test_gradient_checkpointing(family, use_reentrant, subset, calls) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_under_compile_the_numbers_are_those_of_separate_calls(backend) -> None:
+def test_compiled_site_matches_separate_calls(backend) -> None:
     inputs = tiny.batch("llama")
     model = fused("llama")
     want = step(alone(model), inputs)
@@ -204,8 +204,8 @@ def _compiled(values: dict) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_over_a_quantised_base_the_library_keeps_its_dx(kind, tmp_path, calls) -> None:
-    """q and v in one call, without weights; k is bitsandbytes' alone."""
+def test_quantised_base_computes_its_own_dx(kind, tmp_path, calls) -> None:
+    """q and v are computed in one call without their weights; bitsandbytes computes k."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
     from test_quantized import quantized
 
@@ -217,5 +217,5 @@ def test_over_a_quantised_base_the_library_keeps_its_dx(kind, tmp_path, calls) -
     got = step(model, inputs)
     assert (calls["joint"], calls["single"]) == (tiny.LAYERS, 0) and not siblings(model)
     assert set(calls.names) == {frozenset({"q_proj", "v_proj"})} and not calls["owned"]
-    for name, value in step(twin, inputs).items():  # the sum of dx is taken in bf16, in another order
+    for name, value in step(twin, inputs).items():  # dx is summed in bf16, in another order
         assert (got[name] - value).abs().max() <= 0.02 * value.abs().max(), name

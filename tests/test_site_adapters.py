@@ -1,4 +1,4 @@
-"""A site with several adapters, and with adapters that are switched, merged, scaled or disabled."""
+"""Sites with several adapters, and with adapters that are switched, merged, scaled or disabled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flare.source.context import THREAD
 
 
 def stock_twin(model: peft.PeftModel, adapters: dict[str, dict]) -> peft.PeftModel:
-    """PEFT's own LoRA model with the same weights."""
+    """Return PEFT's LoRA model with the same weights."""
     first, *others = (peft.LoraConfig(task_type="CAUSAL_LM", **fields) for fields in adapters.values())
     twin = peft.get_peft_model(tiny.model("llama"), first, adapter_name=next(iter(adapters)))
     for name, config in zip(list(adapters)[1:], others, strict=True):
@@ -76,8 +76,8 @@ STATES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def test_adapters_that_are_switched_merged_and_scaled_have_pefts_numbers() -> None:
-    """One model through all states in a row, so that none of a plan outlives what it was worked out from."""
+def test_switched_merged_and_scaled_adapters_match_peft() -> None:
+    """Take one model through all states, so that a plan that outlives its state would be detected."""
     inputs = plain(tiny.batch("llama"))
     model = fused("llama", fusion=None, **{k: v for k, v in TWO["default"].items() if k not in ("r", "lora_alpha")})
     model.add_adapter("second", flare.FlareConfig(fusion=None, task_type="CAUSAL_LM", **TWO["second"]))
@@ -94,7 +94,7 @@ def test_adapters_that_are_switched_merged_and_scaled_have_pefts_numbers() -> No
                 assert_same(step(model, inputs), step(twin, inputs))
 
 
-def test_a_batch_that_mixes_adapters_by_name(calls) -> None:
+def test_batch_with_several_adapter_names(calls) -> None:
     model = fused("llama", fusion=None, target_modules=TWO["default"]["target_modules"])
     model.add_adapter("second", flare.FlareConfig(fusion=None, task_type="CAUSAL_LM", **TWO["second"]))
     tiny.randomize_lora(model)
@@ -108,7 +108,7 @@ def test_a_batch_that_mixes_adapters_by_name(calls) -> None:
 
 
 def test_weights_are_read_at_each_call() -> None:
-    """Written through .data, exchanged by functional_call, loaded and hot-swapped: no call sees earlier ones."""
+    """A call uses weights that were written to .data, passed by functional_call, loaded or hot-swapped before it."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     step(model, inputs)
@@ -128,8 +128,8 @@ def test_weights_are_read_at_each_call() -> None:
     assert_same(step(model, inputs), want)
 
 
-def test_each_projection_has_dropout_and_requires_grad_of_its_own(calls) -> None:
-    """Both are read at each call: a p that is changed, a dropout in eval mode, an A that is frozen."""
+def test_dropout_and_requires_grad_differ_between_projections(calls) -> None:
+    """Each call reads both: a changed p, a dropout in eval mode, a frozen A."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64, lora_dropout=0.5)
     attention = first_attention(model)
@@ -149,7 +149,7 @@ def test_each_projection_has_dropout_and_requires_grad_of_its_own(calls) -> None
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_an_adapter_on_another_device_is_named(part) -> None:
+def test_error_names_an_adapter_on_another_device(part) -> None:
     model = fused("llama", fusion=None)
     q_proj = first_attention(model).q_proj
     getattr(q_proj, part)["default"].to("meta")
@@ -158,8 +158,8 @@ def test_an_adapter_on_another_device_is_named(part) -> None:
     assert is_empty(THREAD.slot)
 
 
-def test_matrices_that_do_not_fit_are_named() -> None:
+def test_error_names_matrices_of_wrong_shape() -> None:
     model = fused("llama")
     first_attention(model).q_proj.lora_A["default"].weight.data = torch.zeros(4, tiny.HIDDEN)
-    with pytest.raises(ValueError, match=r"q_proj: lora_A is \(4, 32\) and lora_B \(32, 5\), expected"):
+    with pytest.raises(ValueError, match=r"q_proj: lora_A has shape \(4, 32\) and lora_B \(32, 5\), expected"):
         model(**plain(tiny.batch("llama")))

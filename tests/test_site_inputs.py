@@ -1,4 +1,4 @@
-"""Which input each projection of a site is called with, and what a forward leaves behind."""
+"""Inputs of a site's projections, and the state that a forward leaves on the modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flare.tuner.site import Site
 
 
 class Attention(nn.Module):
-    """Projections of one input or of two, one of them written to in between; nothing in its name says so."""
+    """Attention whose projections read one or two inputs, or an input that is written to between two calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def of_any_input(how: str, order: str, checkpointed: bool = False) -> peft.PeftM
 def forward_and_back(model: nn.Module, graph: bool) -> dict[str, torch.Tensor]:
     model.zero_grad()
     x = torch.linspace(-1, 1, 48, dtype=torch.float64).view(2, 3, 8)
-    if not graph:  # autograd would refuse what writes to an input
+    if not graph:  # with autograd, writing to the input would be an error
         with torch.no_grad():
             return {"y": model(x.clone())}
     y = model(x.requires_grad_())
@@ -86,8 +86,8 @@ def forward_and_back(model: nn.Module, graph: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("order", ["kvq", "qkv", "vqk"])
 @pytest.mark.parametrize("how", ["same", "another", "written to"])
-def test_another_input_is_never_given_anothers_output(how, order, calls) -> None:
-    """Whoever is called first begins, a sibling too; the site learns where they read two inputs."""
+def test_outputs_belong_to_the_input_of_the_call(how, order, calls) -> None:
+    """Any projection may be called first, a sibling too. The site then separates projections that read two inputs."""
     model = of_any_input(how, order)
     twin = alone(model)
     assert siblings(model) == {"k_proj"}
@@ -104,8 +104,8 @@ def test_another_input_is_never_given_anothers_output(how, order, calls) -> None
 
 
 @pytest.mark.parametrize("how", ["same", "another"])
-def test_a_recompute_takes_the_way_that_its_forward_took(how) -> None:
-    """Where projections read two inputs too, which a site finds out in the first forward."""
+def test_recompute_runs_as_its_forward_did(how) -> None:
+    """This also holds if projections read two inputs, which a site detects in the first forward."""
     model = of_any_input(how, "qkv", checkpointed=True)
     twin = alone(model)
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_a_recompute_takes_the_way_that_its_forward_took(how) -> None:
 
 
 def test_outputs_do_not_outlive_the_models_forward(calls) -> None:
-    """Projections called by hand, with one tensor, see what is switched between them."""
+    """Projections that are called directly with one tensor use the adapters that are active at each call."""
     model = of_any_input("same", "qkv").eval()
     attention, x = model.get_submodule("base_model.model.first"), torch.randn(2, 3, 8, dtype=torch.float64)
     with torch.no_grad():
@@ -183,16 +183,16 @@ RUNS: dict[str, Callable[[Any, dict], Any]] = {
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("fusion", [None, "add_relu"])
-def test_nothing_of_a_forward_stays_on_a_module(run, fusion) -> None:
+def test_forward_leaves_no_state_on_modules(run, fusion) -> None:
     inputs = tiny.batch("llama", source=fusion is not None)
     model = fused("llama", fusion=fusion)
-    want = step(model, inputs)  # what is found once is kept with the model
+    want = step(model, inputs)  # the first step caches its plans on the model
     model.gradient_checkpointing_enable()
     model.gradient_checkpointing_disable()
     before, state = attributes(model), {path: module.training for path, module in model.named_modules()}
     RUNS[run](model, inputs)
     assert is_empty(THREAD.slot)
-    if "checkpointing" not in run:  # transformers' own attributes; ours were compared in between
+    if "checkpointing" not in run:  # transformers adds attributes; FLARE's were compared before
         assert attributes(model) == before
     assert {path: module.training for path, module in model.named_modules()} == state
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
@@ -200,8 +200,8 @@ def test_nothing_of_a_forward_stays_on_a_module(run, fusion) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
-def test_a_plan_is_made_once_until_something_changes(family, monkeypatch) -> None:
-    """Also in models that slice their list of blocks in each forward, which registers modules."""
+def test_plan_is_reused_until_something_changes(family, monkeypatch) -> None:
+    """This includes models that slice their list of blocks in each forward, which registers modules."""
     made: list[str] = []
     find = Site._find
     monkeypatch.setattr(Site, "_find", lambda site, kind: made.append(site.path) or find(site, kind))
@@ -214,7 +214,7 @@ def test_a_plan_is_made_once_until_something_changes(family, monkeypatch) -> Non
     def plans() -> list[str]:
         made.clear()
         for _ in range(5):
-            if model(**inputs).loss.requires_grad:  # not where adapters are off
+            if model(**inputs).loss.requires_grad:  # False if adapters are disabled
                 step(model, inputs)
                 optimizer.step()
             model.eval()(**plain(inputs))

@@ -1,4 +1,4 @@
-"""Sites over copies, pickles, added and removed adapters, and sharded blocks."""
+"""Sites of copies and pickles, with added and removed adapters, and in sharded blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import flare
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_deep_copy_and_a_pickle_compute_their_own(family, calls) -> None:
+def test_deep_copy_and_pickle_have_their_own_sites(family, calls) -> None:
     inputs = tiny.batch(family)
     model = fused(family)
     want = step(model, inputs)
@@ -31,7 +31,7 @@ def test_a_deep_copy_and_a_pickle_compute_their_own(family, calls) -> None:
         tiny.randomize_lora(model)
 
 
-def test_siblings_come_and_go_with_the_adapters() -> None:
+def test_siblings_are_set_and_removed_with_the_adapters() -> None:
     base = tiny.model("llama")
     names, keys = [name for name, _ in base.named_modules()], list(base.state_dict())
     model = flare.fast_lora(base, r=4)
@@ -42,16 +42,16 @@ def test_siblings_come_and_go_with_the_adapters() -> None:
     assert not any("_flare" in name for m in unloaded.modules() for name in m.__dict__)
     merged = flare.fast_lora(unloaded, r=4, fusion=None).merge_and_unload()
     assert not siblings(merged) and not any(m._forward_pre_hooks for m in merged.modules())
-    assert not siblings(flare.fast_lora(merged, r=4, fusion=None, target_modules=["o_proj"])), "q, k and v have none"
+    assert not siblings(flare.fast_lora(merged, r=4, fusion=None, target_modules=["o_proj"])), "no adapter on q, k, v"
     model = flare.fast_lora(tiny.model("llama"), r=4)
     model.add_adapter("second", flare.FlareConfig(r=3, task_type="CAUSAL_LM"))
     model.delete_adapter("default")
     assert siblings(model) == {"k_proj"}
     model.delete_adapter("second")
-    assert not siblings(model), "nothing to be a sibling of"
+    assert not siblings(model), "no projection next to it has an adapter"
 
 
-def test_a_parametrised_sibling_survives_its_site() -> None:
+def test_parametrised_sibling_works_without_its_site() -> None:
     model = fused("llama", fusion=None)
     k_proj = first_attention(model).k_proj
     parametrized(k_proj)
@@ -60,15 +60,15 @@ def test_a_parametrised_sibling_survives_its_site() -> None:
     assert torch.equal(k_proj(x), F.linear(x, k_proj.weight))
 
 
-def test_a_refused_call_gives_siblings_their_class_back() -> None:
+def test_refused_call_restores_the_class_of_siblings() -> None:
     stock = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     with pytest.raises(ValueError, match="matches no LoRA module"):
         flare.fast_lora(stock, fusion_modules=["nope"])
     assert not siblings(stock)
 
 
-def test_an_adapter_on_k_later(calls) -> None:
-    """k is joined as what it is now: frozen, adapted, or carrying an adapter that is not active."""
+def test_adapter_is_added_to_k_later(calls) -> None:
+    """k takes part in its current state: frozen, adapted, or with an adapter that is not active."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     first = step(model, inputs)
@@ -104,7 +104,7 @@ def process_group() -> Iterator[None]:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_fully_sharded_blocks(checkpointing, calls) -> None:
-    """FSDP2: the weights that the node saves are freed after forward and gathered again before backward."""
+    """FSDP2 frees the weights that the node saves after forward, and gathers them again before backward."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -116,7 +116,7 @@ def test_fully_sharded_blocks(checkpointing, calls) -> None:
         model.enable_input_require_grads()
     with process_group():
         mesh = init_device_mesh("cpu", (1,))
-        adapters = {p for name, p in model.named_parameters() if "lora_" in name}  # the source pass reads them whole
+        adapters = {p for name, p in model.named_parameters() if "lora_" in name}  # the source pass needs them whole
         for block in tiny.block_list(model.get_base_model()):
             fully_shard(block, mesh=mesh, ignored_params=adapters)
         fully_shard(model, mesh=mesh, ignored_params=adapters)

@@ -1,4 +1,4 @@
-"""Projections that a site leaves to be computed separately: hooked, patched, parametrised, trained."""
+"""Projections that are computed separately: hooked, patched, parametrised or trained ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import flare
 
 
 class _Subclassed(nn.Parameter):
-    """A subclass, as sharded and quantised weights are."""
+    """A parameter subclass, like sharded and quantised weights."""
 
 
 def _patch_forward(module: nn.Module) -> None:
@@ -41,8 +41,8 @@ SPOILERS = {
 
 @pytest.mark.parametrize("spoiler", SPOILERS)
 @pytest.mark.parametrize("whom", ["q_proj.base_layer", "k_proj"])
-def test_who_is_hooked_or_patched_is_called_as_ever(spoiler, whom, calls) -> None:
-    """It stays out of the call, also where the plan was made before; the others are still computed together."""
+def test_hooked_or_patched_projection_is_called_as_a_module(spoiler, whom, calls) -> None:
+    """It is not part of the joint call, even if a plan exists. The others are still computed together."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     want = step(alone(model), inputs)
@@ -52,7 +52,7 @@ def test_who_is_hooked_or_patched_is_called_as_ever(spoiler, whom, calls) -> Non
     SPOILERS[spoiler](attention.get_submodule(whom))
     assert_same(step(model, inputs), want)
     if spoiler == "a tensor subclass" or (spoiler, whom[0]) == ("a parametrisation", "q"):
-        # the frozen products keep their graphs, the adapters are joined
+        # the frozen products have separate graphs, and the adapters share a call
         assert calls.names[0] == {"q_proj", "v_proj"} and not calls["single"]
         assert calls["owned"] == calls["joint"] - 1
         return
@@ -62,8 +62,8 @@ def test_who_is_hooked_or_patched_is_called_as_ever(spoiler, whom, calls) -> Non
 
 @pytest.mark.parametrize("how", ["hook", "scaled by a hook", "pruning", "parametrisation", "scaled forward"])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_what_hooks_or_patches_lora_A_and_lora_B_takes_part_as_in_peft(how, part) -> None:
-    """In two steps of SGD, after a step without it; gone again, all is computed together again."""
+def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> None:
+    """Two steps of SGD after one without the hook. When it is removed, all projections are computed together again."""
     seen: collections.Counter[str] = collections.Counter()
     kept: list[Any] = []
     inputs = plain(tiny.batch("llama"))
@@ -109,8 +109,8 @@ class _Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
-def test_a_pruned_A_reads_both_streams(memory) -> None:
-    """Its weight is made anew for each step, the source's share included."""
+def test_pruned_A_projects_both_streams(memory) -> None:
+    """Pruning recomputes the weight in each step. The source's projection uses it too."""
     inputs, found = tiny.batch("llama"), []
     for pruned in (True, False):
         model = fused("llama", dtype=torch.float64, source_memory=memory).double()
@@ -120,14 +120,14 @@ def test_a_pruned_A_reads_both_streams(memory) -> None:
         with torch.no_grad():
             for one in layers:
                 one.weight_orig *= 1.1
-        if not pruned:  # the same weights without the hook that masks them
+        if not pruned:  # the same weights without the pruning hook
             for one in layers:
                 prune.remove(one, "weight")
         found += [step(model, inputs)["loss"], step(model, inputs)["loss"]]
     torch.testing.assert_close(torch.stack(found), found[-1].expand(4), rtol=1e-12, atol=0)
 
 
-def test_a_trained_base_weight_keeps_its_own_graph(calls) -> None:
+def test_trained_base_weight_has_a_separate_graph(calls) -> None:
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     attention = first_attention(model)
@@ -145,7 +145,7 @@ def test_a_trained_base_weight_keeps_its_own_graph(calls) -> None:
     assert calls["owned"] == tiny.LAYERS, "frozen again"
 
 
-def test_eager_fusions_and_different_dropouts_compute_alone(calls) -> None:
+def test_eager_fusions_and_different_dropouts_are_computed_separately(calls) -> None:
     inputs = tiny.batch("llama")
     for overrides in ({"fusion": "matmul"}, {"fusion": "cross_attention", "r": 4}):
         step(fused("llama", **overrides), inputs)
@@ -159,7 +159,7 @@ def test_eager_fusions_and_different_dropouts_compute_alone(calls) -> None:
     assert (calls["joint"], calls["single"]) == (0, 2 * tiny.LAYERS)
 
 
-def test_lora_bias_and_several_active_adapters_compute_alone(calls) -> None:
+def test_lora_bias_and_several_active_adapters_are_computed_separately(calls) -> None:
     inputs = tiny.batch("llama")
     step(fused("llama", lora_bias=True), inputs)
     assert (calls["joint"], calls["single"]) == (0, 2 * tiny.LAYERS)

@@ -1,4 +1,4 @@
-"""Threads that share a model."""
+"""Several threads that use one model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from site_models import fused, is_empty, plain
 
 from flare.source.context import THREAD
-from flare.source.source_pass import Switches
+from flare.source.source_pass import ModuleSwitches
 
 
 def in_threads(*runs: Callable[[], None]) -> None:
-    """Run at the same time, starting together; an error in one of them is raised here."""
+    """Run functions in concurrent threads, and raise the first error of a thread."""
     barrier, errors = threading.Barrier(len(runs)), []
 
     def run(one: Callable[[], None]) -> None:
@@ -36,8 +36,8 @@ def in_threads(*runs: Callable[[], None]) -> None:
 
 
 @pytest.fixture
-def switching(monkeypatch) -> None:
-    """Threads change places after a microsecond instead of five milliseconds."""
+def frequent_switches(monkeypatch) -> None:
+    """Make Python switch threads every microsecond instead of every five milliseconds."""
     import sys
 
     before = sys.getswitchinterval()
@@ -48,8 +48,8 @@ def switching(monkeypatch) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("fusion", [None, "add_relu"])
-def test_threads_that_share_a_model_in_eval_mode(family, fusion, switching) -> None:
-    """Each with two batches, one of them with a source or not; BERT has a head that is saved beside the adapter."""
+def test_threads_share_a_model_in_eval_mode(family, fusion, frequent_switches) -> None:
+    """Each thread has two batches, with and without a source. BERT also has a trained head."""
     model = fused(family, fusion=fusion, dtype=torch.float64).eval()
     if family == "bert":
         assert any(type(m).__name__ == "ModulesToSaveWrapper" for m in model.modules())
@@ -74,11 +74,11 @@ def test_threads_that_share_a_model_in_eval_mode(family, fusion, switching) -> N
     assert is_empty(THREAD.slot)
     assert {path: module.training for path, module in model.named_modules()} == state
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
-    assert not any(one._passes for m in model.modules() for one in vars(m).values() if isinstance(one, Switches))
+    assert not any(one._passes for m in model.modules() for one in vars(m).values() if isinstance(one, ModuleSwitches))
 
 
 @pytest.mark.parametrize("fusion", [None, "add_relu"])
-def test_threads_that_take_gradients_in_train_mode(fusion, switching) -> None:
+def test_threads_compute_gradients_in_train_mode(fusion, frequent_switches) -> None:
     model = fused("llama", fusion=fusion, dtype=torch.float64)
     parameters = [p for p in model.parameters() if p.requires_grad]
 

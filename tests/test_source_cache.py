@@ -243,7 +243,7 @@ def test_under_recomputation_in_backward_a_reader_reads_again() -> None:
     base = model.get_base_model()
     cache = flare.SourceStateCache(3500, tiers=("device",))  # room for one row of three
     model.set_source_cache(cache)
-    wanted = {key for key, _, _ in runtime_of(base).wanted()}
+    wanted = {key for key, _, _ in runtime_of(base).state_uses()}
     inputs = {"input_ids": batch["source_input_ids"], "attention_mask": batch["source_attention_mask"]}
     read = cache.reader(base, inputs, wanted, Preparation())
     first: dict[Any, torch.Tensor] = {}

@@ -48,7 +48,7 @@ def test_without_memory_to_write_from_rows_that_wait_are_written_and_then_no_mor
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(3)]
     wants = [step(model, batch) for batch in batches]
-    free, room = [5], module._room
+    free, room = [5], module._host_buffer
 
     def scarce(nbytes: int, device: torch.device) -> torch.Tensor:
         if not free[0]:
@@ -56,7 +56,7 @@ def test_without_memory_to_write_from_rows_that_wait_are_written_and_then_no_mor
         free[0] -= 1
         return room(nbytes, device)
 
-    monkeypatch.setattr(module, "_room", scarce)
+    monkeypatch.setattr(module, "_host_buffer", scarce)
     cache = cache_in("disk", tmp_path)
     model.set_source_cache(cache)
     with pytest.warns(UserWarning, match="no memory to write to") as said:

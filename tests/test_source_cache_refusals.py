@@ -15,7 +15,7 @@ def test_wrong_arguments_are_named(tmp_path) -> None:
         (r"budget=1.5 must be bytes", TypeError, {"budget": 1.5}),
         (r"budget=True must be bytes", TypeError, {"budget": True}),
         (r"tiers=\(\) is not accepted", ValueError, {"budget": 1, "tiers": ()}),
-        (r"budget=-1 must be bytes, none below 0", ValueError, {"budget": -1}),
+        (r"budget=-1 must be bytes, 0 or more", ValueError, {"budget": -1}),
         (r"budget names 'gpu'.*'device', 'host', 'disk'", ValueError, {"budget": {"gpu": 1}}),
         (r"budget names 'host', which tiers", ValueError, {"budget": {"host": 1}, "tiers": ("device",)}),
         (r"tiers=\('ram',\) is not accepted: 'auto', or", ValueError, {"budget": 1, "tiers": ("ram",)}),
@@ -23,7 +23,7 @@ def test_wrong_arguments_are_named(tmp_path) -> None:
         (r"'disk' needs a directory=", ValueError, {"budget": 1, "tiers": ("disk",)}),
         (r"'disk' needs a directory=", ValueError, {"budget": {"disk": 1}}),
         (r"directory=.* is for the tier 'disk'", ValueError, {"budget": 1, "tiers": ("host",), "directory": "x"}),
-        (r"directory=.* cannot be made", ValueError, {"budget": 1, "directory": file}),
+        (r"directory=.* cannot be created", ValueError, {"budget": 1, "directory": file}),
     ]:
         with pytest.raises(error, match=match):
             flare.SourceStateCache(**arguments_)

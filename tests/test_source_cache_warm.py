@@ -362,7 +362,7 @@ def test_rows_in_host_memory_are_copied_beside_the_computing_stream(monkeypatch)
     copy = reader_module.copy_each
     monkeypatch.setattr(reader_module, "_fill_on_cpu", reader_module._fill_on_cuda)
     monkeypatch.setattr(reader_module, "copy_each", lambda *args: (log.append(f"{len(args[0])} copies"), copy(*args)))
-    monkeypatch.setattr(reader_module, "_lane", functools.cache(reader_module._Lane))
+    monkeypatch.setattr(reader_module, "_copy_stream", functools.cache(reader_module._CopyStream))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: copying)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)

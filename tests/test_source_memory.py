@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 import flare
 from flare.experiments.measure import count_calls
-from flare.source import inputs as source_inputs
 from flare.source import memory as source_memory
 from flare.source.source_pass import FrozenPass, Preparation
 
@@ -62,13 +61,13 @@ def assert_close(got, want) -> None:
 @pytest.fixture
 def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The strategy itself, where a CPU would take "keep" in its place."""
-    plain = source_memory.choose
+    plain = source_memory.choose_memory
 
-    def choose(asked: str, *args, **kwargs):
-        choice = plain(asked, *args, **kwargs)
-        return source_memory.Choice("offload") if asked == "offload" and ON_CPU in choice.reason else choice
+    def choose(setting: str, *args, **kwargs):
+        choice = plain(setting, *args, **kwargs)
+        return source_memory.MemoryChoice("offload") if setting == "offload" and ON_CPU in choice.reason else choice
 
-    monkeypatch.setattr(source_inputs, "choose", choose)
+    monkeypatch.setattr(source_memory, "choose_memory", choose)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,7 +147,7 @@ def test_block_executions_of_a_step(memory: str) -> None:
 def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypatch) -> None:
     """ "keep" holds one state for each block; "recompute" and inference hold at most two, at any time and depth."""
     alive = StatesAlive()
-    monkeypatch.setattr(FrozenPass, "note", alive.noting())
+    monkeypatch.setattr(FrozenPass, "record", alive.noting())
     depth = "num_layers" if family == "mt5" else "num_hidden_layers"
     for layers in (2, 6):
         model = model_of(family, "keep" if memory == "inference" else memory, base={depth: layers})
@@ -245,7 +244,7 @@ def test_auto_decides_from_sizes_and_says_what_it_picked(monkeypatch) -> None:
         assert calls.total == executions * tiny.LAYERS, "the model is not run to decide"
         picked = [str(one.message) for one in said if "source_memory" in str(one.message)]
         assert len(picked) == (executions == 3)
-        assert all("'auto' picked 'recompute'" in one and "overrule" in one for one in picked)
+        assert all("'auto' chose 'recompute'" in one and "to override" in one for one in picked)
 
 
 def test_offload_on_a_cpu_is_keep_said_once() -> None:
@@ -309,14 +308,14 @@ def test_wrong_settings(options: dict, message: str) -> None:
 def test_states_are_gone_after_backward_though_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
     """A loop that holds its last output while the next forward runs has one batch's states, not two."""
     alive: list[weakref.ref] = []
-    plain = FrozenPass.note
+    plain = FrozenPass.record
 
     def note(self, key, hidden):
         if key in self.missing:
             alive.append(weakref.ref(hidden.untyped_storage()))
         plain(self, key, hidden)
 
-    monkeypatch.setattr(FrozenPass, "note", note)
+    monkeypatch.setattr(FrozenPass, "record", note)
     model = model_of("llama", "keep")
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -319,7 +319,7 @@ def test_a_source_at_a_cached_step_is_refused() -> None:
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
     cache = model(**rest, use_cache=True).past_key_values
     step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
-    with pytest.raises(ValueError, match="would meet the wrong ones of the source; use model"):
+    with pytest.raises(ValueError, match="would fuse with the wrong source positions; use model"):
         model(**step, source_input_ids=inputs["source_input_ids"][:, -1:])
     model(**step)
 

@@ -114,7 +114,7 @@ def test_a_row_whose_check_says_that_it_cannot_run_is_skipped() -> None:
     cases, timing = module("cases"), module("timing")
 
     def not_here() -> None:
-        raise cases.NotHere("no room")
+        raise cases.CannotRun("no room")
 
     variants = {"a": cases.Variant(lambda: None, not_here), "b": cases.Variant(lambda: None, lambda: None)}
     how = timing.Effort(budget_s=0.0, least=2, most=2, warmup=1)
@@ -126,7 +126,7 @@ def test_a_row_whose_check_says_that_it_cannot_run_is_skipped() -> None:
 def test_a_graph_is_captured_only_beside_the_largest_eager_row(monkeypatch: pytest.MonkeyPatch) -> None:
     fast_steps = module("fast_steps")
     fast = fast_steps.FastSteps(None)
-    fast.needs = {"flare": 3 << 30, "input-fusion": 5 << 30}
+    fast.eager_bytes = {"flare": 3 << 30, "input-fusion": 5 << 30}
     for free, fits in ((9 << 30, True), (8 << 30, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 16 << 30))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 7)
@@ -134,7 +134,7 @@ def test_a_graph_is_captured_only_beside_the_largest_eager_row(monkeypatch: pyte
         if fits:
             assert fast._make_room("flare-captured") == 5
         else:
-            with pytest.raises(module("cases").NotHere, match=r"8 GiB; 8 of 16 GiB are free"):
+            with pytest.raises(module("cases").CannotRun, match=r"8 GiB; 8 of 16 GiB are free"):
                 fast._make_room("flare-captured")
 
 

@@ -1,4 +1,4 @@
-"""What torch does with a whole model: the meta device, tracers, torch.func, and gradients of gradients."""
+"""Whole models on the meta device, under tracers and torch.func, and with second derivatives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fused(family: str, **fields: Any) -> Any:
 
 
 def stock(family: str, model: Any) -> Any:
-    """The same numbers in PEFT's own layers."""
+    """Return PEFT's model with the same weights."""
     config = peft.LoraConfig(
         r=4, lora_alpha=128, target_modules=QV[family], task_type=model.peft_config["default"].task_type
     )
@@ -60,7 +60,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("source_memory", [None, "recompute"])
 @pytest.mark.parametrize("family", QV)
 def test_the_meta_device(family, source_memory) -> None:
-    """As with PEFT without masks, whose values transformers reads, except those of llama in eager attention."""
+    """Masks are left out because transformers reads their values, except in llama with eager attention."""
     fields = {} if source_memory is None else {"source_memory": source_memory}
     model = fused(family, lora_dropout=0.1, target_modules="all-linear", **fields).to("meta")
     batch = {name: value.to("meta") for name, value in tiny.batch(family, source=source_memory is not None).items()}
@@ -73,8 +73,8 @@ def test_the_meta_device(family, source_memory) -> None:
 
 
 @pytest.mark.parametrize(("family", "source"), [("bert", False), ("llama", True), ("mt5", True)])
-def test_export_gives_plain_operators(family, source) -> None:
-    """No operator of ours is left in the graph, which computes what the model does, for other values too."""
+def test_export_contains_only_plain_operators(family, source) -> None:
+    """The graph has no operator of flare_kernels, and it matches the model also on other values."""
     model, batch = fused(family), inputs_of(family, source)
     labels = batch.pop("labels")
     if family == "mt5":
@@ -89,7 +89,7 @@ def test_export_gives_plain_operators(family, source) -> None:
     assert not torch.allclose(want, model(**batch).logits)
 
 
-def test_export_of_an_encoders_source_alone_is_refused() -> None:
+def test_export_of_encode_source_is_refused() -> None:
     batch = tiny.batch("mt5")
     batch["decoder_input_ids"] = batch.pop("labels")
     with pytest.raises(ValueError, match=r"source_input_ids under torch.export.*source_decoder_input_ids"):
@@ -120,7 +120,7 @@ def test_a_traced_model_is_saved_and_loaded(source) -> None:
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention", None])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_transforms_of_torch_func(family, fusion) -> None:
-    """grad, and per-row gradients by vmap, against the fused backward pass; masks are left out: their values decide."""
+    """Compare grad, and per-row gradients by vmap, with the fused backward. transformers would read masks."""
     model, batch = fused(family, fusion=fusion).double(), inputs_of(family, fusion is not None, masks=False)
 
     def loss(weights: dict, batch: dict) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_the_transforms_of_torch_func(family, fusion) -> None:
 
 
 def test_second_derivatives_by_torch_func() -> None:
-    """A Hessian times a direction, against differences of the fused backward pass."""
+    """Compare a Hessian-vector product with differences of the fused backward."""
     model, batch = fused("bert").double(), inputs_of("bert", True, masks=False)
     direction = {name: torch.randn_like(value) for name, value in trained(model).items()}
 
@@ -154,7 +154,7 @@ def test_second_derivatives_by_torch_func() -> None:
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("ask", ["grad", "backward"])
 def test_gradients_of_gradients_are_refused(source, ask) -> None:
-    """They were zero without a word. First derivatives with create_graph=True are those without."""
+    """Second derivatives raise instead of being zero. First derivatives do not change with create_graph=True."""
     model, batch = fused("llama", source_memory="recompute"), inputs_of("llama", source)
     want, parameters = fused_gradients(model, batch), [p for p in model.parameters() if p.requires_grad]
     found = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True)
@@ -167,8 +167,7 @@ def test_gradients_of_gradients_are_refused(source, ask) -> None:
             penalty.backward()
 
 
-def test_pefts_own_layers_agree_on_what_is_compared() -> None:
-    """Plain LoRA's functional gradients are PEFT's."""
+def test_functional_gradients_of_plain_lora_match_peft() -> None:
     model = fused("llama", fusion=None)
     other, batch = stock("llama", model), tiny.batch("llama", source=False)
 

@@ -300,7 +300,7 @@ def test_source_spans_follow_their_tokens_when_padding_stands_on_the_left():
     first = out["source_input_ids"][at, out["source_start_positions"]]
     assert first.tolist() == [row["source_input_ids"][1] for row in made]
     made[0]["source_end_positions"] = 40
-    with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is no position of its \d+ source_input_ids"):
+    with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is outside its \d+ source_input_ids"):
         FlareDataCollator(tokenizer())(made)
 
 
@@ -438,7 +438,7 @@ def test_no_source_is_said_once_and_is_plain_lora():
 
 
 def test_what_does_not_fit_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"layer=3 is no block of BertForSequenceClassification.* has 0 to 2"):
+    with pytest.raises(ValueError, match=r"layer=3 is not a block of BertForSequenceClassification.* has 0 to 2"):
         x_mixup(task_model("bert"), r=4, layer=3)
     with pytest.raises(ValueError, match=r"lambda0=1\.5 must be a number from 0 to 1"):
         x_mixup(task_model("bert"), r=4, lambda0=1.5)

@@ -1,4 +1,4 @@
-"""Tiny random models of each family, two-stream batches for them, and the eager form of FLARE to compare with."""
+"""Tiny random models of each family, batches of two streams for them, and an eager reference of FLARE."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CAUSAL = ("llama", "gemma2", "gemma3", "qwen3", "mistral")
 
 
 def config(family: str, **changes: Any) -> transformers.PretrainedConfig:
-    """The tiny configuration of a family; dropouts are the library's defaults."""
+    """Return the tiny configuration of a family, with transformers' default dropouts."""
     made = {
         "bert": lambda: transformers.BertConfig(**{**_ENCODER, **changes}),
         "xlmr": lambda: transformers.XLMRobertaConfig(**{**_ENCODER, **changes}),
@@ -93,7 +93,7 @@ CLASSES = {
 
 
 def model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
-    """A random tiny model in train mode, all of whose dropouts are off unless asked for."""
+    """Return a random tiny model in train mode. Its dropouts are 0 unless ``changes`` sets them."""
     torch.manual_seed(seed)
     made = CLASSES[family](config(family, **changes))
     if "hidden_dropout_prob" not in changes and "dropout_rate" not in changes:
@@ -105,7 +105,7 @@ def model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **c
 
 
 def randomize_lora(model: nn.Module, seed: int = 1) -> None:
-    """Random A and B: a zero B hides errors."""
+    """Set A and B to random values, because a zero B hides errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -114,7 +114,7 @@ def randomize_lora(model: nn.Module, seed: int = 1) -> None:
 
 
 def batch(family: str, *, B: int = 3, m: int = 9, seed: int = 2, source: bool = True) -> dict[str, Tensor]:
-    """A two-stream batch with padding on the family's side, of different lengths in the two streams."""
+    """Return a batch of two streams with different lengths, padded on the family's side."""
     generator = torch.Generator().manual_seed(seed)
     left = family in _CAUSAL
 
@@ -141,7 +141,7 @@ def batch(family: str, *, B: int = 3, m: int = 9, seed: int = 2, source: bool = 
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients of all trained parameters by name."""
+    """Return the gradients of all trained parameters by name."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
@@ -149,7 +149,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def source_hidden_states(peft_model: Any, inputs: dict[str, Tensor], offset: int) -> list[Tensor]:
-    """x_S of every block from a plain hooked pass of the frozen base model (dropouts are off in these models)."""
+    """Return x_S of every block from a pass of the frozen base model with hooks (these models have no dropout)."""
     base = peft_model.get_base_model()
     blocks = block_list(base)
     states: list[Tensor] = []
@@ -174,13 +174,13 @@ def source_hidden_states(peft_model: Any, inputs: dict[str, Tensor], offset: int
 
 
 def block_list(base: nn.Module) -> nn.ModuleList:
-    """The block stack of an encoder or decoder model (not mT5)."""
+    """Return the block stack of an encoder or decoder model (not mT5)."""
     return next(m for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and n.endswith(("layer", "layers")))
 
 
 @contextlib.contextmanager
 def eager_fusion(peft_model: Any, states: list[Tensor], phi: Any, names: tuple[str, ...]) -> Iterator[None]:
-    """Stock PEFT LoRA layers, their forward replaced by the method's formula in PEFT's own eager style."""
+    """Replace the forward of PEFT's LoRA layers by the formula, in eager PyTorch."""
     base = peft_model.get_base_model()
     patched = []
     for block, state in zip(block_list(base), states, strict=True):

@@ -25,7 +25,7 @@ TASKS = {
 
 
 def lora(family: str) -> Any:
-    """A stock PEFT LoRA model with a random B, so that every adapter weight has a gradient."""
+    """Return PEFT's LoRA model with a random B, so that every adapter weight has a gradient."""
     model = get_peft_model(task_model(family), LoraConfig(r=4, task_type=TASKS[family]))
     return randomised(model)
 

@@ -1,4 +1,4 @@
-"""Models and rows of two texts of every task, for the tests of collators, trainer and baselines."""
+"""Models and rows of two texts for every task, for the tests of collator, trainer and baselines."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _NO_DROPOUT = {
 
 
 def task_model(task: str, seed: int = 0) -> Any:
-    """A random model for a task, without dropout, whose pad token is that of :func:`tokenizer`."""
+    """Return a random model for a task, without dropout and with the pad token of :func:`tokenizer`."""
     family, model_class, changes = TASKS[task]
     torch.manual_seed(seed)
     return model_class(tiny.config(family, pad_token_id=PAD, **_NO_DROPOUT[family], **changes))
 
 
 def tokenizer(padding_side: str = "right", pad: bool = True) -> PreTrainedTokenizerFast:
-    """Words w5 ... w63 with ids 5 ... 63; "[CLS] text [SEP]" as BERT has it."""
+    """Return a tokenizer of the words w5 ... w63 (ids 5 ... 63) that adds BERT's [CLS] and [SEP]."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCAB))])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -60,7 +60,7 @@ def tokenizer(padding_side: str = "right", pad: bool = True) -> PreTrainedTokeni
 
 
 def rows(task: str, count: int, seed: int = 0, source: bool = True) -> list[dict[str, Any]]:
-    """Rows of unequal lengths (and, where labels are lists, unequal numbers of labels) for a task."""
+    """Return rows of different lengths for a task; if labels are lists, their lengths differ too."""
     draw = random.Random(seed)
 
     def words(low: int, high: int) -> list[int]:

@@ -1,9 +1,12 @@
-"""The paper's comparisons, on the same kernels, collators and trainer as FLARE, so that a comparison is fair.
+"""The baselines of the paper, on the same kernels, collators and trainer as FLARE.
 
-- Plain LoRA (:func:`plain_lora`): no source at all.
-- Input-level fusion (:func:`input_fusion` with :class:`InputFusionCollator`): source and target as one text of up to 2m
-  tokens, read by plain LoRA.
-- X-Mixup (:func:`x_mixup`): both texts through one model, mixed at one block, with consistency losses.
+- Plain LoRA (:func:`plain_lora`): no source.
+- Input-level fusion (:func:`input_fusion` with :class:`InputFusionCollator`): plain LoRA on one text of up to 2m
+  tokens, the source followed by the target.
+- X-Mixup (:func:`x_mixup`): both texts run through one model, are mixed at one block, and share consistency losses.
+
+    model = flare.baselines.plain_lora(model, r=64)
+    flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
 """
 
 from .input_level import InputFusionCollator, input_fusion, max_positions

@@ -1,6 +1,6 @@
-"""Input-level fusion (the paper's strongest baseline): source and target as one text, read by plain LoRA.
+"""Input-level fusion, the paper's strongest baseline: plain LoRA on one text, the source followed by the target.
 
-The text is twice as wide as FLARE's two streams, which is where its cost in time and memory comes from.
+The text is up to 2m tokens long, while each of FLARE's two streams has m. This is why it needs more time and memory.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BatchEncoding
 
-from ..training.collator import FlareDataCollator, Text
+from ..training.collator import FlareDataCollator, layout_of
 from ..training.row_checks import read_rows
+from ..training.texts import Text
 from .lora import plain_lora
 
 if TYPE_CHECKING:
@@ -21,40 +22,48 @@ if TYPE_CHECKING:
 
 
 def max_positions(model: Any) -> int | None:
-    """The longest text a model has positions for, or None where positions are relative and unlimited (T5).
+    """Return the number of tokens that a model has positions for, or None for relative positions without a limit (T5).
 
-    RoBERTa-like models lose the positions up to and including their padding index.
+    In models like RoBERTa the positions up to and including the padding index are not usable.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            lost = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - lost
+            unusable = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - unusable
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
     return limit
 
 
 @dataclass
 class InputFusionCollator(FlareDataCollator):
-    """Makes one text of source + target from the rows that FlareDataCollator takes, with the same options.
+    """Data collator that joins source and target to one text.
 
-    ``max_length`` is m, the limit of each text, as for FLARE; the batch is up to 2m wide (with ``padding="max_length"``
-    exactly 2m). The tokens of both texts stand next to each other: ``[CLS] source [SEP] target [SEP]``, padded as one
-    text. The target's opening special token (CLS or BOS) is dropped where the source begins with the same.
-    ``labels`` stay those of the target: one class, or one per token with -100 on the source; ``start_positions`` and
-    ``end_positions`` move along with the target. Causal rows read source prompt, target prompt, target answer; the
-    source's answer is left out, and only the target's answer has labels. The collator cannot know where a prompt's
-    instruction begins, so the instruction would appear twice. For rows with prompts use
-    `flare.experiments.tasks.JoinedForm`, which writes one prompt of both texts (as `flare train --method input-fusion`
-    does), and FlareDataCollator. The output has no ``source_*`` key.
+        model = flare.baselines.input_fusion(model, max_length=128, r=64)
+        collate = flare.baselines.InputFusionCollator.for_model(model, tokenizer, max_length=128)
+        flare.FlareTrainer(model, args, train_dataset=rows, data_collator=collate).train()
+
+    Rows and options are those of :class:`flare.FlareDataCollator`. The output is a BatchEncoding without ``source_*``
+    keys: ``input_ids`` and ``attention_mask`` (B, up to 2m; with ``padding="max_length"`` exactly 2m), and ``labels``.
+
+    - Both texts are joined as ``[CLS] source [SEP] target [SEP]`` and padded as one. If both begin with the same
+      special token (CLS or BOS), the target's is dropped.
+    - ``labels`` are those of the target: one class, or one label per token, with -100 on the source.
+      ``start_positions`` and ``end_positions`` are shifted with the target.
+    - Causal rows become source prompt, target prompt, target answer. The source's answer is left out, and only the
+      target's answer has labels. An instruction in the prompts appears twice, because the collator cannot tell it from
+      the text. To avoid this, write one prompt for both texts with `flare.experiments.tasks.JoinedForm`, as
+      `flare train --method input-fusion` does, and use FlareDataCollator.
 
     Args:
-        max_positions: the longest text the model can read (see :func:`max_positions`); wider batches are an error.
-        token_types: True gives ``token_type_ids`` 0 for the source and 1 for the target, False none. Default: True
-            where the tokenizer lists ``token_type_ids`` among its inputs. A model with one token type needs False;
-            :meth:`for_model` looks it up.
+        max_length: m, the largest number of tokens of each text, as for FLARE.
+        max_positions: the number of tokens that the model has positions for (see :func:`max_positions`). Wider batches
+            are an error.
+        token_types: True adds ``token_type_ids``, 0 for the source and 1 for the target. False adds none, which a model
+            with one token type needs. Default: True if ``token_type_ids`` are among the tokenizer's inputs.
+            :meth:`for_model` reads it from the model.
 
     Raises:
-        ValueError: as FlareDataCollator, and for batches wider than ``max_positions``.
+        ValueError: as FlareDataCollator, or a batch is wider than ``max_positions``.
     """
 
     max_positions: int | None = None
@@ -72,18 +81,16 @@ class InputFusionCollator(FlareDataCollator):
 
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any, **options: Any) -> InputFusionCollator:
-        """A collator that knows the model's positions, token types and layout; ``options`` as for the class."""
-        from ..training.collator import layout_of
-
-        known = {
+        """Return a collator with the model's positions, token types and layout; ``options`` are further arguments."""
+        defaults = {
             "max_positions": max_positions(model),
             "token_types": getattr(model.config, "type_vocab_size", 0) > 1,
             "layout": layout_of(model),
         }
-        return cls(tokenizer, **{**known, **options})
+        return cls(tokenizer, **{**defaults, **options})
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> BatchEncoding:
-        """One batch of single texts."""
+        """Return a batch of joined texts."""
         read = read_rows(rows)
         layout = self._layout(read)
         targets, sources = self._texts(read, layout)
@@ -91,8 +98,8 @@ class InputFusionCollator(FlareDataCollator):
             joined = [self._join(s, t, layout) for s, t in zip(sources, targets, strict=True)]
         else:
             joined = targets
-        rest = [{name: value for name, value in row.items() if not name.startswith("source_")} for row in read]
-        batch = self._batch(rest, {"": joined}, layout, None if self.max_length is None else 2 * self.max_length)
+        target_rows = [{name: value for name, value in row.items() if not name.startswith("source_")} for row in read]
+        batch = self._batch(target_rows, {"": joined}, layout, None if self.max_length is None else 2 * self.max_length)
         width = batch["input_ids"].shape[1]
         if self.max_positions is not None and width > self.max_positions:
             raise ValueError(
@@ -102,38 +109,38 @@ class InputFusionCollator(FlareDataCollator):
         return batch
 
     def _join(self, source: Text, target: Text, layout: str) -> Text:
-        """Source and target as one text; columns that only the target has are -100 on the source."""
+        """Return source and target as one text, with labels -100 on the source."""
         if layout == "causal":
             source.keep(range(source.split))  # the prompt
         first = source.columns["input_ids"][:1]
         openings = {self.tokenizer.cls_token_id, self.tokenizer.bos_token_id} - {None}
         drop = int(bool(first) and first == target.columns["input_ids"][:1] and first[0] in openings)
-        at, length = len(source), len(target) - drop
+        start, length = len(source), len(target) - drop
         columns = {name: source.columns[name] + target.columns[name][drop:] for name in ("input_ids", "attention_mask")}
         if "labels" in target.columns:
-            columns["labels"] = [self.label_pad_token_id] * at + target.columns["labels"][drop:]
+            columns["labels"] = [self.label_pad_token_id] * start + target.columns["labels"][drop:]
         if self.token_types:
-            columns["token_type_ids"] = [0] * at + [1] * length
+            columns["token_type_ids"] = [0] * start + [1] * length
         if layout == "causal":
-            split = at + max(target.split - drop, 0)
+            split = start + max(target.split - drop, 0)
         else:
-            split = at + length if self.padding_side == "left" else 0
-        return Text(columns, split, moved=at - drop)
+            split = start + length if self.padding_side == "left" else 0
+        return Text(columns, split, target_offset=start - drop)
 
 
 def input_fusion(
     model: Any, config: peft.LoraConfig | None = None, *, max_length: int | None = None, **overrides: Any
 ) -> peft.PeftModel:
-    """Plain LoRA for batches of :class:`InputFusionCollator`.
+    """Return a model with plain LoRA adapters for the batches of :class:`InputFusionCollator`.
 
     Args:
-        model: as for :func:`plain_lora`.
-        config: as for :func:`plain_lora`.
-        max_length: m, the tokens of each text; given, the model must have positions for 2m.
-        **overrides: as for :func:`plain_lora`.
+        model: a transformers model (modified in place) or a PEFT LoRA model.
+        config: a FlareConfig, a peft.LoraConfig or None.
+        max_length: m, the number of tokens of each text. If given, the model must have positions for 2m.
+        **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 
     Raises:
-        ValueError: a model with fewer than 2m positions; an override ``fusion``.
+        ValueError: the model has fewer than 2m positions; ``fusion`` is not None.
     """
     limit = max_positions(model)
     if max_length is not None and limit is not None and 2 * max_length > limit:

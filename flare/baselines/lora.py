@@ -1,4 +1,4 @@
-"""Plain LoRA: FLARE's adapters, kernels and heads, without a source."""
+"""Plain LoRA: FLARE's adapters and kernels without a source."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ if TYPE_CHECKING:
 
 
 def plain_lora(model: Any, config: peft.LoraConfig | None = None, **overrides: Any) -> peft.PeftModel:
-    """``fast_lora`` with ``fusion=None``: y = x W^T + b + s T B^T.
+    """Return a model with plain LoRA adapters: :func:`flare.fast_lora` with ``fusion=None``.
+
+    The adapters compute y = x W^T + b + s T B^T with T = x A^T and s = lora_alpha / r, on this package's kernels.
+
+        model = flare.baselines.plain_lora(model, r=64, lora_alpha=128)
 
     Args:
-        model: a transformers model (modified in place) or a PEFT LoRA model, as for :func:`flare.fast_lora`.
+        model: a transformers model (modified in place) or a PEFT LoRA model.
         config: a FlareConfig, a peft.LoraConfig or None.
-        overrides: FlareConfig fields, such as ``r``, ``lora_alpha`` or ``target_modules``.
+        **overrides: fields of FlareConfig, such as ``r``, ``lora_alpha`` or ``target_modules``.
 
     Raises:
-        ValueError: an override ``fusion`` other than None.
+        ValueError: ``fusion`` is not None; or a reason of :func:`flare.fast_lora`.
     """
     from ..tuner.convert import fast_lora
 

@@ -1,10 +1,10 @@
-"""X-Mixup's layer: one block whose self-attention is used once more, from the target's tokens to the source's.
+"""X-Mixup's layer: one block whose self-attention module runs a second time, from the target's tokens to the source's.
 
 Shapes: B rows, n tokens of the target, m of the source, d the hidden size, h heads, e the width of a head.
 
-The block's own attention module computes queries, keys, values, their positions (RoPE, T5's bias), their norms and the
-output projection; only what it does between them, the attention function that transformers looks up by name, is ours
-for that one call. No modeling code is copied, and no architecture is known by its class.
+The block's attention module computes queries, keys, values, their positions (RoPE, T5's bias), their norms and the
+output projection. Only the attention function between them, which transformers looks up by name, is replaced for the
+second call. No modeling code is copied, and no model class is named.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .mixup_place import Place
 
 _IMPLEMENTATION = "flare_x_mixup"
 _RUNTIME = "_flare_x_mixup"
-#: Attribute of a LoRA layer of the mixup block that holds the adapter's w and b, so that PEFT saves them with lora_A.
+#: Attribute of a LoRA layer of the mixup block that holds w and b. PEFT then saves them as it saves lora_A.
 RATIO = "lora_x_mixup"
 
 # --- one forward of both streams -------------------------------------------------------------------------------------
@@ -31,12 +31,16 @@ RATIO = "lora_x_mixup"
 
 @dataclass
 class Streams:
-    """What one forward knows of its two texts.
+    """The two texts of one forward, and what their streams exchange.
 
-    visible: (B, m) bool, the source's tokens that the target may look at. counted: (B, n) bool, the target's tokens
-    over which the entropy is averaged. keys, values: (B, heads, m, e) of the source at the mixup block. ratio: lambda
-    (B,), kept in generation. hidden: the last hidden states of "source" (B, m, d) and "target" (B, n, d).
-    source_inputs, source_output: of the source's forward.
+    Attributes:
+        visible: (B, m) bool, the source's tokens that the target may attend to.
+        counted: (B, n) bool, the target's tokens over which the entropy is averaged.
+        keys, values: (B, heads, m, e), the source's at the mixup block.
+        ratio: lambda (B,); generation computes it once.
+        hidden: the last hidden states, "source" (B, m, d) and "target" (B, n, d).
+        source_inputs: keyword arguments of the source's forward.
+        source_output: output of the source's forward.
     """
 
     visible: Tensor
@@ -51,7 +55,19 @@ class Streams:
 
 @dataclass
 class MixupRuntime:
-    """What the hooks of one model share; attached to its modules, copied and pickled with them."""
+    """State that the hooks of one model share. It is attached to modules, and copied and pickled with them.
+
+    Attributes:
+        classifier_token: the token that a classifier of the model reads: "first", "last", or "mean" of all.
+        mode: "source" or "target" while that stream runs.
+        generating: whether one source serves all forwards of a generation.
+        checkpointed: whether gradient checkpointing of the mixup block was switched off for these streams.
+        block_input: hidden state at the input of the mixup block.
+        call: positional and keyword arguments of the block's first attention.
+        in_second_call: whether the attention module runs for the second time.
+        warned: messages that were shown.
+        handles: handles of the hooks.
+    """
 
     model: nn.Module
     place: Place
@@ -60,15 +76,15 @@ class MixupRuntime:
     lambda0: float
     alpha: float
     layer_norm: bool
-    reads: str = "first"  # which token a classifier of the model reads: "first", "last", or none alone ("mean")
-    mode: str | None = None  # "source" or "target" while that stream runs
+    classifier_token: str = "first"
+    mode: str | None = None
     streams: Streams | None = None
-    holds: bool = False  # during generate: one source for all its forwards
+    generating: bool = False
     checkpointed: bool = False
     block_input: Tensor | None = None
     call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-    inside: bool = False  # while the attention runs for the second time
-    said: set[str] = field(default_factory=set)
+    in_second_call: bool = False
+    warned: set[str] = field(default_factory=set)
     handles: list[Any] = field(default_factory=list)
 
     @property
@@ -77,63 +93,67 @@ class MixupRuntime:
         for module in self.model.get_submodule(self.place.block).modules():
             if isinstance(module, FlareLayer) and self.adapter in getattr(module, RATIO, ()):
                 return module
-        raise AssertionError("the adapter's w and b are gone")
+        raise AssertionError("no LoRA layer of the mixup block holds w and b")
 
     @property
     def ratio(self) -> nn.Linear:
         """The adapter's w (1, 1) and b (1)."""
-        held: nn.Linear = getattr(self.layer, RATIO)[self.adapter]
-        return held
+        ratio: nn.Linear = getattr(self.layer, RATIO)[self.adapter]
+        return ratio
 
     def is_on(self) -> bool:
-        """Whether the adapter is active, and neither disabled nor merged."""
+        """Return whether the adapter is active, and neither disabled nor merged."""
         layer = self.layer
         return self.adapter in layer.active_adapters and not (layer.disable_adapters or layer.merged)
 
     def begin(self, mode: str) -> None:
-        """The next forward is this stream's. The mixup block alone is not checkpointed: both streams meet in it."""
+        """Start the forward of a stream, without gradient checkpointing in the block where the streams meet."""
         self.mode = mode
         block: Any = self.model.get_submodule(self.place.block)
         if getattr(block, "gradient_checkpointing", False):
             self.checkpointed, block.gradient_checkpointing = True, False
 
     def end(self) -> None:
-        """Both streams are through, or one of them failed."""
+        """Reset the state after both streams, or after an error in one."""
         if self.checkpointed:
             block: Any = self.model.get_submodule(self.place.block)
             self.checkpointed, block.gradient_checkpointing = False, True
-        self.mode, self.streams, self.holds, self.inside = None, None, False, False
+        self.mode, self.streams, self.generating, self.in_second_call = None, None, False, False
         self.block_input, self.call = None, ((), {})
 
 
 def runtime_of(module: nn.Module) -> MixupRuntime:
-    """The runtime attached to a module."""
+    """Return the runtime attached to a module."""
     runtime: MixupRuntime = module.__dict__[_RUNTIME]
     return runtime
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether a transformers model has X-Mixup's hooks."""
+    """Return whether a transformers model has X-Mixup's hooks."""
     return _RUNTIME in model.__dict__
 
 
 def add_ratio(model: nn.Module, block: str, adapter: str) -> None:
-    """w = 1 and b = 0 for an adapter, on the first LoRA layer of the block; raises ValueError where it has none."""
+    """Add w = 1 and b = 0 for an adapter to the first LoRA layer of a block.
+
+    Raises:
+        ValueError: the block has no LoRA layer.
+    """
     for module in model.get_submodule(block).modules():
         if isinstance(module, FlareLayer) and adapter in module.lora_A:
             break
     else:
-        raise ValueError(f"target_modules: no LoRA module lies in {block}, the mixup layer; choose another layer")
-    held: Any = module
-    if not hasattr(held, RATIO):
-        setattr(held, RATIO, nn.ModuleDict())
-        getattr(held, RATIO).scaling = held.scaling  # where PEFT's hotswap looks for it, by the key's path
-        held.adapter_layer_names = (*held.adapter_layer_names, RATIO)
-    A = held.lora_A[adapter].weight
+        raise ValueError(f"target_modules: no LoRA module is in {block}, the mixup layer; choose another layer")
+    layer: Any = module
+    if not hasattr(layer, RATIO):
+        setattr(layer, RATIO, nn.ModuleDict())
+        getattr(layer, RATIO).scaling = layer.scaling  # PEFT's hotswap reads it here, by the key's path
+        layer.adapter_layer_names = (*layer.adapter_layer_names, RATIO)
+    A = layer.lora_A[adapter].weight
     ratio = nn.Linear(1, 1)
     nn.init.ones_(ratio.weight)
     nn.init.zeros_(ratio.bias)
-    getattr(held, RATIO)[adapter] = ratio.to(A.device, A.dtype).requires_grad_(A.requires_grad)
+    getattr(layer, RATIO)[adapter] = ratio.to(A.device, A.dtype).requires_grad_(A.requires_grad)
 
 
 def attach_layer(model: nn.Module, runtime: MixupRuntime) -> None:
@@ -151,7 +171,7 @@ def attach_layer(model: nn.Module, runtime: MixupRuntime) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take the hooks, the attributes and w and b off the model again."""
+    """Remove the hooks, the attributes, w and b from the model."""
     runtime = model.__dict__.pop(_RUNTIME, None)
     if runtime is None:
         return
@@ -166,7 +186,7 @@ def detach(model: nn.Module) -> None:
 
 def _keep_last_hidden_state(owner: nn.Module, args: Any, output: Any) -> None:
     runtime = runtime_of(owner)
-    if runtime.mode is not None and runtime.streams is not None and not runtime.holds:
+    if runtime.mode is not None and runtime.streams is not None and not runtime.generating:
         runtime.streams.hidden[runtime.mode] = output[0]
 
 
@@ -178,14 +198,14 @@ def _keep_block_input(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def _keep_call(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     runtime = runtime_of(attention)
-    if runtime.mode is not None and not runtime.inside:
+    if runtime.mode is not None and not runtime.in_second_call:
         runtime.call = (args, dict(kwargs))
 
 
 def _mix(result: nn.Module, args: Any, output: Any) -> Any:
-    """At the result of self-attention: the source leaves its keys and values, the target is mixed."""
+    """Hook after self-attention: keep keys and values of the source; mix the target."""
     runtime = runtime_of(result)
-    if runtime.mode is None or runtime.inside or runtime.lambda0 == 0:
+    if runtime.mode is None or runtime.in_second_call or runtime.lambda0 == 0:
         return None
     place, streams = runtime.place, runtime.streams
     assert streams is not None
@@ -198,25 +218,24 @@ def _mix(result: nn.Module, args: Any, output: Any) -> Any:
     if runtime.mode == "source":
         return None
     ratio = _of_rows(streams.ratio, len(hidden))[:, None, None].to(hidden.dtype)
-    moved = ratio * (attended.to(hidden.dtype) - hidden)
-    mixed = first + moved
+    mixed = first + ratio * (attended.to(hidden.dtype) - hidden)
     if place.norm is not None and runtime.layer_norm:
-        with _second_time(runtime):
+        with _second_call(runtime):
             mixed = runtime.model.get_submodule(place.norm)(mixed)
-    met = _of_rows(streams.visible.any(1) & streams.counted.any(1), len(hidden))[:, None, None]
-    mixed = torch.where(met, mixed, first)
+    has_both = _of_rows(streams.visible.any(1) & streams.counted.any(1), len(hidden))[:, None, None]
+    mixed = torch.where(has_both, mixed, first)
     return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
 
 def _attend_again(runtime: MixupRuntime, hidden: Tensor) -> Tensor:
-    """The block's own attention on the hidden state (B, n, d) after self-attention -> (B, n, d), without residual.
+    """Return the block's attention on the hidden state (B, n, d) after self-attention: (B, n, d), without residual.
 
-    In the source's pass only the keys and values that come by are of use.
+    The source's pass uses only its keys and values, not the result.
     """
     model, place = runtime.model, runtime.place
     attention: Any = model.get_submodule(place.attention)
     args, kwargs = runtime.call
-    with _second_time(runtime), _compat.attention_function(attention, _IMPLEMENTATION):
+    with _second_call(runtime), _compat.attention_function(attention, _IMPLEMENTATION):
         for name in place.before:
             hidden = model.get_submodule(name)(hidden)
         if args:
@@ -224,7 +243,7 @@ def _attend_again(runtime: MixupRuntime, hidden: Tensor) -> Tensor:
         else:
             kwargs = {**kwargs, "hidden_states": hidden}
         if kwargs.get("past_key_values") is not None:
-            kwargs = {**kwargs, "past_key_values": None}  # the cache holds the target's own keys
+            kwargs = {**kwargs, "past_key_values": None}  # the cache holds the target's keys
         attended: Tensor = attention(*args, **kwargs)[0]
         for name in place.after:
             attended = model.get_submodule(name)(attended)
@@ -232,12 +251,12 @@ def _attend_again(runtime: MixupRuntime, hidden: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _second_time(runtime: MixupRuntime) -> Iterator[None]:
-    runtime.inside = True
+def _second_call(runtime: MixupRuntime) -> Iterator[None]:
+    runtime.in_second_call = True
     try:
         yield
     finally:
-        runtime.inside = False
+        runtime.in_second_call = False
 
 
 # --- attention from target to source ---------------------------------------------------------------------------------
@@ -255,9 +274,10 @@ def _attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function of the mixup block's second call: query (B, h, n, e) -> (B, n, h, e).
+    """Attention function for the second call, in transformers' form: query (B, h, n, e) -> (B, n, h, e).
 
-    The module's mask and window are of its own text and not used here: a target token sees all visible source tokens.
+    The module's mask and window belong to the target's text and are not used: a target token attends to all visible
+    source tokens.
     """
     runtime = runtime_of(module)
     streams = runtime.streams
@@ -287,39 +307,39 @@ _compat.register_attention(_IMPLEMENTATION, _attention)
 
 
 def pair_entropy(scores: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """Mean entropy of attention from target to source, plus that from source to target -> (B,).
+    """Return the mean entropy of attention from target to source plus that from source to target, (B,).
 
     Args:
-        scores: (B, h, n, m), before masks and softmax; the other direction uses them transposed.
-        target, source: (B, n) and (B, m) bool. Only their tokens are attended to, and only they count in the means.
+        scores: (B, h, n, m), before masks and softmax. The other direction uses them transposed.
+        target, source: (B, n) and (B, m) bool, the tokens that are attended to and that count in the means.
     """
     return _entropy(scores, target, source) + _entropy(scores.transpose(2, 3), source, target)
 
 
 def _entropy(scores: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     log_p = _masked(scores, keys).log_softmax(-1)
-    # A masked key has p = 0, whose p log p is 0 and whose gradient would be 0 times infinity.
+    # A masked key has p = 0: p log p is 0, but its gradient would be 0 times infinity.
     entropy = -(log_p.exp() * log_p.masked_fill(~keys[:, None, None], 0)).sum(-1).mean(1)  # (B, queries)
     return (entropy * queries).sum(1) / queries.sum(1).clamp(min=1)
 
 
 def mixup_ratio(entropy: Tensor, weight: Tensor, bias: Tensor, lambda0: float) -> Tensor:
-    """lambda = lambda0 * sigmoid(w * entropy + b), (B,) -> (B,)."""
+    """Return lambda = lambda0 * sigmoid(w * entropy + b), (B,) -> (B,)."""
     dtype = entropy.dtype
     return lambda0 * torch.sigmoid(weight.to(dtype).squeeze() * entropy + bias.to(dtype).squeeze())
 
 
 def _masked(scores: Tensor, keys: Tensor) -> Tensor:
-    """Scores (B, h, queries, keys) for a softmax over the keys that are there; over all alike where none is."""
+    """Mask scores (B, h, queries, keys) at keys (B, keys) that are False. Without any key the softmax is uniform."""
     return scores.masked_fill(~keys[:, None, None], torch.finfo(scores.dtype).min)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values (B, groups, m, e) for every head."""
+    """Repeat keys or values (B, groups, m, e) for every head."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _of_rows(x: Tensor | None, rows: int) -> Tensor:
-    """What belongs to B texts for the rows of a search that runs several per text."""
+    """Repeat a tensor of B texts for the rows of a beam search, which runs several per text."""
     assert x is not None
     return x if len(x) == rows else x.repeat_interleave(rows // len(x), dim=0)

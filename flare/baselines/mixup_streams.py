@@ -1,7 +1,7 @@
 """X-Mixup's two streams: the source runs through the whole model, then the target, and their losses are added.
 
-The hooks stand around the transformers model: before the target's forward the source runs through the same model, with
-gradients; after it the source's loss and the consistency terms are added to the target's.
+Two hooks on the transformers model do this. Before the target's forward, the source runs through the same model, with
+gradients. After it, the source's loss and the consistency terms are added to the target's loss.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from .._compat import REPLICA_MARK
 from ..source.hooks import take_source, warn_user
-from ..source.inputs import check_ids, check_same_shape, check_source_mask
+from ..source.inputs import SOURCE_ARGUMENTS, check_ids, check_same_shape, check_source_mask
 from ..source.packed_rows import refuse_packed_rows
-from ..training.collator import SOURCE_COLUMNS, SOURCE_POSITIONS
+from ..training.collator import SOURCE_POSITIONS
 from .mixup_layer import MixupRuntime, Streams, runtime_of
 
-SOURCE_ARGUMENTS = (*SOURCE_COLUMNS, *SOURCE_POSITIONS)
+#: Keyword arguments of the model that belong to the source.
+X_MIXUP_ARGUMENTS = (*SOURCE_ARGUMENTS, *SOURCE_POSITIONS)
 _NOT_TAKEN = ("source_states", "source_decoder_input_ids")
 _POSITIONS = ("start_positions", "end_positions")
 
@@ -30,13 +31,13 @@ NO_SOURCE_WARNING = (
     "that the base model's forward does not name) or use flare.FlareTrainer, and pad with flare.FlareDataCollator."
 )
 NO_SOURCE_LABELS_WARNING = (
-    "The source has no labels of its own ({missing}), so X-Mixup's task loss is the target's alone; the consistency "
-    "terms stay."
+    "The source has no labels of its own ({missing}), so X-Mixup's task loss is only the target's. The consistency "
+    "terms are added as usual."
 )
 
 
 def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
-    """Install the hooks around the model; before those of flare.source.hooks, which would take the source out."""
+    """Install the hooks on the model, before those of flare.source.hooks, which would remove the source arguments."""
     runtime.handles += [
         model.register_forward_pre_hook(_before_model, with_kwargs=True, prepend=True),
         model.register_forward_hook(_after_model, with_kwargs=True),
@@ -49,14 +50,14 @@ def attach_streams(model: nn.Module, runtime: MixupRuntime) -> None:
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     runtime = runtime_of(model)
-    if runtime.mode == "source" or runtime.holds:
+    if runtime.mode == "source" or runtime.generating:
         return None
-    source = take_source(model, kwargs, SOURCE_ARGUMENTS)
+    source = take_source(model, kwargs, X_MIXUP_ARGUMENTS)
     if not runtime.is_on():
         return args, kwargs
     if not source:
-        if "no source" not in runtime.said:
-            runtime.said.add("no source")
+        if "no source" not in runtime.warned:
+            runtime.warned.add("no source")
             warn_user(NO_SOURCE_WARNING)
         return args, kwargs
     if args:
@@ -75,7 +76,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _after_model(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     runtime = runtime_of(model)
-    if runtime.mode != "target" or runtime.holds or getattr(output, "loss", None) is None:
+    if runtime.mode != "target" or runtime.generating or getattr(output, "loss", None) is None:
         return None
     assert runtime.streams is not None
     output.loss = _whole_loss(runtime, kwargs, output)
@@ -84,28 +85,28 @@ def _after_model(model: nn.Module, args: Any, kwargs: dict[str, Any], output: An
 
 def _end(model: nn.Module, args: Any, output: Any) -> None:
     runtime = runtime_of(model)
-    if runtime.mode == "target" and not runtime.holds:
+    if runtime.mode == "target" and not runtime.generating:
         runtime.end()
 
 
 def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
     if REPLICA_MARK in model.__dict__:
         raise ValueError(
-            "X-Mixup in a model under torch.nn.DataParallel, whose threads would share one source: start one process "
-            "per GPU (accelerate launch, torchrun), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+            "X-Mixup cannot run under torch.nn.DataParallel, whose threads would share one source: start one process "
+            "per GPU (accelerate launch, torchrun), or make a single GPU visible (CUDA_VISIBLE_DEVICES=0)"
         )
     if kwargs.get("return_dict") is False:
         raise ValueError("return_dict=False: X-Mixup adds its losses to the output by name; leave it out")
     if kwargs.get("output_attentions"):
         raise ValueError(
-            "output_attentions=True: the mixup block attends twice, which transformers would record as two blocks; "
+            "output_attentions=True: the mixup block attends twice, and transformers would record two blocks; "
             "leave it out, or leave the source out"
         )
     cache = kwargs.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
-            "past_key_values holds earlier positions and a source was given: use model.generate, or pass the whole "
-            "text at once"
+            "past_key_values holds earlier positions, which cannot be combined with a source: use model.generate, or "
+            "pass the whole text at once"
         )
 
 
@@ -113,49 +114,49 @@ def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], target: dict[str, Any]) -> Streams:
-    """What the two texts show each other, and the keyword arguments of the source's forward.
+    """Return the streams of one forward: what each text may read, and the arguments of the source's forward.
 
     Raises:
-        TypeError, ValueError: source arguments that do not fit; the message names the argument.
+        TypeError, ValueError: source arguments do not fit; the message names the argument.
     """
     inputs = source_inputs(model, source)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    given = target.get("input_ids")
-    check_same_shape(ids, tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__)
-    assert isinstance(given, Tensor)
-    seen = target.get("attention_mask")
-    if seen is None:
-        seen = torch.ones_like(given)
-    elif not isinstance(seen, Tensor) or seen.shape != given.shape:
-        what = str(tuple(seen.shape)) if isinstance(seen, Tensor) else type(seen).__name__
-        raise ValueError(f"attention_mask is {what}: X-Mixup needs the target's as {tuple(given.shape)}")
-    streams = Streams(visible=mask.bool(), counted=seen.bool(), source_inputs=inputs)
+    target_ids = target.get("input_ids")
+    check_same_shape(ids, tuple(target_ids.shape) if isinstance(target_ids, Tensor) else type(target_ids).__name__)
+    assert isinstance(target_ids, Tensor)
+    target_mask = target.get("attention_mask")
+    if target_mask is None:
+        target_mask = torch.ones_like(target_ids)
+    elif not isinstance(target_mask, Tensor) or target_mask.shape != target_ids.shape:
+        shape = str(tuple(target_mask.shape)) if isinstance(target_mask, Tensor) else type(target_mask).__name__
+        raise ValueError(f"attention_mask is {shape}: X-Mixup needs the target's mask, {tuple(target_ids.shape)}")
+    streams = Streams(visible=mask.bool(), counted=target_mask.bool(), source_inputs=inputs)
     labels = target.get("labels")
     if runtime.task == "CAUSAL_LM" and labels is not None:
         _hide_answers(streams, inputs, ids, labels, source.get("source_labels"))
     elif runtime.task == "QUESTION_ANS":
         _take_positions(runtime, source, target, inputs)
     elif labels is not None:
-        # Only one class of the whole text is by itself the source's too.
-        own = source.get("source_labels", labels if runtime.task == "SEQ_CLS" else None)
-        if own is not None:
-            inputs["labels"] = own
+        # A class of the whole text holds for both texts; labels of other tasks belong to one of them.
+        source_labels = source.get("source_labels", labels if runtime.task == "SEQ_CLS" else None)
+        if source_labels is not None:
+            inputs["labels"] = source_labels
     if runtime.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS") and labels is not None and "labels" not in inputs:
-        _say_no_labels(runtime, "source_labels")
+        _warn_no_labels(runtime, "source_labels")
     return streams
 
 
 def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the source's forward: input_ids and attention_mask (B, m), and token types where given.
+    """Return the arguments of the source's forward: input_ids and attention_mask (B, m), and token types if passed.
 
     Raises:
-        TypeError, ValueError: what is missing, does not fit or is not taken; the message names the argument.
+        TypeError, ValueError: an argument is missing, does not fit or is not accepted; the message names it.
     """
     for name in _NOT_TAKEN:
         if name in source:
             raise ValueError(f"{name}: X-Mixup reads the source as text (source_input_ids); leave it out")
     if "source_input_ids" not in source:
-        raise ValueError(f"{', '.join(sorted(source))} was given without source_input_ids: pass both, or neither")
+        raise ValueError(f"{', '.join(sorted(source))} was passed without source_input_ids: pass both, or neither")
     ids = check_ids("source_input_ids", source["source_input_ids"], "(B, m)")
     mask = source.get("source_attention_mask")
     mask = torch.ones_like(ids) if mask is None else check_source_mask(ids, mask)
@@ -167,21 +168,22 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def _hide_answers(streams: Streams, inputs: dict[str, Any], ids: Tensor, labels: Tensor, own: Tensor | None) -> None:
-    """A causal text's answer shows itself neither to the target (the source's) nor to lambda (the target's own).
+def _hide_answers(
+    streams: Streams, inputs: dict[str, Any], ids: Tensor, labels: Tensor, source_labels: Tensor | None
+) -> None:
+    """Hide the source's answer from the target's attention, and the target's answer from lambda, in causal rows.
 
-    Without source_labels the source's answer is what stands at or behind the target's first label, where
-    FlareDataCollator puts it.
+    Without source_labels, the source's answer starts at the target's first label, where FlareDataCollator puts it.
     """
-    at = torch.arange(labels.shape[1], device=labels.device)
+    columns = torch.arange(labels.shape[1], device=labels.device)
     labelled = labels.ne(-100)
-    start = torch.where(labelled, at, labels.shape[1]).amin(1, keepdim=True)
-    streams.counted = streams.counted & (at < start)
-    if own is None:
-        own = ids.where(streams.visible & (at >= start), torch.full_like(ids, -100))
-    streams.visible = streams.visible & own.eq(-100)
-    if own.ne(-100).any():
-        inputs["labels"] = own
+    start = torch.where(labelled, columns, labels.shape[1]).amin(1, keepdim=True)
+    streams.counted = streams.counted & (columns < start)
+    if source_labels is None:
+        source_labels = ids.where(streams.visible & (columns >= start), torch.full_like(ids, -100))
+    streams.visible = streams.visible & source_labels.eq(-100)
+    if source_labels.ne(-100).any():
+        inputs["labels"] = source_labels
 
 
 def _take_positions(
@@ -189,21 +191,21 @@ def _take_positions(
 ) -> None:
     if any(target.get(name) is None for name in _POSITIONS):
         return
-    own = {name: source.get(f"source_{name}") for name in _POSITIONS}
-    if any(value is None for value in own.values()):
-        _say_no_labels(runtime, "source_start_positions and source_end_positions")
+    positions = {name: source.get(f"source_{name}") for name in _POSITIONS}
+    if any(value is None for value in positions.values()):
+        _warn_no_labels(runtime, "source_start_positions and source_end_positions")
     else:
-        inputs.update(own)
+        inputs.update(positions)
 
 
-def _say_no_labels(runtime: MixupRuntime, missing: str) -> None:
-    if missing not in runtime.said:
-        runtime.said.add(missing)
+def _warn_no_labels(runtime: MixupRuntime, missing: str) -> None:
+    if missing not in runtime.warned:
+        runtime.warned.add(missing)
         warn_user(NO_SOURCE_LABELS_WARNING.format(missing=missing))
 
 
 def run_source(model: Any, runtime: MixupRuntime) -> None:
-    """The source through the model; of an encoder-decoder without the source's labels through its encoder alone."""
+    """Run the source through the model. An encoder-decoder without source labels runs only its encoder."""
     streams = runtime.streams
     assert streams is not None
     runtime.begin("source")
@@ -218,13 +220,13 @@ def run_source(model: Any, runtime: MixupRuntime) -> None:
 
 
 def _whole_loss(runtime: MixupRuntime, target: dict[str, Any], output: Any) -> Tensor:
-    """alpha * source's + (1 - alpha) * target's task loss + KL + MSE; the target's alone where the source has none."""
+    """Return alpha * source loss + (1 - alpha) * target loss + KL + MSE. Without a source loss, alpha is 0."""
     streams = runtime.streams
     assert streams is not None
     loss: Tensor = output.loss
-    own = getattr(streams.source_output, "loss", None)
-    if own is not None:
-        loss = runtime.alpha * own + (1 - runtime.alpha) * loss
+    source_loss = getattr(streams.source_output, "loss", None)
+    if source_loss is not None:
+        loss = runtime.alpha * source_loss + (1 - runtime.alpha) * loss
     if runtime.task == "SEQ_CLS" and output.logits.shape[-1] > 1 and not target["labels"].is_floating_point():
         loss = loss + kl_term(streams.source_output.logits, output.logits)
     texts = {"source": streams.source_inputs, "target": target}
@@ -232,28 +234,28 @@ def _whole_loss(runtime: MixupRuntime, target: dict[str, Any], output: Any) -> T
 
 
 def kl_term(source_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """KL(p_source || p_target), mean over the rows; logits (B, classes)."""
+    """Return KL(p_source || p_target), the mean over rows of logits (B, classes)."""
     source, target = (_wide(logits).log_softmax(-1) for logits in (source_logits, target_logits))
     return F.kl_div(target, source, log_target=True, reduction="batchmean")
 
 
 def mse_term(source: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of two representations (B, d)."""
+    """Return the mean squared difference of two representations (B, d)."""
     return F.mse_loss(_wide(target), _wide(source))
 
 
 def _representation(runtime: MixupRuntime, hidden: Tensor, text: dict[str, Any]) -> Tensor:
-    """One text as (B, d): the token that a classifier reads, first or last; else the mean over its tokens."""
+    """Return texts as (B, d): the first or last token if a classifier reads it, otherwise the mean over the tokens."""
     ids, mask = text["input_ids"], text.get("attention_mask")
-    if runtime.task != "SEQ_CLS" or runtime.reads == "mean":
-        counted = (torch.ones_like(ids) if mask is None else mask)[..., None].to(hidden.dtype)
-        return (hidden * counted).sum(1) / counted.sum(1).clamp(min=1)
-    if runtime.reads == "first":
+    if runtime.task != "SEQ_CLS" or runtime.classifier_token == "mean":
+        weights = (torch.ones_like(ids) if mask is None else mask)[..., None].to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    if runtime.classifier_token == "first":
         return hidden[:, 0]
     config: Any = runtime.model.config
     pad = config.get_text_config().pad_token_id
-    at = torch.arange(ids.shape[1], device=ids.device)
-    last = at[-1].expand(len(ids)) if pad is None else (at * ids.ne(pad)).argmax(1)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    last = columns[-1].expand(len(ids)) if pad is None else (columns * ids.ne(pad)).argmax(1)
     return hidden[torch.arange(len(ids), device=ids.device), last]
 
 

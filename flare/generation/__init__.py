@@ -1,1 +1,1 @@
-"""``model.generate`` with a source: the source decoded next to the target."""
+"""``model.generate`` with a source, which is decoded along with the target."""

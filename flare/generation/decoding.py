@@ -1,17 +1,19 @@
-"""The source beside a target that is generated token by token: which S each new position of the target meets.
+"""Decoding of the source along with a target that is generated token by token.
 
-A target's KV cache carries one of the classes below (flare.generation.generate makes it). At every forward of the
-target it is asked for the S of as many positions as that forward has, advances by as many, and knows how the target's
-rows (beams, several samples of one prompt) belong to its own.
+The target's KV cache (flare.generation.caches) carries an instance of one of these classes. It returns the S of the
+positions of each forward of the target, and maps the target's rows (beams, or several samples of a prompt) to the
+source's.
 
-    AlignedText   as in training: prompt position j meets the source's prompt position j, new token t the source's
-                  token t. The frozen model writes its own greedy continuation, with a KV cache of its own. A row is
-                  done once its end token has been fed, and holds that token's S; where all are done nothing runs.
-    LateText      the authors' release: every position meets one late position of the source, decoded beforehand.
-    GivenStates   FLARE MT, whose states are given: prompt by prompt, then the last real state is held.
+    AlignedDecoding   as in training: position j of the target's prompt fuses with position j of the source's prompt,
+                      and new token t with the source's new token t. The frozen model decodes the source greedily, with
+                      a separate KV cache. A row ends with its end token, whose S is used for all later positions. When
+                      all rows have ended, the frozen model does not run any more.
+    ReleaseDecoding   as in the authors' release: all positions of a forward fuse with one late position of the source,
+                      which is decoded in advance.
+    LatentDecoding    FLARE MT: the states of the prompt are given, and the last one is used for all new tokens.
 
-Nothing here holds a module, so a cache can be copied without its model. Shapes: B rows of the source, m its prompt, q
-positions that one forward asks for, r the rank; S is layer -> adapter -> (B, q, r).
+The classes hold no modules, so that a cache can be copied without its model. Shapes: B rows of the source, m positions
+of its prompt, q positions of a forward, rank r; S is layer -> adapter -> (B, q, r).
 """
 
 from __future__ import annotations
@@ -29,124 +31,149 @@ from ..source.inputs import accepted_by
 from ..source.projected import project_states
 from ..source.runtime import Reads, Runtime
 from ..source.source_pass import Preparation, read_from_run
-from .shared_pass import SharedStep, inputs_of_both, join_caches, part_caches
+from .shared_pass import SharedStep, inputs_of_both, join_caches, split_caches
 
-Slots = frozenset[tuple[str, str]]
+#: (layer, adapter) pairs.
+Pairs = frozenset[tuple[str, str]]
 
 
-def slots_of(reads: Reads) -> Slots:
+def fusing_pairs(reads: Reads) -> Pairs:
     """Return the (layer, adapter) pairs that fuse."""
-    return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.wanted)
+    return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.uses)
 
 
-def map_states(states: Bottlenecks, change: Callable[[Tensor], Tensor]) -> Bottlenecks:
-    """The same layers and adapters with other tensors."""
-    return {layer: {name: change(one) for name, one in own.items()} for layer, own in states.items()}
+def map_states(states: Bottlenecks, function: Callable[[Tensor], Tensor]) -> Bottlenecks:
+    """Apply a function to the S of every layer and adapter."""
+    return {layer: {name: function(S) for name, S in by_adapter.items()} for layer, by_adapter in states.items()}
 
 
 def join_states(parts: list[Bottlenecks]) -> Bottlenecks:
-    """Parts laid one after the other along the positions."""
+    """Concatenate S along the positions."""
     if len(parts) == 1:
         return parts[0]
     return {
-        layer: {name: torch.cat([part[layer][name] for part in parts], dim=1) for name in own}
-        for layer, own in parts[0].items()
+        layer: {name: torch.cat([part[layer][name] for part in parts], dim=1) for name in by_adapter}
+        for layer, by_adapter in parts[0].items()
     }
 
 
-def say_two_passes(runtime: Runtime, why: str) -> None:
-    """Once for each reason: the streams could share a pass, and this keeps them from it."""
-    if why not in runtime.said:
-        runtime.said.add(why)
-        warnings.warn(f"generate: source and target take a pass each, not one together: {why}", stacklevel=2)
+def warn_two_passes_once(runtime: Runtime, why: str) -> None:
+    """Warn, once per reason, that source and target do not share a pass."""
+    if why not in runtime.warned:
+        runtime.warned.add(why)
+        warnings.warn(f"generate: source and target do not share a pass, which is slower: {why}", stacklevel=2)
 
 
 @dataclass(kw_only=True)
 class SourceDecoding:
-    """What all have in common: how far the source has been used, and whose row is whose."""
+    """Base class: counts the positions of the source that were used, and maps the target's rows to the source's.
 
-    slots: Slots
-    in_decoder: bool = False  # whether the layers stand in an encoder-decoder's decoder
-    used: int = 0  # positions of the target that have been given their S
-    rows: Tensor | None = None  # target row -> source row, once the target's first forward has shown how many it has
+    Attributes:
+        pairs: the (layer, adapter) pairs that fuse.
+        in_decoder: whether their layers are in an encoder-decoder's decoder.
+        used: number of the target's positions whose S was returned.
+        rows: target row -> source row. None before the target's first forward, which shows the number of rows.
+    """
+
+    pairs: Pairs
+    in_decoder: bool = False
+    used: int = 0
+    rows: Tensor | None = None
 
     def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
-        """S of the target's next ``length`` positions, one row per source row."""
+        """Return S of the target's next ``length`` positions, with the source's rows."""
         raise NotImplementedError
 
-    @torch.compiler.disable  # as in training, the frozen pass stays eager under a compiled model
+    @torch.compiler.disable  # as in training, the frozen pass is eager if the model is compiled
     def carry(self, model: nn.Module, runtime: Runtime, shape: tuple[int, ...] | None, past: int) -> SourceContext:
-        """What travels to the layers in one forward of the target.
+        """Return the source context of a forward of the target.
 
         Args:
-            model, runtime: the transformers model and its runtime.
+            model: the transformers model.
+            runtime: its runtime.
             shape: (rows, q) of the forward.
-            past: positions that the target's cache holds.
+            past: number of positions in the target's cache.
 
         Raises:
-            ValueError: the forward does not go on where the last one ended, or other adapters are active by now.
+            ValueError: the forward does not start where the last one ended, or other adapters are active.
         """
         reading = runtime.reading()
-        mine = reading.of_decoder if self.in_decoder else reading.of_text
-        if slots_of(mine) != self.slots:
-            raise ValueError("past_key_values: other adapters were active when this generation began; begin anew")
+        reads = reading.of_decoder if self.in_decoder else reading.of_text
+        if fusing_pairs(reads) != self.pairs:
+            raise ValueError(
+                "past_key_values: other adapters were active when this generation began; start again without it"
+            )
         if shape is None or past != self.used:
             raise ValueError(
                 f"past_key_values holds {past} positions and its source has been used for {self.used}: a cache with a "
-                "source only goes forward, position by position; it cannot be cropped, reset or used twice"
+                "source only moves forward, position by position; it cannot be cropped, reset or used twice"
             )
         rows, length = shape
         with torch.no_grad():
-            found = self.states(model, runtime, mine, length)
+            states = self.states(model, runtime, reads, length)
             self.used += length
-            found = map_states(found, lambda one: self._for_target(one, rows))
-        return SourceContext.of_bottlenecks(found, reading.sites)
+            states = map_states(states, lambda S: self._for_target(S, rows))
+        return SourceContext.of_bottlenecks(states, reading.sites)
 
     def _for_target(self, states: Tensor, rows: int) -> Tensor:
-        """One row for each of the target's rows."""
-        own = states.shape[0]
+        """Return S with the target's rows."""
+        source_rows = states.shape[0]
         if self.rows is None:
-            if rows == own:
+            if rows == source_rows:
                 return states
-            if rows % own:
-                raise ValueError(f"input_ids has {rows} rows and the source {own}: they do not belong together")
-            self.rows = torch.arange(own, device=states.device).repeat_interleave(rows // own)
+            if rows % source_rows:
+                raise ValueError(
+                    f"input_ids has {rows} rows and the source {source_rows}: the target needs a multiple of the "
+                    "source's rows"
+                )
+            self.rows = torch.arange(source_rows, device=states.device).repeat_interleave(rows // source_rows)
         if len(self.rows) != rows:
             raise ValueError(f"past_key_values belongs to {len(self.rows)} rows, the forward has {rows}")
         return states.index_select(0, self.rows.to(states.device))
 
     def select_rows(self, rows: Tensor) -> None:
-        """The target's rows were reordered, repeated or dropped: row i is what row ``rows[i]`` was."""
+        """Reorder, repeat or drop the target's rows: the new row i is the old row ``rows[i]``."""
         self.rows = rows if self.rows is None else self.rows[rows.to(self.rows.device)]
 
     def rows_of_cache(self, rows: Tensor) -> Tensor:
-        """The rows of the KV cache as it is now that will belong to these rows of the target; then select_rows."""
+        """Return the KV cache's rows to keep if the target keeps ``rows``; call it before :meth:`select_rows`."""
         return rows
 
     def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
-        """One pass of both streams in place of :meth:`carry` and a pass of the target; None where there can be none.
+        """Return a step that runs the model once on both streams, instead of :meth:`carry`; None if not possible.
 
         Args:
-            model, runtime: as in :meth:`carry`.
+            model: the transformers model.
+            runtime: its runtime.
             kwargs: keyword arguments of the target's forward.
         """
         return None
 
 
 @dataclass
-class FrozenText:
-    """The frozen model reading the source text piece by piece, with a KV cache, and choosing what comes next."""
+class FrozenDecoder:
+    """The frozen model, reading the source with a KV cache and choosing its next tokens greedily.
 
-    mask: Tensor  # (B, m) of the prompt, then also of what came after it
+    Attributes:
+        mask: (B, m) of the prompt, extended by the new tokens.
+        cache: the source's KV cache.
+        dropout: source_dropout.
+        zero_pads: whether S = 0 at padding.
+        encoder_outputs: of an encoder-decoder, the output of its encoder.
+        encoder_mask: the encoder's attention mask.
+        next_ids: (B, 1), the next token of each row.
+    """
+
+    mask: Tensor
     cache: Any
-    dropout: bool  # source_dropout
+    dropout: bool
     zero_pads: bool
-    encoder_outputs: Any = None  # of an encoder-decoder, whose encoder's mask is then ``encoder_mask``
+    encoder_outputs: Any = None
     encoder_mask: Tensor | None = None
-    next_ids: Tensor | None = None  # (B, 1), the greedy choice after what was read last
+    next_ids: Tensor | None = None
 
     def read(self, model: nn.Module, runtime: Runtime, reads: Reads, ids: Tensor) -> Bottlenecks:
-        """Read token ids (B, q) behind what was read before; their S."""
+        """Run the model on the next token ids (B, q), and return their S."""
         past = self.cache.get_seq_length()
         outputs: list[Any] = []
         inputs = self.inputs(model, ids, past)
@@ -155,17 +182,17 @@ class FrozenText:
             outputs.append(model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True))
 
         pads = self.mask[:, past : past + ids.shape[1]] if self.zero_pads else None
-        found = read_states(model, runtime, reads, run, pads, self.dropout)
+        states = read_states(model, runtime, reads, run, pads, self.dropout)
         self.choose(outputs[0].logits)
-        return found
+        return states
 
     def choose(self, logits: Tensor) -> None:
-        """Take note of the likeliest next tokens, by logits (B, q, V)."""
-        # as generate chooses, so that ties fall alike
+        """Set ``next_ids`` to the most likely next tokens, from logits (B, q, V)."""
+        # in float32, as generate does, so that ties are resolved equally
         self.next_ids = logits[:, -1].to(dtype=torch.float32).argmax(dim=-1, keepdim=True)
 
     def inputs(self, model: nn.Module, ids: Tensor, past: int) -> dict[str, Any]:
-        """Keyword arguments of the frozen model for token ids (B, q) behind ``past`` others; the mask grows by them."""
+        """Return the frozen model's keyword arguments for token ids (B, q) after ``past`` others; extend the mask."""
         missing = past + ids.shape[1] - self.mask.shape[1]
         if missing > 0:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), missing)], dim=1)
@@ -180,7 +207,7 @@ class FrozenText:
                 "decoder_input_ids": ids,
             }
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in accepted:  # counted from a row's first token, as generate counts
+        if "position_ids" in accepted:  # counted from a row's first token, as in generate
             positions = mask.long().cumsum(-1) - 1
             inputs["position_ids"] = positions.masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
         if "logits_to_keep" in accepted:
@@ -196,26 +223,36 @@ def read_states(
     pads: Tensor | None,
     dropout: bool,
 ) -> Bottlenecks:
-    """Run the frozen model to its end; S of what it read, zero where ``pads`` (B, q) has zeros."""
+    """Run the whole frozen model, and return S of the tokens it read; S = 0 at positions where ``pads`` (B, q) is 0."""
     masks = {} if pads is None else {key.stack: pads for key in reads.keys}
     reader = read_from_run(model, run, reads.keys, dropout=dropout, to_the_end=True)
     prepare = Preparation.under_autocast(reads.device if reads else next(model.parameters()).device, masks)
-    # eager also where the model itself is compiled: it is called as a whole here
+    # eager even if the model is compiled, because the whole model is called here
     with torch.compiler.set_stance("force_eager"):
         return project_states(reader, prepare, reads.groups).bottlenecks
 
 
 @dataclass(kw_only=True)
-class AlignedText(SourceDecoding):
-    """The source decodes along; see the module."""
+class AlignedDecoding(SourceDecoding):
+    """The source is decoded along with the target, position by position.
 
-    text: FrozenText
-    prompt: Tensor  # (B, m)
-    end_ids: Tensor  # the tokens that end a text; may be none
-    done: Tensor = field(init=False)  # (B,), whether a row's end token has been read
-    held: Bottlenecks = field(default_factory=dict)  # S of the position read last, (B, 1, r)
-    shares: bool = False  # whether new tokens may go through the blocks beside the target's
-    together: int = 0  # rows of the target in a cache that holds both streams; 0: each has its own
+    Attributes:
+        decoder: the frozen model's state.
+        prompt: (B, m) token ids.
+        end_ids: the tokens that end a text; may be empty.
+        done: (B,), whether a row's end token has been read.
+        last_states: S (B, 1, r) of the last position that was read.
+        may_share: whether a decoding step may run the model once on both streams.
+        target_rows_in_cache: number of the target's rows in a cache that holds both streams; 0 if each has a cache.
+    """
+
+    decoder: FrozenDecoder
+    prompt: Tensor
+    end_ids: Tensor
+    done: Tensor = field(init=False)
+    last_states: Bottlenecks = field(default_factory=dict)
+    may_share: bool = False
+    target_rows_in_cache: int = 0
 
     def __post_init__(self) -> None:
         self.done = torch.zeros(len(self.prompt), dtype=torch.bool, device=self.prompt.device)
@@ -224,107 +261,112 @@ class AlignedText(SourceDecoding):
         parts = []
         piece = self.prompt[:, self.used : self.used + length]
         if piece.shape[1]:
-            parts.append(self.text.read(model, runtime, reads, piece))
+            parts.append(self.decoder.read(model, runtime, reads, piece))
         for _ in range(length - piece.shape[1]):
             parts.append(self._next_token(model, runtime, reads))
         return join_states(parts)
 
     def _next_token(self, model: nn.Module, runtime: Runtime, reads: Reads) -> Bottlenecks:
         if bool(self.done.all()):
-            return self.held
-        ids = self.text.next_ids
+            return self.last_states
+        ids = self.decoder.next_ids
         assert ids is not None
-        new = self._settle(self.text.read(model, runtime, reads, ids))
-        self._note_token(new, ids)
-        return new
+        states = self._keep_ended(self.decoder.read(model, runtime, reads, ids))
+        self._advance(states, ids)
+        return states
 
-    def _settle(self, new: Bottlenecks) -> Bottlenecks:
-        """S of a new token, in rows that are done that of their last one."""
-        if not self.held:
-            return new
+    def _keep_ended(self, states: Bottlenecks) -> Bottlenecks:
+        """Replace the new token's S by that of the end token in rows that have ended."""
+        if not self.last_states:
+            return states
         return {
-            layer: {name: self._unless_done(self.held[layer][name], one) for name, one in own.items()}
-            for layer, own in new.items()
+            layer: {name: self._unless_done(self.last_states[layer][name], S) for name, S in by_adapter.items()}
+            for layer, by_adapter in states.items()
         }
 
-    def _note_token(self, settled: Bottlenecks, ids: Tensor) -> None:
-        """A token of every row (B, 1) was read."""
-        self.held = settled
+    def _advance(self, states: Bottlenecks, ids: Tensor) -> None:
+        """Record that a token of every row (B, 1) was read."""
+        self.last_states = states
         self.done = self.done | torch.isin(ids[:, 0], self.end_ids)
 
-    def _unless_done(self, held: Tensor, new: Tensor) -> Tensor:
-        return torch.where(self.done[:, None, None].to(new.device), held, new)
+    def _unless_done(self, last: Tensor, new: Tensor) -> Tensor:
+        return torch.where(self.done[:, None, None].to(new.device), last, new)
 
     # --- one pass for both streams ------------------------------------------------------------------------------------
 
     def rows_of_cache(self, rows: Tensor) -> Tensor:
-        if not self.together:
+        first = self.target_rows_in_cache
+        if not first:
             return rows
-        source = torch.arange(self.together, self.together + len(self.prompt), device=rows.device)
-        return torch.cat([rows, source])
+        return torch.cat([rows, torch.arange(first, first + len(self.prompt), device=rows.device)])
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
-        self.together = len(rows) if self.together else 0
+        self.target_rows_in_cache = len(rows) if self.target_rows_in_cache else 0
 
     @torch.compiler.disable
     def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
         cache, reads = kwargs["past_key_values"], runtime.reading().of_text
         rows = len(self.prompt) if self.rows is None else len(self.rows)
-        inputs = self._inputs_of_both(model, runtime, reads, kwargs, rows) if self.shares else None
+        inputs = self._inputs_of_both(model, runtime, reads, kwargs, rows) if self.may_share else None
         if inputs is None:
-            if self.together:
-                part_caches(cache, self.text.cache, self.together, keep_source=not bool(self.done.all()))
-                self.together = 0
+            if self.target_rows_in_cache:
+                keep_source = not bool(self.done.all())
+                split_caches(cache, self.decoder.cache, self.target_rows_in_cache, keep_source=keep_source)
+                self.target_rows_in_cache = 0
             return None
-        if not self.together:
-            join_caches(cache, self.text.cache)
-            self.together = rows
+        if not self.target_rows_in_cache:
+            join_caches(cache, self.decoder.cache)
+            self.target_rows_in_cache = rows
         ids = inputs["input_ids"][rows:]
 
-        def finished(settled: Bottlenecks, logits: Tensor) -> None:
-            self._note_token(settled, ids)
-            self.text.choose(logits)
+        def on_finish(states: Bottlenecks, logits: Tensor) -> None:
+            self._advance(states, ids)
+            self.decoder.choose(logits)
             self.used += 1
 
         return SharedStep(
             reads,
             inputs,
             rows,
-            settle=self._settle,
-            spread=lambda states: map_states(states, lambda one: self._for_target(one, rows)),
-            finished=finished,
+            keep_ended=self._keep_ended,
+            for_target=lambda states: map_states(states, lambda S: self._for_target(S, rows)),
+            on_finish=on_finish,
         )
 
     def _inputs_of_both(
         self, model: nn.Module, runtime: Runtime, reads: Reads, kwargs: dict[str, Any], rows: int
     ) -> dict[str, Any] | None:
-        """Keyword arguments of a forward over both streams' next tokens; None where this forward is another one."""
+        """Return the keyword arguments of a forward on both streams' next tokens; None if it is not such a step."""
         past, target = kwargs["past_key_values"].get_seq_length(), kwargs.get("input_ids")
-        ids = self.text.next_ids
+        ids = self.decoder.next_ids
         if (
             ids is None
             or not isinstance(target, Tensor)
             or target.shape != (rows, 1)
             or not past == self.used >= self.prompt.shape[1]
-            or slots_of(reads) != self.slots
+            or fusing_pairs(reads) != self.pairs
             or torch.is_grad_enabled()
             or model.training
             or bool(self.done.all())
         ):
             return None
-        inputs, why = inputs_of_both(kwargs, self.text.inputs(model, ids, past), past)
+        inputs, why = inputs_of_both(kwargs, self.decoder.inputs(model, ids, past), past)
         if why:
-            say_two_passes(runtime, why)
+            warn_two_passes_once(runtime, why)
         return inputs
 
 
 @dataclass(kw_only=True)
-class LateText(SourceDecoding):
-    """The authors' rule: at target length n (prompt included) every position meets the source's step min(n - 1, T - 1).
+class ReleaseDecoding(SourceDecoding):
+    """The rule of the authors' release: at target length n, all positions fuse with the source's step min(n, T) - 1.
 
-    Step 0 is the source's prompt, each of the T - 1 others one new token; of a step longer than the forward only the
-    last position counts. Rows that stop before the others go on with pad tokens.
+    n includes the prompt. Step 0 of the T steps is the source's prompt, and each other step is a new token. If a step
+    has more positions than the forward, its last position is used. Rows that end before the others continue with pad
+    tokens.
+
+    Attributes:
+        steps: S of each step.
     """
 
     steps: list[Bottlenecks]
@@ -332,55 +374,60 @@ class LateText(SourceDecoding):
     def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
         step = self.steps[min(self.used + length, len(self.steps)) - 1]
 
-        def at(one: Tensor) -> Tensor:
-            if one.shape[1] > length:
-                one = one[:, -1:]
-            return one.expand(-1, length, -1)
+        def at_step(S: Tensor) -> Tensor:
+            if S.shape[1] > length:
+                S = S[:, -1:]
+            return S.expand(-1, length, -1)
 
-        return map_states(step, at)
+        return map_states(step, at_step)
 
 
-def decode_to_the_end(
+def decode_to_end(
     model: nn.Module,
     runtime: Runtime,
     reads: Reads,
-    text: FrozenText,
+    decoder: FrozenDecoder,
     prompt: Tensor,
     end_ids: Tensor,
     pad_id: int,
-    most: int,
+    max_steps: int,
 ) -> list[Bottlenecks]:
-    """S of every step of the source's own greedy generation of at most ``most`` tokens, as LateText wants them."""
-    steps = [text.read(model, runtime, reads, prompt)]
+    """Decode the source until all rows have ended, and return S of each of at most ``max_steps`` steps."""
+    steps = [decoder.read(model, runtime, reads, prompt)]
     done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    while len(steps) < most:
-        assert text.next_ids is not None
-        ids = text.next_ids.masked_fill(done[:, None], pad_id)
+    while len(steps) < max_steps:
+        assert decoder.next_ids is not None
+        ids = decoder.next_ids.masked_fill(done[:, None], pad_id)
         done = done | torch.isin(ids[:, 0], end_ids)
         if bool(done.all()):
             break
-        steps.append(text.read(model, runtime, reads, ids))
+        steps.append(decoder.read(model, runtime, reads, ids))
     return steps
 
 
 @dataclass(kw_only=True)
-class GivenStates(SourceDecoding):
-    """S of the whole prompt, given; new tokens hold each row's last real one."""
+class LatentDecoding(SourceDecoding):
+    """The S of the prompt are given, and each row's last real one is used for its new tokens (FLARE MT).
 
-    given: Bottlenecks
-    mask: Tensor | None  # (B, m), where states are real; left out: everywhere
+    Attributes:
+        prompt_states: S of the prompt.
+        mask: (B, m), nonzero at real states; None if all are.
+    """
+
+    prompt_states: Bottlenecks
+    mask: Tensor | None
 
     def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
         start = self.used
 
-        def at(one: Tensor) -> Tensor:
-            positions = torch.arange(start, start + length, device=one.device)
-            width = one.shape[1]
-            last = torch.full((len(one),), width - 1, device=one.device)
+        def at_positions(S: Tensor) -> Tensor:
+            positions = torch.arange(start, start + length, device=S.device)
+            width = S.shape[1]
+            last = torch.full((len(S),), width - 1, device=S.device)
             if self.mask is not None:
-                real = self.mask.to(one.device) != 0
-                last = torch.where(real, torch.arange(width, device=one.device), 0).amax(dim=1)
+                real = self.mask.to(S.device) != 0
+                last = torch.where(real, torch.arange(width, device=S.device), 0).amax(dim=1)
             index = torch.where(positions < width, positions, last[:, None])
-            return one.gather(1, index[:, :, None].expand(-1, -1, one.shape[2]))
+            return S.gather(1, index[:, :, None].expand(-1, -1, S.shape[2]))
 
-        return map_states(self.given, at)
+        return map_states(self.prompt_states, at_positions)

@@ -1,9 +1,9 @@
-"""Recipes: everything a training needs beside its data, in one YAML file or one call.
+"""Recipes: the settings of a training run, except its data, in one YAML file.
 
     model, tokenizer = flare.from_recipe("qlora", "meta-llama/Llama-3.1-8B")
 
-A recipe names the task, how the base is quantised, the adapter, the training arguments and how batches are made. The
-files beside this module are the paper's settings and two QLoRA presets; a file of your own looks the same.
+A recipe holds the task, the quantisation of the base, the adapter, the training arguments and the batches. The YAML
+files in this folder are the paper's settings and two QLoRA presets. Your own files have the same keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..tuner.config import FlareConfig
 from ..tuner.convert import fast_lora
 from .yaml_loader import YamlLoader
 
-#: PEFT's task type (it has none for a multiple choice) -> transformers' Auto class, and the collator's layout.
+#: PEFT's task type (and MULTIPLE_CHOICE, which PEFT lacks) -> transformers' Auto class, and the collator's layout.
 TASKS = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", "encoder"),
     "TOKEN_CLS": ("AutoModelForTokenClassification", "encoder"),
@@ -36,31 +36,40 @@ TASKS = {
     "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "seq2seq"),
 }
 _CHECKPOINTING = (False, True, "non-reentrant", "reentrant")
-# Heads are trained or read in full precision: a quantised one could be neither.
+# Heads are trained, or read in full precision. Quantised heads allow neither.
 _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
-# PEFT has a field of this name for the base model's revision, which is what from_pretrained is told.
+# FlareConfig has a field revision too, but in a recipe it is an argument of the base's from_pretrained.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
 
-# What lets from_pretrained or PEFT run code, or read pickles: for the caller to say, not for a file.
+# Options that let from_pretrained or PEFT run code or read pickles: only a caller may set them, not a file.
 _RUNS_CODE = {"trust_remote_code", "code_revision", "use_kernels", "weights_only", "custom_generate", "megatron_core"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as read from YAML; every field but ``name`` is a key of the file.
+    """A recipe as read from YAML. Every field except ``name`` is a key of the file.
 
-    name: what it was read as.
-    about: one line for people.
-    base: the base model's name or folder, where the recipe has one.
-    task: a key of ``TASKS``.
-    dtype: dtype of the base weights that are not quantised ("float32", "bfloat16", "auto", ...).
-    quantization: arguments of transformers.BitsAndBytesConfig; None: not quantised.
-    gradient_checkpointing: False, True (non-reentrant), "non-reentrant" or "reentrant".
-    adapter: FlareConfig's fields.
-    model: further arguments of the base's from_pretrained (num_labels, attn_implementation, ...).
-    tokenizer: arguments of the tokenizer's from_pretrained (padding_side, ...).
-    batches: FlareDataCollator's arguments.
-    training: TrainingArguments' fields.
+        recipe = flare.Recipe.read("qlora")
+        model, tokenizer = recipe.load("meta-llama/Llama-3.1-8B", r=16)
+        args = recipe.training_arguments("out", num_train_epochs=3)
+        flare.FlareTrainer(model, args, train_dataset=rows, data_collator=recipe.collator(tokenizer)).train()
+
+    Attributes:
+        name: the name or file that the recipe was read from.
+        task: a key of ``TASKS``, such as "SEQ_CLS" or "CAUSAL_LM".
+        about: one line of description.
+        base: name or folder of the base model, or None.
+        dtype: dtype of the base weights that are not quantised ("float32", "bfloat16", "auto", ...).
+        quantization: arguments of transformers.BitsAndBytesConfig, or None for a base that is not quantised.
+        gradient_checkpointing: False, True (non-reentrant), "non-reentrant" or "reentrant".
+        adapter: fields of FlareConfig.
+        model: further arguments of the base's from_pretrained (num_labels, attn_implementation, ...).
+        tokenizer: arguments of the tokenizer's from_pretrained (padding_side, ...).
+        batches: arguments of FlareDataCollator.
+        training: fields of TrainingArguments.
+
+    Raises:
+        TypeError, ValueError: a value is not accepted, or it would run code of a folder or of the hub.
     """
 
     name: str
@@ -87,13 +96,13 @@ class Recipe:
         for key in ("adapter", "model", "tokenizer", "batches", "training"):
             if not isinstance(getattr(self, key), dict):
                 raise TypeError(f"recipe {self.name!r}: {key} must be a mapping, got {getattr(self, key)!r}")
-        self._check_harmless()
+        self._refuse_code()
         unknown = sorted(set(self.adapter) - _ADAPTER_FIELDS)
         if unknown:
-            raise ValueError(f"recipe {self.name!r}: adapter has {', '.join(unknown)}, no field of FlareConfig")
+            raise ValueError(f"recipe {self.name!r}: adapter has {', '.join(unknown)}, not a field of FlareConfig")
 
-    def _check_harmless(self) -> None:
-        """Raise ValueError for what would let a file decide that code of a folder or the hub is run."""
+    def _refuse_code(self) -> None:
+        """Raise ValueError for an option that would run code of a folder or of the hub."""
         for key in ("model", "tokenizer", "adapter"):
             for name in sorted(_RUNS_CODE & set(getattr(self, key))):
                 raise ValueError(
@@ -103,17 +112,18 @@ class Recipe:
         if "/" in str(self.model.get("attn_implementation", "")):
             raise ValueError(
                 f"recipe {self.name!r}: attn_implementation={self.model['attn_implementation']!r} is code of the hub: "
-                "a recipe never runs such. Pass attn_implementation in the call if you trust it"
+                "a recipe never runs it. Pass attn_implementation in the call if you trust it"
             )
 
     @classmethod
     def read(cls, recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
-        """A recipe from its name (``names()``), a YAML file, or a mapping of what such a file holds.
+        """Read a recipe from its name (see :func:`names`), a YAML file, or a mapping with the keys of such a file.
 
-        A file with ``tasks`` has one recipe for each: ``"paper-llama/nusax"``, ``"mine.yaml/nusax"``.
+        A file with the key ``tasks`` has one recipe per task: ``"paper-llama/nusax"``, ``"mine.yaml/nusax"``.
 
         Raises:
-            ValueError: a name that is none and no file, an unknown key or value, or a task that was left out.
+            ValueError: ``recipe`` is neither a known name nor a YAML file, the task is missing, or a key or value is
+                not accepted.
         """
         if isinstance(recipe, Recipe):
             return recipe
@@ -126,35 +136,35 @@ class Recipe:
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"recipe {name!r}: {path} cannot be read as YAML: {error}") from error
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            raise ValueError(f"recipe {name!r}: {path} holds no mapping of keys to values")
+            raise ValueError(f"recipe {name!r}: {path} does not hold a mapping of keys to values")
         return cls._of(name, content, variant)
 
     @classmethod
     def _of(cls, name: str, content: dict[str, Any], variant: str | None) -> Recipe:
         variants = content.pop("tasks", None) or {}
-        if not isinstance(variants, dict) or not all(isinstance(one, dict) for one in variants.values()):
+        if not isinstance(variants, dict) or not all(isinstance(keys, dict) for keys in variants.values()):
             raise ValueError(f"recipe {name!r}: tasks must map names to keys of a recipe, got {str(variants)[:60]}")
         if variant is None and variants:
-            named = ", ".join(f"{name}/{one}" for one in variants)
-            raise ValueError(f"recipe {name!r} has one recipe for each task: {named}")
+            recipes = ", ".join(f"{name}/{task}" for task in variants)
+            raise ValueError(f"recipe {name!r} has one recipe for each task: {recipes}")
         if variant is not None and variant not in variants:
             raise ValueError(f"recipe {name!r}: no task {variant!r}; it has: {', '.join(variants) or 'none'}")
-        own = variants[variant] if variant is not None else {}
+        task: dict[str, Any] = variants[variant] if variant is not None else {}
         content = {
-            key: {**content[key], **own[key]} if key in content and isinstance(own.get(key), dict) else value
-            for key, value in {**content, **own}.items()
+            key: {**content[key], **task[key]} if key in content and isinstance(task.get(key), dict) else value
+            for key, value in {**content, **task}.items()
         }
         known = {f.name for f in fields(cls)} - {"name"}
         unknown = sorted(set(content) - known)
         if unknown:
             raise ValueError(
-                f"recipe {name!r}: {', '.join(unknown)}: no key of a recipe; keys: {', '.join(sorted(known))}"
+                f"recipe {name!r}: {', '.join(unknown)}: not a key of a recipe; keys: {', '.join(sorted(known))}"
             )
         if "task" not in content:
             raise ValueError(f"recipe {name!r}: task is missing; one of: {', '.join(TASKS)}")
         return cls(name=name, **content)
 
-    # --- what it makes ------------------------------------------------------------------------------------------------
+    # --- models, collators, arguments ---------------------------------------------------------------------------------
 
     def load(
         self,
@@ -163,82 +173,84 @@ class Recipe:
         trained: str | os.PathLike[str] | None = None,
         **changes: Any,
     ) -> tuple[peft.PeftModel, Any]:
-        """The base model with adapters, ready to train, and its tokenizer; see :func:`from_recipe`."""
-        recipe, adapter, passed = self._changed(changes)
+        """Load the base model with adapters to train, and its tokenizer; see :func:`from_recipe`."""
+        recipe, adapter, options = self._changed(changes)
         base = os.fspath(base) if base is not None else recipe.base
         if base is None:
-            raise ValueError(f"recipe {recipe.name!r} names no base model: pass its name or folder as base")
-        tokenizer = recipe.tokenizer_of(base, **passed)
-        model = recipe.base_model(base, tokenizer, **passed)
+            raise ValueError(f"recipe {recipe.name!r} has no base model: pass its name or folder as base")
+        tokenizer = recipe.tokenizer_of(base, **options)
+        model = recipe.base_model(base, tokenizer, **options)
         if trained is None:
             return fast_lora(model, **{**recipe.adapter, **adapter}), tokenizer
         if adapter:
             raise ValueError(f"{', '.join(sorted(adapter))}: fixed by the trained adapter {os.fspath(trained)!r}")
         return peft.PeftModel.from_pretrained(model, os.fspath(trained), is_trainable=True), tokenizer
 
-    def tokenizer_of(self, base: str | os.PathLike[str], **passed: Any) -> Any:
-        """The base's tokenizer, with a pad token; of ``passed`` it takes revision, token, cache_dir and the like."""
-        return self._tokenizer(os.fspath(base), passed)
-
-    def base_model(
-        self, base: str | os.PathLike[str], tokenizer: Any, lacking: list[str] | None = None, **passed: Any
-    ) -> Any:
-        """The (quantised) base model, prepared for adapters but without any; ``passed`` goes to its from_pretrained.
+    def tokenizer_of(self, base: str | os.PathLike[str], **changes: Any) -> Any:
+        """Load the base's tokenizer, and set its pad token if it has none.
 
         Args:
-            base: a folder or the hub's name of a model.
-            tokenizer: its tokenizer, whose pad token the model takes over where it has none.
-            lacking: receives the names of the weights that the checkpoint lacks, which are random then.
+            base: name or folder of the base model.
+            **changes: arguments of from_pretrained. The tokenizer uses revision, trust_remote_code, token, cache_dir.
+        """
+        names = ("revision", "trust_remote_code", "token", "cache_dir")
+        shared = {name: changes[name] for name in names if name in changes}
+        options: dict[str, Any] = {"trust_remote_code": False, **shared, **self.tokenizer}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(base), **options)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so end tokens still count
+        return tokenizer
+
+    def base_model(
+        self, base: str | os.PathLike[str], tokenizer: Any, missing_keys: list[str] | None = None, **options: Any
+    ) -> Any:
+        """Load the base model, quantised by the recipe and prepared for adapters, without adapters.
+
+        Args:
+            base: name or folder of the base model.
+            tokenizer: its tokenizer. The model takes over the pad token if it has none.
+            missing_keys: a list to which the names of weights are added that the checkpoint lacks. Those are random.
+            **options: further arguments of the base's from_pretrained.
 
         Raises:
-            ImportError: a quantised recipe without bitsandbytes.
+            ImportError: the recipe quantises, and bitsandbytes is not installed.
         """
-        if lacking is None:
-            model = self._base_model(os.fspath(base), passed)
+        if missing_keys is None:
+            model = self._base_model(os.fspath(base), options)
         else:
-            model, info = self._base_model(os.fspath(base), {**passed, "output_loading_info": True})
-            lacking += sorted(info["missing_keys"])
+            model, info = self._base_model(os.fspath(base), {**options, "output_loading_info": True})
+            missing_keys += sorted(info["missing_keys"])
         model = self._prepared(model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         return model
 
     def collator(self, tokenizer: Any, **changes: Any) -> FlareDataCollator:
-        """FlareDataCollator with the recipe's ``batches``, in the layout of its task."""
+        """Return a FlareDataCollator with the recipe's ``batches`` and ``changes``, in the layout of its task."""
         return FlareDataCollator(tokenizer, **{"layout": TASKS[self.task][1], **self.batches, **changes})
 
     def training_arguments(self, output_dir: str | os.PathLike[str], **changes: Any) -> transformers.TrainingArguments:
-        """TrainingArguments (for encoder-decoders Seq2SeqTrainingArguments) with the recipe's ``training``."""
+        """Return the recipe's TrainingArguments, for encoder-decoders Seq2SeqTrainingArguments, with ``changes``."""
         seq2seq = self.task == "SEQ_2_SEQ_LM"
-        made = transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments
-        return made(output_dir=os.fspath(output_dir), **{**self.training, **changes})
+        kind = transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments
+        return kind(output_dir=os.fspath(output_dir), **{**self.training, **changes})
 
     def _changed(self, changes: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-        """The recipe with its own keys changed, the adapter's fields, and what is left for from_pretrained."""
+        """Split changes: return the changed recipe, the fields of FlareConfig, and the arguments of from_pretrained."""
         keys = {f.name for f in fields(self)} - {"name"}
-        own: dict[str, Any] = {key: value for key, value in changes.items() if key in keys}
         adapter = {key: value for key, value in changes.items() if key in _ADAPTER_FIELDS}
-        passed = {key: value for key, value in changes.items() if key not in keys and key not in _ADAPTER_FIELDS}
+        options = {key: value for key, value in changes.items() if key not in keys and key not in _ADAPTER_FIELDS}
         merged: dict[str, Any] = {
             key: {**getattr(self, key), **value}
             if isinstance(value, dict) and isinstance(getattr(self, key), dict)
             else value
-            for key, value in own.items()
+            for key, value in changes.items()
+            if key in keys
         }
-        return replace(self, **merged), adapter, passed
+        return replace(self, **merged), adapter, options
 
-    def _tokenizer(self, base: str, passed: dict[str, Any]) -> Any:
-        shared: dict[str, Any] = {
-            key: passed[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in passed
-        }
-        options: dict[str, Any] = {"trust_remote_code": False, **shared, **self.tokenizer}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base, **options)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so ends of text still count
-        return tokenizer
-
-    def _base_model(self, base: str, passed: dict[str, Any]) -> Any:
-        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": False, **self.model, **passed}
+    def _base_model(self, base: str, changes: dict[str, Any]) -> Any:
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": False, **self.model, **changes}
         if self.quantization is not None:
             if importlib.util.find_spec("bitsandbytes") is None:
                 raise ImportError(
@@ -252,16 +264,16 @@ class Recipe:
         try:
             return getattr(transformers, TASKS[self.task][0]).from_pretrained(base, **options)
         except TypeError as error:
-            refused = [name for name in passed if name in str(error)]
+            refused = [name for name in changes if name in str(error)]
             if not refused:
                 raise
             raise TypeError(
-                f"{', '.join(refused)}: no key of a recipe, no field of FlareConfig, and not accepted by the base "
-                f"model's from_pretrained ({error})"
+                f"{', '.join(refused)}: not a key of a recipe, not a field of FlareConfig, and not accepted by the "
+                f"base model's from_pretrained ({error})"
             ) from error
 
     def _prepared(self, model: Any) -> Any:
-        """Frozen weights, norms in float32 over a quantised base (PEFT's preparation), and checkpointing."""
+        """Switch on checkpointing. For a quantised base also freeze the weights and cast norms to float32 (by PEFT)."""
         on = bool(self.gradient_checkpointing)
         mode = {"use_reentrant": self.gradient_checkpointing == "reentrant"}
         if self.quantization is not None:
@@ -280,49 +292,57 @@ def from_recipe(
     trained: str | os.PathLike[str] | None = None,
     **changes: Any,
 ) -> tuple[peft.PeftModel, Any]:
-    """The whole recipe in one call: the (quantised) base model, prepared, with fusing adapters, and its tokenizer.
+    """Load a recipe's base model, quantised and prepared, with fusing adapters to train, and its tokenizer.
+
+        model, tokenizer = flare.from_recipe("qlora", "meta-llama/Llama-3.1-8B", r=16)
+        model, tokenizer = flare.from_recipe("paper-xlmr/nusax")  # the recipe names its base
+        model, tokenizer = flare.from_recipe("mine.yaml", trained="out/adapter")  # continue from a saved adapter
 
     Args:
-        recipe: a name (``flare.recipes.names()``), a YAML file, or a mapping of what such a file holds.
-        base: name or folder of the base model; default: the recipe's own.
-        trained: a saved adapter to go on with, in place of a new one.
+        recipe: a name (see ``flare.recipes.names()``), a YAML file, or a mapping with the keys of such a file.
+        base: name or folder of the base model. Default: the recipe's.
+        trained: folder of a saved adapter to load in place of a new one.
         **changes: keys of the recipe (``quantization=None``, ``gradient_checkpointing="reentrant"``), fields of
-            FlareConfig (``r=8``, ``fusion="mul"``), and anything else for the base's ``from_pretrained``
+            FlareConfig (``r=8``, ``fusion="mul"``), and further arguments of the base's ``from_pretrained``
             (``num_labels=3``, ``device_map=...``).
 
     Returns:
-        (model, tokenizer): a ``peft.PeftModel`` to train, and the tokenizer, which has a pad token.
+        (model, tokenizer): a ``peft.PeftModel`` to train, and a tokenizer with a pad token.
 
     Raises:
-        ValueError, TypeError: an unknown recipe, key or value; the message names it and what is accepted.
-        ImportError: a quantised recipe without bitsandbytes.
+        ValueError, TypeError: a recipe, key or value is not accepted; the message names it and what is accepted.
+        ImportError: the recipe quantises, and bitsandbytes is not installed.
     """
     return Recipe.read(recipe).load(base, trained=trained, **changes)
 
 
 def names() -> list[str]:
-    """The recipes that come with the package."""
-    found = []
+    """Return the names of the recipes in this package."""
+    recipes = []
     for path in sorted(Path(__file__).parent.glob("*.yaml")):
         variants = yaml.load(path.read_text(encoding="utf-8"), YamlLoader).get("tasks", {})
-        found += [f"{path.stem}/{one}" for one in variants] or [path.stem]
-    return found
+        recipes += [f"{path.stem}/{task}" for task in variants] or [path.stem]
+    return recipes
 
 
 def _find(name: str) -> tuple[Path, str | None]:
-    """The file of a recipe, and which of its tasks is meant."""
+    """Return the file of a recipe, and the task in it or None.
+
+    Raises:
+        ValueError: the name is neither a file nor a recipe of this package.
+    """
     here = Path(__file__).parent
     stem, _, variant = name.rpartition("/")
     for path, task in ((Path(name), None), (Path(stem), variant) if stem else (Path(name), None)):
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path, task
-    for shipped, task in ((name, None), (stem, variant)):
-        path = here / f"{shipped}.yaml"
-        if shipped and "/" not in shipped and path.is_file():
+    for known, task in ((name, None), (stem, variant)):
+        path = here / f"{known}.yaml"
+        if known and "/" not in known and path.is_file():
             return path, task
-    raise ValueError(f"recipe {name!r} is no file and none of: {', '.join(names())}")
+    raise ValueError(f"recipe {name!r} is neither a file nor one of: {', '.join(names())}")
 
 
 def _this_process_device() -> str | int:
-    """Where this process's whole copy of a quantised model goes."""
+    """Return the device for this process's copy of a quantised model."""
     return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"

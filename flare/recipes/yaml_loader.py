@@ -1,4 +1,4 @@
-"""How YAML is read here."""
+"""YAML loader of recipes and configuration files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import yaml
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML in which 2e-5 is a number, as people write it."""
+    """Safe YAML loader that also reads 2e-5 as a number (YAML 1.1 wants 2.0e-5)."""
 
 
 YamlLoader.add_implicit_resolver(

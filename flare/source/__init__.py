@@ -1,1 +1,1 @@
-"""The source stream of a forward: its inputs, the frozen pass, its states and how they wait for backward."""
+"""The source stream of a forward pass: its inputs, the frozen pass, its states and how they are kept for backward."""

@@ -1,11 +1,11 @@
-"""Blocks that hand no keyword arguments on to their attention: the block itself takes the source on the way in.
+"""Blocks that do not pass keyword arguments on to their attention: the block itself receives the source.
 
-Gradient checkpointing runs a block again with the arguments of its first call, when nothing else of the forward is
-alive. So the context is an argument, which ``__call__`` adds and ``forward``, around which transformers puts its
-checkpoint, takes out again.
+Gradient checkpointing runs a block again with the arguments of its first call, when nothing else of the forward pass is
+alive. The context therefore has to be an argument: ``__call__`` adds it, and ``forward`` removes it. transformers puts
+its checkpoint between the two.
 
-Such an attention may call a projection again with something else than the tokens (DeBERTa's positions). A projection
-meets the source in its first call within a block; ``Slot.met`` holds those that have.
+Such an attention may call a projection a second time with something other than tokens (DeBERTa's positions). A
+projection fuses only in its first call within a block; ``Slot.met`` holds the projections that were called.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .context import KEYWORD, THREAD
 
 
 class CarryingBlock:
-    """A mixin in front of a block's class."""
+    """Mixin in front of a block's class that passes the source through the block's arguments."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the block, with the source of the running forward."""
+        """Call the block with the source of the running forward pass."""
         slot = THREAD.slot
         if slot.frozen_pass is None and slot.forward is not None:
             kwargs[KEYWORD] = slot.forward
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block with the source where its layers find it."""
+        """Put the source into the thread's slot, where the block's layers find it, and run the block."""
         slot = THREAD.slot
         slot.context, slot.met = kwargs.pop(KEYWORD, None), set()
         try:
@@ -37,31 +37,31 @@ class CarryingBlock:
             slot.context = slot.pending = slot.met = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the block's own class, which the class made here is found by."""
+        """Pickle by the block's original class, since the class created here cannot be imported."""
         return _blank, (type(self).__mro__[2],), self.__dict__
 
 
 _CLASSES: dict[type, type] = {}
 
 
-def carry(block: nn.Module) -> None:
-    """Have a block carry the source."""
+def make_carrying(block: nn.Module) -> None:
+    """Give a block the class that passes the source through."""
     if not isinstance(block, CarryingBlock):
-        block.__class__ = _carrying(type(block))  # type: ignore[assignment]
+        block.__class__ = _carrying_class(type(block))  # type: ignore[assignment]
 
 
-def release(block: nn.Module) -> None:
-    """Give a block its own class back."""
+def restore_class(block: nn.Module) -> None:
+    """Give a block its original class back."""
     if type(block) in _CLASSES.values():
         block.__class__ = type(block).__mro__[2]  # type: ignore[assignment]
 
 
-def _carrying(cls: type) -> type:
+def _carrying_class(cls: type) -> type:
     if cls not in _CLASSES:
         _CLASSES[cls] = type(f"Carrying{cls.__name__}", (CarryingBlock, cls), {"__module__": cls.__module__})
     return _CLASSES[cls]
 
 
 def _blank(cls: type) -> nn.Module:
-    made: Any = _carrying(cls)
-    return made.__new__(made)  # type: ignore[no-any-return]
+    carrying: Any = _carrying_class(cls)
+    return carrying.__new__(carrying)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""The source of one forward: what travels from the model's arguments to the adapter layers, and where a layer finds it.
+"""The source of one forward pass: how it gets from the model's arguments to the adapter layers.
 
-A :class:`SourceContext` belongs to one forward. It travels to the blocks as a keyword argument, because gradient
-checkpointing runs a block again when nothing else of the forward is alive. From a block's pre-hook to the projections
-inside, which modeling code calls with nothing but a tensor, it goes through the :class:`Slot` of the running thread.
+A :class:`SourceContext` belongs to one forward pass. It is passed to the blocks as a keyword argument, because gradient
+checkpointing runs a block again when nothing else of the forward pass is alive. Modeling code calls the projections
+inside a block with a single tensor, so they read the context from the :class:`Slot` of the running thread.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The keyword argument under which a context travels to the blocks.
+#: The keyword argument that passes a context to the blocks.
 KEYWORD = "flare_source"
 
 #: S by layer and adapter: path -> adapter name -> (B, m, r).
@@ -22,17 +22,18 @@ Bottlenecks = dict[str, dict[str, Tensor]]
 
 
 class Slot:
-    """What the code that runs now has left for the modules it calls.
+    """State of one thread that hooks and adapter layers share during a forward pass.
 
     Attributes:
-        frozen_pass: the source pass that runs (flare.source.source_pass); its layers are the base model's.
-        forward: the context of the model's forward, for the hook before the owner of its blocks.
-        context: the context of the block that runs.
+        frozen_pass: the running source pass (flare.source.source_pass); adapter layers then act as base layers.
+        forward: the context of the model's forward pass, read by the hook before the owner of its blocks.
+        context: the context of the running block.
         pending: outputs that one projection has computed for its neighbours (flare.tuner.site).
-        running: whether a forward of the model runs.
-        plain: whether it runs under a transform or tracer that takes plain PyTorch operators only.
-        rows: (rows of the target, rows of both streams) in a decoding step that both share; None elsewhere.
-        met: projections that have met the source, in a block that carries it (flare.source.carrier); None elsewhere.
+        running: whether a forward pass of the model is running.
+        plain: whether it runs under a transform or tracer that supports plain PyTorch operators only.
+        rows: (rows of the target, rows of both streams) in a decoding step that runs both; otherwise None.
+        met: projections that were called in the running block, if it carries the source (flare.source.carrier);
+            otherwise None.
     """
 
     frozen_pass: Any = None
@@ -50,19 +51,21 @@ class _Thread(threading.local):
         self.slot = Slot()
 
 
-#: ``THREAD.slot`` is the slot of the running thread. An object of its own: what a graph of torch.compile writes to a
-#: thread-local object itself is lost where the graph ends.
+#: ``THREAD.slot`` is the slot of the running thread. The slot is a separate object because a torch.compile graph loses
+#: what it writes to a thread-local object itself.
 THREAD = _Thread()
 
 
 class SiteSource:
-    """What one site (flare.tuner.site) reads, by adapter: states x_S (B, m, d), or S (B, m, r) of its layers.
+    """The source of one site (flare.tuner.site), by adapter: states x_S (B, m, d), or S (B, m, r) of its layers.
 
-    ``seed`` is that of the dropout masks of a state: drawn where the state is read, as where S is made of it there, so
-    that a step's numbers do not depend on how its states wait for backward.
-
-    ``seen`` says whether the source has reached the site: an object per site that a block only writes to, because
-    torch.compile would guard on the contents of a set.
+    Attributes:
+        states: adapter -> x_S (B, m, d), if the site's layers project it themselves.
+        seed: seed of the dropout masks of a state. It is drawn when the state is read, in every ``source_memory`` mode,
+            so the mode does not change a step's numbers.
+        bottlenecks: S by layer and adapter, if it was projected before.
+        seen: whether the source has reached the site. A flag per site, because torch.compile would guard on the
+            contents of a set.
     """
 
     seen = False
@@ -72,49 +75,50 @@ class SiteSource:
 
 
 class SourceContext:
-    """The source of one forward.
+    """The source of one forward pass.
 
-    Not a dataclass: FSDP2's mixed precision would hand each block a copy of one.
+    Not a dataclass: FSDP2's mixed precision would give each block its own copy.
 
     Args:
-        graded: whether gradients were on where the source was read.
-        state_of: for S alone: finds the state that a (layer, adapter) reads, for layers that make their own S.
+        with_grad: whether gradients were enabled when the source was read.
+        state_of: (layer, adapter) -> the state that it reads; for contexts of S, whose layers may have to compute S
+            again (reentrant checkpointing).
     """
 
-    #: the decoding step of both streams that this is the context of (flare.generation.shared_pass)
+    #: The decoding step of both streams that this context belongs to (flare.generation.shared_pass), if any.
     step: Any = None
 
-    def __init__(self, graded: bool, state_of: Callable[[str, str], Tensor] | None = None) -> None:
-        self.graded, self.state_of = graded, state_of
+    def __init__(self, with_grad: bool, state_of: Callable[[str, str], Tensor] | None = None) -> None:
+        self.with_grad, self.state_of = with_grad, state_of
         self.sites: dict[str, SiteSource] = {}
-        self.stacked_A: dict[tuple[str, ...], Tensor] = {}  # layers -> their A in the compute dtype, below each other
-        self.target_masks: dict[str, Tensor] = {}  # layer -> (B, m), where a fusion looks at it
+        self.stacked_A: dict[tuple[str, ...], Tensor] = {}  # layers -> their stacked A in the compute dtype
+        self.target_masks: dict[str, Tensor] = {}  # layer -> (B, m), if its fusion reads a mask
         self.reentrant = False
 
     @classmethod
     def of_bottlenecks(cls, bottlenecks: Bottlenecks, sites: Mapping[str, str]) -> SourceContext:
-        """Return a context of S alone, without gradients; ``sites``: layer -> its site."""
-        context = cls(graded=False)
+        """Return a context of given S, without gradients; ``sites``: layer -> its site."""
+        context = cls(with_grad=False)
         context.update(bottlenecks, sites)
         return context
 
     def update(self, bottlenecks: Bottlenecks, sites: Mapping[str, str]) -> None:
-        """File S (B, m, r) of layers and adapters."""
-        for layer, own in bottlenecks.items():
-            known = self.sites.setdefault(sites[layer], SiteSource())
-            known.bottlenecks = {} if known.bottlenecks is None else known.bottlenecks
-            known.bottlenecks.setdefault(layer, {}).update(own)
+        """Add S (B, m, r) of layers and adapters."""
+        for layer, by_adapter in bottlenecks.items():
+            source = self.sites.setdefault(sites[layer], SiteSource())
+            source.bottlenecks = {} if source.bottlenecks is None else source.bottlenecks
+            source.bottlenecks.setdefault(layer, {}).update(by_adapter)
 
     @property
     def bottlenecks(self) -> Bottlenecks:
-        """Every S, by layer and adapter."""
-        found: Bottlenecks = {}
+        """All S, by layer and adapter."""
+        bottlenecks: Bottlenecks = {}
         for source in self.sites.values():
-            found |= source.bottlenecks or {}
-        return found
+            bottlenecks |= source.bottlenecks or {}
+        return bottlenecks
 
     def of_layer(self, site: str, layer: str, adapter: str) -> tuple[Tensor | None, Tensor | None]:
-        """Return (x_S, S) for a layer's adapter, one of the two; neither where it does not fuse."""
+        """Return (x_S, S) for a layer's adapter. One of them is None; both are if it does not fuse."""
         source = self.sites.get(site)
         if source is None:
             return None, None
@@ -127,19 +131,20 @@ class SourceContext:
         return None, S
 
     def is_reentrant(self) -> bool:
-        """Whether the blocks run without a graph where the model ran with one: reentrant checkpointing, which sends no
-        gradient into S.
+        """Return whether blocks run under reentrant checkpointing: without a graph, although the model runs with one.
+
+        Reentrant checkpointing sends no gradient into S, so layers have to compute S themselves.
         """
-        if self.graded and not torch.is_grad_enabled():
+        if self.with_grad and not torch.is_grad_enabled():
             self.reentrant = True
         return self.reentrant
 
     def make_state(self, layer: str, adapter: str) -> Tensor:
-        """Return the state x_S (B, m, d) of a layer that makes its own S."""
+        """Return the state x_S (B, m, d) for a layer that computes S itself."""
         assert self.state_of is not None
         return self.state_of(layer, adapter)
 
     @property
     def missed(self) -> list[str]:
-        """The sites that the source has not reached yet."""
+        """Sites that the source has not reached yet."""
         return sorted(site for site, source in self.sites.items() if not source.seen)

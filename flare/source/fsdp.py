@@ -1,10 +1,11 @@
-"""Adapter weights under FSDP2: read by the source before their blocks run, so gathered here and not by the blocks.
+"""Adapter weights under FSDP2. The source needs them before their blocks run, so they are gathered here.
 
-    gathered(A (r, d), sharded over the ranks)  ->  A (r, d), plain         and back: the mean of all ranks' dA, sharded
+    forward     full_parameter(A (r, d), sharded over the ranks)  ->  A (r, d), a plain tensor
+    backward    the mean of all ranks' dA, sharded
 
-FSDP2 sums into a weight's gradient what its block's backward pass leaves, on a stream of its own, and waits for that
-stream at the end of the backward pass. The source's share of dA is known only after the last block's, so it is added
-behind that: exact in whichever order the two come, and without a race.
+FSDP2 accumulates each block's gradients on its own stream and waits for that stream at the end of the backward pass.
+The source's share of dA is complete only after the last block's backward, so it is added after that wait. The sum is
+therefore exact, and the two streams do not race.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ from torch.distributed.tensor import DTensor, Partial
 from .._compat import after_backward, every_module
 
 REENTRANT = (
-    "FLARE MT's projection serves every block, and gradient checkpointing with use_reentrant=True would send it one "
-    "gradient per block, which {engine} cannot take: pass gradient_checkpointing_kwargs={{'use_reentrant': False}}"
+    "gradient checkpointing with use_reentrant=True is not supported for FLARE MT under {engine}: the projection "
+    "serves all blocks and would receive one gradient per block, which {engine} cannot reduce; pass "
+    "gradient_checkpointing_kwargs={{'use_reentrant': False}}"
 )
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has sharded a model, or a part of it."""
+    """Return whether FSDP2 has sharded a model or a part of it."""
     return any(isinstance(module, FSDPModule) for module in every_module(model))
 
 
 def prepare_generate(model: nn.Module) -> None:
-    """Let ``generate`` of a sharded model gather what its root holds (embeddings, head), as a forward does."""
+    """Make ``generate`` of a sharded model gather the root's weights (embeddings, head), as a forward pass does."""
     if isinstance(model, FSDPModule) and "generate" not in vars(model):
         register_fsdp_forward_method(model, "generate")
 
 
-def is_split(model: nn.Module) -> bool:
-    """Whether this process holds a part of the weights only, so that all processes have to run a forward together:
-    FSDP, or DeepSpeed's ZeRO 3.
+def is_partitioned(model: nn.Module) -> bool:
+    """Return whether each process holds only a part of the weights (FSDP, DeepSpeed's ZeRO 3).
+
+    All processes then have to run a forward pass together.
     """
     return (
         is_sharded(model)
@@ -49,9 +52,10 @@ def is_split(model: nn.Module) -> bool:
 
 
 def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:
-    """Have FSDP2 put the shards back on the modules along the paths, below ``model``: a whole weight that an earlier
-    forward has left there (``reshard_after_forward=False``) would take the source's share after its gradient was
-    reduced. Modules without shards, or whose shards are in place, are left as they are.
+    """Make FSDP2 reshard the modules along the paths below ``model``.
+
+    With ``reshard_after_forward=False`` an earlier forward pass leaves unsharded weights, and the source's share of
+    their gradient would come after the reduction. Other modules do not change.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -60,39 +64,42 @@ def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def _along(model: nn.Module, path: str) -> Iterable[nn.Module]:
-    """The modules from a child of ``model`` to the one that the path names."""
+    """Yield the modules along a path, from a child of ``model`` to the named module."""
     for name in path.split("."):
         model = getattr(model, name)
         yield model
 
 
-def check_whole(parameter: Tensor, dims: int = 2) -> None:
-    """Raise ValueError for a parameter that is sharded in a way that a source cannot take."""
+def check_gatherable(parameter: Tensor, dims: int = 2) -> None:
+    """Raise ValueError for a parameter whose sharding is not supported with a source (FSDP1, tensor parallelism)."""
     if not isinstance(parameter, DTensor):
         if parameter.dim() != dims or parameter.numel() == 0:
             raise ValueError(
-                "an adapter's weight is not whole where the source is read: FSDP1 takes weights away between uses; a "
+                "an adapter's weight is not available when the source is read: FSDP1 frees weights between uses; a "
                 "source needs FSDP2 (accelerate's fsdp_version: 2), DDP or DeepSpeed ZeRO"
             )
     elif "tp" in (parameter.device_mesh.mesh_dim_names or ()):
         raise ValueError("an adapter's weight is sharded by tensor parallelism, which is not supported with a source")
 
 
-def gathered(parameter: Tensor, dims: int = 2) -> Tensor:
-    """A parameter of so many dimensions as a plain tensor; one that FSDP2 has sharded is gathered from all ranks.
+def full_parameter(parameter: Tensor, dims: int = 2) -> Tensor:
+    """Return a parameter as a plain tensor, gathered from all ranks if FSDP2 has sharded it.
+
+    Args:
+        parameter: an adapter's weight or bias.
+        dims: its number of dimensions.
 
     Raises:
-        ValueError: a parameter that is sharded in a way that cannot be gathered here (FSDP1), or over another axis
-            than the data (tensor parallelism).
+        ValueError: the parameter is sharded by FSDP1 or by tensor parallelism.
     """
-    check_whole(parameter, dims)
+    check_gatherable(parameter, dims)
     if not isinstance(parameter, DTensor):
         return parameter
     return cast(Tensor, _Gather.apply(parameter))
 
 
 class _Gather(torch.autograd.Function):
-    """A sharded parameter -> the whole; its gradient is added to ``parameter.grad`` when the backward pass is over."""
+    """Gather a sharded parameter; add its gradient to ``parameter.grad`` at the end of the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:  # type: ignore[override]
@@ -106,7 +113,7 @@ class _Gather(torch.autograd.Function):
 
         def add() -> None:
             mesh = parameter.device_mesh
-            mean = [Partial("avg")] * mesh.ndim  # what FSDP2 makes of the ranks' gradients
+            mean = [Partial("avg")] * mesh.ndim  # FSDP2 averages over ranks
             share = DTensor.from_local(grad, mesh, mean, run_check=False).redistribute(mesh, parameter.placements)
             parameter.grad = share if parameter.grad is None else parameter.grad + share
 

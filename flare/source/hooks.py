@@ -1,18 +1,19 @@
-"""The hooks that take a source from a model's keyword arguments to its adapter layers.
+"""Hooks that route a source from a model's keyword arguments to its adapter layers.
 
 No modeling code is copied or patched:
 
-1. before the transformers model: take ``source_*`` out of the keyword arguments and read the source; in a step of
-   generation, ask the source that the KV cache carries for its next positions (flare.generation.decoding), or put its
-   rows below the target's (flare.generation.shared_pass);
-2. before the owner of a block stack: hand the context on as a keyword argument of the blocks;
-3. before a block, and after the last: note the state in a source pass;
-4. before a self-attention module, which a checkpoint's recompute calls again: leave the context where the layers inside
-   find it; after it, take it away (blocks that hand no keyword arguments on do all of 2 and 4: flare.source.carrier);
-5. after the model: check that every fusing layer was reached.
+1. Before the transformers model: remove ``source_*`` from the keyword arguments and read the source. In a step of
+   generation, get the next positions from the source that the KV cache holds (flare.generation.decoding), or append the
+   source's rows to the target's (flare.generation.shared_pass).
+2. Before the owner of a block stack: add the context to the keyword arguments of the blocks.
+3. Before each block, and after the last one: record the state if a source pass is running.
+4. Before a self-attention module, which a checkpoint's recompute calls again: put the context into the thread's slot.
+   After it: clear the slot. Blocks that do not pass keyword arguments on do steps 2 and 4 themselves
+   (flare.source.carrier).
+5. After the model: check that the source reached every fusing layer.
 
-The functions find everything through the module they are called with, never through a closure, so a deep copy or a
-pickled model routes to its own layers.
+The functions read all they need from the module they are called with, never from a closure. A deep copy or a pickled
+model therefore routes to its own layers.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from .._compat import REPLICA_MARK, drops_blocks
 from ..tuner.grouping import make_sites, remove_sites
 from ..tuner.layer import weight_of
 from . import carrier
+from .arguments import SOURCE_ARGUMENTS, flatten_choices
 from .context import KEYWORD, THREAD, SourceContext
-from .inputs import SOURCE_ARGUMENTS, decoder_shape, one_text_a_row, read_source, refuse_unknown, target_shape
-from .packed_rows import LOOKED_AT, refuse_packed_rows
+from .inputs import decoder_shape, read_source, refuse_unknown, target_shape
+from .packed_rows import CHECKED_ARGUMENTS, refuse_packed_rows
 from .runtime import _RUNTIME, Runtime, runtime_of
-from .source_pass import Wanted
+from .source_pass import StateUse
 from .states import StateKey
 
 #: Attribute of a target's KV cache that holds the source decoded next to it (flare.generation.decoding).
@@ -49,14 +51,14 @@ NO_SOURCE_WARNING = (
     "flare.FlareTrainer, and pad with flare.FlareDataCollator."
 )
 PREDICTING_WARNING = (
-    "A fusing adapter predicts without a source and is plain LoRA in this call, not what it was trained as. Pass "
+    "A fusing adapter predicts without a source and is plain LoRA in this call, unlike in its training. Pass "
     "source_input_ids and source_attention_mask to the model or to generate (with latent_dim: source_states), as in "
-    "training. This is said once; where it is meant, filter this warning."
+    "training. This warning appears once; filter it if the missing source is intended."
 )
 
 
 def attach(model: nn.Module, runtime: Runtime) -> None:
-    """Install the hooks that ``runtime.layers`` need, none twice, and give every adapter layer its site."""
+    """Install each hook that ``runtime.layers`` need once, and assign a site to every adapter layer."""
     if _RUNTIME not in model.__dict__:
         model.__dict__[_RUNTIME] = runtime
         runtime.handles += [
@@ -68,7 +70,7 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
         owner, blocks = model.get_submodule(stack.rpartition(".")[0]), [*model.get_submodule(stack).children()]
         if stack in runtime.map.carried:
             for block in blocks:
-                carrier.carry(block)
+                carrier.make_carrying(block)
         elif not any(hook is _before_stack for hook in owner._forward_pre_hooks.values()):
             runtime.handles.append(owner.register_forward_pre_hook(_before_stack, with_kwargs=True))
         if _BLOCK in blocks[0].__dict__:
@@ -91,7 +93,7 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take every hook and attribute of :func:`attach` off the model again."""
+    """Remove every hook and attribute that :func:`attach` added to the model."""
     runtime = model.__dict__.pop(_RUNTIME, None)
     if runtime is None:
         return
@@ -100,7 +102,7 @@ def detach(model: nn.Module) -> None:
         handle.remove()
     runtime.handles.clear()
     for module in model.modules():
-        carrier.release(module)
+        carrier.restore_class(module)
         for name in (_BLOCK, _LAST):
             module.__dict__.pop(name, None)
 
@@ -114,25 +116,29 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
     slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
-    # needs_plain_operators, without a frame of its own
+    # needs_plain_operators, inlined: this runs in every step
     compiles = torch.compiler.is_compiling()
     slot.plain = torch.compiler.is_exporting() if compiles else functorch_is_active() or torch.jit.is_tracing()
     source = take_source(model, kwargs, SOURCE_ARGUMENTS)
-    wanted, cache = runtime.wanted(), kwargs.get("past_key_values")
-    if wanted and source:
+    uses, cache = runtime.state_uses(), kwargs.get("past_key_values")
+    if uses and source:
         _refuse_cached_steps(cache, source)
         if REPLICA_MARK in model.__dict__:
             raise ValueError(
                 f"{', '.join(sorted(source))} in a model under torch.nn.DataParallel, whose threads would share one "
-                "source: start one process per GPU (accelerate launch, torchrun), or show this one a single GPU "
-                "(CUDA_VISIBLE_DEVICES=0)"
+                "source: start one process per GPU (accelerate launch, torchrun), or make a single GPU visible to this "
+                "process (CUDA_VISIBLE_DEVICES=0)"
             )
         mask = kwargs.get("attention_mask")
-        if len(args) > 1 or not LOOKED_AT.isdisjoint(kwargs) or (mask is not None and getattr(mask, "ndim", 0) != 2):
+        if (
+            len(args) > 1
+            or not CHECKED_ARGUMENTS.isdisjoint(kwargs)
+            or (mask is not None and getattr(mask, "ndim", 0) != 2)
+        ):
             refuse_packed_rows(model, source, args, kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
-        if getattr(ids, "ndim", 2) == 3:  # a multiple choice
-            source = one_text_a_row(source)
+        if getattr(ids, "ndim", 2) == 3:  # multiple choice
+            source = flatten_choices(source)
         slot.forward = read_source(
             model,
             runtime,
@@ -141,8 +147,8 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             decoder_shape(args, kwargs),
             source_cache=runtime.source_cache,
         )
-        note_target_masks(runtime, wanted, slot.forward, args, kwargs)
-    elif wanted and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
+        store_target_masks(runtime, uses, slot.forward, args, kwargs)
+    elif uses and cache is not None and hasattr(cache, SOURCE_OF_CACHE):
         source_of = getattr(cache, SOURCE_OF_CACHE)
         step = None if args else source_of.share(model, runtime, kwargs)
         if step is not None:
@@ -151,10 +157,10 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             return (), step.inputs
         shape = (decoder_shape if runtime.map.decoders else target_shape)(args, kwargs)
         slot.forward = source_of.carry(model, runtime, shape, cache.get_seq_length())
-    elif wanted and kwargs.get("encoder_outputs") is None:  # else the encoder has read, or lacked, its source before
+    elif uses and kwargs.get("encoder_outputs") is None:  # otherwise the encoder has run, with or without its source
         warn_without_source(runtime, model.training and torch.is_grad_enabled())
     elif source and runtime.layers and not any(layer.flare_fusion for layer in runtime.layers):
-        raise ValueError(  # transformers' delete_adapter leaves the hooks on the model
+        raise ValueError(  # transformers' delete_adapter does not remove the hooks
             f"{', '.join(sorted(source))}: the adapters that read a source were deleted from this model; leave it out, "
             "or load one"
         )
@@ -162,22 +168,22 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def warn_without_source(runtime: Runtime, training: bool) -> None:
-    """Warn, once per model in training and once in predicting, that adapters that fuse are plain LoRA in this call.
+    """Warn that fusing adapters are plain LoRA in this call: once per model in training, and once in prediction.
 
-    Predicting is quiet after training without a source: it is then what the adapter was trained as.
+    There is no warning in prediction after training without a source, since the adapter was trained as plain LoRA.
     """
     message = NO_SOURCE_WARNING if training else PREDICTING_WARNING
-    if message in runtime.said or NO_SOURCE_WARNING in runtime.said:
+    if message in runtime.warned or NO_SOURCE_WARNING in runtime.warned:
         return
     if torch.compiler.is_compiling():
         _warn_while_tracing(message)
     else:
-        runtime.said.add(message)
+        runtime.warned.add(message)
         warn_user(message)
 
 
 def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Take the source arguments out of a call's keyword arguments; those that are None are left out.
+    """Remove the source arguments from a call's keyword arguments, and return those that are not None.
 
     Raises:
         TypeError: an argument ``source_...`` that neither ``names`` nor the model's forward has.
@@ -194,34 +200,34 @@ def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]
 
 
 def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
-    """A step of generation: its positions would meet the wrong positions of the source."""
+    """Raise ValueError for a source next to a filled KV cache: positions would fuse with the wrong source positions."""
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
-            f"past_key_values holds earlier positions and {', '.join(sorted(source))} was given: these positions would "
-            "meet the wrong ones of the source; use model.generate, or pass the whole text at once"
+            f"past_key_values holds earlier positions and {', '.join(sorted(source))} was given: new positions would "
+            "fuse with the wrong source positions; use model.generate, or pass the whole text at once"
         )
 
 
-def note_target_masks(
-    runtime: Runtime, wanted: list[Wanted], context: SourceContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+def store_target_masks(
+    runtime: Runtime, uses: list[StateUse], context: SourceContext, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """File the target's masks (B, m) for the layers whose fusion looks at them (cross_attention_mask).
+    """Store the target's masks (B, m) in the context for layers whose fusion reads them (cross_attention_mask).
 
     Raises:
-        ValueError: an attention mask of another form.
+        ValueError: the attention mask is not (B, m), nor (B, n, m) of a multiple choice.
     """
-    masking = {name for name, config in runtime.configs.items() if config.cross_attention_mask}
-    if not masking:
+    masked_adapters = {name for name, config in runtime.configs.items() if config.cross_attention_mask}
+    if not masked_adapters:
         return
-    for key, adapter, layer in wanted:
-        if adapter not in masking:
+    for key, adapter, layer in uses:
+        if adapter not in masked_adapters:
             continue
         in_decoder = key.stack in runtime.map.decoders
         name = "decoder_attention_mask" if in_decoder else "attention_mask"
         mask, shape = kwargs.get(name), (decoder_shape if in_decoder else target_shape)(args, kwargs)
         if mask is None and shape is not None:
             mask = torch.ones(shape, device=weight_of(layer, adapter).device)
-        if isinstance(mask, Tensor) and mask.dim() == 3:  # of the choices of each row
+        if isinstance(mask, Tensor) and mask.dim() == 3:  # multiple choice: (B, n, m)
             mask = mask.flatten(0, 1)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
@@ -236,7 +242,7 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def check_reached(model: nn.Module, context: SourceContext) -> None:
-    """Raise ValueError where a fusing layer has run, or been passed by, without its source."""
+    """Raise ValueError if a fusing layer did not receive its source, whether it ran or not."""
     if context.missed and not drops_blocks(model):
         runtime = runtime_of(model)
         layers = {} if runtime is None else runtime.reading().sites
@@ -273,10 +279,10 @@ def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     slot = THREAD.slot
     if slot.frozen_pass is not None:
-        # behind the hooks of others, as the pass may end there; moved only if it must, which a graph cannot do
+        # Our hook has to be the last, as the pass may end in it. Moved only if necessary: a graph cannot do that.
         if _LAST in block.__dict__ and [*block._forward_hooks][-1] != block.__dict__[_LAST][1]:
             block._forward_hooks.move_to_end(block.__dict__[_LAST][1])  # type: ignore[attr-defined]
-        slot.frozen_pass.note(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])
+        slot.frozen_pass.record(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])
     elif slot.forward is not None and slot.forward.step is not None:
         slot.forward.step.enter_block(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])
 
@@ -284,7 +290,7 @@ def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _after_last_block(block: nn.Module, args: Any, output: Any) -> None:
     slot = THREAD.slot
     if slot.frozen_pass is not None:
-        slot.frozen_pass.note(block.__dict__[_LAST][0], output if isinstance(output, Tensor) else output[0])
+        slot.frozen_pass.record(block.__dict__[_LAST][0], output if isinstance(output, Tensor) else output[0])
 
 
 def _before_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -301,21 +307,21 @@ def _after_attention(attention: nn.Module, args: Any, output: Any) -> None:
     slot.context = slot.pending = None
 
 
-#: Packages between the user's line and ours.
-_NOT_THE_USERS = {"flare", "torch", "peft", "transformers", "accelerate", "trl", "contextlib"}
+#: Packages whose frames may lie between the user's line and this module.
+_LIBRARIES = {"flare", "torch", "peft", "transformers", "accelerate", "trl", "contextlib"}
 
 
 @torch.compiler.disable
 def warn_user(message: str) -> None:
-    """Warn at the innermost line that is not a library's: the one a user can change."""
+    """Warn at the innermost line outside of libraries, which is the one that the user can change."""
     level = 1
     frame = sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
 @torch.compiler.assume_constant_result
 def _warn_while_tracing(message: str) -> None:
-    """Warn once per graph, when torch.compile traces it, without breaking it."""
+    """Warn once per graph, when torch.compile traces it, without a graph break."""
     warn_user(message)

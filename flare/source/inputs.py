@@ -1,14 +1,12 @@
-"""The source of one forward: its arguments, whether they fit the target's, and how its states are read.
+"""The source of one forward pass: checks of its arguments, and reading its states.
 
 Shapes: B rows, m positions of a text, u of a decoder's input.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,46 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import shift_labels
+from .arguments import DECODER_ARGUMENTS, SOURCE_ARGUMENTS, did_you_mean
 from .context import THREAD, SourceContext
-from .fsdp import check_whole, reshard_below
+from .fsdp import check_gatherable, reshard_below
 from .latent import read_latent
-from .memory import AutocastState, Choice, Keep, Offload, Recompute, RowVisitor, StateMemory, choose
+from .memory import Keep, StateMemory, memory_of_pass, mode_of_pass
 from .projected import project_states
-from .runtime import Reads, Runtime, graded
-from .source_pass import Preparation, Reader, keep_states, read_from_model, read_from_states
+from .runtime import Reads, Runtime, needs_grad
+from .source_pass import Preparation, Reader, context_from_states, read_from_model, read_from_states
 from .states import SourceStates, StateKey
 
-#: Keyword arguments of the model that belong to the source.
-SOURCE_ARGUMENTS = (
-    "source_input_ids",
-    "source_attention_mask",
-    "source_token_type_ids",
-    "source_labels",
-    "source_decoder_input_ids",
-    "source_states",
-)
-#: Of these, what an encoder-decoder's decoder reads.
-DECODER_ARGUMENTS = ("source_labels", "source_decoder_input_ids")
 
-
-def did_you_mean(name: str, accepted: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the accepted name nearest to one, or nothing where none is near."""
-    near = difflib.get_close_matches(name, accepted, 1, 0.8)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def refuse_unknown(model: nn.Module, given: Iterable[str], names: Sequence[str]) -> None:
+def refuse_unknown(model: nn.Module, arguments: Iterable[str], names: Sequence[str] = SOURCE_ARGUMENTS) -> None:
     """Raise TypeError for an argument ``source_...`` that neither ``names`` nor the model's forward has."""
-    for name in given:
+    for name in arguments:
         if name[:7] == "source_" and name not in names and name not in accepted_by(model):
             raise TypeError(
-                f"{name} is not an argument of {type(model).__name__}: of a source it reads {', '.join(names)}"
+                f"{name} is not an argument of {type(model).__name__}: its source arguments are {', '.join(names)}"
                 f"{did_you_mean(name, names)}"
             )
 
 
 def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """(B, m) of the target text, where the call shows it; (B n, m) of the n choices of each row (B, n, m)."""
+    """Return (B, m) of the target text, or None if the call does not show it.
+
+    For the n choices of each row (B, n, m) it is (B n, m).
+    """
     for candidate in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
         if isinstance(candidate, Tensor):
             if candidate.ndim == 3 and not candidate.is_floating_point():
@@ -64,36 +48,17 @@ def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ..
     return None
 
 
-def one_text_a_row(source: dict[str, Any]) -> dict[str, Any]:
-    """The source arguments of a multiple choice, (B, n, m) as (B n, m), which is how the model reads the target's.
-
-    States stay: they are those of (B n, m) already.
-
-    Raises:
-        ValueError: ids, a mask or token types of other than three dimensions.
-    """
-    texts = {name: value for name, value in source.items() if name != "source_states"}
-    for name, value in texts.items():
-        if not isinstance(value, Tensor) or value.ndim != 3:
-            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"{name} is {what}: next to input_ids (B, n, m) of a multiple choice it must be of the same shape, "
-                "one source text for each choice (flare.FlareDataCollator makes them)"
-            )
-    return {**source, **{name: value.flatten(0, 1) for name, value in texts.items()}}
-
-
 def decoder_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """(B, u) of the target's decoder input; a model that makes it of its input_ids has it as long as these."""
+    """Return (B, u) of the target's decoder input. If the model derives it from input_ids, it has their shape."""
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
-        given = kwargs.get(name)
-        if isinstance(given, Tensor) and given.dim() > 1:
-            return tuple(given.shape[:2])
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return tuple(value.shape[:2])
     return target_shape(args, kwargs)
 
 
 def check_ids(name: str, ids: Any, shape: str) -> Tensor:
-    """Token ids of two dimensions; TypeError, naming the argument, for anything else."""
+    """Return token ids; raise TypeError if they are not an integer tensor of two dimensions."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 2:
         kind = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be an integer tensor {shape}, got {kind}")
@@ -101,7 +66,7 @@ def check_ids(name: str, ids: Any, shape: str) -> Tensor:
 
 
 def check_same_shape(ids: Tensor, target: tuple[int, ...] | str) -> None:
-    """ValueError where the source's ids (B, m) have not the shape of the target's, or these are something else."""
+    """Raise ValueError unless the source's ids (B, m) have the shape of the target's (or its description, a str)."""
     if tuple(ids.shape) != target:
         raise ValueError(
             f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {target}: both texts need the same "
@@ -110,7 +75,7 @@ def check_same_shape(ids: Tensor, target: tuple[int, ...] | str) -> None:
 
 
 def check_source_mask(ids: Tensor, mask: Any) -> Tensor:
-    """``source_attention_mask``; ValueError where it has not the shape of the ids (B, m)."""
+    """Return ``source_attention_mask``; raise ValueError unless it has the shape of the ids (B, m)."""
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
@@ -118,20 +83,20 @@ def check_source_mask(ids: Tensor, mask: Any) -> Tensor:
 
 
 def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> dict[str, Any]:
-    """Keyword arguments of the frozen pass, checked against the target's shape (B, m).
+    """Return keyword arguments of the frozen pass, checked against the target's shape (B, m).
 
     Raises:
-        TypeError, ValueError: ids, a mask or token types that do not fit; the message names the argument.
+        TypeError, ValueError: ids, a mask or token types do not match; the message names the argument.
     """
     ids, mask = source.get("source_input_ids"), source.get("source_attention_mask")
     if ids is None:
-        given = ", ".join(sorted(source))
-        raise ValueError(f"{given} was given without source_input_ids: pass both, or neither")
+        names = ", ".join(sorted(source))
+        raise ValueError(f"{names} was given without source_input_ids: pass both, or neither")
     check_ids("source_input_ids", ids, "(B, m)")
     if target is not None:
         check_same_shape(ids, target)
     inputs: dict[str, Any] = {"input_ids": ids}
-    if mask is not None:  # one of ones would cost a reduction and a wait for the device
+    if mask is not None:  # a mask of ones would cost a reduction and a wait for the device
         inputs["attention_mask"] = check_source_mask(ids, mask)
     backbone: Any = getattr(model, "base_model", model)
     accepted = accepted_by(backbone)
@@ -149,9 +114,9 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
 
 
 def accepted_by(module: nn.Module) -> frozenset[str]:
-    """Names of the arguments of a module's forward."""
+    """Return the names of the arguments of a module's forward."""
     forward = getattr(module.forward, "__func__", module.forward)
-    if torch.compiler.is_compiling():  # which would trace into the cache, and warn
+    if torch.compiler.is_compiling():  # Dynamo would trace into the lru_cache, and warn
         return frozenset(inspect.signature(forward).parameters)
     return _parameters_of(forward)
 
@@ -162,9 +127,9 @@ def _parameters_of(function: Any) -> frozenset[str]:
 
 
 def without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The backbone's inputs without the last columns, where they are pads in every row: tokens never look there.
+    """Return the backbone's inputs without the last columns that are padding in every row. Tokens never attend to them.
 
-    Only where the mask is on the host: nothing here waits for a device.
+    The inputs are returned unchanged if the mask is not on the host, so that this does not wait for a device.
     """
     if "attention_mask" not in inputs or inputs["attention_mask"].device.type != "cpu":
         return inputs
@@ -175,9 +140,10 @@ def without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """The frozen decoder's input ids (B, u), and where they are tokens; checked against the target's (B, u).
+    """Return the frozen decoder's input ids (B, u) and their mask (B, u), checked against the target's (B, u).
 
-    The start token is one, and so is what follows it unless it is padding: -100 in labels, else the pad token.
+    The mask is 1 at the start token and at every later position that is not padding. Padding is -100 in
+    ``source_labels``, and the pad token in ``source_decoder_input_ids``.
     """
     name = "source_decoder_input_ids" if "source_decoder_input_ids" in source else "source_labels"
     ids = check_ids(name, source[name], "(B, u)")
@@ -203,18 +169,17 @@ def decoder_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, 
 
 
 def check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] | None, offset: int, width: int) -> None:
-    """``source_states`` of the user's, checked against the target's shape (B, m), the adapter's offset and the model's
-    width.
+    """Check the user's ``source_states`` against the target's shape (B, m), the adapter's offset and the model's width.
 
     Raises:
-        TypeError, ValueError: states of another kind or size, or beside another source.
+        TypeError, ValueError: the states have another type or size, or another source argument was given too.
     """
     if not isinstance(states, SourceStates):
         raise TypeError(f"source_states must be a flare.SourceStates (from encode_source), got {type(states).__name__}")
-    beside = sorted(set(source) - {"source_states"})
-    if beside:
+    others = sorted(set(source) - {"source_states"})
+    if others:
         raise ValueError(
-            f"{', '.join(beside)} and source_states were both given: pass the source once (the states carry their "
+            f"{', '.join(others)} and source_states were both given: pass the source once (the states carry their "
             "mask; of an encoder-decoder they are the encoder's)"
         )
     if any(state.shape[-1] != width for state in states):
@@ -243,34 +208,37 @@ def read_source(
     source_padding: str | None = None,
     source_cache: Any = None,
 ) -> SourceContext:
-    """Run the source pass (or take the given states) and return what travels to the layers.
+    """Run the source pass, or use the given states, and return the context for the layers.
 
     Args:
-        model, runtime: the transformers model and its runtime.
-        source: the source arguments that were given.
-        target, decoder_target: (B, m) of the target text and (B, u) of its decoder's input, to be checked against.
-        source_padding: in place of the adapters' own.
-        source_cache: where rows of states are read and kept.
+        model: the transformers model.
+        runtime: its runtime.
+        source: the source arguments of the call.
+        target: (B, m) of the target text, to check the source against.
+        decoder_target: (B, u) of the target's decoder input, to check the source's against.
+        source_padding: overrides the adapters' setting.
+        source_cache: cache that states are read from and stored in.
 
     Raises:
-        TypeError, ValueError: source arguments that do not fit; the message names the argument.
+        TypeError, ValueError: the source arguments do not match; the message names the argument.
     """
     reading = runtime.reading()
     decoder = [name for name in DECODER_ARGUMENTS if name in source]
     if decoder and not runtime.map.decoders:
         raise ValueError(
-            f"{decoder[0]}: {type(model).__name__} is not an encoder-decoder, whose decoder these are for; leave it out"
+            f"{decoder[0]} is for an encoder-decoder's decoder, and {type(model).__name__} is not an encoder-decoder; "
+            "leave it out"
         )
     if torch.compiler.is_exporting() and runtime.map.decoders and not decoder:
         raise ValueError(
-            f"{', '.join(sorted(source))} under torch.export, which runs the source pass to its end: pass the input of "
-            f"the decoder too ({' or '.join(DECODER_ARGUMENTS)}), or leave the source out"
+            f"{', '.join(sorted(source))} under torch.export, which runs the source pass to its end: also pass the "
+            f"decoder's input ({' or '.join(DECODER_ARGUMENTS)}), or leave the source out"
         )
     reads = reading.of_both if decoder else reading.of_text
     if not reads:
         raise ValueError(
             f"{', '.join(sorted(source))}: the active adapters fuse in the decoder only, which reads source_labels "
-            "or source_decoder_input_ids; pass one of them too"
+            "or source_decoder_input_ids; also pass one of them"
         )
     adapters = reads.adapters
     slot = THREAD.slot
@@ -286,22 +254,22 @@ def read_source(
     if latent_dim is not None:
         reshard_below(model, (layer.flare_key for layer in runtime.layers))
         return read_latent(model, source, target, reads, runtime.layers, latent_dim)
-    zeroes = (source_padding or runtime.setting("source_padding", adapters)) == "zero"
+    zero_padding = (source_padding or runtime.setting("source_padding", adapters)) == "zero"
     weights = reads.weights()
     device, masks = weights[0].device, {}
     if device.type == "meta":
         device = reads.device
-    # lora_A is called in its layer, on the state as it is; a graph does that anyway
+    # If modules must be called, each layer calls its lora_A on the state. A graph does that anyway.
     compiles, plain = torch.compiler.is_compiling(), slot.plain
-    by_modules = plain or (not compiles and graded(weights) and reads.are_touched())
+    by_modules = plain or (not compiles and needs_grad(weights) and reads.have_hooks())
     states: Any  # a reader
-    given = "source_states" in source
-    if given:
-        ready = source["source_states"]
-        check_states(ready, source, target, runtime.setting("source_layer_offset", adapters), weights[0].shape[1])
-        if ready.attention_mask is not None:
-            masks = dict.fromkeys(runtime.map.stacks, ready.attention_mask)
-        states = read_from_states(ready, reads.keys)
+    states_given = "source_states" in source
+    if states_given:
+        given = source["source_states"]
+        check_states(given, source, target, runtime.setting("source_layer_offset", adapters), weights[0].shape[1])
+        if given.attention_mask is not None:
+            masks = dict.fromkeys(runtime.map.stacks, given.attention_mask)
+        states = read_from_states(given, reads.keys)
     else:
         inputs = backbone_inputs(model, source, target)
         if "attention_mask" in inputs:
@@ -309,14 +277,14 @@ def read_source(
         if decoder:
             inputs["decoder_input_ids"], mask = decoder_inputs(model, source, decoder_target)
             masks |= dict.fromkeys(runtime.map.decoders, mask)
-        if zeroes and not by_modules:
+        if zero_padding and not by_modules:
             inputs = without_trailing_pads(inputs)
         dropout = runtime.setting("source_dropout", adapters)
         states = read_from_model(model, inputs, reads.keys, dropout=dropout)
-    prepare = Preparation.under_autocast(device, masks if zeroes else {})
-    if by_modules and prepare.packings:
+    prepare = Preparation.under_autocast(device, masks if zero_padding else {})
+    if by_modules and prepare.tokens:
         prepare = Preparation(prepare.dtype, masks=masks)
-    cached = source_cache is not None and not given
+    cached = source_cache is not None and not states_given
     if cached:
         check_cacheable(runtime, adapters)
         states = source_cache.reader(
@@ -324,41 +292,41 @@ def read_source(
             inputs,
             reads.keys,
             prepare,
-            masks if zeroes else {},
+            masks if zero_padding else {},
             runtime.map.decoders,
-            zero_pads=zeroes,
+            zero_pads=zero_padding,
         )
     if compiles or plain:
-        return keep_states(states, prepare, reads.by_key)
-    if not graded(weights):
+        return context_from_states(states, prepare, reads.by_key)
+    if not needs_grad(weights):
         return _projected(model, runtime, reads, states, prepare, None)
     if by_modules:
-        _say_kept(runtime, reads)
-        return keep_states(states, prepare, reads.by_key)
-    layers_project = not (prepare.packings or reads.mixes)
-    if not (layers_project and (given or runtime.setting("source_memory", adapters) == "keep")):
-        memory = _memory(model, runtime, reads, source, states, prepare)
+        _warn_states_kept(runtime, reads)
+        return context_from_states(states, prepare, reads.by_key)
+    layers_project = not (prepare.tokens or reads.mixes_positions)
+    if not (layers_project and (states_given or runtime.setting("source_memory", adapters) == "keep")):
+        memory = memory_of_pass(model, runtime, reads, source, states, prepare)
         if not (layers_project and isinstance(memory, Keep)):
             return _projected(model, runtime, reads, states, prepare, memory)
     A = weights[0]
     if A.__class__ is not nn.Parameter or A.ndim != 2 or 0 in A.shape:
-        check_whole(A)
-    kept = states.warm() if cached else None
-    if kept is not None:  # they are prepared already
-        return keep_states(kept, Preparation(prepare.dtype), reads.by_key)
-    return keep_states(states, prepare, reads.by_key)
+        check_gatherable(A)
+    cached_states = states.warm() if cached else None
+    if cached_states is not None:  # prepared before they were stored
+        return context_from_states(cached_states, Preparation(prepare.dtype), reads.by_key)
+    return context_from_states(states, prepare, reads.by_key)
 
 
-def _say_kept(runtime: Runtime, reads: Reads) -> None:
-    """Warn, once, that states are kept although the config asks for less memory."""
-    asked = runtime.setting("source_memory", reads.adapters)
-    reason = f"source_memory={asked!r}: hooks on lora_A or lora_dropout need the states, which are kept on the device"
-    if asked in ("offload", "recompute") and reason not in runtime.said:
-        runtime.said.add(reason)
-        warnings.warn(reason, UserWarning, stacklevel=2)
+def _warn_states_kept(runtime: Runtime, reads: Reads) -> None:
+    """Warn once that states stay on the device although the config asks for less memory."""
+    setting = runtime.setting("source_memory", reads.adapters)
+    if setting in ("offload", "recompute"):
+        runtime.warn_once(
+            f"source_memory={setting!r}: hooks on lora_A or lora_dropout need the states, which are kept on the device"
+        )
 
 
-#: Under torch.compile, which breaks its graph here.
+#: ``read_source`` under torch.compile, with a graph break.
 _read_outside_the_graph = torch.compiler.disable(read_source)
 
 
@@ -370,13 +338,13 @@ def _is_traceable(
     source_padding: str | None,
     source_cache: Any,
 ) -> bool:
-    """Whether torch.compile can take the source pass into its graph: states stay on the device, in their shape."""
+    """Return whether torch.compile can trace the source pass: states stay on the device and keep their shape."""
     return (
         source_cache is None
-        and not reads.mixes
+        and not reads.mixes_positions
         and runtime.setting("latent_dim", reads.adapters) is None
         and (source_padding or runtime.setting("source_padding", reads.adapters)) != "zero"
-        and _choose(model, runtime, reads, source).mode == "keep"
+        and mode_of_pass(model, runtime, reads, source).mode == "keep"
     )
 
 
@@ -388,65 +356,24 @@ def _projected(
     prepare: Preparation,
     memory: StateMemory | None,
 ) -> SourceContext:
-    reshard_below(model, (layer.flare_key for _, _, layer in reads.wanted))
+    reshard_below(model, (layer.flare_key for _, _, layer in reads.uses))
     return project_states(states, prepare, reads.groups, memory)
 
 
 def check_cacheable(runtime: Runtime, adapters: set[str]) -> None:
-    """Raise ValueError where the adapters' source states cannot be kept over epochs."""
+    """Raise ValueError if the adapters' source states cannot be cached over epochs."""
     if not adapters:
         raise ValueError("source_cache: no active adapter of this model fuses two streams; leave it out")
     if runtime.setting("latent_dim", adapters) is not None:
         raise ValueError(
-            "source_cache: an adapter with latent_dim (FLARE MT) runs no source pass, so there is nothing to keep; "
+            "source_cache: an adapter with latent_dim (FLARE MT) runs no source pass, so there is nothing to cache; "
             "leave it out"
         )
     if runtime.setting("source_dropout", adapters):
         raise ValueError(
-            "source_cache: with source_dropout=True every source pass is another one, so its states cannot be kept; "
+            "source_cache: with source_dropout=True every source pass gives other states, so they cannot be cached; "
             "use source_dropout=False (the default), or leave the cache out"
         )
-
-
-def _memory(
-    model: nn.Module,
-    runtime: Runtime,
-    reads: Reads,
-    source: dict[str, Any],
-    reader: Reader,
-    prepare: Preparation,
-) -> StateMemory:
-    """Return how this pass's states wait for backward; says once per reason why it is not as the config asks."""
-    weight, choice = reads.weights()[0], _choose(model, runtime, reads, source)
-    if choice.reason and choice.reason not in runtime.said:
-        runtime.said.add(choice.reason)
-        warnings.warn(choice.reason, UserWarning, stacklevel=2)
-    if choice.mode == "offload":
-        return Offload(weight.device)
-    if choice.mode == "keep":
-        return Keep()
-
-    def read_again(visit: RowVisitor) -> None:
-        reader(lambda key, hidden: visit(key, prepare.rows(key, hidden)))
-
-    inputs = [value for value in source.values() if isinstance(value, Tensor)]
-    return Recompute(read_again, AutocastState.now(weight.device), inputs)
-
-
-def _choose(model: nn.Module, runtime: Runtime, reads: Reads, source: dict[str, Any]) -> Choice:
-    ids = next((source[name] for name in ("source_input_ids", *DECODER_ARGUMENTS) if name in source), None)
-    weight = reads.weights()[0]
-    dtype = Preparation.under_autocast(weight.device).dtype
-    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tokens = 0 if ids is None else ids.numel()
-    return choose(
-        runtime.setting("source_memory", reads.adapters),
-        model,
-        weight.device,
-        len(reads.keys) * tokens * weight.shape[-1] * dtype.itemsize,
-        dropout=runtime.setting("source_dropout", reads.adapters),
-        given="source_states" in source,
-    )
 
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
@@ -464,7 +391,7 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     prepare = Preparation.under_autocast(inputs["input_ids"].device)
     dropout = runtime.setting("source_dropout", reads.adapters)
     states: dict[StateKey, Tensor] = {}
-    # without inference mode, or training could not save them for its backward pass
+    # Outside inference mode, because training saves the states for its backward pass.
     with torch.inference_mode(False):
         read_from_model(model, inputs, reads.keys, dropout=dropout)(
             lambda key, hidden: states.__setitem__(key, prepare(key, hidden))

@@ -1,4 +1,4 @@
-"""The MT encoder of FLARE MT: target-language text in, latent states and their mask out."""
+"""The MT encoder of FLARE MT: maps target-language text to latent states and their mask."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from torch import Tensor, nn
 
 
 class LatentEncoder:
-    """The encoder of NLLB, or of any seq2seq or encoder model, as the source of an adapter with ``latent_dim``.
+    """Encoder of NLLB, or of any seq2seq or encoder model, as the source of an adapter with ``latent_dim``.
+
+    Example:
 
         mt = flare.LatentEncoder("facebook/nllb-200-distilled-600M", language="ace_Latn")
         model = flare.fast_lora(base, latent_dim=mt.latent_dim)
         rows = dataset.map(lambda rows: mt.rows(rows["text"]), batched=True)    # for FlareDataCollator
-        model(**batch, **mt(texts, length=m))                                   # or by hand
+        model(**batch, **mt(texts, length=m))                                   # or without a data set
 
-    The text is the target's own, so the tokenizer's tag has to be the target language's.
+    The encoder reads the target text, so the language tag has to be that of the target language.
 
     Args:
-        model: a name or folder, or a transformers model; of an encoder-decoder only the encoder is kept.
-        tokenizer: the MT model's tokenizer; default: that of the name.
-        language: the tag of the target language, for tokenizers that write one (``src_lang``: NLLB, M2M100, mBART).
-        max_length: longer texts are cut; default: ``length``, or the tokenizer's own limit.
-        device: where a model that is given by name runs.
-        dtype: in which dtype it runs.
-        trust_remote_code: whether Python code of the model's folder may run; it does not unless asked for here.
+        model: a name or folder, or a transformers model. Of an encoder-decoder only the encoder is kept.
+        tokenizer: the MT model's tokenizer. Default: the one of the given name.
+        language: tag of the target language, for tokenizers that write one (``src_lang``: NLLB, M2M100, mBART).
+        max_length: longer texts are truncated. Default: ``length``, or the tokenizer's limit.
+        device: device of a model that is given by name.
+        dtype: dtype of a model that is given by name.
+        trust_remote_code: whether Python code in the model's folder may run. Default: it may not.
 
     Raises:
-        TypeError, ValueError: a language that is missing, not wanted or unknown to the tokenizer, a model without
-            tokenizer.
+        TypeError: ``model`` is not a name or a model.
+        ValueError: the language is missing, unknown to the tokenizer, or given to a tokenizer without language tags; or
+            the tokenizer is missing.
     """
 
     def __init__(
@@ -47,46 +50,54 @@ class LatentEncoder:
         if isinstance(model, str):
             import transformers
 
-            # False, not left out: transformers would ask at the terminal whether to run the folder's code
+            # An explicit False, because transformers would otherwise ask at the terminal whether to run the code.
             options: Any = {"trust_remote_code": trust_remote_code}
             tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(model, **options)
             model = transformers.AutoModel.from_pretrained(model, dtype=dtype, **options).to(device)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}")
         if tokenizer is None:
-            raise ValueError("tokenizer is missing: pass the MT model's own beside a model that is not given by name")
-        made: Any = model
-        paired = getattr(made.config, "is_encoder_decoder", False)
-        # of an encoder model the backbone: get_encoder() of BERT has no embeddings
-        self.encoder: Any = made.get_encoder() if paired else getattr(made, "base_model", made)
+            raise ValueError(
+                "tokenizer is missing: pass the MT model's tokenizer with a model that is not given by name"
+            )
+        whole_model: Any = model
+        is_encoder_decoder = getattr(whole_model.config, "is_encoder_decoder", False)
+        # An encoder model's get_encoder() may lack the embeddings (BERT), so its backbone is used.
+        self.encoder: Any = (
+            whole_model.get_encoder() if is_encoder_decoder else getattr(whole_model, "base_model", whole_model)
+        )
         self.encoder = self.encoder.eval().requires_grad_(False)
         self.tokenizer, self.language, self.max_length = tokenizer, language, max_length
         self._check_language()
 
     @property
     def latent_dim(self) -> int:
-        """Width of the states: what ``fast_lora``'s ``latent_dim`` has to be."""
+        """Width of the states, to pass as ``fast_lora``'s ``latent_dim``."""
         return int(self.encoder.config.hidden_size)
 
     def __call__(
         self, texts: Sequence[str], length: int | None = None, padding_side: str = "right"
     ) -> dict[str, Tensor]:
-        """Latent states of a batch of texts.
+        """Return the latent states of a batch of texts.
 
         Args:
             texts: B texts of the target language.
-            length: m, the width of the target's batch; longer texts are cut to it. Default: the longest text.
-            padding_side: "right", or "left" as the prompts of causal models are padded.
+            length: m, the length of the target's batch. Longer texts are truncated. Default: the longest text.
+            padding_side: "right", or "left" for prompts of causal models.
 
         Returns:
             ``source_states`` (B, m, latent_dim) and ``source_attention_mask`` (B, m), for the model.
+
+        Raises:
+            TypeError: ``texts`` is a single string.
+            ValueError: ``padding_side`` is not accepted.
         """
         if isinstance(texts, str):
-            raise TypeError(f"texts must be a list of texts, got one: {texts!r}")
+            raise TypeError(f"texts must be a list of strings, got a single string: {texts!r}")
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side={padding_side!r} is not accepted; one of: 'right', 'left'")
-        limits = [one for one in (length, self.max_length, self.tokenizer.model_max_length) if one is not None]
-        limit = min(limits) if min(limits) < 2**31 else None  # a tokenizer without a limit names a huge one
+        limits = [n for n in (length, self.max_length, self.tokenizer.model_max_length) if n is not None]
+        limit = min(limits) if min(limits) < 2**31 else None  # tokenizers without a limit have a huge model_max_length
         tokens = self._tokens(list(texts), truncation=limit is not None, max_length=limit)
         ids, mask = (tokens[name].to(self.encoder.device) for name in ("input_ids", "attention_mask"))
         with torch.no_grad():
@@ -97,41 +108,44 @@ class LatentEncoder:
             mask = nn.functional.pad(mask, (0, length - mask.shape[1]))
         if padding_side == "left":
             width = mask.shape[1]
-            places = (torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)) % width
-            states, mask = states.gather(1, places.unsqueeze(-1).expand_as(states)), mask.gather(1, places)
+            index = (torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)) % width
+            states, mask = states.gather(1, index.unsqueeze(-1).expand_as(states)), mask.gather(1, index)
         return {"source_states": states, "source_attention_mask": mask}
 
     def rows(self, texts: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns of a data set: each text's states (its length, latent_dim), without padding, in float32."""
+        """Return the states of texts as a data set's column: (length, latent_dim) each, unpadded, in float32."""
         batch = self(texts)
         counts = batch["source_attention_mask"].sum(1).tolist()
         states = batch["source_states"].float().cpu().numpy()
         return {"source_states": [row[:count] for row, count in zip(states, counts, strict=True)]}
 
     def _tokens(self, texts: list[str], **options: Any) -> Any:
-        """Right-padded tokens with the language's tag; the tokenizer keeps the tag it had."""
-        tagged = self.language is not None
-        before = self.tokenizer.src_lang if tagged else None
+        """Return right-padded tokens with the language's tag, and restore the tokenizer's previous tag."""
+        has_tag = self.language is not None
+        previous = self.tokenizer.src_lang if has_tag else None
         try:
-            if tagged:
+            if has_tag:
                 self.tokenizer.src_lang = self.language
             return self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", **options)
         finally:
-            if tagged and before is not None:
-                self.tokenizer.src_lang = before
+            if has_tag and previous is not None:
+                self.tokenizer.src_lang = previous
 
     def _check_language(self) -> None:
-        """A tag the tokenizer does not know becomes <unk> in NLLB's, in silence."""
+        """Raise ValueError if the language tag is missing, unknown or not supported.
+
+        NLLB's tokenizer silently turns an unknown tag into <unk>.
+        """
         name = type(self.tokenizer).__name__
-        writes = hasattr(self.tokenizer, "src_lang")
-        if writes and self.language is None:
+        writes_tag = hasattr(self.tokenizer, "src_lang")
+        if writes_tag and self.language is None:
             raise ValueError(
-                f"language is missing: {name} writes a language tag (now {self.tokenizer.src_lang!r}); pass the target "
-                "language's, e.g. language='ace_Latn'"
+                f"language is missing: {name} writes a language tag (now {self.tokenizer.src_lang!r}); pass the tag of "
+                "the target language, e.g. language='ace_Latn'"
             )
-        if not writes and self.language is not None:
+        if not writes_tag and self.language is not None:
             raise ValueError(f"language={self.language!r}: {name} writes no language tag; leave it out")
-        if not writes:
+        if not writes_tag:
             return
         try:
             known = self.tokenizer.unk_token_id not in self._tokens([""])["input_ids"][0].tolist()
@@ -139,5 +153,5 @@ class LatentEncoder:
             known = False
         if not known:
             raise ValueError(
-                f"language={self.language!r}: {name} has no such tag; e.g. NLLB's are written ace_Latn, M2M100's id"
+                f"language={self.language!r}: {name} has no such tag; tags look like 'ace_Latn' (NLLB) or 'id' (M2M100)"
             )

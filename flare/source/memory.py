@@ -1,11 +1,12 @@
-"""How source states wait for the backward pass: the strategies of the source pass's node.
+"""Where source states are kept between forward and backward: one class per value of ``source_memory``.
 
-    mode        forward keeps                  backward reads x_S from         beside plain LoRA (a step: 2 units)
-    keep        x_S, one copy on the device    the kept tensors                1 unit of compute, L M d elements
-    offload     x_S in pinned host memory      a copy made one state ahead     1 unit, two states on the device
-    recompute   nothing of width d             a second pass of the base       2 units, nothing of width d times depth
+    mode        forward keeps                  backward reads x_S from        added to plain LoRA (2 units a step)
+    keep        x_S, one copy on the device    the kept tensors               1 unit of compute, L M d elements
+    offload     x_S in pinned host memory      a prefetched copy              1 unit, two states on the device
+    recompute   nothing of width d             a second pass of the base      2 units, nothing of size L M d
 
-All give the same gradients: a second pass runs the same frozen model on the same tokens under the same autocast.
+One unit is a forward pass of the frozen model. L blocks, M tokens, width d. All modes give the same gradients,
+because the second pass runs the same frozen model on the same tokens under the same autocast state.
 """
 
 from __future__ import annotations
@@ -21,21 +22,26 @@ import torch
 from torch import Tensor, nn
 
 from .._compat import uses_reentrant_checkpointing
+from .arguments import DECODER_ARGUMENTS
 from .fsdp import is_sharded
+from .runtime import Reads, Runtime
+from .source_pass import Preparation, Reader
 from .states import StateKey
 
-#: Called with a state's rows (n, d), in the order in which they come.
+#: Called with the rows (n, d) of each state, in the order of the source pass.
 RowVisitor = Callable[[StateKey, Tensor], None]
-#: Brings the states again in backward: takes what the node saved, and a visitor.
+#: Yields the states again in backward: called with the tensors that the node saved, and a visitor.
 Replayer = Callable[[Sequence[Tensor], RowVisitor], None]
 
-#: "auto" keeps states where they are at most this share of the device's memory (of the machine's, on a CPU).
+#: "auto" keeps states that take at most this share of the device's memory (on a CPU, of the machine's memory).
 AUTO_SHARE = 1 / 8
 
 
 class Keep:
-    """One copy of each state on the device, saved by the node itself: saved-tensor hooks see it, and autograd frees it
-    after backward, however long the loss is held.
+    """source_memory="keep": one copy of each state on the device.
+
+    The autograd node saves the states, so saved-tensor hooks see them, and autograd frees them after backward even if
+    the loss stays alive.
     """
 
     name = "keep"
@@ -44,14 +50,15 @@ class Keep:
         self.states: dict[StateKey, Tensor] = {}
 
     def put(self, key: StateKey, x: Tensor) -> None:
+        """Keep the rows (n, d) of a state."""
         self.states[key] = x
 
     def saved(self) -> list[Tensor]:
-        """What the node must save, in the order that :meth:`replayer` expects."""
+        """Return the tensors that the node must save, in the order that :meth:`replayer` expects."""
         return [self.states[key] for key in sorted(self.states)]
 
     def replayer(self) -> Replayer:
-        """What the node keeps for its backward pass: hands every state to a visitor again. Holds no state itself."""
+        """Return the function that passes every state to a visitor in backward. It holds no state itself."""
         keys = sorted(self.states)
 
         def replay(saved: Sequence[Tensor], visit: RowVisitor) -> None:
@@ -63,14 +70,15 @@ class Keep:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a device's copies. One for all passes: the allocator keeps freed memory apart by stream."""
+    """Return the copy stream of a device. All passes share it, because the allocator reuses memory only per stream."""
     return torch.cuda.Stream(device)
 
 
 class Offload:
-    """Each state in host memory: copied out behind the forward pass, and back one state ahead of the backward pass.
+    """source_memory="offload": each state in host memory.
 
-    On CUDA the copies run on a stream of their own, from and to pinned memory.
+    States are copied to the host during the forward pass, and prefetched one state ahead in the backward pass. On CUDA
+    the copies run on a separate stream, from and to pinned memory.
     """
 
     name = "offload"
@@ -79,43 +87,43 @@ class Offload:
         self.device = device
         self.stream = _copy_stream(device) if device.type == "cuda" else None
         self.host: dict[StateKey, Tensor] = {}
-        self._leaving: tuple[Tensor, Any] | None = None  # the state that is being copied out, and when it is
+        self._copying: tuple[Tensor, Any] | None = None  # the state being copied to the host, and the copy's event
 
     def put(self, key: StateKey, x: Tensor) -> None:
         if self.stream is None:
             self.host[key] = x.clone()
             return
-        held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self._let_go()
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._release_previous()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            held.copy_(x, non_blocking=True)
-            self._leaving = x, self.stream.record_event()
-        self.host[key] = held
+            pinned.copy_(x, non_blocking=True)
+            self._copying = x, self.stream.record_event()
+        self.host[key] = pinned
 
-    def _let_go(self) -> None:
-        """Give the memory of the state before back: what comes to stand there waits, on the device, for its copy.
+    def _release_previous(self) -> None:
+        """Free the previous state's buffer. Its next contents wait on the device until the copy is done.
 
-        In place of record_stream, for which the host would have to see that the copy is over: one that runs ahead of
-        the device would find none of the states' memory free again.
+        record_stream would not do: it frees the buffer only when the host sees that the copy is done. A host that runs
+        ahead of the device would find no memory of the states free.
         """
-        if self._leaving is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._leaving[1])
-            self._leaving = None
+        if self._copying is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._copying[1])
+            self._copying = None
 
     def saved(self) -> list[Tensor]:
-        self._let_go()
+        self._release_previous()
         return []
 
     def replayer(self) -> Replayer:
         return self._replay
 
     def _replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
-        waiting = sorted(self.host)
-        ahead = self._fetch(waiting[0]) if waiting else None
-        for index, key in enumerate(waiting):
-            x, arrived = ahead  # type: ignore[misc]
-            ahead = self._fetch(waiting[index + 1]) if index + 1 < len(waiting) else None
+        keys = sorted(self.host)
+        prefetched = self._fetch(keys[0]) if keys else None
+        for index, key in enumerate(keys):
+            x, arrived = prefetched  # type: ignore[misc]
+            prefetched = self._fetch(keys[index + 1]) if index + 1 < len(keys) else None
             if self.stream is None:
                 visit(key, x)
                 continue
@@ -124,7 +132,7 @@ class Offload:
             try:
                 visit(key, x)
             finally:
-                # x was allocated on the copies' stream: what comes to stand there waits until it was read
+                # x was allocated on the copy stream: its memory must not be reused before x was read
                 self.stream.wait_stream(computing)
 
     def _fetch(self, key: StateKey) -> tuple[Tensor, Any]:
@@ -135,7 +143,7 @@ class Offload:
 
 
 class Recompute:
-    """Nothing kept: ``read`` runs the frozen model again, under the autocast state of the first time."""
+    """source_memory="recompute": ``read`` runs the frozen model again in backward, under the same autocast state."""
 
     name = "recompute"
 
@@ -146,14 +154,14 @@ class Recompute:
         return
 
     def saved(self) -> list[Tensor]:
-        """The pass's inputs: autograd then refuses a backward pass after they were written to in place."""
+        """Return the pass's inputs. Autograd then raises in backward if they were modified in place."""
         return list(self.inputs)
 
     def replayer(self) -> Replayer:
         return self._replay
 
     def _replay(self, saved: Sequence[Tensor], visit: RowVisitor) -> None:
-        with self.autocast.again():
+        with self.autocast.restored():
             self.read(visit)
 
 
@@ -162,20 +170,21 @@ StateMemory = Keep | Offload | Recompute
 
 @dataclass(frozen=True)
 class AutocastState:
-    """Autocast as it was: backward runs outside the forward's, on threads that do not know it."""
+    """The autocast state of a forward pass, for its backward pass, which runs outside of it and on other threads."""
 
     states: tuple[tuple[str, bool, torch.dtype], ...]
     cache: bool
 
     @classmethod
-    def now(cls, device: torch.device) -> AutocastState:
+    def current(cls, device: torch.device) -> AutocastState:
+        """Return the state that is in force for a device."""
         kinds = dict.fromkeys(kind for kind in (device.type, "cpu") if kind != "meta")
         states = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         return cls(states, torch.is_autocast_cache_enabled())
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """That state, for a while."""
+    def restored(self) -> Iterator[None]:
+        """Enter the saved autocast state."""
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self.states:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self.cache))
@@ -186,53 +195,107 @@ _REENTRANT = "reentrant checkpointing sends no gradient into S (use_reentrant=Fa
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A mode, and in words why it is not the one that was asked for (empty where it is)."""
+class MemoryChoice:
+    """A mode, and the reason if it is not the configured one (otherwise empty)."""
 
     mode: str
     reason: str = ""
 
 
-def choose(asked: str, model: nn.Module, device: torch.device, nbytes: int, *, dropout: bool, given: bool) -> Choice:
-    """The mode of one pass, decided from sizes and settings; the model is not run for it.
+def choose_memory(
+    setting: str, model: nn.Module, device: torch.device, nbytes: int, *, dropout: bool, states_given: bool
+) -> MemoryChoice:
+    """Choose the mode of one pass from sizes and settings, without running the model.
 
     Args:
-        asked: the config's source_memory.
+        setting: the config's source_memory.
         model: the transformers model.
-        device: where the states are made.
-        nbytes: what all states together would take.
+        device: where the states are computed.
+        nbytes: bytes of all states together.
         dropout: whether dropout is on in the pass (source_dropout).
-        given: whether the states were computed before (source_states=) and are there anyway.
+        states_given: whether the caller passed the states (source_states=) and holds them anyway.
     """
-    # the model's modules are only looked through where the answer counts: this runs before every pass
-    if given or asked == "keep":
-        return Choice("keep")
-    if asked == "auto" and nbytes <= AUTO_SHARE * memory_of(device):
-        return Choice("keep")
-    if asked == "offload":
-        hindrance = _REENTRANT if uses_reentrant_checkpointing(model) else ""
-        if not hindrance and device.type == "cpu":
-            hindrance = "the states are in host memory already"
-    elif uses_reentrant_checkpointing(model):
-        hindrance = _REENTRANT
+    # This runs before every pass, so the cheap cases come before the walk over the model's modules.
+    if states_given or setting == "keep":
+        return MemoryChoice("keep")
+    if setting == "auto" and nbytes <= AUTO_SHARE * memory_of(device):
+        return MemoryChoice("keep")
+    unsupported_reason = ""
+    if uses_reentrant_checkpointing(model):
+        unsupported_reason = _REENTRANT
+    elif setting == "offload":
+        if device.type == "cpu":
+            unsupported_reason = "the states are in host memory already"
     elif dropout:
-        hindrance = "source_dropout=True: a second pass would draw other masks"
+        unsupported_reason = "source_dropout=True: a second pass would draw other masks"
     elif is_sharded(model):
-        hindrance = "the base model is sharded, and a pass inside backward would gather it again"
-    else:
-        hindrance = ""
-    if asked != "auto":
-        return Choice("keep", f"source_memory={asked!r} is 'keep' here: {hindrance}") if hindrance else Choice(asked)
-    if hindrance:
-        return Choice("keep")
+        unsupported_reason = "the base model is sharded, and a pass inside backward would gather it again"
+    if setting != "auto":
+        if unsupported_reason:
+            return MemoryChoice("keep", f"source_memory={setting!r} is 'keep' here: {unsupported_reason}")
+        return MemoryChoice(setting)
+    if unsupported_reason:
+        return MemoryChoice("keep")
     total = memory_of(device)
     sizes = f"{nbytes / 2**30:.1f} GiB of source states, {total / 2**30:.0f} GiB of memory"
-    return Choice("recompute", f"source_memory='auto' picked 'recompute': {sizes}; 'keep' or 'offload' overrule it")
+    return MemoryChoice(
+        "recompute", f"source_memory='auto' chose 'recompute': {sizes}; to override, set 'keep' or 'offload'"
+    )
+
+
+def memory_of_pass(
+    model: nn.Module,
+    runtime: Runtime,
+    reads: Reads,
+    source: dict[str, Any],
+    reader: Reader,
+    prepare: Preparation,
+) -> StateMemory:
+    """Return the memory for the states of a source pass; warn once per reason if it is not the configured one.
+
+    Args:
+        model: the transformers model.
+        runtime: its runtime.
+        reads: the states that the pass reads.
+        source: the source arguments of the call.
+        reader: reads the states; "recompute" calls it again.
+        prepare: prepares the states for projection.
+    """
+    weight, choice = reads.weights()[0], mode_of_pass(model, runtime, reads, source)
+    if choice.reason:
+        runtime.warn_once(choice.reason)
+    if choice.mode == "offload":
+        return Offload(weight.device)
+    if choice.mode == "keep":
+        return Keep()
+
+    def read_again(visit: RowVisitor) -> None:
+        reader(lambda key, hidden: visit(key, prepare.rows(key, hidden)))
+
+    inputs = [value for value in source.values() if isinstance(value, Tensor)]
+    return Recompute(read_again, AutocastState.current(weight.device), inputs)
+
+
+def mode_of_pass(model: nn.Module, runtime: Runtime, reads: Reads, source: dict[str, Any]) -> MemoryChoice:
+    """Choose the mode of a source pass from the size of its states."""
+    ids = next((source[name] for name in ("source_input_ids", *DECODER_ARGUMENTS) if name in source), None)
+    weight = reads.weights()[0]
+    dtype = Preparation.under_autocast(weight.device).dtype
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tokens = 0 if ids is None else ids.numel()
+    return choose_memory(
+        runtime.setting("source_memory", reads.adapters),
+        model,
+        weight.device,
+        len(reads.keys) * tokens * weight.shape[-1] * dtype.itemsize,
+        dropout=runtime.setting("source_dropout", reads.adapters),
+        states_given="source_states" in source,
+    )
 
 
 @torch.compiler.assume_constant_result
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory of a device; of the machine for a CPU."""
+    """Return the bytes of memory of a device; for a CPU, those of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,4 +1,4 @@
-"""Rows that hold several packed texts: refused next to a source, which would be read as one text."""
+"""Checks for packed rows: a row with several texts is refused next to a source, which is read as one text."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Keyword arguments that say where packed texts begin and end.
+#: Keyword arguments that give the boundaries of packed texts.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "max_length_q", "max_length_k", "seq_idx", "seq_lens")
-#: Keyword arguments that have to be looked at.
-LOOKED_AT = frozenset(("position_ids", *BOUNDARIES))
+#: Keyword arguments that may show packed texts.
+CHECKED_ARGUMENTS = frozenset(("position_ids", *BOUNDARIES))
 
-_WAY_OUT = (
-    "the source pass reads each row of source_input_ids as one text, so packed texts would mix there; give each text a "
-    "row of its own (flare.FlareDataCollator pads them), or leave the source out"
+_REMEDY = (
+    "the source pass reads each row of source_input_ids as one text, so packed texts would attend to each other; put "
+    "each text into its own row (flare.FlareDataCollator pads them), or leave the source out"
 )
 
 
 def refuse_packed_rows(
     model: nn.Module, source: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError where a row of the target holds several texts. Not for FLARE MT, which reads states by position.
+    """Raise ValueError if a row of the target holds several texts. FLARE MT is exempt: it reads states by position.
 
     Raises:
-        ValueError: boundaries of packed texts, position_ids that begin again, or an attention mask that is not (B, m).
+        ValueError: the call has boundaries of packed texts, position_ids that restart within a row, or an attention
+            mask that is not (B, m).
     """
     mask = kwargs.get("attention_mask")
-    if len(args) < 2 and LOOKED_AT.isdisjoint(kwargs) and (mask is None or getattr(mask, "ndim", 0) == 2):
+    if len(args) < 2 and CHECKED_ARGUMENTS.isdisjoint(kwargs) and (mask is None or getattr(mask, "ndim", 0) == 2):
         return
     if isinstance(source.get("source_states"), Tensor):
         return
@@ -37,26 +38,31 @@ def refuse_packed_rows(
         kwargs = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
     for name in BOUNDARIES:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} (packed texts) cannot be combined with {', '.join(sorted(source))}: {_WAY_OUT}")
+            raise ValueError(f"{name} (packed texts) cannot be combined with {', '.join(sorted(source))}: {_REMEDY}")
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     ids = args[0] if args else kwargs.get("input_ids")
-    of_choices = isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape == getattr(ids, "shape", None)
-    if mask is not None and not of_choices and not (isinstance(mask, Tensor) and mask.dim() == 2):
+    is_choice_mask = isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape == getattr(ids, "shape", None)
+    if mask is not None and not is_choice_mask and not (isinstance(mask, Tensor) and mask.dim() == 2):
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask is {what}, and next to a source it must be (B, m): a mask of pairs of positions may keep "
-            f"packed texts apart, and {_WAY_OUT}"
+            f"attention_mask is {what}, and next to a source it must be (B, m): a mask of pairs of positions may "
+            f"separate packed texts, and {_REMEDY}"
         )
-    if isinstance(positions, Tensor) and begins_again(positions, mask):
+    if isinstance(positions, Tensor) and restarts(positions, mask):
         raise ValueError(
-            f"position_ids do not count up by one within a row, as those of packed texts: {_WAY_OUT}. Where they count "
-            "from behind padding on the left, pass attention_mask (B, m)"
+            f"position_ids do not increase by one within a row, as in packed texts: {_REMEDY}. If they skip padding on "
+            "the left, pass attention_mask (B, m)"
         )
 
 
 @torch.compiler.disable  # it reads values
-def begins_again(positions: Tensor, mask: Tensor | None) -> bool:
-    """Whether positions (..., m) of neighbouring tokens differ by anything but one; mask (..., m) is 1 at tokens."""
+def restarts(positions: Tensor, mask: Tensor | None) -> bool:
+    """Return whether positions (..., m) of adjacent tokens ever differ by something other than one.
+
+    Args:
+        positions: position ids.
+        mask: (..., m), nonzero at tokens; None: all positions are tokens.
+    """
     jumps = positions.diff(dim=-1) != 1
     if mask is not None:
         tokens = mask.to(jumps.device) != 0

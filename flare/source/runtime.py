@@ -1,7 +1,8 @@
-"""What the hooks of one transformers model share: its map, its adapters, and what these read of a source."""
+"""State that the hooks of one transformers model share: its map, its adapters, and the source states that they use."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -16,17 +17,21 @@ from .._compat import execution_device, module_hooks, registrations
 from ..tuner.config import FlareConfig
 from ..tuner.layer import MERGED, SITE, SWITCHES, FlareLayer
 from ..tuner.routing import ModelMap
-from .source_pass import Group, Wanted, make_groups
+from .source_pass import ProjectionGroup, StateUse, make_groups
 from .states import StateKey
 
 _RUNTIME = "_flare_runtime"
 
 
 class Reading:
-    """What the active adapters read of a source, worked out once until they change.
+    """Source states that the active adapters read. Computed once, and again when the adapters change.
 
-    wanted: every (state, adapter, layer). of_text, of_decoder: those of the source text, and of an encoder-decoder's
-    decoder.
+    Attributes:
+        uses: every (state, adapter, layer).
+        sites: layer -> its site.
+        of_text: the uses of the source text's states.
+        of_decoder: the uses of the states of an encoder-decoder's decoder.
+        of_both: all of them.
     """
 
     def __init__(self, layers: Sequence[FlareLayer], map: ModelMap, configs: dict[str, FlareConfig]) -> None:
@@ -35,7 +40,7 @@ class Reading:
         if not torch.compiler.is_compiling():
             self.registrations = registrations.count
             self.switches, self.merged, self.offsets = self._state()
-        self.wanted: list[Wanted] = []
+        self.uses: list[StateUse] = []
         for layer in layers:
             if layer.disable_adapters or layer.merged:
                 continue
@@ -43,11 +48,11 @@ class Reading:
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A and layer.flare_fusion.get(adapter) is not None:
                     key = StateKey(place.stack, place.block + configs[adapter].source_layer_offset)
-                    self.wanted.append((key, adapter, layer))
+                    self.uses.append((key, adapter, layer))
         self.sites = {layer.flare_key: layer.__dict__[SITE].path for layer in layers}
-        self.of_text = Reads([one for one in self.wanted if one[0].stack not in map.decoders], self.sites)
-        self.of_decoder = Reads([one for one in self.wanted if one[0].stack in map.decoders], self.sites)
-        self.of_both = Reads(self.wanted, self.sites)
+        self.of_text = Reads([use for use in self.uses if use[0].stack not in map.decoders], self.sites)
+        self.of_decoder = Reads([use for use in self.uses if use[0].stack in map.decoders], self.sites)
+        self.of_both = Reads(self.uses, self.sites)
 
     def _state(self) -> tuple[list[Any], list[int], list[int]]:
         return (
@@ -56,8 +61,8 @@ class Reading:
             [config.source_layer_offset for config in self.configs.values()],
         )
 
-    def holds(self) -> bool:
-        """Whether nothing has changed that this was worked out from."""
+    def is_current(self) -> bool:
+        """Return whether modules, switches and settings are those that this was computed from."""
         return self.registrations == registrations.count and self._state() == (
             self.switches,
             self.merged,
@@ -66,51 +71,68 @@ class Reading:
 
 
 class Reads:
-    """A part of what is wanted, ready for a source pass."""
+    """State uses that one source pass serves, grouped for projection.
 
-    def __init__(self, wanted: list[Wanted], sites: dict[str, str]) -> None:
-        self.wanted, self.sites = wanted, sites
-        self.groups: list[Group] = make_groups(wanted, sites)
-        self.by_key: dict[StateKey, list[Group]] = {}
+    Attributes:
+        uses: (state, adapter, layer) triples.
+        groups: their projection groups, in order of depth.
+        by_key: state -> the groups that read it.
+        keys: the states, in order of depth.
+        adapters: names of the adapters.
+        mixes_positions: whether a fusion reads all positions of the target.
+    """
+
+    def __init__(self, uses: list[StateUse], sites: dict[str, str]) -> None:
+        self.uses, self.sites = uses, sites
+        self.groups: list[ProjectionGroup] = make_groups(uses, sites)
+        self.by_key: dict[StateKey, list[ProjectionGroup]] = {}
         for group in self.groups:
             self.by_key.setdefault(group.key, []).append(group)
         self.keys = sorted(self.by_key)
         self.adapters = {group.adapter for group in self.groups}
-        #: whether a fusion looks at all positions of the target
-        self.mixes = any(layer.flare_fusion[adapter] in EAGER_FUSIONS for _, adapter, layer in wanted)
-        self._A = [layer.lora_A[adapter] for _, adapter, layer in wanted]
-        called = [*self._A, *(layer.lora_dropout[adapter] for _, adapter, layer in wanted)]
-        self._hooks = [table for module in called for table in module_hooks(module)]
-        self._attributes = [module.__dict__ for module in called]
+        self.mixes_positions = any(layer.flare_fusion[adapter] in EAGER_FUSIONS for _, adapter, layer in uses)
+        self._A = [layer.lora_A[adapter] for _, adapter, layer in uses]
+        modules = [*self._A, *(layer.lora_dropout[adapter] for _, adapter, layer in uses)]
+        self._hooks = [table for module in modules for table in module_hooks(module)]
+        self._attributes = [module.__dict__ for module in modules]
 
     def __bool__(self) -> bool:
-        return len(self.wanted) > 0  # Dynamo of torch 2.11 does not trace bool of a list
+        return len(self.uses) > 0  # Dynamo of torch 2.11 does not trace bool of a list
 
-    def are_touched(self) -> bool:
-        """Whether somebody hooks or patches a lora_A or lora_dropout, which must then be called."""
+    def have_hooks(self) -> bool:
+        """Return whether a lora_A or lora_dropout has hooks or a patched forward, so the module must be called."""
         for hooks in self._hooks:
             if hooks:
                 return True
-        for own in self._attributes:  # noqa: SIM110  (a generator is a call for each)
-            if "forward" in own or "_hf_hook" in own:
+        for attributes in self._attributes:  # noqa: SIM110  (any() would add a call per module)
+            if "forward" in attributes or "_hf_hook" in attributes:
                 return True
         return False
 
     @property
     def device(self) -> torch.device:
-        """Where the adapters compute: of weights that accelerate offloads, where they are put for a call."""
+        """Device on which the adapters compute; for weights that accelerate offloads, the one they are loaded to."""
         return execution_device(self._A[0])
 
     def weights(self) -> list[Tensor]:
-        """lora_A's weight (r, d) of every layer that reads."""
+        """Return the weight (r, d) of every lora_A that reads a state."""
         return [A._parameters["weight"] if "weight" in A._parameters else A.weight for A in self._A]  # type: ignore[misc]  # noqa: SIM401
 
 
 @dataclass
 class Runtime:
-    """What the hooks of one transformers model share. Attached to the model; copied and pickled with it.
+    """State that the hooks of one transformers model share. Attached to the model, and copied and pickled with it.
 
-    Nothing of a forward is kept here: two threads may call one model.
+    It holds nothing of a forward pass, because two threads may call one model.
+
+    Attributes:
+        map: the model's blocks and projections (flare.tuner.routing).
+        configs: adapter -> config.
+        layers: the adapter layers.
+        reasons: (module, adapter) -> why the module does not fuse.
+        handles: handles of the hooks.
+        source_cache: a flare.SourceStateCache, or None.
+        warned: warnings that were given, each of which appears once.
     """
 
     map: ModelMap
@@ -118,8 +140,8 @@ class Runtime:
     layers: list[FlareLayer] = field(default_factory=list)
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
-    source_cache: Any = None  # a flare.SourceStateCache
-    said: set[str] = field(default_factory=set)
+    source_cache: Any = None
+    warned: set[str] = field(default_factory=set)
     warned_padding: bool = False
     _reading: Reading | None = None
 
@@ -127,27 +149,37 @@ class Runtime:
         return {**self.__dict__, "_reading": None}
 
     def reading(self) -> Reading:
-        """What the active adapters read now; nothing where adapters are off or merged."""
-        if torch.compiler.is_compiling():  # a graph guards on all that this is worked out from
+        """Return the source states that the active adapters read now; none if adapters are disabled or merged."""
+        if torch.compiler.is_compiling():  # a graph guards on all that this is computed from
             return Reading(self.layers, self.map, self.configs)
         reading = self._reading
-        if reading is None or not reading.holds():
+        if reading is None or not reading.is_current():
             reading = self._reading = Reading(self.layers, self.map, self.configs)
         return reading
 
-    def wanted(self) -> list[Wanted]:
-        """(state, adapter, layer) of every layer that fuses now."""
-        return self.reading().wanted
+    def state_uses(self) -> list[StateUse]:
+        """Return (state, adapter, layer) of every layer that fuses now."""
+        return self.reading().uses
 
     def setting(self, name: str, adapters: set[str]) -> Any:
-        """Return a config field that adapters active together must share, as one source pass serves all of them."""
+        """Return a config field that all active adapters must share, because one source pass serves all of them.
+
+        Raises:
+            ValueError: the adapters have different values.
+        """
         values = {adapter: getattr(self.configs[adapter], name) for adapter in sorted(adapters)}
         if len(set(values.values())) > 1:
             raise ValueError(f"adapters active together must share {name}, they have {values}: activate one at a time")
         return next(iter(values.values()))
 
+    def warn_once(self, message: str) -> None:
+        """Warn if this warning was not given before."""
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=3)
+
     def clear(self) -> None:
-        """Forget what was worked out; called whenever adapters come or go."""
+        """Drop the cached reading; called whenever adapters are added or removed."""
         self._reading = None
 
 
@@ -156,8 +188,8 @@ def runtime_of(model: nn.Module) -> Runtime | None:
     return model.__dict__.get(_RUNTIME)
 
 
-def graded(weights: Sequence[Tensor]) -> bool:
-    """Whether a source pass over these A will be differentiated."""
+def needs_grad(weights: Sequence[Tensor]) -> bool:
+    """Return whether a source pass over these A will be differentiated."""
     return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, weights))
 
 

@@ -1,8 +1,8 @@
-"""The source pass: run the frozen model on the source text, and hand its hidden states to the adapters.
+"""The source pass: run the frozen model on the source text, and pass its hidden states to the adapters.
 
-A pass of a :data:`Reader` visits the states that are wanted in the order in which the model makes them. States that are
-kept on the device anyway go straight to the layers (:func:`keep_states`), which project both streams in one launch and
-form both shares of dA in one; otherwise flare.source.projected turns each into S at once.
+A :data:`Reader` visits the required states in the order in which the model computes them. States that stay on the
+device go to the layers unprojected (:func:`context_from_states`): a layer projects both streams in one launch, and
+computes both shares of dA in one. Otherwise flare.source.projected projects each state to S as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -30,21 +30,30 @@ from ..tuner.layer import FlareLayer
 from .context import THREAD, SiteSource, SourceContext
 from .states import SourceStates, StateKey
 
-#: Called with every wanted state x_S (B, m, d), in the order in which the model produces them.
+#: Called with every required state x_S (B, m, d), in the order in which the model computes them.
 Visitor = Callable[[StateKey, Tensor], None]
-#: Runs something that yields source states into a visitor: the frozen model, or states read before.
+#: Calls a visitor with source states, from a run of the frozen model or from given states.
 Reader = Callable[[Visitor], None]
 
 #: A state, and the adapter and layer that read it.
-Wanted = tuple[StateKey, str, FlareLayer]
+StateUse = tuple[StateKey, str, FlareLayer]
 
 
-# --- which layers want which state ------------------------------------------------------------------------------------
+# --- which layers use which state -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Group:
-    """The layers of one site that read one state through one adapter; their A are stacked, their S side by side."""
+class ProjectionGroup:
+    """The layers of one site that read one state through one adapter. Their A are stacked, and their S concatenated.
+
+    Attributes:
+        key: the state.
+        adapter: name of the adapter.
+        site: path of the site.
+        layers: paths of the layers.
+        modules: the layers.
+        dropout: the layers' lora_dropout, or None.
+    """
 
     key: StateKey
     adapter: str
@@ -54,52 +63,54 @@ class Group:
     dropout: nn.Dropout | None
 
     @property
-    def is_touched(self) -> bool:
-        """Whether somebody hooks or patches the modules of the adapter, as accelerate does to offload weights."""
+    def has_hooks(self) -> bool:
+        """Whether the adapter's modules have hooks or a patched forward, as accelerate adds to offload weights."""
         return not all(layer.is_untouched_adapter(self.adapter) for layer in self.modules)
 
     def project(self, x: Tensor) -> Tensor:
-        """Return S (n, sum of ranks) of x (n, d) by calling the adapters' modules, with their hooks."""
+        """Return S (n, sum of ranks) of x (n, d) by calling the adapter's modules, with their hooks."""
         return torch.cat([layer.project(self.adapter, x) for layer in self.modules], dim=-1)
 
     @property
     def dropout_p(self) -> float:
-        """The probability of lora_dropout that acts now."""
+        """Probability of lora_dropout in the current mode; 0 in eval mode."""
         return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
 
 
-def make_groups(wanted: Iterable[Wanted], sites: Mapping[str, str]) -> list[Group]:
-    """Return the groups of (state, adapter, layer) triples in order of depth; ``sites``: layer -> its site."""
+def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[ProjectionGroup]:
+    """Return the projection groups of (state, adapter, layer) triples in order of depth; ``sites``: layer -> site."""
     members: dict[tuple[StateKey, str, str], list[FlareLayer]] = {}
-    for key, adapter, layer in wanted:
+    for key, adapter, layer in uses:
         members.setdefault((key, adapter, sites[layer.flare_key]), []).append(layer)
     groups = []
     for (key, adapter, site), layers in sorted(members.items(), key=lambda item: item[0]):
         dropout = layers[0].lora_dropout[adapter]
         paths = tuple(layer.flare_key for layer in layers)
         groups.append(
-            Group(key, adapter, site, paths, tuple(layers), dropout if isinstance(dropout, nn.Dropout) else None)
+            ProjectionGroup(
+                key, adapter, site, paths, tuple(layers), dropout if isinstance(dropout, nn.Dropout) else None
+            )
         )
     return groups
 
 
-# --- what is off meanwhile --------------------------------------------------------------------------------------------
-# Layers of ours know by the running thread's slot that a source pass runs, so several threads may call one model. What
-# is switched here is state of the modules: in train mode with dropout, or next to PEFT layers that were declined,
-# another thread's target pass would meet it.
+# --- switches of the frozen pass --------------------------------------------------------------------------------------
+# FLARE layers see in the thread's slot that a source pass is running, so several threads may call one model. The
+# switches below are state of the modules themselves. With dropout in train mode, or with PEFT layers that do not fuse,
+# the target pass of another thread would see them.
 
 _LOCK = threading.Lock()
 _SWITCHES = "_flare_switches"
-#: Modules whose forward does not look at ``training``.
-_INDIFFERENT = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Identity)
+#: Modules whose forward does not depend on ``training``.
+_SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Identity)
 
 
-class Switches:
-    """The modules of a model that are switched while it runs frozen; found once until modules come or go.
+class ModuleSwitches:
+    """Modules of a model that are switched while it runs frozen. Collected once, and again when modules change.
 
     Args:
         model: the part of the transformers model that runs.
-        registered: how many submodules were registered in this process.
+        registered: number of submodule registrations in this process when the modules are collected.
     """
 
     def __init__(self, model: nn.Module, registered: int) -> None:
@@ -112,35 +123,39 @@ class Switches:
         self._find(model)
 
     def __reduce__(self) -> Any:
-        return (type(None), ())  # a copy of the model finds its own
+        return (type(None), ())  # a copy of the model collects its own modules
 
     def _find(self, module: nn.Module) -> None:
-        waiting, seen = [module], set()
-        while waiting:
-            module = waiting.pop()
+        pending, seen = [module], set()
+        while pending:
+            module = pending.pop()
             if module in seen:
                 continue
             seen.add(module)
             if isinstance(module, FlareLayer):  # its adapters are not called
-                waiting.append(module.base_layer)
+                pending.append(module.base_layer)
             else:
-                waiting += [child for child in module._modules.values() if child is not None]
+                pending += [child for child in module._modules.values() if child is not None]
                 if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                     self.tuners.append(module)
             if isinstance(module, nn.ModuleList):
                 self.lists.append((module, len(module)))
             # some quantised linears repack their weights in eval mode
-            if type(module) not in _INDIFFERENT and "training" in module.__dict__ and not is_quantized_linear(module):
+            if (
+                type(module) not in _SAME_IN_TRAINING
+                and "training" in module.__dict__
+                and not is_quantized_linear(module)
+            ):
                 self.states.append(module.__dict__)
 
-    def hold(self) -> bool:
-        """Whether the model still has the modules that were found."""
+    def is_current(self) -> bool:
+        """Return whether the model still has the collected modules."""
         return self.registrations == registrations.count and all(len(blocks) == n for blocks, n in self.lists)
 
     @contextlib.contextmanager
     def off(self, *, dropout: bool) -> Iterator[None]:
-        """Switch adapters, compiled calls and (unless ``dropout``) train mode off; the last pass that ends restores."""
-        if torch.compiler.is_compiling():  # within a graph, which no other thread sees
+        """Disable adapters, compiled calls and (unless ``dropout``) train mode; the last pass to end restores them."""
+        if torch.compiler.is_compiling():  # tracing: no other thread runs this
             self._switch_off(dropout)
             try:
                 yield
@@ -164,7 +179,7 @@ class Switches:
         self._in_training = [] if dropout else [state for state in self.states if state["training"]]
         for state in self._in_training:
             state["training"] = False
-        # a compiled call does not look for a pass that its hooks serve
+        # a compiled call does not check for a running source pass
         self._compiled = [(state, state.pop(COMPILED_CALL)) for state in self.states if COMPILED_CALL in state]
 
     def _switch_on(self) -> None:
@@ -176,76 +191,84 @@ class Switches:
             state[COMPILED_CALL] = call
 
 
-def switches_of(model: nn.Module) -> Switches:
-    """Return what is off while a model runs frozen; it is kept with the model."""
+def module_switches(model: nn.Module) -> ModuleSwitches:
+    """Return the switches of a model, which are cached on the model."""
     if torch.compiler.is_compiling():
-        return Switches(model, 0)
-    known: Switches | None = model.__dict__.get(_SWITCHES)
-    if known is None or not known.hold():
-        known = model.__dict__[_SWITCHES] = Switches(model, registrations.count)
+        return ModuleSwitches(model, 0)
+    known: ModuleSwitches | None = model.__dict__.get(_SWITCHES)
+    if known is None or not known.is_current():
+        known = model.__dict__[_SWITCHES] = ModuleSwitches(model, registrations.count)
     return known
 
 
 # --- reading the states -----------------------------------------------------------------------------------------------
 
 
-class _AllRead(Exception):
-    """Raised inside the frozen pass once the last wanted state was read: what comes after it need not run."""
+class _AllStatesRead(Exception):
+    """Raised in the frozen pass after the last required state, because the remaining blocks need not run."""
 
 
 class FrozenPass:
-    """A run of the frozen model, and where the hooks of its blocks (flare.source.hooks) hand their states to."""
+    """A run of the frozen model. The hooks of its blocks (flare.source.hooks) record their states here."""
 
-    def __init__(self, wanted: Iterable[StateKey], visit: Visitor, to_the_end: bool) -> None:
-        self.missing = dict.fromkeys(wanted)
+    def __init__(self, keys: Iterable[StateKey], visit: Visitor, to_the_end: bool) -> None:
+        self.missing = dict.fromkeys(keys)
         self.visit, self.to_the_end = visit, to_the_end
 
-    def note(self, key: StateKey, hidden: Tensor) -> None:
-        """Take a state (B, m, d) that the model has made."""
+    def record(self, key: StateKey, hidden: Tensor) -> None:
+        """Visit a state (B, m, d) if it is required; end the pass after the last one."""
         if key in self.missing:
             del self.missing[key]
             self.visit(key, hidden)
             if not self.missing and not self.to_the_end:
-                raise _AllRead
+                raise _AllStatesRead
 
 
-def read_from_model(model: nn.Module, inputs: dict[str, Any], wanted: Iterable[StateKey], *, dropout: bool) -> Reader:
-    """Return a reader that runs the frozen model: adapters off, no gradient, and (unless ``dropout``) no dropout.
+def read_from_model(model: nn.Module, inputs: dict[str, Any], keys: Iterable[StateKey], *, dropout: bool) -> Reader:
+    """Return a reader that runs the frozen model without adapters, gradients and (unless ``dropout``) dropout.
 
-    The pass stops after the last wanted state, so no head, pooler or final norm runs, nor blocks behind it.
+    The pass stops after the last required state: no later block, final norm, pooler or head runs.
 
     Args:
-        model: the transformers model (not the PeftModel); its backbone is run.
+        model: the transformers model (not the PeftModel), whose backbone runs.
         inputs: keyword arguments of the backbone.
-        wanted: the states to read.
-        dropout: leave the modules' training mode as it is.
+        keys: the states to read.
+        dropout: whether to keep the modules' training mode.
     """
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
-    # torch.export keeps count of the modules that run, which an early end would leave open
+    # torch.export tracks entered modules, and an early end would leave them entered
     to_the_end = torch.compiler.is_exporting()
-    return read_from_run(backbone, lambda: backbone(**inputs), wanted, dropout=dropout, to_the_end=to_the_end)
+    return read_from_run(backbone, lambda: backbone(**inputs), keys, dropout=dropout, to_the_end=to_the_end)
 
 
 def read_from_run(
     model: nn.Module,
     run: Callable[[], object],
-    wanted: Iterable[StateKey],
+    keys: Iterable[StateKey],
     *,
     dropout: bool,
     to_the_end: bool = False,
 ) -> Reader:
-    """:func:`read_from_model` for any way to run a frozen ``model``; ``to_the_end`` where its output is wanted too."""
+    """Return a reader that calls ``run`` to run the frozen model; see :func:`read_from_model`.
+
+    Args:
+        model: the part of the transformers model that runs.
+        run: runs it.
+        keys: the states to read.
+        dropout: whether to keep the modules' training mode.
+        to_the_end: whether to complete the run after the last required state.
+    """
 
     def read(visit: Visitor) -> None:
-        frozen_pass = FrozenPass(wanted, visit, to_the_end)
-        before, THREAD.slot.frozen_pass = THREAD.slot.frozen_pass, frozen_pass
+        frozen_pass = FrozenPass(keys, visit, to_the_end)
+        outer, THREAD.slot.frozen_pass = THREAD.slot.frozen_pass, frozen_pass
         try:
-            with torch.no_grad(), switches_of(model).off(dropout=dropout):
+            with torch.no_grad(), module_switches(model).off(dropout=dropout):
                 run()
-        except _AllRead:
+        except _AllStatesRead:
             pass
         finally:
-            THREAD.slot.frozen_pass = before
+            THREAD.slot.frozen_pass = outer
         if frozen_pass.missing:
             missing = ", ".join(f"{key.stack} {key.position}" for key in frozen_pass.missing)
             raise RuntimeError(f"the source pass ended without reaching {missing}: its blocks were not all run")
@@ -253,22 +276,22 @@ def read_from_run(
     return read
 
 
-def read_from_states(states: SourceStates, wanted: Iterable[StateKey]) -> Reader:
-    """Return a reader of states that were computed before.
+def read_from_states(states: SourceStates, keys: Iterable[StateKey]) -> Reader:
+    """Return a reader of given states.
 
     Raises:
-        ValueError: the states lack one that a fusing layer wants.
+        ValueError: a required state is missing.
     """
-    keys = sorted(wanted)
-    lacking = [key for key in keys if key not in states.states]
-    if lacking:
+    ordered = sorted(keys)
+    missing = [key for key in ordered if key not in states.states]
+    if missing:
         raise ValueError(
-            f"source_states (offset {states.offset}) lacks {lacking[0]}, which this model's adapters read: "
+            f"source_states (offset {states.offset}) lacks {missing[0]}, which this model's adapters read: "
             "make them with encode_source of this model"
         )
 
     def read(visit: Visitor) -> None:
-        for key in keys:
+        for key in ordered:
             visit(key, states.states[key])
 
     return read
@@ -283,48 +306,52 @@ def zero_pads(hidden: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where the tokens of a padded text are: rows of pads are neither projected nor kept.
+class TokenPositions:
+    """Positions of the tokens in a padded batch, so that padding is neither projected nor stored.
 
-    index: (n,) of the tokens among B * m positions. size: (B, m).
+    Attributes:
+        index: (n,), the tokens' indices among B * m positions.
+        size: (B, m).
     """
 
     index: Tensor
     size: tuple[int, int]
 
     @classmethod
-    def of(cls, mask: Tensor) -> Packing:
-        """Return the packing of a mask (B, m)."""
+    def of(cls, mask: Tensor) -> TokenPositions:
+        """Return the token positions of a mask (B, m)."""
         return cls(mask.flatten().nonzero().squeeze(-1), (int(mask.shape[0]), int(mask.shape[1])))
 
-    def pack(self, x: Tensor) -> Tensor:
-        """(B, m', c) as (n, c); m' is m, or less where what follows are pads in every row."""
+    def unpad_input(self, x: Tensor) -> Tensor:
+        """Return the tokens' rows (n, c) of x (B, m', c). m' < m if the last columns, all padding, were cut off."""
         index = self.index
         if x.shape[1] != self.size[1]:
             index = index // self.size[1] * x.shape[1] + index % self.size[1]
         return x.flatten(0, 1).index_select(0, index.to(x.device))
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """(n, c) as (B, m, c), zero elsewhere."""
-        whole = x.new_zeros(self.size[0] * self.size[1], x.shape[1])
-        return whole.index_copy_(0, self.index.to(x.device), x).view(*self.size, x.shape[1])
+    def pad_input(self, x: Tensor) -> Tensor:
+        """Return the rows (n, c) as (B, m, c), zero at padding."""
+        padded = x.new_zeros(self.size[0] * self.size[1], x.shape[1])
+        return padded.index_copy_(0, self.index.to(x.device), x).view(*self.size, x.shape[1])
 
 
 @dataclass
 class Preparation:
-    """What a hidden state goes through before it is projected or kept.
+    """Steps that a hidden state goes through before it is projected or stored.
 
-    dtype: autocast's, where autocast is on.
-    packings: by stack, under source_padding="zero" where the mask is on the host; pads are left out.
-    masks: by stack, under source_padding="zero" where it is on a GPU, which nothing waits for; pads become zeros.
+    Attributes:
+        dtype: autocast's dtype, or None without autocast.
+        tokens: stack -> token positions, under source_padding="zero" with a mask on the host. Padding is removed.
+        masks: stack -> (B, m), under source_padding="zero" with a mask on a GPU. Padding is set to zero, since finding
+            the tokens would wait for the device.
     """
 
     dtype: torch.dtype | None = None
-    packings: Mapping[str, Packing] = field(default_factory=dict)
+    tokens: Mapping[str, TokenPositions] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, key: StateKey, hidden: Tensor) -> Tensor:
-        """Return a state (B, m, d), without a graph, in the compute dtype, without what stands at pads."""
+        """Return a state (B, m, d), detached, in the compute dtype, and zero at padding if there are masks."""
         if hidden.requires_grad:
             hidden = hidden.detach()
         if self.dtype is not None and hidden.dtype == torch.float32:
@@ -333,50 +360,54 @@ class Preparation:
         return hidden if mask is None else zero_pads(hidden, mask[:, : hidden.shape[1]])
 
     def rows(self, key: StateKey, hidden: Tensor) -> Tensor:
-        """Return the rows (n, d) of a state (B, m, d) that are read."""
-        packing = self.packings.get(key.stack)
-        hidden = self(key, hidden)
-        return hidden.reshape(-1, hidden.shape[-1]) if packing is None else packing.pack(hidden)
+        """Return a prepared state (B, m, d) as rows (n, d), without padding if the token positions are known."""
+        return self.unpad_input(key, self(key, hidden))
 
-    def spread(self, key: StateKey, x: Tensor, size: tuple[int, ...]) -> Tensor:
-        """(n, c) as (B, m, c), where ``size`` is that of a state without packing."""
-        packing = self.packings.get(key.stack)
-        return x.view(*size, x.shape[-1]) if packing is None else packing.unpack(x)
+    def pad_input(self, key: StateKey, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Return rows (n, c) as (B, m, c); ``size`` is (B, m) of states whose padding was not removed."""
+        tokens = self.tokens.get(key.stack)
+        return x.view(*size, x.shape[-1]) if tokens is None else tokens.pad_input(x)
 
-    def gather(self, key: StateKey, x: Tensor) -> Tensor:
-        """(B, m, c) as (n, c): the rows that :meth:`rows` reads."""
-        packing = self.packings.get(key.stack)
-        return x.reshape(-1, x.shape[-1]) if packing is None else packing.pack(x)
+    def unpad_input(self, key: StateKey, x: Tensor) -> Tensor:
+        """Return x (B, m, c) as rows (n, c), the same rows as :meth:`rows`."""
+        tokens = self.tokens.get(key.stack)
+        return x.reshape(-1, x.shape[-1]) if tokens is None else tokens.unpad_input(x)
 
     @classmethod
     def under_autocast(cls, device: torch.device, masks: Mapping[str, Tensor] | None = None) -> Preparation:
-        """Return the preparation for the autocast state that is in force; masks: stack -> (B, m), for "zero"."""
-        on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if on else None
+        """Return the preparation under the current autocast state; masks: stack -> (B, m), for padding "zero"."""
+        enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if enabled else None
         if not masks:
             return cls(dtype)
         if any(mask.device.type != "cpu" for mask in masks.values()):
             return cls(dtype, masks=masks)
-        made = {id(mask): Packing.of(mask) for mask in masks.values()}  # stacks that read one text share its mask
+        made = {
+            id(mask): TokenPositions.of(mask) for mask in masks.values()
+        }  # stacks that read one text share its mask
         return cls(dtype, {stack: made[id(mask)] for stack, mask in masks.items()})
 
 
-# --- states that are kept ---------------------------------------------------------------------------------------------
+# --- states on the device ---------------------------------------------------------------------------------------------
 
 
-def keep_states(
-    states: Reader | Mapping[StateKey, Tensor], prepare: Preparation, readers: Mapping[StateKey, Sequence[Group]]
+def context_from_states(
+    states: Reader | Mapping[StateKey, Tensor],
+    prepare: Preparation,
+    readers: Mapping[StateKey, Sequence[ProjectionGroup]],
 ) -> SourceContext:
-    """Return a context of states that the layers project themselves, from a reader or as they are.
+    """Return a context of states that the layers project themselves.
 
     Args:
+        states: a reader, or the states.
+        prepare: prepares each state.
         readers: state -> the groups that read it.
     """
-    context = SourceContext(graded=True)
-    as_it_is = prepare.dtype is None and not prepare.masks
+    context = SourceContext(with_grad=True)
+    unchanged = prepare.dtype is None and not prepare.masks
 
     def visit(key: StateKey, hidden: Tensor) -> None:
-        if not as_it_is or hidden.requires_grad:
+        if not unchanged or hidden.requires_grad:
             hidden = prepare(key, hidden)
         for group in readers[key]:
             if group.site in context.sites:

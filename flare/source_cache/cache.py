@@ -1,4 +1,4 @@
-"""SourceStateCache: the frozen model reads each source text once; later passes read what it gave."""
+"""SourceStateCache: the frozen model reads each source text once, and later epochs read its states from the cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"
 
 @dataclass
 class _Bound:
-    """What the cache knows of one model that it is bound to. ``plans``: by the states that are wanted."""
+    """What the cache knows of a model that it is bound to.
+
+    Attributes:
+        watch: detects changes of the model.
+        relative: see :func:`counts_relatively`.
+        width_counts: see :func:`needs_width`.
+        accepts_types: see :func:`accepts_types`.
+        plans: required states -> their plan.
+    """
 
     watch: Watch
     relative: bool
@@ -35,16 +43,16 @@ class _Bound:
     accepts_types: bool
     plans: dict[frozenset[StateKey], Plan] = field(default_factory=dict)
 
-    def plan(self, model: nn.Module, wanted: Collection[StateKey], decoders: Collection[str]) -> Plan:
-        """The plan of the wanted states, made once."""
-        kind = frozenset(wanted)
-        plan = self.plans.get(kind)
+    def plan(self, model: nn.Module, keys: Collection[StateKey], decoders: Collection[str]) -> Plan:
+        """Return the plan of the required states, which is made once."""
+        required = frozenset(keys)
+        plan = self.plans.get(required)
         if plan is None:
-            plan = self.plans[kind] = Plan.of(kind, decoders, model)
+            plan = self.plans[required] = Plan.of(required, decoders, model)
         return plan
 
     def batch(self, plan: Plan, columns: Mapping[str, Tensor], zero_pads: bool, dtype: torch.dtype | None) -> Batch:
-        """The rows of a batch by their names."""
+        """Return a batch's rows and their keys; raise RuntimeError during the capture of a CUDA graph."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "source_cache: rows cannot be looked up while a CUDA graph is captured, as its replays would read the "
@@ -56,24 +64,26 @@ class _Bound:
 
 
 class SourceStateCache(Store):
-    """Keeps source states over epochs, row by row, in memory on the device, in host memory and on disk.
+    """Cache of source states over epochs, row by row: in memory on the device, in host memory and on disk.
 
-    A row is found by its content: token ids, mask and token types, which states are wanted (so the source layer
-    offset), the dtype they are kept in, and the base model. It fills until the budget is spent and then stays as it is:
-    no row is ever thrown out, so a second epoch finds every row that the first had room for. Rows of a batch that are
-    not found are computed in one source pass of those rows alone. A row computed in a smaller batch is the same up to
-    the rounding of the kernels (their reduction may depend on the number of rows), a stored one to the last bit.
+    A row is looked up by its content: token ids, mask, token types, the required states (and so the source layer
+    offset), the dtype of the states, and the base model. The cache fills until the budget is spent. No row is evicted,
+    so a second epoch finds every row that the first one stored. Rows of a batch that are not in the cache are computed
+    in one source pass of those rows alone.
 
-    Hand it to ``FlareTrainer(source_cache=...)``, or to ``model.set_source_cache(cache)`` in a loop of your own.
+    A stored row is read bit for bit. A row that is computed in a smaller batch may differ by rounding, because the
+    kernels' reductions may depend on the number of rows.
+
+    Pass it to ``FlareTrainer(source_cache=...)``, or to ``model.set_source_cache(cache)`` in your own training loop.
 
     Args:
-        budget: bytes over all tiers, or {tier: bytes}. Of one number over several tiers the memory tiers take at most
-            half of what is free there.
-        tiers: which are used, fastest first: "device", "host" (pinned where there is a GPU), "disk" (only with a
-            directory). "auto" measures reading and computing in the first two source passes and uses those tiers that
-            are faster than computing.
-        directory: where the disk tier keeps its files (made if missing); processes may share it. Files there that are
-            foreign or damaged are reported, left alone and not used.
+        budget: bytes over all tiers, or {tier: bytes}. If one number covers several tiers, each memory tier takes at
+            most half of the free memory.
+        tiers: the tiers to use, fastest first: "device", "host" (pinned if there is a GPU), "disk" (only with a
+            directory). "auto" measures the time to read and to compute a row in the first two source passes, and uses
+            the tiers that are faster than computing.
+        directory: folder of the disk tier's files, created if missing. Several processes may share it. Foreign or
+            damaged files in it are reported, not used and not changed.
 
     Raises:
         TypeError, ValueError: a value that is not accepted; the message names the argument.
@@ -91,7 +101,7 @@ class SourceStateCache(Store):
     # --- the base model -----------------------------------------------------------------------------------------------
 
     def bind(self, model: nn.Module) -> None:
-        """Tie the cache to the frozen weights of a transformers model, all of whose bytes are read for that.
+        """Bind the cache to a transformers model. This reads all bytes of its frozen weights.
 
         Raises:
             ValueError: the cache holds states of another base model, or the weights are not frozen.
@@ -101,13 +111,13 @@ class SourceStateCache(Store):
         self._models[model] = _Bound(watch, counts_relatively(model), needs_width(model), accepts_types(model))
 
     def _bound(self, model: nn.Module) -> _Bound:
-        """Before every pass: the weights are those the cache was bound to; read again only where something moved."""
+        """Check before every pass that the model is the bound one. The weights are read again only after a change."""
         bound = self._models.get(model)
-        if bound is not None and bound.watch.holds():
+        if bound is not None and bound.watch.is_unchanged():
             return bound
         if bound is not None:
             watch = Watch(model)
-            if watch.stamp == bound.watch.stamp:  # the same weights in other wrappers
+            if watch.stamp == bound.watch.stamp:  # the same weights under other PEFT wrappers
                 bound.watch = watch
                 return bound
         self.bind(model)
@@ -119,7 +129,7 @@ class SourceStateCache(Store):
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        wanted: Collection[StateKey],
+        keys: Collection[StateKey],
         prepare: Preparation,
         masks: Mapping[str, Tensor] | None = None,
         decoders: Collection[str] = (),
@@ -127,18 +137,18 @@ class SourceStateCache(Store):
         zero_pads: bool | None = None,
         host: Mapping[str, Tensor] | None = None,
     ) -> CachedReader:
-        """A reader (see flare.source.source_pass) of cached rows; runs the frozen model on the others and keeps them.
+        """Return a reader (see flare.source.source_pass) of cached rows, which computes and stores the other rows.
 
         Args:
             model: the transformers model.
             inputs: keyword arguments of its backbone for the whole batch.
-            wanted: the states to read.
-            prepare: what a state goes through before it is kept (its dtype; rows of pads are dropped by their mask).
-            masks: stack -> (B, m), where pads are neither read nor kept (source_padding="zero"); else empty.
-            decoders: those stacks among the wanted that read ``decoder_input_ids``.
-            zero_pads: whether pads are neither read nor kept; by default where there are masks.
-            host: those of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``decoder_input_ids`` and
-                ``decoder_attention_mask`` that the caller has on the CPU. Of the others the host waits for a copy.
+            keys: the states to read.
+            prepare: prepares a state before it is stored (dtype).
+            masks: stack -> (B, m) under source_padding="zero"; otherwise empty.
+            decoders: the stacks that read ``decoder_input_ids``.
+            zero_pads: whether padding is neither read nor stored. Default: whether there are masks.
+            host: CPU copies of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``decoder_input_ids`` and
+                ``decoder_attention_mask``, if the caller has them. The host waits for a copy of the others.
         """
         masks = masks or {}
         zero_pads = bool(masks) if zero_pads is None else zero_pads
@@ -149,34 +159,34 @@ class SourceStateCache(Store):
         if host is not None:
             columns |= {name: host[name] for name in columns if name in host}
         bound = self._bound(model)
-        batch = bound.batch(bound.plan(model, wanted, decoders), columns, zero_pads, prepare.dtype)
+        batch = bound.batch(bound.plan(model, keys, decoders), columns, zero_pads, prepare.dtype)
         return CachedReader(self, model, inputs, batch, prepare, zero_pads)
 
     def lookup(self, model: Any, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> SourceStates | None:
-        """Return the source states of a batch where every row of it is kept, else None.
+        """Return the source states of a batch if all its rows are cached, otherwise None.
 
-        Called with the batch on the host, before it moves to the device, this does not wait for the device: the states
-        are copied while the device works on, and the current stream waits for them. Pass them on in place of the source
+        If the batch is still on the host, this call does not wait for the device: the states are copied in the
+        background, and the current stream waits for them. Pass them instead of the source
         (``model(**target, source_states=states)``), or copy them into the buffers of a captured CUDA graph before each
-        replay. Without them (None), run the model on the whole batch, which computes and keeps what is missing.
+        replay. If the result is None, run the model on the whole batch, which computes and stores the missing rows.
 
         Args:
             model: a model with FLARE adapters.
-            batch: as the model takes it; of what does not begin with ``source_`` only packed rows are looked for.
-                ``source_input_ids`` (B, m) integers, ``source_attention_mask`` and ``source_token_type_ids`` of the
-                same shape; of an encoder-decoder also ``source_labels`` or ``source_decoder_input_ids`` (B, u).
-            dtype: autocast's where the forward runs under autocast and this call does not; by default the one that is
-                in force.
+            batch: the model's arguments. ``source_input_ids`` (B, m) integers, ``source_attention_mask`` and
+                ``source_token_type_ids`` of the same shape; of an encoder-decoder also ``source_labels`` or
+                ``source_decoder_input_ids`` (B, u). Other arguments are only checked for packed rows.
+            dtype: autocast's dtype, if the forward pass runs under autocast and this call does not. Default: the
+                autocast dtype in force.
 
         Returns:
-            States (B, m, d), contiguous and detached, on the model's device; zero at pads under
-            source_padding="zero". Under ``source_labels`` or ``source_decoder_input_ids`` the decoder's (B, u, d) too.
-            None also where no active adapter reads a source, and for a model whose blocks lie on several devices.
+            States (B, m, d), contiguous and detached, on the model's device; zero at padding under
+            source_padding="zero". With ``source_labels`` or ``source_decoder_input_ids`` also the decoder's (B, u, d).
+            None also if no active adapter reads a source, or the model's blocks are on several devices.
 
         Raises:
-            TypeError, ValueError: a model without FLARE adapters, a source that is missing or does not fit, an unknown
-                ``source_`` name, or packed rows.
-            RuntimeError: the call is part of a CUDA graph that is being captured.
+            TypeError, ValueError: a model without FLARE adapters, a source that is missing or does not match, an
+                unknown ``source_`` name, or packed rows.
+            RuntimeError: a CUDA graph is being captured.
         """
         if not hasattr(model, "source_request"):
             raise TypeError(
@@ -184,25 +194,25 @@ class SourceStateCache(Store):
             )
         request: SourceRequest = model.source_request()
         bound = self._bound(request.model)
-        columns, wanted = request.columns(batch, bound.accepts_types)
-        if not wanted:
+        columns, keys = request.columns(batch, bound.accepts_types)
+        if not keys:
             return None
-        plan = bound.plan(request.model, wanted, request.decoders)
+        plan = bound.plan(request.model, keys, request.decoders)
         kind = "cpu" if plan.device is None else plan.device.type
         if dtype is None and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        named = bound.batch(plan, columns, request.zero_pads, dtype)
-        states = read(self, named)
+        rows = bound.batch(plan, columns, request.zero_pads, dtype)
+        states = read(self, rows)
         if states is None:
             return None
-        padded = not named.streams[0].mask.all()
+        padded = not rows.texts[0].mask.all()
         return SourceStates(states, request.offset, columns["attention_mask"] if padded else None)
 
     def __repr__(self) -> str:
         budget, tiers, directory = self._arguments
         return f"SourceStateCache({budget!r}, tiers={tiers!r}, directory={str(directory) if directory else None!r})"
 
-    # A copy of a model shares the cache; one that is pickled takes the arguments along and not the states.
+    # A copied model shares the cache. A pickled model keeps the cache's arguments but not its states.
     def __deepcopy__(self, memo: dict[int, Any]) -> SourceStateCache:
         return self
 

@@ -1,4 +1,4 @@
-"""Checksums of tensors' bytes: integer sums, so that a GPU, a CPU and any order of summation agree to the last bit."""
+"""Checksums of tensors' bytes: integer sums, which are the same on every device and in any order of summation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 _WORDS = 1 << 14  # 64-bit words that one sum covers
-_AT_ONCE = 16  # sums taken by one call: 2 MiB, which a CPU's caches hold
+_AT_ONCE = 16  # sums per call: 2 MiB, which fit into a CPU's caches
 
 
 def checksum(data: Tensor) -> bytes:
-    """Return one 64-bit sum for every 128 KiB of a tensor, of its words mixed with odd numbers (modulo 2^64).
+    """Return one 64-bit sum per 128 KiB of a tensor: the sum (modulo 2^64) of its words, mixed with odd weights.
 
-    A change of a single word always changes its sum. This guards against damage, not against an adversary.
+    A change of a single word always changes its sum. The checksum detects damage; it is not cryptographic.
 
     Args:
-        data: contiguous, of any dtype, shape and device.
+        data: a contiguous tensor of any dtype, shape and device.
     """
     words = _words(data)
     whole = len(words) // _WORDS * _WORDS
@@ -32,9 +32,9 @@ def checksum(data: Tensor) -> bytes:
 
 
 def _mixed(words: Tensor, weights: Tensor) -> Tensor:
-    """Multiply, fold, multiply: reversible for every word, and each of its bits counts differently at each place.
+    """Multiply, fold, multiply. This is invertible for each word, and the effect of a bit depends on the word's position.
 
-    Without the fold, a flip of bit 63 would add 2^63 whatever the weight, and two of them would cancel.
+    Without the fold, a flip of bit 63 would add 2^63 for every weight, and two such flips would cancel.
     """
     mixed = words * weights
     halves = mixed.view(torch.int32)
@@ -43,11 +43,11 @@ def _mixed(words: Tensor, weights: Tensor) -> Tensor:
 
 
 def _words(data: Tensor) -> Tensor:
-    """The bytes as int64 (copied only where they do not fill whole, aligned words; then zeros are added)."""
+    """Return the bytes as int64. Bytes that are not whole, aligned words are copied and padded with zeros."""
     flat = data.detach().contiguous().flatten().view(torch.uint8)
-    over = flat.numel() % 8
-    if over or flat.data_ptr() % 8 or flat.storage_offset() % 8:
-        padded = flat.new_zeros(flat.numel() + (8 - over) % 8)
+    remainder = flat.numel() % 8
+    if remainder or flat.data_ptr() % 8 or flat.storage_offset() % 8:
+        padded = flat.new_zeros(flat.numel() + (8 - remainder) % 8)
         padded[: flat.numel()] = flat
         flat = padded
     return flat.view(torch.int64)
@@ -55,7 +55,7 @@ def _words(data: Tensor) -> Tensor:
 
 @functools.cache
 def _weights(device: torch.device) -> Tensor:
-    """Odd numbers without a pattern that data would share (multiples of the golden ratio's bits)."""
+    """Return odd pseudo-random weights, derived from multiples of the golden ratio's bits."""
     with torch.inference_mode(False):
         index = torch.arange(1, _WORDS + 1, dtype=torch.int64, device=device)
         mixed = index * -7046029254386353131

@@ -1,4 +1,4 @@
-"""One row's states as bytes: the states in order of depth, each (positions, width), one after the other."""
+"""One row's states as bytes: the states in order of depth, each (positions, width), concatenated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from torch import Tensor
 
 from ..source.states import StateKey
 
-#: Entries begin at multiples of this many bytes.
+#: Entries start at multiples of this many bytes.
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Bytes of one row (uint8, flat) and how to read them. ``ready``: a CUDA event after which they are complete."""
+    """The states of one row.
+
+    Attributes:
+        data: their bytes, uint8, one dimension.
+        dtype: dtype of the states.
+        width: their last dimension.
+        ready: a CUDA event after which the bytes are complete, or None.
+    """
 
     data: Tensor
     dtype: torch.dtype
@@ -25,19 +32,19 @@ class Entry:
     ready: Any = None
 
     def states(self, counts: Mapping[StateKey, int]) -> dict[StateKey, Tensor]:
-        """StateKey -> (positions, width), views of the bytes.
+        """Return StateKey -> (positions, width), views of the bytes.
 
         Args:
-            counts: how many positions each state has.
+            counts: number of positions of each state.
         """
-        found, start = {}, 0
+        states, start = {}, 0
         for key in sorted(counts):
             end = start + counts[key] * self.width * self.dtype.itemsize
-            found[key] = self.data[start:end].view(self.dtype).view(counts[key], self.width)
+            states[key] = self.data[start:end].view(self.dtype).view(counts[key], self.width)
             start = end
-        return found
+        return states
 
 
 def aligned(nbytes: int) -> int:
-    """Bytes that an entry takes in its tier."""
+    """Return the bytes that an entry takes in its tier: rounded up to the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

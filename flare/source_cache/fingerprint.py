@@ -1,6 +1,6 @@
-"""What the source pass computes depends on: the frozen weights, and the config. One name for both.
+"""Fingerprint of what source states depend on: the frozen weights and the config of a base model.
 
-The same base under other adapters, another head or trained copies of its modules has the same fingerprint.
+A base model has the same fingerprint under other adapters, with another head, and with trained copies of its modules.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .checksum import checksum
 from .weights import FrozenWeights
 
-#: Config entries that say nothing about hidden states, by name or by a part of it.
-_BESIDE = (
+#: Config entries that do not affect hidden states, by name or by a part of the name.
+_IGNORED = (
     "transformers_version",
     "_name_or_path",
     "architectures",
@@ -29,60 +29,61 @@ _BESIDE = (
     "use_cache",
     "task_specific_params",
     "torchscript",
-    # the Trainer takes these from the tokenizer when a training begins; what a model was built with: _padding_indices
+    # The Trainer copies these from the tokenizer. The pad tokens of the modules themselves count: _padding_indices.
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
 )
-_BESIDE_PARTS = ("dropout", "pdrop", "output_", "attn_implementation", "classifier", "initializer")
+_IGNORED_PARTS = ("dropout", "pdrop", "output_", "attn_implementation", "classifier", "initializer")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits for the frozen backbone of a transformers model, the same on every device.
+    """Return 32 hexadecimal digits for the frozen backbone of a transformers model, the same on every device.
 
-    Every byte is read: about the time of one pass over the weights (no copy of them).
+    This reads every byte of the weights, without a copy of them.
 
     Raises:
         ValueError: weights that are trained, merged with an adapter, sharded over processes or not loaded.
     """
     weights = FrozenWeights(model)
-    names = hashlib.blake2b(digest_size=16)
-    names.update(f"{_config(getattr(model, 'config', None))} {_padding_indices(model)}".encode())
-    seen: dict[int, bytes] = {}
+    total = hashlib.blake2b(digest_size=16)
+    total.update(f"{_config(getattr(model, 'config', None))} {_padding_indices(model)}".encode())
+    digests: dict[int, bytes] = {}
     for name, tensor in weights.tensors:
-        found = seen.get(id(tensor))
-        if found is None:
-            found = seen[id(tensor)] = _described(name, tensor)
-        names.update(name.encode() + found)
-    return names.hexdigest()
+        digest = digests.get(id(tensor))
+        if digest is None:
+            digest = digests[id(tensor)] = _tensor_digest(name, tensor)
+        total.update(name.encode() + digest)
+    return total.hexdigest()
 
 
-def _described(name: str, tensor: Tensor) -> bytes:
+def _tensor_digest(name: str, tensor: Tensor) -> bytes:
+    """Return 16 bytes for a tensor's shape, dtype and values; ``name`` is for errors."""
     if tensor.is_meta:
         raise ValueError(f"source_cache: the base model's {name} is on the meta device; load its weights first")
     if hasattr(tensor, "to_local") or hasattr(tensor, "ds_shape"):
         raise ValueError(
-            f"source_cache: the base model's {name} is sharded over processes, so no process can tell which model it "
-            "is; keep the frozen weights whole (DDP), or leave the cache out"
+            f"source_cache: the base model's {name} is sharded over processes, so no process can compute the "
+            "model's fingerprint; keep the frozen weights whole (DDP), or leave the cache out"
         )
-    described = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype} ".encode(), digest_size=16)
-    for part in _plain(tensor):
-        described.update(checksum(part))
-    return described.digest()
+    digest = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype} ".encode(), digest_size=16)
+    for part in _plain_tensors(tensor):
+        digest.update(checksum(part))
+    return digest.digest()
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor subclass consists of."""
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that a tensor subclass consists of."""
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor.detach()
         return
     for name in flatten()[0]:
-        yield from _plain(getattr(tensor, name))
+        yield from _plain_tensors(getattr(tensor, name))
 
 
 def config_digest(config: Any) -> bytes:
-    """Return 16 bytes for what a config (or None) says about hidden states."""
+    """Return 16 bytes for the entries of a config (or None) that affect hidden states."""
     return hashlib.blake2b(_config(config).encode(), digest_size=16).digest()
 
 
@@ -92,14 +93,14 @@ def _config(config: Any) -> str:
 
 
 def _padding_indices(model: nn.Module) -> list[tuple[str, str]]:
-    """The pad tokens that modules were built with: some count positions from them (RoBERTa's embeddings)."""
+    """Return the pad tokens of the modules, since some compute positions from them (RoBERTa's embeddings)."""
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
-    found = ((type(module).__name__, module.__dict__.get("padding_idx")) for module in backbone.modules())
-    return sorted({(kind, str(index)) for kind, index in found if index is not None})
+    indices = ((type(module).__name__, module.__dict__.get("padding_idx")) for module in backbone.modules())
+    return sorted({(kind, str(index)) for kind, index in indices if index is not None})
 
 
 def _relevant(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {str(key): one for key, one in value.items() if key not in _BESIDE}
-        return {k: _relevant(v) for k, v in kept.items() if not any(part in k for part in _BESIDE_PARTS)}
+        entries = {str(key): entry for key, entry in value.items() if key not in _IGNORED}
+        return {k: _relevant(v) for k, v in entries.items() if not any(part in k for part in _IGNORED_PARTS)}
     return value

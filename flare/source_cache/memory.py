@@ -1,4 +1,4 @@
-"""The tiers in memory. Nothing is ever thrown out, so rows are laid one after the other into large slabs."""
+"""The tiers in memory. No row is evicted, so rows are stored one after another in large slabs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..source.memory import memory_of
 from .entries import Entry, aligned
 
 _SLAB = 64 << 20
-#: Rows that a pinned slab has room for where one of _SLAB bytes has not: the fewer, the more of it is left over.
+#: Rows of a pinned slab if a row is larger than _SLAB. Fewer rows would waste a larger part of the slab.
 _ROWS_OF_A_PINNED_SLAB = 4
-#: The share of all memory that a tier without a budget of its own leaves free.
+#: Share of all memory that a tier with a shared budget leaves free.
 _LEFT_FREE = 1 / 16
 
 
 class MemoryTier:
-    """Rows on the model's device, or in host memory (pinned where the model is on a GPU).
+    """Rows on the model's device, or in host memory (pinned if the model is on a GPU).
 
     Args:
         name: "device" or "host".
         budget: bytes.
-        modest: the budget is shared by several tiers: take at most half of what is free when the first row comes, and
-            nothing once little is free, as a training's own needs grow after that.
+        modest: whether several tiers share the budget. The tier then takes at most half of the memory that is free when
+            the first row comes, and nothing once little is free, because training may need more memory later.
     """
 
     def __init__(self, name: str, budget: int, modest: bool) -> None:
@@ -36,22 +36,22 @@ class MemoryTier:
         self.modest = modest
         self.used = 0
         self.entries: dict[str, Entry] = {}
-        #: The entry of a key, or None, and whether there is one: the dictionary's own methods, as they are called for
-        #: every row of every batch.
+        #: Return the entry of a key, or None; and whether there is one. They are called for every row of every batch,
+        #: so they are the dictionary's methods.
         self.find: Callable[[str], Entry | None] = self.entries.get
-        self.holds: Callable[[str], bool] = self.entries.__contains__
-        self.full: str | None = None  # why nothing more is taken, where that is not the budget
+        self.contains: Callable[[str], bool] = self.entries.__contains__
+        self.full: str | None = None  # why no more rows are stored, if the budget is not the reason
         self._slab: Tensor | None = None
         self._at = 0
         self._spare: list[Tensor] = []
 
     def reserve(self, nbytes: int, device: torch.device, left: int) -> Tensor | None:
-        """Room for an entry: uint8, flat; None where there is none.
+        """Reserve memory for an entry; return it as uint8 of one dimension, or None if the tier is full.
 
         Args:
-            nbytes: of the entry.
-            device: the model's.
-            left: bytes of a budget over all tiers.
+            nbytes: bytes of the entry.
+            device: the model's device.
+            left: bytes left of a budget over all tiers.
         """
         for index, spare in enumerate(self._spare):
             if spare.numel() == nbytes:
@@ -71,22 +71,22 @@ class MemoryTier:
             self.used += unfilled
         elif size > min(left, self.budget - self.used):
             return None
-        room = self._slab[self._at : self._at + nbytes]
+        buffer = self._slab[self._at : self._at + nbytes]
         self._at += size
         self.used += size
-        return room
+        return buffer
 
-    def give_back(self, room: Tensor) -> None:
-        """Room that was reserved and not used."""
-        self._spare.append(room)
+    def release(self, buffer: Tensor) -> None:
+        """Release reserved memory that was not used."""
+        self._spare.append(buffer)
 
     def put(self, key: str, entry: Entry) -> None:
-        """Keep an entry whose bytes stand in reserved room."""
+        """Store an entry whose bytes are in reserved memory."""
         self.entries[key] = entry
 
     @property
     def count(self) -> int:
-        """Rows kept."""
+        """Number of stored rows."""
         return len(self.entries)
 
     def _place(self, device: torch.device) -> torch.device:
@@ -98,7 +98,7 @@ class MemoryTier:
     def _allocate(self, nbytes: int, device: torch.device) -> Tensor | None:
         place = self._place(device)
         if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * memory_of(place):
-            self.full = "little is free; a budget of its own, as in {'device': bytes}, overrules this"
+            self.full = "little is free; to override, give the tier its own budget, as in {'device': bytes}"
             return None
         try:
             with torch.inference_mode(False):
@@ -109,18 +109,18 @@ class MemoryTier:
 
 
 def pinned_slab(size: int, left: int) -> int:
-    """Bytes of a slab of pinned memory for rows of ``size``; 0 where none fits into ``left``.
+    """Return the bytes of a pinned slab for rows of ``size`` bytes; 0 if no slab fits into ``left``.
 
-    A power of two, which is what PyTorch's allocator of pinned memory makes of any size: what is not asked for would
-    be taken from the machine all the same, beside the budget.
+    A slab is a power of two, because PyTorch's pinned allocator rounds every size up to one. With another size, the
+    difference would be allocated outside the budget.
     """
-    wanted = _SLAB if size <= _SLAB else 1 << (_ROWS_OF_A_PINNED_SLAB * size - 1).bit_length()
-    fits = min(wanted, 1 << (left.bit_length() - 1)) if left > 0 else 0
+    preferred = _SLAB if size <= _SLAB else 1 << (_ROWS_OF_A_PINNED_SLAB * size - 1).bit_length()
+    fits = min(preferred, 1 << (left.bit_length() - 1)) if left > 0 else 0
     return fits if fits >= size else 0
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a CPU also within the limits of the process's control groups (containers)."""
+    """Return the free memory of a device; on a CPU, also within the limits of the process's control groups."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min([_machine_bytes(), *_group_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
@@ -136,24 +136,24 @@ def _machine_bytes() -> int:
 
 
 def _group_bytes(root: Path, own: Path) -> list[int]:
-    """Bytes that each control group (version 2) above the process leaves free; reclaimable file pages count as free.
+    """Return the free bytes of each control group (version 2) of the process; reclaimable file pages count as free.
 
     Args:
-        root: where the groups are mounted.
+        root: mount point of the groups.
         own: the file that names the process's group.
     """
     try:
         name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
     except (OSError, StopIteration):
         return []
-    found = []
+    free = []
     group = root / name.strip("/")
     for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # no such group here, or "max": no limit
             limit = int((folder / "memory.max").read_text())
             pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             used = int((folder / "memory.current").read_text()) - int(pages.get("inactive_file", 0))
-            found.append(max(limit - used, 0))
+            free.append(max(limit - used, 0))
         if folder == root:
             break
-    return found
+    return free

@@ -1,4 +1,4 @@
-"""Counts and seconds of a cache. On a GPU seconds come from events that are read later, so nothing waits for them."""
+"""Counts and seconds of a cache. On a GPU, seconds come from CUDA events that are read later, without waiting."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ import torch
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache did. ``rows`` were asked for, ``hits`` of them were not computed; bytes and entries per tier."""
+    """Statistics of a cache.
+
+    Attributes:
+        rows: rows that were requested.
+        hits: rows that were read from the cache.
+        entries: tier -> stored rows.
+        nbytes: tier -> bytes.
+        seconds_saved: time saved by hits; None if no pass has computed all its rows, so the time of a row is unknown.
+    """
 
     rows: int
     hits: int
     entries: dict[str, int]
     nbytes: dict[str, int]
-    seconds_saved: float | None  # None: no row has been computed here, so what one costs is not known
+    seconds_saved: float | None
 
     @property
     def hit_rate(self) -> float:
-        """hits / rows; 0 before the first row."""
+        """Share of rows that were read from the cache: hits / rows, or 0 before the first row."""
         return self.hits / self.rows if self.rows else 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Return the numbers as JSON takes them, bytes over all tiers."""
+        """Return the statistics as a JSON-serialisable dictionary, with bytes over all tiers."""
         saved = None if self.seconds_saved is None else round(self.seconds_saved, 3) + 0.0  # no -0.0
         return {
             "bytes": sum(self.nbytes.values()),
@@ -48,18 +56,18 @@ class _Span:
 
 @dataclass
 class Meter:
-    """Rows, and the seconds of source passes that computed all, some or none of them."""
+    """Counter of rows, and of the seconds of source passes."""
 
     rows: int = 0
     hits: int = 0
-    _all: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and rows of every pass
-    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of those that computed every row
+    _all: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and rows of all passes
+    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of passes that computed all their rows
     _storing: float = 0.0
     _open: list[_Span] = field(default_factory=list)
 
     @contextlib.contextmanager
     def of_pass(self, rows: int, computed: int, device: torch.device) -> Iterator[None]:
-        """Around a source pass: rows asked for, and rows the model ran on."""
+        """Measure a source pass, given the number of its rows and of those that the model computes."""
         self.rows += rows
         self.hits += rows - computed
         span = _Span(rows, computed, _now(device), None)
@@ -71,14 +79,14 @@ class Meter:
 
     @contextlib.contextmanager
     def storing(self, device: torch.device) -> Iterator[None]:
-        """Around what a pass does only to fill the cache (a GPU copies beside the pass: counted there)."""
+        """Measure the work that only fills the cache. Not on a GPU, where the copies overlap with the pass."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
             self._storing += time.perf_counter() - begin
 
     def seconds_saved(self) -> float | None:
-        """What computing all rows would have taken, less what the passes took; None where no row was computed."""
+        """Return the estimated time to compute all rows minus the measured time; None if no pass computed all its rows."""
         self._settle(wait=True)
         seconds, rows = self._computed
         if not rows:
@@ -86,16 +94,16 @@ class Meter:
         return max(seconds - self._storing, 0.0) / rows * self._all[1] - self._all[0]
 
     def _settle(self, wait: bool) -> None:
-        left = []
+        unfinished = []
         for span in self._open:
             seconds = _between(span.begin, span.end, wait)
             if seconds is None:
-                left.append(span)
+                unfinished.append(span)
                 continue
             for sums in [self._all] + ([self._computed] if span.computed == span.rows else []):
                 sums[0] += seconds
                 sums[1] += span.rows
-        self._open = left
+        self._open = unfinished
 
 
 def _now(device: torch.device) -> Any:
@@ -107,7 +115,7 @@ def _now(device: torch.device) -> Any:
 
 
 def _between(begin: Any, end: Any, wait: bool) -> float | None:
-    """Seconds; None where the device has not come so far and is not to be waited for."""
+    """Return the seconds between two times; None if the device has not reached ``end`` and ``wait`` is False."""
     if isinstance(begin, float):
         return float(end - begin)
     if not wait and not end.query():
@@ -117,7 +125,7 @@ def _between(begin: Any, end: Any, wait: bool) -> float | None:
 
 
 def readable(nbytes: int) -> str:
-    """Bytes for people."""
+    """Format a number of bytes for display, such as "1.5 MiB"."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -15,8 +15,8 @@ from .._compat import copy_each
 from ..source.source_pass import Preparation, Visitor, read_from_model
 from ..source.states import StateKey
 from .entries import Entry
-from .keeping import Keeping, TrialClock
 from .row_keys import Batch, device_of
+from .row_writer import RowWriter, TrialClock
 from .store import Store
 
 #: Rows among which one that comes back in another width is noticed.
@@ -75,7 +75,7 @@ def _fill_on_cuda(batch: Batch, entries: Sequence[Entry], device: torch.device) 
     computing = torch.cuda.current_stream(device)
     on_device = [pair for pair in enumerate(entries) if pair[1].data.is_cuda]
     on_host = [pair for pair in enumerate(entries) if not pair[1].data.is_cuda]
-    copying = _lane(device).enter(computing) if on_host else computing
+    copying = _copy_stream(device).enter(computing) if on_host else computing
     for stream, part in ((copying, on_host), (computing, on_device)):
         for ready in {entry.ready for _, entry in part if entry.ready is not None}:
             stream.wait_event(ready)
@@ -124,7 +124,7 @@ def _fill(buffers: dict[str, Tensor], batch: Batch, entries: list[tuple[int, Ent
         copy_each(targets, sources, targets[0].is_cuda)
 
 
-class _Lane:
+class _CopyStream:
     """The stream on which a device receives rows from the host, ahead of the stream that computes.
 
     Buffers are allocated on it, so that a copy does not wait for what still computes with older memory; record_stream
@@ -145,8 +145,8 @@ class _Lane:
 
 
 @functools.cache
-def _lane(device: torch.device) -> _Lane:
-    return _Lane(device)
+def _copy_stream(device: torch.device) -> _CopyStream:
+    return _CopyStream(device)
 
 
 # --- one source pass --------------------------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ class CachedReader:
             return
         self.computed = missing
         self._note_widths(missing.values())
-        keeping = Keeping(cache, self.batch, [rows[index] for index in missing.values()], trial)
+        writer = RowWriter(cache, self.batch, [rows[index] for index in missing.values()], trial)
         with cache.meter.of_pass(len(rows), len(missing), self.device):
-            self._read(visit, found, missing, keeping)
+            self._read(visit, found, missing, writer)
 
     def _look_up(self, trial: bool) -> tuple[dict[str, Entry], dict[str, int]]:
         """Rows that are kept, and the indices of those that are not (during a trial: of all)."""
@@ -215,7 +215,7 @@ class CachedReader:
                 found[row.key] = entry
         return found, missing
 
-    def _read(self, visit: Visitor, found: dict[str, Entry], missing: dict[str, int], keeping: Keeping | None) -> None:
+    def _read(self, visit: Visitor, found: dict[str, Entry], missing: dict[str, int], writer: RowWriter | None) -> None:
         for ready in {entry.ready for entry in found.values() if entry.ready is not None}:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).wait_event(ready)
@@ -231,13 +231,13 @@ class CachedReader:
         indices = list(missing.values())
         whole = len(indices) == len(self.batch.rows)
         inputs = self.inputs if whole else self._rows_of(self.inputs, indices)
-        clock = TrialClock(self.device) if keeping is not None and keeping.hold else None
+        clock = TrialClock(self.device) if writer is not None and writer.hold else None
 
         def note(key: StateKey, hidden: Tensor) -> None:
             hidden = self.prepare(key, hidden)
-            if keeping is not None:
+            if writer is not None:
                 with self.cache.meter.storing(self.device), clock or contextlib.nullcontext():
-                    keeping.take(key, hidden)
+                    writer.take(key, hidden)
             full = hidden if whole else self._assembled(key, stored, hidden, missing)
             with clock or contextlib.nullcontext():
                 visit(key, full)
@@ -245,15 +245,15 @@ class CachedReader:
         try:
             read_from_model(self.model, inputs, set(wanted), dropout=False)(note)
         except BaseException:
-            if keeping is not None:
-                keeping.give_back()
+            if writer is not None:
+                writer.release()
             raise
         seconds = clock.seconds() if clock is not None else 0.0
-        if keeping is not None:
+        if writer is not None:
             with self.cache.meter.storing(self.device):
-                keeping.keep()
+                writer.keep()
         if clock is not None:
-            self.cache.timed(seconds / len(indices))
+            self.cache.record_seconds(seconds / len(indices))
 
     def _assembled(
         self, key: StateKey, stored: dict[str, dict[StateKey, Tensor]], computed: Tensor | None, missing: dict[str, int]
@@ -297,7 +297,7 @@ class CachedReader:
                 return
             before = self.cache.contents.setdefault(self.batch.content(index), widths)
             if before != widths:
-                self.cache.say(_OTHER_WIDTH)
+                self.cache.warn_once(_OTHER_WIDTH)
 
 
 def _take(tensor: Tensor, indices: list[int]) -> Tensor:

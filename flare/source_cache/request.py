@@ -1,4 +1,4 @@
-"""What a model's active adapters read of a source, as the cache needs to know it."""
+"""SourceRequest: which source states a model's active adapters read, for lookups in the cache."""
 
 from __future__ import annotations
 
@@ -9,26 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..source.inputs import (
-    DECODER_ARGUMENTS,
-    SOURCE_ARGUMENTS,
-    check_ids,
-    decoder_inputs,
-    one_text_a_row,
-    refuse_unknown,
-)
+from ..source.arguments import DECODER_ARGUMENTS, SOURCE_ARGUMENTS, flatten_choices
+from ..source.inputs import check_ids, decoder_inputs, refuse_unknown
 from ..source.packed_rows import refuse_packed_rows
 from ..source.states import StateKey
 
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """The states that a model's active adapters read; made by ``FlareModel.source_request()``.
+    """The source states that a model's active adapters read; returned by ``FlareModel.source_request()``.
 
     Attributes:
         model: the transformers model (not the PeftModel).
         keys: states of the stacks that read the source text.
-        decoder_keys: states of an encoder-decoder's decoder, read where a batch has ``source_labels`` or
+        decoder_keys: states of an encoder-decoder's decoder, read if a batch has ``source_labels`` or
             ``source_decoder_input_ids``.
         offset: the adapters' source_layer_offset.
         zero_pads: whether the adapters' source_padding is "zero".
@@ -46,21 +40,21 @@ class SourceRequest:
         return {key.stack for key in self.decoder_keys}
 
     def columns(self, batch: Mapping[str, Any], types: bool) -> tuple[dict[str, Tensor], frozenset[StateKey]]:
-        """Return what the frozen model reads of a batch, under its own names, and the states that are wanted of it.
+        """Return the frozen model's inputs of a batch, under the names of its arguments, and the required states.
 
         Args:
             batch: the arguments of the model's forward.
             types: whether the frozen model reads token types.
 
         Raises:
-            TypeError, ValueError: a source that is missing or does not fit, an unknown ``source_`` name, or packed
+            TypeError, ValueError: a source that is missing or does not match, an unknown ``source_`` name, or packed
                 rows; the message names the argument.
         """
-        refuse_unknown(self.model, batch, SOURCE_ARGUMENTS)
+        refuse_unknown(self.model, batch)
         refuse_packed_rows(self.model, {name: batch[name] for name in SOURCE_ARGUMENTS if name in batch}, (), batch)
         ids = batch.get("source_input_ids")
         if isinstance(ids, Tensor) and ids.ndim == 3:
-            batch = one_text_a_row({name: value for name, value in batch.items() if name[:7] == "source_"})
+            batch = flatten_choices({name: value for name, value in batch.items() if name[:7] == "source_"})
             ids = batch["source_input_ids"]
         ids = check_ids("source_input_ids", ids, "(B, m)")
         columns = {"input_ids": ids}

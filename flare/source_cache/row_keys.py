@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Stream:
+class TextColumns:
     """One text: its columns (token ids and token types, each (B, m) int64), its mask (B, m) bool, and its stacks."""
 
     columns: tuple[np.ndarray, ...]
@@ -90,7 +90,7 @@ class Batch:
     plan: Plan
     rows: list[Row]
     widths: dict[str, int]
-    streams: list[Stream]
+    streams: list[TextColumns]
     context: str
 
     @classmethod
@@ -163,10 +163,10 @@ def on_host(columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {**columns, **{name: part.view(moving[name].shape) for name, part in zip(moving, parts, strict=True)}}
 
 
-def _stream(columns: list[Tensor], mask: Tensor | None, stacks: tuple[str, ...], relative: bool) -> Stream:
+def _stream(columns: list[Tensor], mask: Tensor | None, stacks: tuple[str, ...], relative: bool) -> TextColumns:
     arrays = tuple(column.detach().long().numpy() for column in columns)
     seen = np.ones(arrays[0].shape, dtype=bool) if mask is None else (mask.detach() != 0).numpy()
-    return Stream(arrays, seen, stacks, relative)
+    return TextColumns(arrays, seen, stacks, relative)
 
 
 def device_of(model: nn.Module, key: StateKey) -> torch.device:
@@ -205,7 +205,7 @@ def needs_width(model: nn.Module) -> bool:
     return any(kind.get("rope_type", "default") not in _STEADY_ROPE for kind in kinds)
 
 
-def name_rows(streams: list[Stream], context: str, zero_pads: bool) -> list[Row]:
+def name_rows(streams: list[TextColumns], context: str, zero_pads: bool) -> list[Row]:
     """Return a Row for every row of a batch.
 
     Args:
@@ -242,7 +242,7 @@ def _bounds(mask: np.ndarray) -> tuple[list[int], list[int], list[int]]:
     return (mask.argmax(1) * some).tolist(), (ends * some).tolist(), counts.tolist()
 
 
-def _bytes(stream: Stream, index: int, first: int, end: int) -> bytes:
+def _bytes(stream: TextColumns, index: int, first: int, end: int) -> bytes:
     """The columns and the mask of a span; its length first, so that no two rows can read alike."""
     parts = [column[index, first:end].tobytes() for column in (*stream.columns, stream.mask)]
     return f"{len(stream.columns)} {end - first} ".encode() + b"".join(parts)

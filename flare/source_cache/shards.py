@@ -137,12 +137,12 @@ class DiskTier:
 
     name = "disk"
 
-    def __init__(self, directory: Path, budget: int, say: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, budget: int, warn_once: Callable[[str], None]) -> None:
         self.directory = directory
         self.budget = budget
         self.full: str | None = None  # why nothing more is taken, where that is not the budget
         self._failed = False  # whether writing has
-        self._say = say
+        self._warn_once = warn_once
         self._base = ""
         self._looked_at: set[str] = set()
         self._holders: dict[str, list[Shard]] = {}
@@ -172,7 +172,7 @@ class DiskTier:
         try:
             names = sorted(entry.name for entry in os.scandir(self.directory) if entry.is_file())
         except OSError as error:
-            self._say(f"{self.directory} cannot be read ({error}); its source states are not used")
+            self._warn_once(f"{self.directory} cannot be read ({error}); its source states are not used")
             return
         refused: dict[str, list[str]] = {}
         for name in names:
@@ -185,9 +185,9 @@ class DiskTier:
                 refused.setdefault(str(error), []).append(name)
         for why, files in refused.items():
             more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-            self._say(f"not used, and left alone in {self.directory}: {', '.join(files[:3])}{more}: {why}")
+            self._warn_once(f"not used, and left alone in {self.directory}: {', '.join(files[:3])}{more}: {why}")
 
-    def holds(self, key: str) -> bool:
+    def contains(self, key: str) -> bool:
         """Whether there is an entry of a key, intact or not: nothing is read."""
         return key in self._waiting or key in self._holders
 
@@ -204,7 +204,7 @@ class DiskTier:
                 holders.pop(0)
                 if not shard.reported:
                     shard.reported = True
-                    self._say(f"{shard.path}: {error}; rows of it that cannot be read are computed anew")
+                    self._warn_once(f"{shard.path}: {error}; rows of it that cannot be read are computed anew")
                 continue
             self._mapped.pop(shard, None)
             self._mapped[shard] = None
@@ -222,14 +222,14 @@ class DiskTier:
         if self.full is not None or size > min(left, self.budget - self.used):
             return None
         try:
-            room = _room(nbytes, device)
+            room = _host_buffer(nbytes, device)
         except RuntimeError:  # of pinned memory there is little; what waits is written, and gives its own back
             self.flush()
             try:
-                room = _room(nbytes, device)
+                room = _host_buffer(nbytes, device)
             except RuntimeError as error:
                 self.full = self.full or str(error).splitlines()[0]
-                self._say(
+                self._warn_once(
                     f"no memory to write to {self.directory} from ({self.full}); what is there is read, the rest is "
                     "computed in every epoch"
                 )
@@ -237,13 +237,13 @@ class DiskTier:
         self._reserved_bytes += size
         return room
 
-    def give_back(self, room: Tensor) -> None:
+    def release(self, room: Tensor) -> None:
         """Room that was reserved and not used."""
         self._reserved_bytes -= aligned(room.numel()) + HEADER
 
     def put(self, key: str, entry: Entry) -> None:
         """Keep an entry until enough wait to be published."""
-        self.give_back(entry.data)
+        self.release(entry.data)
         self._waiting[key] = entry
         self._waiting_bytes += aligned(entry.data.numel()) + HEADER
         if self._waiting_bytes >= min(_SHARD, max(self.budget // 8, 1)):
@@ -271,7 +271,7 @@ class DiskTier:
             self.full, self._failed = str(error), True
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
-            self._say(
+            self._warn_once(
                 f"{self.directory} takes no more source states ({error}); what is there is read, the rest is computed "
                 "in every epoch"
             )
@@ -294,7 +294,7 @@ class DiskTier:
                     path.unlink()
 
 
-def _room(nbytes: int, device: torch.device) -> Tensor:
+def _host_buffer(nbytes: int, device: torch.device) -> Tensor:
     """Host memory that states on the device can be copied into."""
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import checked, make_directory
+from .arguments import check_arguments, make_directory
 from .entries import Entry
 from .memory import MemoryTier
 from .meter import CacheStats, Meter, readable
@@ -50,7 +50,7 @@ class Store:
         directory: str | Path | None,
     ) -> None:
         self._arguments = (budget, tiers, directory)
-        named, self._total = checked(budget, tiers, directory)
+        named, self._total = check_arguments(budget, tiers, directory)
         self.undecided = tiers == "auto"
         self._directory = None if directory is None else Path(directory).absolute()
         shared = not isinstance(budget, Mapping) and len(named) > 1
@@ -60,7 +60,7 @@ class Store:
             if name == "disk":
                 assert self._directory is not None
                 make_directory(self._directory)
-                self._tiers.append(DiskTier(self._directory, own, self.say))
+                self._tiers.append(DiskTier(self._directory, own, self.warn_once))
             else:
                 self._tiers.append(MemoryTier(name, own, shared))
         self.decisions: dict[str, str] = {}  # of tiers="auto": tier -> what was measured and decided
@@ -68,10 +68,10 @@ class Store:
         self._traits: dict[str, Any] = {}
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self.contents: dict[str, tuple[int, ...]] = {}  # rows by their tokens alone -> padded widths
-        self._timed: list[float] = []
-        self.held: list[tuple[str, Entry]] = []
+        self._row_seconds: list[float] = []
+        self.trial_rows: list[tuple[str, Entry]] = []
         self.lock = threading.RLock()  # on a GPU backward passes read in threads of their own
         self._process = os.getpid()
         if self._directory is not None:
@@ -107,7 +107,7 @@ class Store:
     @_locked
     def find_all(self, batch: Batch) -> list[Entry] | None:
         """The entry of every row of a batch; None where a row has none, of which nothing is then read from disk."""
-        if not all(self._kept(row.key) for row in batch.rows):
+        if not all(self._contains(row.key) for row in batch.rows):
             return None
         found = []
         for row in batch.rows:
@@ -125,7 +125,7 @@ class Store:
             if entry is None:
                 continue
             if entry.data.numel() != positions * entry.width * entry.dtype.itemsize:
-                self.say(f"the {tier.name} tier holds a row of another size under the name {key}; it is not used")
+                self.warn_once(f"the {tier.name} tier holds a row of another size under the name {key}; it is not used")
                 continue
             return self._promoted(key, entry, tier)
         return None
@@ -142,7 +142,7 @@ class Store:
                     break
         return entry
 
-    # --- keeping ------------------------------------------------------------------------------------------------------
+    # --- writing -----------------------------------------------------------------------------------------------------
 
     @_locked
     def reserve(self, nbytes: int) -> tuple[Tier, Tensor] | None:
@@ -153,9 +153,9 @@ class Store:
                 return tier, room
         for tier in self._tiers:
             if isinstance(tier, MemoryTier) and tier.full is not None:
-                self.say(f"no memory for the {tier.name} tier ({tier.full}); it stays as it is")
+                self.warn_once(f"no memory for the {tier.name} tier ({tier.full}); it stays as it is")
         if self._tiers and all(tier.full is None for tier in self._tiers):
-            self.say(
+            self.warn_once(
                 f"the budget is spent ({', '.join(self.tiers)}): the rows kept so far stay, others are computed in "
                 "every epoch"
             )
@@ -185,22 +185,22 @@ class Store:
     # --- tiers="auto" -------------------------------------------------------------------------------------------------
 
     @_locked
-    def timed(self, seconds: float) -> None:
+    def record_seconds(self, seconds: float) -> None:
         """What one row took to compute, in a pass before the tiers are decided; the first pass only warms up."""
-        self._timed.append(seconds)
-        if len(self._timed) == 2:
+        self._row_seconds.append(seconds)
+        if len(self._row_seconds) == 2:
             self._decide(seconds)
 
     def _decide(self, computing: float) -> None:
         """Keep the tiers from which a row is read sooner than it is computed, given the seconds that takes."""
-        nbytes = max((entry.data.numel() for _, entry in self.held), default=0)
+        nbytes = max((entry.data.numel() for _, entry in self.trial_rows), default=0)
         kept: list[Tier] = []
         for tier in self._tiers:
             try:
                 reading = seconds_to_read(tier.name, nbytes, self.device, self._directory)
             except (OSError, RuntimeError) as error:
                 self.decisions[tier.name] = f"not used: {error}"
-                self.say(f"tiers='auto' leaves the {tier.name} tier out, and what it holds: {error}")
+                self.warn_once(f"tiers='auto' leaves the {tier.name} tier out, and what it holds: {error}")
                 continue
             times = f"reading a row {reading * 1e3:.3g} ms, computing it {computing * 1e3:.3g} ms"
             self.decisions[tier.name] = f"{'used' if reading < computing else 'not used'}: {times}"
@@ -209,10 +209,10 @@ class Store:
         self._tiers, self.undecided = kept, False
         _log.info("source_cache: %s", self._decided)
         if not kept:
-            self.say(f"tiers='auto' keeps nothing, every epoch computes its source states: {self._decided}")
-        held, self.held = self.held, []
+            self.warn_once(f"tiers='auto' keeps nothing, every epoch computes its source states: {self._decided}")
+        held, self.trial_rows = self.trial_rows, []
         for key, entry in held:
-            if self._tiers and self._kept(key):
+            if self._tiers and self._contains(key):
                 continue
             found = self.reserve(entry.data.numel())
             if found is not None:
@@ -220,8 +220,8 @@ class Store:
                 room.copy_(entry.data)
                 tier.put(key, Entry(room, entry.dtype, entry.width))
 
-    def _kept(self, key: str) -> bool:
-        return any(tier.holds(key) for tier in self._tiers)
+    def _contains(self, key: str) -> bool:
+        return any(tier.contains(key) for tier in self._tiers)
 
     @property
     def _decided(self) -> str:
@@ -260,10 +260,10 @@ class Store:
         text = f"source_cache: {now.hits} of {now.rows} rows read ({now.hit_rate:.1%}), {saved}; {held or 'no tier'}"
         return f"{text}; {self._decided}" if self.decisions else text
 
-    def say(self, what: str) -> None:
+    def warn_once(self, what: str) -> None:
         """One warning for each thing, however often it happens."""
-        if what not in self._said:
-            self._said.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             warnings.warn(f"source_cache: {what}", UserWarning, stacklevel=2)
 
 

@@ -69,7 +69,7 @@ class Watch:
         self._config_views = list(_views(self._model_config))
         self._config_values = list(chain.from_iterable(self._config_views))
 
-    def holds(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Return whether nothing has changed. Adds no Python call per module or weight."""
         with without_torch_function():
             return (
@@ -80,10 +80,10 @@ class Watch:
                 and not any(map(_trained, self._tensors))
                 and not any(map(_merged, self._wrappers))
                 and list(map(dict.get, self._trait_holders, self._trait_keys)) == self._trait_values
-                and self._config_holds()
+                and self._config_is_unchanged()
             )
 
-    def _config_holds(self) -> bool:
+    def _config_is_unchanged(self) -> bool:
         values = list(chain.from_iterable(self._config_views))
         if len(values) == len(self._config_values) and all(map(is_, values, self._config_values)):
             return True

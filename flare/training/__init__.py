@@ -1,1 +1,1 @@
-"""The data collator, the trainer, and training steps as CUDA graphs."""
+"""Data collator, trainer, and training steps as CUDA graphs."""

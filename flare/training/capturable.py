@@ -1,4 +1,4 @@
-"""What can be captured in a CUDA graph: why a model or a batch cannot, and what a captured step takes for granted."""
+"""Checks for CUDA graphs: why a model or a batch cannot be captured, and whether a captured model has changed."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from .._compat import BaseTunerLayer, checkpoints_save_random_state, gradient_hooks, is_compiled, module_hooks
+from .._compat import BaseTunerLayer, checkpoints_save_random_state, has_gradient_hooks, is_compiled, module_hooks
 from ..source.states import SourceStates
 
-#: Masks (B, m) that say which positions are tokens; one that is all ones may be left out.
+#: Masks (B, m), 1 at tokens and 0 at padding. A mask of ones may be left out.
 MASKS = ("attention_mask", "source_attention_mask", "decoder_attention_mask")
-#: Packages whose hooks compute on tensors only, so that their kernels are all there is to replay.
+#: Packages whose hooks only launch kernels, which a replay launches too.
 _TENSOR_HOOKS = {"flare", "peft", "transformers", "accelerate", "torch"}
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)
 
 
-def warn_once(message: str, said: set[str]) -> None:
-    """Warn of something about captured steps, unless ``said`` has it."""
-    if message not in said:
-        said.add(message)
+def warn_once(message: str, warned: set[str]) -> None:
+    """Warn about captured steps, unless the message is in ``warned``; then add it there."""
+    if message not in warned:
+        warned.add(message)
         warnings.warn(f"cuda_graphs: {message}", UserWarning, stacklevel=4)
 
 
 def unsupported_model(model: nn.Module) -> str | None:
-    """Why no step of a model can be captured, or None."""
+    """Return why no step of a model can be captured, or None."""
     modules = dict(model.named_modules())
     for module in modules.values():
         if isinstance(module, _WRAPPERS):
-            return f"{type(module).__name__} reduces gradients in hooks that a graph would not run"
+            return f"{type(module).__name__} reduces gradients in hooks, which a graph would not run"
         if isinstance(module, FSDPModule):
-            return "FSDP2 has sharded the model, and gathers and reduces in hooks that a graph would not run"
+            return "the model is sharded by FSDP2, which gathers and reduces in hooks, and a graph would not run them"
     if hasattr(model, "_orig_mod") or is_compiled(model):
-        return "the model is compiled; torch.compile(mode='reduce-overhead') makes CUDA graphs of its own"
+        return "the model is compiled; torch.compile(mode='reduce-overhead') makes its own CUDA graphs"
     devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         return f"the model's tensors are on several devices ({', '.join(sorted(devices))})"
     if model.training and checkpoints_save_random_state(model):
         return (
-            "gradient checkpointing saves the random state on the host, which a capture forbids; without dropout pass "
-            "gradient_checkpointing_kwargs={'preserve_rng_state': False}"
+            "gradient checkpointing saves the random state on the host, which a capture forbids; if the model has no "
+            "dropout, pass gradient_checkpointing_kwargs={'preserve_rng_state': False}"
         )
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and gradient_hooks(parameter):
+        if parameter.requires_grad and has_gradient_hooks(parameter):
             return f"{name} has a gradient hook, whose Python code a replay would not run"
     for name, module in modules.items():
         for hook in (hook for table in module_hooks(module) for hook in table.values()):
@@ -72,24 +72,24 @@ def _name(hook: Any) -> str:
 
 
 def unsupported_batch(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
-    """Why the step of one batch cannot be captured, or None."""
+    """Return why the step of one batch cannot be captured, or None."""
     if torch.is_anomaly_enabled():
-        return "anomaly detection looks at every gradient on the host"
+        return "anomaly detection reads every gradient on the host"
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             if value.requires_grad:
-                return f"{name} requires a gradient, which would not leave the graph"
+                return f"{name} requires a gradient, which would stay inside the graph"
         elif not isinstance(value, SourceStates) and not _is_constant(value):
             return f"{name} is a {type(value).__name__}: a batch must hold tensors, constants and flare.SourceStates"
     if "position_ids" in inputs and "attention_mask" not in inputs:
-        return "position_ids are given without an attention_mask, so transformers looks in them for packed texts"
+        return "position_ids are given without an attention_mask, so transformers checks their values for packed texts"
     if "position_ids" in inputs and any(name in inputs for name in ("source_input_ids", "source_states")):
-        return "position_ids next to a source are looked at on the host, for packed texts, which are refused"
+        return "position_ids with a source are checked for packed texts on the host"
     if "source_input_ids" in inputs:
-        asked = {getattr(config, "source_memory", None) for config in _active_configs(model)}
+        settings = {getattr(config, "source_memory", None) for config in _active_configs(model)}
         for memory in ("recompute", "offload"):
-            if memory in asked:
-                return f"source_memory={memory!r}: backward brings the source states from outside the graph"
+            if memory in settings:
+                return f"source_memory={memory!r}: backward gets the source states from outside the graph"
     return None
 
 
@@ -107,23 +107,23 @@ def _active_configs(model: nn.Module) -> list[Any]:
 
 
 def without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without masks that are all ones, so that attention takes the same kernel eagerly and captured.
+    """Return the batch without masks of ones, so that attention uses the same kernel in eager and captured steps.
 
-    transformers drops such a mask itself in eager mode, but does not look at one while capturing. Masks on the host are
-    read there. Reading masks on a device waits for it, once for all of them.
+    In eager mode transformers drops such a mask itself; while capturing it does not read masks. Reading masks on a
+    device waits for the device, once for all of them.
     """
     masks = {name: inputs[name] for name in MASKS if isinstance(inputs.get(name), Tensor) and inputs[name].dim() == 2}
     if "position_ids" in inputs:
-        masks.pop("attention_mask", None)  # without one, transformers looks in position_ids for packed texts
+        masks.pop("attention_mask", None)  # without a mask transformers checks position_ids for packed texts
     full = torch.stack([mask.bool().all() for mask in masks.values()]).tolist() if masks else []
     dropped = {name for name, is_full in zip(masks, full, strict=True) if is_full}
     return {name: value for name, value in inputs.items() if name not in dropped}
 
 
 class ModelState:
-    """What a captured step takes for granted about a model: where its tensors are, what is trained, and its modes.
+    """State of a model that a captured step depends on: tensor addresses, trained parameters, modes, adapters, hooks.
 
-    The lists are made once, so :meth:`changed` costs a fraction of a millisecond.
+    The lists of modules and tensors are made once, so :meth:`changed` takes a fraction of a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -133,18 +133,20 @@ class ModelState:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._hooks = [table for module in self._modules for table in module_hooks(module)]
         self._layers = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
-        self._seen = self._now()
+        self._initial = self._current()
 
     def changed(self) -> str:
-        """What has changed about the model since this object was made; empty where nothing has."""
-        now = self._now()
-        return "" if now == self._seen else ", ".join(name for name in now if now[name] != self._seen[name])
+        """Return the names of what has changed since this object was made, or an empty string."""
+        current = self._current()
+        if current == self._initial:
+            return ""
+        return ", ".join(name for name in current if current[name] != self._initial[name])
 
-    def _now(self) -> dict[str, Any]:
+    def _current(self) -> dict[str, Any]:
         return {
             "where its tensors are": list(map(Tensor.data_ptr, self._tensors)),
             "requires_grad": [tensor.requires_grad for tensor in self._tensors],
-            "gradient hooks": list(map(gradient_hooks, self._trained)),
+            "gradient hooks": list(map(has_gradient_hooks, self._trained)),
             "training mode": [module.training for module in self._modules],
             "module hooks": list(map(len, self._hooks)),
             "adapters": tuple(getattr(self._model, "peft_config", ())),

@@ -1,6 +1,6 @@
-"""Rows of a multiple choice: several texts each, padded as rows of one text are, and put together again.
+"""Rows of multiple-choice tasks: n texts per row, collated like n rows of one text and regrouped.
 
-Shapes: B rows, n choices of each, m the common width of all texts.
+Shapes: B rows, n choices per row, m the common width of all texts.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ _COLUMNS = tuple(f"{prefix}{name}" for prefix in ("", "source_") for name in _PE
 
 
 def choices_of(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """Return how many choices each row has; None where rows have one text.
+    """Return the number of choices per row, or None if rows have one text each.
 
     Raises:
-        ValueError: rows with different numbers of choices.
+        ValueError: rows have different numbers of choices.
     """
     counts = {_choices(row) for row in rows}
     if len(counts) > 1:
         raise ValueError(
             f"rows of one batch have different numbers of choices ({', '.join(sorted(map(str, counts)))}; None: one "
-            "text); give every row as many"
+            "text); give every row the same number"
         )
     return next(iter(counts), None)
 
 
 def split_choices(rows: Sequence[Mapping[str, Any]], n: int) -> list[dict[str, Any]]:
-    """Return one row for each choice of each row, without labels.
+    """Return one row per choice, without labels.
 
     Raises:
-        ValueError: a column with another number of texts than ``input_ids``.
+        ValueError: a column has another number of texts than ``input_ids``.
     """
-    made: list[dict[str, Any]] = []
+    choices: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         columns = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
         for name, texts in columns.items():
             if len(texts) != n:
-                raise ValueError(f"row {index}: {name} has {len(texts)} texts, input_ids {n}; one for each choice")
-        made += [{name: texts[choice] for name, texts in columns.items()} for choice in range(n)]
-    return made
+                raise ValueError(f"row {index}: {name} has {len(texts)} texts and input_ids {n}; give one per choice")
+        choices += [{name: texts[choice] for name, texts in columns.items()} for choice in range(n)]
+    return choices
 
 
 def batch_of_choices(
@@ -52,13 +52,13 @@ def batch_of_choices(
     """Return a batch of (B, n, m) tensors, and ``labels`` (B).
 
     Args:
-        rows: ``input_ids``, ``source_input_ids`` and their masks and token types are lists of n texts; ``labels`` is
-            the index of the right one.
-        n: of :func:`choices_of`.
-        collate: makes a batch (B n, m) of rows of one text.
+        rows: ``input_ids``, ``source_input_ids``, their masks and token types are lists of n texts; ``labels`` is the
+            index of the right one.
+        n: the number of choices, from :func:`choices_of`.
+        collate: makes a batch (B n, m) from rows of one text.
     """
-    made = collate(split_choices(rows, n))
-    batch = {name: value.unflatten(0, (len(rows), n)) for name, value in made.items()}
+    flat = collate(split_choices(rows, n))
+    batch = {name: value.unflatten(0, (len(rows), n)) for name, value in flat.items()}
     name = next((name for name in ("labels", "label") if name in rows[0]), None)
     if name is not None:
         batch["labels"] = torch.tensor([int(row[name]) for row in rows])

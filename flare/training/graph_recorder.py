@@ -1,4 +1,4 @@
-"""Record a callable into a CUDA graph, on the one stream on which all steps of a GraphedStep run."""
+"""Record a callable as a CUDA graph, on the stream that all steps of one GraphedStep share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from .._compat import eager_attention_masks, end_failed_capture
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded callable: ``replay()`` runs it again and leaves its result in ``result``; ``release()`` frees it."""
+    """A recorded callable.
+
+    Attributes:
+        result: the tensor that every replay writes its result to.
+        replay: runs the recorded kernels again.
+        release: frees the recording.
+    """
 
     result: Tensor
     replay: Callable[[], None]
@@ -24,24 +30,24 @@ class Recording:
 
 
 class Recorder(Protocol):
-    """How GraphedStep records. The tests have one that runs on a CPU."""
+    """Interface that GraphedStep records with. The tests have an implementation for the CPU."""
 
     def stream(self) -> AbstractContextManager[None]:
-        """Run what is inside on the recorder's stream, after the current stream's work and before what follows."""
+        """Run the block on the recorder's stream: after earlier work of the current stream, before its later work."""
 
     def capture(self, run: Callable[[], Tensor]) -> Recording:
         """Record ``run`` without running its kernels; called inside :meth:`stream`.
 
-        Gradients, parameters and the device's random state are unchanged, also where an exception is raised. After an
+        Gradients, parameters and the device's random state do not change, even if an exception is raised. After an
         exception, earlier recordings must not be replayed.
         """
 
 
 class CudaRecorder:
-    """Records CUDA graphs. The graphs share one memory pool, and are captured on the stream that the eager steps use.
+    """Recorder of CUDA graphs, which share one memory pool and one stream.
 
-    The eager steps must run on that stream too: an AccumulateGrad node remembers the stream it was made on, and one of
-    the default stream ends a capture.
+    Eager steps must run on the same stream: an AccumulateGrad node keeps the stream that it was created on, and a node
+    of the default stream makes a capture fail.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -65,7 +71,7 @@ class CudaRecorder:
         generator = torch.cuda.default_generators[self.device.index]
         random_state = generator.clone_state()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that pins the data loader's batches may allocate host memory meanwhile
+        # thread_local: the data loader's pinning thread may allocate host memory during the capture
         capturing = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         try:
             with eager_attention_masks(), capturing:
@@ -78,12 +84,12 @@ class CudaRecorder:
             raise
 
         def release() -> None:
-            self._stream.synchronize()  # the last replay may be under way
+            self._stream.synchronize()  # the last replay may still run
             graph.reset()
 
         return Recording(result, graph.replay, release)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """A recorder for a device, or None where it has no CUDA graphs."""
+    """Return a recorder for a device, or None if the device has no CUDA graphs."""
     return CudaRecorder(device) if device.type == "cuda" else None

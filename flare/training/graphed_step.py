@@ -1,13 +1,7 @@
-"""GraphedStep: forward and backward of a training step as one CUDA graph per shape of batch.
+"""GraphedStep: forward and backward of a training step as one CUDA graph per batch shape.
 
-    step = flare.GraphedStep(model)
-    for batch in loader:                # tensors on the host, pinned where the copy should not wait
-        loss = step(batch)              # gradients are added to p.grad, as by loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-A shape's first steps are ordinary eager steps. Then the step is captured once and replayed: the batch is copied into
-the graph's own tensors, and the graph adds into one gradient buffer per parameter, which all shapes share.
+The first steps of a shape run eagerly. Then the step is captured once and replayed: the batch is copied into the
+graph's input tensors, and the graph adds to one gradient buffer per parameter, which all shapes share.
 """
 
 from __future__ import annotations
@@ -28,57 +22,64 @@ from ..source_cache import SourceStateCache
 from .capturable import ModelState, unsupported_batch, unsupported_model, warn_once, without_full_masks
 from .graph_recorder import Recorder, Recording, recorder_for
 
-#: Arguments of the source's text, for which a warm cache has states.
+#: Arguments of the source text, which the states of a warm cache replace.
 _SOURCE_TEXT = ("source_input_ids", "source_attention_mask", "source_token_type_ids")
-#: Shapes that are remembered, captured or not.
+#: How many shapes are remembered, captured or not.
 _MAX_SHAPES = 256
-#: Eager steps of a shape whose graph made room for another, before it is captured again.
-_PATIENCE = 16
-#: How often the model may change between two replays before that is said.
+#: Eager steps of a shape whose graph was dropped, before it is captured again.
+_STEPS_AFTER_DROP = 16
+#: Changes of the model between two replays before a warning.
 _MAX_CHANGES = 4
 
-#: Forward and backward of one batch; returns the loss.
+#: Runs forward and backward of one batch and returns the loss.
 Step = Callable[[dict[str, Any]], Tensor]
 
 
 @dataclass
 class _Shape:
-    """One shape of batch: how many eager steps it had, and its graph with the tensors that the graph reads."""
+    """One batch shape: its eager steps so far, and its graph with the tensors that the graph reads."""
 
-    warmed: int = 0
-    trained: list[nn.Parameter] = field(default_factory=list)  # what gets a gradient in a step of this shape
+    eager_steps: int = 0
+    trained: list[nn.Parameter] = field(default_factory=list)  # parameters that get a gradient in a step of this shape
     inputs: dict[str, Any] = field(default_factory=dict)
     recording: Recording | None = None
     failed: bool = False
 
 
 class GraphedStep:
-    """Run training steps of a model as CUDA graphs, one per shape of batch; steps that cannot be captured run eagerly.
+    """Callable that runs training steps of a model as CUDA graphs, one graph per batch shape.
 
-    Calling it runs forward and backward of one batch and returns the detached loss. Gradients are added to ``p.grad``.
-    Accumulation, clipping, the optimizer and its schedule stay outside, and may set gradients to None.
+        step = flare.GraphedStep(model)
+        for batch in loader:  # tensors on the host; pin_memory=True makes their copies asynchronous
+            loss = step(batch)  # adds gradients to p.grad, as loss.backward() does
+            optimizer.step()
+            optimizer.zero_grad()
 
-    What a graph freezes is part of its key or checked before each replay: shapes, whether a text has padding, autocast,
-    training mode, the addresses of the model's tensors, active adapters and their scalings, hooks. After another change
-    to what the step's Python code does (a dropout probability, a fusion) call :meth:`reset`.
+    A call runs forward and backward of one batch, adds the gradients to ``p.grad`` and returns the detached loss.
+    Accumulation, clipping, the optimizer and its schedule stay outside, and may set gradients to None. A step that
+    cannot be captured runs eagerly, with one warning per reason.
 
-    Masks that are all ones are left out, so that attention takes the kernel that it takes eagerly. Pass batches on the
-    host: reading a mask on the device waits for it.
+    Everything that a graph fixes is part of its key or checked before each replay: shapes, whether a text has padding,
+    autocast, training mode, the addresses of the model's tensors, active adapters and their scalings, hooks. Call
+    :meth:`reset` after any other change to what the step's Python code does, such as a dropout probability or a fusion.
+
+    Masks of ones are left out, so that attention uses the same kernel as in eager steps. Pass batches on the host:
+    reading a mask on the device waits for the device.
 
     Args:
-        model: the model that is trained, on one CUDA device.
-        step: runs forward and backward of a batch (a dict of tensors on the device) and returns the loss. Default:
-            ``loss = model(**batch).loss; loss.backward()``. It must not read values of tensors.
-        max_graphs: how many shapes are kept captured, those last used. Each keeps its inputs; they share one pool for
-            activations.
+        model: the model to train, on one CUDA device.
+        step: runs forward and backward of a batch (a dict of tensors on the device) and returns the loss. It must not
+            read values of tensors. Default: ``loss = model(**batch).loss; loss.backward()``.
+        max_graphs: the number of graphs to keep, those used last. Each keeps its own input tensors; activations share
+            one memory pool.
         warmup_steps: eager steps of a shape before it is captured, at least 1.
-        source_cache: the flare.SourceStateCache that the model was given (``set_source_cache``): batches whose rows are
-            all kept are replayed without a source pass.
-        unsupported: why the caller's step cannot be captured; all steps then run eagerly.
-        recorder: for tests, what records in place of CUDA graphs.
+        source_cache: the flare.SourceStateCache passed to the model's ``set_source_cache``. A batch whose rows are all
+            in the cache is replayed without a source pass.
+        unsupported: the reason why the caller's step cannot be captured. All steps then run eagerly.
+        recorder: replaces CUDA graphs in tests.
 
     Raises:
-        ValueError: max_graphs or warmup_steps below 1.
+        ValueError: max_graphs or warmup_steps is below 1.
     """
 
     def __init__(
@@ -99,49 +100,52 @@ class GraphedStep:
         self._step = step or self._default_step
         self._max_graphs, self._warmup_steps = max_graphs, warmup_steps
         self._source_cache = source_cache
-        self._given_recorder = self._recorder = recorder
+        self._recorder_argument = self._recorder = recorder
         self._state: ModelState | None = None
-        self._given_reason = self._unsupported = unsupported
+        self._unsupported_argument = self._unsupported = unsupported
         self._device = torch.device("cpu")
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._captured = self._failed = self._changes = 0
 
     def __call__(self, batch: Mapping[str, Any], *, variant: Hashable = None) -> Tensor:
         """Run forward and backward of one batch.
 
         Args:
-            batch: what the step reads: tensors on any device (an integer ``num_items_in_batch`` becomes one), constants
-                and a flare.SourceStates. ``None`` counts as left out.
-            variant: anything else that the step's Python code depends on, such as how many batches are accumulated.
+            batch: the step's arguments: tensors on any device, hashable constants and a flare.SourceStates. Arguments
+                that are None are left out, and an integer ``num_items_in_batch`` becomes a tensor.
+            variant: anything else that the step's Python code depends on, such as the number of accumulated batches.
 
         Returns:
-            The loss, a tensor of its own without a graph.
+            The loss, detached and copied.
+
+        Raises:
+            ValueError: the default step got a batch for which the model returns no loss.
         """
         self._check_model()
         if self._unsupported is not None:
-            self._say_eager(self._unsupported)
+            self._warn_eager(self._unsupported)
             return self._run(batch)
         inputs = without_full_masks({name: value for name, value in batch.items() if value is not None})
         if isinstance(inputs.get("num_items_in_batch"), int | float):
             inputs["num_items_in_batch"] = torch.tensor(inputs["num_items_in_batch"])
         reason = self._read_cache(inputs) or unsupported_batch(self.model, inputs)
         if reason is not None:
-            self._say_eager(reason)
+            self._warn_eager(reason)
             return self._run_eagerly(batch)
         shape = self._shape(inputs, variant)
         if shape.failed:
             return self._run_eagerly(batch)
         if shape.recording is None:
-            if shape.warmed < self._warmup_steps:
+            if shape.eager_steps < self._warmup_steps:
                 return self._warm_up(shape, inputs)
             if not self._capture(shape, inputs):
                 return self._run_eagerly(batch)
         return self._replay(shape, inputs)
 
     def reset(self) -> None:
-        """Forget all graphs; every shape starts with eager steps again."""
+        """Drop all graphs; every shape starts with eager steps again."""
         self._drop_graphs()
         self._shapes.clear()
         self._gradients.clear()
@@ -157,14 +161,14 @@ class GraphedStep:
         return loss
 
     def _run(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The step itself, on tensors of the device, without autocast's cache of cast weights."""
-        given = {name: _moved(value, self._device) for name, value in inputs.items()}
+        """Run the step on tensors of the device, without autocast's cache of cast weights."""
+        moved = {name: _moved(value, self._device) for name, value in inputs.items()}
         kind = self._device.type
         cast: Any = contextlib.nullcontext()
-        if torch.is_autocast_enabled(kind):  # a cast kept from outside a graph would be old in its replays
+        if torch.is_autocast_enabled(kind):  # a weight cast outside a graph would be stale in its replays
             cast = torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
         with cast:
-            return self._step(given).detach()
+            return self._step(moved).detach()
 
     def _run_eagerly(self, batch: Mapping[str, Any]) -> Tensor:
         assert self._recorder is not None
@@ -172,13 +176,13 @@ class GraphedStep:
             return self._run(batch)
 
     def _warm_up(self, shape: _Shape, inputs: dict[str, Any]) -> Tensor:
-        """An eager step that counts; the last one notes which parameters get a gradient."""
+        """Run one of a shape's first, eager steps. The last of them records which parameters get a gradient."""
         assert self._recorder is not None
-        shape.warmed += 1
+        shape.eager_steps += 1
         with self._recorder.stream():
-            if shape.warmed < self._warmup_steps:
+            if shape.eager_steps < self._warmup_steps:
                 return self._run(inputs)
-            with self._noting_gradients(shape):
+            with self._recording_gradients(shape):
                 return self._run(inputs)
 
     def _replay(self, shape: _Shape, inputs: dict[str, Any]) -> Tensor:
@@ -193,7 +197,7 @@ class GraphedStep:
     # --- capturing ----------------------------------------------------------------------------------------------------
 
     def _capture(self, shape: _Shape, inputs: dict[str, Any]) -> bool:
-        """Capture a shape's step. False, with the reason said, where that fails: everything is then as before."""
+        """Capture a shape's step and return True. If that fails, restore everything, warn, and return False."""
         assert self._recorder is not None
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         host_random = torch.get_rng_state(), random.getstate()
@@ -209,11 +213,11 @@ class GraphedStep:
                 reason = _described(error)
                 self._drop_graphs()
             if any(parameter.grad is not grad for parameter, grad in zip(parameters, grads, strict=True)):
-                reason = reason or "a parameter got a gradient that had none in the eager steps of the same shape"
+                reason = reason or "a parameter got a gradient that had none in the eager steps of this shape"
                 for parameter, grad in zip(parameters, grads, strict=True):
                     parameter.grad = grad
         if random.getstate() != host_random[1] or not torch.equal(torch.get_rng_state(), host_random[0]):
-            reason = reason or "the step draws random numbers on the host (layer drop?), which a replay would not"
+            reason = reason or "the step draws random numbers on the host (layer drop?), which a replay would not do"
             torch.set_rng_state(host_random[0])
             random.setstate(host_random[1])
         if reason:
@@ -221,7 +225,7 @@ class GraphedStep:
             return False
         shape.recording = recording
         self._captured += 1
-        self._keep_few()
+        self._release_oldest()
         return True
 
     def _give_up(self, shape: _Shape, recording: Recording | None, reason: str) -> None:
@@ -229,24 +233,24 @@ class GraphedStep:
             recording.release()
         shape.inputs, shape.failed = {}, True
         self._failed += 1
-        self._say_eager(reason)
-        if self._failed > 1 and not self._captured:  # each further shape would fail in the same way
+        self._warn_eager(reason)
+        if self._failed > 1 and not self._captured:  # other shapes would fail in the same way
             self._unsupported = reason
 
-    def _keep_few(self) -> None:
-        """Release the graphs used longest ago, beyond ``max_graphs``."""
+    def _release_oldest(self) -> None:
+        """Release the least recently used graphs beyond ``max_graphs``."""
         captured = [shape for shape in self._shapes.values() if shape.recording is not None]
         for shape in captured[: -self._max_graphs]:
             _release(shape)
-            shape.warmed = self._warmup_steps - _PATIENCE
+            shape.eager_steps = self._warmup_steps - _STEPS_AFTER_DROP
             warn_once(
                 f"batches have more than max_graphs={self._max_graphs} shapes, so graphs are dropped and many steps "
                 "run eagerly; pad to fewer lengths (FlareDataCollator(pad_to_multiple_of=64)), or keep more graphs",
-                self._said,
+                self._warned,
             )
 
-    def _say_eager(self, reason: str) -> None:
-        warn_once(f"{reason}; such steps run eagerly", self._said)
+    def _warn_eager(self, reason: str) -> None:
+        warn_once(f"{reason}; such steps run eagerly", self._warned)
 
     def _drop_graphs(self) -> None:
         for shape in self._shapes.values():
@@ -256,11 +260,11 @@ class GraphedStep:
     # --- gradients ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _noting_gradients(self, shape: _Shape) -> Iterator[None]:
-        """Note the parameters that get a gradient inside: others keep p.grad as None, and the optimizer skips them."""
-        noted: dict[nn.Parameter, None] = {}
+    def _recording_gradients(self, shape: _Shape) -> Iterator[None]:
+        """Record which parameters get a gradient. The others keep ``p.grad`` None, so that the optimizer skips them."""
+        reached: dict[nn.Parameter, None] = {}
         hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda reached: noted.setdefault(reached))
+            parameter.register_post_accumulate_grad_hook(lambda parameter: reached.setdefault(parameter))
             for parameter in self.model.parameters()
             if parameter.requires_grad
         ]
@@ -269,13 +273,13 @@ class GraphedStep:
         finally:
             for hook in hooks:
                 hook.remove()
-        shape.trained = list(noted)
-        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in noted):
+        shape.trained = list(reached)
+        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in reached):
             self._give_up(shape, None, "a parameter has a sparse gradient")
 
     @torch.no_grad()
     def _place_gradients(self, shape: _Shape) -> None:
-        """Point p.grad to its buffer: zero where there was no gradient, else with what is there so far."""
+        """Point ``p.grad`` to its buffer, which holds zeros or the gradient accumulated so far."""
         for parameter in shape.trained:
             if parameter not in self._gradients:
                 self._gradients[parameter] = torch.empty_like(parameter, requires_grad=False)
@@ -295,36 +299,36 @@ class GraphedStep:
         if buffers:
             torch._foreach_copy_(buffers, grads)
 
-    # --- what a batch is ----------------------------------------------------------------------------------------------
+    # --- models and batches -------------------------------------------------------------------------------------------
 
     def _check_model(self) -> None:
-        """Forget the graphs of a model that has changed, and look anew at whether it can be captured."""
+        """Drop the graphs of a model that has changed, and check again whether it can be captured."""
         change = self._state.changed() if self._state is not None else ""
         if self._state is not None and not change:
             return
         self._changes += 1
         if self._changes > _MAX_CHANGES:
-            self._say_eager(f"the model changes from step to step ({change}), and a graph is for one state of it")
+            self._warn_eager(f"the model changes from step to step ({change}), and a graph holds only one state of it")
         self.reset()
         self._state = ModelState(self.model)
         self._captured = self._failed = 0
-        self._unsupported = self._given_reason or unsupported_model(self.model)
+        self._unsupported = self._unsupported_argument or unsupported_model(self.model)
         device = next(self.model.parameters()).device
         if self._recorder is None or device != self._device:
-            self._recorder = self._given_recorder or recorder_for(device)
+            self._recorder = self._recorder_argument or recorder_for(device)
             self._device = device
         if self._recorder is None:
             self._unsupported = self._unsupported or f"the model is on {device}, and CUDA graphs need a CUDA device"
 
     def _read_cache(self, inputs: dict[str, Any]) -> str | None:
-        """Put a warm cache's states in the place of the source's text; else why the step cannot be captured."""
+        """Replace the source text by the states of a warm cache; return why the step cannot be captured, or None."""
         if self._source_cache is None or "source_input_ids" not in inputs:
             return None
         if any(name in inputs for name in DECODER_ARGUMENTS):
-            return "a source_cache's states of a decoder are read inside the step"
-        states = cached_states(self._source_cache, self.model, inputs)
+            return "source_cache: the states of a decoder are looked up inside the step"
+        states = self._source_cache.lookup(self.model, inputs)
         if states is None:
-            return "source_cache has not all rows of a batch yet, and computes those that are missing"
+            return "source_cache has not all rows of a batch yet, and computes the missing ones"
         mask = inputs.get("source_attention_mask")
         for name in _SOURCE_TEXT:
             inputs.pop(name, None)
@@ -344,23 +348,18 @@ class GraphedStep:
         return shape
 
 
-def cached_states(cache: SourceStateCache, model: nn.Module, inputs: Mapping[str, Any]) -> SourceStates | None:
-    """The states of a batch's source text on the model's device, or None where a row has to be computed."""
-    return cache.lookup(model, inputs)
-
-
 def _release(shape: _Shape) -> None:
     assert shape.recording is not None
     shape.recording.release()
-    shape.recording, shape.inputs, shape.warmed = None, {}, 0
+    shape.recording, shape.inputs, shape.eager_steps = None, {}, 0
 
 
 def _described(error: BaseException) -> str:
-    """The first error behind an exception: ending a capture that has failed raises another one."""
+    """Describe the first error behind an exception: ending a failed capture raises another one."""
     while error.__context__ is not None:
         error = error.__context__
     if isinstance(error, torch.OutOfMemoryError):
-        return "there was not enough memory to capture a step, which needs its activations beside those of eager steps"
+        return "there was not enough memory to capture a step: its activations come in addition to those of eager steps"
     lines = str(error).strip().splitlines() or [""]
     return f"a step could not be captured ({type(error).__name__}: {lines[0]})"
 
@@ -375,14 +374,14 @@ def _key(value: Any) -> Hashable:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    # weights that accelerate keeps elsewhere are on "meta", and its hooks move the inputs
+    # accelerate puts offloaded weights on "meta", and its hooks move the inputs
     if isinstance(value, Tensor) and value.device != device and device.type != "meta":
         return value.to(device, non_blocking=True)
     return value
 
 
 def _static(value: Any, device: torch.device) -> Any:
-    """The graph's own copy of an argument, not yet filled."""
+    """Return an uninitialised copy of an argument for the graph to read."""
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device=device)
     if isinstance(value, SourceStates):
@@ -394,7 +393,7 @@ def _static(value: Any, device: torch.device) -> Any:
 
 @torch.no_grad()
 def _fill(static: dict[str, Any], inputs: Mapping[str, Any]) -> None:
-    """Copy a batch into the graph's own tensors."""
+    """Copy a batch into the tensors that the graph reads."""
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             static[name].copy_(value, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Trained weights that FSDP2 leaves whole on every rank, beside a frozen base that it shards.
+"""Replicate the trained weights on every rank while FSDP2 shards the frozen base.
 
-A block's adapters of rank 64 are a hundredth of its weights: sharding them saves little memory and costs collectives,
-most of all where the source is read, which gathers the A of each layer by itself.
+A block's adapters of rank 64 are about 1 % of its weights. Sharding them saves little memory and costs collectives,
+above all in the source pass, which gathers the A of each layer separately.
 """
 
 from __future__ import annotations
@@ -17,36 +17,40 @@ from .._compat import after_backward, synchronizes_gradients, unit_classes
 
 
 def replicate_adapters(model: nn.Module) -> set[nn.Parameter]:
-    """Keep a model's trained weights whole on every rank, and average their gradients after each backward pass.
+    """Replicate a model's trained weights under FSDP2, and average their gradients after each backward pass.
 
-    Call it before ``fully_shard``, on every rank, and pass on what it returns::
+    Call it on every rank before ``fully_shard``, and exclude what it returns from sharding::
 
         trained = flare.replicate_adapters(model)
         for block in blocks:
             fully_shard(block, ignored_params=trained)
         fully_shard(model, ignored_params=trained)
 
-    The weights become rank 0's. ``set_requires_gradient_sync(False)`` on the model holds the averaging back, as it does
-    FSDP2's own. A second call on a model returns the same weights and changes nothing.
+    All ranks start from rank 0's weights. Gradients are averaged by one all-reduce per dtype. FSDP2's
+    ``set_requires_gradient_sync(False)`` postpones this averaging too, for gradient accumulation. A second call on the
+    same model changes nothing and returns the same parameters. FlareTrainer calls this function itself.
+
+    Args:
+        model: a model with adapters, not sharded yet.
 
     Returns:
         The parameters that require a gradient.
 
     Raises:
-        ValueError: there is no group of processes, no trained weight, or one that is sharded already.
+        ValueError: no process group is initialised, the model has no trained weights, or they are already sharded.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError("replicate_adapters needs a group of processes: start them by accelerate launch or torchrun")
+        raise ValueError("replicate_adapters needs a group of processes: start them with accelerate launch or torchrun")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ValueError(f"{type(model).__name__} has no trained weights; call replicate_adapters after fast_lora")
+        raise ValueError(f"{type(model).__name__} has no trained weights: call replicate_adapters after fast_lora")
     if any(isinstance(parameter, DTensor) for parameter in trained):
-        raise ValueError("the trained weights are sharded already; call replicate_adapters before fully_shard")
+        raise ValueError("the trained weights are already sharded: call replicate_adapters before fully_shard")
     if not all(hasattr(parameter, _MARK) for parameter in trained):
-        mean = _Mean(model, trained)
+        average = _GradientAverage(model, trained)
         for parameter in trained:
             dist.broadcast(parameter.data, src=0)
-            parameter.register_post_accumulate_grad_hook(mean)
+            parameter.register_post_accumulate_grad_hook(average)
             setattr(parameter, _MARK, True)
     return set(trained)
 
@@ -54,20 +58,20 @@ def replicate_adapters(model: nn.Module) -> set[nn.Parameter]:
 _MARK = "_flare_replicated"
 
 
-class _Mean:
-    """Averages the gradients of all ranks when a backward pass is over: one collective per dtype."""
+class _GradientAverage:
+    """Hook that averages the gradients over all ranks at the end of a backward pass: one all-reduce per dtype."""
 
     def __init__(self, model: nn.Module, trained: list[nn.Parameter]) -> None:
         self.model, self.trained = model, trained
-        self.asked = False
+        self.scheduled = False
 
     def __call__(self, parameter: Tensor) -> None:
-        if not self.asked:
-            self.asked = True
+        if not self.scheduled:
+            self.scheduled = True
             after_backward(self.average)
 
     def average(self) -> None:
-        self.asked = False
+        self.scheduled = False
         if not synchronizes_gradients(self.model):
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -82,24 +86,25 @@ class _Mean:
                 grad.copy_(mean.view_as(grad))
 
 
-def leave_adapters_whole(model: nn.Module, plugin: Any) -> None:
-    """Have accelerate's FSDP2 shard the frozen weights only; FSDP1 and a plugin with the user's modules are left alone.
+def exclude_adapters_from_fsdp(model: nn.Module, plugin: Any) -> None:
+    """Let accelerate's FSDP2 shard only the frozen weights. FSDP1 and a plugin with ``ignored_modules`` do not change.
 
     Args:
-        model: not prepared yet.
-        plugin: accelerate's FullyShardedDataParallelPlugin; its ``ignored_modules`` are set, and the classes of
-            its units where it names none.
+        model: a model with adapters, not prepared by accelerate yet.
+        plugin: accelerate's FullyShardedDataParallelPlugin. ``ignored_modules`` is set, and
+            ``transformer_cls_names_to_wrap`` if it is None.
 
     Raises:
-        ValueError: the base is in 8 bits, whose scales FSDP2 does not keep.
+        ValueError: the base is quantised to 8 bits, and FSDP2 would lose its scales.
     """
     if plugin.fsdp_version == 2 and any(type(one).__name__ == "Int8Params" for one in model.parameters()):
         raise ValueError(
-            "FSDP2 cannot shard a base in 8 bits (load_in_8bit): the scales beside its weights are lost; load it in 4 "
+            "FSDP2 cannot shard a base in 8 bits (load_in_8bit): it loses the scales of the weights. Load it in 4 "
             "bits (load_in_4bit), or use DDP"
         )
-    ours = getattr(plugin, _MARK, False)  # of an earlier model: all trainers of a process share the plugin
-    if plugin.fsdp_version == 2 and (ours or plugin.ignored_modules is None):
+    # All trainers of a process share the plugin: its modules may be those of an earlier model.
+    set_before = getattr(plugin, _MARK, False)
+    if plugin.fsdp_version == 2 and (set_before or plugin.ignored_modules is None):
         replicate_adapters(model)
         plugin.ignored_modules = trained_modules(model)
         if plugin.transformer_cls_names_to_wrap is None:
@@ -111,12 +116,12 @@ def trained_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that hold the trained weights directly, for accelerate's ``ignored_modules``.
 
     Raises:
-        ValueError: one of them holds a frozen weight as well.
+        ValueError: one of them also holds a frozen weight.
     """
-    found = []
+    modules = []
     for name, module in model.named_modules():
-        own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
-        if any(own) and not all(own):
-            raise ValueError(f"{name} holds trained and frozen weights: FSDP2 cannot shard the one and leave the other")
-        found += [module] if any(own) else []
-    return found
+        requires_grad = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+        if any(requires_grad) and not all(requires_grad):
+            raise ValueError(f"{name} holds trained and frozen weights, and FSDP2 cannot shard only some of them")
+        modules += [module] if any(requires_grad) else []
+    return modules

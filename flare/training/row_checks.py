@@ -1,4 +1,4 @@
-"""Rows and tokenizers that do not fit a model, named before they become an index error or a silent loss."""
+"""Checks of rows and tokenizers: find what does not fit a model before it becomes an index error or a worse model."""
 
 from __future__ import annotations
 
@@ -8,44 +8,48 @@ from typing import Any
 
 import torch
 
-#: Names of the column of labels.
+#: Accepted names of the label column.
 LABEL_NAMES = ("labels", "label", "label_ids")
 _SPECIAL = ("pad", "bos", "eos")
 
 
 def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with plain lists and numbers, one name for labels, and no columns that hold None.
+    """Return rows of plain lists and numbers, with labels under one name and without columns that hold None.
 
     Raises:
-        ValueError: no rows, or one whose ids or labels are missing, empty or text.
+        ValueError: there are no rows, ids are missing, empty or text, or labels are text.
     """
     if not rows:
         raise ValueError("the collator was given no rows")
-    read = [_without_empty(row) for row in rows]
-    for index, row in enumerate(read):
+    plain = [_plain_row(row) for row in rows]
+    for index, row in enumerate(plain):
         check_row(row, index)
-    return read
+    return plain
 
 
-def _without_empty(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with plain lists and numbers, one name for labels, and no columns that hold None."""
+def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one row as described in :func:`read_rows`."""
     plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
     if row.get("source_states") is not None:
         plain["source_states"] = torch.as_tensor(row["source_states"], dtype=torch.float32)
     plain = {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items() if v is not None}
-    given = [name for name in LABEL_NAMES if name in plain]
-    if given:
-        plain["labels"] = plain[given[0]]
+    label_names = [name for name in LABEL_NAMES if name in plain]
+    if label_names:
+        plain["labels"] = plain[label_names[0]]
     return plain
 
 
 def all_have(rows: Sequence[Mapping[str, Any]], name: str, prefix: str = "") -> bool:
-    """Whether the rows have a column; a batch in which only some have it is an error."""
+    """Return whether all rows have a column.
+
+    Raises:
+        ValueError: only some rows have it.
+    """
     missing = [index for index, row in enumerate(rows) if name not in row]
     if 0 < len(missing) < len(rows):
         raise ValueError(
-            f"row {missing[0]} of the batch has no column '{prefix}{name}' but other rows have: give it to every row "
-            "or to none"
+            f"row {missing[0]} of the batch has no column '{prefix}{name}', but other rows have it: give it to every "
+            "row or to none"
         )
     return not missing
 
@@ -62,20 +66,20 @@ def check_row(row: Mapping[str, Any], index: int) -> None:
             )
         if not ids:
             raise ValueError(
-                f"row {index}: {name} is empty; leave such rows out, or give the text's special tokens, which "
+                f"row {index}: {name} is empty; leave such rows out, or keep the special tokens that "
                 "tokenizers add by default"
             )
     labels = row.get("labels")
     first = labels[0] if isinstance(labels, list) and labels else labels
     if isinstance(first, str):
         raise ValueError(
-            f"row {index}: labels is the text {first!r}, and models are trained on numbers; map it first, such as "
-            "model.config.label2id[label]"
+            f"row {index}: labels is the text {first!r}, and models are trained on numbers; convert it first, such as "
+            "with model.config.label2id[label]"
         )
 
 
 def check_vocabulary(ids: Sequence[int], vocab_size: int, index: int, name: str) -> None:
-    """Raise ValueError for a token id that the model has no embedding of."""
+    """Raise ValueError for a token id without an embedding."""
     highest = max(ids)
     if highest >= vocab_size:
         raise ValueError(
@@ -85,24 +89,24 @@ def check_vocabulary(ids: Sequence[int], vocab_size: int, index: int, name: str)
 
 
 def vocabulary_of(model: Any) -> int | None:
-    """How many token ids a model has embeddings of; None where it does not say."""
+    """Return the number of token ids that a model has embeddings for, or None if it is unknown."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    known = [one for one in (size, getattr(embeddings, "num_embeddings", None)) if isinstance(one, int)]
-    return max(known, default=None)
+    sizes = (size, getattr(embeddings, "num_embeddings", None))
+    return max((number for number in sizes if isinstance(number, int)), default=None)
 
 
 def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
-    """Return what says that a tokenizer is another model's, or None.
+    """Return why a tokenizer seems to be another model's, or None.
 
-    Special tokens beyond the vocabulary are such, and special tokens of other ids than the model's configuration and
-    generation configuration have. The second is not refused here: published models differ so, by design.
+    The reasons are special tokens beyond the model's vocabulary, and pad, bos or eos ids that differ from those in the
+    model's configuration and generation configuration. This is only a warning: some published models differ by design.
     """
     size, name = vocabulary_of(model), type(tokenizer).__name__
     ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in (*_SPECIAL, "cls", "sep", "mask", "unk")}
-    beyond = {kind: one for kind, one in ids.items() if size is not None and isinstance(one, int) and one >= size}
+    beyond = {kind: id_ for kind, id_ in ids.items() if size is not None and isinstance(id_, int) and id_ >= size}
     if beyond:
         return (
             f"the tokenizer ({name}) has {_listed(beyond)}, and the model's vocabulary has {size} ids; use the model's "
@@ -117,15 +121,15 @@ def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
         return None
     return (
         f"the tokenizer ({name}) has {_listed(differing)}: it may be another model's. Use the model's own, for the "
-        "source texts too, or set the ids in model.config if they are meant"
+        "source texts too, or set the ids in model.config if they are intended"
     )
 
 
 def broken_by(tokenizer: Any, model: Any) -> str | None:
-    """Return why a model computes something else with a tokenizer's special tokens, or None.
+    """Return why a tokenizer's special tokens change what a model computes, or None.
 
-    Positions that are counted from the pad id (RoBERTa, XLM-R) are wrong with another pad; a model that writes does not
-    stop at another end token.
+    RoBERTa and XLM-R count positions from the pad id, so that another pad gives wrong positions. A generating model
+    does not stop at another end token.
     """
     name = type(tokenizer).__name__
     counted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
@@ -145,30 +149,32 @@ def broken_by(tokenizer: Any, model: Any) -> str | None:
 
 
 def _ids_of(model: Any, kind: str) -> list[int]:
-    """The ids that a model's configurations accept as its pad, bos or eos token."""
-    found: list[int] = []
+    """Return the ids that a model's configurations accept as its pad, bos or eos token."""
+    ids: list[int] = []
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
         theirs = getattr(config, f"{kind}_token_id", None)
-        found += theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
-    return list(dict.fromkeys(found))
+        ids += theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+    return list(dict.fromkeys(ids))
 
 
 def first_special(tokenizer: Any) -> int | None:
-    """Return the id that a tokenizer begins every text with, or None."""
+    """Return the special token id that a tokenizer puts at the start of every text, or None."""
     ids = tokenizer("")["input_ids"]
     return ids[0] if ids else None
 
 
 def check_beginnings(rows: Sequence[Mapping[str, Any]], first: int | None) -> bool:
-    """Warn of the first row whose source was made by another tokenizer than its target; return whether there is one.
+    """Warn about the first row whose source was made by another tokenizer; return whether there is one.
+
+    Such a row has a target that begins with the tokenizer's first special token, and a source that does not.
 
     Args:
-        rows: with ``input_ids`` and ``source_input_ids``.
-        first: of :func:`first_special`.
+        rows: rows with ``input_ids`` and ``source_input_ids``.
+        first: the token id from :func:`first_special`.
     """
     for index, row in enumerate(rows):
-        begins, source = row["input_ids"][0], row["source_input_ids"][0]
-        if begins == first != source:
+        target, source = row["input_ids"][0], row["source_input_ids"][0]
+        if target == first != source:
             warnings.warn(
                 f"row {index}: input_ids begins with the special token {first}, and source_input_ids with {source}: "
                 "the source text was made by another model's tokenizer, or without special tokens. Make both texts "
@@ -181,10 +187,10 @@ def check_beginnings(rows: Sequence[Mapping[str, Any]], first: int | None) -> bo
 
 
 def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack rows of one length, as transformers' default collator.
+    """Stack rows of equal length, as transformers' default collator does.
 
     Raises:
-        ValueError: rows that must be padded, for which a tokenizer is needed, or labels that are text.
+        ValueError: rows need padding, and there is no tokenizer for it; or labels are text.
     """
     from transformers import default_data_collator
 
@@ -195,10 +201,10 @@ def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(default_data_collator([dict(row) for row in rows]))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
-            "these rows cannot be stacked, their texts differ in length, and the trainer has no tokenizer to pad them "
-            "with: pass processing_class=tokenizer to FlareTrainer, or data_collator=flare.FlareDataCollator(tokenizer)"
+            "these rows cannot be stacked: their texts differ in length, and the trainer has no tokenizer to pad them "
+            "with; pass processing_class=tokenizer to FlareTrainer, or data_collator=flare.FlareDataCollator(tokenizer)"
         ) from error
 
 
-def _listed(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{kind}_token_id {value}" for kind, value in found.items())
+def _listed(ids: Mapping[str, Any]) -> str:
+    return ", ".join(f"{kind}_token_id {value}" for kind, value in ids.items())

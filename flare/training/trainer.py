@@ -1,13 +1,13 @@
 """FlareTrainer: transformers' Trainer for rows of two texts.
 
-What the stock Trainer does with such rows, and what is different here:
+The stock Trainer has four problems with such rows, which are solved here:
 
-- it drops the ``source_*`` columns, because the base model's ``forward`` does not name them: kept;
-- it pads by ``tokenizer.pad``, which knows one text: FlareDataCollator is the default;
-- it counts the target's tokens and FLOPs: both streams are counted, the source also by itself;
-- with gradient accumulation it does not scale the loss of models that ignore ``num_items_in_batch`` (BERT, XLM-R, mT5,
-  and Llama with a classification head), so four steps of accumulation give four times the gradient: here it is the
-  gradient of one large batch, for every model and for micro-batches of unequal size.
+- It drops the ``source_*`` columns, because the base model's ``forward`` does not name them. FlareTrainer keeps them.
+- It pads with ``tokenizer.pad``, which knows one text. FlareTrainer's default collator is FlareDataCollator.
+- It counts the target's tokens and FLOPs only. FlareTrainer counts both streams, and the source's tokens separately.
+- With gradient accumulation it does not scale the loss of models that ignore ``num_items_in_batch`` (BERT, XLM-R, mT5,
+  and Llama with a classification head): four accumulated batches give four times the gradient. FlareTrainer computes
+  the gradient of one large batch for every model, also with micro-batches of unequal size.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import OptimizerNames
 
 from .. import _compat
-from ..source.inputs import did_you_mean
+from ..source.inputs import SOURCE_ARGUMENTS, did_you_mean
 from ..source_cache import SourceStateCache
-from .collator import SOURCE_COLUMNS, SOURCE_POSITIONS, FlareDataCollator, layout_of
+from .collator import SOURCE_POSITIONS, FlareDataCollator, layout_of
 from .graphed_step import GraphedStep
-from .replicated import leave_adapters_whole
+from .replicated import exclude_adapters_from_fsdp
 from .row_checks import plain_collator, vocabulary_of, wrong_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ _compat.check_trainer(Trainer)
 
 
 class SourceTokens(TrainerCallback, ExportableState):
-    """Carries the number of source tokens seen through checkpoints; TrainerState has room for one number only."""
+    """Callback that saves the number of source tokens seen in checkpoints. TrainerState has no field for it."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -64,11 +64,11 @@ class SourceTokens(TrainerCallback, ExportableState):
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
         self.seen = saved.get("attributes", {}).get("seen", 0)
-        state.stateful_callbacks[name] = self.state()  # a checkpoint of the stock Trainer has no such entry
+        state.stateful_callbacks[name] = self.state()  # checkpoints of the stock Trainer lack this entry
 
 
-class KeepsSourceCache(TrainerCallback):
-    """Looks after the cache of a training run: checks the base model, publishes rows, says in the end what it did."""
+class SourceCacheCallback(TrainerCallback):
+    """Callback that checks the base model against the cache, publishes new rows, and prints a summary at the end."""
 
     def __init__(self, cache: SourceStateCache) -> None:
         self.cache = cache
@@ -95,20 +95,37 @@ class KeepsSourceCache(TrainerCallback):
 
 
 class FlareTrainer(Trainer):
-    """transformers.Trainer for rows of two texts: the same arguments and, for rows without a source, the same results.
+    """transformers.Trainer for rows of two texts. Rows without a source give the same results as with Trainer.
 
-    Differences: ``source_*`` columns are kept; the default collator is FlareDataCollator where ``processing_class`` is
-    a tokenizer (its layout follows the model); tokens and FLOPs of both streams are counted; gradient accumulation
-    gives the gradient of the large batch for every model family.
+        model = flare.fast_lora(model, r=64, lora_alpha=128)
+        rows = [{"input_ids": [...], "source_input_ids": [...], "labels": 1}, ...]
+        trainer = flare.FlareTrainer(model, TrainingArguments("out"), train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.predict(rows).predictions  # (rows, classes)
+
+    Differences from Trainer:
+
+    - ``source_*`` columns are kept.
+    - If ``processing_class`` is a tokenizer, the default collator is :class:`flare.FlareDataCollator`, in the layout of
+      the model.
+    - Tokens and FLOPs of both streams are counted.
+    - Gradient accumulation gives the gradient of the large batch for every model family.
+    - Under ``fsdp_version: 2`` the adapters are replicated (:func:`flare.replicate_adapters`).
 
     Args:
-        source_cache: a flare.SourceStateCache: each source text is read once by the frozen model and from the cache in
-            later epochs, in training and evaluation. Hit rate, bytes and seconds saved are logged. Under
-            source_padding="keep", where a row's states depend on the padded width, a FlareDataCollator pads every batch
-            to one length, that of the longest row (all rows are looked at for it).
-        cuda_graphs: True: forward and backward of a training step run as one CUDA graph per padded shape
-            (flare.GraphedStep). What cannot be captured runs eagerly, and each reason is said once. Pad to few lengths
-            (``pad_to_multiple_of``), and set ``logging_nan_inf_filter=False``, which otherwise waits for every loss.
+        *args, **kwargs: the arguments of transformers.Trainer.
+        source_cache: a flare.SourceStateCache. The frozen model reads each source text once; later epochs and
+            evaluations take its states from the cache. Hit rate, bytes and seconds saved are logged. With
+            source_padding="keep" the states of a row depend on the padded width. A FlareDataCollator then pads every
+            batch to the length of the longest row, for which all rows are read once.
+        cuda_graphs: True runs forward and backward of a training step as one CUDA graph per padded shape
+            (:class:`flare.GraphedStep`). Steps that cannot be captured run eagerly, with one warning per reason. Pad to
+            few lengths (``pad_to_multiple_of``), and set ``logging_nan_inf_filter=False``: the filter waits for every
+            loss.
+
+    Raises:
+        ValueError: ``source_cache`` is not a SourceStateCache, or the model has no FLARE adapter to use it. Later: rows
+            that cannot be collated, or a ``source_...`` column that nothing reads.
     """
 
     def __init__(
@@ -120,33 +137,33 @@ class FlareTrainer(Trainer):
                 "flare.SourceStateCache(8 << 30), or None"
             )
         super().__init__(*args, **kwargs)
-        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
-        if given.get("data_collator") is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
-            made: Any = FlareDataCollator(self.processing_class, require_source=_fuses(self.model))
-            self.data_collator = made
-        elif given.get("data_collator") is None and self.processing_class is None and _fuses(self.model):
-            self.data_collator = plain_collator  # which says what is missing where rows must be padded
+        arguments = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        if arguments.get("data_collator") is None and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            collator: Any = FlareDataCollator(self.processing_class, require_source=_fuses(self.model))
+            self.data_collator = collator
+        elif arguments.get("data_collator") is None and self.processing_class is None and _fuses(self.model):
+            self.data_collator = plain_collator  # raises an error with advice if rows need padding
         if isinstance(self.data_collator, FlareDataCollator) and self.data_collator.layout == "auto":
             self.data_collator = replace(self.data_collator, layout=layout_of(self.model))
         if isinstance(self.data_collator, FlareDataCollator):
             self._check_tokenizer(self.data_collator)
         self.add_callback(SourceTokens)
         self.source_cache = source_cache
-        self._cache_begun = self._cache_logged = (0, 0)
+        self._cache_at_start = self._cache_at_log = (0, 0)
         if source_cache is not None:
             self._use_cache(source_cache)
         self.cuda_graphs = cuda_graphs
         self._graphed_step: GraphedStep | None = None
-        if cuda_graphs:  # a weight that autocast has cast outside a graph would be old in its replays
+        if cuda_graphs:  # a weight cast outside a graph would be stale in its replays
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
     def _check_tokenizer(self, collator: FlareDataCollator) -> None:
-        said = wrong_tokenizer(collator.tokenizer, self.model)
-        if said is not None:
-            warnings.warn(said, UserWarning, stacklevel=3)
+        problem = wrong_tokenizer(collator.tokenizer, self.model)
+        if problem is not None:
+            warnings.warn(problem, UserWarning, stacklevel=3)
         if collator.vocab_size is None:
             self.data_collator = collator = replace(collator, vocab_size=vocabulary_of(self.model))
-        if self.label_smoother is not None and collator.model is None:  # the Trainer takes the labels from the model
+        if self.label_smoother is not None and collator.model is None:  # the Trainer removes the labels from the inputs
             self.data_collator = replace(collator, model=self.model)
 
     # --- source states over epochs ------------------------------------------------------------------------------------
@@ -155,66 +172,68 @@ class FlareTrainer(Trainer):
         if not hasattr(self.model, "set_source_cache"):
             raise ValueError(
                 f"source_cache: {type(self.model).__name__} has no FLARE adapter; call flare.fast_lora(model) "
-                "first, or leave it out"
+                "first, or leave source_cache out"
             )
         self.model.set_source_cache(cache)
-        self.add_callback(KeepsSourceCache(cache))
+        self.add_callback(SourceCacheCallback(cache))
         configs = [self.model.peft_config[name] for name in self.model.active_adapters]
         collator = self.data_collator
         if not isinstance(collator, FlareDataCollator) or all(c.source_padding == "zero" for c in configs):
             return
-        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        sets = [data for data in (self.train_dataset, *evaluated) if data is not None]
+        eval_sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        sets = [data for data in (self.train_dataset, *eval_sets) if data is not None]
         if not all(hasattr(data, "__len__") and hasattr(data, "__getitem__") for data in sets):
-            return  # a stream: rows that come back in another width are reported by the cache
+            return  # a stream; the cache warns if rows return in another width
         try:
             self.data_collator = collator.fitted(data[index] for data in sets for index in range(len(data)))
         except (ValueError, KeyError, TypeError):
-            return  # rows that cannot be collated: training says so, better than this could
+            return  # rows that cannot be collated; training raises the better error
         _log.info(
             "source_cache: every batch is padded to one length, (left, right, decoder) %s", self.data_collator.widths
         )
 
     def _log_cache(self, logs: dict[str, float]) -> None:
-        """Of training: the hit rate since the last log (in the last log: of the run), and what the cache holds."""
+        """Add the cache's size, and its hit rate since the last log (in the last log: of the whole run)."""
         if self.source_cache is None or any(k.endswith("_runtime") and k != "train_runtime" for k in logs):
             return
-        now = self.source_cache.stats()
-        rows, hits = self._cache_begun if "train_runtime" in logs else self._cache_logged
-        self._cache_logged = (now.rows, now.hits)
-        logs["source_cache_hit_rate"] = (now.hits - hits) / max(now.rows - rows, 1)
-        logs["source_cache_bytes"] = sum(now.nbytes.values())
-        if now.seconds_saved is not None:
-            logs["source_cache_seconds_saved"] = round(now.seconds_saved, 3) + 0.0  # no -0.0
+        stats = self.source_cache.stats()
+        rows, hits = self._cache_at_start if "train_runtime" in logs else self._cache_at_log
+        self._cache_at_log = (stats.rows, stats.hits)
+        logs["source_cache_hit_rate"] = (stats.hits - hits) / max(stats.rows - rows, 1)
+        logs["source_cache_bytes"] = sum(stats.nbytes.values())
+        if stats.seconds_saved is not None:
+            logs["source_cache_seconds_saved"] = round(stats.seconds_saved, 3) + 0.0  # avoids -0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer; the hit rates that are logged are of this run alone."""
-        self._cache_begun = self._cache_logged = self._cache_counts()
+        """Train as Trainer does. The logged hit rates are those of this run."""
+        self._cache_at_start = self._cache_at_log = self._cache_counts()
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
-            leave_adapters_whole(self.model, self.accelerator.state.fsdp_plugin)
+            exclude_adapters_from_fsdp(self.model, self.accelerator.state.fsdp_plugin)
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer, with the source cache; what is read here does not count in the hit rates of training."""
+        """Evaluate as Trainer does, with the source cache. These reads do not count in the hit rates of training."""
         if self.source_cache is not None and not self.is_in_train:
             self._check_cast()
         before = self._cache_counts()
-        found = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         after = self._cache_counts()
         rows, hits = after[0] - before[0], after[1] - before[1]
-        self._cache_begun = (self._cache_begun[0] + rows, self._cache_begun[1] + hits)
-        self._cache_logged = (self._cache_logged[0] + rows, self._cache_logged[1] + hits)
-        return found
+        self._cache_at_start = (self._cache_at_start[0] + rows, self._cache_at_start[1] + hits)
+        self._cache_at_log = (self._cache_at_log[0] + rows, self._cache_at_log[1] + hits)
+        return output
 
     def _cache_counts(self) -> tuple[int, int]:
-        """Rows and hits of the cache so far."""
+        """Return the rows and hits of the cache so far."""
         return (0, 0) if self.source_cache is None else (self.source_cache.meter.rows, self.source_cache.meter.hits)
 
     def _check_cast(self) -> None:
-        """Outside a training the Trainer casts the whole model for bf16_full_eval: then it is another base model."""
+        """Remove the cache if the Trainer casts the whole model for this evaluation, as bf16_full_eval does."""
         name = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, name)), None)
         if name is not None and self.source_cache is not None:
-            self.source_cache.say(f"left out of this evaluation: {name} casts the base model, whose states it holds")
+            self.source_cache.warn_once(
+                f"left out of this evaluation: {name} casts the base model, whose states it holds"
+            )
             self.model.set_source_cache(None)
 
     # --- columns ------------------------------------------------------------------------------------------------------
@@ -222,14 +241,16 @@ class FlareTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = _compat.signature_columns(self)
-        wanted = (*SOURCE_COLUMNS, *SOURCE_POSITIONS) if _reads_source_positions(self.model) else SOURCE_COLUMNS
-        columns += [name for name in wanted if name not in columns]
+        positions = SOURCE_POSITIONS if _reads_source_positions(self.model) else ()
+        columns += [name for name in (*SOURCE_ARGUMENTS, *positions) if name not in columns]
 
     def _check_columns(self, data: Any) -> None:
-        """Raise ValueError for a column ``source_...`` that the Trainer would drop and that can only be meant as input:
-        it has numbers for every token, or nearly the name of one that is read. Texts and ids of rows are dropped.
+        """Raise ValueError for a ``source_...`` column that looks like a model input and that the Trainer would drop.
+
+        Such a column has one number per token, or almost the name of a column that is read. Texts and row ids may be
+        dropped.
         """
-        names = getattr(data, "column_names", None)  # of a datasets.Dataset, also of one that streams
+        names = getattr(data, "column_names", None)  # of a datasets.Dataset, streamed or not
         if not self.args.remove_unused_columns or not _fuses(self.model) or isinstance(names, dict):
             return
         listed = isinstance(data, list) or (names is not None and hasattr(data, "__getitem__"))
@@ -238,34 +259,34 @@ class FlareTrainer(Trainer):
         kept = _compat.signature_columns(self)
         for name in names or (row if isinstance(row, Mapping) else ()):
             value = row.get(name) if isinstance(row, Mapping) else None
-            near = did_you_mean(name, [one for one in kept if one.startswith("source_")])
+            near = did_you_mean(name, [column for column in kept if column.startswith("source_")])
             many = isinstance(value, Sequence) or (isinstance(value, Tensor) and value.ndim > 0)
             per_token = many and len(value) and not isinstance(value[0], str)  # type: ignore[arg-type,index]
             if name.startswith("source_") and name not in kept and (near or (per_token and not isinstance(value, str))):
                 raise ValueError(
                     f"the data set's column {name!r} is not read, and remove_unused_columns would drop it{near or ';'} "
-                    "rename it, or take it out of the data set"
+                    "rename it, or remove it from the data set"
                 )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As Trainer. Raises ValueError for a column of a source that is not read."""
+        """Return Trainer's data loader. Raise ValueError for a ``source_...`` column that is not read."""
         data = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
         self._check_columns(data[eval_dataset] if isinstance(eval_dataset, str) else data)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As Trainer. Raises ValueError for a column of a source that is not read."""
+        """Return Trainer's data loader. Raise ValueError for a ``source_...`` column that is not read."""
         self._check_columns(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
     # --- captured steps -----------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer; with ``cuda_graphs`` batches stay on the host, where reading their masks waits for no device."""
+        """Return Trainer's data loader. With ``cuda_graphs`` its batches stay on the host, where masks can be read."""
         self._check_columns(self.train_dataset)
         loader: DataLoader = super().get_train_dataloader()
         if self.cuda_graphs and hasattr(loader, "device"):
-            loader.device = None  # accelerate moves batches to it; training_step copies them into the graph's tensors
+            loader.device = None  # no move by accelerate: training_step copies batches into the graph's tensors
         return loader
 
     def training_step(
@@ -274,29 +295,29 @@ class FlareTrainer(Trainer):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As Trainer; with ``cuda_graphs`` as a CUDA graph, where it can be captured."""
+        """Run Trainer's step, with ``cuda_graphs`` as a CUDA graph if it can be captured."""
         if not self.cuda_graphs:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._graphed_step is None or self._graphed_step.model is not model:
             self._graphed_step = GraphedStep(
-                model, self._step_of, source_cache=self.source_cache, unsupported=self._unsupported_in_graphs()
+                model, self._run_step, source_cache=self.source_cache, unsupported=self._unsupported_in_graphs()
             )
         if not model.training:
             model.train()
         if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # a replay does not: schedule-free optimizers exchange weights for evaluation
+            self.optimizer.train()  # schedule-free optimizers swap weights for evaluation; a replay does not swap back
         batch = {**inputs, "num_items_in_batch": num_items_in_batch}
         return self._graphed_step(batch, variant=self.current_gradient_accumulation_steps)
 
-    def _step_of(self, batch: dict[str, Tensor | Any]) -> Tensor:
+    def _run_step(self, batch: dict[str, Tensor | Any]) -> Tensor:
         assert self._graphed_step is not None
         items = batch.pop("num_items_in_batch", None)
         return super().training_step(self._graphed_step.model, batch, items)
 
     def _unsupported_in_graphs(self) -> str | None:
-        """What of these arguments cannot be captured, or None."""
+        """Return why steps with these arguments cannot be captured, or None."""
         if self.accelerator.distributed_type != DistributedType.NO or self.args.n_gpu > 1:
-            return "training on several devices talks to the others in every step"
+            return "training on several devices communicates in every step"
         if getattr(self.accelerator, "parallelism_config", None) is not None:
             return "parallelism_config splits a step over several devices"
         if self.args.torch_empty_cache_steps is not None:
@@ -310,9 +331,9 @@ class FlareTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The micro-batches of one step, and over how many items their loss is a mean (rows for question answering)."""
+        """Return the micro-batches of one step and their number of loss items (rows for question answering)."""
         if self.cuda_graphs and self.args.world_size == 1:
-            device = torch.device("cpu")  # where the batches are; a copy from there would wait for the device
+            device = torch.device("cpu")  # where the batches are: moving the count would wait for the device
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if items is None and self._normalises() and batches and all("start_positions" in b for b in batches):
             rows = torch.tensor(sum(len(b["start_positions"]) for b in batches), device=device)
@@ -326,43 +347,43 @@ class FlareTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The micro-batch's share of the mean over the whole accumulated batch.
+        """Return the micro-batch's share of the mean loss over the whole accumulated batch.
 
-        A model that uses ``num_items_in_batch`` is given the micro-batch's own number, so that it returns the same as
-        one that ignores it: the mean over the micro-batch. That mean counts with items here / items in the batch.
+        A model that uses ``num_items_in_batch`` gets the micro-batch's own number, so that every model returns the mean
+        over the micro-batch. This mean is weighted by (items in the micro-batch) / (items in the batch).
         """
-        here = self._items(inputs) if num_items_in_batch is not None and self._normalises() else None
-        if here is None or num_items_in_batch is None:
+        items = self._items(inputs) if num_items_in_batch is not None and self._normalises() else None
+        if items is None or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Without a labelled item the mean is 0 / 0, and its share none.
-        found = super().compute_loss(model, inputs, return_outputs, here.clamp(min=1))
-        loss = found[0] if return_outputs else found
-        loss = (loss * (here / num_items_in_batch)).masked_fill(here == 0, 0.0)
-        return (loss, found[1]) if return_outputs else loss
+        result = super().compute_loss(model, inputs, return_outputs, items.clamp(min=1))
+        loss = result[0] if return_outputs else result
+        # Without a labelled item the mean is 0 / 0, and its share is 0.
+        loss = (loss * (items / num_items_in_batch)).masked_fill(items == 0, 0.0)
+        return (loss, result[1]) if return_outputs else loss
 
     def _normalises(self) -> bool:
-        """Whether the loss is ours to normalise: not a user's own, nor one of a model or mode without counts."""
+        """Return whether to normalise the loss here: not a user's loss function, nor a model or mode without counts."""
         return self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.args.n_gpu <= 1
 
     def _items(self, inputs: dict[str, Tensor | Any]) -> Tensor | None:
-        """How many labelled items a micro-batch has, counted as Trainer counts the whole batch."""
+        """Return the number of labelled items in a micro-batch, counted as Trainer counts the whole batch."""
         labels = inputs.get("shift_labels", inputs.get("labels"))
         if isinstance(labels, Tensor):
             shifted = "shift_labels" not in inputs and _compat.loss_shifts_labels(self)
             return (labels[..., 1:] if shifted else labels).ne(-100).sum()
         positions = inputs.get("start_positions")
-        # full: filled on the device, where torch.tensor would copy from the host and wait
+        # torch.full fills on the device; torch.tensor would copy from the host and wait
         return None if positions is None else torch.full((), len(positions), device=positions.device)
 
     # --- counts -------------------------------------------------------------------------------------------------------
 
     @property
     def num_source_input_tokens_seen(self) -> int:
-        """Source tokens read so far, counted as ``include_num_input_tokens_seen`` says ("no" counts none)."""
+        """Source tokens read so far, counted by ``include_num_input_tokens_seen`` ("no": not counted, 0)."""
         return self._source_tokens().seen
 
     def _source_tokens(self) -> SourceTokens:
-        # Looked up, not kept: restoring callbacks from a checkpoint replaces them.
+        # Looked up each time: restoring a checkpoint replaces the callbacks.
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, SourceTokens))
 
     def _track_num_input_tokens(self, inputs: dict[str, Tensor | Any]) -> None:
@@ -378,7 +399,7 @@ class FlareTrainer(Trainer):
         self.state.num_input_tokens_seen += seen
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Trainer's estimate for the target (6 per parameter and token) plus the source's forward pass (2)."""
+        """Return Trainer's estimate for the target (6 per parameter and token) plus 2 for the source's forward pass."""
         operations: int = super().floating_point_ops(inputs)
         ids = inputs.get("source_input_ids")
         if ids is not None and hasattr(self.model, "num_parameters"):
@@ -386,8 +407,9 @@ class FlareTrainer(Trainer):
         return operations
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer; ``num_input_tokens_seen`` counts both streams, ``num_source_input_tokens_seen`` the source;
-        ``source_cache_*`` say what the cache did.
+        """Log as Trainer does, with ``num_source_input_tokens_seen`` and ``source_cache_*`` added.
+
+        ``num_input_tokens_seen`` counts both streams.
         """
         if self.args.include_num_input_tokens_seen != "no":
             logs["num_source_input_tokens_seen"] = self.num_source_input_tokens_seen
@@ -396,15 +418,15 @@ class FlareTrainer(Trainer):
 
 
 def _fuses(model: Any) -> bool:
-    """Whether an adapter of the model fuses two streams, so that rows without a source are a mistake."""
+    """Return whether an adapter of the model fuses two streams, so that its rows need a source."""
     configs = getattr(model, "peft_config", {}).values()
     return any(getattr(config, "fusion", None) is not None for config in configs)
 
 
 def _reads_source_positions(model: Any) -> bool:
-    """Whether an adapter of the model trains on the source's spans too, as X-Mixup does."""
+    """Return whether an adapter of the model also trains on the source's answer spans, as X-Mixup does."""
     return any(hasattr(config, "x_mixup_layer") for config in getattr(model, "peft_config", {}).values())
 
 
 class FlareSeq2SeqTrainer(FlareTrainer, Seq2SeqTrainer):
-    """transformers.Seq2SeqTrainer with what :class:`FlareTrainer` adds."""
+    """transformers.Seq2SeqTrainer for rows of two texts, with the additions and arguments of :class:`FlareTrainer`."""

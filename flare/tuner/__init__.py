@@ -1,1 +1,1 @@
-"""The PEFT tuner: configuration, adapter layers, and which module of a model is which."""
+"""The PEFT tuner: its configuration, its adapter layers, and the map of a model's modules."""

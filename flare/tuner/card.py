@@ -1,4 +1,4 @@
-"""The model card beside a saved adapter: filled in where PEFT left its empty template, never where a user wrote it."""
+"""The model card of a saved adapter. It replaces PEFT's empty template, and never a card that a user wrote."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _PHI = {
     "cross_attention": "attention of S over T",
 }
 _OFFSETS = {
-    1: "block i meets the source's output of block i, as in the paper",
-    0: "block i meets the source's input of block i, as in the authors' release",
+    1: "block i fuses with the source's output of block i, as in the paper",
+    0: "block i fuses with the source's input of block i, as in the authors' release",
 }
 
 
 def fill_card(folder: Path, config: Any, facts: Sequence[tuple[str, str]] = (), languages: Sequence[str] = ()) -> None:
     """Fill in the model card of a saved adapter.
 
-    PEFT's empty template is replaced, and so is a card that this function wrote and nobody edited. To another card of
-    PEFT's (its front matter says ``library_name: peft``) the section on loading is added, once. Anything else, and a
-    missing card, is left as it is.
+    Replace PEFT's empty template, or a card that this function wrote and nobody has edited since. If another card has
+    ``library_name: peft`` in its front matter, add a section on loading the adapter, once. Leave any other card
+    unchanged, and do not create a missing one.
 
     Args:
-        folder: what ``save_pretrained`` wrote; the card is in it or, of a named adapter, one folder up.
+        folder: the folder that ``save_pretrained`` wrote. The card is in it or, for a named adapter, in its parent.
         config: the adapter's FlareConfig.
-        facts: further rows of the table: name and value.
-        languages: ISO codes, for the front matter.
+        facts: additional rows of the table, as (name, value).
+        languages: ISO codes for the front matter.
     """
     for path, name in ((folder / CARD_FILE, "default"), (folder.parent / CARD_FILE, folder.name)):
         if not path.is_file():
@@ -61,8 +61,8 @@ def fill_card(folder: Path, config: Any, facts: Sequence[tuple[str, str]] = (), 
         if ours or _is_template(body):
             _write(path, name, config, facts, languages)
         elif _LOADING not in text:
-            more = f"{text.rstrip()}\n\n{_LOADING}\n\n{config.card}"
-            path.write_text(more, encoding="utf-8", errors="surrogateescape")
+            extended = f"{text.rstrip()}\n\n{_LOADING}\n\n{config.card}"
+            path.write_text(extended, encoding="utf-8", errors="surrogateescape")
         return
 
 
@@ -80,30 +80,29 @@ def _write(path: Path, name: str, config: Any, facts: Sequence[tuple[str, str]],
 
 def _body(config: Any, facts: Sequence[tuple[str, str]]) -> str:
     base = config.base_model_name_or_path or "BASE"
-    reads = config.fusion is not None or "source" in config.card
+    reads_source = config.fusion is not None or "source" in config.card
     rows = [("base model", f"`{base}`"), *facts, *_details(config)]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    auto, more = _AUTO.get(
-        str(config.task_type and getattr(config.task_type, "value", config.task_type)), ("AutoModel", "")
-    )
+    task_type = str(config.task_type and getattr(config.task_type, "value", config.task_type))
+    auto_class, arguments = _AUTO.get(task_type, ("AutoModel", ""))
     source = ""
     if config.latent_dim is not None:
         source = ", source_states=..., source_attention_mask=..."
-    elif reads:
+    elif reads_source:
         source = ", source_input_ids=..., source_attention_mask=..."
     versions = [f"- PEFT {importlib.metadata.version('peft')}", f"- flare-kernels {__version__}"]
-    versions += [f"- {one} {importlib.metadata.version(one)}" for one in ("transformers", "torch")]
+    versions += [f"- {package} {importlib.metadata.version(package)}" for package in ("transformers", "torch")]
     return "\n".join(
         [
-            f"# {'Adapter' if not reads else 'Two-language adapter'} for {base}\n",
+            f"# {'Two-language adapter' if reads_source else 'Adapter'} for {base}\n",
             config.card,
             f"| | |\n|---|---|\n{table}\n",
             f"{_LOADING}\n",
             "```python",
             "import flare  # registers the adapter's type with PEFT",
             "from peft import PeftModel",
-            f"from transformers import {auto}\n",
-            f'base = {auto}.from_pretrained("{base}"{more})',
+            f"from transformers import {auto_class}\n",
+            f'base = {auto_class}.from_pretrained("{base}"{arguments})',
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
             f"output = model(input_ids=..., attention_mask=...{source})",
             "```\n",
@@ -134,17 +133,17 @@ def _details(config: Any) -> list[tuple[str, str]]:
 
 
 def _is_template(body: str) -> bool:
-    """Whether a card's text is PEFT's template with nothing filled in."""
+    """Return whether a card's text is PEFT's template with nothing filled in."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    return _bare(body) == _bare(ModelCard.from_template(ModelCardData()).text)
+    return _normalized(body) == _normalized(ModelCard.from_template(ModelCardData()).text)
 
 
 def _digest(body: str) -> str:
-    return hashlib.sha256(_bare(body).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(_normalized(body).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _bare(body: str) -> str:
-    """The text without white space at its ends, and without the versions that PEFT adds to it."""
+def _normalized(body: str) -> str:
+    """Return the text without trailing white space, empty lines, and the versions that PEFT adds."""
     lines = [line.rstrip() for line in body.splitlines() if not line.startswith(("- PEFT ", _VERSIONS))]
     return "\n".join(line for line in lines if line)

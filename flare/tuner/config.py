@@ -1,15 +1,17 @@
-"""FlareConfig: LoRA's configuration plus how two streams fuse."""
+"""Configuration of FLARE adapters: PEFT's LoraConfig, and how two streams are fused."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from peft import LoraConfig
 
-from flare_kernels import FUSIONS
-from flare_kernels.fusion import EAGER_FUSIONS
+from flare_kernels.fusion import ALL_FUSIONS
 
 from .._compat import FLARE
 from .card import fill_card
@@ -17,7 +19,7 @@ from .card import fill_card
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")
 
-# LoRA variants whose forward is not s * phi(S, T) B^T; each would be fused in name only.
+# LoRA variants with another forward than s * phi(S, T) B^T: a fusion would have no effect on them.
 _VARIANTS = (
     "use_dora",
     "use_bdlora",
@@ -30,10 +32,10 @@ _VARIANTS = (
     "target_parameters",
 )
 
-# Initialisations that take what they put into A and B out of the base weights; these are beginnings (pissa_niter_4).
+# Prefixes of initialisations that subtract the initial B A from the base weights (for example, pissa_niter_4).
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
-_PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`, which reads the text alone (`import flare` before
+_PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`, which reads only the input text (`import flare` before
 `PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`). It can be merged into the base weights.
 """
 _CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its counterpart in the source language. It needs
@@ -41,96 +43,93 @@ the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; 
 'FLARE'`).
 
 **A source is needed at prediction time**: `source_input_ids` and `source_attention_mask` of the same text in the source
-language, human or machine-translated, beside the usual inputs. Without one the model is plain LoRA, warns, and predicts
-worse. The adapter cannot be merged into the base weights, because what it adds depends on the source text.
+language, human or machine-translated, in addition to the usual inputs. Without one the model is plain LoRA, warns, and
+predicts worse. The adapter cannot be merged into the base weights, because its output depends on the source text.
 """
-_LATENT_CARD = """A FLARE MT adapter: LoRA whose bottleneck fuses the text with what a translation model's encoder makes
-of it. It needs the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports
-`KeyError: 'FLARE'`).
+_LATENT_CARD = """A FLARE MT adapter: LoRA whose bottleneck fuses the text with its encoding by a translation model. It
+needs the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError:
+'FLARE'`).
 
 **The MT encoder is needed at prediction time**: its last hidden state of the same text (`flare.LatentEncoder`) is
 passed as `source_states`. Without it the model is plain LoRA, warns, and predicts worse. The adapter cannot be merged
-into the base weights, because what it adds depends on these states.
+into the base weights, because its output depends on these states.
 """
 
+_Config = TypeVar("_Config")
 
+
+def _help_from_docstring(cls: type[_Config]) -> type[_Config]:
+    """Set ``metadata["help"]`` of each field that the class docstring describes, as transformers' parsers read it."""
+    args = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    texts = re.findall(r"^    (\w+) \(.*?\): (.*(?:\n     .*)*)", args, re.MULTILINE)
+    meanings = {name: " ".join(text.split()) for name, text in texts}
+    for each in fields(cls):  # type: ignore[arg-type]
+        if each.name in meanings:
+            each.metadata = MappingProxyType({"help": meanings[each.name]})
+    return cls
+
+
+@_help_from_docstring
 @dataclass
 class FlareConfig(LoraConfig):
-    """Configuration of a fusing adapter; every field of :class:`peft.LoraConfig` keeps its meaning.
+    """Configuration of a FLARE adapter: every field of :class:`peft.LoraConfig`, and how the two streams are fused.
 
-    Fields are flat and are saved in ``adapter_config.json``.
+    ``save_pretrained`` writes all fields to ``adapter_config.json``. The fields below are FLARE's own, or have another
+    default than in PEFT::
+
+        config = flare.FlareConfig(r=16, lora_alpha=32, fusion="mul", lora_dropout=0.1)
+        model = flare.fast_lora(model, config)
+
+    Args:
+        r (int): Rank of the adapter.
+        lora_alpha (int): LoRA's alpha. The adapter's output is scaled by lora_alpha / r.
+        fusion (str, optional): phi(S, T), which combines the rank-r projections of source (S) and target (T): 'add',
+            'mul', 'add_relu' or 'mul_relu'; None for plain LoRA. Without fused kernels: 'cross_attention', and
+            'matmul' and 'matmul_relu' of the authors' release.
+        source_layer_offset (int): 1 (the paper): block i fuses with the source's output of block i. 0 (the authors'
+            release): block i fuses with the source's input of block i.
+        source_padding (str): 'keep' (as in the authors' release): padding positions of the source contribute their
+            hidden states. 'zero': S = 0 at these positions, so that a row's output does not depend on the padding of
+            its batch. generate() uses 'zero' for decoder-only models unless told otherwise.
+        source_dropout (bool): Whether the source pass applies the model's dropout, as in the authors' release.
+        source_memory (str): How source states are stored until the backward pass: 'keep' (on the device), 'offload'
+            (in pinned host memory), 'recompute' (by a second source pass; memory does not grow with depth), or 'auto',
+            which chooses from the sizes.
+        fusion_modules (list[str] | str, optional): LoRA target modules that fuse, by name or full path. None: the query
+            and value projections of self-attention.
+        cross_attention_heads (int): Number of heads of fusion='cross_attention'; must divide r. The query, key and
+            value layers are initialised as torch.nn.Linear, and B with zeros as in LoRA.
+        cross_attention_mask (bool): Only for fusion='cross_attention'. False (the authors' release): every position
+            attends to all positions of the target, including padding and later ones. True: padding is masked and, if
+            the model's attention is causal, so are later positions.
+        latent_dim (int, optional): For FLARE MT: the width of the MT encoder, whose last hidden state (B, m,
+            latent_dim) is passed as source_states. Adds the trained projection latent_proj; no source pass runs.
 
     Raises:
-        TypeError, ValueError: a value that is not accepted, or, with a fusion, a LoRA variant that cannot fuse, or an
-            initialisation or bias that changes the base model; the message names the field.
+        TypeError: a field has a value of the wrong type; the message names the field.
+        ValueError: a value is not accepted. With a fusion, this includes LoRA variants that cannot fuse, and
+            initialisations and biases that change the base model, which also reads the source.
     """
 
-    r: int = field(default=64, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=128, metadata={"help": "LoRA alpha; the adapter is scaled by alpha / r."})
-    fusion: str | None = field(
-        default="add_relu",
-        metadata={
-            "help": "phi(S, T): 'add', 'mul', 'add_relu', 'mul_relu', or None for plain LoRA; in eager PyTorch also "
-            "'cross_attention', and the authors' release's 'matmul' and 'matmul_relu'."
-        },
-    )
-    source_layer_offset: int = field(
-        default=1,
-        metadata={
-            "help": "1 (the paper): block i fuses with the source's output of block i. "
-            "0 (the authors' release): with the source's input of block i."
-        },
-    )
-    source_padding: str = field(
-        default="keep",
-        metadata={
-            "help": "'keep': pad positions carry their hidden state. 'zero': S = 0 where there is no source, so that a "
-            "causal model's left-padded row does not depend on its batch (generate's default)."
-        },
-    )
-    source_dropout: bool = field(
-        default=False, metadata={"help": "Whether the source pass keeps the model's dropout on, as in the release."}
-    )
-    source_memory: str = field(
-        default="auto",
-        metadata={
-            "help": "How source states wait for backward: 'keep' (on the device), 'offload' (pinned host memory), "
-            "'recompute' (a second source pass, O(1) states in depth), or 'auto', which decides from sizes."
-        },
-    )
-    fusion_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Which LoRA targets fuse, by name; default: self-attention query and value projections."},
-    )
-    cross_attention_heads: int = field(
-        default=1,
-        metadata={
-            "help": "Heads of fusion='cross_attention'; must divide r. Its query, key and value start as torch's "
-            "nn.Linear does, and B at zero as in LoRA."
-        },
-    )
-    cross_attention_mask: bool = field(
-        default=False,
-        metadata={
-            "help": "fusion='cross_attention': False (the authors' release): a position looks at all positions of the "
-            "target, padding and later ones too. True: not at padding, and in causal attention not at later ones."
-        },
-    )
-    latent_dim: int | None = field(
-        default=None,
-        metadata={
-            "help": "FLARE MT: width of the MT encoder whose last hidden state is then passed as source_states "
-            "(B, m, latent_dim). Adds the trained projection latent_proj; no source pass is run."
-        },
-    )
+    r: int = 64
+    lora_alpha: int = 128
+    fusion: str | None = "add_relu"
+    source_layer_offset: int = 1
+    source_padding: str = "keep"
+    source_dropout: bool = False
+    source_memory: str = "auto"
+    fusion_modules: list[str] | str | None = None
+    cross_attention_heads: int = 1
+    cross_attention_mask: bool = False
+    latent_dim: int | None = None
 
     @property
     def card(self) -> str:
-        """What the model card says of such an adapter."""
+        """The model card's description of such an adapter."""
         return _PLAIN_CARD if self.fusion is None else _CARD if self.latent_dim is None else _LATENT_CARD
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's, which writes adapter_config.json; then fills in PEFT's model card (see `flare.tuner.card`)."""
+        """Write adapter_config.json, as PEFT does, and fill in PEFT's model card (:mod:`flare.tuner.card`)."""
         super().save_pretrained(save_directory, **kwargs)
         fill_card(Path(save_directory), self)
 
@@ -146,13 +145,13 @@ class FlareConfig(LoraConfig):
             self.fusion_modules = [self.fusion_modules]
 
     def _check_values(self) -> None:
-        """Each field on its own, and those that must fit together."""
-        _one_of("fusion", self.fusion, (*FUSIONS, *EAGER_FUSIONS, None))
-        _one_of("source_layer_offset", self.source_layer_offset, (1, 0))
-        _one_of("source_padding", self.source_padding, SOURCE_PADDING)
-        _one_of("source_memory", self.source_memory, SOURCE_MEMORY)
-        _positive("r", self.r)
-        _positive("cross_attention_heads", self.cross_attention_heads)
+        """Raise TypeError or ValueError for a value, or a combination of values, that is not accepted."""
+        _check_one_of("fusion", self.fusion, (*ALL_FUSIONS, None))
+        _check_one_of("source_layer_offset", self.source_layer_offset, (1, 0))
+        _check_one_of("source_padding", self.source_padding, SOURCE_PADDING)
+        _check_one_of("source_memory", self.source_memory, SOURCE_MEMORY)
+        _check_positive("r", self.r)
+        _check_positive("cross_attention_heads", self.cross_attention_heads)
         if self.r % self.cross_attention_heads:
             raise ValueError(f"cross_attention_heads={self.cross_attention_heads!r} must divide r={self.r}")
         if not isinstance(self.cross_attention_mask, bool):
@@ -160,11 +159,11 @@ class FlareConfig(LoraConfig):
         if self.cross_attention_mask and self.fusion != "cross_attention":
             raise ValueError(f"cross_attention_mask=True needs fusion='cross_attention', got fusion={self.fusion!r}")
         if self.latent_dim is not None:
-            _positive("latent_dim", self.latent_dim, ", or None")
+            _check_positive("latent_dim", self.latent_dim, ", or None")
             if self.source_memory in ("offload", "recompute"):
                 raise ValueError(
                     f"source_memory={self.source_memory!r} is for the states of a source pass, and an adapter with "
-                    f"latent_dim={self.latent_dim!r} (FLARE MT) has none: leave it out"
+                    f"latent_dim={self.latent_dim!r} (FLARE MT) runs none: leave it out"
                 )
             if self.fusion is None:
                 raise ValueError(f"latent_dim={self.latent_dim!r} needs a fusion, got fusion=None (plain LoRA)")
@@ -185,11 +184,11 @@ class FlareConfig(LoraConfig):
             raise TypeError(f"fusion_modules={names!r} must be a name, a list of names, or None")
 
     def _check_fuses(self) -> None:
-        """What a fusion rules out: other forwards than LoRA's, and anything that changes the model the source reads."""
+        """Raise ValueError for a LoRA variant, or a setting that changes the base model, which cannot be fused."""
         variants = [name for name in _VARIANTS if getattr(self, name, None)]
         if variants:
             raise ValueError(f"{', '.join(variants)} cannot be combined with a fusion; leave it out or set fusion=None")
-        why = "the source pass reads the frozen base model, and this changes its"
+        why = "the source pass runs the frozen base model, and this changes its"
         init = self.init_lora_weights
         if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
             raise ValueError(
@@ -199,17 +198,21 @@ class FlareConfig(LoraConfig):
         if self.bias != "none":
             raise ValueError(
                 f"bias={self.bias!r} cannot be combined with a fusion: {why} biases; use bias='none' (lora_bias=True "
-                "trains biases of the adapter's own), or set fusion=None"
+                "trains biases in the adapter), or set fusion=None"
             )
 
 
-def _positive(name: str, value: object, otherwise: str = "") -> None:
+#: The fields that FlareConfig has in addition to LoraConfig's.
+FLARE_FIELDS = frozenset({f.name for f in fields(FlareConfig)} - {f.name for f in fields(LoraConfig)})
+
+
+def _check_positive(name: str, value: object, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} must be a positive integer{otherwise}")
     if value < 1:
         raise ValueError(f"{name}={value!r} must be a positive integer{otherwise}")
 
 
-def _one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
+def _check_one_of(name: str, value: object, accepted: tuple[object, ...]) -> None:
     if value not in accepted or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not accepted; one of: {', '.join(map(repr, accepted))}")

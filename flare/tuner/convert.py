@@ -1,4 +1,4 @@
-"""fast_lora: one call puts fusing adapters into a transformers model, or into an existing PEFT LoRA model."""
+"""fast_lora: add fusing adapters to a transformers model, or convert a PEFT LoRA model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from .._compat import FLARE, SET_BY_PEFT, LoraLayer
 from ..source.hooks import detach
 from ..source.runtime import runtime_of
-from .config import FlareConfig
+from .config import FLARE_FIELDS, FlareConfig
 from .grouping import make_sites
 from .layer import FlareLayer
 from .model import FlareModel
@@ -25,18 +25,24 @@ _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
     "ForTokenClassification": TaskType.TOKEN_CLS,
-    "ForMultipleChoice": TaskType.SEQ_CLS,  # PEFT has no type of its own for it; the head is a classifier
+    "ForMultipleChoice": TaskType.SEQ_CLS,  # PEFT has no type for it; the head is a classifier
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
     "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
 }
 _LORA_FIELDS = {f.name for f in fields(LoraConfig)}
-_OWN_FIELDS = {f.name for f in fields(FlareConfig)} - _LORA_FIELDS
-# not properties of trained weights: lora_dropout is set anew on an existing adapter, the others are written by PEFT
+# fields that a trained adapter does not fix: lora_dropout can be changed, PEFT writes the others
 _FREE_FIELDS = {"lora_dropout", "peft_type", "peft_version", "base_model_name_or_path"}
 _FIXED_BY_PEFT = {"task_type", "inference_mode"}
-# what adopting adds to a layer of PEFT's
-_ADOPTED = ("flare_fusion", "flare_unmergeable", "flare_key", "flare_rows", "lora_cross_attention", "latent_proj")
+# attributes that convert_layer adds to PEFT's layer
+_ADDED = (
+    "flare_fusion",
+    "flare_unmergeable",
+    "flare_key",
+    "flare_rows",
+    "lora_cross_attention",
+    "latent_proj",
+)
 
 
 def fast_lora(
@@ -47,71 +53,81 @@ def fast_lora(
     strict: bool = False,
     **overrides: Any,
 ) -> PeftModel:
-    """Give a model LoRA adapters whose query and value projections fuse a source and a target stream.
+    """Add LoRA adapters whose query and value projections fuse a source text with the target text.
+
+    Example::
+
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        model = flare.fast_lora(model, r=64, lora_alpha=128, fusion="add_relu")
+        output = model(
+            input_ids=..., attention_mask=..., labels=..., source_input_ids=..., source_attention_mask=...
+        )
 
     Args:
-        model: a transformers model, modified in place as by ``get_peft_model``, or a PEFT LoRA model: its trained
-            adapters are kept, and r, alpha and targets come from them; lora_dropout may be set anew. A call that
-            raises leaves either as it was.
-        config: FlareConfig, ``peft.LoraConfig`` (its values, with FLARE's defaults for the rest), or None.
-        adapter_name: name of the new adapter; with a PEFT model the existing names stay.
-        strict: raise where any LoRA module is declined, instead of leaving it plain LoRA.
-        **overrides: FlareConfig fields, e.g. ``fusion="mul"``, ``r=16``.
+        model: a transformers model, modified in place as by ``peft.get_peft_model``; or a PEFT LoRA model, whose
+            adapters are converted in place and keep their weights, rank, alpha and target modules. If the call raises,
+            the model is unchanged.
+        config: a FlareConfig; a ``peft.LoraConfig``, to which FLARE's defaults are added; or None for the defaults.
+        adapter_name: name of the new adapter. A PEFT LoRA model keeps its adapters' names.
+        strict: raise if any LoRA module cannot fuse. By default, such a module stays plain LoRA.
+        **overrides: fields of FlareConfig, for example ``fusion="mul"`` or ``r=16``. For a PEFT LoRA model: FLARE's
+            fields and ``lora_dropout``.
 
     Returns:
-        A ``peft.PeftModel``; call it with ``source_input_ids`` and ``source_attention_mask`` (with ``latent_dim``:
-        ``source_states``) beside the usual inputs.
-        ``model.fast_lora_report()`` says what was fused and what was declined.
+        A ``peft.PeftModel``. It takes ``source_input_ids`` and ``source_attention_mask`` (with ``latent_dim``:
+        ``source_states``) in addition to the model's inputs; see :class:`flare.FlareModel`.
+        ``model.fast_lora_report()`` lists which modules fuse and why others do not.
 
     Raises:
-        TypeError: model or config of another kind, or an override that is no field of FlareConfig.
-        ValueError: an architecture whose blocks or projections cannot be found, nothing that fuses, a name in
-            fusion_modules that no LoRA module has, an override that contradicts a trained adapter, or (``strict``) a
-            declined module.
+        TypeError: ``model`` or ``config`` has the wrong type, or an override is not a field of FlareConfig.
+        ValueError: the model's blocks or its query and value projections cannot be found, nothing fuses, a name in
+            ``fusion_modules`` matches no LoRA module, an override contradicts a trained adapter, or a module cannot
+            fuse and ``strict`` is set.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model or a peft.PeftModel, got {type(model).__name__}")
     if config is not None and not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a FlareConfig, a peft.LoraConfig or None, got {type(config).__name__}")
-    unknown = sorted(set(overrides) - _LORA_FIELDS - _OWN_FIELDS)
+    unknown = sorted(set(overrides) - _LORA_FIELDS - FLARE_FIELDS)
     if unknown:
         raise TypeError(
-            f"{', '.join(unknown)}: no field of FlareConfig; its own fields: {', '.join(sorted(_OWN_FIELDS))}"
+            f"{', '.join(unknown)}: not a field of FlareConfig, which has those of LoraConfig and "
+            f"{', '.join(sorted(FLARE_FIELDS))}"
         )
     if isinstance(model, PeftModel):
-        return _adopt_peft_model(model, config, overrides, strict)
-    own = make_config(config, overrides)
-    if own.fusion is not None:
-        ModelMap.of(model)  # raises before the model is touched
-    if own.task_type is None:
-        own.task_type = infer_task_type(model)
-    with _as_it_was(model):
-        peft_model = get_peft_model(model, own, adapter_name=adapter_name)
+        return _convert_peft_model(model, config, overrides, strict)
+    flare_config = make_config(config, overrides)
+    if flare_config.fusion is not None:
+        ModelMap.of(model)  # raises before the model is modified
+    if flare_config.task_type is None:
+        flare_config.task_type = infer_task_type(model)
+    with _restored_on_error(model):
+        peft_model = get_peft_model(model, flare_config, adapter_name=adapter_name)
         _check(peft_model, strict)
     return peft_model
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give a transformers model its own modules, flags, hooks and attributes back where the body raises."""
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore a transformers model's modules, ``requires_grad`` flags, hooks and attributes if the body raises."""
     modules = [(module, dict(module._modules), set(module._forward_hooks)) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     attributes = {name: model.__dict__[name] for name in SET_BY_PEFT if name in model.__dict__}
-    routed = runtime_of(model) is not None  # it has adapters of ours, by transformers' add_adapter
+    has_runtime = runtime_of(model) is not None  # transformers' add_adapter has added FLARE adapters before
     try:
         yield
     except Exception:
-        if not routed:
+        if not has_runtime:
             detach(model)
         for module, children, hooks in modules:
             for name, child in children.items():
                 if getattr(module, name) is not child:
                     setattr(module, name, child)
-            for hook in set(module._forward_hooks) - hooks:  # PEFT's, under gradient checkpointing
+            for hook in set(module._forward_hooks) - hooks:  # PEFT adds one under gradient checkpointing
                 del module._forward_hooks[hook]
-        if routed:
+        if has_runtime:
             make_sites(model)
-        for parameter, requires_grad in trained:
+        for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         for name in SET_BY_PEFT:
             model.__dict__.pop(name, None)
@@ -120,35 +136,38 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def make_config(config: LoraConfig | None, overrides: dict[str, Any]) -> FlareConfig:
-    """A FlareConfig (or the given subclass) from any LoRA config plus overrides; the given config is not changed."""
+    """Return a FlareConfig, or a config of the given subclass, from a LoRA config and overrides.
+
+    The given config is not changed.
+    """
     values = {} if config is None else {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     if config is not None and not isinstance(config, FlareConfig):
         values.pop("peft_type", None)
-    made = type(config) if isinstance(config, FlareConfig) else FlareConfig
-    return made(**{**values, **overrides})
+    cls = type(config) if isinstance(config, FlareConfig) else FlareConfig
+    return cls(**{**values, **overrides})
 
 
 def infer_task_type(model: nn.Module) -> str | None:
-    """PEFT's task type from the class name; None where it does not say (the bare backbone, say)."""
+    """Return PEFT's task type for the model's class name; None if it names no task, like that of a bare backbone."""
     for suffix, task in _TASKS.items():
         if type(model).__name__.endswith(suffix):
             return task
     return None
 
 
-def _adopt_peft_model(
+def _convert_peft_model(
     model: PeftModel, config: LoraConfig | None, overrides: dict[str, Any], strict: bool
 ) -> PeftModel:
     tuner = model.base_model
     if isinstance(tuner, FlareModel):
         raise ValueError(
-            "model: its adapters already run through flare; add another with model.add_adapter(name, FlareConfig(...))"
+            "model: its adapters are FLARE adapters already; add another with model.add_adapter(name, FlareConfig(...))"
         )
     if type(tuner) is not LoraModel:
         raise ValueError(f"model: only LoRA adapters can fuse, this PeftModel has a {type(tuner).__name__}")
-    configs = {name: _converted(name, old, config, overrides) for name, old in tuner.peft_config.items()}
+    configs = {name: _convert_config(name, old, config, overrides) for name, old in tuner.peft_config.items()}
     if any(new.fusion is not None for new in configs.values()):
-        ModelMap.of(tuner.model)  # raises before the model is touched
+        ModelMap.of(tuner.model)  # raises before the model is modified
     if any(_is_merged(module) for module in tuner.modules()):
         raise ValueError("model: its adapters are merged into the base weights; call model.unmerge_adapter() first")
     old_configs, old_type = dict(tuner.peft_config), model.peft_type
@@ -158,12 +177,12 @@ def _adopt_peft_model(
     model.peft_type = FLARE
     try:
         for name in configs:
-            tuner.wire(name)
+            tuner.convert_adapter(name)
         _check(model, strict)
-    except Exception:  # leave the caller's model as it was
+    except Exception:  # restore the caller's model
         detach(tuner.model)
         for module, cls in layers:
-            release(module, cls)
+            restore_layer(module, cls)
         tuner.__class__, model.peft_type = LoraModel, old_type
         tuner.peft_config.update(old_configs)
         raise
@@ -173,17 +192,17 @@ def _adopt_peft_model(
     return model
 
 
-def release(module: nn.Module, cls: type) -> None:
-    """Undo :func:`flare.tuner.layer.adopt`: the layer gets its former class back and loses what was added to it."""
+def restore_layer(module: nn.Module, cls: type) -> None:
+    """Undo :func:`flare.tuner.layer.convert_layer`: restore the layer's class and remove the added attributes."""
     if not isinstance(module, FlareLayer):
         return
-    for name in _ADOPTED:
+    for name in _ADDED:
         delattr(module, name)
     module.__class__ = cls  # type: ignore[assignment]
 
 
 def _set_dropout(layers: list[tuple[Any, type]], adapter: str, p: float) -> None:
-    """A new lora_dropout on every layer of an adapter, as PEFT makes it."""
+    """Replace lora_dropout of an adapter on every layer, with the modules that PEFT uses."""
     for module, _ in layers:
         if adapter in module.lora_dropout:
             dropout = nn.Dropout(p) if p > 0 else nn.Identity()
@@ -191,35 +210,39 @@ def _set_dropout(layers: list[tuple[Any, type]], adapter: str, p: float) -> None
 
 
 def _is_merged(module: nn.Module) -> bool:
-    """Whether a LoRA layer's adapters are merged into its base weight now."""
+    """Return whether adapters of a LoRA layer are merged into its base weight."""
     return bool(getattr(module, "merged_adapters", None))
 
 
-def _converted(name: str, old: LoraConfig, config: LoraConfig | None, overrides: dict[str, Any]) -> FlareConfig:
-    """The trained adapter's own config with FLARE's fields from ``config`` and ``overrides``."""
-    given: dict[str, Any] = {}
+def _convert_config(name: str, old: LoraConfig, config: LoraConfig | None, overrides: dict[str, Any]) -> FlareConfig:
+    """Return a trained adapter's config with FLARE's fields and lora_dropout from ``config`` and ``overrides``.
+
+    Raises:
+        ValueError: another field of these contradicts the trained adapter.
+    """
+    changes: dict[str, Any] = {}
     if config is not None:
         default = FlareConfig() if isinstance(config, FlareConfig) else LoraConfig()
         for f in fields(config):
             value = getattr(config, f.name)
-            if f.init and (f.name in _OWN_FIELDS or value != getattr(default, f.name, None)):
-                given[f.name] = value
-    given.update(overrides)
-    for key in sorted(set(given) & _LORA_FIELDS - _FREE_FIELDS):
-        ours, theirs = _comparable(given[key]), _comparable(getattr(old, key))
-        if ours != theirs and key in _FIXED_BY_PEFT:
+            if f.init and (f.name in FLARE_FIELDS or value != getattr(default, f.name, None)):
+                changes[f.name] = value
+    changes.update(overrides)
+    for key in sorted(set(changes) & _LORA_FIELDS - _FREE_FIELDS):
+        if _comparable(changes[key]) == _comparable(getattr(old, key)):
+            continue
+        if key in _FIXED_BY_PEFT:
             raise ValueError(
-                f"{key}={given[key]!r}: it is fixed by the PeftModel, whose adapter {name!r} has "
-                f"{getattr(old, key)!r}: leave it out, or set it where the PeftModel is made"
+                f"{key}={changes[key]!r}: it is fixed by the PeftModel, whose adapter {name!r} has "
+                f"{getattr(old, key)!r}: leave it out, or set it when you create the PeftModel"
             )
-        if ours != theirs:
-            raise ValueError(
-                f"{key}={given[key]!r} contradicts the trained adapter {name!r}, which has {getattr(old, key)!r}: "
-                "leave it out, or start from the base model"
-            )
-    kept = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
-    own = {key: value for key, value in given.items() if key in _OWN_FIELDS or key == "lora_dropout"}
-    return FlareConfig(**{**kept, **own})
+        raise ValueError(
+            f"{key}={changes[key]!r} contradicts the trained adapter {name!r}, which has {getattr(old, key)!r}: "
+            "leave it out, or start from the base model"
+        )
+    values = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
+    values |= {key: value for key, value in changes.items() if key in FLARE_FIELDS or key == "lora_dropout"}
+    return FlareConfig(**values)
 
 
 def _comparable(value: Any) -> Any:
@@ -227,11 +250,14 @@ def _comparable(value: Any) -> Any:
 
 
 def _check(model: PeftModel, strict: bool) -> None:
-    """Raises where nothing fuses or no module has a name in fusion_modules, and under strict where one is declined."""
+    """Raise ValueError if an adapter with a fusion fuses nowhere, or a name in fusion_modules matches no module.
+
+    With ``strict``, raise also if a module was declined.
+    """
     tuner = model.base_model
     report: FastLoraReport = tuner.fast_lora_report()
-    wants = [name for name, config in tuner.peft_config.items() if config.fusion is not None]
-    for name in wants:
+    fusing = [name for name, config in tuner.peft_config.items() if config.fusion is not None]
+    for name in fusing:
         paths = {row.module for row in report if row.adapter == name}
         names = {path.rpartition(".")[2] for path in paths}
         unknown = [module for module in tuner.peft_config[name].fusion_modules or () if module not in names | paths]
@@ -243,11 +269,11 @@ def _check(model: PeftModel, strict: bool) -> None:
         if not any(row.adapter == name for row in report.fused):
             reasons = sorted({row.reason for row in report if row.adapter == name})
             raise ValueError(
-                f"nothing fuses: no LoRA module of adapter {name!r} can take a source ({'; '.join(reasons)}). "
+                f"nothing fuses: no LoRA module of adapter {name!r} can read a source ({'; '.join(reasons)}). "
                 "Include the query and value projections in target_modules, or set fusion=None for plain LoRA"
             )
-    if strict and wants:
-        declined = [row for row in report.declined if row.adapter in wants]
+    if strict and fusing:
+        declined = [row for row in report.declined if row.adapter in fusing]
         if declined:
             listed = "\n".join(f"  {row.module}: {row.reason}" for row in declined[:10])
             raise ValueError(f"strict=True and {len(declined)} LoRA modules were declined:\n{listed}")

@@ -1,4 +1,4 @@
-"""Projections whose query, key and value are rows of one linear layer: which rows are whose."""
+"""Linear layers that compute query, key and value together: the rows of each."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ FUSED_QKV_NAMES = ("query_key_value", "qkv_proj", "qkv", "Wqkv", "c_attn", "in_p
 
 
 class RowsOfQKV(NamedTuple):
-    """The rows of a weight (n, d), in ``groups`` that each hold query, key and value rows in this order."""
+    """Layout of a weight (n, d): ``groups`` groups, each of query, key and value rows in this order."""
 
     groups: int
     query: int
     key: int
     value: int
 
-    def are_key(self, like: Tensor) -> Tensor:
-        """Return (n, 1) bool, true for the key's rows, on the device of ``like``."""
+    def key_mask(self, like: Tensor) -> Tensor:
+        """Return a mask (n, 1), bool, true in the key's rows, on the device of ``like``."""
         mask = torch.zeros(self.groups, self.query + self.key + self.value, 1, dtype=torch.bool, device=like.device)
         mask[:, self.query : self.query + self.key] = True
         return mask.view(-1, 1)
@@ -51,7 +51,7 @@ def _falcon(config: Any) -> RowsOfQKV:
     return RowsOfQKV(1, heads * width, width, width) if config.multi_query else RowsOfQKV(heads, width, width, width)
 
 
-#: By the config's ``model_type``, as each model's attention takes its rows apart.
+#: model_type of the config -> the layout that the model's attention expects.
 _ROWS: dict[str, Callable[[Any], RowsOfQKV]] = {
     **dict.fromkeys(("modernbert", "mpt", "gpt2"), _thirds),
     **dict.fromkeys(("gpt_neox", "bloom", "persimmon", "deberta"), _by_head),
@@ -61,7 +61,7 @@ _ROWS: dict[str, Callable[[Any], RowsOfQKV]] = {
 
 
 def rows_of_qkv(config: Any, width: int | None) -> RowsOfQKV | None:
-    """Return the rows of a fused projection of ``width`` outputs in a model of this config; None where unknown."""
-    make = _ROWS.get(getattr(config, "model_type", ""))
-    rows = None if make is None else make(config)
+    """Return the layout of a fused projection with ``width`` outputs in a model of this config; None if unknown."""
+    layout = _ROWS.get(getattr(config, "model_type", ""))
+    rows = None if layout is None else layout(config)
     return rows if rows is not None and rows.groups * (rows.query + rows.key + rows.value) == width else None

@@ -1,4 +1,4 @@
-"""Which projections of a model make a site (flare.tuner.site): query, key and value of one self-attention module."""
+"""Group the query, key and value projections of each self-attention module into a site (flare.tuner.site)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _NAMES = QUERY_NAMES + KEY_NAMES + VALUE_NAMES
 
 
 def make_sites(model: nn.Module) -> None:
-    """Give every adapter layer of the model its site, whatever sites there were before."""
+    """Assign a site to every adapter layer of a model, in place of earlier sites."""
     remove_sites(model)
     adapted = {path: module for path, module in model.named_modules() if isinstance(module, FlareLayer)}
     for parent_path in dict.fromkeys(path.rpartition(".")[0] for path in adapted):
         parent = model.get_submodule(parent_path)
-        shared = _shared_input(parent_path, parent)
-        if shared:
-            site = Site(parent_path, parent, shared)
-            for name in shared:
+        names = _projections_of_one_input(parent_path, parent)
+        if names:
+            site = Site(parent_path, parent, names)
+            for name in names:
                 child = parent._modules[name]
                 assert child is not None
                 if type(child) is nn.Linear:
@@ -32,8 +32,8 @@ def make_sites(model: nn.Module) -> None:
             layer.__dict__[SITE] = Site(path, model.get_submodule(parent_path), (name,))  # type: ignore[attr-defined]
 
 
-def _shared_input(path: str, parent: nn.Module) -> tuple[str, ...]:
-    """Return the children of a module that read one input; none where there are fewer than two, or no adapter."""
+def _projections_of_one_input(path: str, parent: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's query, key and value projections; () if fewer than two, or none is adapted."""
     names = tuple(
         name
         for name, child in parent.named_children()
@@ -44,7 +44,7 @@ def _shared_input(path: str, parent: nn.Module) -> tuple[str, ...]:
 
 
 def remove_sites(model: nn.Module) -> None:
-    """Take every site off the model, and give the siblings their class back."""
+    """Remove all sites from a model, and restore the class of their sibling projections."""
     for module in model.modules():
         module.__dict__.pop(SITE, None)
         if type(module) is SiblingLinear:

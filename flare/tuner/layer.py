@@ -1,13 +1,12 @@
-"""The adapter layers: PEFT's LoRA linears whose forward runs on flare_kernels and can take a source stream.
+"""The adapter layers: PEFT's LoRA linears on flare_kernels, which can fuse a source stream.
 
-A layer is made by PEFT as always and then *adopted*: its class is exchanged for a subclass of the class PEFT chose
-(plain, or for a library's quantised linear), so parameters, names, hooks and optimizers stay what they were. The frozen
-layer is only ever called, so its format does not matter.
+PEFT creates each layer. :func:`convert_layer` then changes its class to a subclass of the class that PEFT chose, for a
+plain or a quantised linear. Parameters, names, hooks and optimizers are unaffected. The frozen layer is only called, so
+its format does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -23,42 +22,33 @@ from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import LoraLayer, LoraLinear, find_lora_class, is_lora_over_linear
 from ..source.context import THREAD, Slot, SourceContext
+from .cross_attention import CrossAttention, masked_cross_attention
 from .fused_qkv import RowsOfQKV
 
-#: State of an adapter layer that changes without notice; what was worked out from it compares it in every call.
+#: State of an adapter layer that PEFT changes without a hook. Results cached from it compare it in every call.
 SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
 MERGED = attrgetter("merged_adapters")
-#: Where a projection has its site (flare.tuner.site), in its ``__dict__``.
+#: Key of a projection's site (flare.tuner.site) in its ``__dict__``.
 SITE = "_flare_site"
 
 MERGE_REFUSED = (
     "adapter {name!r} fuses two streams (fusion={fusion!r}): phi(S, T) depends on the source text and cannot be merged "
-    "into the base weights. Keep the adapter beside the model (save_pretrained), or train with fusion=None."
+    "into the base weights. Keep the adapter separate (save_pretrained), or train with fusion=None."
 )
 
 
-class CrossAttention(nn.Module):
-    """Query, key and value of ``fusion="cross_attention"`` in one layer: (r, r) with bias each, torch's Linear
-    initialisation. The layer reads the weights; this module is not called.
-    """
-
-    def __init__(self, r: int, heads: int, masked: bool = False) -> None:
-        super().__init__()
-        self.heads, self.masked = heads, masked
-        self.query, self.key, self.value = nn.Linear(r, r), nn.Linear(r, r), nn.Linear(r, r)
-
-
 class FlareLayer:
-    """What every adopted layer has beside PEFT's own state. A mixin in front of a class of PEFT's.
+    """Mixin for a LoRA layer class of PEFT: the forward and the state of a converted layer.
 
-    It derives from nothing, so that Python can exchange an instance's class for one that has it (as FSDP2 does).
+    It has no base class, so that an instance's class can be changed to one with this mixin (FSDP2 does so too).
 
-    flare_fusion: adapter name -> fusion of this layer (None: plain LoRA here).
-    flare_unmergeable: adapter name -> the fusion of its config, on every layer of an adapter that fuses anywhere.
-    flare_rows: of a projection that holds query, key and value, which of its rows are whose; the key's do not fuse.
-    flare_key: this layer's dotted path in the base model, the key under which the source pass files its S.
-    lora_cross_attention: adapter name -> its CrossAttention, where it fuses by cross_attention.
-    latent_proj: adapter name -> FLARE MT's projection, on the first layer that fuses; there PEFT keeps it like lora_A.
+    Attributes:
+        flare_fusion: adapter name -> the fusion in this layer; None if the adapter is plain LoRA here.
+        flare_unmergeable: adapter name -> the fusion of its config, also in layers that do not fuse.
+        flare_rows: the layout of a projection that computes query, key and value; the key's rows do not fuse.
+        flare_key: dotted path of this layer in the base model. The source pass stores S under this key.
+        lora_cross_attention: adapter name -> its CrossAttention, if it fuses by cross_attention.
+        latent_proj: adapter name -> FLARE MT's projection, in the first layer that fuses. PEFT treats it like lora_A.
     """
 
     adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "lora_cross_attention", "latent_proj")
@@ -71,7 +61,7 @@ class FlareLayer:
     lora_cross_attention: nn.ModuleDict
     latent_proj: nn.ModuleDict
 
-    if TYPE_CHECKING:  # what comes from PEFT's class behind the mixin
+    if TYPE_CHECKING:  # members of PEFT's class
         _modules: dict[str, nn.Module]
         base_layer: nn.Module
         lora_A: nn.ModuleDict
@@ -91,9 +81,9 @@ class FlareLayer:
         def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., m, d) -> (..., m, n): the frozen product plus every active adapter's share.
+        """Return the frozen layer's output plus that of each active adapter, (..., m, n), for x (..., m, d).
 
-        Falls to PEFT's own forward where the adapter is off, merged, or a batch mixes adapters by name.
+        PEFT's forward runs if adapters are disabled or merged, or if ``adapter_names`` assigns adapters to rows.
 
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
@@ -101,13 +91,18 @@ class FlareLayer:
         slot = THREAD.slot
         if slot.frozen_pass is not None:
             if self.merged_adapters:
-                self.unmerge()  # as PEFT where adapters are off
+                self.unmerge()  # as PEFT does if adapters are disabled
             base: Any = self._modules["base_layer"]
-            own = base.__dict__
+            attributes = base.__dict__
             if base.__class__ is nn.Linear and not (
-                args or kwargs or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+                args
+                or kwargs
+                or attributes["_forward_hooks"]
+                or attributes["_forward_pre_hooks"]
+                or "forward" in attributes
             ):
-                return F.linear(x, own["_parameters"]["weight"], own["_parameters"]["bias"])
+                parameters = attributes["_parameters"]
+                return F.linear(x, parameters["weight"], parameters["bias"])
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if not args and not kwargs:
             output = self.__dict__[SITE].output(self, x, slot)
@@ -122,10 +117,10 @@ class FlareLayer:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("alora_offsets", None)
-        return self._forward_alone(slot, x, args, kwargs)
+        return self._forward_separately(slot, x, args, kwargs)
 
-    def _forward_alone(self, slot: Slot, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The forward of this projection by itself: several adapters, hooks, or a fusion that mixes positions."""
+    def _forward_separately(self, slot: Slot, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run this projection without its site: with several adapters, hooks, or a fusion that mixes positions."""
         active = self.active_here()
         context = slot.context
         if slot.met is not None:
@@ -133,18 +128,18 @@ class FlareLayer:
             slot.met.add(self)
         mixes = context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
         by_modules = slot.plain
-        if torch.compiler.is_compiling():  # a graph that looks at slot.running is not the recompute's
+        if torch.compiler.is_compiling():  # slot.running differs in a recompute, so a graph must not depend on it
             by_modules = torch.compiler.is_exporting()
         elif not slot.running:
             by_modules = by_modules or needs_plain_operators()
         fused = not (by_modules or mixes or any(self.needs_modules(name) for name in active))
-        if x.dim() > 2 and fused and not (args or kwargs) and slot.rows is None and _gives_a_view(self.base_layer):
-            # flat rows: the linear's output then has memory of its own and can be accumulated into
+        if x.dim() > 2 and fused and not (args or kwargs) and slot.rows is None and _returns_view(self.base_layer):
+            # with a 2-d input the output is not a view, and can be accumulated into
             lead, x = x.shape[:-1], x.flatten(0, -2)
             return self._with_adapters(context, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
         result = self.base_layer(x, *args, **kwargs)
         if active and self.base_layer._forward_hooks:
-            result = result.clone()  # somebody may hold on to what the hook saw
+            result = result.clone()  # a hook may have stored the output, which the adapters overwrite
         if slot.rows is None or not active:
             return self._with_adapters(context, active, x, result, by_modules=by_modules)
         rows = self.target_rows(slot, x)
@@ -152,32 +147,37 @@ class FlareLayer:
         return result
 
     def target_rows(self, slot: Slot, x: Tensor) -> int:
-        """Return how many leading rows of an input are the target's in a decoding step that both streams share.
+        """Return the number of target rows, which come first, in a decoding step on both streams.
 
         Raises:
-            ValueError: an input with other rows than those of both streams.
+            ValueError: the input does not have the rows of both streams.
         """
         assert slot.rows is not None
         rows, total = slot.rows
         if len(x) != total:
             raise ValueError(
                 f"{self.flare_key} was called with {len(x)} rows in a pass that source and target share, which has "
-                f"{total}: pass source_pass='separate' to generate"
+                f"{total} rows: pass source_pass='separate' to generate"
             )
         return rows
 
     def needs_modules(self, adapter: str) -> bool:
-        """Whether PEFT's way over the adapter's modules is taken: somebody hooks or patches them, or the scaling is a
-        tensor, which changes in place (prepare_model_for_compiled_hotswap).
+        """Return whether the adapter's modules must be called, as PEFT does, instead of the kernels.
+
+        This is so if they are hooked or patched, or if the scaling is a tensor, which changes in place
+        (prepare_model_for_compiled_hotswap).
         """
         return isinstance(self.scaling[adapter], Tensor) or not self.is_untouched_adapter(adapter)
 
     def is_untouched_adapter(self, adapter: str) -> bool:
-        """Whether nobody hooks or patches the modules of an adapter."""
+        """Return whether none of an adapter's modules is hooked or patched."""
         return all(map(is_untouched, (self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])))
 
     def source_of(self, adapter: str, context: SourceContext | None) -> tuple[str | None, Tensor | None, Tensor | None]:
-        """Return (fusion, x_source (..., m, d), S (..., m, r)) in a context; all None where it is plain LoRA."""
+        """Return (fusion, x_source (..., m, d), S (..., m, r)) for an adapter; all None if it is plain LoRA.
+
+        x_source or S is None if there is a fusion.
+        """
         fusion = self.flare_fusion.get(adapter)
         if context is None or fusion is None:
             return None, None, None
@@ -185,7 +185,7 @@ class FlareLayer:
         return (None if x_source is None and S is None else fusion), x_source, S
 
     def active_here(self) -> list[str]:
-        """The active adapters that this layer has."""
+        """Return the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.lora_A]
 
     def _with_adapters(
@@ -227,7 +227,7 @@ class FlareLayer:
                 mask = None if context is None else context.target_masks.get(self.flare_key)
                 if mask is None:
                     raise ValueError(
-                        f"cross_attention_mask=True of adapter {name!r}: the target's mask is not known here; pass "
+                        f"cross_attention_mask=True of adapter {name!r}: the target's mask is not known; pass "
                         "attention_mask (B, m) as a keyword argument (generate's source_alignment='release' has none)"
                     )
                 causal = bool(getattr(self.__dict__[SITE].parent, "is_causal", False))
@@ -238,10 +238,10 @@ class FlareLayer:
             "dropout_p": getattr(self.lora_dropout[name], "p", 0.0),
             "training": self.lora_dropout[name].training,
         }
-        if fusion is not None and self.flare_rows is not None:  # the key's rows do not fuse
-            are_key = self.flare_rows.are_key(B)
-            result = fused_lora(x, None, result, A, B.where(are_key, 0), fusion=None, **options)
-            B = B.masked_fill(are_key, 0)
+        if fusion is not None and self.flare_rows is not None:  # the key's rows are plain LoRA
+            key_mask = self.flare_rows.key_mask(B)
+            result = fused_lora(x, None, result, A, B.where(key_mask, 0), fusion=None, **options)
+            B = B.masked_fill(key_mask, 0)
         result = call(x, x_source, result, A, B, fusion=fusion, source_bottleneck=bottleneck, **options)
         if lora_B.bias is not None:  # PEFT's lora_bias
             result = result + (self.scaling[name] * lora_B.bias).to(result.dtype)
@@ -250,102 +250,60 @@ class FlareLayer:
     def _through_modules(
         self, name: str, fusion: str | None, x: Tensor, x_source: Tensor | None, S: Tensor | None, result: Tensor
     ) -> Tensor:
-        """The adapter's share as PEFT computes it: what hooks and patches lora_A, lora_B or lora_dropout takes part."""
+        """Add the adapter's output by calling lora_A, lora_B and lora_dropout as PEFT does, with hooks and patches."""
         T = self.project(name, x)
         lora_B = self.lora_B[name]
         if fusion is None:
-            share = lora_B(T)
+            update = lora_B(T)
         else:
             S = self.project(name, cast(Tensor, x_source)) if S is None else S.to(T.dtype)
-            share = lora_B(reference.fuse(S, T, fusion))
+            update = lora_B(reference.fuse(S, T, fusion))
             if self.flare_rows is not None:
-                share = torch.where(self.flare_rows.are_key(share).T, lora_B(T), share)
-        return result + (self.scaling[name] * share).to(result.dtype)
+                update = torch.where(self.flare_rows.key_mask(update).T, lora_B(T), update)
+        return result + (self.scaling[name] * update).to(result.dtype)
 
     def project(self, adapter: str, x: Tensor) -> Tensor:
-        """Return lora_A(lora_dropout(x)) (..., r) of x (..., d) by calling the two modules, with their hooks."""
+        """Return lora_A(lora_dropout(x)), (..., r), for x (..., d) by calling the two modules, with their hooks."""
         x = self.lora_dropout[adapter](self._cast_input_dtype(x, cast(nn.Linear, self.lora_A[adapter]).weight.dtype))
         return cast(Tensor, self.lora_A[adapter](x))
 
     def add_cross_attention(self, adapter: str, heads: int, masked: bool) -> None:
-        """Query, key and value for an adapter, unless it has them."""
+        """Add an adapter's query, key and value of cross-attention, unless it has them."""
         if adapter not in self.lora_cross_attention:
-            self._add_beside(self.lora_cross_attention, adapter, CrossAttention(self.r[adapter], heads, masked))
+            self._add_module(self.lora_cross_attention, adapter, CrossAttention(self.r[adapter], heads, masked))
 
     def add_latent_projection(self, adapter: str, latent_dim: int) -> None:
-        """FLARE MT's projection (latent_dim -> d) for an adapter, unless it has one."""
+        """Add an adapter's projection of FLARE MT (latent_dim -> d), unless it has one."""
         if adapter not in self.latent_proj:
-            self._add_beside(self.latent_proj, adapter, nn.Linear(latent_dim, self.in_features))
+            self._add_module(self.latent_proj, adapter, nn.Linear(latent_dim, self.in_features))
 
-    def _add_beside(self, where: nn.ModuleDict, adapter: str, module: nn.Module) -> None:
-        """A module of an adapter's, with device, dtype and requires_grad of its lora_A."""
+    def _add_module(self, modules: nn.ModuleDict, adapter: str, module: nn.Module) -> None:
+        """Add a module of an adapter, with the device, dtype and requires_grad of its lora_A."""
         A = weight_of(self, adapter)
-        where[adapter] = module.to(A.device, A.dtype).requires_grad_(A.requires_grad)
+        modules[adapter] = module.to(A.device, A.dtype).requires_grad_(A.requires_grad)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """PEFT's merge. Raises ValueError for an adapter that fuses: phi cannot be merged."""
+        """Merge adapters as PEFT does. Raise ValueError for an adapter that fuses, because phi cannot be merged."""
         self.check_mergeable(adapter_names)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """PEFT's scaled B A. Raises ValueError for an adapter that fuses: its update is no matrix."""
+        """Return scaling * B A. Raise ValueError for an adapter that fuses: its update is not a single matrix."""
         self.check_mergeable([adapter])
         return cast(Tensor, super().get_delta_weight(adapter))  # type: ignore[misc]
 
     def check_mergeable(self, adapter_names: list[str] | None) -> None:
-        """Raises ValueError where one of the adapters (default: the active ones) fuses two streams."""
+        """Raise ValueError if one of the adapters (default: the active ones) fuses."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.flare_unmergeable:
                 raise ValueError(MERGE_REFUSED.format(name=name, fusion=self.flare_unmergeable[name]))
 
 
-def masked_cross_attention(
-    x: Tensor,
-    x_source: Tensor | None,
-    base_output: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scaling: float,
-    fusion: str,
-    source_bottleneck: Tensor | None,
-    dropout_p: float,
-    training: bool,
-    weights: Mapping[str, Tensor],
-    heads: int,
-    mask: tuple[Tensor, bool],
-) -> Tensor:
-    """cross_attention in which a position (of m) looks at real positions alone; in causal attention, at no later one.
+def _returns_view(base_layer: nn.Module) -> bool:
+    """Return whether a frozen layer returns a view for an input of more than two dimensions.
 
-    x, x_source (B, m, d), source_bottleneck (B, m, r), base_output (B, m, n). A position always sees itself, so that
-    padding has a value of its own.
-    """
-    dtype = reference.compute_dtype(x, base_output)
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    T = F.dropout(x.to(dtype), dropout_p, training) @ A.T
-    if source_bottleneck is None:
-        assert x_source is not None
-        source_bottleneck = F.dropout(x_source.to(dtype), dropout_p, training) @ A.T
-    real, causal = mask
-    m = x.shape[-2]
-    seen = real.to(x.device).bool()[:, None, :].expand(-1, m, -1)
-    if causal:
-        seen = seen.tril()
-    seen = seen | torch.eye(m, dtype=torch.bool, device=x.device)
-
-    def split(stream: Tensor, part: str) -> Tensor:
-        weight, bias = (weights[f"{part}.{kind}"].to(dtype) for kind in ("weight", "bias"))
-        return F.linear(stream, weight, bias).unflatten(-1, (heads, -1)).transpose(-2, -3)
-
-    query, key, value = split(source_bottleneck.to(dtype), "query"), split(T, "key"), split(T, "value")
-    H = F.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None]).transpose(-2, -3).flatten(-2)
-    return base_output + (scaling * (H @ B.T)).to(base_output.dtype)
-
-
-def _gives_a_view(base_layer: nn.Module) -> bool:
-    """Whether a frozen layer returns a view for inputs of more than two dimensions, which would have to be copied.
-
-    torch.nn.Linear with a bias does (addmm, then view). One that somebody hooks is called as it would be without us.
+    torch.nn.Linear with a bias does (addmm, then view), and a view would have to be copied before adapters accumulate
+    into it. A hooked layer must be called with the original input, so False is returned for it.
     """
     hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks
     return type(base_layer) is nn.Linear and base_layer.bias is not None and not hooked
@@ -359,26 +317,30 @@ _CLASSES: dict[type, type] = {LoraLinear: FlareLinear}
 
 
 def _flare_class(cls: type) -> type | None:
-    """Our subclass of a LoRA class of PEFT's; None for one that cannot run on the kernels."""
+    """Return FLARE's subclass of a LoRA class of PEFT; None if that class is not supported."""
     if cls not in _CLASSES and is_lora_over_linear(cls):
         _CLASSES[cls] = type(f"Flare{cls.__name__}", (FlareLayer, cls), {"__module__": __name__})
     return _CLASSES.get(cls)
 
 
 def __getattr__(name: str) -> type:
-    """The classes over quantised linears, for unpickling; they are made on first use."""
+    """Return a class for a quantised linear, created on first use. Unpickling looks these classes up here."""
     cls = find_lora_class(name.removeprefix("Flare")) if name.startswith("Flare") else None
-    made = None if cls is None else _flare_class(cls)
-    if made is None:
+    flare_class = None if cls is None else _flare_class(cls)
+    if flare_class is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return made
+    return flare_class
 
 
-def adopt(module: nn.Module, key: str) -> str:
-    """Exchange a PEFT LoRA layer's class for ours, in place.
+def convert_layer(module: nn.Module, key: str) -> str:
+    """Change the class of a PEFT LoRA layer to FLARE's, in place.
+
+    Args:
+        module: the layer.
+        key: its dotted path in the base model.
 
     Returns:
-        Why it was declined; empty where it is (or already was) adopted. A declined layer stays stock LoRA.
+        "", also for a layer that is converted already; or why the layer is not supported. It then stays PEFT's.
     """
     if isinstance(module, FlareLayer):
         module.flare_key = key
@@ -394,43 +356,43 @@ def adopt(module: nn.Module, key: str) -> str:
     module.flare_fusion, module.flare_unmergeable = {}, {}
     module.flare_key, module.flare_rows = key, None
     module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
-    module.lora_cross_attention.scaling = module.scaling  # where PEFT's hotswap looks for it, by the key's path
+    module.lora_cross_attention.scaling = module.scaling  # PEFT's hotswap looks for it here, by the weight's path
     return ""
 
 
 def check_weights(path: str, x: Tensor, A: Tensor, B: Tensor) -> None:
-    """Raise ValueError where an adapter's A (r, d) and B (n, r) do not fit each other, x (..., d) or its device."""
+    """Raise ValueError for A (r, d) and B (n, r) whose shapes or devices do not match each other or x (..., d)."""
     if A.device != x.device or B.device != x.device:
         raise ValueError(
             f"{path}: lora_A is on {A.device} and lora_B on {B.device}, their input on {x.device}: move the adapter to "
-            "the device of its layer"
+            "its layer's device"
         )
     raise ValueError(
-        f"{path}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, expected (r, d) and (n, r) for an input "
-        f"{x.shape[-1]} wide"
+        f"{path}: lora_A has shape {tuple(A.shape)} and lora_B {tuple(B.shape)}, expected (r, d) and (n, r) with the "
+        f"input's width d = {x.shape[-1]}"
     )
 
 
 def raise_lost_gradient(path: str, base_layer: nn.Module) -> NoReturn:
-    """Raise ValueError for a frozen layer that passes no gradient on: everything below it would train on less."""
+    """Raise ValueError for a frozen layer whose output does not require grad although its input does."""
     weight = type(getattr(base_layer, "weight", None)).__name__
     raise ValueError(
         f"{path}: its frozen layer ({type(base_layer).__name__}, weight {weight}) passes no gradient to its input, so "
-        "adapters below it would train on a part of their gradient. This format is for inference alone (torchao's "
-        "dynamic int8 activations are): train over a weight-only format, or predict under torch.no_grad()"
+        "adapters below it would train on a part of their gradient. This format supports only inference (as torchao's "
+        "dynamic int8 activations do): train over a weight-only format, or predict under torch.no_grad()"
     )
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
+    """Return whether calling a module runs its class's forward and nothing else."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return not any(hooks) and "forward" not in module.__dict__ and "_hf_hook" not in module.__dict__
 
 
 def weight_of(layer: FlareLayer, adapter: str) -> torch.nn.Parameter:
-    """lora_A's weight (r, d) of an adapter."""
+    """Return lora_A's weight (r, d) of an adapter."""
     A = layer.lora_A[adapter]
     for hook in A._forward_pre_hooks.values() if A._forward_pre_hooks else ():
-        if isinstance(hook, BasePruningMethod):  # it makes the weight anew before each call
+        if isinstance(hook, BasePruningMethod):  # it recomputes the weight before each call
             hook(A, ())
     return cast(torch.nn.Parameter, A.weight)

@@ -1,10 +1,9 @@
-"""FlareModel: PEFT's LoRA tuner, its layers on flare_kernels, its query and value adapters fusing two streams."""
+"""The PEFT tuner: LoRA on flare_kernels, whose query and value adapters fuse a source and a target stream."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -14,23 +13,48 @@ from torch import Tensor, nn
 
 from .._compat import LoraLayer, register_tuner, warn_of_shards
 from ..generation.generate import ALIGNMENTS, generate
+from ..source.arguments import SOURCE_ARGUMENTS
 from ..source.hooks import attach, detach, take_source, warn_without_source
-from ..source.inputs import SOURCE_ARGUMENTS, check_cacheable, encode
+from ..source.inputs import check_cacheable, encode
 from ..source.packed_rows import refuse_packed_rows
 from ..source.runtime import Runtime, runtime_of
 from ..source.states import SourceStates
 from ..source_cache import SourceRequest, SourceStateCache
-from .config import FlareConfig
+from .checks import check_combination, unsupported_reason
+from .config import FLARE_FIELDS, FlareConfig
 from .grouping import make_sites
-from .layer import MERGE_REFUSED, FlareLayer, adopt
+from .layer import MERGE_REFUSED, FlareLayer, convert_layer
 from .report import FastLoraReport, ReportRow
 from .routing import ModelMap
 
 
 class FlareModel(LoraModel):
-    """The tuner that PEFT makes for ``peft_type: FLARE``. Users meet it through :func:`flare.fast_lora`."""
+    """PEFT's tuner for ``peft_type: FLARE``, the ``base_model`` of the PeftModel that :func:`flare.fast_lora` returns.
 
-    # --- adapters come and go -----------------------------------------------------------------------------------------
+    The PeftModel forwards attribute access to this class, so its methods are called on the PeftModel::
+
+        model = flare.fast_lora(model, r=64, lora_alpha=128)
+        output = model(
+            input_ids=...,  # the target text, (B, m)
+            attention_mask=...,
+            labels=...,
+            source_input_ids=...,  # the source text, padded to the same length m
+            source_attention_mask=...,  # default: all ones
+        )
+        print(model.fast_lora_report())
+
+    Source arguments of forward, in addition to the base model's arguments:
+
+    * ``source_input_ids``, ``source_attention_mask``, ``source_token_type_ids``: (B, m).
+    * ``source_labels`` or ``source_decoder_input_ids``: (B, u), only for encoder-decoders. With one of them, the
+      decoder fuses too.
+    * ``source_states`` instead of ``source_input_ids``: the SourceStates of :meth:`encode_source`, or a tensor
+      (B, m, latent_dim) if the adapter has ``latent_dim``.
+
+    Without a source, the model is plain LoRA and warns once.
+    """
+
+    # --- adding and deleting adapters ---------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: FlareConfig, model_config: dict[str, Any]) -> FlareConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
@@ -39,20 +63,20 @@ class FlareModel(LoraModel):
             except ValueError:
                 if peft_config.fusion is not None:
                     raise
-        _spare_the_head(self.model, peft_config)
+        _exclude_trained_head(self.model, peft_config)
         return cast(FlareConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        """PEFT's, which refuses modules of Mamba that LoRA does not fit where the type is LORA."""
+        """Check a target module as PEFT does for the type LORA, for which it refuses some modules of Mamba."""
         super()._check_target_module_compatiblity(_AS_LORA, model, target_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's injection, then our classes, fusions and hooks on what it made."""
+        """Inject an adapter as PEFT does, then convert its layers to FLARE's."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.wire(adapter_name)
+        self.convert_adapter(adapter_name)
 
-    def wire(self, adapter: str) -> None:
-        """Adopt the adapter's layers, decide which of them fuse, and install the hooks."""
+    def convert_adapter(self, adapter: str) -> None:
+        """Convert an adapter's LoRA layers to FLARE's, set which of them fuse, and install the hooks."""
         config = cast(FlareConfig, self.peft_config[adapter])
         runtime = runtime_of(self.model)
         if runtime is None:
@@ -61,14 +85,14 @@ class FlareModel(LoraModel):
             runtime.map = ModelMap.of(self.model)
         runtime.clear()
         runtime.configs[adapter] = config
-        projected = False
+        has_latent_projection = False
         for path, module in self.model.named_modules():
             if not isinstance(module, LoraLayer) or adapter not in _adapters_of(module):
                 continue
-            reason = adopt(module, path)
+            reason = convert_layer(module, path)
             if not reason:
                 assert isinstance(module, FlareLayer)
-                reason = self._why_not(runtime, config, path, module, adapter)
+                reason = unsupported_reason(self.model, runtime, config, path, module, adapter)
                 module.flare_rows = runtime.map.fused.get(path)
                 module.flare_fusion[adapter] = None if reason else config.fusion
                 if config.fusion is not None:
@@ -77,51 +101,26 @@ class FlareModel(LoraModel):
                     runtime.layers.append(module)
                 if not reason and config.fusion == "cross_attention":
                     module.add_cross_attention(adapter, config.cross_attention_heads, config.cross_attention_mask)
-                if not reason and config.latent_dim is not None and not projected:
+                if not reason and config.latent_dim is not None and not has_latent_projection:
                     module.add_latent_projection(adapter, config.latent_dim)
-                    projected = True
+                    has_latent_projection = True
             runtime.reasons[path, adapter] = reason
         attach(self.model, runtime)
 
-    def _why_not(self, runtime: Runtime, config: FlareConfig, path: str, layer: FlareLayer, adapter: str) -> str:
-        """Why this LoRA module does not fuse; empty where it does."""
-        if config.fusion is None:
-            return "fusion=None"
-        place = runtime.map.places.get(path)
-        if place is None:
-            return "it is not a projection of a block's attention"
-        if place.is_cross_attention:
-            return "cross-attention does not fuse"
-        if config.latent_dim is not None and place.stack in runtime.map.decoders:
-            return "with latent_dim only the encoder of an encoder-decoder fuses: the states are of the encoder's text"
-        name = path.rpartition(".")[2]
-        if config.fusion_modules is None:
-            if path not in runtime.map.query_and_value:
-                return "only self-attention query and value projections fuse (fusion_modules)"
-        elif name not in config.fusion_modules and path not in config.fusion_modules:
-            return f"it is not in fusion_modules={list(config.fusion_modules)}"
-        hidden = _hidden_size(self.model)
-        if hidden is not None and layer.in_features != hidden:
-            return f"its input is {layer.in_features} wide, the source's hidden state {hidden}"
-        rank, heads = layer.r[adapter], config.cross_attention_heads
-        if config.fusion == "cross_attention" and rank % heads:
-            return f"cross_attention_heads={heads} does not divide its rank {rank}"
-        return ""
-
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's delete_adapter; the adapter's fusions go with it, and the hooks that no other adapter needs."""
+        """Delete an adapter as PEFT does, and remove its fusions and the hooks that no other adapter needs."""
         super().delete_adapter(adapter_name)
         runtime = runtime_of(self.model)
         if runtime is not None:
             runtime.clear()
             runtime.configs.pop(adapter_name, None)
-            runtime.reasons = {key: why for key, why in runtime.reasons.items() if key[1] != adapter_name}
+            runtime.reasons = {key: reason for key, reason in runtime.reasons.items() if key[1] != adapter_name}
             runtime.layers = [layer for layer in runtime.layers if any(f for f in layer.flare_fusion.values())]
             detach(self.model)
             if runtime.configs:
                 attach(self.model, runtime)
             else:
-                make_sites(self.model)  # PEFT leaves its layers in place, and so their forward
+                make_sites(self.model)  # the layers stay in the model, and their forward needs a site
 
     def add_weighted_adapter(
         self,
@@ -132,35 +131,25 @@ class FlareModel(LoraModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """PEFT's add_weighted_adapter, for fusing adapters as far as a combination of A and B means something there.
+        """Combine adapters as PEFT does. Adapters that fuse can be combined in part.
+
+        Accepted for them: fusion 'add' or 'add_relu', combination_type 'linear' or 'cat', and weights above 0.
 
         Raises:
-            ValueError: adapters that fuse differently (weights trained for one phi mean nothing under another) or that
-                train more than A and B; a fusion, combination_type or weight under which an adapter combined with an
-                empty one would not be itself.
+            ValueError: the adapters differ in fusion, source_layer_offset or source_padding, they train more than A and
+                B, or the combination is not accepted.
         """
-        known = [name for name in adapters if name in self.peft_config]
-        for name in known:
-            config = self.peft_config[name]
-            if config.fusion == "cross_attention" or config.latent_dim is not None:
-                what = "latent_proj" if config.latent_dim is not None else "cross_attention's query, key and value"
-                raise ValueError(f"adapters: {name!r} trains {what}, which cannot be combined: only A and B can")
-        for key in ("fusion", "source_layer_offset", "source_padding"):
-            values = {name: getattr(self.peft_config[name], key) for name in known}
-            if len(set(values.values())) > 1:
-                raise ValueError(f"adapters: cannot combine adapters whose {key} differs: {values}")
-        fusion = self.peft_config[known[0]].fusion if known else None
-        if fusion is not None:
-            _check_combination(fusion, combination_type, weights)
+        check_combination(self.peft_config, adapters, weights, combination_type)
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
     # --- saving and loading -------------------------------------------------------------------------------------------
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """A weight's name in a saved adapter: PEFT's, which looks for the adapter one component before the last only.
+        """Return a weight's name in a saved adapter, which does not contain the adapter's name.
 
-        FLARE MT's projection is saved under one name, whichever layer holds it.
+        PEFT removes the adapter's name only from the last but one component. Cross-attention has it one earlier. FLARE
+        MT's projection is saved under one name, independent of the layer that holds it.
         """
         name = re.escape(adapter_name)
         attention = re.fullmatch(rf"(.*\.lora_cross_attention)\.{name}(\.(query|key|value)\.(weight|bias))", key)
@@ -175,16 +164,19 @@ class FlareModel(LoraModel):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: FlareConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """PEFT's, and its warning of shards that were not gathered, which PEFT gives for the type LORA alone."""
-        found: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        warn_of_shards(found, adapter_name=adapter_name)
-        return found
+        """Return an adapter's weights, and warn if shards were not gathered, as PEFT does for the type LORA only."""
+        weights: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        warn_of_shards(weights, adapter_name=adapter_name)
+        return weights
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: FlareConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's. Raises ValueError where the weights lack FLARE MT's projection, which PEFT would not miss."""
+        """Map a saved adapter's weights to the model's names. Raise ValueError if FLARE MT's projection is missing.
+
+        PEFT does not check for it.
+        """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if config.latent_dim is not None:
             missing = [
@@ -200,28 +192,28 @@ class FlareModel(LoraModel):
     # --- merging ------------------------------------------------------------------------------------------------------
 
     def check_mergeable(self, adapter_names: list[str] | None) -> None:
-        """Raises ValueError, before anything is merged, where one of the adapters fuses two streams."""
+        """Raise ValueError if one of the adapters fuses, before any adapter is merged."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
             config = self.peft_config.get(name)
             if config is not None and config.fusion is not None:
                 raise ValueError(MERGE_REFUSED.format(name=name, fusion=config.fusion))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """PEFT's merge_adapter; ValueError for a fusing adapter."""
+        """Merge adapters as PEFT does. Raise ValueError for an adapter that fuses."""
         self.check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """PEFT's merge_and_unload; ValueError for a fusing adapter."""
+        """Merge adapters and return the base model as PEFT does. Raise ValueError for an adapter that fuses."""
         self.check_mergeable(adapter_names)
         model = super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         detach(model)
         return model
 
     def unload(self) -> nn.Module:
-        """The base model without adapters and without our hooks."""
+        """Return the base model without adapters and without FLARE's hooks."""
         model = super().unload()
         detach(model)
         return model
@@ -230,9 +222,9 @@ class FlareModel(LoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: FlareConfig, path: str, state_dict: dict[str, Tensor], kwargs: Any
     ) -> dict[str, Tensor]:
-        """PEFT's, which takes an adapter of PiSSA, CorDA or OLoRA to one of the unchanged base (fusion=None).
+        """Convert an adapter of PiSSA, CorDA or OLoRA to one for the unchanged base model (fusion=None).
 
-        PEFT marks the initial adapter as an ordinary one only where the type is LORA.
+        PEFT resets ``init_lora_weights`` of the initial adapter only if the type is LORA.
         """
         peft_config.init_lora_weights = True
         peft_config.save_pretrained(path)
@@ -246,35 +238,37 @@ class FlareModel(LoraModel):
     def _runtime(self) -> Runtime:
         runtime = runtime_of(self.model)
         if runtime is None:
-            raise ValueError("the model has no adapter left to read a source with: add or load one first")
+            raise ValueError("the model has no adapter that could read a source: add or load one first")
         return runtime
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's. Raises ValueError for ``adapter_names`` with a source: here, because hooks that PEFT has installed
-        outlive an error in the forward.
+        """Install PEFT's hooks. Raise ValueError for ``adapter_names`` together with a source.
+
+        This is checked before the forward, because PEFT does not remove its hooks if the forward raises.
         """
-        given = [name for name in SOURCE_ARGUMENTS if kwargs.get(name) is not None]
-        if given and kwargs.get("adapter_names") is not None:
+        source = [name for name in SOURCE_ARGUMENTS if kwargs.get(name) is not None]
+        if source and kwargs.get("adapter_names") is not None:
             raise ValueError(
-                f"adapter_names (several adapters in one batch) cannot be combined with {', '.join(given)}: run one "
+                f"adapter_names (several adapters in one batch) cannot be combined with {', '.join(source)}: run one "
                 "adapter per batch, or leave the source out"
             )
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def encode_source(self, source_input_ids: Tensor, source_attention_mask: Tensor | None = None) -> SourceStates:
-        """Hidden states of the frozen model on the source text, for the places where active adapters fuse; of an
-        encoder-decoder the encoder's alone (its decoder fuses where a forward is given the source's decoder input).
+        """Compute the hidden states of the frozen model on a source text that the active adapters fuse with.
+
+        Of an encoder-decoder, only the encoder's states are computed.
 
         Args:
-            source_input_ids: (B, m) token ids, padded to the length of the target text they will meet.
-            source_attention_mask: (B, m); left out means all ones.
+            source_input_ids: (B, m) token ids, padded to the length of the target text.
+            source_attention_mask: (B, m). Default: all ones.
 
         Returns:
-            SourceStates, for ``model(..., source_states=...)``.
+            SourceStates for ``model(..., source_states=...)``: x_S (B, m, d) per block.
 
         Raises:
-            TypeError, ValueError: ids that are no integer tensor (B, m), a mask of another shape, or no active adapter
-                that fuses.
+            TypeError: an argument is not a tensor of the accepted dtype.
+            ValueError: a shape is wrong, or no active adapter fuses.
         """
         runtime = self._runtime()
         source = {"source_input_ids": source_input_ids, "source_attention_mask": source_attention_mask}
@@ -282,16 +276,17 @@ class FlareModel(LoraModel):
             return encode(self.model, runtime, source)
 
     def set_source_cache(self, cache: SourceStateCache | None) -> None:
-        """Read source states from a cache, and keep there what has to be computed, in every forward with source ids.
+        """Set the cache in which every forward with ``source_input_ids`` looks up and stores source states.
 
-        ``generate`` and ``encode_source`` do without it. FlareTrainer calls this for its ``source_cache``.
+        ``generate`` and ``encode_source`` do not use it. FlareTrainer calls this method with its ``source_cache``.
 
         Args:
-            cache: a flare.SourceStateCache, or None for none.
+            cache: the cache, or None to stop using one.
 
         Raises:
-            TypeError, ValueError: no cache; a cache bound to another base model; base weights that are trained; active
-                adapters whose source pass is not deterministic (source_dropout=True) or that have none.
+            TypeError: ``cache`` is not a SourceStateCache.
+            ValueError: the cache is bound to another base model, base weights are trained, or the active adapters have
+                no source pass or a random one (source_dropout=True).
         """
         runtime = self._runtime()
         if cache is not None:
@@ -302,7 +297,7 @@ class FlareModel(LoraModel):
         runtime.source_cache = cache
 
     def source_request(self) -> SourceRequest:
-        """Return what the active adapters read of a source, as a :class:`flare.SourceStateCache` needs to know it."""
+        """Return which source states the active adapters read, for a :class:`flare.SourceStateCache`."""
         runtime = self._runtime()
         reading = runtime.reading()
         adapters = reading.of_both.adapters
@@ -325,32 +320,42 @@ class FlareModel(LoraModel):
         source_pass: str = "auto",
         **kwargs: Any,
     ) -> Any:
-        """transformers' generate, fusing where a source is given; without one it is the base model's, with plain LoRA.
+        """Generate with transformers' ``generate``, fused with a source if one is given and with plain LoRA otherwise.
 
-        The frozen model writes its own greedy continuation of the source, a token for each of the target's; greedy
-        search, sampling, beams, several sequences per prompt and chunked prefill are transformers'.
+        The frozen model decodes a continuation of the source, greedily, with one token for each new token of the
+        target. For the target, transformers' greedy search, sampling, beam search, several sequences per prompt and
+        chunked prefill can be used::
+
+            output = model.generate(
+                input_ids=..., attention_mask=..., source_input_ids=..., source_attention_mask=..., max_new_tokens=64
+            )
 
         Args:
-            *args: as the base model's generate.
-            **kwargs: as the base model's generate, and the source arguments of forward. Both prompts are padded on the
-                left, to one width. FLARE MT: ``source_states`` of the prompt. The decoder of an encoder-decoder fuses
-                if ``source_labels`` (only their presence counts) or ``source_decoder_input_ids`` (the beginning of the
-                source's output) are given, as in forward.
-            source_alignment: "training": prompt position j meets the source's prompt position j, new token t the
-                source's token t, and a source that has ended is held at its end token. "release": the whole prompt and
-                every new token meet one late position of the source, as in the authors' release (decoder-only).
-            source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch;
-                "keep": the padding's states. Default: "zero" for a decoder-only model, whatever the adapter's config
-                says; the adapter's own for an encoder-decoder; the release's rule knows "keep" alone.
-            source_pass: "shared": the new tokens of both texts go through the model as one batch, so that a step reads
-                each frozen weight once and not twice; for decoder-only adapters with source_layer_offset=0, in eval
-                mode and not compiled. The prompts are read one after the other. "separate": two passes. "auto"
-                (default): shared where that is possible; it says so once where something unusual keeps it from that.
-                Both give the same logits up to rounding.
+            *args: as for the base model's ``generate``.
+            source_alignment: "training": position j of the target's prompt is fused with position j of the source's
+                prompt, and new token t with the source's new token t. A source that has ended stays at its end token.
+                "release": the prompt and each new token are fused with one late position of the source, as in the
+                authors' release (decoder-only models).
+            source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch.
+                "keep": S of the padding's hidden states. Default: "zero" for decoder-only models, independent of the
+                adapter's config; the config's value for encoder-decoders. "release" supports only "keep".
+            source_pass: "shared": each decoding step runs the model once, on the new tokens of both texts, and so reads
+                each frozen weight once. Only for decoder-only models in eval mode that are not compiled, and adapters
+                with source_layer_offset=0. The two prompts are still processed separately. "separate": two passes per
+                step. "auto": shared if possible. If an unexpected property of the model prevents it, a warning says
+                so once. Both give the same logits up to rounding.
+            **kwargs: as for the base model's ``generate``, and forward's source arguments. Both prompts must be padded
+                on the left to one width. FLARE MT: ``source_states`` of the prompt. The decoder of an encoder-decoder
+                fuses if ``source_labels`` or ``source_decoder_input_ids`` are given: the latter are the beginning of
+                the source's output, the values of the former are not used.
+
+        Returns:
+            What the base model's ``generate`` returns.
 
         Raises:
-            TypeError, ValueError: source arguments that do not fit, or an option that cannot be combined with a source
-                (use_cache=False, a cache of one's own, assisted and contrastive decoding, ...); the message names it.
+            TypeError: an unknown source argument, or one of the wrong type.
+            ValueError: source arguments that do not match the target, or an option that cannot be combined with a
+                source (for example use_cache=False, past_key_values, an assistant model); the message names it.
         """
         if source_alignment not in ALIGNMENTS:
             raise ValueError(
@@ -360,17 +365,18 @@ class FlareModel(LoraModel):
         runtime = self._runtime() if source else runtime_of(self.model)
         if runtime is None:
             return cast(Any, self.model).generate(*args, **kwargs)
-        if not source and runtime.wanted() and runtime.map.decoders:  # generate calls the encoder, not the model, first
+        # transformers' generate calls an encoder-decoder's encoder first, without the hook that warns
+        if not source and runtime.state_uses() and runtime.map.decoders:
             warn_without_source(runtime, training=False)
-        if not source or not runtime.wanted():
+        if not source or not runtime.state_uses():
             return cast(Any, self.model).generate(*args, **kwargs)
         refuse_packed_rows(self.model, source, (), kwargs)
         return generate(self.model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)
 
-    # --- what was done ------------------------------------------------------------------------------------------------
+    # --- report -------------------------------------------------------------------------------------------------------
 
     def fast_lora_report(self) -> FastLoraReport:
-        """Every LoRA module and adapter: fused, or declined and why."""
+        """Return which LoRA modules fuse, and why others do not, as a report that prints as a table."""
         runtime = runtime_of(self.model)
         reasons = {} if runtime is None else runtime.reasons
         rows: list[ReportRow] = []
@@ -386,18 +392,18 @@ class FlareModel(LoraModel):
 
 _AS_LORA = LoraConfig()
 
-#: Names of the heads that PEFT trains in full (modules_to_save) for these tasks.
+#: task type -> names of the heads that PEFT trains in full (modules_to_save)
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-def _spare_the_head(model: nn.Module, config: FlareConfig) -> None:
-    """Keep "all-linear" off a head that is trained in full, which PEFT does for sequence classification alone."""
+def _exclude_trained_head(model: nn.Module, config: FlareConfig) -> None:
+    """Exclude a head that is trained in full from "all-linear". PEFT does this only for sequence classification."""
     targets, heads = config.target_modules, _HEADS.get(config.task_type or "", ())
     if not isinstance(targets, str) or targets.lower() != "all-linear" or isinstance(config.exclude_modules, str):
         return
-    own = [name for name in heads if isinstance(getattr(model, name, None), nn.Linear)]
-    if own:
-        config.exclude_modules = sorted({*(config.exclude_modules or ()), *own})
+    linear_heads = [name for name in heads if isinstance(getattr(model, name, None), nn.Linear)]
+    if linear_heads:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *linear_heads})
 
 
 def _adapters_of(layer: LoraLayer) -> Iterable[str]:
@@ -408,27 +414,4 @@ def _is_projection(key: str, adapter: str, end: str) -> bool:
     return key.endswith(f".latent_proj.{adapter}.{end}")
 
 
-def _check_combination(fusion: str, combination_type: str, weights: Iterable[float]) -> None:
-    """Raises ValueError where PEFT's combination of A and B matrices is not one of what fusing adapters add.
-
-    Other combination types mix the ranks or make B A anew, which phi, taken per rank, does not survive; with mul a
-    weight on A counts twice; and relu does not pass a negative weight on.
-    """
-    accepted = "accepted: fusion 'add' or 'add_relu', combination_type 'linear' or 'cat', weights above 0"
-    weights = list(weights)
-    if fusion not in ("add", "add_relu"):
-        raise ValueError(f"adapters: those with fusion={fusion!r} cannot be combined; {accepted}")
-    if combination_type not in ("linear", "cat"):
-        raise ValueError(f"combination_type={combination_type!r} cannot combine adapters that fuse; {accepted}")
-    if not all(weight > 0 for weight in weights):
-        raise ValueError(f"weights={weights!r} cannot combine adapters that fuse; {accepted}")
-
-
-def _hidden_size(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "hidden_size", None)
-
-
-_OWN_FIELDS = sorted({f.name for f in fields(FlareConfig)} - {f.name for f in fields(FlareConfig.__mro__[1])})
-register_tuner(FlareConfig, FlareModel, [name for name in _OWN_FIELDS if name != "source_memory"])
+register_tuner(FlareConfig, FlareModel, sorted(FLARE_FIELDS - {"source_memory"}))

@@ -1,4 +1,4 @@
-"""What was done with every LoRA module of a model."""
+"""Report of which LoRA modules of a model fuse, and why others do not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One adapter on one LoRA module: whether it fuses, how, and the reason where it does not."""
+    """An adapter of a LoRA module: its fusion, or the reason why it does not fuse.
+
+    Attributes:
+        module: dotted path of the module.
+        adapter: name of the adapter.
+        fused: whether the adapter fuses in this module.
+        fusion: the fusion; None if the adapter is plain LoRA here.
+        reason: why it does not fuse; "" if it does.
+        backend_layer: name of the module's class.
+    """
 
     module: str
     adapter: str
@@ -18,18 +27,18 @@ class ReportRow:
 
 
 class FastLoraReport(tuple[ReportRow, ...]):
-    """Every LoRA module of a model; prints as a table."""
+    """Tuple of the :class:`ReportRow` of every LoRA module and adapter; prints as a table."""
 
     __slots__ = ()
 
     @property
     def fused(self) -> tuple[ReportRow, ...]:
-        """The rows that fuse two streams."""
+        """Rows of the modules that fuse."""
         return tuple(row for row in self if row.fused)
 
     @property
     def declined(self) -> tuple[ReportRow, ...]:
-        """The rows that do not, each with its reason."""
+        """Rows of the modules that do not fuse."""
         return tuple(row for row in self if not row.fused)
 
     def __str__(self) -> str:

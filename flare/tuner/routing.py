@@ -1,11 +1,14 @@
-"""Which module of a transformers model is which: block stacks, self-attention modules, query and value projections.
+"""Map of a transformers model: its stacks of blocks, self-attention modules, and query and value projections.
 
-Nothing here knows an architecture by its class. A *stack* is a ModuleList whose children hold attention projections
-(`model.layers`, `bert.encoder.layer`, `encoder.block`); a *block* is one of its children; a *self-attention module* is
-the parent of a query or value projection that is not marked as cross-attention; where one linear layer holds query,
-key and value, that layer is both (flare.tuner.fused_qkv). Most families pass unknown keyword arguments from the stack's
-owner down to the attention modules, which is how the source travels; in the others each block carries it
-(flare.source.carrier).
+Modules are found by names and structure, not by a list of model classes:
+
+* A *stack* is a ModuleList whose children all hold attention projections (`model.layers`, `bert.encoder.layer`,
+  `encoder.block`). A *block* is a child of a stack.
+* A *self-attention module* is the parent of a query or value projection whose path is not marked as cross-attention.
+* A linear layer that computes query, key and value together counts as query and value (flare.tuner.fused_qkv).
+
+Most architectures pass unknown keyword arguments from the stack's owner to the attention modules, and the source is
+passed in this way. In the others, each block carries it (flare.source.carrier).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _CROSS_MARKS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a linear layer sits: paths are dotted names below the model, ``block`` counts from 0 within its stack."""
+    """Location of a linear layer. Paths are dotted names in the model; ``block`` is the index in the stack."""
 
     path: str
     stack: str
@@ -38,12 +41,12 @@ class Place:
 
     @property
     def block_path(self) -> str:
-        """The block's own dotted name."""
+        """Dotted name of the block."""
         return f"{self.stack}.{self.block}"
 
     @property
     def owner(self) -> str:
-        """The module whose forward loops over the stack."""
+        """Dotted name of the module whose forward loops over the stack."""
         return self.stack.rpartition(".")[0]
 
 
@@ -51,8 +54,13 @@ class Place:
 class ModelMap:
     """The stacks of a model and the places of its attention projections.
 
-    decoders: an encoder-decoder's decoder. carried: stacks whose blocks carry the source themselves. fused: projections
-    that hold query, key and value, and which of their rows are whose.
+    Attributes:
+        stacks: path of each stack -> number of its blocks.
+        places: path of each linear layer in an attention module -> its place.
+        query_and_value: paths of the query and value projections of self-attention.
+        decoders: stacks of an encoder-decoder's decoder.
+        carried: stacks whose blocks carry the source themselves.
+        fused: path of each projection that computes query, key and value together -> the layout of its rows.
     """
 
     stacks: dict[str, int]
@@ -64,10 +72,11 @@ class ModelMap:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelMap:
-        """Map a transformers model.
+        """Return the map of a transformers model.
 
         Raises:
-            ValueError: no blocks, or no query and value projections; the message names the model and what was sought.
+            ValueError: the blocks, or the query and value projections, cannot be found, or the source cannot reach
+                them; the message names the model's class and the reason.
         """
         paths = [
             name for name, module in model.named_modules() if _is_projection(name, QUERY_NAMES + VALUE_NAMES, module)
@@ -77,7 +86,7 @@ class ModelMap:
         stacks = _stacks(model, paths)
         if not stacks:
             raise ValueError(
-                f"{type(model).__name__}: its blocks cannot be found: {paths[0]} lies below no torch.nn.ModuleList"
+                f"{type(model).__name__}: its blocks cannot be found: {paths[0]} is not inside a torch.nn.ModuleList"
             )
         _refuse_shared_blocks(model, stacks)
         children = {path.rpartition(".")[2] for path in paths}
@@ -87,60 +96,60 @@ class ModelMap:
             if place is not None:
                 places[name] = place
         query_and_value = tuple(path for path in paths if path in places and not places[path].is_cross_attention)
-        bare = [path for path in query_and_value if places[path].attention == places[path].block_path]
-        if bare:
+        without_block = [path for path in query_and_value if places[path].attention == places[path].block_path]
+        if without_block:
             raise ValueError(
-                f"{type(model).__name__}: its blocks cannot be found: {places[bare[0]].stack} holds attention modules "
-                "alone, so what a block hands on cannot be read"
+                f"{type(model).__name__}: its blocks cannot be found: {places[without_block[0]].stack} holds attention "
+                "modules only, so the output of a block cannot be read"
             )
-        paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        decoders = frozenset(stack for stack in stacks if paired and "decoder" in stack.split("."))
-        lost = _loses_keywords(model, places[query_and_value[0]]) if query_and_value else ""
-        if lost and len(stacks) > 1:
-            raise ValueError(f"{type(model).__name__}: the source cannot reach its attention: {lost}")
-        return cls(stacks, places, query_and_value, decoders, frozenset(stacks if lost else ()), fused)
+        is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        decoders = frozenset(stack for stack in stacks if is_encoder_decoder and "decoder" in stack.split("."))
+        reason = _keywords_lost_reason(model, places[query_and_value[0]]) if query_and_value else ""
+        if reason and len(stacks) > 1:
+            raise ValueError(f"{type(model).__name__}: the source cannot reach its attention: {reason}")
+        return cls(stacks, places, query_and_value, decoders, frozenset(stacks if reason else ()), fused)
 
     def default_targets(self) -> set[str]:
-        """Names of the query and value projections, as LoRA's target_modules want them."""
+        """Return the names of the query and value projections, for LoRA's target_modules."""
         return {path.rpartition(".")[2] for path in self.query_and_value}
 
 
 def _refuse_shared_blocks(model: nn.Module, stacks: dict[str, int]) -> None:
-    """One block that is run as several (ALBERT) would meet one source state where it should meet several."""
+    """Raise ValueError for a block that runs several times (ALBERT): it would need a source state for each run."""
     runs = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if len(stacks) == 1 and isinstance(runs, int):
         ((stack, blocks),) = stacks.items()
         if runs > blocks:
             raise ValueError(
-                f"{type(model).__name__}: its config names {runs} blocks and {stack} holds {blocks}: blocks that share "
-                "their weights cannot be told apart, and each needs the source state of its own depth"
+                f"{type(model).__name__}: its config has {runs} blocks and {stack} holds {blocks}: blocks that share "
+                "weights are not supported, because each needs the source state of its own depth"
             )
 
 
 def _fused_projections(model: nn.Module) -> dict[str, RowsOfQKV]:
-    """Return the linear layers that hold query, key and value.
+    """Return the linear layers that compute query, key and value together, with the layout of their rows.
 
     Raises:
-        ValueError: there are none, or it is not known which of their rows are whose.
+        ValueError: there are none, or their layout is unknown.
     """
     config = getattr(model, "config", None)
-    found = {name: module for name, module in model.named_modules() if _is_projection(name, FUSED_QKV_NAMES, module)}
-    rows = {name: rows_of_qkv(config, out_features(module)) for name, module in found.items()}
-    known = {name: own for name, own in rows.items() if own is not None}
-    if known and len(known) == len(rows):
+    modules = {name: module for name, module in model.named_modules() if _is_projection(name, FUSED_QKV_NAMES, module)}
+    layouts = {name: rows_of_qkv(config, out_features(module)) for name, module in modules.items()}
+    known = {name: layout for name, layout in layouts.items() if layout is not None}
+    if known and len(known) == len(layouts):
         return known
-    names = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
-    why = (
-        f"its query, key and value share one linear layer ({names}), and which of its rows are whose is not known for "
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+    reason = (
+        f"its query, key and value share one linear layer ({names}), and the layout of its rows is not known for "
         f"model_type={getattr(config, 'model_type', None)!r}"
-        if found
+        if modules
         else f"no linear layer is named {', '.join(QUERY_NAMES)} or {', '.join(VALUE_NAMES)}"
     )
-    raise ValueError(f"{type(model).__name__}: query and value projections cannot be found: {why}")
+    raise ValueError(f"{type(model).__name__}: query and value projections cannot be found: {reason}")
 
 
-def _loses_keywords(model: nn.Module, place: Place) -> str:
-    """Return which module from the stack's owner down to the attention hands unknown keyword arguments not on."""
+def _keywords_lost_reason(model: nn.Module, place: Place) -> str:
+    """Return which module from the stack's owner to the attention drops unknown keyword arguments; "" if none does."""
     inner = place.attention.removeprefix(place.block_path).strip(".").split(".")
     between = [".".join([place.block_path, *inner[:depth]]) for depth in range(len(inner))]
     for path in (place.owner, *between):
@@ -148,19 +157,19 @@ def _loses_keywords(model: nn.Module, place: Place) -> str:
         if isinstance(module, nn.ModuleList):
             continue  # a container is not called
         if not _uses_keywords(module.forward):
-            return f"{type(module).__name__}.forward ({path or 'the model'}) hands no further keyword arguments on"
+            return f"{type(module).__name__}.forward ({path or 'the model'}) does not pass on keyword arguments"
     return ""
 
 
 def _uses_keywords(forward: Any) -> bool:
-    """Whether a function takes any keyword arguments and reads them; many take them for the sake of their callers."""
+    """Return whether a function accepts any keyword arguments and also uses them, which many functions do not."""
     code = inspect.unwrap(getattr(forward, "__func__", forward)).__code__
     if not code.co_flags & inspect.CO_VARKEYWORDS:
         return False
     last = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
     name = code.co_varnames[last]
-    loads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD"))
-    return any(name == value or (isinstance(value, tuple) and name in value) for value in loads)
+    loaded = (op.argval for op in dis.get_instructions(code) if op.opname.startswith("LOAD"))
+    return any(name == value or (isinstance(value, tuple) and name in value) for value in loaded)
 
 
 def _is_projection(path: str, names: tuple[str, ...], module: nn.Module) -> bool:
@@ -168,13 +177,13 @@ def _is_projection(path: str, names: tuple[str, ...], module: nn.Module) -> bool
 
 
 def _stacks(model: nn.Module, projections: list[str]) -> dict[str, int]:
-    """Outermost ModuleLists whose every child holds an attention projection -> number of blocks."""
+    """Return the outermost ModuleLists whose children all hold an attention projection -> number of children."""
     stacks: dict[str, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or not name:
             continue
         if any(name.startswith(f"{outer}.") for outer in stacks):
-            continue  # a list inside a block, as T5's `layer`
+            continue  # a list inside a block, such as T5's `layer`
         if all(any(path.startswith(f"{name}.{index}.") for path in projections) for index in range(len(module))):
             stacks[name] = len(module)
     return stacks
@@ -191,13 +200,13 @@ def _place(
             attention = path.rpartition(".")[0]
             siblings = [child for child, _ in model.get_submodule(attention).named_children()]
             if projections.isdisjoint(siblings):
-                return None  # not a child of an attention module: an MLP, or BERT's attention.output.dense
+                return None  # not in an attention module: part of an MLP, or BERT's attention.output.dense
             is_cross = is_cross_attention(path[len(stack) + 1 :], model.get_submodule(attention))
             return Place(path, stack, block, attention, is_cross)
     return None
 
 
 def is_cross_attention(path: str, attention: nn.Module) -> bool:
-    """Whether a path, or the class of the attention module it leads to, is marked as cross-attention."""
+    """Return whether a path, or the class name of its attention module, is marked as cross-attention."""
     marked = f"{path}.{type(attention).__name__}".lower()
     return any(mark in marked for mark in _CROSS_MARKS)

@@ -1,17 +1,18 @@
-"""A site: the projections of one module that read one input (query, key and value), computed in one call.
+"""A site: the projections of a module that read the same input (query, key and value), computed in one call.
 
-Modeling code calls its projections one after the other with the same tensor. The first that is called computes the
-outputs of all, and each of the others finds its own ready: each stream is read once, and all shares of dx go to one
-buffer. A sibling without an adapter (key next to query and value) takes part, so that its share goes there too: its
-class is exchanged for :class:`SiblingLinear`. Every other adapter layer is a site of its own.
+Modeling code calls these projections one after the other with the same tensor. The first call computes the outputs of
+all of them, and the other calls return their stored output. Each stream is then read once, and all parts of dx are
+summed in one buffer. A sibling without an adapter (for example, key next to query and value) takes part too, so that
+its part of dx goes to the same buffer; its class is changed to :class:`SiblingLinear`. Every other adapter layer is a
+site with a single projection.
 
-What depends on the adapters' state alone is worked out once (:class:`_Plan`); a call compares what can change without
-notice. A site holds modules and never their tensors: hot-swapping writes ``.data``, fused optimizers do not move
-``_version``, and ``functional_call`` exchanges parameters.
+Results that depend only on the adapters' state are computed once (:class:`_Plan`). Each call checks the state that can
+change without a notification. A site stores modules and never their tensors: hot-swapping writes ``.data``, fused
+optimizers do not change ``_version``, and ``functional_call`` replaces parameters.
 
-A projection that somebody hooks or patches, that runs several adapters at once, or whose fusion mixes positions is
-computed by itself (flare.tuner.layer). So is one that is called outside of the model's forward, where adapters and
-weights may change between one projection and the next.
+A projection is computed separately (flare.tuner.layer) if it is hooked or patched, has several active adapters, or has
+a fusion that mixes positions. So is a projection that is called outside the model's forward, where adapters and weights
+may change between two projections.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouch
 
 _PLAIN = (Tensor, nn.Parameter)
 _NUMBERS = (float, int)
-#: x_S (B, m, d) and the seed of its dropout masks, or S (B, m, r) of every projection that fuses and the stacked A.
+#: x_S (B, m, d) and its dropout seed, or S (B, m, r) of every projection that fuses and the stacked A.
 _Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
 _NO_SOURCE: _Source = (None, None, (), None)
 _MAX_CALLS = 64
 
 
 class SiblingLinear(nn.Linear):
-    """A frozen projection next to adapted ones: ``nn.Linear``, unless one of them has computed its output already."""
+    """A frozen ``nn.Linear`` next to adapted projections, whose output one of them may have computed already."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., d) -> (..., n)."""
+        """Return the output (..., n) for (..., d)."""
         slot = THREAD.slot
         if slot.frozen_pass is None and SITE in self.__dict__:
             output = self.__dict__[SITE].output(self, input, slot)
@@ -53,7 +54,7 @@ class SiblingLinear(nn.Linear):
 
 
 class _Member:
-    """A projection that takes part in a site's call, and what is read from it in every call."""
+    """A projection that is computed in its site's call, with the attributes that each call reads."""
 
     def __init__(self, module: nn.Module, linear: nn.Module) -> None:
         self.module, self.linear = module, linear
@@ -62,7 +63,7 @@ class _Member:
         self.index = 0  # among the outputs
 
     def adapt(self, layer: FlareLayer, adapter: str) -> None:
-        """Take the layer's one active adapter into the call."""
+        """Set the layer's active adapter, whose output the call adds."""
         self.adapter, self.path = adapter, layer.flare_key
         self.layer = layer
         self.lora_A = cast(nn.Linear, layer.lora_A[adapter])
@@ -72,10 +73,17 @@ class _Member:
         self.fusion = layer.flare_fusion.get(adapter)
 
 
-class _Joint:
+class _JointProjections:
     """The projections of a site that are computed together.
 
-    adapted: those with an adapter, in stacking order: those that fuse first, those of one phi next to each other.
+    Attributes:
+        layers: the site's adapter layers.
+        watched: the modules that take part in the projections' forward.
+        members: the projections.
+        adapted: the members with an adapter, in stacking order: first those that fuse, sorted by phi.
+        plain: whether every member's frozen layer is an ``nn.Linear``.
+        fuses: whether some member fuses.
+        paths: dotted paths of the adapted members.
     """
 
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
@@ -89,8 +97,8 @@ class _Joint:
         self.paths = tuple(member.path for member in self.adapted)
 
 
-class _Plan(_Joint):
-    """What of a site stays the same from call to call, and what it was worked out from."""
+class _Plan(_JointProjections):
+    """The projections computed together, cached with the state that the result depends on."""
 
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
         super().__init__(layers, watched, members)
@@ -113,7 +121,7 @@ class _Plan(_Joint):
         self.calls: dict[tuple[Any, ...], Any] = {}
 
     def holds(self) -> bool:
-        """Whether nothing has changed that the plan was worked out from."""
+        """Return whether the state that the plan depends on is unchanged."""
         return (
             self.registrations == registrations.count
             and self.switches == [*map(SWITCHES, self.layers)]
@@ -123,40 +131,40 @@ class _Plan(_Joint):
         )
 
 
-_JointOrPlan = TypeVar("_JointOrPlan", bound=_Joint)
+_JointOrPlan = TypeVar("_JointOrPlan", bound=_JointProjections)
 
 
-class _Pending:
-    """Outputs (..., m, n) that wait for the projections they belong to, and the input they are of."""
+class _PendingOutputs:
+    """Outputs (..., m, n) of projections that have not been called yet, with the input they were computed from."""
 
     def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
         self.site, self.x, self.outputs = site, x, outputs
         try:
-            self.version: int | None = x._version  # how often x was written to in place
-        except RuntimeError:  # inference tensors do not count
+            self.version: int | None = x._version  # number of in-place writes to x
+        except RuntimeError:  # inference tensors have no version
             self.version = None
 
 
-class _TracedPending(_Pending):
-    """The same within a graph, where tensors have no versions."""
+class _TracedPendingOutputs(_PendingOutputs):
+    """Pending outputs in a traced graph, where tensors have no versions."""
 
     def __init__(self, site: Site, x: Tensor, outputs: dict[nn.Module, Tensor]) -> None:
         self.site, self.x, self.outputs, self.version = site, x, outputs, None
 
 
 class Site:
-    """The projections of one module that read one input.
+    """The projections of a module that read the same input.
 
     Args:
-        path: of the module that calls them, or of a layer that is a site of its own.
-        parent: that module.
-        names: its children that take part.
+        path: dotted path of the module that calls them, or of the layer if the site has only one.
+        parent: the module that calls them.
+        names: names of the projections in ``parent``.
     """
 
     def __init__(self, path: str, parent: nn.Module, names: tuple[str, ...]) -> None:
         self.path, self.parent, self.names = path, parent, names
         self.plan: _Plan | None = None
-        self.separate = len(names) == 1  # whether each projection is computed by itself
+        self.separate = len(names) == 1  # whether each projection is computed separately
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plan": None}
@@ -168,7 +176,7 @@ class Site:
         return twin
 
     def output(self, module: nn.Module, x: Tensor, slot: Slot) -> Tensor | None:
-        """Return the output (..., m, n) of a projection called with x (..., m, d); None: it computes its own."""
+        """Return a projection's output (..., m, n) for x (..., m, d); None if it must be computed separately."""
         pending = slot.pending
         if pending is not None and pending.site is self and module in pending.outputs:
             if pending.x is x and (pending.version is None or pending.version == x._version):
@@ -179,11 +187,11 @@ class Site:
                 if slot.met is not None:
                     slot.met.add(module)
                 return output
-            slot.pending = None  # another input than its neighbour's
-            if not saved_tensors_are_packed():  # a checkpoint's recompute must take the way that the forward took
+            slot.pending = None  # the projections were called with different inputs
+            if not saved_tensors_are_packed():  # a checkpoint's recompute must run as its forward did
                 self.separate = True
         if slot.met is not None and module in slot.met:
-            return None  # its second call, which is not of the tokens
+            return None  # the second call of a block is not on its tokens
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
@@ -192,13 +200,13 @@ class Site:
         output = outputs[module]
         del outputs[module]
         if outputs:
-            slot.pending = _Pending(self, x, outputs)
+            slot.pending = _PendingOutputs(self, x, outputs)
         return output
 
     # --- the plan -----------------------------------------------------------------------------------------------------
 
     def _find(self, kind: type[_JointOrPlan]) -> _JointOrPlan:
-        """Return the projections that can be computed together now."""
+        """Return the projections that can currently be computed together."""
         children = {name: self.parent._modules.get(name) for name in self.names}
         modules = [child for child in children.values() if isinstance(child, FlareLayer | SiblingLinear)]
         layers = [module for module in modules if isinstance(module, FlareLayer)]
@@ -211,7 +219,7 @@ class Site:
                 continue
             if isinstance(module, SiblingLinear):
                 if type(module) is not SiblingLinear:
-                    continue  # parametrised
+                    continue  # torch.nn.utils.parametrize has changed its class
                 members.append(_Member(module, module))
                 continue
             active = [] if module.disable_adapters or module.merged else module.active_here()
@@ -222,17 +230,17 @@ class Site:
                 continue
             members.append(member)
         if not all(member.plain for member in members if member.adapter is not None):
-            # the frozen products keep their own graphs; a sibling would have nothing to do in the node
+            # the frozen products stay outside the autograd node, so a sibling has no part in it
             members = [member for member in members if member.adapter is not None]
         if len({member.adapter for member in members if member.adapter is not None}) != 1:
-            members = []  # nothing to add, or layers with different adapters switched on
+            members = []  # no active adapter, or different ones in different layers
         return kind(cast(list[FlareLayer], layers), watched, members)
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
     def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
-        """Return the outputs of the projections that are computed together; None where the caller has no part in it."""
-        if torch.compiler.is_compiling():  # first: a graph that looks at slot.running is not the recompute's
+        """Return the outputs of the projections computed together; None if the calling one is not among them."""
+        if torch.compiler.is_compiling():  # slot.running differs in a recompute, so a graph must not depend on it
             return None if torch.compiler.is_exporting() else self._traced(module, x, slot)
         if slot.plain or (not slot.running and needs_plain_operators()):
             return None
@@ -246,17 +254,18 @@ class Site:
         Bs: tuple[Tensor, ...] = ()
         Ws: tuple[Tensor, ...] = ()
         biases: tuple[Tensor | None, ...] = ()
-        owned, takes_part = plan.plain, False
+        # whether the autograd node computes the frozen products, and whether the called projection is a member
+        with_products, is_member = plan.plain, False
         for member in members:
-            takes_part |= member.module is module
+            is_member |= member.module is module
             if plan.plain:
                 parameters = member.linear._parameters
                 W, bias = parameters["weight"], parameters["bias"]
                 Ws += (W,)  # type: ignore[operator, assignment]
                 biases += (bias,)
                 if W.__class__ not in _PLAIN or W.requires_grad or (bias is not None and bias.requires_grad):  # type: ignore[union-attr]
-                    owned = False
-        if not takes_part:
+                    with_products = False
+        if not is_member:
             return None
         p: float | None = None
         key: tuple[Any, ...] = ()
@@ -264,41 +273,41 @@ class Site:
         for member in adapted:
             A, B = member.lora_A._parameters["weight"], member.lora_B._parameters["weight"]
             dropout = member.dropout
-            own_p = dropout.p if dropout is not None and dropout.training else 0.0
+            member_p = dropout.p if dropout is not None and dropout.training else 0.0
             if p is None:
-                p = own_p
-            if A is None or B is None or A.__class__ not in _PLAIN or B.__class__ not in _PLAIN or own_p != p:
+                p = member_p
+            if A is None or B is None or A.__class__ not in _PLAIN or B.__class__ not in _PLAIN or member_p != p:
                 return None
-            rank, n = A.shape[0], Ws[member.index].shape[0] if owned else B.shape[0]
+            rank, n = A.shape[0], Ws[member.index].shape[0] if with_products else B.shape[0]
             if A.shape[1] != width or B.shape != (n, rank) or A.device != device or B.device != device:
                 check_weights(member.path, x, A, B)
             As += (A,)
             Bs += (B,)
             scaling = member.layer.scaling[member.adapter]  # type: ignore[index]
-            if scaling.__class__ not in _NUMBERS:  # a tensor since the plan was made
+            if scaling.__class__ not in _NUMBERS:  # it has become a tensor since the plan was made
                 return None
             key += (rank, scaling)
-        if not owned:
-            adapts = isinstance(module, FlareLayer) and slot.rows is None
-            return self._over_modules(plan, x, slot, p or 0.0, As, Bs) if adapts else None
+        if not with_products:
+            has_adapter = isinstance(module, FlareLayer) and slot.rows is None
+            return self._over_modules(plan, x, slot, p or 0.0, As, Bs) if has_adapter else None
         context = slot.context if plan.fuses else None
         x_source, source_seed, Ss, A_stacked = _NO_SOURCE if context is None else self._source(plan, context)
         if x_source is not None and (x_source.shape != x.shape or x_source.device != device):
-            x_source = _fitted(self.path, x_source, x)
+            x_source = _checked_source(self.path, x_source, x)
         autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
         dtype = x.dtype
         if autocast and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
-        # the mode decides which primitives a backend has
+        # the primitives of a backend depend on the launch mode
         key += (launch_mode.current, dtype, p, device, x_source is not None, Ss != ())
         if key not in plan.calls:
-            if len(plan.calls) >= _MAX_CALLS:  # a scaling that changes with every step
+            if len(plan.calls) >= _MAX_CALLS:  # the scaling changes in every step
                 plan.calls.clear()
             sizes = (0, len(Ss), len(Ws))
             plan.calls[key] = (_call(plan, key, dtype, p or 0.0, device), sizes)
         call, sizes = plan.calls[key]
         if slot.rows is not None:
-            return self._of_target_rows(plan, x, slot, call, Ss, As, Bs)
+            return self._with_target_adapters(plan, x, slot, call, Ss, As, Bs)
         if A_stacked is not None and A_stacked.dtype != dtype:
             A_stacked = None
         ys = apply_with_products(call, sizes, x, x_source, source_seed, Ss, A_stacked, As, Bs, Ws, biases)
@@ -309,13 +318,14 @@ class Site:
         return outputs
 
     def _traced(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
-        """The call while torch.compile traces: found anew, as a graph guards on all that it was found from.
+        """Return the outputs while torch.compile traces.
 
-        The frozen products are the graph's own, whose compiler forms their dx; a sibling takes no part.
+        No plan is used, so that the graph gets guards on the adapters' state. The frozen products are part of the
+        graph, and the compiler computes their dx, so siblings do not take part.
         """
-        joint = self._find(_Joint)
-        taking_part = [member.module for member in joint.adapted]
-        if module not in taking_part or (self.separate and len(taking_part) > 1) or slot.rows is not None:
+        joint = self._find(_JointProjections)
+        modules = [member.module for member in joint.adapted]
+        if module not in modules or (self.separate and len(modules) > 1) or slot.rows is not None:
             return None
         As = tuple(member.lora_A.weight for member in joint.adapted)
         Bs = tuple(member.lora_B.weight for member in joint.adapted)
@@ -328,11 +338,11 @@ class Site:
         outputs = self._over_modules(joint, x, slot, ps[0], As, Bs)
         output = outputs.pop(module)
         if outputs:
-            slot.pending = _TracedPending(self, x, outputs)
+            slot.pending = _TracedPendingOutputs(self, x, outputs)
         return {module: output}
 
-    def _source(self, plan: _Joint, context: SourceContext) -> _Source:
-        """Return what the site reads of a context."""
+    def _source(self, plan: _JointProjections, context: SourceContext) -> _Source:
+        """Return the site's part of a source context."""
         if self.path not in context.sites:
             return _NO_SOURCE
         source = context.sites[self.path]
@@ -341,11 +351,11 @@ class Site:
             return source.states[plan.adapted[0].adapter], source.seed, (), None  # type: ignore[index]
         if context.is_reentrant():
             return context.make_state(plan.adapted[0].path, cast(str, plan.adapted[0].adapter)), None, (), None
-        found = source.bottlenecks or {}
-        Ss = tuple(found[m.path][cast(str, m.adapter)] for m in plan.adapted if m.fusion is not None)
+        bottlenecks = source.bottlenecks or {}
+        Ss = tuple(bottlenecks[m.path][cast(str, m.adapter)] for m in plan.adapted if m.fusion is not None)
         return None, None, Ss, context.stacked_A.get(plan.paths)
 
-    def _of_target_rows(
+    def _with_target_adapters(
         self,
         plan: _Plan,
         x: Tensor,
@@ -355,21 +365,21 @@ class Site:
         As: tuple[Tensor, ...],
         Bs: tuple[Tensor, ...],
     ) -> dict[nn.Module, Tensor]:
-        """Return the frozen products of all rows (t + s, m, d), with the adapters' share in the target's t rows."""
+        """Return the frozen products of all rows (t + s, m, d), and add the adapters' outputs to the t target rows."""
         target = plan.layers[0].target_rows(slot, x)
         outputs = {m.module: F.linear(x, *m.linear._parameters.values()) for m in plan.members}  # type: ignore[arg-type]
         add_adapters(call, x[:target], Ss, [y[:target] for y in outputs.values()], As, Bs)
         return outputs
 
     def _over_modules(
-        self, plan: _Joint, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
+        self, plan: _JointProjections, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
     ) -> dict[nn.Module, Tensor]:
-        """The call over frozen layers that keep their own products and graphs: quantised, or with trained weights."""
+        """Return the outputs over frozen layers that must be called: they are quantised, or their weights train."""
         adapted = plan.adapted
         context = slot.context if plan.fuses else None
         x_source, _, Ss, _ = _NO_SOURCE if context is None else self._source(plan, context)
         lead, flat = x.shape[:-1], plan.plain and x.dim() > 2
-        if flat:  # a linear's output then has memory of its own and can be accumulated into
+        if flat:  # with a 2-d input the output is not a view, and can be accumulated into
             x = x.flatten(0, -2)
             x_source = None if x_source is None else x_source.flatten(0, -2)
             Ss = tuple(S.flatten(0, -2) for S in Ss)
@@ -386,15 +396,18 @@ class Site:
         return {member.module: y.unflatten(0, lead) if flat else y for member, y in zip(adapted, outputs, strict=True)}
 
 
-def _fitted(path: str, x_source: Tensor, x: Tensor) -> Tensor:
-    """Return a state (..., m, d) on x's device; ValueError where it has not as many rows as x."""
+def _checked_source(path: str, x_source: Tensor, x: Tensor) -> Tensor:
+    """Return a state (..., m, d) on x's device. Raise ValueError if it does not have x's number of rows and width."""
     if x_source.shape[:-1].numel() != x.shape[:-1].numel() or x_source.shape[-1] != x.shape[-1]:
-        raise ValueError(f"{path}: the source's state is {tuple(x_source.shape)}, its input {tuple(x.shape)}")
+        raise ValueError(
+            f"{path}: the source's state has shape {tuple(x_source.shape)} and the input {tuple(x.shape)}; both need "
+            "the same number of positions and the same width"
+        )
     return x_source.to(x.device)
 
 
 def _call(plan: _Plan, key: tuple[Any, ...], dtype: torch.dtype, p: float, device: torch.device) -> Any:
-    """Return the node's call for a key of ranks and scalings, dtype, p, device and whether there is a source."""
+    """Return the constants of a call. ``key`` holds ranks, scalings, and whether there is x_source or S."""
     adapters = tuple(
         (member.index, key[2 * i], float(key[2 * i + 1]), member.fusion if key[-1] or key[-2] else None)
         for i, member in enumerate(plan.adapted)
@@ -413,8 +426,10 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _fits(layer: FlareLayer, adapter: str) -> bool:
-    """Whether an adapter's matrices are plain linears without bias, its scaling is a number, and its fusion looks at
-    one position at a time and acts on all outputs.
+    """Return whether an adapter can take part in a site's call.
+
+    Its A and B must be plain linears without bias, its scaling a number, and its fusion must act on each position
+    separately and on all outputs.
     """
     if isinstance(layer.scaling[adapter], Tensor):
         return False

@@ -1,4 +1,4 @@
-"""The Triton kernels and their launchers; :mod:`flare_kernels.triton_ops.primitives` is what others call.
+"""The Triton kernels and their launchers. Call them through :mod:`flare_kernels.triton_ops.primitives`.
 
-This package is the only part of ``flare_kernels`` that imports Triton: import it where it is used.
+This is the only package of ``flare_kernels`` that imports Triton. Import it inside the functions that use it.
 """

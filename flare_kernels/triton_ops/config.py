@@ -1,9 +1,9 @@
-"""Launch configurations: which tiles a kernel runs with, unless a tuned table has an entry.
+"""The general rule for launch configurations: the tiles of a kernel if no tuned table has an entry.
 
-Decided from dtypes, rank, alignment and shared memory only, by rules that always end in one of the rows below; there is
-no autotuning. The same call on the same kind of card therefore always runs the same code, which
-:mod:`flare_kernels.aot` compiles ahead of time, row by row. A table that ``flare bench --tune`` measured
-(:mod:`flare_kernels.launch_table`) goes first.
+The rule depends on dtypes, rank, alignment and shared memory only, and always selects one of the rows below. There is
+no autotuning, so the same call on the same GPU model always runs the same code. :mod:`flare_kernels.aot` compiles every
+row ahead of time. An entry of a table measured by ``flare bench --tune`` (:mod:`flare_kernels.launch_table`) overrides
+the rule.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-#: From this much shared memory per block on, a card gets the deeper pipelines (sm_80 163 KB, sm_90 and sm_100 227 KB).
+#: Least shared memory per block for the deeper pipelines (sm_80 has 163 KB, sm_90 and sm_100 have 227 KB).
 LARGE_SHARED_BYTES = 160 * 1024
-#: From this much on, a card multiplies by warp groups (sm_90, sm_100): accumulators take fewer registers of each warp.
+#: Least shared memory per block of GPUs with wgmma (sm_90, sm_100), where accumulators take fewer registers per warp.
 HOPPER_SHARED_BYTES = 220 * 1024
-#: What sm_86, sm_89 and sm_120 allow a block: the other configurations must fit it.
+#: Shared memory per block of sm_86, sm_89 and sm_120, which the other configurations must fit.
 SMALL_SHARED_BYTES = 99 * 1024
 
-#: Ranks round up to one of these, or to the last; a rank above a row's BLOCK_R is walked in blocks.
+#: A rank is rounded up to one of these, or down to the last. A rank above a row's BLOCK_R is processed in blocks.
 RANK_BUCKETS = (16, 32, 64, 128, 256)
 
-#: Operand classes: all in 2 bytes; 2-byte compute on some 4-byte operands; IEEE float32; 2-byte with unaligned rows.
+#: Operand classes: all operands of 2 bytes; 2-byte compute dtype with some 4-byte operands; IEEE float32; 2-byte
+#: compute dtype with unaligned rows.
 NARROW, MIXED, FLOAT32, UNALIGNED = "narrow", "mixed", "float32", "unaligned"
 OPERAND_CLASSES = (NARROW, MIXED, FLOAT32, UNALIGNED)
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes (M tokens, K input width, N output width, R rank; 0 where a kernel has no such axis) and options."""
+    """Tile sizes (M tokens, K input width, N output width, R rank; 0 if the axis is not tiled) and launch options."""
 
     BLOCK_M: int
     BLOCK_K: int
@@ -38,51 +39,51 @@ class TileConfig:
     BLOCK_R: int
     num_warps: int
     num_stages: int
-    #: programs wanted: fewer tiles than that are cut further, more share a program
+    #: target number of programs: fewer tiles are split further, more tiles share a program
     programs: int = 256
 
     def tiles_of(self, names: Sequence[str]) -> dict[str, int]:
-        """The tile sizes that a kernel with these argument names takes."""
+        """Return the tile sizes that a kernel with these argument names takes."""
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_K", "BLOCK_N", "BLOCK_R") if name in names}
 
 
-#: step -> form -> the kernels whose tiles the form takes. The general rule takes the first; "torch" is plain PyTorch.
-#: A form that is never the fastest on an H200 stays for the tuner to time on other cards. Times are the H200's of
-#: tables/nvidia-h200.json: q and v of Llama 8B, M = 8192, r = 64, unless stated otherwise.
+#: step -> form -> the kernels whose tiles are part of the form. The general rule takes the first form; "torch" is plain
+#: PyTorch. Forms that are never the fastest on an H200 are candidates on other GPUs. The times are from
+#: tables/nvidia-h200.json: query and value of Llama 8B, M = 8192, r = 64, unless stated otherwise.
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "shrink": {
         "triton": ("shrink",),
-        # tensor descriptors, a persistent grid; never the fastest: 41.2 against 40.5 us
+        # tensor descriptors and a persistent grid; never the fastest: 41.2 vs. 40.5 us
         "tma": ("shrink_tma",),
-        # the last program of a tile adds its partial sums, one launch instead of two: 40.5 us too;
-        # 13.3 against 14.5 us at M = 2048, r = 8
+        # split-K reduced by the last program of each tile, one launch instead of two: also 40.5 us;
+        # 13.3 vs. 14.5 us at M = 2048, r = 8
         "last_adds": ("shrink_last_adds",),
-        "torch": (),  # XLM-R Large, M = 2048: 12.5 against 13.9 us
+        "torch": (),  # XLM-R Large, M = 2048: 12.5 vs. 13.9 us
     },
-    "expand": {"triton": ("expand",), "torch": ()},  # the kernel 59.4, PyTorch 87.2 us
+    "expand": {"triton": ("expand",), "torch": ()},  # kernel 59.4 us, PyTorch 87.2 us
     "grad_bottleneck": {
         "triton": ("grad_bottleneck",),
-        "rows_first": ("grad_bottleneck",),  # XLM-R Large: 28.0 against 28.7 us
+        "rows_first": ("grad_bottleneck",),  # XLM-R Large: 28.0 vs. 28.7 us
         "torch": (),  # never the fastest: 111 us
     },
     "grad_weight": {
         "triton": ("grad_weight",),
-        "tma": ("grad_weight_tma",),  # never the fastest: 50.2 against 47.4 us
-        "last_adds": ("grad_weight_last_adds",),  # M = 2048: 18.4 against 22.1 us; M = 8192: 47.9 against 47.4 us
+        "tma": ("grad_weight_tma",),  # never the fastest: 50.2 vs. 47.4 us
+        "last_adds": ("grad_weight_last_adds",),  # M = 2048: 18.4 vs. 22.1 us; M = 8192: 47.9 vs. 47.4 us
         "torch": (),  # never the fastest: 57.1 us
     },
-    # dx written alone: one BLAS call takes 27.8 against 33.4 us; at r = 8 the kernel takes 20.3 against 25.8 us
+    # dx without accumulation: BLAS 27.8 vs. 33.4 us for the kernel; at r = 8 the kernel 20.3 vs. 25.8 us
     "grad_input": {"torch": (), "triton": ("grad_input",)},
     "decode": {"triton": ("shrink_decode", "expand_decode")},
-    # what runs first where a node owns the frozen products (flare_kernels/order.py), forward and backward: 1103 against
-    # 1144 us, XLM-R Large 210 against 212 us; equal at M = 2048
+    # order of adapters and frozen products (flare_kernels/order.py), forward and backward: 1103 vs. 1144 us, XLM-R
+    # Large 210 vs. 212 us; equal at M = 2048
     "order": {"adapter_first": (), "frozen_first": ()},
 }
 
-#: (step, form) -> whether the form runs on operands of a class with a compute capability (90: sm_90; 0: the
-#: interpreter). A form without a predicate runs anywhere, and a step's first form has none.
-RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {
-    # sm_120 has tensor descriptors too, but no room for deep pipelines
+#: (step, form) -> predicate of operand class and compute capability (90: sm_90; 0: the interpreter). A form without a
+#: predicate runs anywhere. The first form of a step has none.
+SUPPORTED: dict[tuple[str, str], Callable[[str, int], bool]] = {
+    # sm_120 has tensor descriptors too, but too little shared memory for deep pipelines
     (step, "tma"): lambda operands, capability: operands == NARROW and (capability == 0 or 90 <= capability < 120)
     for step in ("shrink", "grad_weight")
 }
@@ -90,11 +91,11 @@ RUNS_WHERE: dict[tuple[str, str], Callable[[str, int], bool]] = {
 
 def can_run(step: str, form: str, operands: str, capability: int) -> bool:
     """Return whether a form of a step runs on operands of this class with this compute capability."""
-    runs = RUNS_WHERE.get((step, form))
-    return runs is None or runs(operands, capability)
+    predicate = SUPPORTED.get((step, form))
+    return predicate is None or predicate(operands, capability)
 
 
-# Rows: BLOCK_M, BLOCK_K, BLOCK_N, largest BLOCK_R, warps, stages on a small card, stages on a large card.
+# Rows: BLOCK_M, BLOCK_K, BLOCK_N, largest BLOCK_R, warps, stages on a small GPU, stages on a large GPU.
 _Row = tuple[int, int, int, int, int, int, int]
 
 # 2-byte operands, one row per rank bucket.
@@ -158,8 +159,8 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
     },
 }
 
-# What differs from them on a card with HOPPER_SHARED_BYTES. An H200's tuner found nothing faster than the row of rank
-# 128 (47.4 us, q and v of Llama 8B at M = 8192).
+# Rows that replace them on a GPU with HOPPER_SHARED_BYTES. On an H200, the tuner found no faster configuration than the
+# row of rank 128 (47.4 us, query and value of Llama 8B at M = 8192).
 _HOPPER_ROWS: dict[str, dict[int, _Row]] = {
     "grad_weight": {
         64: (64, 128, 0, 64, 4, 4, 4),
@@ -168,7 +169,7 @@ _HOPPER_ROWS: dict[str, dict[int, _Row]] = {
     },
 }
 
-# The other classes: one row per kernel for all ranks (BLOCK_R follows the rank up to the row's largest).
+# The other classes: one row per kernel for all ranks (BLOCK_R is the rank's bucket, up to the row's largest).
 _ROWS: dict[str, dict[str, _Row]] = {
     MIXED: {
         "shrink": (64, 32, 0, 128, 8, 3, 5),
@@ -199,11 +200,9 @@ _ROWS: dict[str, dict[str, _Row]] = {
     },
 }
 
-KERNELS = tuple(
-    dict.fromkeys(kernel for of_step in FORMS.values() for of_form in of_step.values() for kernel in of_form)
-)
+KERNELS = tuple(dict.fromkeys(kernel for forms in FORMS.values() for kernels in forms.values() for kernel in kernels))
 
-# Programs wanted per kernel: one to four for each of some 130 multiprocessors of a large card.
+# Target number of programs per kernel: one to four per multiprocessor of a large GPU, which has about 130.
 _PROGRAMS = {
     "shrink": 128,
     "expand": 512,
@@ -218,12 +217,12 @@ _PROGRAMS = {
 
 
 def rank_bucket(rank: int) -> int:
-    """The smallest bucket that holds the rank, or the largest bucket."""
+    """Return the smallest bucket that is at least the rank, or the largest bucket."""
     return next((bucket for bucket in RANK_BUCKETS if rank <= bucket), RANK_BUCKETS[-1])
 
 
 def operand_class(compute_bytes: int, widest_bytes: int, aligned: bool) -> str:
-    """Class of a launch from the compute dtype's size, the widest operand's, and whether rows are 16-byte aligned."""
+    """Return the operand class for the bytes of the compute dtype and of the widest operand, and the alignment."""
     if compute_bytes == 4:
         return FLOAT32
     if not aligned:
@@ -233,9 +232,9 @@ def operand_class(compute_bytes: int, widest_bytes: int, aligned: bool) -> str:
 
 @cache
 def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConfig:
-    """The configuration of one launch; every combination has one, on every card."""
+    """Return the general rule's configuration of a launch. Every combination has one, on every GPU."""
     bucket = rank_bucket(rank)
-    kernel = kernel.removesuffix("_last_adds")  # a form of the same kernel
+    kernel = kernel.removesuffix("_last_adds")  # the same kernel in another form
     row = _ROWS[operands].get(kernel) if operands != NARROW else None
     if row is None:  # also for kernels that run on aligned 2-byte operands only
         row = _NARROW_ROWS[kernel][bucket]
@@ -247,7 +246,7 @@ def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConf
     elif shared_bytes >= SMALL_SHARED_BYTES:
         num_stages = stages_small
     else:
-        num_stages = 1  # older and other cards: no copy of a tile waits in shared memory
+        num_stages = 1  # other GPUs: no prefetching into shared memory
     return TileConfig(block_m, block_k, block_n, min(bucket, max_block_r), num_warps, num_stages, _PROGRAMS[kernel])
 
 
@@ -262,7 +261,7 @@ def all_configs() -> Iterator[tuple[str, str, int, int, TileConfig]]:
                     yield kernel, operands, bucket, shared_bytes, choose(kernel, operands, bucket, shared_bytes)
 
 
-#: What the tuner tries for aligned 2-byte operands: BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs wanted.
+#: The tuner's grid for aligned 2-byte operands: BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs.
 _CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
     "shrink": ((64, 128), (64, 128), (0,), (4, 8), (3, 4), (128, 264)),
     "expand": ((64, 128), (0,), (64, 128), (4, 8), (2, 3), (512, 1056)),
@@ -279,12 +278,12 @@ _CANDIDATES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 def candidates(kernel: str, operands: str, rank: int, shared_bytes: int) -> Iterator[TileConfig]:
-    """What the tuner tries: the general rule's choice first, then (for aligned 2-byte operands) the grid around it."""
+    """Yield the tuner's candidates: the general rule's choice, then the grid (for aligned 2-byte operands only)."""
     general = choose(kernel, operands, rank, shared_bytes)
     yield general
     if operands != NARROW:
         return
     for BLOCK_M, BLOCK_K, BLOCK_N, warps, stages, programs in itertools.product(*_CANDIDATES[kernel]):
-        found = TileConfig(BLOCK_M, BLOCK_K, BLOCK_N, general.BLOCK_R, warps, stages, programs)
-        if found != general:
-            yield found
+        candidate = TileConfig(BLOCK_M, BLOCK_K, BLOCK_N, general.BLOCK_R, warps, stages, programs)
+        if candidate != general:
+            yield candidate

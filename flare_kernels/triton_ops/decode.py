@@ -1,10 +1,10 @@
-"""The forward pass for a handful of tokens (decoding): two launches for all projections, whatever the width.
+"""The forward pass for a few tokens (decoding): two launches for all projections, for any width.
 
-Shape legend: M tokens, K input width, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T and S.
+Shape legend: M tokens, K input width, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S.
 
-The first launch cuts the sum over K, so that enough programs read A, and stores float32 partial results. The second
-adds them in a fixed order where it needs them, fuses, and projects up. How the sum is cut depends on K alone and tiles
-do not depend on M, so a row's result does not depend on the other rows.
+The first launch splits the sum over K, so that enough programs read A, and stores float32 partial sums in a workspace.
+The second reduces them in a fixed order, fuses, and projects up. The splits depend on K only and the tiles do not
+depend on M, so a row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .launch import (
     strides,
 )
 
-#: The most tokens that take this path.
+#: Largest number of tokens that these kernels take.
 MAX_ROWS = 64
-#: The largest rank: one block of R.
+#: Largest rank: it must fit in one block of R.
 MAX_RANK = 128
-#: The most parts that a sum over K is cut into.
-_SPLITS = 16
+#: Largest number of splits of a sum over K.
+_MAX_SPLITS = 16
 _NO_S = (None,) * MAX_PROJECTIONS
 
 
@@ -51,7 +51,7 @@ def shrink_decode_kernel(
     A_0,
     A_1,
     A_2,
-    partials,
+    workspace,
     M,
     K,
     R,
@@ -73,9 +73,10 @@ def shrink_decode_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """partials[i_split, 0] = x A^T and, of two STREAMS, partials[i_split, 1] = x_source A^T over one split's K tiles.
+    """Write x A^T and x_source A^T over the K tiles of one split to workspace[i_split, 0] and workspace[i_split, 1].
 
-    x, x_source (M, K); A_i (R, K); partials (splits, STREAMS, M, COUNT R), float32, contiguous.
+    x, x_source (M, K); A_i (R, K); workspace (splits, STREAMS, M, COUNT R), float32, contiguous. With one stream
+    (STREAMS 1), x_source is not read.
     """
     i_m = tl.program_id(0)
     i_split = tl.program_id(1)
@@ -99,22 +100,22 @@ def shrink_decode_kernel(
         if STREAMS == 2:
             b_x = round_to(load_tile(x_source, o_m, m_m, x_source_stride_m, o_k, m_k, x_source_stride_k), DTYPE)
             b_s = dot(b_x, tl.trans(b_A), b_s)
-    partials += i_split * STREAMS * M * COUNT * R + i_p * R
-    store_tile(partials, b_t, o_m, m_m, COUNT * R, o_r, m_r, 1)
+    workspace += i_split * STREAMS * M * COUNT * R + i_p * R
+    store_tile(workspace, b_t, o_m, m_m, COUNT * R, o_r, m_r, 1)
     if STREAMS == 2:
-        store_tile(partials + M * COUNT * R, b_s, o_m, m_m, COUNT * R, o_r, m_r, 1)
+        store_tile(workspace + M * COUNT * R, b_s, o_m, m_m, COUNT * R, o_r, m_r, 1)
 
 
 @triton.jit
-def add_partials(
-    partials, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
+def sum_splits(
+    workspace, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """The (BLOCK_M, BLOCK_R) tile of partials.sum(0), in a fixed order; splits is a multiple of 4."""
+    """Return the (BLOCK_M, BLOCK_R) tile of workspace.sum(0), added in a fixed order; splits is a multiple of 4."""
     b_sum = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    p_tile = partials + o_m[:, None] * stride_m + o_r[None, :]
+    p_tile = workspace + o_m[:, None] * stride_m + o_r[None, :]
     m_tile = m_m[:, None] & m_r[None, :]
     for _ in range(0, splits, 4):
-        # four loads under way at a time
+        # four loads in flight at a time
         b_0 = tl.load(p_tile, mask=m_tile, other=0.0)
         b_1 = tl.load(p_tile + stride_split, mask=m_tile, other=0.0)
         b_2 = tl.load(p_tile + 2 * stride_split, mask=m_tile, other=0.0)
@@ -132,7 +133,7 @@ def expand_decode_kernel(
     out_0,
     out_1,
     out_2,
-    partials,
+    workspace,
     S_0,
     S_1,
     S_2,
@@ -171,16 +172,17 @@ def expand_decode_kernel(
     COUNT: tl.constexpr,
     STREAMS: tl.constexpr,
     FUSION: tl.constexpr,
-    KEEP: tl.constexpr,
+    SAVE: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and BLOCK_N columns of one projection.
+    """Compute out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and BLOCK_N columns of one projection.
 
-    T from the partial sums; S from theirs (two STREAMS) or given, S_i (M, R). y_i, out_i (M, N_i); B_i (N_i, R). KEEP:
-    the first tile of each projection also stores T and S (M, COUNT R) (for "add" their sum, in T) for a backward pass.
+    T is the sum of the splits in the workspace. S is too if STREAMS is 2; otherwise it is the argument S_i (M, R).
+    y_i, out_i (M, N_i); B_i (N_i, R). SAVE: the first tile of each projection also stores T and S (M, COUNT R) for a
+    backward pass (for "add", their sum in T).
     """
     i_m = tl.program_id(0)
     i_n = tl.program_id(1)
@@ -210,19 +212,19 @@ def expand_decode_kernel(
     m_m = o_m < M
     m_n = o_n < N
     m_r = o_r < R
-    # asked for before the sums, so that they arrive meanwhile
+    # loaded before the reduction, to overlap with it
     b_y = load_tile(y, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
     b_B = round_to(load_tile(B, o_n, m_n, B_stride_n, o_r, m_r, B_stride_r), DTYPE)
 
-    partials += i_p * R
+    workspace += i_p * R
     stride_split = STREAMS * M * COUNT * R
     stride_m = COUNT * R
-    b_t = add_partials(partials, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
+    b_t = sum_splits(workspace, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
     b_t = round_to(b_t, DTYPE)
     b_s = b_t
     if STREAMS == 2:
-        sources = partials + M * stride_m
-        b_s = add_partials(sources, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
+        sources = workspace + M * stride_m
+        b_s = sum_splits(sources, stride_split, stride_m, splits, o_m, m_m, o_r, m_r, BLOCK_M, BLOCK_R)
         b_s = round_to(b_s, DTYPE)
     elif FUSION != 0:
         S = pick(i_p, S_0, S_1, S_2, COUNT)
@@ -233,9 +235,9 @@ def expand_decode_kernel(
     b_acc = dot(b_h, tl.trans(b_B), tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32))
     store_tile(out, b_y.to(tl.float32) + scaling * b_acc, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
 
-    if KEEP:
+    if SAVE:
         if i_n == 0:
-            if FUSION == 1:  # add: only the sum matters from here on
+            if FUSION == 1:  # add: backward needs only the sum
                 b_t = b_h
             store_tile(T_out + i_p * R, b_t, o_m, m_m, COUNT * R, o_r, m_r, 1)
             if FUSION > 1:
@@ -243,7 +245,7 @@ def expand_decode_kernel(
 
 
 def can_decode(rows: int, ranks: Sequence[int]) -> bool:
-    """Whether :func:`decode` takes a call of so many tokens with adapters of these ranks."""
+    """Return whether :func:`decode` takes a call with this number of tokens and adapters of these ranks."""
     return 0 < rows <= MAX_ROWS and len(ranks) <= MAX_PROJECTIONS and len(set(ranks)) == 1 and ranks[0] <= MAX_RANK
 
 
@@ -258,21 +260,25 @@ def decode(
     compute_dtype: torch.dtype,
     scalings: Sequence[float],
     fusion: str | None,
-    keep: bool,
+    save_for_backward: bool,
     outs: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """y_i += scaling_i * phi(x_source A_i^T, x A_i^T) B_i^T, in place, for a few tokens, in two launches.
+    """Add scaling_i * phi(x_source A_i^T, x A_i^T) B_i^T to y_i, in place, for a few tokens, in two launches.
 
     Args:
         x, x_source: (M, K), any strides and float dtype, M at most MAX_ROWS.
-        Ss: (M, R) each, instead of x_source: S, given; empty where it is not.
-        ys: (M, N_i) each, of one dtype; As: (R, K); Bs: (N_i, R), of one dtype each, any strides.
-        fusion: None, "add", "mul", "add_relu" or "mul_relu", the same for all.
-        keep: whether T and S are wanted for a backward pass.
-        outs: where the results go instead; of the dtypes, shapes and strides of ys.
+        Ss: S (M, R) of each projection instead of x_source; otherwise empty.
+        ys: (M, N_i) each, of one dtype, any strides.
+        As: (R, K) each, of one dtype, any strides.
+        Bs: (N_i, R) each, of one dtype, any strides.
+        compute_dtype: dtype of the products' operands; sums are float32.
+        scalings: one number per projection.
+        fusion: None, "add", "mul", "add_relu" or "mul_relu", the same for all projections.
+        save_for_backward: whether to return T and S.
+        outs: destinations instead of ys, with their dtypes, shapes and strides.
 
     Returns:
-        T, S: (M, len(ys) R) in compute_dtype; None where they are not wanted. For "add": (T + S, None).
+        T, S: (M, len(ys) R) in compute_dtype, or None if they are not needed. For "add": (T + S, None).
     """
     mode, device = launch_mode.current, x.device
     tensors = (x, *ys, *As, *Bs, *Ss) if x_source is None else (x, *ys, *As, *Bs, *Ss, x_source)
@@ -280,23 +286,23 @@ def decode(
         tensors = (*tensors, *outs)
     key = (
         "decode",
-        *(device, compute_dtype, fusion, keep, x_source is None, not Ss, outs is None),
+        *(device, compute_dtype, fusion, save_for_backward, x_source is None, not Ss, outs is None),
         *scalings,
         *map(LAYOUT, tensors),
         *map(STRIDE, tensors),
         *map(LOW_BITS, map(ADDRESS, tensors)),
     )
     try:
-        missing, size, keeps_S, partials_size, project, expand = mode.plans[key]
+        missing, size, saves_S, workspace_size, project, expand = mode.plans[key]
     except KeyError:
-        plan = _plan(mode, x, x_source, Ss, ys, As, Bs, compute_dtype, scalings, fusion, keep)
-        missing, size, keeps_S, partials_size, project, expand = mode.plans.add(key, plan)
-    partials = torch.empty(partials_size, dtype=torch.float32, device=device)
-    project.run(x, x_source, *As, *missing, partials, *project.constants)
-    T = torch.empty(size, dtype=compute_dtype, device=device) if keep else None
-    S = torch.empty(size, dtype=compute_dtype, device=device) if keeps_S else None
-    results, given = ys if outs is None else outs, (*Ss, *missing) if Ss else _NO_S
-    expand.run(*ys, *missing, *results, *missing, partials, *given, *Bs, *missing, T, S, *expand.constants)
+        plan = _plan(mode, x, x_source, Ss, ys, As, Bs, compute_dtype, scalings, fusion, save_for_backward)
+        missing, size, saves_S, workspace_size, project, expand = mode.plans.add(key, plan)
+    workspace = torch.empty(workspace_size, dtype=torch.float32, device=device)
+    project.run(x, x_source, *As, *missing, workspace, *project.constants)
+    T = torch.empty(size, dtype=compute_dtype, device=device) if save_for_backward else None
+    S = torch.empty(size, dtype=compute_dtype, device=device) if saves_S else None
+    results, S_args = ys if outs is None else outs, (*Ss, *missing) if Ss else _NO_S
+    expand.run(*ys, *missing, *results, *missing, workspace, *S_args, *Bs, *missing, T, S, *expand.constants)
     return T, S
 
 
@@ -311,9 +317,9 @@ def _plan(
     compute_dtype: torch.dtype,
     scalings: Sequence[float],
     fusion: str | None,
-    keep: bool,
+    save_for_backward: bool,
 ) -> tuple[tuple[None, ...], tuple[int, int], bool, tuple[int, ...], Launcher, Launcher]:
-    """(missing projections' arguments, size of T and S, whether S is kept, size of the partial results, launches)."""
+    """Return (None per missing projection, size of T and S, whether to save S, size of the workspace, launches)."""
     fusion = None if x_source is None and not Ss else fusion
     (M, K), R, count = x.shape, As[0].shape[0], len(ys)
     streams = 1 if x_source is None else 2
@@ -322,8 +328,8 @@ def _plan(
     config = tiles["shrink_decode"]
     assert config.BLOCK_R >= R, "a decode kernel holds one block of R"
     k_tiles = cdiv(K, config.BLOCK_K)
-    tiles_per_split = cdiv(k_tiles, _SPLITS)
-    # rounded up to what the second launch adds at a time: a part without tiles is zero
+    tiles_per_split = cdiv(k_tiles, _MAX_SPLITS)
+    # a multiple of 4, as sum_splits requires; splits without tiles are zero
     splits = 4 * cdiv(k_tiles, 4 * tiles_per_split)
     project = Launcher(
         mode,
@@ -355,15 +361,15 @@ def _plan(
         **numbered("N", widths, 0),
         R=R,
         splits=splits,
-        **numbered("scaling", [float(one) for one in scalings], 0.0),
+        **numbered("scaling", [float(scaling) for scaling in scalings], 0.0),
         **numbered_strides("y", ys, "mn"),
         **numbered_strides("S", Ss, "mr"),
         **numbered_strides("B", Bs, "nr"),
         COUNT=count,
         STREAMS=streams,
         FUSION=FUSION_ID[fusion],
-        KEEP=keep,
+        SAVE=save_for_backward,
         DTYPE=TL_DTYPE[compute_dtype],
     )
-    missing, keeps_S = (None,) * (MAX_PROJECTIONS - count), keep and fusion not in (None, "add")
-    return missing, (M, count * R), keeps_S, (splits, streams, M, count * R), project, expand
+    missing, saves_S = (None,) * (MAX_PROJECTIONS - count), save_for_backward and fusion not in (None, "add")
+    return missing, (M, count * R), saves_S, (splits, streams, M, count * R), project, expand

@@ -1,28 +1,29 @@
-"""Device functions that the kernels share: rounding, dot, the fusions phi with their derivatives, dropout bits.
+"""Device functions shared by the kernels: rounding, dot, the fusions phi with their derivatives, dropout masks.
 
-Names in kernels: ``i_`` an index, ``o_`` offsets, ``m_`` a load mask, ``p_`` pointers, ``b_`` a tile in registers.
+Prefixes of names in kernels: ``i_`` index, ``o_`` offsets, ``m_`` load mask, ``p_`` pointers, ``b_`` tile in registers.
 """
 
 import triton
 import triton.language as tl
 
-#: True under TRITON_INTERPRET=1, where bfloat16 needs help: its casts truncate and its tl.dot multiplies raw bits.
+from ..fusion import FUSIONS, get_fusion
+
+#: True under TRITON_INTERPRET=1. The interpreter's bfloat16 casts truncate, and its tl.dot multiplies the raw bits.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-#: Fusions as the kernels know them; NONE is plain LoRA.
-FUSION_ID = {None: 0, "add": 1, "mul": 2, "add_relu": 3, "mul_relu": 4}
-_NONE = tl.constexpr(0)
-_ADD = tl.constexpr(1)
-_MUL = tl.constexpr(2)
-_ADD_RELU = tl.constexpr(3)
-_MUL_RELU = tl.constexpr(4)
+#: fusion -> its number in the kernels; 0 is plain LoRA.
+FUSION_ID: dict[str | None, int] = {None: 0, **{name: get_fusion(name).kernel_id for name in FUSIONS}}
+_ADD = tl.constexpr(FUSION_ID["add"])
+_MUL = tl.constexpr(FUSION_ID["mul"])
+_ADD_RELU = tl.constexpr(FUSION_ID["add_relu"])
+_MUL_RELU = tl.constexpr(FUSION_ID["mul_relu"])
 
 
 @triton.jit
 def round_to(b, dtype: tl.constexpr):
-    """Tile b in dtype, rounded to nearest even."""
+    """Return tile b in dtype, rounded to nearest even."""
     if INTERPRET and dtype == tl.bfloat16 and b.dtype == tl.float32:
-        # the interpreter's cast truncates: round in the integer domain, so that the cast is exact
+        # the interpreter's cast truncates, so round in the integer domain first
         b_bits = b.to(tl.int32, bitcast=True)
         b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
         b = b_bits.to(tl.float32, bitcast=True)
@@ -31,9 +32,9 @@ def round_to(b, dtype: tl.constexpr):
 
 @triton.jit
 def dot(b_left, b_right, b_acc):
-    """b_acc + b_left b_right: float32 sums, float32 operands in IEEE precision."""
+    """Return b_acc + b_left b_right, with float32 sums and float32 operands in IEEE precision."""
     if INTERPRET:
-        # the interpreter multiplies bfloat16 as the uint16 it stores it in
+        # the interpreter would multiply the uint16 values that hold bfloat16
         b_left = b_left.to(tl.float32)
         b_right = b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_acc, input_precision="ieee")
@@ -41,13 +42,13 @@ def dot(b_left, b_right, b_acc):
 
 @triton.jit
 def relu(b):
-    # written so that a NaN stays a NaN, as in torch.relu
+    # propagates NaN, as torch.relu does
     return tl.where(b <= 0, 0.0, b)
 
 
 @triton.jit
 def fuse(b_t, b_s, FUSION: tl.constexpr):
-    """H = phi(S, T), in float32.
+    """Return H = phi(S, T) in float32.
 
     none T    add S + T    mul S * T    add_relu relu(S) + relu(T)    mul_relu relu(S) * relu(T)
     """
@@ -67,7 +68,7 @@ def fuse(b_t, b_s, FUSION: tl.constexpr):
 
 @triton.jit
 def fuse_grad(b_dh, b_t, b_s, FUSION: tl.constexpr):
-    """(dT, dS) from dH, in float32.
+    """Return (dT, dS) for dH, in float32.
 
     none, add  dT = dS = dH
     mul        dT = dH * S                  dS = dH * T
@@ -88,7 +89,7 @@ def fuse_grad(b_dh, b_t, b_s, FUSION: tl.constexpr):
 
 @triton.jit
 def pick(i, a_0, a_1, a_2, COUNT: tl.constexpr):
-    """The i-th of the first COUNT arguments; the rest may be None."""
+    """Return the i-th of the first COUNT arguments; the others may be None."""
     a = a_0
     if COUNT > 1:
         if i == 1:
@@ -100,8 +101,8 @@ def pick(i, a_0, a_1, a_2, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_keep_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.constexpr):
-    """Packed keep bits of rows o_m and columns i_column .. i_column + BLOCK_K (both multiples of 8), as bytes."""
+def load_mask_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.constexpr):
+    """Return the mask bytes of rows o_m and columns i_column .. i_column + BLOCK_K (both multiples of 8)."""
     o_byte = i_column // 8 + tl.arange(0, BLOCK_K // 8)
     p_mask = mask + o_m.to(tl.int64)[:, None] * mask_stride_m + o_byte[None, :]
     return tl.load(p_mask, mask=m_m[:, None] & (o_byte * 8 < K)[None, :], other=0)
@@ -109,14 +110,14 @@ def load_keep_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.cons
 
 @triton.jit
 def drop(b_x, b_byte, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The tile (BLOCK_M, BLOCK_K) with zeros where the bit of its keep bytes (BLOCK_M, BLOCK_K / 8) is clear."""
+    """Return the tile (BLOCK_M, BLOCK_K), zero where the bit of its mask bytes (BLOCK_M, BLOCK_K / 8) is 0."""
     b_bit = (b_byte[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
     return tl.where(tl.reshape(b_bit, (BLOCK_M, BLOCK_K)) != 0, b_x, 0.0)
 
 
 @triton.jit
-def load_keep_bytes_transposed(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.constexpr):
-    """The same bytes as a (BLOCK_K / 8, rows) tile."""
+def load_mask_bytes_transposed(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.constexpr):
+    """Return the bytes of :func:`load_mask_bytes` as a (BLOCK_K / 8, rows) tile."""
     o_byte = i_column // 8 + tl.arange(0, BLOCK_K // 8)
     p_mask = mask + o_m.to(tl.int64)[None, :] * mask_stride_m + o_byte[:, None]
     return tl.load(p_mask, mask=m_m[None, :] & (o_byte * 8 < K)[:, None], other=0)
@@ -124,20 +125,20 @@ def load_keep_bytes_transposed(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK
 
 @triton.jit
 def drop_transposed(b_x, b_byte, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """:func:`drop` for a tile (BLOCK_K, BLOCK_M) of x^T."""
+    """Apply :func:`drop` to a tile (BLOCK_K, BLOCK_M) of x^T."""
     b_bit = (b_byte[:, None, :] >> tl.arange(0, 8).to(tl.uint8)[None, :, None]) & 1
     return tl.where(tl.reshape(b_bit, (BLOCK_K, BLOCK_M)) != 0, b_x, 0.0)
 
 
 @triton.jit
 def load_tile(x, o_row, m_row, stride_row, o_col, m_col, stride_col):
-    """x[o_row, o_col] with zeros outside; offsets are int64 before they are multiplied."""
+    """Return x[o_row, o_col], zero where masked. Offsets are cast to int64 before they are multiplied."""
     p_x = x + o_row.to(tl.int64)[:, None] * stride_row + o_col.to(tl.int64)[None, :] * stride_col
     return tl.load(p_x, mask=m_row[:, None] & m_col[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(x, b_x, o_row, m_row, stride_row, o_col, m_col, stride_col):
-    """x[o_row, o_col] = b_x, rounded to x's dtype."""
+    """Store b_x to x[o_row, o_col], rounded to x's dtype."""
     p_x = x + o_row.to(tl.int64)[:, None] * stride_row + o_col.to(tl.int64)[None, :] * stride_col
     tl.store(p_x, round_to(b_x, x.dtype.element_ty), mask=m_row[:, None] & m_col[None, :])

@@ -1,6 +1,6 @@
 """Fusion and up-projection of up to three projections in one launch, added to the frozen linears' outputs.
 
-Shape legend: M tokens, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T and S.
+Shape legend: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .launch import (
     strides,
 )
 
-# For `filter`: a loop in C.
-_GIVEN = functools.partial(operator.is_not, None)
+# For `filter`, which loops in C.
+_IS_NOT_NONE = functools.partial(operator.is_not, None)
 
 
 @triton.jit
@@ -92,11 +92,12 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and one group of N tiles of one projection.
+    """Compute out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and one group of N tiles of a projection.
 
-    y_i, out_i (M, N_i) of the same strides, and the same memory if the sum is in place; T, S (M, COUNT R);
-    B_i (N_i, R). Groups below groups_0 are projection 0's, below groups_01 projection 1's. phi is rounded to the
-    compute dtype, the sum once, to y's dtype. Not READS_Y: bias_i (N_i,) in place of y_i, or nothing (not HAS_BIAS).
+    y_i, out_i (M, N_i) with the same strides, and the same memory if the sum is in place; T, S (M, COUNT R);
+    B_i (N_i, R). Groups below groups_0 belong to projection 0, groups below groups_01 to projection 1. phi is rounded
+    to the compute dtype; the sum is rounded once, to y's dtype. If READS_Y is false, bias_i (N_i,) replaces y_i
+    (HAS_BIAS), or nothing is added.
     """
     i_m = tl.program_id(0)
     i_group = tl.program_id(1)
@@ -139,7 +140,7 @@ def expand_kernel(
     for i_n in range(i_start, min(i_start + tiles_per_group, tl.cdiv(N, BLOCK_N))):
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        # asked for before the product, so that it arrives meanwhile
+        # loaded before the product, to overlap with it
         if READS_Y:
             b_y = load_tile(y, o_m, m_m, y_stride_m, o_n, m_n, y_stride_n)
         if HAS_BIAS:
@@ -177,19 +178,19 @@ def expand_(
     biases: Sequence[Tensor | None] | None = None,
     follow_table: bool = False,
 ) -> None:
-    """y_i += scaling_i * phi(S_i, T_i) B_i^T, in place, for projections of one rank that share phi.
+    """Add scaling_i * phi(S_i, T_i) B_i^T to y_i, in place, for projections of one rank that share phi.
 
     Args:
         ys: (M, N_i) each, any strides, float16, bfloat16 or float32; the sum is float32 and rounded once.
-        T, S: (M, len(ys) R) in the compute dtype, any strides, projection i's columns at i R; without S (or with fusion
-            None) H = T.
+        T, S: (M, len(ys) R) in the compute dtype, any strides; projection i's columns start at i R. Without S, or with
+            fusion None, H = T.
         Bs: (N_i, R) each, any float dtype; rounded to the compute dtype tile by tile.
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
-        outs: where the results go instead; of the dtypes, shapes and strides of ys.
-        biases: (N_i,) or None each, any float dtype: y_i = bias_i + scaling_i * phi(S_i, T_i) B_i^T. What y_i held
-            before is not read.
-        follow_table: take the plain PyTorch form where the tuned table prefers it.
+        outs: destinations instead of ys, with their dtypes, shapes and strides.
+        biases: (N_i,) or None each, any float dtype. If passed, y_i is not read:
+            y_i = bias_i + scaling_i * phi(S_i, T_i) B_i^T.
+        follow_table: take the plain PyTorch form if the tuned table prefers it.
     """
     if fusion is None:
         S = None
@@ -199,7 +200,7 @@ def expand_(
         tensors = (*tensors, *outs)
     reads_y = biases is None
     biases = (None,) * len(ys) if biases is None else biases
-    tensors = (*tensors, *filter(_GIVEN, biases))
+    tensors = (*tensors, *filter(_IS_NOT_NONE, biases))
     key = (
         "expand",
         *(device, fusion, S is None, outs is None, reads_y, follow_table),
@@ -220,7 +221,7 @@ def expand_(
         launcher.run(*ys, *missing, *results, *missing, T, S, *Bs, *missing, *biases, *missing, *launcher.constants)
     elif form == "torch":
         torch_ops.expand_(ys, T, S, Bs, scalings=scalings, fusion=fusion, outs=outs, biases=None if reads_y else biases)
-    elif form == "apart":
+    elif form == "separate":
         for at in batches(ys, Bs, biases):
             T_at, S_at = (columns_of(t, at, Bs[0].shape[1]) for t in (T, S))
             assert T_at is not None
@@ -241,12 +242,12 @@ def _plan(
     fusion: str | None,
     follow_table: bool,
 ) -> tuple[str, tuple[None, ...], Launcher | None]:
-    """(form, the arguments of projections that are not there, launch)."""
+    """Return (form, None for each missing projection, launch)."""
     M, R, widths = ys[0].shape[0], Bs[0].shape[1], [y.shape[1] for y in ys]
     if M == 0 or not any(widths):
         return "empty", (), None
     if len(batches(ys, Bs, biases)) > 1:
-        return "apart", (), None
+        return "separate", (), None
     excluded = () if follow_table else ("torch",)
     options: dict[str, Any] = {"wide": ys, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
     form, tiles = form_for(mode, "expand", R, T.dtype, excluded=excluded, **options)
@@ -255,7 +256,7 @@ def _plan(
     config = tiles["expand"]
     m_tiles = cdiv(M, config.BLOCK_M)
     n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
-    # with enough programs, one program also takes the next tile of N and keeps its H
+    # with enough programs, a program computes several tiles of N from one H
     tiles_per_group = cdiv(sum(n_tiles), min(sum(n_tiles), cdiv(config.programs, m_tiles)))
     groups = [cdiv(tiles, tiles_per_group) for tiles in n_tiles]
     launcher = Launcher(
@@ -267,7 +268,7 @@ def _plan(
         M=M,
         **numbered("N", widths, 0),
         R=R,
-        **numbered("scaling", [float(one) for one in scalings], 0.0),
+        **numbered("scaling", [float(scaling) for scaling in scalings], 0.0),
         groups_0=groups[0],
         groups_01=sum(groups[:2]),
         tiles_per_group=tiles_per_group,

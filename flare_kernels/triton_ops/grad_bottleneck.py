@@ -1,16 +1,16 @@
-"""From dL/dy to the bottleneck, for up to three projections at once.
+"""Gradients of the bottleneck and of B from dL/dy, for up to three projections in one launch.
 
     dH_i = scaling_i G_i B_i, through phi to dT_i and dS_i        dB_i = scaling_i G_i^T phi(S_i, T_i)
 
-Shape legend: M tokens, N output width, R rank. Projection i owns columns i R .. (i + 1) R of T, S, dT and dS.
+Shape legend: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T, S, dT and dS.
 
-Two kinds of programs: *row programs* own BLOCK_M rows of one dH_i and walk all of N_i; *strip
-programs* own BLOCK_N columns of one G_i and walk a chunk of the rows, for dB_i. Both step by BLOCK_K. Forms:
+There are two kinds of programs. A *row program* computes BLOCK_M rows of one dH_i in a loop over N_i. A *strip program*
+computes dB_i for BLOCK_N columns of one G_i in a loop over a chunk of the rows. Both loop in steps of BLOCK_K. Forms:
 
-triton        one launch, numbered chunk by chunk, rows before strips: strips read their chunk of G from the L2 cache
-rows_first    one launch, all rows before all strips: long programs start first, so the last ones end together
+triton        one launch, chunk by chunk, rows before strips: strips read their chunk of G from the L2 cache
+rows_first    one launch, all rows before all strips: the longest programs start first, which shortens the tail
 
-A form that reads G once moves more bytes in partial sums than it saves: see benchmarks/bytes_moved.py.
+A form that reads G only once would move more bytes in partial sums than it saves (benchmarks/bytes_moved.py).
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ from .launch import (
     form_for,
     numbered,
     numbered_strides,
-    split_sum,
     strides,
 )
-from .partials import adding
+from .split_k import choose_splits, reduction_launcher
 
 
 @triton.jit
@@ -101,12 +100,13 @@ def grad_bottleneck_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Row programs (ROWS) write dT_i and dS_i, strip programs (STRIPS) out[i_chunk] = the chunk's dB_0, dB_1, dB_2.
+    """Compute dT_i and dS_i in row programs (ROWS), and dB_i of each chunk in strip programs (STRIPS).
 
-    A group of group_chunks chunks, chunk_rows rows each, has its row programs numbered before its strip programs.
+    Strip programs write dB_0, dB_1, dB_2 of their chunk to out[i_chunk]. A group has group_chunks chunks of chunk_rows
+    rows each. Within a group, row programs are numbered before strip programs.
 
-    G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is what
-    stands in H, FUSION_GRAD what dH goes through: 0 if only dT = dH is required.
+    G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is the
+    phi of H. FUSION_GRAD is the phi whose derivatives are applied to dH, or 0 if only dT = dH is required.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
     n_tiles_0 = tl.cdiv(N_0, BLOCK_N) if STRIPS else 0
@@ -127,7 +127,7 @@ def grad_bottleneck_kernel(
 
     if ROWS:
         if i_program < row_programs:
-            # the programs of one projection together: the widest, whose programs are the longest, is usually first
+            # projection by projection: the first one is usually the widest, and its programs take the longest
             i_p = i_program // (row_tiles * r_tiles)
             i_m = i_group * row_tiles + i_program // r_tiles % row_tiles
             if i_m * BLOCK_M < M:
@@ -213,24 +213,24 @@ def grad_bottleneck(
     B_grad_dtype: torch.dtype | None = None,
     follow_table: bool = False,
 ) -> list[Tensor] | None:
-    """dT, dS and dB_i from G_i = dL/dy_i, for projections of one rank that share phi.
+    """Compute dT and dS in place, and return dB_i, from G_i = dL/dy_i, for projections of one rank that share phi.
 
     Args:
         Gs: (M, N_i) each, any strides and float dtype; rounded to the compute dtype (T's or dT's) tile by tile.
-        T, S: (M, len(Gs) R), any strides, as stored by the forward pass, projection i's columns at i R; None where
-            nothing asks for them (without S, H = T).
+        T, S: (M, len(Gs) R), any strides, as stored by the forward pass; projection i's columns start at i R. None if
+            no required gradient depends on them. Without S, H = T.
         Bs: (N_i, R) each, any float dtype; rounded to the compute dtype tile by tile.
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
-        dT, dS: destinations like T, any strides; None where it is not wanted. dS is for a phi of two.
-        B_grad_dtype: dtype of dB, which is summed in float32; None where dB is not wanted.
-        follow_table: accept the plain PyTorch form where the tuned table prefers it.
+        dT, dS: destinations like T, any strides; None if not required.
+        B_grad_dtype: dtype of dB, which is summed in float32; None if dB is not required.
+        follow_table: take the plain PyTorch form if the tuned table prefers it.
 
     Returns:
-        dB_i (N_i, R), parts of one buffer; None where B_grad_dtype is.
+        dB_i (N_i, R), slices of one buffer; None if B_grad_dtype is None.
 
     Raises:
-        ValueError: dB is wanted without T, or nothing is.
+        ValueError: dB is required without T, or no gradient is required.
     """
     if fusion is None:
         S = None
@@ -254,32 +254,30 @@ def grad_bottleneck(
         *map(LOW_BITS, map(ADDRESS, tensors)),
     )
     try:
-        form, missing, widths, size, partials_size, launcher, add = mode.plans[key]
+        form, missing, widths, size, workspace_size, launcher, reduction = mode.plans[key]
     except KeyError:
         call = (Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table)
-        form, missing, widths, size, partials_size, launcher, add = mode.plans.add(key, _plan(mode, call))
+        form, missing, widths, size, workspace_size, launcher, reduction = mode.plans.add(key, _plan(mode, call))
 
     if launcher is None:
         if form == "torch":
             options: dict[str, Any] = {"dT": dT, "dS": dS, "B_grad_dtype": B_grad_dtype}
             return torch_ops.grad_bottleneck(Gs, T, S, Bs, scalings=scalings, fusion=fusion, **options)
-        if form == "apart":
-            return _apart((Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table))
+        if form == "separate":
+            return _separate_launches((Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table))
         for out in (dT, dS):
             if out is not None:
                 out.zero_()
-        return (
-            None
-            if B_grad_dtype is None
-            else [torch.zeros((N, size[1]), dtype=B_grad_dtype, device=device) for N in widths]
-        )
+        if B_grad_dtype is None:
+            return None
+        return [torch.zeros((N, size[1]), dtype=B_grad_dtype, device=device) for N in widths]
     dB = None if B_grad_dtype is None else torch.empty(size, dtype=B_grad_dtype, device=device)
-    partials = dB if add is None else torch.empty(partials_size, dtype=torch.float32, device=device)
-    is_linear = fusion == "add" or S is None  # then dT = dS = dH, whatever T and S are
+    workspace = dB if reduction is None else torch.empty(workspace_size, dtype=torch.float32, device=device)
+    is_linear = fusion == "add" or S is None  # then dT = dS = dH
     out_dS = None if is_linear else dS
-    launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, partials, *launcher.constants)
-    if add is not None:
-        add.run(partials, dB, *add.constants)
+    launcher.run(*Gs, *missing, T, S, *Bs, *missing, dT, out_dS, workspace, *launcher.constants)
+    if reduction is not None:
+        reduction.run(workspace, dB, *reduction.constants)
     if is_linear and dS is not None and dT is not None and S is not None:
         dS.copy_(dT)
     if dB is None:
@@ -302,8 +300,8 @@ _Call = tuple[
 ]
 
 
-def _apart(call: _Call) -> list[Tensor] | None:
-    """The projections that one launch cannot hold together, in several."""
+def _separate_launches(call: _Call) -> list[Tensor] | None:
+    """Run :func:`grad_bottleneck` in several launches, for projections that do not fit in one."""
     Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table = call
     R = Bs[0].shape[1]
     dBs: list[Tensor] = []
@@ -314,7 +312,7 @@ def _apart(call: _Call) -> list[Tensor] | None:
     return None if B_grad_dtype is None else dBs
 
 
-#: form, missing projections' arguments, widths, size of dB, of the partial sums, launch, launch that adds
+#: form, None for each missing projection, widths, size of dB, size of the workspace, launch, split-K reduction
 _Plan = tuple[
     str,
     tuple[None, ...],
@@ -329,16 +327,16 @@ _Plan = tuple[
 def _plan(mode: Mode, call: _Call) -> _Plan:
     Gs, T, S, Bs, scalings, fusion, dT, dS, B_grad_dtype, follow_table = call
     compute = T if T is not None else dT
-    wants_dB = B_grad_dtype is not None
-    if compute is None or (wants_dB and T is None):
-        raise ValueError("grad_bottleneck needs T where dB is wanted, and dT or B_grad_dtype to know what is")
+    strips = B_grad_dtype is not None
+    if compute is None or (strips and T is None):
+        raise ValueError("grad_bottleneck needs T to compute dB (B_grad_dtype), or dT as a destination")
     M, R, dtype, device = Gs[0].shape[0], Bs[0].shape[1], compute.dtype, Gs[0].device
     widths = [G.shape[1] for G in Gs]
     N = sum(widths)
     if M == 0 or N == 0:
         return "empty", (), widths, (N, R), (), None, None
     if len(batches(Gs, Bs)) > 1:
-        return "apart", (), widths, (N, R), (), None, None
+        return "separate", (), widths, (N, R), (), None, None
     excluded = () if follow_table else ("torch",)
     options: dict[str, Any] = {"wide": Gs, "thin": (T, S, *Bs), "rows": M, "width": max(widths)}
     form, tiles = form_for(mode, "grad_bottleneck", R, dtype, excluded=excluded, **options)
@@ -347,13 +345,13 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
     fusion = None if S is None else fusion
     fusion_grad = None if fusion == "add" else fusion
     (config,) = tiles.values()
-    rows, strips = dT is not None, wants_dB
+    rows = dT is not None
     r_tiles = cdiv(R, config.BLOCK_R)
     strip_programs = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if strips else 0
-    tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a whole number of both kinds' tiles
+    tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a multiple of both
     chunks, tiles_per_chunk = 1, cdiv(M, tile)
-    if strips:  # only their sums over the rows are cut
-        chunks, tiles_per_chunk = split_sum(M, tile, strip_programs, target=config.programs)
+    if strips:  # only the sums over the rows are split
+        chunks, tiles_per_chunk = choose_splits(M, tile, strip_programs, target=config.programs)
     chunk_rows = tiles_per_chunk * tile
     row_programs = chunk_rows // config.BLOCK_M * len(Gs) * r_tiles if rows else 0
     launcher = Launcher(
@@ -365,7 +363,7 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
         M=M,
         **numbered("N", widths, 0),
         R=R,
-        **numbered("scaling", [float(one) for one in scalings], 0.0),
+        **numbered("scaling", [float(scaling) for scaling in scalings], 0.0),
         chunk_rows=chunk_rows,
         group_chunks=chunks if form == "rows_first" else 1,
         **numbered_strides("G", Gs, "mn"),
@@ -382,5 +380,5 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
         FUSION_GRAD=FUSION_ID[fusion_grad],
     )
     missing = (None,) * (MAX_PROJECTIONS - len(Gs))
-    partials_size = (chunks, N, R)
-    return form, missing, widths, (N, R), partials_size, launcher, adding(mode, partials_size, device)
+    workspace_size = (chunks, N, R)
+    return form, missing, widths, (N, R), workspace_size, launcher, reduction_launcher(mode, workspace_size, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import launch_mode
 from ..launch_mode import Mode
-from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
+from .device import dot, drop, load_mask_bytes, load_tile, round_to, store_tile
 from .launch import ADDRESS, LAYOUT, LOW_BITS, STRIDE, Launcher, cdiv, form_for, strides
 
 
@@ -42,7 +42,7 @@ def grad_input_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dx = undrop(dT A), or dx += undrop(dT A) (ACCUMULATE), for BLOCK_M rows and one group of K tiles.
+    """Write mask * keep_scale * (dT A) to dx, or add it to dx (ACCUMULATE), for BLOCK_M rows and one group of K tiles.
 
     dT (M, R); A (R, K); dx (M, K), contiguous rows. The sum is rounded once.
     """
@@ -62,8 +62,8 @@ def grad_input_kernel(
         m_k = o_k < K
         b_dx = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
         if HAS_MASK:
-            # asked for before the product, so that it arrives meanwhile
-            b_byte = load_keep_bytes(mask, mask_stride_m, o_m, m_m, i_k * BLOCK_K, K, BLOCK_K)
+            # loaded before the product, to overlap with it
+            b_byte = load_mask_bytes(mask, mask_stride_m, o_m, m_m, i_k * BLOCK_K, K, BLOCK_K)
         if ACCUMULATE:
             b_before = load_tile(dx, o_m, m_m, dx_stride_m, o_k, m_k, 1)
         if ONE_R_BLOCK:
@@ -93,19 +93,20 @@ def grad_input(
     out: Tensor | None = None,
     follow_table: bool = False,
 ) -> Tensor:
-    """dx = undrop(dT A), (M, K), contiguous, in dtype; with ``out``, out += undrop(dT A), and out is returned.
+    """Return dx = mask * keep_scale * (dT A), (M, K), contiguous, in dtype; with ``out``, add it to out and return out.
 
     Args:
         dT: (M, R) in the compute dtype, any strides.
         A: (R, K), any float dtype; rounded to the compute dtype tile by tile.
-        mask: packed keep bits of the forward pass, (M, ceil(K / 8)); keep_scale the factor of what is kept.
-        dtype: of dx, without ``out``.
+        mask: packed dropout mask of the forward pass, (M, ceil(K / 8)).
+        keep_scale: factor of the kept elements.
+        dtype: dtype of dx; not used with ``out``.
         out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
-        follow_table: take one BLAS call where one dtype allows it and there is no dropout; where dx is written alone,
-            unless the tuned table prefers the kernel.
+        follow_table: make one BLAS call if all dtypes are equal and there is no mask. Without ``out``, the tuned table
+            may prefer the kernel.
     """
     if follow_table and mask is None and out is not None and out.dtype == A.dtype == dT.dtype:
-        return out.addmm_(dT, A)  # one BLAS call, which moves no more bytes than a kernel could
+        return out.addmm_(dT, A)  # moves as few bytes as a kernel would
     mode, device = launch_mode.current, dT.device
     tensors = (dT, A) if mask is None else (dT, A, mask)
     if out is not None:
@@ -139,7 +140,7 @@ def _plan(
     out: Tensor | None,
     follow_table: bool,
 ) -> tuple[str, Launcher | None]:
-    """(form, launch)."""
+    """Return (form, launch)."""
     (M, R), K = dT.shape, A.shape[1]
     if M == 0 or K == 0:
         return "empty", None
@@ -152,7 +153,7 @@ def _plan(
         return form, None
     config = tiles["grad_input"]
     m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
-    # with enough programs, one program also takes the next tile of K and keeps its dT
+    # with enough programs, a program computes several tiles of K from one dT
     tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(config.programs, m_tiles)))
     return form, Launcher(
         mode,

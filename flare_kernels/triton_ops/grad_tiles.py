@@ -1,4 +1,4 @@
-"""What one program of :mod:`flare_kernels.triton_ops.grad_bottleneck` does: a tile of dT and dS, or a tile of dB.
+"""Device functions of :mod:`flare_kernels.triton_ops.grad_bottleneck`: a tile of dT and dS, and a tile of dB.
 
 Shape legend: M tokens, N output width, R rank.
 """
@@ -41,9 +41,9 @@ def grad_hidden_tile(
     STEP: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dH = scaling * G B; dT = dH * dphi/dT, dS = dH * dphi/dS (FUSION 0: dT = dH alone) for BLOCK_M rows.
+    """Compute dH = scaling * G B, dT = dH * dphi/dT and dS = dH * dphi/dS for BLOCK_M rows; FUSION 0: only dT = dH.
 
-    The derivatives use T and S as stored, so both passes see the same phi.
+    The derivatives are taken at T and S as stored by the forward pass.
     """
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -93,7 +93,10 @@ def grad_up_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = scaling * G^T phi(S, T) for BLOCK_N columns of G, over rows m_start .. m_end; out (N, R) dense."""
+    """Compute out = scaling * G^T phi(S, T) for BLOCK_N columns of G over rows m_start .. m_end.
+
+    out (N, R), contiguous.
+    """
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n = o_n < N

@@ -1,4 +1,4 @@
-"""dA from both streams, in one pass over each.
+"""Gradient of A from both streams, in one pass over each.
 
 Shape legend: M tokens, K input width, R rank.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
-from .device import dot, drop_transposed, load_keep_bytes_transposed, load_tile, round_to, store_tile
+from .device import dot, drop_transposed, load_mask_bytes_transposed, load_tile, round_to, store_tile
 from .launch import (
     ADDRESS,
     LAYOUT,
@@ -23,12 +23,11 @@ from .launch import (
     DescriptorLauncher,
     Launcher,
     cdiv,
-    describable,
+    fits_descriptor,
     form_for,
-    split_sum,
     strides,
 )
-from .partials import MAX_COUNTERS, add_splits, adding, counters, is_last
+from .split_k import MAX_COUNTERS, choose_splits, counters, is_last_program, reduce_splits, reduction_launcher
 
 
 @triton.jit
@@ -64,11 +63,11 @@ def grad_weight_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[i_split] = dT^T drop(x) + dS^T drop(x_source) over the rows of one split.
+    """Compute out[i_split] = dT^T drop(x) + dS^T drop(x_source) over the rows of one split.
 
-    dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program owns BLOCK_K columns of x and sums
-    (BLOCK_K, BLOCK_R), so that the long side of the product is the same for every rank. LAST_ADDS: the last program of
-    a tile adds its splits up in total (R, K); counters holds a zero per tile, before and after the launch.
+    dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program accumulates a (BLOCK_K, BLOCK_R) tile,
+    so that the long side of the product is the same for every rank. LAST_ADDS: the last program of a tile reduces its
+    splits into total (R, K); counters has one zero per tile, before and after the launch.
     """
     i_k = tl.program_id(0)
     i_r = tl.program_id(1)
@@ -82,39 +81,39 @@ def grad_weight_kernel(
     b_dA = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     i_start = i_split * tiles_per_split
     if HAS_MASK:
-        # bytes cannot be copied ahead by the pipeline as x is: they are fetched one tile early, by hand
+        # the compiler's pipeline prefetches x but not mask bytes, so these are loaded one tile ahead here
         i_column = i_k * BLOCK_K
         o_next = i_start * BLOCK_M + tl.arange(0, BLOCK_M)
-        b_next = load_keep_bytes_transposed(mask, mask_stride_m, o_next, o_next < M, i_column, K, BLOCK_K)
+        b_next = load_mask_bytes_transposed(mask, mask_stride_m, o_next, o_next < M, i_column, K, BLOCK_K)
         if HAS_SOURCE:
-            b_next_source = load_keep_bytes_transposed(
+            b_next_source = load_mask_bytes_transposed(
                 mask_source, mask_source_stride_m, o_next, o_next < M, i_column, K, BLOCK_K
             )
     for i_m in range(i_start, min(i_start + tiles_per_split, tl.cdiv(M, BLOCK_M))):
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         m_m = o_m < M
         b_d = load_tile(dT, o_m, m_m, dT_stride_m, o_r, m_r, dT_stride_r)
-        # loaded as its transpose: before Hopper, transposing a tile in registers disables prefetching
+        # loaded transposed: before Hopper, transposing a tile in registers disables prefetching
         b_x = load_tile(x, o_k, m_k, x_stride_k, o_m, m_m, x_stride_m)
         if HAS_MASK:
             o_next = o_m + BLOCK_M
             b_x = drop_transposed(b_x, b_next, BLOCK_M, BLOCK_K)
-            b_next = load_keep_bytes_transposed(mask, mask_stride_m, o_next, o_next < M, i_column, K, BLOCK_K)
+            b_next = load_mask_bytes_transposed(mask, mask_stride_m, o_next, o_next < M, i_column, K, BLOCK_K)
         b_dA = dot(round_to(b_x, DTYPE), b_d, b_dA)
         if HAS_SOURCE:
             b_d = load_tile(dS, o_m, m_m, dS_stride_m, o_r, m_r, dS_stride_r)
             b_x = load_tile(x_source, o_k, m_k, x_source_stride_k, o_m, m_m, x_source_stride_m)
             if HAS_MASK:
                 b_x = drop_transposed(b_x, b_next_source, BLOCK_M, BLOCK_K)
-                b_next_source = load_keep_bytes_transposed(
+                b_next_source = load_mask_bytes_transposed(
                     mask_source, mask_source_stride_m, o_next, o_next < M, i_column, K, BLOCK_K
                 )
             b_dA = dot(round_to(b_x, DTYPE), b_d, b_dA)
 
     store_tile(out + i_split.to(tl.int64) * R * K, tl.trans(b_dA * keep_scale), o_r, m_r, K, o_k, m_k, 1)
     if LAST_ADDS:
-        if is_last(counters + i_r * tl.num_programs(0) + i_k, tl.num_programs(2)):
-            add_splits(out, total, tl.num_programs(2), R, K, i_r * BLOCK_R, R, o_k, m_k, BLOCK_R, BLOCK_K)
+        if is_last_program(counters + i_r * tl.num_programs(0) + i_k, tl.num_programs(2)):
+            reduce_splits(out, total, tl.num_programs(2), R, K, i_r * BLOCK_R, R, o_k, m_k, BLOCK_R, BLOCK_K)
 
 
 @triton.jit
@@ -138,10 +137,10 @@ def grad_weight_tma_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """:func:`grad_weight_kernel` without dropout, over tensor descriptors and with a persistent grid.
+    """Compute :func:`grad_weight_kernel` without dropout, with tensor descriptors and a persistent grid.
 
-    All operands have one dtype and contiguous rows. A program takes every tile of out (split, R, K) whose number is its
-    own plus a multiple of the programs; neighbours in K read the same rows of dT and dS.
+    All operands have one dtype and contiguous rows. Program i computes the tiles i, i + P, i + 2 P, ... of
+    out (splits, R, K), for P programs. Neighbouring tiles along K read the same rows of dT and dS.
     """
     d_dT = tl.make_tensor_descriptor(dT, [M, R], [dT_stride_m, 1], [BLOCK_M, BLOCK_R])
     d_x = tl.make_tensor_descriptor(x, [M, K], [x_stride_m, 1], [BLOCK_M, BLOCK_K])
@@ -180,18 +179,19 @@ def grad_weight(
     grad_dtype: torch.dtype,
     follow_table: bool = False,
 ) -> Tensor:
-    """dA = dT^T drop(x) + dS^T drop(x_source), (R, K), contiguous.
+    """Return dA = dT^T drop(x) + dS^T drop(x_source), (R, K), contiguous.
 
     Args:
         dT, dS: (M, R) in the compute dtype, any strides.
-        x, x_source: (M, K), any strides and float dtype; rounded to the compute dtype tile by tile. Either pair may be
-            (None, None).
-        mask, mask_source: packed keep bits of the streams, as in the forward pass; keep_scale the factor of the kept.
+        x, x_source: (M, K), any strides and float dtype; rounded to the compute dtype tile by tile. Either of the pairs
+            (dT, x) and (dS, x_source) may be (None, None).
+        mask, mask_source: packed dropout masks of the streams, as in the forward pass.
+        keep_scale: factor of the kept elements.
         grad_dtype: dtype of dA, which is summed in float32.
-        follow_table: take the plain PyTorch form where the tuned table prefers it (never with dropout).
+        follow_table: take the plain PyTorch form if the tuned table prefers it (never with dropout).
 
     Raises:
-        ValueError: neither pair is there.
+        ValueError: both pairs are None.
     """
     if dT is None or x is None:
         dT, x, mask, dS, x_source, mask_source = dS, x_source, mask_source, None, None, None
@@ -217,26 +217,26 @@ def grad_weight(
         *map(LOW_BITS, map(ADDRESS, tensors)),
     )
     try:
-        form, size, partials_size, launcher, add = mode.plans[key]
+        form, size, workspace_size, launcher, reduction = mode.plans[key]
     except KeyError:
         plan = _plan(mode, dT, x, dS, x_source, mask, mask_source, keep_scale, follow_table)
-        form, size, partials_size, launcher, add = mode.plans.add(key, plan)
+        form, size, workspace_size, launcher, reduction = mode.plans.add(key, plan)
 
     if launcher is not None:
         dA = torch.empty(size, dtype=grad_dtype, device=device)
-        out = dA if partials_size is None else torch.empty(partials_size, dtype=torch.float32, device=device)
+        out = dA if workspace_size is None else torch.empty(workspace_size, dtype=torch.float32, device=device)
         if form == "tma":
             launcher.run(dT, x, dS, x_source, out, *launcher.constants)
         elif form == "last_adds":
             launcher.run(dT, x, dS, x_source, mask, mask_source, out, dA, counters(device), *launcher.constants)
         else:
             launcher.run(dT, x, dS, x_source, mask, mask_source, out, None, None, *launcher.constants)
-        if add is not None:
-            add.run(out, dA, *add.constants)
+        if reduction is not None:
+            reduction.run(out, dA, *reduction.constants)
         return dA
     if form == "torch":
         return torch_ops.grad_weight(dT, x, dS, x_source, grad_dtype=grad_dtype)
-    if form == "apart":  # dropout on one stream only: two launches, summed in float32
+    if form == "separate":  # dropout on one of two streams: two launches, added in float32
         dA = grad_weight(dT, x, None, None, mask=mask, keep_scale=keep_scale, grad_dtype=torch.float32)
         dA += grad_weight(dS, x_source, None, None, mask=mask_source, keep_scale=keep_scale, grad_dtype=torch.float32)
         return dA.to(grad_dtype)
@@ -254,14 +254,14 @@ def _plan(
     keep_scale: float,
     follow_table: bool,
 ) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
-    """(form, size of dA, size of the partial results or None, launch, launch that adds the partial results)."""
+    """Return (form, size of dA, size of the workspace or None, launch, split-K reduction)."""
     (M, K), R = x.shape, dT.shape[1]
     if x_source is not None and (mask is None) != (mask_source is None):
-        return "apart", (R, K), None, None, None
+        return "separate", (R, K), None, None, None
     if M == 0 or K == 0:
         return "empty", (R, K), None, None, None
     excluded = [] if follow_table and mask is None else ["torch"]
-    if mask is not None or not describable(dT.dtype, dT, x, dS, x_source):
+    if mask is not None or not fits_descriptor(dT.dtype, dT, x, dS, x_source):
         excluded.append("tma")
     options: dict[str, Any] = {"wide": (x, x_source), "thin": (dT, dS), "rows": M, "width": K}
     form, tiles = form_for(mode, "grad_weight", R, dT.dtype, excluded=excluded, **options)
@@ -269,7 +269,7 @@ def _plan(
         return form, (R, K), None, None, None
     (config,) = tiles.values()
     k_tiles, r_tiles = cdiv(K, config.BLOCK_K), cdiv(R, config.BLOCK_R)
-    splits, tiles_per_split = split_sum(M, config.BLOCK_M, k_tiles * r_tiles, target=config.programs)
+    splits, tiles_per_split = choose_splits(M, config.BLOCK_M, k_tiles * r_tiles, target=config.programs)
     if form == "last_adds" and (splits == 1 or k_tiles * r_tiles > MAX_COUNTERS):
         form = "triton"
     constants: dict[str, Any] = {"M": M, "K": K, "R": R, "tiles_per_split": tiles_per_split}
@@ -285,6 +285,8 @@ def _plan(
     constants |= strides("dT", dT, axes[0]) | strides("x", x, axes[1])
     constants |= strides("dS", dS, axes[0]) | strides("x_source", x_source, axes[1])
     launcher = (DescriptorLauncher if form == "tma" else Launcher)(mode, kernel, grid, config, dT.device, **constants)
-    partials_size = None if splits == 1 else (splits, R, K)
-    add = None if partials_size is None or form == "last_adds" else adding(mode, partials_size, dT.device)
-    return form, (R, K), partials_size, launcher, add
+    workspace_size = None if splits == 1 else (splits, R, K)
+    reduction = None
+    if workspace_size is not None and form != "last_adds":
+        reduction = reduction_launcher(mode, workspace_size, dT.device)
+    return form, (R, K), workspace_size, launcher, reduction

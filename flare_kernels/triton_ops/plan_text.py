@@ -1,4 +1,4 @@
-"""What the kernels would do with a call, in words."""
+"""Description of the launches of a call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import launch_mode
-from ..forms import form_in_force
+from ..forms import select_form
 from .config import operand_class
 from .decode import MAX_RANK, MAX_ROWS
 from .launch import form_of_class
@@ -16,7 +16,7 @@ from .launch import form_of_class
 def launch_plan(
     M: int, d: int, widths: Sequence[int], r: int, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, str]:
-    """Return :func:`flare_kernels.launch_plan` where the kernels run: step -> its form, tiles, and what decided."""
+    """Return :func:`flare_kernels.launch_plan` on a device that runs the kernels: step -> form, tiles, what decided."""
     R = len(widths) * r
     decodes = 0 < M <= MAX_ROWS and r <= MAX_RANK
     forward = {"decode": (r, d)} if decodes else {"shrink": (R, d), "expand": (r, max(widths))}
@@ -28,8 +28,8 @@ def launch_plan(
     for step, (rank, width) in (forward | backward).items():
         sizes = (step, operands, rank, M, width, device)
         form, tiles = form_of_class(launch_mode.current, *sizes)
-        _, entry = form_in_force(launch_mode.current, *sizes)
+        _, entry = select_form(launch_mode.current, *sizes)
         origin = "general rule" if entry is None else "tuned table"
-        described = "; ".join(map(str, tiles.values()))
-        plan[step] = f"{form}, {described} ({origin})" if tiles else f"{form} ({origin})"
+        configs = "; ".join(map(str, tiles.values()))
+        plan[step] = f"{form}, {configs} ({origin})" if tiles else f"{form} ({origin})"
     return plan

@@ -1,7 +1,7 @@
-"""The least shared memory that a kernel asks for, known before it is compiled.
+"""Lower bound of the shared memory that a kernel needs, computed before it is compiled.
 
-What the compiler's pipeline holds of the tiles that a loop loads, for two streams of 2-byte operands. Less than the
-compiler's figure where it also converts layouts through shared memory, so nothing that fits is taken for too large.
+It counts the tiles that the compiler's pipeline keeps in shared memory, for two streams of 2-byte operands. The
+compiler may need more, for layout conversions. A configuration that fits is therefore never rejected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _expand(t: TileConfig) -> int:
 
 def _grad_bottleneck(t: TileConfig) -> int:
     rows = 2 * t.num_stages * t.BLOCK_K * (t.BLOCK_M + t.BLOCK_R)
-    # T and S are consumed before G: one copy less of them waits
+    # T and S are consumed before G, so the pipeline holds one stage less of them
     strips = 2 * t.BLOCK_K * (t.num_stages * t.BLOCK_N + (t.num_stages - 1) * 2 * t.BLOCK_R)
     return max(rows, strips)
 
@@ -34,7 +34,7 @@ def _grad_input(t: TileConfig) -> int:
     return 2 * (t.num_stages * t.BLOCK_K * t.BLOCK_R + t.BLOCK_M * t.BLOCK_R)
 
 
-#: kernel -> bytes.
+#: kernel -> lower bound in bytes, as a function of its tiles.
 LEAST_BYTES: dict[str, Callable[[TileConfig], int]] = {
     "shrink": _shrink,
     "shrink_tma": _shrink,
@@ -49,6 +49,6 @@ LEAST_BYTES: dict[str, Callable[[TileConfig], int]] = {
 
 
 def least_shared_bytes(kernel: str, tiles: TileConfig) -> int:
-    """Return the least shared memory that a kernel with these tiles asks for; 0 where no estimate is known."""
-    of_kernel = LEAST_BYTES.get(kernel)
-    return 0 if of_kernel is None else of_kernel(tiles)
+    """Return a lower bound of the shared memory of a kernel with these tiles, in bytes; 0 if there is no estimate."""
+    estimate = LEAST_BYTES.get(kernel)
+    return 0 if estimate is None else estimate(tiles)

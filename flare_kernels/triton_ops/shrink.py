@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import launch_mode, torch_ops
 from ..launch_mode import Mode
-from .device import dot, drop, load_keep_bytes, load_tile, round_to, store_tile
+from .device import dot, drop, load_mask_bytes, load_tile, round_to, store_tile
 from .launch import (
     ADDRESS,
     LAYOUT,
@@ -24,12 +24,11 @@ from .launch import (
     DescriptorLauncher,
     Launcher,
     cdiv,
-    describable,
+    fits_descriptor,
     form_for,
-    split_sum,
     strides,
 )
-from .partials import MAX_COUNTERS, add_splits, adding, counters, is_last
+from .split_k import MAX_COUNTERS, choose_splits, counters, is_last_program, reduce_splits, reduction_launcher
 
 
 @triton.jit
@@ -65,14 +64,14 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[i_split, 0] = drop(x) A^T and out[i_split, 1] = drop(x_source) A^T over the K tiles of one split.
+    """Compute out[i_split, 0] = drop(x) A^T and out[i_split, 1] = drop(x_source) A^T over the K tiles of one split.
 
-    x, x_source (M, K); A (R, K); out (splits, streams, M, R), contiguous; SUM_STREAMS: one stream, the sum of both.
-    LAST_ADDS: the last program of a tile adds its splits up in total (streams, M, R); counters holds a zero per tile,
-    before and after the launch.
+    x, x_source (M, K); A (R, K); out (splits, streams, M, R), contiguous. SUM_STREAMS: out has one stream, the sum of
+    both. LAST_ADDS: the last program of a tile reduces its splits into total (streams, M, R); counters has one zero per
+    tile, before and after the launch.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
-    # blocks of R are neighbours, so that they find x in the cache
+    # blocks of R that read the same x are neighbours, so that x is in the cache
     i_m = tl.program_id(0) // r_tiles
     i_r = tl.program_id(0) % r_tiles
     i_split = tl.program_id(1)
@@ -86,11 +85,11 @@ def shrink_kernel(
     b_s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     i_start = i_split * tiles_per_split
     if HAS_MASK:
-        # bytes cannot be copied ahead by the pipeline as x is: they are fetched one tile early, by hand
+        # the compiler's pipeline prefetches x but not mask bytes, so these are loaded one tile ahead here
         i_column = i_start * BLOCK_K
-        b_next = load_keep_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K)
+        b_next = load_mask_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K)
         if HAS_SOURCE:
-            b_next_source = load_keep_bytes(mask_source, mask_source_stride_m, o_m, m_m, i_column, K, BLOCK_K)
+            b_next_source = load_mask_bytes(mask_source, mask_source_stride_m, o_m, m_m, i_column, K, BLOCK_K)
     for i_k in range(i_start, min(i_start + tiles_per_split, tl.cdiv(K, BLOCK_K))):
         o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = o_k < K
@@ -98,20 +97,20 @@ def shrink_kernel(
         b_x = load_tile(x, o_m, m_m, x_stride_m, o_k, m_k, x_stride_k)
         if HAS_MASK:
             b_x = drop(b_x, b_next, BLOCK_M, BLOCK_K)
-            b_next = load_keep_bytes(mask, mask_stride_m, o_m, m_m, (i_k + 1) * BLOCK_K, K, BLOCK_K)
+            b_next = load_mask_bytes(mask, mask_stride_m, o_m, m_m, (i_k + 1) * BLOCK_K, K, BLOCK_K)
         b_t = dot(round_to(b_x, DTYPE), tl.trans(b_A), b_t)
         if HAS_SOURCE:
             b_x = load_tile(x_source, o_m, m_m, x_source_stride_m, o_k, m_k, x_source_stride_k)
             if HAS_MASK:
                 b_x = drop(b_x, b_next_source, BLOCK_M, BLOCK_K)
                 i_column = (i_k + 1) * BLOCK_K
-                b_next_source = load_keep_bytes(mask_source, mask_source_stride_m, o_m, m_m, i_column, K, BLOCK_K)
+                b_next_source = load_mask_bytes(mask_source, mask_source_stride_m, o_m, m_m, i_column, K, BLOCK_K)
             if SUM_STREAMS:
                 b_t = dot(round_to(b_x, DTYPE), tl.trans(b_A), b_t)
             else:
                 b_s = dot(round_to(b_x, DTYPE), tl.trans(b_A), b_s)
 
-    # the scale of the dropout is left to the float32 sums: nothing is rounded twice
+    # the dropout scale is applied to the float32 sums, which are rounded once
     STREAMS: tl.constexpr = 2 if HAS_SOURCE and not SUM_STREAMS else 1
     p_out = out + i_split.to(tl.int64) * STREAMS * out_stride_stream
     store_tile(p_out, b_t * keep_scale, o_m, m_m, R, o_r, m_r, 1)
@@ -119,11 +118,11 @@ def shrink_kernel(
         store_tile(p_out + out_stride_stream, b_s * keep_scale, o_m, m_m, R, o_r, m_r, 1)
     if LAST_ADDS:
         splits = tl.num_programs(1)
-        if is_last(counters + tl.program_id(0), splits):
-            add_splits(out, total, splits, STREAMS * M, R, i_m * BLOCK_M, M, o_r, m_r, BLOCK_M, BLOCK_R)
+        if is_last_program(counters + tl.program_id(0), splits):
+            reduce_splits(out, total, splits, STREAMS * M, R, i_m * BLOCK_M, M, o_r, m_r, BLOCK_M, BLOCK_R)
             if STREAMS == 2:
                 start = M + i_m * BLOCK_M
-                add_splits(out, total, splits, STREAMS * M, R, start, STREAMS * M, o_r, m_r, BLOCK_M, BLOCK_R)
+                reduce_splits(out, total, splits, STREAMS * M, R, start, STREAMS * M, o_r, m_r, BLOCK_M, BLOCK_R)
 
 
 @triton.jit
@@ -147,10 +146,10 @@ def shrink_tma_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """:func:`shrink_kernel` without dropout, over tensor descriptors and with a persistent grid.
+    """Compute :func:`shrink_kernel` without dropout, with tensor descriptors and a persistent grid.
 
-    All operands have one dtype and contiguous rows. A program takes every tile of out (split, M, R) whose number is its
-    own plus a multiple of the programs.
+    All operands have one dtype and contiguous rows. Program i computes the tiles i, i + P, i + 2 P, ... of
+    out (splits, M, R), for P programs.
     """
     d_x = tl.make_tensor_descriptor(x, [M, K], [x_stride_m, 1], [BLOCK_M, BLOCK_K])
     d_A = tl.make_tensor_descriptor(A, [R, K], [A_stride_r, 1], [BLOCK_R, BLOCK_K])
@@ -195,22 +194,22 @@ def shrink(
     sum_streams: bool = False,
     follow_table: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """T = drop(x) A^T and S = drop(x_source) A^T.
+    """Return T = drop(x) A^T and S = drop(x_source) A^T.
 
     Args:
-        x, x_source: (M, K), any strides, float16, bfloat16 or float32; a stream may be None, and so is then its result.
+        x, x_source: (M, K), any strides, float16, bfloat16 or float32. A stream may be None; its result is then None.
         A: (R, K), any float dtype; rounded to compute_dtype tile by tile, as x is.
         compute_dtype: dtype of the products' operands and of the results; sums are float32.
-        mask, mask_source: packed keep bits of the streams (:mod:`flare_kernels.dropout`), both or neither per stream
-            given; keep_scale is the factor of what is kept.
-        sum_streams: both products in one accumulator (fusion "add"): returns (T + S, None).
-        follow_table: take the plain PyTorch form where the tuned table prefers it (never with dropout).
+        mask, mask_source: packed dropout masks of the streams (:mod:`flare_kernels.dropout`), or None.
+        keep_scale: factor of the kept elements.
+        sum_streams: add both products in one accumulator (fusion "add") and return (T + S, None).
+        follow_table: take the plain PyTorch form if the tuned table prefers it (never with dropout).
 
     Returns:
         T, S: (M, R), contiguous, compute_dtype.
 
     Raises:
-        ValueError: sum_streams with a mask for one stream of two.
+        ValueError: sum_streams with a mask for only one of two streams.
     """
     source_alone = x is None
     tensors: tuple[Tensor, ...]
@@ -236,27 +235,27 @@ def shrink(
         *map(LOW_BITS, map(ADDRESS, tensors)),
     )
     try:
-        form, size, partials_size, launcher, add = mode.plans[key]
+        form, size, workspace_size, launcher, reduction = mode.plans[key]
     except KeyError:
         options: dict[str, Any] = {"sum_streams": sum_streams, "follow_table": follow_table}
         plan = _plan(mode, x, x_source, A, compute_dtype, mask, mask_source, keep_scale, **options)
-        form, size, partials_size, launcher, add = mode.plans.add(key, plan)
+        form, size, workspace_size, launcher, reduction = mode.plans.add(key, plan)
 
     if launcher is not None:
         out = torch.empty(size, dtype=compute_dtype, device=device)
-        sums = out if partials_size is None else torch.empty(partials_size, dtype=torch.float32, device=device)
+        sums = out if workspace_size is None else torch.empty(workspace_size, dtype=torch.float32, device=device)
         if form == "tma":
             launcher.run(x, x_source, A, sums, *launcher.constants)
         elif form == "last_adds":
             launcher.run(x, x_source, A, mask, mask_source, sums, out, counters(device), *launcher.constants)
         else:
             launcher.run(x, x_source, A, mask, mask_source, sums, None, None, *launcher.constants)
-        if add is not None:
-            add.run(sums, out, *add.constants)
+        if reduction is not None:
+            reduction.run(sums, out, *reduction.constants)
     elif form == "torch":
         T, S = torch_ops.shrink(x, x_source, A, compute_dtype=compute_dtype, sum_streams=sum_streams)
         return (None, T) if source_alone and not sum_streams else (T, S)
-    elif form == "apart":  # dropout on one stream of two
+    elif form == "separate":  # dropout on one of two streams
         T, _ = shrink(x, None, A, compute_dtype=compute_dtype, mask=mask, keep_scale=keep_scale)
         S, _ = shrink(x_source, None, A, compute_dtype=compute_dtype, mask=mask_source, keep_scale=keep_scale)
         return T, S
@@ -280,18 +279,18 @@ def _plan(
     sum_streams: bool,
     follow_table: bool,
 ) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
-    """(form, size of the result, size of the partial results or None, launch, launch that adds the partial results)."""
+    """Return (form, size of the result, size of the workspace or None, launch, split-K reduction)."""
     (M, K), R = x.shape, A.shape[0]
     if x_source is not None and (mask is None) != (mask_source is None):
         if sum_streams:
             raise ValueError("sum_streams needs a mask for both streams or for neither")
-        return "apart", (), None, None, None
+        return "separate", (), None, None, None
     streams = 2 if x_source is not None and not sum_streams else 1
     size = (2, M, R) if streams == 2 else (M, R)
     if M == 0 or K == 0:
         return "empty", size, None, None, None
     excluded = [] if follow_table and mask is None else ["torch"]
-    if mask is not None or not describable(compute_dtype, x, x_source, A):
+    if mask is not None or not fits_descriptor(compute_dtype, x, x_source, A):
         excluded.append("tma")
     options: dict[str, Any] = {"wide": (x, x_source, A), "thin": (), "rows": M, "width": K}
     form, tiles = form_for(mode, "shrink", R, compute_dtype, excluded=excluded, **options)
@@ -299,7 +298,7 @@ def _plan(
         return form, size, None, None, None
     (config,) = tiles.values()
     out_tiles = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
-    splits, tiles_per_split = split_sum(K, config.BLOCK_K, out_tiles, target=config.programs)
+    splits, tiles_per_split = choose_splits(K, config.BLOCK_K, out_tiles, target=config.programs)
     if form == "last_adds" and (splits == 1 or out_tiles > MAX_COUNTERS):
         form = "triton"
     constants: dict[str, Any] = {"M": M, "K": K, "R": R, "tiles_per_split": tiles_per_split, "out_stride_stream": M * R}
@@ -314,6 +313,8 @@ def _plan(
         constants |= strides("mask", mask, "m") | strides("mask_source", mask_source, "m")
     constants |= strides("x", x, axes[0]) | strides("x_source", x_source, axes[0]) | strides("A", A, axes[1])
     launcher = (DescriptorLauncher if form == "tma" else Launcher)(mode, kernel, grid, config, x.device, **constants)
-    partials_size = None if splits == 1 else (splits, streams, M, R)
-    add = None if partials_size is None or form == "last_adds" else adding(mode, partials_size, x.device)
-    return form, size, partials_size, launcher, add
+    workspace_size = None if splits == 1 else (splits, streams, M, R)
+    reduction = None
+    if workspace_size is not None and form != "last_adds":
+        reduction = reduction_launcher(mode, workspace_size, x.device)
+    return form, size, workspace_size, launcher, reduction

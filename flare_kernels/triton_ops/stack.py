@@ -1,7 +1,7 @@
-"""The weights of several adapters below each other, in the compute dtype: one launch, once per pass.
+"""Concatenation of the weights of several adapters, cast to the compute dtype, in one launch per pass.
 
-The kernels round what they are given tile by tile, but a float32 A or B would be read once per row of tiles, at twice
-the bytes. Shape legend: R rows, K columns.
+The kernels can cast their operands tile by tile, but every row of tiles would then read a float32 A or B again, at
+twice the bytes. Shape legend: R rows, K columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .config import TileConfig
 from .device import load_tile, pick, store_tile
 from .launch import ADDRESS, LAYOUT, LOW_BITS, MAX_PROJECTIONS, STRIDE, Launcher, cdiv, numbered, numbered_strides
 
-#: Elements per program, and the most columns.
+#: Elements per program, and the largest number of columns per program.
 _ELEMENTS, _MAX_COLUMNS = 4096, 512
 
 
@@ -43,7 +43,7 @@ def stack_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out (R_0 + R_1 + R_2, K) = A_0, A_1, A_2 below each other, rounded to out's dtype."""
+    """Copy the rows of A_0, A_1 and A_2 to out (R_0 + R_1 + R_2, K), rounded to out's dtype."""
     i_tile = tl.program_id(0)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     tiles_0 = tl.cdiv(R_0, BLOCK_R)
@@ -72,7 +72,10 @@ def _config(columns: int) -> TileConfig:
 
 
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The matrices (R_i, K) below each other in dtype, (sum of R_i, K), contiguous; a single one of dtype is itself."""
+    """Return matrices (R_i, K) concatenated along the rows in dtype, (sum of R_i, K), contiguous.
+
+    A single matrix of that dtype is returned itself.
+    """
     first = weights[0]
     if first.dtype == dtype and not weights[1:]:
         return first
@@ -96,7 +99,7 @@ def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _plan(mode: Mode, weights: Sequence[Tensor]) -> tuple[tuple[int, int], tuple[None, ...], Launcher | None]:
-    """(size of the result, the arguments of weights that are not there, launch)."""
+    """Return (size of the result, None for each missing weight, launch)."""
     K, ranks = weights[0].shape[1], [weight.shape[0] for weight in weights]
     size = (sum(ranks), K)
     if len(weights) > MAX_PROJECTIONS or len({weight.dtype for weight in weights}) > 1 or 0 in size:

@@ -1,4 +1,4 @@
-"""The offline tuner of the kernels' launches: ``flare bench --tune``. Needs Triton."""
+"""The offline tuner of kernel launches (``flare bench --tune``). Needs Triton."""
 
 from .problem import SHAPES, Problem, Shape, problems
 from .search import tune

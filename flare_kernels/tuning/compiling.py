@@ -1,4 +1,4 @@
-"""Compile what the tuner will launch, on several processors and ahead of the timing."""
+"""Compilation of the tuner's launches in several processes, ahead of the timing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .variants import variants
 
 
 class Compiler:
-    """Compiles the variants of problems into Triton's cache, in the order in which the problems are given.
+    """Pool of processes that compile the variants of problems into Triton's cache, in the order of the problems.
 
-    A launch compiles its kernel if it is missing, so this only saves time. Leaving the context drops compilations that
-    have not started.
+    A launch compiles its kernel if it is not in the cache, so this only saves time. Leaving the context cancels
+    compilations that have not started.
     """
 
     def __init__(self, device: torch.device, jobs: int) -> None:
@@ -50,13 +50,13 @@ class Compiler:
         return len(self._futures)
 
     def wait(self, problem: Problem, seconds: float) -> bool:
-        """Return whether the kernels of a problem were compiled within so many seconds."""
+        """Wait for the kernels of a problem for at most this many seconds, and return whether they are compiled."""
         timeout = None if seconds == float("inf") else max(0.0, seconds)
         return not concurrent.futures.wait(self._of_problem[problem], timeout).not_done
 
 
 def units_of(problem: Problem, device: torch.device) -> list[aot.Unit]:
-    """Return the kernels that the variants of a problem launch."""
+    """Return the compilation units of the kernels that the variants of a problem launch."""
     inputs = problem.make(torch.device("cpu"), real=False)
     shared_bytes, target = shared_memory_bytes(device), capability(device)
     launches: list[Any] = []

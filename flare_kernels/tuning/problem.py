@@ -1,4 +1,4 @@
-"""What the tuner measures: every step at the sizes of the papers' models, on random data."""
+"""The problems that the tuner measures: every step at the sizes of the paper's models, on random data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FUSION = "add_relu"
 
 @dataclass(frozen=True)
 class Shape:
-    """Query and value projection of one block: d wide in, ``widths`` out. Shapes of the first tier are tuned first."""
+    """Query and value projection of one block: input width d, output ``widths``. Lower tiers are tuned first."""
 
     name: str
     d: int
@@ -30,7 +30,7 @@ class Shape:
     tier: int = 0
 
 
-#: The shapes of the papers' models, from their published configurations.
+#: The shapes of the paper's models, from their published configurations.
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
@@ -41,15 +41,17 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-#: Tensors of a problem, and lists of tensors, by name.
+#: Tensors and lists of tensors of a problem, by name.
 Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Step:
-    """How a step is run: the names of its inputs, and the call, which returns its results.
+    """The call of a step.
 
-    run(ops, inputs): ``ops`` is a module of primitives. ys, where it is an input, is changed in place.
+    Attributes:
+        inputs: the names of its inputs.
+        run: (module of primitives, inputs) -> results. If ys is an input, it is changed in place.
     """
 
     inputs: tuple[str, ...]
@@ -68,7 +70,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
 
     def make(self, device: torch.device, *, real: bool = True) -> Inputs:
-        """Return random inputs; not ``real``: uninitialised tensors of their sizes."""
+        """Return random inputs, or uninitialised tensors of their sizes if ``real`` is false."""
         M, r, d, widths = self.M, self.r, self.shape.d, self.shape.widths
         R = len(widths) * r
 
@@ -102,10 +104,10 @@ class Problem:
 def problems(
     shapes: Iterable[Shape], tokens: Sequence[int], ranks: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Problem]:
-    """Yield every step at every size, the most used ones first, one problem for each entry of the table.
+    """Yield every step at every size, the most used sizes first, with one problem per entry of the table.
 
-    In order of the shapes' tiers, then of ranks, tokens and shapes as they are given. Decode stands where few tokens
-    are, the other steps where many are.
+    The order is: tiers of the shapes, then ranks, tokens and shapes in the order of the arguments. The step decode is
+    measured for few tokens only, the other steps for many tokens only.
     """
     from ..triton_ops.decode import MAX_RANK, MAX_ROWS
 
@@ -133,7 +135,7 @@ def _shrink(ops: Any, t: Inputs) -> list[Tensor]:
 
 
 def _expand(ops: Any, t: Inputs) -> list[Tensor]:
-    # in place, as in use: the sums grow by the same amount each time and stay finite
+    # in place, as in training: each call adds the same amount, so the sums stay finite
     ops.expand_(t["ys"], t["T"], t["S"], t["Bs"], **_phi(t))
     return list(t["ys"])
 
@@ -154,7 +156,7 @@ def _grad_input(ops: Any, t: Inputs) -> list[Tensor]:
 
 def _decode(ops: Any, t: Inputs) -> list[Tensor]:
     if hasattr(ops, "decode"):
-        call = _phi(t) | {"compute_dtype": t["x"].dtype, "keep": False}
+        call = _phi(t) | {"compute_dtype": t["x"].dtype, "save_for_backward": False}
         ops.decode(t["x"], t["x_source"], [], t["ys"], t["As"], t["Bs"], **call)
     else:
         T, S = ops.shrink(t["x"], t["x_source"], ops.stack(t["As"], t["x"].dtype), compute_dtype=t["x"].dtype)
@@ -163,9 +165,9 @@ def _decode(ops: Any, t: Inputs) -> list[Tensor]:
 
 
 def _order(ops: Any, t: Inputs) -> list[Tensor]:
-    """Both projections forward and backward with the frozen products, as a layer runs them."""
+    """Run both projections forward and backward with the frozen products, as a layer does."""
     backend = "torch" if ops is torch_ops else "auto"
-    (x, *weights) = (one.detach().requires_grad_() for one in (t["x"], *t["As"], *t["Bs"]))
+    (x, *weights) = (tensor.detach().requires_grad_() for tensor in (t["x"], *t["As"], *t["Bs"]))
     As, Bs, Ws = weights[: len(t["As"])], weights[len(t["As"]) :], t["Ws"]
     adapters = tuple((i, A.shape[0], 0.5, FUSION) for i, A in enumerate(As))
     call = call_of(backend, x.device, x.dtype, adapters, len(Ws), 0.0)

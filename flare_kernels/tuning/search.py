@@ -1,8 +1,8 @@
-"""The offline tuner: times every form of every step with every candidate's tiles on this GPU.
+"""The offline tuner: times every form of every step, with all candidate tiles, on this GPU.
 
-A variant counts only if its result is as close to float32 mathematics as the plain form's. All are timed in a few
-rounds, the best of each form and the best three once more in turn, and the fastest one goes into the launch table
-(:mod:`flare_kernels.launch_table`). Nothing is tuned while a model runs.
+A variant is valid only if its result is as close to float32 arithmetic as that of the plain PyTorch form. All variants
+are timed in a few rounds. The best variant of each form and the best three overall are timed again, in alternation. The
+fastest one goes into the launch table (:mod:`flare_kernels.launch_table`). Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ..launch_mode import forcing
 from ..launch_table import LaunchTable
 from ..selection import backends, interpreting
 from .problem import FUSION, Inputs, Problem
-from .report import GENERAL_RULE, HEADER, Finding, distances, summary
+from .report import GENERAL_RULE, HEADER, Measurement, distances, summary
 from .timing import DeviceTimer, Timer, copy_bandwidth, nbytes, rotation
 from .variants import Variant, variants
 
-#: Rounds of the first timing of every variant, and of the second of the best.
+#: Rounds of the first timing of all variants, and of the second timing of the best variants.
 _FIRST_ROUNDS, _SECOND_ROUNDS = 2, 5
 _FINALISTS = 3
-#: Ratio of two medians that is noise.
+#: Two medians with at most this ratio are considered equal.
 _NOISE = 1.02
 TIMING = "device events, launches queued ahead of the device, rotating inputs, median of 5 rounds of 10 calls"
 
 
 class Check:
-    """Whether a variant of a problem is right, against truth and plain form that are computed once."""
+    """Correctness check of a problem's variants, against float32 results and plain PyTorch results computed once."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
         self._problem, self._inputs = problem, problem.make(device)
@@ -44,35 +44,35 @@ class Check:
         plain = problem.run(torch_ops, _fresh(self._inputs))
         epsilon = torch.finfo(problem.dtype).eps
         self._truth = truth
-        #: the most that each result may differ: twice the plain form's error plus one epsilon of the largest entry
+        #: largest allowed error of each result: twice the plain form's error plus one epsilon of the largest entry
         self._allowed = [
-            2 * (usual.float() - want).abs().max() + epsilon * want.abs().max()
-            for usual, want in zip(plain, truth, strict=True)
+            2 * (result.float() - exact).abs().max() + epsilon * exact.abs().max()
+            for result, exact in zip(plain, truth, strict=True)
         ]
-        #: bytes that the step must at least move: its inputs read once, its results written once
+        #: least bytes that the step must move: its inputs read once, its results written once
         self.moved = nbytes(self._inputs.values()) + nbytes(plain)
 
     def __call__(self, run: Callable[[Inputs], list[Tensor]]) -> bool:
-        """Return whether a form is right on the problem's inputs."""
+        """Return whether a variant's results are correct on the problem's inputs."""
         results = zip(run(_fresh(self._inputs)), self._truth, self._allowed, strict=True)
-        # NaN compares as not right
-        return bool(torch.stack([(got.float() - want).abs().max() <= most for got, want, most in results]).all())
+        # a comparison with NaN is false
+        return bool(torch.stack([(got.float() - exact).abs().max() <= most for got, exact, most in results]).all())
 
 
 def _fresh(inputs: Inputs) -> Inputs:
-    """The inputs with copies of those that a step changes."""
+    """Return the inputs, with copies of those that a step changes in place."""
     return inputs | ({"ys": [y.clone() for y in inputs["ys"]]} if "ys" in inputs else {})
 
 
 def _copies(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     def copy(value: Any) -> Any:
-        return [copy(one) for one in value] if isinstance(value, list) else value.to(dtype)
+        return [copy(item) for item in value] if isinstance(value, list) else value.to(dtype)
 
     return {name: copy(value) for name, value in inputs.items()}
 
 
-def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: float) -> Finding:
-    """Time every variant of a problem that compiles, runs and is right.
+def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: float) -> Measurement:
+    """Time every variant of a problem that compiles, runs and is correct.
 
     ``copy_rate``: bytes per microsecond that a copy reads and writes.
     """
@@ -83,72 +83,73 @@ def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: fl
         return problem.run(tuned, inputs)
 
     inputs, check = rotation(problem, device), Check(problem, device)
-    finding = Finding(problem, floor_us=None if problem.step == "order" else check.moved / copy_rate)
+    measurement = Measurement(problem, floor_us=None if problem.step == "order" else check.moved / copy_rate)
     timed: list[tuple[float, Variant]] = []
     for variant in variants(problem, shared_memory_bytes(device), capability(device)):
-        finding.tried += 1
+        measurement.tried += 1
         try:
-            # what could not be compiled ahead is compiled here; Triton prints the whole assembly that ptxas refuses
+            # compiles the kernels that are not compiled yet; Triton prints all assembly that ptxas rejects
             with variant.forced(), contextlib.redirect_stdout(io.StringIO()):
                 if check(run):
                     timed.append((timer(run, inputs, rounds=_FIRST_ROUNDS), variant))
                 else:
-                    finding.refused.append(f"{variant}: wrong numbers")
-        except Exception as error:  # what a compiler or a card refuses: shared memory, registers, an internal limit
-            finding.refused.append(f"{variant}: {type(error).__name__}: {str(error)[:200]}")
+                    measurement.rejected.append(f"{variant}: wrong results")
+        except Exception as error:  # compiler or GPU limits: shared memory, registers, internal limits
+            measurement.rejected.append(f"{variant}: {type(error).__name__}: {str(error)[:200]}")
     rule = next((variant for _, variant in timed if variant.by_rule), None)
     finalists = _finalists(timed)
     us: dict[int, list[float]] = {index: [] for index in range(len(finalists))}
-    for _ in range(_SECOND_ROUNDS):  # in turn: what drifts (clocks, heat) drifts for all of them
+    for _ in range(_SECOND_ROUNDS):  # in alternation, so that a drift (clocks, heat) affects all of them
         for index, variant in enumerate(finalists):
             with variant.forced():
                 us[index].append(timer(run, inputs, rounds=1))
-    medians = sorted(((statistics.median(us[i]), one) for i, one in enumerate(finalists)), key=_first)
+    medians = sorted(((statistics.median(us[i]), variant) for i, variant in enumerate(finalists)), key=_time)
     for median, variant in medians:
-        finding.us.setdefault(variant.form, median)
+        measurement.us.setdefault(variant.form, median)
         if variant is rule:
-            finding.us[variant.form + GENERAL_RULE] = median
-    # the general rule's form stays where another one's lead is within the noise
-    usual = [one for us, one in medians if rule and one.form == rule.form and us <= _NOISE * medians[0][0]]
-    finding.best = next(iter(usual + [one for _, one in medians]), None)
-    return finding
+            measurement.us[variant.form + GENERAL_RULE] = median
+    # prefer the general rule's form if another form is faster only within the noise
+    preferred = [v for median, v in medians if rule and v.form == rule.form and median <= _NOISE * medians[0][0]]
+    measurement.best = next(iter(preferred + [variant for _, variant in medians]), None)
+    return measurement
 
 
-def _first(pair: tuple[float, Variant]) -> float:
+def _time(pair: tuple[float, Variant]) -> float:
     return pair[0]
 
 
 def _finalists(timed: list[tuple[float, Variant]]) -> list[Variant]:
-    """The general rule's variant, the best three, and the best of each form."""
-    found, forms = [variant for _, variant in timed if variant.by_rule][:1], set()
-    for place, (_, variant) in enumerate(sorted(timed, key=_first)):
-        if (place < _FINALISTS or variant.form not in forms) and variant not in found:
-            found.append(variant)
+    """Return the general rule's variant, the best three, and the best of each form."""
+    finalists, forms = [variant for _, variant in timed if variant.by_rule][:1], set()
+    for rank, (_, variant) in enumerate(sorted(timed, key=_time)):
+        if (rank < _FINALISTS or variant.form not in forms) and variant not in finalists:
+            finalists.append(variant)
         forms.add(variant.form)
-    return found
+    return finalists
 
 
 def tune(
-    wanted: Sequence[Problem],
+    problems: Sequence[Problem],
     *,
     device: torch.device,
     about: dict[str, Any],
     timer: Timer | None = None,
     jobs: int = 0,
     budget_s: float = float("inf"),
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     save: Callable[[LaunchTable], None] = lambda table: None,
 ) -> LaunchTable:
-    """Return the launch table of this GPU, printed row by row and handed to ``save`` after each.
+    """Measure problems and return the launch table of this GPU.
 
     Args:
-        wanted: what to measure, in this order (:func:`flare_kernels.tuning.problems`).
+        problems: the problems to measure, in this order (:func:`flare_kernels.tuning.problems`).
         device: a CUDA device.
-        about: versions, commit and date, kept in the table.
-        timer: how a call is timed; default: :class:`DeviceTimer`.
-        jobs: processes that compile ahead of the timing; 0: each launch compiles its own.
+        about: versions, commit and date, stored in the table.
+        timer: the timer of calls; default: :class:`DeviceTimer`.
+        jobs: number of processes that compile ahead of the timing; 0: kernels are compiled when they are launched.
         budget_s: seconds after which no new problem is started.
-        say: prints a line. save: called with the table whenever an entry was added, and at the end.
+        log: called with each line of output.
+        save: called with the table after each new entry, and at the end.
 
     Raises:
         ValueError: Triton cannot run on the device; the message gives the reason.
@@ -162,32 +163,33 @@ def tune(
     timer = timer or DeviceTimer()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     table = LaunchTable(gpu, about=about | {"fusion": FUSION, "timing": TIMING})
-    findings: list[Finding] = []
+    measurements: list[Measurement] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(forcing(table=table))  # the order is measured with the tiles found for its steps
+        stack.enter_context(forcing(table=table))  # the step order is measured with the tiles tuned for the other steps
         compiler = stack.enter_context(Compiler(device, jobs)) if jobs else None
         if compiler is not None:
-            say(f"compiling {compiler.submit(wanted)} kernels on {jobs} processors, those of the first row first")
+            log(f"compiling {compiler.submit(problems)} kernels in {jobs} processes, in the order of the rows below")
         copy_rate = copy_bandwidth(device, timer)
         table.about["copy_bytes_per_s"] = round(copy_rate * 1e6)
-        say(HEADER)
-        for problem in wanted:
+        log(HEADER)
+        for problem in problems:
             left = budget_s - (time.monotonic() - began)
             if left <= 0 or (compiler is not None and not compiler.wait(problem, left)):
                 break
-            finding = tune_one(problem, device, timer, copy_rate)
-            findings.append(finding)
-            say(str(finding))
-            if finding.refused:
-                say(f"    {len(finding.refused)} of {finding.tried} variants refused; first: {finding.refused[0]}")
-            if finding.best is not None:
-                table.entries[problem.key] = finding.entry(finding.best)
+            measurement = tune_one(problem, device, timer, copy_rate)
+            measurements.append(measurement)
+            log(str(measurement))
+            if rejected := measurement.rejected:
+                log(f"    {len(rejected)} of {measurement.tried} variants rejected; first: {rejected[0]}")
+            if measurement.best is not None:
+                table.entries[problem.key] = measurement.entry(measurement.best)
                 save(table)
-    if len(findings) < len(wanted):
-        say(f"{len(wanted) - len(findings)} problems were left out: the budget of {budget_s:.0f} s was used up")
+    if len(measurements) < len(problems):
+        left = len(problems) - len(measurements)
+        log(f"{left} problems were not measured: the budget of {budget_s:.0f} s was used up")
     table.about["seconds"] = round(time.monotonic() - began, 1)
-    table.about["distances"] = distances(findings)
+    table.about["distances"] = distances(measurements)
     for line in summary(table.about["distances"], copy_rate):
-        say(line)
+        log(line)
     save(table)
     return table

@@ -1,4 +1,4 @@
-"""The tuner's clock: the device's time of a call, on inputs that its L2 cache no longer holds."""
+"""The tuner's timer: the device time of a call, on inputs that are not in its L2 cache."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from torch import Tensor, cuda
 from .._compat import sleep_on_device
 from .problem import Inputs, Problem
 
-#: The most sets of inputs that rotate.
-_MOST_SETS = 128
-#: How often the host may fall behind the device in a round before the clock gives up.
+#: Largest number of rotating sets of inputs.
+_MAX_SETS = 128
+#: Number of attempts at a round in which the host stays ahead of the device.
 _ATTEMPTS = 6
-#: About those of a GPU; a sleep lasts 1 ms at least.
+#: Approximate clock of a GPU, and the shortest sleep, about 1 ms.
 _CYCLES_PER_SECOND = 2_000_000_000
-_LEAST_CYCLES = 2_000_000
+_MIN_CYCLES = 2_000_000
 
 
 class Timer(Protocol):
-    """Return the median time of a call in microseconds, over ``rounds`` of several calls on rotating inputs."""
+    """Function that returns the median time of a call in microseconds, over ``rounds`` of calls on rotating inputs."""
 
     def __call__(self, run: Callable[[Inputs], object], inputs: list[Inputs], *, rounds: int) -> float: ...
 
 
 class DeviceTimer:
-    """A :class:`Timer` by events of the current CUDA stream, with all launches queued before the device begins.
+    """A :class:`Timer` with CUDA events, in which the host queues all launches of a round before the device starts.
 
-    A launch takes the host longer than many kernels take the device, so the device first sleeps while the host queues
-    the whole round. A round counts only if the device had not reached its first event by then.
+    Many kernels take less time than their launch takes on the host. The device therefore sleeps while the host queues
+    the round. The round is valid if the device has not reached its first event by then.
     """
 
     def __init__(self, calls: int = 10) -> None:
         self.calls = calls
-        #: to sleep in the next round: twice what the host took to queue the round before
-        self.cycles = _LEAST_CYCLES
+        #: length of the next sleep: twice the time that the host took to queue the previous round
+        self.cycles = _MIN_CYCLES
 
     def __call__(self, run: Callable[[Inputs], object], inputs: list[Inputs], *, rounds: int) -> float:
         turn = itertools.cycle(inputs)
-        for _ in range(2):  # the first call compiles and plans
+        for _ in range(2):  # warm-up: the first call compiles and plans
             run(next(turn))
         return statistics.median(self._round(run, turn) for _ in range(rounds))
 
@@ -57,28 +57,28 @@ class DeviceTimer:
             for _ in range(self.calls):
                 run(next(turn))
             end.record()
-            kept_ahead, slept = not start.query(), self.cycles
+            stayed_ahead, slept = not start.query(), self.cycles
             queued_s = perf_counter() - began
             cuda.synchronize()
-            self.cycles = max(_LEAST_CYCLES, int(2 * queued_s * _CYCLES_PER_SECOND))
-            if kept_ahead:
+            self.cycles = max(_MIN_CYCLES, int(2 * queued_s * _CYCLES_PER_SECOND))
+            if stayed_ahead:
                 return float(start.elapsed_time(end)) * 1000 / self.calls
             self.cycles = max(self.cycles, 2 * slept)
         raise RuntimeError(f"the host could not queue {self.calls} calls while the device slept {slept:,} cycles")
 
 
 def rotation(problem: Problem, device: torch.device) -> list[Inputs]:
-    """Return enough sets of inputs that together they are twice the L2 cache (one, away from CUDA)."""
+    """Return sets of inputs that together are larger than twice the L2 cache; a single set without CUDA."""
     first = problem.make(device)
     if device.type != "cuda":
         return [first]
     cache = cuda.get_device_properties(device).L2_cache_size
-    sets = min(_MOST_SETS, 2 * cache // nbytes(first.values()) + 2)
+    sets = min(_MAX_SETS, 2 * cache // nbytes(first.values()) + 2)
     return [first, *(problem.make(device) for _ in range(sets - 1))]
 
 
 def nbytes(values: Any) -> int:
-    """Return the bytes of tensors, and lists of tensors."""
+    """Return the total bytes of tensors and lists of tensors."""
     return sum(value.nbytes if isinstance(value, Tensor) else nbytes(value) for value in values)
 
 

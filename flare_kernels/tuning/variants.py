@@ -1,4 +1,4 @@
-"""The ways to run a problem that the tuner compares: each form that can run, with each candidate's tiles."""
+"""The variants of a problem that the tuner compares: each form that can run, with each candidate's tiles."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ _LETTERS = {"BLOCK_M": "M", "BLOCK_K": "K", "BLOCK_N": "N", "num_warps": " w", "
 
 @dataclass(frozen=True)
 class Variant:
-    """A form of a step and the tiles of its kernels; ``by_rule``: those of the general rule."""
+    """A form of a step and the tiles of its kernels. ``by_rule``: whether the tiles are the general rule's."""
 
     form: str
     tiles: Mapping[str, TileConfig] = field(default_factory=dict)
     by_rule: bool = True
 
     def forced(self) -> AbstractContextManager[None]:
-        """Return a context in which the step runs so."""
+        """Return a context in which the step runs as this variant."""
         tiles: Mapping[str, Any] = self.tiles
         return forcing(form=self.form, **tiles)
 
     def entry_tiles(self) -> dict[str, dict[str, int]]:
-        """Return the tiles as a launch table holds them."""
+        """Return the tiles as stored in a launch table."""
         return {kernel: asdict(tiles) for kernel, tiles in self.tiles.items()}
 
     def __str__(self) -> str:
-        of_kernels = (
+        kernels = (
             "".join(f"{letter}{tiles[name]}" for name, letter in _LETTERS.items() if tiles[name])
             for tiles in self.entry_tiles().values()
         )
-        return f"{self.form:<15}{'; '.join(of_kernels)}".rstrip()
+        return f"{self.form:<15}{'; '.join(kernels)}".rstrip()
 
 
 def variants(problem: Problem, shared_bytes: int, capability: int) -> Iterator[Variant]:
-    """Yield what is compared: each form with the general rule's tiles, then with candidates that fit shared memory.
+    """Yield each form with the general rule's tiles, then with the candidates that fit shared memory.
 
-    Of a form of several kernels one is varied at a time.
+    In a form with several kernels, the tiles of one kernel are varied at a time.
     """
     key = problem.key
     for form, kernels in FORMS[problem.step].items():
         if not can_run(problem.step, form, key.operands, capability):
             continue
-        lists = {name: list(candidates(name, key.operands, key.rank, shared_bytes)) for name in kernels}
-        rule = {name: of_one[0] for name, of_one in lists.items()}
+        options = {name: list(candidates(name, key.operands, key.rank, shared_bytes)) for name in kernels}
+        rule = {name: configs[0] for name, configs in options.items()}
         yield Variant(form, rule)
-        for name, of_one in lists.items():
-            for tiles in of_one[1:]:
+        for name, configs in options.items():
+            for tiles in configs[1:]:
                 if least_shared_bytes(name, tiles) <= shared_bytes:
                     yield Variant(form, rule | {name: tiles}, by_rule=False)

@@ -24,6 +24,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> dict[str, capabili
     [
         ("bitsandbytes", "qlora, qlora-int8", "bitsandbytes is missing: pip install 'flare-kernels[bnb]'"),
         ("matplotlib", "figures of flare report", "matplotlib is missing: pip install 'flare-kernels[experiments]'"),
+        ("sklearn", "flare finetune, train, evaluate", "pip install 'flare-kernels[experiments]'"),
         ("seqeval", "--task token-classification", "pip install 'flare-kernels[experiments]'"),
         ("hqq", "base in HQQ", "hqq is missing: pip install hqq"),
         ("gptqmodel", "base in GPTQ, AWQ", "gptqmodel is missing: pip install gptqmodel"),

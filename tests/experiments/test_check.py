@@ -1,4 +1,4 @@
-"""flare check: its numbers are those of the training that follows, and it writes nothing."""
+"""flare check predicts the numbers of the training that follows, and writes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def flare(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """data/, bert/ and runs/base of one fine-tuning."""
+    """Folder with data/, bert/ and the base of one fine-tuning in runs/."""
     root = tmp_path_factory.mktemp("check")
     write_data(root / "data", rows=SIZES)
     write_bert(root / "bert")
@@ -36,7 +36,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_numbers_are_those_of_the_run(place, tmp_path, capsys):
+def test_numbers_match_the_run(place, tmp_path, capsys):
     words = (*COMMON, "--data", place / "data", "--output", place / "runs", "--target", "vemari", "--r", 4)
     words = (*words, "--method", "lora", "flare")
     before = files(place)
@@ -52,7 +52,6 @@ def test_numbers_are_those_of_the_run(place, tmp_path, capsys):
     assert f"    vemari: {first['text']}" in shown
     labels = [row["label"] for row in read_table(place / "data" / "vemari" / "test.csv").rows]
     assert data["labels"]["test"] == {name: labels.count(name) for name in data["labels"]["train"]}
-    # the run that follows
     assert flare("train", *words) == 0
     for cost in found["costs"]:
         run = read_metrics(place / "runs" / "vemari" / cost["method"] / "seed-0")
@@ -63,7 +62,7 @@ def test_numbers_are_those_of_the_run(place, tmp_path, capsys):
     assert [cost["method"] for cost in found["costs"]] == ["lora-r4", "flare-r4"] and found["runs"] == 1
     capsys.readouterr()
     assert flare("check", *words, "--json", tmp_path / "check.json") == 2
-    assert "check.json is there already; name another file" in capsys.readouterr().err
+    assert "check.json already exists; name another file" in capsys.readouterr().err
 
 
 def test_lengths_and_vocabulary(place, tmp_path, capsys):
@@ -90,7 +89,7 @@ def test_lengths_and_vocabulary(place, tmp_path, capsys):
 
 
 def test_warnings(place, tmp_path, capsys):
-    """Rows that pair with nothing, texts of the wrong language, tests seen in training, rare labels, unknown words."""
+    """Unpaired rows, texts in the wrong language, test texts seen in training, rare labels and unknown words."""
     for language in ("english", "vemari"):
         for split, (start, end) in {"train": (0, 14), "test": (9, 21)}.items():
             rows = [(i, f"the same {i}", "bad" if i == 20 else "good") for i in range(start, end)]
@@ -102,20 +101,20 @@ def test_warnings(place, tmp_path, capsys):
     shown = capsys.readouterr().out.partition("Warnings")[2]
     for line in (
         "train: 1 rows of vemari dropped, no row of english has their id (id vemari-train)",
-        "vemari train: 14 of 14 rows have the same text in english; is a column or a folder the wrong one?",
-        "vemari: 5 test texts are training texts too",
+        "vemari train: 14 of 14 rows have the same text in english; check that each column or folder is the right one",
+        "vemari: 5 test texts are also training texts",
         "no training row has the label 'bad', and 1 test rows have it",
         "100 % of the training rows are 'good'",
         "of the tokens are unknown to the tokenizer",
-        "every batch is padded to 128 tokens and the longest text has",
+        "every batch is padded to 128 tokens, and the longest text has",
     ):
         assert line in shown, shown
 
 
-def test_what_cannot_be_checked_is_said(place, tmp_path, capsys):
+def test_reports_what_cannot_be_checked(place, tmp_path, capsys):
     words = ("--data", place / "data", "--output", tmp_path, "--target", "vemari", *COMMON)
     assert flare("check", *words) == 2
-    assert "To check before that, name the model to begin with: --model" in capsys.readouterr().err
+    assert "To check without a base, name the pretrained model with --model" in capsys.readouterr().err
     more = ("--model", place / "bert", "--steps", 1, "--show", 0, "--method", "flare-mt", "--mt-model", tmp_path / "no")
     assert flare("check", *words, *more) == 0
     shown = capsys.readouterr().out

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from flare.cli import main
-from flare.experiments.runs.fitting import GroupSampler
+from flare.experiments.runs.fitting import OneKindSampler
 from flare.experiments.runs.records import find_runs, read_metrics, read_record, read_run, write_record
 
 TASK = ("--task", "classification")
@@ -97,7 +97,7 @@ def test_the_grid_its_files_and_numbers(place, runs, capsys):
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert flare(*words) == 0
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("already done") == 4
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
 
 
@@ -164,7 +164,7 @@ def test_train_only_fusion_and_flare_mt(place, runs):
 
 def test_batches_of_one_group():
     groups = [True] * 8 + [False] * 9
-    sampler = GroupSampler(groups, 4, seed=3)
+    sampler = OneKindSampler(groups, 4, seed=3)
     first = list(sampler)
     assert sorted(first) == list(range(17)) and list(sampler) == first
     for start in range(0, 17, 4):
@@ -244,7 +244,7 @@ def test_a_torn_checkpoint_is_left_out(place, runs, capsys):
     capsys.readouterr()
     assert flare(*words) == 0
     said = capsys.readouterr().out
-    assert "checkpoint-12 was cut off" in said and "goes on from step 6" in said
+    assert "checkpoint-12 was cut off" in said and "resumes from step 6" in said
     assert adapter.read_bytes() == before
 
 

@@ -147,7 +147,7 @@ def test_an_older_checkpoint_is_taken_where_the_newest_is_damaged(name, cut, why
     assert begin_again(place, run) == 0
     said = capsys.readouterr().out
     assert f"checkpoint-18 is damaged ({why}" in said and "kept as damaged-checkpoint-18" in said
-    assert "goes on from step 12" in said
+    assert "resumes from step 12" in said
     again = load_file(run / "adapter" / "adapter_model.safetensors")
     assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_whose_best_is_lost_is_passed_over(place, run, capsys):
     said = capsys.readouterr().out
     assert "checkpoint-6 is damaged" in said
     assert "checkpoint-18 is not used: checkpoint-12, the best so far, is damaged or missing" in said
-    assert "the training starts from the beginning" in said and "goes on" not in said
+    assert "the training starts from the beginning" in said and "resumes" not in said
 
 
 def test_a_damaged_base_is_an_error_and_gets_no_score(place, tmp_path, capsys):

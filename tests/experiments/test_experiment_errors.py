@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -88,7 +92,7 @@ def test_a_run_that_never_began_does_not_bind_the_folder(train, runs, place, tmp
     shutil.rmtree(folder)
     write_record(folder, record)
     status, out, err = train("--method", "lora", "--lr", "1e-3")
-    assert status == 0 and "ended before its first checkpoint; it begins anew" in out, err
+    assert status == 0 and "ended before its first checkpoint; it is restarted" in out, err
     # with a checkpoint there is something
     record = read_record(folder)
     record.status = "running"
@@ -121,22 +125,39 @@ def test_a_run_that_another_process_works_on(train, runs):
     assert status == 2 and "another process" in err
 
 
-def test_a_lock_that_its_holder_removed_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
+def test_a_lock_whose_holder_was_killed_is_free(tmp_path):
+    from flare.experiments.runs.run_folder import locked
+
+    code = f"""
+        import os, signal
+        from pathlib import Path
+        from flare.experiments.runs.run_folder import locked
+        with locked(Path({str(tmp_path)!r})):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -signal.SIGKILL
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_file_that_its_holder_just_removed_does_not_count(tmp_path, monkeypatch):
     import fcntl
 
     from flare.experiments.runs import run_folder
 
     path, plain, calls = tmp_path / run_folder.LOCK_FILE, fcntl.flock, []
 
-    def flock(*arguments):
-        plain(*arguments)
+    def flock(descriptor, operation):
+        plain(descriptor, operation)
+        if operation == fcntl.LOCK_UN:
+            return
         calls.append(path.stat().st_ino)
-        if len(calls) < 3:  # gone, then gone and made anew by somebody else
+        if len(calls) < 3:  # removed, then removed and created again by another process
             path.unlink()
         if len(calls) == 2:
             path.touch()
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with run_folder.locked(tmp_path):
         assert len(calls) == 3
         with pytest.raises(UserError, match="another process is working"), run_folder.locked(tmp_path):
@@ -188,7 +209,7 @@ def test_a_base_that_was_made_anew(train, runs):
     [
         (("--output_dir", "x"), ("--output-dir cannot be given", "--output")),
         (("--seed", "3"), ("--seed", "--seeds")),
-        (("--do_train", "true"), ("--do-train", "command says")),
+        (("--do_train", "true"), ("--do-train", "command decides")),
         (("--weight-decya", "0.1"), ("--weight-decya", "did you mean --weight-decay")),
         (("--weight_decay", "much"), ("--weight_decay", "invalid float")),
         (("--lr_scheduler_type", "zigzag"), ("zigzag",)),

@@ -62,7 +62,8 @@ def stand_in_for_seqeval(monkeypatch):
         share = [float(a == b) for p, t in zip(said, truth, strict=True) for a, b in zip(p, t, strict=True)]
         return dict.fromkeys(("entity_f1", "entity_precision", "entity_recall"), 100 * sum(share) / len(share))
 
-    monkeypatch.setattr("flare.experiments.tasks.token_form.check_entity_metrics", lambda: None)
+    monkeypatch.setattr(metrics, "check_metric_packages", lambda task: None)
+    monkeypatch.setattr("flare.experiments.runs.setup.check_metric_packages", lambda task: None)
     monkeypatch.setattr(metrics, "entity_scores", right)
 
 

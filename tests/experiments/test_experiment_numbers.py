@@ -197,7 +197,9 @@ def test_changed_rows_stop_a_resume_and_mark_an_old_score(place, runs, data, cap
     capsys.readouterr()
     assert train(place, runs, *words) != 0
     error = capsys.readouterr().err
-    assert "the train rows have changed since this run began, so it cannot go on" in error and "--no-resume" in error
+    assert (
+        "the train rows have changed since this run began, so it cannot be resumed" in error and "--no-resume" in error
+    )
     assert train(place, runs, *words, "--no-resume") == 0
 
 

@@ -23,7 +23,7 @@ class Hides:
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("datasets", "matplotlib", "seqeval"):
+        if name.partition(".")[0] in ("datasets", "matplotlib", "seqeval", "sklearn"):
             return None
         return self.finder.find_spec(name, path, target)
 

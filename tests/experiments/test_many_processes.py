@@ -221,7 +221,7 @@ def test_a_training_has_the_steps_of_one_process(root, two) -> None:
         for name in ("one", "two", "resumed", "sharded")
     }
     assert [one.settings["processes"] for one in records.values()] == [1, 2, 2, 2]
-    assert "resumed with 2" in two[0]["resumed"][1] and "done before" in two[0]["train again"][1]
+    assert "resumed with 2" in two[0]["resumed"][1] and "already done" in two[0]["train again"][1]
     status, _, error = two[0]["not shared"]
     assert status == 2 and "2 processes cannot share the 9 rows of a step" in error
 

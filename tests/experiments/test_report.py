@@ -18,7 +18,7 @@ from flare.experiments.report.families import source_kind
 from flare.experiments.report.figures.compare import draw_comparison, draw_costs
 from flare.experiments.report.figures.layers import curves, draw_layers
 from flare.experiments.report.figures.style import COLUMN, PAGE, caption_of
-from flare.experiments.report.lines import main_lines
+from flare.experiments.report.main_lines import main_lines
 from flare.experiments.report.summary import costs, quality
 from flare.experiments.report.tables import cost_csv, cost_table, latex, quality_csv, quality_table
 from flare.experiments.runs.records import (
@@ -184,12 +184,12 @@ def test_costs_carry_their_spread(tmp_path: Path) -> None:
     lora, _ = csv.DictReader(io.StringIO(cost_csv(costs(group))))
     assert (lora["seconds_per_step_min"], lora["seconds_per_step_max"]) == ("0.949", "1.834")
     assert [line for line in warnings(group) if "ms per step" in line] == [
-        "lora: its runs took 949.0 to 1834.0 ms per step: its costs say little (was the machine shared, or are the "
-        "languages' texts of other lengths?)"
+        "lora: its runs took 949.0 to 1834.0 ms per step, so its costs say little (was the machine shared, or do the "
+        "languages' texts differ in length?)"
     ]
     pytest.importorskip("matplotlib")
     figure = draw_costs(group, "macro_f1")
-    assert "least to greatest cost" in caption_of(figure)
+    assert "smallest to largest cost" in caption_of(figure)
 
 
 def test_gold_and_machine_translated_translate_test_have_names_of_their_own(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_without_matplotlib_the_tables_are_written(runs: Path, tmp_path: Path, m
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch) -> Path:
     """One run, and no pictures to wait for."""
-    monkeypatch.setattr("flare.experiments.report.write.draw_all", lambda *_: [])
+    monkeypatch.setattr("flare.experiments.report.write.draw_figures", lambda *_: [])
     make_run(tmp_path / "small", "ace", "lora", 0, 50.0)
     return tmp_path / "small"
 
@@ -419,7 +419,7 @@ def test_a_failure_leaves_the_earlier_report(small: Path, tmp_path: Path, monkey
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("flare.experiments.report.write._everything", full)
+    monkeypatch.setattr("flare.experiments.report.write._report_json", full)
     with pytest.raises(OSError, match="disk full"):
         write_report([small], output, overwrite=True, say=lambda line: None)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

@@ -10,8 +10,8 @@ import pytest
 from test_report import group_of, is_drawn, make_run
 
 from flare.experiments.report import write_report
-from flare.experiments.report.across import VARIED, overview_csv, overview_table, overviews, varied_table
 from flare.experiments.report.collect import collect
+from flare.experiments.report.cross_task import ABLATIONS, ablation_table, overview_csv, overview_table, overviews
 from flare.experiments.report.display import language_names, model_name, task_name
 from flare.experiments.report.figures.ablations import draw_translators
 from flare.experiments.report.figures.overview import draw_average_ranks
@@ -94,7 +94,7 @@ def test_one_thing_varied_by_hand(tasks: Path, tmp_path: Path) -> None:
             for language in languages:
                 make_run(tasks / task, language, "flare", 0, score, variant=f"flare-r{r}", r=r, task=task)
     groups = collect([tasks]).groups
-    table = varied_table(groups, {group.slug: "macro_f1" for group in groups}, *VARIED["ranks"])
+    table = ablation_table(groups, {group.slug: "macro_f1" for group in groups}, *ABLATIONS["ranks"])
     assert table.head == ("model", "method", "r", "NusaX", "XNLI", "average")
     assert table.rows == (
         ("tiny-bert", "FLARE", "8", "60.0", "60.0", "60.0"),

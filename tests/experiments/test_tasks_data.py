@@ -83,7 +83,9 @@ def test_labels_that_nobody_named_come_from_the_training_rows(tmp_path):
     assert resolve_labels(NUSAX, tmp_path, "en") is NUSAX
     # a number that is none of the labels is no index of one
     write_csv(tmp_path / "ace" / "train.csv", [("1", "a", "9"), ("2", "a", "1")], HEAD)
-    with says(DataError, "1 of 2 rows have a label that is none of task classification's: '1' (id 2); accepted: 9, 10"):
+    with says(
+        DataError, "1 of 2 rows have a label that is not one of task classification's: '1' (id 2); accepted: 9, 10"
+    ):
         read_split(resolve_labels(OWN, tmp_path, "en"), tmp_path, "ace", "train")
     write_csv(tmp_path / "en" / "train.csv", [("1", "a", "x")], HEAD)
     with says(UserError, "two or more different labels are needed; got 'x'"):
@@ -126,7 +128,7 @@ def test_missing_things_are_named(tmp_path):
         read_split(NUSAX, tmp_path, "ace", "eval")
     with says(DataError, "no such folder"):
         read_split(NUSAX, "./nowhere", "ace", "train")
-    with says(DataError, "name their folder, or a hub id, with --data"):
+    with says(DataError, "give a folder or a hub id with --data"):
         read_split(OWN, None, "ace", "train")
 
 
@@ -137,7 +139,8 @@ def test_a_label_outside_the_set_is_shown_with_its_rows(tmp_path):
         read_split(NUSAX, tmp_path, "ace", "train")
     text = str(raised.value)
     assert (
-        "4 of 5 rows have a label that is none of task nusax's: '(empty)', '3', 'mixed' (ids n1, n2, n3, ...)" in text
+        "4 of 5 rows have a label that is not one of task nusax's: '(empty)', '3', 'mixed' (ids n1, n2, n3, ...)"
+        in text
     )
     assert "accepted: negative, neutral, positive, or their indices from 0" in text
 
@@ -148,7 +151,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with says(DataError, "several files for train: train.csv, train.jsonl; keep one of them"):
         read_split(OWN, tmp_path, "ace", "train")
     (tmp_path / "ace" / "valid.jsonl").write_text('{"id": 1, "text": "a", "label": "b"}\n{"id": 2,')
-    with says(DataError, "valid.jsonl, line 2: no JSON object"):
+    with says(DataError, "valid.jsonl, line 2: not a JSON object"):
         read_split(OWN, tmp_path, "ace", "valid")
     (tmp_path / "ace" / "test.csv").write_bytes(b"id,text,label\n1,\xff,b\n")
     with says(DataError, "cannot be read as a CSV file in UTF-8"):
@@ -166,7 +169,7 @@ def test_rows_without_ids_are_aligned_by_position_if_there_are_equally_many():
     targets, sources = [example("#0", "a"), example("#1", "b")], [example("#0", "A"), example("#1", "B")]
     pairs, notes = align(targets, sources, target_name="ace", source_name="en", split="train")
     assert [(p.target.texts["text"], p.source.texts["text"]) for p in pairs] == [("a", "A"), ("b", "B")]
-    assert notes == ["train: ace and en are aligned by position, they have no id column in common"]
+    assert notes == ["train: ace and en are aligned by position: they have no id column in common"]
     assert align(targets, [example("x", "A"), example("y", "B")])[0][1].source.texts == {"text": "B"}
     with says(DataError, "train: rows of ace (2) and en (1) cannot be aligned: without an id column"):
         align(targets, sources[:1], target_name="ace", source_name="en", split="train")
@@ -198,7 +201,7 @@ def test_nothing_aligned_is_an_error_with_counts_and_ids():
     with pytest.raises(DataError) as raised:
         align([example("a"), example("b")], [example("c")], target_name="ace", source_name="en", split="train")
     text = str(raised.value)
-    assert "train: no row of ace (2 rows) belongs to a row of en (1 rows); rows belong together by their id" in text
+    assert "train: no row of ace (2 rows) matches a row of en (1 rows); rows are matched by their id" in text
     assert "2 rows of ace dropped, no row of en has their id (ids a, b)" in text
 
 
@@ -244,9 +247,9 @@ def test_a_missing_translation_says_which_command_makes_it(folders):
     ):
         load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, source_text="mt")
     (mt / "ace-english" / "train.partial.jsonl").touch()
-    with says(DataError, "it has been begun and not finished"):
+    with says(DataError, "it was started but not finished"):
         load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, source_text="mt")
-    with says(UserError, "name its folder with --translations"):
+    with says(UserError, "give its folder with --translations"):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="mt")
     with says(UserError, "got 'machine' and 'gold'"):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="machine")
@@ -268,12 +271,15 @@ def test_tasks_have_the_papers_metrics_and_lengths():
     ("options", "text"),
     [
         ({"name": "nusa"}, "--task 'nusa' is not known; the tasks are nusax, xnli, tydiqa, sib200, "),
-        ({"name": "qa", "text_columns": ["text"]}, "of a QA task are the question's and the context's; got 'text'"),
+        ({"name": "qa", "text_columns": ["text"]}, "of a QA task must be question and context; got 'text'"),
         ({"name": "qa", "labels": ["a", "b"]}, "task qa has answers, not labels"),
         ({"name": "nusax", "metric": "f1"}, "--metric 'f1' is not one of task nusax's: accuracy, macro_f1"),
         ({"name": "nusax", "prompt": "Sentiment:"}, "task nusax: the prompt lacks '{text}'"),
         ({"name": "nusax", "labels": ["a", "a"]}, "two or more different labels are needed"),
-        ({"name": "nusax", "verbalizer": {"negative": "neutral"}}, "two labels are written alike"),
+        (
+            {"name": "nusax", "verbalizer": {"negative": "neutral"}},
+            "the verbalizer must give every label a different text",
+        ),
         ({"name": "nusax", "max_length": 2}, "--max-length must be 4 or more; got 2"),
     ],
 )

@@ -12,7 +12,7 @@ from small_tasks import byte_tokenizer, word_tokenizer
 import flare
 from flare.baselines import InputFusionCollator
 from flare.experiments.tasks import Answer, Example, Pair, get_task, make_form
-from flare.experiments.tasks.spans import best_span, locate, token_span
+from flare.experiments.tasks.forms.spans import best_span, locate, token_span
 from flare.experiments.utils.errors import UserError
 
 XNLI, NUSAX, QA = get_task("xnli"), get_task("nusax"), get_task("qa")
@@ -65,7 +65,7 @@ def test_a_tokenizer_without_pad_token():
     form = make_form(NUSAX, tokenizer, "encoder")
     assert tokenizer.pad_token == "</s>" and form.model_options["pad_token_id"] == 2
     _, notes = form.train_rows([Pair(Example("1", {"text": "a"}, "neutral"))], with_source=False)
-    assert "has no pad token; its end token '</s>' pads" in notes[0]
+    assert "has no pad token; its end token '</s>' is used for padding" in notes[0]
     with pytest.raises(UserError, match="has neither a pad token nor an end token to pad with; set one"):
         make_form(NUSAX, word_tokenizer("a", pad_token=None), "encoder")
 
@@ -77,10 +77,10 @@ def test_forms_that_cannot_be():
     with pytest.raises(UserError, match="its labels are not known yet"):
         make_form(get_task("classification"), tokenizer, "encoder")
     three = get_task("classification", text_columns=["a", "b", "c"], labels=["x", "y"])
-    with pytest.raises(UserError, match="an encoder reads one text or a pair, and there are 3"):
+    with pytest.raises(UserError, match="an encoder reads one text or a pair, but there are 3"):
         make_form(three, tokenizer, "encoder")
     slow = type("Slow", (), {"is_fast": False, "pad_token_id": 0})()
-    with pytest.raises(UserError, match=r"\(Slow\) does not tell which characters"):
+    with pytest.raises(UserError, match=r"\(Slow\) cannot map tokens to characters"):
         make_form(QA, slow, "encoder")
 
 
@@ -173,8 +173,8 @@ def test_what_is_cut_off_is_counted():
     assert notes == [
         "2 of 4 contexts cut to 12 tokens with the question (ids 1, 4)",
         "1 of 4 rows left out, they have no answer or it is not in the context (id 2)",
-        "1 of 4 rows left out, their answer is not among the 12 tokens that are read (id 1)",
-        "1 of 4 rows whose answer is not at its answer_start: the nearest place is taken (id 3)",
+        "1 of 4 rows left out, their answer is not within the first 12 tokens (id 1)",
+        "1 of 4 rows have no answer at answer_start: the nearest occurrence is used (id 3)",
     ]
     assert all(len(row["input_ids"]) <= 12 for row in rows)
     everything, notes = form.eval_rows([*pairs, Pair(qa("5", "who ?", "Ana ."))], with_source=False)
@@ -185,7 +185,9 @@ def test_what_is_cut_off_is_counted():
 
 def test_logits_of_other_rows_are_refused():
     form = make_form(QA, word_tokenizer(WORDS), "encoder", 32)
-    with pytest.raises(ValueError, match=re.escape("row 0 has 15 tokens from 0 on and the logits are 5 wide")):
+    with pytest.raises(
+        ValueError, match=re.escape("row 0 has 15 tokens from position 0 on, but the logits are 5 wide")
+    ):
         form.predictions((torch.zeros(3, 5), torch.zeros(3, 5)), PAIRS)
 
 

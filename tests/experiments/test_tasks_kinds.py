@@ -10,7 +10,10 @@ import torch
 from small_tasks import byte_tokenizer, word_tokenizer, write_csv, write_jsonl
 
 import flare
+from flare.experiments.runs.run_settings import Settings
+from flare.experiments.runs.setup import task_of
 from flare.experiments.tasks import (
+    Answer,
     DataError,
     Example,
     Pair,
@@ -24,21 +27,14 @@ from flare.experiments.tasks import (
 )
 from flare.experiments.tasks import score as score_of
 from flare.experiments.tasks.digest import digest_of_rows
-from flare.experiments.tasks.inferred import inferred_tags
+from flare.experiments.tasks.forms.tokens import first_tokens_of
+from flare.experiments.tasks.label_inference import inferred_tags
 from flare.experiments.tasks.row_parsing import examples_from
-from flare.experiments.tasks.token_form import first_tokens
 from flare.experiments.translation.task_texts import finish, prepare
 from flare.experiments.utils.errors import UserError
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 CHOICES = {"text_columns": ["passage", "question"], "choice_columns": ["c1", "c2", "c3"]}
-
-
-@pytest.fixture(autouse=True)
-def forms_without_seqeval(monkeypatch):
-    """Where seqeval is not installed, forms do not ask for it."""
-    if importlib.util.find_spec("seqeval") is None:
-        monkeypatch.setattr("flare.experiments.tasks.token_form.check_entity_metrics", lambda: None)
 
 
 def labels_of(rows, task):
@@ -116,7 +112,7 @@ def test_choices_are_columns_or_a_list_and_their_label_a_letter_or_a_number():
     assert labels_of([{**row, "answer": "3"}], replace(task, first_choice=1)) == ["C"]
     with pytest.raises(DataError, match="answer is '3'; accepted: A, B, C, or the choice's number counted from 0"):
         labels_of([{**row, "answer": "3"}], task)
-    with pytest.raises(DataError, match="2 choices where task multiple-choice has 3"):
+    with pytest.raises(DataError, match="2 choices, but task multiple-choice has 3"):
         labels_of([{**listed, "choices": ["x", "y"]}], task)
 
 
@@ -132,7 +128,7 @@ def test_several_labels_are_names_indices_marks_or_a_column_each():
         (),
     ]
     assert labels_of([{"text": "t", "joy": 1, "anger": "0", "fear": 1.0}], task) == [("joy", "fear")]
-    with pytest.raises(DataError, match="1 of 1 rows have a label that is none of task multi-label's: 'sad'"):
+    with pytest.raises(DataError, match="1 of 1 rows have a label that is not one of task multi-label's: 'sad'"):
         labels_of([{"text": "t", "labels": ["sad"]}], task)
 
 
@@ -149,9 +145,9 @@ def test_a_regression_needs_finite_numbers():
     [
         ("regression", {"labels": ["a", "b"]}, "task regression has no labels to name"),
         ("multi-label", {"verbalizer": {"a": "b"}}, "a verbalizer is for a classification"),
-        ("classification", {"choice_columns": ["a", "b"]}, "--choice-columns is for a multiple choice"),
+        ("classification", {"choice_columns": ["a", "b"]}, "--choice-columns is for multiple choice"),
         ("multiple-choice", {"choice_columns": ["a"]}, "2 to 26 choice columns"),
-        ("token-classification", {"text_columns": ["a", "b"]}, "is the words' column"),
+        ("token-classification", {"text_columns": ["a", "b"]}, "must be the column of the words"),
         ("regression", {"metric": "accuracy"}, "not one of task regression's: pearson, spearman"),
     ],
 )
@@ -215,11 +211,11 @@ def test_a_words_tag_stands_at_its_first_token_only():
 
 def test_first_tokens_of_sentencepiece_bytes_and_words_without_any():
     # a token that holds the space in front of a word is the word's, one of the space alone is not
-    assert first_tokens(["ab", "cd"], [(0, 0), (0, 2), (2, 5), (0, 0)]) == [1, 2]
-    assert first_tokens(["ab", "cd"], [(0, 2), (2, 3), (3, 4), (4, 5)]) == [0, 2]
+    assert first_tokens_of(["ab", "cd"], [(0, 0), (0, 2), (2, 5), (0, 0)]) == [1, 2]
+    assert first_tokens_of(["ab", "cd"], [(0, 2), (2, 3), (3, 4), (4, 5)]) == [0, 2]
     # a word that the tokenizer drops, and one token that reaches over two words
-    assert first_tokens(["ab", "\u200b", "cd"], [(0, 2), (5, 7)]) == [0, None, 1]
-    assert first_tokens(["ab", "cd"], [(0, 5)]) == [0, None]
+    assert first_tokens_of(["ab", "\u200b", "cd"], [(0, 2), (5, 7)]) == [0, None, 1]
+    assert first_tokens_of(["ab", "cd"], [(0, 5)]) == [0, None]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -306,7 +302,7 @@ def test_several_labels_and_numbers_have_their_losses_and_predictions():
 @pytest.mark.parametrize("kind", ["token-classification", "multi-label", "regression"])
 def test_a_model_that_writes_has_no_form_for_heads(kind):
     with pytest.raises(
-        UserError, match=rf"task {kind} \({kind}\) is answered by a head.*--form encoder \(AutoModelFor"
+        UserError, match=rf"task {kind} \({kind}\) needs a model with a head.*--form encoder \(AutoModelFor"
     ):
         make_form(get_task(kind), byte_tokenizer(), "causal")
 
@@ -314,7 +310,7 @@ def test_a_model_that_writes_has_no_form_for_heads(kind):
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_entity_scores_are_seqevals():
+def test_entity_scores_equal_seqevals():
     pytest.importorskip("seqeval.metrics", exc_type=ImportError)
     task = get_task("token-classification", labels=TAGS)
     truth = [Example("1", label=("B-PER", "I-PER", "O", "B-LOC")), Example("2", label=("B-LOC", "O"))]
@@ -325,11 +321,22 @@ def test_entity_scores_are_seqevals():
     )
 
 
-def test_entity_scores_without_seqeval_say_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [
+        ("token-classification", "seqeval"),
+        ("classification", "scikit-learn"),
+        ("multi-label", "scikit-learn"),
+        ("regression", "scipy"),
+    ],
+)
+def test_scores_without_their_package_say_what_to_install(monkeypatch, kind, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("flare.experiments.tasks.token_form.check_entity_metrics", metrics.check_entity_metrics)
-    with pytest.raises(UserError, match="pip install seqeval"):
-        make_form(get_task("token-classification", labels=TAGS), word_tokenizer("a"), "encoder")
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        score_of(get_task(kind), ["x"], [Example("1", label="x")])
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        task_of(Settings(task=kind))  # before anything is trained
+    assert score_of(get_task("qa"), ["x"], [Example("1", answers=(Answer("x"),))])["f1"] == 100, "needs no package"
 
 
 def test_f1_of_several_labels_by_hand():

@@ -149,7 +149,7 @@ def test_english_rows_of_other_data_sets(hub):
     notes = load_pairs(get_task("afrixnli"), None, "english", "english", "train", source_text=None)[1]
     assert notes == ["train: English rows are XNLI's (facebook/xnli)"]
     notes = load_pairs(get_task("afrixnli"), None, "english", "hausa", "test")[1]
-    assert notes == ["test: hausa and english are aligned by position, they have no id column in common"]
+    assert notes == ["test: hausa and english are aligned by position: they have no id column in common"]
 
 
 def test_splits_that_are_not_there(hub):
@@ -227,13 +227,13 @@ def test_all_targets(hub, tmp_path):
     assert notes[0] == "--target all leaves out toba_batak: NLLB has no tag for it"
     assert len(all_targets(get_task("xnli"), None, "english")[0]) == 14
     assert len(all_targets(get_task("tydiqa"), None, "english")[0]) == 8
-    with says(UserError, "--target all: Davlan/sib200 has 205 languages; name those you want"):
+    with says(UserError, "--target all: Davlan/sib200 has 205 languages; name the ones you want"):
         all_targets(get_task("sib200"), None, "english")
     for name in ("english", "ace", "ban"):
         write_csv(tmp_path / name / "test.csv", [], ("id",))
     (tmp_path / "english-ace").mkdir()
     assert all_targets(get_task("nusax"), tmp_path, "english")[0] == ["ace", "ban"]
-    with says(UserError, "has no language but english"):
+    with says(UserError, "has no language except english"):
         all_targets(get_task("nusax"), tmp_path / "ban", "english")
 
 

@@ -11,7 +11,9 @@ from small_tasks import write_csv, write_jsonl
 from flare.cli import main
 from flare.experiments.demo import DemoError
 from flare.experiments.demo.real_data import load_parallel
+from flare.experiments.prediction.input_rows import _row as prediction_texts
 from flare.experiments.tasks import DataError, Example, align, get_task, read_split, resolve_labels
+from flare.experiments.tasks.cell_parsing import text_of
 from flare.experiments.tasks.reading import shown_labels
 
 OWN = get_task("classification")
@@ -28,12 +30,12 @@ def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("id,text,label\n1,a,x\n2,b, c,y\n3,d,e,x\n", "line 3: 4 fields where the head has 3 (id, text, label); so"),
-        ('id,text,label\n1,"a\nb",x\n2,b\n', "line 4: 2 fields where the head has 3"),
+        ("id,text,label\n1,a,x\n2,b, c,y\n3,d,e,x\n", "line 3: 4 fields, but the head has 3 (id, text, label); 1 more"),
+        ('id,text,label\n1,"a\nb",x\n2,b\n', "line 4: 2 fields, but the head has 3"),
         ('id,text,label\n1,"a,x\n2,b,y\n', "cannot be read as a CSV file"),
-        ("id,text,text,label\n1,a,b,x\n", "the column 'text' stands in the head twice"),
+        ("id,text,text,label\n1,a,b,x\n", "the column 'text' occurs twice in the head"),
         ("id;text;label\n1;a;x\n", "separated by commas; its head is 'id;text;label'"),
-        ("id,text,label\n1,a,x\n2,b,y\n1,c,x\n", "row 2 (counted from 0): the id '1' is row 0's too"),
+        ("id,text,label\n1,a,x\n2,b,y\n1,c,x\n", "row 2 (counted from 0): row 0 has the same id '1'"),
         ("id,text,label\n1,a,x\n ,b,y\n", "row 1 (counted from 0) has no id"),
         ("ID,text,label\n1,a,x\n", "its column 'ID' looks like one"),
         ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like one"),
@@ -64,18 +66,46 @@ def test_values_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("cell", "text"), [(3, "3"), (-0.5, "-0.5"), (1e20, "1e+20"), (True, "True"), (float("nan"), "")]
+)
+def test_a_number_is_a_text_in_data_but_not_in_prediction(cell, text):
+    assert text_of(cell, "FILE, row 0: title") == text
+    with pytest.raises(DataError, match=rf"FILE, row 0: title holds a {type(cell).__name__} .*; it must be a text"):
+        prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0")
+
+
+def test_a_list_of_words_is_a_text_in_prediction_but_not_in_data():
+    assert prediction_texts({"tokens": ["a", "b"]}, {"tokens": "tokens"}, "FILE, row 0") == {"tokens": "a b"}
+    with pytest.raises(DataError, match="FILE, row 0: text holds a list"):
+        text_of(["a", "b"], "FILE, row 0: text")
+
+
+def test_cells_that_are_texts_or_wrong_everywhere():
+    for cell, text in (("NA", "NA"), ("3", "3"), (None, "")):
+        assert text_of(cell, "FILE, row 0: title") == text
+        assert prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0") == {"text": text}
+    for cell in ([1, 2], {"a": 1}, b"a"):
+        for read in (
+            lambda value: text_of(value, "FILE, row 0: title"),
+            lambda value: prediction_texts({"title": value}, {"text": "title"}, "FILE, row 0"),
+        ):
+            with pytest.raises(DataError, match=r"FILE, row 0: title holds a .*; it must be a text"):
+                read(cell)
+
+
+@pytest.mark.parametrize(
     ("labels", "said"),
     [
         (
             [*MANY, "postive"],
-            "row 11 (counted from 0, id 11): the label 'postive' has one row only; did you mean 'positive'?",
+            "row 11 (counted from 0, id 11): the label 'postive' occurs in one row only; did you mean 'positive'?",
         ),
         (
             [*MANY, "Positive", "Positive"],
             "row 11 (counted from 0, id 11): the label 'Positive' (2 rows) differs from 'positive' (6 rows)",
         ),
         (["0.5", "1", "2.25"], "row 0 (counted from 0, id 0): the label '0.5' is a number with a fraction"),
-        ([str(i) for i in range(12)], "has one row only; so have 11 more labels."),
+        ([str(i) for i in range(12)], "occurs in one row only; so do 11 more labels."),
     ],
 )
 def test_labels_that_nobody_named_and_look_wrong(tmp_path, labels, said):

@@ -14,7 +14,7 @@ from small_tasks import write_csv, write_jsonl
 from flare.cli import main
 from flare.experiments.runs.records import find_runs
 from flare.experiments.tasks import DataError, Example, get_task, has_split, load_pairs, read_split
-from flare.experiments.tasks.parallel import ParallelColumns
+from flare.experiments.tasks.parallel_table import ParallelColumns
 from flare.experiments.tasks.tables import read_table
 from flare.experiments.utils.errors import UserError
 
@@ -83,11 +83,11 @@ def test_a_format_has_the_checks_of_a_csv_file(tmp_path, form):
     """The message names the row and the reason."""
     good = [{"id": str(i), "text": "a", "label": "xy"[i % 2]} for i in range(12)]
     cases = {
-        "row 2 (counted from 0): the id '0' is row 0's too": [*good[:2], {**good[2], "id": "0"}],
+        "row 2 (counted from 0): row 0 has the same id '0'": [*good[:2], {**good[2], "id": "0"}],
         "row 1 (counted from 0) has no id": [good[0], {**good[1], "id": " "}],
         "its column 'row_id' looks like one": [{"row_id": i, "text": "a", "label": "x"} for i in "12"],
         "has no column text; it has id, content, label": [{"id": i, "content": "a", "label": "x"} for i in "12"],
-        "1 of 2 rows have a label that is none of task classification's: '(empty)' (id 1)": [
+        "1 of 2 rows have a label that is not one of task classification's: '(empty)' (id 1)": [
             good[0],
             {**good[1], "label": ""},
         ],
@@ -99,7 +99,7 @@ def test_a_format_has_the_checks_of_a_csv_file(tmp_path, form):
     from flare.experiments.tasks import resolve_labels
 
     write_as(tmp_path / "alone", [{**good[0], "label": "xx"}, *good[1:]], form)
-    with says(DataError, "row 0 (counted from 0, id 0): the label 'xx' has one row only"):
+    with says(DataError, "row 0 (counted from 0, id 0): the label 'xx' occurs in one row only"):
         resolve_labels(OWN, tmp_path, "alone")
 
 
@@ -108,7 +108,7 @@ def test_a_row_that_lacks_a_field(tmp_path, form):
     """Parquet and saved data sets have every column in every row."""
     rows = [ROWS[1], {"id": "9", "text": "b"}, {"id": "10", "text": "c"}]
     write_as(tmp_path / "ace", rows, form)
-    said = "line 3: 2 fields where the head has 3" if form in ("csv", "tsv") else "row 1 (counted from 0): it has no 'l"
+    said = "line 3: 2 fields, but the head has 3" if form in ("csv", "tsv") else "row 1 (counted from 0): it has no 'l"
     with says(DataError, said) as raised:
         read_split(OWN, tmp_path, "ace", "train")
     assert "1 more" in str(raised.value)
@@ -120,14 +120,14 @@ def test_a_row_that_lacks_a_field(tmp_path, form):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("train.tsv", "id,text,label\n1,a,x\n", "must be separated by tabs; its head is 'id,text,label'"),
-        ("train.tsv", "id\ttext\ttext\n", "the column 'text' stands in the head twice"),
+        ("train.tsv", "id,text,label\n1,a,x\n", "fields must be separated by tabs; its head is 'id,text,label'"),
+        ("train.tsv", "id\ttext\ttext\n", "the column 'text' occurs twice in the head"),
         ("train.tsv", 'id\ttext\tlabel\n1\t"a\tx\n2\tb\n', "cannot be read as a TSV file in UTF-8"),
         ("train.json", "[{]", "cannot be read as JSON"),
         ("train.json", '{"rows": []}', 'must hold a list of rows, or {"data": [rows]}; it holds an object with rows'),
-        ("train.json", '[{"text": "a"}, "b"]', "row 1 (counted from 0): not an object, but 'b'"),
-        ("train.json", '[{"text": "a", "text": "b"}]', "the key 'text' stands there twice"),
-        ("train.jsonl", '{"text": "a", "text": "b"}', "line 1: no JSON object in UTF-8 (the key 'text' stands"),
+        ("train.json", '[{"text": "a"}, "b"]', "row 1 (counted from 0): it must be an object; it is 'b'"),
+        ("train.json", '[{"text": "a", "text": "b"}]', "the key 'text' occurs twice"),
+        ("train.jsonl", '{"text": "a", "text": "b"}', "line 1: not a JSON object in UTF-8 (the key 'text' occurs"),
         ("train.parquet", "no", "cannot be read as a Parquet file"),
         ("train-00000-of-00002.parquet", "no", "1 of 2 shards are missing, such as train-00001-of-00002.parquet"),
         ("train/state.json", "{}", "has several files for train: "),
@@ -138,7 +138,7 @@ def test_files_that_cannot_be_read(tmp_path, name, text, said):
     (tmp_path / "ace" / name).write_text(text)
     if name == "train/state.json":
         (tmp_path / "ace" / "train" / "dataset_info.json").write_text("{}")
-        with says(DataError, "cannot be read as a data set that save_to_disk wrote"):
+        with says(DataError, "cannot be read as a data set written by save_to_disk"):
             read_split(OWN, tmp_path, "ace", "train")
         (tmp_path / "ace" / "train.csv").write_text("")
     with says(DataError, said):
@@ -148,7 +148,7 @@ def test_files_that_cannot_be_read(tmp_path, name, text, said):
 def test_a_tsv_file_with_single_quotation_marks_is_plain_text(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text('id\ttext\n1\t"Good" he said\n2\t"so\n3\tb\n')
-    with pytest.warns(UserWarning, match="its quotation marks are read as text, because they do not pair up"):
+    with pytest.warns(UserWarning, match="quotation marks are read as text, because they are not balanced"):
         assert [row["text"] for row in read_table(path).rows] == ['"Good" he said', '"so', "b"]
 
 
@@ -273,4 +273,4 @@ def test_one_table_through_all_commands(tmp_path, capsys):
     assert "name columns of your own table: name it with --data" in capsys.readouterr().err
     words = ["train", *common, "--output", str(tmp_path / "0"), "--data", str(table), "--config", str(config)]
     assert main([*words, "--target", "a", "b"]) == 2
-    assert "--target-column vem is one language's, and --target names 2" in capsys.readouterr().err
+    assert "--target-column vem is the column of one language, but --target names 2" in capsys.readouterr().err

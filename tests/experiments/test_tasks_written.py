@@ -11,7 +11,7 @@ from small_tasks import byte_tokenizer
 
 import flare
 from flare.experiments.tasks import Answer, DataError, Example, JoinedForm, Pair, get_task, joined_task, make_form
-from flare.experiments.tasks.prompts import fill
+from flare.experiments.tasks.forms.prompts import fill
 from flare.experiments.utils.errors import UserError
 
 NUSAX = get_task("nusax", prompt="{text}\nis:", verbalizer={"negative": "bad", "positive": "badly good"})
@@ -95,7 +95,7 @@ def test_the_context_is_cut_and_never_the_question(family):
     assert notes == [
         "1 of 4 rows left out, they have no answer (id 3)",
         "1 of 4 rows left out, their answer has more than 16 tokens (id 2)",
-        "1 of 4 rows without an answer in the source, which ends at once there (id 4)",
+        "1 of 4 rows have no answer in the source, which gets only an end token (id 4)",
         f"1 of 2 texts cut to prompts of {most} tokens (id 1)",
     ]
     prompt = tokenizer.decode(rows[0]["input_ids"], skip_special_tokens=True)
@@ -135,7 +135,9 @@ def test_labels_are_read_from_what_was_written():
     output = [[*tokenizer(f" {text}", add_special_tokens=False)["input_ids"], 2, 0, 0, -100] for text in said]
     found = form.predictions(output, pairs)
     assert found == ["positive", "negative", "negative", "positive", "neutral", "positive", "so-so", ""]
-    assert form.prediction_notes(found) == ["2 of 8 predictions are no label and count as wrong, such as 'so-so', ''"]
+    assert form.prediction_notes(found) == [
+        "2 of 8 predictions are not a label and count as wrong, such as 'so-so', ''"
+    ]
     assert form.scores(found, pairs)["accuracy"] == 25
     with pytest.raises(ValueError, match="8 generated rows were given for 1 pairs"):
         form.predictions(output, pairs[:1])

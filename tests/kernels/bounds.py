@@ -1,11 +1,11 @@
-"""A bounds checker for kernels under Triton's interpreter: every element that is read or written lies in a tensor.
+"""Bounds checker for kernels under Triton's interpreter: every access must be to an element of a tensor argument.
 
-    with bounds.checked() as seen:
+    with bounds.checked() as accesses:
         kernel[grid](x, y, ...)
-    assert seen["shrink_kernel"].loads
+    assert accesses["shrink_kernel"].loads
 
-A kernel's tensors are its arguments. Only elements whose mask is true are accessed; an access without a mask is one of
-all its elements. The gap between two rows of a view is out of bounds, and what is out of bounds is not touched.
+Only elements whose mask is true count as accessed; without a mask, all elements of the tile do. The gap between two
+rows of a view is out of bounds. An out-of-bounds access raises an error before memory is read or written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OutOfBounds(AssertionError):
 
 @dataclass
 class Accesses:
-    """Elements that launches of one kernel read, wrote, and updated atomically."""
+    """Numbers of elements that the launches of a kernel read, wrote and updated atomically."""
 
     loads: int = 0
     stores: int = 0
@@ -35,7 +35,7 @@ class Accesses:
 
 
 class _Launch:
-    """The addresses that one launch may touch."""
+    """The addresses that a launch may access."""
 
     def __init__(self, name: str, tensors: dict[str, Tensor]) -> None:
         self.name = name
@@ -43,24 +43,24 @@ class _Launch:
         addresses = {argument: addresses_of(tensor) for argument, tensor in tensors.items()}
         self.by_size: dict[int, np.ndarray] = {}
         for size in {tensor.element_size() for tensor in tensors.values()}:
-            own = [a for argument, a in addresses.items() if tensors[argument].element_size() == size]
-            self.by_size[size] = np.unique(np.concatenate(own))
+            same_size = [a for argument, a in addresses.items() if tensors[argument].element_size() == size]
+            self.by_size[size] = np.unique(np.concatenate(same_size))
 
     def check(self, what: str, pointers: Any, mask: Any) -> int:
-        """Raise OutOfBounds unless all unmasked addresses are elements of tensors; return how many there are."""
+        """Return the number of accessed addresses; raise OutOfBounds unless all are elements of tensors."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        wanted = np.asarray(pointers.data)[np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(pointers.data))]
-        wanted = wanted.astype(np.uint64)
-        known = self.by_size.get(size, np.empty(0, np.uint64))
-        at = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
-        wrong = wanted[known[at] != wanted] if len(known) else wanted
+        active = np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(pointers.data))
+        accessed = np.asarray(pointers.data)[active].astype(np.uint64)
+        valid = self.by_size.get(size, np.empty(0, np.uint64))
+        at = np.minimum(np.searchsorted(valid, accessed), max(len(valid) - 1, 0))
+        wrong = accessed[valid[at] != accessed] if len(valid) else accessed
         if len(wrong):
             near = self._near(int(wrong[0]))
             raise OutOfBounds(f"{self.name} {what}s {len(wrong)} elements of {size} bytes outside its tensors: {near}")
-        return int(wanted.size)
+        return int(accessed.size)
 
     def _near(self, address: int) -> str:
-        """Name the argument that an address is nearest to, and how far from its first element it is."""
+        """Describe the argument nearest to an address, and the distance from its first element."""
 
         def distance(tensor: Tensor) -> int:
             first, last = tensor.data_ptr(), int(addresses_of(tensor)[-1])
@@ -84,13 +84,12 @@ def addresses_of(tensor: Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def checked() -> Iterator[dict[str, Accesses]]:
-    """Check every access of every kernel that the interpreter runs; yield what each kernel touched, by its name.
+    """Check every access of every kernel that the interpreter runs. Yields the accesses by kernel name.
 
-    Raises (from the launch):
-        OutOfBounds: an access outside the kernel's tensors. The interpreter reports it as the cause of its own error.
+    A launch that accesses memory outside its tensors raises an error of the interpreter, caused by OutOfBounds.
     """
     builder, execute = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
-    seen: dict[str, Accesses] = defaultdict(Accesses)
+    accesses: dict[str, Accesses] = defaultdict(Accesses)
     running: list[_Launch] = []
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -103,15 +102,15 @@ def checked() -> Iterator[dict[str, Accesses]]:
             running.pop()
 
     def load(pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        seen[running[-1].name].loads += running[-1].check("read", pointers, mask)
+        accesses[running[-1].name].loads += running[-1].check("read", pointers, mask)
         return masked_load(pointers, mask, *rest, **options)
 
     def store(pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        seen[running[-1].name].stores += running[-1].check("write", pointers, mask)
+        accesses[running[-1].name].stores += running[-1].check("write", pointers, mask)
         return masked_store(pointers, value, mask, *rest, **options)
 
     def update(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        seen[running[-1].name].atomics += running[-1].check("update", pointers, mask)
+        accesses[running[-1].name].atomics += running[-1].check("update", pointers, mask)
         return atomic_update(operation, pointers, value, mask, *rest, **options)
 
     atomic_update = builder.create_atomic_rmw
@@ -124,7 +123,7 @@ def checked() -> Iterator[dict[str, Accesses]]:
             (builder, "create_atomic_rmw", update),
         ):
             stack.enter_context(_replaced(owner, name, new))
-        yield seen
+        yield accesses
 
 
 @contextlib.contextmanager

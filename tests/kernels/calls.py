@@ -1,4 +1,4 @@
-"""Calls of every primitive, of many layouts: what tests of keys, argument order and Python overhead run."""
+"""Calls of every primitive with many layouts, for the tests of plan keys, argument order and Python overhead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flare_kernels.fusion import FUSIONS
+
 BF16, F32 = torch.bfloat16, torch.float32
 
 
@@ -16,12 +18,12 @@ def plain(rows: int, cols: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def misaligned(rows: int, cols: int, dtype: torch.dtype = BF16) -> Tensor:
-    """Contiguous, but two elements into its memory."""
+    """Return a contiguous tensor that starts two elements into its storage."""
     return torch.zeros(rows * cols + 2, dtype=dtype)[2:].view(rows, cols)
 
 
 def columns(rows: int, cols: int, dtype: torch.dtype = BF16) -> Tensor:
-    """The leading columns of a wider buffer, whose rows are 16 elements further apart."""
+    """Return the leading columns of a buffer that is 16 columns wider."""
     return torch.zeros(rows, cols + 16, dtype=dtype)[:, :cols]
 
 
@@ -32,13 +34,16 @@ def transposed(rows: int, cols: int, dtype: torch.dtype = BF16) -> Tensor:
 LAYOUTS = {"plain": plain, "misaligned": misaligned, "columns": columns, "transposed": transposed}
 #: M, K, N, R
 SIZES = ((128, 256, 192, 16), (127, 129, 65, 8), (1, 64, 48, 1), (600, 96, 80, 64), (16, 1024, 1, 130))
-FUSIONS = (None, "add", "mul", "add_relu", "mul_relu")
+ALL = (None, *FUSIONS)
 
 
 def calls(
     ops: Any, size: tuple[int, int, int, int], layout: str = "plain", which: int = 0
 ) -> Iterator[Callable[[], Any]]:
-    """Calls of every primitive on new tensors; the ``which``-th drawn (0: each) has the layout, the rest are plain."""
+    """Yield calls of every primitive on new tensors.
+
+    ``which``: number of the tensor that has the layout; the others are plain. 0: all tensors have it.
+    """
     M, K, N, R = size
     drawn = 0
 
@@ -58,27 +63,28 @@ def calls(
 
     yield lambda: ops.stack(As, BF16)
     yield lambda: ops.stack([*As, As[0]], BF16)
-    yield lambda: ops.keep_bits(seed, M, K, 6554, 1)
-    for one, options in (((x, None), masks), ((x, x_source), both), ((None, x_source), {"mask_source": mask_source})):
-        yield lambda one=one: ops.shrink(*one, A, compute_dtype=BF16)
-        yield lambda one=one, options=options: ops.shrink(*one, A, compute_dtype=BF16, **options)
+    yield lambda: ops.dropout_mask(seed, M, K, 6554, 1)
+    one_mask = {"mask_source": mask_source}
+    for streams, options in (((x, None), masks), ((x, x_source), both), ((None, x_source), one_mask)):
+        yield lambda streams=streams: ops.shrink(*streams, A, compute_dtype=BF16)
+        yield lambda streams=streams, options=options: ops.shrink(*streams, A, compute_dtype=BF16, **options)
     yield lambda: ops.shrink(x, x_source, A, compute_dtype=BF16, sum_streams=True, **both)
-    for fusion in FUSIONS:
+    for fusion in ALL:
         phi = {"scalings": [0.5, 2.0], "fusion": fusion}
         S_or_none = None if fusion is None else S
         yield lambda phi=phi, S=S_or_none: ops.expand_(ys, T, S, Bs, **phi)
         yield lambda phi=phi, S=S_or_none: ops.expand_(ys, T, S, Bs, outs=outs, **phi)
-        for some in (biases, [None, None]):
-            yield lambda phi=phi, S=S_or_none, some=some: ops.expand_(ys, T, S, Bs, biases=some, **phi)
+        for bias_args in (biases, [None, None]):
+            yield lambda phi=phi, S=S_or_none, b=bias_args: ops.expand_(ys, T, S, Bs, biases=b, **phi)
         yield lambda phi=phi, S=S_or_none: ops.expand_(ys[:1], T[:, :R], S, Bs[:1], **phi | {"scalings": [1]})
-        for wanted in ({"dT": dT, "dS": dS}, {"B_grad_dtype": F32}, {"dT": dT, "dS": dS, "B_grad_dtype": BF16}):
-            yield lambda phi=phi, S=S_or_none, w=wanted: ops.grad_bottleneck(ys, T, S, Bs, **w, **phi)
+        for grads in ({"dT": dT, "dS": dS}, {"B_grad_dtype": F32}, {"dT": dT, "dS": dS, "B_grad_dtype": BF16}):
+            yield lambda phi=phi, S=S_or_none, grads=grads: ops.grad_bottleneck(ys, T, S, Bs, **grads, **phi)
         if M <= 64 and R <= 128:
-            for given in ([], [S[:, :R], S[:, R:]]):
-                source = x_source if fusion and not given else None
-                decode = {"compute_dtype": BF16, "keep": bool(given)} | phi
-                yield lambda g=given, s=source, d=decode: ops.decode(x, s, g, ys, As, Bs, **d)
-                yield lambda g=given, s=source, d=decode: ops.decode(x, s, g, ys, As, Bs, outs=outs, **d)
+            for Ss in ([], [S[:, :R], S[:, R:]]):
+                source = x_source if fusion and not Ss else None
+                decode = {"compute_dtype": BF16, "save_for_backward": bool(Ss)} | phi
+                yield lambda Ss=Ss, s=source, d=decode: ops.decode(x, s, Ss, ys, As, Bs, **d)
+                yield lambda Ss=Ss, s=source, d=decode: ops.decode(x, s, Ss, ys, As, Bs, outs=outs, **d)
     yield lambda: ops.grad_bottleneck(ys, None, None, Bs, scalings=[1.0, 1.0], fusion=None, dT=dT)
     for options in ({}, both):
         yield lambda options=options: ops.grad_weight(dT, x, dS, x_source, grad_dtype=F32, **options)

@@ -1,11 +1,11 @@
-"""Each kernel against naive kernels, bit for bit, under Triton's floating-point sanitizer (3.8 and later, on a GPU).
+"""Bitwise comparison of each kernel with naive kernels under Triton's floating-point sanitizer, FpSan.
 
-    TRITON_INSTRUMENTATION_MODE=fpsan python tests/kernels/exact.py
-    TRITON_INTERPRET=1 python tests/kernels/exact.py --close      # the comparison alone, in float arithmetic
+    TRITON_INSTRUMENTATION_MODE=fpsan python tests/kernels/exact.py     # a GPU and Triton 3.8 or later
+    TRITON_INTERPRET=1 python tests/kernels/exact.py --close            # with tolerances, in float arithmetic
 
-FpSan replaces floating-point arithmetic by arithmetic on integers, in which sums and products do not depend on their
-order: two kernels that compute the same formula give the same bits, whatever their tiles, splits and fusions, and two
-formulas that differ do not. All is float32, as a rounding in between is a function of its own to FpSan.
+FpSan replaces floating-point arithmetic by integer arithmetic in which sums and products do not depend on their order.
+Two kernels that compute the same formula give the same bits, independent of tiles, splits and fused operations. Kernels
+with different formulas do not. All tensors are float32, because FpSan treats rounding as another function.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ KEEP_SCALE = dropout.keep_scale(0.3)
 
 @triton.jit
 def product_kernel(
-    a, b, c, out, M, N, K, a_0, a_1, b_0, b_1, keep, keep_0, keep_1, scale, HAS_C: tl.constexpr, HAS_KEEP: tl.constexpr
+    a, b, c, out, M, N, K, a_0, a_1, b_0, b_1, mask, mask_0, mask_1, scale, HAS_C: tl.constexpr, HAS_MASK: tl.constexpr
 ):
-    """out (M, N) = c + scale * (keep * a) b, one program for each 16 x 16 tile; c and out contiguous."""
+    """Compute out (M, N) = c + scale * (mask * a) b, one program per 16 x 16 tile; c and out contiguous."""
     o_m = tl.program_id(0) * 16 + tl.arange(0, 16)
     o_n = tl.program_id(1) * 16 + tl.arange(0, 16)
     b_sum = tl.zeros((16, 16), dtype=tl.float32)
@@ -42,9 +42,9 @@ def product_kernel(
         o_k = i_k + tl.arange(0, 16)
         m_a = (o_m < M)[:, None] & (o_k < K)[None, :]
         b_a = tl.load(a + o_m[:, None] * a_0 + o_k[None, :] * a_1, mask=m_a, other=0.0)
-        if HAS_KEEP:
-            b_keep = tl.load(keep + o_m[:, None] * keep_0 + o_k[None, :] * keep_1, mask=m_a, other=0)
-            b_a = tl.where(b_keep != 0, b_a, 0.0)
+        if HAS_MASK:
+            b_mask = tl.load(mask + o_m[:, None] * mask_0 + o_k[None, :] * mask_1, mask=m_a, other=0)
+            b_a = tl.where(b_mask != 0, b_a, 0.0)
         m_b = (o_k < K)[:, None] & (o_n < N)[None, :]
         b_b = tl.load(b + o_k[:, None] * b_0 + o_n[None, :] * b_1, mask=m_b, other=0.0)
         b_sum = dot(b_a, b_b, b_sum)
@@ -58,7 +58,7 @@ def product_kernel(
 
 @triton.jit
 def elementwise_kernel(t, s, dh, out_0, out_1, numel, FUSION: tl.constexpr, BACKWARD: tl.constexpr):
-    """out_0 = phi(s, t), or (BACKWARD) out_0, out_1 = its derivatives times dh; all contiguous."""
+    """Compute out_0 = phi(s, t), or (BACKWARD) out_0, out_1 = its derivatives times dh; all contiguous."""
     o = tl.program_id(0) * 64 + tl.arange(0, 64)
     m = o < numel
     b_t = tl.load(t + o, mask=m, other=0.0)
@@ -71,19 +71,19 @@ def elementwise_kernel(t, s, dh, out_0, out_1, numel, FUSION: tl.constexpr, BACK
         tl.store(out_0 + o, fuse(b_t, b_s, FUSION), mask=m)
 
 
-def product(a: Tensor, b: Tensor, scale: float = 1.0, keep: Tensor | None = None, c: Tensor | None = None) -> Tensor:
-    """c + scale * (keep * a) b, contiguous."""
+def product(a: Tensor, b: Tensor, scale: float = 1.0, mask: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+    """Return c + scale * (mask * a) b, contiguous."""
     (M, K), N = a.shape, b.shape[1]
     out = torch.empty(M, N, device=a.device)
-    keeps = (0, 0) if keep is None else keep.stride()
+    mask_strides = (0, 0) if mask is None else mask.stride()
     grid = (triton.cdiv(M, 16), triton.cdiv(N, 16))
-    options = {"HAS_C": c is not None, "HAS_KEEP": keep is not None}
-    product_kernel[grid](a, b, c, out, M, N, K, *a.stride(), *b.stride(), keep, *keeps, scale, **options)
+    options = {"HAS_C": c is not None, "HAS_MASK": mask is not None}
+    product_kernel[grid](a, b, c, out, M, N, K, *a.stride(), *b.stride(), mask, *mask_strides, scale, **options)
     return out
 
 
 def elementwise(T: Tensor, S: Tensor, fusion: str, dH: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """H twice, or dT and dS."""
+    """Return (H, H), or (dT, dS) if there is a dH."""
     T, S = T.contiguous(), S.contiguous()
     first, second = torch.empty_like(T), torch.empty_like(T)
     grid = (triton.cdiv(T.numel(), 64),)
@@ -93,7 +93,7 @@ def elementwise(T: Tensor, S: Tensor, fusion: str, dH: Tensor | None = None) -> 
 
 
 def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.device) -> Iterator[tuple[str, Any, Any]]:
-    """(what, of the package's kernels, of the naive ones)."""
+    """Yield (name, results of the package's kernels, results of the naive kernels)."""
     M, K, N, R = size
     x, x_source = torch.randn(M, K, device=device), torch.randn(M, K, device=device)
     As = [torch.randn(R, K, device=device) * K**-0.5 for _ in range(2)]
@@ -102,28 +102,28 @@ def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.devi
     T, S = torch.randn(M, 2 * R, device=device), torch.randn(M, 2 * R, device=device)
     scalings, columns = [0.5, 2.0], [slice(0, R), slice(R, 2 * R)]
     A, seed = torch.cat(As), torch.tensor(7, device=device)
-    masks = [triton_ops.keep_bits(seed, M, K, dropout.drop_threshold(0.3), stream) for stream in (0, 1)]
-    keeps = [dropout.unpack(mask, K, torch.uint8) for mask in masks]
+    masks = [triton_ops.dropout_mask(seed, M, K, dropout.drop_threshold(0.3), stream) for stream in (0, 1)]
+    unpacked = [dropout.unpack(mask, K, torch.uint8) for mask in masks]
     phi: dict[str, Any] = {"scalings": scalings, "fusion": fusion}
 
     for dropped in (False, True):
         name = " with dropout" if dropped else ""
-        scale, (keep, keep_source) = KEEP_SCALE if dropped else 1.0, keeps if dropped else (None, None)
+        scale, (mask, mask_source) = KEEP_SCALE if dropped else 1.0, unpacked if dropped else (None, None)
         both = {"mask": masks[0], "mask_source": masks[1], "keep_scale": scale} if dropped else {}
-        one = {"mask": masks[0], "keep_scale": scale} if dropped else {}
-        naive = [product(x, A.T, scale, keep), product(x_source, A.T, scale, keep_source)]
+        one_mask = {"mask": masks[0], "keep_scale": scale} if dropped else {}
+        naive = [product(x, A.T, scale, mask), product(x_source, A.T, scale, mask_source)]
         yield f"shrink{name}", triton_ops.shrink(x, x_source, A, compute_dtype=torch.float32, **both), naive
-        dA = product(x.T, T, scale, None if keep is None else keep.T)
-        dA = product(x_source.T, S, scale, None if keep_source is None else keep_source.T, dA).T
+        dA = product(x.T, T, scale, None if mask is None else mask.T)
+        dA = product(x_source.T, S, scale, None if mask_source is None else mask_source.T, dA).T
         yield f"grad_weight{name}", [triton_ops.grad_weight(T, x, S, x_source, grad_dtype=torch.float32, **both)], [dA]
         dx = product(T, A, scale)
-        dx = dx if keep is None else torch.where(keep != 0, dx, 0.0)
-        yield f"grad_input{name}", [triton_ops.grad_input(T, A, dtype=torch.float32, **one)], [dx]
+        dx = dx if mask is None else torch.where(mask != 0, dx, 0.0)
+        yield f"grad_input{name}", [triton_ops.grad_input(T, A, dtype=torch.float32, **one_mask)], [dx]
     H, _ = elementwise(T, S, fusion)
-    up = [product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)]
-    own = [y.clone() for y in ys]
-    triton_ops.expand_(own, T, S, Bs, **phi)
-    yield "expand", own, up
+    want = [product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)]
+    got = [y.clone() for y in ys]
+    triton_ops.expand_(got, T, S, Bs, **phi)
+    yield "expand", got, want
     dT, dS = torch.empty_like(T), torch.empty_like(S)
     dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=torch.float32, **phi)
     dH = torch.cat([product(G, B, scaling) for G, B, scaling in zip(Gs, Bs, scalings, strict=True)], 1)
@@ -134,9 +134,9 @@ def comparisons(size: tuple[int, int, int, int], fusion: str, device: torch.devi
         want = [
             product(H[:, at], B.T, scaling, c=y) for at, B, y, scaling in zip(columns, Bs, ys, scalings, strict=True)
         ]
-        own = [y.clone() for y in ys]
-        triton_ops.decode(x, x_source, [], own, As, Bs, compute_dtype=torch.float32, keep=False, **phi)
-        yield "decode", own, want
+        got = [y.clone() for y in ys]
+        triton_ops.decode(x, x_source, [], got, As, Bs, compute_dtype=torch.float32, save_for_backward=False, **phi)
+        yield "decode", got, want
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -144,14 +144,16 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare, print a line for each comparison, and return 1 where one differs."""
+    """Run the comparisons, print a line for each, and return 1 if one differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--close", action="store_true", help="compare up to rounding, without FpSan")
+    parser.add_argument("--close", action="store_true", help="compare with tolerances, without FpSan")
     options = parser.parse_args(arguments)
     modes = os.environ.get("TRITON_INSTRUMENTATION_MODE", "").split(",")
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if not options.close and ("fpsan" not in modes or version < (3, 8) or not torch.cuda.is_available()):
-        print(f"needs a CUDA device, Triton 3.8 or later (not {triton.__version__}), TRITON_INSTRUMENTATION_MODE=fpsan")
+        print(
+            f"needs a CUDA device, Triton 3.8 or later (not {triton.__version__}) and TRITON_INSTRUMENTATION_MODE=fpsan"
+        )
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""A few calls of every kernel on odd sizes: what bounds are checked with, and what a GPU's sanitizers run.
+"""A few calls of every kernel with odd sizes, for the bounds checker and for the sanitizers of a GPU.
 
-python tests/kernels/odd_calls.py          # on the CUDA device, or in the interpreter; prints the launches by kernel
+python tests/kernels/odd_calls.py     # on a CUDA device or in the interpreter; prints the number of launches by kernel
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flare_kernels.triton_ops import primitives as triton_ops
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 MIXED = (BF16, F32)
-#: M, K, N, R, dtypes of T and of A and B: a tile ends within each axis, axes of one element, several blocks of R.
+#: M, K, N, R, (dtype of T, dtype of A and B): partial tiles along each axis, axes of one element, several blocks of R.
 CASES = [
     (70, 130, 67, 5, (F32, F32)),
     (33, 40, 129, 130, (F32, F32)),
@@ -35,9 +35,9 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 
 def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call every primitive, with and without dropout; yield its results and those of plain PyTorch.
+    """Call every primitive, with and without dropout. Yield its results and those of plain PyTorch.
 
-    ``place`` returns a tensor of the same values, for a kernel to read or write.
+    ``place`` copies a tensor to the memory that a kernel reads or writes.
     """
     M, K, N, R, (dtype, adapter) = case
     randn = random_in(place, device, dtype)
@@ -47,8 +47,8 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
     Bs = [randn(n, R, adapter, R**-0.5) for n in (N, N + 9)]
     ys, Gs = ([randn(M, B.shape[0]) for B in Bs] for _ in range(2))
     T, S = randn(M, 2 * R), randn(M, 2 * R)
-    bits = [triton_ops.keep_bits(seed, M, K, 6554, stream) for stream in (0, 1)]
-    yield bits, [torch_ops.keep_bits(seed, M, K, 6554, stream) for stream in (0, 1)]
+    bits = [triton_ops.dropout_mask(seed, M, K, 6554, stream) for stream in (0, 1)]
+    yield bits, [torch_ops.dropout_mask(seed, M, K, 6554, stream) for stream in (0, 1)]
     masks = {"mask": place(bits[0]), "mask_source": place(bits[1]), "keep_scale": KEEP_SCALE}
     A = triton_ops.stack(As, dtype)
     yield [A], [torch_ops.stack(As, dtype)]
@@ -56,29 +56,29 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
     for dropped in ({}, masks):
         yield both("shrink", x, x_source, A, compute_dtype=dtype, **dropped)
         yield both("grad_weight", T, x, S, x_source, grad_dtype=adapter, **dropped)
-        one = {key: value for key, value in dropped.items() if key != "mask_source"}
-        yield both("grad_input", T, A, dtype=dtype, **one)
+        one_mask = {key: value for key, value in dropped.items() if key != "mask_source"}
+        yield both("grad_input", T, A, dtype=dtype, **one_mask)
         dx = randn(M, K)
-        want = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one)
-        yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one)], [want]
+        want = torch_ops.grad_input(T, A, dtype=dtype, out=dx.clone(), **one_mask)
+        yield [triton_ops.grad_input(T, A, dtype=dtype, out=dx, **one_mask)], [want]
     got, want = [place(y) for y in ys], [y.clone() for y in ys]
     triton_ops.expand_(got, T, S, Bs, **phi)
     torch_ops.expand_(want, T, S, Bs, **phi)
     yield got, want
     yield grad_bottlenecks(place, Gs, T, S, Bs, B_grad_dtype=adapter, **phi)
     if triton_ops.can_decode(M, [R, R]):
-        for given in ([], [S[:, :R], S[:, R:]]):
+        for Ss in ([], [S[:, :R], S[:, R:]]):
             got = [place(y) for y in ys]
-            call = {"compute_dtype": dtype, "keep": True, **phi}
-            triton_ops.decode(x, None if given else x_source, given, got, As, Bs, **call)
-            T_own, S_own = (s @ A.float().T for s in (x.float(), x_source.float()))
+            call = {"compute_dtype": dtype, "save_for_backward": True, **phi}
+            triton_ops.decode(x, None if Ss else x_source, Ss, got, As, Bs, **call)
+            T_exact, S_exact = (s @ A.float().T for s in (x.float(), x_source.float()))
             want = [y.clone().float() for y in ys]
-            torch_ops.expand_(want, T_own, S.float() if given else S_own, [B.float() for B in Bs], **phi)
+            torch_ops.expand_(want, T_exact, S.float() if Ss else S_exact, [B.float() for B in Bs], **phi)
             yield got, want
 
 
 def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Return what makes a random matrix in a place, of this dtype unless another is named."""
+    """Return a function that makes random matrices with ``place``, by default of this dtype."""
 
     def randn(rows: int, cols: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return place((torch.randn(rows, cols, device=device) * scale).to(of))
@@ -87,25 +87,25 @@ def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callabl
 
 
 def both(name: str, *args: Any, **options: Any) -> Results:
-    """Run one primitive as kernels and as plain PyTorch."""
+    """Run a primitive as Triton kernels and in plain PyTorch."""
 
-    def listed(found: Any) -> list[Tensor]:
-        return [found] if isinstance(found, Tensor) else [one for one in found if one is not None]
+    def as_list(result: Any) -> list[Tensor]:
+        return [result] if isinstance(result, Tensor) else [tensor for tensor in result if tensor is not None]
 
-    return listed(getattr(triton_ops, name)(*args, **options)), listed(getattr(torch_ops, name)(*args, **options))
+    return as_list(getattr(triton_ops, name)(*args, **options)), as_list(getattr(torch_ops, name)(*args, **options))
 
 
 def grad_bottlenecks(place: Place, Gs: list[Tensor], T: Tensor, *args: Any, **options: Any) -> Results:
-    """Run grad_bottleneck as :func:`both` does, into dT and dS of a place."""
-    found = []
+    """Run grad_bottleneck as :func:`both` does, with dT and dS allocated by ``place``."""
+    results = []
     for ops in (triton_ops, torch_ops):
         dT, dS = (place(torch.full_like(T, torch.nan)) for _ in range(2))
-        found.append([dT, dS, *ops.grad_bottleneck(Gs, T, *args, dT=dT, dS=dS, **options)])
-    return found[0], found[1]
+        results.append([dT, dS, *ops.grad_bottleneck(Gs, T, *args, dT=dT, dS=dS, **options)])
+    return results[0], results[1]
 
 
 def require_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
-    """Raise AssertionError where results are far from those of plain PyTorch; other tests compare them closely."""
+    """Raise AssertionError if results differ clearly from those of plain PyTorch. Other tests compare more closely."""
     tolerance = 1e-4 if dtype == F32 else 0.1
     for ours, plain in zip(got, want, strict=True):
         atol = tolerance * float(plain.double().abs().max() + 1)
@@ -113,8 +113,8 @@ def require_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> 
 
 
 def main() -> int:
-    """Run the selection and compare; return 0."""
-    import odd_forms  # which imports this module
+    """Run all calls, compare the results, and return 0."""
+    import odd_forms  # here, because it imports this module
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Calls of odd sizes in the forms that the general rule does not take; see odd_calls.py, which runs them too."""
+"""Calls with odd sizes in the forms that the general rule does not take. odd_calls.py runs them too."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from flare_kernels.launch_mode import counting, forcing
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.config import FORMS, NARROW, TileConfig, can_run
 
-#: Length of the sums, of what is not summed (M and K or N), R, dtypes of T and of A and B.
+#: Length of the summed axis, length of the other axis (M and K or N), R, (dtype of T, dtype of A and B).
 CASES: list[tuple[int, int, int, tuple[torch.dtype, torch.dtype]]] = [
     (131, 19, 5, (F32, F32)),
-    (136, 24, 24, (BF16, BF16)),  # rows of a multiple of 16 bytes, as tensor descriptors want them
+    (136, 24, 24, (BF16, BF16)),  # rows of a multiple of 16 bytes, as tensor descriptors require
 ]
-#: Small tiles and many programs: the sums of these cases are cut into parts.
+#: Small tiles and many programs, so that the sums of these cases are split.
 _TILES = TileConfig(BLOCK_M=16, BLOCK_K=16, BLOCK_N=32, BLOCK_R=32, num_warps=4, num_stages=2, programs=40)
 _PHI: dict[str, Any] = {"scalings": [0.5, 2.0], "fusion": "mul_relu"}
 
 
 def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call the other forms of each step, expand that writes, and adapters before the frozen products.
+    """Call the other forms of each step, expand without reading y, and adapters before the frozen products.
 
     Raises:
-        AssertionError: a form was not taken.
+        AssertionError: a forced form was not used.
     """
     M, N, R, (dtype, adapter) = case
     randn = random_in(place, device, dtype)
     yield from _sums(case, place, device)
     Bs = [randn(n, R, adapter, R**-0.5) for n in (N, N + 3)]
     Gs, T, S = [randn(M, B.shape[0]) for B in Bs], randn(M, 2 * R), randn(M, 2 * R)
-    with _taken("grad_bottleneck", "rows_first", ["grad_bottleneck_kernel", "sum_partials_kernel"]):
+    with _forced("grad_bottleneck", "rows_first", ["grad_bottleneck_kernel", "split_k_reduce_kernel"]):
         results = grad_bottlenecks(place, Gs, T, S, Bs, B_grad_dtype=adapter, **_PHI)
     yield results
-    given = [randn(1, B.shape[0])[0] for B in Bs]
-    for biases in (given, [None, None]):
+    bias_vectors = [randn(1, B.shape[0])[0] for B in Bs]
+    for biases in (bias_vectors, [None, None]):
         got, want = ([place(torch.full_like(G, torch.nan)) for G in Gs] for _ in range(2))
         for ops, ys in ((triton_ops, got), (torch_ops, want)):
             ops.expand_(ys, T, S, Bs, biases=biases, **_PHI)
@@ -50,7 +50,7 @@ def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results
     leaves = {"x": randn(M, K), "x_source": randn(M, K), "B.q": Bs[0], "B.v": Bs[1]}
     leaves |= {f"A.{name}": randn(R, K, adapter, K**-0.5) for name in "qv"}
     weights = [randn(B.shape[0], K, scale=K**-0.5) for B in Bs]
-    frozen = {"weights": dict(zip("qv", weights, strict=True)), "biases": dict(zip("qv", given, strict=True))}
+    frozen = {"weights": dict(zip("qv", weights, strict=True)), "biases": dict(zip("qv", bias_vectors, strict=True))}
     with forcing(form="adapter_first"), counting() as names:
         got = _step(leaves, frozen, Gs, "triton")
     assert names.count("expand_kernel") == 1 and names.count("grad_input_kernel") == 1, names
@@ -59,7 +59,7 @@ def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results
 
 
 def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
-    """Shrink and grad_weight in the forms "last_adds", with dropout too, and "tma"."""
+    """Call shrink and grad_weight in the forms "last_adds", with and without dropout, and "tma"."""
     long, short, R, (dtype, adapter) = case
     randn = random_in(place, device, dtype)
     forms: list[tuple[str, dict[str, Any]]] = [("last_adds", {}), ("last_adds", {"keep_scale": KEEP_SCALE})]
@@ -73,19 +73,19 @@ def _sums(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
         options = {"compute_dtype": dtype}
         if step == "grad_weight":
             args, options = (randn(M, R), x, randn(M, R), x_source), {"grad_dtype": adapter}
-        masks = [place(torch_ops.keep_bits(seed, M, K, 6554, stream)) for stream in (0, 1)]
+        masks = [place(torch_ops.dropout_mask(seed, M, K, 6554, stream)) for stream in (0, 1)]
         for form, dropped in forms:
             if dropped:
                 dropped |= {"mask": masks[0], "mask_source": masks[1]}
-            launches = [f"{step}_tma_kernel", "sum_partials_kernel"] if form == "tma" else [f"{step}_kernel"]
-            with _taken(step, form, launches):
+            launches = [f"{step}_tma_kernel", "split_k_reduce_kernel"] if form == "tma" else [f"{step}_kernel"]
+            with _forced(step, form, launches):
                 results = both(step, *args, **options, **dropped)
             yield results
 
 
 @contextlib.contextmanager
-def _taken(step: str, form: str, launches: list[str]) -> Iterator[None]:
-    """Force a form with tiles that cut its sums, and require its launches."""
+def _forced(step: str, form: str, launches: list[str]) -> Iterator[None]:
+    """Force a form with tiles that split its sums, and assert its launches."""
     tiles: dict[str, Any] = dict.fromkeys(FORMS[step][form], _TILES)
     with forcing(form=form, **tiles), counting() as names:
         yield
@@ -93,10 +93,10 @@ def _taken(step: str, form: str, launches: list[str]) -> Iterator[None]:
 
 
 def _step(leaves: dict[str, Tensor], frozen: dict[str, Any], Gs: list[Tensor], backend: str) -> list[Tensor]:
-    """Outputs of q and v and the gradients of x, A and B, where the node makes the frozen products."""
-    own = {name: leaf.detach().requires_grad_(name != "x_source") for name, leaf in leaves.items()}
-    adapters = {name: (own[f"A.{name}"], own[f"B.{name}"], 0.5 + at) for at, name in enumerate("qv")}
-    ys = fused_lora_qkv(own["x"][None], own["x_source"][None], None, adapters, **frozen, training=True, backend=backend)
+    """Return the outputs of q and v and the gradients of x, A and B, if the node computes the frozen products."""
+    t = {name: leaf.detach().requires_grad_(name != "x_source") for name, leaf in leaves.items()}
+    adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5 + at) for at, name in enumerate("qv")}
+    ys = fused_lora_qkv(t["x"][None], t["x_source"][None], None, adapters, **frozen, training=True, backend=backend)
     torch.autograd.backward(list(ys.values()), [G[None].to(y.dtype) for G, y in zip(Gs, ys.values(), strict=True)])
-    grads = [leaf.grad for name, leaf in own.items() if name != "x_source"]
+    grads = [leaf.grad for name, leaf in t.items() if name != "x_source"]
     return [*(y.detach() for y in ys.values()), *(grad for grad in grads if grad is not None)]

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what CI relies on, in another process (the interpreter's kernels cannot be compiled)."""
+"""Ahead-of-time compilation, in another process, because interpreted kernels cannot be compiled."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there for Linux only")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler exists for Linux only")
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python in the repository, without the interpreter unless asked for."""
+    """Run Python in the repository, without Triton's interpreter unless ``environment`` enables it."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=ROOT)
@@ -25,14 +25,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict]:
-    """CI's selection, compiled (about a minute and a half on two cores)."""
+    """Return the reports of the cases that CI compiles (about a minute and a half on two cores)."""
     result = run("-m", "flare_kernels.aot", "--json")
     assert result.stdout.startswith("["), result.stderr
-    found = json.loads(result.stdout)
-    violations = [f"{r['kernel']} {r['case']}: {r['violation']}" for r in found if r["violation"]]
+    reports = json.loads(result.stdout)
+    violations = [f"{r['kernel']} {r['case']}: {r['violation']}" for r in reports if r["violation"]]
     assert result.returncode == (1 if violations else 0), result.stderr
     assert not violations, "\n".join(violations)
-    return found
+    return reports
 
 
 KERNELS = {"shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input", "shrink_decode", "expand_decode"}
@@ -41,7 +41,7 @@ DESCRIPTOR_KERNELS = {"shrink_tma", "grad_weight_tma"}
 
 @pytest.mark.slow
 def test_ci_selection_compiles_within_limits(reports: list[dict]) -> None:
-    """Every configuration of the table in bfloat16 on three targets, and one case per kernel of each other kind."""
+    """CI compiles every row of the general rule in bfloat16 for three targets, and one case of each other kind."""
     seen = {(r["kernel"], r["case"]["capability"], r["case"]["rank"]) for r in reports if r["case"]["aligned"]}
     for capability in (80, 90, 100):
         for rank in (16, 32, 64, 128):
@@ -55,13 +55,13 @@ def test_ci_selection_compiles_within_limits(reports: list[dict]) -> None:
     }
     for kind, rows in kinds.items():
         assert {r["kernel"] for r in rows} >= KERNELS, kind
-    # rank 256 takes other code than rank 128 only where R is walked inside the kernel
+    # only these kernels have different code for rank 256 and rank 128: they loop over blocks of R
     assert {r["kernel"] for r in on_hopper if r["case"]["rank"] == 256} >= {"expand", "grad_input"}
     assert all(r["registers"] > 0 for r in reports)
 
 
 @pytest.mark.slow
-def test_large_cards_use_their_tensor_cores(tmp_path: Path) -> None:
+def test_large_gpus_use_tensor_cores(tmp_path: Path) -> None:
     """A 16-bit kernel compiles to wgmma on sm_90, and float32 to neither wgmma nor TF32 mma on any target."""
     script = """
 import sys, triton
@@ -72,7 +72,7 @@ compile = triton.compile
 triton.compile = lambda *a, **k: seen.append(compile(*a, **k)) or seen[-1]
 for dtype, capability in (("bfloat16", 90), ("float32", 80), ("float32", 90)):
     for launch in aot.record(aot.Case(capability, dtype=dtype)):
-        if launch.kernel.fn.__name__ == "sum_partials_kernel":
+        if launch.kernel.fn.__name__ == "split_k_reduce_kernel":
             continue
         error = aot.compile_unit(aot.specialise(launch, capability)).get("error")
         ptx = seen[-1].asm["ptx"]
@@ -84,14 +84,14 @@ for dtype, capability in (("bfloat16", 90), ("float32", 80), ("float32", 90)):
     assert {line[2].removesuffix("_kernel") for line in lines} == KERNELS
     for dtype, capability, kernel, wgmma, mma, error in lines:
         assert error == "None", kernel
-        # a tile of 16 tokens is too small for wgmma, not for the tensor cores' older instruction
+        # a tile of 16 tokens is too small for wgmma, but not for the older mma instruction
         narrow = dtype == "bfloat16"
         assert wgmma == str(narrow and "decode" not in kernel), (dtype, capability, kernel)
         assert mma == str(narrow), (dtype, capability, kernel)
 
 
-def test_every_row_of_the_table_is_launched() -> None:
-    """The cases of --all reach each row of the launch table, on the small and on the large cards."""
+def test_every_row_of_the_general_rule_is_launched() -> None:
+    """The cases of --all use each row of the general rule, on small and on large GPUs."""
     script = """
 from flare_kernels import aot
 from flare_kernels.triton_ops import config
@@ -103,8 +103,8 @@ for case in aot.all_cases():
     if case.fusion == "mul_relu" and not case.dropout and case.dtype != "float16" and limit is not None:
         reached |= {(launch.kernel.fn.__name__, limit, launch.config) for launch in aot.record(case)}
 for kernel, operands, bucket, shared_bytes, row in config.all_configs():
-    kernel = kernel.removesuffix("_last_adds")  # a form of one kernel with tiles of its own
-    if not kernel.endswith("_tma") or shared_bytes == config.HOPPER_SHARED_BYTES:  # other cards have no descriptors
+    kernel = kernel.removesuffix("_last_adds")  # the same kernel in another form
+    if not kernel.endswith("_tma") or shared_bytes == config.HOPPER_SHARED_BYTES:  # other GPUs have no descriptors
         assert (kernel + "_kernel", shared_bytes, row) in reached, (kernel, operands, bucket, shared_bytes, row)
 print("all")
 """
@@ -117,8 +117,8 @@ def test_refuses_to_run_under_the_interpreter() -> None:
     assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
 
 
-def test_violations_are_found() -> None:
-    """Spills are errors for aligned 2-byte operands up to rank 128 only; too much shared memory always is."""
+def test_violations_are_reported() -> None:
+    """Spills are errors only for aligned 2-byte operands up to rank 128. Too much shared memory is always an error."""
     from flare_kernels.aot import Case, Report
 
     def report(case: Case, spills: int = 0, shared: int = 0, error: str = "") -> str:
@@ -135,22 +135,22 @@ def test_violations_are_found() -> None:
     assert report(Case(90), error="no such thing") == "no such thing"
 
 
-LOOKED_UP = """
+CACHE_LOOKUP = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from flare_kernels import aot
 
-class Driver:  # what a launch asks of a GPU before it looks for a compiled kernel
+class Driver:  # the queries of a launch before it looks up a compiled kernel
     get_current_device = get_current_stream = lambda self, device=0: 0
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
     get_active_torch_device = lambda self: torch.device("cpu")
 
 hits = {}
 triton.runtime.driver.set_active(Driver())
-# the two that compile fastest; stack has arguments that are None, and ones that are not multiples of 16
-wanted = {"stack_kernel", "keep_bits_kernel"}
+# the two kernels that compile fastest; stack has arguments that are None or not multiples of 16
+kernels = {"stack_kernel", "dropout_mask_kernel"}
 case = aot.Case(90, aligned=False, dropout=True, projections=2)
-launches = [launch for launch in aot.record(case) if launch.kernel.fn.__name__ in wanted]
+launches = [launch for launch in aot.record(case) if launch.kernel.fn.__name__ in kernels]
 for unit in {aot.specialise(launch, 90) for launch in launches}:
     assert "error" not in aot.compile_unit(unit)
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.setdefault(src.name, []).append(cache_hit)
@@ -161,7 +161,7 @@ print(sorted(hits), all(map(all, hits.values())))
 """
 
 
-def test_a_launch_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
-    result = run("-c", LOOKED_UP, TRITON_CACHE_DIR=str(tmp_path))
+def test_a_launch_finds_the_kernel_compiled_ahead_of_time(tmp_path: Path) -> None:
+    result = run("-c", CACHE_LOOKUP, TRITON_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n")[0] == "['keep_bits_kernel', 'stack_kernel'] True"
+    assert result.stdout.split("\n")[0] == "['dropout_mask_kernel', 'stack_kernel'] True"

@@ -1,4 +1,4 @@
-"""What the launchers pass, bound by Triton's own binder for a GPU that need not be there."""
+"""The arguments that the launchers pass, bound by Triton's binder for a GPU that is not present."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KERNELS = {
 
 
 def run(script: str) -> str:
-    """Run Python without the interpreter of kernels, and return what it printed."""
+    """Run Python without Triton's interpreter and return its output."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=ROOT)
@@ -37,7 +37,7 @@ def run(script: str) -> str:
     return done.stdout
 
 
-def test_no_kernel_has_an_argument_that_triton_keeps_for_itself() -> None:
+def test_no_kernel_argument_has_a_name_that_triton_reserves() -> None:
     from triton.backends.nvidia.compiler import CUDAOptions
 
     reserved = {"stream", "device", "device_type", "grid", "warmup", "num_warps", "num_stages", "num_ctas", "debug"}
@@ -62,7 +62,7 @@ from calls import LAYOUTS, SIZES, calls
 from flare_kernels import launch_mode
 from flare_kernels.triton_ops import primitives
 
-class Noting(launch_mode.Plans):
+class RecordingPlans(launch_mode.Plans):
     used = []
     def __getitem__(self, key):
         self.used.append(key)
@@ -78,7 +78,7 @@ def check(launch):
         binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     bound, specialization, rest = binders[kernel](*values, enable_fp_fusion=True, **options)
-    # positional arguments are the kernel's, in its order: tensors (or None) first, then numbers, then constants
+    # arguments are in the kernel's order: tensors (or None) first, then numbers, then constants
     assert list(bound) == kernel.arg_names and all(a is b for a, b in zip(bound.values(), values, strict=True))
     kinds = [
         2 if parameter.is_constexpr else 0 if value is None or isinstance(value, Tensor) else 1
@@ -87,52 +87,54 @@ def check(launch):
     assert kinds == sorted(kinds), kernel.fn.__name__
     axes = collections.defaultdict(list)
     for name, value in bound.items():
-        base, found, axis = name.partition("_stride_")
-        if found and axis != "stream":
+        base, separator, axis = name.partition("_stride_")
+        if separator and axis != "stream":
             axes[base].append(value)
-    for base, given in axes.items():
+    for base, strides in axes.items():
         tensor = bound[base]
-        assert given == ([0] * len(given) if tensor is None else list(tensor.stride())[:len(given)]), (base, given)
+        expected = [0] * len(strides) if tensor is None else list(tensor.stride())[:len(strides)]
+        assert strides == expected, (base, strides)
     bound_kernels.add(kernel.fn.__name__)
     return kernel.fn.__name__, tuple(specialization), str(sorted(options.items()))
 
 def one_round(size, layout, which):
     for call in calls(primitives, size, layout, which):
-        first, Noting.used[:] = len(launches), []
+        first, RecordingPlans.used[:] = len(launches), []
         call()
         for at, launch in enumerate(launches[first:]):
-            key = (form, tuple(Noting.used), at)
+            key = (form, tuple(RecordingPlans.used), at)
             times[key] += 1
-            found = check(launch)
-            by_key[key].add(found)
-            # without the alignment that a key ends in
-            by_part[form, tuple(tuple(k for k in key if type(k) is not int) for key in Noting.used), at].add(found)
+            specialisation = check(launch)
+            by_key[key].add(specialisation)
+            # the same keys without the low bits of the addresses
+            part = tuple(tuple(k for k in key if type(k) is not int) for key in RecordingPlans.used)
+            by_part[form, part, at].add(specialisation)
 
 with launch_mode.recording(227 * 1024) as launches:
-    object.__setattr__(launch_mode.current, "plans", Noting())
+    object.__setattr__(launch_mode.current, "plans", RecordingPlans())
     for size in SIZES:
         for layout in LAYOUTS:
             one_round(size, layout, 0)
-            one_round(size, layout, 0)  # new tensors of the same layout: the same keys
+            one_round(size, layout, 0)  # new tensors of the same layout have the same keys
     for which in range(1, 16):
         one_round(SIZES[0], "misaligned", which)
         one_round(SIZES[4][:3] + (16,), "misaligned", which)
 for form in ("tma", "last_adds"):
     with launch_mode.forcing(form=form), launch_mode.recording(227 * 1024) as launches:
-        object.__setattr__(launch_mode.current, "plans", Noting())
+        object.__setattr__(launch_mode.current, "plans", RecordingPlans())
         for size, layout in itertools.product((SIZES[0], SIZES[3]), LAYOUTS):
             one_round(size, layout, 0)
             one_round(size, layout, 0)
-wrong = [key for key, found in by_key.items() if len(found) > 1]
+wrong = [key for key, specialisations in by_key.items() if len(specialisations) > 1]
 assert not wrong, wrong[0]
-assert any(len(found) > 1 for found in by_part.values()), "the check cannot fail"
+assert any(len(specialisations) > 1 for specialisations in by_part.values()), "the check cannot fail"
 assert min(times.values()) >= 1 and sum(count > 1 for count in times.values()) > 500, len(times)
 print(*sorted(bound_kernels))
 """
 
 
-def test_equal_keys_are_equal_specialisations() -> None:
-    """Every call of the same key binds to the same compiled kernel, and passes its arguments in the kernel's order."""
+def test_equal_keys_have_equal_specialisations() -> None:
+    """Every call with the same key binds to the same compiled kernel, with arguments in the kernel's order."""
     assert set(run(BIND).split()) == set(KERNELS)
 
 
@@ -152,6 +154,7 @@ print(*names)
 
 def test_launches_are_left_out_without_the_interpreter() -> None:
     assert run(LEFT_OUT).split() == [
-        *("keep_bits_kernel", "keep_bits_kernel", "shrink_kernel", "expand_kernel", "grad_bottleneck_kernel"),
-        *("keep_bits_kernel", "keep_bits_kernel", "grad_weight_kernel", "keep_bits_kernel", "grad_input_kernel"),
+        *("dropout_mask_kernel", "dropout_mask_kernel", "shrink_kernel", "expand_kernel"),
+        *("grad_bottleneck_kernel", "dropout_mask_kernel", "dropout_mask_kernel", "grad_weight_kernel"),
+        *("dropout_mask_kernel", "grad_input_kernel"),
     ]

@@ -1,4 +1,4 @@
-"""The forms of grad_bottleneck against float64, with tiles of other sizes, and the bytes that each moves."""
+"""The forms of grad_bottleneck compared with float64, for several tile sizes, and the bytes that each form moves."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from flare_kernels.launch_mode import counting, forcing, recording
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.config import FORMS, TileConfig
 
-__all__ = ["poisoned_empty"]  # the fixture is in force here too
+__all__ = ["poisoned_empty"]  # an autouse fixture, applied to this module too
 
-KERNEL, ADD = "grad_bottleneck_kernel", "sum_partials_kernel"
+KERNEL, REDUCE = "grad_bottleneck_kernel", "split_k_reduce_kernel"
 by_form = pytest.mark.parametrize("form", [form for form in FORMS["grad_bottleneck"] if form != "torch"])
-#: (M, K, N, R): steps shorter and longer than a row tile, R in blocks; chunks that do not divide M
+#: (M, K, N, R): steps shorter and longer than a row tile, several blocks of R, chunks that do not divide M
 TILES = {"short steps": (32, 16, 32, 16), "long steps": (16, 32, 64, 32)}
 
 
@@ -39,8 +39,8 @@ def forced(form: str, tiles: str) -> Any:
 
 @by_form
 @pytest.mark.parametrize(("tiles", "dtype"), [("short steps", F32), ("long steps", BF16)], ids=str)
-def test_a_form_is_right(form: str, tiles: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Two projections of different widths, a sum over the rows in several parts, halves left out."""
+def test_each_form_matches_float64(form: str, tiles: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Two projections of different widths, with split sums over the rows; also dB or dT and dS alone."""
     parts = [make(Shape(M=267, N=N, R=20, compute=dtype), device) for N in (70, 33)]
     Gs, Bs = [i.G for i in parts], [i.B for i in parts]
     T, S = torch.cat([i.T for i in parts], 1), torch.cat([i.S for i in parts], 1)
@@ -51,23 +51,23 @@ def test_a_form_is_right(form: str, tiles: str, dtype: torch.dtype, device: torc
             dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=F32, **phi)
         only_dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, B_grad_dtype=F32, **phi)
         assert triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=only_dT, dS=only_dS, **phi) is None
-    assert names == [KERNEL, ADD]
+    assert names == [KERNEL, REDUCE]
     assert torch.equal(only_dT, dT) and torch.equal(only_dS, dS)
     assert all(torch.equal(a, b) for a, b in zip(only_dBs, dBs, strict=True))
     for at, (i, scaling) in enumerate(zip(parts, phi["scalings"], strict=True)):
         columns, results = slice(20 * at, 20 * at + 20), {}
-        for to in (dtype, F64):
-            dH = scaling * (i.G.to(to) @ i.B.to(to))
-            grads = get_fusion("mul_relu").backward(dH, i.S.to(to), i.T.to(to))
-            results[to] = [*grads, (scaling * i.G.to(to)).T @ hidden(i.T, i.S, "mul_relu", to)]
+        for precision in (dtype, F64):
+            dH = scaling * (i.G.to(precision) @ i.B.to(precision))
+            grads = get_fusion("mul_relu").backward(dH, i.S.to(precision), i.T.to(precision))
+            results[precision] = [*grads, (scaling * i.G.to(precision)).T @ hidden(i.T, i.S, "mul_relu", precision)]
         for got, plain, truth in zip(
             (dT[:, columns], dS[:, columns], dBs[at]), results[dtype], results[F64], strict=True
         ):
             assert_close(got, plain, truth, dtype)
 
 
-def test_rows_first_moves_programs_and_adds_none() -> None:
-    """The grid holds a program for each tile of rows and strips for each chunk, in one group or in one per chunk."""
+def test_rows_first_has_the_same_programs_in_another_order() -> None:
+    """Both grids have one program per tile of rows and the strips of each chunk; only the grouping differs."""
     G, B, T = torch.empty(8192, 4096), torch.empty(4096, 64), torch.empty(8192, 64)
     config = TileConfig(64, 64, 128, 64, num_warps=4, num_stages=2, programs=264)
     grids = {}
@@ -94,18 +94,18 @@ def bytes_moved(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def llama(bytes_moved: Any) -> Any:
-    """q and v of Llama 3.1 8B at M = 8192 and r = 64."""
+    """Return the shape of query and value of Llama 3.1 8B at M = 8192 and r = 64."""
     shapes = importlib.import_module("shapes")
     return shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
 
 
 def test_bytes_of_each_form(bytes_moved: Any, llama: Any) -> None:
-    """MB as written here, from shapes alone; partial sums of dB are written and read once more."""
+    """The bytes follow from the shapes; partial sums of dB are written and read once more."""
     M, N, r = 8192, 5120, 64
     floor = 2 * M * N + 4 * (2 * M * 2 * r) + 2 * N * r + 4 * N * r
     assert bytes_moved.step_bytes(llama)["grad_bottleneck"] == floor == 94_240_768
-    wanted = tuning.problems([tuning.SHAPES["llama-3.1-8b"]], [M], [r])
-    (problem,) = (one for one in wanted if one.step == "grad_bottleneck")
+    problems = tuning.problems([tuning.SHAPES["llama-3.1-8b"]], [M], [r])
+    (problem,) = (problem for problem in problems if problem.step == "grad_bottleneck")
     for form in ("triton", "rows_first"):
         launches = bytes_moved.launches(problem, form)
         splits = next(launch.args["splits"] for launch in launches if "splits" in launch.args)
@@ -115,17 +115,17 @@ def test_bytes_of_each_form(bytes_moved: Any, llama: Any) -> None:
 
 
 def test_a_form_that_reads_G_once_moves_too_much(bytes_moved: Any, llama: Any) -> None:
-    """Partial sums of dH and dB that keep an H200 busy (132 multiprocessors) cost more than the second read of G."""
+    """With enough programs for an H200 (132 multiprocessors), partial sums cost more than the second read of G."""
     least = bytes_moved.step_bytes(llama)["grad_bottleneck"]
     for programs in (100, 132, 264):
         assert bytes_moved.least_reading_once(llama, programs) > 1.5 * least
-    # few enough partial sums leave most of the device idle
+    # a grid with few partial sums leaves most of the device idle
     few = max(p for p in range(1, 133) if bytes_moved.least_reading_once(llama, p) <= 1.3 * least)
     assert few <= 20
 
 
 def test_the_parts_are_timed_in_a_dry_run(tmp_path: Path) -> None:
-    """The script of benchmarks/ times rows, strips and both in the interpreter, and writes each."""
+    """The benchmark script times rows, strips and both in the interpreter, and writes a result for each."""
     out, root = tmp_path / "parts.json", Path(__file__).parents[2]
     command = [sys.executable, "benchmarks/grad_bottleneck_parts.py", "--dry", "--shapes", "xlm-r-large", "--most", "3"]
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
@@ -138,7 +138,7 @@ def test_the_parts_are_timed_in_a_dry_run(tmp_path: Path) -> None:
     assert all(part in done.stdout for part in ("rows", "strips", "both")) and "torch" in result["run"]["versions"]
 
 
-def test_counters_are_read_from_ncu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counters_are_parsed_from_ncu_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     parts = importlib.import_module("grad_bottleneck_parts")
     rows = [("dram__bytes.sum", "Mbyte", "92.5"), ("lts__t_sector_hit_rate.pct", "%", "51.48")]

@@ -1,7 +1,8 @@
-"""No kernel reads or writes outside its tensors: every access of the interpreter is checked, and margins are compared.
+"""No kernel reads or writes outside its tensors.
 
-Tensors are views into larger buffers. Their margins hold NaN, so that a read that reaches a result shows in it, and
-must be the same bits after the call. The checker (bounds.py) sees the reads and writes that leave no trace.
+Tensors are views into larger buffers whose margins contain NaN. An out-of-bounds read that affects a result makes it
+NaN. An out-of-bounds write changes the margins, which must have the same bits after the call. The checker (bounds.py)
+also detects accesses that affect neither.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ MARGIN = 24
 
 
 class Framed:
-    """Makes tensors inside larger buffers, and compares what lies around them with what lay there."""
+    """Factory of tensors inside larger buffers, which can check that the surrounding memory is unchanged."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Return a view with these values; between its rows and around it lies NaN (or bytes of all ones)."""
+        """Return a view with these values, surrounded by NaN (integers: bytes of ones), also between its rows."""
         rows, cols = values.shape
         filling = torch.nan if values.is_floating_point() else 255
-        # rows of 16-byte multiples where the columns are: the aligned forms of a kernel are checked as well
+        # the margin preserves the alignment of the rows, so that the aligned variants of the kernels are checked too
         buffer = torch.full((rows + 2, cols + 2 * MARGIN), filling, dtype=values.dtype)
         view = buffer[1:-1, MARGIN : MARGIN + cols]
         view.copy_(values)
@@ -54,18 +55,18 @@ class Framed:
 
     def require_untouched(self) -> None:
         for buffer, outside, before in self.buffers:
-            assert torch.equal(self.bits(buffer)[outside], before), f"written around a tensor of {tuple(buffer.shape)}"
+            assert torch.equal(self.bits(buffer)[outside], before), f"a write outside a tensor of {tuple(buffer.shape)}"
 
 
 @pytest.fixture
 def framed() -> Iterator[Framed]:
-    made = Framed()
-    yield made
-    assert made.buffers
-    made.require_untouched()
+    framed = Framed()
+    yield framed
+    assert framed.buffers
+    framed.require_untouched()
 
 
-KERNELS = {"shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input", "keep_bits", "stack"}
+KERNELS = {"shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input", "dropout_mask", "stack"}
 DECODE = {"shrink_decode", "expand_decode"}
 
 
@@ -87,13 +88,12 @@ def test_every_form_stays_within_its_tensors(case: Any, framed: Framed) -> None:
             require_close(got, want, case[3][0])
     ran = {name.removesuffix("_kernel") for name, accesses in seen.items() if accesses.stores and accesses.loads}
     tma = {"shrink_tma", "grad_weight_tma"} if case[2] == 24 else set()
-    assert ran >= KERNELS - {"keep_bits"} | tma and (tma or not ran & {"shrink_tma", "grad_weight_tma"}), ran
+    assert ran >= KERNELS - {"dropout_mask"} | tma and (tma or not ran & {"shrink_tma", "grad_weight_tma"}), ran
     assert {name for name, accesses in seen.items() if accesses.atomics} == {"shrink_kernel", "grad_weight_kernel"}
 
 
 @pytest.mark.parametrize("name", ["shrink", "grad_weight"])
-def test_partial_results_stay_within_their_buffer(name: str) -> None:
-    """Sums that are cut into parts: another kernel adds those up."""
+def test_split_k_stays_within_its_workspace(name: str) -> None:
     long, short, R = 700, 20, 5
     M, K = (short, long) if name == "shrink" else (long, short)
     x, x_source, A, T = torch.randn(M, K), torch.randn(M, K), torch.randn(R, K), torch.randn(M, R)
@@ -102,12 +102,12 @@ def test_partial_results_stay_within_their_buffer(name: str) -> None:
             triton_ops.shrink(x, x_source, A, compute_dtype=F32)
         else:
             triton_ops.grad_weight(T, x, T, x_source, grad_dtype=F32)
-    assert seen["sum_partials_kernel"].loads > seen["sum_partials_kernel"].stores > 0
+    assert seen["split_k_reduce_kernel"].loads > seen["split_k_reduce_kernel"].stores > 0
 
 
 @triton.jit
 def copy_kernel(x, y, rows, cols, x_stride, y_stride, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x, with masks that let READ more columns be read, and WRITE more be written."""
+    """Copy x to y, with masks that allow READ and WRITE additional columns."""
     i_row = tl.program_id(0)
     o_col = tl.arange(0, BLOCK)
     b_x = tl.load(x + i_row * x_stride + o_col, mask=o_col < cols + READ, other=0.0)
@@ -120,7 +120,7 @@ def count_kernel(counters, at):
 
 
 def out_of_bounds(caught: pytest.ExceptionInfo[BaseException]) -> str:
-    """The message of the OutOfBounds that the interpreter wrapped."""
+    """Return the message of the OutOfBounds error that the interpreter wrapped."""
     error: BaseException | None = caught.value
     while error is not None and not isinstance(error, bounds.OutOfBounds):
         error = error.__cause__
@@ -128,7 +128,7 @@ def out_of_bounds(caught: pytest.ExceptionInfo[BaseException]) -> str:
     return str(error)
 
 
-def test_the_checker_sees_atomics() -> None:
+def test_the_checker_detects_atomics() -> None:
     counters = torch.zeros(4, dtype=torch.int32)
     with bounds.checked() as seen:
         count_kernel[(3,)](counters[:2], 1)
@@ -136,24 +136,26 @@ def test_the_checker_sees_atomics() -> None:
         with pytest.raises(Exception) as caught:
             count_kernel[(1,)](counters[:2], 2)
     assert re.search("updates 1 .* of counters", out_of_bounds(caught))
-    assert counters.tolist() == [0, 3, 0, 0], "what is out of bounds is not touched"
+    assert counters.tolist() == [0, 3, 0, 0], "memory out of bounds must not be changed"
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
-@pytest.mark.parametrize(("read", "write", "said"), [(0, 0, ""), (1, 0, "reads 1 .* of x"), (0, 1, "writes 1 .* of y")])
-def test_the_checker_sees_one_element_too_many(dtype: torch.dtype, read: int, write: int, said: str) -> None:
-    """An element between two rows of a view is one too many, also where its value goes nowhere."""
+@pytest.mark.parametrize(
+    ("read", "write", "message"), [(0, 0, ""), (1, 0, "reads 1 .* of x"), (0, 1, "writes 1 .* of y")]
+)
+def test_the_checker_detects_one_element_too_many(dtype: torch.dtype, read: int, write: int, message: str) -> None:
+    """An element between two rows of a view is out of bounds, even if its value is not used."""
     x, y = torch.ones(3, 8, dtype=dtype)[:, :5], torch.zeros(3, 9, dtype=dtype)[:, :5]
 
     def run() -> None:
         copy_kernel[(3,)](x, y, 3, 5, x.stride(0), y.stride(0), READ=read, WRITE=write, BLOCK=8)
 
     with bounds.checked() as seen:
-        if not said:
+        if not message:
             run()
             assert (seen["copy_kernel"].loads, seen["copy_kernel"].stores) == (15, 15) and torch.equal(x, y)
             return
         with pytest.raises(Exception) as caught:
             run()
-    assert re.search(said, out_of_bounds(caught))
-    assert not y._base[:, 5:].any(), "what is out of bounds is not written"
+    assert re.search(message, out_of_bounds(caught))
+    assert not y._base[:, 5:].any(), "memory out of bounds must not be changed"

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: graph capture, other streams and devices, what runs behind the caller's back."""
+"""Tests that need a CUDA device: graph capture, other streams and devices, launch hooks, profiles."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def step(t: dict[str, Tensor], **options) -> list[Tensor]:
 @pytest.mark.parametrize("M", [16, 300])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_training_step_is_captured_in_a_cuda_graph(M: int, p: float) -> None:
-    """Replays give the eager step's bits; with dropout each replay draws masks of its own.
+    """Replays give the bits of the eager step. With dropout, each replay draws new masks.
 
-    Leaves are made on the stream that captures: their AccumulateGrad nodes keep the stream they were made on.
+    Leaves are created on the capturing stream, because their AccumulateGrad nodes use the stream of their creation.
     """
     options = {"dropout_p": p, "training": True}
     stream = torch.cuda.Stream()
@@ -89,19 +89,19 @@ def test_a_training_step_is_captured_in_a_cuda_graph(M: int, p: float) -> None:
 @pytest.mark.parametrize("M", [16, 300])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_second_step_calls_compiled_kernels_and_gives_the_same_bits(M: int, p: float, monkeypatch) -> None:
-    """The first step goes through Triton's ``kernel[grid]``, the second past it."""
+    """The first step launches through Triton's ``kernel[grid]``, the second calls the compiled kernels directly."""
     t = make(M)
     results = []
-    with forcing():  # no plans are kept from before
+    with forcing():  # with an empty cache of plans
         for _ in range(2):
             torch.manual_seed(0)
             results.append(step(t, dropout_p=p, training=True))
-            monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: pytest.fail("an ordinary launch"))
+            monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: pytest.fail("a launch through the JIT"))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_launch_hooks_see_launches_of_compiled_kernels() -> None:
-    """Profilers (Proton, for one) attach to them."""
+    """Profilers such as Proton use launch hooks."""
     t, seen = make(300), []
 
     def hook(metadata) -> None:
@@ -120,7 +120,7 @@ def test_launch_hooks_see_launches_of_compiled_kernels() -> None:
 
 @pytest.mark.parametrize("M", [1, 16, 64])
 def test_decoding_takes_two_kernels_and_no_atomics(M: int) -> None:
-    """As the profiler sees it, beside the three frozen products."""
+    """The profiler reports two kernels for all projections."""
     t = make(M)
     with torch.no_grad():
         base = {name: t["x"] @ t[f"W.{name}"].T for name in WIDTHS}
@@ -136,7 +136,7 @@ def test_decoding_takes_two_kernels_and_no_atomics(M: int) -> None:
 
 
 def test_a_side_stream_is_respected() -> None:
-    """Inputs that a slow kernel on the same side stream is still writing."""
+    """The inputs are still being written by a slow kernel on the same side stream."""
     t = make(300)
     want = step(t)
     fresh = t["x"].detach().clone()
@@ -163,7 +163,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
 @pytest.mark.parametrize("M", [1, 64, 300, 8192])
 @pytest.mark.parametrize("fusion", ["add", "mul", "add_relu", "mul_relu", None])
 def test_auto_on_real_sizes(M: int, fusion: str | None) -> None:
-    """Widths of a real model against float64, forward and backward, with the launches that "auto" chooses."""
+    """Forward and backward with the widths of a real model match float64, with the launches that "auto" chooses."""
     d, n, r = 1024, 1024, 64
     x, x_source = (torch.randn(M, d, device=CUDA).bfloat16() for _ in range(2))
     A, B = torch.randn(r, d, device=CUDA) * d**-0.5, torch.randn(n, r, device=CUDA) * r**-0.5
@@ -171,8 +171,9 @@ def test_auto_on_real_sizes(M: int, fusion: str | None) -> None:
 
     def run(backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         leaves = [v.detach().to(dtype or v.dtype).clone().requires_grad_() for v in (x, A, B)]
-        source, given = (v.to(dtype or v.dtype) for v in (x_source, base))
-        y = fused_lora(leaves[0], source, given.clone(), *leaves[1:], scaling=0.5, fusion=fusion, backend=backend)
+        source, base_output = (v.to(dtype or v.dtype) for v in (x_source, base))
+        options = {"scaling": 0.5, "fusion": fusion, "backend": backend}
+        y = fused_lora(leaves[0], source, base_output.clone(), *leaves[1:], **options)
         return [y, *torch.autograd.grad(y, leaves, G.to(y.dtype))]
 
     truth, plain, got = run("reference", torch.float64), run("reference"), run("auto")
@@ -183,7 +184,7 @@ def test_auto_on_real_sizes(M: int, fusion: str | None) -> None:
 
 @pytest.mark.parametrize("form", ["tma", "last_adds"])
 def test_forms_are_captured_and_run_on_streams_at_once(form: str) -> None:
-    """A graph is replayed next to eager calls on the stream that captured it, and each gives the eager bits."""
+    """A graph is replayed concurrently with eager calls on several streams, and all give the same bits."""
     if form == "tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
     dT, x, A = (torch.randn(*size, device=CUDA).bfloat16() for size in ((4096, 128), (4096, 1024), (128, 1024)))
@@ -194,8 +195,8 @@ def test_forms_are_captured_and_run_on_streams_at_once(form: str) -> None:
 
     with forcing(form=form), counting() as names:
         want = run()
-        assert all(name.startswith(("shrink", "grad_weight", "sum_partials")) for name in names)
-        assert ("sum_partials_kernel" in names) == (form == "tma") == ("grad_weight_tma_kernel" in names)
+        assert all(name.startswith(("shrink", "grad_weight", "split_k_reduce")) for name in names)
+        assert ("split_k_reduce_kernel" in names) == (form == "tma") == ("grad_weight_tma_kernel" in names)
         streams = [torch.cuda.Stream() for _ in range(3)]
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream())
@@ -212,20 +213,20 @@ def test_forms_are_captured_and_run_on_streams_at_once(form: str) -> None:
                 with torch.cuda.stream(stream):
                     results.append(run())
         torch.cuda.synchronize()
-    for found in (static, *results):
-        assert all(torch.equal(got, expected) for got, expected in zip(found, want, strict=True))
+    for result in (static, *results):
+        assert all(torch.equal(got, expected) for got, expected in zip(result, want, strict=True))
 
 
-def test_descriptors_are_made_in_threads_of_their_own() -> None:
-    """The autograd engine's threads inherit no allocator of Triton's scratch."""
+def test_descriptors_are_made_in_autograd_threads() -> None:
+    """The threads of the autograd engine do not inherit Triton's allocator for descriptors."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
     t = make(300)
     want = step(t)
     with forcing(form="tma"), counting() as names:
-        found = step(t)
+        first = step(t)
         assert {"shrink_tma_kernel", "grad_weight_tma_kernel"} <= set(names)
         again = step(t)
-    for got, repeated, expected in zip(found, again, want, strict=True):
+    for got, repeated, expected in zip(first, again, want, strict=True):
         assert torch.equal(got, repeated)
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())

@@ -1,4 +1,4 @@
-"""Packed keep masks: the published Philox numbers, the same bits from both forms, the right rate, independence."""
+"""Packed dropout masks: known Philox values, equal bits in PyTorch and Triton, drop rate, independence."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def seed_of(number: int) -> torch.Tensor:
 
 
 def test_philox_known_answers() -> None:
-    """The vectors of Random123 (kat_vectors, philox4x32 10) whose last counter word is zero, and their layout."""
+    """The vector of Random123 (kat_vectors, philox4x32 10) whose last counter word is zero, and its word order."""
     zero = torch.zeros((1, 1), dtype=torch.int64)
     words = dropout.philox(seed_of(0), zero, zero, 0)
     assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-def test_a_mask_takes_some_hundred_operators() -> None:
-    """Each is a launch on a GPU that the kernels do not run on."""
+def test_a_mask_takes_at_most_130_operators() -> None:
+    """Each operator is a launch on a GPU that cannot run the kernels."""
 
     class Count(TorchDispatchMode):
         operators = 0
@@ -33,7 +33,7 @@ def test_a_mask_takes_some_hundred_operators() -> None:
             return operator(*args, **(kwargs or {}))
 
     with Count() as count:
-        dropout.keep_bits_torch(seed_of(3), 64, 250, 6554, 0)
+        dropout.dropout_mask_torch(seed_of(3), 64, 250, 6554, 0)
     assert count.operators <= 130
 
 
@@ -42,14 +42,14 @@ def test_a_mask_takes_some_hundred_operators() -> None:
 )
 def test_torch_and_triton_give_the_same_bits(rows: int, cols: int, p: float, stream: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from flare_kernels.triton_ops.keep_bits import keep_bits
+    from flare_kernels.triton_ops.dropout_mask import dropout_mask
 
     threshold = dropout.drop_threshold(p)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for number in (0, 1, 2**33 + 5, 2**63 - 2):
         seed = seed_of(number).to(device)
-        from_torch = dropout.keep_bits_torch(seed, rows, cols, threshold, stream)
-        assert torch.equal(keep_bits(seed, rows, cols, threshold, stream), from_torch)
+        from_torch = dropout.dropout_mask_torch(seed, rows, cols, threshold, stream)
+        assert torch.equal(dropout_mask(seed, rows, cols, threshold, stream), from_torch)
 
 
 def test_mask_is_a_pure_function_of_its_arguments() -> None:
@@ -57,7 +57,7 @@ def test_mask_is_a_pure_function_of_its_arguments() -> None:
     assert mask is not None and mask.dtype == torch.uint8 and mask.shape == (50, 13)
     again = dropout.packed_mask(seed_of(7), 50, 100, 0.4, dropout.TARGET_STREAM)
     assert torch.equal(mask, again)
-    # a row does not depend on how many rows there are, nor on how they are chunked
+    # a row does not depend on the number of rows or on the chunks
     taller = dropout.packed_mask(seed_of(7), 6000, 100, 0.4, dropout.TARGET_STREAM)
     assert torch.equal(taller[:50], mask)
     assert not (mask[:, -1] >> (100 % 8)).any(), "bits past the last column"
@@ -70,27 +70,27 @@ def test_keep_rate_and_independence(p: float) -> None:
         dropout.packed_mask(seed_of(seed), rows, cols, p, stream)
         for seed, stream in ((1, dropout.TARGET_STREAM), (1, dropout.SOURCE_STREAM), (2, dropout.TARGET_STREAM))
     ]
-    kept = [dropout.unpack(mask, cols, torch.float64) for mask in masks]
+    unpacked = [dropout.unpack(mask, cols, torch.float64) for mask in masks]
     deviation = math.sqrt(p * (1 - p) / (rows * cols))
-    for keep in kept:
-        assert abs(keep.mean() - (1 - p)) < 5 * deviation
-        # no column (of the eight of a byte, in particular) is favoured
-        assert (keep.mean(0) - (1 - p)).abs().max() < 6 * math.sqrt(p * (1 - p) / rows)
+    for mask in unpacked:
+        assert abs(mask.mean() - (1 - p)) < 5 * deviation
+        # all columns have the same rate, in particular the eight columns of a byte
+        assert (mask.mean(0) - (1 - p)).abs().max() < 6 * math.sqrt(p * (1 - p) / rows)
     for left, right in ((0, 1), (0, 2)):
-        correlation = torch.corrcoef(torch.stack([kept[left].flatten(), kept[right].flatten()]))[0, 1]
+        correlation = torch.corrcoef(torch.stack([unpacked[left].flatten(), unpacked[right].flatten()]))[0, 1]
         assert abs(correlation) < 5 / math.sqrt(rows * cols)
-    neighbours = torch.corrcoef(torch.stack([kept[0][:, :-1].flatten(), kept[0][:, 1:].flatten()]))[0, 1]
+    neighbours = torch.corrcoef(torch.stack([unpacked[0][:, :-1].flatten(), unpacked[0][:, 1:].flatten()]))[0, 1]
     assert abs(neighbours) < 5 / math.sqrt(rows * cols)
 
 
 def test_extreme_probabilities() -> None:
     assert dropout.packed_mask(seed_of(0), 3, 9, 0.0, 0) is None
     assert dropout.keep_scale(0.0) == 1.0
-    nothing = dropout.packed_mask(seed_of(0), 3, 9, 1.0, 0)
-    assert nothing is not None and nothing.shape == (3, 2) and not nothing.any()
+    zeros = dropout.packed_mask(seed_of(0), 3, 9, 1.0, 0)
+    assert zeros is not None and zeros.shape == (3, 2) and not zeros.any()
     assert dropout.keep_scale(1.0) == 0.0
     assert dropout.packed_mask(seed_of(0), 0, 9, 0.5, 0).shape == (0, 2)
-    # less than a level of resolution: kept, with a scale that says so
+    # below the resolution nothing is dropped, and the scale is 1
     tiny = dropout.packed_mask(seed_of(0), 3, 9, 1e-9, 0)
     assert dropout.unpack(tiny, 9, torch.float32).all() and dropout.keep_scale(1e-9) == 1.0
     for p in (-0.1, 1.1, float("nan")):
@@ -98,7 +98,7 @@ def test_extreme_probabilities() -> None:
             dropout.keep_scale(p)
 
 
-def test_scale_belongs_to_the_rate_that_is_drawn() -> None:
+def test_scale_corresponds_to_the_rounded_probability() -> None:
     assert dropout.keep_scale(0.1) == 65536 / (65536 - 6554)
 
 

@@ -1,4 +1,4 @@
-"""The forms of shrink and grad_weight besides the general rule's, against float64 mathematics and each other."""
+"""All Triton forms of shrink and grad_weight, compared with float64 and with each other."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from test_triton_ops import BF16, F16, F32, F64, KEEP_SCALE, Shape, assert_close
 
 from flare_kernels import tuning
 from flare_kernels.launch_mode import counting, forcing
-from flare_kernels.triton_ops import partials
 from flare_kernels.triton_ops import primitives as triton_ops
+from flare_kernels.triton_ops import split_k
 from flare_kernels.triton_ops.config import FORMS, TileConfig
 
-__all__ = ["poisoned_empty"]  # the fixture is in force here too
+__all__ = ["poisoned_empty"]  # an autouse fixture, applied to this module too
 
 by_form = pytest.mark.parametrize("form", ["triton", "tma", "last_adds"])
-#: small tiles: more output tiles than programs; a sum cut into parts; one tile for all
+#: more output tiles than programs; split sums; a single tile
 TILES = {
     "few programs": TileConfig(64, 64, 0, 64, 4, 2, programs=3),
     "splits": TileConfig(16, 16, 0, 128, 4, 2, programs=200),
@@ -44,7 +44,7 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 def framed(x: Tensor) -> Tensor:
-    """x as the inside of a NaN-filled buffer, whose rows are a multiple of 16 elements apart, as descriptors want."""
+    """Return x as a view into a NaN-filled buffer with a row stride of a multiple of 16, as descriptors require."""
     rows, columns = x.shape
     frame = torch.full((rows + 2, -(-columns // 16) * 16 + 16), torch.nan, dtype=x.dtype, device=x.device)
     frame[1:-1, :columns] = x
@@ -55,7 +55,7 @@ def forced(form: str, case: str) -> Any:
     if form == "tma" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
     kernels = [kernel for step in ("shrink", "grad_weight") for kernel in FORMS[step][form]]
-    general = ("shrink", "grad_weight")  # what is taken where the form cannot be
+    general = ("shrink", "grad_weight")  # the fallback if the form cannot be used
     return forcing(form=form, **dict.fromkeys((*kernels, *general), TILES[case]))
 
 
@@ -65,7 +65,7 @@ def launched(names: list[str]) -> list[str]:
 
 def expected_launches(step: str, form: str, case: str) -> list[str]:
     kernel = f"{step}_tma" if form == "tma" else step
-    return [kernel, "sum_partials"] if case == "splits" and form != "last_adds" else [kernel]
+    return [kernel, "split_k_reduce"] if case == "splits" and form != "last_adds" else [kernel]
 
 
 @by_form
@@ -75,7 +75,7 @@ def test_shrink(form: str, case: str, device: torch.device) -> None:
     x, x_source, A = framed(i.x), framed(i.x_source), framed(i.A)
     results = {dtype: [s.to(dtype) @ i.A.to(dtype).T for s in (i.x, i.x_source)] for dtype in (shape.compute, F64)}
     plain, truth = results[shape.compute], results[F64]
-    scale = max(one.abs().max().item() for one in truth)
+    scale = max(exact.abs().max().item() for exact in truth)
     with forced(form, case), counting() as names:
         T, S = triton_ops.shrink(x, x_source, A, compute_dtype=shape.compute)
         assert launched(names) == expected_launches("shrink", form, case)
@@ -83,8 +83,8 @@ def test_shrink(form: str, case: str, device: torch.device) -> None:
         both, _ = triton_ops.shrink(x, x_source, A, compute_dtype=shape.compute, sum_streams=True)
         alone, _ = triton_ops.shrink(x, None, A, compute_dtype=shape.compute)
         _, source = triton_ops.shrink(None, x_source, A, compute_dtype=shape.compute)
-    for got, usual, want in zip((T, S), plain, truth, strict=True):
-        assert_close(got, usual, want, shape.compute, scale)
+    for got, baseline, exact in zip((T, S), plain, truth, strict=True):
+        assert_close(got, baseline, exact, shape.compute, scale)
     assert_close(both, sum(plain), sum(truth), shape.compute, scale)
     assert torch.equal(alone, T) and torch.equal(source, S)
     assert torch.equal(torch.stack(again), torch.stack((T, S)))
@@ -94,13 +94,13 @@ def test_shrink(form: str, case: str, device: torch.device) -> None:
 def test_grad_weight(form: str, case: str, device: torch.device) -> None:
     shape = SHAPES[case]
     i = make(shape, device)
-    dT, x, dS, x_source = (framed(one) for one in i["T x S x_source"])
+    dT, x, dS, x_source = (framed(tensor) for tensor in i["T x S x_source"])
     results = {
         dtype: [d.to(dtype).T @ s.to(dtype) for d, s in ((i.T, i.x), (i.S, i.x_source))]
         for dtype in (shape.compute, F64)
     }
     plain, truth = results[shape.compute], results[F64]
-    scale = sum(one.abs().max().item() for one in truth)
+    scale = sum(exact.abs().max().item() for exact in truth)
     with forced(form, case), counting() as names:
         dA = triton_ops.grad_weight(dT, x, dS, x_source, grad_dtype=F32)
         assert launched(names) == expected_launches("grad_weight", form, case)
@@ -112,11 +112,11 @@ def test_grad_weight(form: str, case: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("step", ["shrink", "grad_weight"])
-def test_dropout_and_odd_rows_stay_with_pointers(step: str, device: torch.device) -> None:
-    """Where descriptors cannot read the operands, a forced "tma" takes the general rule's form."""
+def test_dropout_and_odd_rows_do_not_use_descriptors(step: str, device: torch.device) -> None:
+    """If descriptors cannot read the operands, a forced "tma" falls back to the general rule's form."""
     i = make(SHAPES["splits"], device)
-    x, x_source, A, dT, dS = (framed(one) for one in i["x x_source A T S"])
-    odd = torch.cat([i.x, i.x[:, :1]], 1)[:, :-1]  # an odd number of elements from row to row
+    x, x_source, A, dT, dS = (framed(tensor) for tensor in i["x x_source A T S"])
+    odd = torch.cat([i.x, i.x[:, :1]], 1)[:, :-1]  # an odd row stride
     masks = {"mask": i.mask, "mask_source": i.mask_source, "keep_scale": KEEP_SCALE}
     for stream, options in ((x, masks), (odd, {}), (x.T.contiguous().T, {})):
         with forced("tma", "splits"), counting() as names:
@@ -127,11 +127,11 @@ def test_dropout_and_odd_rows_stay_with_pointers(step: str, device: torch.device
                 got = triton_ops.grad_weight(dT, stream, dS, x_source, grad_dtype=F32, **options)
                 pairs = ((i.T, i.x, "mask"), (i.S, i.x_source, "mask_source"))
                 want = sum(d.to(F64).T @ drop(s, options.get(mask), F64) for d, s, mask in pairs)
-        assert launched(names) == [step, "sum_partials"]
+        assert launched(names) == [step, "split_k_reduce"]
         torch.testing.assert_close(got.to(F64), want, rtol=2e-3, atol=2e-3 * want.abs().max().item())
 
 
-def test_the_last_program_adds_dropped_streams(device: torch.device) -> None:
+def test_last_adds_with_dropout(device: torch.device) -> None:
     i = make(SHAPES["splits"], device)
     masks = {"mask": i.mask, "mask_source": i.mask_source, "keep_scale": KEEP_SCALE}
     results = []
@@ -144,14 +144,14 @@ def test_the_last_program_adds_dropped_streams(device: torch.device) -> None:
 
 
 def test_counters_are_zero_between_launches(device: torch.device) -> None:
-    """Every tile that was counted is reset by its last program: launches of a stream share one buffer."""
+    """The last program of each tile resets its counter, because launches on a stream share the counters."""
     i = make(SHAPES["splits"], device)
-    counters = partials.counters(i.x.device)
-    assert counters is partials.counters(i.x.device) and not counters.any()
+    counters = split_k.counters(i.x.device)
+    assert counters is split_k.counters(i.x.device) and not counters.any()
     with forced("last_adds", "splits"):
         first = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         assert not counters.any()
-        counters[0] = 1000  # a counter that was not reset: the sum of its tile is never taken
+        counters[0] = 1000  # a counter that is not reset: no program reduces its tile
         second = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, grad_dtype=F32)
         counters.zero_()
     assert first.isfinite().all() and second.isnan().any()
@@ -161,7 +161,7 @@ MODELS = (("llama-3.1-8b", 8192), ("xlm-r-large", 8192), ("llama-3.1-8b", 512))
 
 
 @pytest.mark.parametrize(("model", "M"), MODELS)
-def test_each_form_moves_every_tensor_once_and_its_partial_sums_twice(model: str, M: int, monkeypatch) -> None:
+def test_each_form_moves_every_tensor_once_and_partial_sums_twice(model: str, M: int, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     bytes_moved = importlib.import_module("bytes_moved")
     shape, r = tuning.SHAPES[model], 64
@@ -169,9 +169,9 @@ def test_each_form_moves_every_tensor_once_and_its_partial_sums_twice(model: str
     streams, bottlenecks = 2 * M * d * 2, 2 * M * R * 2
     least = {"shrink": streams + R * d * 2 + bottlenecks, "grad_weight": streams + bottlenecks + R * d * 4}
     partial = {"shrink": 2 * M * R * 4, "grad_weight": R * d * 4}
-    wanted = {problem.step: problem for problem in tuning.problems([shape], [M], [r])}
+    problems = {problem.step: problem for problem in tuning.problems([shape], [M], [r])}
     for step, form in itertools.product(least, ("triton", "tma", "last_adds")):
-        launches = bytes_moved.launches(wanted[step], form)
+        launches = bytes_moved.launches(problems[step], form)
         tiles, grid = launches[0].config, launches[0].grid
         blocks = -(-(M if step == "shrink" else d) // (tiles.BLOCK_M if step == "shrink" else tiles.BLOCK_K))
         programs = launches[0].args["tiles"] if form == "tma" else math.prod(grid)

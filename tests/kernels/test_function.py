@@ -1,4 +1,4 @@
-"""The public functions on every backend against the float64 oracle: values, gradients, what is saved, errors."""
+"""The public functions on every backend, compared with the float64 oracle: values, gradients, saved bytes, errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAVES = ("x", "base_output", "lora_A", "lora_B", "x_source", "source_bottleneck
 def make(
     lead: tuple[int, ...], d: int, n: int, r: int, dtype: torch.dtype, device: torch.device, adapter_dtype=None
 ) -> dict[str, Tensor]:
-    """Random inputs with a non-zero B; S instead of x_source is made by the tests that want it."""
+    """Return random inputs with a non-zero B. Tests that need S instead of x_source compute it."""
 
     def randn(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) * scale).to(device, to)
@@ -35,7 +35,7 @@ def make(
 
 
 def run(fn, inputs: dict[str, Tensor], G: Tensor, **options) -> dict[str, Tensor]:
-    """Output and gradients of every tensor in inputs, through a base_output that is not a leaf."""
+    """Return the output and the gradient of every tensor in inputs, with a base_output that is not a leaf."""
     leaves = {k: v.detach().clone().requires_grad_(True) for k, v in inputs.items()}
     call = {"x_source": None, **leaves, "base_output": leaves["base_output"] * 1}
     y = fn(**call, **options)
@@ -44,7 +44,7 @@ def run(fn, inputs: dict[str, Tensor], G: Tensor, **options) -> dict[str, Tensor
 
 
 def assert_as_close_as_plain(got, plain, truth, dtype: torch.dtype) -> None:
-    """Error against float64 at most twice plain PyTorch's in the same dtype, plus one machine epsilon of the scale."""
+    """Assert that errors are at most twice those of plain PyTorch in this dtype, plus one machine epsilon at scale."""
     eps = torch.finfo(dtype).eps
     for key, want in truth.items():
         if want is None:
@@ -103,8 +103,8 @@ def test_gradcheck(fusion, source) -> None:
     names = list(inputs)
 
     def call(*tensors: Tensor) -> Tensor:
-        given = dict(zip(names, tensors, strict=True))
-        return fused_lora(**{"x_source": None, **given}, scaling=0.7, fusion=fusion, backend="torch")
+        arguments = dict(zip(names, tensors, strict=True))
+        return fused_lora(**{"x_source": None, **arguments}, scaling=0.7, fusion=fusion, backend="torch")
 
     unused = {"x_source", "source_bottleneck"} if fusion is None else set()
     leaves = tuple(v.requires_grad_(k not in unused) for k, v in inputs.items())
@@ -149,8 +149,8 @@ def test_dropout_mask_is_restored_under_checkpoint_recompute(use_reentrant, devi
 @pytest.mark.parametrize("backend", BACKEND)
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("M", [5, 130])
-def test_a_given_S_without_a_graph(backend, fusion, M, device) -> None:
-    """As with a frozen A: x and B still get their gradients."""
+def test_source_bottleneck_without_grad(backend, fusion, M, device) -> None:
+    """x and B get their gradients if S and A do not require grad."""
     inputs = make((M,), 16, 12, 4, torch.float32, device)
     inputs["source_bottleneck"] = inputs.pop("x_source")[:, :4].contiguous()
     results = []
@@ -214,7 +214,7 @@ def test_frozen_parts_get_no_gradient_and_cost_no_storage(backend, frozen, devic
             torch.testing.assert_close(leaf.grad, truth[key], msg=key)
 
 
-def test_base_output_is_consumed_only_where_it_is_nobody_elses(device) -> None:
+def test_base_output_is_overwritten_only_if_it_is_not_shared(device) -> None:
     inputs = make((3, 7), 16, 12, 4, torch.float32, device)
     before = inputs["base_output"].clone()
     y = fused_lora(**inputs, scaling=1.0)
@@ -233,28 +233,28 @@ def test_base_output_is_consumed_only_where_it_is_nobody_elses(device) -> None:
 @pytest.mark.parametrize("fusion", ALL)
 @pytest.mark.parametrize("M", [64, 128])
 def test_saved_bytes(M, fusion, device) -> None:
-    """x, x_source, a rank-wide T and S (only H for linear phi), and B as cast where it is small beside x; no more."""
+    """Only x, x_source, T and S (H if phi is linear), and the cast B (if it is small compared with x) are saved."""
     d, r = 256, 8
     inputs = make((M,), d, d, r, torch.bfloat16, device, torch.float32)
     parameters = {inputs[k].requires_grad_().data_ptr() for k in ("lora_A", "lora_B")}
     saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
         fused_lora(**inputs, scaling=1.0, fusion=fusion)
     streams = 1 if fusion is None else 2
     bottlenecks = 1 if fusion in (None, "add") else 2
-    kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    saved_bytes = sum(size for pointer, size in saved.items() if pointer not in parameters)
     cast = d * r if M >= 128 else 0
-    assert kept == (streams * M * d + bottlenecks * M * r + cast) * 2
+    assert saved_bytes == (streams * M * d + bottlenecks * M * r + cast) * 2
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
 def test_autocast(wide, device) -> None:
-    """float32 x beside a bf16 frozen output (autocast): the compute dtype is bf16, gradients keep each dtype."""
+    """With float32 x and a bf16 frozen output (autocast), the compute dtype is bf16 and gradients keep their dtypes."""
     inputs = make((2, 19), 33, 21, 5, torch.float32, device)
     inputs["base_output"] = inputs["base_output"].to(wide)
     G = torch.randn_like(inputs["base_output"])
@@ -277,7 +277,7 @@ def test_double_backward_is_refused(device) -> None:
         grad.sum().backward()
 
 
-def test_select_backend_says_what_auto_takes() -> None:
+def test_select_backend_returns_the_choice_of_auto() -> None:
     assert flare_kernels.select_backend("cpu", torch.float32) == "torch"
     assert flare_kernels.select_backend("cuda:0" if torch.cuda.is_available() else "cpu", torch.float64) == "torch"
     assert flare_kernels.select_backend("cpu", torch.float32, "matmul") == "reference"
@@ -286,12 +286,12 @@ def test_select_backend_says_what_auto_takes() -> None:
     assert statuses["triton"] or statuses["triton"].reason
 
 
-def test_a_card_that_is_too_old_is_declined_by_name(monkeypatch) -> None:
-    """Turing (sm_75): backends() says why, "auto" takes the plain form, and asking for Triton is an error."""
+def test_an_unsupported_gpu_is_named(monkeypatch) -> None:
+    """On Turing (sm_75), backends() gives the reason, "auto" uses plain PyTorch, and "triton" is an error."""
     pytest.importorskip("triton")
     module = importlib.import_module("flare_kernels.selection")
     capability = {0: (7, 5), 1: (9, 0)}
-    module._device_refusal.cache_clear()
+    module._unsupported_reason.cache_clear()
     monkeypatch.setattr(module, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -302,11 +302,11 @@ def test_a_card_that_is_too_old_is_declined_by_name(monkeypatch) -> None:
     old, new = torch.device("cuda", 0), torch.device("cuda", 1)
     assert flare_kernels.select_backend(old, torch.bfloat16) == "torch"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert flare_kernels.backends()["triton"], "the other card can"
+    assert flare_kernels.backends()["triton"], "the other GPU is supported"
     assert flare_kernels.select_backend(new, torch.bfloat16) == "triton"
     with pytest.raises(ValueError, match=r"cannot run here: Old GPU"):
         module.primitives("triton", old, torch.bfloat16)
-    module._device_refusal.cache_clear()
+    module._unsupported_reason.cache_clear()
 
 
 BAD = [
@@ -340,15 +340,15 @@ def test_wrong_input(change, error, message) -> None:
         fused_lora(**good, scaling=1.0)
 
 
-def test_triton_refuses_float64_by_name(device) -> None:
+def test_triton_refuses_float64(device) -> None:
     if not flare_kernels.backends()["triton"]:
         pytest.skip(str(flare_kernels.backends()["triton"]))
     with pytest.raises(ValueError, match="no float64"):
         fused_lora(**make((2, 3), 8, 6, 5, torch.float64, device), scaling=1.0, backend="triton")
 
 
-def test_memory_that_is_shared_with_an_input_is_not_written_to(device) -> None:
-    """x, the source or a second output in base_output's storage: the same values and gradients as from copies."""
+def test_memory_shared_with_an_input_is_not_overwritten(device) -> None:
+    """If x, the source or another output shares base_output's storage, results are the same as with copies."""
     x, A, B = torch.randn(6, 8), torch.randn(4, 8), torch.randn(8, 4)
     x, A, B = (t.to(device) for t in (x, A, B))
 

@@ -1,4 +1,4 @@
-"""The joint form for projections that share their input: the same numbers as one call per projection, fewer passes."""
+"""fused_lora_qkv: the same results as one call per projection, with one pass over each stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flare_kernels import FUSIONS, fused_lora, fused_lora_qkv, reference, select
 WIDTHS = {"q": 24, "k": 10, "v": 12}
 RANKS = {"q": 5, "k": 3, "v": 4}
 SUBSETS = [("q", "v"), ("q", "k", "v"), ("v",), ()]
-# the kernels are the same for every subset; one is enough under the interpreter
+# every subset uses the same kernels, so one subset is enough under the slow interpreter
 CASES = [
     *(pytest.param("torch", subset, id="torch-" + ("".join(subset) or "none")) for subset in SUBSETS),
     pytest.param(
@@ -46,7 +46,7 @@ def leaves_of(data: dict) -> dict[str, Tensor]:
 
 
 def run(call, data: dict, subset: tuple[str, ...]) -> dict[str, Tensor]:
-    """Outputs and gradients of call(leaves, adapters) -> {name: y}."""
+    """Return the outputs and gradients of call(leaves, adapters) -> {name: y}."""
     leaves = leaves_of(data)
     adapters = {name: (leaves[f"A.{name}"], leaves[f"B.{name}"], 0.5 + RANKS[name]) for name in subset}
     ys = call(leaves, adapters)
@@ -89,12 +89,11 @@ def test_equals_the_oracle(backend, subset, fusion, source, device) -> None:
     def oracle(leaves, adapters):
         base = {name: leaves["x"] @ W.T for name, W in data["W"].items()}
         for name, (A, B, scaling) in adapters.items():
-            own = fusion.get(name) if isinstance(fusion, dict) else fusion
-            given = sources(leaves, adapters)
-            S = given.get("source_bottleneck", {}).get(name)
-            base[name] = reference.fused_lora(
-                leaves["x"], given["x_source"], base[name], A, B, scaling=scaling, fusion=own, source_bottleneck=S
-            )
+            phi = fusion.get(name) if isinstance(fusion, dict) else fusion
+            source_args = sources(leaves, adapters)
+            S = source_args.get("source_bottleneck", {}).get(name)
+            options = {"scaling": scaling, "fusion": phi, "source_bottleneck": S}
+            base[name] = reference.fused_lora(leaves["x"], source_args["x_source"], base[name], A, B, **options)
         return base
 
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
@@ -103,8 +102,8 @@ def test_equals_the_oracle(backend, subset, fusion, source, device) -> None:
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=["qv", "qkv", "v", "none"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_the_node_owns_dx_of_the_frozen_products(subset, dropout_p, device) -> None:
-    """With weights: values and gradients as the oracle's, from one dx buffer."""
+def test_the_node_computes_dx_of_the_frozen_products(subset, dropout_p, device) -> None:
+    """With weights, values and gradients equal those of the oracle."""
     data = make(torch.float64, device)
     results = []
     for backend in ("torch", "reference"):
@@ -132,7 +131,7 @@ def test_the_node_owns_dx_of_the_frozen_products(subset, dropout_p, device) -> N
 
 
 def test_each_stream_is_read_once(device, monkeypatch) -> None:
-    """One shrink and one grad_weight for q and v together."""
+    """q and v share one call each of shrink, grad_weight and grad_input."""
     ops = selection.primitives("torch", device, torch.float32)
     calls: list[str] = []
     for name in ("shrink", "grad_weight", "grad_input"):
@@ -151,7 +150,7 @@ def test_each_stream_is_read_once(device, monkeypatch) -> None:
 LAUNCHES = {
     # forward, backward: stack, shrink, expand; grad_bottleneck, grad_weight, grad_input
     300: (["stack", "shrink", "expand"], ["grad_bottleneck", "grad_weight", "grad_input"]),
-    # a few tokens: no stacking, and none of A in the forward pass
+    # a few tokens: forward does not stack A or B
     9: (["shrink_decode", "expand_decode"], ["grad_bottleneck", "stack", "grad_weight", "grad_input"]),
 }
 
@@ -160,19 +159,19 @@ LAUNCHES = {
 @pytest.mark.parametrize("tokens", LAUNCHES)
 @pytest.mark.parametrize("fusion", ["add", "add_relu"])
 def test_launches_of_query_and_value(tokens, fusion, device) -> None:
-    """Two adapters of one rank and phi: one launch per step for both, and the numbers of the plain form."""
+    """Two adapters of one rank and phi take one launch per step, and match plain PyTorch."""
     from flare_kernels.launch_mode import counting
 
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=device) * 0.3
 
     x_source, W = randn(tokens, 48), {name: randn(n, 48) for name, n in WIDTHS.items()}
-    given = {"x": randn(tokens, 48), "A.q": randn(6, 48), "A.v": randn(6, 48)}
-    given |= {f"B.{name}": randn(WIDTHS[name], 6) for name in ("q", "v")}
+    inputs = {"x": randn(tokens, 48), "A.q": randn(6, 48), "A.v": randn(6, 48)}
+    inputs |= {f"B.{name}": randn(WIDTHS[name], 6) for name in ("q", "v")}
     G = {name: randn(tokens, n) for name, n in WIDTHS.items()}
     results = []
     for backend in ("torch", "triton"):
-        t = {name: value.clone().requires_grad_() for name, value in given.items()}
+        t = {name: value.clone().requires_grad_() for name, value in inputs.items()}
         with torch.no_grad():
             base = {name: t["x"] @ w.T for name, w in W.items()}
         adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5) for name in ("q", "v")}
@@ -181,23 +180,23 @@ def test_launches_of_query_and_value(tokens, fusion, device) -> None:
         with counting() as backward:
             torch.autograd.backward(list(ys.values()), list(G.values()))
         results.append({**ys, **{name: leaf.grad for name, leaf in t.items()}})
-        counted = [
-            [n.removesuffix("_kernel") for n in names if n != "sum_partials_kernel"] for names in (forward, backward)
+        launches = [
+            [n.removesuffix("_kernel") for n in names if n != "split_k_reduce_kernel"] for names in (forward, backward)
         ]
-        assert counted == ([[], []] if backend == "torch" else list(LAUNCHES[tokens]))
+        assert launches == ([[], []] if backend == "torch" else list(LAUNCHES[tokens]))
     assert_equal(*reversed(results), rtol=1e-4, atol=1e-5)
 
 
-def test_a_given_S_that_lies_side_by_side_is_not_copied(device) -> None:
-    from flare_kernels.node import side_by_side
+def test_adjacent_columns_are_not_copied(device) -> None:
+    from flare_kernels.node import concat_columns
 
     S = torch.randn(2, 7, 9, device=device)
     parts = [part.reshape(14, -1) for part in S.split([4, 5], dim=-1)]
-    assert side_by_side(parts).data_ptr() == S.data_ptr() and torch.equal(side_by_side(parts), S.flatten(0, 1))
-    apart = [parts[1], parts[0]]
-    assert torch.equal(side_by_side(apart), torch.cat(apart, dim=1))
-    other = [parts[0], parts[1].clone()]
-    assert torch.equal(side_by_side(other), S.flatten(0, 1))
+    assert concat_columns(parts).data_ptr() == S.data_ptr() and torch.equal(concat_columns(parts), S.flatten(0, 1))
+    swapped = [parts[1], parts[0]]
+    assert torch.equal(concat_columns(swapped), torch.cat(swapped, dim=1))
+    cloned = [parts[0], parts[1].clone()]
+    assert torch.equal(concat_columns(cloned), S.flatten(0, 1))
 
 
 def test_matches_separate_calls_in_16_bit(device) -> None:
@@ -224,7 +223,7 @@ def test_wrong_input(device) -> None:
         fused_lora_qkv(data["x"], None, base, {"o": good["q"]})
     with pytest.raises(ValueError, match=r"fusion names \['o'\]"):
         fused_lora_qkv(data["x"], data["x_source"], base, good, fusion={"o": "add"})
-    with pytest.raises(ValueError, match="give all or none"):
+    with pytest.raises(ValueError, match="pass all or none"):
         fused_lora_qkv(data["x"], None, base, good, weights={"q": data["W"]["q"]})
     with pytest.raises(ValueError, match="lora_A of 'v' has shape"):
         fused_lora_qkv(data["x"], None, base, {"v": (data["A"]["q"][:, :3], data["B"]["q"], 1.0)})
@@ -234,7 +233,7 @@ def test_wrong_input(device) -> None:
 
 
 def test_no_rows(device) -> None:
-    """M = 0 with a given bottleneck, forward and backward."""
+    """Forward and backward with M = 0 and a source bottleneck."""
     S = torch.zeros(2, 0, 4, device=device, requires_grad=True)
     A, B = torch.randn(4, 18, device=device, requires_grad=True), torch.randn(6, 4, device=device, requires_grad=True)
     base = {"q": torch.zeros(2, 0, 6, device=device)}

@@ -1,4 +1,4 @@
-"""Kept plans and launches: what a call costs in Python, what is launched the second time, what is never reused."""
+"""Cached plans and launchers: the Python overhead of a call, the second launch, and when a plan is not reused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Kernel(triton.JITFunction):
-    """Stands for a kernel on a GPU: notes what it is launched with, and returns ``compiled``."""
+    """Stand-in for a kernel on a GPU: records its launches and returns ``compiled``."""
 
     def __init__(self, compiled: Any) -> None:
         self.arg_names, self.compiled = ["x", "y", "M", "BLOCK_M"], compiled
@@ -77,7 +77,7 @@ class TakesNames:
 
 
 @pytest.mark.parametrize(("compiled", "reason"), [(None, "returned NoneType"), (TakesNames(), "by position")])
-def test_another_release_of_triton_is_launched_as_usual_and_said_once(compiled: Any, reason: str) -> None:
+def test_an_unknown_triton_release_launches_through_the_jit_and_warns_once(compiled: Any, reason: str) -> None:
     launch._warn_of_slow_launches.cache_clear()
     kernel = Kernel(compiled)
     with pytest.warns(RuntimeWarning, match=f"Triton {triton.__version__}: .*{reason}"):
@@ -90,7 +90,7 @@ def test_another_release_of_triton_is_launched_as_usual_and_said_once(compiled: 
     assert len(kernel.launches) == 3
 
 
-def test_the_device_is_entered_only_where_it_is_not_current(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_entered_only_if_it_is_not_current(monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[int] = []
 
     @contextlib.contextmanager
@@ -122,7 +122,7 @@ def test_counters_see_both_kinds_of_launches() -> None:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_plans_are_kept_and_never_used_under_other_settings(device: torch.device) -> None:
+def test_plans_are_cached_and_not_used_under_other_settings(device: torch.device) -> None:
     x, A = torch.randn(70, 24, device=device), torch.randn(5, 24, device=device)
 
     def shrink() -> Tensor:
@@ -134,9 +134,9 @@ def test_plans_are_kept_and_never_used_under_other_settings(device: torch.device
     want = x @ A.T
     torch.testing.assert_close(shrink(), want)
     plans = launch_mode.current.plans
-    kept = len(plans)
+    size = len(plans)
     torch.testing.assert_close(shrink(), want)
-    assert len(plans) == kept and launch_mode.current.plans is plans
+    assert len(plans) == size and launch_mode.current.plans is plans
     with recording(227 * 1024) as launches:
         shrink(), shrink()
         with forcing(shrink=TileConfig(16, 32, 0, 16, 4, 2)):
@@ -148,10 +148,10 @@ def test_plans_are_kept_and_never_used_under_other_settings(device: torch.device
         torch.testing.assert_close(shrink(), want)
     assert names == ["shrink_kernel"]
     torch.testing.assert_close(shrink(), want)
-    assert launch_mode.current.plans is plans and len(plans) == kept
+    assert launch_mode.current.plans is plans and len(plans) == size
 
 
-def test_ever_new_lengths_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_mode, "MAX_PLANS", 4)
     A = torch.zeros(4, 8)
     with launches_left_out() as names:
@@ -160,11 +160,11 @@ def test_ever_new_lengths_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch
         assert len(launch_mode.current.plans) <= 4 and len(names) == 10
 
 
-# --- launches left out, and what is left ------------------------------------------------------------------------------
+# --- launches left out ------------------------------------------------------------------------------------------------
 
 
 def counted(call: Callable[[], Any]) -> int:
-    """Python and C calls that a call makes, its own included."""
+    """Return the number of Python and C calls that a call makes, including itself."""
     events: list[str] = []
     sys.setprofile(lambda frame, event, of: events.append(event) if event in ("call", "c_call") else None)
     try:
@@ -176,18 +176,18 @@ def counted(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("namespace", [primitives, primitives.tuned], ids=["triton", "auto"])
 def test_a_primitive_makes_a_handful_of_calls(namespace: Any) -> None:
-    """One for itself, one per tensor it allocates, one per launch, at most one to part a result."""
+    """One for itself, one per allocated tensor, one per launch, and at most one to split a result."""
     for size in (SIZES[0], (*SIZES[4][:3], 16)):
         with launches_left_out() as names:
             for call in calls(namespace, size):
                 call()
                 before = len(names)
-                made = counted(call)
+                count = counted(call)
                 launches = len(names) - before
-                assert made <= 3 + 2 * launches and made <= 6, (names[-1], made)
+                assert count <= 3 + 2 * launches and count <= 6, (names[-1], count)
 
 
-def test_what_is_left_out_is_named_in_order_and_restored() -> None:
+def test_launches_left_out_are_named_in_order_and_the_mode_is_restored() -> None:
     x, A, B = torch.zeros(128, 24), torch.zeros(5, 24), torch.zeros(9, 5)
     before = launch_mode.current
     forward = ["shrink_kernel", "expand_kernel"]

@@ -1,4 +1,4 @@
-"""The node under torch.compile: one graph, the eager numbers, operators that keep their contract."""
+"""The node under torch.compile: one graph, eager results, valid operators."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def gradients(call, t: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def one(t: dict[str, Tensor], **options) -> tuple[Tensor, ...]:
-    """One projection with its frozen product."""
+    """Return the output of one projection with its frozen product."""
     base = F.linear(t["x"], t["W"])
     return (fused_lora(t["x"], t["x_source"], base, t["A"], t["B"], scaling=0.5, **options),)
 
 
 def joint(t: dict[str, Tensor], **options) -> tuple[Tensor, ...]:
-    """Query and value with a given S, a frozen key, and dx owned by the node."""
+    """Return the outputs of query and value with S, and of a frozen key; the node computes dx of all products."""
     weights = {"q": t["W"], "k": t["W"][:9], "v": t["V"]}
     with torch.no_grad():
         base = {name: F.linear(t["x"], W) for name, W in weights.items()}
@@ -62,7 +62,7 @@ def joint(t: dict[str, Tensor], **options) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("call", [one, joint])
 @pytest.mark.parametrize("fusion", ["add", "mul_relu"])
-def test_a_compiled_layer_is_one_graph_with_the_eager_numbers(call, backend, fusion, device) -> None:
+def test_a_compiled_layer_is_one_graph_with_eager_results(call, backend, fusion, device) -> None:
     t = make(device)
     options = {"backend": backend, "fusion": fusion}
     compiled = torch.compile(lambda leaves: call(leaves, **options), fullgraph=True, backend="aot_eager")
@@ -76,7 +76,7 @@ def test_a_compiled_layer_is_one_graph_with_the_eager_numbers(call, backend, fus
 
 
 def test_inductor_and_other_lengths(device) -> None:
-    """One graph for every length, and one more without gradients."""
+    """There is one graph for all lengths, and another one without gradients."""
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     graphs.clear()
@@ -104,19 +104,19 @@ def test_dropout_draws_as_in_eager_mode(device) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["add", "mul"])
-@pytest.mark.parametrize("keep", [False, True])
-def test_the_operators_keep_their_contract(fusion, keep, device) -> None:
-    """torch.library.opcheck: schema (nothing mutated, no aliases), autograd, fake forms, dynamic shapes."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_operators_pass_opcheck(fusion, trained, device) -> None:
+    """torch.library.opcheck tests schema (no mutation, no aliases), autograd, fake implementations, dynamic shapes."""
     t = make(device)
     y = F.linear(t["x"], t["W"])
-    leaves = [t[name].requires_grad_(keep) for name in ("x", "A", "B")]
+    leaves = [t[name].requires_grad_(trained) for name in ("x", "A", "B")]
     x, A, B = leaves
     for x_source, S in ((t["x_source"], []), (None, [t["S"]])):
-        arguments = (x, x_source, S, None, [y], [A], [B], [], [0], [0.5], fusion, 0.0, keep, x.dtype, "torch")
+        arguments = (x, x_source, S, None, [y], [A], [B], [], [0], [0.5], fusion, 0.0, trained, x.dtype, "torch")
         torch.library.opcheck(lora, arguments)
-        *_, T, S_kept = lora(*arguments)
-        if keep:
-            saved = (T.detach(), S_kept.detach(), [A.detach()], [B.detach()], [])
+        *_, T, S_saved = lora(*arguments)
+        if trained:
+            saved = (T.detach(), S_saved.detach(), [A.detach()], [B.detach()], [])
             needs = [True, x_source is not None, *([True] * len(S)), True, True]
             x_plain = x.detach()
             backward = (

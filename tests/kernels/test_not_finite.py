@@ -1,4 +1,4 @@
-"""NaN and infinity go through every backend as through autograd of the formula, and no further."""
+"""NaN and infinity propagate through every backend exactly as through autograd of the formula."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPES = {"x": (5, 12), "x_source": (5, 12), "base_output": (5, 10), "lora_A": (
 
 
 def outputs(backend: str, fusion: str | None, where: str, value: float, device: torch.device) -> dict[str, Tensor]:
-    """The output and every gradient, with one entry of one tensor (or of the output's gradient) replaced."""
+    """Return the output and all gradients, with one entry of one tensor (or of the output's gradient) replaced."""
     generator = torch.Generator().manual_seed(1)
     tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in SHAPES.items()}
     dy = torch.randn(SHAPES["base_output"], generator=generator).to(device)
@@ -32,7 +32,7 @@ def outputs(backend: str, fusion: str | None, where: str, value: float, device: 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
-def test_what_is_not_finite_reaches_what_the_formula_says(backend, fusion, value, device) -> None:
+def test_non_finite_values_propagate_as_in_the_formula(backend, fusion, value, device) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     for where in (*SHAPES, "dy"):

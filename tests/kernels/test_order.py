@@ -1,4 +1,4 @@
-"""Adapters before the frozen products: the same mathematics, fewer reads, and where the order cannot be taken."""
+"""The order adapter_first: the same results with fewer reads, and the calls that cannot use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ by_backend = pytest.mark.parametrize("backend", ["torch", TRITON])
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty hands out NaNs, so that a y that is read before it is written is seen."""
+    """Make torch.empty return NaNs, so that a read of y before its first write changes the result."""
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -38,13 +38,13 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def orders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[order.Order]]:
-    """What was settled, call by call."""
+    """Collect the orders that calls choose."""
     from flare_kernels import function
 
-    found: list[order.Order] = []
-    monkeypatch.setattr(function, "order_of", lambda *args: found.append(order.order_of(*args)) or found[-1])
-    with forcing():  # no plan of another test
-        yield found
+    orders: list[order.Order] = []
+    monkeypatch.setattr(function, "choose_order", lambda *args: orders.append(order.choose_order(*args)) or orders[-1])
+    with forcing():  # with an empty cache of plans
+        yield orders
 
 
 def make(dtype: torch.dtype, device: torch.device, M: int = 67, d: int = 34, r: int = 5, **ranks: int) -> dict:
@@ -60,7 +60,7 @@ def make(dtype: torch.dtype, device: torch.device, M: int = 67, d: int = 34, r: 
 
 
 def run(t: dict[str, Tensor], adapted: str, biased: str, backend: str, **options: Any) -> dict[str, Tensor | None]:
-    """Outputs and gradients of x, A and B."""
+    """Return the outputs and the gradients of x, A and B."""
     leaves = {key: value.detach().clone() for key, value in t.items()}
     trained = ["x", *(f"{kind}.{name}" for kind in "AB" for name in adapted)]
     for key in trained:
@@ -81,7 +81,7 @@ def run(t: dict[str, Tensor], adapted: str, biased: str, backend: str, **options
     return {**{f"y.{n}": y.detach() for n, y in ys.items()}, **{f"d{key}": leaves[key].grad for key in trained}}
 
 
-#: Adapted projections, those with a bias, rank of v (5 of the others), options.
+#: Adapted projections, projections with a bias, rank of v (the others have 5), options.
 CASES = {
     "qv": ("qv", "qkv", 5, {"fusion": "add_relu"}),
     "no bias": ("qv", "", 5, {"fusion": "mul_relu"}),
@@ -95,8 +95,8 @@ CASES = {
 
 @by_backend
 @pytest.mark.parametrize("case", CASES)
-def test_adapters_first_is_right(case: str, backend: str, device, orders) -> None:
-    """float32 for the kernels, float64 for the plain form, against the oracle; nothing reads what is not written."""
+def test_adapter_first_matches_the_oracle(case: str, backend: str, device, orders) -> None:
+    """In float32 for the kernels and float64 for plain PyTorch. No uninitialised memory is read."""
     adapted, biased, rank, options = CASES[case]
     dtype = F64 if backend == "torch" else F32
     t = make(dtype, device, v=rank)
@@ -106,7 +106,7 @@ def test_adapters_first_is_right(case: str, backend: str, device, orders) -> Non
         orders.clear()
         with forcing(form=form):
             got = run(t, adapted, biased, backend, **options)
-        assert [found is not None for found in orders] == [form == "adapter_first"]
+        assert [chosen is not None for chosen in orders] == [form == "adapter_first"]
         for key, want in truth.items():
             torch.testing.assert_close(got[key].double(), want, msg=f"{form} {key}", **tolerance)
 
@@ -114,7 +114,7 @@ def test_adapters_first_is_right(case: str, backend: str, device, orders) -> Non
 @by_backend
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_in_16_bit_it_is_as_close_to_float64_as_pefts_eager_form(dtype: torch.dtype, backend: str, device) -> None:
-    """Outputs and dx by norm: at most the error of base + (H B^T) s, with its three roundings."""
+    """By norm, the errors of outputs and dx are at most those of base + (H B^T) s, which rounds three times."""
     t = make(dtype, device, M=70, d=256, r=8)
     wide = {key: value.double() for key, value in t.items()}
     truth = run(wide, "qv", "qkv", "reference", fusion="add")
@@ -132,13 +132,13 @@ def test_in_16_bit_it_is_as_close_to_float64_as_pefts_eager_form(dtype: torch.dt
     torch.autograd.backward(outputs, [t[f"G.{name}"] for name in WIDTHS])
     eager["dx"] = eager["x"].grad
     for key in ("y.q", "y.k", "y.v", "dx"):
-        error, peft = ((one[key].double() - truth[key]).norm() / truth[key].norm() for one in (got, eager))
+        error, peft = ((result[key].double() - truth[key]).norm() / truth[key].norm() for result in (got, eager))
         assert error <= peft, f"{key}: {error:.3e}, PEFT's eager form {peft:.3e}"
 
 
 @by_backend
-def test_expand_writes_without_reading(backend: str, device) -> None:
-    """y_i = bias_i + s_i H_i B_i^T over NaNs, with strided y and a bias for some projections only."""
+def test_expand_with_biases_does_not_read_y(backend: str, device) -> None:
+    """y_i = bias_i + s_i H_i B_i^T overwrites NaNs, with strided y and a bias for some projections only."""
     from flare_kernels.selection import primitives
 
     ops = primitives(backend, device, F32)
@@ -159,8 +159,8 @@ def test_expand_writes_without_reading(backend: str, device) -> None:
             assert frame[:, :3].isnan().all()
 
 
-def test_what_runs_first_and_what_reads(device, monkeypatch) -> None:
-    """Adapters first, three frozen products add that wrote before: those of both y, and the first of dx."""
+def test_which_products_write_and_which_add(device, monkeypatch) -> None:
+    """In adapter_first, the frozen products of both adapted y and the first product of dx add instead of writing."""
     calls: list[str] = []
     linear, addmm_ = F.linear, Tensor.addmm_
     monkeypatch.setattr(F, "linear", lambda *a: calls.append(f"y = {a[1].shape[0]}") or linear(*a))
@@ -168,45 +168,46 @@ def test_what_runs_first_and_what_reads(device, monkeypatch) -> None:
         Tensor, "addmm_", lambda y, a, b, **k: calls.append(f"+= {tuple(b.shape)}") or addmm_(y, a, b, **k)
     )
     t = make(F32, device)
-    found = {}
+    products = {}
     for form in ("adapter_first", "frozen_first"):
         calls.clear()
         with forcing(form=form):
             run(t, "qv", "qkv", "torch")
-        found[form] = [call for call in calls if "(5, " not in call and "(10, " not in call]  # no adapter's product
-    assert found["frozen_first"] == ["y = 38", "y = 9", "y = 17", "+= (9, 34)", "+= (17, 34)"]
-    of_y, of_dx = ["+= (34, 38)", "+= (34, 17)"], ["+= (38, 34)", "+= (9, 34)", "+= (17, 34)"]
-    assert found["adapter_first"] == ["y = 9", *of_y, *of_dx]
+        # without the products of the adapters
+        products[form] = [call for call in calls if "(5, " not in call and "(10, " not in call]
+    assert products["frozen_first"] == ["y = 38", "y = 9", "y = 17", "+= (9, 34)", "+= (17, 34)"]
+    y_products, dx_products = ["+= (34, 38)", "+= (34, 17)"], ["+= (38, 34)", "+= (9, 34)", "+= (17, 34)"]
+    assert products["adapter_first"] == ["y = 9", *y_products, *dx_products]
 
 
-def test_where_the_order_cannot_be_taken(device, orders) -> None:
-    """Other dtypes, an autocast that casts, no adapters, and few tokens: the frozen product runs first."""
+def test_calls_that_cannot_run_adapters_first(device, orders) -> None:
+    """With mixed dtypes, an autocast that casts, no adapters, or few tokens, the frozen product runs first."""
     t = make(F32, device)
     x, W, b = t["x"][0], t["W.q"], t["b.q"]
-    one = (("torch", device, F32, ((0, 5, 1.0, None),), 1, 0.0), x, W, b, None)
+    valid = (("torch", device, F32, ((0, 5, 1.0, None),), 1, 0.0), x, W, b, None)
     refused = {
-        "half x": (*one[:1], x.half(), W, b, None),
-        "half W": (*one[:2], W.half(), b, None),
-        "half bias": (*one[:3], b.half(), None),
-        "autocast": (*one[:4], BF16),
-        "no adapters": (("torch", device, F32, (), 1, 0.0), *one[1:]),
+        "half x": (*valid[:1], x.half(), W, b, None),
+        "half W": (*valid[:2], W.half(), b, None),
+        "half bias": (*valid[:3], b.half(), None),
+        "autocast": (*valid[:4], BF16),
+        "no adapters": (("torch", device, F32, (), 1, 0.0), *valid[1:]),
         "two adapters of one output": (
             ("torch", device, F32, ((0, 5, 1.0, None), (0, 5, 1.0, None)), 1, 0.0),
-            *one[1:],
+            *valid[1:],
         ),
     }
     with forcing(form="adapter_first"):
-        for name, (constants, *rest) in {"taken": one, "without bias": (*one[:3], None, None), **refused}.items():
-            x_given, W_given, bias, autocast = rest
-            settled = order.order_of(launch_mode.current, call_of(*constants), x_given, [W_given], [bias], autocast)
-            assert (settled is None) == (name in refused), name
-        with torch.autocast(device.type, BF16):  # float32 operands are cast by every frozen product itself
+        for name, arguments in {"valid": valid, "without bias": (*valid[:3], None, None), **refused}.items():
+            constants, x_i, W_i, bias, autocast = arguments
+            chosen = order.choose_order(launch_mode.current, call_of(*constants), x_i, [W_i], [bias], autocast)
+            assert (chosen is None) == (name in refused), name
+        with torch.autocast(device.type, BF16):  # every frozen product casts its float32 operands
             run(t, "qv", "qkv", "torch")
     assert orders == [None]
 
 
 @pytest.mark.skipif("not __import__('flare_kernels').backends()['triton']", reason="no Triton backend")
-def test_a_few_tokens_keep_the_form_for_decoding(device, orders) -> None:
+def test_a_few_tokens_use_the_decoding_kernels(device, orders) -> None:
     from flare_kernels.launch_mode import counting
 
     t = make(F32, device, M=7)
@@ -215,8 +216,8 @@ def test_a_few_tokens_keep_the_form_for_decoding(device, orders) -> None:
     assert orders == [None] and "expand_decode_kernel" in names
 
 
-def test_the_table_decides_and_is_asked_once(device, monkeypatch, tmp_path) -> None:
-    """A call of "auto" on a GPU follows its entry; a backend asked for by name, and a GPU without one, do not."""
+def test_auto_follows_the_table_and_caches_the_order(device, monkeypatch, tmp_path) -> None:
+    """A call with "auto" on a GPU follows its entry. A backend chosen by name, or a GPU without entry, does not."""
     from flare_kernels.triton_ops.config import FORMS
 
     general = next(iter(FORMS["order"]))
@@ -230,7 +231,7 @@ def test_the_table_decides_and_is_asked_once(device, monkeypatch, tmp_path) -> N
     LaunchTable("Some GPU", {key: Entry(other)}).save(launch_table.user_path("Some GPU"))
 
     class OnGPU:
-        """A tensor's properties."""
+        """Stand-in for a tensor on a GPU."""
 
         device, dtype = torch.device("cuda", 0), BF16
 
@@ -251,12 +252,12 @@ def test_the_table_decides_and_is_asked_once(device, monkeypatch, tmp_path) -> N
     from flare_kernels import torch_ops
     from flare_kernels.call import Call
 
-    following = SimpleNamespace(**vars(torch_ops) | {"FOLLOWS_TABLE": True})
-    for ops, M, want in ((following, 8192, other), (following, 512, general), (torch_ops, 8192, general)):
+    auto_ops = SimpleNamespace(**vars(torch_ops) | {"FOLLOWS_TABLE": True})
+    for ops, M, want in ((auto_ops, 8192, other), (auto_ops, 512, general), (torch_ops, 8192, general)):
         call = Call(ops, BF16, [(0, 64, 1.0, None), (1, 64, 1.0, None)], 2, 0.0)
         x, Ws = OnGPU(M, 4096), [OnGPU(4096, 4096), OnGPU(1024, 4096)]
-        found = order.order_of(launch_mode.current, call, x, Ws, [None, None], None)
-        assert found == (((M, 4096), (M, 1024)) if want == "adapter_first" else None)
+        chosen = order.choose_order(launch_mode.current, call, x, Ws, [None, None], None)
+        assert chosen == (((M, 4096), (M, 1024)) if want == "adapter_first" else None)
     launch_table.table_for.cache_clear()
 
     t = make(F32, device)
@@ -264,7 +265,7 @@ def test_the_table_decides_and_is_asked_once(device, monkeypatch, tmp_path) -> N
 
     with forcing(form="adapter_first"):
         run(t, "qv", "qkv", "torch")
-        monkeypatch.setattr(function, "order_of", lambda *args: pytest.fail("asked again"))
+        monkeypatch.setattr(function, "choose_order", lambda *args: pytest.fail("the order was chosen again"))
         run(t, "qv", "qkv", "torch")
 
 

@@ -1,7 +1,7 @@
-"""Each Triton primitive against float64 mathematics: on the GPU if there is one, else under Triton's interpreter.
+"""Each Triton primitive compared with float64, on a GPU if there is one, otherwise under Triton's interpreter.
 
-The criterion everywhere: the largest error is at most twice that of plain PyTorch in the same dtype (with the roundings
-PEFT's layers make), plus one machine epsilon of that dtype at the scale of the values.
+Criterion: the largest error is at most twice that of plain PyTorch in the same dtype (with the roundings of PEFT's
+layers), plus one machine epsilon of that dtype at the scale of the values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shape:
 
 
 DTYPES = (F16, BF16, F32)
-# every dtype at a common shape, then what is odd about each of the rest
+# every dtype at a common shape, then shapes that are unusual in one respect each
 SHAPES = [
     *(Shape(compute=dtype) for dtype in DTYPES),
     *(Shape(M=1, K=33, N=17, R=1, compute=dtype) for dtype in DTYPES),
@@ -64,7 +64,7 @@ by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty hands out NaNs (all bits set for integers), so an output that no kernel writes is seen."""
+    """Make torch.empty return NaNs (all bits set for integers), so that unwritten outputs fail the comparison."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs) -> Tensor:
@@ -121,10 +121,10 @@ def hidden(T: Tensor, S: Tensor, fusion: str | None, dtype: torch.dtype) -> Tens
 
 
 def assert_close(got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0) -> None:
-    """The criterion of this module; truth is float64.
+    """Assert the criterion of this module; truth is float64.
 
-    scale: the size that such values have, for results of a few elements: the largest of these can be small by
-    cancellation, and whether plain PyTorch then happens to hit it depends on the CPU's BLAS.
+    scale: typical magnitude of the values, for results of a few elements. All of them can be small by cancellation, and
+    the error of plain PyTorch then depends on the CPU's BLAS.
     """
     assert got.shape == truth.shape
     if truth.numel() == 0:
@@ -136,7 +136,7 @@ def assert_close(got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, 
 
 
 def strided(x: Tensor, how: str) -> Tensor:
-    """x with the same values and other strides."""
+    """Return a tensor with the values of x and other strides."""
     if how == "rows":  # every other row of a taller tensor
         return torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2]
     if how == "transposed":
@@ -156,27 +156,27 @@ def test_shrink(shape: Shape, masked: bool, device: torch.device) -> None:
     results = {}
     for dtype in (shape.compute, F64):
         streams = zip((i.x, i.x_source), masks, strict=True)
-        results[dtype] = [drop(x, bits, dtype) @ i.A.to(dtype).T for x, bits in streams]
+        results[dtype] = [drop(x, mask, dtype) @ i.A.to(dtype).T for x, mask in streams]
     scales = []
-    for got, plain, truth, x, bits in zip(
+    for got, plain, truth, x, mask in zip(
         (T, S), results[shape.compute], results[F64], (i.x, i.x_source), masks, strict=True
     ):
         assert got.dtype == shape.compute and got.is_contiguous()
-        norms = (drop(x, bits, F64).square() @ i.A.to(F64).square().T).sqrt()  # of the products that a sum adds up
+        norms = (drop(x, mask, F64).square() @ i.A.to(F64).square().T).sqrt()  # of the summands of each result
         scales.append(norms.item() if norms.numel() == 1 else 0.0)
         assert_close(got, plain, truth, shape.compute, scales[-1])
 
-    both, nothing = triton_ops.shrink(
+    both, no_S = triton_ops.shrink(
         i.x, i.x_source, i.A, mask=masks[0], mask_source=masks[1], sum_streams=True, **options
     )
-    assert nothing is None
+    assert no_S is None
     assert_close(both, sum(results[shape.compute]), sum(results[F64]), shape.compute, math.hypot(*scales))
 
-    # one stream alone gives the same bits, on its own side
-    alone, nothing = triton_ops.shrink(i.x, None, i.A, mask=masks[0], **options)
-    assert nothing is None and torch.equal(alone, T)
-    nothing, alone = triton_ops.shrink(None, i.x_source, i.A, mask_source=masks[1], **options)
-    assert nothing is None and torch.equal(alone, S)
+    # a call with one stream gives the same bits
+    alone, no_S = triton_ops.shrink(i.x, None, i.A, mask=masks[0], **options)
+    assert no_S is None and torch.equal(alone, T)
+    no_T, alone = triton_ops.shrink(None, i.x_source, i.A, mask_source=masks[1], **options)
+    assert no_T is None and torch.equal(alone, S)
 
 
 @by_shape
@@ -212,12 +212,12 @@ def test_grad_bottleneck(shape: Shape, fusion: str | None, device: torch.device)
             assert_close(got, plain, truth, shape.compute)
     assert dB.dtype == B_grad_dtype
 
-    # halves can be left out
+    # dB alone, and dT and dS alone
     (only_dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], B_grad_dtype=B_grad_dtype, **options)
     assert torch.equal(only_dB, dB)
     only_dT = torch.empty_like(dT)
-    half = None if dS is None else torch.empty_like(dT)
-    assert triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], dT=only_dT, dS=half, **options) is None
+    only_dS = None if dS is None else torch.empty_like(dT)
+    assert triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], dT=only_dT, dS=only_dS, **options) is None
     assert torch.equal(only_dT, dT)
 
 
@@ -228,7 +228,7 @@ WIDTHS = (70, 33, 48)
 @pytest.mark.parametrize("rank", [5, 16, 130])
 @pytest.mark.parametrize("fusion", [None, "mul_relu"])
 def test_several_projections_in_one_launch(count: int, rank: int, fusion: str | None, device: torch.device) -> None:
-    """Query, key and value of different widths: the numbers of one call each, and one launch for all."""
+    """Query, key and value of different widths take one launch, with the results of one call each."""
     parts = [make(Shape(M=130, N=N, R=rank), device) for N in WIDTHS[:count]]
     scalings = [0.5 + i for i in range(count)]
     T, S = torch.cat([i.T for i in parts], 1), torch.cat([i.S for i in parts], 1) if fusion else None
@@ -239,7 +239,7 @@ def test_several_projections_in_one_launch(count: int, rank: int, fusion: str | 
     with counting() as names:
         triton_ops.expand_(ys, T, S, Bs, outs=outs, **options)
         dBs = triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=F32, **options)
-    assert [n for n in names if n != "sum_partials_kernel"] == ["expand_kernel", "grad_bottleneck_kernel"]
+    assert [n for n in names if n != "split_k_reduce_kernel"] == ["expand_kernel", "grad_bottleneck_kernel"]
     for at, i in enumerate(parts):
         columns = slice(at * rank, (at + 1) * rank)
         want = i.y.clone()
@@ -276,23 +276,24 @@ DECODE_SHAPES = [
 
 @pytest.mark.parametrize("shape", DECODE_SHAPES, ids=str)
 @pytest.mark.parametrize("fusion", ALL, ids=str)
-@pytest.mark.parametrize("given", [False, True], ids=["x_source", "S"])
-def test_decode(shape: Shape, fusion: str | None, given: bool, device: torch.device) -> None:
-    """A few tokens: two launches for two projections, T and S kept where wanted."""
+@pytest.mark.parametrize("with_S", [False, True], ids=["x_source", "S"])
+def test_decode(shape: Shape, fusion: str | None, with_S: bool, device: torch.device) -> None:
+    """A few tokens take two launches for two projections; T and S are returned if needed for backward."""
     i, j = make(shape, device), make(replace(shape, N=shape.N + 7), device)
-    x_source = None if fusion is None or given else i.x_source
-    Ss = [i.S, j.S] if fusion is not None and given else []
+    x_source = None if fusion is None or with_S else i.x_source
+    Ss = [i.S, j.S] if fusion is not None and with_S else []
     outs = [torch.empty_like(i.y), torch.empty_like(j.y)]
     call = {"compute_dtype": shape.compute, "scalings": [SCALING, 2.0], "fusion": fusion}
     with counting() as names:
-        T, S = triton_ops.decode(i.x, x_source, Ss, [i.y, j.y], [i.A, j.A], [i.B, j.B], keep=True, outs=outs, **call)
+        args = (i.x, x_source, Ss, [i.y, j.y], [i.A, j.A], [i.B, j.B])
+        T, S = triton_ops.decode(*args, save_for_backward=True, outs=outs, **call)
     assert names == ["shrink_decode_kernel", "expand_decode_kernel"]
     for at, (k, scaling) in enumerate(((i, SCALING), (j, 2.0))):
         columns, results = slice(at * shape.R, (at + 1) * shape.R), {}
         for dtype in (shape.compute, F64):
             A = k.A.to(shape.compute).to(dtype)
             T_k = i.x.to(dtype) @ A.T
-            S_k = k.S.to(dtype) if given else i.x_source.to(dtype) @ A.T
+            S_k = k.S.to(dtype) if with_S else i.x_source.to(dtype) @ A.T
             H = hidden(T_k, S_k, fusion, dtype)
             results[dtype] = (k.y.to(dtype) + scaling * (H @ k.B.to(dtype).T), H if fusion == "add" else T_k, S_k)
         plain, truth = results[shape.compute], results[F64]
@@ -303,17 +304,17 @@ def test_decode(shape: Shape, fusion: str | None, given: bool, device: torch.dev
         else:
             assert_close(S[:, columns], plain[2], truth[2], shape.compute)
     assert triton_ops.decode(
-        i.x, x_source, Ss[:1], [i.y], [i.A], [i.B], keep=False, **(call | {"scalings": [1.0]})
+        i.x, x_source, Ss[:1], [i.y], [i.A], [i.B], save_for_backward=False, **(call | {"scalings": [1.0]})
     ) == (
         None,
         None,
     )
 
 
-def test_decoding_a_row_does_not_depend_on_the_rows_beside_it(device: torch.device) -> None:
+def test_decoding_a_row_does_not_depend_on_other_rows(device: torch.device) -> None:
     shape = Shape(M=64, K=2100, N=40, R=16, compute=BF16)
     i = make(shape, device)
-    call = {"compute_dtype": BF16, "scalings": [SCALING], "fusion": "mul", "keep": False}
+    call = {"compute_dtype": BF16, "scalings": [SCALING], "fusion": "mul", "save_for_backward": False}
 
     def rows(at: slice) -> Tensor:
         out = torch.empty_like(i.y[at])
@@ -325,14 +326,14 @@ def test_decoding_a_row_does_not_depend_on_the_rows_beside_it(device: torch.devi
         assert torch.equal(rows(at), together[at])
 
 
-def test_grad_input_adds_to_what_is_there(device: torch.device) -> None:
+def test_grad_input_adds_to_out(device: torch.device) -> None:
     i = make(Shape(compute=BF16), device)
     for mask in (None, i.mask):
         before = torch.randn_like(i.x)
         out = before.clone()
         options = {"mask": mask, "keep_scale": KEEP_SCALE}
         assert triton_ops.grad_input(i.T, i.A, dtype=BF16, out=out, **options) is out
-        plain, truth = (before.to(to) + drop(i.T.to(to) @ i.A.to(to), mask, to) for to in (BF16, F64))
+        plain, truth = (before.to(t) + drop(i.T.to(t) @ i.A.to(t), mask, t) for t in (BF16, F64))
         assert_close(out, plain, truth, BF16)
 
 
@@ -347,7 +348,7 @@ def test_grad_weight(shape: Shape, masked: bool, device: torch.device) -> None:
     results = {}
     for dtype in (shape.compute, F64):
         pairs = zip((i.T, i.S), (i.x, i.x_source), masks, strict=True)
-        results[dtype] = [grad.to(dtype).T @ drop(x, bits, dtype) for grad, x, bits in pairs]
+        results[dtype] = [grad.to(dtype).T @ drop(x, mask, dtype) for grad, x, mask in pairs]
     assert dA.dtype == grad_dtype
     assert_close(dA, sum(results[shape.compute]), sum(results[F64]), shape.compute)
     for stream, arguments in enumerate(((i.T, i.x, None, None), (None, None, i.S, i.x_source))):
@@ -370,7 +371,7 @@ def test_grad_input(shape: Shape, masked: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("how", ["rows", "transposed", "slice"])
 def test_any_strides(how: str, device: torch.device) -> None:
-    """Strided inputs give the numbers of contiguous ones, and what lies between a destination's rows stays."""
+    """Strided inputs give the results of contiguous ones, and the gaps between a destination's rows are unchanged."""
     i = make(Shape(compute=F32, R=16), device)
     names = "x x_source A B G T S"
     j = replace(i, **{name: strided(getattr(i, name), how) for name in names.split()})
@@ -409,7 +410,7 @@ def test_add_writes_both_destinations(device: torch.device) -> None:
 
 
 def test_sum_in_T_needs_no_S(device: torch.device) -> None:
-    """Fusion "add" may hand on T + S alone, and with a frozen B neither is needed for dH."""
+    """For "add", T + S replaces T and S; with a frozen B, dH needs neither."""
     i = make(Shape(), device)
     y, want = i.y.clone(), i.y.clone()
     phi = {"scalings": [SCALING], "fusion": "add"}
@@ -452,11 +453,11 @@ def test_no_rows(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_sums_that_are_split_repeat_their_bits(dtype: torch.dtype, device: torch.device) -> None:
-    """Long sums, cut into partial results: right, and the same bits on every run."""
+    """Split-K sums are correct and have the same bits on every run."""
     shape = Shape(M=600, K=600, N=48, R=16, compute=dtype)
     i = make(shape, device)
-    i = replace(i, x=i.x[:40], x_source=i.x_source[:40])  # K is cut where there are few rows
-    rows = make(replace(shape, K=48), device)  # rows are cut where there are few columns
+    i = replace(i, x=i.x[:40], x_source=i.x_source[:40])  # with few rows, the sum over K is split
+    rows = make(replace(shape, K=48), device)  # with few columns, the sum over rows is split
 
     def run() -> list[Tensor]:
         phi = {"scalings": [SCALING], "fusion": "mul"}
@@ -469,24 +470,24 @@ def test_sums_that_are_split_repeat_their_bits(dtype: torch.dtype, device: torch
 
     with recording(config.LARGE_SHARED_BYTES) as launches:
         run()
-    assert sum(launch.kernel.__name__ == "sum_partials_kernel" for launch in launches) == 3
+    assert sum(launch.kernel.__name__ == "split_k_reduce_kernel" for launch in launches) == 3
 
     first, second = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     truths, plains = (
         [
-            i.x.to(to) @ i.A.to(to).T,
-            (SCALING * rows.G.to(to)).T @ (rows.S.to(to) * rows.T.to(to)),
-            rows.T.to(to).T @ rows.x.to(to) + rows.S.to(to).T @ rows.x_source.to(to),
+            i.x.to(t) @ i.A.to(t).T,
+            (SCALING * rows.G.to(t)).T @ (rows.S.to(t) * rows.T.to(t)),
+            rows.T.to(t).T @ rows.x.to(t) + rows.S.to(t).T @ rows.x_source.to(t),
         ]
-        for to in (F64, dtype)
+        for t in (F64, dtype)
     )
     for got, plain, truth in zip((first[0], first[4], first[5]), plains, truths, strict=True):
         assert_close(got, plain, truth, dtype)
 
 
-def test_float32_is_not_rounded_on_the_way(device: torch.device) -> None:
-    """TF32 keeps 10 bits of an operand; one product of numbers that need 23 tells."""
+def test_float32_does_not_use_tf32(device: torch.device) -> None:
+    """TF32 has 10 mantissa bits; a product with an operand that needs 20 shows whether it is used."""
     value = 1.0 + 2.0**-20
     x = torch.zeros(16, 32, device=device)
     x[:, 0] = value
@@ -498,7 +499,7 @@ def test_float32_is_not_rounded_on_the_way(device: torch.device) -> None:
 
 
 def test_expand_rounds_once_and_to_even(device: torch.device) -> None:
-    """256 + 1.001 is nearer to 258 than to 256 in bfloat16; a delta that is rounded first gives 257, and so 256."""
+    """In bfloat16, 256 + 1.001 rounds to 258. With 1.001 rounded to 1 first, 257 would round to 256."""
     y = torch.full((2, 16), 256.0, dtype=BF16, device=device)
     T = torch.ones(2, 1, dtype=BF16, device=device)
     B = torch.ones(16, 1, dtype=BF16, device=device)
@@ -517,19 +518,19 @@ def test_nan_is_not_hidden_by_relu(device: torch.device) -> None:
 
 
 def test_same_signatures_as_the_torch_backend() -> None:
-    """The autograd nodes are written once over either module."""
-    only_here = {"DECODE_ROWS", "can_decode", "decode", "tuned"}  # what only the kernels have
-    for name in sorted({*triton_ops.__all__} - only_here):
+    """The autograd node works with either module."""
+    triton_only = {"DECODE_ROWS", "can_decode", "decode", "tuned"}
+    for name in sorted({*triton_ops.__all__} - triton_only):
         ours, theirs = (dict(inspect.signature(getattr(module, name)).parameters) for module in (triton_ops, torch_ops))
         ours.pop("follow_table", None)
         kinds = [[(key, p.kind, p.default) for key, p in side.items()] for side in (ours, theirs)]
         assert kinds[0] == kinds[1], name
 
 
-def test_table_holds_every_choice() -> None:
-    """Any rank, operands and card end in a row of the table, with tiles that a kernel can have."""
+def test_table_of_rows_covers_every_choice() -> None:
+    """The general rule selects a row with valid tiles for any rank, operand class and GPU."""
     table = {row[:4]: row[4] for row in config.all_configs()}
-    for kernel in {kernel.removesuffix("_last_adds") for kernel in config.KERNELS}:  # a form with its kernel's rows
+    for kernel in {kernel.removesuffix("_last_adds") for kernel in config.KERNELS}:  # last_adds has the kernel's rows
         for operands in (config.NARROW,) if kernel.endswith("_tma") else config.OPERAND_CLASSES:
             for rank in (1, 5, 16, 17, 64, 100, 128, 200, 256, 300, 1000):
                 for shared_bytes in (config.SMALL_SHARED_BYTES, config.LARGE_SHARED_BYTES):
@@ -540,7 +541,7 @@ def test_table_holds_every_choice() -> None:
 
 
 def test_rank_above_the_largest_bucket(device: torch.device) -> None:
-    """Several adapters side by side: R is walked in blocks."""
+    """R is processed in blocks, as for several stacked adapters."""
     i = make(Shape(M=20, K=40, N=24, R=300, compute=F32), device)
     T, S = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=F32)
     torch.testing.assert_close(T, i.x @ i.A.T)

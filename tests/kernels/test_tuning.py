@@ -1,4 +1,4 @@
-"""Launch tables: the file, the lookup, and what "auto" does with an entry. The tuner: test_tuner.py."""
+"""Launch tables: the file, the lookup, and how "auto" uses an entry. test_tuner.py tests the tuner."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEY = Key("shrink", "narrow", 64, 4, 3)
 
 @pytest.fixture(autouse=True)
 def fresh_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """No table of the machine's user, and none remembered."""
+    """Hide the tables of the user who runs the tests, and clear the cache of tables."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(launch_table.ENVIRONMENT_VARIABLE, raising=False)
     launch_table.table_for.cache_clear()
@@ -38,15 +38,15 @@ def fresh_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     launch_table.table_for.cache_clear()
 
 
-def test_a_table_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_saved_table_is_read_back_unchanged(tmp_path: Path) -> None:
     table = LaunchTable("Some GPU 1", {KEY: Entry("triton", {"shrink": TILES}, {"torch": 2.5})}, {"date": "today"})
     path = launch_table.user_path("Some GPU 1")
     assert path.name == "some-gpu-1.json" and not path.exists()
     assert launch_table.table_for("Some GPU 1").entries == {}
     launch_table.table_for.cache_clear()
     table.save(path)
-    found = launch_table.table_for("Some GPU 1")
-    assert (found.entries, found.about, found.path) == (table.entries, table.about, path)
+    loaded = launch_table.table_for("Some GPU 1")
+    assert (loaded.entries, loaded.about, loaded.path) == (table.entries, table.about, path)
     assert launch_table.table_for("Another GPU").entries == {}
 
 
@@ -87,12 +87,12 @@ def test_a_damaged_or_foreign_table_is_reported_and_ignored(damage: str, tmp_pat
     with pytest.warns(RuntimeWarning, match=r"table\.json is (not a launch table|for Other GPU)"):
         assert launch_table.table_for("Some GPU").entries == {}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")  # there must be no second warning
         launch_table.table_for("Some GPU")
 
 
 def test_a_user_without_a_readable_home_has_no_table(monkeypatch, tmp_path: Path) -> None:
-    """Some containers' users: a table is optional, so this is no error."""
+    """In containers, for example. A table is optional, so this is not an error."""
 
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -110,16 +110,16 @@ def test_a_user_without_a_readable_home_has_no_table(monkeypatch, tmp_path: Path
     assert launch_table.table_for("Some GPU").entries == {}
 
 
-def test_tables_saved_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_concurrent_saves_do_not_conflict(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     tables = [LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}, {"n": n}) for n in range(40)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda table: table.save(path), tables))
     assert LaunchTable.read(path).entries == tables[0].entries
-    assert [one.name for one in tmp_path.iterdir()] == ["table.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_no_table_on_request(monkeypatch) -> None:
+def test_an_empty_variable_disables_tables(monkeypatch) -> None:
     LaunchTable("Some GPU", {KEY: Entry("torch")}).save(launch_table.user_path("Some GPU"))
     monkeypatch.setenv(launch_table.ENVIRONMENT_VARIABLE, "")
     assert launch_table.table_for("Some GPU").entries == {}
@@ -133,8 +133,8 @@ def test_sizes_share_entries_by_bucket() -> None:
     assert len({key(64, 1024), key(65, 1024), key(64, 1025), key(64, 1024, 65), key(10**6, 1024)}) == 5
 
 
-def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
-    """The lookup of a CUDA device, without one: the table's tiles where it has an entry, else the general rule's."""
+def test_a_tuned_entry_applies_to_its_gpu_only(monkeypatch) -> None:
+    """A simulated CUDA device gets the table's tiles if there is an entry, otherwise those of the general rule."""
     device = torch.device("cuda", 0)
     LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
     monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
@@ -158,23 +158,23 @@ def test_a_tuned_entry_decides_on_its_gpu_only(monkeypatch) -> None:
 
 
 def test_every_form_has_tiles_by_rule_and_by_table() -> None:
-    """The registry is complete: rows, candidates and axes of every kernel, and a first form that runs anywhere."""
-    for step, of_step in config.FORMS.items():
-        assert (step, next(iter(of_step))) not in config.RUNS_WHERE
-        for form, kernels in of_step.items():
+    """Every kernel has rows, candidates and axes, and the first form of every step runs anywhere."""
+    for step, step_forms in config.FORMS.items():
+        assert (step, next(iter(step_forms))) not in config.SUPPORTED
+        for form, kernels in step_forms.items():
             tiles = {kernel: dataclasses.asdict(config.choose(kernel, "narrow", 64, 232448)) for kernel in kernels}
             row = {"step": step, "operands": "narrow", "rank": 64, "rows": 4, "width": 3, "form": form, "tiles": tiles}
             assert launch_table._parse(row)[1].form == form
             for kernel, operands in itertools.product(kernels, config.OPERAND_CLASSES):
                 assert list(config.candidates(kernel, operands, 64, 232448))
-    assert all(form in config.FORMS[step] for step, form in config.RUNS_WHERE)
+    assert all(form in config.FORMS[step] for step, form in config.SUPPORTED)
 
 
-def test_a_form_is_forced_tuned_or_the_rule_s(monkeypatch) -> None:
-    """In this order; a form that the device or the call cannot take gives way to the general rule's."""
+def test_a_form_is_forced_or_tuned_or_the_general_rules(monkeypatch) -> None:
+    """In this order. A form that the device or the call does not support is replaced by the general rule's."""
     device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
     monkeypatch.setitem(config.FORMS, "shrink", {"triton": ("shrink",), "new": ("shrink",), "torch": ()})
-    monkeypatch.setitem(config.RUNS_WHERE, ("shrink", "new"), lambda operands, capability: capability >= 90)
+    monkeypatch.setitem(config.SUPPORTED, ("shrink", "new"), lambda operands, capability: capability >= 90)
     monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
     monkeypatch.setattr(forms, "_gpu_name", lambda index: "Some GPU")
     LaunchTable("Some GPU", {KEY: Entry("new", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
@@ -187,25 +187,25 @@ def test_a_form_is_forced_tuned_or_the_rule_s(monkeypatch) -> None:
     )
     for capability, excluded, form, tiles in cases:
         monkeypatch.setattr(forms, "_cuda_capability", lambda index, capability=capability: capability)
-        found = launch.form_of_class(launch_mode.current, "shrink", *sizes, device, excluded)
-        assert found == (form, {} if tiles is None else {"shrink": tiles})
+        chosen = launch.form_of_class(launch_mode.current, "shrink", *sizes, device, excluded)
+        assert chosen == (form, {} if tiles is None else {"shrink": tiles})
     with launch_mode.forcing(form="torch"):
         for excluded, form in (((), "torch"), (("torch",), "new")):
             mode = launch_mode.current
             assert launch.form_of_class(mode, "shrink", *sizes, device, excluded)[0] == form
-        with launch_mode.forcing(shrink=general):  # what was forced before stays
+        with launch_mode.forcing(shrink=general):  # the outer context still applies
             assert launch_mode.current.forced_form == "torch"
     with launch_mode.forcing(form="new", shrink=general):
-        found = launch.form_of_class(launch_mode.current, "shrink", *sizes, torch.device("cpu"))
-        assert found == ("new", {"shrink": general})
+        chosen = launch.form_of_class(launch_mode.current, "shrink", *sizes, torch.device("cpu"))
+        assert chosen == ("new", {"shrink": general})
         assert launch.form_of_class(launch_mode.current, "expand", *sizes, torch.device("cpu"))[0] == "triton"
 
 
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
-    """Rows of a few elements cannot be aligned; tuner and launch agree on that."""
-    asked: set[tuple[str, str]] = set()
-    monkeypatch.setattr(forms, "tuned_entry", lambda step, operands, *_: asked.add((step, operands)))
+    """Rows of a few elements cannot be aligned. Launches look them up as aligned, as the tuner stores them."""
+    lookups: set[tuple[str, str]] = set()
+    monkeypatch.setattr(forms, "tuned_entry", lambda step, operands, *_: lookups.add((step, operands)))
     x, y, B = (torch.randn(*size, device=device).bfloat16() for size in ((70, 64), (70, 32), (32, rank)))
     T, A = (torch.randn(*size, device=device).bfloat16() for size in ((70, rank), (rank, 64)))
     with launch_mode.forcing():
@@ -214,20 +214,20 @@ def test_small_ranks_find_their_entry(rank: int, monkeypatch, device) -> None:
         ops.grad_bottleneck([y], T, None, [B], scalings=[1.0], fusion=None, dT=torch.empty_like(T))
         ops.grad_weight(T, x, None, None, grad_dtype=torch.float32)
         ops.grad_input(T, A, dtype=x.dtype)
-    assert asked == {(step, "narrow") for step in ("expand", "grad_bottleneck", "grad_weight", "grad_input")}
+    assert lookups == {(step, "narrow") for step in ("expand", "grad_bottleneck", "grad_weight", "grad_input")}
 
 
-def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
-    """Each step on its own: the plain form where an entry says so, with the kernels' numbers either way."""
+def test_auto_takes_the_form_of_the_table(monkeypatch, device) -> None:
+    """Each step takes plain PyTorch if its entry says so. The results are the same in both forms."""
     used: list[str] = []
     for step in ("shrink", "expand_", "grad_bottleneck", "grad_weight", "grad_input"):
         plain = getattr(torch_ops, step)
 
-        def noted(*args, _step=step, _plain=plain, **kwargs):
+        def recorded(*args, _step=step, _plain=plain, **kwargs):
             used.append(_step.strip("_"))
             return _plain(*args, **kwargs)
 
-        monkeypatch.setattr(torch_ops, step, noted)
+        monkeypatch.setattr(torch_ops, step, recorded)
     x, x_source, A, B = (torch.randn(*size, device=device) for size in ((70, 24), (70, 24), (5, 24), (9, 5)))
     mask = torch.full((70, 3), 0b10110101, dtype=torch.uint8, device=device)
 
@@ -254,18 +254,18 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
             run(triton_ops.tuned)
             for got, expected in zip(run(triton_ops.tuned), want, strict=True):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-            assert used == [chosen] * 2  # the choice is part of what is kept
+            assert used == [chosen] * 2  # the cached plan has the same form
             run(triton_ops)
             assert used == [chosen] * 2  # backend="triton" does not follow the table
         used.clear()
-    # dx written alone is one BLAS call by the general rule
+    # dx without accumulation is one BLAS call by the general rule
     for entry, launched in ((None, []), (Entry("torch"), []), (Entry("triton"), ["grad_input_kernel"])):
         monkeypatch.setattr(forms, "tuned_entry", lambda *_, entry=entry: entry)
         with launch_mode.counting() as names:
             dx = triton_ops.tuned.grad_input(want[3], A, dtype=x.dtype)
         torch.testing.assert_close(dx, want[-1], rtol=1e-4, atol=1e-4)
         assert names == launched
-    # with dropout always the kernels, which copy no stream
+    # dropout always takes the kernels, which do not copy the streams
     table("all")
     dT = want[3]
     with launch_mode.forcing():
@@ -274,7 +274,7 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
         triton_ops.tuned.grad_weight(dT, x, None, None, grad_dtype=A.dtype, **options)
         triton_ops.tuned.grad_input(dT, A, dtype=x.dtype, **options)
     assert used == []
-    # dx added to a buffer: one BLAS call, and the kernel's numbers
+    # dx added to a buffer is one BLAS call
     out = torch.ones(70, 24, device=device)
     with launch_mode.counting() as names:
         assert triton_ops.tuned.grad_input(dT, A, dtype=x.dtype, out=out) is out
@@ -282,22 +282,22 @@ def test_auto_takes_the_form_that_the_table_names(monkeypatch, device) -> None:
     torch.testing.assert_close(out, 1 + dT @ A)
 
 
-def test_the_plan_where_the_kernels_do_not_run() -> None:
+def test_the_plan_on_a_device_without_kernels() -> None:
     plan = flare_kernels.launch_plan(8192, 4096, (4096, 1024), 64, device="cpu")
     assert set(plan) == set(config.FORMS) - {"decode", "order"} and all(
-        "torch (what cpu takes" in step for step in plan.values()
+        "torch (the backend for cpu" in step for step in plan.values()
     )
 
 
-# --- the tables that come with the package ----------------------------------------------------------------------------
+# --- the tables of the package ----------------------------------------------------------------------------------------
 
-SHIPPED = sorted(launch_table.package_path("").parent.glob("*.json"))
-#: rows and widths in the middle of each bucket, and above the last
+PACKAGE_TABLES = sorted(launch_table.package_path("").parent.glob("*.json"))
+#: rows and widths in each bucket, including the one above the last bound
 ROWS, WIDTHS = (32, 128, 512, 2048, 8192, 65536), (1024, 2048, 3584, 4096, 8192)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_table_is_taken_for_its_gpu_at_its_sizes_only(path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("path", PACKAGE_TABLES, ids=lambda path: path.stem)
+def test_a_package_table_applies_to_its_gpu_and_sizes_only(path: Path, monkeypatch) -> None:
     table = launch_table.table_for(LaunchTable.read(path).gpu)
     assert table.path == path and table.entries and table.about["versions"]["triton"]
     device = torch.device("cuda", 0)
@@ -323,10 +323,10 @@ def test_a_shipped_table_is_taken_for_its_gpu_at_its_sizes_only(path: Path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there for Linux only")
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_what_a_shipped_table_names_can_be_launched(path: Path) -> None:
-    """Compiled for sm_90: no more shared memory than a block may have, and no spills."""
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler exists for Linux only")
+@pytest.mark.parametrize("path", PACKAGE_TABLES, ids=lambda path: path.stem)
+def test_the_entries_of_a_package_table_can_be_launched(path: Path) -> None:
+    """Compiled for sm_90, they do not exceed the shared memory of a block and do not spill registers."""
     script = f"""
 import itertools, pathlib, torch
 from flare_kernels import aot, tuning
@@ -341,7 +341,7 @@ for problem in tuning.problems(tuning.SHAPES.values(), (8192, 4096, 2048, 512, 1
     if entry is None:
         continue
     keys.add(problem.key)
-    tiles = {{kernel: TileConfig(**of_one) for kernel, of_one in entry.tiles.items()}}
+    tiles = {{kernel: TileConfig(**fields) for kernel, fields in entry.tiles.items()}}
     if tiles:
         with forcing(form=entry.form, **tiles), recording(limit) as launches:
             problem.run(primitives.tuned, problem.make(torch.device("cpu"), real=False))
@@ -357,4 +357,4 @@ if __name__ == "__main__":
         "PYTHONPATH": str(Path(__file__).parents[2])
     }
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0 and int(done.stdout) >= len(SHIPPED), done.stderr
+    assert done.returncode == 0 and int(done.stdout) >= len(PACKAGE_TABLES), done.stderr

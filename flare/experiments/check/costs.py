@@ -1,4 +1,4 @@
-"""What `flare check` measures: the base's score on the source language, time and memory of each method."""
+"""Measurements of `flare check`: the base's score on the source language, and time and memory of each method."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ...source.memory import memory_of
 from ..measure import StepTimer
 from ..runs.callbacks import Timing, measure_step, quiet
 from ..runs.fitting import ExperimentTrainer, autocast_of, training_arguments, training_values
+from ..runs.grid import Plan
 from ..runs.latent_rows import add_states, latent_encoder, target_texts
 from ..runs.methods import build, collator
 from ..runs.predictor import Predictor
 from ..runs.recorded_settings import adapter_fields
 from ..runs.run_settings import CheckSettings
 from ..runs.setup import Setup
-from ..runs.train import Plan
 from ..tasks import Pair
 from ..utils.errors import UserError
 from ..utils.processes import process_count
@@ -34,11 +34,11 @@ _MEMORY_SHARE = 0.9
 
 @dataclass
 class Cost:
-    """What one run of a method costs; None: not measured, for the reason in `error`.
+    """Estimated costs of one run of a method; None if not measured, with the reason in `error`.
 
-    step_seconds: median of the timed steps. steps: of a whole run. train_seconds: of these steps. other_seconds: of
-    predicting the validation split after each epoch and the test split, and of FLARE MT's encoder. peak_bytes: of one
-    step, weights and optimizer included (`peak_kind`).
+    step_seconds: median of the timed steps. steps: optimizer steps of a run. train_seconds: time of all these steps.
+    other_seconds: time for predicting the validation split after each epoch, for predicting the test split, and for
+    FLARE MT's encoder. peak_bytes: peak memory of one step, with weights and optimizer state (see `peak_kind`).
     """
 
     method: str
@@ -52,13 +52,13 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Of a whole run."""
+        """Seconds of a whole run."""
         return (self.train_seconds or 0.0) + (self.other_seconds or 0.0)
 
 
 @dataclass
 class Score:
-    """The base's score on rows of the source language; majority: accuracy of always the most frequent label."""
+    """Score of the base on source-language rows; majority: accuracy of always predicting the most frequent label."""
 
     split: str
     rows: int
@@ -67,7 +67,7 @@ class Score:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the accuracy is not above the majority's by one standard error."""
+        """Whether the accuracy is at most one standard error above `majority`."""
         accuracy = self.scores.get("accuracy")
         if accuracy is None or self.majority is None:
             return False
@@ -76,7 +76,7 @@ class Score:
 
 
 def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name: str | None) -> Score:
-    """Predict rows of the source language with the base as it is."""
+    """Return the base's score on rows of the source language."""
     set_seed(0)
     device = _device(use_cpu=False)
     model = setup.load_model()
@@ -90,17 +90,17 @@ def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name
 
 
 def measure(settings: CheckSettings, plan: Plan, setup: Setup, splits: Mapping[str, Sequence[Pair]]) -> Cost:
-    """Train a few steps of a method in a temporary folder, and work out what a run costs; see `Cost`."""
+    """Train a few steps of a method in a temporary folder and return the estimated costs of a run."""
     cost = Cost(plan.variant)
     try:
         with tempfile.TemporaryDirectory() as folder:
             _measure(cost, settings, plan, setup, splits, Path(folder))
     except UserError as error:
         cost.error = str(error)
-    except RuntimeError as error:  # what PyTorch raises where memory ends
+    except RuntimeError as error:  # PyTorch's error if it runs out of memory
         if "memory" not in str(error).lower():
             raise
-        cost.error = f"memory ran out: {str(error).splitlines()[0]}"
+        cost.error = f"out of memory: {str(error).splitlines()[0]}"
     return cost
 
 
@@ -113,26 +113,26 @@ def _measure(
     folder: Path,
 ) -> None:
     values = training_values(setup.recipe.training, settings.training)
-    own = {"max_steps": settings.steps + 1, "save_strategy": "no"}
-    arguments = training_arguments({**values, **own}, folder, plan.seed, None, {})
-    whole = training_arguments(values, folder, plan.seed, None, {})
+    few_steps = {"max_steps": settings.steps + 1, "save_strategy": "no"}
+    arguments = training_arguments({**values, **few_steps}, folder, plan.seed, None, {})
+    full_arguments = training_arguments(values, folder, plan.seed, None, {})
     accumulation = arguments.gradient_accumulation_steps
     size = arguments.train_batch_size * accumulation * process_count()
     train = list(splits["train"])
-    some = random.Random(0).sample(train, min(len(train), size * (settings.steps + 2)))
+    sample = random.Random(0).sample(train, min(len(train), size * (settings.steps + 2)))
     with_source = plan.source_text is not None
-    rows, _ = setup.form.train_rows(some, with_source=with_source)
+    rows, _ = setup.form.train_rows(sample, with_source=with_source)
     test = list(splits["test"])[: settings.eval_batch_size or 2 * arguments.per_device_train_batch_size]
     eval_rows, _ = setup.form.eval_rows(test, with_source=with_source)
-    others = sum(map(len, splits.values()))
+    texts = sum(map(len, splits.values()))
     latent_seconds, latent_dim = 0.0, None
     if plan.method == "flare-mt":
         device = _device(arguments.use_cpu)
         encoder = latent_encoder(settings.mt_model or "", plan.target, settings.mt_language, setup.max_length, device)
-        begun = time.perf_counter()
-        kept = setup.form.trainable(some)
-        rows = add_states(rows, target_texts(kept), encoder, folder, None)
-        latent_seconds = (time.perf_counter() - begun) / max(len(kept), 1) * others
+        start = time.perf_counter()
+        pairs = setup.form.trainable(sample)
+        rows = add_states(rows, target_texts(pairs), encoder, folder, None)
+        latent_seconds = (time.perf_counter() - start) / max(len(pairs), 1) * texts
         eval_rows = add_states(eval_rows, target_texts(test), encoder, folder, None)
         latent_dim = encoder.latent_dim
     set_seed(plan.seed)
@@ -145,13 +145,15 @@ def _measure(
     quiet(trainer, Timing(timer))
     trainer.train()
     predictor = Predictor(setup.form, collate, test, eval_rows, max(len(test), 1), autocast_of(values))
-    begun = time.perf_counter()
+    start = time.perf_counter()
     predictor(trainer.model)
-    per_row = (time.perf_counter() - begun) / max(len(test), 1)
-    per_epoch = math.ceil(len(train) / size)
+    per_row = (time.perf_counter() - start) / max(len(test), 1)
+    steps_per_epoch = math.ceil(len(train) / size)
     cost.step_seconds = timer.median
-    cost.steps = whole.max_steps if whole.max_steps > 0 else math.ceil(per_epoch * whole.num_train_epochs)
-    epochs = math.ceil(cost.steps / per_epoch)
+    cost.steps = full_arguments.max_steps
+    if cost.steps <= 0:
+        cost.steps = math.ceil(steps_per_epoch * full_arguments.num_train_epochs)
+    epochs = math.ceil(cost.steps / steps_per_epoch)
     cost.train_seconds = cost.steps * (timer.median or 0.0)
     valid = len(splits.get("valid", ()))
     cost.other_seconds = latent_seconds + per_row * ((epochs + 1) * valid + settings.test * len(splits["test"]))
@@ -160,7 +162,7 @@ def _measure(
 
 
 def memory_warning(cost: Cost) -> str | None:
-    """Return a line where a method comes near the device's memory."""
+    """Return a warning if a method needs most of the device's memory, else None."""
     if cost.peak_bytes is None:
         return None
     device = torch.device("cuda" if cost.peak_kind == "cuda peak" else "cpu")
@@ -168,7 +170,7 @@ def memory_warning(cost: Cost) -> str | None:
     if cost.peak_bytes < _MEMORY_SHARE * total:
         return None
     return (
-        f"{cost.method} needs {cost.peak_bytes / 2**30:.1f} GiB of the {total / 2**30:.1f} GiB there are: use a "
+        f"{cost.method} needs {cost.peak_bytes / 2**30:.1f} GiB of the device's {total / 2**30:.1f} GiB: use a "
         "smaller --batch-size with --gradient_accumulation_steps, or --gradient_checkpointing"
     )
 

@@ -1,4 +1,4 @@
-"""What `flare check` says of the data: pairs, lengths, labels, vocabulary."""
+"""Checks of the data by `flare check`: pairs, lengths, labels, vocabulary."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from ..runs.setup import Setup
 from ..tasks import Example, Pair, Task, make_form
+from ..tasks.forms.generative import GenerativeForm
 from ..tasks.registry import METRICS
-from ..tasks.written_form import WrittenForm
 
-#: Rows of a split whose texts are tokenised, evenly spaced.
+#: At most this many rows of a split are tokenised, evenly spaced.
 SAMPLE = 5000
-_LONG = 10**6  # tokens; nothing is cut
+_LONG = 10**6  # tokens: no text is cut
 
 _CUT_SHARE, _UNKNOWN_SHARE, _SPLIT_RATIO = 0.05, 0.01, 1.5
 _FEW, _MAJORITY, _PADDING = 10, 0.8, 0.6
@@ -24,10 +24,10 @@ _FEW, _MAJORITY, _PADDING = 10, 0.8, 0.6
 
 @dataclass
 class Lengths:
-    """Tokens per text of one language's split.
+    """Tokens per text in one split of a language.
 
-    texts: how many were tokenised. cut: how many of them are longer than `limit`. mean, most_of (95 % have up to so
-    many), longest: tokens.
+    texts: number of tokenised texts. cut: number of them longer than `limit`. mean, most_of (the 95th percentile),
+    longest, limit: in tokens.
     """
 
     language: str
@@ -42,7 +42,7 @@ class Lengths:
 
 @dataclass
 class Vocabulary:
-    """What the tokenizer makes of a language's texts: words (split at white space), their tokens, and unknown ones."""
+    """Counts over a language's texts: words (split at white space), their tokens, and unknown tokens."""
 
     language: str
     words: int
@@ -56,15 +56,15 @@ class Vocabulary:
 
     @property
     def unknown_share(self) -> float:
-        """Share of tokens that stand for something the vocabulary lacks."""
+        """Share of tokens that are unknown to the vocabulary."""
         return self.unknown / max(self.tokens, 1)
 
 
 @dataclass
 class DataCheck:
-    """Everything about one target language's data.
+    """Results for the data of one target language.
 
-    pairs: split -> rows that are used. left_out: lines about rows that are not. labels: split -> label -> rows.
+    pairs: split -> number of rows used. left_out: notes about unused rows. labels: split -> label -> number of rows.
     """
 
     target: str
@@ -80,36 +80,36 @@ class DataCheck:
 def check_data(
     target: str, source: str, splits: dict[str, list[Pair]], notes: Sequence[str], setup: Setup, shown: int
 ) -> DataCheck:
-    """Look at the pairs of every split of a target language.
+    """Check the pairs of every split of a target language.
 
     Args:
         target, source: the languages.
         splits: split -> pairs.
-        notes: what `load_pairs` said.
+        notes: notes of `load_pairs`.
         setup: tokenizer, form and length.
-        shown: example pairs, the first ones of the training split.
+        shown: number of example pairs from the start of the training split.
     """
     task = setup.form.task
-    found = DataCheck(target, {split: len(pairs) for split, pairs in splits.items()}, list(notes))
-    found.examples = [_shown(pair) for pair in splits["train"][:shown]]
+    check = DataCheck(target, {split: len(pairs) for split, pairs in splits.items()}, list(notes))
+    check.examples = [_shown(pair) for pair in splits["train"][:shown]]
     for split, pairs in splits.items():
         counts = Counter(label for pair in pairs for label in _labels(pair.target))
         if counts:
-            found.labels[split] = {label: counts.get(label, 0) for label in _order(task, counts)}
-        found.lengths += _lengths(target, source, split, pairs, setup)
+            check.labels[split] = {label: counts.get(label, 0) for label in _order(task, counts)}
+        check.lengths += _lengths(target, source, split, pairs, setup)
     every = {target: [pair.target for pairs in splits.values() for pair in pairs]}
     sources = [pair.source for pairs in splits.values() for pair in pairs if pair.source is not None]
     if sources:
         every[source] = sources
-    found.vocabulary = [_vocabulary(name, rows, task, setup.tokenizer) for name, rows in every.items()]
-    found.warnings = [
+    check.vocabulary = [_vocabulary(name, rows, task, setup.tokenizer) for name, rows in every.items()]
+    check.warnings = [
         *(line for line in notes if "dropped" in line or "position" in line),
         *_warn_of_pairs(target, source, splits),
-        *_warn_of_labels(target, found.labels, "macro_f1" in METRICS[task.kind]),
-        *_warn_of_lengths(found.lengths, setup),
-        *_warn_of_vocabulary(found.vocabulary),
+        *_warn_of_labels(target, check.labels, "macro_f1" in METRICS[task.kind]),
+        *_warn_of_lengths(check.lengths, setup),
+        *_warn_of_vocabulary(check.vocabulary),
     ]
-    return found
+    return check
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
@@ -137,17 +137,17 @@ def _sampled(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _lengths(target: str, source: str, split: str, pairs: Sequence[Pair], setup: Setup) -> list[Lengths]:
-    whole = make_form(setup.form.task, setup.tokenizer, setup.family, _LONG)
-    some = _sampled(pairs)
-    limit = setup.form.longest_prompt if isinstance(setup.form, WrittenForm) else setup.max_length
-    with_source = all(pair.source is not None for pair in some)
-    rows, _ = whole.eval_rows(some, with_source=with_source)
-    found = []
+    uncut_form = make_form(setup.form.task, setup.tokenizer, setup.family, _LONG)
+    sample = _sampled(pairs)
+    limit = setup.form.longest_prompt if isinstance(setup.form, GenerativeForm) else setup.max_length
+    with_source = all(pair.source is not None for pair in sample)
+    rows, _ = uncut_form.eval_rows(sample, with_source=with_source)
+    lengths = []
     for language, column in ((target, "input_ids"), (source, "source_input_ids")):
         if not rows or column not in rows[0]:
             continue
         sizes = np.array([_size(row[column]) for row in rows])
-        found.append(
+        lengths.append(
             Lengths(
                 language,
                 split,
@@ -159,7 +159,7 @@ def _lengths(target: str, source: str, split: str, pairs: Sequence[Pair], setup:
                 int((sizes > limit).sum()),
             )
         )
-    return found
+    return lengths
 
 
 def _size(ids: Any) -> int:
@@ -186,13 +186,13 @@ def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> I
         same = [p.target.id for p in pairs if p.source is not None and p.target.texts == p.source.texts]
         if len(same) > 0.05 * len(pairs):
             yield (
-                f"{target} {split}: {len(same)} of {len(pairs)} rows have the same text in {source}; is a column or a "
-                "folder the wrong one?"
+                f"{target} {split}: {len(same)} of {len(pairs)} rows have the same text in {source}; check that "
+                "each column or folder is the right one"
             )
     known = {tuple(pair.target.texts.values()) for pair in splits.get("train", ())}
-    again = [pair.target.id for pair in splits.get("test", ()) if tuple(pair.target.texts.values()) in known]
-    if again:
-        yield f"{target}: {len(again)} test texts are training texts too, so their score says little"
+    repeated = [pair.target.id for pair in splits.get("test", ()) if tuple(pair.target.texts.values()) in known]
+    if repeated:
+        yield f"{target}: {len(repeated)} test texts are also training texts, so their score says little"
 
 
 def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bool) -> Iterable[str]:
@@ -212,19 +212,20 @@ def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bo
 
 def _warn_of_lengths(lengths: Sequence[Lengths], setup: Setup) -> Iterable[str]:
     for language in dict.fromkeys(one.language for one in lengths):
-        own = [one for one in lengths if one.language == language]
-        cut, texts = sum(one.cut for one in own), sum(one.texts for one in own)
+        splits = [one for one in lengths if one.language == language]
+        cut, texts = sum(one.cut for one in splits), sum(one.texts for one in splits)
         if cut > _CUT_SHARE * texts:
-            enough = max(one.most_of for one in own) + setup.max_length - own[0].limit  # the answer's room stays
+            # max_length minus the limit is reserved for the answer
+            enough = max(one.most_of for one in splits) + setup.max_length - splits[0].limit
             yield (
-                f"{language}: {100 * cut / texts:.0f} % of the texts are cut to {own[0].limit} tokens; --max-length "
-                f"{enough} would keep 95 % of every split whole"
+                f"{language}: {100 * cut / texts:.0f} % of the texts are cut to {splits[0].limit} tokens; "
+                f"--max-length {enough} would leave 95 % of every split uncut"
             )
     longest = max((one.longest for one in lengths), default=0)
     limit = max((one.limit for one in lengths), default=0)
     if setup.batches["padding"] == "max_length" and 0 < longest < _PADDING * limit:
         yield (
-            f"every batch is padded to {limit} tokens and the longest text has {longest}: --padding longest, or "
+            f"every batch is padded to {limit} tokens, and the longest text has {longest}: --padding longest, or "
             f"--max-length {longest}, trains faster with the same result"
         )
 
@@ -234,11 +235,11 @@ def _warn_of_vocabulary(vocabulary: Sequence[Vocabulary]) -> Iterable[str]:
         if one.unknown_share > _UNKNOWN_SHARE:
             yield (
                 f"{one.language}: {100 * one.unknown_share:.1f} % of the tokens are unknown to the tokenizer, so the "
-                "model cannot read them; take a model whose vocabulary covers the language's script"
+                "model cannot read them; use a model whose vocabulary covers the language's script"
             )
     if len(vocabulary) == 2 and vocabulary[0].per_word > _SPLIT_RATIO * vocabulary[1].per_word:
         target, source = vocabulary
         yield (
             f"{target.language} words are split into {target.per_word:.1f} tokens and {source.language} words into "
-            f"{source.per_word:.1f}: the tokenizer hardly knows {target.language}, and its texts are longer"
+            f"{source.per_word:.1f}: the tokenizer covers {target.language} poorly, and its texts become longer"
         )

@@ -141,7 +141,7 @@ def run_tuner(
             about=environment() | {"date": now()},
             jobs=jobs or max(1, (os.cpu_count() or 1) - 1),
             budget_s=budget,
-            say=say,
+            log=say,
             save=lambda table: table.save(path),
         )
     except ValueError as error:

@@ -138,7 +138,8 @@ def _commands() -> Iterable[Capability]:
     yield Capability("every command but flare info", not absent, absent)
     need = "needs a sequence-to-sequence MT model"
     yield Capability("flare translate", not absent, absent or _sentencepiece(need) or need)
-    yield Capability("flare finetune, train, evaluate", not absent, absent)
+    without = "" if installed("sklearn") else f"scikit-learn, which computes the metrics, is missing: {INSTALL}"
+    yield Capability("flare finetune, train, evaluate", not (absent or without), absent or without)
     without = "" if installed("seqeval") else f"seqeval, which computes entity F1, is missing: {INSTALL}"
     yield Capability("--task token-classification", not (absent or without), absent or without)
     without = "" if installed("matplotlib") else f"matplotlib is missing: {INSTALL} (tables are written without it)"

@@ -90,7 +90,7 @@ def _finetune(settings: FinetuneSettings) -> None:
 
 
 def _check(settings: CheckSettings) -> None:
-    from ..check.check import run_check
+    from ..check.run import run_check
 
     run_check(settings, print_line)
 

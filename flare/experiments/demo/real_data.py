@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..tasks import Example, get_task, read_split
-from ..tasks.alignment import POSITION, match
-from ..tasks.inferred import inferred_labels, label_table
+from ..tasks.alignment import match
+from ..tasks.examples import POSITION_PREFIX
+from ..tasks.label_inference import inferred_labels, label_table
 from ..utils.errors import UserError
 from .corpus import SentencePair
 from .demo_settings import DemoError
@@ -120,6 +121,6 @@ def _read(data: str, language: str, split: str) -> list[LabelledText]:
         examples = read_split(_TASK, data, language, split)
     except UserError as error:
         raise DemoError(_without_options(error)) from error
-    if examples[0].id.startswith(POSITION):
+    if examples[0].id.startswith(POSITION_PREFIX):
         raise DemoError(f"--data {data}: {language}/{split} has no column id, which rows are paired by")
     return [LabelledText(row.id, row.texts["text"], row.label or "") for row in examples]

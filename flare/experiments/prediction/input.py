@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import DataError, Example, Task
-from ..tasks.alignment import position_id
-from ..tasks.errors import some_ids
+from ..tasks.cell_parsing import text_of
+from ..tasks.data_error import some_ids
+from ..tasks.examples import position_id
 from ..tasks.files import read_rows
+from ..tasks.metrics import check_metric_packages
 from ..tasks.row_parsing import examples_from
 from ..utils.errors import UserError
 from ..utils.json_files import parsed
@@ -117,16 +119,11 @@ def _require_columns(names: Sequence[str], columns: Sequence[str], where: str, o
 
 
 def _texts(row: Row, names: dict[str, str], where: str) -> Texts:
-    """Return the texts of a row by the task's column; a missing text is empty."""
-    texts = {column: row.get(name) for column, name in names.items()}
-    for column, text in texts.items():
-        if isinstance(text, list) and all(isinstance(word, str) for word in text):
-            texts[column] = text = " ".join(text)  # a list of words, as in data for token classification
-        if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"{where}: {names[column]} holds a {type(text).__name__} ({str(text)[:40]}); it must be a text"
-            )
-    return {column: text or "" for column, text in texts.items()}
+    """Return the texts of a row by the task's column; a missing text is empty, and a list of words is joined."""
+    return {
+        column: text_of(row.get(name), f"{where}: {name}", numbers=False, word_lists=True)
+        for column, name in names.items()
+    }
 
 
 def _read_sources(rows: Sequence[Row], ids: Sequence[str], name: str, columns: dict[str, str]) -> list[Texts | None]:
@@ -167,6 +164,7 @@ def _truth(
         for row in rows
     ]
     try:
+        check_metric_packages(task)
         return examples_from(renamed, list(renamed[0]), task, where), []
-    except DataError as error:
+    except UserError as error:
         return None, [f"the predictions are not scored: {error}"]

@@ -14,7 +14,7 @@ from ..runs.methods import READS_SOURCE, for_method, load
 from ..runs.records import RUN_FILE, RunRecord, diverged, find_runs, read_record, read_run
 from ..runs.run_settings import EvaluateSettings
 from ..runs.setup import Setup, prepare
-from ..runs.trained import ADAPTER, as_trained, base_of, batch_and_autocast, placed
+from ..runs.trained_adapter import ADAPTER, as_trained, base_of, batch_and_autocast, placed
 from ..tasks import JoinedForm, Task, get_task
 from ..translation.model import resolve_device
 from ..utils.errors import UserError
@@ -97,7 +97,7 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
         reads = "states"
     elif record.method in READS_SOURCE and not record.settings.get("train_only_fusion"):
         reads = "text"
-    notes += setup.drawn_notes
+    notes += setup.model_notes
     return TrainedAdapter(task, record, folder, base, setup, model, collate, reads, batch, half, latent, notes)
 
 

@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..runs.callbacks import quiet_libraries
+from ..runs.callbacks import ignore_missing_source, quiet_libraries
 from ..runs.latent_rows import add_states, target_texts
 from ..runs.predictor import Predictor
-from ..runs.recorded_settings import expect_no_source
 from ..tasks import Example, Pair
 from ..translation import Translator
 from .loading import load_trained
@@ -205,7 +204,7 @@ class FlarePipeline:
         while True:
             with warnings.catch_warnings():
                 if not reads:
-                    expect_no_source()
+                    ignore_missing_source()
                 batch = next(batches, None)
             if batch is None:
                 return

@@ -1,4 +1,4 @@
-"""Runs in; tables and pictures out: `flare report`."""
+"""`flare report`: tables and figures from finished runs."""
 
 from .collect import ReportError
 from .write import write_report

@@ -1,4 +1,4 @@
-"""Runs, sorted into what may be compared: one group for each task, source language and base model."""
+"""Collect runs into comparable groups: one for each task, source language and base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..tasks.registry import OWN
 from ..utils.errors import UserError
 from .display import language_name, language_names, task_name
 
-#: Methods in the order of the paper's tables, with their names for readers.
+#: Methods in the order of the paper's tables, and their display names.
 METHODS = {
     "zero-shot": "zero-shot",
     "translate-test": "translate-test",
@@ -24,17 +24,17 @@ METHODS = {
     "flare-mt": "FLARE MT",
     "flare": "FLARE",
 }
-#: Settings that are the ordinary one of a run; results of another setting get a line of their own.
+#: Main setting of each kind of run; results of another setting get a separate line.
 _MAIN = ("translate-train", "zero-shot", "translate-test")
 
 
 class ReportError(UserError):
-    """A report that cannot be made; the message says what to do."""
+    """A report cannot be written; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one run gave in one setting: scores by metric, in percent."""
+    """Result of one run in one setting: scores by metric, in percent."""
 
     run: Run
     setting: str
@@ -42,17 +42,17 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """Line of the tables: the variant, and the setting where it is not the ordinary one."""
+        """Label of its line in the tables: the variant, and the setting unless it is the main one."""
         variant = self.run.record.variant
         return variant if self.setting in _MAIN else f"{variant} @ {self.setting}"
 
     @property
     def name(self) -> str:
-        """The label as readers know it: "flare-r8" of method "flare" is "FLARE (r8)"."""
+        """Display name of the label: "flare-r8" of method "flare" is "FLARE (r8)"."""
         record = self.run.record
         rest = record.variant.removeprefix(record.method)
         name = record.variant
-        if record.method == record.variant == "translate-test":  # beside the machine-translated one
+        if record.method == record.variant == "translate-test":  # to distinguish it from the machine-translated one
             name = f"{METHODS[record.method]} ({record.source_text or 'gold'} source)"
         elif record.method in METHODS and (not rest or (rest != record.variant and rest.startswith("-"))):
             name = METHODS[record.method] + (f" ({rest[1:].replace('-', ' ')})" if rest else "")
@@ -73,16 +73,16 @@ class Entry:
 
 
 @dataclass
-class Group:
-    """Entries that stand in one table, and the fine-tuned bases they begin with.
+class RunGroup:
+    """Entries of one table, and the fine-tuned bases they start from.
 
     Attributes:
         slug: short name for files, unique in a report.
-        labels: lines of the tables, in the order of the paper's, mapped to their names for readers.
+        labels: labels of the tables' lines, in the paper's order, mapped to their display names.
         languages: target languages, sorted.
-        metrics: names of the metrics, the task's first one first.
-        data: name of the data where the task is one for data of the user's own.
-        rows: which test rows the group was scored on, where they are not those of the adapters.
+        metrics: names of the metrics; the task's first metric comes first.
+        data: name of the data, if the task is for the user's own data.
+        rows: description of the test rows, if they are not those of the adapters.
     """
 
     task: str
@@ -99,7 +99,7 @@ class Group:
         first: dict[str, Entry] = {}
         for entry in self.entries:
             first.setdefault(entry.label, entry)
-        return {label: first[label].name for label in sorted(first, key=lambda label: _order(first[label]))}
+        return {label: first[label].name for label in sorted(first, key=lambda label: _sort_key(first[label]))}
 
     @property
     def languages(self) -> list[str]:
@@ -111,7 +111,7 @@ class Group:
 
     @property
     def shown_task(self) -> str:
-        """The task as people write it; of data of the user's own, their name."""
+        """Display name of the task, or the name of the user's own data."""
         return self.data or task_name(self.task)
 
     @property
@@ -122,25 +122,25 @@ class Group:
         )
 
     def of(self, label: str, language: str | None = None) -> list[Entry]:
-        """Entries of a line (in a language), in the order of their seeds."""
-        found = [e for e in self.entries if e.label == label and language in (None, e.language)]
-        return sorted(found, key=lambda e: (e.language, e.seed))
+        """Return the entries of a line (in one language), sorted by language and seed."""
+        entries = [e for e in self.entries if e.label == label and language in (None, e.language)]
+        return sorted(entries, key=lambda e: (e.language, e.seed))
 
 
 @dataclass
 class Collection:
-    """All that the report is made of."""
+    """Data of a report: its groups, reasons for excluded runs, and the number of runs found."""
 
-    groups: list[Group]
+    groups: list[RunGroup]
     unfinished: list[str]
     runs: int
 
 
 def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
-    """Read every run in the folders and below and sort them.
+    """Read every run in the folders and below, and group them.
 
     Raises:
-        ReportError: there is no run, none is finished, or two runs are one and the same cell of a table.
+        ReportError: there is no run, none is finished, or two runs belong to the same cell of a table.
         RecordError: a folder is missing, or a file in it is damaged.
     """
     runs: dict[Path, Run] = {}
@@ -150,37 +150,37 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
     where = ", ".join(str(folder) for folder in folders)
     if not runs:
         raise ReportError(
-            f"{where}: no run there (no run.json in it or below); flare finetune, train and evaluate write them"
+            f"{where}: no run there (no run.json in or below it); flare finetune, train and evaluate write runs"
         )
-    groups: dict[tuple[str, str, str, str], Group] = {}
+    groups: dict[tuple[str, str, str, str], RunGroup] = {}
     unfinished = []
     for run in runs.values():
-        record, reason = run.record, _unfinished(run)
+        record, reason = run.record, _exclusion_reason(run)
         if reason:
             unfinished.append(f"{run.folder}: {reason}")
             continue
         model = _model(run, runs)
-        key = record.task, record.source_language, model, _data_of(run)
-        group = groups.setdefault(key, Group(*key))
+        key = record.task, record.source_language, model, _data_name(run)
+        group = groups.setdefault(key, RunGroup(*key))
         if record.kind == "finetune":
             group.bases.append(run)
         else:
             group.entries += [Entry(run, setting, _scores(run, setting)) for setting in run.metrics.test]
-    full = [part for group in groups.values() for part in _apart(group) if part.entries]
-    if not full:
+    nonempty = [part for group in groups.values() for part in _split_other_rows(group) if part.entries]
+    if not nonempty:
         bases = sum(len(group.bases) for group in groups.values())
         raise ReportError(
-            f"{where}: nothing to report. Runs: {len(runs)}, of them fine-tuned bases: {bases}, unfinished or without "
-            f"test results: {len(unfinished)}" + "".join(f"\n  {line}" for line in unfinished[:5])
+            f"{where}: nothing to report. Runs: {len(runs)}; among them fine-tuned bases: {bases}, unfinished or "
+            f"without test results: {len(unfinished)}" + "".join(f"\n  {line}" for line in unfinished[:5])
         )
-    for group in full:
-        _refuse_twins(group.entries)
-    _name(full)
-    return Collection(sorted(full, key=lambda group: group.slug), unfinished, len(runs))
+    for group in nonempty:
+        _check_duplicates(group.entries)
+    _set_slugs(nonempty)
+    return Collection(sorted(nonempty, key=lambda group: group.slug), unfinished, len(runs))
 
 
-def _apart(group: Group) -> list[Group]:
-    """The group, and one of its own for scores of the base on other test rows than any adapter's."""
+def _split_other_rows(group: RunGroup) -> list[RunGroup]:
+    """Move scores of the base on test rows that no adapter was scored on to a separate group."""
     trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
     other = [
         entry
@@ -193,11 +193,11 @@ def _apart(group: Group) -> list[Group]:
         return [group]
     group.entries = [entry for entry in group.entries if entry not in other]
     rows = "the base on other test rows than the adapters"
-    return [group, Group(group.task, group.source, group.model, group.data, other, group.bases, rows=rows)]
+    return [group, RunGroup(group.task, group.source, group.model, group.data, other, group.bases, rows=rows)]
 
 
 def _same_rows(one: Run, other: Run) -> bool:
-    """Whether two runs of a language were scored on the same test rows, as far as they tell."""
+    """Return whether two runs of a language were scored on the same test rows, as far as recorded."""
     a, b = one.record.data, other.record.data
     digests = [(data.get("digest") or {}).get("test") for data in (a, b)]
     if all(digests):
@@ -205,11 +205,11 @@ def _same_rows(one: Run, other: Run) -> bool:
     return a.get("test") == b.get("test") or not (a.get("test") and b.get("test"))
 
 
-def _unfinished(run: Run) -> str | None:
+def _exclusion_reason(run: Run) -> str | None:
     if what := diverged(run):
         return f"diverged, {what}; run flare train --no-resume with a smaller --lr"
     if not run.record.done:
-        return f"not finished (status {run.record.status!r}); the command that began it goes on with it"
+        return f"not finished (status {run.record.status!r}); run the same command again to resume it"
     if run.record.kind != "finetune" and not run.metrics.test:
         return "no test results; flare evaluate adds them"
     return None
@@ -229,11 +229,11 @@ def _scores(run: Run, setting: str) -> dict[str, float]:
 
 
 def _model(run: Run, runs: dict[Path, Run]) -> str:
-    """The model behind a run: the base's own base where the base is a run, as far as that can be found."""
+    """Return the pretrained model of a run: the base of its base, if its base is a fine-tuning that can be found."""
     base = run.record.base
     if run.record.kind == "finetune" or not base:
         return base
-    above = list(run.folder.resolve().parents)[2:3]  # runs/<target>/<variant>/seed-N: the experiment's folder
+    above = list(run.folder.resolve().parents)[2:3]  # the experiment's folder, above <target>/<variant>/seed-N
     for folder in (Path(base), *(root / "base" / Path(base).name for root in above)):
         if folder.resolve() in runs:
             return runs[folder.resolve()].record.base
@@ -244,32 +244,32 @@ def _model(run: Run, runs: dict[Path, Run]) -> str:
     return re.sub(r"/seed-\d+/?$", "", base)
 
 
-def _data_of(run: Run) -> str:
-    """The name of the data of a task for data of the user's own, which several data sets may share; else empty."""
-    given = str(run.record.settings.get("data") or "") if run.record.task in OWN else ""
-    return given.rstrip("/").rpartition("/")[2]
+def _data_name(run: Run) -> str:
+    """Return the name of the user's own data, which distinguishes data sets of one task; else an empty text."""
+    data = str(run.record.settings.get("data") or "") if run.record.task in OWN else ""
+    return data.rstrip("/").rpartition("/")[2]
 
 
-def _refuse_twins(entries: Iterable[Entry]) -> None:
+def _check_duplicates(entries: Iterable[Entry]) -> None:
     seen: dict[tuple[str, str, int], Entry] = {}
     for entry in entries:
-        twin = seen.setdefault((entry.label, entry.language, entry.seed), entry)
-        if twin is not entry:
+        other = seen.setdefault((entry.label, entry.language, entry.seed), entry)
+        if other is not entry:
             raise ReportError(
-                f"two runs of {entry.label} on {entry.language} with seed {entry.seed}: {twin.run.folder} and "
-                f"{entry.run.folder}. Report them apart, or give one a name of its own (flare train --name)"
+                f"two runs of {entry.label} on {entry.language} with seed {entry.seed}: {other.run.folder} and "
+                f"{entry.run.folder}. Report them separately, or give one another name (flare train --name)"
             )
 
 
-def _order(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
+def _sort_key(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
     method = entry.run.record.method
     place = list(METHODS).index(method) if method in METHODS else len(METHODS)
     pieces = [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", entry.label)]
     return place, entry.label != method, pieces
 
 
-def _name(groups: Sequence[Group]) -> None:
-    """Slugs: the task, with the source language and the model where the task alone does not tell groups apart."""
+def _set_slugs(groups: Sequence[RunGroup]) -> None:
+    """Set unique slugs: the task, with the source language and the model if several groups share the task."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"

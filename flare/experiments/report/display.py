@@ -1,4 +1,4 @@
-"""Names as people write them, for tables and pictures; files and CSV columns keep the user's own."""
+"""Display names for tables and figures; files and CSV columns keep the user's own names."""
 
 from __future__ import annotations
 
@@ -58,13 +58,16 @@ _WORDS = {
 
 
 def task_name(name: str) -> str:
-    """Return "NusaX" for nusax; a name that is not known as it is."""
+    """Return the display name of a task, such as "NusaX" for nusax; an unknown name is unchanged."""
     return _TASKS.get(re.sub(r"[^a-z0-9]", "", name.lower()), name)
 
 
 @functools.cache
 def language_name(name: str) -> str:
-    """Return "Acehnese" for acehnese, ace or ace_Latn; a name that is not known with a capital."""
+    """Return the display name of a language, such as "Acehnese" for acehnese, ace or ace_Latn.
+
+    An unknown lower-case name is capitalised.
+    """
     try:
         return language(name).name
     except UserError:
@@ -72,41 +75,43 @@ def language_name(name: str) -> str:
 
 
 def language_names(names: Iterable[str]) -> dict[str, str]:
-    """Return {name: as people write it}; two that would be written alike stay as they are."""
+    """Return {name: display name}; two names that would look alike are unchanged."""
     return _unique(names, language_name)
 
 
 def model_name(name: str) -> str:
-    """Return "XLM-R Large" for FacebookAI/xlm-roberta-large; a folder's name as it is."""
+    """Return the display name of a model, such as "XLM-R Large" for FacebookAI/xlm-roberta-large.
+
+    A folder's name is unchanged.
+    """
     path = Path(name.rstrip("/"))
     short = path.parent.name if path.name in ("model", "checkpoint") and path.parent.name else path.name
     for pattern, shown in _MODELS:
-        if found := re.fullmatch(pattern, short, re.IGNORECASE):
+        if match := re.fullmatch(pattern, short, re.IGNORECASE):
             parts = [
                 _WORDS.get(word.lower(), word.upper() if re.fullmatch(r"[0-9.]+[mb]", word) else word)
-                for word in re.split(r"[-_]", found.groups()[-1] or "")
+                for word in re.split(r"[-_]", match.groups()[-1] or "")
             ]
             return shown.replace("{1}", " ".join(parts)).replace("{2}", " ".join(parts)).strip()
     return short
 
 
 def model_names(names: Iterable[str]) -> dict[str, str]:
-    """Return {model: as people write it}; two that would be written alike stay as they are."""
+    """Return {model: display name}; two models that would look alike are unchanged."""
     return _unique(names, model_name)
 
 
 def metric_name(metric: str) -> str:
-    """Return "macro F1" for macro_f1."""
+    """Return the display name of a metric, such as "macro F1" for macro_f1."""
     return METRIC_NAMES.get(metric, metric)
 
 
 def axis_name(metric: str) -> str:
-    """Return the metric as an axis is labelled: "Macro F1 (%)"."""
+    """Return the axis label of a metric, such as "Macro F1 (%)"."""
     name = metric_name(metric)
     return f"{name[:1].upper()}{name[1:]} (%)"
 
 
 def _unique(names: Iterable[str], show: Callable[[str], str]) -> dict[str, str]:
-    given = list(dict.fromkeys(names))
-    shown = {name: show(name) for name in given}
+    shown = {name: show(name) for name in names}
     return {name: one if list(shown.values()).count(one) == 1 else name for name, one in shown.items()}

@@ -1,4 +1,4 @@
-"""Lines that differ in one thing: the rank r, the fusion, the source text."""
+"""Ablation families: lines that differ in one factor only (the rank r, the fusion or the source text)."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .collect import METHODS, Entry, Group
+from .collect import METHODS, Entry, RunGroup
 from .conditions import settings, translator
 from .display import model_name
 from .summary import Cell, Quality, average
 
-Members = dict[Any, str]  # value of what varies -> label
+Family = dict[Any, str]  # value of the factor -> label of its line
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One thing that is varied: its name, how an entry's value is read, and settings that may differ with it."""
+class Factor:
+    """A factor of an ablation: its name, a function that reads its value, and settings that may differ with it."""
 
     name: str
     read: Callable[[Entry], Any]
-    free: tuple[str, ...]
+    may_differ: tuple[str, ...]
 
 
 def source_kind(entry: Entry) -> str | None:
-    """Name of the source text: "gold", "mt: <model>", with noise and what differs at test time; None without one."""
+    """Return the kind of source text, or None without one.
+
+    It is "gold" or "mt: <model>", with the noise and the source text at test time if that differs.
+    """
     record = entry.run.record
     if record.source_text is None:
         return None
-    made_by = translator(entry)
-    names = {"gold": "gold", "mt": f"mt: {model_name(made_by)}" if made_by else "mt"}
+    model = translator(entry)
+    names = {"gold": "gold", "mt": f"mt: {model_name(model)}" if model else "mt"}
     kind = names.get(record.source_text, record.source_text)
     noise = record.settings.get("noise") or record.settings.get("source_noise")
     if noise:
@@ -39,70 +42,71 @@ def source_kind(entry: Entry) -> str | None:
     return f"{kind}, {names.get(at_test, at_test)} at test" if at_test else kind
 
 
-FUSION = Kind("fusion", lambda entry: entry.run.record.fusion, ("fusion",))
-RANK = Kind("r", lambda entry: entry.run.record.r, ("r", "alpha", "lora_alpha"))
-SOURCE_TEXT = Kind("source text", source_kind, ("source_text", "noise", "source_noise", "mt_model", "translations"))
+FUSION = Factor("fusion", lambda entry: entry.run.record.fusion, ("fusion",))
+RANK = Factor("r", lambda entry: entry.run.record.r, ("r", "alpha", "lora_alpha"))
+SOURCE_TEXT = Factor("source text", source_kind, ("source_text", "noise", "source_noise", "mt_model", "translations"))
 
 
-def families(group: Group, table: Quality, kind: Kind) -> list[Members]:
-    """Return lines of one method whose settings differ in one thing alone, two values or more."""
-    found: dict[str, Members] = {}
+def families(group: RunGroup, table: Quality, factor: Factor) -> list[Family]:
+    """Return the families of a factor: lines of one method that differ in this factor only, with two values or more."""
+    by_settings: dict[str, Family] = {}
     for line in table.lines:
         entry = group.of(line.label)[0]
-        value = kind.read(entry)
+        value = factor.read(entry)
         if value is None:
             continue
-        given = {n: one for n, one in settings(entry.run).items() if n.rpartition(".")[2] not in kind.free}
-        key = json.dumps([entry.run.record.method, given], sort_keys=True, default=str)
-        found.setdefault(key, {}).setdefault(value, line.label)
-    return [members for members in found.values() if len(members) > 1]
+        fixed = {n: one for n, one in settings(entry.run).items() if n.rpartition(".")[2] not in factor.may_differ}
+        key = json.dumps([entry.run.record.method, fixed], sort_keys=True, default=str)
+        by_settings.setdefault(key, {}).setdefault(value, line.label)
+    return [family for family in by_settings.values() if len(family) > 1]
 
 
-def comparable(table: Quality, found: list[Members]) -> tuple[list[str], list[Members]]:
-    """Return the languages that every line of the families has; without one, the families that have them all.
+def comparable(table: Quality, candidates: list[Family]) -> tuple[list[str], list[Family]]:
+    """Return languages and families such that every line of these families has all these languages.
 
-    The second list is empty where the lines have no language in common.
+    These are the languages that all lines share, with all families. If there are none, they are all languages, with
+    the families whose lines have them all; that list may be empty.
     """
-    labels = [label for members in found for label in members.values()]
+    labels = [label for family in candidates for label in family.values()]
     languages = [one for one in table.languages if all(table.line(label).cells[one] for label in labels)]
     if languages:
-        return languages, found
-    return list(table.languages), [members for members in found if set(members.values()) <= set(table.complete)]
+        return languages, candidates
+    return list(table.languages), [one for one in candidates if set(one.values()) <= set(table.complete)]
 
 
-def over(group: Group, label: str, metric: str, languages: list[str]) -> Cell:
-    """Return a line's average over languages that it has."""
+def average_over(group: RunGroup, label: str, metric: str, languages: list[str]) -> Cell:
+    """Return a line's average over languages, all of which it must have."""
     scores: dict[str, dict[int, float]] = {language: {} for language in languages}
     for entry in group.of(label):
         if entry.language in scores and metric in entry.scores:
             scores[entry.language][entry.seed] = entry.scores[metric]
-    found = average(scores, languages)
-    assert found is not None, "there is a language"
-    return found
+    cell = average(scores, languages)
+    assert cell is not None, "there is a language"
+    return cell
 
 
-def method_of_family(group: Group, members: Members) -> str:
-    """Return the method that all lines of a family have."""
-    return group.of(next(iter(members.values())))[0].run.record.method
+def method_of_family(group: RunGroup, family: Family) -> str:
+    """Return the method of a family's lines."""
+    return group.of(next(iter(family.values())))[0].run.record.method
 
 
-def family_names(group: Group, found: list[Members], kind: Kind) -> list[str]:
-    """Return the families' methods, with what is fixed in a family where a name alone would stand twice."""
-    methods = [method_of_family(group, members) for members in found]
+def family_names(group: RunGroup, shown: list[Family], factor: Factor) -> list[str]:
+    """Return the families' display names: the method, with its fixed settings if several families share the method."""
+    methods = [method_of_family(group, family) for family in shown]
     return [
-        METHODS.get(method, method) if methods.count(method) == 1 else detailed(group, members, kind)
-        for members, method in zip(found, methods, strict=True)
+        METHODS.get(method, method) if methods.count(method) == 1 else family_title(group, family, factor)
+        for family, method in zip(shown, methods, strict=True)
     ]
 
 
-def detailed(group: Group, members: Members, kind: Kind) -> str:
-    """Return the method and those of fusion, r and source text that are not varied."""
-    record = group.of(next(iter(members.values())))[0].run.record
+def family_title(group: RunGroup, family: Family, factor: Factor) -> str:
+    """Return the method and the fixed ones among fusion, r and source text."""
+    record = group.of(next(iter(family.values())))[0].run.record
     details = [METHODS.get(record.method, record.method)]
-    if kind is not FUSION and record.fusion is not None:
+    if factor is not FUSION and record.fusion is not None:
         details.append(record.fusion)
-    if kind is not RANK and record.r is not None:
+    if factor is not RANK and record.r is not None:
         details.append(f"r={record.r}")
-    if kind is not SOURCE_TEXT and record.source_text is not None:
+    if factor is not SOURCE_TEXT and record.source_text is not None:
         details.append(f"{record.source_text} source")
     return ", ".join(details)

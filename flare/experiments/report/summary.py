@@ -1,7 +1,7 @@
 """Numbers of the tables: means, spreads, averages, ranks and costs.
 
-A spread is the sample standard deviation over seeds (n - 1); one seed has none. An average over languages is the mean
-of the languages' means; its spread is over the seeds that every one of these languages has.
+A spread is the sample standard deviation (n - 1) over seeds; a single seed has none. An average over languages is the
+mean of the languages' means; its spread is over the seeds that all these languages have.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .collect import Group
+from .collect import RunGroup
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Seeds of one line in one language, or their averages over languages.
+    """Results of a line's seeds in one language, or averaged over languages.
 
-    values: one number a seed, in percent; languages: how many languages an average is over (1 in a cell).
+    values: one number per seed, in percent; languages: number of averaged languages (1 for a single language).
     """
 
     mean: float
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the quality table. A cell without runs is None; so is the rank of a line that lacks a language."""
+    """One line of the quality table. Cells without runs are None, and so is the rank of an incomplete line."""
 
     label: str
     name: str
@@ -39,7 +39,7 @@ class Line:
 
     @property
     def seeds(self) -> str:
-        """How many seeds the cells have: "5", or "3 to 5"."""
+        """Number of seeds per cell: "5", or "3 to 5"."""
         counts = sorted(len(cell.values) for cell in self.cells.values() if cell)
         if not counts:
             return "0"
@@ -48,9 +48,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality table of one metric.
+    """Quality table of one metric.
 
-    languages: all target languages; common: those that every line has; complete: labels of lines that have them all.
+    languages: all target languages; common: those that every line has; complete: labels of the lines with all of them.
     """
 
     metric: str
@@ -60,20 +60,20 @@ class Quality:
     lines: tuple[Line, ...]
 
     def line(self, label: str) -> Line:
-        """The line of a label."""
+        """Return the line with a label."""
         return next(line for line in self.lines if line.label == label)
 
 
-#: Costs that vary between runs of one kind.
+#: Costs that are shown with their range over runs.
 RANGED = ("seconds_per_step", "peak_bytes", "train_seconds")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a line's runs cost: medians over its runs; None where no run measured it.
+    """Costs of a line, as medians over its runs; None if no run measured one.
 
-    ranges: name of a cost -> its least and greatest value over the runs that measured it.
-    processes: how many shared a step, in words. peak_bytes is one process's.
+    ranges: name of a cost -> its smallest and largest value over the runs that measured it.
+    processes: number of processes that share a step, as text. peak_bytes is for one process.
     """
 
     label: str
@@ -89,12 +89,12 @@ class Cost:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation, None for fewer than two values."""
+    """Return the sample standard deviation, or None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def quality(group: Group, metric: str) -> Quality:
-    """The quality table of a group for one metric; lines without this metric are left out."""
+def quality(group: RunGroup, metric: str) -> Quality:
+    """Return the quality table of a group for one metric, without the lines that lack this metric."""
     languages = tuple(group.languages)
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for entry in group.entries:
@@ -121,7 +121,7 @@ def quality(group: Group, metric: str) -> Quality:
 
 
 def average(scores: dict[str, dict[int, float]], languages: Sequence[str]) -> Cell | None:
-    """Average over languages of {language: {seed: percent}}, None over no language."""
+    """Return the average of {language: {seed: percent}} over languages; None if there are none."""
     if not languages:
         return None
     mean = statistics.fmean(statistics.fmean(scores[one].values()) for one in languages)
@@ -130,11 +130,11 @@ def average(scores: dict[str, dict[int, float]], languages: Sequence[str]) -> Ce
     return Cell(mean, spread(values), values, len(languages))
 
 
-def costs(group: Group) -> list[Cost]:
-    """The cost table: one line for every line that trained something."""
+def costs(group: RunGroup) -> list[Cost]:
+    """Return the costs of every line that has training runs."""
     lines = []
     for label, name in group.labels.items():
-        if " @ " in label:  # another setting of the same training
+        if " @ " in label:  # the same training, scored in another setting
             continue
         runs = [entry.run for entry in group.of(label)]
         cost = Cost(
@@ -164,18 +164,16 @@ def _cell(seeds: dict[int, float]) -> Cell:
 
 
 def _ranks(scores: dict[str, dict[str, dict[int, float]]], languages: Sequence[str]) -> dict[str, float]:
-    """Mean rank over languages, 1 the best; equal means share the mean of their places."""
+    """Return the mean rank over languages (1 is the best); ties share the mean of their ranks."""
     ranks: dict[str, list[float]] = {label: [] for label in scores}
     for language in languages:
-        for label, place in places_of(
-            {one: statistics.fmean(scores[one][language].values()) for one in scores}
-        ).items():
+        for label, place in ranks_of({one: statistics.fmean(scores[one][language].values()) for one in scores}).items():
             ranks[label].append(place)
     return {label: statistics.fmean(places) for label, places in ranks.items()}
 
 
-def places_of(means: Mapping[str, float]) -> dict[str, float]:
-    """Return the place of each mean, 1 the greatest; equal means share the mean of their places."""
+def ranks_of(means: Mapping[str, float]) -> dict[str, float]:
+    """Return the rank of each mean (1 is the largest); ties share the mean of their ranks."""
     return {
         label: sum(other > mean for other in means.values()) + (sum(other == mean for other in means.values()) + 1) / 2
         for label, mean in means.items()

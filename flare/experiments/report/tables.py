@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..utils.escape import csv_cell, latex, markdown, one_line
 from ..utils.progress import duration
-from .collect import Group
+from .collect import RunGroup
 from .display import language_name, language_names, metric_name
 from .summary import RANGED, Cell, Cost, Line, Quality, costs
 
@@ -18,7 +18,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. The first `left` columns are left-aligned; `best` are the (row, column) to set in bold."""
+    """A table of text cells. The first `left` columns are left-aligned; the (row, column) pairs in `best` are bold."""
 
     title: str
     head: tuple[str, ...]
@@ -28,7 +28,7 @@ class Table:
     best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
 
     def markdown(self) -> str:
-        """The table alone, for report.md and the screen of a README."""
+        """Return the table in Markdown, without title and notes."""
 
         def line(cells: Sequence[str]) -> str:
             return "| " + " | ".join(cells) + " |"
@@ -37,7 +37,7 @@ class Table:
         return "\n".join([line([*map(markdown, self.head)]), rule, *map(line, self._rows("**{}**".format, markdown))])
 
     def text(self) -> str:
-        """The table for a terminal."""
+        """Return the table for a terminal."""
         head, *rows = ([*map(one_line, cells)] for cells in (self.head, *self.rows))
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
@@ -48,7 +48,7 @@ class Table:
         return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
     def latex(self) -> str:
-        r"""A table environment; needs \usepackage{booktabs}."""
+        r"""Return a LaTeX table environment, which needs \usepackage{booktabs}."""
         columns = "l" * self.left + "r" * (len(self.head) - self.left)
         body = [
             *("% " + one_line(note) for note in self.notes),
@@ -74,7 +74,7 @@ class Table:
 
 
 def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """CSV with a head; None becomes an empty field, and what a spreadsheet would compute a text."""
+    """Return CSV with a header. None becomes an empty field; texts that a spreadsheet would evaluate are escaped."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerows([*map(csv_cell, row)] for row in (head, *rows))
@@ -84,8 +84,8 @@ def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 # --- quality ----------------------------------------------------------------------------------------------------------
 
 
-def quality_table(group: Group, table: Quality) -> Table:
-    """Languages, average, rank and seeds, one line a variant."""
+def quality_table(group: RunGroup, table: Quality) -> Table:
+    """Return the table of languages, average, rank and seeds, with one line per variant."""
     partial = bool(table.common) and len(table.common) < len(table.languages)
     several = len(table.languages) > 1
     shown = language_names(table.languages)
@@ -121,17 +121,19 @@ def quality_table(group: Group, table: Quality) -> Table:
 def _notes(table: Quality, partial: bool) -> list[str]:
     notes = []
     if any(cell and cell.spread is not None for line in table.lines for cell in line.cells.values()):
-        notes.append("mean ± sample standard deviation (n - 1) over seeds; the average's is over each seed's average")
+        notes.append("mean ± sample standard deviation (n - 1) over seeds; for averages, over each seed's average")
     if any(cell and cell.spread is None for line in table.lines for cell in line.cells.values()):
         notes.append("a cell without ± is one seed")
     if len(table.languages) > 1:
         if len(table.complete) < len(table.lines):
-            notes.append("an average marked (n of N) is over fewer languages: do not compare it with the others")
+            notes.append("an average marked (n of N) covers fewer languages: do not compare it with the others")
         if partial:
-            notes.append(f"average over {len(table.common)}: languages that every line has: {_listed(table.common)}")
+            notes.append(
+                f"average over {len(table.common)}: over the languages that every line has: {_listed(table.common)}"
+            )
         notes.append(
-            f"rank: mean rank over the {len(table.languages)} languages, 1 the best, among the {len(table.complete)} "
-            "lines that have them all"
+            f"rank: mean rank over the {len(table.languages)} languages (1 is the best), among the "
+            f"{len(table.complete)} lines that have all of them"
         )
     return notes
 
@@ -141,7 +143,7 @@ def _listed(languages: Sequence[str]) -> str:
 
 
 def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
-    """The best mean of every column, as shown: lines that show the same number are all best."""
+    """Return the cells with the best mean of every column, after rounding; ties are all best."""
     columns: list[list[float | None]] = [
         [cell.mean if (cell := line.cells[language]) else None for line in table.lines] for language in table.languages
     ]
@@ -149,13 +151,13 @@ def _best(table: Quality, partial: bool) -> frozenset[tuple[int, int]]:
         columns.append([_full_average(line, table) for line in table.lines])
         if partial:
             columns.append([line.common.mean if line.common else None for line in table.lines])
-    found = set()
+    best = set()
     for column, values in enumerate(columns, start=1):
         shown = [None if value is None else round(value, 1) for value in values]
         known = [value for value in shown if value is not None]
-        if known and min(known) < max(known):  # where all are equal none is best
-            found |= {(row, column) for row, value in enumerate(shown) if value == max(known)}
-    return frozenset(found)
+        if known and min(known) < max(known):  # none is best if all are equal
+            best |= {(row, column) for row, value in enumerate(shown) if value == max(known)}
+    return frozenset(best)
 
 
 def _full_average(line: Line, table: Quality) -> float | None:
@@ -163,14 +165,14 @@ def _full_average(line: Line, table: Quality) -> float | None:
 
 
 def show(cell: Cell | None) -> str:
-    """ "71.0 ± 1.2", "71.0" for one seed, "-" for none."""
+    """Return a cell as text: "71.0 ± 1.2", "71.0" for one seed, "-" for none."""
     if cell is None:
         return MISSING
     return f"{cell.mean:.1f}" + ("" if cell.spread is None else f" ± {cell.spread:.1f}")
 
 
 def quality_csv(table: Quality) -> str:
-    """The quality table with numbers apart: mean, standard deviation and seeds of every cell."""
+    """Return the quality table as CSV, with columns for mean, standard deviation and number of seeds of every cell."""
     head = ["variant", "name", "metric"]
     for one in (*table.languages, "average", "average_common"):
         head += [f"{one}_mean", f"{one}_std", f"{one}_n"]
@@ -187,8 +189,8 @@ def quality_csv(table: Quality) -> str:
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 
-def cost_table(group: Group) -> Table | None:
-    """ms/step, peak memory and training time; None where no run measured one."""
+def cost_table(group: RunGroup) -> Table | None:
+    """Return the table of ms/step, peak memory and training time; None if no run measured any."""
     lines = costs(group)
     if not lines:
         return None
@@ -207,36 +209,36 @@ def cost_table(group: Group) -> Table | None:
     )
     kinds = sorted({kind for e in group.entries if (kind := e.run.metrics.peak_kind)})
     notes = [
-        "medians over a line's runs, in brackets the least and the greatest; training time includes evaluation and "
-        "checkpoints"
+        "medians over a line's runs, with the smallest and largest value in brackets; training time includes "
+        "evaluation and checkpoints"
     ]
     if kinds:
-        notes.append(f"peak memory: {' or '.join(kinds)} of one training step, weights and optimizer state included")
-    held = {name: most for name, most in _cached(group).items() if most}
-    if held:
+        notes.append(f"peak memory: {' or '.join(kinds)} of one training step, with weights and optimizer state")
+    cached = {name: count for name, count in _cached_bytes(group).items() if count}
+    if cached:
         notes.append(
-            "source states were kept between epochs: steps read them from the second one on, and ms/step is the "
-            "median of all. Host memory for them, beside the peak: "
-            + ", ".join(f"{size(most)} ({name})" for name, most in held.items())
+            "source states were cached between epochs: steps read them from the second epoch on, and ms/step is the "
+            "median of all steps. Host memory for the cache, in addition to the peak: "
+            + ", ".join(f"{size(count)} ({name})" for name, count in cached.items())
         )
     if any(line.processes != "1" for line in lines):
         shares = "; ".join(f"{line.name}: {line.processes}" for line in lines)
-        notes.append(f"processes that share a step: {shares}; peak memory is one process's")
+        notes.append(f"processes that share a step: {shares}; peak memory is for one process")
     title = f"Costs, {group.shown_task}, {language_name(group.source)} as the source language"
     return Table(title, head, rows, tuple(notes))
 
 
-def _cached(group: Group) -> dict[str, int]:
-    """Name of a line -> the most bytes that a run's source cache held."""
-    found: dict[str, int] = {}
+def _cached_bytes(group: RunGroup) -> dict[str, int]:
+    """Return the largest source cache, in bytes, among the runs of each line."""
+    largest: dict[str, int] = {}
     for entry in group.entries:
         facts = entry.run.metrics.source_cache or {}
-        found[entry.name] = max(found.get(entry.name, 0), int(facts.get("bytes", 0)))
-    return found
+        largest[entry.name] = max(largest.get(entry.name, 0), int(facts.get("bytes", 0)))
+    return largest
 
 
 def _ranged(line: Cost, name: str, text: Callable[[float], str]) -> str:
-    """The median, and least to greatest in brackets where runs differ: "1391.5 (949.0 to 1834.0)"."""
+    """Return the median, with the range in brackets if runs differ: "1391.5 (949.0 to 1834.0)"."""
     value, ends = getattr(line, name), [text(end) for end in line.ranges.get(name, ())]
     if value is None:
         return MISSING
@@ -244,7 +246,7 @@ def _ranged(line: Cost, name: str, text: Callable[[float], str]) -> str:
 
 
 def cost_csv(lines: Sequence[Cost]) -> str:
-    """The cost table in plain units."""
+    """Return the cost table as CSV, in seconds and bytes."""
     head = ("variant", "name", "seconds_per_step", "peak_bytes", "train_seconds", "steps", "trainable_parameters")
     ends = [f"{name}_{end}" for name in RANGED for end in ("min", "max")]
     rows = [
@@ -260,11 +262,11 @@ def cost_csv(lines: Sequence[Cost]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for readers."""
+    """Return a number of bytes in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-# --- every run --------------------------------------------------------------------------------------------------------
+# --- all runs ---------------------------------------------------------------------------------------------------------
 
 _RAW = (
     *("task", "source_language", "target_language", "method", "variant", "setting", "seed", "metric", "percent"),
@@ -273,14 +275,14 @@ _RAW = (
 )
 
 
-def raw_csv(groups: Sequence[Group]) -> str:
-    """One row for every run, setting and metric, as they were read."""
+def raw_csv(groups: Sequence[RunGroup]) -> str:
+    """Return CSV with one row for every run, setting and metric."""
     rows = []
     for group in groups:
         for entry in sorted(group.entries, key=lambda e: (e.language, list(group.labels).index(e.label), e.seed)):
             record, metrics = entry.run.record, entry.run.metrics
             for metric, percent in entry.scores.items():
-                given: dict[str, object] = {
+                values: dict[str, object] = {
                     **{name: getattr(record, name) for name in _RAW if hasattr(record, name)},
                     **{name: getattr(metrics, name) for name in _RAW if hasattr(metrics, name)},
                     "setting": entry.setting,
@@ -291,5 +293,5 @@ def raw_csv(groups: Sequence[Group]) -> str:
                     "commit": record.environment.get("commit"),
                     "folder": str(entry.run.folder),
                 }
-                rows.append([given[name] for name in _RAW])
+                rows.append([values[name] for name in _RAW])
     return csv_text(_RAW, rows)

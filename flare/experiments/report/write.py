@@ -1,4 +1,4 @@
-"""`flare report`: from folders of runs to tables, pictures, report.md and report.json."""
+"""`flare report`: write tables, figures, report.md and report.json from folders of runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from ..utils.atomic_files import write_json
 from ..utils.environment import environment, now
 from ..utils.escape import code, markdown
-from . import folder as places
-from .across import VARIED, Overview, overview_csv, overview_table, overviews, varied_table
-from .collect import Collection, Group, ReportError, collect
+from . import report_folder
+from .collect import Collection, ReportError, RunGroup, collect
 from .conditions import conditions, notes, warnings
-from .figures import FORMATS, Picture, draw_all, draw_overviews
+from .cross_task import ABLATIONS, Overview, ablation_table, overview_csv, overview_table, overviews
+from .figures import FORMATS, FigureResult, draw_figures, draw_overview_figures
 from .summary import costs, quality
 from .tables import Table, cost_csv, cost_table, csv_text, quality_csv, quality_table, raw_csv
 
@@ -24,21 +24,21 @@ NO_MATPLOTLIB = "matplotlib is not installed: pip install 'flare-kernels[experim
 
 @dataclasses.dataclass
 class _Section:
-    """One group with everything that is said about it."""
+    """Section of the report about one group."""
 
-    group: Group
+    group: RunGroup
     tables: list[tuple[str, Table]]  # (file name without its ending, table)
-    pictures: list[Picture]
+    figures: list[FigureResult]
     warnings: list[str]
 
 
 @dataclasses.dataclass
-class _Across:
-    """What is said over all groups."""
+class _CrossTask:
+    """Section of the report about all groups together."""
 
     overviews: list[Overview]
     tables: list[tuple[str, Table]]
-    pictures: list[Picture]
+    figures: list[FigureResult]
 
 
 def write_report(
@@ -55,68 +55,72 @@ def write_report(
 
     Args:
         runs: folders of runs, or folders that hold them at any depth.
-        output: folder of the report. An earlier report in it moves to earlier-N there, or is dropped with `overwrite`.
-        metrics: names of the metrics to report; the pictures show the first one a task has. None: all of a task's, its
-            first one in the pictures.
+        output: folder of the report. An earlier report in it moves to earlier-N, or is deleted with `overwrite`.
+        metrics: names of the metrics to report; figures show the first of them that a task has. None: all metrics of
+            a task, and its first one in the figures.
         title: heading of report.md.
-        formats: of the pictures, out of png, pdf and svg; PNG is always written, report.md shows it.
-        say: gets one line at a time.
+        formats: formats of the figures, among png, pdf and svg; PNG is always written, for report.md.
+        say: prints one line for the user.
 
     Raises:
-        ReportError: no runs, none finished, an unknown metric, or an output folder that is not a report's.
+        ReportError: there are no finished runs, a metric is unknown, or the output folder does not hold a report.
         RecordError: a folder is missing, or a run.json or metrics.json is damaged.
     """
     unknown = [kind for kind in formats if kind not in FORMATS]
     if unknown:
         raise ReportError(f"--formats {' '.join(unknown)}: expected one or more of {', '.join(FORMATS)}")
     output = Path(output)
-    found = collect(runs)
-    chosen = {group.slug: _metrics(group, metrics, found) for group in found.groups}
-    places.check(output)
-    with places.replacing(output, overwrite, say) as scratch:
-        sections = [_section(group, chosen[group.slug], scratch, formats) for group in found.groups]
-        across = _across(found.groups, {slug: names[0] for slug, names in chosen.items()}, scratch, formats)
-        (scratch / places.RAW).write_text(raw_csv(found.groups), encoding="utf-8")
-        text = _markdown(title or "FLARE experiment", found, across, sections, runs)
-        (scratch / places.TEXT).write_text(text, encoding="utf-8")
-        files = sorted(str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file())
-        write_json(scratch / places.REPORT, _everything(found, across, sections, chosen, runs, files))
-    _show(found, across, sections, output, say)
-    return output / places.TEXT
+    collection = collect(runs)
+    chosen = {group.slug: _metrics(group, metrics, collection) for group in collection.groups}
+    report_folder.check(output)
+    with report_folder.replacing(output, overwrite, say) as temporary:
+        sections = [_section(group, chosen[group.slug], temporary, formats) for group in collection.groups]
+        first_metrics = {slug: names[0] for slug, names in chosen.items()}
+        cross_task = _cross_task(collection.groups, first_metrics, temporary, formats)
+        (temporary / report_folder.RAW).write_text(raw_csv(collection.groups), encoding="utf-8")
+        text = _markdown(title or "FLARE experiment", collection, cross_task, sections, runs)
+        (temporary / report_folder.TEXT).write_text(text, encoding="utf-8")
+        files = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+        content = _report_json(collection, cross_task, sections, chosen, runs, files)
+        write_json(temporary / report_folder.REPORT, content)
+    _show(collection, cross_task, sections, output, say)
+    return output / report_folder.TEXT
 
 
-def _metrics(group: Group, wanted: Sequence[str] | None, found: Collection) -> list[str]:
-    if wanted is None:
+def _metrics(group: RunGroup, requested: Sequence[str] | None, collection: Collection) -> list[str]:
+    if requested is None:
         return group.metrics
-    there = sorted({name for one in found.groups for name in one.metrics})
-    unknown = [name for name in wanted if name not in there]
+    available = sorted({name for one in collection.groups for name in one.metrics})
+    unknown = [name for name in requested if name not in available]
     if unknown:
-        raise ReportError(f"--metric {' '.join(unknown)}: no run has it; metrics there are {', '.join(there)}")
-    return [name for name in wanted if name in group.metrics] or group.metrics
+        raise ReportError(f"--metric {' '.join(unknown)}: no run has it; available metrics are {', '.join(available)}")
+    return [name for name in requested if name in group.metrics] or group.metrics
 
 
-def _across(groups: Sequence[Group], metrics: dict[str, str], scratch: Path, formats: Sequence[str]) -> _Across:
-    """What is over all groups: an overview where there are several, and one table for each thing that is varied."""
+def _cross_task(
+    groups: Sequence[RunGroup], metrics: dict[str, str], temporary: Path, formats: Sequence[str]
+) -> _CrossTask:
+    """Write an overview if there are several tasks or models, and one table per ablation; return them."""
     tables: list[tuple[str, Table]] = []
-    pictures: list[Picture] = []
-    found = overviews(groups, metrics)
-    folder = scratch / places.TABLES
+    figures: list[FigureResult] = []
+    models = overviews(groups, metrics)
+    folder = temporary / report_folder.TABLES
     folder.mkdir(exist_ok=True)
-    if sum(len(one.tasks) for one in found) > 1:
-        tables.append(("overview", overview_table(found)))
-        (folder / "overview.csv").write_text(overview_csv(found), encoding="utf-8")
-        pictures = _pictures(scratch, formats, lambda into, kinds: draw_overviews(found, into, kinds))
-    for name, (kind, title) in VARIED.items():
-        if (table := varied_table(groups, metrics, kind, title)) is not None:
+    if sum(len(one.tasks) for one in models) > 1:
+        tables.append(("overview", overview_table(models)))
+        (folder / "overview.csv").write_text(overview_csv(models), encoding="utf-8")
+        figures = _figures(temporary, formats, lambda into, kinds: draw_overview_figures(models, into, kinds))
+    for name, (factor, title) in ABLATIONS.items():
+        if (table := ablation_table(groups, metrics, factor, title)) is not None:
             tables.append((name, table))
             (folder / f"{name}.csv").write_text(csv_text(table.head, table.rows), encoding="utf-8")
     _write_tables(tables, folder)
-    return _Across(found, tables, pictures)
+    return _CrossTask(models, tables, figures)
 
 
-def _section(group: Group, metrics: Sequence[str], scratch: Path, formats: Sequence[str]) -> _Section:
+def _section(group: RunGroup, metrics: Sequence[str], temporary: Path, formats: Sequence[str]) -> _Section:
     tables = []
-    folder = scratch / places.TABLES
+    folder = temporary / report_folder.TABLES
     folder.mkdir(exist_ok=True)
     for metric in metrics:
         numbers = quality(group, metric)
@@ -128,8 +132,8 @@ def _section(group: Group, metrics: Sequence[str], scratch: Path, formats: Seque
         tables.append((f"{group.slug}-costs", cost))
         (folder / f"{group.slug}-costs.csv").write_text(cost_csv(costs(group)), encoding="utf-8")
     _write_tables(tables, folder)
-    pictures = _pictures(scratch, formats, lambda into, kinds: draw_all(group, metrics[0], into, kinds))
-    return _Section(group, tables, pictures, warnings(group))
+    figures = _figures(temporary, formats, lambda into, kinds: draw_figures(group, metrics[0], into, kinds))
+    return _Section(group, tables, figures, warnings(group))
 
 
 def _write_tables(tables: Sequence[tuple[str, Table]], folder: Path) -> None:
@@ -141,37 +145,39 @@ def _write_tables(tables: Sequence[tuple[str, Table]], folder: Path) -> None:
         (folder / f"{name}.tex").write_text(table.latex(), encoding="utf-8")
 
 
-def _pictures(scratch: Path, formats: Sequence[str], draw: Callable[[Path, list[str]], list[Picture]]) -> list[Picture]:
-    folder = scratch / places.PICTURES
+def _figures(
+    temporary: Path, formats: Sequence[str], draw: Callable[[Path, list[str]], list[FigureResult]]
+) -> list[FigureResult]:
+    folder = temporary / report_folder.FIGURES
     folder.mkdir(exist_ok=True)
     try:
-        pictures = draw(folder, list(dict.fromkeys(("png", *formats))))
+        figures = draw(folder, list(dict.fromkeys(("png", *formats))))
     except ImportError:
-        pictures = [Picture("all", "Pictures", [], NO_MATPLOTLIB)]
+        figures = [FigureResult("all", "Figures", [], NO_MATPLOTLIB)]
     if not any(folder.iterdir()):
         folder.rmdir()
-    return pictures
+    return figures
 
 
 # --- report.json ------------------------------------------------------------------------------------------------------
 
 
-def _everything(
-    found: Collection,
-    across: _Across,
+def _report_json(
+    collection: Collection,
+    cross_task: _CrossTask,
     sections: Sequence[_Section],
     metrics: dict[str, list[str]],
     runs: Sequence[str | os.PathLike[str]],
     files: list[str],
 ) -> dict[str, Any]:
     return {
-        "made_by": places.MADE_BY,
+        "made_by": report_folder.MADE_BY,
         "date": now(),
         "environment": environment(),
         "runs": [str(folder) for folder in runs],
-        "runs_found": found.runs,
-        "unfinished": found.unfinished,
-        "overviews": [dataclasses.asdict(one) for one in across.overviews],
+        "runs_found": collection.runs,
+        "unfinished": collection.unfinished,
+        "overviews": [dataclasses.asdict(one) for one in cross_task.overviews],
         "groups": [
             {
                 "name": section.group.slug,
@@ -185,8 +191,8 @@ def _everything(
                 "costs": [dataclasses.asdict(cost) for cost in costs(section.group)],
                 "conditions": [list(line) for line in conditions(section.group)],
                 "warnings": section.warnings,
-                "captions": {p.name: p.caption for p in section.pictures if p.caption},
-                "pictures_left_out": {p.name: p.missing for p in section.pictures if p.missing},
+                "captions": {p.name: p.caption for p in section.figures if p.caption},
+                "pictures_left_out": {p.name: p.missing for p in section.figures if p.missing},
                 "runs": [
                     {
                         "folder": str(entry.run.folder),
@@ -209,25 +215,25 @@ def _everything(
 
 def _markdown(
     title: str,
-    found: Collection,
-    across: _Across,
+    collection: Collection,
+    cross_task: _CrossTask,
     sections: Sequence[_Section],
     runs: Sequence[str | os.PathLike[str]],
 ) -> str:
     lines = [f"# {markdown(title)}", ""]
-    done = found.runs - len(found.unfinished)
+    done = collection.runs - len(collection.unfinished)
     lines += [f"{done} finished runs in {', '.join(code(str(folder)) for folder in runs)}.", ""]
-    if found.unfinished:
-        lines += ["Not in the tables:", "", *(f"- {markdown(line)}" for line in found.unfinished), ""]
+    if collection.unfinished:
+        lines += ["Not in the tables:", "", *(f"- {markdown(line)}" for line in collection.unfinished), ""]
     if len(sections) > 1:
         lines += [
-            f"{len(sections)} groups, each with tables of its own (task, source language and model are the same in a "
-            f"group): {', '.join(section.group.slug for section in sections)}.",
+            f"{len(sections)} groups with separate tables; a group has one task, source language and model: "
+            f"{', '.join(section.group.slug for section in sections)}.",
             "",
         ]
-    if across.tables:
-        lines += ["## All tasks" if len(sections) > 1 else "## One thing varied", ""]
-        lines += _content_lines(across.tables, across.pictures)
+    if cross_task.tables:
+        lines += ["## All tasks" if len(sections) > 1 else "## Ablations", ""]
+        lines += _content_lines(cross_task.tables, cross_task.figures)
     for section in sections:
         lines += _group_lines(section)
     return "\n".join(lines).rstrip() + "\n"
@@ -238,50 +244,54 @@ def _group_lines(section: _Section) -> list[str]:
     lines = [f"## {markdown(group.title)}", ""]
     if section.warnings:
         lines += ["**Before comparing:**", "", *(f"- {markdown(line)}" for line in section.warnings), ""]
-    lines += _content_lines(section.tables, section.pictures)
+    lines += _content_lines(section.tables, section.figures)
     lines += ["### Conditions", "", "| | |", "|---|---|"]
     lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in conditions(group)]
-    said = notes(group)
-    if said:
-        lines += ["", "What the runs said about their data:", "", *(f"- {markdown(note)}" for note in said)]
+    run_notes = notes(group)
+    if run_notes:
+        lines += ["", "Notes of the runs about their data:", "", *(f"- {markdown(note)}" for note in run_notes)]
     return [*lines, ""]
 
 
-def _content_lines(tables: Sequence[tuple[str, Table]], pictures: Sequence[Picture]) -> list[str]:
+def _content_lines(tables: Sequence[tuple[str, Table]], figures: Sequence[FigureResult]) -> list[str]:
     lines = []
     for _, table in tables:
         lines += [f"### {markdown(table.title)}", "", table.markdown(), ""]
         lines += [*(f"- {markdown(note)}" for note in table.notes), ""]
-    for picture in pictures:
-        if picture.files:
-            lines += [f"![{markdown(picture.title)}]({places.PICTURES}/{picture.files[0].name})", ""]
-            lines += [f"*{markdown(picture.caption)}.*", ""]
-    missing = [picture for picture in pictures if picture.missing]
+    for figure in figures:
+        if figure.files:
+            lines += [f"![{markdown(figure.title)}]({report_folder.FIGURES}/{figure.files[0].name})", ""]
+            lines += [f"*{markdown(figure.caption)}.*", ""]
+    missing = [figure for figure in figures if figure.missing]
     if missing:
-        lines += ["Pictures left out:", "", *(f"- {markdown(f'{p.title}: {p.missing}')}" for p in missing), ""]
+        lines += ["Figures left out:", "", *(f"- {markdown(f'{p.title}: {p.missing}')}" for p in missing), ""]
     return lines
 
 
-# --- the screen -------------------------------------------------------------------------------------------------------
+# --- terminal ---------------------------------------------------------------------------------------------------------
 
 
 def _show(
-    found: Collection, across: _Across, sections: Sequence[_Section], output: Path, say: Callable[[str], None]
+    collection: Collection,
+    cross_task: _CrossTask,
+    sections: Sequence[_Section],
+    output: Path,
+    say: Callable[[str], None],
 ) -> None:
-    _show_tables(across.tables, say)
+    _show_tables(cross_task.tables, say)
     for section in sections:
         _show_tables(section.tables, say)
         say("")
         for line in section.warnings:
             say(f"Warning: {line}")
-        left_out = [f"{p.title} ({p.missing})" for p in section.pictures if p.missing]
+        left_out = [f"{p.title} ({p.missing})" for p in section.figures if p.missing]
         if left_out:
-            say(f"Pictures of {section.group.slug} left out: {'; '.join(left_out)}")
-    for line in found.unfinished:
+            say(f"Figures of {section.group.slug} left out: {'; '.join(left_out)}")
+    for line in collection.unfinished:
         say(f"Not in the tables: {line}")
-    drawn = [*across.pictures, *(picture for section in sections for picture in section.pictures)]
-    count = sum(bool(picture.files) for picture in drawn)
-    say(f"Written to {output}: report.md, report.json, runs.csv, tables/" + (f", {count} pictures" if count else ""))
+    figures = [*cross_task.figures, *(figure for section in sections for figure in section.figures)]
+    count = sum(bool(figure.files) for figure in figures)
+    say(f"Written to {output}: report.md, report.json, runs.csv, tables/" + (f", {count} figures" if count else ""))
 
 
 def _show_tables(tables: Sequence[tuple[str, Table]], say: Callable[[str], None]) -> None:

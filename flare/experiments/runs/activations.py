@@ -1,6 +1,6 @@
-"""activations.npz: the bottleneck of the first query projection by position, averaged over rows and of single rows.
+"""activations.npz: activations of the first query bottleneck by position, as averages and for single rows.
 
-The report draws it; this module knows nothing of models.
+The report draws them. This module does not import models.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from .records import RecordError
 
 ACTIVATIONS_FILE = "activations.npz"
-#: Single rows that are kept.
+#: Number of single rows in the file.
 INSTANCES = 3
 
 
 @dataclass(frozen=True)
 class Averages:
-    """One stream, averaged over rows; m is the longest row's number of tokens.
+    """Averages of one stream over rows; m is the number of tokens of the longest row.
 
-    counts: (m,) rows that have a token at a position.
+    counts: (m,) rows that have a token at the position.
     before, after: (m, r) mean over these rows before and after ReLU.
-    before_spread, after_spread: (m,) standard deviation over these rows of a position's mean over the r units.
+    before_spread, after_spread: (m,) standard deviation over these rows of the mean over the r units.
     """
 
     counts: np.ndarray
@@ -38,7 +38,7 @@ class Averages:
 
 @dataclass(frozen=True)
 class Instance:
-    """One row before ReLU: its id, the tokens of both streams, and S and T, (tokens of the stream, r)."""
+    """A single row before ReLU: its id, the tokens of both streams, and S and T, each (tokens of the stream, r)."""
 
     id: str
     source_tokens: tuple[str, ...]
@@ -49,9 +49,9 @@ class Instance:
 
 @dataclass(frozen=True)
 class Activations:
-    """What one layer's bottleneck held over some test rows.
+    """Activations in the bottleneck of one layer over some test rows.
 
-    layer: name of the projection in the base model; fusion: of the adapter.
+    layer: name of the projection in the base model; fusion: fusion function of the adapter.
     """
 
     layer: str
@@ -63,20 +63,22 @@ class Activations:
 
 @dataclass
 class Sums:
-    """Adds up one stream position by position: float64, one row after the other."""
+    """Collector of the rows of one stream, for their averages by position in float64."""
 
     rows: list[np.ndarray] = field(default_factory=list)
 
     def add(self, values: np.ndarray) -> None:
-        """Count one row (tokens, r), its first token at position 0."""
+        """Add one row (tokens, r), whose first token is at position 0."""
         self.rows.append(values)
 
     def averages(self) -> Averages:
-        """The averages of all rows so far; one row at least."""
+        """Return the averages of all rows so far; there must be at least one."""
         longest, r = max(len(row) for row in self.rows), self.rows[0].shape[1]
         counts = np.zeros(longest)
         sums = {name: np.zeros((longest, r)) for name in ("before", "after")}
-        units = {name: np.zeros((2, longest)) for name in ("before", "after")}  # sum and squares of a row's mean
+        units = {
+            name: np.zeros((2, longest)) for name in ("before", "after")
+        }  # sum of the rows' means, and of their squares
         for row in self.rows:
             counts[: len(row)] += 1
             for name, values in (("before", row.astype(np.float64)), ("after", np.maximum(row, 0).astype(np.float64))):
@@ -91,47 +93,47 @@ class Sums:
         return Averages(counts, means["before"], means["after"], spreads["before"], spreads["after"])
 
 
-def write_activations(folder: Path, found: Activations) -> None:
-    """Write a run's activations.npz (float32 numbers, no pickle), whole or not at all."""
-    arrays: dict[str, Any] = {"layer": found.layer, "fusion": found.fusion}
+def write_activations(folder: Path, activations: Activations) -> None:
+    """Write a run's activations.npz atomically (float32 numbers, no pickle)."""
+    arrays: dict[str, Any] = {"layer": activations.layer, "fusion": activations.fusion}
     for stream in ("S", "T"):
         for one in fields(Averages):
-            arrays[f"{stream}_{one.name}"] = getattr(getattr(found, stream), one.name).astype(np.float32)
-    for number, row in enumerate(found.instances):
+            arrays[f"{stream}_{one.name}"] = getattr(getattr(activations, stream), one.name).astype(np.float32)
+    for number, row in enumerate(activations.instances):
         for name, value in vars(row).items():
             arrays[f"instance_{number}_{name}"] = np.asarray(value, np.float32 if name in ("S", "T") else np.str_)
-    aside = folder / f".{ACTIVATIONS_FILE}.{os.getpid()}"
+    temporary = folder / f".{ACTIVATIONS_FILE}.{os.getpid()}"
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        aside.replace(folder / ACTIVATIONS_FILE)
+        temporary.replace(folder / ACTIVATIONS_FILE)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_activations(folder: Path) -> Activations | None:
-    """The activations.npz of a run's folder; None where there is none.
+    """Return the activations in a run's folder; None if it has no activations.npz.
 
     Raises:
-        RecordError: it is damaged.
+        RecordError: the file is damaged.
     """
     path = folder / ACTIVATIONS_FILE
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as there:
-            return _parsed(there)
-    except Exception as error:  # zipfile, zlib and numpy raise kinds of their own
+        with np.load(path, allow_pickle=False) as arrays:
+            return _parsed(arrays)
+    except Exception as error:  # zipfile, zlib and numpy raise various errors
         raise RecordError(f"{path} cannot be read: {error}; move it away or run flare train again") from error
 
 
-def _parsed(there: Mapping[str, np.ndarray]) -> Activations:
+def _parsed(arrays: Mapping[str, np.ndarray]) -> Activations:
     averages = {
-        stream: Averages(**{one.name: there[f"{stream}_{one.name}"] for one in fields(Averages)}) for stream in "ST"
+        stream: Averages(**{one.name: arrays[f"{stream}_{one.name}"] for one in fields(Averages)}) for stream in "ST"
     }
     rows: list[Instance] = []
-    while f"instance_{len(rows)}_id" in there:
-        given = {one.name: there[f"instance_{len(rows)}_{one.name}"] for one in fields(Instance)}
-        tokens = {name: tuple(map(str, given[name])) for name in ("source_tokens", "target_tokens")}
-        rows.append(Instance(str(given["id"]), **tokens, S=given["S"], T=given["T"]))
-    return Activations(str(there["layer"]), str(there["fusion"]), averages["S"], averages["T"], tuple(rows))
+    while f"instance_{len(rows)}_id" in arrays:
+        values = {one.name: arrays[f"instance_{len(rows)}_{one.name}"] for one in fields(Instance)}
+        tokens = {name: tuple(map(str, values[name])) for name in ("source_tokens", "target_tokens")}
+        rows.append(Instance(str(values["id"]), **tokens, S=values["S"], T=values["T"]))
+    return Activations(str(arrays["layer"]), str(arrays["fusion"]), averages["S"], averages["T"], tuple(rows))

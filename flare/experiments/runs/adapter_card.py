@@ -1,4 +1,4 @@
-"""What a run adds to its adapter's model card: task, languages, where the source text came from."""
+"""Facts about a run for its adapter's model card: task, languages, origin of the source text."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def describe(folder: Path, model: Any, record: RunRecord) -> None:
     """Fill in the model card of a run's adapter.
 
     Args:
-        folder: what ``save_pretrained`` wrote.
+        folder: the saved adapter.
         model: the trained PeftModel.
-        record: of the run.
+        record: run.json of the run.
     """
     target, source = str(record.target_language), record.source_language
     facts = [("task", record.task)]
     if record.settings.get("labels"):
         facts.append(("labels, by index", ", ".join(record.settings["labels"])))
     if record.method in READS_SOURCE:
-        made = {"gold": "human", "mt": "machine-translated"}.get(str(record.source_text), "")
-        facts += [("languages", f"{target}, with its source in {source}"), ("source text in training", made)]
+        origin = {"gold": "human", "mt": "machine-translated"}.get(str(record.source_text), "")
+        facts += [("languages", f"{target}, with its source in {source}"), ("source text in training", origin)]
     else:
         facts.append(("language", target))
     if record.method == "flare-mt":

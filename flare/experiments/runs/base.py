@@ -1,4 +1,4 @@
-"""The base that adapters begin with: what `flare finetune` made, or any other model."""
+"""The base model that adapters are trained on: one fine-tuned by `flare finetune`, or any other model."""
 
 from __future__ import annotations
 
@@ -13,48 +13,51 @@ from .run_settings import BASE
 
 @dataclass(frozen=True)
 class Base:
-    """model: folder or hub id. shown: what run.json names it. record: of its fine-tuning, None for another model."""
+    """A base model.
+
+    model: folder or hub id. shown: its name in run.json. record: run.json of its fine-tuning, None for another model.
+    """
 
     model: str
     shown: str
     record: RunRecord | None
 
     @property
-    def made(self) -> str | None:
-        """When it was fine-tuned: another fine-tuning in the same folder is another base."""
+    def date(self) -> str | None:
+        """Date of the fine-tuning, which distinguishes two fine-tunings in one folder."""
         return None if self.record is None else self.record.date
 
 
 def find_base(output: Path, base: str | None, seed: int) -> Base:
-    """The base for a seed: `base`/seed-N where flare finetune wrote it, `base` itself where it is a model.
+    """Return the base for a seed: `base`/seed-N if flare finetune wrote it, otherwise the model `base` itself.
 
     Raises:
-        UserError: there is none for this seed, or its fine-tuning was not finished.
+        UserError: there is no base for this seed, or its fine-tuning is not finished.
     """
     named = Path(base).expanduser() if base is not None else output / BASE
-    of_seed = named / f"seed-{seed}"
-    if (of_seed / RUN_FILE).is_file():
-        return _finetuned(of_seed, output)
+    seed_folder = named / f"seed-{seed}"
+    if (seed_folder / RUN_FILE).is_file():
+        return _finetuned(seed_folder, output)
     if (named / RUN_FILE).is_file():
         return _finetuned(named, output)
-    there = sorted(path.parent.name for path in named.glob(f"seed-*/{RUN_FILE}")) if named.is_dir() else []
-    if there:
+    seeds = sorted(path.parent.name for path in named.glob(f"seed-*/{RUN_FILE}")) if named.is_dir() else []
+    if seeds:
         raise UserError(
-            f"{named} has no base for seed {seed}, only {', '.join(there)}; run flare finetune --seeds {seed}, or "
-            f"begin every seed with one base: --base {named / there[0]}"
+            f"{named} has no base for seed {seed}, only {', '.join(seeds)}; run flare finetune --seeds {seed}, or "
+            f"use one base for every seed: --base {named / seeds[0]}"
         )
     if base is None:
         raise UserError(
-            f"{named} holds no fine-tuned base; run flare finetune --output {output} first, or name a model with --base"
+            f"{named} has no fine-tuned base; run flare finetune --output {output} first, or name a model with --base"
         )
     return Base(base, location(base), None)
 
 
 def seeds_of(output: Path, base: str | None) -> list[int]:
-    """The seeds that there are bases of; [0] for a model that is no folder of seeds."""
+    """Return the seeds that have a fine-tuned base; [0] for any other model."""
     named = Path(base).expanduser() if base is not None else output / BASE
-    found = [path.parent.name.removeprefix("seed-") for path in named.glob(f"seed-*/{RUN_FILE}")]
-    return sorted(int(seed) for seed in found if seed.isdigit()) or [0]
+    seeds = [path.parent.name.removeprefix("seed-") for path in named.glob(f"seed-*/{RUN_FILE}")]
+    return sorted(int(seed) for seed in seeds if seed.isdigit()) or [0]
 
 
 def _finetuned(folder: Path, output: Path) -> Base:
@@ -64,8 +67,8 @@ def _finetuned(folder: Path, output: Path) -> Base:
             f"{folder}: its fine-tuning diverged ({what}); run flare finetune --no-resume with a smaller --lr"
         )
     if not record.done:
-        raise UserError(f"{folder}: its fine-tuning is not finished; run flare finetune again, it goes on")
+        raise UserError(f"{folder}: its fine-tuning is not finished; run flare finetune again to resume it")
     inside = folder.resolve().is_relative_to(output.resolve())
-    # relative where it can be, so that the experiment's folder may move
+    # relative if possible, so that the experiment's folder can be moved
     shown = folder.resolve().relative_to(output.resolve()).as_posix() if inside else str(folder.resolve())
     return Base(str(folder), shown, record)

@@ -1,4 +1,4 @@
-"""`--source-cache`: whether a run keeps its source states between epochs, decided before it begins."""
+"""`--source-cache`: decide before a run whether to cache its source states between epochs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ...training.collator import FlareDataCollator
 from ..utils.errors import UserError
 from ..utils.processes import process_count
 
-#: The share of free memory that auto gives the states: training's own needs come on top.
+#: Share of the free memory that auto may use; training needs the remaining memory.
 AUTO_SHARE = 1 / 4
-#: The share that --source-cache on takes without a budget.
+#: Share that --source-cache on uses without a budget.
 _ON_SHARE = 1 / 2
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The cache of a run (None: off), what run.json says of it, and a line for the user (empty: nothing to say)."""
+    """The source cache of a run (None: off), the facts for run.json, and a note for the user (may be empty)."""
 
     cache: SourceStateCache | None
     facts: dict[str, Any]
@@ -42,30 +42,30 @@ def plan_cache(
     arguments: TrainingArguments,
     autocast: torch.dtype | None,
 ) -> CachePlan:
-    """Decide about the source cache of one run of a fusing method.
+    """Decide whether one run of a fusing method gets a source cache.
 
-    Under "auto" it is on where every row is read more than once, in one padded width, and all states take at most the
-    budget, or a quarter of the free memory. The results are the same with it and without.
+    "auto" turns it on if every row is read more than once and padded to one width, and all states take at most the
+    budget, or a quarter of the free memory. The results are the same with and without the cache.
 
     Args:
         mode: "auto", "on" or "off".
         budget: bytes of host memory, or None.
-        model: with its adapters.
-        collator: of the run.
-        rows: with a source: those of training and validation, which are read in every epoch.
-        arguments: of the run.
+        model: the model with its adapters.
+        collator: the run's collator.
+        rows: the training and validation rows, which are read in every epoch.
+        arguments: the run's training arguments.
         autocast: dtype of mixed precision, or None.
 
     Raises:
-        UserError: "on", and the source states cannot be kept (the message has the reason).
+        UserError: mode is "on", and the source states cannot be cached (the message gives the reason).
     """
     rows = [row for row in rows if "source_input_ids" in row]
     facts: dict[str, Any] = {"mode": mode, "on": False}
     if mode == "off" or not rows:
         return CachePlan(None, facts)
     try:
-        if _sharded(arguments):  # later, the trainer's own check would end the run in its middle
-            raise ValueError("FSDP and DeepSpeed shard the weights that the states are of")
+        if _sharded(arguments):  # the trainer's own check comes too late, after the run has started
+            raise ValueError("FSDP and DeepSpeed shard the weights that compute the states")
         needed = needed_bytes(model, collator, rows, autocast)
         free = free_bytes(torch.device("cpu"))
         facts |= {"rows": len(rows), "bytes_needed": needed, "bytes_free": free}
@@ -74,7 +74,7 @@ def plan_cache(
         if why is None:
             cache = SourceStateCache({"host": room})
             model.set_source_cache(cache)
-    except ValueError as error:  # states that change: source_dropout, a base that is trained or sharded, ...
+    except ValueError as error:  # the states change: source_dropout, a trained or sharded base, ...
         if mode == "on":
             raise UserError(f"--source-cache on: {error}") from error
         why = str(error).removeprefix("source_cache: ")
@@ -82,16 +82,16 @@ def plan_cache(
         return CachePlan(None, {**facts, "reason": why}, f"source cache off: {why}")
     note = f"source cache on: {readable(needed)} of source states of {len(rows)} rows, in host memory"
     if needed > room:
-        note += f", of which {readable(room)} are kept (--source-cache-budget)"
+        note += f"; {readable(room)} of them are kept (--source-cache-budget)"
     return CachePlan(cache, {**facts, "on": True, "budget": room}, note)
 
 
 def needed_bytes(
     model: Any, collator: FlareDataCollator, rows: Sequence[dict[str, Any]], autocast: torch.dtype | None
 ) -> int:
-    """Bytes of all source states that the adapters read of the rows: layers x positions x width x bytes of a number.
+    """Return the bytes of all source states of the rows: layers x positions x width x bytes per number.
 
-    Equal sources count once, as the cache keeps them. Pads count under source_padding="keep", where they have states.
+    Equal sources count once, as in the cache. Padding counts under source_padding="keep", which keeps its states.
     """
     request = model.source_request()
     config = request.model.config
@@ -104,8 +104,10 @@ def needed_bytes(
     answers = batch["source_labels"].shape[1] if "source_labels" in batch else 0
     total, seen = 0, set()
     for row in rows:
-        given, labels = row["source_input_ids"], tuple(row.get("source_labels") or ())
-        for text in given if isinstance(given[0], list) else [given]:  # a multiple choice has a text for each choice
+        source_ids, labels = row["source_input_ids"], tuple(row.get("source_labels") or ())
+        for text in (
+            source_ids if isinstance(source_ids[0], list) else [source_ids]
+        ):  # multiple choice: a text per choice
             ids = tuple(text)
             if (ids, labels) in seen:
                 continue
@@ -125,17 +127,19 @@ def _too_large(needed: int, room: int, budget: int | None) -> str | None:
     if needed <= room:
         return None
     most = "a quarter of the free memory" if budget is None else "--source-cache-budget"
-    return f"its states take {readable(needed)}, and {most} is {readable(room)} (--source-cache on keeps what fits)"
+    return (
+        f"its states take {readable(needed)}, and {most} is {readable(room)} (--source-cache on keeps those that fit)"
+    )
 
 
 def _not_worth_it(model: Any, collator: FlareDataCollator, arguments: TrainingArguments) -> str | None:
-    """Why "auto" leaves it out although it could be on, or None."""
+    """Return why "auto" leaves the cache off although it would work, or None."""
     if arguments.max_steps <= 0 and arguments.num_train_epochs <= 1:
         return "every row is read once (one epoch)"
     if process_count() > 1:
-        return "rows move between processes from epoch to epoch, and each has a memory of its own"
+        return "each process has its own cache, and rows move between processes from epoch to epoch"
     if arguments.torch_compile:
-        return "a compiled model's graph would break where rows are looked up"
+        return "looking up rows would break the graph of the compiled model"
     if model.source_request().zero_pads:
         return None
     if collator.layout == "causal":

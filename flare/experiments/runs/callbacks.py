@@ -1,4 +1,4 @@
-"""What a training run shows and measures: a bar, seconds per step, a log file, the cost of one step."""
+"""Trainer callbacks: progress bar, step times, log file, and the memory of one step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..utils.progress import counter
 
 
 class Bar(TrainerCallback):
-    """One progress bar or counter per training, in place of the trainer's own with its loss lines."""
+    """Progress bar of a training; replaces the trainer's bar and its loss lines."""
 
     def __init__(self, name: str, enabled: bool) -> None:
         self.name = name
@@ -42,7 +42,7 @@ class Bar(TrainerCallback):
 
 
 class Timing(TrainerCallback):
-    """Times every step: forward, backward and optimizer, without loading the batch."""
+    """Timer of every step: forward, backward and optimizer, without loading the batch."""
 
     def __init__(self, timer: StepTimer) -> None:
         self.timer = timer
@@ -55,8 +55,9 @@ class Timing(TrainerCallback):
 
 
 class PeakMemory(TrainerCallback):
-    """The most bytes allocated on a CUDA device within a training step: batch, weights and optimizer state included,
-    evaluations in between (by other batches, or by generation) left out.
+    """Peak of the bytes allocated on a CUDA device during training steps.
+
+    It includes the batch, weights and optimizer state, but not the evaluations between steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,7 +72,7 @@ class PeakMemory(TrainerCallback):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds of the whole training and of its steps over all sittings: checkpoints carry them on."""
+    """Seconds of the whole training and of its steps; checkpoints save them for a resumed run."""
 
     def __init__(self, timer: StepTimer) -> None:
         self.timer = timer
@@ -80,19 +81,20 @@ class Clock(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
-        """So far, evaluation and checkpoints included."""
+        """Seconds so far, with evaluation and checkpoints."""
         return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
     def state(self) -> dict[str, Any]:
-        own = {"seconds": self.seconds, "steps": self.timer.seconds, "processes": process_count()}
-        return {"args": {}, "attributes": own}
+        attributes = {"seconds": self.seconds, "steps": self.timer.seconds, "processes": process_count()}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
-        found = saved.get("attributes", {})
-        same = found.get("processes", 1) == process_count()  # steps of more processes are shorter
-        self._before, self.timer.seconds = found.get("seconds", 0.0), list(found.get("steps", []) if same else [])
+        attributes = saved.get("attributes", {})
+        same = attributes.get("processes", 1) == process_count()  # more processes take shorter steps
+        self._before = attributes.get("seconds", 0.0)
+        self.timer.seconds = list(attributes.get("steps", []) if same else [])
         self._began = time.perf_counter()
         state.stateful_callbacks[name] = self.state()
 
@@ -101,10 +103,10 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class Losses(TrainerCallback, ExportableState):
-    """The sum of the losses of all steps over all sittings: checkpoints carry it on, and the trainer's starts at 0.
+    """Sum of the losses of all steps. Checkpoints save it for a resumed run; the trainer's own sum restarts at 0.
 
     Attributes:
-        resumed: whether an earlier sitting's are in it.
+        resumed: whether the sum includes steps from before a resume.
     """
 
     def __init__(self) -> None:
@@ -112,11 +114,11 @@ class Losses(TrainerCallback, ExportableState):
         self.resumed = False
 
     def add(self, loss: torch.Tensor) -> None:
-        """Count a step's loss, without waiting for the device."""
+        """Add a step's loss without waiting for the device."""
         self._total = self._total + loss.detach().double()
 
     def mean(self, steps: int) -> float:
-        """Return the mean loss of so many optimizer steps."""
+        """Return the sum divided by a number of optimizer steps."""
         return float(self._total) / max(steps, 1)
 
     def state(self) -> dict[str, Any]:
@@ -125,14 +127,14 @@ class Losses(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
-        found = saved.get("attributes", {})
-        # a checkpoint of an earlier version has no sum: then the log holds the trainer's mean of this sitting
-        self._total, self.resumed = found.get("total", 0.0), "total" in found
+        attributes = saved.get("attributes", {})
+        # checkpoints of an earlier version have no sum: the log then keeps the trainer's mean since the resume
+        self._total, self.resumed = attributes.get("total", 0.0), "total" in attributes
         state.stateful_callbacks[name] = self.state()
 
 
 class Log(TrainerCallback):
-    """The trainer's logs as lines of JSON; a resumed run goes on behind its checkpoint's line."""
+    """Log file with one line of JSON per log of the trainer; a resumed run drops the lines after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -141,7 +143,7 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
-        # the training's last line is written again
+        # the training's last line (train_runtime) will be written again
         kept = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
         if len(kept) < len(lines):
             with replacing(self.path) as file:
@@ -164,11 +166,11 @@ def _step(line: str) -> float:
     try:
         return float(parsed(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn by a kill
+        return float("inf")  # a line cut off by a kill
 
 
 def quiet(trainer: Trainer, *callbacks: TrainerCallback) -> None:
-    """Give a trainer our callbacks in place of the one that prints dictionaries."""
+    """Replace the trainer's callback that prints dictionaries with the given callbacks."""
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -176,7 +178,7 @@ def quiet(trainer: Trainer, *callbacks: TrainerCallback) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep loading bars, remarks and deprecation notes of the libraries out of the output; errors still show."""
+    """Hide the libraries' loading bars, warnings and deprecation notes; errors are still shown."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -192,19 +194,24 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def measure_step(trainer: Trainer) -> tuple[int, int]:
-    """Peak live tensor bytes and bytes saved for backward of one more training step, which the timer does not see.
+def ignore_missing_source() -> None:
+    """Silence the warnings of a fusing adapter without a source, for runs in which this is intended."""
+    warnings.filterwarnings("ignore", "A fusing adapter (predicts|was trained) without a source")
 
-    The peak counts parameters, buffers, optimizer state, the batch, activations and gradients. The saved bytes leave
-    out parameters, buffers and the batch: they are there anyway. The weights are changed by the step.
+
+def measure_step(trainer: Trainer) -> tuple[int, int]:
+    """Return the peak bytes of one more training step and its bytes saved for backward.
+
+    The peak counts parameters, buffers, optimizer state, the batch, activations and gradients. The saved bytes exclude
+    parameters, buffers and the batch, which exist anyway. The step is not timed, and it changes the weights.
     """
-    gc.collect()  # what earlier methods left in reference cycles would count on a GPU
+    gc.collect()  # on a GPU, memory held by reference cycles of earlier methods would count
     model, optimizer = trainer.model, trainer.optimizer
     batch = next(iter(trainer.get_train_dataloader()))
     fixed = [*model.parameters(), *model.buffers(), dict(batch)]
     state = [list(values.values()) for values in optimizer.state.values()]
     model.train()
-    # the trainer sets it with its first batch, and one that resumed from its last checkpoint had none
+    # the trainer sets this at its first batch; after a resume from the last checkpoint there was none
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     with peak_bytes(live=[fixed, state], device=model.device) as peak, saved_bytes(ignore=fixed) as saved:
         trainer.training_step(model, batch)

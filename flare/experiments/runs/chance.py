@@ -1,4 +1,4 @@
-"""Whether a base is better than guessing on its own language."""
+"""Check whether a base is better than chance on its own language."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from .records import read_run
 
 
 def chance_notes(folder: Path) -> list[str]:
-    """Return a note where a fine-tuned base is no better than chance on its own language.
+    """Return a note if a fine-tuned base is not better than chance on its own language, else an empty list.
 
-    Chance is, by the task's metrics:
-        accuracy: always the most frequent label; one standard error above it still counts as chance.
-        exact match: no answer matches, and F1 is below 5.
-        entity F1: no entity is found (all words are outside of entities).
-        micro F1 of several labels: the best set of labels that is always the same, which may be none.
-        Pearson: numbers that have nothing to do with the right ones; one standard error still counts as chance.
+    The chance level depends on the task's metrics:
+        accuracy: always predicting the most frequent label, plus one standard error.
+        exact match: 0, and an F1 below 5.
+        entity F1: 0 (every word is tagged as outside).
+        micro F1 of several labels: always predicting the same set of labels, the best one (it may be empty).
+        Pearson: 0 (numbers unrelated to the right ones), plus one standard error.
     """
     run = read_run(folder)
     tested = run.metrics.test.get("source-language")
     scores = tested or run.metrics.valid
     truths = [row["truth"] for row in read_predictions(folder / PREDICTIONS)] if tested else []
     rows = len(truths) or run.record.data.get("valid") or 0
-    said = _at_chance(scores, truths, rows, len(run.record.settings.get("labels") or ()) or 2)
-    if said is None:
+    shown = _at_chance(scores, truths, rows, len(run.record.settings.get("labels") or ()) or 2)
+    if shown is None:
         return []
     return [
-        f"the base {folder} is at chance level on {run.record.source_language} ({said}): adapters on it learn the "
-        "task anew, or not at all; run flare finetune --no-resume longer or with another --lr"
+        f"the base {folder} is at chance level on {run.record.source_language} ({shown}), so adapters on it learn the "
+        "task from the start, or not at all; run flare finetune --no-resume longer or with another --lr"
     ]
 
 
 def _at_chance(scores: dict[str, float], truths: list[Any], rows: int, labels: int) -> str | None:
-    """The scores in words where they are at chance level.
+    """Return the scores in words if they are at chance level, else None.
 
     Args:
         scores: by metric, in percent.
-        truths: of the rows that were scored, as `Example.label`; empty where they are not known.
-        rows: how many there were.
-        labels: how many labels the task has.
+        truths: labels of the scored rows, as `Example.label`; empty if unknown.
+        rows: number of scored rows.
+        labels: number of labels of the task.
     """
     if "exact_match" in scores:
         low = scores["exact_match"] == 0 and scores.get("f1", 0) < 5
@@ -72,8 +72,11 @@ def _at_chance(scores: dict[str, float], truths: list[Any], rows: int, labels: i
 
 
 def _best_constant_f1(truths: list[Any]) -> float:
-    """The highest micro F1, in percent, of one set of labels for all rows: one of the most frequent labels."""
+    """Return the highest micro F1, in percent, of predicting one set of labels for all rows.
+
+    The best set consists of the n most frequent labels for some n.
+    """
     counts = sorted(Counter(label for row in truths for label in row).values(), reverse=True)
     total = sum(counts)
-    found = [200 * sum(counts[:n]) / (n * len(truths) + total) for n in range(1, len(counts) + 1)]
-    return max(found, default=0.0)
+    scores = [200 * sum(counts[:n]) / (n * len(truths) + total) for n in range(1, len(counts) + 1)]
+    return max(scores, default=0.0)

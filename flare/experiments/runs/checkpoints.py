@@ -1,6 +1,6 @@
-"""Checkpoints of a run: which of them are whole, and the newest of those to resume from.
+"""Find the newest complete checkpoint of a run.
 
-A safetensors file holds no checksum, so changed bytes of one are not noticed; missing and truncated files are.
+Missing and truncated files are noticed. Changed bytes in a safetensors file are not: the format has no checksum.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..utils.atomic_files import write_json
 from ..utils.json_files import read_object
 from .run_folder import CHECKPOINTS
 
-STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that the trainer writes
-#: Parts of a checkpoint -> patterns of which one must match (the later ones: FSDP, DeepSpeed, XLA).
+STATE_FILE = "trainer_state.json"  # the trainer writes it last
+#: Part of a checkpoint -> file patterns, one of which must match (the later ones: FSDP, DeepSpeed, XLA).
 _PARTS = {
     "weights": ("adapter_model.*", "*/adapter_model.*", "model*.safetensors", "pytorch_model*", "global_step*"),
     "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer*/", "global_step*", "rank*-optimizer.pt"),
@@ -28,49 +28,49 @@ _DAMAGED = "damaged-"
 
 
 def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest whole checkpoint of a run; None where there is none.
+    """Return the newest complete checkpoint of a run, or None.
 
-    One that was cut off while it was written is removed; one that is damaged later is moved aside. Both are said. A
-    checkpoint whose best checkpoint is lost is passed over: the run would end with other weights than its best.
+    A checkpoint whose writing was interrupted is removed; a damaged one is renamed. Both are reported. A checkpoint is
+    skipped if the best checkpoint it refers to is lost: the run would end with weights other than its best.
 
     Args:
-        folder: the run's.
-        say: tells the user one line.
+        folder: folder of the run.
+        say: prints one line for the user.
     """
-    whole: dict[Path, dict[str, Any]] = {}
+    complete: dict[Path, dict[str, Any]] = {}
     damaged = False
     for path in _by_step(folder):
         state = _state(path)
         if state is None:
-            say(f"{path} was cut off while it was written; it is removed")
+            say(f"{path} was cut off while it was written, and is removed")
             shutil.rmtree(path)
             continue
         why = damage_of(path)
         if why:
             aside = path.with_name(_DAMAGED + path.name)
             shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)  # away from the trainer, which counts and deletes the older ones
-            say(f"{path} is damaged ({why}); it is kept as {aside.name} and not used")
+            path.rename(aside)  # the trainer counts checkpoints by name, and deletes the oldest
+            say(f"{path} is damaged ({why}); it is kept as {aside.name}, and not used")
             damaged = True
             continue
-        whole[path] = state
-    for path, state in reversed(whole.items()):
+        complete[path] = state
+    for path, state in reversed(complete.items()):
         best = state.get("best_model_checkpoint")
-        if best and path.parent / Path(best).name not in whole:
+        if best and path.parent / Path(best).name not in complete:
             say(f"{path} is not used: {Path(best).name}, the best so far, is damaged or missing")
             continue
         if best and Path(best) != path.parent / Path(best).name:
-            # the folder was moved since
+            # the folder has been moved
             state["best_model_checkpoint"] = str(path.parent / Path(best).name)
             write_json(path / STATE_FILE, state)
         return path
-    if damaged or whole:
-        say(f"{folder}: no whole checkpoint is left; the training starts from the beginning")
+    if damaged or complete:
+        say(f"{folder}: no complete checkpoint is left; the training starts from the beginning")
     return None
 
 
 def damage_of(path: Path) -> str:
-    """Return what is missing from a checkpoint or truncated in it; empty where it is whole."""
+    """Return what is missing from a checkpoint or truncated in it; empty if it is complete."""
     for part, patterns in _PARTS.items():
         if not any(next(path.glob(pattern), None) for pattern in patterns):
             return f"it has no {part}"
@@ -83,8 +83,8 @@ def damage_of(path: Path) -> str:
                     if not len(weights.keys()):
                         return f"{file.name} holds no weights"
             elif file.name.endswith(".index.json"):
-                named = read_object(file)["weight_map"].values()
-                lost = sorted(name for name in set(named) if not (file.parent / name).is_file())
+                shards = read_object(file)["weight_map"].values()
+                lost = sorted(name for name in set(shards) if not (file.parent / name).is_file())
                 if lost:
                     return f"it has no {lost[0]}"
             elif file.suffix in (".pt", ".pth", ".bin") and file.name != "training_args.bin":
@@ -100,8 +100,8 @@ def damage_of(path: Path) -> str:
 
 
 def _by_step(folder: Path) -> list[Path]:
-    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    paths = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _state(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The paper's settings for a model and a task (its Table 5), as far as this machine can follow them."""
+"""The paper's settings for a model and a task (its Table 5), adapted to what this machine supports."""
 
 from __future__ import annotations
 
@@ -14,39 +14,42 @@ from ..tasks import TASKS as REGISTRY
 from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
 
-#: Kinds of model, as `flare.experiments.tasks.make_form` knows them.
+#: Kinds of model that `flare.experiments.tasks.make_form` accepts.
 FAMILIES = ("encoder", "causal", "seq2seq")
 _QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
 _PAPERS = ("nusax", "xnli", "tydiqa")
-#: Kind of task -> the paper's task whose settings it takes; others take those of NusaX, short texts with a label.
+#: Kind of task -> the paper's task whose settings it uses; the others use those of NusaX (short texts with a label).
 _LIKE = {"qa": "tydiqa", "multiple-choice": "xnli", "afrixnli": "xnli"}
-# What the experiment sets by itself.
+# Training arguments that the experiment sets itself.
 _OURS = ("predict_with_generate",)
 
 
 @dataclass(frozen=True)
 class ModelKind:
-    """family: one of `FAMILIES`. model_type: transformers' name of the architecture."""
+    """Kind of a model.
+
+    family: one of `FAMILIES`. model_type: transformers' name of the architecture.
+    """
 
     family: str
     model_type: str
 
 
 def kind_of(model: str, form: str | None = None) -> ModelKind:
-    """What kind of model a folder or hub id is; `form` chooses where it can be read in several ways.
+    """Return the kind of the model in a folder or under a hub id; `form` overrides the family.
 
     Raises:
-        UserError: its configuration cannot be read, or it is none of `FAMILIES`.
+        UserError: its configuration cannot be read, or its family is not one of `FAMILIES`.
     """
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as names
 
     model = find_model(model, "model")
     with library_errors(f"model {model}: its configuration cannot be read"):
-        # False, not left out: transformers would ask at the terminal whether to run the folder's code
+        # explicitly False: by default transformers asks at the terminal whether to run the folder's code
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     kind = config.model_type
     if form is not None:
@@ -57,11 +60,11 @@ def kind_of(model: str, form: str | None = None) -> ModelKind:
         return ModelKind("encoder", kind)
     if kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return ModelKind("causal", kind)
-    raise UserError(f"model {model}: {kind!r} is neither an encoder, a decoder nor an encoder-decoder; name its --form")
+    raise UserError(f"model {model}: {kind!r} is not known as an encoder, decoder or encoder-decoder; give its --form")
 
 
 def paper_recipe(kind: ModelKind, task: str) -> Recipe:
-    """The recipe of the paper for a kind of model and a task's name, with the base left out."""
+    """Return the paper's recipe for a kind of model and a task, without a base model."""
     file = "paper-xlmr" if kind.family == "encoder" else "paper-mt5"
     if kind.family == "causal" or (kind.family == "encoder" and kind.model_type in _decoders()):
         file = "paper-gemma2" if kind.model_type.startswith("gemma") else "paper-llama"
@@ -72,15 +75,15 @@ def paper_recipe(kind: ModelKind, task: str) -> Recipe:
 
 
 def for_this_machine(recipe: Recipe, quantization: str | None, given: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
-    """The recipe with what the device lacks taken out, and a line for each such thing.
+    """Return the recipe without the features that this machine lacks, and a note for each of them.
 
     Args:
-        recipe: of the paper.
-        quantization: "none", "nf4" or "int8" as the user says; None: the recipe's, where there is a CUDA device.
-        given: TrainingArguments' fields that the user gave; these stay.
+        recipe: the paper's.
+        quantization: the user's "none", "nf4" or "int8"; None: the recipe's, if there is a CUDA device.
+        given: TrainingArguments' fields given by the user, which are kept.
 
     Raises:
-        UserError: a quantisation that was asked for, without bitsandbytes.
+        UserError: `quantization` needs bitsandbytes, which is not installed.
     """
     notes: list[str] = []
     cuda = torch.cuda.is_available()
@@ -98,7 +101,7 @@ def for_this_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     elif quantized is not None and not (cuda and bitsandbytes):
         quantized = None
         why = "bitsandbytes is not installed" if cuda else "there is no CUDA device"
-        notes.append(f"the base is not quantised to 4 bits as in the paper: {why} (--quantization nf4 asks for it)")
+        notes.append(f"the base is not quantised to 4 bits as in the paper: {why} (--quantization nf4 requests it)")
     if training.get("bf16") and not half and not {"bf16", "fp16"} & set(given):
         training["bf16"] = False
         if cuda:
@@ -114,13 +117,13 @@ def for_this_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     dtype = recipe.dtype
     if dtype == "bfloat16" and not half and quantized is None:
         dtype = "float16" if cuda else "float32"
-    # replaced, not merged: of a recipe's quantisation nothing must be left
+    # replaced, not merged, so that no part of the recipe's quantization remains
     return replace(recipe, quantization=quantized, training=training, dtype=dtype), notes
 
 
 def with_auto_class(recipe: Recipe, auto_class: str, model_options: Mapping[str, Any]) -> Recipe:
-    """The recipe for a form's model class and its options (num_labels and the like)."""
-    task = next(name for name, (found, _) in TASKS.items() if found == auto_class)
+    """Return the recipe with a form's model class and its options, such as num_labels."""
+    task = next(name for name, (model_class, _) in TASKS.items() if model_class == auto_class)
     return replace(recipe, task=task, model=dict(model_options))
 
 

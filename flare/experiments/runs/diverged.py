@@ -1,4 +1,4 @@
-"""Weights, losses and logits that are not finite: an error wherever they would become a score."""
+"""Raise an error if weights, losses or logits are not finite, before they become a score."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tasks.errors import some_ids
+from ..tasks.data_error import some_ids
 from ..utils.errors import DivergedError
 
-_WAY_OUT = "train anew with a smaller --lr, a longer --warmup_steps or --max_grad_norm (flare train --no-resume)"
+_ADVICE = "restart with a smaller --lr, a longer --warmup_steps or --max_grad_norm (flare train --no-resume)"
 
 
 class Finite(TrainerCallback):
-    """Stops a training whose loss or weights are not finite, before they are logged, evaluated or saved."""
+    """Callback that stops a training with a loss or weights that are not finite, before they are logged or saved."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:
@@ -36,41 +36,41 @@ class Finite(TrainerCallback):
     ) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise DivergedError(f"step {state.global_step}: the loss is {loss}; {_WAY_OUT}")
+            raise DivergedError(f"step {state.global_step}: the loss is {loss}; {_ADVICE}")
 
 
 class NoNaN(LogitsProcessor):
-    """Raises where the logits of a generation step are NaN or infinite: the most likely token would be an accident."""
+    """Logits processor that raises DivergedError if the logits of a generation step are NaN or infinite."""
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        check_logits(scores.masked_fill(scores == -math.inf, 0), self.ids)  # -inf: a token that is not allowed
+        check_logits(scores.masked_fill(scores == -math.inf, 0), self.ids)  # -inf marks a token that is not allowed
         return scores
 
 
 def check_weights(model: nn.Module, where: str) -> None:
-    """Raise DivergedError where a trained weight of the model is not finite."""
+    """Raise DivergedError if a trained weight of the model is not finite."""
     wrong = [name for name, weight in model.named_parameters() if weight.requires_grad and not _finite(weight)]
     if wrong:
         shown = ", ".join(wrong[:2]) + (", ..." if len(wrong) > 2 else "")
-        raise DivergedError(f"{where}: {len(wrong)} trained weights are NaN or infinite ({shown}); {_WAY_OUT}")
+        raise DivergedError(f"{where}: {len(wrong)} trained weights are NaN or infinite ({shown}); {_ADVICE}")
 
 
 def check_logits(logits: Tensor, ids: Sequence[str]) -> None:
-    """Raise DivergedError where a row's logits (rows, ...) are NaN or infinite.
+    """Raise DivergedError if the logits of a row are NaN or infinite.
 
     Args:
-        logits: one row for each id.
-        ids: of the rows, for the message.
+        logits: (rows, ...).
+        ids: one id per row, for the message.
     """
     finite = torch.isfinite(logits).flatten(1).all(1)
     if not bool(finite.all()):
         lost = [row for row, good in zip(ids, finite.tolist(), strict=True) if not good]
         raise DivergedError(
             f"the model's logits of {len(lost)} rows are NaN or infinite {some_ids(lost)}: the training diverged, or "
-            f"the base overflows in its dtype, and no score is given; {_WAY_OUT}"
+            f"the base overflows in its dtype. No score is given; {_ADVICE}"
         )
 
 

@@ -1,4 +1,4 @@
-"""`flare finetune`: the task is learned in the source language, and the adapter is merged into the base."""
+"""`flare finetune`: train an adapter on the task in the source language and merge it into the base."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..utils.errors import UserError
 from ..utils.processes import is_main, on_main, only_main, wait
 from .callbacks import quiet_libraries
 from .chance import chance_notes
+from .data_digests import note_changed_rows, record_digests
 from .fitting import add_cost, autocast_of, batch_size, fit, save, training_arguments, training_values
-from .known_data import mark, remember
 from .methods import collator
 from .predictor import PREDICTIONS, Predictor, write_predictions
-from .recorded_settings import adapter_fields, claimed, common_settings, location, summary
-from .records import RunRecord, write_metrics, write_record
-from .run_folder import CHECKPOINTS, open_run
+from .recorded_settings import adapter_fields, common_settings, location
+from .records import RunRecord, result_line, write_metrics, write_record
+from .run_folder import CHECKPOINTS, locked, open_run
 from .run_settings import BASE, FinetuneSettings
 from .setup import Data, Notes, Setup, place_of, prepare, task_of
 
@@ -34,13 +34,13 @@ ADAPTER = "source-adapter"
 
 
 def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> list[Path]:
-    """Fine-tune one base per seed into OUTPUT/base/seed-N; finished ones are skipped.
+    """Fine-tune one base per seed into OUTPUT/base/seed-N; finished bases are skipped.
 
     Returns:
         The bases' folders.
 
     Raises:
-        UserError: something the user can mend.
+        UserError: an error the user can fix.
     """
     settings.check()
     assert settings.model is not None
@@ -81,29 +81,30 @@ def _one(
         date=now(),
     )
     name = f"{data.source} base seed {seed}"
-    with claimed(folder) as claim:
-        done = claim(lambda: open_run(folder, record, settings.resume, say)) == "done"
+    with locked(folder):
+        done = on_main(lambda: open_run(folder, record, settings.resume, say)) == "done"
         if done and is_main():
-            say(f"{name}: done before, in {folder}")
-            with contextlib.suppress(UserError):  # data that are gone change nothing about it
-                for line in mark(folder, name, _digests(data)):
-                    say(f"{line} (--no-resume fine-tunes anew)")
+            say(f"{name}: already done, in {folder}")
+            with contextlib.suppress(UserError):  # missing data do not matter for a finished run
+                for line in note_changed_rows(folder, name, _digests(data)):
+                    say(f"{line} (--no-resume fine-tunes again)")
         if done:
             return folder
         metric = data.task.metrics[0]
-        (train, said), (valid, more) = _rows(data, "train"), _rows(data, "valid")
+        (train, messages), (valid, more) = _rows(data, "train"), _rows(data, "valid")
         assert train is not None
         digests = _digests(data)
-        claim(lambda: remember(folder, digests))
-        rows, news = setup.form.train_rows(train, with_source=False)
+        on_main(lambda: record_digests(folder, digests))
+        rows, form_messages = setup.form.train_rows(train, with_source=False)
         record.data = {"train": len(rows), "valid": len(valid or ()), "test": 0, "digest": digests}
-        record.data["notes"] = notes([*said, *more], data.source) + notes(news, f"{data.source} train")
+        record.data["notes"] = notes([*messages, *more], data.source)
+        record.data["notes"] += notes(form_messages, f"{data.source} train")
         if not valid:
             record.data["notes"] += notes([f"{data.source} has no valid split: the last checkpoint is used"])
         set_seed(seed)
         model = setup.load_model()
         if not settings.full:
-            record.data["notes"] += notes(setup.drawn_notes)
+            record.data["notes"] += notes(setup.model_notes)
             model = plain_lora(model, **adapter)
         record.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         arguments = training_arguments(values, folder, seed, metric if valid else None, settings.training)
@@ -111,10 +112,10 @@ def _one(
         collate = collator("lora", setup, model)
 
         def predictor(pairs: list[Pair], shown: str) -> Predictor:
-            made, news = setup.form.eval_rows(pairs, with_source=False)
-            record.data["notes"] += notes(news, f"{data.source} {shown}")
+            rows, messages = setup.form.eval_rows(pairs, with_source=False)
+            record.data["notes"] += notes(messages, f"{data.source} {shown}")
             bar = f"{name} {shown}" if settings.progress and is_main() else None
-            return Predictor(setup.form, collate, pairs, made, batch, autocast_of(values), bar)
+            return Predictor(setup.form, collate, pairs, rows, batch, autocast_of(values), bar)
 
         fitted = fit(
             model,
@@ -131,15 +132,15 @@ def _one(
         save(fitted.trainer, folder if settings.full else folder / ADAPTER)
         add_cost(fitted)
         metrics = fitted.metrics
-        del fitted, model  # room for the merged model
+        del fitted, model  # frees memory for the merged model
         wait()
         if not settings.full:
             on_main(lambda: _merge(setup, folder, seed))
-        test, said = _rows(data, "test", needed=False)
-        record.data["notes"] += notes(said, data.source)
+        test, messages = _rows(data, "test", needed=False)
+        record.data["notes"] += notes(messages, data.source)
         if test:
             scorer = predictor(test, "test")
-            predictions = scorer(_read_back(setup, folder).to(device))
+            predictions = scorer(_reload(setup, folder).to(device))
             metrics.test["source-language"] = scorer.scores(predictions)
             record.data["notes"] += notes(setup.form.prediction_notes(predictions), f"{name} test")
             record.data["test"] = len(test)
@@ -154,20 +155,20 @@ def _one(
             if not settings.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             notes(chance_notes(folder))
-            say(f"{name}: {summary(metrics.test.get('source-language') or metrics.valid, metrics)}")
+            say(f"{name}: {result_line(metrics.test.get('source-language') or metrics.valid, metrics)}")
         wait()
     return folder
 
 
 def _merge(setup: Setup, folder: Path, seed: int) -> None:
     """Merge the adapter into the base, unquantised, and save an ordinary transformers model."""
-    set_seed(seed)  # what the checkpoint lacks beside the head (a pooler) is drawn as it was for the training
+    set_seed(seed)  # weights missing from the checkpoint (a pooler) are initialised as in the training
     base = setup.load_model(quantized=False)
     PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload().save_pretrained(folder)
 
 
-def _read_back(setup: Setup, folder: Path) -> Any:
-    """The model that the adapters will begin with, as it was saved."""
+def _reload(setup: Setup, folder: Path) -> Any:
+    """Return the saved model, on which the adapters will be trained."""
     import transformers
 
     auto_class = getattr(transformers, setup.form.auto_class)
@@ -178,16 +179,16 @@ def _read_back(setup: Setup, folder: Path) -> Any:
 
 
 def _digests(data: Data) -> dict[str, str]:
-    """Digests of the splits that there are."""
-    found: dict[str, str] = {}
+    """Return the digests of the existing splits."""
+    digests: dict[str, str] = {}
     for split in ("train", "valid", "test"):
         pairs, _ = _rows(data, split, needed=split == "train")
-        found |= digests_of_pairs(split, pairs, None) if pairs else {}
-    return found
+        digests |= digests_of_pairs(split, pairs, None) if pairs else {}
+    return digests
 
 
 def _rows(data: Data, split: str, needed: bool = True) -> tuple[list[Pair] | None, list[str]]:
-    """The source language's own rows of a split and notes; None where there are none and none are needed."""
+    """Return the source language's rows of a split, or None if an optional split is missing; and notes."""
     if (split == "valid" or not needed) and not data.has(data.source, split):
         return None, []
     return data.pairs(data.source, split)

@@ -1,4 +1,4 @@
-"""One training: arguments, checkpoints chosen on the validation split, resuming, and what it cost."""
+"""One training: its arguments, choice of the best checkpoint, resuming, and costs."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from .records import LOG_FILE, Metrics
 from .run_folder import CHECKPOINTS
 
 _TIMER_WARM_UP = 3
-_KEPT = 2  # checkpoints: the best, and the newest to go on from
-# The user's way to say it -> the recipe's, which then must not be passed as well.
+_KEPT = 2  # checkpoints: the best, and the newest to resume from
+# The user's argument -> the recipe's argument that it replaces.
 _REPLACES = {"warmup_ratio": "warmup_steps", "fp16": "bf16"}
 
 
 class ExperimentTrainer(FlareTrainer):
-    """FlareTrainer that evaluates by the task's own metrics, by generation where the model writes its answer.
+    """FlareTrainer that evaluates with the task's own metrics, by generation if the model generates its answer.
 
     Args:
-        predictor: of the validation split; None: checkpoints are not evaluated.
-        groups: for rows of which only some have a source: whether each has one. A batch never mixes the two.
+        predictor: predictor of the validation split; None: checkpoints are not evaluated.
+        has_source: if only some rows have a source: whether each row has one. A batch never mixes the two kinds.
     """
 
     def __init__(
-        self, *args: Any, predictor: Predictor | None = None, groups: Sequence[bool] | None = None, **kwargs: Any
+        self, *args: Any, predictor: Predictor | None = None, has_source: Sequence[bool] | None = None, **kwargs: Any
     ) -> None:
         self.predictor = predictor
-        self.groups = groups
+        self.has_source = has_source
         self.losses = Losses()
         super().__init__(*args, **kwargs)
         self.add_callback(self.losses)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Trainer's; the loss is counted for ``train_loss``."""
+        """Run a training step and add its loss for ``train_loss``."""
         loss = super().training_step(*args, **kwargs)
         self.losses.add(loss)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As FlareTrainer; the last ``train_loss`` is the mean over all steps, those before a resume included."""
+        """Log as FlareTrainer; the final ``train_loss`` is the mean over all steps, including those before a resume."""
         if "train_loss" in logs and self.losses.resumed:
             logs["train_loss"] = self.losses.mean(self.state.global_step)
         super().log(logs, start_time)
@@ -61,7 +61,7 @@ class ExperimentTrainer(FlareTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The task's metrics on the validation split, logged."""
+        """Return and log the task's metrics on the validation split."""
         assert self.predictor is not None
         scores = self.predictor.scores(self.predictor(self.model))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
@@ -70,39 +70,39 @@ class ExperimentTrainer(FlareTrainer):
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.groups is None:
+        if self.has_source is None:
             return super()._get_train_sampler(train_dataset)
-        # the batches of all processes that are computed together are of one group
-        return GroupSampler(self.groups, self.args.per_device_train_batch_size * process_count(), self.args.seed)
+        # batches that the processes compute at the same time must be of one kind
+        return OneKindSampler(self.has_source, self.args.per_device_train_batch_size * process_count(), self.args.seed)
 
 
-class GroupSampler(torch.utils.data.Sampler[int]):
-    """Rows in random order such that every batch is of one group.
+class OneKindSampler(torch.utils.data.Sampler[int]):
+    """Sampler in random order whose batches have either only rows with a source or only rows without one.
 
     Args:
-        groups: the group of each row; how many rows are True must be a multiple of `batch_size`.
+        has_source: whether each row has a source; the number of True must be a multiple of `batch_size`.
         batch_size: rows per batch.
-        seed: with the epoch, it decides about the order.
+        seed: determines the order, together with the epoch.
     """
 
-    def __init__(self, groups: Sequence[bool], batch_size: int, seed: int) -> None:
-        self.groups, self.batch_size, self.seed = list(groups), batch_size, seed
+    def __init__(self, has_source: Sequence[bool], batch_size: int, seed: int) -> None:
+        self.has_source, self.batch_size, self.seed = list(has_source), batch_size, seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of the epoch that begins."""
+        """Set the epoch that determines the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.has_source)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self.groups), generator=generator).tolist()
+        order = torch.randperm(len(self.has_source), generator=generator).tolist()
         size = self.batch_size
         whole, rest = [], []
-        for wanted in (True, False):
-            rows = [row for row in order if self.groups[row] == wanted]
+        for kind in (True, False):
+            rows = [row for row in order if self.has_source[row] == kind]
             end = len(rows) - len(rows) % size
             whole += [rows[first : first + size] for first in range(0, end, size)]
             rest += rows[end:]
@@ -113,40 +113,40 @@ class GroupSampler(torch.utils.data.Sampler[int]):
 
 @dataclass
 class Fit:
-    """A finished training: the trainer (with the chosen weights) and its metrics so far."""
+    """A finished training: the trainer, holding the selected weights, and its metrics so far."""
 
     trainer: ExperimentTrainer
     metrics: Metrics
 
 
 def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """TrainingArguments' fields of a recipe, with the user's in their place."""
+    """Return a recipe's TrainingArguments fields, overridden by the user's."""
     values = dict(recipe)
     for name in given:
         values.pop(_REPLACES.get(name, ""), None)
     if "per_device_train_batch_size" in given:
-        values.pop("gradient_accumulation_steps", None)  # a batch size that was given is the whole of it
+        values.pop("gradient_accumulation_steps", None)  # a batch size given by the user is the effective one
     return {**values, **given}
 
 
 def batch_size(values: Mapping[str, Any]) -> int:
-    """Return the rows of a batch over all processes.
+    """Return the rows of a batch, summed over all processes.
 
     Args:
-        values: of :func:`training_values`.
+        values: result of :func:`training_values`.
     """
     return int(values.get("per_device_train_batch_size", 8))
 
 
 def of_one_process(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
-    """Return the rows of one process's batches and its batches per optimizer step.
+    """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same rows for any number of processes. Batches are as large as memory holds in one process, so that
-    more processes first take fewer batches per step, then smaller ones.
+    A step has the same rows for any number of processes. With more processes, each first computes fewer batches per
+    step, and then smaller ones: the batch size fits the memory of one process.
 
     Args:
-        values: of :func:`training_values`, of one process that does all.
-        processes: how many share a step.
+        values: result of :func:`training_values`, for a single process.
+        processes: number of processes that share a step.
 
     Raises:
         UserError: the rows of a step cannot be divided.
@@ -156,7 +156,7 @@ def of_one_process(values: Mapping[str, Any], processes: int) -> tuple[int, int]
     if rest or not share:
         raise UserError(
             f"--batch-size {size}: {processes} processes cannot share the {size * batches} rows of a step equally; "
-            f"take a multiple of {processes}, or another number of processes"
+            f"use a multiple of {processes}, or another number of processes"
         )
     size = next(rows for rows in range(min(size, share), 0, -1) if share % rows == 0)
     return size, share // size
@@ -165,14 +165,14 @@ def of_one_process(values: Mapping[str, Any], processes: int) -> tuple[int, int]
 def training_arguments(
     values: Mapping[str, Any], folder: Path, seed: int, metric: str | None, given: Mapping[str, Any]
 ) -> TrainingArguments:
-    """TrainingArguments of a run: a checkpoint each epoch, or as the user says; the best one is loaded at the end.
+    """Return the TrainingArguments of a run: a checkpoint each epoch by default; the best one is loaded at the end.
 
     Args:
-        values: of :func:`training_values`.
-        folder: the run's.
-        seed: of everything.
-        metric: what checkpoints are chosen by; None: there is no validation split.
-        given: what the user gave.
+        values: result of :func:`training_values`.
+        folder: folder of the run.
+        seed: seed of initialisation, shuffling and dropout.
+        metric: metric that selects the best checkpoint; None: there is no validation split.
+        given: fields given by the user.
 
     Raises:
         UserError: values that do not fit together.
@@ -184,7 +184,7 @@ def training_arguments(
         "save_total_limit": _KEPT,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,  # a loss that is NaN must show
+        "logging_nan_inf_filter": False,  # keep a NaN loss visible
     }
     steps = "save_steps" in given or "eval_steps" in given
     own["save_strategy"] = given.get("eval_strategy", "steps" if steps else "epoch")
@@ -202,7 +202,7 @@ def training_arguments(
         size, batches = of_one_process(values, process_count())
         merged |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
         if not torch.accelerator.is_available():
-            merged["use_cpu"] = True  # else every process would train alone
+            merged["use_cpu"] = True  # otherwise every process would train on its own
     try:
         made = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
@@ -213,10 +213,10 @@ def training_arguments(
 
 
 def autocast_of(values: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype of mixed precision that a training uses, for predictions outside of it.
+    """Return the mixed-precision dtype of a training, for predictions outside the trainer; None for float32.
 
     Args:
-        values: of :func:`training_values`.
+        values: result of :func:`training_values`.
     """
     return torch.bfloat16 if values.get("bf16") else torch.float16 if values.get("fp16") else None
 
@@ -232,17 +232,17 @@ def fit(
     progress: bool,
     say: Callable[[str], None],
     predictor: Predictor | None = None,
-    groups: Sequence[bool] | None = None,
+    has_source: Sequence[bool] | None = None,
     source_cache: SourceStateCache | None = None,
 ) -> Fit:
-    """Train, or resume from the newest whole checkpoint; afterwards the model holds the weights that were chosen.
+    """Train, or resume from the newest complete checkpoint. Afterwards the model holds the selected weights.
 
     Raises:
-        UserError: no rows, or values that the trainer refuses.
-        DivergedError: a loss or weights that are not finite.
+        UserError: there are no rows, or the trainer rejects a value.
+        DivergedError: the loss or the weights are not finite.
     """
     if not rows:
-        raise UserError(f"{name}: no row is left to train on")
+        raise UserError(f"{name}: there are no rows to train on")
     timer = StepTimer(_TIMER_WARM_UP)
     clock = Clock(timer)
     try:
@@ -253,32 +253,32 @@ def fit(
             eval_dataset=None if predictor is None else list(predictor.rows),
             data_collator=collator,
             predictor=predictor,
-            groups=groups,
+            has_source=has_source,
             source_cache=source_cache,
         )
-    except (ValueError, RuntimeError, ImportError) as error:  # as a report_to whose package is not installed
+    except (ValueError, RuntimeError, ImportError) as error:  # such as a report_to whose package is missing
         raise UserError(f"these training arguments do not work: {error}") from error
     if trainer.accelerator.num_processes != process_count():
         raise UserError(
-            f"{process_count()} processes were started, and accelerate sees {trainer.accelerator.num_processes}; start "
-            "them by accelerate launch or torchrun"
+            f"{process_count()} processes were started, but accelerate sees {trainer.accelerator.num_processes}; start "
+            "them with accelerate launch or torchrun"
         )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
-        predictor.collator = trainer.data_collator  # which may pad to another width, and a row's name has it
+        predictor.collator = trainer.data_collator  # it may pad to another width, which is part of the cache's keys
     quiet(trainer, Finite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, say))
     if checkpoint is not None and is_main():
-        say(f"{name}: goes on from step {checkpoint.name.rpartition('-')[2]}")
+        say(f"{name}: resumes from step {checkpoint.name.rpartition('-')[2]}")
     peak = PeakMemory(arguments.device)
     if arguments.device.type == "cuda":
         trainer.add_callback(peak)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (ValueError, ArithmeticError, ImportError) as error:  # as an optimizer whose package is not installed
+    except (ValueError, ArithmeticError, ImportError) as error:  # such as an optimizer whose package is missing
         if trainer.state.global_step:
             raise
-        raise UserError(f"{name}: the training cannot begin ({reason(error)})") from error
+        raise UserError(f"{name}: the training cannot start ({reason(error)})") from error
     check_weights(trainer.model, f"step {trainer.state.global_step}")
     metrics = Metrics(train_seconds=round(clock.seconds, 3), seconds_per_step=timer.median)
     metrics.steps = trainer.state.global_step
@@ -294,7 +294,7 @@ def fit(
 
 
 def save(trainer: ExperimentTrainer, folder: Path) -> None:
-    """Save the trained weights as PEFT or transformers does, gathered from all processes where they are sharded."""
+    """Save the trained weights with save_pretrained; sharded weights are gathered from all processes."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not is_sharded(model)):  # FSDP1
         trainer.save_model(str(folder))
@@ -303,14 +303,14 @@ def save(trainer: ExperimentTrainer, folder: Path) -> None:
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = get_model_state_dict(model, options=whole)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        state = get_model_state_dict(model, options=options)
     if is_main():
         model.save_pretrained(folder, state_dict=state)
 
 
 def add_cost(done: Fit) -> None:
-    """Measure the peak of one more step where fit could not. It changes the weights: call it when all is saved."""
+    """Measure the peak memory of one more step, unless fit has done so. This changes the weights: save them first."""
     if done.metrics.peak_kind is None:
         done.metrics.peak_bytes, _ = measure_step(done.trainer)
         done.metrics.peak_kind = "cuda peak" if done.trainer.args.device.type == "cuda" else "live tensors"

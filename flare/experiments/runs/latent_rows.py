@@ -1,4 +1,4 @@
-"""FLARE MT's rows: an MT encoder's states of the target text, computed once per split."""
+"""Rows of FLARE MT: the MT encoder's states of the target text, computed once per split."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
 from ..utils.progress import counter
 
-#: Larger states are kept in a file, from which batches are read.
+#: Bytes above which states are kept in a file that batches are read from.
 IN_MEMORY = 1 << 30
 _BATCH = 32
 
 
 def latent_encoder(model: str, target: str, language: str | None, max_length: int, device: Any) -> LatentEncoder:
-    """The MT encoder for a target language.
+    """Return the MT encoder for a target language.
 
     Args:
         model: name or folder of an MT model.
-        target: the language as the experiment names it.
-        language: its tag, where the table's is not wanted.
-        max_length: of a text.
+        target: name of the language in the experiment.
+        language: its tag in the MT model; None: looked up in the table of languages.
+        max_length: tokens per text.
 
     Raises:
-        UserError: it cannot be loaded, or has no tag for the language.
+        UserError: the encoder cannot be loaded, or has no tag for the language.
     """
     from transformers import AutoTokenizer
 
@@ -42,9 +42,9 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
     if tag is None and hasattr(tokenizer, "src_lang"):
         try:
             tag = nllb_code(target)
-        except UserError as error:  # of the table of languages, which speaks of flare translate's options
-            said = str(error).replace("--source-code or --target-code", "--mt-language")
-            raise UserError(f"--mt-model {model} for {target}: {said}") from error
+        except UserError as error:  # its message names the options of flare translate
+            message = str(error).replace("--source-code or --target-code", "--mt-language")
+            raise UserError(f"--mt-model {model} for {target}: {message}") from error
     with library_errors(f"--mt-model {model} for {target}", advice="; --mt-language sets the tag"):
         return LatentEncoder(model, tokenizer, language=tag, max_length=max_length, device=device)
 
@@ -52,20 +52,20 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
 def add_states(
     rows: Sequence[dict[str, Any]], texts: Sequence[str], encoder: LatentEncoder, folder: Path, name: str | None
 ) -> list[dict[str, Any]]:
-    """The rows with ``source_states`` (length, latent_dim) of their texts, float32.
+    """Return the rows with ``source_states`` (length, latent_dim) of their texts, in float32.
 
-    The batches depend on the texts alone, so that a resumed run gets the same states.
+    The batches depend only on the texts, so that a resumed run gets the same states.
 
     Args:
-        rows, texts: of equal number.
+        rows, texts: equally many.
         encoder: the MT encoder.
-        folder: where states larger than `IN_MEMORY` are kept, in a file without a name: it is this call's alone and is
-            gone with the rows, however the process ends.
-        name: shown beside a bar; None: no bar.
+        folder: folder for states larger than `IN_MEMORY`. They go to a temporary file without a name, which vanishes
+            with the rows, even if the process is killed.
+        name: label of the progress bar; None: no bar.
     """
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
-    found: list[Any] = [None] * len(texts)
-    in_file: list[tuple[int, int, tuple[int, ...]]] = []  # row, where its numbers begin, shape
+    all_states: list[Any] = [None] * len(texts)
+    in_file: list[tuple[int, int, tuple[int, ...]]] = []  # row, offset of its numbers, shape
     size = written = 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(counter(name, len(texts), "row"))
@@ -75,7 +75,7 @@ def add_states(
             for index, states in zip(part, encoder.rows([texts[i] for i in part])["source_states"], strict=True):
                 size += states.nbytes
                 if size <= IN_MEMORY:
-                    found[index] = np.array(states)
+                    all_states[index] = np.array(states)
                     continue
                 if store is None:
                     folder.mkdir(parents=True, exist_ok=True)
@@ -86,12 +86,12 @@ def add_states(
             bar.update(len(part))
         if store is not None:
             store.flush()
-            whole = np.memmap(store, np.float32, "c")  # one for all: each mapping would hold a file open
+            numbers = np.memmap(store, np.float32, "c")  # one mapping for all rows: each keeps a file open
             for index, begin, shape in in_file:
-                found[index] = whole[begin : begin + int(np.prod(shape))].reshape(shape)
-    return [{**row, "source_states": states} for row, states in zip(rows, found, strict=True)]
+                all_states[index] = numbers[begin : begin + int(np.prod(shape))].reshape(shape)
+    return [{**row, "source_states": states} for row, states in zip(rows, all_states, strict=True)]
 
 
 def target_texts(pairs: Sequence[Pair]) -> list[str]:
-    """The target's own text of each pair; several texts as one."""
+    """Return the target text of each pair; several text columns are joined by a space."""
     return [" ".join(pair.target.texts.values()) for pair in pairs]

@@ -1,4 +1,4 @@
-"""The methods of the paper: what each does to the base model, how its batches are made, how it is loaded again."""
+"""The paper's methods: how each one adapts the base model, forms batches and is loaded again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ...baselines import InputFusionCollator, input_fusion, max_positions, plain
 from ...training.collator import FlareDataCollator
 from ...tuner.convert import fast_lora
 from ..tasks import JoinedForm
-from ..tasks.written_form import WrittenForm
+from ..tasks.forms.generative import GenerativeForm
 from ..utils.errors import UserError, library_errors
 from .records import RunRecord
 from .setup import Setup
 
 #: Methods that read a source text.
 READS_SOURCE = ("input-fusion", "x-mixup", "flare")
-_KINDS = {"x-mixup": X_MIXUP.value}
-_AGAIN = "Train it again (flare train --no-resume keeps this one beside it), or leave it out (--variant, --seeds)"
+_PEFT_TYPES = {"x-mixup": X_MIXUP.value}
+_ADVICE = "Train it again (flare train --no-resume keeps this one next to it), or exclude it (--variant, --seeds)"
 _LORA_FIELDS = {one.name for one in fields(peft.LoraConfig)}
 
 
@@ -36,18 +36,18 @@ def build(
     latent_dim: int | None = None,
     mixup_layer: int | None = None,
 ) -> tuple[Any, Any]:
-    """The base with new adapters of a method, and the collator of its batches.
+    """Return the base with new adapters of a method, and the collator of its batches.
 
     Args:
-        method: a name of `flare.experiments.runs.run_settings.METHODS`.
+        method: a name in `flare.experiments.runs.run_settings.METHODS`.
         setup: the base and its form.
         adapter: FlareConfig's fields.
-        fusion: of flare and flare-mt.
-        latent_dim: of flare-mt.
-        mixup_layer: of x-mixup; None: its default.
+        fusion: fusion function of flare and flare-mt.
+        latent_dim: width of flare-mt's MT encoder.
+        mixup_layer: block of x-mixup; None: its default.
 
     Raises:
-        UserError: the method cannot be had on this model, with the reason.
+        UserError: the method does not work on this model; the message gives the reason.
     """
     model = setup.load_model()
     collate = collator(method, setup, model)
@@ -68,17 +68,17 @@ def build(
         raise UserError(f"--method {method}: {error}") from error
 
 
-def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _AGAIN) -> tuple[Any, Any]:
+def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _ADVICE) -> tuple[Any, Any]:
     """Return the base with the trained adapters of a folder, and the collator of its batches.
 
     Args:
-        record: of the run that trained them.
+        record: run.json of the run that trained them.
         setup: the base and its form.
-        folder: what ``save_pretrained`` wrote.
-        advice: what to do about an adapter that cannot be used, for the message.
+        folder: the saved adapter.
+        advice: what to do if the adapter cannot be used, for the message.
 
     Raises:
-        UserError: the adapter is damaged, incomplete, or another one than the record's.
+        UserError: the adapter is damaged or incomplete, or does not match the record.
     """
     model = setup.load_model()
     collate = collator(record.method, setup, model)
@@ -91,18 +91,19 @@ def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _AGAIN) ->
 
 
 def _check_config(record: RunRecord, config: Any) -> None:
-    """Raise ValueError where a saved adapter is not the one that its run describes."""
-    kind, wanted = str(getattr(config.peft_type, "value", config.peft_type)), _KINDS.get(record.method, FLARE.value)
-    if kind != wanted:
-        raise ValueError(f"its peft_type is {kind}, and a run of {record.method} saves {wanted}")
+    """Raise ValueError if a saved adapter does not match its run.json."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    expected = _PEFT_TYPES.get(record.method, FLARE.value)
+    if kind != expected:
+        raise ValueError(f"its peft_type is {kind}, and a run of {record.method} saves {expected}")
     for name in ("fusion", "r"):
-        there, trained = getattr(config, name, None), getattr(record, name)
-        if there != trained:
-            raise ValueError(f"its adapter_config.json says {name}={there!r}, and run.json {name}={trained!r}")
+        saved, trained = getattr(config, name, None), getattr(record, name)
+        if saved != trained:
+            raise ValueError(f"its adapter_config.json has {name}={saved!r}, and run.json has {name}={trained!r}")
 
 
 def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
-    """Raise ValueError where an adapter's file lacks weights, which PEFT would leave random, or nothing fuses."""
+    """Raise ValueError if the file lacks weights, which PEFT would leave random, or if no module fuses."""
     missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - saved)
     if missing:
         raise ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}")
@@ -111,26 +112,26 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
 
 
 def for_method(method: str, setup: Setup) -> Setup:
-    """Return the setup as a method reads the task: input-level fusion of models that write has one joint prompt.
+    """Return the setup for a method: input-level fusion in generating models uses one joint prompt.
 
     Raises:
-        UserError: the method cannot read the task.
+        UserError: the method does not support the task.
     """
     if method in ("x-mixup", "flare-mt") and setup.form.auto_class == "AutoModelForMultipleChoice":
         raise UserError(
-            f"--method {method}: it reads one text a row, and a multiple choice head one for each choice; use lora, "
-            "flare or input-fusion, or a model that writes its answer"
+            f"--method {method}: it reads one text per row, and a multiple-choice head reads one per choice; use lora, "
+            "flare or input-fusion, or a model that generates its answer"
         )
-    if method != "input-fusion" or not isinstance(setup.form, WrittenForm):
+    if method != "input-fusion" or not isinstance(setup.form, GenerativeForm):
         return setup
     return replace(setup, form=JoinedForm(setup.form))
 
 
 def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
-    """Makes batches of a method's rows.
+    """Return the collator of a method's batches.
 
     Raises:
-        UserError: a text, or with input-level fusion two, may be longer than the model has positions for.
+        UserError: max_length (twice max_length for input-level fusion) exceeds the model's positions.
     """
     limit = max_positions(model) if setup.form.layout == "encoder" else None
     if limit is not None and setup.max_length > limit:
@@ -140,7 +141,7 @@ def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
         )
     if method != "input-fusion":
         return FlareDataCollator(setup.tokenizer, require_source=False, **setup.batches)
-    if isinstance(setup.form, JoinedForm):  # its rows are one text already
+    if isinstance(setup.form, JoinedForm):  # its rows already hold both texts
         batches = {**setup.batches, "max_length": 2 * setup.max_length}
         return FlareDataCollator(setup.tokenizer, require_source=False, **batches)
     try:
@@ -158,7 +159,7 @@ def variant_name(
     target_text: str | None,
     train_only: bool = False,
 ) -> str:
-    """The folder of a run: the method, and what departs from the defaults (r is None for the default rank)."""
+    """Return a run's folder name: the method and each setting that is not the default (None for r)."""
     name = method
     if fusion not in (None, "add_relu"):
         name += "-" + str(fusion).replace("_", "-")

@@ -1,8 +1,8 @@
-"""Settings that come as flags and as YAML: one table of options makes both.
+"""Settings from flags and from a YAML file, both defined by one dataclass.
 
-A settings class is a dataclass whose fields are made by :func:`option`; the field's name is the YAML key and, with
-dashes, the flag. What is given on the command line wins over the file. Whatever is no option of ours is a field of
-transformers.TrainingArguments, or an error that names the nearest ones.
+A settings class is a dataclass whose fields are created by :func:`option`; the field's name is the YAML key and, with
+dashes, the flag. The command line overrides the file. A name that is not an option must be a field of
+transformers.TrainingArguments; otherwise it is an error that names the closest options.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from ..utils.names import checked_text
 
 #: Short forms -> TrainingArguments' fields.
 SHORT = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "lr": "learning_rate"}
-#: TrainingArguments' fields that are ours to set, and what to use instead.
+#: TrainingArguments' fields that the commands set themselves, and what to use instead.
 REFUSED = {
-    "output_dir": "the folder is --output's",
+    "output_dir": "use --output",
     "seed": "use --seeds",
     "data_seed": "use --seeds",
-    "do_train": "the command says what is done",
-    "do_eval": "checkpoints are evaluated where the data have a valid split",
-    "do_predict": "flare evaluate does it",
-    "resume_from_checkpoint": "an unfinished run goes on by itself (--no-resume starts anew)",
+    "do_train": "the command decides what is done",
+    "do_eval": "checkpoints are evaluated if the data have a valid split",
+    "do_predict": "use flare evaluate",
+    "resume_from_checkpoint": "an unfinished run is resumed automatically (--no-resume restarts it)",
     "metric_for_best_model": "use --metric",
-    "greater_is_better": "every metric here is better when it is greater",
-    "load_best_model_at_end": "the best checkpoint is chosen wherever the data have a valid split",
-    "remove_unused_columns": "both texts are needed",
+    "greater_is_better": "for every metric, greater is better",
+    "load_best_model_at_end": "the best checkpoint is selected if the data have a valid split",
+    "remove_unused_columns": "the source columns are needed",
     "disable_tqdm": "use --no-progress",
-    "label_names": "the task knows its labels",
-    "save_only_model": "a run could not be resumed",
-    "push_to_hub": "push the finished adapter folder by hand",
+    "label_names": "the task defines its labels",
+    "save_only_model": "the run could not be resumed",
+    "push_to_hub": "push the finished adapter folder yourself",
     "generation_config": "answers are generated greedily",
     "predict_with_generate": "decoders are always scored by generation",
-    "use_legacy_prediction_loop": "evaluation is the command's own",
+    "use_legacy_prediction_loop": "the command evaluates in its own way",
 }
 
 _UNITS = {
@@ -54,7 +54,7 @@ _NUMBERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float}
 
 
 def option(kind: str, help: str, default: Any = None, choices: Sequence[str] | None = None, metavar: str = "") -> Any:
-    """A field of a settings class.
+    """Return a field of a settings class.
 
     kind: "str", "int", "float", "path", "bool", "map" (KEY=VALUE ...), or a plural ("strs", "ints") for several values.
     """
@@ -63,73 +63,75 @@ def option(kind: str, help: str, default: Any = None, choices: Sequence[str] | N
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of an option."""
+    """Return an option's flag, such as --source-text for source_text."""
     return "--" + name.replace("_", "-")
 
 
 def parse_bytes(text: str | None, where: str) -> int | None:
-    """Bytes of "8GiB", "500MB" or "1000000"; None for None.
+    """Return the number of bytes in "8GiB", "500MB" or "1000000"; None for None.
 
     Raises:
-        UserError: another spelling, or 0 bytes.
+        UserError: the text has another form, or means 0 bytes.
     """
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9.]*[0-9])\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"([0-9.]*[0-9])\s*([A-Za-z]*)", text.strip())
     units = {"": 1, **{name.casefold(): size for name, size in _UNITS.items()}}
-    number = float(found[1]) if found and found[1].count(".") < 2 else 0.0
-    if not number or not found or found[2].casefold() not in units:
+    number = float(match[1]) if match and match[1].count(".") < 2 else 0.0
+    if not number or not match or match[2].casefold() not in units:
         raise UserError(f"{where} {text!r} must be bytes, such as 8GiB or 500MB (units: {', '.join(_UNITS)})")
-    return int(number * units[found[2].casefold()])
+    return int(number * units[match[2].casefold()])
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool) -> None:
-    """Put the options of a settings class into a parser; what is not given does not appear in the result."""
+    """Add the options of a settings class to a parser; options that are not given are missing from its result."""
     group = parser.add_argument_group("options")
     for one in fields(kind):
         if "kind" not in one.metadata:
             continue
-        wanted, shown = one.metadata["kind"], one.metadata
+        type_name, shown = one.metadata["kind"], one.metadata
         more: dict[str, Any] = {"help": shown["help"], "default": argparse.SUPPRESS, "dest": one.name}
-        if wanted == "bool":
-            # argparse takes every --no-... of its own for false
+        if type_name == "bool":
+            # BooleanOptionalAction would read --no-source as source=False
             action = "store_true" if one.name.startswith("no_") else argparse.BooleanOptionalAction
             group.add_argument(flag(one.name), action=action, **more)
             continue
-        if wanted in ("strs", "ints", "map"):
+        if type_name in ("strs", "ints", "map"):
             more["nargs"] = "+"
         metavar = shown["metavar"] or {"int": "N", "ints": "N", "float": "X", "map": "KEY=VALUE", "path": "DIR"}.get(
-            wanted, one.name.upper()
+            type_name, one.name.upper()
         )
         if shown["choices"] is None:
             more["metavar"] = metavar
         else:
             more["choices"] = list(shown["choices"])
-        group.add_argument(flag(one.name), type=_NUMBERS.get(wanted.removesuffix("s"), str), **more)
-    group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of these; flags win")
+        group.add_argument(flag(one.name), type=_NUMBERS.get(type_name.removesuffix("s"), str), **more)
+    group.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with these options; flags override it"
+    )
     if training:
         train = parser.add_argument_group(
             "training", "and every flag of transformers.TrainingArguments, such as --warmup_steps 0.1 or --weight-decay"
         )
         for short, name in SHORT.items():
             number = int if short == "batch_size" else float
-            said = f"{name}; rows of all processes together" if short == "batch_size" else name
-            train.add_argument(flag(short), type=number, default=argparse.SUPPRESS, metavar="N", help=said)
+            text = f"{name}, the total over all processes" if short == "batch_size" else name
+            train.add_argument(flag(short), type=number, default=argparse.SUPPRESS, metavar="N", help=text)
 
 
 def read_settings(
     kind: type[Any], given: Mapping[str, Any], rest: Sequence[str] = (), shared: Collection[str] = ()
 ) -> Any:
-    """A settings object from parsed flags, the YAML file they name, and flags that are TrainingArguments'.
+    """Return a settings object from parsed flags, the YAML file they name, and flags of TrainingArguments.
 
     Args:
-        kind: a class with :func:`option` fields; one with a field ``training`` takes TrainingArguments.
-        given: what :func:`add_options` parsed.
-        rest: flags that are none of ours, with their values, as they stood on the command line.
-        shared: names that a file may hold for other commands; those that are not this one's are skipped.
+        kind: a class with :func:`option` fields; it accepts TrainingArguments if it has a field ``training``.
+        given: options parsed by :func:`add_options`.
+        rest: remaining words of the command line: flags of TrainingArguments with their values.
+        shared: names that the file may hold for other commands; unknown names among them are skipped.
 
     Raises:
-        UserError: an unknown name, a value of another kind, a file that cannot be read.
+        UserError: a name is unknown, a value has the wrong type, or the file cannot be read.
     """
     known = {one.name: one.metadata for one in fields(kind) if "kind" in one.metadata}
     trains = any(one.name == "training" for one in fields(kind))
@@ -170,26 +172,26 @@ def _read_yaml(file: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"--config {file} must hold names and values, such as 'task: nusax'")
+        raise UserError(f"--config {file} must map names to values, such as 'task: nusax'")
     return content
 
 
 def _convert(value: Any, shown: Mapping[str, Any], where: str) -> Any:
-    """A value as its option's kind; lists may be given as one value."""
-    wanted = shown["kind"]
+    """Return a value converted to its option's type; a single value stands for a list of one."""
+    kind = shown["kind"]
     if value is None:
-        return {} if wanted == "map" else None
-    if wanted == "map":
+        return {} if kind == "map" else None
+    if kind == "map":
         return _mapping(value, where)
-    if wanted in ("strs", "ints"):
+    if kind in ("strs", "ints"):
         many = value if isinstance(value, list | tuple) else [value]
         if not many:
-            raise UserError(f"{where}: one or more values are needed")
-        made = tuple(_convert(one, {**shown, "kind": wanted.removesuffix("s")}, where) for one in many)
-        if len(set(made)) < len(made):
-            raise UserError(f"{where}: a value stands there twice: {', '.join(map(str, made))}")
-        return made
-    if wanted == "bool":
+            raise UserError(f"{where} is empty; give one or more values")
+        values = tuple(_convert(one, {**shown, "kind": kind.removesuffix("s")}, where) for one in many)
+        if len(set(values)) < len(values):
+            raise UserError(f"{where} has a value twice: {', '.join(map(str, values))}; give each value once")
+        return values
+    if kind == "bool":
         if not isinstance(value, bool):
             raise UserError(f"{where} must be true or false; got {value!r}")
         return value
@@ -197,21 +199,21 @@ def _convert(value: Any, shown: Mapping[str, Any], where: str) -> Any:
         value = "on" if value else "off"  # YAML reads on and off as true and false
     if isinstance(value, list | tuple | dict | bool):
         raise UserError(f"{where} takes one value; got {value!r}")
-    if wanted in _NUMBERS:
+    if kind in _NUMBERS:
         try:
-            number = _NUMBERS[wanted](value)
+            number = _NUMBERS[kind](value)
         except (ValueError, OverflowError):
             number = None
         if number is None or float(number) != float(value):
-            raise UserError(f"{where} must be {'a whole number' if wanted == 'int' else 'a number'}; got {value!r}")
+            raise UserError(f"{where} must be {'a whole number' if kind == 'int' else 'a number'}; got {value!r}")
         return number
     if shown["choices"] is not None and str(value) not in shown["choices"]:
         raise UserError(f"{where} must be one of {', '.join(shown['choices'])}; got {value!r}")
     text = checked_text(str(value), where)
     try:
-        return Path(text).expanduser() if wanted == "path" else text
-    except RuntimeError as error:  # "~somebody" whose home is not known
-        raise UserError(f"{where} {text}: {error}; write the whole path") from error
+        return Path(text).expanduser() if kind == "path" else text
+    except RuntimeError as error:  # "~somebody" without a known home
+        raise UserError(f"{where} {text}: {error}; give the full path") from error
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -219,20 +221,20 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
         return dict(value)
     if not isinstance(value, list | tuple):
         raise UserError(f"{where} takes names and values (NAME: VALUE); got {value!r}")
-    made = {}
+    mapping = {}
     for item in value:
         name, equals, text = str(item).partition("=")
         if not equals or not name:
             raise UserError(f"{where} takes KEY=VALUE; got {item!r}")
         try:
-            made[name.replace("-", "_")] = yaml.load(text, YamlLoader)
+            mapping[name.replace("-", "_")] = yaml.load(text, YamlLoader)
         except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{where} {item}: its value is not YAML ({error})") from error
-    return made
+    return mapping
 
 
 def _parse_training(rest: Sequence[str], trains: bool, known: Mapping[str, Any]) -> dict[str, Any]:
-    """TrainingArguments' flags that were given, converted; defaults are left out."""
+    """Return the given flags of TrainingArguments, converted; defaults are left out."""
     unknown = next((word for word in rest if word.startswith("-")), rest[0])
     if not trains:
         raise UserError(f"{unknown} is not known; {_nearest(unknown, [flag(name) for name in known])}")
@@ -244,13 +246,13 @@ def _parse_training(rest: Sequence[str], trains: bool, known: Mapping[str, Any])
 
     parser = Parser(TrainingArguments, add_help=False, allow_abbrev=False)
     names = [one.name for one in fields(TrainingArguments) if one.init]
-    not_given = object()  # argparse.SUPPRESS would come out as a value
+    not_given = object()  # HfArgumentParser returns argparse.SUPPRESS as a value
     parser.set_defaults(**dict.fromkeys(names, not_given))
-    found, left = parser.parse_known_args(list(rest))
+    parsed, left = parser.parse_known_args(list(rest))
     if left:
         unknown = next((word for word in left if word.startswith("-")), left[0])
         raise UserError(f"{unknown} is not known; {_nearest(unknown, [flag(name) for name in [*known, *names]])}")
-    return {name: value for name, value in vars(found).items() if value is not not_given}
+    return {name: value for name, value in vars(parsed).items() if value is not not_given}
 
 
 def _check_training(

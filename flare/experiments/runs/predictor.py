@@ -1,4 +1,4 @@
-"""Predictions of a model on the rows of a split: logits for encoders, greedy generation for the others."""
+"""Predictions of a model on the rows of a split: from logits for encoders, by greedy generation for other models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from ...source.fsdp import is_split, prepare_generate
+from ...source.fsdp import is_partitioned, prepare_generate
 from ..tasks import Pair
-from ..tasks.form import IGNORED
+from ..tasks.forms.base import IGNORED
 from ..utils.atomic_files import replacing
 from ..utils.errors import UserError, reason
 from ..utils.json_files import parsed
@@ -29,15 +29,15 @@ _POSITIONS = ("start_positions", "end_positions")
 
 @dataclass
 class Predictor:
-    """Predicts one split, batch after batch; several processes share the batches, and each gets all predictions.
+    """Predictor of one split, batch by batch. Several processes share the batches; each gets all predictions.
 
-    form: of `flare.experiments.tasks.make_form`.
-    collator: of the method.
-    pairs, rows: the split, and its rows as the form makes them for evaluation, one for each pair.
+    form: result of `flare.experiments.tasks.make_form`.
+    collator: the method's collator.
+    pairs, rows: the split, and the form's evaluation rows, one for each pair.
     batch_size: rows per batch.
     autocast: dtype of mixed precision, or None.
-    name: shown beside the bar; None: no bar.
-    share: whether several processes share the batches, which all of them must then predict.
+    name: label of the progress bar; None: no bar.
+    share: whether several processes share the batches; then all of them must call the predictor.
     """
 
     form: Any
@@ -50,20 +50,24 @@ class Predictor:
     share: bool = True
 
     def __call__(self, model: Any) -> list[Any]:
-        """Predictions, one for each pair: see `Form.predictions`.
+        """Return the predictions, one for each pair; see `Form.predictions`.
 
         Raises:
-            DivergedError: logits that are NaN or infinite.
+            DivergedError: logits are NaN or infinite.
         """
-        found: list[Any] = []
+        predictions: list[Any] = []
         with counter(self.name, len(self.rows), "row") as bar:
-            for predictions in self.batches(model):
-                found += predictions
-                bar.update(len(predictions))
-        return found
+            for batch in self.batches(model):
+                predictions += batch
+                bar.update(len(batch))
+        return predictions
 
     def batches(self, model: Any) -> Iterator[list[Any]]:
-        """Yield the predictions of each batch in turn. Raises as a call."""
+        """Yield the predictions of each batch.
+
+        Raises:
+            DivergedError: logits are NaN or infinite.
+        """
         was_training, device = model.training, next(model.parameters()).device
         half: Any = contextlib.nullcontext()
         if self.autocast is not None:
@@ -75,58 +79,57 @@ class Predictor:
             with torch.no_grad(), half:
                 if self.form.layout == "encoder":
                     return self._read(model, rows, pairs)
-                return list(self.form.predictions(self._written(model, rows, pairs), pairs))
+                return list(self.form.predictions(self._generate(model, rows, pairs), pairs))
 
         firsts = range(0, len(self.rows), self.batch_size)
-        # the processes of a sharded model run every forward together
-        alone = not self.share or is_split(model)
-        made = ((first, predicted(first)) for first in firsts) if alone else shared(firsts, predicted)
+        # a sharded model needs all processes in every forward pass, so the batches cannot be divided
+        alone = not self.share or is_partitioned(model)
+        results = ((first, predicted(first)) for first in firsts) if alone else shared(firsts, predicted)
         model.eval()
         try:
-            for _, predictions in made:
+            for _, predictions in results:
                 yield predictions
         finally:
             model.train(was_training)
 
     def scores(self, predictions: Sequence[Any]) -> dict[str, float]:
-        """The task's metrics, in percent."""
+        """Return the task's metrics, in percent."""
         return {name: float(value) for name, value in self.form.scores(list(predictions), list(self.pairs)).items()}
 
     def _read(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> list[Any]:
-        """From logits (B, labels), of each token (B, m, labels), or of a span head two (B, m)."""
+        """Predict from logits: (B, labels), per token (B, m, labels), or two of a span head (B, m)."""
         device = next(model.parameters()).device
         if self.form.auto_class == "AutoModelForTokenClassification":
             batch = self.collator(rows).to(device)
-            marks = batch.pop("labels")  # where the words' first tokens stand, not what their tags are
+            first_tokens = batch.pop("labels")  # only the positions of the words' first tokens are used
             logits = model(**batch).logits
-            check_logits(
-                logits.masked_fill((marks == IGNORED).unsqueeze(-1), 0), _ids(pairs)
-            )  # the others are not read
-            return list(self.form.predictions(logits, pairs, marks))
+            ignored = (first_tokens == IGNORED).unsqueeze(-1)
+            check_logits(logits.masked_fill(ignored, 0), _ids(pairs))
+            return list(self.form.predictions(logits, pairs, first_tokens))
         if self.form.auto_class != "AutoModelForQuestionAnswering":
             batch = self.collator([_without_answers(row) for row in rows]).to(device)
             logits = model(**batch).logits
             check_logits(logits, _ids(pairs))
             return list(self.form.predictions(logits, pairs))
-        # where the collator puts position 0 of a row: padding or a source may stand in front
+        # the collator shifts position 0 of a row by the padding or source in front of it
         batch = self.collator([{**row, **dict.fromkeys(_POSITIONS, 0)} for row in rows]).to(device)
         starts = batch.pop("start_positions").tolist()
         batch.pop("end_positions")
         output = model(**batch)
-        for logits in (output.start_logits, output.end_logits):  # what stands on padding is never read
+        for logits in (output.start_logits, output.end_logits):  # logits of padding are never used
             check_logits(logits.masked_fill(batch["attention_mask"] == 0, 0), _ids(pairs))
         return list(self.form.predictions((output.start_logits, output.end_logits), pairs, starts))
 
-    def _written(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> Tensor:
-        """New tokens (B, n), padded on the right."""
+    def _generate(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> Tensor:
+        """Return the generated tokens (B, n), padded on the right."""
         batch = self.collator([_without_answers(row) for row in rows]).to(next(model.parameters()).device)
         batch.pop("labels", None)
-        begin = batch["input_ids"].shape[1] if self.form.layout == "causal" else 1  # of what is written
+        begin = batch["input_ids"].shape[1] if self.form.layout == "causal" else 1  # index of the first new token
         allowed = {}
         if self.form.next_tokens(()) is not None:
             allowed["prefix_allowed_tokens_fn"] = lambda row, ids: self.form.next_tokens(ids[begin:].tolist())
         prepare_generate(model)
-        made = model.generate(
+        tokens = model.generate(
             **batch,
             **allowed,
             max_new_tokens=self.form.max_new_tokens,
@@ -135,11 +138,11 @@ class Predictor:
             logits_processor=LogitsProcessorList([NoNaN(_ids(pairs))]),
             pad_token_id=self.collator.tokenizer.pad_token_id,
         )
-        return made[:, begin:]
+        return tokens[:, begin:]
 
 
 def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[Any]) -> None:
-    """One line of JSON for each row: id, truth (`Example.label`, or the accepted answers) and prediction."""
+    """Write one line of JSON per row: id, truth (`Example.label`, or the accepted answers) and prediction."""
     with replacing(path) as file:
         for pair, prediction in zip(pairs, predictions, strict=True):
             row = pair.target
@@ -149,7 +152,7 @@ def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[A
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a predictions file (id, truth, prediction); empty where there is none.
+    """Return the lines of a predictions file (id, truth, prediction); empty if there is no file.
 
     Raises:
         UserError: a line is damaged.
@@ -161,7 +164,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
             rows.append({name: row[name] for name in ("id", "truth", "prediction")})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}, line {number}: not a prediction ({reason(error)}); move the file away to go on without it"
+                f"{path}, line {number}: not a prediction ({reason(error)}); move the file away to continue without it"
             ) from error
     return rows
 

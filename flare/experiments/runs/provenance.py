@@ -1,4 +1,4 @@
-"""Where translated text comes from: what `flare translate` wrote beside it."""
+"""The provenance file that `flare translate` writes next to its translations."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ FILE = "provenance.json"
 
 
 def read_provenance(translations: Path | None, source: str, target: str, texts: tuple[str | None, ...]) -> Any:
-    """Provenance of the translations a run reads, by direction; None where it reads none.
+    """Return the provenance of the translations a run reads, by direction; None if it reads none.
 
     Args:
-        translations: folder of flare translate.
+        translations: output folder of flare translate.
         source, target: the languages.
-        texts: the run's (source_text, target_text).
+        texts: (source_text, target_text) of the run.
     """
     if translations is None or "mt" not in texts:
         return None
-    found: dict[str, Any] = {}
+    by_direction: dict[str, Any] = {}
     for name in (f"{source}-{target}", f"{target}-{source}"):
         path = translations / name / FILE
         try:
-            found[name] = read_object(path)
+            by_direction[name] = read_object(path)
         except (OSError, ValueError):
             continue
-    return found or None
+    return by_direction or None

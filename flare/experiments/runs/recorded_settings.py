@@ -1,25 +1,21 @@
-"""What the runs of all commands share: a claimed folder, what decides about a result, and lines about it."""
+"""The settings that affect a result, as run.json records them."""
 
 from __future__ import annotations
 
 import difflib
-import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ...tuner.config import FlareConfig
 from ..tasks import TASKS
-from ..tasks.parallel import ParallelColumns
+from ..tasks.parallel_table import ParallelColumns
 from ..utils.errors import UserError
-from ..utils.processes import is_main, on_main, process_count
-from .records import Metrics
-from .run_folder import locked
+from ..utils.processes import process_count
 from .run_settings import Settings
 from .setup import Data, Setup
 
-# FlareConfig's fields that have a flag of their own.
+# FlareConfig's fields that have their own flag.
 _FLAGS = {
     "r": "--r",
     "lora_alpha": "--alpha",
@@ -30,31 +26,6 @@ _FLAGS = {
 }
 
 
-class claimed:
-    """A run's folder, locked by the main process; inside, the object calls something there and tells all processes."""
-
-    def __init__(self, folder: Path) -> None:
-        self._lock = locked(folder) if is_main() else None
-
-    def __enter__(self) -> Callable[[Callable[[], str]], str]:
-        if process_count() == 1:
-            assert self._lock is not None
-            self._lock.__enter__()
-        else:
-            lock = self._lock
-            on_main(lambda: lock.__enter__() if lock is not None else None)
-        return on_main
-
-    def __exit__(self, *error: Any) -> None:
-        if self._lock is not None:
-            self._lock.__exit__(*error)
-
-
-def expect_no_source() -> None:
-    """Silence the warnings of a fusing adapter without a source, where that is the setting (train_only_fusion)."""
-    warnings.filterwarnings("ignore", "A fusing adapter (predicts|was trained) without a source")
-
-
 def adapter_fields(
     setup: Setup,
     r: int | None,
@@ -63,32 +34,34 @@ def adapter_fields(
     target_modules: tuple[str, ...] | None,
     more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """FlareConfig's fields: the recipe's, with what was given. alpha is 2 r unless given, as the paper's 128 for 64.
+    """Return FlareConfig's fields: the recipe's, overridden by the user's.
+
+    alpha defaults to 2 r, the ratio of the paper's 128 and 64.
 
     Raises:
-        UserError: a name that is no field of FlareConfig, or one with a flag of its own.
+        UserError: a name in `more` is not a field of FlareConfig, or has its own flag.
     """
     known = {one.name for one in fields(FlareConfig)}
     for name in more or {}:
         if name in _FLAGS:
-            raise UserError(f"--adapter {name}: use {_FLAGS[name]}, by which runs are told apart")
+            raise UserError(f"--adapter {name}: use {_FLAGS[name]}, which also names the run's folder")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise UserError(
-                f"--adapter {name}: no field of FlareConfig" + (f"; did you mean {near[0]}?" if near else "")
+                f"--adapter {name}: FlareConfig has no such field" + (f"; did you mean {near[0]}?" if near else "")
             )
-    made: dict[str, Any] = dict(setup.recipe.adapter)
-    made["r"] = r if r is not None else made["r"]
-    made["lora_alpha"] = alpha if alpha is not None else 2 * made["r"]
+    values: dict[str, Any] = dict(setup.recipe.adapter)
+    values["r"] = r if r is not None else values["r"]
+    values["lora_alpha"] = alpha if alpha is not None else 2 * values["r"]
     if dropout is not None:
-        made["lora_dropout"] = dropout
+        values["lora_dropout"] = dropout
     if target_modules is not None:
-        made["target_modules"] = target_modules[0] if len(target_modules) == 1 else list(target_modules)
-    return {**made, **(more or {})}
+        values["target_modules"] = target_modules[0] if len(target_modules) == 1 else list(target_modules)
+    return {**values, **(more or {})}
 
 
 def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, Any]:
-    """What decides about every kind of run and is no training argument."""
+    """Return the settings that affect every kind of run and are not training arguments."""
     recipe = setup.recipe
     columns: dict[str, Any] = {}
     if isinstance(data.folder, ParallelColumns):
@@ -119,16 +92,6 @@ def common_settings(settings: Settings, data: Data, setup: Setup) -> dict[str, A
 
 
 def location(name: str) -> str:
-    """A folder's absolute path; a hub id as it is."""
+    """Return the absolute path of an existing folder, or a hub id unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
-
-
-def summary(scores: dict[str, float], metrics: Metrics) -> str:
-    """One line about a finished run."""
-    words = [f"{name} {value:.1f}" for name, value in scores.items()]
-    if metrics.seconds_per_step is not None:
-        words.append(f"{1000 * metrics.seconds_per_step:.0f} ms/step")
-    if metrics.train_seconds is not None:
-        words.append(f"{metrics.train_seconds:.0f} s")
-    return ", ".join(words)

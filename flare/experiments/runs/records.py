@@ -1,7 +1,7 @@
-"""run.json and metrics.json: what a run is and what came out of it.
+"""run.json and metrics.json: the settings of a run and its results.
 
-Both are written whole or not at all, so that a killed process leaves the older file. This module knows nothing of
-models or data: the report reads runs through it alone.
+Both are written atomically, so that a killed process leaves the older file intact. The report reads runs through this
+module alone, which imports neither models nor data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
 DIVERGED = "diverged"
-#: In a note: the score of a finished run is not of the data that are there now.
+#: Part of a note: the rows have changed since a finished run was scored.
 STALE = "its results are of other data:"
 
 
@@ -34,27 +34,27 @@ class RecordError(UserError):
 
 @dataclass
 class RunRecord:
-    """run.json.
+    """Contents of run.json.
 
     kind: "finetune" (base/seed-N), "train" (an adapter) or "evaluate" (the base in a setting without training).
-    status: "running" until everything is written, then "done"; "diverged" where weights or logits were not finite.
+    status: "running" until everything is written, then "done"; "diverged" if weights or logits were not finite.
     task: name of the task ("nusax", "xnli", "tydiqa", "classification", "qa").
-    source_language, target_language: the user's names; target_language is None for a finetuned base.
+    source_language, target_language: the user's names; target_language is None for a fine-tuned base.
     method: "finetune", "lora", "input-fusion", "x-mixup", "flare", "flare-mt", "zero-shot" or "translate-test".
-    variant: name of the run's folder: the method with what departs from the defaults.
+    variant: name of the run's folder: the method and each setting that is not the default.
     fusion: name of the fusion function (flare and flare-mt), else None.
-    r: rank of the adapters; None where nothing was adapted.
-    source_text: "gold", "mt", or None where no source text is read.
+    r: rank of the adapters; None without adapters.
+    source_text: "gold", "mt", or None if no source text is read.
     target_text: text the adapters are trained on: "gold" or "mt".
     seed: of initialisation, shuffling and dropout.
-    settings: everything that decides about the result, by name.
-    training_arguments: the TrainingArguments that were given or come from the defaults of the paper, by name.
-    base: folder or hub id of the model the run begins with.
-    trainable_parameters: how many numbers were trained.
+    settings: everything that affects the result, by name.
+    training_arguments: the TrainingArguments given by the user or by the paper's defaults, by name.
+    base: folder or hub id of the model that the run starts from.
+    trainable_parameters: number of trained parameters.
     environment: versions, commit, device (`flare.experiments.utils.environment.environment`).
-    date: when it began, ISO 8601.
+    date: start of the run, ISO 8601.
     data: {"train": rows, "valid": rows, "test": rows, "notes": [...], "translation": provenance or None, "digest":
-        {split: SHA-256 of the target's rows, "split/gold" or "split/mt": of the source's}, "source_cache": {"mode",
+        {split: SHA-256 of the target rows, "split/gold" or "split/mt": of the source rows}, "source_cache": {"mode",
         "on", "rows", "bytes_needed", "bytes_free", "budget", "reason"} of a fusing run}.
     """
 
@@ -80,32 +80,32 @@ class RunRecord:
 
     @property
     def done(self) -> bool:
-        """Whether the run was finished."""
+        """Whether the run is finished."""
         return self.status == "done"
 
     @property
     def processes(self) -> int:
-        """How many processes shared the work; of a training that another number resumed, the last one."""
+        """Number of processes that shared the work; after a resume with another number, the last one."""
         return int(self.settings.get("processes") or 1)
 
 
 @dataclass
 class Metrics:
-    """metrics.json; what a run did not measure is None or empty.
+    """Contents of metrics.json; values that a run did not measure are None or empty.
 
-    valid: metric -> percent on the validation split, of the checkpoint that was chosen.
+    valid: metric -> percent on the validation split, for the selected checkpoint.
     test: setting -> metric -> percent. Settings: "translate-train" (adapters; source text as in training),
         "translate-train/gold" or "/mt" (with the other source text), "zero-shot", "translate-test",
-        "source-language" (a finetuned base on its own language).
-    train_seconds: of the training, evaluation and checkpoints included, over all sittings.
+        "source-language" (a fine-tuned base on its own language).
+    train_seconds: training time with evaluation and checkpoints, summed over resumed parts.
     seconds_per_step: median of forward, backward and optimizer step.
     steps: optimizer steps.
-    peak_bytes: of one training step in one process, weights and optimizer state included.
+    peak_bytes: peak memory of one training step in one process, with weights and optimizer state.
     peak_kind: "cuda peak" or "live tensors".
     bottleneck: {"S": [mean |S| per layer], "T": [mean |T|], "layers": [names]} over the test rows; fusing runs only.
-    best_checkpoint: step of the checkpoint that was chosen.
-    source_cache: {"bytes", "rows", "hits", "hit_rate", "seconds_saved"} of the last sitting where source states were
-        kept between epochs; run.json says with what budget, or why they were not.
+    best_checkpoint: step of the selected checkpoint.
+    source_cache: {"bytes", "rows", "hits", "hit_rate", "seconds_saved"} of the last part of the training, if the
+        source states were cached between epochs; run.json has the budget, or the reason why not.
     """
 
     valid: dict[str, float] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class Metrics:
 
 @dataclass
 class Run:
-    """A run's folder with what stands in it; `metrics` is empty as long as nothing was measured."""
+    """A run's folder with its run.json and metrics.json; `metrics` is empty until something is measured."""
 
     folder: Path
     record: RunRecord
@@ -130,7 +130,7 @@ class Run:
 
 
 def read_record(folder: str | os.PathLike[str]) -> RunRecord:
-    """The run.json of a folder.
+    """Return the contents of a folder's run.json.
 
     Raises:
         RecordError: it is missing, damaged, or lacks a field.
@@ -139,12 +139,12 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
 
 
 def write_record(folder: str | os.PathLike[str], record: RunRecord) -> None:
-    """Write run.json, whole or not at all; the folder is made where it is missing."""
+    """Write run.json atomically; create the folder if it is missing."""
     write_json(Path(folder) / RUN_FILE, asdict(record))
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> Metrics:
-    """The metrics.json of a folder; empty where there is none yet.
+    """Return the contents of a folder's metrics.json; empty if there is no file yet.
 
     Raises:
         RecordError: it is damaged.
@@ -154,12 +154,22 @@ def read_metrics(folder: str | os.PathLike[str]) -> Metrics:
 
 
 def write_metrics(folder: str | os.PathLike[str], metrics: Metrics) -> None:
-    """Write metrics.json, whole or not at all."""
+    """Write metrics.json atomically."""
     write_json(Path(folder) / METRICS_FILE, asdict(metrics))
 
 
+def result_line(scores: dict[str, float], metrics: Metrics) -> str:
+    """Return the scores and costs of a finished run in one line."""
+    parts = [f"{name} {value:.1f}" for name, value in scores.items()]
+    if metrics.seconds_per_step is not None:
+        parts.append(f"{1000 * metrics.seconds_per_step:.0f} ms/step")
+    if metrics.train_seconds is not None:
+        parts.append(f"{metrics.train_seconds:.0f} s")
+    return ", ".join(parts)
+
+
 def diverged(run: Run) -> str | None:
-    """Return what of a run is not finite, from its status, its log and its bottleneck; None where nothing is."""
+    """Return what is not finite in a run's status, log or bottleneck; None if all is."""
     if run.record.status == DIVERGED:
         return "its weights or logits are not finite"
     sizes = run.metrics.bottleneck or {}
@@ -168,7 +178,7 @@ def diverged(run: Run) -> str | None:
     lines = []
     path = run.folder / LOG_FILE
     for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # torn by a kill
+        with contextlib.suppress(ValueError):  # a line cut off by a kill
             lines.append(parsed(line))
     losses = [line["loss"] for line in lines if isinstance(line, dict) and isinstance(line.get("loss"), float)]
     norms = [line["grad_norm"] for line in lines if isinstance(line, dict) and isinstance(line.get("grad_norm"), float)]
@@ -180,25 +190,25 @@ def diverged(run: Run) -> str | None:
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """run.json and metrics.json of a folder.
+    """Return a folder's run.json and metrics.json.
 
     Raises:
-        RecordError: as `read_record` and `read_metrics`.
+        RecordError: see `read_record` and `read_metrics`.
     """
     return Run(Path(folder), read_record(folder), read_metrics(folder))
 
 
 def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
-    """Every run in a folder and below it, finished or not, sorted by path.
+    """Return every run in a folder and below it, finished or not, sorted by path.
 
-    What was kept beside a run that started anew (earlier-N) and a run's own sub-folders are left out.
+    The earlier-N folders of restarted runs and the sub-folders of a run are skipped.
 
     Raises:
         RecordError: the folder is missing, or a run.json or metrics.json in it is damaged.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise RecordError(f"{root}: no such folder; runs are written by flare finetune, train and evaluate")
+        raise RecordError(f"{root}: no such folder; flare finetune, train and evaluate write runs")
     return [read_run(found) for found in sorted(_run_folders(root))]
 
 
@@ -215,7 +225,7 @@ def _read(path: Path, kind: type[Any]) -> Any:
     try:
         content = read_object(path)
     except FileNotFoundError:
-        raise RecordError(f"{path} is missing: {path.parent} holds no run") from None
+        raise RecordError(f"{path} is missing, so {path.parent} is not the folder of a run") from None
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read: {error}; move it away or run the command again") from error
     known = {one.name for one in fields(kind)}
@@ -224,17 +234,17 @@ def _read(path: Path, kind: type[Any]) -> Any:
             shown = json.dumps(content[one.name])[:60]
             raise RecordError(f"{path}: {one.name} must be {one.type}; got {shown}. It was not written by flare")
     try:
-        # Keys of a later version are left out, so that older reports read newer runs.
+        # unknown keys are skipped, so that an older report can read newer runs
         return kind(**{key: value for key, value in content.items() if key in known})
     except TypeError as error:
-        raise RecordError(f"{path} lacks something: {error}; it was not written by flare") from error
+        raise RecordError(f"{path} is incomplete ({error}); it was not written by flare") from error
 
 
-_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict}
+_TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict}
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether a value of a JSON file is what a field holds: a kind, or None where the annotation has it."""
+    """Return whether a JSON value has the type of a field's annotation."""
     if value is None:
         return annotation.endswith("None")
-    return isinstance(value, _KINDS[annotation.partition("[")[0].partition(" ")[0]]) and not isinstance(value, bool)
+    return isinstance(value, _TYPES[annotation.partition("[")[0].partition(" ")[0]]) and not isinstance(value, bool)

@@ -1,27 +1,29 @@
-"""The folder of one run: begun anew, gone on with, skipped because it is finished, or refused.
+"""The folder of one run: started, resumed, skipped (already finished), or refused.
 
-Nothing that is there is ever written over: a folder that holds another run or somebody's files is an error, and a run
-that is started anew moves to earlier-N beside it.
+Existing files are never overwritten. A folder that holds another run or unrelated files is an error, and a run that is
+restarted moves the earlier one to earlier-N next to it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..utils.errors import DivergedError, UserError
+from ..utils.processes import on_main
 from ..utils.result_folders import EARLIER
 from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write_record
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
-# These change nothing about what comes out.
-_FREE = {
+_LOCK_SECONDS = 0.5  # of retries: the first attempts may open a file that its holder is just removing
+# Settings that have no effect on the result.
+_NO_EFFECT = {
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
@@ -42,116 +44,134 @@ _IDENTITY_TEXT = ("source_text", "target_text")
 
 
 def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str], None]) -> str:
-    """Claim a folder for a run: "new" (its run.json is written), "unfinished" (the same run, to go on with) or "done".
+    """Return the state of a run's folder, and write its run.json if the run is new.
+
+    Returns:
+        "new", "unfinished" (the same run, to be resumed) or "done".
 
     Raises:
-        UserError: the folder holds a run with other settings, or files that are no run's.
+        UserError: the folder holds a run with other settings, or files that do not belong to a run.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output")
     if not (folder / RUN_FILE).is_file():
-        ours = (LOCK_FILE, f".{RUN_FILE}.")
+        allowed = (LOCK_FILE, f".{RUN_FILE}.")
         foreign = (
-            sorted(one.name for one in folder.iterdir() if not one.name.startswith(ours)) if folder.is_dir() else []
+            sorted(path.name for path in folder.iterdir() if not path.name.startswith(allowed))
+            if folder.is_dir()
+            else []
         )
         if foreign:
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
             raise UserError(
-                f"{folder} holds {shown} and no run.json, so it is no run of flare; nothing there was touched: choose "
-                "another --output, or move it away"
+                f"{folder} holds {shown} and no run.json, so it is not a run of flare; nothing there was touched: "
+                "choose another --output, or move it away"
             )
         write_record(folder, record)
         return "new"
     if not resume:
-        kept = make_room(folder)
-        say(f"{folder}: started anew, the earlier run is in {kept}")
+        earlier = move_aside(folder)
+        say(f"{folder}: restarted; the earlier run is in {earlier}")
         write_record(folder, record)
         return "new"
-    there = read_record(folder)
-    differing = differences(there, record)
-    if differing and not there.done and nothing_came_of_it(folder):
-        say(f"{folder}: the run there ended before its first checkpoint; it begins anew, with the settings of now")
+    saved = read_record(folder)
+    differing = differences(saved, record)
+    if differing and not saved.done and nothing_to_resume(folder):
+        say(f"{folder}: the earlier run ended before its first checkpoint; it is restarted with the current settings")
         write_record(folder, record)
         return "new"
     if differing:
         raise UserError(
             f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run "
             f"{'another name (--name) or folder (--output)' if record.kind == 'train' else 'another folder (--output)'}"
-            ", or start it anew with --no-resume, which keeps the old one beside it"
+            ", or restart it with --no-resume, which keeps the old one next to it"
         )
-    if there.done:
+    if saved.done:
         return "done"
-    if there.processes != record.processes and record.kind != "evaluate":
+    if saved.processes != record.processes and record.kind != "evaluate":
         say(
-            f"{folder}: begun with {there.processes} processes and resumed with {record.processes}: the rows of a step "
-            "are the same, dropout draws other masks, and seconds per step are measured anew"
+            f"{folder}: started with {saved.processes} processes and resumed with {record.processes}: each step has "
+            "the same rows, but dropout draws other masks, and seconds per step are measured again"
         )
     return "unfinished"
 
 
-def nothing_came_of_it(folder: Path) -> bool:
-    """Whether an unfinished run left nothing to go on from, as after an error in its data: there is nothing to lose."""
-    ours = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
-    return all(one.name.startswith(ours) for one in folder.iterdir()) and not any((folder / CHECKPOINTS).glob("*"))
+def nothing_to_resume(folder: Path) -> bool:
+    """Return whether an unfinished run left nothing to resume from, as after an error in its data."""
+    allowed = (LOCK_FILE, RUN_FILE, f".{RUN_FILE}.", LOG_FILE, CHECKPOINTS)
+    only_ours = all(path.name.startswith(allowed) for path in folder.iterdir())
+    return only_ours and not any((folder / CHECKPOINTS).glob("*"))
 
 
-def differences(there: RunRecord, now: RunRecord) -> list[str]:
-    """What decides about a result and differs, in words."""
-    found = []
-    # through JSON, as what is read from the file was
-    now = RunRecord(**json.loads(json.dumps(vars(now), default=str)))
+def differences(saved: RunRecord, current: RunRecord) -> list[str]:
+    """Return a line for each setting that affects the result and differs between two records."""
+    lines = []
+    # through JSON, like the record that was read from the file
+    current = RunRecord(**json.loads(json.dumps(vars(current), default=str)))
     for name in (*_IDENTITY, *_IDENTITY_TEXT):
-        if getattr(there, name) != getattr(now, name):
-            found.append(f"{name} is {_shown(getattr(there, name))} there and {_shown(getattr(now, name))} now")
+        if getattr(saved, name) != getattr(current, name):
+            lines.append(f"{name} is {_shown(getattr(saved, name))} there and {_shown(getattr(current, name))} now")
     for part in ("settings", "training_arguments"):
-        one, other = getattr(there, part), getattr(now, part)
-        for name in sorted({*one, *other} - _FREE):
-            if one.get(name) != other.get(name):
-                found.append(f"{name} is {_shown(one.get(name))} there and {_shown(other.get(name))} now")
-    return found
+        before, now = getattr(saved, part), getattr(current, part)
+        for name in sorted({*before, *now} - _NO_EFFECT):
+            if before.get(name) != now.get(name):
+                lines.append(f"{name} is {_shown(before.get(name))} there and {_shown(now.get(name))} now")
+    return lines
 
 
-def make_room(folder: Path) -> Path:
-    """Move a run's folder to earlier-N/<its name> beside it; returns where it is now."""
+def move_aside(folder: Path) -> Path:
+    """Move a run's folder to earlier-N/<its name> next to it, and return the new path."""
     number = 1
     while (folder.parent / f"{EARLIER}{number}" / folder.name).exists():
         number += 1
-    kept = folder.parent / f"{EARLIER}{number}" / folder.name
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(kept)
-    return kept
+    target = folder.parent / f"{EARLIER}{number}" / folder.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    return target
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder; the lock dies with the process.
+    """Lock a run's folder; the main process takes the lock for all processes of the run.
+
+    The operating system frees the lock when its process ends.
 
     Raises:
-        UserError: another process works in it, or it cannot be written to.
+        UserError: in every process, if a process of another run works in the folder, or it cannot be written to.
     """
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(_locked_here(folder)))
+        yield
+
+
+@contextmanager
+def _locked_here(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _held(path)
+        lock = FileLock(path, timeout=_LOCK_SECONDS)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another process is working on this run; wait for it or stop it") from None
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error}); choose another --output") from error
-    with lock:
-        try:
-            yield
-        except DivergedError as error:
-            _mark(folder, error)
-            raise DivergedError(f"{folder}: {error}") from error
-        except UserError as error:
-            _mark(folder, error)
-            raise
-        finally:
-            path.unlink(missing_ok=True)
+        raise UserError(f"{folder} cannot be written to or locked ({error}); choose another --output") from error
+    try:
+        yield
+    except DivergedError as error:
+        _record_failure(folder, error)
+        raise DivergedError(f"{folder}: {error}") from error
+    except UserError as error:
+        _record_failure(folder, error)
+        raise
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
-def _mark(folder: Path, error: UserError) -> None:
-    """Remove the record of a run that its data or options kept from beginning: it would look like one under way.
+def _record_failure(folder: Path, error: UserError) -> None:
+    """Mark a run that diverged in its run.json, or remove the record of a run that could not start.
 
-    A run that diverged keeps it, marked as such: none of its scores counts.
+    Without this, a run that its data or options kept from starting would look like one in progress.
     """
     if not (folder / RUN_FILE).is_file():
         return
@@ -159,32 +179,11 @@ def _mark(folder: Path, error: UserError) -> None:
     if isinstance(error, DivergedError):
         record.status = DIVERGED
         write_record(folder, record)
-    if not record.done and nothing_came_of_it(folder):
+    if not record.done and nothing_to_resume(folder):
         for name in (LOG_FILE, RUN_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / CHECKPOINTS).is_dir():
             (folder / CHECKPOINTS).rmdir()
-
-
-def _held(path: Path) -> IO[str]:
-    """A lock file, open and locked."""
-    while True:
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-            file.close()
-        except FileNotFoundError:  # its holder was done, and removed it, since it was opened: it locks nobody out
-            file.close()
-        except BlockingIOError:
-            file.close()
-            raise UserError(f"{path.parent}: another process is working on this run; wait for it or stop it") from None
-        except OSError as error:
-            file.close()
-            raise UserError(
-                f"{path.parent} cannot be locked ({error}); choose an --output on another file system"
-            ) from error
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What every command needs before a model is loaded: the task, the paper's recipe, tokenizer, form and data."""
+"""Everything a command needs before it loads a model: task, recipe, tokenizer, form and data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from ...recipes import Recipe
 from ...training.row_checks import broken_by, vocabulary_of, wrong_tokenizer
 from ..tasks import TASKS, Pair, Task, get_task, has_split, load_pairs, make_form, read_split
-from ..tasks.parallel import ParallelColumns, check_targets
+from ..tasks.metrics import check_metric_packages
+from ..tasks.parallel_table import ParallelColumns, check_targets
 from ..tasks.reading import all_targets
 from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
@@ -21,27 +22,27 @@ Say = Callable[[str], None]
 
 
 class Notes:
-    """Says every note once, and keeps them for run.json."""
+    """Printer of notes that prints each note once."""
 
     def __init__(self, say: Say) -> None:
         self.say = say
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def __call__(self, notes: Sequence[str], where: str = "") -> list[str]:
-        """Say what was not said before; returns the notes with `where` in front."""
+        """Print the notes that are new, and return all of them with `where` in front."""
         full = [f"{where}: {note}" if where else note for note in notes]
         for note in full:
-            if note not in self._said:
-                self._said.add(note)
+            if note not in self._printed:
+                self._printed.add(note)
                 self.say(note)
         return full
 
 
 @dataclass
 class Data:
-    """The rows of a task; the pairs of one target language are kept until another one is asked for.
+    """Rows of a task. The pairs of the latest target language are cached.
 
-    folder: as load_pairs takes it; None: the task's data set on the hub.
+    folder: where `load_pairs` reads; None: the task's data set on the hub.
     """
 
     task: Task
@@ -49,21 +50,21 @@ class Data:
     source: str
     translations: Path | None = None
     rows: int | None = None
-    _kept: dict[tuple[Any, ...], tuple[list[Pair], list[str]]] = field(default_factory=dict)
+    _cached: dict[tuple[Any, ...], tuple[list[Pair], list[str]]] = field(default_factory=dict)
 
     def pairs(
         self, target: str, split: str, *, target_text: str = "gold", source_text: str | None = None
     ) -> tuple[list[Pair], list[str]]:
-        """Pairs of a split and the notes about them.
+        """Return the pairs of a split and notes about them.
 
         Raises:
             UserError: the split is missing, empty, damaged, or does not align.
         """
         key = (target, split, target_text, source_text)
-        if key not in self._kept:
-            if any(other[0] != target for other in self._kept):
-                self._kept.clear()
-            self._kept[key] = load_pairs(
+        if key not in self._cached:
+            if any(other[0] != target for other in self._cached):
+                self._cached.clear()
+            self._cached[key] = load_pairs(
                 self.task,
                 self.folder,
                 self.source,
@@ -74,28 +75,29 @@ class Data:
                 source_text=source_text,
                 limit=self.rows,
             )
-        return self._kept[key]
+        return self._cached[key]
 
     def has(self, language: str, split: str) -> bool:
-        """Whether a language has a split."""
+        """Return whether a language has a split."""
         return has_split(self.task, self.folder, language, split)
 
     def check_languages(self, targets: Sequence[str]) -> None:
-        """Raise UserError where a target lacks its training or test rows, before anything is trained."""
+        """Raise UserError if a target lacks training or test rows, before anything is trained."""
         if isinstance(self.folder, ParallelColumns):
             check_targets(self.folder, targets)
         for target in targets:
             for split in ("train", "test"):
                 if not self.has(target, split):
-                    read_split(self.task, self.folder, target, split)  # says what is there
-
-    def sizes(self, **splits: Sequence[Any] | None) -> dict[str, int]:
-        return {name: len(rows) for name, rows in splits.items() if rows is not None}
+                    read_split(self.task, self.folder, target, split)  # raises an error that lists the existing files
 
 
 @dataclass
 class Setup:
-    """A model's kind, the recipe for it, its tokenizer, and the form in which it reads the task."""
+    """A model's family, its recipe and tokenizer, and the form in which it reads the task.
+
+    misfit: why the tokenizer seems to belong to another model. untrained: modules below the head without weights in
+    the checkpoint. Both are set by :meth:`load_model`.
+    """
 
     model: str
     family: str
@@ -104,29 +106,29 @@ class Setup:
     form: Any
     max_length: int
     notes: list[str]
-    misfit: str | None = None  # what says that the tokenizer is another model's
-    drawn: list[str] = field(default_factory=list)  # modules below the head that the checkpoint has no weights for
+    misfit: str | None = None
+    untrained: list[str] = field(default_factory=list)
 
     @property
     def batches(self) -> dict[str, Any]:
-        """FlareDataCollator's options."""
+        """Options of FlareDataCollator."""
         return {"layout": self.form.layout, "padding": self.recipe.batches["padding"], "max_length": self.max_length}
 
     def load_model(self, quantized: bool = True) -> Any:
-        """The base model, ready for adapters; ``quantized=False`` leaves it in 16 or 32 bits.
+        """Return the base model, ready for adapters; ``quantized=False`` leaves it in 16 or 32 bits.
 
         Raises:
             UserError: it cannot be loaded.
         """
         recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
-        lacking: list[str] = []
+        missing: list[str] = []
         with library_errors(f"model {self.model} cannot be loaded as {self.form.auto_class}"):
-            model = recipe.base_model(self.model, self.tokenizer, lacking)
+            model = recipe.base_model(self.model, self.tokenizer, missing)
         size, highest = vocabulary_of(model), max(self.tokenizer.get_vocab().values(), default=0)
         if size is not None and highest >= size:
             raise UserError(
-                f"model {self.model}: its tokenizer has ids up to {highest} and the model {size} embeddings, so it is "
-                "another model's; put the model's own tokenizer into the folder"
+                f"model {self.model}: its tokenizer has ids up to {highest} and the model {size} embeddings, so it "
+                "belongs to another model; put the model's own tokenizer into the folder"
             )
         if broken := broken_by(self.tokenizer, model):
             raise UserError(
@@ -134,27 +136,28 @@ class Setup:
                 "in its config.json and generation_config.json"
             )
         self.misfit = wrong_tokenizer(self.tokenizer, model)
-        # the head, beside the backbone, is trained
-        body = {name.rpartition(".")[0] for name in lacking if name.startswith(f"{model.base_model_prefix}.")}
-        self.drawn = sorted(body)
+        # only the backbone: the head is trained
+        prefix = f"{model.base_model_prefix}."
+        self.untrained = sorted({name.rpartition(".")[0] for name in missing if name.startswith(prefix)})
         return model
 
     @property
-    def drawn_notes(self) -> list[str]:
-        """What to know of the last :meth:`load_model`: modules without weights, a tokenizer that does not fit."""
+    def model_notes(self) -> list[str]:
+        """Notes about the last :meth:`load_model`: modules without weights, a tokenizer that does not fit."""
         misfit = [f"{self.model}: {self.misfit}"] if self.misfit else []
-        if not self.drawn:
+        if not self.untrained:
             return misfit
-        return [*misfit, f"{self.model} has no weights for {', '.join(self.drawn)}: drawn by the seed, and not trained"]
+        names = ", ".join(self.untrained)
+        return [*misfit, f"{self.model} has no weights for {names}: initialised from the seed, and not trained"]
 
 
 def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] | None = None) -> Task:
-    """The task that the settings name; `labels` where they are known from a run."""
-    named = settings.task or name
-    if named is None:
+    """Return the task of the settings, with a run's labels if the settings give none."""
+    task = settings.task or name
+    if task is None:
         raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
-    return get_task(
-        named,
+    resolved = get_task(
+        task,
         text_columns=settings.text_columns,
         choice_columns=settings.choice_columns,
         label_column=settings.label_column,
@@ -165,13 +168,15 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
         verbalizer={label: str(text) for label, text in settings.verbalizer.items()} or None,
         max_length=settings.max_length,
     )
+    check_metric_packages(resolved)
+    return resolved
 
 
 def place_of(settings: Settings, data: str | None, source: str) -> str | ParallelColumns | None:
-    """Return where the rows are, as load_pairs takes it.
+    """Return the location of the rows in the form that `load_pairs` accepts.
 
     Args:
-        data: the settings' own, or a run's.
+        data: the location from the settings or a run.
         source: the source language.
     """
     if data is None or not (settings.source_column or settings.target_column):
@@ -180,19 +185,19 @@ def place_of(settings: Settings, data: str | None, source: str) -> str | Paralle
 
 
 def with_targets(settings: Any, data: Data, notes: Notes) -> Any:
-    """Return the settings with every language in place of ``--target all``."""
+    """Return the settings with ``--target all`` replaced by all target languages."""
     if settings.target != ("all",):
         return settings
-    found, news = all_targets(data.task, data.folder, data.source)
-    notes(news)
-    return replace(settings, target=tuple(found))
+    targets, messages = all_targets(data.task, data.folder, data.source)
+    notes(messages)
+    return replace(settings, target=tuple(targets))
 
 
 def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | None = None) -> Setup:
-    """Recipe, tokenizer and form for a model.
+    """Return the recipe, tokenizer and form for a model.
 
     Args:
-        given: TrainingArguments' fields that the user gave.
+        given: TrainingArguments' fields given by the user.
 
     Raises:
         UserError: the model or its tokenizer cannot be used.

@@ -6,7 +6,6 @@ import contextlib
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,84 +14,44 @@ from transformers import set_seed
 
 from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
-from ..tasks.reading import shown_labels
 from ..utils.environment import environment, now
 from ..utils.errors import UserError
-from ..utils.processes import is_main, only_main, process_count, wait
+from ..utils.processes import is_main, on_main, only_main, process_count, wait
 from .activations import write_activations
 from .adapter_card import describe
 from .base import Base, find_base
 from .bottleneck import measure_bottleneck
 from .caching import CachePlan, plan_cache
-from .callbacks import quiet_libraries
+from .callbacks import ignore_missing_source, quiet_libraries
 from .chance import chance_notes
+from .data_digests import note_changed_rows, record_digests
 from .fitting import add_cost, autocast_of, batch_size, fit, of_one_process, save, training_arguments, training_values
-from .known_data import mark, remember
+from .grid import Plan, read_grid
 from .latent_rows import add_states, latent_encoder, target_texts
-from .methods import READS_SOURCE, build, for_method, variant_name
+from .methods import build, for_method
 from .options import parse_bytes
 from .predictor import PREDICTIONS, Predictor, write_predictions
 from .provenance import read_provenance
-from .recorded_settings import adapter_fields, claimed, common_settings, expect_no_source, location, summary
-from .records import RunRecord, write_metrics, write_record
-from .run_folder import CHECKPOINTS, open_run
+from .recorded_settings import adapter_fields, common_settings, location
+from .records import RunRecord, result_line, write_metrics, write_record
+from .run_folder import CHECKPOINTS, locked, open_run
 from .run_settings import TrainSettings
-from .setup import Data, Notes, Setup, place_of, prepare, task_of, with_targets
-from .trained import ADAPTER
+from .setup import Data, Notes, Setup, prepare
+from .trained_adapter import ADAPTER
 
 _BOTTLENECK_ROWS = 256
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One run of the grid. source_text and target_text are what its method reads."""
-
-    target: str
-    method: str
-    fusion: str | None
-    r: int | None
-    seed: int
-    variant: str
-    source_text: str | None
-    target_text: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.target} {self.variant} seed {self.seed}"
-
-    @property
-    def train_source(self) -> str | None:
-        """The source text in training: machine-translated target text is a translation of the gold source."""
-        return "gold" if self.source_text is not None and self.target_text == "mt" else self.source_text
-
-
-def plans(settings: TrainSettings) -> list[Plan]:
-    """Every run of the grid: languages, then seeds, then methods."""
-    made = []
-    for target in settings.target or ():
-        for seed in settings.seeds:
-            for method, fusion, r in settings.variants():
-                source = settings.source_text if method in READS_SOURCE else None
-                name = settings.name or variant_name(
-                    method,
-                    fusion,
-                    r if r != 64 else None,
-                    source_text=source,
-                    target_text=settings.target_text,
-                    train_only=settings.train_only_fusion,
-                )
-                made.append(Plan(target, method, fusion, r, seed, name, source, settings.target_text))
-    return made
-
-
 def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> list[Path]:
-    """Train the whole grid into OUTPUT/<target>/<variant>/seed-N; finished runs are skipped, unfinished ones go on.
+    """Train every run of the grid in OUTPUT/<target>/<variant>/seed-N.
+
+    Finished runs are skipped, and unfinished ones are resumed.
 
     Returns:
         The runs' folders.
 
     Raises:
-        UserError: something the user can mend; runs that are finished by then stay.
+        UserError: an error the user can fix; runs finished before it are kept.
     """
     settings.check()
     say = only_main(say)
@@ -113,62 +72,8 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
     return folders
 
 
-def read_grid(settings: Any, bases: dict[int, Base], notes: Notes) -> tuple[Any, Data, list[Plan]]:
-    """Return the settings with form and targets filled in, the data with their task, and the runs that are meant.
-
-    Raises:
-        UserError: the bases or the data do not fit the settings.
-    """
-    labels = check_bases(settings, bases)
-    settings = replace(settings, form=form_of(settings, bases))
-    place = place_of(settings, settings.data, settings.source_language)
-    task, table = shown_labels(task_of(settings, labels=labels), place, settings.source_language)
-    data = Data(task, place, settings.source_language, settings.translations, settings.rows)
-    notes(table)
-    settings = with_targets(settings, data, notes)
-    grid = plans(settings)
-    data.check_languages([plan.target for plan in grid if plan.target_text == "gold"])
-    return settings, data, grid
-
-
-def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, ...] | None:
-    """The labels the bases were fine-tuned on; UserError where it was another task or language."""
-    labels = None
-    for base in bases.values():
-        record = base.record
-        if record is None:
-            continue
-        for name, there, now_ in (
-            ("task", record.task, settings.task),
-            ("source", record.source_language, settings.source_language),
-        ):
-            if there != now_:
-                raise UserError(
-                    f"the base {base.model} was fine-tuned with --{name} {there}; --{name} {now_} needs a base of its "
-                    "own (flare finetune with another --output)"
-                )
-        labels = tuple(record.settings.get("labels") or ()) or None
-        if settings.labels is not None and labels is not None and settings.labels != labels:
-            raise UserError(f"--labels: the base {base.model} was fine-tuned on {', '.join(labels)}, in this order")
-    return labels
-
-
-def form_of(settings: TrainSettings, bases: dict[int, Base]) -> str | None:
-    """The form that the bases were fine-tuned in: a head that was not trained with them would be a random one."""
-    for base in bases.values():
-        there = None if base.record is None else base.record.settings.get("family")
-        if there is not None and settings.form not in (None, there):
-            raise UserError(
-                f"--form {settings.form}: the base {base.model} was fine-tuned with --form {there}; leave it out, or "
-                "fine-tune another base (flare finetune with another --output)"
-            )
-        if there is not None:
-            return str(there)
-    return settings.form
-
-
 class _Run:
-    """One run from its folder to its last file."""
+    """One run of the grid, from opening its folder to writing its last file."""
 
     def __init__(
         self,
@@ -191,28 +96,28 @@ class _Run:
         self.latent: Any = None
 
     def run(self) -> Path:
-        """Train and evaluate, unless it is done; returns the folder."""
+        """Train and evaluate unless the run is done; return its folder."""
         record = self._record()
-        with claimed(self.folder) as claim:
-            state = claim(lambda: open_run(self.folder, record, self.settings.resume, self.say))
+        with locked(self.folder):
+            state = on_main(lambda: open_run(self.folder, record, self.settings.resume, self.say))
             if state == "done":
-                self.say(f"{self.plan.name}: done before, in {self.folder}")
+                self.say(f"{self.plan.name}: already done, in {self.folder}")
                 if is_main():
-                    self._mark_changes()
+                    self._note_changed_rows()
             else:
-                self._train(record, claim)
+                self._train(record)
             wait()
         return self.folder
 
-    def _mark_changes(self) -> None:
-        """Say where the rows of a finished run are not what they were."""
-        with contextlib.suppress(UserError):  # data that are gone change nothing about it
+    def _note_changed_rows(self) -> None:
+        """Note and print which rows of a finished run have changed."""
+        with contextlib.suppress(UserError):  # missing data do not matter for a finished run
             splits, _ = self._splits()
-            for line in mark(self.folder, self.plan.name, self._digests(splits)):
-                self.say(f"{line} (--no-resume trains anew)")
+            for line in note_changed_rows(self.folder, self.plan.name, self._digests(splits)):
+                self.say(f"{line} (--no-resume trains again)")
 
     def _splits(self) -> tuple[dict[str, list[Pair] | None], list[str]]:
-        """The pairs of every split that the run reads, None for one that is not there, and the notes about them."""
+        """Return the pairs of every split that the run reads, None for a missing split, and notes about them."""
         plan = self.plan
         train, notes = self.data.pairs(
             plan.target, "train", target_text=plan.target_text, source_text=plan.train_source
@@ -225,27 +130,27 @@ class _Run:
         return splits, notes
 
     def _digests(self, splits: dict[str, list[Pair] | None]) -> dict[str, str]:
-        found: dict[str, str] = {}
+        digests: dict[str, str] = {}
         for split, pairs in splits.items():
             text = self.plan.source_text if split == "test" else self.plan.train_source
             if split == "valid" and self.settings.train_only_fusion:
                 text = None
-            found |= digests_of_pairs(split, pairs, text) if pairs is not None else {}
-        return found
+            digests |= digests_of_pairs(split, pairs, text) if pairs is not None else {}
+        return digests
 
     def _record(self) -> RunRecord:
         plan, settings = self.plan, self.settings
-        own: dict[str, Any] = {"adapter": self.adapter, "base_date": self.base.made}
+        method_settings: dict[str, Any] = {"adapter": self.adapter, "base_date": self.base.date}
         if plan.method == "flare-mt":
-            own |= {"mt_model": location(settings.mt_model or ""), "mt_language": settings.mt_language}
+            method_settings |= {"mt_model": location(settings.mt_model or ""), "mt_language": settings.mt_language}
         if isinstance(self.setup.form, JoinedForm):
-            own["prompt"] = self.setup.form.prompt
+            method_settings["prompt"] = self.setup.form.prompt
         if plan.method == "x-mixup":
-            own["mixup_layer"] = settings.mixup_layer
+            method_settings["mixup_layer"] = settings.mixup_layer
         if settings.train_only_fusion:
-            own["train_only_fusion"] = True
+            method_settings["train_only_fusion"] = True
         if "mt" in (plan.source_text, plan.target_text):
-            own["translations"] = location(str(settings.translations))
+            method_settings["translations"] = location(str(settings.translations))
         return RunRecord(
             kind="train",
             status="running",
@@ -259,30 +164,30 @@ class _Run:
             r=self.adapter["r"],
             source_text=plan.source_text,
             target_text=plan.target_text,
-            settings={**common_settings(settings, self.data, self.setup), **own},
+            settings={**common_settings(settings, self.data, self.setup), **method_settings},
             training_arguments=self.values,
             base=self.base.shown,
             environment=environment(bool(self.values.get("use_cpu"))),
             date=now(),
         )
 
-    def _train(self, record: RunRecord, claim: Callable[[Callable[[], str]], str]) -> None:
+    def _train(self, record: RunRecord) -> None:
         plan, settings, setup = self.plan, self.settings, self.setup
         with_source = plan.source_text is not None
-        splits, news = self._splits()
+        splits, messages = self._splits()
         train, valid, test = splits["train"] or [], splits["valid"], splits["test"]
         texts = (plan.source_text, plan.target_text)
         translation = read_provenance(settings.translations, self.data.source, plan.target, texts)
         digests = self._digests(splits)
-        claim(lambda: remember(self.folder, digests))
+        on_main(lambda: record_digests(self.folder, digests))
         record.data = {
-            "notes": [*self.base_notes, *self.notes(news, plan.target)],
+            "notes": [*self.base_notes, *self.notes(messages, plan.target)],
             "translation": translation,
             "digest": digests,
         }
-        groups = None
+        has_source = None
         if settings.train_only_fusion:
-            rows, groups = self._half(train, record)
+            rows, has_source = self._half_with_source(train, record)
         else:
             rows = self._rows(train, "train", with_source, record, training=True)
         set_seed(plan.seed)
@@ -294,7 +199,7 @@ class _Run:
             latent_dim=None if self.latent is None else self.latent.latent_dim,
             mixup_layer=settings.mixup_layer,
         )
-        record.data["notes"] += self.notes(setup.drawn_notes)
+        record.data["notes"] += self.notes(setup.model_notes)
         record.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         record.data |= {"train": len(rows), "valid": len(valid or ()), "test": len(test or ())}
         metric = self.data.task.metrics[0] if valid else None
@@ -304,19 +209,19 @@ class _Run:
         reads = with_source and not settings.train_only_fusion
 
         def predictor(pairs: list[Pair], split: str) -> Predictor:
-            made = self._rows(pairs, split, reads, record)
-            return Predictor(setup.form, collate, pairs, made, batch, half, self._bar(split))
+            rows = self._rows(pairs, split, reads, record)
+            return Predictor(setup.form, collate, pairs, rows, batch, half, self._bar(split))
 
         if settings.train_only_fusion:
-            expect_no_source()
+            ignore_missing_source()
         validation = predictor(valid, "valid") if valid else None
-        read = rows if validation is None or setup.form.layout != "encoder" else [*rows, *validation.rows]
-        keeping = CachePlan(None, {})
+        cached = rows if validation is None or setup.form.layout != "encoder" else [*rows, *validation.rows]
+        cache_plan = CachePlan(None, {})
         if plan.method == "flare":
             budget = parse_bytes(settings.source_cache_budget, "--source-cache-budget")
-            keeping = plan_cache(settings.source_cache, budget, model, collate, read, arguments, half)
-            record.data["source_cache"] = keeping.facts
-            self.notes([keeping.note] if keeping.note else [], plan.name)
+            cache_plan = plan_cache(settings.source_cache, budget, model, collate, cached, arguments, half)
+            record.data["source_cache"] = cache_plan.facts
+            self.notes([cache_plan.note] if cache_plan.note else [], plan.name)
         done = fit(
             model,
             collate,
@@ -327,8 +232,8 @@ class _Run:
             progress=settings.progress,
             say=self.say,
             predictor=validation,
-            groups=groups,
-            source_cache=keeping.cache,
+            has_source=has_source,
+            source_cache=cache_plan.cache,
         )
         trainer = done.trainer
         save(trainer, self.folder / ADAPTER)
@@ -342,11 +247,11 @@ class _Run:
             if is_main():
                 write_predictions(self.folder / PREDICTIONS, test, predictions)
             if (plan.fusion is not None and reads) or plan.method == "flare-mt":
-                some = test[:_BOTTLENECK_ROWS]
-                kept = [pair.target.id for pair in setup.form.trainable(some)]
-                made = self._rows(some, "test", reads, record, training=True, quietly=True)
+                pairs = test[:_BOTTLENECK_ROWS]
+                ids = [pair.target.id for pair in setup.form.trainable(pairs)]
+                bottleneck_rows = self._rows(pairs, "test", reads, record, training=True, quietly=True)
                 done.metrics.bottleneck, activations = measure_bottleneck(
-                    trainer.model, collate, made, kept, batch, half
+                    trainer.model, collate, bottleneck_rows, ids, batch, half
                 )
                 if activations is not None and is_main():
                     write_activations(self.folder, activations)
@@ -358,10 +263,10 @@ class _Run:
             if not settings.keep_checkpoints:
                 shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
             scores = done.metrics.test.get("translate-train") or done.metrics.valid
-            self.say(f"{plan.name}: {summary(scores, done.metrics)}")
+            self.say(f"{plan.name}: {result_line(scores, done.metrics)}")
 
     def _valid(self) -> tuple[list[Pair] | None, list[str]]:
-        """Validation pairs: as the training's, or None where there are none; and the notes about them."""
+        """Return the validation pairs, with the same texts as in training, or None; and notes about them."""
         plan = self.plan
         language = self.data.source if plan.target_text == "mt" else plan.target
         if not self.data.has(language, "valid"):
@@ -378,11 +283,11 @@ class _Run:
         training: bool = False,
         quietly: bool = False,
     ) -> list[dict[str, Any]]:
-        """A split's rows in the form, with FLARE MT's states where the method reads them."""
+        """Return the form's rows of a split, with the MT encoder's states for FLARE MT."""
         make = self.setup.form.train_rows if training else self.setup.form.eval_rows
-        rows, news = make(pairs, with_source=with_source)
+        rows, messages = make(pairs, with_source=with_source)
         if not quietly:
-            record.data["notes"] += self.notes(news, f"{self.plan.target} {split}")
+            record.data["notes"] += self.notes(messages, f"{self.plan.target} {split}")
         if self.plan.method == "x-mixup" and training and rows and "start_positions" in rows[0]:
             return self._with_source_spans(rows, pairs, record)
         if self.plan.method != "flare-mt":
@@ -392,54 +297,56 @@ class _Run:
             self.latent = latent_encoder(
                 self.settings.mt_model, self.plan.target, self.settings.mt_language, self.setup.max_length, "cpu"
             )
-        kept = self.setup.form.trainable(pairs) if training else pairs
+        pairs = self.setup.form.trainable(pairs) if training else pairs
         on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
         self.latent.encoder.to("cuda" if on_gpu else "cpu")
-        made = add_states(rows, target_texts(kept), self.latent, self.folder, self._bar(f"{split} states"))
-        self.latent.encoder.to("cpu")  # training's memory is the method's own
-        return made
+        rows = add_states(rows, target_texts(pairs), self.latent, self.folder, self._bar(f"{split} states"))
+        self.latent.encoder.to("cpu")  # frees the GPU's memory for the training
+        return rows
 
     def _with_source_spans(
         self, rows: list[dict[str, Any]], pairs: list[Pair], record: RunRecord
     ) -> list[dict[str, Any]]:
-        """Rows for X-Mixup's loss on the source's own answers, where every source has its answer."""
+        """Return the rows with the answers in the source, for X-Mixup's source loss, if every source has its answer."""
         sources = [Pair(pair.source) for pair in self.setup.form.trainable(pairs) if pair.source is not None]
         spans = self.setup.form.train_rows(sources, with_source=False)[0]
         if len(spans) < len(rows):
-            lost = (
-                f"{len(rows) - len(spans)} source rows lack their answer: x-mixup trains on the target's answers only"
-            )
-            record.data["notes"] += self.notes([lost], self.plan.target)
+            missing = len(rows) - len(spans)
+            note = f"{missing} source rows lack their answer: x-mixup trains on the target's answers only"
+            record.data["notes"] += self.notes([note], self.plan.target)
             return rows
         names = ("start_positions", "end_positions")
         return [
             {**row, **{f"source_{name}": span[name] for name in names}} for row, span in zip(rows, spans, strict=True)
         ]
 
-    def _half(self, train: list[Pair], record: RunRecord) -> tuple[list[dict[str, Any]], list[bool]]:
-        """Rows of which half have a source, chosen by the seed, as many as whole batches; and which ones have."""
+    def _half_with_source(self, train: list[Pair], record: RunRecord) -> tuple[list[dict[str, Any]], list[bool]]:
+        """Return rows, half of them with a source, and whether each has one.
+
+        The seed selects the half; its size is rounded to whole batches.
+        """
         size = of_one_process(self.values, process_count())[0] * process_count()
         chosen = size * round(len(train) / 2 / size)
         if not 0 < chosen < len(train):
             raise UserError(
-                f"--train-only-fusion: {len(train)} rows make no two batches of {size}, one with and one without a "
-                "source; use a smaller --batch-size"
+                f"--train-only-fusion: {len(train)} rows are too few for two batches of {size}, one with and one "
+                "without a source; use a smaller --batch-size"
             )
         order = list(range(len(train)))
         random.Random(self.plan.seed).shuffle(order)
         fused = set(order[:chosen])
-        rows, groups = [], []
-        for wanted in (True, False):
-            pairs = [pair for index, pair in enumerate(train) if (index in fused) == wanted]
-            made = self._rows(pairs, "train", wanted, record, training=True)
-            if wanted and len(made) % size:
-                made = made[: len(made) - len(made) % size]
-            rows += made
-            groups += [wanted] * len(made)
+        rows, has_source = [], []
+        for kind in (True, False):
+            pairs = [pair for index, pair in enumerate(train) if (index in fused) == kind]
+            part = self._rows(pairs, "train", kind, record, training=True)
+            if kind and len(part) % size:
+                part = part[: len(part) - len(part) % size]
+            rows += part
+            has_source += [kind] * len(part)
         record.data["notes"] += self.notes(
-            [f"{sum(groups)} of {len(rows)} training rows have a source"], self.plan.target
+            [f"{sum(has_source)} of {len(rows)} training rows have a source"], self.plan.target
         )
-        return rows, groups
+        return rows, has_source
 
     def _bar(self, what: str) -> str | None:
         return f"{self.plan.name} {what}" if self.settings.progress and is_main() else None

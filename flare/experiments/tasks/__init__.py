@@ -1,4 +1,4 @@
-"""The tasks of the paper and your own: examples, languages, reading and pairing, forms for a model, metrics.
+"""Tasks of the paper and your own: examples, languages, reading and pairing of rows, forms for models, metrics.
 
 task = get_task("nusax")
 pairs, notes = load_pairs(task, "data", "english", "acehnese", "train")
@@ -7,14 +7,13 @@ rows, notes = form.train_rows(pairs, with_source=True)      # for flare.FlareDat
 """
 
 from .alignment import align
+from .data_error import DataError
 from .data_sets import DATA_SETS, DataSet
-from .errors import DataError
 from .examples import Answer, Example, Pair
 from .files import write_split
-from .form import Form, score
-from .forms import FAMILIES, make_form
-from .joined import JoinedForm, joined_task
+from .forms import FAMILIES, Form, JoinedForm, joined_task, make_form
 from .languages import LANGUAGES, NLLB_TAGS, Language, language, nllb_code
+from .metrics import score
 from .pairs import load_pairs, read_translation
 from .reading import has_split, read_split, resolve_labels
 from .registry import TASKS, Task, choice_task, get_task

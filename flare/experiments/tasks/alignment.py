@@ -1,4 +1,4 @@
-"""Which row of one language belongs to which row of another, and what is left out because none does."""
+"""Match the rows of two languages, and report the rows that have no counterpart."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import filterfalse
 
-from .errors import DataError, some_ids
-from .examples import Example, Pair
+from .data_error import DataError, some_ids
+from .examples import Example, Pair, position_id
 
-#: Ids of rows that came without any: their position, so marked.
-POSITION = "#"
 _NO_TRANSLATIONS = (
     ". Languages that are not translations of each other need machine-translated text (flare translate, then "
     "flare train --source-text mt or --target-text mt)"
 )
 
 
-def position_id(index: int) -> str:
-    """The id of a row that has none."""
-    return f"{POSITION}{index}"
-
-
 @dataclass(frozen=True)
 class Drop:
-    """Rows of one kind that were left out: why, and their ids."""
+    """Rows that were dropped for one reason.
+
+    Attributes:
+        text: the reason, with the count.
+        ids: ids of the rows.
+    """
 
     text: str
     ids: tuple[str, ...]
@@ -44,51 +42,52 @@ def align(
 ) -> tuple[list[Pair], list[str]]:
     """Pair rows by id, in the target's order.
 
-    Left out and noted, with counts and ids: ids without a counterpart, ids that occur twice in a language (which text
-    belongs to which is unknown), pairs whose labels differ (tags of words may), and pairs with an empty text. Where a
-    language came without ids, rows are paired by position, if there are equally many.
+    These rows are dropped and reported with their count and some ids: ids without a counterpart, ids that occur twice
+    in a language (it is ambiguous which texts belong together), pairs whose labels differ (tags of words may differ),
+    and pairs with an empty text. If a language has no ids, rows are paired by position, which requires equal counts.
 
     Args:
         targets, sources: rows of the two languages.
-        target_name, source_name, split: for the messages.
-        translated: one of the two is a translation of the other, so that position ids are ids like others.
+        target_name, source_name, split: names for the messages.
+        translated: whether one side is a translation of the other. Position ids then match like any other id.
 
     Returns:
-        The pairs, and a line for every kind of row that was left out.
+        The pairs, and one line for each reason for which rows were dropped.
 
     Raises:
-        DataError: nothing aligns, or there are no ids and not equally many rows.
+        DataError: no rows match, or rows without ids differ in number.
     """
     notes = []
     if not translated and (_without_ids(targets) or _without_ids(sources)):
         if len(targets) != len(sources):
             raise DataError(
                 f"{split}: rows of {target_name} ({len(targets)}) and {source_name} ({len(sources)}) cannot be "
-                "aligned: without an id column in both there must be equally many rows, in one order. Add an id column"
+                "aligned: without an id column in both, there must be equally many rows in the same order. Add an id "
+                "column"
             )
         notes.append(
-            f"{split}: {target_name} and {source_name} are aligned by position, they have no id column in common"
+            f"{split}: {target_name} and {source_name} are aligned by position: they have no id column in common"
         )
         sources = [replace(s, id=t.id) for t, s in zip(targets, sources, strict=True)]
     pairs, drops = match(targets, sources, target_name, source_name, split)
     if not pairs:
-        told = ("" if translated else _NO_TRANSLATIONS) + "".join(f"\n  {drop}" for drop in drops)
+        details = ("" if translated else _NO_TRANSLATIONS) + "".join(f"\n  {drop}" for drop in drops)
         raise DataError(
-            f"{split}: no row of {target_name} ({len(targets)} rows) belongs to a row of {source_name} "
-            f"({len(sources)} rows); rows belong together by their id column{told}"
+            f"{split}: no row of {target_name} ({len(targets)} rows) matches a row of {source_name} "
+            f"({len(sources)} rows); rows are matched by their id column{details}"
         )
     return pairs, [*notes, *map(str, drops)]
 
 
 def _without_ids(rows: Sequence[Example]) -> bool:
-    """Whether all ids are positions; a row's own id may begin as one of them does."""
+    """Return whether every id is the row's position. A single real id may look like a position id."""
     return bool(rows) and all(row.id == position_id(index) for index, row in enumerate(rows))
 
 
 def match(
     targets: Sequence[Example], sources: Sequence[Example], target_name: str, source_name: str, split: str
 ) -> tuple[list[Pair], list[Drop]]:
-    """The pairs of `align`, by id, and what was left out; no pair at all is no error."""
+    """Return the pairs of `align`, matched by id, and the dropped rows. Unlike `align`, allow zero pairs."""
     drops: list[Drop] = []
 
     def drop(text: str, ids: Sequence[str]) -> None:
@@ -102,22 +101,22 @@ def match(
         drop(f"rows of {language} dropped, their ids occur more than once", [r.id for r in rows if count[r.id] > 1])
         return {row.id: row for row in rows if count[row.id] == 1}
 
-    theirs, ours = unique(sources, source_name), unique(targets, target_name)
-    for these, others, language, other in (
-        (ours, theirs, target_name, source_name),
-        (theirs, ours, source_name, target_name),
+    sources_by_id, targets_by_id = unique(sources, source_name), unique(targets, target_name)
+    for rows, others, language, other in (
+        (targets_by_id, sources_by_id, target_name, source_name),
+        (sources_by_id, targets_by_id, source_name, target_name),
     ):
-        drop(f"rows of {language} dropped, no row of {other} has their id", list(filterfalse(others.get, these)))
-    both = [Pair(row, theirs[key]) for key, row in ours.items() if key in theirs]
-    same = [pair for pair in both if _same_label(pair)]
-    drop("pairs dropped, their labels differ", _missing(both, same))
-    full = [pair for pair in same if all(text.strip() for text in _texts(pair))]
-    drop("pairs dropped, a text is empty", _missing(same, full))
-    return full, drops
+        drop(f"rows of {language} dropped, no row of {other} has their id", list(filterfalse(others.get, rows)))
+    matched = [Pair(row, sources_by_id[key]) for key, row in targets_by_id.items() if key in sources_by_id]
+    same_label = [pair for pair in matched if _same_label(pair)]
+    drop("pairs dropped, their labels differ", _removed_ids(matched, same_label))
+    pairs = [pair for pair in same_label if all(text.strip() for text in _texts(pair))]
+    drop("pairs dropped, a text is empty", _removed_ids(same_label, pairs))
+    return pairs, drops
 
 
 def _same_label(pair: Pair) -> bool:
-    """Whether both rows have one label; the tags of words are each language's own."""
+    """Return whether both rows have the same label. Tags of words belong to one language and are not compared."""
     return pair.source is not None and (bool(pair.target.words) or pair.target.label == pair.source.label)
 
 
@@ -126,6 +125,6 @@ def _texts(pair: Pair) -> list[str]:
     return [*pair.target.texts.values(), *source.values()]
 
 
-def _missing(before: Sequence[Pair], after: Sequence[Pair]) -> list[str]:
-    kept = {pair.target.id for pair in after}
-    return [pair.target.id for pair in before if pair.target.id not in kept]
+def _removed_ids(before: Sequence[Pair], after: Sequence[Pair]) -> list[str]:
+    remaining = {pair.target.id for pair in after}
+    return [pair.target.id for pair in before if pair.target.id not in remaining]

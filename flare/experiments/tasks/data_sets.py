@@ -1,7 +1,7 @@
-"""The tasks' data sets on the Hugging Face hub: configurations, splits, and what has to be known of their rows.
+"""Data sets of the tasks on the Hugging Face hub: their configurations, splits and peculiarities.
 
-A configuration is one language. It is called by a code, which `.languages` knows as a name of the language,
-or by FLORES-200's tag, which is NLLB's. Columns and labels stand in `.registry`.
+A configuration is one language. Its name is a code that `.languages` maps to the language, or the language's FLORES-200
+tag, which is also its NLLB tag. `.registry` has the columns and labels.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 from ..utils.errors import UserError
 from .languages import language
 
-#: Our split -> what a data set may call it.
+#: Split -> names that data sets use for it.
 SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 _FLORES_TAG = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """English rows that a data set takes from another one.
+    """English rows that come from another data set.
 
-    hub_id, configuration: the other data set, with the same columns.
-    renamed: labels of the other -> the task's.
-    note: what a user is told.
+    Attributes:
+        hub_id, configuration: the other data set, which has the same columns.
+        note: message for the user.
+        renamed: label of the other data set -> label of the task.
     """
 
     hub_id: str
@@ -37,12 +38,13 @@ class Elsewhere:
 class DataSet:
     """A data set on the hub.
 
-    hub_id: owner/name.
-    codes: its configurations, by language; None: FLORES-200's tags of some `languages` languages.
-    languages: how many there are, where `codes` is None.
-    parallel: whether rows of two languages with one id (or position) are translations of each other.
-    splits: ours, as far as it has them.
-    english: split -> where its English rows are from.
+    Attributes:
+        hub_id: owner/name.
+        codes: its configurations, one per language; None if they are FLORES-200 tags.
+        languages: number of languages, if `codes` is None.
+        parallel: whether rows of two languages with the same id (or position) are translations of each other.
+        splits: the splits it has.
+        english: split -> the data set that its English rows come from.
     """
 
     hub_id: str
@@ -56,22 +58,22 @@ class DataSet:
         """Return the configuration of a language.
 
         Raises:
-            UserError: it is not in the table of languages, or the data set does not have it.
+            UserError: the language is unknown, or the data set does not have it.
         """
         if self.codes is None:
             return name if _FLORES_TAG.fullmatch(name) else self._flores(name)
-        found = language(name)
+        wanted = language(name)
         for code in self.codes:
-            if language(code) is found:
+            if language(code) is wanted:
                 return code
-        has = sorted(f"{language(code).name} ({code})" for code in self.codes)
-        raise UserError(f"{self.hub_id} has no {found.name}; it has {', '.join(has)}")
+        available = sorted(f"{language(code).name} ({code})" for code in self.codes)
+        raise UserError(f"{self.hub_id} has no {wanted.name}; it has {', '.join(available)}")
 
     def _flores(self, name: str) -> str:
-        found = language(name)
-        if found.nllb is None or found.substituted:
-            raise UserError(f"{self.hub_id} names its languages by FLORES-200's tags, and {found.name} has none")
-        return found.nllb
+        wanted = language(name)
+        if wanted.nllb is None or wanted.substituted:
+            raise UserError(f"{self.hub_id} names its languages by FLORES-200's tags, and {wanted.name} has none")
+        return wanted.nllb
 
 
 def _codes(names: str) -> tuple[str, ...]:
@@ -80,8 +82,8 @@ def _codes(names: str) -> tuple[str, ...]:
 
 _CONLL = "English rows are CoNLL-2003's: its MISC counts as O, and it has no DATE"
 DATA_SETS: dict[str, DataSet] = {
-    one.hub_id: one
-    for one in (
+    data_set.hub_id: data_set
+    for data_set in (
         DataSet("indonlp/NusaX-senti", _codes("ace ban bbc bjn bug eng ind jav mad min nij sun")),
         DataSet("facebook/xnli", _codes("ar bg de el en es fr hi ru sw th tr ur vi zh")),
         DataSet(
@@ -116,7 +118,7 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def english_rows(hub_id: str, name: str, split: str) -> Elsewhere | None:
-    """Return where the rows of a language's split are from, if that is another data set."""
+    """Return the other data set that the rows of a language's split come from, or None."""
     known = DATA_SETS.get(hub_id)
     if known is None or split not in known.english:
         return None
@@ -124,14 +126,13 @@ def english_rows(hub_id: str, name: str, split: str) -> Elsewhere | None:
 
 
 def translatable(data_set: DataSet, source: str) -> tuple[list[str], list[str]]:
-    """Return the languages of a data set but the source, by name, and those among them that NLLB has no tag for.
+    """Return the names of all languages except the source: those with an NLLB tag, and those without one.
 
     Raises:
-        UserError: a data set whose languages are not listed here.
+        UserError: the languages of the data set are not listed here.
     """
     if data_set.codes is None:
-        raise UserError(f"--target all: {data_set.hub_id} has {data_set.languages} languages; name those you want")
-    found = [language(code) for code in data_set.codes]
-    others = [one for one in found if one is not language(source)]
-    names = [(one.name.lower().replace(" ", "_"), one.nllb) for one in others]
+        raise UserError(f"--target all: {data_set.hub_id} has {data_set.languages} languages; name the ones you want")
+    others = [other for other in map(language, data_set.codes) if other is not language(source)]
+    names = [(other.name.lower().replace(" ", "_"), other.nllb) for other in others]
     return [name for name, tag in names if tag], [name for name, tag in names if not tag]

@@ -1,4 +1,4 @@
-"""Digests of content, by which data are known wherever they lie."""
+"""SHA-256 digests that identify data by content, independent of where it is stored."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .examples import Example, Pair
 
 
 def digest_of(content: Any) -> str:
-    """SHA-256 of something that JSON can write."""
+    """Return the SHA-256 digest of a JSON-serializable value."""
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of_rows(rows: Sequence[Example]) -> str:
-    """SHA-256 of rows: ids, texts, labels, answers and words, in order."""
+    """Return the SHA-256 digest of rows in order: ids, texts, labels, answers and words."""
     return digest_of(
         [
             [
                 row.id,
                 list(row.texts.items()),
                 row.label,
-                [[one.text, one.start] for one in row.answers],
-                *([row.words] if row.words else []),  # rows without words keep the digest that they always had
+                [[answer.text, answer.start] for answer in row.answers],
+                *([row.words] if row.words else []),  # keeps the digest of rows without words stable
             ]
             for row in rows
         ]
@@ -32,9 +32,9 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
 
 
 def digests_of_pairs(split: str, pairs: Sequence[Pair], source_text: str | None) -> dict[str, str]:
-    """Return {split: digest of the target's rows}, and {split/source_text: digest of the source's} if one is read."""
-    found = {split: digest_of_rows([pair.target for pair in pairs])}
+    """Return {split: digest of the target rows}, and {split/source_text: digest of the source rows} if one is read."""
+    digests = {split: digest_of_rows([pair.target for pair in pairs])}
     if source_text is not None:
         sources = [pair.source for pair in pairs if pair.source is not None]
-        found[f"{split}/{source_text}"] = digest_of_rows(sources)
-    return found
+        digests[f"{split}/{source_text}"] = digest_of_rows(sources)
+    return digests

@@ -1,17 +1,21 @@
-"""What a row of a task is, before any tokenizer has seen it."""
+"""Rows of a task as text, before tokenization."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+#: Prefix of the ids that rows without an id get.
+POSITION_PREFIX = "#"
+
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of a question.
+    """An accepted answer to a question.
 
-    text: as it stands in the context.
-    start: its first character in the context; -1 where the data do not say.
+    Attributes:
+        text: the answer as written in the context.
+        start: index of its first character in the context; -1 if the data does not give it.
     """
 
     text: str
@@ -20,14 +24,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of one language.
+    """One row in one language.
 
-    id: what rows of two languages are matched by.
-    texts: text column -> text, in the task's order.
-    label: a str: name of the class (classification) or letter of the choice (multiple choice); a tuple of str: one tag
-        for each of `words` (token classification) or the classes that hold (multi-label); a float (regression).
-    answers: accepted answers (question answering).
-    words: the words of the text (token classification); empty where only the text is known, as in a translation.
+    Attributes:
+        id: key by which rows of two languages are matched.
+        texts: text column -> text, in the task's order.
+        label: str: the class name (classification) or the letter of the choice (multiple choice). Tuple of str: one tag
+            for each of `words` (token classification) or the labels that apply (multi-label). float: regression.
+        answers: accepted answers (question answering).
+        words: the words of the text (token classification); empty if only the text is known, as in a translation.
     """
 
     id: str
@@ -39,7 +44,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of the target language, and the same row in the source language where there is one."""
+    """A row in the target language and, if a source is read, the same row in the source language."""
 
     target: Example
     source: Example | None = None
+
+
+def position_id(index: int) -> str:
+    """Return the id of a row without an id: its position.
+
+    >>> position_id(0)
+    '#0'
+    """
+    return f"{POSITION_PREFIX}{index}"

@@ -1,10 +1,10 @@
-"""A folder of data: one sub-folder per language, one file per split.
+"""Read and write a data folder with one sub-folder per language and one file per split.
 
-    DATA/<language>/<split>.csv | .tsv | .json | .jsonl | .parquet, or what save_to_disk wrote
-    DATA/<language>/<split>.conll | .txt                   words and tags (`.conll`), if there is no other
+    DATA/<language>/<split>.csv | .tsv | .json | .jsonl | .parquet, or a folder written by save_to_disk
+    DATA/<language>/<split>.conll | .txt                   words and tags, if there is no other file of the split
 
-Splits are train, valid (validation, dev) and test. A language is called whatever its folder is called. What the files
-look like stands in `.tables`.
+Splits are train, valid (also validation, dev) and test. The folder's name is the language's name. `.tables` describes
+the file formats.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 from ..utils.atomic_files import replacing
 from ..utils.names import folder_name
-from .errors import DataError
+from .cell_parsing import SENTENCE, needed_columns
+from .data_error import DataError
 from .examples import Example
-from .kinds import SENTENCE, needed_columns
 from .registry import Task
 from .row_parsing import check_ids, examples_from
 from .tables import SUFFIXES, TAGGED, Table, check_keys, find_tables, read_table
@@ -32,48 +32,47 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 
 def find_file(folder: Path, language: str, split: str) -> Path | None:
-    """Return the file of a split, the folder that save_to_disk wrote, or None.
+    """Return the file of a split or the folder that save_to_disk wrote; None if the split is missing.
 
     Raises:
-        DataError: several files could be meant, or what has the name is not a file.
-        UserError: the language cannot be a folder's name.
+        DataError: several files match, or the match is not a file.
+        UserError: the language's name is not a valid folder name.
     """
     return split_file(folder / folder_name(language, "the language"), split)
 
 
 def split_file(folder: Path, split: str) -> Path | None:
-    """As `find_file`, in the folder that holds the splits."""
-    there: list[Path] = []
+    """Return the file of a split, given the folder that holds the splits; see `find_file`."""
+    matches: list[Path] = []
     for suffixes in (SUFFIXES, TAGGED):
-        there = there or [path for name in SPLITS[split] for path in find_tables(folder, name, suffixes)]
-    if len(there) > 1:
-        raise DataError(f"{folder} has several files for {split}: {', '.join(p.name for p in there)}; keep one of them")
-    if not there:
-        names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in (*SUFFIXES, *TAGGED)]
-        for path in (folder / name for name in names):
+        matches = matches or [path for name in SPLITS[split] for path in find_tables(folder, name, suffixes)]
+    if len(matches) > 1:
+        names = ", ".join(path.name for path in matches)
+        raise DataError(f"{folder} has several files for {split}: {names}; keep one of them")
+    if not matches:
+        for path in (folder / f"{name}{suffix}" for name in SPLITS[split] for suffix in (*SUFFIXES, *TAGGED)):
             if os.path.lexists(path):
-                raise DataError(f"{path} is not a file (a folder, a FIFO, or a link to something that is gone)")
-    return there[0] if there else None
+                raise DataError(f"{path} is not a file (it is a folder, a FIFO, or a broken link); replace it")
+    return matches[0] if matches else None
 
 
 def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Example]:
-    """One split of one language; see the module.
+    """Return one split of one language.
 
     Raises:
         DataError: the language, the split, a column or the rows are missing, or the file cannot be read.
     """
     path = find_file(folder, language, split)
     if path is None and not (folder / language).is_dir():
-        there = sorted(item.name for item in folder.iterdir() if item.is_dir())
-        raise DataError(f"{folder} has no folder {language!r}; languages there: {', '.join(there) or 'none'}")
+        languages = sorted(item.name for item in folder.iterdir() if item.is_dir())
+        raise DataError(f"{folder} has no folder {language!r}; languages there: {', '.join(languages) or 'none'}")
     if path is None:
         raise no_split(folder / language, split)
-    table = read_table(path)
-    return examples_of(table, task, str(path))
+    return examples_of(read_table(path), task, str(path))
 
 
 def examples_of(table: Table, task: Task, where: str) -> list[Example]:
-    """Return the examples of a table, all checks made: keys, ids, columns, labels, answers."""
+    """Return the examples of a table after all checks: keys, ids, columns, labels, answers."""
     needed = (*task.id_columns, *needed_columns(task, table.columns))
     check_keys(table.rows, [column for column in needed if column in table.columns], where)
     check_ids(table.rows, table.columns, task, where)
@@ -81,20 +80,20 @@ def examples_of(table: Table, task: Task, where: str) -> list[Example]:
 
 
 def no_split(folder: Path, split: str) -> DataError:
-    """Return the error for a folder without a split: which names are accepted, and what is there."""
-    there = sorted(item.name for item in folder.iterdir())
-    there = [*there[:10], *(["..."] if len(there) > 10 else [])]
+    """Return the error for a missing split, with the accepted names and the files in the folder."""
+    names = sorted(item.name for item in folder.iterdir())
+    names = [*names[:10], *(["..."] if len(names) > 10 else [])]
     return DataError(
         f"{folder / SPLITS[split][0]}.csv is missing, and so is any other {split} split ({', '.join(SPLITS[split])} "
-        f"as {', '.join(SUFFIXES)}, or a folder that save_to_disk wrote); files there: {', '.join(there) or 'none'}"
+        f"as {', '.join(SUFFIXES)}, or a folder that save_to_disk wrote); files there: {', '.join(names) or 'none'}"
     )
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a data file (column -> value) and its columns, nothing of which is checked.
+    """Return the rows of a data file (column -> value) and its columns, without checking them.
 
     Raises:
-        DataError: its name does not end as one of `SUFFIXES`, or it cannot be read.
+        DataError: the file's suffix is not in `SUFFIXES`, or it cannot be read.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: its name must end in {', '.join(SUFFIXES)}")
@@ -103,7 +102,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def to_row(example: Example, task: Task) -> dict[str, Any]:
-    """What `write_split` writes of an example: id, texts, and label or answers; of tagged words the sentence."""
+    """Return the row that `write_split` writes: id, texts, and label or answers; for tagged words, the sentence."""
     if task.kind == "token-classification":
         return {"id": example.id, SENTENCE: example.texts[task.text_columns[0]]}
     row: dict[str, Any] = {"id": example.id, **{column: example.texts[column] for column in task.text_columns}}
@@ -118,7 +117,7 @@ def to_row(example: Example, task: Task) -> dict[str, Any]:
 
 
 def write_split(path: str | os.PathLike[str], examples: Sequence[Example], task: Task) -> None:
-    """Write a split as JSON lines; it is there whole or not at all. An existing file of that name is replaced."""
+    """Write a split as JSON lines, atomically. An existing file of that name is replaced."""
     with replacing(Path(path)) as file:
         for example in examples:
             file.write(json.dumps(to_row(example, task), ensure_ascii=False) + "\n")

@@ -1,8 +1,11 @@
-"""Rows from the Hugging Face hub: one configuration per language, or TyDiQA's one for all.
+"""Read rows from the Hugging Face hub.
 
-`.data_sets` knows the configurations of the tasks' data sets; those of others are named by the user.
-TyDiQA-GoldP is one configuration ("secondary_task") in which a row's id begins with its language; it has no test split,
-so its validation split is the test here, and a tenth of its training rows, chosen by their id, is for validation.
+A data set has one configuration per language. `.data_sets` lists the configurations of the tasks' data sets; for other
+data sets, the user names the configuration.
+
+TyDiQA-GoldP is an exception: it has a single configuration ("secondary_task") for all languages, and a row's id starts
+with its language. It has no test split, so its validation split serves as the test split, and a tenth of its training
+rows, chosen by a hash of their id, serves as the validation split.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .data_error import DataError
 from .data_sets import DATA_SETS, SPLIT_NAMES, english_rows
-from .errors import DataError
 from .examples import Example
 from .registry import Task
 from .row_parsing import examples_from
@@ -20,12 +23,12 @@ from .tables import class_names
 
 _TYDIQA = "google-research-datasets/tydiqa"
 _TYDIQA_CONFIGURATION = "secondary_task"
-_NOT_REACHED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ReadTimeout")
-_VALID_SHARE = 10  # one row in so many
+_NETWORK_ERRORS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ReadTimeout")
+_VALID_FRACTION = 10  # one row in ten
 
 
 def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example]:
-    """One split of one language; see the module.
+    """Return one split of one language.
 
     Raises:
         DataError: the data set, the configuration, the split or a column is missing.
@@ -51,7 +54,7 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
 
 
 def check_parallel(hub_id: str, source: str, target: str) -> None:
-    """Raise DataError where a data set's own rows of two languages are not translations of each other."""
+    """Raise DataError if a data set's rows in two languages are not translations of each other."""
     known = DATA_SETS.get(hub_id)
     if known is not None and not known.parallel:
         raise DataError(
@@ -62,27 +65,27 @@ def check_parallel(hub_id: str, source: str, target: str) -> None:
 
 
 def hub_note(hub_id: str, split: str, languages: Iterable[str]) -> list[str]:
-    """What has to be said about a split of a data set, read in these languages."""
+    """Return notes on where the rows of a split come from, for the languages that are read."""
     if hub_id != _TYDIQA:
-        others = [english_rows(hub_id, one, split) for one in languages]
-        return [f"{split}: {one.note} ({one.hub_id})" for one in others if one is not None]
+        others = [english_rows(hub_id, name, split) for name in languages]
+        return [f"{split}: {other.note} ({other.hub_id})" for other in others if other is not None]
     if split == "test":
         return ["test: the data set has no test split; this is its validation split"]
-    kept = "one" if split == "valid" else "nine"
-    return [f"{split}: {kept} in ten of the data set's training rows, chosen by their id (it has no split of its own)"]
+    share = "one" if split == "valid" else "nine"
+    return [f"{split}: {share} in ten of the data set's training rows, chosen by their id (it has no such split)"]
 
 
 def _read_tydiqa(task: Task, hub_id: str, language: str, split: str) -> list[Example]:
     name = DATA_SETS[hub_id].configuration(language)
     rows = _load(hub_id, _TYDIQA_CONFIGURATION, ("validation",) if split == "test" else ("train",))
-    rows = rows.filter(lambda row: _wanted(row["id"], name, split))
+    rows = rows.filter(lambda row: _in_split(row["id"], name, split))
     return _examples(rows, task, f"{hub_id}, {name}/{split}")
 
 
-def _wanted(row_id: str, language: str, split: str) -> bool:
+def _in_split(row_id: str, language: str, split: str) -> bool:
     if row_id.partition("-")[0] != language:
         return False
-    for_valid = int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % _VALID_SHARE == 0
+    for_valid = int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % _VALID_FRACTION == 0
     return split == "test" or for_valid == (split == "valid")
 
 
@@ -97,21 +100,21 @@ def _load(hub_id: str, configuration: str, splits: tuple[str, ...]) -> Any:
             except RuntimeError as error:
                 if "scripts are no longer supported" not in str(error):
                     raise
-                # The hub keeps its own conversion of data sets that come with a loading script.
+                # The hub converts data sets with a loading script to Parquet.
                 return load_dataset(hub_id, configuration, split=split, revision="refs/convert/parquet")
-        except Exception as error:  # the hub, the network and the data set's files each raise kinds of their own
+        except Exception as error:  # the hub, the network and the files raise many different types
             failures.append(f"{split}: {type(error).__name__}: {' '.join(str(error).split())}")
-            if isinstance(error, ConnectionError) or type(error).__name__ in _NOT_REACHED:
-                break  # each further split would be tried for minutes
+            if isinstance(error, ConnectionError) or type(error).__name__ in _NETWORK_ERRORS:
+                break  # every further attempt would wait minutes for its timeout
     raise DataError(
-        f"--data {hub_id}: neither a folder here nor a data set that can be loaded from the hub, with "
-        f"{configuration!r} as its configuration and {splits[0]!r} as split ({'; '.join(failures)})"
+        f"--data {hub_id}: neither a folder here nor a data set that can be loaded from the hub with "
+        f"configuration {configuration!r} and split {splits[0]!r} ({'; '.join(failures)})"
     )
 
 
 def _examples(rows: Any, task: Task, where: str, renamed: Mapping[str, str] | None = None) -> list[Example]:
     name_of = class_names(rows.features).get(task.label_column)
     if name_of is not None and renamed:
-        own = name_of
-        name_of = lambda index: renamed.get(own(index), own(index))  # noqa: E731
+        hub_name = name_of
+        name_of = lambda index: renamed.get(hub_name(index), hub_name(index))  # noqa: E731
     return examples_from(rows, list(rows.column_names), task, where, name_of)

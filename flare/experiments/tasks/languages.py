@@ -1,8 +1,8 @@
-"""The one table of languages: names, ISO 639-3 codes and NLLB's tags.
+"""Table of languages: names, ISO 639-3 codes and NLLB tags.
 
-It holds every language of NLLB-200 (Costa-jussà et al., 2022; the tags of FLORES-200 as NLLB's tokenizer has them) and
-those of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks, with the paper's substitutes. It is consulted for machine
-translation and for configurations on the hub; a folder of your own data may be called anything.
+It has every language of NLLB-200 (Costa-jussà et al., 2022; the FLORES-200 tags of NLLB's tokenizer), and the languages
+of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks, with the paper's substitutes. Machine translation and
+configurations on the hub use it; folders of your own data may have any name.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from ..utils.errors import UserError
 
 @dataclass(frozen=True)
 class Language:
-    """One language.
+    """A language.
 
-    name: in English.
-    iso639_3: its code of three letters.
-    nllb: the tag to translate with, a related language's where `note` says so; None: there is none.
-    also: other names and codes it is found by.
-    note: what has to be said when it is translated.
+    Attributes:
+        name: English name.
+        iso639_3: three-letter code.
+        nllb: tag to translate with; the tag of a related language if `note` says so; None if there is no tag.
+        also: other names and codes.
+        note: message for the user when the language is translated.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Language:
 
     @property
     def substituted(self) -> bool:
-        """Whether `nllb` is the tag of another language."""
+        """Return whether `nllb` is the tag of another language."""
         return self.nllb is not None and not self.nllb.startswith(self.iso639_3)
 
 
@@ -48,8 +49,8 @@ def _read() -> tuple[Language, ...]:
 
 
 LANGUAGES: tuple[Language, ...] = _read()
-#: Every tag NLLB-200 knows.
-NLLB_TAGS: tuple[str, ...] = tuple(sorted({one.nllb for one in LANGUAGES if one.nllb is not None}))
+#: Every tag of NLLB-200.
+NLLB_TAGS: tuple[str, ...] = tuple(sorted({entry.nllb for entry in LANGUAGES if entry.nllb is not None}))
 
 
 def _key(name: str) -> str:
@@ -58,74 +59,77 @@ def _key(name: str) -> str:
 
 @functools.cache
 def _by_key() -> dict[str, Language]:
-    """Every name and code -> its language. Of several scripts the one with the bare name comes first."""
-    found: dict[str, Language] = {}
-    plain_first = sorted(LANGUAGES, key=lambda one: "script)" in one.name)
+    """Return a mapping from every name and code to its language.
+
+    If a language has several scripts, the entry without a script in its name takes precedence.
+    """
+    by_key: dict[str, Language] = {}
+    plain_first = sorted(LANGUAGES, key=lambda entry: "script)" in entry.name)
     for spellings in (
-        lambda one: [one.name, *([] if one.substituted else [one.nllb or ""])],
-        lambda one: list(one.also),
-        lambda one: [one.iso639_3],
+        lambda entry: [entry.name, *([] if entry.substituted else [entry.nllb or ""])],
+        lambda entry: list(entry.also),
+        lambda entry: [entry.iso639_3],
     ):
-        for one in plain_first:
-            for spelling in spellings(one):
+        for entry in plain_first:
+            for spelling in spellings(entry):
                 if spelling:
-                    found.setdefault(_key(spelling), one)
-    return found
+                    by_key.setdefault(_key(spelling), entry)
+    return by_key
 
 
 def language(name_or_code: str) -> Language:
-    """A language by its name, ISO code or NLLB tag; upper or lower case.
+    """Return a language by its name, ISO code or NLLB tag, in any case.
 
     Raises:
-        UserError: it is not in the table; the message suggests the nearest names.
+        UserError: it is not in the table; the message suggests similar names.
     """
-    found = _by_key().get(_key(name_or_code))
-    if found is None:
+    entry = _by_key().get(_key(name_or_code))
+    if entry is None:
         raise UserError(
             f"the language {name_or_code!r} is not known; accepted are English names (swahili), ISO codes (swh, sw) "
-            f"and NLLB's tags (swh_Latn){_suggestion(name_or_code)}"
+            f"and NLLB tags (swh_Latn){_suggestion(name_or_code)}"
         )
-    return found
+    return entry
 
 
 def nllb_code(name: str, override: str | None = None) -> str:
-    """NLLB's tag for a language, which for some is a related language's (see `Language.note`).
+    """Return the NLLB tag of a language; for some languages, the tag of a related one (see `Language.note`).
 
     Args:
         name: a name or code, or a folder's name that is one.
-        override: a tag to take instead.
+        override: a tag to return instead.
 
     Raises:
-        UserError: an override that NLLB does not have, a language that is not in the table, or one without a tag.
+        UserError: the override is not a tag of NLLB, or the language is not in the table or has no tag.
     """
     if override is not None:
         if override not in NLLB_TAGS:
-            near = _near(override, {_key(tag): tag for tag in NLLB_TAGS})
+            similar = _similar(override, {_key(tag): tag for tag in NLLB_TAGS})
             raise UserError(
                 f"NLLB has no language {override!r}; its tags are ISO 639-3 and script, such as swh_Latn"
-                f"{_did_you_mean(near)}"
+                f"{_did_you_mean(similar)}"
             )
         return override
     try:
-        found = language(name)
+        entry = language(name)
     except UserError as error:
-        raise UserError(f"{error} NLLB's tag can be given by itself, with --source-code or --target-code") from error
-    if found.nllb is None:
+        raise UserError(f"{error} The NLLB tag can also be given with --source-code or --target-code") from error
+    if entry.nllb is None:
         raise UserError(
-            f"{found.note}; to translate {name} all the same, name the tag of a related language with --source-code or "
+            f"{entry.note}; to translate {name} anyway, give the tag of a related language with --source-code or "
             "--target-code"
         )
-    return found.nllb
+    return entry.nllb
 
 
 def _suggestion(name: str) -> str:
-    return _did_you_mean(_near(name, {key: f"{one.name} ({one.nllb})" for key, one in _by_key().items()}))
+    return _did_you_mean(_similar(name, {key: f"{entry.name} ({entry.nllb})" for key, entry in _by_key().items()}))
 
 
-def _near(name: str, known: dict[str, str]) -> list[str]:
+def _similar(name: str, known: dict[str, str]) -> list[str]:
     keys = difflib.get_close_matches(_key(name), list(known), n=3, cutoff=0.6)
     return list(dict.fromkeys(known[key] for key in keys))
 
 
-def _did_you_mean(near: list[str]) -> str:
-    return f". Did you mean {' or '.join(near)}?" if near else "."
+def _did_you_mean(names: list[str]) -> str:
+    return f". Did you mean {' or '.join(names)}?" if names else "."

@@ -1,12 +1,13 @@
-"""The metrics of each kind of task, in percent.
+"""Metrics of each kind of task, in percent.
 
-`accuracy` and `macro_f1` compare labels, `exact_match` and `f1` answers. The latter two are those of SQuAD v1.1's
-script, which is TyDiQA-GoldP's: lower case, no ASCII punctuation, no English articles (in every language), words split
-at white space, and the best of several accepted answers.
+The F1 scores of labels are scikit-learn's with ``zero_division=0``, and the correlations are SciPy's.
 
-`entity_scores` are those of the package seqeval in its default mode, as in CoNLL-2003's script: an I- without its B-
-begins an entity too. `micro_f1` and `macro_f1_of_sets` are scikit-learn's with ``zero_division=0``. A correlation with
-numbers that are all equal counts as 0.
+`entity_scores` are seqeval's in its default mode, which follows the script of CoNLL-2003: an I- tag without its B- tag
+starts an entity too.
+
+`exact_match` and `f1` compare answers as the script of SQuAD v1.1 does, which TyDiQA-GoldP uses: lower case, no ASCII
+punctuation, no English articles (in every language), words split at white space, and the best score over all accepted
+answers.
 """
 
 from __future__ import annotations
@@ -15,26 +16,75 @@ import importlib.util
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..utils.errors import UserError
+from .data_error import DataError
+from .examples import Example
+from .registry import Task
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
+#: Kind -> module and package that compute its metrics.
+_PACKAGES = {
+    "classification": ("sklearn", "scikit-learn"),
+    "multi-label": ("sklearn", "scikit-learn"),
+    "regression": ("scipy", "scipy"),
+    "token-classification": ("seqeval", "seqeval"),
+}
 
 
-def of_kind(
+def check_metric_packages(task: Task) -> None:
+    """Raise UserError if the package that computes the task's metrics is not installed."""
+    module, package = _PACKAGES.get(task.kind, (None, None))
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"task {task.name}: {', '.join(task.metrics)} are computed by the package {package}, which is not "
+            f"installed: pip install {package} (or 'flare-kernels[experiments]')"
+        )
+
+
+def score(task: Task, predictions: Sequence[Any], truth: Sequence[Example]) -> dict[str, float]:
+    """Return the task's metrics in percent, the one that selects checkpoints first.
+
+    Rows without a label, and questions without an accepted answer, do not count.
+
+    Args:
+        task: the task.
+        predictions: one per row, as returned by `Form.predictions`.
+        truth: the rows.
+
+    Raises:
+        DataError: no row has a label or answer.
+        UserError: the package that computes the metrics is not installed.
+        ValueError: the numbers of predictions and rows differ.
+    """
+    if len(predictions) != len(truth):
+        raise ValueError(f"{len(predictions)} predictions were given for {len(truth)} rows")
+    check_metric_packages(task)
+    if task.kind == "qa":
+        targets = [[answer.text for answer in row.answers] or None for row in truth]
+    else:
+        targets = [None if row.label == "" else row.label for row in truth]  # an empty set of labels counts
+    scored = [index for index, target in enumerate(targets) if target is not None]
+    if not scored:
+        raise DataError(f"task {task.name}: none of {len(truth)} rows has a label or answer to compare with")
+    scores = metrics_of(
+        task.kind, [predictions[index] for index in scored], [targets[index] for index in scored], task.labels
+    )
+    return {name: scores[name] for name in task.metrics}
+
+
+def metrics_of(
     kind: str, predictions: Sequence[Any], truth: Sequence[Any], labels: Sequence[str] | None
 ) -> dict[str, float]:
     """Return every metric of a kind of task.
 
     Args:
         kind: a key of `flare.experiments.tasks.registry.METRICS`.
-        predictions, truth: of equal number, as `Example.label`; truth of "qa": the accepted answers of each row.
-        labels: the task's.
+        predictions, truth: equally many, each as `Example.label`; for "qa", truth has the accepted answers of each row.
+        labels: the task's labels.
     """
     if kind == "qa":
         return {"exact_match": exact_match(predictions, truth), "f1": f1(predictions, truth)}
@@ -43,108 +93,99 @@ def of_kind(
     if kind == "regression":
         return {"pearson": pearson(predictions, truth), "spearman": spearman(predictions, truth)}
     if kind == "multi-label":
-        names = labels or sorted({label for row in truth for label in row})
-        return {"micro_f1": micro_f1(predictions, truth), "macro_f1": macro_f1_of_sets(predictions, truth, names)}
-    found = {"accuracy": accuracy(predictions, truth)}
+        names = labels or sorted({label for row in (*truth, *predictions) for label in row})
+        return {
+            "micro_f1": micro_f1(predictions, truth, names),
+            "macro_f1": macro_f1_of_sets(predictions, truth, names),
+        }
+    scores = {"accuracy": accuracy(predictions, truth)}
     if kind == "classification":
-        found["macro_f1"] = macro_f1(predictions, truth, labels or sorted(set(truth)))
-    return found
+        scores["macro_f1"] = macro_f1(predictions, truth, labels or sorted(set(truth)))
+    return scores
 
 
 def accuracy(predictions: Sequence[str], truth: Sequence[str]) -> float:
-    """Share of predictions that are right."""
-    return _mean([float(p == t) for p, t in zip(predictions, truth, strict=True)])
+    """Return the share of correct predictions."""
+    return _percent([float(p == t) for p, t in zip(predictions, truth, strict=True)])
 
 
 def macro_f1(predictions: Sequence[str], truth: Sequence[str], labels: Sequence[str]) -> float:
-    """Unweighted mean, over all the labels, of each one's F1; a label neither predicted nor true counts 0.
+    """Return the unweighted mean of the F1 of every label; a label that is neither predicted nor true counts as 0.
 
-    A prediction that is no label is wrong: it counts as missed for the true label and as nothing else.
+    A prediction that is not one of the labels is a miss for the true label and does not affect the other labels.
     """
-    scores = []
-    for label in labels:
-        hits = sum(p == label and t == label for p, t in zip(predictions, truth, strict=True))
-        said = sum(p == label for p in predictions)
-        true = sum(t == label for t in truth)
-        scores.append(2 * hits / (said + true) if said + true else 0.0)
-    return _mean(scores)
+    from sklearn.metrics import f1_score  # type: ignore[import-untyped,unused-ignore]
+
+    indices = {label: index for index, label in enumerate(labels)}
+    true, predicted = ([indices.get(name, -1) for name in names] for names in (truth, predictions))
+    return 100 * float(f1_score(true, predicted, labels=list(indices.values()), average="macro", zero_division=0))
 
 
-def micro_f1(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> float:
-    """F1 of all labels of all rows together; each row is a set of labels."""
-    hits = sum(len(set(p) & set(t)) for p, t in zip(predictions, truth, strict=True))
-    count = sum(len(set(p)) + len(set(t)) for p, t in zip(predictions, truth, strict=True))
-    return 100 * 2 * hits / count if count else 0.0
+def micro_f1(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], labels: Sequence[str]) -> float:
+    """Return the F1 over all labels of all rows together; each row is a set of labels."""
+    from sklearn.metrics import f1_score
+
+    true, predicted = ([int(label in row) for row in rows for label in labels] for rows in (truth, predictions))
+    return 100 * float(f1_score(true, predicted, zero_division=0))
 
 
 def macro_f1_of_sets(
     predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> float:
-    """Unweighted mean, over all the labels, of each one's F1; a label neither predicted nor true counts 0."""
-    only = [[[{label} & set(row) for row in rows] for rows in (predictions, truth)] for label in labels]
-    return _mean([micro_f1(p, t) / 100 for p, t in only])  # type: ignore[arg-type]
-
-
-def check_entity_metrics() -> None:
-    """Raise UserError where the package seqeval is not installed, before a model is trained for its metric."""
-    if importlib.util.find_spec("seqeval") is None:
-        raise UserError(
-            "entity F1 is computed by the package seqeval, which is not installed: pip install seqeval "
-            "(or flare-kernels[experiments])"
-        )
+    """Return the unweighted mean of the F1 of every label; a label that is neither predicted nor true counts as 0."""
+    return sum(micro_f1(predictions, truth, [label]) for label in labels) / len(labels)
 
 
 def entity_scores(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict[str, float]:
-    """F1, precision and recall of entities: type, first and last word must all be right; tags are IOB2."""
-    check_entity_metrics()
+    """Return F1, precision and recall of entities from IOB2 tags; type, first and last word must all be correct."""
     from seqeval import metrics  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-    both = [list(map(list, truth)), list(map(list, predictions))]
+    tags = [list(map(list, truth)), list(map(list, predictions))]
     return {
-        "entity_f1": 100 * float(metrics.f1_score(*both, zero_division=0)),
-        "entity_precision": 100 * float(metrics.precision_score(*both, zero_division=0)),
-        "entity_recall": 100 * float(metrics.recall_score(*both, zero_division=0)),
+        "entity_f1": 100 * float(metrics.f1_score(*tags, zero_division=0)),
+        "entity_precision": 100 * float(metrics.precision_score(*tags, zero_division=0)),
+        "entity_recall": 100 * float(metrics.recall_score(*tags, zero_division=0)),
     }
 
 
 def pearson(predictions: Sequence[float], truth: Sequence[float]) -> float:
-    """Linear correlation times 100; 0 where either side is constant."""
-    p, t = (np.asarray(side, dtype=np.float64) for side in (predictions, truth))
-    p, t = p - p.mean(), t - t.mean()
-    scale = float(np.sqrt((p @ p) * (t @ t)))
-    return 100 * float(p @ t) / scale if scale else 0.0
+    """Return the linear correlation times 100; 0 if either side is constant."""
+    from scipy.stats import pearsonr  # type: ignore[import-untyped,unused-ignore]
+
+    return _correlation(pearsonr, predictions, truth)
 
 
 def spearman(predictions: Sequence[float], truth: Sequence[float]) -> float:
-    """Correlation of ranks times 100; equal numbers share the mean of their ranks."""
-    return pearson(_ranks(predictions), _ranks(truth))
+    """Return the correlation of ranks times 100, with the mean rank for ties; 0 if either side is constant."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, truth)
 
 
-def _ranks(values: Sequence[float]) -> list[float]:
-    _, group, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return [float(rank) for rank in (last - (counts - 1) / 2)[group.reshape(-1)]]
+def _correlation(function: Callable[..., Any], predictions: Sequence[float], truth: Sequence[float]) -> float:
+    if len(set(predictions)) < 2 or len(set(truth)) < 2:
+        return 0.0
+    return 100 * float(function(predictions, truth).statistic)
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD v1.1's: lower case, punctuation and articles removed, white space squeezed."""
+    """Normalize an answer as SQuAD v1.1 does: lower case, without punctuation, articles and extra white space."""
     bare = "".join(character for character in text.lower() if character not in _PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
 def exact_match(predictions: Sequence[str], truth: Sequence[Sequence[str]]) -> float:
-    """Share of predictions that equal an accepted answer after normalisation."""
-    return _mean([_best(_equal, p, accepted) for p, accepted in zip(predictions, truth, strict=True)])
+    """Return the share of predictions that equal an accepted answer after normalization."""
+    return _percent([_best(_equal, p, answers) for p, answers in zip(predictions, truth, strict=True)])
 
 
 def f1(predictions: Sequence[str], truth: Sequence[Sequence[str]]) -> float:
-    """Mean overlap of words between prediction and the accepted answer that fits best."""
-    return _mean([_best(_overlap, p, accepted) for p, accepted in zip(predictions, truth, strict=True)])
+    """Return the mean word overlap (F1) of each prediction with the best-matching accepted answer."""
+    return _percent([_best(_overlap, p, answers) for p, answers in zip(predictions, truth, strict=True)])
 
 
-def _best(score: object, prediction: str, accepted: Sequence[str]) -> float:
-    assert callable(score)
-    return max((score(prediction, answer) for answer in accepted), default=0.0)
+def _best(similarity: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
+    return max((similarity(prediction, answer) for answer in answers), default=0.0)
 
 
 def _equal(prediction: str, answer: str) -> float:
@@ -152,10 +193,10 @@ def _equal(prediction: str, answer: str) -> float:
 
 
 def _overlap(prediction: str, answer: str) -> float:
-    said, true = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    common = sum((Counter(said) & Counter(true)).values())
-    return 2 * common / (len(said) + len(true)) if common else 0.0
+    predicted, true = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    common = sum((Counter(predicted) & Counter(true)).values())
+    return 2 * common / (len(predicted) + len(true)) if common else 0.0
 
 
-def _mean(values: Sequence[float]) -> float:
+def _percent(values: Sequence[float]) -> float:
     return 100 * sum(values) / len(values) if values else 0.0

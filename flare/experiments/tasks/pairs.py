@@ -1,8 +1,8 @@
-"""The rows of one experiment: target-language texts and their source-language counterparts, human or translated.
+"""Load the rows of one experiment: target texts and their source counterparts, human or machine-translated.
 
-`flare translate` writes the translation of <from> texts into <to> to TRANSLATIONS/<from>-<to>/<split>.jsonl, with the
-ids of what was translated. So the machine-translated text of target language L is in <source>-L, and the
-machine-translated source of L's human text in L-<source>.
+`flare translate` writes translations to TRANSLATIONS/<from>-<to>/<split>.jsonl and keeps the ids. Machine-translated
+text in a target language L is therefore in <source>-L, and the machine-translated source of L's human text is in
+L-<source>.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..utils.errors import UserError
 from .alignment import align
-from .errors import DataError
+from .data_error import DataError
 from .examples import Example, Pair
 from .files import find_file
 from .reading import Data, data_notes, read_split
@@ -34,24 +34,25 @@ def load_pairs(
     source_text: str | None = "gold",
     limit: int | None = None,
 ) -> tuple[list[Pair], list[str]]:
-    """Read one split in the target language and, where wanted, in the source language, and pair the rows.
+    """Read one split in the target language and optionally in the source language, and pair the rows.
 
     Args:
-        task: the task; where its labels are known, all others are refused.
+        task: the task. If its labels are known, rows with other labels are an error.
         data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
         source_language, target_language: names of folders, or languages of the hub's data set.
         split: "train", "valid" or "test".
-        translations: folder that `flare translate` wrote; needed for "mt".
-        target_text: "gold": the target language's own rows; "mt": the source language's, translated.
-        source_text: "gold": the source language's own rows; "mt": the target language's, translated; None: no source.
-        limit: keep at most so many pairs, the first ones.
+        translations: folder written by `flare translate`; needed for "mt".
+        target_text: "gold": human text in the target language; "mt": translated from the source language.
+        source_text: "gold": human text in the source language; "mt": translated from the target language; None: no
+            source.
+        limit: maximum number of pairs; the first ones are kept.
 
     Returns:
-        The pairs in the target's order, and a line for everything a user should know (rows left out, with counts).
+        The pairs in the target's order, and notes for the user (dropped rows with their counts).
 
     Raises:
-        DataError: a file, column or row that is missing or wrong, or nothing aligns.
-        UserError: an option that does not fit.
+        DataError: a file, column or row is missing or wrong, or no rows match.
+        UserError: an invalid option.
     """
     if target_text not in TEXTS or source_text not in (*TEXTS, None):
         raise UserError(
@@ -60,8 +61,8 @@ def load_pairs(
         )
     if limit is not None and limit < 1:
         raise UserError(f"limit must be 1 or more; got {limit}")
-    own = ((source_language, source_text), (target_language, target_text))
-    gold = [language for language, text in own if text == "gold"]
+    texts = ((source_language, source_text), (target_language, target_text))
+    gold = [language for language, text in texts if text == "gold"]
     notes = data_notes(task, data, split, gold) if gold else []
 
     def read(text: str, language: str, other: str) -> list[Example]:
@@ -74,16 +75,16 @@ def load_pairs(
         pairs = [Pair(row) for row in targets]
     else:
         sources = read(source_text, source_language, target_language)
-        mark = {"gold": "", "mt": " (mt)"}
-        pairs, news = align(
+        suffix = {"gold": "", "mt": " (mt)"}
+        pairs, alignment_notes = align(
             targets,
             sources,
-            target_name=target_language + mark[target_text],
-            source_name=source_language + mark[source_text],
+            target_name=target_language + suffix[target_text],
+            source_name=source_language + suffix[source_text],
             split=split,
             translated="mt" in (target_text, source_text),
         )
-        notes += news
+        notes += alignment_notes
     if limit is not None and len(pairs) > limit:
         notes.append(f"{split}: the first {limit} of {len(pairs)} rows are used")
         pairs = pairs[:limit]
@@ -93,19 +94,20 @@ def load_pairs(
 def read_translation(
     task: Task, translations: str | os.PathLike[str] | None, source: str, target: str, split: str
 ) -> list[Example]:
-    """The translation of a split from one language into another.
+    """Return the translation of a split from one language into another.
 
     Raises:
-        DataError: it is not there; the message says which command makes it.
+        DataError: there is no such translation; the message gives the command that creates it.
+        UserError: `translations` is None.
     """
     name = f"{source}-{target}"
     if translations is None:
-        raise UserError(f"translated text was asked for ({name}, {split}): name its folder with --translations")
+        raise UserError(f"translated text is needed ({name}, {split}): give its folder with --translations")
     folder = Path(translations).expanduser()
     if find_file(folder, name, split) is None:
-        unfinished = " (it has been begun and not finished)" if list((folder / name).glob(f"{split}.partial*")) else ""
+        unfinished = " (it was started but not finished)" if list((folder / name).glob(f"{split}.partial*")) else ""
         raise DataError(
-            f"{folder / name} has no translated {split} split{unfinished}; make it with flare translate --task "
+            f"{folder / name} has no translated {split} split{unfinished}; create it with flare translate --task "
             f"{task.name} --source {source} --target {target} --splits {split} --direction to-target --output {folder}"
         )
     return read_split(replace(task, id_columns=("id",)), folder, name, split)

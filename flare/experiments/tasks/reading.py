@@ -1,4 +1,4 @@
-"""Reading a split of a language, from a folder or the hub; see `.files` and `.hub`."""
+"""Read a split of a language from a folder, a parallel table or the hub."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..utils.errors import UserError
 from ..utils.names import checked_text
+from .data_error import DataError
 from .data_sets import DATA_SETS, translatable
-from .errors import DataError
 from .examples import Example
 from .files import SPLITS, find_file, read_folder, write_split
 from .hub import check_parallel, hub_note, read_hub
-from .inferred import inferred_labels, inferred_tags, label_table
-from .parallel import ParallelColumns, has_parallel, read_parallel
+from .label_inference import inferred_labels, inferred_tags, label_table
+from .parallel_table import ParallelColumns, has_parallel, read_parallel
 from .registry import NAMED, Task
 
 __all__ = ["data_notes", "has_split", "read_split", "resolve_labels", "write_split"]
@@ -23,19 +23,19 @@ Data = str | os.PathLike[str] | ParallelColumns | None
 
 
 def read_split(task: Task, data: Data, language: str, split: str) -> list[Example]:
-    """The rows of one split of one language.
+    """Return the rows of one split of one language.
 
     Args:
-        task: says which columns are read.
-        data: a folder, a hub id, `ParallelColumns`, or None for the task's own data set on the hub.
-        language: name of the folder; from the hub, a name or code of the table of languages.
+        task: determines which columns are read.
+        data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
+        language: the folder's name; for the hub, a name or code from the table of languages.
         split: "train", "valid" or "test".
 
     Raises:
-        DataError: what is missing or wrong, and what is there.
+        DataError: a file, column or row is missing or wrong; the message lists what was found.
         UserError: an unknown split.
     """
-    _check(split)
+    _check_split(split)
     if isinstance(data, ParallelColumns):
         return read_parallel(task, data, language, split)
     folder = _folder(data)
@@ -45,8 +45,8 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
 
 
 def has_split(task: Task, data: Data, language: str, split: str) -> bool:
-    """Whether a split is there: whether there is a file for it, or, from the hub, whether it can be loaded."""
-    _check(split)
+    """Return whether a split exists: whether it has a file or, on the hub, whether it can be loaded."""
+    _check_split(split)
     if isinstance(data, ParallelColumns):
         return has_parallel(data, split)
     folder = _folder(data)
@@ -60,34 +60,34 @@ def has_split(task: Task, data: Data, language: str, split: str) -> bool:
 
 
 def resolve_labels(task: Task, data: Data, language: str) -> Task:
-    """The task with its labels, which are those of a language's training rows where none were given.
+    """Return the task with its labels. If none were given, take those of a language's training rows.
 
-    Integers are ordered by value, names by the alphabet.
+    Integers are sorted by value, names alphabetically.
 
     Raises:
-        DataError: labels that look like mistakes; see `flare.experiments.tasks.inferred`.
+        DataError: labels look like mistakes; see `label_inference.inferred_labels`.
     """
     return shown_labels(task, data, language)[0]
 
 
 def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]]:
-    """As `resolve_labels`; also a table of labels and rows, empty where the labels were given."""
+    """Return the task of `resolve_labels` and a table of labels and row counts (empty if the labels were given)."""
     if task.kind not in NAMED or task.labels is not None:
         return task, []
     rows, where = read_split(task, data, language, "train"), f"{data or task.hub_id}, {language}/train"
     counts = inferred_tags(rows) if task.kind == "token-classification" else inferred_labels(rows, where)
-    named = task.with_labels(list(counts))
-    return named, [f"labels, taken from the {language} training rows (--labels sets them):", *label_table(counts)]
+    table = [f"labels, taken from the {language} training rows (--labels sets them):", *label_table(counts)]
+    return task.with_labels(list(counts)), table
 
 
 def data_notes(task: Task, data: Data, split: str, languages: Sequence[str]) -> list[str]:
-    """Return what a user should know about where the rows of a split come from; usually nothing.
+    """Return notes on where the rows of a split come from; usually none.
 
     Args:
-        languages: whose own rows are read; two of them are paired.
+        languages: the languages whose rows are read from `data`. Rows of two languages are paired.
 
     Raises:
-        DataError: two languages whose rows are not translations of each other.
+        DataError: the rows of the two languages are not translations of each other.
     """
     if isinstance(data, ParallelColumns) or _folder(data) is not None:
         return []
@@ -98,32 +98,34 @@ def data_notes(task: Task, data: Data, split: str, languages: Sequence[str]) -> 
 
 
 def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[str]]:
-    """Return every language but the source, for `--target all`, and notes.
+    """Return every language except the source, for `--target all`, and notes.
 
-    Of a folder: its sub-folders with a test split. Of the tasks' data sets on the hub: those that NLLB can translate.
+    For a folder, these are its sub-folders with a test split. For the tasks' data sets on the hub, these are the
+    languages that NLLB can translate.
 
     Raises:
-        UserError: it is not known which languages there are, or there are none.
+        UserError: the languages are unknown, or there are none.
     """
     folder = None if isinstance(data, ParallelColumns) else _folder(data)
     notes: list[str] = []
     if isinstance(data, ParallelColumns):
-        raise UserError("--target all is for a folder per language; with --target-column, name the languages")
+        raise UserError("--target all needs one folder per language; with --target-column, name the languages")
     if folder is not None:
-        names = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-        found = [name for name in names if name != source and find_file(folder, name, "test") is not None]
+        names = sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+        targets = [name for name in names if name != source and find_file(folder, name, "test") is not None]
     else:
         hub_id = _hub_id(task, data)
         if hub_id not in DATA_SETS:
-            raise UserError(f"--target all: the languages of {hub_id} are not known here; name those you want")
-        found, lost = translatable(DATA_SETS[hub_id], source)
-        notes = [f"--target all leaves out {', '.join(lost)}: NLLB has no tag for it"] if lost else []
-    if not found:
-        raise UserError(f"--target all: {data or task.hub_id} has no language but {source}")
-    return found, [*notes, f"--target all: {', '.join(found)}"]
+            raise UserError(f"--target all: the languages of {hub_id} are not known here; name the ones you want")
+        targets, untranslatable = translatable(DATA_SETS[hub_id], source)
+        if untranslatable:
+            notes = [f"--target all leaves out {', '.join(untranslatable)}: NLLB has no tag for it"]
+    if not targets:
+        raise UserError(f"--target all: {data or task.hub_id} has no language except {source}")
+    return targets, [*notes, f"--target all: {', '.join(targets)}"]
 
 
-def _check(split: str) -> None:
+def _check_split(split: str) -> None:
     if split not in SPLITS:
         raise UserError(f"the split {split!r} is not known; one of {', '.join(SPLITS)}")
 
@@ -133,8 +135,8 @@ def _folder(data: Data) -> Path | None:
         return None
     try:
         folder = Path(checked_text(os.fspath(data), "--data")).expanduser()
-    except RuntimeError as error:  # "~somebody" whose home is not known
-        raise DataError(f"--data {data}: {error}; write the whole path") from error
+    except RuntimeError as error:  # "~user" without a known home directory
+        raise DataError(f"--data {data}: {error}; write the full path") from error
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -153,5 +155,5 @@ def _hub_id(task: Task, data: Data) -> str:
     if data is not None:
         return str(data)
     if task.hub_id is None:
-        raise DataError(f"task {task.name} is for data of your own: name their folder, or a hub id, with --data")
+        raise DataError(f"task {task.name} is for your own data: give a folder or a hub id with --data")
     return task.hub_id

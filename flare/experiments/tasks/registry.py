@@ -1,20 +1,20 @@
-"""The tasks there are: the paper's three, and one of each kind for your own data.
+"""Registry of tasks: the paper's three, further data sets, and one task of each kind for your own data.
 
-A task is of one kind, which decides the columns of its rows (next to ``id``), its forms and its metrics:
+The kind of a task determines the columns of its rows (in addition to ``id``), its forms and its metrics:
 
     classification        text_columns; label_column: the name of a class, or its index in `labels`
     qa                    text_columns (question, context); answers, or answer and answer_start
-    token-classification  text_columns (one column, tokens): a list of words; label_column: a list of as many IOB2 tags,
-                          as names, indices in `labels`, or the hub's ClassLabel numbers. A row that is only read as a
-                          source may have ``text``, the sentence, in place of tokens and tags
-    multiple-choice       text_columns (the context's, and choice_columns last), or one column ``choices`` with a list
-                          in place of choice_columns; label_column: a letter, or a number counted from first_choice
+    token-classification  text_columns (one column, tokens): a list of words; label_column: a list of equally many IOB2
+                          tags, as names, indices in `labels`, or the hub's ClassLabel numbers. A row that is only read
+                          as a source may have ``text``, the sentence, instead of tokens and tags
+    multiple-choice       text_columns (context columns, then choice_columns); one column ``choices`` with a list may
+                          replace choice_columns; label_column: a letter, or a number counted from first_choice
     multi-label           text_columns; label_column: a list of names, of indices in `labels`, or of one 0 or 1 for
-                          each of `labels`; or one column of 0 and 1 named after each of `labels`
+                          each of `labels`; or one column of 0 and 1 for each of `labels`, with the label's name
     regression            text_columns; label_column: a number
 
-In a file without lists (CSV) a list is written as JSON, or as words with spaces (tokens, tags) or semicolons (labels,
-choices) between them.
+In a file format without lists (CSV), a list is written as JSON, or separated by spaces (tokens, tags) or semicolons
+(labels, choices).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 
 from ..utils.errors import UserError
 
-#: Kind -> what is reported, in percent.
+#: Kind -> its metrics, in percent.
 METRICS = {
     "classification": ("accuracy", "macro_f1"),
     "qa": ("exact_match", "f1"),
@@ -33,30 +33,31 @@ METRICS = {
     "multi-label": ("micro_f1", "macro_f1"),
     "regression": ("pearson", "spearman"),
 }
-#: Kinds whose labels are named: those of the training rows where none were given.
+#: Kinds with named labels. If no labels are given, they are taken from the training rows.
 NAMED = ("classification", "token-classification", "multi-label")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is, apart from its data.
+    """Definition of a task, without its data.
 
-    name: as --task names it.
-    kind: a key of `METRICS`; see the module.
-    text_columns: columns of the text, in the order in which a model reads them; choices are the last ones.
-    labels: names of the classes, in the order of their indices; None: not known yet (see `resolve_labels`), or none.
-        Of a multiple choice, its letters.
-    metrics: what is reported, in percent; checkpoints are chosen by the first.
-    hub_id: the data set on the hub where no folder is given.
-    prompt: what a decoder or encoder-decoder reads; {column} stands for a text.
-    verbalizer: label -> what is written for it; labels that are left out are written as they are named.
-    max_length: tokens of one text (or pair of texts), prompt and answer included.
-    label_column: column of the class, the tags, the choice or the number.
-    id_columns: columns of the id that rows of two languages are matched by (of several, joined); where there is none,
-        by their position.
-    choice_columns: columns of the choices (multiple choice).
-    first_choice: the number of the first choice in the data: 0 or 1.
+    Attributes:
+        name: value of --task.
+        kind: a key of `METRICS`; see the module's docstring.
+        text_columns: columns of the text, in the order in which a model reads them; choices come last.
+        labels: names of the classes, in the order of their indices; the letters of a multiple-choice task; None if
+            they are not known yet (see `resolve_labels`) or the kind has none.
+        metrics: reported metrics, in percent; the first one selects checkpoints.
+        hub_id: data set on the hub, used if no data is given.
+        prompt: template that a decoder or encoder-decoder reads; {column} is replaced by a text.
+        verbalizer: label -> text that is generated for it; other labels are generated by name.
+        max_length: maximum tokens of one text (or pair of texts), including prompt and answer.
+        label_column: column of the class, the tags, the choice or the number.
+        id_columns: columns of the id that matches rows of two languages (several are joined). Without these columns,
+            rows are matched by position.
+        choice_columns: columns of the choices (multiple choice).
+        first_choice: number of the first choice in the data: 0 or 1.
     """
 
     name: str
@@ -79,37 +80,39 @@ class Task:
         return tuple(column for column in self.text_columns if column not in self.choice_columns)
 
     def verbalized(self, label: str) -> str:
-        """What a model writes for a label."""
+        """Return the text that a model generates for a label."""
         return self.verbalizer.get(label, label)
 
     def with_labels(self, labels: Sequence[str]) -> Task:
-        """The same task with these classes.
+        """Return the same task with these classes.
 
         Raises:
-            UserError: fewer than two classes, a class twice, or two that are written alike.
+            UserError: fewer than two classes, a duplicate class, or two classes with the same verbalization.
         """
-        named = tuple(labels)
+        names = tuple(labels)
         if self.kind == "token-classification":
-            self._check_tags(named)
-        if len(named) < 2 or len(set(named)) < len(named):
-            raise UserError(f"task {self.name}: two or more different labels are needed; got {_listed(named)}")
-        unknown = [label for label in self.verbalizer if label not in named]
+            self._check_tags(names)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise UserError(f"task {self.name}: two or more different labels are needed; got {_quoted(names)}")
+        unknown = [label for label in self.verbalizer if label not in names]
         if unknown:
             raise UserError(
-                f"task {self.name}: the verbalizer names {_listed(unknown)}; the labels are {_listed(named)}"
+                f"task {self.name}: the verbalizer names {_quoted(unknown)}; the labels are {_quoted(names)}"
             )
-        written = [self.verbalized(label) for label in named]
-        if len(set(written)) < len(written):
-            raise UserError(f"task {self.name}: two labels are written alike; the verbalizer gives {_listed(written)}")
-        return replace(self, labels=named)
+        texts = [self.verbalized(label) for label in names]
+        if len(set(texts)) < len(texts):
+            raise UserError(
+                f"task {self.name}: the verbalizer must give every label a different text; it gives {_quoted(texts)}"
+            )
+        return replace(self, labels=names)
 
     def _check_tags(self, tags: Sequence[str]) -> None:
         types = {tag[2:] for tag in tags if tag[:2] in ("B-", "I-")}
         wrong = [tag for tag in tags if tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) < 3)]
-        lacking = [tag for tag in ("O", *(f"B-{one}" for one in sorted(types))) if tag not in tags]
-        if wrong or lacking:
-            what = f"{_listed(wrong[:5])} are not" if wrong else f"{_listed(lacking)} is missing"
-            raise UserError(f"task {self.name}: tags are O, B-TYPE and I-TYPE (IOB2); {what}")
+        missing = [tag for tag in ("O", *(f"B-{name}" for name in sorted(types))) if tag not in tags]
+        if wrong or missing:
+            problem = f"got {_quoted(wrong[:5])}" if wrong else f"{_quoted(missing)} is missing"
+            raise UserError(f"task {self.name}: tags must be O, B-TYPE and I-TYPE (IOB2); {problem}")
 
 
 _NLI = {
@@ -129,7 +132,7 @@ _QA = {
 }
 
 
-def _shown(column: str) -> str:
+def _heading(column: str) -> str:
     return column.replace("_", " ").capitalize()
 
 
@@ -143,7 +146,7 @@ def choice_task(
     hub_id: str | None = None,
     max_length: int = 128,
 ) -> Task:
-    """Return a multiple-choice task. A model that writes reads the choices behind letters and writes a letter."""
+    """Return a multiple-choice task. A generative model reads the choices with letters and generates a letter."""
     letters = tuple(_LETTERS[: len(choice_columns)])
     return Task(
         name=name,
@@ -154,7 +157,7 @@ def choice_task(
         hub_id=hub_id,
         prompt="\n".join(
             [
-                *(f"{_shown(column)}: {{{column}}}" for column in context_columns),
+                *(f"{_heading(column)}: {{{column}}}" for column in context_columns),
                 *(f"{letter}: {{{column}}}" for letter, column in zip(letters, choice_columns, strict=True)),
                 "Answer:",
             ]
@@ -269,7 +272,7 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
-#: Tasks for data of your own; each has the name of its kind.
+#: Tasks for your own data; each has the name of its kind.
 OWN = tuple(kind for kind in METRICS if kind in TASKS)
 
 
@@ -286,29 +289,27 @@ def get_task(
     verbalizer: Mapping[str, str] | None = None,
     max_length: int | None = None,
 ) -> Task:
-    """A task by its name, with what your data name otherwise.
+    """Return a task by its name, adapted to the columns of your data.
 
     Args:
-        name: a key of `TASKS`; those of `OWN` are for data of your own.
-        text_columns: of a QA task: the question's and the context's; of a token classification: the words'; of a
-            multiple choice: those of the context, without the choices (named once more they change nothing); of the
-            others: one or more columns.
-        choice_columns: of a multiple choice: two or more columns.
+        name: a key of `TASKS`; the tasks in `OWN` are for your own data.
+        text_columns: for QA: question and context; for token classification: the words; for multiple choice: the
+            context without the choices (choice columns in the list are ignored); for other kinds: one or more columns.
+        choice_columns: two or more columns of a multiple-choice task.
         label_column: column of the class, tags, choice or number.
         id_columns: columns of the id.
         labels: the classes, in the order of their indices.
-        metric: the metric that checkpoints are chosen by.
-        prompt: names every text column in braces.
-        verbalizer: label -> what a decoder writes for it.
-        max_length: tokens of one text.
+        metric: the metric that selects checkpoints.
+        prompt: template with every text column in braces.
+        verbalizer: label -> text that a generative model writes for it.
+        max_length: maximum tokens of one text.
 
     Raises:
-        UserError: a name, metric or prompt that does not fit; the message lists what does.
+        UserError: an unknown name, or an option that does not fit the task; the message lists accepted values.
     """
     if name not in TASKS:
         raise UserError(
-            f"--task {name!r} is not known; the tasks are {', '.join(TASKS)} ({', '.join(OWN)} are for data of your "
-            "own)"
+            f"--task {name!r} is not known; the tasks are {', '.join(TASKS)} ({', '.join(OWN)} are for your own data)"
         )
     task = TASKS[name]
     if choice_columns is not None:
@@ -318,13 +319,13 @@ def get_task(
     if task.kind == "qa" and (
         label_column not in (None, task.label_column) or labels is not None or verbalizer is not None
     ):
-        raise UserError(f"task {name} has answers, not labels: leave label column, labels and verbalizer out")
+        raise UserError(f"task {name} has answers, not labels: remove --label-column, --labels and the verbalizer")
     if labels is not None and task.kind == "multiple-choice" and tuple(labels) == task.labels:
         labels = None
     if task.kind not in NAMED and labels is not None:
-        raise UserError(f"task {name} has no labels to name ({task.kind}): leave --labels out")
+        raise UserError(f"task {name} has no labels to name ({task.kind}): remove --labels")
     if task.kind != "classification" and verbalizer is not None:
-        raise UserError(f"task {name}: a verbalizer is for a classification, and this is a {task.kind} task")
+        raise UserError(f"task {name}: a verbalizer is for a classification; this is a {task.kind} task")
     if label_column is not None:
         task = replace(task, label_column=label_column)
     if id_columns is not None:
@@ -334,15 +335,15 @@ def get_task(
     if labels is not None or (verbalizer is not None and task.labels is not None):
         task = task.with_labels(labels if labels is not None else task.labels or ())
     if metric is not None:
-        there = METRICS[task.kind]
-        if metric not in there:
-            raise UserError(f"--metric {metric!r} is not one of task {name}'s: {', '.join(there)}")
-        task = replace(task, metrics=(metric, *(other for other in there if other != metric)))
+        metrics = METRICS[task.kind]
+        if metric not in metrics:
+            raise UserError(f"--metric {metric!r} is not one of task {name}'s: {', '.join(metrics)}")
+        task = replace(task, metrics=(metric, *(other for other in metrics if other != metric)))
     if prompt is not None:
         task = replace(task, prompt=prompt)
-    lacking = [column for column in task.text_columns if f"{{{column}}}" not in task.prompt]
-    if lacking:
-        raise UserError(f"task {name}: the prompt lacks {_listed([f'{{{c}}}' for c in lacking])}; got {task.prompt!r}")
+    missing = [f"{{{column}}}" for column in task.text_columns if f"{{{column}}}" not in task.prompt]
+    if missing:
+        raise UserError(f"task {name}: the prompt lacks {_quoted(missing)}; got {task.prompt!r}")
     if max_length is not None:
         if max_length < 4:
             raise UserError(f"--max-length must be 4 or more; got {max_length}")
@@ -351,41 +352,44 @@ def get_task(
 
 
 def _with_columns(task: Task, columns: tuple[str, ...]) -> Task:
-    """The task with other text columns, and a prompt that names them."""
+    """Return the task with other text columns and a prompt that names them."""
     if columns == task.text_columns:
         return task
     if not columns or len(set(columns)) < len(columns):
-        raise UserError(f"--text-columns must name different columns; got {_listed(columns)}")
+        raise UserError(f"--text-columns must name different columns; got {_quoted(columns)}")
     if task.kind == "token-classification":
         if len(columns) != 1:
-            raise UserError(f"--text-columns of a token classification is the words' column; got {_listed(columns)}")
+            raise UserError(
+                f"--text-columns of a token classification must be the column of the words; got {_quoted(columns)}"
+            )
         return replace(task, text_columns=columns, prompt=f"Text: {{{columns[0]}}}\nEntities:")
     if task.choice_columns:
         context = tuple(column for column in columns if column not in task.choice_columns)
         return _with_choices(replace(task, text_columns=(*context, *task.choice_columns)), task.choice_columns)
     if task.kind == "qa":
         if len(columns) != 2:
-            raise UserError(f"--text-columns of a QA task are the question's and the context's; got {_listed(columns)}")
+            raise UserError(f"--text-columns of a QA task must be question and context; got {_quoted(columns)}")
         return replace(
             task, text_columns=columns, prompt=f"Context: {{{columns[1]}}}\nQuestion: {{{columns[0]}}}\nAnswer:"
         )
-    lines = [f"{_shown(column)}: {{{column}}}" for column in columns]
+    lines = [f"{_heading(column)}: {{{column}}}" for column in columns]
     return replace(task, text_columns=columns, prompt="\n".join([*lines, task.prompt.rpartition("\n")[2]]))
 
 
 def _with_choices(task: Task, columns: tuple[str, ...]) -> Task:
-    """The task with other columns for its choices."""
+    """Return the task with other choice columns."""
     if task.kind != "multiple-choice":
-        raise UserError(f"--choice-columns is for a multiple choice; task {task.name} is a {task.kind} task")
-    every = (*task.context_columns, *columns)
-    if not 2 <= len(columns) <= len(_LETTERS) or len(set(every)) < len(every) or not task.context_columns:
+        raise UserError(f"--choice-columns is for multiple choice; task {task.name} is a {task.kind} task")
+    text_columns = (*task.context_columns, *columns)
+    distinct = len(set(text_columns)) == len(text_columns)
+    if not 2 <= len(columns) <= len(_LETTERS) or not distinct or not task.context_columns:
         raise UserError(
-            f"a multiple choice needs one or more text columns and 2 to {len(_LETTERS)} choice columns, all of "
+            f"a multiple-choice task needs one or more text columns and 2 to {len(_LETTERS)} choice columns, all with "
             f"different names; got --text-columns {' '.join(task.context_columns)} --choice-columns {' '.join(columns)}"
         )
-    made = choice_task(task.name, task.context_columns, columns)
-    return replace(task, text_columns=every, choice_columns=columns, labels=made.labels, prompt=made.prompt)
+    new = choice_task(task.name, task.context_columns, columns)
+    return replace(task, text_columns=text_columns, choice_columns=columns, labels=new.labels, prompt=new.prompt)
 
 
-def _listed(items: Sequence[str]) -> str:
+def _quoted(items: Sequence[str]) -> str:
     return ", ".join(map(repr, items)) or "none"

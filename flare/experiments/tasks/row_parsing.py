@@ -1,4 +1,4 @@
-"""Examples from rows as a file or the hub gives them: columns checked, labels named, answers read."""
+"""Parse the rows of a file or hub data set into examples: check columns, name labels, read answers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..utils.json_files import parsed
-from .alignment import position_id
-from .errors import DataError, some_ids
-from .examples import Answer, Example
-from .kinds import indices_count, label_of, needed_columns, text_of, texts_of
+from .cell_parsing import accepts_indices, label_of, needed_columns, text_of, texts_of
+from .data_error import DataError, some_ids
+from .examples import Answer, Example, position_id
 from .registry import NAMED, Task
 
-#: Names of columns that look like ids, without all but their letters.
-_IDS = frozenset(
+#: Column names that suggest ids, in lower case and without all but letters.
+_ID_LIKE_NAMES = frozenset(
     ("id", "ids", "idx", "uid", "uuid", "guid", "rowid", "exampleid", "sentenceid", "textid", "itemid", "sampleid")
 )
-#: What else names columns in a kind of task.
-_MORE_NAMES = {
+#: Further options that name columns of a kind of task.
+_COLUMN_OPTIONS = {
     "multiple-choice": " and --choice-columns",
     "multi-label": " (columns of 0 and 1, one for each label: with --labels)",
 }
@@ -31,32 +30,32 @@ def examples_from(
     where: str,
     name_of: Callable[[Any], str] | None = None,
 ) -> list[Example]:
-    """The examples of one split.
+    """Return the examples of one split.
 
     Args:
         rows: column -> value.
-        columns: the columns there are.
-        task: says which ones are needed.
-        where: the file or data set, for the messages.
-        name_of: index -> label, where the data set knows it.
+        columns: the columns of the split.
+        task: determines which columns are needed.
+        where: file or data set, for the messages.
+        name_of: index -> label, if the data set names its classes.
 
     Raises:
-        DataError: a column is missing, there are no rows, a label is none of the task's, an answer cannot be read.
+        DataError: a column is missing, there are no rows, a label is not one of the task's, an answer cannot be parsed.
     """
     rows = list(rows)
     if not rows:
         raise DataError(f"{where} has no rows; an empty split cannot be used")
     needed = [*needed_columns(task, columns), *(task.id_columns if task.id_columns != ("id",) else ())]
-    lacking = [column for column in needed if column not in columns]
-    if lacking:
+    missing = [column for column in needed if column not in columns]
+    if missing:
         raise DataError(
-            f"{where} has no column {', '.join(lacking)}; it has {', '.join(columns) or 'none'}. Rename the column, or "
-            f"name yours with --text-columns, --label-column and --id-column{_MORE_NAMES.get(task.kind, '')}"
+            f"{where} has no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}. Rename the column, or "
+            f"name yours with --text-columns, --label-column and --id-column{_COLUMN_OPTIONS.get(task.kind, '')}"
         )
-    found = [_example(row, index, columns, task, where, name_of) for index, row in enumerate(rows)]
+    examples = [_example(row, index, columns, task, where, name_of) for index, row in enumerate(rows)]
     if task.kind in NAMED:
-        check_labels(found, task, where)
-    return found
+        check_labels(examples, task, where)
+    return examples
 
 
 def _example(
@@ -79,17 +78,17 @@ def _example(
 
 
 def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
-    """Refuse labels that are none of the task's.
+    """Check that every label is one of the task's.
 
     Raises:
-        DataError: naming the labels, how many rows have them, and some of their ids.
+        DataError: other labels; the message shows them, the number of rows with them and some ids.
     """
     known = task.labels
     wrong: set[str] = set()
     ids = []
     for row in examples:
         if task.kind == "token-classification" and row.label is None:
-            continue  # a source
+            continue  # a source row
         labels = row.label if isinstance(row.label, tuple) else (row.label,)
         bad = {str(label or "(empty)") for label in labels if not label or (known is not None and label not in known)}
         if bad:
@@ -98,43 +97,45 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
     if wrong:
         names = sorted(wrong)
         accepted = ", ".join(known) if known else "any text that is not empty"
-        accepted += ", or their indices from 0" if indices_count(task) else ""
+        accepted += ", or their indices from 0" if accepts_indices(task) else ""
         raise DataError(
-            f"{where}: {len(ids)} of {len(examples)} rows have a label that is none of task {task.name}'s: "
+            f"{where}: {len(ids)} of {len(examples)} rows have a label that is not one of task {task.name}'s: "
             f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''} "
             f"{some_ids(ids)}; accepted: {accepted}"
         )
 
 
 def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: Task, where: str) -> None:
-    """Refuse ids that rows cannot be paired by.
+    """Check that rows can be paired by their ids.
 
     Raises:
-        DataError: a row without an id, an id that occurs twice, or a column that seems to hold ids and is named
-            otherwise, so that rows would be paired by their position.
+        DataError: a row has no id, an id occurs twice, or there is no id column but a column whose name suggests ids
+            (rows would silently be paired by position).
     """
     if not set(task.id_columns) <= set(columns):
         read = {*task.text_columns, task.label_column}
-        near = [name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _IDS and name not in read]
-        if near and task.id_columns == ("id",):
+        id_like = [
+            name for name in columns if re.sub("[^a-z]", "", name.casefold()) in _ID_LIKE_NAMES and name not in read
+        ]
+        if id_like and task.id_columns == ("id",):
             raise DataError(
-                f"{where} has no column id, and its column {near[0]!r} looks like one: rows would be paired by their "
-                "position. Name it with --id-column, or remove it if the rows of all languages stand in one order"
+                f"{where} has no column id, and its column {id_like[0]!r} looks like one: rows would be paired by "
+                "position. Name it with --id-column, or remove it if the rows of all languages are in the same order"
             )
         return
-    first: dict[str, int] = {}
+    first_row: dict[str, int] = {}
     for index, row in enumerate(rows):
-        name = _id(row, task)
-        if not name.strip():
+        row_id = _id(row, task)
+        if not row_id.strip():
             raise DataError(
                 f"{where}, row {index} (counted from 0) has no id; give every row one, or remove the column"
             )
-        if name in first:
+        if row_id in first_row:
             raise DataError(
-                f"{where}, row {index} (counted from 0): the id {name!r} is row {first[name]}'s too, so that it is not "
-                "known which rows of two languages belong together; give every row an id of its own"
+                f"{where}, row {index} (counted from 0): row {first_row[row_id]} has the same id {row_id!r}, so rows "
+                "of two languages cannot be paired; give every row a different id"
             )
-        first[name] = index
+        first_row[row_id] = index
 
 
 def _id(row: Mapping[str, Any], task: Task) -> str:
@@ -147,7 +148,7 @@ def _id(row: Mapping[str, Any], task: Task) -> str:
 
 
 def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ...]:
-    """SQuAD's {"text": [...], "answer_start": [...]} (in a CSV file as JSON), or answer and answer_start."""
+    """Read SQuAD's {"text": [...], "answer_start": [...]} (in a CSV file as JSON), or answer and answer_start."""
     try:
         value = row.get("answers")
         if isinstance(value, str):

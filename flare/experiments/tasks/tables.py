@@ -1,14 +1,14 @@
-"""Rows of one file or folder, as people keep them.
+"""Read tables in the usual file formats.
 
-.csv        fields between commas, quoted as RFC 4180 says
-.tsv        fields between tabs; where the quotation marks do not pair up they are text
-.json       a list of rows, {"data": [rows]}, or one row per line
-.jsonl      one row per line
-.parquet    one file
-.conll      words and tags (`flare.experiments.tasks.conll`); .txt too
-a folder    what `datasets.Dataset.save_to_disk` wrote
+.csv           comma-separated fields, quoted according to RFC 4180
+.tsv           tab-separated fields; unbalanced quotation marks are read as text
+.json          a list of rows, {"data": [rows]}, or one row per line
+.jsonl         one row per line
+.parquet       one file
+.conll, .txt   one word and its tag per line, an empty line after each sentence
+a folder       written by `datasets.Dataset.save_to_disk`
 
-Files are UTF-8, with or without a byte order mark. Several shards (NAME-00000-of-00002.parquet) are one table.
+Files are UTF-8, with or without a byte order mark. The shards of a table (NAME-00000-of-00002.parquet) are read as one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.json_files import parsed
-from .conll import read_conll
-from .errors import DataError
+from .data_error import DataError
 
+#: Columns of a CoNLL file.
+CONLL_COLUMNS = ["tokens", "ner_tags"]
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -33,9 +34,10 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 class Table:
     """The rows of a file.
 
-    rows: column -> value.
-    columns: in the file's order.
-    names: column -> (index -> label), of columns whose classes the file names (datasets' ClassLabel).
+    Attributes:
+        rows: column -> value.
+        columns: in the file's order.
+        names: column -> (index -> label), for columns whose classes the file names (datasets' ClassLabel).
     """
 
     rows: list[dict[str, Any]]
@@ -44,23 +46,23 @@ class Table:
 
 
 def find_tables(folder: Path, name: str, suffixes: Sequence[str]) -> list[Path]:
-    """Return the tables called `name` in a folder; of a table in shards the first shard."""
-    found = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").is_file()]
+    """Return the tables called `name` in a folder; for a sharded table, its first shard."""
+    paths = [folder / f"{name}{suffix}" for suffix in suffixes if (folder / f"{name}{suffix}").is_file()]
     for suffix in suffixes:
-        found += sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))[:1]
-    return [*found, *([folder / name] if is_saved(folder / name) else [])]
+        paths += sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9]{suffix}"))[:1]
+    return [*paths, *([folder / name] if is_saved(folder / name) else [])]
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `datasets.Dataset.save_to_disk` wrote the folder."""
+    """Return whether `datasets.Dataset.save_to_disk` wrote the folder."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def read_table(path: Path) -> Table:
-    """Read a file, all shards of a table, or a saved folder.
+    """Read a file, all shards of a table, or a folder written by save_to_disk.
 
     Raises:
-        DataError: it cannot be read, a row has other columns than the head, or a column stands there twice.
+        DataError: it cannot be read, a row has more or fewer fields than the head, or a column occurs twice.
     """
     if path.is_dir():
         return _read_saved(path)
@@ -68,41 +70,41 @@ def read_table(path: Path) -> Table:
     if shard is None:
         return _READERS[path.suffix](path)
     count = int(shard["count"])
-    paths = [path.with_name(f"{shard['stem']}-{one:05d}-of-{count:05d}{path.suffix}") for one in range(count)]
-    if missing := [one.name for one in paths if not one.is_file()]:
+    paths = [path.with_name(f"{shard['stem']}-{number:05d}-of-{count:05d}{path.suffix}") for number in range(count)]
+    if missing := [shard_path.name for shard_path in paths if not shard_path.is_file()]:
         raise DataError(f"{path.parent}: {len(missing)} of {count} shards are missing, such as {missing[0]}")
-    tables = [_READERS[one.suffix](one) for one in paths]
-    for one, table in zip(paths, tables, strict=True):
+    tables = [_READERS[path.suffix](shard_path) for shard_path in paths]
+    for shard_path, table in zip(paths, tables, strict=True):
         if table.columns != tables[0].columns:
             raise DataError(
-                f"{one} has the columns {', '.join(table.columns)}, and {paths[0].name} has "
-                f"{', '.join(tables[0].columns)}; the shards of a table have the same"
+                f"{shard_path} has the columns {', '.join(table.columns)}, and {paths[0].name} has "
+                f"{', '.join(tables[0].columns)}; all shards of a table must have the same columns"
             )
     return Table([row for table in tables for row in table.rows], tables[0].columns, tables[0].names)
 
 
 def check_keys(rows: Sequence[dict[str, Any]], columns: Sequence[str], where: str) -> None:
-    """Raise DataError where a row of a JSON file lacks one of these columns, which others have."""
+    """Raise DataError if a row of a JSON file lacks one of these columns, which other rows have."""
     for index, row in enumerate(rows):
-        lacking = [column for column in columns if column not in row]
-        if lacking:
-            count = sum(lacking[0] not in other for other in rows)
+        missing = [column for column in columns if column not in row]
+        if missing:
+            count = sum(missing[0] not in other for other in rows)
             raise DataError(
-                f"{where}, row {index} (counted from 0): it has no {lacking[0]!r}, which other rows have"
+                f"{where}, row {index} (counted from 0): it has no {missing[0]!r}, which other rows have"
                 f"{f'; {count - 1} more lack it' if count > 1 else ''}. Add it, or remove the row"
             )
 
 
 def class_names(features: Any) -> dict[str, Callable[[int], str]]:
-    """Return column -> (index -> label) of datasets' features: of columns of classes, and of lists of classes."""
+    """Return column -> (index -> label) for the columns of datasets' features that hold classes or lists of classes."""
     from datasets import ClassLabel
 
-    found = {}
+    names = {}
     for column, feature in (features or {}).items():
-        inner = getattr(feature, "feature", feature)
-        if isinstance(inner, ClassLabel):
-            found[column] = inner.int2str
-    return found
+        element = getattr(feature, "feature", feature)
+        if isinstance(element, ClassLabel):
+            names[column] = element.int2str
+    return names
 
 
 # --- CSV and TSV ------------------------------------------------------------------------------------------------------
@@ -115,25 +117,25 @@ def _read_csv(path: Path) -> Table:
 def _read_tsv(path: Path) -> Table:
     try:
         return _delimited(path, "\t", csv.QUOTE_MINIMAL)
-    except DataError as quoted:
+    except DataError as quoting_error:
         try:
             table = _delimited(path, "\t", csv.QUOTE_NONE)
         except DataError:
-            raise quoted from None  # the better reason: most files are quoted
-        warnings.warn(f"{path}: its quotation marks are read as text, because they do not pair up", stacklevel=2)
+            raise quoting_error from None  # most files are quoted, so this error is the more helpful one
+        warnings.warn(f"{path}: quotation marks are read as text, because they are not balanced", stacklevel=2)
         return table
 
 
-def _delimited(path: Path, mark: str, quoting: int) -> Table:
-    kind, name = {",": ("CSV", "comma"), "\t": ("TSV", "tab")}[mark]
+def _delimited(path: Path, delimiter: str, quoting: int) -> Table:
+    kind, name = {",": ("CSV", "comma"), "\t": ("TSV", "tab")}[delimiter]
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            # strict: a quotation mark that is never closed would swallow the rows after it
-            reader = csv.reader(file, strict=True, delimiter=mark, quoting=quoting)  # type: ignore[arg-type]
+            # without strict, an unclosed quotation mark would silently swallow the following rows
+            reader = csv.reader(file, strict=True, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
             head = next(reader, [])
             _check_head(path, head)
-            if len(head) == 1 and any(other in head[0] for other in ";\t|,"):
-                raise DataError(f"{path}: the fields must be separated by {name}s; its head is {head[0]!r}")
+            if len(head) == 1 and any(character in head[0] for character in ";\t|,"):
+                raise DataError(f"{path}: fields must be separated by {name}s; its head is {head[0]!r}")
             rows, wrong = [], []
             for fields in reader:
                 if len(fields) == len(head):
@@ -141,22 +143,22 @@ def _delimited(path: Path, mark: str, quoting: int) -> Table:
                 elif fields:
                     wrong.append((reader.line_num, len(fields)))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
-        long = "; write texts of more than 100,000 letters as JSON lines" if "field limit" in str(error) else ""
-        raise DataError(f"{path} cannot be read as a {kind} file in UTF-8: {error}{long}") from error
+        advice = "; write texts of more than 100,000 characters as JSON lines" if "field limit" in str(error) else ""
+        raise DataError(f"{path} cannot be read as a {kind} file in UTF-8: {error}{advice}") from error
     if wrong:
         line, count = wrong[0]
         raise DataError(
-            f"{path}, line {line}: {count} fields where the head has {len(head)} ({', '.join(head)})"
-            f"{f'; so are {len(wrong) - 1} more rows' if len(wrong) > 1 else ''}. A text with a {name} or a line break "
-            "needs quotation marks around it, and one inside it is written twice"
+            f"{path}, line {line}: {count} fields, but the head has {len(head)} ({', '.join(head)})"
+            f"{f'; {len(wrong) - 1} more row(s) like this' if len(wrong) > 1 else ''}. Put quotation marks "
+            f"around a text with a {name} or a line break, and double the quotation marks inside it"
         )
     return Table(rows, head)
 
 
 def _check_head(path: Path, head: Sequence[str]) -> None:
-    twice = sorted({name for name in head if list(head).count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: the column {', '.join(map(repr, twice))} stands in the head twice; rename one")
+    duplicates = sorted({name for name in head if list(head).count(name) > 1})
+    if duplicates:
+        raise DataError(f"{path}: the column {', '.join(map(repr, duplicates))} occurs twice in the head; rename one")
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -166,10 +168,10 @@ def _read_json(path: Path) -> Table:
     try:
         content = parsed(path.read_text(encoding="utf-8-sig"), _object)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object per line, as datasets' to_json writes by default
+        if error.msg == "Extra data":  # one object per line, the default of datasets' to_json
             return _read_jsonl(path)
         raise DataError(f"{path} cannot be read as JSON: {error}") from error
-    except (ValueError, OSError) as error:  # also what UTF-8 raises
+    except (ValueError, OSError) as error:  # a UnicodeDecodeError is a ValueError
         raise DataError(f"{path} cannot be read as JSON in UTF-8: {error}") from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
@@ -177,7 +179,7 @@ def _read_json(path: Path) -> Table:
         raise DataError(f'{path} must hold a list of rows, or {{"data": [rows]}}; it holds {holds}')
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {index} (counted from 0): not an object, but {str(row)[:40]!r}")
+            raise DataError(f"{path}, row {index} (counted from 0): it must be an object; it is {str(row)[:40]!r}")
     return _table_of_objects(rows)
 
 
@@ -192,22 +194,22 @@ def _read_jsonl(path: Path) -> Table:
                     if not isinstance(row, dict):
                         raise ValueError("it is not an object")
                     rows.append(row)
-    except (ValueError, OSError) as error:  # also what UTF-8 and JSON raise
-        raise DataError(f"{path}, line {max(number, 1)}: no JSON object in UTF-8 ({error})") from error
+    except (ValueError, OSError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise DataError(f"{path}, line {max(number, 1)}: not a JSON object in UTF-8 ({error})") from error
     return _table_of_objects(rows)
 
 
 def _table_of_objects(rows: list[dict[str, Any]]) -> Table:
-    # A key that only some rows have is a column all the same; check_keys looks at those that are needed.
+    # A key that only some rows have is a column too; check_keys checks the columns that are needed.
     return Table(rows, list(dict.fromkeys(key for row in rows for key in row)))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return made
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return row
 
 
 # --- Parquet and save_to_disk -----------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def _read_parquet(path: Path) -> Table:
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow: pip install pyarrow, or write the data as CSV or JSON lines") from error
     try:
-        # ParquetFile: read_table takes a folder called NAME=VALUE above the file for one more column
+        # not read_table: it would add a column for a parent folder called NAME=VALUE
         table = pyarrow.parquet.ParquetFile(path).read()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as a Parquet file: {error}") from error
@@ -236,12 +238,48 @@ def _read_saved(folder: Path) -> Table:
     from datasets import load_from_disk
 
     try:
-        found = load_from_disk(str(folder))
-        return Table(found.to_list(), list(found.column_names), class_names(found.features))
-    except Exception as error:  # datasets and pyarrow each raise kinds of their own
+        data_set = load_from_disk(str(folder))
+        return Table(data_set.to_list(), list(data_set.column_names), class_names(data_set.features))
+    except Exception as error:  # datasets and pyarrow raise many different types
         raise DataError(
-            f"{folder} cannot be read as a data set that save_to_disk wrote ({type(error).__name__}: {error})"
+            f"{folder} cannot be read as a data set written by save_to_disk ({type(error).__name__}: {error})"
         ) from error
+
+
+# --- CoNLL ------------------------------------------------------------------------------------------------------------
+
+
+def _read_conll(path: Path) -> Table:
+    """Read the sentences of a CoNLL file as rows of two lists, words and tags.
+
+        Nelson<TAB>B-PER
+        Mandela<TAB>I-PER
+
+    Fields are separated by a tab or spaces. With more than two fields, the first is the word and the last is the tag.
+    Lines that start with -DOCSTART- are skipped.
+
+    Raises:
+        DataError: a line has no tag, or the file is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 in a word
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a text file in UTF-8: {error}") from error
+    sentences: list[list[tuple[str, str]]] = [[]]
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            if sentences[-1]:
+                sentences.append([])
+            continue
+        fields = line.strip().split("\t") if "\t" in line else line.split()
+        if len(fields) < 2:
+            raise DataError(
+                f"{path}, line {number}: {line.strip()!r} has no tag; a line is a word, a tab or a space, and a tag, "
+                "and an empty line ends a sentence"
+            )
+        sentences[-1].append((fields[0].strip(), fields[-1].strip()))
+    columns = [[list(column) for column in zip(*sentence, strict=True)] for sentence in sentences if sentence]
+    return Table([dict(zip(CONLL_COLUMNS, lists, strict=True)) for lists in columns], CONLL_COLUMNS)
 
 
 _READERS: dict[str, Callable[[Path], Table]] = {
@@ -252,6 +290,6 @@ _READERS: dict[str, Callable[[Path], Table]] = {
     ".parquet": _read_parquet,
 }
 SUFFIXES = tuple(_READERS)
-#: Files without a head, of words and tags.
+#: Suffixes of CoNLL files.
 TAGGED = (".conll", ".txt")
-_READERS |= dict.fromkeys(TAGGED, lambda path: Table(*read_conll(path)))
+_READERS |= dict.fromkeys(TAGGED, _read_conll)

@@ -1,4 +1,4 @@
-"""The report's pictures: each is drawn where the runs hold its data, and left out with the reason where not."""
+"""Figures of the report: each is drawn if the runs have its data, and otherwise left out with a reason."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...utils.progress import counter
-from ..across import Overview
-from ..collect import Group
+from ..collect import RunGroup
+from ..cross_task import Overview
 from .ablations import draw_fusions, draw_ranks, draw_source_texts, draw_translators
 from .activations import activation_labels, draw_averages, draw_instances
 from .compare import draw_comparison, draw_costs
@@ -18,12 +18,12 @@ from .overview import draw_average_ranks, draw_tasks
 from .style import NothingToDraw, caption_of, save
 
 FORMATS = ("png", "pdf", "svg")
-#: Single rows that are drawn.
+#: Number of single rows that are drawn.
 _INSTANCES = 2
 
 
-class Picture(NamedTuple):
-    """A picture that was drawn (`files`, `caption`), or why not (`missing`)."""
+class FigureResult(NamedTuple):
+    """A figure that was drawn (`files`, `caption`), or the reason why not (`missing`)."""
 
     name: str
     title: str
@@ -35,43 +35,43 @@ class Picture(NamedTuple):
 _Plan = Iterator[tuple[str, str, Callable[[], Any]]]
 
 
-def draw_all(group: Group, metric: str, folder: Path, formats: Sequence[str]) -> list[Picture]:
-    """Draw every picture of a group into `folder`.
+def draw_figures(group: RunGroup, metric: str, folder: Path, formats: Sequence[str]) -> list[FigureResult]:
+    """Draw every figure of a group into `folder`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     plan = list(_of_group(group, metric))
     drawn = []
-    with counter(f"pictures of {group.slug}", len(plan), "picture") as bar:
+    with counter(f"figures of {group.slug}", len(plan), "figure") as bar:
         for name, title, draw in plan:
             drawn.append(_drawn(name, title, draw, folder / f"{group.slug}-{name}", formats))
             bar.update(1)
     return drawn
 
 
-def draw_overviews(found: Sequence[Overview], folder: Path, formats: Sequence[str]) -> list[Picture]:
-    """Draw the pictures over several tasks and models into `folder`.
+def draw_overview_figures(models: Sequence[Overview], folder: Path, formats: Sequence[str]) -> list[FigureResult]:
+    """Draw the figures over several tasks and models into `folder`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     plan = (
-        ("average-rank", "Average rank over tasks", partial(draw_average_ranks, found)),
-        ("tasks", "Methods by task", partial(draw_tasks, found)),
+        ("average-rank", "Average rank over tasks", partial(draw_average_ranks, models)),
+        ("tasks", "Methods by task", partial(draw_tasks, models)),
     )
     return [_drawn(name, title, draw, folder / name, formats) for name, title, draw in plan]
 
 
-def _drawn(name: str, title: str, draw: Callable[[], Any], path: Path, formats: Sequence[str]) -> Picture:
+def _drawn(name: str, title: str, draw: Callable[[], Any], path: Path, formats: Sequence[str]) -> FigureResult:
     try:
         figure = draw()
     except NothingToDraw as reason:
-        return Picture(name, title, [], str(reason))
-    return Picture(name, title, save(figure, path, formats), None, caption_of(figure))
+        return FigureResult(name, title, [], str(reason))
+    return FigureResult(name, title, save(figure, path, formats), None, caption_of(figure))
 
 
-def _of_group(group: Group, metric: str) -> _Plan:
+def _of_group(group: RunGroup, metric: str) -> _Plan:
     yield "comparison", "Methods by language", partial(draw_comparison, group, metric)
     yield "costs", "Quality against costs", partial(draw_costs, group, metric)
     labels = layered_labels(group)
@@ -81,7 +81,7 @@ def _of_group(group: Group, metric: str) -> _Plan:
     if not labels:
         yield "layers", "Source and target in the bottleneck", _no_bottleneck
     labels = activation_labels(group)
-    # one line's pictures tell the story: the method with its defaults where it is there
+    # one line is enough: the method with its defaults, if there is one
     for label in labels[:1] if "flare" not in labels else ["flare"]:
         yield "activations", "Activations by position", partial(draw_averages, group, label)
         for number in range(_INSTANCES):

@@ -1,24 +1,24 @@
-"""Pictures of one thing varied: the rank r, the fusion, the source text, the translator."""
+"""Figures of ablations: the rank r, the fusion, the source text, the translator."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-from ..collect import Group
+from ..collect import RunGroup
 from ..display import axis_name, language_name
 from ..families import (
     FUSION,
     RANK,
     SOURCE_TEXT,
-    Kind,
-    Members,
+    Factor,
+    Family,
+    average_over,
     comparable,
-    detailed,
     families,
     family_names,
+    family_title,
     method_of_family,
-    over,
 )
 from ..summary import Quality, quality
 from .bars import Series, grouped_bars
@@ -28,12 +28,12 @@ from .style import COLUMN, NORMAL, NothingToDraw, caption, legend_below, looks, 
 _TRANSLATED = "mt: "
 
 
-def draw_ranks(group: Group, metric: str) -> Any:
-    """Quality over r, a line for every method that was trained with several ranks."""
+def draw_ranks(group: RunGroup, metric: str) -> Any:
+    """Draw quality over r, with a line for every method trained with several ranks."""
     table = quality(group, metric)
-    languages, found = _found(table, families(group, table, RANK), "no method was trained with several r")
-    ticks = sorted({int(r) for members in found for r in members})
-    figure = _curves(group, metric, languages, found, ticks, RANK)
+    languages, shown = _comparable(table, families(group, table, RANK), "no method was trained with several r")
+    ticks = sorted({int(r) for family in shown for r in family})
+    figure = _curves(group, metric, languages, shown, ticks, RANK)
     axes = figure.axes[0]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, list(map(str, ticks)))
@@ -43,19 +43,19 @@ def draw_ranks(group: Group, metric: str) -> Any:
     return figure
 
 
-def draw_translators(group: Group, metric: str) -> Any:
-    """Quality against the translator of the source text, a line for every method, human text at the right."""
+def draw_translators(group: RunGroup, metric: str) -> Any:
+    """Draw quality by translator of the source text, with a line for every method; human text comes last."""
     table = quality(group, metric)
-    found = [_by_translator(members) for members in families(group, table, SOURCE_TEXT)]
-    found = [members for members in found if sum(str(kind).startswith(_TRANSLATED) for kind in members) > 1]
-    languages, found = _found(table, found, "no method has source texts of two translators")
+    candidates = [_one_text(family) for family in families(group, table, SOURCE_TEXT)]
+    candidates = [family for family in candidates if sum(str(kind).startswith(_TRANSLATED) for kind in family) > 1]
+    languages, shown = _comparable(table, candidates, "no method has source texts of two translators")
     means: dict[str, list[float]] = {}
-    for members in found:
-        for kind, label in members.items():
-            means.setdefault(str(kind), []).append(over(group, label, metric, languages).mean)
-    # translators by what the methods make of them, human text last
+    for family in shown:
+        for kind, label in family.items():
+            means.setdefault(str(kind), []).append(average_over(group, label, metric, languages).mean)
+    # translators in the order of the methods' mean scores, human text last
     kinds = sorted(means, key=lambda kind: (kind == "gold", statistics.fmean(means[kind]), kind))
-    figure = _curves(group, metric, languages, found, kinds, SOURCE_TEXT)
+    figure = _curves(group, metric, languages, shown, kinds, SOURCE_TEXT)
     axes = figure.axes[0]
     names = ["human" if kind == "gold" else kind.removeprefix(_TRANSLATED) for kind in kinds]
     axes.set_xticks(range(len(kinds)), names, fontsize=NORMAL)
@@ -65,18 +65,18 @@ def draw_translators(group: Group, metric: str) -> Any:
     return figure
 
 
-def draw_fusions(group: Group, metric: str) -> Any:
-    """Bars per language for every fusion of one method, with plain LoRA as the bar to meet."""
+def draw_fusions(group: RunGroup, metric: str) -> Any:
+    """Draw bars per language for every fusion of one method, and for plain LoRA as a baseline."""
     table = quality(group, metric)
-    found = families(group, table, FUSION)
-    if not found:
+    candidates = families(group, table, FUSION)
+    if not candidates:
         raise NothingToDraw("no method was trained with several fusions")
-    members = max(found, key=len)  # the others stand in the tables
+    family = max(candidates, key=len)  # the others are in the tables
     series = [
         series_of(table, table.line(label), fusion, fusion)
-        for fusion, label in sorted(members.items(), key=lambda item: str(item[0]))
+        for fusion, label in sorted(family.items(), key=lambda item: str(item[0]))
     ]
-    rank = group.of(next(iter(members.values())))[0].run.record.r
+    rank = group.of(next(iter(family.values())))[0].run.record.r
     for line in table.lines:
         plain = group.of(line.label)[0].run.record
         if plain.method == "lora" and plain.r == rank:
@@ -85,57 +85,59 @@ def draw_fusions(group: Group, metric: str) -> Any:
     figure = grouped_bars(
         series, places_on_axis(table), ylabel=axis_name(metric), reference=base_line(group, metric), apart=AVERAGE
     )
-    caption(figure, f"{group.shown_task}: effect of the fusion function, {detailed(group, members, FUSION)}")
+    caption(figure, f"{group.shown_task}: effect of the fusion function, {family_title(group, family, FUSION)}")
     return figure
 
 
-def draw_source_texts(group: Group, metric: str) -> Any:
-    """Quality with the human source text, with machine translations, with noise; one kind of bar a method."""
+def draw_source_texts(group: RunGroup, metric: str) -> Any:
+    """Draw quality with human, machine-translated and noisy source text, with one kind of bar per method."""
     table = quality(group, metric)
-    languages, found = _found(
+    languages, shown = _comparable(
         table,
         families(group, table, SOURCE_TEXT),
-        "no method has results with source texts of several kinds",
+        "no method has results with several kinds of source text",
     )
-    kinds = sorted({str(kind) for members in found for kind in members}, key=lambda kind: ("gold" not in kind, kind))
+    kinds = sorted({str(kind) for family in shown for kind in family}, key=lambda kind: ("gold" not in kind, kind))
     series = [
         Series(
             name,
-            method_of_family(group, members),
-            {str(kind): over(group, label, metric, languages) for kind, label in members.items()},
+            method_of_family(group, family),
+            {str(kind): average_over(group, label, metric, languages) for kind, label in family.items()},
         )
-        for members, name in zip(found, family_names(group, found, SOURCE_TEXT), strict=True)
+        for family, name in zip(shown, family_names(group, shown, SOURCE_TEXT), strict=True)
     ]
     figure = grouped_bars(series, kinds, ylabel=axis_name(metric), reference=base_line(group, metric))
     caption(figure, f"{group.shown_task}: effect of the source text{_of(languages)}")
     return figure
 
 
-def _found(table: Quality, given: list[Members], missing: str) -> tuple[list[str], list[Members]]:
-    if not given:
+def _comparable(table: Quality, candidates: list[Family], missing: str) -> tuple[list[str], list[Family]]:
+    if not candidates:
         raise NothingToDraw(missing)
-    languages, found = comparable(table, given)
-    if not found:
+    languages, shown = comparable(table, candidates)
+    if not shown:
         raise NothingToDraw("the lines have no target language in common")
-    return languages, found
+    return languages, shown
 
 
-def _by_translator(members: Members) -> Members:
-    """The lines that were trained and scored with one and the same text: a translator's, or the human one."""
-    return {kind: label for kind, label in members.items() if "," not in str(kind)}
+def _one_text(family: Family) -> Family:
+    """Return the lines that were trained and scored with the same source text, translated or human."""
+    return {kind: label for kind, label in family.items() if "," not in str(kind)}
 
 
-def _curves(group: Group, metric: str, languages: list[str], found: list[Members], ticks: list[Any], kind: Kind) -> Any:
-    """A line a family over the ticks (their places, where they are no numbers), with spreads."""
+def _curves(
+    group: RunGroup, metric: str, languages: list[str], shown: list[Family], ticks: list[Any], factor: Factor
+) -> Any:
+    """Draw one line per family over the ticks (over their indices if they are not numbers), with spreads."""
     figure = new_figure(COLUMN, 2.1)
     axes = figure.subplots()
-    names = family_names(group, found, kind)
-    for members, look in zip(found, looks([method_of_family(group, one) for one in found]), strict=True):
-        there = [tick for tick in ticks if tick in members]
-        cells = [over(group, members[tick], metric, languages) for tick in there]
+    names = family_names(group, shown, factor)
+    for family, look in zip(shown, looks([method_of_family(group, one) for one in shown]), strict=True):
+        values = [tick for tick in ticks if tick in family]
+        cells = [average_over(group, family[value], metric, languages) for value in values]
         spreads = [cell.spread for cell in cells]
         axes.errorbar(
-            [tick if isinstance(tick, int) else ticks.index(tick) for tick in there],
+            [value if isinstance(value, int) else ticks.index(value) for value in values],
             [cell.mean for cell in cells],
             yerr=[one or 0 for one in spreads] if any(spreads) else None,
             marker=look["marker"],

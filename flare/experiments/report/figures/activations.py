@@ -1,4 +1,4 @@
-"""The first query bottleneck by position: averaged over rows, and of single rows, before and after ReLU."""
+"""Figures of the first query bottleneck by position, before and after ReLU: averages and single rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from ...runs.activations import Activations, Averages, Instance, read_activations
-from ..collect import Group
+from ...runs.activations import ACTIVATIONS_FILE, Activations, Averages, Instance, read_activations
+from ..collect import RunGroup
 from ..display import language_name, language_names
 from .layers import STREAMS
 from .style import COLUMN, NORMAL, PAGE, SMALL, NothingToDraw, caption, legend_below, new_figure, plain_axes
 
-_MOST_PANELS = 4  # languages beside each other
-_SHARE = 0.1  # positions that fewer rows have are left out of averages
+_MOST_PANELS = 4  # languages side by side
+_SHARE = 0.1  # averages leave out positions that fewer rows reach
 _MOST_TOKENS = 40
 
 
-def activation_labels(group: Group) -> list[str]:
-    """Return lines with activations by position."""
+def activation_labels(group: RunGroup) -> list[str]:
+    """Return the labels of lines with activations by position."""
     return [label for label in group.labels if " @ " not in label and _by_language(group, label, files_only=True)]
 
 
-def draw_averages(group: Group, label: str) -> Any:
-    """Mean activation over the units by position, languages beside each other: before ReLU above, after it below."""
+def draw_averages(group: RunGroup, label: str) -> Any:
+    """Draw the mean activation over the units by position, languages side by side, before ReLU above after ReLU."""
     panels = _by_language(group, label)
     if not panels:
         raise NothingToDraw("no run measured activations by position")
@@ -32,11 +32,11 @@ def draw_averages(group: Group, label: str) -> Any:
     figure = new_figure(COLUMN if len(panels) == 1 else PAGE, 2.7)
     grid = figure.subplots(2, len(panels), squeeze=False, sharex="col", sharey="row")
     handles: dict[str, Any] = {}
-    for column, (language, found) in enumerate(panels.items()):
+    for column, (language, activations) in enumerate(panels.items()):
         for row, when in enumerate(("before", "after")):
             axes = grid[row][column]
             for stream, color in STREAMS.items():
-                positions, mean, wide = _by_position(getattr(found, stream), when)
+                positions, mean, wide = _by_position(getattr(activations, stream), when)
                 name = f"source (S), {language_name(group.source)}" if stream == "S" else "target (T)"
                 handles[name] = axes.plot(positions, mean, color=color, linewidth=1.0)[0]
                 axes.fill_between(positions, mean - wide, mean + wide, color=color, alpha=0.18, linewidth=0)
@@ -55,32 +55,32 @@ def draw_averages(group: Group, label: str) -> Any:
         figure,
         f"{group.shown_task}, {group.labels[label]}: mean activation of the {first.S.before.shape[1]} units of the "
         f"first query bottleneck ({first.layer}) by token position, averaged over {rows} test rows; "
-        f"bands are ± std over rows; positions that fewer than {_SHARE:.0%} of the rows have are left out",
+        f"bands are ± std over rows; positions that fewer than {_SHARE:.0%} of the rows reach are left out",
     )
     return figure
 
 
-def draw_instances(group: Group, label: str, number: int) -> Any:
-    """One row in each language: units by token, source above target, before and after ReLU beside each other."""
+def draw_instances(group: RunGroup, label: str, number: int) -> Any:
+    """Draw one row of each language: units by token, source above target, before and after ReLU side by side."""
     panels = {
-        language: found.instances[number]
-        for language, found in _by_language(group, label).items()
-        if number < len(found.instances)
+        language: activations.instances[number]
+        for language, activations in _by_language(group, label).items()
+        if number < len(activations.instances)
     }
     if not panels:
-        raise NothingToDraw("no run kept single rows")
+        raise NothingToDraw("no run recorded single rows")
     shown = language_names(panels)
     kinds = [(stream, when) for stream in ("S", "T") for when in ("before", "after")]
     figure = new_figure(PAGE, 0.3 + 1.45 * 2 * len(panels))
     # a language has two rows of panels (S, T) and two columns (before, after)
     grid = figure.subplots(2 * len(panels), 2, squeeze=False)
     most = max(float(np.abs(getattr(one, stream)).max()) for one in panels.values() for stream in "ST")
-    picture = None
+    image = None
     for place, (language, one) in enumerate(panels.items()):
         for stream, when in kinds:
             axes = grid[2 * place + (stream == "T")][int(when == "after")]
             values, tokens = _shown_part(one, stream)
-            picture = axes.imshow(
+            image = axes.imshow(
                 (np.maximum(values, 0) if when == "after" else values).T,
                 aspect="auto",
                 cmap="RdBu_r",
@@ -96,7 +96,7 @@ def draw_instances(group: Group, label: str, number: int) -> Any:
                 axes.set_ylabel(text, fontsize=NORMAL)
     for column, name in enumerate(("Before ReLU", "After ReLU")):
         grid[0][column].set_title(name, fontsize=NORMAL)
-    bar = figure.colorbar(picture, ax=list(grid.flat), fraction=0.015, pad=0.01)
+    bar = figure.colorbar(image, ax=list(grid.flat), fraction=0.015, pad=0.01)
     bar.ax.tick_params(labelsize=SMALL, length=2)
     bar.set_label("activation", fontsize=SMALL)
     first = next(iter(panels.values()))
@@ -109,29 +109,27 @@ def draw_instances(group: Group, label: str, number: int) -> Any:
     return figure
 
 
-def _by_language(group: Group, label: str, files_only: bool = False) -> dict[str, Activations]:
-    """Language -> the activations of its first seed that has some; at most as many as stand beside each other."""
-    found: dict[str, Any] = {}
+def _by_language(group: RunGroup, label: str, files_only: bool = False) -> dict[str, Activations]:
+    """Return, for at most `_MOST_PANELS` languages, the activations of the first seed that has them."""
+    by_language: dict[str, Any] = {}
     for entry in group.of(label):
-        if entry.language in found or len(found) == _MOST_PANELS:
+        if entry.language in by_language or len(by_language) == _MOST_PANELS:
             continue
         folder = Path(entry.run.folder)
-        there = _has(folder) if files_only else read_activations(folder)
-        if there:
-            found[entry.language] = there
-    return found
-
-
-def _has(folder: Path) -> bool:
-    from ...runs.activations import ACTIVATIONS_FILE
-
-    return (folder / ACTIVATIONS_FILE).is_file()
+        activations = (folder / ACTIVATIONS_FILE).is_file() if files_only else read_activations(folder)
+        if activations:
+            by_language[entry.language] = activations
+    return by_language
 
 
 def _by_position(stream: Averages, when: str) -> tuple[Any, Any, Any]:
-    """Positions (from 1), the mean over units there and its spread over rows."""
-    kept = stream.counts >= max(2, _SHARE * stream.counts.max()) if stream.counts.max() > 1 else stream.counts > 0
-    return np.flatnonzero(kept) + 1, getattr(stream, when).mean(axis=1)[kept], getattr(stream, f"{when}_spread")[kept]
+    """Return the positions (from 1), the mean over units there, and its spread over rows."""
+    shown = stream.counts >= max(2, _SHARE * stream.counts.max()) if stream.counts.max() > 1 else stream.counts > 0
+    return (
+        np.flatnonzero(shown) + 1,
+        getattr(stream, when).mean(axis=1)[shown],
+        getattr(stream, f"{when}_spread")[shown],
+    )
 
 
 def _shown_part(one: Instance, stream: str) -> tuple[Any, list[str]]:

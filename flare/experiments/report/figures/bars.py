@@ -1,4 +1,4 @@
-"""Grouped bars with a dot for every seed and the mean on each bar: methods, fusions, source texts, ranks."""
+"""Grouped bars with the mean on each bar and a dot for every seed, for methods, fusions, source texts and ranks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .style import (
     text_width,
 )
 
-_NARROWEST = 0.085  # inches of a bar
-_SHORTEST = 0.2  # share of the axis of a bar that a number fits into
-_AXIS = 0.45  # inches left of the axes
+_NARROWEST = 0.085  # smallest width of a bar, in inches
+_SHORTEST = 0.2  # smallest height of a bar that holds a number, as a share of the axis
+_AXIS = 0.45  # space to the left of the axes, in inches
 
 
 @dataclass(frozen=True)
 class Series:
-    """One kind of bar: its name, the method that gives the color, and a cell for every place on the axis."""
+    """One kind of bar: its name, the method that determines its color, and a cell for every tick of the axis."""
 
     name: str
     method: str
@@ -45,15 +45,15 @@ def grouped_bars(
     apart: str | None = None,
     digits: int = 1,
 ) -> Any:
-    """Bars of every series at every place, as wide as a column where they fit, else as wide as a page.
+    """Draw the bars of every series at every tick, in the width of a column if they fit, else of a page.
 
     Args:
-        series: what stands side by side at a place.
-        places: ticks of the axis, in order; broken into rows where one row would be too narrow.
-        ylabel: of the axis, which begins at 0.
+        series: bars that are drawn side by side at each tick.
+        places: ticks of the axis, in order; they are split into rows if one row would be too narrow.
+        ylabel: label of the axis, which starts at 0.
         reference: name and height of a dotted line through all axes.
-        apart: a place that is set off from the others (the average).
-        digits: of the numbers on the bars.
+        apart: tick that is separated from the others by a line (the average).
+        digits: decimals of the numbers on the bars.
     """
     chosen = looks([one.method for one in series])
     least = max(_NARROWEST * len(series) / 0.82, max(text_width(place, NORMAL) for place in places) + 0.04)
@@ -90,11 +90,11 @@ def grouped_bars(
             for place, cell in known:
                 spots = cell.values if len(cell.values) > 1 else ()
                 axes.plot([place + shift] * len(spots), spots, "o", color="black", markersize=1.6, markeredgewidth=0)
-                # above a bar with dots it would seem to be a seed's number
+                # above the dots, the mean could be mistaken for a seed's number
                 foot = dotted and cell.mean > _SHORTEST * top
                 height, inside = (0.0, look["color"]) if foot else (max([cell.mean, *spots]), None)
                 _number(axes, place + shift, height, f"{cell.mean:.{digits}f}", thick * step, inside)
-            for place in sorted(set(range(len(row))) - {there for there, _ in known}):
+            for place in sorted(set(range(len(row))) - {place for place, _ in known}):
                 axes.text(place + shift, 0, "-", ha="center", va="bottom", fontsize=SMALL, color="#666666")
             if axes is grid[0]:
                 handles.append(bars)
@@ -117,7 +117,10 @@ def grouped_bars(
 
 
 def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str | None) -> None:
-    """A number above a bar, or inside at its foot on the bar's color; turned where there is no room, none if thin."""
+    """Write a number above a bar, or inside it at the bottom if a color is given.
+
+    The number is rotated if the bar is narrow, and left out if it is too narrow even for that.
+    """
     from matplotlib.patheffects import withStroke
 
     size = 5.5
@@ -136,5 +139,5 @@ def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str |
         fontsize=size,
         color="white" if dark else "black",
     )
-    # readable over grid and reference lines, and over a bar's hatch
+    # an outline, so that it is readable on lines and hatches
     note.set_path_effects([withStroke(linewidth=1.5, foreground=inside or "white")])

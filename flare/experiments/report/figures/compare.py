@@ -1,13 +1,13 @@
-"""Pictures of the whole comparison: quality by language, and quality against what it costs."""
+"""Figures of the main comparison: quality by language, and quality against costs."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-from ..collect import Group
+from ..collect import RunGroup
 from ..display import axis_name, language_name, language_names
-from ..lines import main_lines, method_of
+from ..main_lines import main_lines, method_of
 from ..summary import Line, Quality, costs, quality
 from .bars import Series, grouped_bars
 from .style import NORMAL, PAGE, NothingToDraw, caption, legend_below, looks, new_figure, plain_axes
@@ -16,13 +16,13 @@ AVERAGE = "Average"
 
 
 def seeds_text(lines: list[Line]) -> str:
-    """Return what bars and dots are: dots only where there are several seeds."""
+    """Return what the bars and dots mean; there are dots only for several seeds."""
     many = any(cell and len(cell.values) > 1 for line in lines for cell in line.cells.values())
     return "bars are means over seeds, dots are seeds" if many else "one seed"
 
 
 def series_of(table: Quality, line: Line, method: str, name: str | None = None) -> Series:
-    """Return a line's bars: languages as people write them, and the average where it has them all."""
+    """Return the bars of a line: its languages by display name, and the average if it has all of them."""
     shown = language_names(table.languages)
     cells = {shown[one]: cell for one, cell in line.cells.items()}
     if len(table.languages) > 1 and line.label in table.complete:
@@ -31,12 +31,12 @@ def series_of(table: Quality, line: Line, method: str, name: str | None = None) 
 
 
 def places_on_axis(table: Quality) -> list[str]:
-    """Return the languages as people write them, and the average of several."""
+    """Return the display names of the languages, and the average if there are several."""
     return [*language_names(table.languages).values(), *([AVERAGE] if len(table.languages) > 1 else [])]
 
 
-def draw_comparison(group: Group, metric: str) -> Any:
-    """Bars per language and their average, a dot for every seed."""
+def draw_comparison(group: RunGroup, metric: str) -> Any:
+    """Draw bars per language and for the average, with a dot for every seed."""
     table = quality(group, metric)
     lines = main_lines(group, table)
     if len(lines) < 2:
@@ -56,8 +56,8 @@ def draw_comparison(group: Group, metric: str) -> Any:
     return figure
 
 
-def base_line(group: Group, metric: str) -> tuple[str, float] | None:
-    """Return what the fine-tuned base scores on its own language, averaged over its seeds."""
+def base_line(group: RunGroup, metric: str) -> tuple[str, float] | None:
+    """Return the name and score of the fine-tuned base on its own language, averaged over its seeds."""
     scores = [
         run.metrics.test["source-language"][metric]
         for run in group.bases
@@ -66,14 +66,14 @@ def base_line(group: Group, metric: str) -> tuple[str, float] | None:
     return (f"base on {language_name(group.source)}", statistics.fmean(scores)) if scores else None
 
 
-def draw_costs(group: Group, metric: str) -> Any:
-    """Quality (average over languages) against seconds per step, training time and peak memory, which begin at 0."""
+def draw_costs(group: RunGroup, metric: str) -> Any:
+    """Draw quality (average over languages) against time per step, training time and peak memory, with axes from 0."""
     table = quality(group, metric)
     known = {cost.label: cost for cost in costs(group)}
     lines = [line for line in main_lines(group, table) if line.label in table.complete and line.average]
-    costly = [line for line in lines if line.label in known]
-    free = [line for line in lines if method_of(group, line.label) in ("zero-shot", "translate-test")]
-    if len(costly) < 2:
+    trained = [line for line in lines if line.label in known]
+    untrained = [line for line in lines if method_of(group, line.label) in ("zero-shot", "translate-test")]
+    if len(trained) < 2:
         raise NothingToDraw("fewer than two methods have costs and a result in every language")
     panels = [
         (title, scale, key)
@@ -82,7 +82,7 @@ def draw_costs(group: Group, metric: str) -> Any:
             (_time_unit(group)[0], _time_unit(group)[1], "train_seconds"),
             (_size_unit(group)[0], _size_unit(group)[1], "peak_bytes"),
         )
-        if sum(getattr(known[line.label], key) is not None for line in costly) > 1
+        if sum(getattr(known[line.label], key) is not None for line in trained) > 1
     ]
     if not panels:
         raise NothingToDraw("no cost was measured for two methods")
@@ -98,10 +98,10 @@ def draw_costs(group: Group, metric: str) -> Any:
         )
     )
     handles: dict[str, Any] = {}
-    means = [line.average.mean for line in costly if line.average]
+    means = [line.average.mean for line in trained if line.average]
     lowest, highest = min(means), max(means)
     for axes, (title, scale, key) in zip(grid, panels, strict=True):
-        for line in costly:
+        for line in trained:
             value, average, look = getattr(known[line.label], key), line.average, chosen[line.label]
             if value is None or average is None:
                 continue
@@ -119,12 +119,12 @@ def draw_costs(group: Group, metric: str) -> Any:
                 elinewidth=0.8,
                 capsize=2,
             )
-        for line in free:
+        for line in untrained:
             if line.average is None:
                 continue
             color, style = chosen[line.label]["color"], "--" if line.label == "zero-shot" else ":"
             look = {"color": color, "linestyle": style, "linewidth": 1.0}
-            # a line far below would press all points together: its number stands in the legend
+            # a line far below would squeeze all points together, so it is only in the legend
             inside = line.average.mean >= lowest - max(2.0, highest - lowest)
             handle = axes.axhline(line.average.mean, **look) if inside else Line2D([], [], **look)
             handles[f"{line.name}: {line.average.mean:.1f}" + ("" if inside else " (below)")] = handle
@@ -135,9 +135,9 @@ def draw_costs(group: Group, metric: str) -> Any:
     several = len(table.languages) > 1
     grid[0].set_ylabel(axis_name(metric) + (", average" if several else ""), fontsize=NORMAL)
     legend_below(figure, list(handles.values()), list(handles))
-    bars = ["standard deviations over seeds"] if any(line.average and line.average.spread for line in costly) else []
-    ranged = [low < high for line in costly for low, high in known[line.label].ranges.values()]
-    bars += ["least to greatest cost"] if any(ranged) else []
+    bars = ["standard deviations over seeds"] if any(line.average and line.average.spread for line in trained) else []
+    ranged = [low < high for line in trained for low, high in known[line.label].ranges.values()]
+    bars += ["smallest to largest cost"] if any(ranged) else []
     caption(
         figure,
         f"{group.shown_task}: quality (average over {len(table.languages)} languages) against costs"
@@ -146,13 +146,13 @@ def draw_costs(group: Group, metric: str) -> Any:
     return figure
 
 
-def _time_unit(group: Group) -> tuple[str, float]:
+def _time_unit(group: RunGroup) -> tuple[str, float]:
     longest = max((cost.train_seconds or 0 for cost in costs(group)), default=0)
     if longest >= 5400:
         return "Training time (h)", 1 / 3600
     return ("Training time (min)", 1 / 60) if longest >= 180 else ("Training time (s)", 1.0)
 
 
-def _size_unit(group: Group) -> tuple[str, float]:
+def _size_unit(group: RunGroup) -> tuple[str, float]:
     largest = max((cost.peak_bytes or 0 for cost in costs(group)), default=0)
     return ("Peak memory (GiB)", 2.0**-30) if largest >= 2**30 else ("Peak memory (MiB)", 2.0**-20)

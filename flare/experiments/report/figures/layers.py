@@ -1,4 +1,4 @@
-"""Layer-wise mean |S| and |T| in the bottleneck, one panel a target language."""
+"""Figure of the mean |S| and |T| in the bottleneck by layer, with one panel per target language."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import statistics
 from typing import Any
 
-from ..collect import Entry, Group, ReportError
+from ..collect import Entry, ReportError, RunGroup
 from ..display import language_names
 from .style import COLUMN, NORMAL, PAGE, SMALL, NothingToDraw, caption, legend_below, new_figure, plain_axes
 
@@ -16,8 +16,8 @@ _NAMES = {"S": "source S", "T": "target T"}
 _STYLES = ("-", "--", ":", "-.")
 
 
-def layered_labels(group: Group) -> list[str]:
-    """Lines with bottleneck numbers, one setting each."""
+def layered_labels(group: RunGroup) -> list[str]:
+    """Return the labels of lines with bottleneck measurements, without those of other settings."""
     return [
         label
         for label in group.labels
@@ -25,8 +25,8 @@ def layered_labels(group: Group) -> list[str]:
     ]
 
 
-def draw_layers(group: Group, label: str) -> Any:
-    """Mean |S| and |T| by block: seeds averaged, their spread as a band; a line style for every kind of projection."""
+def draw_layers(group: RunGroup, label: str) -> Any:
+    """Draw mean |S| and |T| by block, averaged over seeds with a band for the spread; one line style per projection."""
     panels = {one: [e for e in group.of(label, one) if e.run.metrics.bottleneck] for one in group.languages}
     panels = {language: entries for language, entries in panels.items() if entries}
     if not panels:
@@ -57,7 +57,7 @@ def draw_layers(group: Group, label: str) -> Any:
         axes.set_title(shown[language], fontsize=NORMAL)
         axes.xaxis.get_major_locator().set_params(integer=True)
         plain_axes(axes)
-    # the axes are shared, and a limit ends their scaling: only when every panel is drawn
+    # after all panels are drawn: setting a limit stops the autoscaling of the shared axes
     grid[0][0].set_ylim(bottom=0)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
@@ -78,36 +78,36 @@ def draw_layers(group: Group, label: str) -> Any:
 
 
 def curves(entry: Entry) -> dict[str, dict[str, dict[int, float]]]:
-    """{kind of projection: {"S" | "T": {block: mean}}} of one run.
+    """Return {kind of projection: {"S" | "T": {block: mean}}} of one run.
 
-    The block is the first number in a layer's name, counted from 1 on the axis; what is left of the name is its kind
-    ("query", "value"; with an encoder and a decoder, their names too). Unnamed layers are blocks in their order.
+    The block is the first number in a layer's name, counted from 1. The rest of the name gives the kind ("query",
+    "value"; also "encoder" or "decoder" if the model has both). Unnamed layers are numbered in order.
 
     Raises:
-        ReportError: the lists are not of one length.
+        ReportError: the lists differ in length.
     """
-    given = entry.run.metrics.bottleneck or {}
-    source, target = given.get("S") or [], given.get("T") or []
-    layers = [str(name) for name in given.get("layers") or range(len(source))]
+    bottleneck = entry.run.metrics.bottleneck or {}
+    source, target = bottleneck.get("S") or [], bottleneck.get("T") or []
+    layers = [str(name) for name in bottleneck.get("layers") or range(len(source))]
     if not source or not len(source) == len(target) == len(layers):
         raise ReportError(
             f"{entry.run.folder / 'metrics.json'}: bottleneck has {len(source)} S, {len(target)} T and {len(layers)} "
-            "layers; expected as many of each"
+            "layers; expected equal numbers"
         )
-    split = [re.fullmatch(r"(\D*)(\d+)(.*)", name) for name in layers]
-    heads = {(found.group(1), found.group(3)) for found in split if found}
+    matches = [re.fullmatch(r"(\D*)(\d+)(.*)", name) for name in layers]
+    heads = {(match.group(1), match.group(3)) for match in matches if match}
     shown = {head: " ".join(part for part in _distinct(head, heads) if part) for head in heads}
     result: dict[str, dict[str, dict[int, float]]] = {}
-    for place, (found, s, t) in enumerate(zip(split, source, target, strict=True)):
-        kind = shown[(found.group(1), found.group(3))] if found else ""
-        block = int(found.group(2)) + 1 if found else place + 1
+    for place, (match, s, t) in enumerate(zip(matches, source, target, strict=True)):
+        kind = shown[(match.group(1), match.group(3))] if match else ""
+        block = int(match.group(2)) + 1 if match else place + 1
         curve = result.setdefault(kind, {"S": {}, "T": {}})
         curve["S"][block], curve["T"][block] = float(s), float(t)
     return result
 
 
 def _distinct(head: tuple[str, str], heads: set[tuple[str, str]]) -> tuple[str, str]:
-    """The parts of a name that tell kinds apart: the stack where there are several, the projection where there are."""
+    """Return the parts of a name that distinguish kinds: the stack and the projection, each if there are several."""
     stacks, projections = {one[0] for one in heads}, {one[1] for one in heads}
     stack = next((word for word in ("encoder", "decoder") if word in head[0]), head[0]) if len(stacks) > 1 else ""
     return stack, head[1].rpartition(".")[2] if len(projections) > 1 else ""

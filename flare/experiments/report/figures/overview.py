@@ -1,58 +1,58 @@
-"""Pictures over several tasks and models: average rank, and quality by task."""
+"""Figures over several tasks and models: average rank, and quality by task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..across import Overview, OverviewLine
+from ..cross_task import Overview, OverviewLine
 from ..display import axis_name
 from ..summary import Cell
 from .bars import Series, grouped_bars
 from .style import NORMAL, PAGE, SMALL, NothingToDraw, caption, looks, new_figure, plain_axes
 
 
-def draw_average_ranks(found: Sequence[Overview]) -> Any:
-    """Bars of the average rank over tasks, methods beside each other at every model."""
-    found = [one for one in found if len(one.tasks) > 1 and sum(line.rank is not None for line in one.lines) > 1]
-    if not found:
+def draw_average_ranks(overviews: Sequence[Overview]) -> Any:
+    """Draw bars of the average rank over tasks, with the methods of a model side by side."""
+    ranked = [one for one in overviews if len(one.tasks) > 1 and sum(line.rank is not None for line in one.lines) > 1]
+    if not ranked:
         raise NothingToDraw("no model has two methods with all languages of two tasks or more")
-    names: dict[str, OverviewLine] = {line.name: line for one in found for line in one.lines if line.rank is not None}
-    ranks = {(one.model, line.name): line.rank for one in found for line in one.lines}
+    names: dict[str, OverviewLine] = {line.name: line for one in ranked for line in one.lines if line.rank is not None}
+    ranks = {(one.model, line.name): line.rank for one in ranked for line in one.lines}
     series = [
         Series(
             name,
             line.method,
             {
                 one.model: Cell(rank, None, (rank,))
-                for one in found
+                for one in ranked
                 if (rank := ranks.get((one.model, name))) is not None
             },
         )
         for name, line in names.items()
     ]
-    figure = grouped_bars(series, [one.model for one in found], ylabel="Average rank", digits=2)
-    tasks = list(dict.fromkeys(task for one in found for task in one.tasks))
+    figure = grouped_bars(series, [one.model for one in ranked], ylabel="Average rank", digits=2)
+    tasks = list(dict.fromkeys(task for one in ranked for task in one.tasks))
     caption(figure, f"Average rank of the trained methods over {', '.join(tasks)} (1 is the best)")
     return figure
 
 
-def draw_tasks(found: Sequence[Overview]) -> Any:
-    """Horizontal bars of every method on every model, a panel a task, and one of the average over tasks."""
-    if sum(len(one.tasks) for one in found) < 2:
+def draw_tasks(overviews: Sequence[Overview]) -> Any:
+    """Draw horizontal bars of every method on every model, with one panel per task and one for the average."""
+    if sum(len(one.tasks) for one in overviews) < 2:
         raise NothingToDraw("there is only one task on one model")
-    tasks = dict(pair for one in found for pair in one.tasks.items())
+    tasks = dict(pair for one in overviews for pair in one.tasks.items())
     panels: list[tuple[str, str]] = [(task, axis_name(metric)) for task, metric in tasks.items()]
     if len(tasks) > 1:
         panels.append(("average", "Average (%)"))
-    bars = [(one, line) for one in found for line in one.lines]
+    bars = [(one, line) for one in overviews for line in one.lines]
     unique = {line.label: line.method for _, line in bars}  # a method has one color on all models
     colors = dict(zip(unique, looks(list(unique.values())), strict=True))
-    several = len(found) > 1
-    figure = new_figure(PAGE, 0.55 + 0.15 * (len(bars) + (1.2 * len(found) if several else 0.5)))
+    several = len(overviews) > 1
+    figure = new_figure(PAGE, 0.55 + 0.15 * (len(bars) + (1.2 * len(overviews) if several else 0.5)))
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     heights, at = {}, 0.0
-    for one in found:
+    for one in overviews:
         if several:
             place = {"transform": grid[0].get_yaxis_transform(), "ha": "right", "va": "center"}
             grid[0].text(-0.03, at, one.model, fontsize=SMALL, fontweight="bold", **place)
@@ -62,7 +62,7 @@ def draw_tasks(found: Sequence[Overview]) -> Any:
         at += 0.2
     for axes, (task, label) in zip(grid, panels, strict=True):
         best = {
-            one.model: max((c.mean for line in one.lines if (c := _cell(line, task))), default=0.0) for one in found
+            one.model: max((c.mean for line in one.lines if (c := _cell(line, task))), default=0.0) for one in overviews
         }
         for one, line in bars:
             cell = _cell(line, task)
@@ -92,7 +92,9 @@ def draw_tasks(found: Sequence[Overview]) -> Any:
         axes.tick_params(axis="y", length=0)
     grid[0].set_yticks([heights[id(line)] for _, line in bars], [line.name for _, line in bars], fontsize=SMALL)
     grid[0].set_ylim(at - 0.6, -0.6)
-    caption(figure, "Methods by task, averages over each task's languages" + ("" if several else f", {found[0].model}"))
+    caption(
+        figure, "Methods by task, averages over each task's languages" + ("" if several else f", {overviews[0].model}")
+    )
     return figure
 
 

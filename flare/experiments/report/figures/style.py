@@ -1,8 +1,8 @@
-"""What all pictures share: colors that stay apart for color-blind readers (Okabe and Ito), two widths, saving.
+"""Shared style of the figures: a palette for color-blind readers (Okabe and Ito), two widths, and saving.
 
-A picture has no title: its caption is the figure's label, which report.md prints below it.
+A figure has no title. Its caption is stored as the matplotlib figure's label, and report.md prints it below the figure.
 
-matplotlib is imported inside the functions: a report without it has tables and no pictures.
+matplotlib is imported inside the functions, so that without it a report still has its tables.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _COLORS = {
 _OTHERS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#444444")
 _HATCHES = (None, "///", "...", "xxx", "\\\\\\", "++")
 _MARKERS = "osD^vPX*<>hp"
-#: Inches: a column and a page of the ACL's style (and of many other two-column ones).
+#: Widths of a column and of a page in the ACL style (and many other two-column styles), in inches.
 COLUMN, PAGE = 3.03, 6.30
-#: Points, as a picture of these widths is set without scaling.
+#: Font sizes in points, for figures that are included at these widths without scaling.
 SMALL, NORMAL = 6.5, 7.5
 _DPI = 300
 
 
 class NothingToDraw(Exception):
-    """A picture whose data the runs do not hold; the message says what is missing."""
+    """The runs lack the data of a figure; the message says what is missing."""
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of width x height inches that never opens a window.
+    """Return an empty figure of width x height inches, without a window.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -52,15 +52,17 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
-    """Write a figure as path.<format> for every format; the same figure gives the same bytes."""
-    # fixed ids and no date, and letters that stay letters in PDF and SVG
+    """Write a figure as path.<format> for every format, and return the paths; equal figures give equal bytes.
+
+    Ids are fixed, dates are left out, and text in PDF and SVG remains text.
+    """
     from matplotlib import rc_context
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # a dollar sign in a name is one; matplotlib's own labels of axes stay
+    for text in figure.findobj(Text):  # a dollar sign in a name is not math; tick labels of matplotlib are
         text.set_parse_math(r"\mathdefault" in text.get_text())
     written = []
-    figure.draw_without_rendering()  # lays it out, once for all formats
+    figure.draw_without_rendering()  # one layout for all formats
     figure.set_layout_engine("none")
     with rc_context({"svg.hashsalt": "flare", "svg.fonttype": "none", "pdf.fonttype": 42}):
         for kind in formats:
@@ -72,7 +74,7 @@ def save(figure: Any, path: Path, formats: Iterable[str]) -> list[Path]:
 
 
 def caption(figure: Any, text: str) -> None:
-    """Say what a figure shows; see :func:`caption_of`."""
+    """Set a figure's caption; see :func:`caption_of`."""
     figure.set_label(text)
 
 
@@ -82,7 +84,7 @@ def caption_of(figure: Any) -> str:
 
 
 def plain_axes(axes: Any) -> None:
-    """The look of all axes: no box, a light grid behind."""
+    """Style axes without a box and with a light grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_linewidth(0.6)
     axes.tick_params(labelsize=SMALL, width=0.6, length=2.5, pad=2)
@@ -91,22 +93,22 @@ def plain_axes(axes: Any) -> None:
 
 
 def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Color, hatch and marker of every line, from its method; no two lines share color and hatch."""
+    """Return color, hatch and marker for every line, by method; no two lines have the same color and hatch."""
     taken: dict[str, int] = {}
     colors = dict(_COLORS)
     used = {colors[method] for method in methods if method in colors}
     others = itertools.cycle([color for color in _OTHERS if color not in used] or list(_OTHERS))
-    found = []
+    styles = []
     for index, method in enumerate(methods):
         if method not in colors:
             colors[method] = next(others)
         color = colors[method]
-        again = taken.get(color, 0)
-        taken[color] = again + 1
-        shown = color if again == 0 else _lighter(color, 0.25 + 0.15 * (again % 3))
-        hatch = _HATCHES[again % len(_HATCHES)]
-        found.append({"color": shown, "hatch": hatch, "marker": _MARKERS[index % len(_MARKERS)]})
-    return found
+        repeats = taken.get(color, 0)
+        taken[color] = repeats + 1
+        shown = color if repeats == 0 else _lighter(color, 0.25 + 0.15 * (repeats % 3))
+        hatch = _HATCHES[repeats % len(_HATCHES)]
+        styles.append({"color": shown, "hatch": hatch, "marker": _MARKERS[index % len(_MARKERS)]})
+    return styles
 
 
 def _lighter(color: str, share: float) -> str:
@@ -121,26 +123,26 @@ def is_dark(color: str) -> bool:
 
 
 def rows_of(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
-    """Items in as few, evenly filled rows of at most `most`."""
+    """Return the items in as few rows of at most `most` items as possible, evenly filled."""
     count = -(-len(items) // most)
     size = -(-len(items) // count)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def text_width(text: str, points: float = SMALL) -> float:
-    """Return about how many inches a text takes."""
+    """Return the approximate width of a text in inches."""
     return len(text) * points * 0.0082
 
 
 def legend_rows(names: Sequence[str], width: float) -> int:
-    """Return how many rows a legend of these names takes in so many inches."""
+    """Return the number of rows of a legend with these names in a width in inches."""
     longest = max((text_width(name) for name in names), default=1.0)
     return -(-len(names) // max(1, int(width / (longest + 0.38))))
 
 
 def legend_below(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """One legend under all axes, in as many columns as the width has room for."""
-    columns = -(-len(names) // legend_rows(names, figure.get_figwidth()))  # as even as the rows allow
+    """Add one legend below all axes, with as many columns as fit the width."""
+    columns = -(-len(names) // legend_rows(names, figure.get_figwidth()))  # evenly filled
     figure.legend(
         handles,
         names,

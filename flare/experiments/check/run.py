@@ -1,0 +1,178 @@
+"""`flare check`: show what `flare train` would read and cost, without writing anything but the --json file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..runs.base import Base, find_base
+from ..runs.callbacks import quiet_libraries
+from ..runs.grid import Plan, read_grid
+from ..runs.methods import for_method
+from ..runs.recorded_settings import location
+from ..runs.run_settings import BASE, CheckSettings
+from ..runs.setup import Data, Notes, Setup, prepare
+from ..tasks import Pair
+from ..utils.atomic_files import write_json
+from ..utils.environment import environment, now
+from ..utils.errors import UserError
+from . import terminal
+from .costs import Cost, Score, measure, memory_warning, score_base
+from .data import DataCheck, check_data
+
+
+@dataclasses.dataclass
+class Check:
+    """Results of a check.
+
+    about: task, languages, model and sizes. data: checks of each target's data. score: score of the base. costs: costs
+    of each method on the first target. runs: number of runs per method. warnings: in words.
+    """
+
+    about: dict[str, Any]
+    data: list[DataCheck]
+    score: Score | None
+    costs: list[Cost]
+    runs: int
+    warnings: list[str]
+
+
+def run_check(settings: CheckSettings, say: Callable[[str], None] = print) -> Check:
+    """Check the data and the model, measure costs, and print tables and warnings.
+
+    Raises:
+        UserError: an error the user can fix, such as a missing split.
+    """
+    settings.check()
+    with quiet_libraries():
+        base = _base(settings)
+        notes = Notes(say)
+        settings, data, grid = read_grid(settings, {settings.seeds[0]: base}, notes)
+        setup = prepare(settings, data.task, base.model, settings.training)
+        notes(setup.notes)
+        about = _about(settings, data, setup, base)
+        say(terminal.headline(about))
+        checks = []
+        for target in settings.target or ():
+            splits, messages = _splits(_plan_with_source(grid, target), data)
+            checks.append(check_data(target, data.source, splits, messages, setup, settings.show))
+            for line in terminal.data(checks[-1], data.source):
+                say(line)
+        score, no_score = _score(settings, data, setup, base)
+        for line in no_score if score is None else terminal.score(score, data.source):
+            say(line)
+        costs = _costs(settings, grid, base, data)
+        runs = len(settings.seeds) * len(settings.target or ())
+        if costs:
+            for line in terminal.costs(costs, runs, about):
+                say(line)
+        warnings = _warnings(checks, score, costs, data.source)
+        for line in terminal.warnings(warnings):
+            say(line)
+    check = Check(about, checks, score, costs, runs, warnings)
+    if settings.json is not None:
+        write_json(settings.json, {**dataclasses.asdict(check), "environment": environment(), "date": now()})
+        say(f"written to {settings.json}")
+    return check
+
+
+def _base(settings: CheckSettings) -> Base:
+    """Return the fine-tuned base if there is one, else the model of --model."""
+    exists = (settings.output / BASE).is_dir() or settings.base is not None
+    if settings.model is not None and not exists:
+        return Base(settings.model, location(settings.model), None)
+    try:
+        return find_base(settings.output, settings.base, settings.seeds[0])
+    except UserError as error:
+        if exists:
+            raise
+        raise UserError(f"{error}. To check without a base, name the pretrained model with --model") from error
+
+
+def _about(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> dict[str, Any]:
+    machine = environment(bool(settings.training.get("use_cpu")))
+    return {
+        "task": data.task.name,
+        "data": location(str(data.folder or data.task.hub_id or "")),
+        "source": data.source,
+        "targets": list(settings.target or ()),
+        "model": setup.model,
+        "fine-tuned": base.record is not None,
+        "family": setup.family,
+        "max_length": setup.max_length,
+        "padding": setup.batches["padding"],
+        "source_text": settings.source_text,
+        "target_text": settings.target_text,
+        "device": machine["device"]
+        if machine["device"] != "cpu"
+        else f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}",
+    }
+
+
+def _plan_with_source(grid: Sequence[Plan], target: str) -> Plan:
+    """Return a run of a target that reads a source, or its first run if none does."""
+    plans = [plan for plan in grid if plan.target == target]
+    return next((plan for plan in plans if plan.source_text is not None), plans[0])
+
+
+def _splits(plan: Plan, data: Data) -> tuple[dict[str, list[Pair]], list[str]]:
+    """Return the pairs that a run reads, and notes about them."""
+    splits: dict[str, list[Pair]] = {}
+    splits["train"], notes = data.pairs(
+        plan.target, "train", target_text=plan.target_text, source_text=plan.train_source
+    )
+    language = data.source if plan.target_text == "mt" else plan.target
+    if data.has(language, "valid"):
+        splits["valid"], more = data.pairs(
+            plan.target, "valid", target_text=plan.target_text, source_text=plan.train_source
+        )
+        notes = [*notes, *more]
+    else:
+        notes = [*notes, f"{language} has no valid split: the last checkpoint is used"]
+    splits["test"], more = data.pairs(plan.target, "test", source_text=plan.source_text)
+    return splits, [*notes, *more]
+
+
+def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tuple[Score | None, list[str]]:
+    """Return the base's score, or None and lines that say why there is none."""
+    if settings.score_rows == 0:
+        return None, []
+    if base.record is None and setup.form.layout == "encoder":
+        return None, ["", f"No score of the base: {base.model} is not fine-tuned, so its head is random."]
+    split = "valid" if data.has(data.source, "valid") else "test"
+    pairs, _ = data.pairs(data.source, split)
+    pairs = pairs[: settings.score_rows]
+    batch = settings.eval_batch_size or 2 * int(setup.recipe.training.get("per_device_train_batch_size", 32))
+    batch = int(settings.training.get("per_device_train_batch_size", batch))
+    name = f"base on {data.source}" if settings.progress else None
+    return score_base(setup, pairs, split, batch, name), []
+
+
+def _costs(settings: CheckSettings, grid: Sequence[Plan], base: Base, data: Data) -> list[Cost]:
+    """Return the costs of every method, fusion and rank on the first target."""
+    if settings.steps == 0:
+        return []
+    costs = []
+    plans = [plan for plan in grid if plan.target == grid[0].target and plan.seed == grid[0].seed]
+    with tqdm(plans, unit="method", leave=False, disable=None if settings.progress else True) as bar:
+        for plan in bar:
+            bar.set_description(plan.variant)
+            setup = for_method(plan.method, prepare(settings, data.task, base.model, settings.training))
+            splits, _ = _splits(plan, data)
+            costs.append(measure(settings, plan, setup, splits))
+    return costs
+
+
+def _warnings(checks: Sequence[DataCheck], score: Score | None, costs: Sequence[Cost], source: str) -> list[str]:
+    lines = [line for check in checks for line in check.warnings]
+    if score is not None and score.at_chance:
+        lines.append(
+            f"the base is at chance level on {source}, so adapters on it learn the task from the start, or not at all; "
+            "fine-tune it longer or with another --lr"
+        )
+    lines += [f"{cost.method} cannot be trained here: {cost.error}" for cost in costs if cost.error]
+    lines += [line for cost in costs if (line := memory_warning(cost))]
+    return list(dict.fromkeys(lines))

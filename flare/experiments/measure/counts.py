@@ -1,0 +1,109 @@
+"""Counts of a training step: the operators and kernels that it launches, and the modules that it calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flare_kernels.launch_mode import counting
+
+from .storages import iter_tensors
+
+#: Operators that set a tensor's shape, memory or name and compute nothing. Views are recognised by their schema.
+_NO_WORK = {
+    *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),
+    *("detach", "detach_", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_"),
+    *("is_same_size", "sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "item"),
+}
+
+
+@dataclass
+class OpCount:
+    """Result of :func:`count_ops`.
+
+    Attributes:
+        ops: names of the operators that compute, in order; each is at least one launch on a GPU.
+        kernels: names of this package's Triton kernels, in order.
+    """
+
+    ops: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Number of launches: operators plus kernels."""
+        return len(self.ops) + len(self.kernels)
+
+    @property
+    def by_op(self) -> dict[str, int]:
+        """How often each operator or kernel ran, the most frequent first."""
+        return dict(Counter([*self.ops, *self.kernels]).most_common())
+
+
+class _OpMode(TorchDispatchMode):
+    def __init__(self, ops: list[str]) -> None:
+        super().__init__()
+        self._ops = ops
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace in ("profiler", "prim") or func.is_view or name in _NO_WORK:
+            return result
+        outputs = list(iter_tensors([result]))
+        if outputs and all(output.numel() == 0 for output in outputs):
+            return result
+        self._ops.append(name)
+        return result
+
+
+@contextmanager
+def count_ops() -> Iterator[OpCount]:
+    """Count the operators inside the block that compute. Views, bare allocations and empty results do not count.
+
+    Yields:
+        An :class:`OpCount`, complete when the block ends.
+    """
+    result = OpCount()
+    with counting() as names, _OpMode(result.ops):
+        yield result
+    result.kernels = list(names)
+
+
+@dataclass
+class CallCount:
+    """Result of :func:`count_calls`.
+
+    Attributes:
+        total: forward calls of the modules, including the recomputation of a checkpoint.
+    """
+
+    total: int = 0
+
+
+@contextmanager
+def count_calls(modules: Iterable[nn.Module]) -> Iterator[CallCount]:
+    """Count forward calls of modules inside the block, such as those of a model's blocks.
+
+    Yields:
+        A :class:`CallCount`, which grows while the block runs.
+    """
+    result = CallCount()
+
+    def count(*_: Any) -> None:
+        result.total += 1
+
+    handles = [module.register_forward_pre_hook(count) for module in modules]
+    try:
+        yield result
+    finally:
+        for handle in handles:
+            handle.remove()

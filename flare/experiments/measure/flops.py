@@ -1,0 +1,85 @@
+"""FLOPs of matrix products and attention, by PyTorch's FlopCounterMode and formulas for what it does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
+
+_aten: Any = torch.ops.aten
+_Shape = torch.Size
+
+
+def _addmm_flops(added: _Shape, a: _Shape, b: _Shape, **_: Any) -> int:
+    """(..., M, K) by (..., K, N)."""
+    return 2 * a.numel() * b[-1]
+
+
+def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    """Scores and values of query (B, heads, m, c), key (B, heads, k, c), value (B, heads, k, v)."""
+    scores = query[:3].numel() * key[2]
+    return 2 * scores * (query[3] + value[3])
+
+
+def _attention_backward_flops(grad: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    """The scores again, and four products for the gradients of scores, query, key and value."""
+    scores = query[:3].numel() * key[2]
+    return 2 * scores * (3 * query[3] + 2 * value[3])
+
+
+#: Products without a formula in PyTorch: the in-place ones, and attention on a CPU.
+_MORE_FLOPS: dict[Any, Any] = {
+    _aten.addmm_: _addmm_flops,
+    _aten.baddbmm_: _addmm_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+class _NoModuleTracker(ModuleTracker):
+    """Track no modules. ModuleTracker's hooks raise in ``torch.autograd.grad`` with respect to a module's input."""
+
+    def __enter__(self) -> _NoModuleTracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@dataclass
+class FlopCount:
+    """Result of :func:`count_flops`.
+
+    Attributes:
+        total: floating-point operations of all products, 2 per multiply-add.
+        by_op: the same, by operator.
+    """
+
+    total: int = 0
+    by_op: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def count_flops() -> Iterator[FlopCount]:
+    """Count the FLOPs of matrix products and attention inside the block, forward and backward.
+
+    Element-wise operations and Triton kernels are not counted. An attention operator counts as its products: 2 forward,
+    and 5 backward if it computes the scores again.
+
+    Yields:
+        A :class:`FlopCount`, complete when the block ends.
+    """
+    result = FlopCount()
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
+    counter.mod_tracker = _NoModuleTracker()
+    try:
+        with counter:
+            yield result
+    finally:
+        result.total = counter.get_total_flops()
+        result.by_op = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}

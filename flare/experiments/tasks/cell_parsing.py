@@ -1,0 +1,209 @@
+"""Parse the cells of a row for each kind of task: texts, words, tags, choices, sets of labels, numbers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .data_error import DataError
+from .registry import Task
+
+NameOf = Callable[[Any], str]
+#: Column with a whole sentence, in rows that are only read as a source.
+SENTENCE = "text"
+#: Column with a list of all choices.
+CHOICES = "choices"
+
+
+def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
+    """Return the columns that a split must have, given the columns it has; see `flare.experiments.tasks.registry`."""
+    if task.kind == "qa":
+        has_answers = "answers" in columns or "answer" in columns
+        return [*task.text_columns, *([] if has_answers else ["answers (or answer)"])]
+    if task.kind == "token-classification" and task.text_columns[0] not in columns and SENTENCE in columns:
+        return [SENTENCE]
+    if task.kind == "multiple-choice" and CHOICES in columns and not set(task.choice_columns) <= set(columns):
+        return [*task.context_columns, CHOICES, task.label_column]
+    if _has_column_per_label(task, columns):
+        return list(task.text_columns)
+    return [*task.text_columns, task.label_column]
+
+
+def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return text column -> text and, for token classification, the words.
+
+    Raises:
+        DataError: a cell is not a text, or not a list where a list is needed.
+    """
+    if task.kind == "token-classification":
+        column = task.text_columns[0]
+        if column not in row and SENTENCE in row:
+            return {column: text_of(row[SENTENCE], f"{where}: {SENTENCE}")}, ()
+        words = tuple(text_of(word, f"{where}: {column}") for word in _list_of(row.get(column), f"{where}: {column}"))
+        return {column: " ".join(words)}, words
+    cells = dict(row)
+    if CHOICES in row and not set(task.choice_columns) <= set(row):
+        choices = _list_of(row[CHOICES], f"{where}: {CHOICES}", ";")
+        if len(choices) != len(task.choice_columns):
+            raise DataError(
+                f"{where}: {len(choices)} choices, but task {task.name} has {len(task.choice_columns)}; every row "
+                "needs one for each of --choice-columns"
+            )
+        cells |= dict(zip(task.choice_columns, choices, strict=True))
+    return {column: text_of(cells.get(column), f"{where}: {column}") for column in task.text_columns}, ()
+
+
+def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: Sequence[str], where: str) -> Any:
+    """Return the label of a row (see `Example.label`), or None if it has none.
+
+    Names are not compared with the task's labels here; `row_parsing.check_labels` does that.
+
+    Args:
+        row: column -> value.
+        task: of any kind except "qa".
+        name_of: index -> label, if the data set names its classes.
+        words: the words of a token classification.
+        where: file and row, for the messages.
+
+    Raises:
+        DataError: a cell cannot be parsed.
+    """
+    value, cell = row.get(task.label_column), f"{where}: {task.label_column}"
+    if task.kind == "token-classification":
+        if not words:
+            return None
+        tags = tuple(_tag(tag, task, name_of, cell) for tag in _list_of(value, cell))
+        if len(tags) != len(words):
+            raise DataError(f"{cell} has {len(tags)} tags and {task.text_columns[0]} {len(words)} words")
+        return tags
+    if task.kind == "multiple-choice":
+        return _choice(value, task, cell)
+    if task.kind == "multi-label":
+        return _set_of_labels(row, task, name_of, cell)
+    if task.kind == "regression":
+        return _number(value, cell)
+    return _class(value, task, name_of, cell)
+
+
+def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = False) -> str:
+    """Return a cell as text; a missing value is "".
+
+    Args:
+        value: the cell.
+        where: file, row and column, for the messages.
+        numbers: accept numbers: str() of the number, and "" for NaN.
+        word_lists: accept lists of words, which are joined with spaces.
+
+    Raises:
+        DataError: the cell holds something else, or a lone surrogate.
+    """
+    if word_lists and isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
+        value = " ".join(value)
+    if isinstance(value, list | tuple | dict | bytes) or not (numbers or value is None or isinstance(value, str)):
+        raise DataError(f"{where} holds a {type(value).__name__} ({str(value)[:40]}); it must be a text")
+    text = "" if value is None or value != value else str(value)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError(f"{where} holds half a character (a lone surrogate): {text[:40]!r}; write the text in UTF-8")
+    return text
+
+
+def accepts_indices(task: Task) -> bool:
+    """Return whether an index may stand for a label. It may not if any label is a number itself."""
+    return task.labels is not None and not any(label.isdecimal() for label in task.labels)
+
+
+def _class(value: Any, task: Task, name_of: NameOf | None, where: str) -> str:
+    if isinstance(value, list | tuple | dict | bytes):
+        raise DataError(
+            f"{where} holds a {type(value).__name__} ({str(value)[:40]}); a row has one label, a name or an index"
+        )
+    if name_of is not None and isinstance(value, int) and value >= 0:
+        value = name_of(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # an integer column with missing values is read as floats
+    label = text_of(value, where).strip()
+    if task.labels is not None and label.isdecimal() and int(label) < len(task.labels) and accepts_indices(task):
+        return task.labels[int(label)]
+    return label
+
+
+def _tag(value: Any, task: Task, name_of: NameOf | None, where: str) -> str:
+    tag = _class(value, task, name_of, where)
+    if tag.isdecimal() and task.labels is None:
+        raise DataError(f"{where} holds numbers; name the tags in the order of their numbers with --labels")
+    if task.labels is None and tag != "O" and not (tag[:2] in ("B-", "I-") and len(tag) > 2):
+        raise DataError(f"{where} holds {tag!r}; tags are O, B-TYPE and I-TYPE (IOB2)")
+    return tag
+
+
+def _choice(value: Any, task: Task, where: str) -> str:
+    letters = task.labels or ()
+    text = text_of(int(value) if isinstance(value, float) and value.is_integer() else value, where).strip()
+    if text.upper() in letters:
+        return text.upper()
+    index = int(text) - task.first_choice if text.isdecimal() else -1
+    if not 0 <= index < len(letters):
+        raise DataError(
+            f"{where} is {text!r}; accepted: {', '.join(letters)}, or the choice's number counted from "
+            f"{task.first_choice} (write letters if yours are counted differently)"
+        )
+    return letters[index]
+
+
+def _set_of_labels(row: Mapping[str, Any], task: Task, name_of: NameOf | None, where: str) -> tuple[str, ...]:
+    known = task.labels
+    if known is not None and _has_column_per_label(task, row):
+        values = [row[label] for label in known]
+    else:
+        values = _list_of(row.get(task.label_column), where, ";")
+    flags = [str(value).strip().lower() for value in values]
+    flags = [{"1.0": "1", "true": "1", "0.0": "0", "false": "0"}.get(flag, flag) for flag in flags]
+    if known is not None and len(flags) == len(known) and set(flags) <= {"0", "1"} and accepts_indices(task):
+        return tuple(label for label, flag in zip(known, flags, strict=True) if flag == "1")
+    names = [_class(value, task, name_of, where) for value in values]
+    if known is None and any(name.isdecimal() for name in names):
+        raise DataError(f"{where} holds numbers; name the labels in the order of their numbers with --labels")
+    names = [name for name in names if name]
+    if known is None:
+        return tuple(names)
+    return tuple(sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known)))
+
+
+def _has_column_per_label(task: Task, columns: Any) -> bool:
+    """Return whether a multi-label split has a column for each label."""
+    labels_known = task.kind == "multi-label" and task.labels is not None and task.label_column not in columns
+    return labels_known and all(label in columns for label in task.labels or ())
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} is {value!r}; a regression needs a number") from error
+    if not math.isfinite(number):
+        raise DataError(f"{where} is {value!r}; a regression needs a finite number")
+    return number
+
+
+def _list_of(value: Any, where: str, separator: str | None = None) -> list[Any]:
+    """Return a list, or parse one from text: JSON, a Python list, or items between separators (default: spaces)."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str):
+        text = value.strip()
+        if not text.startswith("["):
+            return [item.strip() for item in text.split(separator)] if text else []
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+                break
+            except (ValueError, SyntaxError, RecursionError):
+                continue
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{where} holds {str(value)[:40]!r}; it must be a list")
+    return list(value)
