@@ -31,20 +31,14 @@ class PipelineSettings:
     prefix: str = option("str", "text before every text to translate, with {source} and {target} (T5, MADLAD)", "")
     beams: int = option("int", "beams of the translator (default: 1, greedy)", 1)
     batch_tokens: int = option("int", "tokens per batch of the translator (default: 2048)", 2048)
-    task: str | None = option(
-        "str", "task of an adapter without a run: nusax, xnli, tydiqa, classification, qa, ..."
-    )
-    labels: tuple[str, ...] | None = option(
-        "strs", "labels of an adapter without a run, in the order of their indices"
-    )
+    task: str | None = option("str", "task of an adapter without a run: nusax, xnli, tydiqa, classification, qa, ...")
+    labels: tuple[str, ...] | None = option("strs", "labels of an adapter without a run, in the order of their indices")
     method: str | None = option(
         "str",
         "method of an adapter without fusion and without a run (default: lora)",
         choices=("lora", "input-fusion"),
     )
-    prompt: str | None = option(
-        "str", "prompt of a decoder's adapter without a run, with {column} for every text"
-    )
+    prompt: str | None = option("str", "prompt of a decoder's adapter without a run, with {column} for every text")
     text_columns: tuple[str, ...] | None = option("strs", "text columns of the input (default: the task's)")
     max_length: int | None = option("int", "tokens per text (default: the run's)")
     padding: str | None = option(

@@ -75,12 +75,12 @@ def _predict(
     with_text = [index for index, row in enumerate(data.texts) if has_text(row)]
     if len(with_text) < len(data.texts):
         say(f"{len(data.texts) - len(with_text)} of {len(data.texts)} rows have an empty text and get no prediction")
-    pairs = pipeline.pairs(data.texts, sources, data.ids)
+    all_pairs = pipeline.pairs(data.texts, sources, data.ids)
+    pairs = [all_pairs[index] for index in with_text]
     if done:
         say(f"resuming after {len(done)} of {len(with_text)} rows")
     to_stdout = settings.output == "-" and main
     written = 0  # rows on standard output
-    pairs = [pairs[index] for index in with_text]
     with counter("predict" if show_bars else None, len(with_text), "row", len(done)) as bar:
         for batch in pipeline.batches(pairs, len(done), share=True) if len(done) < len(with_text) else ():
             done += batch
