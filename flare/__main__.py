@@ -1,12 +1,12 @@
-"""`python -m flare` is the command `flare`; `accelerate launch -m flare` is the same in several processes."""
+"""Run the command `flare` by `python -m flare`, or in several processes by `accelerate launch -m flare`."""
 
 import sys
 
 from .cli import main
-from .experiments.utils.processes import leave
+from .experiments.utils.processes import leave_group
 
 if __name__ == "__main__":
     status = main()
     if status == 0:
-        leave()
+        leave_group()
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""The rows of a test split as a user has them, and a check of `flare predict` on them against `flare evaluate`."""
+"""Rows of a test split as input of `flare predict`, and a check of its predictions against `flare evaluate`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flare.experiments.runs.records import Run
 
 
 def rows_of(data: Path, language: str) -> list[dict[str, Any]]:
-    """The test rows of a language, as flare.experiments.tasks reads them."""
+    """Return the test rows of a language, as flare.experiments.tasks reads them."""
     path = data / language / "test.jsonl"
     if path.is_file():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -30,21 +30,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def texts_alone(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what is to be predicted."""
+    """Return the rows without labels and answers."""
     return [{name: value for name, value in row.items() if name not in ("label", "answers")} for row in rows]
 
 
 def predicts_as_evaluated(run: Run, data: Path, folder: Path) -> list[dict[str, Any]]:
-    """Assert that `flare predict`, given texts alone, predicts what was scored; return the output's rows."""
+    """Assert that `flare predict`, given only texts, returns the predictions that were scored; return its output."""
     texts = write_jsonl(folder / f"{run.record.variant}.jsonl", texts_alone(rows_of(data, "vemari")))
     english = write_jsonl(folder / "english.jsonl", texts_alone(rows_of(data, "english")))
     output = folder / f"{run.record.variant}-out.jsonl"
     words = ("predict", "--adapter", run.folder, "--input", texts, "--source-input", english, "--output", output)
     assert main([str(word) for word in (*words, "--no-progress")]) == 0
-    found = read_jsonl(output)
+    predicted = read_jsonl(output)
     scored = read_jsonl(run.folder / "predictions-test.jsonl")
-    assert [(str(row["id"]), row["prediction"]) for row in found] == [(row["id"], row["prediction"]) for row in scored]
-    for row in found:
+    assert [(str(row["id"]), row["prediction"]) for row in predicted] == [
+        (row["id"], row["prediction"]) for row in scored
+    ]
+    for row in predicted:
         if row.get("start") is not None:
             assert row["context"][row["start"] : row["end"]] == row["prediction"] and 0 < row["probability"] <= 1
-    return found
+    return predicted

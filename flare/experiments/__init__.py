@@ -1,5 +1,5 @@
 """The paper's experiment and the command line: everything that is not part of a training script.
 
-Needs the extra ``experiments`` (``pip install 'flare-kernels[experiments]'``). The method (``flare.tuner``,
-``flare.source``, ``flare.training``, ...) never imports it.
+The commands need the extra ``experiments`` (``pip install 'flare-kernels[experiments]'``), except ``flare info``. The
+method (``flare.tuner``, ``flare.source``, ``flare.training``, ...) never imports this package.
 """

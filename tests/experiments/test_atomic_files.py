@@ -1,4 +1,4 @@
-"""flare.experiments.utils.atomic_files: what a killed process leaves beside a file, and what is left alone."""
+"""flare.experiments.utils.atomic_files: which temporary files of killed processes are removed, and which files stay."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import pytest
 from flare.experiments.utils.atomic_files import replacing, write_json
 
 
-def old(path: Path) -> Path:
+def make_old(path: Path) -> Path:
     os.utime(path, (1, 1))
     return path
 
 
-def test_what_killed_processes_left_is_removed_by_a_later_write(tmp_path) -> None:
+def test_a_later_write_removes_temporary_files_of_killed_processes(tmp_path) -> None:
     run = tmp_path / "run.json"
-    left = []
+    abandoned = []
     for number in (3, 99999):
         (tmp_path / f".run.json.{number}").write_text("{")
-        left.append(old(tmp_path / f".run.json.{number}"))
+        abandoned.append(make_old(tmp_path / f".run.json.{number}"))
     kept = [tmp_path / ".run.json.notes", tmp_path / ".metrics.json.3", tmp_path / ".run.json.4"]
     for path in kept:
         path.write_text("mine")
     for path in kept[:2]:
-        old(path)
+        make_old(path)
     os.mkfifo(tmp_path / ".run.json.5")
     with (tmp_path / ".run.json.6").open("w") as being_written:
         fcntl.flock(being_written, fcntl.LOCK_EX)
-        old(tmp_path / ".run.json.6")
+        make_old(tmp_path / ".run.json.6")
         write_json(run, {"status": "done"})
-    assert not any(path.exists() for path in left)
-    assert all(path.read_text() == "mine" for path in kept), "another file's, no process's, and one just made"
+    assert not any(path.exists() for path in abandoned)
+    assert all(path.read_text() == "mine" for path in kept), "not a temporary file, another file's, and a new one"
     assert (tmp_path / ".run.json.6").exists(), "another process writes it"
     assert run.read_text() == '{\n  "status": "done"\n}\n'
 
 
-def test_an_error_leaves_the_file_as_it_was(tmp_path) -> None:
+def test_an_error_leaves_the_file_unchanged(tmp_path) -> None:
     path = tmp_path / "run.json"
     write_json(path, 1)
     with pytest.raises(RuntimeError, match="meanwhile"), replacing(path) as file:

@@ -1,4 +1,4 @@
-"""The command line: what it offers, and its errors."""
+"""The command line: its options and its errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-def test_help_lists_the_commands_there_are(capsys):
+def test_help_lists_the_commands(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
     for command in ("finetune", "translate", "train", "evaluate", "predict", "report", "demo", "bench", "info"):
@@ -42,7 +42,7 @@ def test_no_command_is_an_error(capsys):
     assert "COMMAND" in err
 
 
-def test_info_names_versions_device_and_backends(capsys):
+def test_info_prints_versions_device_and_backends(capsys):
     status, out, _ = run(capsys, "info")
     assert status == 0
     for word in ("torch", "transformers", "peft", "device", "triton", "reference", "available"):
@@ -53,7 +53,7 @@ def test_info_names_versions_device_and_backends(capsys):
     ("arguments", "words"),
     [
         (["--tune", "--shapes", "gpt-9"], ["--shapes gpt-9", "llama-3.1-8b", "xlm-r-large"]),
-        (["--tune", "--tokens", "0"], ["--tokens [0]", "1 and more"]),
+        (["--tune", "--tokens", "0"], ["--tokens [0]", "1 or more"]),
         (["--tune", "--", "-k", "x"], ["-k x", "no arguments for pytest"]),
         (["--ranks", "8"], ["--ranks", "only with --tune"]),
         pytest.param(
@@ -64,21 +64,21 @@ def test_info_names_versions_device_and_backends(capsys):
     ],
     ids=["shape", "tokens", "pytest", "no-tune", "no-gpu"],
 )
-def test_bench_says_what_is_wrong(capsys, tmp_path, arguments, words):
+def test_bench_error_messages(capsys, tmp_path, arguments, words):
     status, _, err = run(capsys, "bench", *arguments)
     assert status == 2
     for word in ("flare bench: error:", *words):
         assert word in err
 
 
-def test_bench_runs_the_checkouts_benchmarks(capfd):
+def test_bench_runs_the_benchmarks_of_the_checkout(capfd):
     status, out, _ = run(capfd, "bench", "--", "--collect-only", "-q", "-p", "no:cacheprovider")
     assert status == 0
     assert "test_projection.py" in out
 
 
-def test_bench_tune_does_not_replace_a_table(capsys, tmp_path, monkeypatch):
-    """A table that is there stays, unless --overwrite says otherwise."""
+def test_bench_tune_keeps_an_existing_table(capsys, tmp_path, monkeypatch):
+    """An existing table is kept without --overwrite."""
     path = tmp_path / "table.json"
     path.write_text("mine")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -136,7 +136,7 @@ def test_python_m_flare_is_the_same():
         (["--colour", "red"], ["--colour"]),
     ],
 )
-def test_bad_values_name_the_option(capsys, tmp_path, arguments, words):
+def test_errors_name_the_option(capsys, tmp_path, arguments, words):
     status, _, err = run(
         capsys,
         "demo",
@@ -153,7 +153,7 @@ def test_bad_values_name_the_option(capsys, tmp_path, arguments, words):
     assert "Traceback" not in err
 
 
-def test_output_that_is_a_file(capsys, tmp_path):
+def test_output_is_a_file(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     status, _, err = run(capsys, "demo", "--output", str(tmp_path / "file"))
     assert status == 2
@@ -188,7 +188,7 @@ def test_defaults():
         DemoSettings(r=0).resolved()
 
 
-def test_interrupting_is_not_a_crash(monkeypatch, capsys):
+def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     def interrupted(settings, say):
         raise KeyboardInterrupt
 

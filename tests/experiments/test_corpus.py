@@ -1,4 +1,4 @@
-"""The embedded corpus: deterministic, aligned, balanced, and spelled by its rules."""
+"""The embedded corpus: deterministic, aligned, balanced, and consistent with its grammar."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_same_arguments_same_sentences(corpus):
     assert make_corpus(seed=1) != corpus
 
 
-def test_known_words_and_sentences_stay_as_they_are(corpus):
-    # Another spelling is another corpus: raise CORPUS_VERSION with it.
+def test_known_words_do_not_change(corpus):
+    # If the words change, increase CORPUS_VERSION.
     assert [vemari_word(word) for word in ("soup", "hated", "but")] == ["kenabo", "gonune", "zovora"]
 
 
@@ -73,8 +73,8 @@ def test_the_two_languages_share_the_full_stop_only():
     assert 55 <= len(words) <= 70
 
 
-def test_every_sentence_says_the_same_in_both_languages(corpus):
-    """Content words correspond one to one: the translation has a word for every English one but these."""
+def test_both_languages_have_the_same_content_words(corpus):
+    """The translation has one word for every English word, except for was, not and never."""
     ending = ("ul", "ik", "em")
     for row in corpus.train:
         stems = Counter(vemari_word(word) for word in row.source.split() if word not in ("was", "not", "never", "."))
@@ -118,7 +118,7 @@ def test_labels_follow_the_words(corpus):
     assert set(LABELS) == set(flipped)
 
 
-def test_tokenizer_knows_every_word_and_reads_it_back(corpus):
+def test_the_tokenizer_encodes_and_decodes_every_word(corpus):
     tokenizer = build_tokenizer()
     for row in corpus.train[:50]:
         for text in (row.source, row.target):
@@ -134,11 +134,11 @@ def test_noise(corpus):
     noisy = add_noise(texts, 0.2, seed=3)
     assert noisy == add_noise(texts, 0.2, seed=3) != add_noise(texts, 0.2, seed=4)
     before, after = sum(len(text.split()) for text in texts), sum(len(text.split()) for text in noisy)
-    assert 0.08 < 1 - after / before < 0.12, "half of the hits drop a word"
+    assert 0.08 < 1 - after / before < 0.12, "half of the damaged words are dropped"
     assert all(noisy)
     assert {word for text in noisy for word in text.split()} <= {word for text in texts for word in text.split()}
     assert add_noise(texts, 0.0, seed=3) == texts
-    assert all(add_noise(["one two"] * 200, 0.99, seed=0)), "a text never gets empty"
+    assert all(add_noise(["one two"] * 200, 0.99, seed=0)), "no text becomes empty"
 
 
 def test_bad_arguments():

@@ -1,4 +1,4 @@
-"""`flare demo`, end to end on a handful of sentences, and the parts it is made of."""
+"""`flare demo`, end to end on a few sentences, and its parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flare.experiments.demo import DemoError, DemoSettings, report, run_demo
 from flare.experiments.demo.base_model import BaseConfig, base_key, cache_folder, pretrained_base
 from flare.experiments.demo.corpus import make_corpus
 from flare.experiments.demo.experiment import macro_f1
-from flare.experiments.demo.real_data import Row, align, load_parallel
+from flare.experiments.demo.real_data import LabelledText, align, load_parallel
 
 METHODS = ["zero-shot", "lora", "input-fusion", "input-fusion", "flare", "flare"]
 TINY = ["--seeds", "1", "--rows", "9", "--epochs", "2", "--batch-size", "4", "--finetune-epochs", "1"]
@@ -25,7 +25,7 @@ CONFIG = BaseConfig(layers=1, width=16, heads=2, steps=2, batch_size=4)
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Output and cache folder of one tiny run."""
+    """Output folder and cache folder of one tiny run."""
     folder = tmp_path_factory.mktemp("demo")
     status = main(["demo", "--output", str(folder / "out"), "--cache-dir", str(folder / "cache"), *TINY])
     assert status == 0
@@ -54,14 +54,14 @@ def test_results_are_a_list_of_rows(demo):
         assert row["fusion"] == ("add_relu" if row["method"] == "flare" else None)
 
 
-def test_memory_is_exact_and_in_the_expected_order(demo):
+def test_saved_bytes_are_deterministic_and_in_the_expected_order(demo):
     rows = json.loads((demo[0] / "results.json").read_text())
     saved = {(row["method"], row["source"]): row["saved_bytes"] for row in rows}
     assert saved["flare", "gold"] == saved["flare", "noisy"], "the same shapes keep the same bytes"
     assert saved["lora", None] < saved["flare", "gold"] < saved["input-fusion", "gold"]
 
 
-def test_run_json_tells_how_it_was_made(demo):
+def test_run_json_holds_settings_and_environment(demo):
     run = json.loads((demo[0] / "run.json").read_text())
     assert run["settings"]["r"] == 4 and run["settings"]["lr"] == 5e-3
     assert run["seeds"] == [0]
@@ -69,12 +69,12 @@ def test_run_json_tells_how_it_was_made(demo):
     assert {"date", "duration_s", "source_macro_f1", "sizes", "languages", "units"} <= set(run)
 
 
-def test_picture_and_table(demo):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the demo draws no picture")
+def test_figure_and_table(demo):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the demo draws no figure")
     from matplotlib.image import imread
 
-    picture = imread(demo[0] / "results.png")
-    assert picture.shape[0] > 300 and picture.shape[1] > 800
+    figure = imread(demo[0] / "results.png")
+    assert figure.shape[0] > 300 and figure.shape[1] > 800
     table = (demo[0] / "table.md").read_text()
     assert "| FLARE (add_relu) | gold |" in table and "| LoRA | - |" in table
 
@@ -97,24 +97,24 @@ def test_second_run_takes_the_base_from_the_cache_and_keeps_earlier_results(demo
 
 def test_overwrite_and_no_noise(demo, tmp_path):
     (tmp_path / "results.json").write_text("[]")
-    done = run_demo(
+    rows = run_demo(
         DemoSettings(output=tmp_path, cache_dir=demo[1], seeds=1, rows=3, epochs=1, finetune_epochs=0, pretrain_steps=2,
                      noise=0.0, overwrite=True, progress=False),
         say=lambda line: None,
     )  # fmt: skip
-    assert [row["method"] for row in done] == ["zero-shot", "lora", "input-fusion", "flare"]
-    assert json.loads((tmp_path / "results.json").read_text()) == done
+    assert [row["method"] for row in rows] == ["zero-shot", "lora", "input-fusion", "flare"]
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
     assert not (tmp_path / "earlier-1").exists()
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+def test_without_matplotlib_it_names_the_extra(tmp_path, monkeypatch):
     def missing(*_):
         raise ImportError("No module named 'matplotlib'")
 
     monkeypatch.setattr(report, "draw", missing)
-    said: list[str] = []
-    report.finish(tmp_path, [ROW], INFORMATION, said.append)
-    assert sum("pip install" in line for line in said) == 1
+    lines: list[str] = []
+    report.finish(tmp_path, [ROW], RUN_INFO, lines.append)
+    assert sum("pip install" in line for line in lines) == 1
     assert (tmp_path / "results.json").exists() and not (tmp_path / "results.png").exists()
 
 
@@ -127,21 +127,21 @@ def corpus():
 
 
 def test_base_is_built_once_and_rebuilt_when_damaged(corpus, tmp_path):
-    said: list[str] = []
-    folder = pretrained_base(CONFIG, corpus, tmp_path, said.append, progress=False)
+    lines: list[str] = []
+    folder = pretrained_base(CONFIG, corpus, tmp_path, lines.append, progress=False)
     weights = (folder / "model.safetensors").read_bytes()
-    assert pretrained_base(CONFIG, corpus, tmp_path, said.append, progress=False) == folder
-    assert "taken from" in said[-1]
+    assert pretrained_base(CONFIG, corpus, tmp_path, lines.append, progress=False) == folder
+    assert "taken from" in lines[-1]
     (folder / "model.safetensors").write_bytes(weights[:-100])
-    pretrained_base(CONFIG, corpus, tmp_path, said.append, progress=False)
-    assert any("damaged (model.safetensors" in line for line in said)
+    pretrained_base(CONFIG, corpus, tmp_path, lines.append, progress=False)
+    assert any("damaged (model.safetensors" in line for line in lines)
     assert (folder / "model.safetensors").read_bytes() == weights, "pre-training is deterministic"
     (folder / "config.json").unlink()
-    pretrained_base(CONFIG, corpus, tmp_path, said.append, progress=False)
+    pretrained_base(CONFIG, corpus, tmp_path, lines.append, progress=False)
     (folder / "manifest.json").write_text("{")
-    pretrained_base(CONFIG, corpus, tmp_path, said.append, progress=False)
-    assert sum("built again" in line for line in said) == 3
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name], "nothing is left over"
+    pretrained_base(CONFIG, corpus, tmp_path, lines.append, progress=False)
+    assert sum("built again" in line for line in lines) == 3
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name], "no temporary folder is left"
 
 
 def test_an_interrupted_build_leaves_nothing(corpus, tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_the_key_depends_on_config_and_text(corpus):
     assert base_key(CONFIG, corpus) in keys
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "flare-kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -172,7 +172,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 ROW = {"method": "flare", "seed": 0, "macro_f1": 90.0, "seconds_per_step": 0.02, "peak_bytes": 3 << 20,
        "saved_bytes": 1 << 20, "source": "gold", "fusion": "add_relu"}  # fmt: skip
-INFORMATION = {
+RUN_INFO = {
     "settings": {"r": 4, "alpha": 8, "epochs": 1, "batch_size": 2, "lr": 0.1, "max_length": 8, "noise": 0.1},
     "languages": {"source": "English", "target": "Vemari"},
     "sizes": {"finetune": 1, "train": 2, "test": 3},
@@ -234,9 +234,20 @@ def test_rows_are_aligned_by_id_and_drops_are_counted(folder):
     ]
 
 
-def test_what_does_not_fit_is_dropped_with_a_reason():
-    source = [Row("1", "a", "x"), Row("1", "b", "x"), Row("2", "c", "x"), Row("3", "d", "x"), Row("4", " ", "x")]
-    target = [Row("1", "A", "x"), Row("2", "C", "y"), Row("3", "D", "x"), Row("4", "E", "x")]
+def test_rows_that_do_not_match_are_dropped_with_a_reason():
+    source = [
+        LabelledText("1", "a", "x"),
+        LabelledText("1", "b", "x"),
+        LabelledText("2", "c", "x"),
+        LabelledText("3", "d", "x"),
+        LabelledText("4", " ", "x"),
+    ]
+    target = [
+        LabelledText("1", "A", "x"),
+        LabelledText("2", "C", "y"),
+        LabelledText("3", "D", "x"),
+        LabelledText("4", "E", "x"),
+    ]
     pairs, notes = align(source, target)
     assert [pair.id for pair in pairs] == ["3"]
     text = "\n".join(notes)
@@ -246,7 +257,7 @@ def test_what_does_not_fit_is_dropped_with_a_reason():
     assert "1 pairs dropped, a text is empty" in text
 
 
-def test_errors_about_data_say_what_is_wrong(folder):
+def test_errors_in_the_data(folder):
     with pytest.raises(DemoError, match=r"no folder 'klingon'; languages there: english, vemari"):
         load_parallel(str(folder), "english", "klingon")
     (folder / "vemari" / "test.csv").unlink()
@@ -297,7 +308,7 @@ def test_from_the_hub(folder, monkeypatch):
         load_parallel("someone/parallel", "english", "vemari")
 
 
-def test_a_model_of_the_users_on_data_of_the_users(folder, corpus, tmp_path, capsys):
+def test_the_users_model_on_the_users_data(folder, corpus, tmp_path, capsys):
     model = pretrained_base(CONFIG, corpus, tmp_path / "cache", lambda line: None, progress=False)
     arguments = ["--model", str(model), "--data", str(folder), "--source", "english", "--target", "vemari"]
     tiny = ["--seeds", "1", "--epochs", "1", "--finetune-epochs", "1", "--max-length", "16", "--no-progress"]
@@ -309,7 +320,7 @@ def test_a_model_of_the_users_on_data_of_the_users(folder, corpus, tmp_path, cap
     assert run["languages"] == {"source": "english", "target": "vemari"} and len(run["notes"]) == 4
 
 
-def test_a_model_that_is_not_there(folder, tmp_path, capsys):
+def test_a_missing_model(folder, tmp_path, capsys):
     arguments = [
         "--model",
         str(tmp_path / "nothing"),

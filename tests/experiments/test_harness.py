@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a FLARE adapter: the real harness, a tiny Llama, tasks from a folder."""
+"""FLARE adapters in lm-evaluation-harness: the real harness, a tiny Llama, tasks from a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from flare.experiments.harness import FlareLM, __main__
-from flare.experiments.harness.sources import Sources
+from flare.experiments.harness.source_prompts import SourcePrompts
 
 LABELS = ("negative", "neutral", "positive")
 TARGET = ("Hana mangat", "Cukop get that", "Ibu tom geukereuja bak Grab", "Nyan")
@@ -58,7 +58,7 @@ metric_list: [{{metric: bypass}}]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with a byte tokenizer."""
     folder, tokenizer = tmp_path_factory.mktemp("base"), small_tasks.byte_tokenizer()
-    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # every token is seen in the text
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # no token is dropped in decoding
     torch.manual_seed(0)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = tiny.config("llama", vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.3, **ids)
@@ -88,7 +88,7 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tasks: with the source in the rows, without, and one that generates; and english.jsonl, in other order."""
+    """Tasks with and without a source in the rows, and one that generates; english.jsonl has another order."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"id": f"n{i}", "text": text, "label": LABELS[i % 3]} for i, text in enumerate(TARGET)]
     small_tasks.write_jsonl(folder / "alone.jsonl", rows)
@@ -103,7 +103,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(tasks: Path, task: str, model: str, **options: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics and samples of the real harness, samples in the order of documents."""
+    """Return metrics and samples of the harness; the samples are in the order of the documents."""
     size = options.pop("batch_size", 4)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = lm_eval.simple_evaluate(
@@ -122,7 +122,7 @@ def answers(samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
 
 
 def by_hand(base: Path, fusing: Path, text: str, english: str, label: str) -> tuple[float, bool]:
-    """Log-likelihood of a label behind its prompt, one row laid out by hand."""
+    """Return the log-likelihood of a label after its prompt, from one row padded by hand."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(fusing)).eval()
     prompts = [tokenizer(f"Text: {one}\nSentiment:")["input_ids"] for one in (text, english)]
@@ -148,7 +148,7 @@ def same(left: list[list[tuple[float, bool]]], right: list[list[tuple[float, boo
     )
 
 
-def test_a_source_gives_the_log_likelihood_that_the_model_has(base, fusing, tasks) -> None:
+def test_log_likelihoods_equal_the_models(base, fusing, tasks) -> None:
     metrics, samples = evaluated(tasks, "scored", "flare", pretrained=str(base), peft=str(fusing))
     expected = [
         [by_hand(base, fusing, text, english, label) for label in LABELS]
@@ -166,15 +166,15 @@ def test_a_source_gives_the_log_likelihood_that_the_model_has(base, fusing, task
         assert answers(others) == answers(samples)
 
 
-def test_without_fusion_the_numbers_are_those_of_the_harness(base, plain, fusing, tasks) -> None:
+def test_without_fusion_the_results_equal_hflm(base, plain, fusing, tasks) -> None:
     names = {"pretrained": str(base), "peft": str(plain)}
-    own, theirs = (answers(evaluated(tasks, "lonely", model, **names)[1]) for model in ("flare", "hf"))
-    assert own == theirs
+    ours, hflm = (answers(evaluated(tasks, "lonely", model, **names)[1]) for model in ("flare", "hf"))
+    assert ours == hflm
     with pytest.warns(UserWarning, match="without a source"):
         without = evaluated(tasks, "lonely", "flare", pretrained=str(base), peft=str(fusing), no_source=True)[1]
-    assert same(answers(without), own), "the same weights as plain LoRA"
+    assert same(answers(without), ours), "the same weights as plain LoRA"
     _, samples = evaluated(tasks, "scored", "flare", pretrained=str(base), peft=str(fusing))
-    assert not same(answers(samples), own)
+    assert not same(answers(samples), ours)
 
 
 def test_generation_reads_the_source(base, fusing, tasks) -> None:
@@ -196,34 +196,34 @@ def request(doc: dict[str, Any], prompt: str, answer: Any = " yes") -> Instance:
     return Instance("loglikelihood", doc, (prompt, answer), 0, ("tiny", 0, 1))
 
 
-def test_texts_are_replaced_where_they_are_meant() -> None:
+def test_texts_of_the_document_are_replaced() -> None:
     doc = {"text": "a {b} c", "source_text": "x", "options": ["ja", "nee"], "source_options": ["yes", "no"], "tag": 3}
-    assert Sources().of(request(doc, "Q: a {b} c\nja, nee?", " nee")) == ("Q: x\nyes, no?", " no")
-    assert Sources().of(request(doc, "Q: a {b} c\nA:", {"until": []})) == ("Q: x\nA:", "")
+    assert SourcePrompts().of(request(doc, "Q: a {b} c\nja, nee?", " nee")) == ("Q: x\nyes, no?", " no")
+    assert SourcePrompts().of(request(doc, "Q: a {b} c\nA:", {"until": []})) == ("Q: x\nA:", "")
     for prompt, complaint in (("a {b} c a {b} c", "occurs 2 times"), ("nothing of it", "in the prompt as")):
         with pytest.raises(UserError, match=complaint):
-            Sources(columns=["text"]).of(request(doc, prompt))
+            SourcePrompts(columns=["text"]).of(request(doc, prompt))
     with pytest.raises(UserError, match="no_source=True"):
-        Sources().of(request({"text": "a"}, "a"))
+        SourcePrompts().of(request({"text": "a"}, "a"))
     with pytest.raises(UserError, match="source_columns=text"):
-        Sources(columns=["text"]).of(request({"text": "a", "other": "b", "source_other": "c"}, "a"))
+        SourcePrompts(columns=["text"]).of(request({"text": "a", "other": "b", "source_other": "c"}, "a"))
 
 
-def test_positions_and_ids_of_a_file(tmp_path: Path) -> None:
+def test_rows_of_a_file_by_position_and_by_id(tmp_path: Path) -> None:
     file = str(small_tasks.write_jsonl(tmp_path / "tiny.jsonl", [{"text": "x", "id": 5}]))
-    assert Sources(str(tmp_path / "{task}.jsonl")).of(request({"text": "a"}, "Q a"))[0] == "Q x"  # by position
+    assert SourcePrompts(str(tmp_path / "{task}.jsonl")).of(request({"text": "a"}, "Q a"))[0] == "Q x"  # by position
     with pytest.raises(UserError, match="no row with id=6"):
-        Sources(file).of(request({"text": "a", "id": 6}, "Q a"))
+        SourcePrompts(file).of(request({"text": "a", "id": 6}, "Q a"))
     late = Instance("loglikelihood", {"text": "a"}, ("Q a", " b"), 0, ("tiny", 1, 1))
     with pytest.raises(UserError, match="has 1 rows, matched by position"):
-        Sources(file).of(late)
+        SourcePrompts(file).of(late)
     with pytest.raises(UserError, match="no such file"):
-        Sources(str(tmp_path / "gone.jsonl"))
+        SourcePrompts(str(tmp_path / "gone.jsonl"))
     with pytest.raises(UserError, match="neither a template"):
-        Sources(template="gone.txt")
+        SourcePrompts(template="gone.txt")
 
 
-def test_refusals_say_what_to_do(base, fusing, plain, caplog) -> None:
+def test_errors_say_what_to_do(base, fusing, plain, caplog) -> None:
     options = {"pretrained": str(base), "peft": str(fusing), "device": "cpu"}
     with pytest.raises(UserError, match="exclude each other"):
         FlareLM(**options, no_source=True, doc_to_source="{{text}}")
@@ -242,7 +242,7 @@ def test_refusals_say_what_to_do(base, fusing, plain, caplog) -> None:
     )
 
 
-def test_answers_of_one_token_share_a_forward(base, fusing) -> None:
+def test_answers_of_one_token_share_a_forward_pass(base, fusing) -> None:
     docs = [{"text": "ja", "source_text": english} for english in ("yes", "no", "yes")]
     requests = [request(doc, "ja?", answer) for doc in docs for answer in "AB"]
     found = []
@@ -261,8 +261,8 @@ def test_long_prompts_are_cut_on_the_left_in_both_texts(base, fusing, caplog) ->
     assert "1 of 1 prompts or their sources are cut on the left to 16 tokens" in caplog.text
 
 
-def test_the_command_prints_errors_in_words(monkeypatch, capsys) -> None:
-    """Its parser is lm_eval's own, which reads every task there is: tens of seconds."""
+def test_the_command_prints_user_errors(monkeypatch, capsys) -> None:
+    """The real parser is not run: it reads all tasks of lm_eval, which takes tens of seconds."""
 
     def refuse() -> None:
         raise UserError("what to do")

@@ -1,4 +1,4 @@
-"""Hostile input from the command line ends in a sentence, never in a traceback; advice names flags that exist."""
+"""Hostile input on the command line ends in a message, never in a traceback; messages name flags that exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(place, tmp_path, capsys):
-    """Run a command on a copy of data and model, named by {0}; return (status, its last words)."""
+    """Run a command on a copy of data and model, which {0} stands for; return (exit status, standard error)."""
 
     def call(spoil: Callable[[Path], object], command: str) -> tuple[object, str]:
         shutil.copytree(place, tmp_path, dirs_exist_ok=True)
@@ -49,7 +49,7 @@ def run(place, tmp_path, capsys):
         except SystemExit as exit:  # argparse
             status = exit.code
         err = capsys.readouterr().err
-        assert "Traceback" not in err and "unforeseen" not in err, err
+        assert "Traceback" not in err and "This is a defect" not in err, err
         return status, err
 
     return call
@@ -103,7 +103,7 @@ CASES = {
     "a configuration that is a list": (write("bert/config.json", "[]"), DEMO, "--model .*bert: its tokenizer"),
     "sizes that are texts": (config(hidden_size="x"), FINETUNE, "configuration cannot be read .*'hidden_size'"),
     "other sizes": (config(hidden_size=64), FINETUNE, "other shapes than its config.json says"),
-    "code of the folder": (config(auto_map={"AutoConfig": "x.Y"}, model_type="x"), TRANSLATE, "code of its own"),
+    "code of the folder": (config(auto_map={"AutoConfig": "x.Y"}, model_type="x"), TRANSLATE, "its own code"),
     "a deep tokenizer": (write("bert/tokenizer.json", DEEP), DEMO, "its tokenizer cannot be loaded .Recursion"),
     "a tokenizer that is null": (write("bert/tokenizer.json", "null"), FINETUNE, "its tokenizer cannot be loaded"),
     "its settings a list": (write("bert/tokenizer_config.json", "[]"), FINETUNE, "its tokenizer cannot be loaded"),
@@ -129,23 +129,23 @@ def test_damaged_and_odd_input(run, name):
     assert status == 2 and re.search(words, err), err
 
 
-# --- errors that no command foresees ----------------------------------------------------------------------------------
+# --- unexpected errors ------------------------------------------------------------------------------------------------
 
 
-UNFORESEEN = [
-    (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "the disk is full .*give the command again"),
+UNEXPECTED = [
+    (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "the disk is full .*repeat the command"),
     (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
     (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed"), 2, "disk is"),
-    (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied.*you may use it"),
-    (torch.OutOfMemoryError("CUDA out of memory."), 2, "device's memory is full .*smaller --batch-size"),
-    (MemoryError(), 2, "the memory is full .MemoryError."),
+    (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied.*you may access it"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 2, "the device is out of memory .*smaller --batch-size"),
+    (MemoryError(), 2, ": out of memory .MemoryError."),
     (ModuleNotFoundError("No module named 'foo'"), 2, "a package is missing .*'foo'.*Install it"),
-    (KeyError("foo"), 1, "an unforeseen KeyError: 'foo'. This is a defect: .*traceback in (.*)"),
+    (KeyError("foo"), 1, "unexpected KeyError: 'foo'. This is a defect: .*traceback in (.*)"),
 ]
 
 
-@pytest.mark.parametrize(("error", "status", "words"), UNFORESEEN, ids=lambda value: type(value).__name__)
-def test_an_error_that_no_command_foresees(monkeypatch, capsys, tmp_path, error, status, words):
+@pytest.mark.parametrize(("error", "status", "words"), UNEXPECTED, ids=lambda value: type(value).__name__)
+def test_an_unexpected_error(monkeypatch, capsys, tmp_path, error, status, words):
     def fails(settings, say):
         raise error
 
@@ -153,28 +153,28 @@ def test_an_error_that_no_command_foresees(monkeypatch, capsys, tmp_path, error,
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["demo"]) == status
     err = capsys.readouterr().err
-    found = re.search(words, err)
-    assert err.startswith("flare demo: error: ") and found and "Traceback" not in err, err
+    match = re.search(words, err)
+    assert err.startswith("flare demo: error: ") and match and "Traceback" not in err, err
     if status == 1:
-        assert "KeyError: 'foo'" in Path(found[1]).read_text()
+        assert "KeyError: 'foo'" in Path(match[1]).read_text()
     else:
         assert not list(tmp_path.iterdir())
 
 
-def test_a_reader_that_is_gone(monkeypatch):
-    """`flare info | head -1`: quiet."""
+def test_a_closed_standard_output(monkeypatch):
+    """`flare info | head -1` prints no error."""
 
-    def gone() -> int:
+    def closed() -> int:
         raise BrokenPipeError
 
-    turned = []
-    monkeypatch.setattr(flare.cli.info, "run", gone)
-    monkeypatch.setattr("os.dup2", lambda *given: turned.append(given))
+    redirected = []
+    monkeypatch.setattr(flare.cli.info, "run", closed)
+    monkeypatch.setattr("os.dup2", lambda *args: redirected.append(args))
     monkeypatch.setattr("sys.stdout.fileno", lambda: 1, raising=False)
-    assert main(["info"]) == 1 and len(turned) == 1
+    assert main(["info"]) == 1 and len(redirected) == 1
 
 
-# --- files of ours that somebody damaged ------------------------------------------------------------------------------
+# --- damaged files of flare -------------------------------------------------------------------------------------------
 
 
 def test_damaged_predictions_and_provenance(tmp_path):
@@ -193,11 +193,11 @@ def test_damaged_predictions_and_provenance(tmp_path):
             read_provenance(tmp_path)
 
 
-# --- advice -----------------------------------------------------------------------------------------------------------
+# --- flags in messages ------------------------------------------------------------------------------------------------
 
 
 def _flags() -> dict[str, set[str]]:
-    """Command -> its flags; those that train take TrainingArguments' too."""
+    """Return command -> its flags, including TrainingArguments' flags for the commands that train."""
     found = next(one for one in flare.cli._parser()._actions if isinstance(one, argparse._SubParsersAction))
     flags = {name: set(parser._option_string_actions) for name, parser in found.choices.items()}
     training = set(HfArgumentParser(TrainingArguments)._option_string_actions)
@@ -205,7 +205,7 @@ def _flags() -> dict[str, set[str]]:
 
 
 def _texts(path: Path) -> Iterator[tuple[int, str]]:
-    """The string constants of a module that are no docstrings, with {} for what is formatted."""
+    """Yield the string constants of a module except docstrings, with {} for formatted values."""
     tree = ast.parse(path.read_text())
     bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
     skipped = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
@@ -217,8 +217,8 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
-def test_messages_name_flags_that_there_are():
-    """A flag behind `flare COMMAND` is that command's; another one in a package of one command is that one's."""
+def test_messages_name_existing_flags():
+    """A flag after `flare COMMAND` must be that command's. Otherwise it must be a flag of the package's commands."""
     flags = _flags()
     every = set().union(*flags.values())
     homes = {"translation": ("translate",), "demo": ("demo",), "report": ("report",)}
@@ -237,12 +237,15 @@ def test_messages_name_flags_that_there_are():
                     accepted = flags[word.removeprefix("flare ")] | (here if part == "runs" else set())
                     continue
                 seen += 1
-                if word not in accepted and text not in (word, "--source-code or --target-code"):  # these are no advice
+                if word not in accepted and text not in (
+                    word,
+                    "--source-code or --target-code",
+                ):  # no advice
                     wrong.append(f"{path}:{line}: {word} in {text[:80]!r}")
     assert seen > 150 and not wrong, "\n".join(wrong)
 
 
-def test_a_near_name_that_is_refused_is_not_advised():
+def test_refused_names_are_not_suggested():
     for word in ("do_trian", "resume_from_checkpoin", "disable_tqd"):
         with pytest.raises(UserError) as error:
             read_settings(TrainSettings, {}, [f"--{word}", "1"])

@@ -1,4 +1,4 @@
-"""What goes wrong outside of flare's own checks ends in one sentence that can be acted on, never in a traceback."""
+"""Errors outside of flare's own checks end in one message that says what to do, never in a traceback."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_advice_names_flags_that_the_command_has(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"settings": []}, {"seed": "x"}, {"data": 3}, {"task": None}, {"r": True}], ids=str)
-def test_a_run_json_with_other_kinds(tmp_path, change):
+def test_a_run_json_with_values_of_wrong_types(tmp_path, change):
     write_record(tmp_path, record())
     content = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**content, **change}))
@@ -65,7 +65,7 @@ def test_a_run_json_with_other_kinds(tmp_path, change):
         read_run(tmp_path)
 
 
-def test_yaml_that_is_too_deep_or_odd(tmp_path, capsys):
+def test_yaml_that_is_nested_too_deeply_or_invalid(tmp_path, capsys):
     file = tmp_path / "x.yaml"
     for text in ("[" * 5000, "a: \x00", "\ud800", "a: 2001-99-99"):
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -96,7 +96,7 @@ def test_a_reporter_that_is_not_installed(place, tmp_path, capsys, monkeypatch):
     assert "wandb" in capsys.readouterr().err
 
 
-def test_an_adapter_that_was_cut_off(place, tmp_path, capsys):
+def test_a_truncated_adapter_file(place, tmp_path, capsys):
     shutil.copytree(place / "runs", tmp_path / "runs")
     words = ("--output", tmp_path / "runs", "--no-progress")
     train = ("train", "--task", "classification", "--target", "vemari", "--data", place / "data", "--method", "lora")
@@ -111,32 +111,34 @@ def test_an_adapter_that_was_cut_off(place, tmp_path, capsys):
         assert "the adapter cannot be used" in capsys.readouterr().err
 
 
-def test_the_hub_is_not_asked_for_every_split(monkeypatch, tmp_path):
-    asked = []
+def test_the_hub_is_queried_only_once(monkeypatch, tmp_path):
+    queried = []
 
-    def load_dataset(*given, **options):
-        asked.append(options["split"])
+    def load_dataset(*args, **options):
+        queried.append(options["split"])
         raise ConnectionError("no network\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = get_task("classification")
     with pytest.raises(DataError, match="no network second line"):
         read_split(task, "owner/data", "en", "valid")
-    assert asked == ["validation"]
+    assert queried == ["validation"]
     for data in ("my/data/nusaxx", "my\\data", "a\0b", "~nobody-of-this-name/x"):
         with pytest.raises(UserError, match="--data"):
             read_split(task, data, "en", "train")
-    assert asked == ["validation"]
+    assert queried == ["validation"]
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    """transformers' sentence begins with an empty line, and its name stands behind it."""
+    """The message of transformers starts with an empty line; the package's name comes after it."""
     import transformers
 
-    said = "\nM2M100Tokenizer requires the SentencePiece library but it was not found in your environment.\nInstall it"
+    message = (
+        "\nM2M100Tokenizer requires the SentencePiece library but it was not found in your environment.\nInstall it"
+    )
 
     def load(*args, **options):
-        raise ImportError(said)
+        raise ImportError(message)
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", load)
     with pytest.raises(TranslationError, match=r"SentencePiece library but it was not found .* Install it"):

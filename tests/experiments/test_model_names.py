@@ -1,4 +1,4 @@
-"""Names of models: what is no folder and no hub id is said at once, without trying the hub for minutes."""
+"""Names of models: a name that is neither a folder nor a hub id fails at once, without minutes of requests."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from flare.experiments.utils.model_names import find_model
 
 @pytest.fixture
 def requests(monkeypatch):
-    """The hub's answers: none; the names it was asked for."""
-    asked = []
+    """A hub that answers no request, and the requests."""
+    queried = []
 
     def model_info(self, name, timeout):
-        asked.append((name, timeout))
+        queried.append((name, timeout))
         raise ConnectionError("no network\nmore")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    return asked
+    return queried
 
 
-def test_a_path_never_goes_to_the_hub(requests, tmp_path):
+def test_a_path_is_never_requested_from_the_hub(requests, tmp_path):
     (tmp_path / "file").touch()
-    for name, said in (
+    for name, message in (
         (str(tmp_path / "nothing"), "no such folder"),
         ("./nothing", "no such folder"),
         ("~nobody-of-this-name/x", "no such folder"),
@@ -38,13 +38,13 @@ def test_a_path_never_goes_to_the_hub(requests, tmp_path):
         ("a\ud800", "surrogate"),
     ):
         if name:
-            with pytest.raises(UserError, match=said):
+            with pytest.raises(UserError, match=message):
                 find_model(name, "--model")
     assert requests == []
     assert find_model(str(tmp_path), "--model") == str(tmp_path)
 
 
-def test_a_hub_id_is_asked_for_once(requests, tmp_path, capsys):
+def test_a_hub_id_is_requested_once(requests, tmp_path, capsys):
     words = ("finetune", "--task", "nusax", "--model", "owner/mistyped", "--output", tmp_path / "runs")
     data = tmp_path / "data" / "english"
     data.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Names that become folders, and text of others in Markdown, LaTeX, CSV and pictures."""
+"""Names that become folders, and foreign text in Markdown, LaTeX, CSV and figures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CLASSIFICATION = get_task("classification", labels=("a", "b"))
 
 
 @pytest.mark.parametrize("name", WRONG, ids=ascii)
-def test_a_name_that_is_no_folders_is_refused_everywhere(name, tmp_path):
+def test_an_invalid_folder_name_is_refused_everywhere(name, tmp_path):
     (tmp_path / "data").mkdir()
     calls = (
         lambda: TrainSettings(task="nusax", target=(name,)).check(),
@@ -61,31 +61,31 @@ def test_a_name_that_is_no_folders_is_refused_everywhere(name, tmp_path):
         with pytest.raises(UserError) as error:
             call()
         assert "name of one folder" in str(error.value) and str(error.value).isprintable()
-    if name:  # "" is a missing one there
+    if name:  # "" counts as missing there
         with pytest.raises(DemoError, match="name of one folder"):
             DemoSettings(model="m", data="d", source="english", target=name).resolved()
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_names_of_people_are_taken(tmp_path):
+def test_valid_names_are_accepted(tmp_path):
     for name in ("toba_batak", "Toba Batak", "zh-Hans", "فارسی", "می‌خواهم", "x.y", "100%_mine", "=x"):
         TrainSettings(task="nusax", target=(name,), name=name).check()
 
 
-def test_a_run_json_leads_nowhere_else(tmp_path):
+def test_a_run_json_cannot_name_another_folder(tmp_path):
     record = RunRecord("train", "done", "nusax", "english", "../../x", "lora", "lora", 0, base="b")
     write_record(tmp_path / "jav" / "lora" / "seed-0", record)
     with pytest.raises(UserError, match=r"target_language of a run\.json '\.\./\.\./x' is a path"):
         _Evaluation(EvaluateSettings(output=tmp_path), print)._targets("zero-shot")
 
 
-def test_earlier_runs_keep_their_name():
+def test_names_of_earlier_runs_are_reserved():
     with pytest.raises(UserError, match="earlier-N"):
         TrainSettings(task="nusax", target=("jav",), name="earlier-1").check()
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('output: "a\\0b"', "NUL"),
         ('model: "a\\0b"', "NUL"),
@@ -93,15 +93,15 @@ def test_earlier_runs_keep_their_name():
         ("output: ~nobody-of-this-name/x", "give the full path"),
     ],
 )
-def test_values_that_no_system_call_takes(tmp_path, text, said):
+def test_values_that_the_operating_system_rejects(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_settings(FinetuneSettings, {"config": str(tmp_path / "x.yaml")})
     with pytest.raises(UserError, match="lone surrogate"):
         read_settings(FinetuneSettings, {"output": "a\udcff"})
 
 
-def test_a_spreadsheet_computes_nothing():
+def test_csv_cells_are_not_formulas():
     rows = [["=1+1", "+x", "-x", "@x", "\t=x", "\r\n=x"], ["a=1", -0.5, None, "x", 3, ""]]
     head, first, second = csv.reader(io.StringIO(csv_text(["=HYPERLINK()", *"abcde"], rows), newline=""))
     assert head[0] == "'=HYPERLINK()" and all(cell.startswith("'") for cell in first)
@@ -109,7 +109,7 @@ def test_a_spreadsheet_computes_nothing():
     assert csv_cell(-1) == -1
 
 
-def test_text_of_others_stays_text():
+def test_special_characters_are_escaped():
     assert markdown("a|b\n# <x> *y* `z` [l](u) _e_ a_b &amp;") == (
         "a\\|b # \\<x\\> \\*y\\* \\`z\\` \\[l\\](u) \\_e\\_ a_b \\&amp;"
     )
@@ -122,7 +122,7 @@ def test_text_of_others_stays_text():
     assert len(table.text().splitlines()) == 4
 
 
-def test_a_dollar_in_a_picture_is_one(tmp_path: Path):
+def test_a_dollar_sign_in_a_figure_is_shown(tmp_path: Path):
     pytest.importorskip("matplotlib")
     from flare.experiments.report.figures.style import new_figure, save
 

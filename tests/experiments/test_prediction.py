@@ -1,10 +1,11 @@
-"""`flare predict` and FlarePipeline: sources, resuming, formats, adapters of any folder, and threads."""
+"""`flare predict` and FlarePipeline: sources, resuming, formats, adapters outside of runs, and threads."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ def pairs(place: Path) -> tuple[list[str], list[str]]:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_source_is_needed_unless_told_otherwise(place, tmp_path, capsys):
+def test_a_source_is_required_without_no_source(place, tmp_path, capsys):
     words = ("--input", place / "texts.jsonl", "--output", tmp_path / "out.jsonl")
     assert predict(place, *words) == 2
     said = capsys.readouterr().err
@@ -102,8 +103,8 @@ def test_texts_without_a_source_are_translated(place, tmp_path, capsys):
     ]
 
 
-def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
-    """Neither a translated nor a predicted batch is done again, and the output is that of a whole run."""
+def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
+    """No batch is translated or predicted twice, and the output equals that of an uninterrupted command."""
     few = write_jsonl(tmp_path / "texts.jsonl", read_jsonl(place / "texts.jsonl")[:10])
     words = ("--input", few, "--translator", place / "mt", *CODES, "--batch-tokens", 96, "--batch-size", 4)
     assert predict(place, *words, "--output", tmp_path / "whole.jsonl") == 0
@@ -132,7 +133,7 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
     stop = {"predicted": 2}
     assert predict(place, *words, *out) == 130  # in the prediction
     total = counts["translated"]
-    assert predict(place, *words, *out, "--max-length", 20) == 2  # other settings than then
+    assert predict(place, *words, *out, "--max-length", 20) == 2  # other settings
     stop = {}
     with (tmp_path / "out.jsonl.partial").open("ab") as file:
         file.write(b'[{"torn')
@@ -142,7 +143,7 @@ def test_an_interrupted_run_goes_on(place, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl", "whole.jsonl"]
 
 
-def test_what_is_there_is_not_replaced(place, tmp_path, capsys):
+def test_an_existing_output_is_not_replaced(place, tmp_path, capsys):
     file = tmp_path / "out.jsonl"
     file.write_text("mine")
     words = ("--input", place / "texts.jsonl", "--source-input", place / "english.jsonl", "--output", file)
@@ -186,43 +187,43 @@ def test_csv_with_labels_is_scored(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words", "said"),
+    ("rows", "words", "message"),
     [
         ([{"sentence": "a"}], (), "no column text; it has sentence"),
         ([{"text": 3}], (), "holds a int"),
         ([{"text": "a", "prediction": 1}], ("--no-source",), "has a column prediction"),
         ([{"text": "a"}], ("--source-input", "english.jsonl"), "20 rows and --input 1"),
-        ([{"text": "a"}], ("--labels", "a", "b"), "run.json says this"),
+        ([{"text": "a"}], ("--labels", "a", "b"), "this is saved in .*run.json"),
         ([{"text": "a"}], ("--translator", "mt"), "vemari"),
         ([{"text": "a"}], ("--translator", "mt", "--no-source"), "exclude each other"),
         ([], (), "has no rows"),
     ],
     ids=lambda value: None if isinstance(value, list) else str(value)[:20],
 )
-def test_errors_name_what_is_wrong(place, tmp_path, monkeypatch, capsys, rows, words, said):
+def test_errors_name_the_cause(place, tmp_path, monkeypatch, capsys, rows, words, message):
     monkeypatch.chdir(place)
     file = write_jsonl(tmp_path / "in.jsonl", rows)
     assert predict(place, "--input", file, *words) == 2
-    assert said in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
-# --- other folders ----------------------------------------------------------------------------------------------------
+# --- adapters outside of runs -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_a_runs_adapter_alone(place, scored, tmp_path):
-    """Moved away from its run, with its base: the base's configuration knows the labels."""
+def test_the_adapter_folder_of_a_run_without_the_run(place, scored, tmp_path):
+    """The adapter is copied without its run.json; the labels come from the base's configuration."""
     shutil.copytree(adapter(place) / "adapter", tmp_path / "adapter")
     shutil.copytree(place / "runs" / "base" / "seed-0", tmp_path / "base")
     lines: list[str] = []
     alone = FlarePipeline(tmp_path / "base", tmp_path / "adapter", max_length=24, say=lines.append)
     assert [one["prediction"] for one in alone(*pairs(place))] == scored
-    assert "taken for flare on classification with the labels" in lines[0]
+    assert "assuming flare on classification with the labels" in lines[0]
     shutil.copytree(adapter(place), tmp_path / "run")
     moved = FlarePipeline(tmp_path / "base", tmp_path / "run", say=lambda line: None)
     assert [one["prediction"] for one in moved(*pairs(place))] == scored
 
 
-def test_a_script_s_adapter(place, tmp_path):
+def test_an_adapter_saved_by_a_script(place, tmp_path):
     torch.manual_seed(0)
     base = transformers.BertForSequenceClassification.from_pretrained(place / "bert", num_labels=3)
     model = flare.fast_lora(base, r=4).eval()
@@ -249,20 +250,20 @@ def test_a_script_s_adapter(place, tmp_path):
 
 
 def test_runs_that_cannot_predict(place, tmp_path):
-    for folder, said in (
+    for folder, message in (
         (place / "runs", "name one of the runs in it: .*flare-r4"),
         (place / "runs" / "base" / "seed-0", "a run of flare finetune"),
         (tmp_path, "holds neither run.json nor adapter_config.json"),
         (tmp_path / "none", "no such folder"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             FlarePipeline(folder)
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_pipeline(place, scored):
+def test_the_pipeline_in_python(place, scored):
     predict = FlarePipeline.from_pretrained(adapter(place), say=lambda line: None)
     texts, english = pairs(place)
     assert [one["prediction"] for one in predict(texts, english)] == scored

@@ -1,4 +1,4 @@
-"""Progress in log files: whole lines, now and then; and what an interrupted command says."""
+"""Progress in log files and on a terminal, and the messages of interrupted commands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_log_file_gets_lines(monkeypatch, capsys):
     ]
 
 
-def test_a_terminal_gets_a_bar_and_nobody_nothing(monkeypatch):
+def test_a_terminal_gets_a_bar_and_a_counter_without_a_name_nothing(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     with progress.counter("shown", 2, "row") as bar:
@@ -44,21 +44,21 @@ def test_a_terminal_gets_a_bar_and_nobody_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "work, words, said",
+    "work, words, message",
     [
         (
-            "flare.experiments.commands.running.read_settings",
+            "flare.experiments.commands.experiment.read_settings",
             ["finetune", "--task", "nusax", "--no-resume"],
             "last checkpoint",
         ),
-        ("flare.experiments.commands.running.read_settings", ["train", "--task", "nusax"], "last checkpoint"),
-        ("flare.experiments.commands.running.read_settings", ["evaluate"], "are saved"),
+        ("flare.experiments.commands.experiment.read_settings", ["train", "--task", "nusax"], "last checkpoint"),
+        ("flare.experiments.commands.experiment.read_settings", ["evaluate"], "are saved"),
         ("flare.experiments.translation.run_translate", ["translate", "--output", "a b"], "are kept"),
         ("flare.experiments.report.write_report", ["report", "runs"], "unchanged"),
         ("flare.experiments.demo.run_demo", ["demo"], "starts again"),
     ],
 )
-def test_what_an_interrupted_command_says(work, words, said, monkeypatch, capsys):
+def test_message_of_an_interrupted_command(work, words, message, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -67,6 +67,6 @@ def test_what_an_interrupted_command_says(work, words, said, monkeypatch, capsys
         words = [*words, *["--task", "nusax", "--source", "english", "--target", "ace", "--model", "m", "--data", "d"]]
     assert main(words) == 130
     err = capsys.readouterr().err
-    assert said in err and "Traceback" not in err
+    assert message in err and "Traceback" not in err
     shown = " ".join(word for word in words if word != "--no-resume").replace("a b", "'a b'")
     assert f"flare {shown}\n" in err, err

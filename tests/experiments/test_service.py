@@ -1,4 +1,4 @@
-"""examples/service.py: its answers are the pipeline's, and do not depend on what is asked at the same time."""
+"""examples/service.py: its answers equal the pipeline's, and do not depend on concurrent requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pipeline(tmp_path_factory) -> flare.FlarePipeline:
     return flare.FlarePipeline(root / "bert", root / "adapter", labels=["a", "b", "c"], max_length=24)
 
 
-def test_many_requests_at_once_get_the_answers_of_one(pipeline) -> None:
+def test_concurrent_requests_get_the_answers_of_single_requests(pipeline) -> None:
     from fastapi.testclient import TestClient
 
     client = TestClient(runpy.run_path(str(SERVICE))["make_app"](pipeline))
@@ -56,20 +56,20 @@ def test_many_requests_at_once_get_the_answers_of_one(pipeline) -> None:
         assert list(pool.map(ask, bodies)) == [one.json() for one in alone]
 
 
-def test_errors_are_answers(pipeline) -> None:
+def test_errors_are_responses(pipeline) -> None:
     from fastapi.testclient import TestClient
 
     client = TestClient(runpy.run_path(str(SERVICE))["make_app"](pipeline))
-    for body, said in (
+    for body, message in (
         ({"texts": ["a"]}, "1 of 1 texts have no source"),
         ({"texts": [{"title": "a"}], "source_texts": ["a"]}, "lacks text"),
         ({"texts": []}, "at least 1"),
     ):
         answer = client.post("/predict", json=body)
-        assert answer.status_code == 422 and said in answer.text
+        assert answer.status_code == 422 and message in answer.text
     assert client.get("/health").json()["adapter"].endswith("adapter")
 
 
-def test_it_is_short() -> None:
+def test_the_example_is_short() -> None:
     code = SERVICE.read_text(encoding="utf-8").split('"""', 2)[2]
     assert len([line for line in code.splitlines() if line.strip()]) <= 40

@@ -1,1 +1,1 @@
-"""One module per command: its options, and the call."""
+"""The commands of `flare`: their options, and the functions that they call."""

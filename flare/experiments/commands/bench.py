@@ -1,57 +1,162 @@
-"""`flare bench`: the benchmarks, or the tuner."""
+"""`flare bench`: run the benchmarks of a checkout, or tune the launches of the kernels for this GPU."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .running import say
+import torch
+
+from ..utils.environment import environment, now
+from ..utils.errors import UserError
+from ..utils.progress import print_line
+
+#: Defaults of --tune: the papers' models, and the most used sizes first.
+SHAPES = ("llama-3.1-8b", "xlm-r-large", "gemma-2-9b", "mt5-xl")
+TOKENS = (8192, 2048, 512, 1, 256, 32768)
+RANKS = (64, 8, 128)
+
+
+class BenchError(UserError):
+    """An error of `flare bench` that the user can fix."""
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command."""
+    """Add the command to the sub-parsers of `flare`."""
     bench = commands.add_parser(
         "bench",
         help="run the benchmarks, or tune the kernels' launches for this GPU",
-        description="Without --tune: pytest benchmarks/ of the checkout. With --tune: time every candidate launch and "
-        "its plain PyTorch form on this GPU, print what was found, and write the table that later runs use.",
+        description="Without --tune: run pytest on benchmarks/ of the checkout. With --tune: time every candidate "
+        "launch and its plain PyTorch form on this GPU, print the results, and write the table that later runs use.",
     )
+    missing = argparse.SUPPRESS
+    bench.add_argument("--tune", action="store_true", help="tune instead of running the benchmarks")
+    bench.add_argument("--shapes", nargs="+", default=missing, metavar="NAME", help="model shapes to tune for")
+    bench.add_argument("--tokens", nargs="+", type=int, default=missing, metavar="M", help="tokens per call")
+    bench.add_argument("--ranks", nargs="+", type=int, default=missing, metavar="R", help="ranks of the adapters")
+    bench.add_argument(
+        "--budget", type=float, default=missing, metavar="SECONDS", help="start no new size after so many seconds"
+    )
+    bench.add_argument(
+        "--jobs", type=int, default=missing, metavar="N", help="compiler processes (default: all processors but one)"
+    )
+    bench.add_argument(
+        "--output", type=Path, default=missing, metavar="FILE", help="table to write (default: in the user's cache)"
+    )
+    bench.add_argument("--overwrite", action="store_true", default=missing, help="replace an existing table")
+    bench.add_argument("arguments", nargs="*", metavar="-- PYTEST", help="without --tune: arguments for pytest")
     bench.set_defaults(command=run)
-    _options(bench)
 
 
 def run(tune: bool, arguments: list[str], **options: Any) -> int:
-    """Run it; pytest's status, or 2 for an error that the user can mend."""
-    import sys
-
-    from .benchmarks import BenchError, run_benchmarks, run_tuner
-
-    try:
-        if not tune:
-            if options:
-                named = ", ".join(f"--{name}" for name in options)
-                raise BenchError(f"{named}: only with --tune (what is meant for pytest goes behind --)")
-            return run_benchmarks(arguments)
-        if arguments:
-            raise BenchError(f"{' '.join(arguments)}: --tune takes no arguments for pytest")
-        run_tuner(**options, say=say)
-    except BenchError as error:
-        print(f"flare bench: error: {error}", file=sys.stderr)
-        return 2
+    """Run the benchmarks or the tuner; return the exit status."""
+    if not tune:
+        if options:
+            flags = ", ".join(f"--{name}" for name in options)
+            raise BenchError(f"{flags}: only with --tune (arguments for pytest go behind --)")
+        return run_benchmarks(arguments)
+    if arguments:
+        raise BenchError(f"{' '.join(arguments)}: --tune takes no arguments for pytest")
+    run_tuner(**options, say=print_line)
     return 0
 
 
-def _options(bench: argparse.ArgumentParser) -> None:
-    missing = argparse.SUPPRESS
-    bench.add_argument("--tune", action="store_true", help="tune instead of running the benchmarks")
-    bench.add_argument("--shapes", nargs="+", default=missing, metavar="NAME", help="models' shapes to tune for")
-    bench.add_argument("--tokens", nargs="+", type=int, default=missing, metavar="M", help="tokens in a call")
-    bench.add_argument("--ranks", nargs="+", type=int, default=missing, metavar="R", help="ranks of the adapters")
-    bench.add_argument("--budget", type=float, default=missing, metavar="SECONDS", help="begin nothing new after this")
-    bench.add_argument(
-        "--jobs", type=int, default=missing, metavar="N", help="compiler processes (default: all but one)"
-    )
-    bench.add_argument("--output", type=Path, default=missing, metavar="FILE", help="table (default: the user's cache)")
-    bench.add_argument("--overwrite", action="store_true", default=missing, help="replace a table that is there")
-    bench.add_argument("arguments", nargs="*", metavar="-- PYTEST", help="without --tune: arguments for pytest")
+def run_benchmarks(arguments: Sequence[str]) -> int:
+    """Run pytest on `benchmarks/` of the checkout that contains this package; return pytest's exit status.
+
+    Raises:
+        BenchError: there is no checkout, or pytest-benchmark is not installed.
+    """
+    folder = Path(__file__).resolve().parents[3] / "benchmarks"
+    if not (folder / "conftest.py").exists():
+        raise BenchError("the benchmarks are in the repository, not in the installed package: clone it and run there")
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise BenchError("pytest-benchmark is not installed: pip install 'flare-kernels[dev]'")
+    # A separate process: pytest keeps state (plugins, imported conftests) that breaks a second run in one process.
+    return subprocess.run([sys.executable, "-m", "pytest", str(folder), *arguments], check=False).returncode
+
+
+def run_tuner(
+    *,
+    shapes: Sequence[str] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+    ranks: Sequence[int] = RANKS,
+    budget: float = float("inf"),
+    jobs: int | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Measure the launch table of this GPU and write it entry by entry; return its path.
+
+    Args:
+        shapes: names in ``flare_kernels.tuning.SHAPES``.
+        tokens, ranks: sizes to measure, in this order.
+        budget: seconds, compilation included, after which no new size is started.
+        jobs: compiler processes (default: all processors but one).
+        output: file to write. The default is in the user's cache, where later processes find it.
+        overwrite: replace an existing table instead of raising.
+        say: prints a line.
+
+    Raises:
+        BenchError: no CUDA device that the kernels run on, an unknown shape, sizes that are not positive, or a table
+            that exists.
+    """
+    from flare_kernels import tuning
+    from flare_kernels.launch_table import user_path
+
+    unknown = sorted(set(shapes) - set(tuning.SHAPES))
+    if unknown:
+        raise BenchError(f"--shapes {', '.join(unknown)}: accepted are {', '.join(tuning.SHAPES)}")
+    for name, values in (("--tokens", tokens), ("--ranks", ranks)):
+        if not values or min(values) < 1:
+            raise BenchError(f"{name} {list(values)}: give numbers of 1 or more")
+    if not torch.cuda.is_available():
+        raise BenchError(
+            "--tune times the kernels on a CUDA device, and torch finds none. Nothing was written; without a table, "
+            "launches follow the general rule."
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise BenchError(
+            "--tune times Triton kernels, and the package triton is not installed (it exists for Linux only)"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.get_device_name(device)
+    path = output or user_path(gpu)
+    if path.is_dir():
+        raise BenchError(f"--output {path} is a folder: name a file in it")
+    if path.exists() and not overwrite:
+        raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
+    say(f"tuning launches for {gpu}; every entry is written to {path} as soon as it is measured")
+    try:
+        table = tuning.tune(
+            list(tuning.problems([tuning.SHAPES[name] for name in shapes], tokens, ranks)),
+            device=device,
+            about=environment() | {"date": now()},
+            jobs=jobs or max(1, (os.cpu_count() or 1) - 1),
+            budget_s=budget,
+            log=say,
+            save=lambda table: table.save(path),
+        )
+    except ValueError as error:
+        raise BenchError(str(error)) from error
+    _summarise(table, path, say)
+    return path
+
+
+def _summarise(table: Any, path: Path, say: Callable[[str], None]) -> None:
+    from flare_kernels.launch_table import package_path, user_path
+
+    plain = sum(entry.form == "torch" for entry in table.entries.values())
+    say(f"{len(table.entries)} entries, {plain} of them plain PyTorch, in {path}")
+    if path == user_path(table.gpu):
+        say("later processes of this user use it automatically")
+    else:
+        say(f"to use it: FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
+    say(f"to ship it for all users of this GPU: flare_kernels/tables/{package_path(table.gpu).name}")

@@ -1,38 +1,39 @@
-"""`flare info`: versions, device, kernel backends, what this machine can run and why not."""
+"""`flare info`: versions, device, kernel backends, and what this machine can run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .running import say
-
 
 def add_parser(commands: Any) -> None:
-    """Register the command."""
-    info = commands.add_parser("info", help="versions, device and what can run here", description="For bug reports.")
+    """Add the command to the sub-parsers of `flare`."""
+    info = commands.add_parser(
+        "info",
+        help="print versions, the device, and what can run here",
+        description="Print versions, the device, and which features can run on this machine. Useful in bug reports.",
+    )
     info.set_defaults(command=run)
 
 
-def run() -> int:
-    """Print it."""
+def run() -> None:
+    """Print everything. Needs no package of the extra `experiments`."""
     from flare_kernels import backends
 
-    from ..utils.capabilities import lines
     from ..utils.environment import environment
+    from .capabilities import lines
 
     here = environment()
     for name, version in here["versions"].items():
-        say(f"{name:<15}{version}")
-    say(f"{'device':<15}{here['device']}")
-    say(f"{'processor':<15}{here['cpu']}, {here['threads']} threads")
-    say(f"{'platform':<15}{here['platform']}")
-    say("kernel backends")
+        print(f"{name:<15}{version}")
+    print(f"{'device':<15}{here['device']}")
+    print(f"{'processor':<15}{here['cpu']}, {here['threads']} threads")
+    print(f"{'platform':<15}{here['platform']}")
+    print("kernel backends")
     for name, status in backends().items():
-        say(f"  {name:<13}{status}")
-    say(f"{'launch table':<15}{_launch_table()}")
+        print(f"  {name:<13}{status}")
+    print(f"{'launch table':<15}{_launch_table()}")
     for line in lines():
-        say(line)
-    return 0
+        print(line)
 
 
 def _launch_table() -> str:
@@ -44,5 +45,5 @@ def _launch_table() -> str:
         return "none (no CUDA device)"
     table = table_for(torch.cuda.get_device_name())
     if table.path is None:
-        return "none: launches follow the general rule (flare bench --tune measures one)"
+        return "none: launches follow the general rule (flare bench --tune measures a table)"
     return f"{len(table.entries)} entries from {table.path}, {table.about.get('date', 'undated')}"

@@ -1,4 +1,4 @@
-"""`flare report`: its options, and the call."""
+"""`flare report`: tables and figures of finished runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .running import reported, say
+from ..utils.progress import print_line
 
 FORMATS = ("png", "pdf", "svg")
-
 
 _INTERRUPTED = """\
 The earlier report, if there was one, is unchanged. Start again with the same command:
@@ -17,21 +16,21 @@ The earlier report, if there was one, is unchanged. Start again with the same co
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command."""
+    """Add the command to the sub-parsers of `flare`."""
     parser = commands.add_parser(
         "report",
-        help="tables and pictures of finished runs",
-        description="Read every run below the given folders (those of flare finetune, train and evaluate) and write "
-        "tables (Markdown, CSV, LaTeX), pictures, report.md and report.json.",
+        help="write tables and figures of finished runs",
+        description="Read every run below the given folders (written by flare finetune, train and evaluate) and write "
+        "tables (Markdown, CSV, LaTeX), figures, report.md and report.json.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs, at any depth")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders that contain runs, at any depth")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write to (default: report)")
     parser.add_argument(
         "--metric",
         dest="metrics",
         nargs="+",
         metavar="NAME",
-        help="metrics to report, the first one in the pictures (default: all of a task's)",
+        help="metrics to report; figures show the first one (default: all metrics of a task)",
     )
     parser.add_argument("--title", help="heading of report.md")
     parser.add_argument(
@@ -40,10 +39,10 @@ def add_parser(commands: Any) -> None:
         choices=FORMATS,
         default=["png", "pdf"],
         metavar="FORMAT",
-        help="of the pictures: png, pdf, svg (default: png and pdf; png is always written)",
+        help="file formats of the figures: png, pdf, svg (default: png and pdf; png is always written)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier report instead of keeping it as earlier-N"
+        "--overwrite", action="store_true", help="replace an earlier report instead of moving it to earlier-N"
     )
     parser.set_defaults(command=run, after_interrupt=_INTERRUPTED)
 
@@ -55,11 +54,8 @@ def run(
     title: str | None,
     formats: Sequence[str],
     overwrite: bool,
-) -> int:
-    """Write the report; return the exit status."""
+) -> None:
+    """Write the report."""
     from ..report import write_report
 
-    def work() -> None:
-        write_report(runs, output, metrics=metrics, title=title, formats=formats, overwrite=overwrite, say=say)
-
-    return reported("report", work)
+    write_report(runs, output, metrics=metrics, title=title, formats=formats, overwrite=overwrite, say=print_line)

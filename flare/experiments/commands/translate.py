@@ -1,4 +1,4 @@
-"""`flare translate`: options, and the call."""
+"""`flare translate`: machine translation of a task's data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..tasks.registry import OWN, TASKS
 from ..utils.errors import UserError
 from ..utils.processes import is_main
-from .running import reported, say
+from ..utils.progress import print_line
 
 _INTERRUPTED = """\
 Translations made so far are kept in the output folder. Resume with the same command:
@@ -18,95 +18,106 @@ Translations made so far are kept in the output folder. Resume with the same com
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command with the parser's sub-commands."""
+    """Add the command to the sub-parsers of `flare`."""
     parser = commands.add_parser(
         "translate",
-        help="translate a task's data: train and valid into the target languages, test into the source language",
-        description="Machine translation with NLLB or any other encoder-decoder. A command that was interrupted goes\n"
-        "on where it stopped when it is given again. See docs/translation.md.",
+        help="translate a task's data",
+        description="Translate the train and valid splits into the target languages, and the test split into the\n"
+        "source language, with NLLB or any other encoder-decoder. An interrupted command resumes if it is repeated.\n"
+        "See docs/translation.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  flare translate --task nusax --data DATA --source english --target acehnese javanese \\\n"
         "      --model facebook/nllb-200-distilled-600M --output translations",
     )
     parser.set_defaults(command=run, after_interrupt=_INTERRUPTED)
-    # Defaults stand in TranslateSettings only; what is not given is not passed on.
+    # TranslateSettings holds the defaults; an option that is not given is not passed on.
     missing = argparse.SUPPRESS
 
     def add(group: Any, flag: str, text: str, kind: type = str, metavar: str | None = None, **more: Any) -> None:
         group.add_argument(flag, type=kind, default=missing, metavar=metavar, help=text, **more)
 
-    what = parser.add_argument_group("what is translated")
-    add(what, "--task", f"{', '.join(TASKS)} ({', '.join(OWN)} are for your own data)", metavar="TASK")
-    add(what, "--data", "folder with one sub-folder per language, or hub id (default: the task's)", metavar="DATA")
-    add(what, "--source", "language that is rich in data, such as english", metavar="LANGUAGE")
-    add(what, "--target", "one or more languages", metavar="LANGUAGE", nargs="+")
-    add(what, "--splits", "of train, valid and test (default: all)", metavar="SPLIT", nargs="+")
+    data = parser.add_argument_group("data")
+    add(data, "--task", f"{', '.join(TASKS)} ({', '.join(OWN)} are for your own data)", metavar="TASK")
+    add(data, "--data", "folder with one sub-folder per language, or hub id (default: the task's)", metavar="DATA")
+    add(data, "--source", "source language, such as english", metavar="LANGUAGE")
+    add(data, "--target", "target languages", metavar="LANGUAGE", nargs="+")
+    add(data, "--splits", "splits to translate: train, valid, test (default: all)", metavar="SPLIT", nargs="+")
     add(
-        what,
+        data,
         "--direction",
-        "auto: train and valid to the target, test to the source (default); to-target or to-source: all splits",
+        "auto (default): train and valid into the target, test into the source; to-target or to-source: all splits",
         metavar="WHICH",
     )
-    add(what, "--text-columns", "columns of the texts in your own data", metavar="COLUMN", nargs="+")
-    add(what, "--choice-columns", "columns of a multiple choice's choices", metavar="COLUMN", nargs="+")
-    add(what, "--label-column", "column of the label in your own data", metavar="COLUMN")
-    add(what, "--id-column", "columns of the id (default: the task's, or id)", metavar="COLUMN", nargs="+")
-    add(what, "--labels", "the labels, where your rows hold their indices", metavar="LABEL", nargs="+")
-    add(what, "--limit", "translate the first N rows of every split", int, "N")
+    add(data, "--text-columns", "text columns of your own data", metavar="COLUMN", nargs="+")
+    add(data, "--choice-columns", "columns of the choices (multiple-choice)", metavar="COLUMN", nargs="+")
+    add(data, "--label-column", "label column of your own data", metavar="COLUMN")
+    add(data, "--id-column", "id columns (default: the task's, or id)", metavar="COLUMN", nargs="+")
+    add(data, "--labels", "names of the labels, if the rows hold indices", metavar="LABEL", nargs="+")
+    add(data, "--limit", "translate the first N rows of every split", int, "N")
     add(
-        what,
+        data,
         "--lost-marks",
-        "QA rows whose answer is lost: drop or keep (default: auto, keep in test and drop elsewhere)",
+        "QA rows whose answer cannot be found after translation: drop, keep, or auto (default; keep in test only)",
         metavar="WHAT",
     )
 
     model = parser.add_argument_group("model")
     add(model, "--model", "hub id or folder of an encoder-decoder (NLLB, M2M100, mBART, Marian, T5)", metavar="MODEL")
     add(model, "--revision", "branch, tag or commit on the hub", metavar="NAME")
-    add(model, "--source-code", "the source's language tag (default: NLLB's, such as eng_Latn)", metavar="TAG")
-    add(model, "--target-code", "the targets' language tags, one for each", metavar="TAG", nargs="+")
-    add(model, "--prefix", "before every text, with {source} and {target}, for models told by words", metavar="TEXT")
+    add(
+        model,
+        "--source-code",
+        "the model's tag of the source language (default: NLLB's, such as eng_Latn)",
+        metavar="TAG",
+    )
+    add(model, "--target-code", "the model's tags of the target languages, one per language", metavar="TAG", nargs="+")
+    add(
+        model,
+        "--prefix",
+        "text before every input, with {source} and {target}, for models without language tags (T5)",
+        metavar="TEXT",
+    )
     add(model, "--beams", "beams (default: 1, greedy)", int, "N")
-    add(model, "--max-length", "tokens of a piece of text (default: the model's limit, at most 512)", int, "N")
-    add(model, "--max-new-tokens", "tokens of a translated piece (default: the same)", int, "N")
-    add(model, "--batch-tokens", "rows times longest row of a batch (default: 2048)", int, "N")
-    add(model, "--batch-size", "rows of a batch at most (default: no limit)", int, "N")
-    add(model, "--dtype", "float32, float16, bfloat16 (default: bfloat16 on a GPU that has it, else float32)")
+    add(model, "--max-length", "tokens per piece of text (default: the model's limit, at most 512)", int, "N")
+    add(model, "--max-new-tokens", "tokens per translated piece (default: --max-length)", int, "N")
+    add(model, "--batch-tokens", "tokens per batch, padding included (default: 2048)", int, "N")
+    add(model, "--batch-size", "most rows per batch (default: no limit)", int, "N")
+    add(model, "--dtype", "float32, float16, bfloat16 (default: bfloat16 on a GPU that supports it, else float32)")
     add(model, "--device", "cuda, cuda:1, cpu (default: the GPU if there is one)")
 
-    how = parser.add_argument_group("run")
-    add(how, "--output", "folder of the translations (default: translations)", Path, "DIR")
-    add(how, "--config", "YAML file with these options; those given here win", Path, "FILE")
-    add(how, "--threads", "CPU threads (default: PyTorch's choice)", int, "N")
-    how.add_argument("--no-progress", dest="progress", action="store_false", default=missing, help="no progress bars")
+    run_options = parser.add_argument_group("run")
+    add(run_options, "--output", "folder of the translations (default: translations)", Path, "DIR")
+    add(run_options, "--config", "YAML file with these options; flags override it", Path, "FILE")
+    add(run_options, "--threads", "CPU threads (default: PyTorch's choice)", int, "N")
+    run_options.add_argument(
+        "--no-progress", dest="progress", action="store_false", default=missing, help="no progress bars"
+    )
 
 
-def run(config: Path | None = None, **options: Any) -> int:
-    """Run the command; return the exit status (0 done, 2 something the user can mend)."""
+def run(config: Path | None = None, **options: Any) -> None:
+    """Translate."""
     from ..translation import TranslateSettings, run_translate
 
-    def work() -> None:
-        given = {**(_read_config(config, TranslateSettings) if config is not None else {}), **options}
-        lacking = [
-            f"--{item.name}" for item in fields(TranslateSettings) if item.default is MISSING and item.name not in given
-        ]
-        if lacking:
-            raise UserError(f"{', '.join(lacking)} must be given, here or in a --config file")
-        settings = TranslateSettings(**given)
-        if not settings.progress or not is_main():
-            from transformers.utils import logging
+    if config is not None:
+        options = {**_read_config(config, TranslateSettings), **options}
+    missing = [
+        f"--{item.name}" for item in fields(TranslateSettings) if item.default is MISSING and item.name not in options
+    ]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given, as flags or in a --config file")
+    settings = TranslateSettings(**options)
+    if not settings.progress or not is_main():
+        from transformers.utils import logging
 
-            logging.disable_progress_bar()  # of loading the weights
-        run_translate(settings, say=say)
-
-    return reported("translate", work)
+        logging.disable_progress_bar()  # shown while the weights are loaded
+    run_translate(settings, say=print_line)
 
 
 def _read_config(path: Path, settings: type) -> dict[str, Any]:
-    """Options of a YAML file, under their names on the command line or with underscores.
+    """Return the options in a YAML file, named as on the command line or with underscores.
 
     Raises:
-        UserError: no such file, no mapping, an unknown option, or a value of another type.
+        UserError: the file cannot be read or is not a mapping, an option is unknown, or a value has a wrong type.
     """
     import yaml
 
@@ -119,20 +130,20 @@ def _read_config(path: Path, settings: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold options and their values, such as 'task: nusax'")
     known = {item.name: str(item.type) for item in fields(settings)}
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UserError(f"--config {path}: {key!r} is no option; it has {', '.join(known)}")
+            raise UserError(f"--config {path}: {key!r} is not an option; accepted are {', '.join(known)}")
         kind = known[name]
         if kind.startswith("Sequence") and isinstance(value, (str, int)):
             value = [str(value)]
-        wanted: tuple[type, ...] = (str,)
+        accepted: tuple[type, ...] = (str,)
         for begin, types in (("int", (int,)), ("bool", (bool,)), ("Sequence", (list,))):
             if kind.startswith(begin):
-                wanted = types
+                accepted = types
         optional = kind.endswith("None") and value is None
-        if not optional and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+        if not optional and (not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted)):
             raise UserError(f"--config {path}: {key} must be {kind}; got {value!r}")
-        found[name] = Path(value) if kind == "Path" else value
-    return found
+        options[name] = Path(value) if kind == "Path" else value
+    return options

@@ -1,4 +1,4 @@
-"""`flare demo`: cross-lingual transfer in a few minutes on a CPU, on a corpus made by rule or on real data.
+"""`flare demo`: cross-lingual transfer in a few minutes on a CPU, on a generated corpus or on real data.
 
 from flare.experiments.demo import DemoSettings, run_demo
 
@@ -27,14 +27,14 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> list
     """Run the comparison and write results.json, run.json, table.md and results.png.
 
     Args:
-        settings: options; None values take the defaults of the embedded or the real run.
-        say: takes the lines meant for the user.
+        settings: options; a value of None stands for the default of the embedded corpus or of real data.
+        say: prints a line for the user.
 
     Returns:
         The rows of results.json.
 
     Raises:
-        DemoError: an option or a file that the user can mend.
+        DemoError: an option or a file is wrong.
     """
     from . import experiment, report
 
@@ -53,7 +53,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> list
 def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, Any]]:
     from . import experiment, report
 
-    began, date = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    start, date = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     task = (experiment.embedded_task if settings.embedded else experiment.real_task)(settings, say)
     say(
         f"Data: {len(task.finetune)} {task.source} sentences to fine-tune the base, {len(task.train)} pairs "
@@ -63,11 +63,11 @@ def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, A
     rows: list[dict[str, Any]] = []
     for row in run.rows():
         if not rows:
-            # Not before there is something to put in their place.
-            report.make_room(settings.output, settings.overwrite, say)
+            # Earlier results stay in place until the first new row exists.
+            report.move_earlier_results(settings.output, settings.overwrite, say)
         rows.append(row)
         write_json(settings.output / report.RESULTS, rows)
-    information = {
+    run_info = {
         "settings": asdict(settings),
         "languages": {"source": task.source, "target": task.target},
         "sizes": {"finetune": len(task.finetune), "train": len(task.train), "test": len(task.test)},
@@ -77,7 +77,7 @@ def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, A
         "units": {"macro_f1": "percent", "seconds_per_step": "s, median", "peak_bytes": "B", "saved_bytes": "B"},
         "environment": environment(),
         "date": date.isoformat(timespec="seconds"),
-        "duration_s": round(time.perf_counter() - began, 1),
+        "duration_s": round(time.perf_counter() - start, 1),
     }
-    report.finish(settings.output, rows, information, say)
+    report.finish(settings.output, rows, run_info, say)
     return rows

@@ -1,7 +1,7 @@
-"""The demo's base model: a tiny BERT, pre-trained on the embedded corpus once and kept in the user's cache folder.
+"""The demo's base model: a tiny BERT, pre-trained once on the embedded corpus and kept in the user's cache folder.
 
-Real multilingual models have read very little of most of their languages. So does this one: 95 % of its masked-language
-modelling text is English. It is built in well under a minute on one CPU core and is not part of the package.
+Real multilingual models have read very little text in most of their languages. The same holds for this one: 95 % of its
+pre-training text is English. Pre-training takes less than a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, s
 from ..utils.progress import counter
 from .corpus import CORPUS_VERSION, SUFFIXES, Corpus, english_words, vemari_word
 
-# Raise it when the pre-training below changes in a way that BaseConfig does not show.
+# Increase it if the pre-training below changes in a way that BaseConfig does not show.
 RECIPE_VERSION = 1
 _MANIFEST = "manifest.json"
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -46,7 +46,7 @@ class BaseConfig:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A sub-word tokenizer for both languages, written down, not trained: stems are words, suffixes are pieces."""
+    """Return a sub-word tokenizer for both languages. Its vocabulary is given, not trained: stems and ##suffixes."""
     words = english_words()
     pieces = [*_SPECIAL_TOKENS, ".", *words, *map(vemari_word, words), *(f"##{suffix}" for suffix in SUFFIXES)]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
@@ -66,7 +66,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where bases are kept: `cache_dir`, else $XDG_CACHE_HOME/flare-kernels, else ~/.cache/flare-kernels."""
+    """Return the folder of the bases: `cache_dir`, or $XDG_CACHE_HOME/flare-kernels, or ~/.cache/flare-kernels."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -74,7 +74,7 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def base_key(config: BaseConfig, corpus: Corpus) -> str:
-    """A name for the base that changes with everything it is made from."""
+    """Return a hash of everything that determines the base."""
     ingredients = {
         "recipe": RECIPE_VERSION,
         "corpus": CORPUS_VERSION,
@@ -93,13 +93,13 @@ def pretrained_base(
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Path:
-    """Return the folder of the pre-trained base; build it there if it is missing or damaged.
+    """Return the folder of the pre-trained base. Build the base if it is missing or damaged.
 
     Args:
         config: size and pre-training of the model.
-        corpus: its `pretrain_source` and `pretrain_target` are what the model reads.
+        corpus: the model is pre-trained on its `pretrain_source` and `pretrain_target`.
         cache_dir: see `cache_folder`.
-        say: takes one line of news, for instance `print`.
+        say: prints a line for the user.
         progress: show a progress bar while pre-training.
     """
     folder = cache_folder(cache_dir) / f"demo-base-{base_key(config, corpus)}"
@@ -108,11 +108,11 @@ def pretrained_base(
         if damage is None:
             say(f"Base model: taken from {folder}")
             return folder
-        say(f"Base model: the copy in {folder} is damaged ({damage}); it is built again.")
+        say(f"Base model: the copy in {folder} is damaged ({damage}); it will be built again.")
         shutil.rmtree(folder)
     say(f"Base model: pre-training a {config.layers}-layer BERT of width {config.width}, kept in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built next to its place and moved there whole, so that an interrupted run leaves nothing that looks finished.
+    # Build in a temporary folder and rename it, so that an interrupted run leaves nothing that looks finished.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as building:
         inner = Path(building) / folder.name
         tokenizer = build_tokenizer()
@@ -123,7 +123,7 @@ def pretrained_base(
         try:
             inner.rename(folder)
         except OSError:
-            # Another run finished the same base in the meantime; it is identical.
+            # Another process has finished the same base in the meantime; it is identical.
             if _damage(folder) is not None:
                 raise
     return folder
@@ -134,19 +134,19 @@ def _digest(path: Path) -> str:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a cached base, or None."""
+    """Return what is wrong with a cached base, or None."""
     try:
         digests = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]
+        changed = [name for name, digest in digests.items() if _digest(folder / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    return f"{', '.join(wrong)} changed since it was written" if wrong else None
+    return f"{', '.join(changed)} changed since it was written" if changed else None
 
 
 def pretrain(
     config: BaseConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, progress: bool = True
 ) -> BertForMaskedLM:
-    """Masked-language modelling from scratch on both languages as they come in the corpus, shuffled together."""
+    """Train a BERT from scratch by masked-language modelling on the sentences of both languages, shuffled together."""
     set_seed(config.seed)
     model = BertForMaskedLM(
         BertConfig(
@@ -190,12 +190,12 @@ def pretrain(
 def _mask(
     input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast, share: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay."""
+    """Apply BERT's masking: of the chosen tokens, 80 % become [MASK], 10 % a random token, and 10 % stay."""
     special = torch.tensor(tokenizer.all_special_ids)
     draw = torch.rand(input_ids.shape, generator=generator)
     chosen = (draw < share) & ~torch.isin(input_ids, special)
     labels = input_ids.masked_fill(~chosen, -100)
-    how = torch.rand(input_ids.shape, generator=generator)
+    replacement = torch.rand(input_ids.shape, generator=generator)
     random_ids = torch.randint(len(special), len(tokenizer), input_ids.shape, generator=generator)
-    masked = input_ids.masked_fill(chosen & (how < 0.8), tokenizer.mask_token_id)
-    return torch.where(chosen & (how >= 0.9), random_ids, masked), labels
+    masked = input_ids.masked_fill(chosen & (replacement < 0.8), tokenizer.mask_token_id)
+    return torch.where(chosen & (replacement >= 0.9), random_ids, masked), labels

@@ -1,24 +1,23 @@
-"""A small parallel corpus made by rule: English and a second language, three labels, no download.
+"""A small generated parallel corpus: English and a made-up second language, three labels, no download.
 
-**English.** A grammar of some sixty words about guests, cooks, hotels and films. A clause either tells what somebody
-did ("my friend praised the old hotel") or what something was like ("the soup was really awful"). The verb or the
-adjective carries the label: negative, neutral or positive. 12 % of the clauses are negated, which turns the polarity
-around ("the soup was not awful" is positive; a neutral clause stays neutral). 15 % of the sentences contrast two
-clauses with "but"; the label is that of the second clause, and the first one says something else. Another 15 % join
-two clauses of one label with "and".
+**English.** A grammar of about sixty words on guests, cooks, hotels and films. A clause describes either an action ("my
+friend praised the old hotel") or a property ("the soup was really awful"). The verb or the adjective determines the
+label: negative, neutral or positive. 12 % of the clauses are negated, which inverts the polarity ("the soup was not
+awful" is positive; a neutral clause stays neutral). 15 % of the sentences contrast two clauses of different labels with
+"but"; the second clause determines the label. Another 15 % join two clauses of the same label with "and".
 
-**The second language ("Vemari").** Every English stem has its own made-up word (`vemari_word`: three syllables spelled
-from a hash of the stem, so nothing is shared with English but the full stop). Grammar, by rule:
+**The second language ("Vemari").** Every English stem has a made-up word (`vemari_word`: three syllables derived from a
+hash of the stem). The two languages share only the full stop. Rules of the grammar:
 
-* the verb stands last: subject, object, adverb, verb;
-* the adjective follows its noun and the determiner comes last in its phrase;
-* the object carries the case suffix "-ul", on the noun and on its adjective;
-* negation is the suffix "-ik" on the verb or the predicate adjective, which takes the place of "not" and "never";
-* there is no word for "was": the predicate adjective takes the verb's place and the suffix "-em";
-* "but" and "and" stand after the first word of the second clause, not before the clause.
+* The verb comes last: subject, object, adverb, verb.
+* The adjective follows its noun, and the determiner comes last in its phrase.
+* The object has the case suffix "-ul", on the noun and on its adjective.
+* Negation is the suffix "-ik" on the verb or the predicate adjective; there are no words for "not" and "never".
+* There is no word for "was": the predicate adjective has the suffix "-em" and the position of the verb.
+* "But" and "and" come after the first word of the second clause.
 
-A sentence and its translation therefore share label and meaning, but neither words nor word order. Everything here is
-deterministic: the same arguments give the same sentences on every machine.
+A sentence and its translation therefore have the same label and meaning, but different words and word order. The corpus
+is deterministic: the same arguments give the same sentences on every machine.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
 
 
-class Pair(NamedTuple):
-    """One sentence in both languages, with the label they share."""
+class SentencePair(NamedTuple):
+    """A sentence in both languages, and its label."""
 
     id: str
     source: str
@@ -76,7 +75,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """Determiner, noun and perhaps an attribute: "my old hotel"."""
+    """Determiner, noun and an optional attribute: "my old hotel"."""
 
     determiner: str
     noun: str
@@ -85,7 +84,7 @@ class NounPhrase:
 
 @dataclass(frozen=True)
 class Clause:
-    """What both languages are spelled from: who, did or was what, to whom, how, and whether it is negated."""
+    """The meaning of a clause, from which both languages are generated. ``item`` is the object of an action."""
 
     subject: NounPhrase
     predicate: str
@@ -96,18 +95,18 @@ class Clause:
 
     @property
     def label(self) -> str:
-        """The polarity of the predicate, turned around by a negation."""
+        """The polarity of the predicate, inverted by a negation."""
         return _FLIPPED[self.polarity] if self.negated else self.polarity
 
 
 def english_words() -> tuple[str, ...]:
-    """Every word the English grammar can use, in a fixed order."""
+    """Return every word of the English grammar, in a fixed order."""
     groups = (DETERMINERS, PEOPLE, THINGS, ATTRIBUTES, *VERBS.values(), *ADJECTIVES.values(), DEGREES, TIMES)
     return tuple(word for group in groups for word in group) + FUNCTION_WORDS
 
 
 def vemari_word(stem: str) -> str:
-    """The second language's word for an English stem: three syllables spelled from the stem's hash.
+    """Return the second language's word for an English stem: three syllables derived from the stem's hash.
 
     >>> vemari_word("soup") == vemari_word("soup")
     True
@@ -125,14 +124,14 @@ def _english_phrase(phrase: NounPhrase) -> list[str]:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One clause, or two joined by "but" or "and"; the last one carries the label."""
+    """One clause, or two joined by "but" or "and"; the last one determines the label."""
 
     clauses: tuple[Clause, ...]
     joint: str = ""
 
 
 def english(sentence: Sentence) -> str:
-    """Spell a sentence in English."""
+    """Return a sentence in English."""
     parts = []
     for clause in sentence.clauses:
         words = _english_phrase(clause.subject)
@@ -154,7 +153,7 @@ def _vemari_phrase(phrase: NounPhrase, case: str = "") -> list[str]:
 
 
 def vemari(sentence: Sentence) -> str:
-    """Spell a sentence in the second language."""
+    """Return a sentence in the second language."""
     words: list[str] = []
     for position, clause in enumerate(sentence.clauses):
         part = _vemari_phrase(clause.subject)
@@ -198,11 +197,11 @@ def _sentence(rng: random.Random, label: str) -> Sentence:
 
 
 class Corpus(NamedTuple):
-    """All parts of the embedded corpus; no sentence occurs in two of them."""
+    """The parts of the embedded corpus; no sentence occurs in two of them."""
 
-    finetune: list[Pair]
-    train: list[Pair]
-    test: list[Pair]
+    finetune: list[SentencePair]
+    train: list[SentencePair]
+    test: list[SentencePair]
     pretrain_source: list[str]
     pretrain_target: list[str]
 
@@ -215,17 +214,18 @@ def make_corpus(
     target_share: float = 0.05,
     seed: int = 0,
 ) -> Corpus:
-    """Write the corpus.
+    """Generate the corpus.
 
     Args:
-        finetune: labelled sentences of which only the English side is used, to teach the base the task.
-        train: labelled pairs for the adapters.
-        test: labelled pairs held out for the evaluation.
-        pretrain: unlabelled sentences for masked-language modelling, each in one language only.
+        finetune: labelled sentences to fine-tune the base on; only their English side is used.
+        train: labelled pairs to train the adapters on.
+        test: labelled pairs for the evaluation.
+        pretrain: unlabelled sentences for masked-language modelling, each in one language.
         target_share: share of `pretrain` that is in the second language.
         seed: seed of the grammar's choices.
 
-    The three labels are equally frequent in every labelled part (sizes that are no multiple of three differ by one).
+    The three labels are equally frequent in every labelled part; if its size is not a multiple of three, their counts
+    differ by one.
     """
     for name, size in (("finetune", finetune), ("train", train), ("test", test), ("pretrain", pretrain)):
         if size < 0:
@@ -235,19 +235,19 @@ def make_corpus(
     rng = random.Random(seed)
     seen: set[str] = set()
 
-    def pairs(prefix: str, count: int) -> list[Pair]:
-        rows: list[Pair] = []
+    def pairs(prefix: str, count: int) -> list[SentencePair]:
+        rows: list[SentencePair] = []
         while len(rows) < count:
             label = LABELS[len(rows) % len(LABELS)]
             sentence = _sentence(rng, label)
             text = english(sentence)
             if text not in seen:
                 seen.add(text)
-                rows.append(Pair(f"{prefix}-{len(rows):05d}", text, vemari(sentence), label))
+                rows.append(SentencePair(f"{prefix}-{len(rows):05d}", text, vemari(sentence), label))
         rng.shuffle(rows)
         return rows
 
-    # Test first, so that the held-out sentences stay the same when the other parts change their size.
+    # The test part comes first, so that it does not depend on the sizes of the others.
     held_out = pairs("test", test)
     labelled = pairs("train", train)
     english_only = pairs("finetune", finetune)
@@ -263,10 +263,10 @@ def make_corpus(
 
 
 def add_noise(texts: list[str], rate: float, seed: int) -> list[str]:
-    """Damage texts the way machine translation does: words get lost or come out as other words.
+    """Damage texts as machine translation does: some words are lost, some are replaced.
 
-    Each word is hit with probability `rate`; half of the hits drop it and half replace it by a word drawn from all the
-    words of `texts`, frequent ones more often. At least one word of every text stays.
+    Each word is damaged with probability `rate`: one half of the damaged words is dropped, the other half is replaced
+    with a word drawn from `texts` by its frequency. A text that would become empty is left unchanged.
     """
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"noise must be a share of words from 0 up to, but not including, 1; got {rate}")
@@ -278,10 +278,10 @@ def add_noise(texts: list[str], rate: float, seed: int) -> list[str]:
     for text in texts:
         words = []
         for word in text.split():
-            hit = rng.random()
-            if hit >= rate:
+            draw = rng.random()
+            if draw >= rate:
                 words.append(word)
-            elif hit >= rate / 2:
+            elif draw >= rate / 2:
                 words.append(rng.choice(vocabulary))
         noisy.append(" ".join(words) or text)
     return noisy

@@ -1,4 +1,4 @@
-"""What `flare demo` can be told, its defaults, and the errors for values that cannot work."""
+"""The options of `flare demo`: their defaults, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..utils.names import checked_text, folder_name
 
 
 class DemoError(UserError, ValueError):
-    """Something the user can mend: an option, a folder, a missing file. The message says how."""
+    """A wrong option, folder or file of the demo; the message says how to fix it."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Options of the demo; None means the default of the kind of run (see `EMBEDDED` and `REAL`).
+    """Options of the demo. None stands for the default of the embedded corpus (`EMBEDDED`) or of real data (`REAL`).
 
     Attributes:
         output: folder for results.json, run.json, table.md and results.png.
-        seeds: how many seeds, counted from 0.
-        model: folder or hub id of a transformers model; None takes the tiny embedded one.
-        data: folder or hub id of parallel data; None takes the embedded corpus.
+        seeds: number of seeds, counted from 0.
+        model: folder or hub id of a transformers model; None: the tiny embedded one.
+        data: folder or hub id of parallel data; None: the embedded corpus.
         source, target: languages of `data`.
         fusion: FLARE's fusion function.
-        r, alpha, epochs, batch_size, lr, max_length: of the adapters, the same for every method.
-        finetune_epochs, finetune_lr, finetune_batch_size: of the full fine-tuning on the source language.
-        noise: share of words damaged in the noisy source; 0 leaves that part out.
-        rows: use at most so many rows of every part, for a quick look.
+        r, alpha, epochs, batch_size, lr, max_length: hyper-parameters of the adapters, the same for every method.
+        finetune_epochs, finetune_lr, finetune_batch_size: for the full fine-tuning on the source language.
+        noise: share of damaged words in the noisy source; 0: no rows with a noisy source.
+        rows: use at most this many rows of every part, for a quick look.
         pretrain_steps: masked-language modelling steps of the embedded base.
-        cache_dir: where the embedded base is kept.
-        threads: CPU threads; None takes one for the embedded model, and PyTorch's choice for a real one.
-        overwrite: replace earlier results in `output` instead of keeping them beside the new ones.
+        cache_dir: folder that keeps the embedded base.
+        threads: CPU threads; None: one for the embedded model, PyTorch's choice for a real one.
+        overwrite: replace earlier results in `output` instead of moving them to a sub-folder.
         progress: show progress bars.
     """
 
@@ -64,14 +64,14 @@ class DemoSettings:
 
     @property
     def embedded(self) -> bool:
-        """Whether the demo brings its own model and data."""
+        """Whether the demo uses its own model and data."""
         return self.data is None
 
     def resolved(self) -> DemoSettings:
         """Check every value and fill in the defaults.
 
         Raises:
-            DemoError: a value that cannot work; the message names the option.
+            DemoError: a value is not accepted; the message names the option.
         """
         self._check()
         defaults: dict[str, Any] = EMBEDDED if self.embedded else REAL
@@ -92,10 +92,10 @@ class DemoSettings:
         if self.fusion not in FUSIONS:
             raise DemoError(f"--fusion must be one of {', '.join(FUSIONS)}; got {self.fusion!r}")
         if (self.model is None) != (self.data is None):
-            given, missing = ("--model", "--data") if self.data is None else ("--data", "--model")
+            present, missing = ("--model", "--data") if self.data is None else ("--data", "--model")
             raise DemoError(
-                f"{given} needs {missing} as well: a real model and real data go together. "
-                "Leave both out to run on the embedded corpus."
+                f"{present} needs {missing} as well: a real model and real data must be given together. "
+                "Omit both to run on the embedded corpus."
             )
         for name in ("source", "target"):
             if self.data is not None and getattr(self, name) is None:
@@ -105,7 +105,7 @@ class DemoSettings:
                 )
             if self.data is None and getattr(self, name) is not None:
                 raise DemoError(
-                    f"{option(name)} goes with --model and --data; the embedded corpus has one language pair"
+                    f"{option(name)} needs --model and --data; the embedded corpus has only one language pair"
                 )
         for name in ("source", "target"):
             try:
@@ -119,25 +119,25 @@ class DemoSettings:
             except UserError as error:
                 raise DemoError(str(error)) from None
         if self.data is not None and self.pretrain_steps is not None:
-            raise DemoError("--pretrain-steps is for the embedded base; leave it out with --model and --data")
+            raise DemoError("--pretrain-steps is for the embedded base; omit it with --model and --data")
         if self.data is not None and self.source == self.target:
             raise DemoError(f"--source and --target are both {self.source!r}; name two languages")
 
 
-# Adapters and task of the embedded corpus: its longest sentence has 23 tokens, its model is too small for two threads.
+# Defaults for the embedded corpus. Its longest sentence has 23 tokens; its model is too small for two threads.
 EMBEDDED = {
     "threads": 1,
     "r": 16,
     "alpha": 32,
     "epochs": 10,
     "batch_size": 32,
-    "lr": 5e-3,  # where plain LoRA does best
+    "lr": 5e-3,  # the best one for plain LoRA
     "max_length": 24,
     "finetune_epochs": 15,
     "finetune_lr": 1e-3,
     "finetune_batch_size": 32,
 }
-# The recipe for a real model on a few hundred rows.
+# Defaults for a real model on a few hundred rows.
 REAL = {
     "r": 64,
     "alpha": 128,
@@ -152,7 +152,7 @@ REAL = {
 
 
 def option(name: str) -> str:
-    """The command line's spelling of a field."""
+    """Return the command-line flag of a field."""
     assert name in {item.name for item in fields(DemoSettings)}, name
     return "--" + name.replace("_", "-")
 

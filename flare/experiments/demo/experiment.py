@@ -1,8 +1,8 @@
-"""The comparison itself: zero-shot, plain LoRA, input-level fusion and FLARE, on one base, with one recipe.
+"""The comparison of zero-shot, plain LoRA, input-level fusion and FLARE on one fine-tuned base.
 
-Every method gets the same rows, seeds, rank, learning rate, schedule, epochs, batch size, trained head, trainer and
-kernels; they differ in what they are shown. FLARE and input-level fusion see the source text as well, once as it is
-("gold") and once damaged ("noisy", in training and at test time), as a machine translation would be.
+Every method has the same rows, seeds, rank, learning rate, schedule, epochs, batch size, trained head, trainer and
+kernels. The methods differ in what they read. FLARE and input-level fusion also read the source text: once unchanged
+("gold"), and once damaged as by machine translation ("noisy", in training and at test time).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..runs.callbacks import Bar, Timing, measure_step, quiet_libraries, set_cal
 from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
 from .base_model import BaseConfig, pretrained_base
-from .corpus import LABELS, SOURCE_LANGUAGE, TARGET_LANGUAGE, Pair, add_noise, make_corpus
+from .corpus import LABELS, SOURCE_LANGUAGE, TARGET_LANGUAGE, SentencePair, add_noise, make_corpus
 from .demo_settings import DemoError, DemoSettings
 from .real_data import load_parallel
 
@@ -43,40 +43,40 @@ METHODS = ("zero-shot", "lora", "input-fusion", "flare")
 WARM_UP = 0.1
 TIMER_WARM_UP = 3
 EVAL_BATCH = 100
-# Seeds of the noise: the training and the test source of one seed must not be damaged alike.
+# Seeds of the noise. They differ, so that training and test sources are damaged differently.
 _NOISE_TRAIN, _NOISE_TEST = 1_000, 2_000
 
 
 @dataclass
-class Task:
+class DemoTask:
     """Data, tokenizer and base of a run.
 
     Attributes:
         source, target: names of the languages.
-        labels: names of the classes; a row's label is an index into them.
-        finetune: source texts and labels for the full fine-tuning.
-        train, test: pairs for the adapters and for the evaluation.
-        base: folder or hub id that `AutoModelForSequenceClassification` loads.
-        notes: lines to show and to keep with the results, such as dropped rows.
+        labels: names of the classes.
+        finetune: source texts with their labels, to fine-tune the base on.
+        train, test: pairs to train the adapters on, and to evaluate on.
+        base: folder or hub id of the base, for `AutoModelForSequenceClassification`.
+        notes: lines to print and to save with the results, such as the number of dropped rows.
     """
 
     source: str
     target: str
     labels: tuple[str, ...]
     finetune: list[tuple[str, str]]
-    train: list[Pair]
-    test: list[Pair]
+    train: list[SentencePair]
+    test: list[SentencePair]
     base: str
     tokenizer: Any
     notes: list[str]
 
 
-def embedded_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Task:
-    """The corpus and the tiny BERT that come with the demo."""
+def embedded_task(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoTask:
+    """Return the task on the embedded corpus, with the tiny BERT."""
     corpus = make_corpus()
     config = BaseConfig() if settings.pretrain_steps is None else BaseConfig(steps=settings.pretrain_steps)
     folder = pretrained_base(config, corpus, settings.cache_dir, say, settings.progress)
-    return Task(
+    return DemoTask(
         source=SOURCE_LANGUAGE,
         target=TARGET_LANGUAGE,
         labels=LABELS,
@@ -89,13 +89,13 @@ def embedded_task(settings: DemoSettings, say: Callable[[str], None] = print) ->
     )
 
 
-def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Task:
-    """A user's parallel data and model."""
+def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoTask:
+    """Return the task on the user's parallel data, with the user's model."""
     assert settings.model and settings.data and settings.source and settings.target
     data = load_parallel(settings.data, settings.source, settings.target)
     for note in data.notes:
         say(f"Data: {note}")
-    for line in ("labels of the source's training rows:", *data.table):
+    for line in ("labels of the training rows in the source language:", *data.table):
         say(line)
     try:
         model = find_model(settings.model, "--model")
@@ -103,7 +103,7 @@ def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Tas
         raise DemoError(str(error)) from error
     with library_errors(f"--model {settings.model}: its tokenizer cannot be loaded", DemoError):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    return Task(
+    return DemoTask(
         source=settings.source,
         target=settings.target,
         labels=data.labels,
@@ -117,15 +117,15 @@ def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> Tas
 
 
 class Experiment:
-    """All methods over all seeds; `rows` yields one result after the other.
+    """All methods over all seeds; `rows` yields their results.
 
     Args:
         task: data and base.
         settings: resolved settings.
-        say: takes one line of news.
+        say: prints a line for the user.
     """
 
-    def __init__(self, task: Task, settings: DemoSettings, say: Callable[[str], None] = print) -> None:
+    def __init__(self, task: DemoTask, settings: DemoSettings, say: Callable[[str], None] = print) -> None:
         self.task = task
         self.settings = settings
         self.say = say
@@ -133,23 +133,25 @@ class Experiment:
         self._label_ids = {label: index for index, label in enumerate(task.labels)}
 
     def rows(self) -> Iterable[dict[str, Any]]:
-        """Run everything; every result is a row of results.json."""
+        """Run every method with every seed, and yield the rows of results.json."""
         sources = ["gold", *(["noisy"] if self.settings.noise else [])]
         for seed in range(self.settings.seeds):
             base = self.finetuned_base(seed)
             self.source_f1.append(self._source_f1(base, seed))
-            base.to("cpu")  # a GPU's memory is for the method that is measured
-            self.say(f"Seed {seed}: fine-tuned base on {self.task.source}: macro F1 {self.source_f1[-1]:.1f}")
-            runs: list[tuple[str, str | None]] = [("zero-shot", None), ("lora", None)]
-            runs += [(method, source) for method in ("input-fusion", "flare") for source in sources]
-            for method, source in runs:
+            base.to("cpu")  # on a GPU, leave the memory to the method that is measured
+            self.say(
+                f"Seed {seed}: base fine-tuned and tested on {self.task.source}: macro F1 {self.source_f1[-1]:.1f}"
+            )
+            variants: list[tuple[str, str | None]] = [("zero-shot", None), ("lora", None)]
+            variants += [(method, source) for method in ("input-fusion", "flare") for source in sources]
+            for method, source in variants:
                 row = self.run(method, source, seed, base)
-                shown = f"{method} ({source} source)" if source else method
-                self.say(f"Seed {seed}: {shown} on {self.task.target}: macro F1 {row['macro_f1']:.1f}")
+                name = f"{method} ({source} source)" if source else method
+                self.say(f"Seed {seed}: {name} on {self.task.target}: macro F1 {row['macro_f1']:.1f}")
                 yield row
 
     def finetuned_base(self, seed: int) -> Any:
-        """The base, fully fine-tuned on the source language."""
+        """Return the base with all weights fine-tuned on the source language."""
         set_seed(seed)
         with library_errors(f"--model {self.task.base}: it cannot be loaded for classification", DemoError):
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -181,7 +183,7 @@ class Experiment:
         return trainer.model.eval()
 
     def run(self, method: str, source: str | None, seed: int, base: Any) -> dict[str, Any]:
-        """Train one method from the fine-tuned base, evaluate it on the target language, measure one more step."""
+        """Train a method from the fine-tuned base, evaluate it on the target language, and measure one more step."""
         settings = self.settings
         row: dict[str, Any] = {
             "method": method,
@@ -238,7 +240,7 @@ class Experiment:
             set_callbacks(trainer)
             return _evaluate(trainer, rows, self.task.labels)
 
-    def _rows(self, pairs: Sequence[Pair], source: str | None, noise_seed: int) -> list[dict[str, Any]]:
+    def _rows(self, pairs: Sequence[SentencePair], source: str | None, noise_seed: int) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = [
             {"input_ids": ids, "labels": self._label_ids[pair.label]}
             for ids, pair in zip(self._ids([pair.target for pair in pairs]), pairs, strict=True)
@@ -288,12 +290,12 @@ class Experiment:
 
 
 def macro_f1(predicted: torch.Tensor, truth: torch.Tensor, classes: int) -> float:
-    """Mean over the classes of F1, in percent; a class that is neither there nor predicted counts 0."""
+    """Return the mean F1 of the classes in percent; a class that neither occurs nor is predicted counts as 0."""
     scores = []
     for index in range(classes):
-        hit = ((predicted == index) & (truth == index)).sum().item()
-        marked = (predicted == index).sum().item() + (truth == index).sum().item()
-        scores.append(2 * hit / marked if marked else 0.0)
+        correct = ((predicted == index) & (truth == index)).sum().item()
+        total = (predicted == index).sum().item() + (truth == index).sum().item()
+        scores.append(2 * correct / total if total else 0.0)
     return 100 * sum(scores) / classes
 
 

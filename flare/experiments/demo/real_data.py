@@ -1,10 +1,9 @@
-"""Parallel data from a folder or the Hugging Face hub, as the demo wants them.
+"""Parallel data for the demo, from a folder or the Hugging Face hub.
 
-A folder has one sub-folder per language, each with a train and a test split of the columns id, text and label (the
-layout of NusaX-Senti; `..tasks.files` has the details). From the hub, `datasets.load_dataset(id, language)` must
-give the same splits and columns; there languages are named as the data set's configurations are (NusaX-Senti: "eng",
-"ace"). Rows of two languages belong together where they have the same id; what has no counterpart is dropped and
-counted.
+A folder has one sub-folder per language, each with a train and a test split with the columns id, text and label (the
+layout of NusaX-Senti; see `..tasks.files`). On the hub, `datasets.load_dataset(id, language)` must return the same
+splits and columns; the languages are the names of the data set's configurations (NusaX-Senti: "eng", "ace"). Rows of
+two languages are paired by id. Rows without a counterpart are dropped and counted.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from ..tasks.alignment import match
 from ..tasks.examples import POSITION_PREFIX
 from ..tasks.label_inference import inferred_labels, label_table
 from ..utils.errors import UserError
-from .corpus import Pair
+from .corpus import SentencePair
 from .demo_settings import DemoError
 
 _TASK = get_task("classification")
 
 
-class Row(NamedTuple):
-    """One labelled text of one language."""
+class LabelledText(NamedTuple):
+    """A labelled text in one language."""
 
     id: str
     text: str
@@ -34,40 +33,40 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelData:
-    """Source rows for fine-tuning, pairs for the adapters and for the evaluation, and what was dropped on the way."""
+    """Source rows for fine-tuning, pairs for training and evaluation, and notes on what was dropped."""
 
     labels: tuple[str, ...]
-    finetune: list[Row]
-    train: list[Pair]
-    test: list[Pair]
+    finetune: list[LabelledText]
+    train: list[SentencePair]
+    test: list[SentencePair]
     notes: list[str]
-    table: list[str]  # labels and their counts
+    table: list[str]  # lines with labels and their counts
 
 
 def load_parallel(data: str, source: str, target: str) -> ParallelData:
-    """Read and align two languages.
+    """Read and pair the rows of two languages.
 
     Args:
-        data: a folder (see the module) or a hub id.
-        source: the language the base is fine-tuned on.
-        target: the language the adapters are for.
+        data: a folder (see the module's docstring) or a hub id.
+        source: language that the base is fine-tuned on.
+        target: language that the adapters are trained for.
 
     Raises:
-        DemoError: data, a language, a split or a column is missing, or nothing aligns.
+        DemoError: the data, a language, a split or a column is missing, or no rows can be paired.
     """
     notes: list[str] = []
-    splits: dict[str, list[Pair]] = {}
-    finetune: list[Row] = []
+    splits: dict[str, list[SentencePair]] = {}
+    finetune: list[LabelledText] = []
     for split in ("train", "test"):
         source_rows, target_rows = _read(data, source, split), _read(data, target, split)
         if split == "train":
             finetune = source_rows
-        splits[split], news = align(source_rows, target_rows, source, target, split)
-        notes += news
+        splits[split], dropped = align(source_rows, target_rows, source, target, split)
+        notes += dropped
         if not splits[split]:
             raise DemoError(
                 f"--data {data}: no id of {split} occurs in both {source} ({len(source_rows)} rows) and {target} "
-                f"({len(target_rows)} rows); rows belong together by their id column"
+                f"({len(target_rows)} rows); rows are paired by their id column"
             )
     try:
         counts = inferred_labels(
@@ -85,39 +84,43 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
 
 
 def _without_options(error: UserError) -> str:
-    """Return an error's text; where it advises options that other commands have, say that this one has them not."""
-    named = [name for name in ("--text-columns", "--label-column", "--labels") if name in str(error)]
-    if not named:
+    """Return an error's text. If it advises options that the demo does not have, add a remark."""
+    options = [name for name in ("--text-columns", "--label-column", "--labels") if name in str(error)]
+    if not options:
         return str(error)
-    return f"{error} ({' and '.join(named)}: options of flare finetune and train, which the demo does not have)"
+    return f"{error} ({' and '.join(options)}: options of flare finetune and train, which the demo does not have)"
 
 
 def align(
-    source_rows: list[Row], target_rows: list[Row], source: str = "source", target: str = "target", split: str = "rows"
-) -> tuple[list[Pair], list[str]]:
-    """Pair rows by id, in the target's order; return the pairs and a line for every kind of row that was dropped.
+    source_rows: list[LabelledText],
+    target_rows: list[LabelledText],
+    source: str = "source",
+    target: str = "target",
+    split: str = "rows",
+) -> tuple[list[SentencePair], list[str]]:
+    """Pair rows by id, in the target's order; return the pairs and one line per reason for dropping rows.
 
-    Dropped: ids without a counterpart, ids that occur twice in a language (which text belongs to which is unknown),
-    pairs whose labels differ, and pairs with an empty text.
+    Dropped are ids without a counterpart, ids that occur twice in a language (their texts cannot be assigned), pairs
+    whose labels differ, and pairs with an empty text.
     """
-    pairs, drops = match(_examples(target_rows), _examples(source_rows), target, source, split)
-    made = [
-        Pair(pair.target.id, pair.source.texts["text"], pair.target.texts["text"], pair.target.label or "")
-        for pair in pairs
+    matched, drops = match(_examples(target_rows), _examples(source_rows), target, source, split)
+    pairs = [
+        SentencePair(pair.target.id, pair.source.texts["text"], pair.target.texts["text"], pair.target.label or "")
+        for pair in matched
         if pair.source is not None
     ]
-    return made, [drop.text for drop in drops]
+    return pairs, [drop.text for drop in drops]
 
 
-def _examples(rows: Sequence[Row]) -> list[Example]:
+def _examples(rows: Sequence[LabelledText]) -> list[Example]:
     return [Example(row.id, {"text": row.text}, row.label) for row in rows]
 
 
-def _read(data: str, language: str, split: str) -> list[Row]:
+def _read(data: str, language: str, split: str) -> list[LabelledText]:
     try:
-        found = read_split(_TASK, data, language, split)
+        examples = read_split(_TASK, data, language, split)
     except UserError as error:
         raise DemoError(_without_options(error)) from error
-    if found[0].id.startswith(POSITION_PREFIX):
-        raise DemoError(f"--data {data}: {language}/{split} has no column id, by which rows belong together")
-    return [Row(row.id, row.texts["text"], row.label or "") for row in found]
+    if examples[0].id.startswith(POSITION_PREFIX):
+        raise DemoError(f"--data {data}: {language}/{split} has no column id, which rows are paired by")
+    return [LabelledText(row.id, row.texts["text"], row.label or "") for row in examples]

@@ -1,4 +1,4 @@
-"""What a demo run leaves behind: results.json, run.json, a table (on the screen and as Markdown) and a picture."""
+"""The output of a demo run: results.json, run.json, a table (printed and as Markdown) and a figure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..utils.escape import markdown
 from ..utils.result_folders import check_writable, move_earlier
 from .demo_settings import DemoError
 
-RESULTS, RUN, TABLE, PICTURE = "results.json", "run.json", "table.md", "results.png"
-FILES = (RESULTS, RUN, TABLE, PICTURE)
+RESULTS, RUN, TABLE, FIGURE = "results.json", "run.json", "table.md", "results.png"
+FILES = (RESULTS, RUN, TABLE, FIGURE)
 _NAMES = {"zero-shot": "zero-shot", "lora": "LoRA", "input-fusion": "input-level fusion", "flare": "FLARE"}
 _COLORS = {"zero-shot": "#9a9a9a", "lora": "#5b8db8", "input-fusion": "#e0a030", "flare": "#b8403a"}
 
@@ -22,10 +22,10 @@ _COLORS = {"zero-shot": "#9a9a9a", "lora": "#5b8db8", "input-fusion": "#e0a030",
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the output folder and see whether it can be written to.
+    """Create the output folder and check that it is writable.
 
     Raises:
-        DemoError: it cannot.
+        DemoError: the folder cannot be created or written to.
     """
     try:
         check_writable(folder)
@@ -33,22 +33,22 @@ def prepare_folder(folder: Path) -> None:
         raise DemoError(f"--output {folder}: cannot be written to ({error}); name another folder") from error
 
 
-def make_room(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None:
-    """Move results that are there already to `earlier-N` in the folder, or drop them if told to."""
-    there = [folder / name for name in FILES if (folder / name).exists()]
-    if overwrite or not there:
-        for path in there:
+def move_earlier_results(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None:
+    """Move the results in a folder to its sub-folder `earlier-N`, or delete them if `overwrite`."""
+    existing = [folder / name for name in FILES if (folder / name).exists()]
+    if overwrite or not existing:
+        for path in existing:
             path.unlink()
         return
-    earlier = move_earlier(there, folder)
-    say(f"Output: {folder} held results already; they are kept in {earlier} (--overwrite drops them)")
+    earlier = move_earlier(existing, folder)
+    say(f"Output: the earlier results in {folder} were moved to {earlier} (--overwrite deletes them)")
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per method and source: mean and standard deviation of macro F1 over the seeds, medians of the costs."""
+    """Return one entry per method and source: mean and standard deviation of macro F1, and medians of the costs."""
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row.get("source")), []).append(row)
@@ -64,8 +64,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "spread": statistics.stdev(scores) if len(scores) > 1 else None,
         }
         for cost in ("seconds_per_step", "peak_bytes", "saved_bytes"):
-            known = [row[cost] for row in members if row[cost] is not None]
-            line[cost] = statistics.median(known) if known else None
+            values = [row[cost] for row in members if row[cost] is not None]
+            line[cost] = statistics.median(values) if values else None
         lines.append(line)
     return sorted(lines, key=lambda line: (line["source"] == "noisy", list(_NAMES).index(line["method"])))
 
@@ -97,7 +97,7 @@ def _mebibytes(count: float | None) -> str:
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table for the screen."""
+    """Return the table as plain text."""
     cells = [_HEAD, *_cells(summarize(rows))]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_HEAD))]
 
@@ -110,20 +110,24 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table for a README."""
+    """Return the table in Markdown."""
     body = ["| " + " | ".join(map(markdown, line)) + " |" for line in (_HEAD, *_cells(summarize(rows)))]
     return "\n".join([body[0], "|---|---|---:|---:|---:|---:|", *body[1:]])
 
 
-def legend(information: dict[str, Any]) -> str:
-    """What the table shows, in three or four lines."""
-    settings, languages, sizes = information["settings"], information["languages"], information["sizes"]
-    count = len(information["seeds"])
+def legend(run_info: dict[str, Any]) -> str:
+    """Return the caption of the table: what it shows, and which rows may be compared."""
+    settings, languages, sizes = run_info["settings"], run_info["languages"], run_info["sizes"]
+    source, target = languages["source"], languages["target"]
+    count = len(run_info["seeds"])
     over = f"mean ± standard deviation over {count} seeds" if count > 1 else "one seed"
-    base = statistics.fmean(information["source_macro_f1"])
+    base = statistics.fmean(run_info["source_macro_f1"])
     lines = [
-        f"Macro F1 in percent on {sizes['test']} held-out {languages['target']} sentences, {over}. "
-        f"The same base on {languages['source']}: {base:.1f}.",
+        f"Macro F1 in percent on {sizes['test']} held-out {target} sentences, {over}.",
+        f'Compare rows with the same source. Rows with the source "-" read only the {target} text at prediction time; '
+        f"the other rows also read the {source} text of the same sentence.",
+        f"All rows start from the same base, fine-tuned on {source}, with the same seeds. Given the {source} text "
+        f"alone, this base reaches {base:.1f}.",
         f"Adapters: r={settings['r']}, alpha={settings['alpha']:g}, {settings['epochs']} epochs over "
         f"{sizes['train']} rows, batch {settings['batch_size']}, lr {settings['lr']:g}, texts padded to "
         f"{settings['max_length']} tokens "
@@ -131,11 +135,11 @@ def legend(information: dict[str, Any]) -> str:
     ]
     if settings["noise"]:
         lines.append(
-            f"Source: gold as it is; noisy with {100 * settings['noise']:g} % of its words dropped or replaced, in "
-            "training and at test time."
+            f"Source: gold is the unchanged {source} text; in a noisy source, {100 * settings['noise']:g} % of the "
+            "words are dropped or replaced, in training and at prediction time."
         )
     lines.append(
-        "Peak memory: tensors alive at one time in a training step, weights included. "
+        "Peak memory: the most bytes of live tensors during a training step, weights included. "
         "Saved for backward: activations that autograd keeps."
     )
     return "\n".join(lines)
@@ -144,33 +148,31 @@ def legend(information: dict[str, Any]) -> str:
 # --- end of a run -----------------------------------------------------------------------------------------------------
 
 
-def finish(
-    folder: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any], say: Callable[[str], None]
-) -> None:
-    """Write every file of a finished run and show the table."""
+def finish(folder: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Write the files of a finished run and print the table."""
     write_json(folder / RESULTS, list(rows))
-    write_json(folder / RUN, information)
-    languages = [markdown(information["languages"][which]) for which in ("source", "target")]
+    write_json(folder / RUN, run_info)
+    languages = [markdown(run_info["languages"][which]) for which in ("source", "target")]
     heading = f"# flare demo: {' to '.join(languages)}"
-    note = "\n\n".join(map(markdown, legend(information).splitlines()))
+    note = "\n\n".join(map(markdown, legend(run_info).splitlines()))
     with replacing(folder / TABLE) as file:
         file.write(f"{heading}\n\n{markdown_table(rows)}\n\n{note}\n")
     say("")
     say(text_table(rows))
     say("")
-    say(legend(information))
+    say(legend(run_info))
     say("")
     try:
-        draw(folder / PICTURE, rows, information)
+        draw(folder / FIGURE, rows, run_info)
         written: Sequence[str] = FILES
     except ImportError:
-        say("No picture: matplotlib is not installed. To get one: pip install 'flare-kernels[experiments]'")
+        say("No figure: matplotlib is not installed. Install it with: pip install 'flare-kernels[experiments]'")
         written = FILES[:-1]
-    say(f"Written to {folder}: {', '.join(written)} ({information['duration_s']:.0f} s)")
+    say(f"Written to {folder}: {', '.join(written)} ({run_info['duration_s']:.0f} s)")
 
 
-def draw(path: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any]) -> None:
-    """Draw quality and costs side by side.
+def draw(path: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any]) -> None:
+    """Draw a figure of quality and costs.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -204,10 +206,10 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any]
         quality.text(
             max(line["mean"], *line["scores"]) + 1.8, index, f"{line['mean']:.1f}", va="center", fontsize=9, bbox=patch
         )
-    base = statistics.fmean(information["source_macro_f1"])
+    base = statistics.fmean(run_info["source_macro_f1"])
     quality.axvline(base, color="black", linewidth=0.9, linestyle=":")
     quality.annotate(
-        f"base on {information['languages']['source']}: {base:.1f}",
+        f"base on {run_info['languages']['source']}: {base:.1f}",
         (base, -0.62),
         xytext=(-4, 0),
         textcoords="offset points",
@@ -220,7 +222,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any]
     quality.set_xlim(0, 112)
     quality.set_xticks(range(0, 101, 20))
     quality.set_xlabel("macro F1 (%)   bar: mean, dots: seeds")
-    quality.set_title(f"Quality on {information['languages']['target']}", fontsize=11, loc="left")
+    quality.set_title(f"Quality on {run_info['languages']['target']}", fontsize=11, loc="left")
     costs = (
         ("seconds_per_step", 1e3, "ms per training step (median)"),
         ("peak_bytes", 2.0**-20, "peak live tensors (MiB)"),
@@ -241,16 +243,16 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], information: dict[str, Any]
         axes.set_title(title, fontsize=9, loc="left")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    settings, count = information["settings"], len(information["seeds"])
+    settings, count = run_info["settings"], len(run_info["seeds"])
     figure.suptitle(
-        f"{information['languages']['source']} → {information['languages']['target']}: r={settings['r']}, "
-        f"{settings['epochs']} epochs, {count} seed{'s' if count > 1 else ''}, {information['environment']['device']}",
+        f"{run_info['languages']['source']} → {run_info['languages']['target']}: r={settings['r']}, "
+        f"{settings['epochs']} epochs, {count} seed{'s' if count > 1 else ''}, {run_info['environment']['device']}",
         fontsize=11,
     )
-    for text in figure.findobj(Text):  # a dollar sign in a language's name is one
+    for text in figure.findobj(Text):  # show dollar signs in names of languages as they are
         text.set_parse_math(False)
     figure.savefig(path, dpi=130)
 
 
 def _label(line: dict[str, Any]) -> str:
-    return _NAMES[line["method"]] + (f"\n{line['source']} source" if line["source"] else "")
+    return _NAMES[line["method"]] + f"\n{line['source'] or 'no'} source"

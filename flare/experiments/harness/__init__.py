@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a FLARE adapter. Importing this package registers the model ``flare`` with ``lm_eval``."""
+"""Evaluate FLARE adapters with lm-evaluation-harness. Importing this package registers the model ``flare``."""
 
 try:
     import lm_eval  # noqa: F401

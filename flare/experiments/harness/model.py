@@ -1,4 +1,4 @@
-"""FlareLM: lm-evaluation-harness' HFLM, whose requests carry their source text to a fusing adapter."""
+"""FlareLM: the HFLM of lm-evaluation-harness, with the source text of every request for a fusing adapter."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from ...training.collator import FlareDataCollator
 from ...tuner.config import FlareConfig
 from ..utils.errors import UserError
 from ..utils.progress import counter
-from .sources import Sources
+from .source_prompts import SourcePrompts
 
-logger = logging.getLogger("lm_eval.models.flare")  # shown as lm_eval shows its own
+logger = logging.getLogger("lm_eval.models.flare")  # a child of lm_eval's logger
 _IGNORED = -100
 _SOURCE = ("source_input_ids", "source_attention_mask")
 
 
 class _Prompt(str):
-    """A prompt that carries its source through HFLM's sorting and batching."""
+    """A prompt with its source as an attribute, which survives HFLM's sorting and batching."""
 
     source: str
 
 
 @register_model("flare")
 class FlareLM(HFLM):  # type: ignore[misc]
-    """A causal language model with a FLARE adapter, as lm-evaluation-harness' model ``flare``.
+    """A causal language model with a FLARE adapter: the model ``flare`` of lm-evaluation-harness.
 
     With an adapter that fuses, every request is scored or continued with its source (see
-    :class:`.sources.Sources`), both texts laid out as :class:`flare.FlareDataCollator` does for training:
-    prompts padded on the left, continuations on the right. A continuation that is scored stands in the source too,
-    translated where it is a text of the document. Without an adapter, with one that does not fuse, or with
-    ``no_source``, this is HFLM.
+    :class:`.source_prompts.SourcePrompts`). Both texts have the layout of :class:`flare.FlareDataCollator` in training:
+    prompts are padded on the left, continuations on the right. A scored continuation is appended to the source too; if
+    it is a text of the document, its source is. Without an adapter, with one that does not fuse, or with
+    ``no_source``, this class behaves as HFLM.
 
     Args:
         pretrained: folder or hub id of the base model, or a loaded model (also a ``PeftModel``).
         peft: folder or hub id of the adapter.
-        source_file, source_columns, doc_to_source, source_id: as ``file``, ``columns`` (a list, or names joined by
-            "+"), ``template`` and ``id_column`` of :class:`.sources.Sources`.
-        no_source: run an adapter that fuses as plain LoRA, which predicts worse than it was trained to.
-        **kwargs: HFLM's: ``dtype``, ``device``, ``batch_size``, ``max_length``, ...
+        source_file, source_columns, doc_to_source, source_id: the arguments ``file``, ``columns`` (a list, or names
+            joined by "+"), ``template`` and ``id_column`` of :class:`.source_prompts.SourcePrompts`.
+        no_source: run a fusing adapter as plain LoRA, which predicts worse than with a source.
+        **kwargs: arguments of HFLM: ``dtype``, ``device``, ``batch_size``, ``max_length``, ...
 
     Raises:
-        UserError: options that exclude each other, or an adapter that this class cannot evaluate.
+        UserError: options exclude each other, or this class cannot evaluate the adapter.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class FlareLM(HFLM):  # type: ignore[misc]
         if no_source and given:
             raise UserError(f"no_source=True and {', '.join(given)} exclude each other; leave one out")
         columns = source_columns.split("+") if isinstance(source_columns, str) else source_columns
-        sources = None if no_source else Sources(source_file, columns, doc_to_source, source_id)
-        self.sources: Sources | None = None
+        sources = None if no_source else SourcePrompts(source_file, columns, doc_to_source, source_id)
+        self.sources: SourcePrompts | None = None
         self._source_batch: dict[str, Tensor] = {}
         super().__init__(pretrained, peft=peft, **kwargs)
         fuses = self._fuses()
@@ -78,13 +78,13 @@ class FlareLM(HFLM):  # type: ignore[misc]
             self.sources = sources
             if not isinstance(self.batch_size, int):
                 raise UserError(
-                    f"batch_size={self.batch_size}: lm_eval would measure batches without a source; give a number"
+                    f"batch_size={self.batch_size}: lm_eval measures the batch size without a source; give a number"
                 )
         elif given:
-            logger.warning("%s: not read, the model has no adapter that fuses two texts", ", ".join(given))
+            logger.warning("%s: not read, because the model has no adapter that fuses two texts", ", ".join(given))
 
     def _fuses(self) -> bool:
-        """Whether an active adapter fuses. Raises UserError for one that reads something else than a source text."""
+        """Return whether an active adapter fuses. Raise UserError for adapters that this class cannot evaluate."""
         configs = getattr(self.model, "peft_config", None) or {}
         active = [configs[name] for name in getattr(self.model, "active_adapters", ()) if name in configs]
         if any(config.peft_type == X_MIXUP for config in active):
@@ -96,29 +96,32 @@ class FlareLM(HFLM):  # type: ignore[misc]
                 "flare evaluate or flare predict"
             )
         if fusing and self.backend != "causal":
-            raise UserError("peft: only adapters of decoders can be evaluated with a source; use flare evaluate")
+            raise UserError("peft: only decoders can be evaluated with a source; use flare evaluate")
         return bool(fusing)
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return log-likelihood and whether greedy search would write it, for each (context, continuation)."""
+        """Return the log-likelihood of each continuation, and whether greedy decoding would generate it."""
         if self.sources is None:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
         rows = [self._row(request.args, self.sources.of(request)) for request in requests]
-        self._say_cut(rows, self.max_length)
-        groups = sorted(self._alike(rows), key=lambda group: -len(rows[group[0]]["input_ids"]))
+        self._warn_if_cut(rows, self.max_length)
+        groups = sorted(self._equal_inputs(rows), key=lambda group: -len(rows[group[0]]["input_ids"]))
         scores: dict[int, tuple[float, bool]] = {}
         with counter(None if disable_tqdm or self.rank else "log-likelihoods", len(rows), "request") as bar:
             for begin in range(0, len(groups), self.batch_size):
                 part = groups[begin : begin + self.batch_size]
-                found = self._scores([[rows[index] for index in group] for group in part])
-                scores |= zip([index for group in part for index in group], found, strict=True)
+                values = self._scores([[rows[index] for index in group] for group in part])
+                scores |= zip([index for group in part for index in group], values, strict=True)
                 bar.update(sum(map(len, part)))
         return [scores[index] for index in range(len(rows))]
 
-    def _alike(self, rows: list[dict[str, list[int]]]) -> list[list[int]]:
-        """Indices of rows that share a forward: equal but for an answer of one token, which no logits depend on."""
+    def _equal_inputs(self, rows: list[dict[str, list[int]]]) -> list[list[int]]:
+        """Group the indices of rows that share a forward pass: equal except for an answer of one token.
+
+        No logit that is used depends on such an answer.
+        """
         groups: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):
             key: Any = index
@@ -136,7 +139,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return row
 
     def _token_ids(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, as HFLM has them."""
+        """Return the token ids of both texts, as HFLM computes them."""
         if context:
             prompt, answer = self._encode_pair(context, continuation)
             return prompt, answer
@@ -146,35 +149,35 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return [self.prefix_token_id], answer
 
     def _scores(self, groups: list[list[dict[str, list[int]]]]) -> list[tuple[float, bool]]:
-        """Scores of all rows, group after group, from one forward of each group's first row."""
+        """Return the scores of all rows, group by group, from one forward pass of each group's first row."""
         batch = self._collator(self.max_length)([group[0] for group in groups]).to(self.device)
-        begin = int((batch.pop("labels") != _IGNORED).any(dim=0).nonzero()[0])  # of the answers: one index for all rows
+        start = int((batch.pop("labels") != _IGNORED).any(dim=0).nonzero()[0])  # all answers start at one index
         half = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, half, enabled=half is not None):
-            logits = self.model(**batch).logits[:, begin - 1 : -1]
-        found = []
+            logits = self.model(**batch).logits[:, start - 1 : -1]
+        scores = []
         for logs, group in zip(F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype), groups, strict=True):
             for row in group:
                 answer = torch.tensor(_answer(row["labels"]), device=self.device)
-                own = logs[: len(answer)]
-                score = own.gather(1, answer.unsqueeze(-1)).sum()
-                found.append((float(score), bool((own.argmax(dim=-1) == answer).all())))
-        return found
+                answer_logs = logs[: len(answer)]
+                score = answer_logs.gather(1, answer.unsqueeze(-1)).sum()
+                scores.append((float(score), bool((answer_logs.argmax(dim=-1) == answer).all())))
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """HFLM's. Raises UserError with a source, which has no counterpart for the windows of a text."""
+        """Call HFLM without a source. Raise UserError with one, because the windows of a text have no source."""
         if self.sources is not None:
             tasks = sorted({str(request.task_name) for request in requests})
             raise UserError(
                 f"task {', '.join(tasks)}: perplexity of running text (loglikelihood_rolling) is not defined with a "
-                "source, whose text does not follow the windows; no_source=True measures the adapter as plain LoRA"
+                "source, because the source has no such windows; no_source=True measures the adapter as plain LoRA"
             )
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text that the model writes behind each context, with its source where there is one."""
+        """Return the generated text after each context, with the context's source if sources are read."""
         if self.sources is not None:
             requests = [self._with_source(request) for request in requests]
         return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
@@ -192,7 +195,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """HFLM's. With a source, both prompts are laid out together; the source's waits for ``_model_generate``."""
+        """Encode a batch as HFLM does. With sources, pad both prompts together and keep the source for generation."""
         if self.sources is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)  # type: ignore[no-any-return]
         rows = [
@@ -200,7 +203,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
             for one in strings
         ]
         limit = left_truncate_len or self.max_length
-        self._say_cut(rows, limit)
+        self._warn_if_cut(rows, limit)
         batch = self._collator(limit)(rows)
         self._source_batch = {name: batch[name].to(self.device) for name in _SOURCE}
         return batch["input_ids"], batch["attention_mask"]
@@ -209,21 +212,21 @@ class FlareLM(HFLM):  # type: ignore[misc]
         source, self._source_batch = self._source_batch, {}
         return super()._model_generate(context, max_length, stop, **generation_kwargs, **source)  # type: ignore[no-any-return]
 
-    # --- both ---------------------------------------------------------------------------------------------------------
+    # --- scoring and generation ---------------------------------------------------------------------------------------
 
     def _collator(self, max_length: int) -> FlareDataCollator:
         return FlareDataCollator(self.tokenizer, layout="causal", max_length=max_length, truncation=True)
 
-    def _say_cut(self, rows: Sequence[dict[str, list[int]]], limit: int) -> None:
+    def _warn_if_cut(self, rows: Sequence[dict[str, list[int]]], limit: int) -> None:
         cut = sum(max(len(row["input_ids"]), len(row["source_input_ids"])) > limit for row in rows)
         if cut:
             logger.warning("%d of %d prompts or their sources are cut on the left to %d tokens", cut, len(rows), limit)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """HFLM's. Raises UserError with a source."""
+        """Call HFLM without a source. Raise UserError with one."""
         if self.sources is not None:
             raise UserError(
-                "--use_cache keeps answers by the text alone and would return those of another source; leave it out"
+                "--use_cache stores answers by the text only and would return those of another source; leave it out"
             )
         super().set_cache_hook(cache_hook)
 

@@ -1,1 +1,1 @@
-"""Using a trained adapter: from a text, with its source or a translation of it, to a prediction."""
+"""Predict with a trained adapter, from texts and their source texts or translations."""

@@ -1,4 +1,4 @@
-"""From the folder of a run, or of any saved adapter, to a model that predicts."""
+"""Load the folder of a run, or of any saved adapter, into a model that predicts."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from ..runs.trained_adapter import ADAPTER, base_of_run, batch_and_autocast, to_
 from ..tasks import JoinedForm, Task, get_task
 from ..translation.model import resolve_device
 from ..utils.errors import UserError
-from .plain import CONFIG_FILE, record_of
 from .predict_settings import PipelineSettings
+from .saved_adapter import CONFIG_FILE, record_of
 
 _ADVICE = "Train it again, or name another --adapter or --base"
-_RUNS_OWN = ("task", "labels", "method", "prompt")
+#: Options that the run.json of an adapter answers.
+_SAVED_IN_RUN = ("task", "labels", "method", "prompt")
 
 
 @dataclass
-class Trained:
+class TrainedAdapter:
     """A trained adapter on its base, ready to predict.
 
-    task: with its labels.
-    record: of the run, or what is known of an adapter that is not a run's.
-    folder: of the adapter.
-    base: folder or hub id.
-    reads: what it reads of a source: "text", "states" (FLARE MT) or "nothing".
-    batch_size, autocast: as `flare evaluate` has them.
-    notes: what a user should know.
+    Attributes:
+        task: the task, with its labels.
+        record: record of the run; for an adapter that is not a run's, what its folder and the options say.
+        folder: folder of the adapter.
+        base: folder or hub id of the base.
+        reads: what it reads of a source: "text", "states" (FLARE MT) or "nothing".
+        batch_size, autocast: the same as in `flare evaluate`.
+        notes: lines for the user.
     """
 
     task: Task
@@ -52,20 +54,20 @@ class Trained:
     notes: list[str]
 
 
-def load_trained(settings: PipelineSettings) -> Trained:
+def load_trained(settings: PipelineSettings) -> TrainedAdapter:
     """Load the adapter that the settings name.
 
     Raises:
-        UserError: there is none, its run is not finished, something about it is not known, or it cannot be loaded.
+        UserError: there is no adapter, its run is not finished, information is missing, or it cannot be loaded.
     """
     record, folder, base, notes = _described(settings)
     device = resolve_device(settings.device)
-    wanted = EvaluateSettings(
+    evaluate = EvaluateSettings(
         max_length=settings.max_length, padding=settings.padding, quantization=settings.quantization
     )
     try:
         task = _task_of(record, settings)
-        setup = prepare(with_run_settings(wanted, record), task, base)
+        setup = prepare(with_run_settings(evaluate, record), task, base)
     except UserError as error:
         raise UserError(
             f"{error} (--base names the base model of {folder})" if settings.base is None else error
@@ -74,22 +76,21 @@ def load_trained(settings: PipelineSettings) -> Trained:
     if isinstance(setup.form, JoinedForm) and record.settings.get("prompt") not in (None, setup.form.prompt):
         raise UserError(
             f"{folder}: this input-fusion adapter was trained on other prompts ({record.settings['prompt']}) than "
-            f"{setup.form.prompt!r}; train it anew"
+            f"{setup.form.prompt!r}; train it again"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(record.seed)  # what a base lacks is drawn as it was for the training
+        torch.default_generator.manual_seed(record.seed)  # weights that the base lacks are drawn as for the training
         model, collate = load(record, setup, folder, _ADVICE)
     model = to_device(model, setup, device).eval()
     batch, half = batch_and_autocast(record, setup, settings.batch_size, device)
     latent = None
     if record.method == "flare-mt":
-        there = record.settings
-        language = settings.mt_language or there.get("mt_language")
-        name = settings.mt_model or there["mt_model"]
+        language = settings.mt_language or record.settings.get("mt_language")
+        name = settings.mt_model or record.settings["mt_model"]
         latent = latent_encoder(name, str(record.target_language), language, setup.max_length, device)
-        if latent.latent_dim != (needed := model.peft_config["default"].latent_dim):
+        if latent.latent_dim != (width := model.peft_config["default"].latent_dim):
             raise UserError(
-                f"--mt-model {name}: its states are {latent.latent_dim} wide, and the adapter was trained on {needed}"
+                f"--mt-model {name}: its states have width {latent.latent_dim}, and the adapter was trained on {width}"
             )
     reads = "nothing"
     if latent is not None:
@@ -97,38 +98,38 @@ def load_trained(settings: PipelineSettings) -> Trained:
     elif record.method in READS_SOURCE and not record.settings.get("train_only_fusion"):
         reads = "text"
     notes += setup.model_notes
-    return Trained(task, record, folder, base, setup, model, collate, reads, batch, half, latent, notes)
+    return TrainedAdapter(task, record, folder, base, setup, model, collate, reads, batch, half, latent, notes)
 
 
 def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[str]]:
-    """What is known of the adapter, its folder, its base, and notes."""
+    """Return the record of the adapter, its folder, its base, and notes."""
     assert settings.adapter is not None
     folder = Path(settings.adapter).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--adapter {settings.adapter}: no such folder (an adapter of the hub is downloaded first)")
+        raise UserError(f"--adapter {settings.adapter}: no such folder (download an adapter from the hub first)")
     run = folder.parent if folder.name == ADAPTER and (folder.parent / RUN_FILE).is_file() else folder
     if not (run / RUN_FILE).is_file():
         if (folder / CONFIG_FILE).is_file():
             record, notes = record_of(folder, settings)
             return record, folder, record.base, notes
-        inside = [str(one.folder) for one in find_runs(folder) if one.record.kind == "train"]
+        runs = [str(one.folder) for one in find_runs(folder) if one.record.kind == "train"]
         raise UserError(
             f"--adapter {settings.adapter} holds neither {RUN_FILE} nor {CONFIG_FILE}; "
-            + (f"name one of the runs in it: {', '.join(inside[:5])}" if inside else "name a run or a saved adapter")
+            + (f"name one of the runs in it: {', '.join(runs[:5])}" if runs else "name a run or a saved adapter")
         )
     record = read_record(run)
     if record.kind != "train":
-        raise UserError(f"--adapter {run}: this is a run of flare {record.kind}, which has no adapter")
-    if what := diverged(read_run(run)):
+        raise UserError(f"--adapter {run}: this is a run of flare {record.kind}, which saves no adapter")
+    if reason := diverged(read_run(run)):
         raise UserError(
-            f"--adapter {run}: its training diverged ({what}); train it again: flare train --no-resume with a "
+            f"--adapter {run}: its training diverged ({reason}); train it again: flare train --no-resume with a "
             "smaller --lr"
         )
     if not record.done:
-        raise UserError(f"--adapter {run}: its training is not finished; run flare train again, it goes on")
-    given = [f"--{name}" for name in _RUNS_OWN if getattr(settings, name) is not None]
-    if given:
-        raise UserError(f"{', '.join(given)}: {run / RUN_FILE} says this of the adapter; leave it out")
+        raise UserError(f"--adapter {run}: its training is not finished; repeat flare train to resume it")
+    flags = [f"--{name}" for name in _SAVED_IN_RUN if getattr(settings, name) is not None]
+    if flags:
+        raise UserError(f"{', '.join(flags)}: this is saved in {run / RUN_FILE}; leave it out")
     base = settings.base or base_of_run(record, (run / ".." / ".." / "..").resolve()).model
     record = replace(record, target_language=settings.target or record.target_language)
     if settings.source is not None:
@@ -137,12 +138,12 @@ def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[s
 
 
 def _task_of(record: RunRecord, settings: PipelineSettings) -> Task:
-    there = record.settings
+    saved = record.settings
     return get_task(
         record.task,
-        text_columns=there.get("text_columns"),
-        label_column=there.get("label_column") if there.get("labels") else None,
-        labels=there.get("labels"),
+        text_columns=saved.get("text_columns"),
+        label_column=saved.get("label_column") if saved.get("labels") else None,
+        labels=saved.get("labels"),
         prompt=settings.prompt,
-        max_length=settings.max_length or there.get("max_length"),
+        max_length=settings.max_length or saved.get("max_length"),
     )

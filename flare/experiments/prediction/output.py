@@ -1,4 +1,4 @@
-"""The output of `flare predict`: written whole at the end; batches that are done wait in a file beside it."""
+"""Write the output of `flare predict` at the end; until then, finished batches are kept in a file next to it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SUFFIXES = (".jsonl", ".csv")
 Prediction = dict[str, Any]
 
 
-class Progress:
-    """Batches that are done, on disk: OUTPUT.partial, whose first line says of what, and a line for each batch.
+class FinishedBatches:
+    """Finished batches on disk, in OUTPUT.partial: one header line, then one line per batch.
 
     Args:
-        output: the file that will be written in the end.
-        header: everything that decides about the predictions; JSON.
+        output: the file that is written at the end.
+        header: everything that determines the predictions; JSON.
 
     Attributes:
-        done: the predictions of the batches, in order.
-        translations: the file in which translations may be kept meanwhile.
+        done: predictions of the finished batches, in order.
+        translations: path of the file for finished translations.
 
     Raises:
-        UserError: the file beside the output is of other rows or settings, or another process is writing it.
+        UserError: OUTPUT.partial belongs to other rows or settings, or another process is writing it.
     """
 
     def __init__(self, output: Path, header: dict[str, Any]) -> None:
@@ -51,29 +51,29 @@ class Progress:
         except OSError:  # a file system without locks
             pass
         header = json.loads(json.dumps(header))
-        whole = self._read(header)
-        self._file.truncate(whole)
-        if not whole:
+        size = self._read(header)
+        self._file.truncate(size)
+        if not size:
             self._write(header)
 
     def add(self, batch: list[Prediction]) -> None:
-        """Keep the predictions of the next batch; they are on disk when this returns."""
+        """Append the predictions of the next batch; they are on disk when this returns."""
         self._write(batch)
         self.done.append(batch)
 
     def remove(self) -> None:
-        """Remove the files beside the output, which is written."""
+        """Remove the files of finished batches and translations, after the output is written."""
         self.path.unlink(missing_ok=True)
         self.translations.unlink(missing_ok=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> FinishedBatches:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not self.done and not self.translations.exists():
-            self.path.unlink(missing_ok=True)  # nothing to go on from
+            self.path.unlink(missing_ok=True)  # nothing to resume
         self._file.close()
 
     def _write(self, line: Any) -> None:
@@ -82,36 +82,40 @@ class Progress:
         os.fsync(self._file.fileno())
 
     def _read(self, header: dict[str, Any]) -> int:
-        """Read what is whole; return how many bytes that is."""
-        whole = 0
+        """Read the complete lines; return their size in bytes."""
+        size = 0
         self._file.seek(0)
         for line in self._file:
             try:
                 content = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:  # torn by a kill
+            except ValueError:  # cut off by a kill
                 content = None
             if content is None:
                 break
-            if whole == 0:
-                differing = differences(content, header) if isinstance(content, dict) else ["it is not ours"]
+            if size == 0:
+                differing = (
+                    differences(content, header)
+                    if isinstance(content, dict)
+                    else ["it was not written by flare predict"]
+                )
                 if differing and not any(self._file) and not self.translations.exists():
-                    return 0  # a call that ended before its first batch
+                    return 0  # the earlier call ended before its first batch
                 if differing:
                     raise UserError(
-                        f"{self.path} holds predictions that were begun otherwise: {'; '.join(differing)}. Give the "
-                        "command of then, name another --output, or remove this file"
+                        f"{self.path} belongs to a command with other settings: {'; '.join(differing)}. Repeat that "
+                        "command, name another --output, or remove this file"
                     )
             else:
                 self.done.append(content)
-            whole += len(line)
-        return whole
+            size += len(line)
+        return size
 
 
 def check_output(name: str, overwrite: bool) -> Path | None:
-    """Return the file to write; None for standard output.
+    """Return the file to write, or None for standard output.
 
     Raises:
-        UserError: it is there already, or its name ends otherwise.
+        UserError: the file exists, is a folder, or has another suffix.
     """
     if name == "-":
         return None
@@ -121,7 +125,9 @@ def check_output(name: str, overwrite: bool) -> Path | None:
     if path.is_dir():
         raise UserError(f"--output {name} is a folder; name a file")
     if path.exists() and not overwrite:
-        raise UserError(f"--output {name} is there already and was not touched; name another, or add --overwrite")
+        raise UserError(
+            f"--output {name} is there already and was left unchanged; name another file, or add --overwrite"
+        )
     return path
 
 
@@ -133,7 +139,7 @@ def write_lines(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_file(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as JSON lines or, by the file's name, as CSV; the file is there whole or not at all."""
+    """Write rows as CSV if the path ends in .csv, otherwise as JSON lines; completely or not at all."""
     with replacing(path) as file:
         if path.suffix == ".csv":
             flat = [_flat(row) for row in rows]
@@ -148,11 +154,11 @@ def write_file(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for CSV: a column for each label's probability, JSON for what is a list or an object."""
-    found: dict[str, Any] = {}
+    """Return a row for CSV, with one column per label's probability, and lists and objects as JSON."""
+    cells: dict[str, Any] = {}
     for name, value in row.items():
         if name == "probabilities" and isinstance(value, dict):
-            found |= {f"probability_{label}": share for label, share in value.items()}
+            cells |= {f"probability_{label}": share for label, share in value.items()}
         else:
-            found[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
-    return found
+            cells[name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return cells

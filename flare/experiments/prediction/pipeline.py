@@ -1,4 +1,4 @@
-"""FlarePipeline: texts in, predictions out, the source given or translated first."""
+"""FlarePipeline: predict texts, with source texts that are given or translated first."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..tasks import Example, Pair
 from ..translation import Translator
 from .loading import load_trained
 from .predict_settings import PipelineSettings, options_of
-from .sources import Texts, make_translator, source_line, translated, with_columns
+from .source_texts import Texts, by_column, describe_source, make_translator, translate
 
 Prediction = dict[str, Any]
 
 
 class FlarePipeline:
-    """A trained adapter that predicts, as `flare predict` and with the numbers of `flare evaluate`.
+    """A trained adapter that predicts, with the options of `flare predict` and the scores of `flare evaluate`.
 
         predict = flare.FlarePipeline.from_pretrained("runs/acehnese/flare/seed-0")
         predict("Nyan hana got.", "That is not good.")      # {"prediction": "negative", "probability": ..., ...}
@@ -32,16 +32,16 @@ class FlarePipeline:
     Args:
         base_or_run: a run's folder (of `flare train`), an adapter's folder, or, with ``adapter``, the base model.
         adapter: a run's or an adapter's folder.
-        translator: encoder-decoder that translates texts that come without a source; loaded when first needed.
-        say: is told what a user should know, such as what is read as the source.
-        **options: as `flare predict`'s, with underscores: ``no_source``, ``source``, ``target``, ``task``, ``labels``,
-            ``max_length``, ``batch_size``, ``device``, ...
+        translator: encoder-decoder that translates texts without a source; its weights are loaded on first use.
+        say: prints a line for the user, such as what is read as the source.
+        **options: options of `flare predict`, with underscores: ``no_source``, ``source``, ``target``, ``task``,
+            ``labels``, ``max_length``, ``batch_size``, ``device``, ...
 
     Attributes:
         trained: the loaded adapter: ``trained.model``, ``trained.setup.tokenizer``, ``trained.record``, ...
 
     Raises:
-        UserError: the adapter, its base or the translator cannot be used, or something about them is not known.
+        UserError: the adapter, its base or the translator cannot be used, or information about them is missing.
         TypeError: an unknown option.
     """
 
@@ -56,75 +56,75 @@ class FlarePipeline:
     ) -> None:
         if adapter is not None:
             options["base"] = str(base_or_run)
-        named = str(base_or_run if adapter is None else adapter)
-        self._begin(options_of({**options, "adapter": named, "translator": translator}), say)
+        folder = str(base_or_run if adapter is None else adapter)
+        self._load(options_of({**options, "adapter": folder, "translator": translator}), say)
 
     @classmethod
     def from_pretrained(
         cls, adapter: str | Path, base: str | Path | None = None, translator: str | None = None, **options: Any
     ) -> FlarePipeline:
-        """Return a pipeline for a run's or an adapter's folder; arguments as for the class."""
+        """Return a pipeline for a run's or an adapter's folder; the arguments are those of the class."""
         if base is None:
             return cls(adapter, None, translator, **options)
         return cls(base, adapter, translator, **options)
 
     @classmethod
     def of(cls, settings: PipelineSettings, say: Callable[[str], None] = print) -> FlarePipeline:
-        """Return the pipeline of settings that are checked already."""
-        made = cls.__new__(cls)
-        made._begin(settings, say)
-        return made
+        """Return a pipeline for settings that are already checked."""
+        pipeline = cls.__new__(cls)
+        pipeline._load(settings, say)
+        return pipeline
 
-    def _begin(self, settings: PipelineSettings, say: Callable[[str], None]) -> None:
+    def _load(self, settings: PipelineSettings, say: Callable[[str], None]) -> None:
         self.settings, self.say = settings, say
         self._lock = threading.Lock()
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
         with quiet_libraries():
             self.trained = load_trained(settings)
-        self.tell(self.trained.notes)
+        self.say_once(self.trained.notes)
 
     def __call__(self, texts: Any, source_texts: Any = None) -> Any:
-        """Predict. Threads may share a pipeline: their calls run one after the other.
+        """Predict texts. Threads may share a pipeline; their calls run one after the other.
 
         Args:
-            texts: one text or a list of texts; for a task with several columns dicts, such as
+            texts: one text or a list of texts. For a task with several columns, a text is a dict such as
                 ``{"question": ..., "context": ...}``.
-            source_texts: the same texts in the source language; None, in the list too, where there is none.
+            source_texts: the same texts in the source language. None, also within the list, for a missing one.
 
         Returns:
-            For each text a dict (one dict for one text): ``prediction``, the label or the answer, and, with a
-            classification head, ``probability`` and ``probabilities`` (of all labels); with a span head ``start`` and
-            ``end`` (characters of the context) and ``probability``; from models that write ``generated``, the text.
-            Where a source was translated, ``source`` holds it. An empty text is predicted as None.
+            A dict per text; for a single text, the dict itself. ``prediction`` is the label or the answer, None for an
+            empty text. Further keys are ``probability`` and ``probabilities`` (of all labels) for a classification
+            head, ``start`` and ``end`` (characters of the context) and ``probability`` for a span head, ``generated``
+            (the text) for a generative model, and ``source`` if the source was translated.
 
         Raises:
-            UserError: a text has no source, an adapter was trained with one, and there is neither a translator nor
-                ``no_source=True``.
-            TypeError, ValueError: texts of another form, or not as many sources.
+            UserError: a text has no source, the adapter was trained with sources, and there is neither a translator
+                nor ``no_source=True``.
+            TypeError, ValueError: the texts have a wrong form, or the number of sources differs.
         """
-        alone = isinstance(texts, str | dict)
-        rows = [self._texts(one, f"text {n}") for n, one in enumerate(_listed([texts] if alone else texts, "texts"))]
+        single = isinstance(texts, str | dict)
+        rows = [self._texts(one, f"text {n}") for n, one in enumerate(_listed([texts] if single else texts, "texts"))]
         given: list[Texts | None] = [None] * len(rows)
         if source_texts is not None:
-            sources_given = _listed([source_texts] if alone else source_texts, "source_texts")
-            given = [None if s is None else self._texts(s, f"source text {n}") for n, s in enumerate(sources_given)]
+            listed = _listed([source_texts] if single else source_texts, "source_texts")
+            given = [None if s is None else self._texts(s, f"source text {n}") for n, s in enumerate(listed)]
         if len(given) != len(rows):
             raise ValueError(
-                f"{len(given)} source texts were given for {len(rows)} texts; pass None where one is missing"
+                f"{len(given)} source texts were given for {len(rows)} texts; pass None for a missing source text"
             )
         with self._lock:
-            sources, new = self.sources(rows, given)
-            found = self._all(self.pairs(rows, sources))
-        for index in new:
+            sources, translated = self.sources(rows, given)
+            predictions = self._predict(self.pairs(rows, sources))
+        for index in translated:
             source = list((sources[index] or {}).values())
-            found[index]["source"] = source[0] if len(source) == 1 else sources[index]
-        return found[0] if alone else found
+            predictions[index]["source"] = source[0] if len(source) == 1 else sources[index]
+        return predictions[0] if single else predictions
 
-    # --- for the command ----------------------------------------------------------------------------------------------
+    # --- also called by `flare predict` -------------------------------------------------------------------------------
 
     @cached_property
     def translator(self) -> Translator:
-        """The translator; its weights are loaded when it first translates."""
+        """The translator; its weights are loaded on first use."""
         return make_translator(self.settings, self.trained, self.say)
 
     def sources(
@@ -132,43 +132,48 @@ class FlarePipeline:
         rows: Sequence[Texts],
         given: Sequence[Texts | None],
         where: str | None = None,
-        kept: Path | None = None,
-        done: Callable[[int, int], Any] = lambda now, total: None,
+        progress_file: Path | None = None,
+        on_progress: Callable[[int, int], Any] = lambda done, total: None,
         share: bool = False,
     ) -> tuple[list[Texts | None], list[int]]:
-        """Return the source of every row, where the adapter reads one, and which rows' were translated.
+        """Return the source of every row, None if it is not read, and the indices of rows whose source was translated.
 
         Args:
-            rows, given: texts, and their sources where there are some.
-            where: where the given ones come from; the line about the source is said with it only, or where given
-                ones are not read.
-            kept, done, share: as of `translated`.
+            rows: the texts.
+            given: their sources; None for a missing one.
+            where: where the given sources come from, for messages. If it is None, a line about the source is printed
+                only if given sources are not read.
+            progress_file, on_progress, share: see :func:`.source_texts.translate`.
         """
-        needed = [index for index, row in enumerate(rows) if has_text(row)]
-        found = [None if source is None or not has_text(source) else source for source in given]
-        own = [index for index in needed if found[index] is not None]
-        line = source_line(self.trained, self.settings, len(own), len(needed), where or "the given source text")
+        with_text = [index for index, row in enumerate(rows) if has_text(row)]
+        sources = [None if source is None or not has_text(source) else source for source in given]
+        with_source = [index for index in with_text if sources[index] is not None]
+        line = describe_source(
+            self.trained, self.settings, len(with_source), len(with_text), where or "the given source text"
+        )
         unread = self.trained.reads != "text" or self.settings.no_source
-        if where is not None or (unread and own):
-            self.tell([line])
+        if where is not None or (unread and with_source):
+            self.say_once([line])
         if unread:
             return [None] * len(rows), []
-        lacking = [index for index in needed if found[index] is None]
-        if lacking:
+        missing = [index for index in with_text if sources[index] is None]
+        if missing:
             with quiet_libraries():
                 _ = self.translator.loaded.model  # loads the weights
-            made, notes = translated(self.translator, [rows[index] for index in lacking], kept, done, share)
-            self.tell(notes)
-            for index, source in zip(lacking, made, strict=True):
-                found[index] = source
-        return found, lacking
+            translations, notes = translate(
+                self.translator, [rows[index] for index in missing], progress_file, on_progress, share
+            )
+            self.say_once(notes)
+            for index, source in zip(missing, translations, strict=True):
+                sources[index] = source
+        return sources, missing
 
     def pairs(
         self, rows: Sequence[Texts], sources: Sequence[Texts | None], ids: Sequence[str] | None = None
     ) -> list[Pair]:
-        """Return the rows as a task's pairs."""
+        """Return the rows as pairs of the task."""
         names = [str(index) for index in range(len(rows))] if ids is None else ids
-        tagged = self.trained.task.kind == "token-classification"  # words are what stands between spaces
+        tagged = self.trained.task.kind == "token-classification"  # words are separated by spaces
         return [
             Pair(
                 Example(name, row, words=tuple(" ".join(row.values()).split()) if tagged else ()),
@@ -178,17 +183,18 @@ class FlarePipeline:
         ]
 
     def batches(self, pairs: Sequence[Pair], first: int = 0, share: bool = False) -> Iterator[list[Prediction]]:
-        """Predict pairs, all with a text, batch after batch, as `flare evaluate` does.
+        """Predict pairs batch by batch, as `flare evaluate` does.
 
         Args:
-            first: the row to begin with, a multiple of the batch size.
-            share: whether several processes, all with these pairs, share the batches.
+            pairs: pairs whose target texts are not empty.
+            first: index of the first pair to predict, a multiple of the batch size.
+            share: whether the processes of this run, which all pass the same pairs, share the batches.
         """
         trained = self.trained
         reads = trained.reads == "text" and not self.settings.no_source
-        form = _Detailed(trained.setup.form)
+        form = _DetailedForm(trained.setup.form)
         rows, notes = form.eval_rows(pairs, with_source=reads)
-        self.tell([note for note in notes if note not in form.unanswered(pairs)])
+        self.say_once([note for note in notes if note not in form.unanswered(pairs)])
         if trained.latent is not None:
             rows = add_states(rows, target_texts(pairs), trained.latent, Path(tempfile.gettempdir()), None)
         predictor = Predictor(
@@ -204,27 +210,28 @@ class FlarePipeline:
                 return
             yield batch
 
-    def tell(self, notes: Sequence[str]) -> None:
-        """Say every note once."""
+    def say_once(self, notes: Sequence[str]) -> None:
+        """Print every note that was not printed before."""
         for note in notes:
-            if note not in self._said:
-                self._said.add(note)
+            if note not in self._shown:
+                self._shown.add(note)
                 self.say(note)
 
-    def _all(self, pairs: Sequence[Pair]) -> list[Prediction]:
-        full = [index for index, pair in enumerate(pairs) if has_text(pair.target.texts)]
-        found: list[Prediction] = [{"prediction": None} for _ in pairs]
-        made = [one for batch in self.batches([pairs[index] for index in full]) for one in batch] if full else []
-        for index, one in zip(full, made, strict=True):
-            found[index] = one
-        return found
+    def _predict(self, pairs: Sequence[Pair]) -> list[Prediction]:
+        predictions: list[Prediction] = [{"prediction": None} for _ in pairs]
+        with_text = [index for index, pair in enumerate(pairs) if has_text(pair.target.texts)]
+        if with_text:
+            batches = self.batches([pairs[index] for index in with_text])
+            for index, prediction in zip(with_text, (one for batch in batches for one in batch), strict=True):
+                predictions[index] = prediction
+        return predictions
 
     def _texts(self, texts: Any, what: str) -> Texts:
-        return with_columns(self.trained.task, texts, what)
+        return by_column(self.trained.task, texts, what)
 
 
-class _Detailed:
-    """A form whose predictions are dicts, with what else the output of a batch says of each row."""
+class _DetailedForm:
+    """A task's form whose predictions are dicts with details, such as probabilities."""
 
     def __init__(self, form: Any) -> None:
         self._form = form
@@ -233,13 +240,13 @@ class _Detailed:
         return getattr(self._form, name)
 
     def predictions(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[Prediction]:
-        made = self._form.predictions(output, pairs, *more)
+        predictions = self._form.predictions(output, pairs, *more)
         details = self._form.details(output, pairs, *more)
-        return [{"prediction": one, **rest} for one, rest in zip(made, details, strict=True)]
+        return [{"prediction": one, **rest} for one, rest in zip(predictions, details, strict=True)]
 
 
 def has_text(row: Texts) -> bool:
-    """Return whether all texts of a row hold something."""
+    """Return whether no text of a row is empty or white space."""
     return all(text.strip() for text in row.values())
 
 

@@ -1,4 +1,4 @@
-"""What `flare predict` and `FlarePipeline` can be told."""
+"""The options of `flare predict` and `FlarePipeline`."""
 
 from __future__ import annotations
 
@@ -14,44 +14,56 @@ PADDINGS = ("max_length", "longest")
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSettings:
-    """Options that the command and the pipeline have in common."""
+    """Options that the command and the pipeline share."""
 
-    adapter: str | None = option("str", "a run's folder of flare train, or a saved adapter's folder")
-    base: str | None = option("str", "the base model, where it lies elsewhere than the adapter says", metavar="MODEL")
+    adapter: str | None = option("str", "folder of a run of flare train, or of a saved adapter")
+    base: str | None = option("str", "base model, if it is not where the adapter says", metavar="MODEL")
     translator: str | None = option(
-        "str", "encoder-decoder that translates texts without a source (as flare translate --model)", metavar="MODEL"
+        "str", "encoder-decoder that translates texts without a source (see flare translate --model)", metavar="MODEL"
     )
-    no_source: bool = option("bool", "predict without a source: the adapter is then plain LoRA, and worse", False)
+    no_source: bool = option(
+        "bool", "predict without a source: the adapter is then plain LoRA and predicts worse", False
+    )
     source: str | None = option("str", "language to translate into (default: the run's)", metavar="LANGUAGE")
     target: str | None = option("str", "language of the texts (default: the run's)", metavar="LANGUAGE")
-    source_code: str | None = option("str", "the translator's tag of the source language", metavar="TAG")
-    target_code: str | None = option("str", "the translator's tag of the texts' language", metavar="TAG")
-    prefix: str = option("str", "before every text to translate, with {source} and {target} (T5, MADLAD)", "")
+    source_code: str | None = option("str", "the translator's tag for the source language", metavar="TAG")
+    target_code: str | None = option("str", "the translator's tag for the language of the texts", metavar="TAG")
+    prefix: str = option("str", "text before every text to translate, with {source} and {target} (T5, MADLAD)", "")
     beams: int = option("int", "beams of the translator (default: 1, greedy)", 1)
-    batch_tokens: int = option("int", "tokens of a batch of the translator (default: 2048)", 2048)
-    task: str | None = option("str", "of an adapter that is not a run's: nusax, xnli, tydiqa, classification, qa")
-    labels: tuple[str, ...] | None = option("strs", "of an adapter that is not a run's: the classes, by their index")
+    batch_tokens: int = option("int", "tokens per batch of the translator (default: 2048)", 2048)
+    task: str | None = option("str", "task of an adapter without a run: nusax, xnli, tydiqa, classification, qa, ...")
+    labels: tuple[str, ...] | None = option("strs", "labels of an adapter without a run, in the order of their indices")
     method: str | None = option(
-        "str", "of an adapter without fusion that is not a run's (default: lora)", choices=("lora", "input-fusion")
+        "str",
+        "method of an adapter without fusion and without a run (default: lora)",
+        choices=("lora", "input-fusion"),
     )
-    prompt: str | None = option("str", "of a decoder's adapter that is not a run's: with {column} for every text")
-    text_columns: tuple[str, ...] | None = option("strs", "the input's text columns (default: the task's)")
+    prompt: str | None = option("str", "prompt of a decoder's adapter without a run, with {column} for every text")
+    text_columns: tuple[str, ...] | None = option("strs", "text columns of the input (default: the task's)")
     max_length: int | None = option("int", "tokens per text (default: the run's)")
     padding: str | None = option(
-        "str", "pad to max-length, or to a batch's longest text (default: the run's; else longest)", choices=PADDINGS
+        "str",
+        "pad to --max-length, or to the longest text of a batch (default: the run's, else longest)",
+        choices=PADDINGS,
     )
     mt_model: str | None = option("str", "encoder of a flare-mt adapter (default: the run's)", metavar="MODEL")
-    mt_language: str | None = option("str", "its tag for the texts' language (default: the run's)", metavar="TAG")
-    quantization: str | None = option("str", "of the base (default: the run's, else none)", choices=QUANTIZATIONS)
-    batch_size: int | None = option("int", "rows per step (default: flare evaluate's)")
+    mt_language: str | None = option(
+        "str", "the encoder's tag for the language of the texts (default: the run's)", metavar="TAG"
+    )
+    quantization: str | None = option(
+        "str", "quantization of the base (default: the run's, else none)", choices=QUANTIZATIONS
+    )
+    batch_size: int | None = option("int", "rows per step (default: as in flare evaluate)")
     device: str | None = option("str", "cuda, cuda:1, cpu (default: the GPU if there is one)")
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot work."""
+        """Raise UserError for a value that is not accepted."""
         if self.adapter is None:
-            raise UserError("--adapter is missing: name a run's folder (runs/<target>/<method>/seed-N) or an adapter's")
+            raise UserError(
+                "--adapter is missing: name the folder of a run (runs/<target>/<method>/seed-N) or of an adapter"
+            )
         if self.no_source and self.translator is not None:
-            raise UserError("--no-source and --translator exclude each other: there would be nothing to translate for")
+            raise UserError("--no-source and --translator exclude each other: without a source, nothing is translated")
         for name, least in (("max_length", 4), ("batch_size", 1), ("beams", 1), ("batch_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -66,18 +78,18 @@ class PredictSettings(PipelineSettings):
         "str", "file of texts: .jsonl, .csv or .parquet; - reads JSON lines from standard input", metavar="FILE"
     )
     source_input: str | None = option(
-        "str", "file of their source texts, with the same columns; matched by id, else by position", metavar="FILE"
+        "str", "file of the source texts, with the same columns; matched by id, else by position", metavar="FILE"
     )
     source_columns: tuple[str, ...] | None = option(
         "strs",
-        "columns of the source texts (default: source_<column>, or with --source-input the texts' own names)",
+        "columns of the source texts (default: source_<column>; with --source-input, the text columns)",
         metavar="COLUMN",
     )
-    label_column: str | None = option("str", "column of the label, where rows have one (default: the run's)")
+    label_column: str | None = option("str", "label column, if the rows have labels (default: the run's)")
     output: str = option(
-        "str", ".jsonl or .csv; - (the default) writes JSON lines to standard output", "-", None, "FILE"
+        "str", ".jsonl or .csv file; - (default) writes JSON lines to standard output", "-", None, "FILE"
     )
-    overwrite: bool = option("bool", "replace an --output that is there already", False)
+    overwrite: bool = option("bool", "replace an existing --output", False)
     threads: int | None = option("int", "CPU threads (default: PyTorch's choice)")
     progress: bool = option("bool", "show progress", True)
 
@@ -94,9 +106,9 @@ def options_of(values: dict[str, Any]) -> PipelineSettings:
 
     Raises:
         TypeError: an unknown name.
-        UserError: a value that cannot work.
+        UserError: a value is not accepted.
     """
-    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    made = PipelineSettings(**given)
-    made.check()
-    return made
+    options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    settings = PipelineSettings(**options)
+    settings.check()
+    return settings

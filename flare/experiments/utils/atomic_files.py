@@ -1,6 +1,6 @@
-"""Text files that are there whole or not at all: written aside, synced, renamed.
+"""Text files that are written completely or not at all: write a temporary file, sync it, rename it.
 
-The file aside is locked while it is written, so what a killed process has left can be told from what is being written.
+The temporary file is locked while it is written. This distinguishes it from a file that a killed process left behind.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-#: Seconds after which a file aside that no process has locked counts as abandoned: it is locked just after it is made.
+#: Age in seconds from which an unlocked temporary file counts as abandoned: a new file is unlocked for a moment.
 _ABANDONED = 60
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file that takes the place of ``path`` when the block ends; after an error ``path`` is as it was.
+    """Open a UTF-8 file that replaces ``path`` when the block ends. After an error, ``path`` is unchanged.
 
-    If the process is killed, ``.<name>.<its id>`` is left behind; a later write of ``path`` removes it.
-    Missing folders are made.
+    If the process is killed, ``.<name>.<process id>`` is left behind; a later write of ``path`` removes it.
+    Missing folders are created.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
-            with contextlib.suppress(OSError):  # a file system without locks: nothing is removed there either
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            with contextlib.suppress(OSError):  # without locks in the file system, no file is removed either
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes have left beside a file."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if not aside.suffix[1:].isdigit() or not aside.is_file():  # a FIFO would block
+    """Remove temporary files of a path that killed processes left behind."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not temporary.suffix[1:].isdigit() or not temporary.is_file():  # a FIFO would block
             continue
-        with contextlib.suppress(OSError), aside.open("rb") as file:
+        with contextlib.suppress(OSError), temporary.open("rb") as file:
             if time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                aside.unlink()
+                temporary.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file; what JSON has no form for is written as text."""
+    """Write a JSON file; values that JSON cannot represent are written as text."""
     with replacing(path) as file:
         json.dump(content, file, indent=2, ensure_ascii=False, default=str)
         file.write("\n")

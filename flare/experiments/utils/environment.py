@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings: versions, commit, device, time."""
+"""What a result depends on in addition to its settings: versions, commit, device, time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .errors import UserError
 
 _MOST_THREADS = 1024
 
-# Everything that takes part in a result: kernels, models, optimizers, tokenizers, data.
+# Packages that can affect a result: kernels, models, optimizers, tokenizers, data.
 _PACKAGES = (
     *("torch", "triton", "transformers", "peft", "accelerate", "tokenizers", "bitsandbytes", "safetensors", "numpy"),
     *("datasets", "sentencepiece", "protobuf"),
@@ -26,10 +26,10 @@ _PACKAGES = (
 
 
 def environment(use_cpu: bool = False) -> dict[str, Any]:
-    """Versions, commit and device of this process, for the files that results are kept in.
+    """Return versions, commit and device of this process, for the files with results.
 
     Args:
-        use_cpu: the work leaves a GPU that is there alone.
+        use_cpu: whether the work runs on the CPU even if there is a GPU.
     """
     versions = {"python": platform.python_version(), "flare-kernels": __version__}
     for name in _PACKAGES:
@@ -49,10 +49,10 @@ def environment(use_cpu: bool = False) -> dict[str, Any]:
 
 
 def use_threads(number: int) -> None:
-    """Compute with so many CPU threads.
+    """Set the number of CPU threads.
 
     Raises:
-        UserError: fewer than one, or more than any machine has, with which torch crashes.
+        UserError: fewer than 1 or more than 1024 threads; torch crashes with very many.
     """
     if not 1 <= number <= _MOST_THREADS:
         raise UserError(f"--threads must be from 1 to {_MOST_THREADS}; got {number}")
@@ -60,14 +60,14 @@ def use_threads(number: int) -> None:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """Return the time in UTC, in ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from ("-dirty" where files differ), None where there is none.
+    """Return the commit of the checkout that contains this package, with "-dirty" if files differ. None: no checkout.
 
-    The environment variable FLARE_COMMIT goes first: it names the commit of files that were copied without git.
+    The environment variable FLARE_COMMIT takes precedence: it names the commit of files that were copied without git.
     """
     if named := os.environ.get("FLARE_COMMIT"):
         return named
@@ -75,7 +75,7 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             capture_output=True,
             text=True,
@@ -83,11 +83,11 @@ def commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the name of the processor, or "unknown"."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""The error a command prints without a traceback."""
+"""Errors that a command prints without a traceback."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Something the user can mend; the message says what came, what is accepted and what to do."""
+    """An error the user can fix; the message says what came, what is accepted and what to do."""
 
 
 class DivergedError(UserError):
-    """A model whose weights, loss or logits are not finite: it has no score."""
+    """A model whose weights, loss or logits are not finite, so that it has no score."""
 
 
-_LONGEST = 600  # letters of another library's message
+_LONGEST = 600  # characters of another library's message
 
 
 def reason(error: BaseException) -> str:
-    """Return the kind and the whole text of another library's error in one line, cut only where it is very long."""
+    """Return the class and the text of another library's error in one line, cut only if it is very long."""
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -26,31 +26,31 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "") -> Iterator[None]:
-    """Turn whatever a library raises while it reads a user's model, adapter or hub id into a UserError.
+    """Turn every exception that a library raises while it reads a user's model, adapter or hub id into a UserError.
 
-    The hub, damaged files, missing files and missing packages each raise exceptions of their own, which no list holds.
+    The hub, damaged files, missing files and missing packages raise too many exception classes to list.
 
     Args:
-        what: the beginning of the sentence, such as "--model x: its tokenizer cannot be loaded".
-        kind: the class to raise.
-        advice: what to do, behind the reason.
+        what: start of the message, such as "--model x: its tokenizer cannot be loaded".
+        kind: class to raise.
+        advice: what to do; end of the message.
 
     Raises:
-        UserError: naming the library's exception and its whole text.
+        UserError: with the class and the text of the library's exception.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        said = str(error)
-        if "trust_remote_code" in said:
+        text = str(error)
+        if "trust_remote_code" in text:
             raise kind(
-                f"{what}: it comes with code of its own, which flare's commands do not run; use a model whose "
+                f"{what}: it comes with its own code, which the commands of flare do not run; use a model whose "
                 "architecture is in transformers, or call flare.fast_lora in Python"
             ) from error
-        if "ignore_mismatched_sizes" in said:  # transformers' text points to a report in its log
+        if "ignore_mismatched_sizes" in text:  # the text of transformers refers to a report in its log
             raise kind(
-                f"{what}: its weights have other shapes than its config.json says, so the files are not of one model"
+                f"{what}: its weights have other shapes than its config.json says; the files belong to different models"
             ) from error
         raise kind(f"{what} ({reason(error)}){advice}") from error

@@ -1,4 +1,4 @@
-"""Text as Markdown, LaTeX, CSV and a terminal's line show it: what has a meaning there is escaped."""
+"""Escape text for Markdown, LaTeX, CSV and one line of a terminal."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ _LATEX = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "→": r"$\rightarrow$",
-    # behind \\ these would be its arguments
+    # directly after \\ these would start its optional arguments
     "[": "{[}",
     "*": "{*}",
 }
-# An underscore within a word means nothing in Markdown.
+# An underscore within a word has no meaning in Markdown.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks, control characters and half characters."""
+    """Replace line breaks, control characters and lone surrogates with spaces."""
     return "".join(" " if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter for letter in text)
 
 
 def markdown(text: str) -> str:
-    """Text in Markdown, in a cell or a line, as it stands."""
-    shown = _MARKDOWN.sub(lambda found: "\\" + found.group(), one_line(text))
-    return "\\" + shown if re.match(r"(#|[-+]\s)", shown) else shown
+    """Escape text for a table cell or a line of Markdown."""
+    escaped = _MARKDOWN.sub(lambda match: "\\" + match.group(), one_line(text))
+    return "\\" + escaped if re.match(r"(#|[-+]\s)", escaped) else escaped
 
 
 def code(text: str) -> str:
-    """Text as a span of code in Markdown."""
+    """Return text as a code span in Markdown."""
     fence = "``" if "`" in text else "`"
     return f"{fence}{one_line(text)}{fence}"
 
 
 def latex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
+    """Escape the special characters of LaTeX."""
     return "".join(_LATEX.get(letter, letter) for letter in one_line(text))
 
 
 def csv_cell(value: object) -> object:
-    """A cell of a CSV file: a text that a spreadsheet would take for a formula has an apostrophe in front."""
+    """Return a CSV cell; a text that a spreadsheet would read as a formula gets a leading apostrophe."""
     if not isinstance(value, str):
         return "" if value is None else value
     text = one_line(value)

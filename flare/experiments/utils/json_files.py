@@ -1,4 +1,4 @@
-"""Reading JSON that a kill, another program or an editor may have left in any state."""
+"""Read JSON files that may be damaged."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 
 def parsed(text: str | bytes, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return the content of a JSON text; ``object_of`` makes what an object becomes of its pairs.
+    """Parse a JSON text.
+
+    Args:
+        object_of: converts the (key, value) pairs of an object; default: to a dict.
 
     Raises:
-        ValueError: it is not JSON in UTF-8, or nested too deeply to be read.
+        ValueError: the text is not JSON in UTF-8, or it is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=object_of)
@@ -21,11 +24,11 @@ def parsed(text: str | bytes, object_of: Callable[[list[tuple[str, Any]]], Any] 
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+    """Return the object in a JSON file.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is not a file (a FIFO would block), not JSON in UTF-8, or holds something else.
+        OSError: the file cannot be opened.
+        ValueError: the path is not a regular file (a FIFO would block), or its content is not a JSON object in UTF-8.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")

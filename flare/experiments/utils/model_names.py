@@ -1,4 +1,4 @@
-"""A model's folder or hub id, looked at before anything is loaded: a mistyped path is said at once."""
+"""Check a model's folder or hub id before anything is loaded, so that a mistyped path fails at once."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _SECONDS = 10
 
 
 def find_model(name: str, option: str) -> str:
-    """Return the path of a folder, or the hub id of a model that is in the cache or on the hub.
+    """Return a folder's path, or the hub id of a model in the cache or on the hub.
 
     Args:
-        name: as the user gave it.
-        option: for the message, such as "--model".
+        name: folder or hub id, as given by the user.
+        option: the option that gave it, for the message, such as "--model".
 
     Raises:
-        UserError: neither; the message says where it was looked for.
+        UserError: there is neither such a folder nor such a model; the message says where it was searched.
     """
     checked_text(name, option)
     try:
         path = Path(name).expanduser()
-    except RuntimeError:  # "~somebody" whose home is not known
+    except RuntimeError:  # "~user" with an unknown home folder
         path = Path(name)
     if path.is_dir():
         return str(path)
@@ -38,10 +38,10 @@ def find_model(name: str, option: str) -> str:
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return name
     try:
-        HfApi().model_info(name, timeout=_SECONDS)  # one request, where loading would try for half a minute
-    except Exception as error:  # the hub and the network raise kinds of their own
+        HfApi().model_info(name, timeout=_SECONDS)  # one request; loading would retry for half a minute
+    except Exception as error:  # the hub and the network raise many classes
         raise UserError(
-            f"{option} {name}: there is no such folder here, it is not in the hub's cache, and the hub did not give it "
-            f"({reason(error)})"
+            f"{option} {name}: there is no such folder here, it is not in the hub's cache, and it was not found on the "
+            f"hub ({reason(error)})"
         ) from error
     return name

@@ -1,4 +1,4 @@
-"""One process or several (accelerate launch): who writes and prints, how work is shared, and how errors reach all."""
+"""One or several processes (accelerate launch): which one writes and prints, and how work and errors are shared."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 _EVERYWHERE = "known_to_all_processes"
-_ENDED = "another process of this run has ended, so this one cannot go on; its own message says why"
+_ENDED = "another process of this run has ended, so this one stops too; the other's message says why"
 
 
 def process_count() -> int:
-    """Return how many processes work on this run."""
+    """Return the number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_number() -> int:
-    """Return which of them this one is, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process writes files and prints."""
+    """Return whether this process is the one that writes files and prints."""
     return process_number() == 0
 
 
 def only_main(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a function that says a line in the main process and nothing in the others."""
+    """Return ``say`` in the main process, and a function that does nothing in the others."""
     return say if is_main() else lambda line: None
 
 
 def device() -> Any:
-    """Return the torch.device of this process: its own GPU where there are some, else the CPU."""
+    """Return the torch.device of this process: its own GPU if there are GPUs, otherwise the CPU."""
     import torch
 
     if process_count() > 1:
@@ -51,25 +51,25 @@ def wait() -> None:
     """Wait for the other processes.
 
     Raises:
-        UserError: one of them has ended, or has raised one inside :func:`errors_reach_all`.
+        UserError: another process has ended, or has raised a UserError inside :func:`errors_reach_all`.
     """
     _exchange((None, None))
 
 
 def on_main(call: Callable[[], T]) -> T:
-    """Call in the main process and return the result (which must be picklable) in all.
+    """Call a function in the main process and return its result, which must be picklable, in all processes.
 
     Raises:
-        UserError: in every process, where the call raises one.
+        UserError: in every process, if the call raises one.
     """
     return _exchange(_attempt(call) if is_main() else (None, None))[0]  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def errors_reach_all() -> Iterator[None]:
-    """Raise a UserError of one process in the others as well, where they next wait for it.
+    """Raise a UserError of one process in the other processes too, as soon as they wait for it.
 
-    Without this a process that fails has to end, and the launcher ends the others.
+    Without this context, the failing process ends and the launcher ends the others.
     """
     try:
         yield
@@ -80,28 +80,28 @@ def errors_reach_all() -> Iterator[None]:
 
 
 def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
-    """Yield every item with its result, in order and in every process; each process works on every n-th item.
+    """Yield every item with its result, in order and in every process; with n processes, each computes every n-th item.
 
-    The processes exchange results after each round of one item per process. Results are one process's, to the bit,
-    where an item is a batch that is formed in the same way whatever the number of processes. The models of the
-    processes must not communicate (DDP's unwrapped model, not FSDP's).
+    The processes exchange results after each round of one item per process. The results equal those of a single
+    process bit for bit if an item is a batch whose content does not depend on the number of processes. The models of
+    the processes must not communicate (use DDP's unwrapped model, not FSDP's).
 
     Args:
         items: the same in every process.
-        work: makes the result of an item, which must be picklable.
+        work: computes the result of an item, which must be picklable.
 
     Raises:
-        UserError: in every process, where `work` raises one.
+        UserError: in every process, if `work` raises one.
     """
     count, number = process_count(), process_number()
     for first in range(0, len(items), count):
-        together = items[first : first + count]
-        outcome = (None, None) if number >= len(together) else _attempt(functools.partial(work, together[number]))
-        yield from zip(together, _exchange(outcome), strict=False)
+        batch = items[first : first + count]
+        outcome = (None, None) if number >= len(batch) else _attempt(functools.partial(work, batch[number]))
+        yield from zip(batch, _exchange(outcome), strict=False)
 
 
-def says_the_error() -> bool:
-    """Whether this process is the first of the run to end with an error, and so the one that prints it."""
+def prints_errors() -> bool:
+    """Return whether this process is the first of the run that ends with an error; only that one prints its error."""
     if process_count() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import TCPStore
@@ -116,21 +116,19 @@ def says_the_error() -> bool:
         return True
 
 
-def leave() -> None:
-    """Leave the group of processes. Only after a run that succeeded: after an error it could wait for a process that
-    has ended.
-    """
+def leave_group() -> None:
+    """Destroy the process group. Call it only after success: otherwise it may wait for a process that has ended."""
     if process_count() > 1:
         _state().destroy_process_group()
 
 
 def _state() -> Any:
-    """The group of processes, joined if this process has not; its GPU becomes the current device."""
+    """Return accelerate's PartialState. The first call joins the process group and selects this process's GPU."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # accelerate joins no group on a CPU unless it is told to
+    # on a CPU, accelerate joins a group only if cpu=True
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu)
 
@@ -143,11 +141,13 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, UserError | None]:
 
 
 def _exchange(outcome: tuple[Any, UserError | None]) -> list[Any]:
-    """Return the results of all processes, in order. All that processes say to each other is said here, so that an
-    error is received wherever the others wait.
+    """Return the results of all processes, in order.
+
+    Every communication between processes goes through this function, so that an error reaches the others wherever
+    they wait.
 
     Raises:
-        UserError: the first of the outcomes' errors, in every process; or a process has ended.
+        UserError: the first error among the outcomes, in every process; or a process has ended.
     """
     outcomes = [outcome] * process_count()
     if process_count() > 1:
@@ -155,7 +155,7 @@ def _exchange(outcome: tuple[Any, UserError | None]) -> list[Any]:
 
         _state()
         try:
-            # not accelerate's: transformers' TrainingArguments make its state anew, on a CPU as that of one process
+            # not accelerate's gather: TrainingArguments recreates its state, on a CPU with a single process
             torch.distributed.all_gather_object(outcomes, outcome)
         except RuntimeError as error:
             raise UserError(f"{_ENDED} ({str(error).splitlines()[0]})") from error

@@ -1,4 +1,4 @@
-"""Folders that results go into: seen to be writable before any work is done, and what is there already kept."""
+"""Prepare folders for results: check that they are writable, and move earlier results aside."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-#: What was there before moves to earlier-1, earlier-2, ...
+#: Earlier results are moved to earlier-1, earlier-2, ...
 EARLIER = "earlier-"
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and see that files can be written there.
+    """Create a folder and check that files can be written in it.
 
     Raises:
-        OSError: they cannot.
+        OSError: the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -22,7 +22,7 @@ def check_writable(folder: Path) -> None:
 
 
 def move_earlier(paths: Iterable[Path], below: Path) -> Path:
-    """Move files and folders to a new earlier-N in the folder ``below``; returns that."""
+    """Move files and folders to a new folder earlier-N in the folder ``below``; return the new folder."""
     number = 1
     while (below / f"{EARLIER}{number}").exists():
         number += 1

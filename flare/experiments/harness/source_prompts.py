@@ -1,4 +1,4 @@
-"""The source text of a request: the request's own prompt with the document's texts in the source language."""
+"""The source prompt of a request: the request's prompt with the document's texts in the source language."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from lm_eval.utils import apply_template
 from ..tasks.files import read_rows
 from ..utils.errors import UserError
 
-logger = logging.getLogger("lm_eval.models.flare")  # shown as lm_eval shows its own
+logger = logging.getLogger("lm_eval.models.flare")  # a child of lm_eval's logger
 PREFIX = "source_"
 Row = dict[str, Any]
 
 
-class Sources:
-    """Finds the source's prompt and continuation of every request.
+class SourcePrompts:
+    """Prompts and continuations of requests in the source language.
 
-    The source's texts of a document are its own columns ``source_<column>``, or, with ``file``, the columns of the
-    file's row: the one with the document's id where both have ids, else the one at its position in the split.
+    The source texts of a document are its columns ``source_<column>``. With ``file``, they are the columns of a row of
+    the file: the row with the document's id if both have ids, otherwise the row at the document's position.
 
-    The source's prompt is ``template`` filled in with them, or without a template the request's prompt in which each
-    text of the document is replaced with its source. A continuation that is a text of the document is replaced too.
+    The source prompt is ``template``, rendered with these texts. Without a template, it is the request's prompt with
+    each text of the document replaced by its source. A continuation that is a text of the document is replaced too.
 
     Args:
         file: rows in the source language (.jsonl, .json, .csv, .tsv, .parquet); ``{task}`` stands for the task's name.
-        columns: those to replace; None: all texts that the document and its source have both.
-        template: Jinja template of the source's prompt, or a file that holds it. The columns are the document's, with
-            the source's texts in place of its own.
-        id_column: of documents and of the file's rows.
+        columns: columns to replace; None: all texts that both the document and its source have.
+        template: Jinja template of the source prompt, or a file with one. Its variables are the document's columns,
+            with the source texts in place of the document's.
+        id_column: column of the ids in the documents and in the file.
 
     Raises:
-        UserError: a template's file or the rows cannot be read.
+        UserError: the template's file or the rows cannot be read.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class Sources:
                 ) from error
         self.template = template
         self._tables: dict[str, tuple[list[Row], dict[str, Row]]] = {}
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         if file is not None and "{task}" not in file:
-            self._table(file)  # a wrong name is said before anything is computed
+            self._table(file)  # a wrong name fails before anything is computed
 
     def of(self, request: Any) -> tuple[str, str]:
-        """Return the source's prompt and continuation of one request of lm_eval (empty where it generates).
+        """Return the source prompt and the source continuation of a request; the latter is empty for generation.
 
         Raises:
-            UserError: the document has no source, or its texts cannot be told apart in the prompt.
+            UserError: the document has no source, or its texts are not in the prompt exactly once.
         """
         where = f"task {request.task_name}, document {request.doc_id}"
         context = str(request.args[0])
@@ -77,21 +77,21 @@ class Sources:
         return prompt, _in_source(continuation, pairs)
 
     def _row(self, request: Any, where: str) -> Row:
-        """The source's columns of a document, under the document's own names."""
+        """Return the source texts of a document, by the document's column names."""
         doc = request.doc
         if self.file is None:
-            found = {
+            row = {
                 name.removeprefix(PREFIX): value
                 for name, value in doc.items()
                 if name.startswith(PREFIX) and name.removeprefix(PREFIX) in doc
             }
-            if not found and self.template is None:
+            if not row and self.template is None:
                 raise UserError(
                     f"{where}: there is no source, and the adapter was trained with one. Give source_file=FILE, "
-                    f"documents with columns {PREFIX}<column> (it has {', '.join(doc)}) or doc_to_source=TEMPLATE; "
-                    "no_source=True runs the adapter as plain LoRA, which predicts worse"
+                    f"columns {PREFIX}<column> in the documents (this one has {', '.join(doc)}), or "
+                    "doc_to_source=TEMPLATE; no_source=True runs the adapter as plain LoRA, which predicts worse"
                 )
-            return found
+            return row
         name = self.file.replace("{task}", str(request.task_name))
         rows, by_id = self._table(name)
         if by_id and doc.get(self.id_column) is not None:
@@ -107,7 +107,7 @@ class Sources:
         return rows[request.doc_id]
 
     def _table(self, name: str) -> tuple[list[Row], dict[str, Row]]:
-        """Rows of a file in their order, and by id (empty where not every row has one)."""
+        """Return the rows of a file, and a dict of id -> row, which is empty unless every row has an id."""
         if name not in self._tables:
             path = Path(name).expanduser()
             if not path.exists():
@@ -121,82 +121,82 @@ class Sources:
         return self._tables[name]
 
     def _pairs(self, doc: Mapping[str, Any], row: Row, where: str) -> dict[str, dict[str, str]]:
-        """Column -> the document's texts in it, each with its source."""
+        """Return column -> {text of the document: its source}."""
         names = [name for name in row if name in doc and name != self.id_column]
         if self.columns is not None:
-            lacking = [name for name in self.columns if name not in names]
-            if lacking:
+            missing = [name for name in self.columns if name not in names]
+            if missing:
                 raise UserError(
                     f"{where}: source_columns={'+'.join(self.columns)}: the document or its source has no "
-                    f"{', '.join(lacking)}; both have {', '.join(names) or 'none'}"
+                    f"{', '.join(missing)}; both have {', '.join(names) or 'none'}"
                 )
             names = list(self.columns)
-        found = {}
+        pairs = {}
         for name in names:
-            own, theirs = _texts(doc[name]), _texts(row[name])
-            if not own or len(own) != len(theirs):
+            targets, sources = _texts(doc[name]), _texts(row[name])
+            if not targets or len(targets) != len(sources):
                 if self.columns is not None:
                     raise UserError(
-                        f"{where}: column {name} holds {len(own)} texts and its source {len(theirs)}; it must hold a "
-                        "text, or a list of texts with as many in the source"
+                        f"{where}: column {name} holds {len(targets)} texts and its source {len(sources)}; both must "
+                        "hold one text, or lists of the same length"
                     )
                 continue
-            texts = {a.strip(): b.strip() for a, b in zip(own, theirs, strict=True) if a.strip()}
+            texts = {a.strip(): b.strip() for a, b in zip(targets, sources, strict=True) if a.strip()}
             if not all(texts.values()):
                 raise UserError(f"{where}: the source text of column {name} is empty")
-            found[name] = texts
-        return found
+            pairs[name] = texts
+        return pairs
 
     def _replaced(
         self, context: str, continuation: str, pairs: dict[str, dict[str, str]], where: str, task: str
     ) -> str:
-        """The prompt with each text replaced, all at once."""
-        sources: dict[str, str] = {}
+        """Return the prompt with every text replaced by its source, in one pass."""
+        replacements: dict[str, str] = {}
         absent = []
         for name, texts in pairs.items():
-            changed = {own: theirs for own, theirs in texts.items() if own != theirs}
-            there = {own: theirs for own, theirs in texts.items() if own in context}
-            if not there and continuation.strip() not in texts:
+            changed = {text: source for text, source in texts.items() if text != source}
+            present = {text: source for text, source in texts.items() if text in context}
+            if not present and continuation.strip() not in texts:
                 absent.append(name)
-            for own in changed:
-                if (count := context.count(own)) > 1:
+            for text in changed:
+                if (count := context.count(text)) > 1:
                     raise UserError(
-                        f"{where}: the text of column {name} ({own[:40]!r}) occurs {count} times in the prompt, so "
-                        "which one to replace is not known. Give the source's prompt with doc_to_source=TEMPLATE, or "
+                        f"{where}: the text of column {name} ({text[:40]!r}) occurs {count} times in the prompt, so "
+                        "it is not clear which one to replace. Give the source prompt with doc_to_source=TEMPLATE, or "
                         "name the columns to replace with source_columns"
                     )
-            sources |= {own: theirs for own, theirs in there.items() if own in changed}
+            replacements |= {text: source for text, source in present.items() if text in changed}
         if absent and (self.columns is not None or len(absent) == len(pairs)):
             raise UserError(
-                f"{where}: {_of_columns(absent)} not in the prompt as the document has it; give the source's prompt "
-                "with doc_to_source=TEMPLATE"
+                f"{where}: {_of_columns(absent)} not in the prompt as in the document; give the source prompt with "
+                "doc_to_source=TEMPLATE"
             )
         used = [name for name in pairs if name not in absent]
-        self._say(
+        self._log_once(
             task,
-            f"task {task}: the source's prompt is the prompt with the source's {', '.join(used)}"
+            f"task {task}: the source prompt is the prompt with these columns in the source language: {', '.join(used)}"
             + (f" (not in the prompt: {', '.join(absent)})" if absent else ""),
         )
-        if not sources:
+        if not replacements:
             return context
-        longest_first = "|".join(re.escape(own) for own in sorted(sources, key=len, reverse=True))
-        return re.sub(longest_first, lambda found: sources[found[0]], context)
+        longest_first = "|".join(re.escape(text) for text in sorted(replacements, key=len, reverse=True))
+        return re.sub(longest_first, lambda match: replacements[match[0]], context)
 
-    def _say(self, task: str, line: str) -> None:
-        """Log one line for each task."""
-        if task not in self._said:
-            self._said.add(task)
+    def _log_once(self, task: str, line: str) -> None:
+        """Log a line once per task."""
+        if task not in self._logged:
+            self._logged.add(task)
             logger.info(line)
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts that a column holds: one, several, or none."""
+    """Return the texts in a column: one, several, or none."""
     values = [value] if isinstance(value, str) else value
     return list(values) if isinstance(values, list) and all(isinstance(one, str) for one in values) else []
 
 
 def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
-    """The continuation, or its source where it is a text of the document; white space around it stays."""
+    """Return the continuation, or its source if it is a text of the document; surrounding white space stays."""
     text = continuation.strip()
     for texts in pairs.values():
         if text in texts:
@@ -206,5 +206,5 @@ def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
 
 def _of_columns(names: Sequence[str]) -> str:
     if not names:
-        return "no column with texts is in the document and in its source, so there is nothing"
+        return "the document and its source share no column with texts, so there is nothing"
     return f"the text of column {names[0]} is" if len(names) == 1 else f"the texts of columns {', '.join(names)} are"

@@ -1,4 +1,4 @@
-"""The source text of every row: its own, or translated from it."""
+"""The source text of every row: given, or translated from the row's text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..translation.progress_file import ProgressFile
 from ..translation.run import translator_to_source
 from ..utils.errors import UserError
 from ..utils.processes import on_main, shared
-from .loading import Trained
+from .loading import TrainedAdapter
 from .predict_settings import PipelineSettings
 
-#: A row's texts by column; None: it has no source.
+#: The texts of a row by the task's column.
 Texts = dict[str, str]
 
 
-def make_translator(settings: PipelineSettings, trained: Trained, say: Callable[[str], None]) -> Translator:
-    """Return the translator from the texts' language into the source's.
+def make_translator(settings: PipelineSettings, trained: TrainedAdapter, say: Callable[[str], None]) -> Translator:
+    """Return the translator from the language of the texts into the source language.
 
     Raises:
         UserError: the language of the texts is not known, or the model cannot be used.
@@ -48,27 +48,30 @@ def make_translator(settings: PipelineSettings, trained: Trained, say: Callable[
     )
 
 
-def translated(
+def translate(
     translator: Translator,
     rows: Sequence[Texts],
-    kept: Path | None = None,
-    done: Callable[[int, int], Any] = lambda now, total: None,
+    progress_file: Path | None = None,
+    on_progress: Callable[[int, int], Any] = lambda done, total: None,
     share: bool = False,
 ) -> tuple[list[Texts], list[str]]:
-    """Translate all texts of some rows, equal texts once, in batches of about one length.
+    """Translate all texts of the rows in batches of similar length; equal texts are translated once.
 
     Args:
-        kept: file in which finished batches are kept, so that they are not translated again; the main process's.
-        done: is told how many texts of how many are translated.
-        share: whether several processes, all with these rows, share the batches.
+        translator: the translator.
+        rows: the rows.
+        progress_file: file that keeps finished batches, so that a later call skips them; None except in the main
+            process.
+        on_progress: called with the number of translated texts and their total.
+        share: whether the processes of this run, which all pass the same rows, share the batches.
 
     Returns:
-        The rows' translations, and notes on what was cut.
+        The translated rows, and notes on what was cut.
     """
     plan = translator.plan([text for row in rows for text in row.values()])
-    file = None if kept is None else ProgressFile(kept, plan)
+    file = None if progress_file is None else ProgressFile(progress_file, plan)
 
-    def made(number: int) -> list[Translated]:
+    def translate_batch(number: int) -> list[Translated]:
         return translator.translate_batch([plan.pieces[piece] for piece in plan.batches[number]])
 
     try:
@@ -76,14 +79,15 @@ def translated(
         if share:
             finished = on_main(lambda: finished)
         count = sum(len(plan.batches[number]) for number in finished)
-        done(count, len(plan.pieces))
-        left = [number for number in range(len(plan.batches)) if number not in finished]
-        for number, batch in shared(left, made) if share else ((number, made(number)) for number in left):
+        on_progress(count, len(plan.pieces))
+        remaining = [number for number in range(len(plan.batches)) if number not in finished]
+        alone = ((number, translate_batch(number)) for number in remaining)
+        for number, batch in shared(remaining, translate_batch) if share else alone:
             finished[number] = batch
             if file is not None:
                 file.add(number, batch)
             count += len(batch)
-            done(count, len(plan.pieces))
+            on_progress(count, len(plan.pieces))
     finally:
         if file is not None:
             file.close()
@@ -106,51 +110,57 @@ def translated(
     return [{column: next(texts) for column in row} for row in rows], notes
 
 
-def source_line(trained: Trained, settings: PipelineSettings, given: int, total: int, where: str) -> str:
-    """Return the line that says what is read as the source.
+def describe_source(trained: TrainedAdapter, settings: PipelineSettings, given: int, total: int, where: str) -> str:
+    """Return a line that says what is read as the source.
 
     Args:
-        given: rows that have a source of their own.
-        total: rows.
-        where: where the given ones come from.
+        trained: the adapter.
+        settings: the options.
+        given: number of rows with a given source.
+        total: number of rows.
+        where: where the given sources come from.
 
     Raises:
-        UserError: the adapter was trained with sources, and rows have none.
+        UserError: the adapter was trained with sources, and some rows have none.
     """
-    record, lacking = trained.record, total - given
+    record, missing = trained.record, total - given
     if trained.reads == "states":
         name = settings.mt_model or record.settings["mt_model"]
-        return f"source: states of the MT encoder {name} on the texts themselves"
+        return f"source: states of the MT encoder {name}, computed from the texts themselves"
     if trained.reads == "nothing":
         ignored = f" ({where} is not read)" if given else ""
-        what = "flare train --train-only-fusion" if record.fusion else record.method
-        return f"source: none, {what} reads the text alone{ignored}"
+        method = "flare train --train-only-fusion" if record.fusion else record.method
+        return f"source: none, {method} reads only the text{ignored}"
     if settings.no_source:
         if record.method == "input-fusion":
-            raise UserError("--no-source: an input-fusion adapter reads both texts as one; give it the source texts")
-        return "source: left out (--no-source): the adapter predicts as plain LoRA, worse than it was trained to"
+            raise UserError("--no-source: an input-fusion adapter reads both texts as one input; give the source texts")
+        return "source: left out (--no-source): the adapter is plain LoRA and predicts worse than with a source"
     trained_on = " (machine-translated in training)" if record.source_text == "mt" else ""
-    if not lacking:
+    if not missing:
         return f"source: {where} for all {total} texts{trained_on}"
     if settings.translator is None:
-        made = _translator_of(record.data)
+        trained_with = _translator_of(record.data)
         raise UserError(
-            f"{lacking} of {total} texts have no source, and this adapter ({record.method}) was trained with one: give "
+            f"{missing} of {total} texts have no source, and this adapter ({record.method}) was trained with one: give "
             f"texts in {record.source_language} (--source-input or columns source_<column>; in Python source_texts), "
-            f"have them translated (--translator{f' {made}' if made else ''}), or predict without (--no-source)"
+            f"translate them (--translator{f' {trained_with}' if trained_with else ''}), or predict without a source "
+            "(--no-source)"
         )
-    own = f"{where} for {given} of {total} texts, " if given else ""
-    return f"source: {own}translated with {settings.translator} for {lacking} of {total}{trained_on}"
+    first = f"{where} for {given} of {total} texts, " if given else ""
+    return f"source: {first}translated with {settings.translator} for {missing} of {total}{trained_on}"
 
 
-def with_columns(task: Task, texts: Any, what: str) -> Texts:
+def by_column(task: Task, texts: Any, what: str) -> Texts:
     """Return the texts of one row by the task's columns.
 
     Args:
-        texts: one text, or a mapping of column to text.
+        task: the task.
+        texts: one text, or a dict of column -> text.
+        what: name of the row, for messages.
 
     Raises:
-        TypeError, ValueError: something else, or a column that is missing.
+        TypeError: the texts are neither.
+        ValueError: a column is missing.
     """
     columns = task.text_columns
     if isinstance(texts, str) and len(columns) == 1:
@@ -167,7 +177,7 @@ def with_columns(task: Task, texts: Any, what: str) -> Texts:
 
 
 def _translator_of(data: dict[str, Any]) -> str | None:
-    """The model that translated the run's own sources, where its record says so."""
+    """Return the model that translated the sources of the run, if its record names one."""
     for provenance in (data.get("translation") or {}).values():
         name = ((provenance.get("settings") or {}).get("model") or {}).get("name")
         if name:

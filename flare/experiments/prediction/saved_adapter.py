@@ -1,4 +1,4 @@
-"""A saved adapter that is not a run's: what its folder says, what flags say, and what is missing."""
+"""Describe a saved adapter that does not belong to a run, from its folder and the options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..utils.errors import UserError, library_errors
 from .predict_settings import PipelineSettings
 
 CONFIG_FILE = "adapter_config.json"
-# PEFT's task_type -> the task it stands for where none is named, and the form of models
+# PEFT's task_type -> the default task, and the kind of model
 _TASKS = {
     "SEQ_CLS": ("classification", "encoder"),
     "QUESTION_ANS": ("qa", "encoder"),
@@ -23,13 +23,10 @@ _TASKS = {
 
 
 def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list[str]]:
-    """Describe an adapter as a run would be, from its folder and the flags.
-
-    Returns:
-        The record, and a note on what was assumed.
+    """Return the record that a run with this adapter would have, and notes on what was assumed.
 
     Raises:
-        UserError: something is not known, or contradicts what is.
+        UserError: information is missing, or an option contradicts the adapter.
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -39,12 +36,12 @@ def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list
     method = _method(folder, config, settings)
     if task_type is not None and task_type not in _TASKS:
         raise UserError(f"--adapter {folder}: its task_type is {task_type}; accepted: {', '.join(_TASKS)}")
-    named, family = _TASKS.get(task_type, (None, None))
-    name = settings.task or named
+    default_task, family = _TASKS.get(task_type, (None, None))
+    name = settings.task or default_task
     if name is None:
         raise UserError(
-            f"--adapter {folder}: its folder does not say which task it was trained on; name it with --task (and, for "
-            "prompts other than the task's, --prompt)"
+            f"--adapter {folder}: its folder does not say which task it was trained on; name it with --task (and with "
+            "--prompt, if it was not trained on the task's prompts)"
         )
     base = settings.base or config.get("base_model_name_or_path")
     if not base:
@@ -58,7 +55,7 @@ def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list
             count = f" {size}" if size else ""
             raise UserError(
                 f"--adapter {folder}: its folder does not name its{count} labels; give them with --labels, in the "
-                "order of their indices (or --task, for a task that knows them)"
+                "order of their indices (or name a task with known labels by --task)"
             )
     if method == "flare-mt" and settings.mt_model is None:
         raise UserError(f"--adapter {folder}: it reads states of an MT encoder (latent_dim); name it with --mt-model")
@@ -88,15 +85,15 @@ def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list
         },
         base=str(base),
     )
-    assumed = f"{folder} is not a run of flare train: taken for {method} on {name}"
+    assumed = f"{folder} is not a run of flare train: assuming {method} on {name}"
     if labels:
         assumed += f" with the labels {', '.join(labels)}"
     return record, [
-        f"{assumed}; texts of up to {task.max_length} tokens (--max-length), padded to the {_SHOWN[padding]}"
+        f"{assumed}; texts of up to {task.max_length} tokens (--max-length), padded to {_PADDED_TO[padding]}"
     ]
 
 
-_SHOWN = {"longest": "longest of a batch (--padding)", "max_length": "full length"}
+_PADDED_TO = {"longest": "the longest of a batch (--padding)", "max_length": "that length"}
 
 
 def _method(folder: Path, config: dict[str, Any], settings: PipelineSettings) -> str:
@@ -111,21 +108,21 @@ def _method(folder: Path, config: dict[str, Any], settings: PipelineSettings) ->
         return settings.method or "lora"
     if method is None:
         raise UserError(
-            f"--adapter {folder}: its peft_type is {kind}; accepted: {FLARE.value}, {X_MIXUP.value}. An adapter of "
-            "PEFT's own reads no source: use it with transformers.pipeline"
+            f"--adapter {folder}: its peft_type is {kind}; accepted: {FLARE.value}, {X_MIXUP.value}. PEFT's own "
+            "adapters read no source: use them with transformers.pipeline"
         )
     if settings.method is not None:
-        raise UserError(f"--method {settings.method}: {folder} is an adapter of {method}; leave it out")
+        raise UserError(f"--method {settings.method}: {folder} is a {method} adapter; leave it out")
     return method
 
 
 def _labels_of(folder: Path, base: str) -> tuple[str, ...] | None:
-    """The labels of the base's configuration, where they have names and are as many as the adapter's head has."""
+    """Return the labels in the base's configuration, if they have names and as many as the head has classes."""
     from transformers import AutoConfig
 
     try:
         names = AutoConfig.from_pretrained(base, trust_remote_code=False).id2label
-    except (OSError, ValueError):  # said in its place, when the base is loaded
+    except (OSError, ValueError):  # reported when the base is loaded
         return None
     labels = tuple(str(names[index]) for index in sorted(names))
     generic = labels == tuple(f"LABEL_{index}" for index in range(len(labels)))
@@ -133,7 +130,7 @@ def _labels_of(folder: Path, base: str) -> tuple[str, ...] | None:
 
 
 def _head_size(folder: Path) -> int | None:
-    """How many classes the saved head has; None where there is no head."""
+    """Return the number of classes of the saved head; None: there is no head."""
     from peft.utils import load_peft_weights
 
     with library_errors(f"--adapter {folder}: its weights cannot be read"):

@@ -1,0 +1,191 @@
+"""The commands whose options are a settings class: `flare finetune`, `check`, `train`, `evaluate` and `predict`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..prediction.predict_settings import PredictSettings
+from ..runs.options import add_options, read_settings
+from ..runs.run_settings import NAMES, CheckSettings, EvaluateSettings, FinetuneSettings, TrainSettings
+from ..utils.environment import use_threads
+from ..utils.progress import print_line
+
+
+@dataclass(frozen=True)
+class SettingsCommand:
+    """A command whose options are the fields of a settings class.
+
+    Attributes:
+        name, help, description: of the command, for argparse.
+        settings: class with :func:`flare.experiments.runs.options.option` fields. If it has a field ``training``, the
+            command also takes the flags of transformers.TrainingArguments.
+        work: runs the command; called with the settings.
+        after_interrupt: message after Ctrl-C: what is kept and how to resume. ``{command}`` is the command line.
+    """
+
+    name: str
+    settings: type[Any]
+    work: Callable[[Any], None]
+    help: str
+    description: str
+    after_interrupt: str
+
+    def add_parser(self, commands: Any) -> None:
+        """Add the command to the sub-parsers of `flare`."""
+        parser = commands.add_parser(
+            self.name,
+            help=self.help,
+            description=self.description,
+            epilog=task_list(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        add_options(parser, self.settings, training=any(one.name == "training" for one in fields(self.settings)))
+        # cli.main passes the flags that the parser does not know as `rest`: they may be TrainingArguments' flags
+        parser.set_defaults(
+            command=functools.partial(_run, self.settings, self.work), rest=[], after_interrupt=self.after_interrupt
+        )
+
+
+def _run(kind: type[Any], work: Callable[[Any], None], rest: Sequence[str], **options: Any) -> None:
+    settings = read_settings(kind, options, rest, NAMES)
+    if settings.threads is not None:
+        use_threads(settings.threads)
+    work(settings)
+
+
+def task_list() -> str:
+    """Return the tasks that have a data set on the hub, one paragraph per task."""
+    from ..tasks import DATA_SETS, TASKS
+
+    lines = ["tasks with a data set on the hub (columns -> label; the metric that selects checkpoints):"]
+    for task in TASKS.values():
+        if task.hub_id is None:
+            continue
+        data = DATA_SETS[task.hub_id]
+        others = dict.fromkeys(one.hub_id for one in data.english.values())
+        english = "".join(f"; English {', '.join(data.english)} from {one}" for one in others)
+        label = "answers" if task.kind == "qa" else task.label_column
+        languages = " ".join(data.codes or (f"{data.languages} languages, named by FLORES-200's tags",))
+        columns = f"{', '.join(task.text_columns)} -> {label}; {task.metrics[0]}; {', '.join(data.splits)}{english}"
+        parallel = "" if data.parallel else "; languages are not translations of each other"
+        text = f"{task.hub_id}: {columns}{parallel}; {languages}"
+        lines += textwrap.wrap(f"  {task.name:<12} {text}", 110, subsequent_indent=" " * 15, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+# --- the commands: what they run is imported when they run ------------------------------------------------------------
+
+
+def _finetune(settings: FinetuneSettings) -> None:
+    from ..runs.finetune import run_finetune
+
+    run_finetune(settings, print_line)
+
+
+def _check(settings: CheckSettings) -> None:
+    from ..check.run import run_check
+
+    run_check(settings, print_line)
+
+
+def _train(settings: TrainSettings) -> None:
+    from ..runs.train import run_train
+
+    run_train(settings, print_line)
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
+    from ..runs.evaluate import run_evaluate
+
+    run_evaluate(settings, print_line)
+
+
+def _predict(settings: PredictSettings) -> None:
+    from ..prediction.run import run_predict
+
+    # with --output -, standard output holds the predictions only
+    messages = functools.partial(print_line, file=sys.stderr) if settings.output == "-" else print_line
+    run_predict(settings, messages)
+
+
+_RUNS_ARE_KEPT = """\
+Finished runs are kept. Resume with the same command:
+  {command}
+It skips finished runs and continues the interrupted run from its last checkpoint (one is written per epoch, or as
+--save-steps says). A run without a checkpoint starts again."""
+
+FINETUNE = SettingsCommand(
+    name="finetune",
+    settings=FinetuneSettings,
+    work=_finetune,
+    help="train the base model on the task in the source language",
+    description="""\
+Train an adapter (or, with --full, all weights) on the task in the source language, and save the merged model in
+OUTPUT/base/seed-N, one per seed. Learning rates, epochs, ranks and lengths default to the paper's; --paper sets the
+rest of its settings (5 seeds, fixed length). Finished runs are skipped; unfinished runs resume from their last
+checkpoint.""",
+    after_interrupt=_RUNS_ARE_KEPT,
+)
+
+CHECK = SettingsCommand(
+    name="check",
+    settings=CheckSettings,
+    work=_check,
+    help="check data, lengths and vocabulary, and estimate time and memory, before training",
+    description="""\
+Print, before hours of training: which texts are paired, how many are cut, the distribution of the labels, how the
+tokenizer splits each language, the base's score on the source language, and how much time and memory each method
+needs on this machine. Takes the flags of `flare train`. `flare check` writes nothing except --json FILE, and needs
+no fine-tuned base (--model).""",
+    after_interrupt="""\
+Nothing was written. Start again with the same command:
+  {command}""",
+)
+
+TRAIN = SettingsCommand(
+    name="train",
+    settings=TrainSettings,
+    work=_train,
+    help="train adapters: lora, input-fusion, x-mixup, flare and flare-mt",
+    description="""\
+Train every method on every target language with every seed, into OUTPUT/<target>/<method>/seed-N, and evaluate the
+test split. Learning rates, epochs, ranks and lengths default to the paper's; --paper sets the rest of its settings
+(5 seeds, machine-translated text, fixed length). Finished runs are skipped; unfinished runs resume from their last
+checkpoint.""",
+    after_interrupt=_RUNS_ARE_KEPT,
+)
+
+EVALUATE = SettingsCommand(
+    name="evaluate",
+    settings=EvaluateSettings,
+    work=_evaluate,
+    help="score zero-shot, translate-test and the trained adapters on the test split",
+    description="""\
+zero-shot: the base on the target language's test texts.
+translate-test: the base on the same texts in the source language.
+translate-train: every trained adapter, optionally with the other source text (--source-text).""",
+    after_interrupt="""\
+Scores that were printed are saved. Resume with the same command, which skips them:
+  {command}""",
+)
+
+PREDICT = SettingsCommand(
+    name="predict",
+    settings=PredictSettings,
+    work=_predict,
+    help="predict your own texts with a trained adapter",
+    description="""\
+Predict labels with probabilities, answers, or generated text for every row of a file. The output keeps the file's
+columns. The source text of a row comes from the column source_<column>, from --source-input, or from --translator.
+An interrupted command resumes if it is repeated. See docs/predicting.md.""",
+    after_interrupt="""\
+Finished batches are kept next to the output. Resume with the same command:
+  {command}""",
+)
