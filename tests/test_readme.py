@@ -62,7 +62,8 @@ def test_the_example_runs_and_its_source_reaches_the_weights(tmp_path, monkeypat
     assert len(passes) == 11, "one source pass per step (10), and one for the prediction"
     assert re.search(r"\[[012] [012] [012]\]", capsys.readouterr().out), "a label for each of three texts is printed"
     # replacing every source by one token changes the trained weights
-    other = trained_adapter(tmp_path / "no source", monkeypatch, script().replace("tokenizer(english)", "tokenizer('.')"))
+    without_source = script().replace("tokenizer(english)", "tokenizer('.')")
+    other = trained_adapter(tmp_path / "no source", monkeypatch, without_source)
     assert weights.keys() == other.keys()
     assert any(not torch.allclose(weights[name], other[name]) for name in weights if "lora_A" in name)
 
