@@ -88,7 +88,5 @@ def test_no_new_failure(place, file) -> None:
     assert set(stock) == set(failed), "the same tests must run with LoraConfig"
     new = {name: outcomes[name][1] for name in failed if stock[name][0] == "passed"}
     assert {name: new[name] for name in set(new) - set(KNOWN)} == {}
-    assert {name for name in KNOWN if name.startswith(file)} - set(new) == set(), (
-        "these pass now: remove them from KNOWN"
-    )
+    assert {name for name in KNOWN if name.startswith(file)} - set(new) == set(), "these pass: remove them from KNOWN"
     assert sum(outcome == "passed" for outcome, _ in outcomes.values()) >= FILES[file]
