@@ -1,6 +1,7 @@
 """Project rules: which package imports what, one version number, one version of ruff."""
 
 import ast
+import fnmatch
 import importlib
 import importlib.metadata
 import re
@@ -172,12 +173,7 @@ def import_graph(package: str, *, strict: bool) -> dict[str, set[str]]:
     for module, path in modules.items():
         names = imported(module, path, top_level_only=not strict)
         for name in imported_by_name(module, path) if strict else ():
-            matches = (
-                (lambda other, n=name: other.startswith(n[:-1]))
-                if name.endswith("*")
-                else (lambda other, n=name: other == n)
-            )
-            names |= {other for other in modules if matches(other)}
+            names |= {other for other in modules if fnmatch.fnmatchcase(other, name)}
         # `from package import module` needs the submodule, not the names that its __init__ collects
         direct = {n for n in names if n in modules and n != module}
         graph[module] = {n for n in direct if not any(d.startswith(n + ".") for d in direct)}
@@ -305,9 +301,7 @@ def test_code_of_a_models_folder_runs_only_if_the_caller_allows_it():
             named = any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
             options = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
             dictionaries = [ast.unparse(each) for each in ast.walk(tree) if isinstance(each, ast.Dict)]
-            in_options = any(name == "options" for name in options) and any(
-                "trust_remote_code" in d for d in dictionaries
-            )
+            in_options = "options" in options and any("trust_remote_code" in text for text in dictionaries)
             assert named or in_options, f"{module}: {ast.unparse(node)} does not pass trust_remote_code"
     assert calls
 
