@@ -37,7 +37,7 @@ _READ_SOURCE = ("authors", "eager-sdpa", "flare", "flare-offload", "flare-recomp
 
 
 def effort(device: torch.device) -> Effort:
-    """Return fewer rounds than the default on a GPU, where a step is long, and more on a CPU, where others run too."""
+    """Return fewer rounds than the default for a GPU, where steps are long, and more for a CPU, where times vary."""
     return Effort(6.0, 3, 20, 1) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
 
 
@@ -51,11 +51,11 @@ def depth_that_fits(shape: StepShape, device: torch.device) -> int:
     if model.family == "xlmr":
         head_bytes = 2 * model.vocabulary * model.d
     weights = 2 * (2 * model.d * model.n_q + 2 * model.d * model.n_v + 3 * model.d * model.inner)
-    joined_text = 2 * tokens * 2 * (12 * model.d + 5 * model.inner)
+    joined_bytes = 2 * tokens * 2 * (12 * model.d + 5 * model.inner)
     eager_length = (2 if model.family == "gemma2" else 1) * shape.m  # Gemma 2 has only eager attention
-    scores = eager_length * joined_text // (2 * shape.m) + shape.B * model.heads * eager_length**2 * 8
+    scores = eager_length * joined_bytes // (2 * shape.m) + shape.B * model.heads * eager_length**2 * 8
     stacks = 2 if model.family == "mt5" else 1
-    fits = int((total - head_bytes) / (stacks * (weights + max(joined_text, scores))))
+    fits = int((total - head_bytes) / (stacks * (weights + max(joined_bytes, scores))))
     return max(1, min(shape.depth or model.layers, fits))
 
 
@@ -126,7 +126,7 @@ def _build(
 
 
 class _Case:
-    """Builds the variants of one shape over one set of weights."""
+    """Builder of the variants of one shape over one set of weights."""
 
     def __init__(
         self,

@@ -51,10 +51,10 @@ def variants(shape: shapes.KernelShape, device: torch.device, ceilings: Ceilings
             run(shape.primitive, ops, rotation.next())
 
         def count() -> dict[str, Any]:
-            with count_ops() as ops:
+            with count_ops() as counted:
                 call()
             return {
-                "launches": device_launches(call, device) or ops.total,
+                "launches": device_launches(call, device) or counted.total,
                 "transient_bytes": transient_bytes(lambda: run(shape.primitive, ops, rotation.next()), device=device),
             }
 

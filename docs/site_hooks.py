@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build: files of the repository that pages link to become part of the site."""
+"""Hooks of the documentation build: add files outside docs/ that pages link to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESULTS = (".md", ".png", ".json", ".csv")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the change log, the contributors' page, the examples and the measured results."""
+    """Add the change log, the contributing page, the examples and the benchmark results to the site."""
     results = [path for path in (_ROOT / "benchmarks" / "results").rglob("*") if path.suffix in _RESULTS]
     tables = (_ROOT / "flare_kernels" / "tables").glob("*.json")
     examples = (_ROOT / "examples").iterdir()
@@ -23,5 +23,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point links that leave docs/ at the files that :func:`on_files` added."""
+    """Rewrite links to files outside docs/, which :func:`on_files` adds."""
     return markdown if page.file.generated_by else markdown.replace("](../", "](")

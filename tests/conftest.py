@@ -1,4 +1,4 @@
-"""Shared fixtures. Where no GPU is present the Triton kernels run under Triton's interpreter on the CPU."""
+"""Shared fixtures. Without a GPU, the Triton kernels run in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined, so before their first import
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when kernels are defined
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where kernels are tested: the GPU if there is one, else the CPU through the interpreter."""
+    """Return the device of the kernel tests: the GPU if there is one, otherwise the CPU."""
     return DEVICE
 
 
@@ -30,7 +30,7 @@ def _seed() -> None:
 
 
 def folder_from_environment(variable: str, what: str) -> Path:
-    """The folder an environment variable names; skips the test, saying why, where it is not set."""
+    """Return the folder that an environment variable names; skip the test if there is none."""
     value = os.environ.get(variable)
     if not value or not Path(value).is_dir():
         pytest.skip(f"{variable} does not name a folder: {what} is not here")
@@ -39,7 +39,7 @@ def folder_from_environment(variable: str, what: str) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch):
-    """The calls of sites and layers during a test (tests/site_models.py)."""
+    """Return the counted calls of sites and layers during a test (tests/site_models.py)."""
     from site_models import counted_calls
 
     return counted_calls(monkeypatch)
@@ -47,17 +47,17 @@ def calls(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def goldens() -> Path:
-    """The authors' golden numbers (not part of the package)."""
+    """Return the folder of the authors' golden numbers, which is not part of the repository."""
     return folder_from_environment("FLARE_GOLDENS", "the full set of golden numbers")
 
 
 @pytest.fixture
 def nusax() -> Path:
-    """The NusaX parallel sentiment data (not part of the package)."""
+    """Return the folder of the NusaX parallel sentiment data, which is not part of the repository."""
     return folder_from_environment("FLARE_NUSAX", "the NusaX data")
 
 
 @pytest.fixture
 def minilm() -> Path:
-    """A real small BERT (not part of the package)."""
+    """Return the folder of a small pretrained BERT, which is not part of the repository."""
     return folder_from_environment("FLARE_MINILM", "the MiniLM model")

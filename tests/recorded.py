@@ -1,4 +1,4 @@
-"""A recorder for GraphedStep that runs the step again in place of a graph, and the eager step to compare with."""
+"""A recorder for GraphedStep that reruns the step instead of a graph, and the eager step to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flare.training.graph_recorder import Recording
 
 
 class CpuRecorder:
-    """Runs what a graph would replay: on the tensors of the capture, into the gradients that p.grad was then."""
+    """Recorder that runs what a graph would replay: with the captured tensors, into the captured gradient buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -52,11 +52,11 @@ class CpuRecorder:
         def replay() -> None:
             assert self.depth == 1
             self.replays += 1
-            placed = [p.grad for p in parameters]
+            current = [p.grad for p in parameters]
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad
             result.copy_(run())
-            for parameter, grad in zip(parameters, placed, strict=True):
+            for parameter, grad in zip(parameters, current, strict=True):
                 parameter.grad = grad
 
         def release() -> None:
@@ -87,12 +87,12 @@ def eager(model: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
 
 
 def full(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with masks of ones."""
+    """Return the batch with masks of ones."""
     return {name: torch.ones_like(value) if name.endswith("mask") else value for name, value in batch.items()}
 
 
 def same_gradients(model: nn.Module, other: nn.Module) -> None:
-    got, want = tiny.gradients(model), tiny.gradients(other)
-    assert got.keys() == want.keys() and want
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
+    grads, other_grads = tiny.gradients(model), tiny.gradients(other)
+    assert grads.keys() == other_grads.keys() and other_grads
+    for name, grad in other_grads.items():
+        assert torch.equal(grads[name], grad), name

@@ -1,4 +1,4 @@
-"""The tables of what each method costs: names in words, ratios of the rows, nothing left out."""
+"""Tests of the cost tables: descriptions of the rows, ratios, and completeness."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def module_at(path: Path) -> Any:
-    """Return a module whose name a test of ours has too."""
+    """Import a module of benchmarks/ whose name a test in tests/ has too."""
     spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -69,12 +69,12 @@ STEP = [
 
 
 def cells(text: str, name: str) -> list[str]:
-    """Return the cells of the line of a method."""
+    """Return the cells of a method's line."""
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} "))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_a_case_in_words() -> None:
+def test_the_table_of_a_case() -> None:
     text = costs_of(STEP)
     assert "XLM-R Large: 24 blocks of width 1024, batch of 16, texts of 512 tokens, rank 64, bfloat16" in text
     assert cells(text, "method") == [
@@ -85,8 +85,8 @@ def test_a_case_in_words() -> None:
     assert (
         "FLARE takes 40 % less time and 72 % less peak memory than input-level fusion; with cached source states "
         "25 % more time." in text.replace("\n", " ")
-    ), "losses are said as well as gains"
-    assert not re.search(r"flare-|input-fusion|lora\b", text), "no row goes by its name in the code"
+    ), "losses are reported as well as gains"
+    assert not re.search(r"flare-|input-fusion|lora\b", text), "rows have descriptions instead of their names"
 
 
 def test_columns_are_aligned_and_no_line_of_prose_is_long() -> None:
@@ -96,28 +96,28 @@ def test_columns_are_aligned_and_no_line_of_prose_is_long() -> None:
     assert max(map(len, prose)) <= 120
 
 
-def test_the_devices_busy_time_has_a_column_where_it_was_measured() -> None:
+def test_device_busy_time_has_a_column_if_it_was_measured() -> None:
     busy = row("flare", 0.12, 110)
     busy["counters"]["device_busy_s"] = 0.0386
     text = costs_of([STEP[0], busy])
     assert cells(text, "FLARE, this package")[2] == "38.6" and cells(text, "plain LoRA")[2] == "-"
-    assert "× input-level fusion" not in text, "there is no such row to compare with"
+    assert "× input-level fusion" not in text, "the case has no such row"
 
 
-def test_what_did_not_run_is_named_with_its_reason() -> None:
+def test_rows_that_did_not_run_are_listed_with_their_reason() -> None:
     rows = [
         *STEP,
         skipped("flare-captured", "CUDA graphs need a CUDA device"),
-        skipped("flare-offload", "kept there already: see the row flare"),
+        skipped("flare-offload", "stored there already: see the row flare"),
         {**row("authors", 0.0, 0), "status": "failed", "reason": "out of memory"},
     ]
     text = costs_of(rows)
     assert "- FLARE, this package, as a CUDA graph: CUDA graphs need a CUDA device" in text
-    assert "- FLARE, source states in host memory: kept there already: see FLARE, this package" in text
+    assert "- FLARE, source states in host memory: stored there already: see FLARE, this package" in text
     assert "- FLARE as its authors run it: failed, out of memory" in text
 
 
-def test_every_row_of_a_result_file_is_there() -> None:
+def test_every_row_of_a_result_file_is_shown() -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "plot.py", RECORDED], capture_output=True, text=True, check=True, cwd=BENCHMARKS
     )
@@ -127,11 +127,11 @@ def test_every_row_of_a_result_file_is_there() -> None:
     shown = [case for case in recorded if case["question"] in importlib.import_module("costs")._COSTS]
     assert {case["question"] for case in shown} >= {"step", "projection"}
     for case in shown:
-        assert name_of(case) != case["variant"], "its name is in words"
+        assert name_of(case) != case["variant"], "the row has a description"
         assert name_of(case) in done.stdout.replace("\n  ", " ")
 
 
-def test_methods_of_every_grid_have_a_name_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_has_a_description(monkeypatch: pytest.MonkeyPatch) -> None:
     names = importlib.import_module("costs")
     models, projection = importlib.import_module("models"), importlib.import_module("test_projection")
     fast, generation = importlib.import_module("fast_steps"), module_at(BENCHMARKS / "test_generation.py")

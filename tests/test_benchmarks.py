@@ -1,4 +1,4 @@
-"""What stands between a measurement and a figure: rotation, gate, result files, summary, pictures, the GPU script."""
+"""Tests of the benchmarks' tools: rotating inputs, checks, result files, summary, figures, and the GPU scripts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def module(name: str) -> Any:
-    """A module of benchmarks/, which is a folder of files and no package."""
+    """Import a module of benchmarks/, which is not a package."""
     return importlib.import_module(name)
 
 
 @pytest.fixture
 def recorded() -> dict[str, Any]:
-    """A few rows of a CPU run."""
+    """Return a few rows of a CPU run."""
     result: dict[str, Any] = module("results").load(RECORDED)
     return result
 
 
 def as_on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
-    """The same rows as if they were of a GPU and of the real sizes, so that they are judged."""
+    """Return the rows marked as measured on a GPU with real sizes, so that targets are judged."""
     result = copy.deepcopy(result)
     result["run"]["device"] = "a GPU"
     for row in result["cases"]:
@@ -47,12 +47,12 @@ def as_on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT", "PYTEST_ADDOPTS")}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**inherited, **own})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**inherited, **variables})
 
 
-# --- inputs that rotate -----------------------------------------------------------------------------------------------
+# --- rotating inputs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_the_sets_between_two_uses_fill_twice_the_cache(set_bytes: int, cache: i
     assert (copies - 1) * set_bytes >= 2 * cache or copies == timing._MOST_COPIES
 
 
-def test_rotation_hands_out_every_set_before_one_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotation_uses_every_set_before_it_repeats_one(monkeypatch: pytest.MonkeyPatch) -> None:
     timing = module("timing")
     monkeypatch.setattr(timing, "l2_bytes", lambda device: 4096)
     rotation = timing.Rotation(lambda: {"x": torch.randn(256), "views": [torch.randn(256)]}, torch.device("cpu"))
-    assert len(rotation.sets) == 5, "2 KiB a set, 8 KiB between two uses"
+    assert len(rotation.sets) == 5, "2 KiB per set, 8 KiB between two uses"
     seen = [id(rotation.next()) for _ in range(10)]
     assert len(set(seen[:5])) == 5 and seen[:5] == seen[5:]
     storages = {each["x"].untyped_storage().data_ptr() for each in rotation.sets}
@@ -88,17 +88,17 @@ def test_variants_are_timed_in_turn() -> None:
     how = timing.Effort(budget_s=0.0, least=3, most=3, warmup=1)
     samples = timing.interleave(calls, torch.device("cpu"), how=how)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-    assert all(len(taken.device_s) == 3 for taken in samples.values())
+    assert all(len(one.device_s) == 3 for one in samples.values())
 
 
-def test_the_timer_hands_over_what_was_measured() -> None:
+def test_the_timer_replays_the_measured_durations() -> None:
     clock = module("timing").Replay()
     clock.load([0.5, 0.25])
     readings = [clock() for _ in range(4)]
     assert [readings[1] - readings[0], readings[3] - readings[2]] == [0.5, 0.25]
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def wrong(y: torch.Tensor, how: str) -> torch.Tensor | None:
@@ -115,7 +115,7 @@ def wrong(y: torch.Tensor, how: str) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("how", ["scaled", "one element", "unwritten", "shape", "missing"])
-def test_the_gate_refuses(how: str) -> None:
+def test_wrong_results_are_refused(how: str) -> None:
     gate = module("gate")
     truth = torch.randn(64, 64, dtype=torch.float64)
     plain = truth.to(torch.bfloat16)
@@ -124,16 +124,16 @@ def test_the_gate_refuses(how: str) -> None:
         gate.require_correct({"y": wrong(plain, how)}, {"y": truth}, {"y": plain}, dtype=torch.bfloat16)
 
 
-def test_poisoned_memory_shows_what_nobody_wrote() -> None:
+def test_poisoned_memory_is_nan() -> None:
     gate = module("gate")
     with gate.poisoned():
-        made = torch.empty(4), torch.empty_like(torch.ones(3)), torch.empty(2, dtype=torch.int64)
-    assert made[0].isnan().all() and made[1].isnan().all() and not made[2].is_floating_point()
+        empty, like, integers = torch.empty(4), torch.empty_like(torch.ones(3)), torch.empty(2, dtype=torch.int64)
+    assert empty.isnan().all() and like.isnan().all() and not integers.is_floating_point()
     assert torch.zeros(2).sum() == 0
 
 
 def test_a_wrong_kernel_fails_its_benchmark_and_is_not_timed(tmp_path: Path) -> None:
-    """The addmm form's dA a tenth too large: the row says wrong, has no time, and pytest fails."""
+    """With dA of the addmm form a tenth too large, the row has status wrong and no time, and pytest fails."""
     (tmp_path / "breaks.py").write_text(
         "import flare_kernels.torch_ops as ops\n"
         "right = ops.grad_weight\n"
@@ -153,7 +153,7 @@ def test_a_wrong_kernel_fails_its_benchmark_and_is_not_timed(tmp_path: Path) -> 
     }
     assert rows["grad_weight"]["status"] == "wrong" and "median_s" not in rows["grad_weight"]
     assert "dA" in rows["grad_weight"]["reason"]
-    assert rows["grad_input"]["status"] == "timed", "a wrong one must not take others with it"
+    assert rows["grad_input"]["status"] == "timed", "other rows are still timed"
 
 
 def test_a_case_that_cannot_be_built_is_tried_once_and_reported(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_case_that_cannot_be_built_is_tried_once_and_reported(tmp_path: Path) 
 
 @pytest.mark.parametrize(("model", "megabytes"), [("LLAMA", 139.5 + 172.6 + 93.6 + 140.5 + 137.4), ("XLMR", 226.3)])
 def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float) -> None:
-    """Worked out by hand for M = 8192, r = 64, bf16: down, up, bottleneck gradients, dA, dx added to dx."""
+    """Computed by hand for M = 8192, r = 64, bf16: down, up, bottleneck gradients, dA, dx added to dx."""
     shapes = module("shapes")
     shape = shapes.ProjectionShape(getattr(shapes, model), 8192, 64)
     floor = module("bytes_moved").adapter_bytes
@@ -186,12 +186,12 @@ def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float
     assert floor(shape, accumulate_dx=True) - floor(shape, accumulate_dx=False) == 2 * 8192 * shape.model.d
 
 
-def test_the_adapters_move_a_fifth_less_where_they_run_first() -> None:
-    """Llama 8B, M = 8192, r = 64, bf16; what is saved is what the frozen products read instead."""
+def test_the_adapters_move_a_fifth_less_if_they_run_first() -> None:
+    """Llama 8B, M = 8192, r = 64, bf16. The difference equals the additional reads of the frozen products."""
     shapes, bytes_moved = module("shapes"), module("bytes_moved")
     shape = shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
     steps = {order: bytes_moved.step_bytes(shape, order) for order in bytes_moved.ORDERS}
-    total = {order: sum(of_one.values()) for order, of_one in steps.items()}
+    total = {order: sum(step_bytes.values()) for order, step_bytes in steps.items()}
     assert total["frozen_first"] == bytes_moved.adapter_bytes(shape, accumulate_dx=True)
     assert total["frozen_first"] / 1e6 == pytest.approx(684, abs=1)
     assert total["adapter_first"] <= 0.8 * total["frozen_first"]
@@ -218,7 +218,7 @@ def test_result_files_are_complete_after_every_case(tmp_path: Path, recorded: di
         recorder.add([row])
         assert results.load(recorder.path)["cases"][-1] == row
     recorder.add([{**recorded["cases"][0], "median_s": 1.0}])
-    assert len(results.load(recorder.path)["cases"]) == 3, "a case measured again takes its old rows' place"
+    assert len(results.load(recorder.path)["cases"]) == 3, "a case measured again replaces its rows"
     assert [path.name for path in recorder.path.parent.iterdir()] == ["r.json"]
 
 
@@ -279,8 +279,8 @@ KEYS = {
 
 
 def rows_of(result: dict[str, Any], question: str) -> dict[str, dict[str, Any]]:
-    own = [r for r in result["cases"] if r["question"] == question and r["family"] == "xlmr" and r["headline"]]
-    return {r["variant"]: r for r in own}
+    rows = [r for r in result["cases"] if r["question"] == question and r["family"] == "xlmr" and r["headline"]]
+    return {r["variant"]: r for r in rows}
 
 
 def test_the_summary_has_every_key_and_its_numbers_are_the_rows_ratios(recorded: dict[str, Any]) -> None:
@@ -339,28 +339,28 @@ def test_a_row_that_was_not_timed_gives_no_number(recorded: dict[str, Any]) -> N
     assert summary["qv_speedup_vs_peft_bf16"]["xlmr"] is None
 
 
-# --- table and pictures -----------------------------------------------------------------------------------------------
+# --- table and figures ------------------------------------------------------------------------------------------------
 
 
-def test_table_and_pictures(tmp_path: Path, recorded: dict[str, Any]) -> None:
+def test_table_and_figures(tmp_path: Path, recorded: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
     written = module("plot").draw_all([recorded], tmp_path)
     assert [path.name for path in written] == ["table.md", "steps.png", "scaling.png", "roofline.png", "parts.png"]
     assert all(path.stat().st_size > 10_000 for path in written[1:])
     text = written[0].read_text()
     run_ = recorded["run"]
-    for said in ("CPU", run_["versions"]["torch"], run_["commit"], run_["date"][:10], "stand-ins"):
-        assert said in text
+    for part in ("CPU", run_["versions"]["torch"], run_["commit"], run_["date"][:10], "stand-ins"):
+        assert part in text
     assert text.count("| ") > 0
     for row in recorded["cases"]:
         assert row["conditions"] in text
         if row["status"] != "timed":
-            assert f"{row['status']}: {row['reason']}" in text, "a row that could not run is shown with its reason"
+            assert f"{row['status']}: {row['reason']}" in text, "a row that could not run has its reason"
         else:
             assert f"| {row['case'].partition('/')[2]} | {row['variant']} |" in text
 
 
-def test_rows_where_we_lose_stay(tmp_path: Path, recorded: dict[str, Any]) -> None:
+def test_rows_where_the_package_is_slower_are_shown(tmp_path: Path, recorded: dict[str, Any]) -> None:
     projection = rows_of(recorded, "projection")
     projection["peft-bf16"]["median_s"] = projection["flare-joint"]["median_s"] / 2
     text = module("tables").table(recorded["run"], recorded["cases"])
@@ -368,9 +368,9 @@ def test_rows_where_we_lose_stay(tmp_path: Path, recorded: dict[str, Any]) -> No
     assert "| 0.50 |" in line
 
 
-@pytest.mark.parametrize(("value", "said"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (3e-9, "3 ns")])
-def test_durations_in_words(value: float, said: str) -> None:
-    assert module("tables").seconds(value) == said
+@pytest.mark.parametrize(("value", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (3e-9, "3 ns")])
+def test_durations_are_formatted_with_a_unit(value: float, text: str) -> None:
+    assert module("tables").seconds(value) == text
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_durations_in_words(value: float, said: str) -> None:
 
 @pytest.mark.slow
 def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
-    """One archive holds the log and every number; nothing here depends on how long a step took."""
+    """One archive has the log and every number. The test does not depend on the duration of a step."""
     out, unpacked = tmp_path / "out", tmp_path / "unpacked"
     done = run("bash", "benchmarks/run_gpu.sh", FLARE_BENCH_DRY="1", PYTHON=sys.executable, OUT=str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -412,7 +412,7 @@ def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
 
 
 FAKES = {
-    # a device is there, tests fail, a case of whole steps is written, nothing else leaves results
+    # a device exists, tests fail, whole steps write results, other steps write none
     "python": """#!/bin/bash
 case "$*" in
   *"import xdist"* | *"import matplotlib"*) exit 1 ;;
@@ -420,7 +420,7 @@ case "$*" in
   *test_training_step*) while [ "$1" != --results ]; do shift; done; echo "{}" > "$2" ;;
 esac
 """,
-    # whole steps outlast their limit
+    # whole steps reach their time limit
     "timeout": """#!/bin/bash
 shift 4
 "$@"
@@ -432,7 +432,7 @@ exit $code
 
 
 @pytest.mark.parametrize("seconds", ["10000", "0"])
-def test_run_gpu_keeps_what_there_is_when_steps_fail_and_time_runs_out(seconds: str, tmp_path: Path) -> None:
+def test_run_gpu_keeps_results_if_steps_fail_and_time_runs_out(seconds: str, tmp_path: Path) -> None:
     for name, text in FAKES.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -441,7 +441,7 @@ def test_run_gpu_keeps_what_there_is_when_steps_fail_and_time_runs_out(seconds: 
     done = run("bash", "benchmarks/run_gpu.sh", **options)
     assert done.returncode == 1, done.stdout + done.stderr
     with tarfile.open(out / "results.tar.gz") as archive:
-        assert ("./steps.json" in archive.getnames()) == (seconds != "0"), "what a stopped step had written is kept"
+        assert ("./steps.json" in archive.getnames()) == (seconds != "0"), "results of a stopped step are kept"
         log = archive.extractfile("./log.txt").read().decode()
     lines = log[log.index("outcome\n") :].splitlines()[1:]
     outcomes = {line[:32].strip(): line[32:].split(maxsplit=1)[1] for line in lines}
@@ -455,7 +455,7 @@ def test_run_gpu_keeps_what_there_is_when_steps_fail_and_time_runs_out(seconds: 
 
 
 SANITIZER = """#!/bin/bash
-# notes what it is asked for, finds a race
+# writes a report for each tool; racecheck fails
 [ "$1" = --help ] && { echo "  --kernel-name arg"; exit; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -471,7 +471,7 @@ done
 
 @pytest.mark.slow
 def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
-    """Every kernel is called and compared; a sanitizer that finds something fails its step and no other."""
+    """Every kernel is called and compared. A sanitizer that reports an error fails only its own step."""
     pytest.importorskip("triton", reason="Triton is not installed")
     (tmp_path / "compute-sanitizer").write_text(SANITIZER)
     (tmp_path / "compute-sanitizer").chmod(0o755)
@@ -501,13 +501,13 @@ def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
     assert table["racecheck"].endswith("failed (9)")
 
 
-def test_time_over_another_variant_is_taken_round_by_round() -> None:
+def test_ratios_of_variants_are_taken_round_by_round() -> None:
     samples = module("timing").Samples
     fast, slow = samples((1.0, 2.0, 9.0), (0.0,) * 3, "a clock"), samples((2.0, 4.0, 9.0), (0.0,) * 3, "a clock")
     assert slow.over(fast) == 2.0
 
 
-def test_the_device_is_busy_once_where_two_kernels_run_beside_each_other() -> None:
+def test_overlapping_kernels_count_once_in_busy_time() -> None:
     covered = module("timing").covered
     assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75)]) == 4.0 and covered([]) == 0.0
 

@@ -1,4 +1,4 @@
-"""Errors for wrong input name the argument, the value, and what is accepted."""
+"""Invalid input raises an error that names the argument, the value, and what is accepted."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_config(fields, message) -> None:
     model = tiny.model("llama")
     with pytest.raises(ValueError, match=message):
         flare.fast_lora(model, **fields)
-    assert not any("lora" in name for name, _ in model.named_modules()), "the model must not change"
+    assert not any("lora" in name for name, _ in model.named_modules()), "the model must be unchanged"
 
 
-def test_arguments_of_wrong_type() -> None:
+def test_argument_types() -> None:
     with pytest.raises(TypeError, match=r"model must be a transformers model or a peft.PeftModel, got str"):
         flare.fast_lora("bert-base-uncased")
     with pytest.raises(TypeError, match=r"config must be a FlareConfig.*got dict"):
@@ -71,7 +71,7 @@ def test_architectures_that_cannot_be_mapped() -> None:
         flare.fast_lora(_NoStack())
 
 
-def test_nothing_that_fuses() -> None:
+def test_no_module_fuses() -> None:
     model = tiny.model("llama")
     with pytest.raises(
         ValueError, match=r"nothing fuses: .*adapter 'default'.*Include the query and value projections"
@@ -154,7 +154,7 @@ def test_latent_source_arguments(change, error, message) -> None:
         model.add_weighted_adapter(["default"], [1.0], "both", combination_type="linear")
 
 
-def test_source_states_of_another_kind() -> None:
+def test_source_states_that_do_not_match() -> None:
     inputs = tiny.batch("llama")
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
     model, released = fused(), fused(source_layer_offset=0)

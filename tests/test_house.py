@@ -1,6 +1,7 @@
-"""The rules of the house: which package imports what, one version, one ruff."""
+"""Project rules: which package imports what, one version number, one version of ruff."""
 
 import ast
+import fnmatch
 import importlib
 import importlib.metadata
 import re
@@ -15,37 +16,37 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
-#: Packages without a circle even among imports inside functions, for type checkers and by import_module.
+#: Packages without import cycles, even with imports inside functions, for type checkers and by import_module.
 STRICT_PACKAGES = ("flare_kernels", "flare")
-#: Modules that import by a name they are told, which no reader of the source can follow.
-TOLD_WHAT_TO_IMPORT = {"flare_kernels.aot", "flare"}
+#: Modules that import a module by a name from a variable, which this test cannot follow.
+DYNAMIC_IMPORTS = {"flare_kernels.aot", "flare"}
 
 
 def python(code: str) -> str:
-    """Run code in a fresh interpreter and return what it printed."""
+    """Run code in a new interpreter and return its output."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def sources(package: str) -> dict[str, Path]:
-    """Module name -> file, for every module of a package."""
-    found = {}
+    """Return the file of every module of a package, by module name."""
+    files = {}
     for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    assert package in found, f"{package}/__init__.py is missing"
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    assert package in files, f"{package}/__init__.py is missing"
+    return files
 
 
 def runs_later(node: ast.stmt) -> bool:
-    """Whether what stands inside is not run when the module is imported: functions, and what only type checkers see."""
+    """Return whether the body of a statement does not run at import: functions, and blocks for type checkers."""
     for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
     return for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def imported(module: str, path: Path, top_level_only: bool) -> set[str]:
-    """Dotted names that a file imports; `from a import b` counts as a and as a.b (b may be a module)."""
+    """Return the dotted names that a file imports. `from a import b` counts as a and as a.b (b may be a module)."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names: set[str] = set()
 
@@ -70,10 +71,10 @@ def imported(module: str, path: Path, top_level_only: bool) -> set[str]:
     return names
 
 
-# --- what flare_kernels may import ------------------------------------------------------------------------------------
+# --- imports of flare_kernels -----------------------------------------------------------------------------------------
 
 
-def test_flare_kernels_brings_no_hugging_face_library_along():
+def test_flare_kernels_imports_no_hugging_face_library():
     loaded = python(
         """
         import sys
@@ -81,8 +82,8 @@ def test_flare_kernels_brings_no_hugging_face_library_along():
         print(*sorted({name.partition(".")[0] for name in sys.modules}))
         """
     ).split()
-    unwanted = {"flare", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib"}
-    assert not unwanted & set(loaded)
+    forbidden = {"flare", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "matplotlib"}
+    assert not forbidden & set(loaded)
     assert "torch" in loaded  # the check itself works
 
 
@@ -93,13 +94,13 @@ def test_flare_kernels_files_import_only_torch_triton_and_the_standard_library()
         assert roots <= allowed, f"{path.relative_to(ROOT)} imports {sorted(roots - allowed)}"
 
 
-def test_flare_kernels_imports_without_triton_and_says_so():
+def test_flare_kernels_imports_without_triton_and_gives_the_reason():
     printed = python(
         """
         import sys
 
         class Hides:
-            # A finder that does not see triton, as where it is not installed.
+            # A finder that does not find triton, as if it were not installed.
             def __init__(self, finder):
                 self.finder = finder
 
@@ -113,9 +114,9 @@ def test_flare_kernels_imports_without_triton_and_says_so():
         import torch
         import flare_kernels
 
-        found = flare_kernels.backends()
-        print(found["torch"])
-        print("|", found["triton"])
+        status = flare_kernels.backends()
+        print(status["torch"])
+        print("|", status["triton"])
         x, A, B = torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1)
         y = flare_kernels.fused_lora(x, x, torch.zeros(2, 4), A, B, scaling=1.0, fusion="add")
         assert (y == 6).all(), y
@@ -126,7 +127,7 @@ def test_flare_kernels_imports_without_triton_and_says_so():
     assert "triton" in reason.lower(), f"backends() gives no reason for the missing triton: {reason}"
 
 
-# --- what flare may import --------------------------------------------------------------------------------------------
+# --- imports of flare -------------------------------------------------------------------------------------------------
 
 
 def test_flare_imports_heavy_optional_packages_only_where_used():
@@ -134,7 +135,7 @@ def test_flare_imports_heavy_optional_packages_only_where_used():
     loaded = python(
         f"""
         import sys
-        import transformers, peft, accelerate  # what these bring along themselves is not ours to judge
+        import transformers, peft, accelerate  # their own imports are excluded
 
         before = set(sys.modules)
         import flare
@@ -149,7 +150,7 @@ def test_flare_imports_heavy_optional_packages_only_where_used():
 
 
 def imported_by_name(module: str, path: Path) -> set[str]:
-    """What a file imports with ``import_module`` and the like; of an f-string the constant beginning, ending in "*"."""
+    """Return the names that a file passes to ``import_module``; of an f-string the constant prefix and "*"."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(("import_module", "__import__")):
@@ -161,29 +162,26 @@ def imported_by_name(module: str, path: Path) -> set[str]:
         elif isinstance(name, ast.JoinedStr) and isinstance(name.values[0], ast.Constant):
             names.add(f"{name.values[0].value}*")
         else:
-            assert module in TOLD_WHAT_TO_IMPORT, f"{module} imports {ast.unparse(name)}, which this test cannot follow"
+            assert module in DYNAMIC_IMPORTS, f"{module} imports {ast.unparse(name)}, which this test cannot follow"
     return names
 
 
 def import_graph(package: str, *, strict: bool) -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports; strict: also later than when it is imported itself."""
+    """Return for each module the modules of the package that it imports; strict: also after its own import."""
     modules = sources(package)
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
         names = imported(module, path, top_level_only=not strict)
         for name in imported_by_name(module, path) if strict else ():
-            matches = (
-                (lambda one, n=name: one.startswith(n[:-1])) if name.endswith("*") else (lambda one, n=name: one == n)
-            )
-            names |= {one for one in modules if matches(one)}
-        # `from package import module` needs the submodule, not what its __init__ happens to collect
+            names |= {other for other in modules if fnmatch.fnmatchcase(other, name)}
+        # `from package import module` needs the submodule, not the names that its __init__ collects
         direct = {n for n in names if n in modules and n != module}
         graph[module] = {n for n in direct if not any(d.startswith(n + ".") for d in direct)}
     return graph
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str] | None:
-    """One cycle of a directed graph, or None."""
+    """Return a cycle of a directed graph, or None."""
     state: dict[str, int] = {}
     trail: list[str] = []
 
@@ -193,30 +191,30 @@ def cycle(graph: dict[str, set[str]]) -> list[str] | None:
         for following in sorted(graph[node]):
             if state.get(following) == 1:
                 return [*trail[trail.index(following) :], following]
-            if following not in state and (found := walk(following)):
-                return found
+            if following not in state and (deeper := walk(following)):
+                return deeper
         trail.pop()
         state[node] = 2
         return None
 
     for node in graph:
-        if node not in state and (found := walk(node)):
-            return found
+        if node not in state and (result := walk(node)):
+            return result
     return None
 
 
-def test_the_cycle_check_sees_a_cycle():
+def test_the_cycle_check_finds_a_cycle():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_import_cycles(package: str):
-    found = cycle(import_graph(package, strict=package in STRICT_PACKAGES))
-    assert found is None, " -> ".join(found)
+    modules = cycle(import_graph(package, strict=package in STRICT_PACKAGES))
+    assert modules is None, " -> ".join(modules)
 
 
-def test_the_strict_import_graph_sees_what_runs_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_strict_import_graph_includes_later_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = {
         "__init__": "",
         "a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import B",
@@ -239,14 +237,14 @@ def test_no_module_is_hidden_by_a_name_that_its_package_collects(package: str):
     for module in sources(package):
         parent, _, name = module.rpartition(".")
         if module.startswith("flare.experiments.harness") and not importlib.util.find_spec("lm_eval"):
-            continue  # an extra that is not part of [dev]
+            continue  # its extra is not part of [dev]
         if parent:
             loaded = importlib.import_module(module)
             assert getattr(importlib.import_module(parent), name) is loaded, f"{module} is hidden by another {name}"
 
 
-#: The folders of flare/ and of flare/experiments/ as CONTRIBUTING.md draws them, the uppermost first. Folders that are
-#: not listed are below all of these.
+#: Layers of the folders of flare/ and of flare/experiments/, as in CONTRIBUTING.md; the first may import the others.
+#: Folders that are not listed are below all of these.
 LAYERS = {
     "flare": (("__main__",), ("cli",), ("experiments",), ("baselines", "recipes"), ("training",)),
     "flare.experiments": (
@@ -257,13 +255,13 @@ LAYERS = {
         ("utils",),
     ),
 }
-#: What only the experiments may import; the extra `experiments` installs it.
+#: Packages that only the experiments may import; the extra `experiments` installs them.
 ONLY_IN_EXPERIMENTS = {"datasets", "tqdm", "matplotlib", "scipy", "seqeval", "sklearn"}
 
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_imports_point_downwards(package: str):
-    """Also those inside functions. ``flare/__init__.py`` itself collects what a user imports."""
+    """Includes imports inside functions. ``flare/__init__.py`` is exempt: it collects the public names."""
     depth = {name: at for at, names in enumerate(LAYERS[package]) for name in names}
     lowest = len(LAYERS[package])
 
@@ -289,8 +287,8 @@ def test_the_method_does_not_need_the_experiments_libraries():
             assert not roots & ONLY_IN_EXPERIMENTS, f"{module} imports {sorted(roots & ONLY_IN_EXPERIMENTS)}"
 
 
-def test_no_code_of_a_models_folder_runs_unless_the_caller_says_so():
-    """Every from_pretrained of transformers says trust_remote_code itself: the default asks on a terminal."""
+def test_code_of_a_models_folder_runs_only_if_the_caller_allows_it():
+    """Every from_pretrained of transformers passes trust_remote_code: the default asks on a terminal."""
     calls = 0
     for module, path in {**sources("flare"), **sources("flare_kernels")}.items():
         tree = ast.parse(path.read_text())
@@ -298,13 +296,13 @@ def test_no_code_of_a_models_folder_runs_unless_the_caller_says_so():
             if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(".from_pretrained"):
                 continue
             if ast.unparse(node.func).rpartition(".")[0].endswith(("PeftModel", "PeftConfig")):
-                continue  # these load weights and settings of an adapter
+                continue  # these load only weights and settings of an adapter
             calls += 1
             named = any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
             options = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
-            dictionaries = [ast.unparse(one) for one in ast.walk(tree) if isinstance(one, ast.Dict)]
-            said = any(name == "options" for name in options) and any("trust_remote_code" in d for d in dictionaries)
-            assert named or said, f"{module}: {ast.unparse(node)} does not say trust_remote_code"
+            dictionaries = [ast.unparse(each) for each in ast.walk(tree) if isinstance(each, ast.Dict)]
+            in_options = "options" in options and any("trust_remote_code" in text for text in dictionaries)
+            assert named or in_options, f"{module}: {ast.unparse(node)} does not pass trust_remote_code"
     assert calls
 
 
@@ -346,7 +344,7 @@ def test_the_tested_versions_are_the_ones_that_ci_installs():
     newest = {**_pinned("newest.txt"), **dict(re.findall(r"(torch|triton)==([\d.]+)\)", makefile))}
     assert f"torch>={TESTED['torch'][0]}$(comma)<{TESTED['torch'][1]},torch==" in makefile
     for package, (floor, untested) in TESTED.items():
-        assert any(re.fullmatch(rf"{package}>={floor}(;.*)?", one) for one in dependencies), package
+        assert any(re.fullmatch(rf"{package}>={floor}(;.*)?", need) for need in dependencies), package
         if package != "torch":  # an older CPU build cannot be installed without a CUDA download
             assert f"{oldest[package]}.".startswith(f"{floor}."), f"{package} {oldest[package]} is not the oldest"
         assert Version(floor) <= Version(newest[package]) < Version(untested), f"{package} {newest[package]}"
@@ -357,5 +355,5 @@ def test_packages_ship_their_types():
 
 
 def test_golden_numbers_stay_small():
-    """They are a selection; the full set is found through FLARE_GOLDENS."""
+    """tests/goldens has a selection; FLARE_GOLDENS points to all of them."""
     assert sum(path.stat().st_size for path in (ROOT / "tests" / "goldens").iterdir()) < 3_000_000

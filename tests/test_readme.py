@@ -1,4 +1,4 @@
-"""The README's example runs as printed and uses its source; README and guides name only what exists."""
+"""Test that the README's example runs as printed and uses its source, and that guides name only what exists."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import flare
+import flare.experiments.tasks
 import flare_kernels
 from flare.experiments.demo.base_model import build_tokenizer
 from flare.source import source_pass
@@ -22,14 +23,14 @@ GUIDES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")
 
 
 def script() -> str:
-    """The code block behind the marker."""
-    found = re.search(r"<!-- tested: script -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found, "the README has no tested script"
-    return found.group(1)
+    """Return the code block after the marker."""
+    match = re.search(r"<!-- tested: script -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert match, "the README has no tested script"
+    return match.group(1)
 
 
 def small_model(name: str, num_labels: int) -> transformers.PreTrainedModel:
-    """A random model in the place of the README's."""
+    """Return a random model instead of the README's."""
     assert name == "FacebookAI/xlm-roberta-base"
     config = transformers.BertConfig(
         vocab_size=len(build_tokenizer()),
@@ -42,8 +43,8 @@ def small_model(name: str, num_labels: int) -> transformers.PreTrainedModel:
     return transformers.BertForSequenceClassification(config)
 
 
-def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> dict[str, torch.Tensor]:
-    """The adapter that the code saves, run in a folder of its own from a fixed seed."""
+def trained_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> dict[str, torch.Tensor]:
+    """Run the code in a new folder from a fixed seed; return the weights of the adapter that it saves."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
@@ -55,13 +56,14 @@ def test_the_example_runs_and_its_source_reaches_the_weights(tmp_path, monkeypat
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: build_tokenizer())
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", small_model)
     passes = []
-    begin = source_pass.FrozenPass.__init__
-    monkeypatch.setattr(source_pass.FrozenPass, "__init__", lambda self, *a: passes.append(1) or begin(self, *a))
-    weights = trained(tmp_path / "as printed", monkeypatch, script())
-    assert len(passes) == 11, "one source pass in each of 10 steps, and one to predict"
+    init = source_pass.FrozenPass.__init__
+    monkeypatch.setattr(source_pass.FrozenPass, "__init__", lambda self, *a: passes.append(1) or init(self, *a))
+    weights = trained_adapter(tmp_path / "as printed", monkeypatch, script())
+    assert len(passes) == 11, "one source pass per step (10), and one for the prediction"
     assert re.search(r"\[[012] [012] [012]\]", capsys.readouterr().out), "a label for each of three texts is printed"
-    # the same script with every source replaced by one token ends elsewhere
-    other = trained(tmp_path / "no source", monkeypatch, script().replace("tokenizer(english)", "tokenizer('.')"))
+    # replacing every source by one token changes the trained weights
+    without_source = script().replace("tokenizer(english)", "tokenizer('.')")
+    other = trained_adapter(tmp_path / "no source", monkeypatch, without_source)
     assert weights.keys() == other.keys()
     assert any(not torch.allclose(weights[name], other[name]) for name in weights if "lora_A" in name)
 
@@ -96,5 +98,18 @@ def test_the_site_builds_without_warnings(tmp_path, monkeypatch) -> None:
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True)
     build.build(config)
     reference = (tmp_path / "reference" / "index.html").read_text()
-    for name in ("flare.fast_lora", "flare.FlareTrainer", "flare_kernels.fused_lora_qkv"):
+    for name in public_names():
         assert f'id="{name}"' in reference, f"{name} is not in the reference"
+
+
+def public_names() -> list[str]:
+    """Return the public names of both packages, of the baselines, and of the tasks."""
+    packages = (flare, flare_kernels, flare.baselines, flare.experiments.tasks)
+    names = [f"{package.__name__}.{name}" for package in packages for name in package.__all__ if name != "__version__"]
+    return [*names, "flare.experiments.report.write_report"]
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(public_names()) - set(listed) == set(), "add these to docs/reference.md"

@@ -1,4 +1,4 @@
-"""Benchmarks of whole steps: batches, the gate, rows that cannot run, Liger's kernels, and the summary's numbers."""
+"""Tests of the benchmarks of whole steps: batches, checks, rows that cannot run, Liger's kernels, and the summary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def module(name: str) -> Any:
-    """A module of benchmarks/, which is a folder of files and no package."""
+    """Import a module of benchmarks/, which is not a package."""
     return importlib.import_module(name)
 
 
@@ -39,13 +39,13 @@ def step_shape(family: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
-def test_padded_rows_are_as_data_have_them(rows: int) -> None:
+def test_padded_rows_have_padding_on_the_right_and_masks(rows: int) -> None:
     batch = module("batches").batch_of(step_shape("llama", B=rows, m=64, padded=True), CPU)
     for prefix in ("", "source_"):
         mask = batch.pair[prefix + "attention_mask"]
         lengths = mask.sum(1)
-        assert torch.equal(mask, (torch.arange(64) < lengths[:, None]).long()), "pads are on the right"
-        assert lengths.max() == 64, "the longest row needs no pad"
+        assert torch.equal(mask, (torch.arange(64) < lengths[:, None]).long()), "padding is on the right"
+        assert lengths.max() == 64, "the longest row has no padding"
         assert rows == 1 or 0.25 <= 1 - mask.float().mean() <= 0.5
         assert (batch.pair[prefix + "input_ids"][mask == 0] == 0).all()
     assert ((batch.pair["labels"] == -100) == (batch.pair["attention_mask"] == 0)).all()
@@ -61,7 +61,7 @@ def test_full_rows_have_no_mask() -> None:
     )
 
 
-def test_joined_rows_are_source_then_target_without_their_pads() -> None:
+def test_joined_rows_are_source_then_target_without_padding() -> None:
     batch = module("batches").batch_of(step_shape("llama", B=4, m=32, padded=True), CPU)
     pair, joined = batch.pair, batch.joined
     longest = 0
@@ -75,10 +75,10 @@ def test_joined_rows_are_source_then_target_without_their_pads() -> None:
         labels = joined["labels"][row]
         assert torch.equal(labels[len(source) : length], target)
         assert (labels[: len(source)] == -100).all() and (labels[length:] == -100).all()
-    assert joined["input_ids"].shape[1] == longest < 64, "padded to the longest row, no further"
+    assert joined["input_ids"].shape[1] == longest < 64, "padded to the longest row only"
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
@@ -86,14 +86,14 @@ def test_a_wrong_kernel_is_found_at_two_blocks(padded: bool, monkeypatch: pytest
     right = torch_ops.grad_weight
     monkeypatch.setattr(torch_ops, "grad_weight", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     shape = step_shape("llama", depth=3, padded=padded)
-    found = module("step_gate").small_errors(shape, ("peft-lora", "input-fusion", "flare", "authors"), CPU)
-    wrong = {method for method, error in found.items() if isinstance(error, module("gate").WrongResult)}
-    assert wrong == {"input-fusion", "flare"}, found
-    assert all(0 <= found[method] < 1e-5 for method in ("peft-lora", "authors")), found
+    errors = module("step_gate").small_errors(shape, ("peft-lora", "input-fusion", "flare", "authors"), CPU)
+    wrong = {method for method, error in errors.items() if isinstance(error, module("gate").WrongResult)}
+    assert wrong == {"input-fusion", "flare"}, errors
+    assert all(0 <= errors[method] < 1e-5 for method in ("peft-lora", "authors")), errors
 
 
-def test_a_step_is_gated_at_full_size_with_the_adapters_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a row takes steps of the optimizer, after which other gradients would be right."""
+def test_a_step_is_checked_at_full_size_with_the_initial_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting a row runs optimizer steps, after which the expected gradients would differ."""
     steps = module("steps")
     monkeypatch.setattr(steps, "methods_of", lambda shape: ("frozen", "lora", "flare"))
     variants = steps.build(step_shape("xlmr"), CPU)
@@ -110,20 +110,20 @@ def test_a_step_is_gated_at_full_size_with_the_adapters_it_began_with(monkeypatc
         variants["flare"].check()
 
 
-def test_a_row_whose_check_says_that_it_cannot_run_is_skipped() -> None:
+def test_a_row_whose_check_raises_cannot_run_is_skipped() -> None:
     cases, timing = module("cases"), module("timing")
 
-    def not_here() -> None:
+    def no_room() -> None:
         raise cases.CannotRun("no room")
 
-    variants = {"a": cases.Variant(lambda: None, not_here), "b": cases.Variant(lambda: None, lambda: None)}
+    variants = {"a": cases.Variant(lambda: None, no_room), "b": cases.Variant(lambda: None, lambda: None)}
     how = timing.Effort(budget_s=0.0, least=2, most=2, warmup=1)
     rows = cases.measure(step_shape("xlmr"), lambda: variants, "", False, how, CPU).rows
     assert (rows["a"]["status"], rows["a"]["reason"]) == ("skipped", "no room")
     assert rows["b"]["status"] == "timed" and 0 < rows["b"]["host_median_s"] <= rows["b"]["wall_median_s"]
 
 
-def test_a_graph_is_captured_only_beside_the_largest_eager_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_captured_only_if_the_largest_eager_row_still_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     fast_steps = module("fast_steps")
     fast = fast_steps.FastSteps(None)
     fast.eager_bytes = {"flare": 3 << 30, "input-fusion": 5 << 30}
@@ -138,15 +138,15 @@ def test_a_graph_is_captured_only_beside_the_largest_eager_row(monkeypatch: pyte
                 fast._make_room("flare-captured")
 
 
-def test_ligers_functions_are_in_force_in_its_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liger replaces a family's functions for the whole process; the other rows must keep transformers'."""
+def test_ligers_functions_are_installed_only_during_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger replaces functions of a model family for the whole process; other rows must keep those of transformers."""
     from transformers.models.llama import modeling_llama
 
-    own, seen = modeling_llama.apply_rotary_pos_emb, []
+    original, calls = modeling_llama.apply_rotary_pos_emb, []
 
     def ligers(*args: Any, **kwargs: Any) -> Any:
-        seen.append("liger")
-        return own(*args, **kwargs)
+        calls.append("liger")
+        return original(*args, **kwargs)
 
     def apply_liger_kernel_to_llama(model: Any) -> None:
         modeling_llama.apply_rotary_pos_emb = ligers
@@ -158,14 +158,14 @@ def test_ligers_functions_are_in_force_in_its_rows_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(module("liger"), "refusal", lambda device: None)
     shape = step_shape("llama")
     models, batch = module("step_gate").models_of(shape, 2, CPU), module("batches").batch_of(shape, CPU)
-    assert modeling_llama.apply_rotary_pos_emb is own
+    assert modeling_llama.apply_rotary_pos_emb is original
     for row, method in module("liger").ROWS.items():
-        del seen[:]
+        calls.clear()
         loss = models.loss(row, batch)
-        assert len(seen) == (4 if method == "flare" else 2), row
-        assert modeling_llama.apply_rotary_pos_emb is own
+        assert len(calls) == (4 if method == "flare" else 2), row
+        assert modeling_llama.apply_rotary_pos_emb is original
         torch.testing.assert_close(loss, models.loss(method, batch))
-        assert len(seen) == (4 if method == "flare" else 2), "the row without Liger called Liger's function"
+        assert len(calls) == (4 if method == "flare" else 2), "the row without Liger called Liger's function"
 
 
 def test_the_main_grid_has_the_rows_that_the_summary_reads() -> None:
@@ -184,7 +184,7 @@ def test_the_main_grid_has_the_rows_that_the_summary_reads() -> None:
 
 @pytest.fixture
 def recorded() -> dict[str, Any]:
-    """A few rows of a CPU run."""
+    """Return a few rows of a CPU run."""
     result: dict[str, Any] = module("results").load(Path(__file__).with_name("recorded_benchmarks.json"))
     return result
 
@@ -215,13 +215,13 @@ def test_a_padded_step_is_compared_with_padded_steps(recorded: dict[str, Any]) -
         / row_of(recorded, "step", "input-fusion", padded)["median_s"]
         for padded in (False, True)
     }
-    assert abs(ratios[True] / ratios[False] - 1) > 2e-3, "these rows would not tell the two apart"
+    assert abs(ratios[True] / ratios[False] - 1) > 2e-3, "with these rows the test could not distinguish the two"
     summary = module("summary").summarise([recorded])
     assert summary["padded_step_vs_input_fusion"]["xlmr"] == pytest.approx(ratios[True], rel=1e-3)
     assert summary["step_vs_input_fusion"]["xlmr"] == pytest.approx(ratios[False], rel=1e-3)
 
 
-def test_wall_over_device_is_the_captured_steps_and_the_eager_ones_where_none_was(recorded: dict[str, Any]) -> None:
+def test_wall_over_device_is_the_captured_steps_or_without_one_the_eager_steps(recorded: dict[str, Any]) -> None:
     summarise = module("summary").summarise
     assert summarise([recorded])["step_wall_over_device"]["xlmr"] is None, "a CPU has no device-busy time"
     result = copy.deepcopy(recorded)
@@ -233,7 +233,7 @@ def test_wall_over_device_is_the_captured_steps_and_the_eager_ones_where_none_wa
         row_of(result, "step", variant)["counters"]["device_busy_s"] = busy
         row_of(result, "step", variant).update(median_s=wall - 0.1, wall_median_s=wall)
     summary = summarise([result])
-    assert summary["step_wall_over_device"]["xlmr"] == 1.5, "nothing was captured: the eager step's"
+    assert summary["step_wall_over_device"]["xlmr"] == 1.5, "without a captured step, the ratio of the eager step"
     assert summary["graphed_step_vs_lora"]["xlmr"] is None
     for variant in ("flare-captured", "lora-captured"):
         row_of(result, "step", variant).update(status="timed", q25_s=1.0, q75_s=1.0, depth=2)
@@ -245,8 +245,8 @@ def test_wall_over_device_is_the_captured_steps_and_the_eager_ones_where_none_wa
     assert summarise([result])["targets"]["step_wall_over_device"]["xlmr"]["met"] is False
 
 
-def test_every_new_number_says_what_it_is(recorded: dict[str, Any]) -> None:
+def test_numbers_have_a_meaning(recorded: dict[str, Any]) -> None:
     summary = module("summary").summarise([recorded])
-    new = {"step_wall_over_device", "adapter_share_of_frozen_step", "padded_step_vs_input_fusion"}
-    for name in new | {"graphed_step_vs_lora"}:
+    names = {"step_wall_over_device", "adapter_share_of_frozen_step", "padded_step_vs_input_fusion"}
+    for name in names | {"graphed_step_vs_lora"}:
         assert set(summary[name]) == {"llama", "xlmr"} and summary["meaning"][name]

@@ -2,8 +2,8 @@
 
 ``kernel-builder`` reads ``build.toml``, ``flake.nix``, ``CARD.md`` and ``torch-ext/``; ``kernels.get_local_kernel``
 loads ``build/``, which holds one variant per backend. All files of the package are copies of ``flare_kernels/``, except
-``_ops.py``: it names the namespace of the operators, which must be unique to a build. ``torch-ext/`` lacks that file,
-because ``kernel-builder`` writes it. Needs only the standard library; docs/kernels-hub.md says how to use the result.
+``_ops.py``, which sets the namespace of the operators: it must be unique to a build. ``torch-ext/`` does not have that
+file, because ``kernel-builder`` writes it. The script needs only the standard library; see docs/kernels-hub.md.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def unique_id() -> str:
 
 
 def copy_source(target: Path) -> None:
-    """Copy the source except ``_ops.py``."""
+    """Copy the source to a folder, except ``_ops.py``."""
     for path in source_files():
         if path.name != "_ops.py":
             (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -102,23 +102,23 @@ def copy_source(target: Path) -> None:
 
 
 def ops_file(namespace: str) -> str:
-    """Return the text of ``_ops.py`` with another namespace."""
+    """Return the text of ``_ops.py`` with the given namespace."""
     before, default, after = (SOURCE / "_ops.py").read_text(encoding="utf-8").partition('"flare_kernels"')
     assert before.endswith("NAMESPACE = ") and default
     return f'{before}"{namespace}"{after}'
 
 
 def prepare(output: Path) -> None:
-    """Make the folder, or remove an earlier output from it.
+    """Create the folder, or remove an earlier output from it.
 
     Raises:
-        FileExistsError: the folder holds files, and no ``build.toml`` that this script wrote.
+        FileExistsError: the folder has files, but no ``build.toml`` written by this script.
     """
     output.mkdir(parents=True, exist_ok=True)
     build_toml = output / "build.toml"
     written_here = build_toml.is_file() and build_toml.read_text(encoding="utf-8").startswith(MARKER)
     if any(output.iterdir()) and not written_here:
-        raise FileExistsError(f"{output} is not empty and was not written by this script: name another folder")
+        raise FileExistsError(f"{output} is not empty and was not written by this script: choose another folder")
     for folder in (output / "torch-ext", output / "build"):
         if folder.exists():
             shutil.rmtree(folder)
@@ -128,10 +128,11 @@ def build(output: Path, repo_id: str) -> None:
     """Write the package for the hub into a folder.
 
     Args:
-        output: an empty or new folder, or one that an earlier call filled. repo_id: "owner/name" on the hub.
+        output: an empty or new folder, or the output of an earlier call.
+        repo_id: "owner/name" on the hub.
 
     Raises:
-        FileExistsError: the folder holds other files.
+        FileExistsError: the folder has other files.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     fields = {
@@ -173,7 +174,7 @@ def build(output: Path, repo_id: str) -> None:
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Write the kernels as a package for the Hugging Face kernels hub.")
-    parser.add_argument("output", type=Path, help="an empty or new folder, or an earlier output to be replaced")
+    parser.add_argument("output", type=Path, help="an empty or new folder, or an earlier output, which is replaced")
     parser.add_argument(
         "--repo-id", default="local/flare-kernels", help="repository on the hub (default: %(default)s, for local use)"
     )

@@ -250,7 +250,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     for name in ("runs.train.run_train", "runs.finetune.run_finetune", "runs.evaluate.run_evaluate"):
         monkeypatch.setattr(f"flare.experiments.{name}", lambda settings, say: seen.append(settings))
-    monkeypatch.setattr("flare.experiments.check.check.run_check", lambda settings, say: seen.append(settings))
+    monkeypatch.setattr("flare.experiments.check.run.run_check", lambda settings, say: seen.append(settings))
     monkeypatch.setattr("flare.experiments.prediction.run.run_predict", lambda settings, say: seen.append(settings))
     monkeypatch.setattr("flare.experiments.translation.run_translate", lambda settings, say: seen.append(settings))
     monkeypatch.setattr("flare.experiments.report.write_report", lambda *given, **options: seen.append(given))

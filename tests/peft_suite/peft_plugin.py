@@ -1,8 +1,9 @@
-"""Pytest plugin for PEFT's own tests: keep those about LoRA, and run them with LoraConfig or with a plain FlareConfig.
+"""Pytest plugin for PEFT's own tests: select the LoRA tests, and run them with LoraConfig or a plain FlareConfig.
 
-``FLARE_PEFT_ADAPTER=lora`` leaves PEFT alone. ``FLARE_PEFT_ADAPTER=flare`` puts ``FlareConfig(fusion=None)``, with
-LoraConfig's defaults, in LoraConfig's place before PEFT's tests import it. Outcomes go to ``FLARE_PEFT_OUTCOMES``, by
-the tests' names under LoraConfig. ``FLARE_PEFT_ONLY`` names a JSON file with a list of those, to run no others.
+``FLARE_PEFT_ADAPTER=lora`` does not change PEFT. ``FLARE_PEFT_ADAPTER=flare`` replaces LoraConfig by
+``FlareConfig(fusion=None)`` with LoraConfig's defaults, before PEFT's tests import it. Outcomes are written to the file
+``FLARE_PEFT_OUTCOMES``, under the tests' names with LoraConfig. ``FLARE_PEFT_ONLY`` is a JSON file with a list of such
+names; other tests are not run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _outcomes: dict[str, list[str]] = {}  # test id: [outcome, reason]
 
 
 class _Offline(dict):
-    """Says of every model that it was fetched before, so that PEFT's hub_online_once stays offline."""
+    """Contains every model, so that PEFT's hub_online_once treats it as downloaded and stays offline."""
 
     def __contains__(self, key: object) -> bool:
         return True
@@ -36,7 +37,7 @@ class _Offline(dict):
 
 
 def _use_flare() -> None:
-    """Put FlareConfig in LoraConfig's place; values that are not given are LoraConfig's."""
+    """Replace LoraConfig by FlareConfig with the defaults of LoraConfig."""
     from flare import FlareConfig
 
     initialise = FlareConfig.__init__
@@ -49,7 +50,7 @@ def _use_flare() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if importlib.util.find_spec("diffusers") is None:  # PEFT's tests ask whether a model is its pipeline, and no more
+    if importlib.util.find_spec("diffusers") is None:  # PEFT's tests only check for instances of its pipeline
         diffusers = types.ModuleType("diffusers")
         diffusers.__spec__ = importlib.machinery.ModuleSpec("diffusers", None)
         diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
@@ -58,8 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
         _use_flare()
 
 
-def _about_lora(item: Any) -> bool:
-    """Whether a test is run with LoraConfig: as its parameter, or, where it takes no config class, in its text."""
+def _uses_lora(item: Any) -> bool:
+    """Return whether a test uses LoraConfig: as a parameter, or in its source if it has no config parameter."""
     parameters = getattr(item, "callspec", None)
     for value in parameters.params.values() if parameters else ():
         if inspect.isclass(value) and issubclass(value, peft.PeftConfig):
@@ -71,7 +72,7 @@ def _about_lora(item: Any) -> bool:
 
 
 def _name(nodeid: str) -> str:
-    """A test's name under LoraConfig, without its folder."""
+    """Return the name of a test with LoraConfig, without its folder."""
     file, _, test = nodeid.partition("::")
     return f"{Path(file).name}::{re.sub('FlareConfig', 'LoraConfig', test)}"
 
@@ -81,15 +82,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
         if name.endswith(".testing_utils") and hasattr(module, "_HUB_MODEL_ACCESSES"):
             module._HUB_MODEL_ACCESSES = _Offline()
     only = os.environ.get("FLARE_PEFT_ONLY")
-    wanted = set(json.loads(Path(only).read_text())) if only else None
-    items[:] = [item for item in items if _about_lora(item) and (wanted is None or _name(item.nodeid) in wanted)]
+    names = set(json.loads(Path(only).read_text())) if only else None
+    items[:] = [item for item in items if _uses_lora(item) and (names is None or _name(item.nodeid) in names)]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and report.outcome == "passed":
         return
-    said = report.longreprtext.strip().splitlines() if report.failed else []
-    _outcomes[_name(report.nodeid)] = [report.outcome, said[-1] if said else ""]
+    lines = report.longreprtext.strip().splitlines() if report.failed else []
+    _outcomes[_name(report.nodeid)] = [report.outcome, lines[-1] if lines else ""]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,7 +1,7 @@
-"""PEFT's own tests with FlareConfig(fusion=None) in LoraConfig's place; CONTRIBUTING.md says how to run them.
+"""PEFT's own tests with FlareConfig(fusion=None) instead of LoraConfig; CONTRIBUTING.md tells how to run them.
 
-A test that fails so is run again with LoraConfig: what fails there too says nothing about FLARE (a model that is not
-the hub's, no network, no GPU). What is left must be what `KNOWN` lists.
+Failed tests run again with LoraConfig. Tests that fail there too are ignored: they need the hub's model, a network or a
+GPU. The remaining failures must be those in `KNOWN`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import tiny_hub
 
 HERE = Path(__file__).parent
-FILES = {  # and how many of its tests pass at least, so that a run that collects nothing is noticed
+FILES = {  # file: least number of tests that pass, to detect a run that collects too few
     "test_feature_extraction_models.py": 100,
     "test_token_classification_qa.py": 6,
     "test_seq_classifier.py": 50,
@@ -25,7 +25,7 @@ FILES = {  # and how many of its tests pass at least, so that a run that collect
     "test_decoder_models.py": 500,
     "test_custom_models.py": 2000,
 }
-# Differences that are meant, by the tests' names under LoraConfig.
+# Intended differences, by the tests' names with LoraConfig.
 KNOWN = {
     "test_custom_models.py::TestPeftCustomModel::test_add_adapter_rejects_duplicate_name_without_mutation[True]": (
         "PeftMixedModel refuses types that are not PEFT's (docs/peft.md)"
@@ -42,12 +42,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """A folder with PEFT's tests as the package ``tests``, which they name in messages, and a hub cache."""
-    given = os.environ.get("FLARE_PEFT_TESTS", "")
-    if not (Path(given) / "testing_common.py").is_file():
+    """Return a folder with PEFT's tests as the package ``tests`` (their messages contain its name) and a hub cache."""
+    source = os.environ.get("FLARE_PEFT_TESTS", "")
+    if not (Path(source) / "testing_common.py").is_file():
         pytest.skip("FLARE_PEFT_TESTS does not name the folder of PEFT's tests (see CONTRIBUTING.md)")
     folder = tmp_path_factory.mktemp("peft")
-    shutil.copytree(given, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests" / "__init__.py").touch()
     tiny_hub.build(folder / "hub")
     return folder
@@ -66,18 +66,18 @@ def run(place: Path, file: str, adapter: str, only: list[str] | None = None) -> 
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    # no configuration file: PEFT's asks for the coverage of its sources
-    words = ("-p", "peft_plugin", "-c", os.devnull, "--rootdir", str(place), "-q", "-W", "ignore", f"tests/{file}")
+    # without a configuration file: PEFT's requires coverage
+    options = ("-p", "peft_plugin", "-c", os.devnull, "--rootdir", str(place), "-q", "-W", "ignore", f"tests/{file}")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
+        [sys.executable, "-m", "pytest", *options],
         cwd=place,
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
     )
     assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
-    found: dict[str, list[str]] = json.loads(outcomes.read_text())
-    return found
+    result: dict[str, list[str]] = json.loads(outcomes.read_text())
+    return result
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -88,5 +88,5 @@ def test_no_new_failure(place, file) -> None:
     assert set(stock) == set(failed), "the same tests must run with LoraConfig"
     new = {name: outcomes[name][1] for name in failed if stock[name][0] == "passed"}
     assert {name: new[name] for name in set(new) - set(KNOWN)} == {}
-    assert {name for name in KNOWN if name.startswith(file)} - set(new) == set(), "these pass: take them from KNOWN"
+    assert {name for name in KNOWN if name.startswith(file)} - set(new) == set(), "these pass: remove them from KNOWN"
     assert sum(outcome == "passed" for outcome, _ in outcomes.values()) >= FILES[file]

@@ -1,4 +1,4 @@
-"""A hub cache with tiny random models under the names that PEFT's tests ask for."""
+"""A hub cache with tiny random models under the names that PEFT's tests use."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def build(cache: Path) -> None:
-    """Write every model as the one snapshot of its repository, as ``HF_HUB_CACHE=cache`` finds it without a network."""
+    """Write each model as the snapshot of its repository, so that ``HF_HUB_CACHE=cache`` finds it without a network."""
     tokenizer = _tokenizer()
     for name, (model_class, config_class, fields) in _MODELS.items():
         torch.manual_seed(0)
