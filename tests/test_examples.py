@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -44,3 +45,16 @@ def test_a_script_runs_and_uses_its_source(name: str, tmp_path: Path, monkeypatc
     assert weights.keys() == other.keys()
     assert any(not torch.allclose(weights[key], other[key]) for key in weights if "lora_A" in key)
     assert any(not torch.equal(weights[key], torch.zeros_like(weights[key])) for key in weights if "lora_B" in key)
+
+
+def test_notebook_runs_and_its_adapter_uses_the_source(monkeypatch) -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    notebook = json.loads((EXAMPLES / "from_two_texts_to_a_prediction.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    names = {"__name__": "__main__"}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    accuracies = names["results"]
+    assert accuracies["FLARE"] > 90 > 60 > max(accuracies["LoRA"], accuracies["FLARE, source missing"])
+    assert [one["prediction"] for one in names["predictions"]] == [pair.label for pair in names["pairs"]]

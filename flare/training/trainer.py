@@ -113,7 +113,8 @@ class FlareTrainer(Trainer):
     - Under ``fsdp_version: 2`` the adapters are replicated (:func:`flare.replicate_adapters`).
 
     Args:
-        *args, **kwargs: the arguments of transformers.Trainer.
+        *args: positional arguments of transformers.Trainer.
+        **kwargs: keyword arguments of transformers.Trainer.
         source_cache: a flare.SourceStateCache. The frozen model reads each source text once; later epochs and
             evaluations take its states from the cache. Hit rate, bytes and seconds saved are logged. With
             source_padding="keep" the states of a row depend on the padded width. A FlareDataCollator then pads every

@@ -47,8 +47,11 @@ def align(
     and pairs with an empty text. If a language has no ids, rows are paired by position, which requires equal counts.
 
     Args:
-        targets, sources: rows of the two languages.
-        target_name, source_name, split: names for the messages.
+        targets: rows in the target language.
+        sources: rows in the source language.
+        target_name: name of the target language in messages.
+        source_name: name of the source language in messages.
+        split: name of the split in messages.
         translated: whether one side is a translation of the other. Position ids then match like any other id.
 
     Returns:

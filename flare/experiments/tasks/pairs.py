@@ -39,7 +39,8 @@ def load_pairs(
     Args:
         task: the task. If its labels are known, rows with other labels are an error.
         data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
-        source_language, target_language: names of folders, or languages of the hub's data set.
+        source_language: name of a folder, or a language of the hub's data set.
+        target_language: likewise.
         split: "train", "valid" or "test".
         translations: folder written by `flare translate`; needed for "mt".
         target_text: "gold": human text in the target language; "mt": translated from the source language.
