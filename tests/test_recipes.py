@@ -274,6 +274,6 @@ def test_code_of_a_model_folder_runs_only_if_the_call_allows_it(bases, tmp_path,
     recipe = {"task": "SEQ_CLS", "base": str(folder)}
     with pytest.raises(ValueError, match="trust_remote_code"):
         flare.from_recipe(recipe)
-    with pytest.raises(UserError, match="code of its own, which flare's commands do not run"):
+    with pytest.raises(UserError, match="its own code, which the commands of flare do not run"):
         kind_of(str(folder))
     assert not (tmp_path / "ran").exists()

@@ -125,4 +125,4 @@ def test_a_folder_with_another_models_tokenizer(tmp_path, capsys):
     words = ("finetune", "--task", "classification", "--model", tmp_path / "odd", "--data", tmp_path / "data")
     more = ("--output", tmp_path / "runs", "--max-length", "24", "--no-progress", "--rows", "8")
     assert main([str(word) for word in (*words, *more)]) == 2
-    assert "so it is another model's" in capsys.readouterr().err
+    assert "so it belongs to another model" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: 
         )
         assert len(alive.counts) == 4 * layers and max(alive.counts) <= 2
         assert alive.now == 0
-        held = out.past_key_values.flare_decoding.held
+        held = out.past_key_values.flare_decoding.last_states
         assert len(held) == 2 * layers
         assert {tuple(S.shape) for own in held.values() for S in own.values()} == {(3, 1, 5)}
         assert all(S.untyped_storage().nbytes() <= 3 * 2 * 5 * 4 for own in held.values() for S in own.values())

@@ -11,7 +11,7 @@ from small_tasks import write_csv, write_jsonl
 from flare.cli import main
 from flare.experiments.demo import DemoError
 from flare.experiments.demo.real_data import load_parallel
-from flare.experiments.prediction.input import _row as prediction_texts
+from flare.experiments.prediction.input import _texts as prediction_texts
 from flare.experiments.tasks import DataError, Example, align, get_task, read_split, resolve_labels
 from flare.experiments.tasks.cell_parsing import text_of
 from flare.experiments.tasks.reading import shown_labels

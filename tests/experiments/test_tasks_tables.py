@@ -274,7 +274,7 @@ def test_one_table_through_all_commands(tmp_path, capsys):
     assert scores[0] == scores[1] and len(scores[0]) == 4
     capsys.readouterr()
     assert main(["train", "--task", "nusax", "--target", "a", "--target-column", "b"]) == 2
-    assert "name columns of your own table: name it with --data" in capsys.readouterr().err
+    assert "--source-column and --target-column need a table: name it with --data" in capsys.readouterr().err
     words = ["train", *common, "--output", str(tmp_path / "0"), "--data", str(table), "--config", str(config)]
     assert main([*words, "--target", "a", "b"]) == 2
     assert "--target-column vem is the column of one language, but --target names 2" in capsys.readouterr().err
