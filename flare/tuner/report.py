@@ -1,4 +1,4 @@
-"""Report of which LoRA modules of a model fuse, and why others do not."""
+"""Report that lists which LoRA modules of a model fuse, and why others do not."""
 
 from __future__ import annotations
 
