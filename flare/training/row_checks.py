@@ -190,7 +190,7 @@ def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack rows of equal length, as transformers' default collator does.
 
     Raises:
-        ValueError: labels are text, or the rows need padding, which takes a tokenizer.
+        ValueError: labels are text, or the rows need padding, which needs a tokenizer.
     """
     from transformers import default_data_collator
 

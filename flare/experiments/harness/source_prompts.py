@@ -196,7 +196,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
-    """Return the continuation, or its source if it is a text of the document, with its surrounding white space."""
+    """Return the continuation, or its source if it is a text of the document; keep the surrounding white space."""
     text = continuation.strip()
     for texts in pairs.values():
         if text in texts:

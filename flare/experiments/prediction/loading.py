@@ -79,9 +79,8 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
             f"{setup.form.prompt!r}; train it again"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            record.seed
-        )  # the same random weights as in training, if the base lacks some
+        # weights that the base lacks get the same random values as in training
+        torch.default_generator.manual_seed(record.seed)
         model, collate = load(record, setup, folder, _ADVICE)
     model = to_device(model, setup, device).eval()
     batch, half = batch_and_autocast(record, setup, settings.batch_size, device)
