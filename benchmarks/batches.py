@@ -24,7 +24,7 @@ class Batch:
     """Source and target texts of B rows.
 
     Attributes:
-        pair: arguments of this package's models: the target's, and the source's with the prefix ``source_``.
+        pair: arguments of this package's models, the source's with the prefix ``source_``.
     """
 
     pair: dict[str, Tensor]

@@ -20,7 +20,7 @@ import results
 
 FAMILIES = ("llama", "xlmr")
 _QUESTIONS = ("projection", "step", "decode")
-#: Question of whole steps on padded rows.
+#: Name of the question about whole steps on padded rows.
 _PADDED = "padded-step"
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
@@ -32,7 +32,7 @@ class Key:
 
     Attributes:
         name: its key in the summary.
-        meaning: what it is, in words.
+        meaning: its description.
         number: computes it from the rows for a model family.
         bound: "<=", ">=" or ">".
         limits: the target of each family; None: no target.
@@ -65,7 +65,7 @@ def _row(rows: Rows, family: str, question: str, variant: str) -> Row:
 
 
 def _over(question: str, slow: str, fast: str) -> Callable[[Rows, str], float]:
-    """Return a function: seconds of one row over those of another."""
+    """Return a function that divides the seconds of one row by those of another."""
     return lambda rows, family: _seconds(rows, family, question, slow) / _seconds(rows, family, question, fast)
 
 
@@ -108,7 +108,7 @@ def _wall_over_device(rows: Rows, family: str) -> float:
 
 
 def _adapter_share(rows: Rows, family: str) -> float:
-    """Return the ratio from seconds per token, since the two cases may differ in their number of tokens."""
+    """Return the ratio, computed per token because the two cases may have different numbers of tokens."""
     frozen, joint = (_row(rows, family, *which) for which in (("step", "frozen"), ("projection", "flare-joint")))
     block = frozen["counters"]["frozen_block_s"] / (frozen["shape"]["B"] * frozen["shape"]["m"])
     adapters = (joint["median_s"] - _seconds(rows, family, "projection", "frozen")) / joint["shape"]["M"]
@@ -261,7 +261,11 @@ OTHER_KEYS = (
         "<=",
         (1.0, 1.0),
     ),
-    Key("offload_step_vs_lora", "the same, states in host memory", _over("step", "flare-offload", "lora")),
+    Key(
+        "offload_step_vs_lora",
+        "a whole step with the source states in host memory, over plain LoRA's",
+        _over("step", "flare-offload", "lora"),
+    ),
     Key("adapter_alone_over_floor", "the adapters' node alone, measured directly, over its own floor", _adapter_alone),
     Key(
         "decode_launches",

@@ -98,7 +98,7 @@ def counting() -> Iterator[list[str]]:
 def forcing(*, form: str | None = None, table: LaunchTable | None = None, **configs: Any) -> Iterator[None]:
     """Force a form, a launch table, and configurations by kernel name. For the tuner and tests.
 
-    A step takes the form if it has it and the call allows it. There is no check that the device can run it. Steps
+    A step uses the form if it supports it and the call allows it. Whether the device can run it is not checked. Steps
     without that form follow ``table`` on any device.
     """
     changes = {"forced_form": form or current.forced_form, "table": table or current.table}

@@ -361,7 +361,7 @@ def test_dropout_of_the_source_is_the_same_in_both_directions() -> None:
     model = fused("llama", lora_dropout=0.4).double()
     inputs = tiny.batch("llama")
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    reads = runtime_of(model.get_base_model()).reading().of_text
+    reads = runtime_of(model.get_base_model()).active_uses().of_text
     assert all(group.dropout_p == 0.4 for group in reads.groups)
     reader, weights = read_from_states(states, reads.keys), reads.weights()
     first = project_states(reader, Preparation(), reads.groups).bottlenecks

@@ -97,8 +97,8 @@ class SourceDecoding:
         Raises:
             ValueError: the forward does not start where the last one ended, or other adapters are active.
         """
-        reading = runtime.reading()
-        reads = reading.of_decoder if self.in_decoder else reading.of_text
+        active = runtime.active_uses()
+        reads = active.of_decoder if self.in_decoder else active.of_text
         if fusing_pairs(reads) != self.pairs:
             raise ValueError(
                 "past_key_values: other adapters were active when this generation began; start again without it"
@@ -113,7 +113,7 @@ class SourceDecoding:
             states = self.states(model, runtime, reads, length)
             self.used += length
             states = map_states(states, lambda S: self._for_target(S, rows))
-        return SourceContext.of_bottlenecks(states, reading.sites)
+        return SourceContext.of_bottlenecks(states, active.sites)
 
     def _for_target(self, states: Tensor, rows: int) -> Tensor:
         """Return S with the target's rows."""
@@ -306,7 +306,7 @@ class AlignedDecoding(SourceDecoding):
 
     @torch.compiler.disable
     def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
-        cache, reads = kwargs["past_key_values"], runtime.reading().of_text
+        cache, reads = kwargs["past_key_values"], runtime.active_uses().of_text
         rows = len(self.prompt) if self.rows is None else len(self.rows)
         inputs = self._inputs_of_both(model, runtime, reads, kwargs, rows) if self.may_share else None
         if inputs is None:

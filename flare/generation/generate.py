@@ -76,7 +76,7 @@ def generate(
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("generate: gradient checkpointing drops the KV cache in train mode; call model.eval() first")
     # accelerate keeps offloaded weights on the meta device
-    device = model.device if model.device.type != "meta" else runtime.reading().of_both.device
+    device = model.device if model.device.type != "meta" else runtime.active_uses().of_both.device
     source = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in source.items()}
     if runtime.map.decoders:
         if source_pass == "shared":
@@ -99,7 +99,7 @@ def _generate_decoder_only(
     kwargs: dict[str, Any],
 ) -> Any:
     options = Options(model, args, kwargs)
-    reads = runtime.reading().of_text
+    reads = runtime.active_uses().of_text
     refuse_options(options)
     if alignment == "training":
         _refuse_mixing(reads)
@@ -237,8 +237,8 @@ def _generate_encoder_decoder(
             "the source out"
         )
     options = Options(model, args, kwargs)
-    reading = runtime.reading()
-    in_encoder, in_decoder = reading.of_text, reading.of_decoder
+    active = runtime.active_uses()
+    in_encoder, in_decoder = active.of_text, active.of_decoder
     target = tuple(_target_ids(args, kwargs)[0].shape[:2])
     decodes = [name for name in DECODER_ARGUMENTS if name in source]
     if decodes and isinstance(source.get("source_states"), SourceStates):

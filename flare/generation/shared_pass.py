@@ -8,8 +8,8 @@ decoding step can therefore run the model once, on one batch of the target's row
     S                 computed from the source's rows at the input of each block; no other state of width d is kept
     KV cache          one for the rows of both; beam search reorders only the target's rows
 
-Beams and samples of a prompt share one source row. Prompts are processed in separate passes: their time is spent on
-arithmetic and not on reading weights, and a joint pass would need twice the activation memory.
+Beams and samples of a prompt share one source row. Prompts are processed in separate passes, because they are
+limited by arithmetic, not by reading weights, and a joint pass would need twice the activation memory.
 
 Shapes: t rows of the target, s rows of the source, one new token each.
 """
@@ -35,7 +35,7 @@ from ..source.context import Bottlenecks, SiteSource, SourceContext
 from ..source.fsdp import is_sharded
 from ..source.projected import project_rows
 from ..source.runtime import Reads, Runtime
-from ..source.source_pass import Preparation, ProjectionGroup
+from ..source.source_pass import Preparation, StateGroup
 from ..source.states import StateKey
 from ..tuner.layer import FlareLayer
 
@@ -49,7 +49,7 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids")
 
 
 def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: Any) -> tuple[str, bool]:
-    """Return why the streams cannot share a pass ("" if they can), and whether a user would not expect this reason.
+    """Return why the streams cannot share a pass ("" if they can), and whether this reason would surprise a user.
 
     Args:
         model: the transformers model.
@@ -98,7 +98,7 @@ def _unsupported_module(model: nn.Module, path: str, module: nn.Module) -> str:
 
 
 def _sees_every_row(model: nn.Module, path: str) -> bool:
-    """Return whether a layer is in no ModuleList but its stack. Experts, which see only some tokens, are in another."""
+    """Return whether the stack is the only ModuleList around a layer. Experts are in another and see only some rows."""
     names = path.split(".")
     parents = [".".join(names[:depth]) for depth in range(1, len(names))]
     return sum(isinstance(model.get_submodule(parent), nn.ModuleList) for parent in parents) <= 1
@@ -160,7 +160,7 @@ def split_caches(target: Any, source: Any, rows: int, keep_source: bool) -> None
         if not layer.is_initialized:
             continue
         if keep_source:
-            other = source.layers[index] = copy.copy(layer)  # with its count of positions
+            other = source.layers[index] = copy.copy(layer)  # the copy keeps attributes such as the count of positions
             other.keys, other.values = layer.keys[rows:].clone(), layer.values[rows:].clone()
         layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
@@ -194,7 +194,7 @@ class SharedStep:
         self.inputs, self.rows, self.total = inputs, rows, len(inputs["input_ids"])
         self.keep_ended, self.for_target, self.on_finish = keep_ended, for_target, on_finish
         self.sites = reads.sites
-        self.groups: dict[StateKey, list[ProjectionGroup]] = {}
+        self.groups: dict[StateKey, list[StateGroup]] = {}
         self.context = SourceContext(with_grad=False)
         for group in reads.groups:
             self.groups.setdefault(group.key, []).append(group)

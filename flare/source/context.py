@@ -52,7 +52,7 @@ class _Thread(threading.local):
 
 
 #: ``THREAD.slot`` is the slot of the running thread. The slot is a separate object because a torch.compile graph loses
-#: what it writes to a thread-local object itself.
+#: writes to the thread-local object itself.
 THREAD = _Thread()
 
 

@@ -170,7 +170,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def warn_without_source(runtime: Runtime, training: bool) -> None:
     """Warn that fusing adapters are plain LoRA in this call: once per model in training, and once in prediction.
 
-    There is no warning in prediction after training without a source, since the adapter was trained as plain LoRA.
+    Prediction after training without a source does not warn, since the adapter was trained as plain LoRA.
     """
     message = NO_SOURCE_WARNING if training else PREDICTING_WARNING
     if message in runtime.warned or NO_SOURCE_WARNING in runtime.warned:
@@ -245,7 +245,7 @@ def check_reached(model: nn.Module, context: SourceContext) -> None:
     """Raise ValueError if a fusing layer did not receive its source, whether it ran or not."""
     if context.missed and not drops_blocks(model):
         runtime = runtime_of(model)
-        layers = {} if runtime is None else runtime.reading().sites
+        layers = {} if runtime is None else runtime.active_uses().sites
         expected = [layer for layer, site in layers.items() if site in context.sites]
         missed = sorted(layer for layer in expected if layers[layer] in context.missed)
         raise ValueError(

@@ -222,7 +222,7 @@ def read_source(
     Raises:
         TypeError, ValueError: the source arguments do not match; the message names the argument.
     """
-    reading = runtime.reading()
+    active = runtime.active_uses()
     decoder = [name for name in DECODER_ARGUMENTS if name in source]
     if decoder and not runtime.map.decoders:
         raise ValueError(
@@ -233,7 +233,7 @@ def read_source(
             f"{', '.join(sorted(source))} under torch.export, which runs the source pass to its end: also pass the "
             f"decoder's input ({' or '.join(DECODER_ARGUMENTS)}), or leave the source out"
         )
-    reads = reading.of_both if decoder else reading.of_text
+    reads = active.of_both if decoder else active.of_text
     if not reads:
         raise ValueError(
             f"{', '.join(sorted(source))}: the active adapters fuse in the decoder only, which reads source_labels "
@@ -377,9 +377,9 @@ def check_cacheable(runtime: Runtime, adapters: set[str]) -> None:
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
     """Return the states that the active adapters would read; see ``FlareModel.encode_source``."""
-    reading = runtime.reading()
-    reads = reading.of_text
-    if not reads and reading.of_decoder:
+    active = runtime.active_uses()
+    reads = active.of_text
+    if not reads and active.of_decoder:
         raise ValueError("encode_source: the active adapters fuse in the decoder only, which this does not read")
     if not reads:
         raise ValueError("encode_source: no active adapter of this model fuses two streams (or adapters are disabled)")

@@ -2,7 +2,7 @@
 
     x_S = latent_proj(h)        S_1 ... S_n = split(x_S A_cat^T)        h (B, m, latent_dim), x_S (B, m, d)
 
-There is no source pass. x_S is the same for all blocks, so one matrix product gives all S of an adapter. Autograd
+No source pass is needed. x_S is the same for all blocks, so one matrix product gives all S of an adapter. Autograd
 computes the gradients of every A and, through dx_S, of the projection.
 """
 

@@ -57,7 +57,7 @@ def refuse_packed_rows(
 
 @torch.compiler.disable  # it reads values
 def restarts(positions: Tensor, mask: Tensor | None) -> bool:
-    """Return whether positions (..., m) of adjacent tokens ever differ by something other than one.
+    """Return whether any positions (..., m) of adjacent tokens differ by a value other than one.
 
     Args:
         positions: position ids.

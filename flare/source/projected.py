@@ -25,7 +25,7 @@ from .context import Bottlenecks, SourceContext
 from .fsdp import full_parameter
 from .memory import Keep, StateMemory
 from .runtime import needs_grad
-from .source_pass import Preparation, ProjectionGroup, Reader
+from .source_pass import Preparation, Reader, StateGroup
 from .states import StateKey
 
 
@@ -41,7 +41,7 @@ class SourcePass(torch.autograd.Function):
         ctx: Any,
         reader: Reader,
         prepare: Preparation,
-        groups: list[ProjectionGroup],
+        groups: list[StateGroup],
         memory: StateMemory | None,
         sizes: dict[str, tuple[int, ...]],
         stacked: dict[tuple[str, ...], Tensor],
@@ -85,7 +85,7 @@ class SourcePass(torch.autograd.Function):
                 return differentiable_once(SourcePass.backward(ctx, *grads), grads)
         saved = ctx.saved_tensors
         states, seeds = saved[: ctx.saved_states], saved[ctx.saved_states :]
-        groups: list[ProjectionGroup] = ctx.groups
+        groups: list[StateGroup] = ctx.groups
         firsts: list[int] = ctx.firsts
         by_key = _by_key(groups)
         needs = ctx.needs_input_grad[6:]
@@ -112,7 +112,7 @@ class SourcePass(torch.autograd.Function):
         return (None, None, None, None, None, None, *dA)
 
 
-def _stacked(group: ProjectionGroup, weights: Sequence[Tensor], x: Tensor) -> Tensor:
+def _stacked(group: StateGroup, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     """Return the stacked A of a group in x's dtype; raise ValueError if one is on another device."""
     for layer, path, A in zip(group.modules, group.layers, weights, strict=True):
         if A.device != x.device:
@@ -120,7 +120,7 @@ def _stacked(group: ProjectionGroup, weights: Sequence[Tensor], x: Tensor) -> Te
     return stack([A.detach() for A in weights], x.dtype)
 
 
-def _by_key(groups: list[ProjectionGroup]) -> dict[StateKey, list[int]]:
+def _by_key(groups: list[StateGroup]) -> dict[StateKey, list[int]]:
     """Return state -> the indices of the groups that read it."""
     indices: dict[StateKey, list[int]] = {}
     for index, group in enumerate(groups):
@@ -128,7 +128,7 @@ def _by_key(groups: list[ProjectionGroup]) -> dict[StateKey, list[int]]:
     return indices
 
 
-def _firsts(groups: list[ProjectionGroup]) -> list[int]:
+def _firsts(groups: list[StateGroup]) -> list[int]:
     """Return the index of each group's first A among all A, followed by the number of all A."""
     firsts = [0]
     for group in groups:
@@ -144,7 +144,7 @@ class PaddedStates:
         memory: StateMemory | None,
         prepare: Preparation,
         sizes: dict[str, tuple[int, ...]],
-        groups: list[ProjectionGroup],
+        groups: list[StateGroup],
     ) -> None:
         self.memory, self.prepare, self.sizes = memory, prepare, sizes
         self.where = {(layer, group.adapter): group.key for group in groups for layer in group.layers}
@@ -166,7 +166,7 @@ class PaddedStates:
 
 
 def project_states(
-    reader: Reader, prepare: Preparation, groups: list[ProjectionGroup], memory: StateMemory | None = None
+    reader: Reader, prepare: Preparation, groups: list[StateGroup], memory: StateMemory | None = None
 ) -> SourceContext:
     """Run the autograd node and return a context of its S; ``memory`` keeps the states for backward (default: Keep)."""
     weights = [weight_of(layer, group.adapter) for group in groups for layer in group.modules]
@@ -181,7 +181,7 @@ def project_states(
     return context
 
 
-def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[ProjectionGroup]) -> Bottlenecks:
+def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[StateGroup]) -> Bottlenecks:
     """Return S (B, q, r) of one state, by layer and adapter, without gradients or dropout (for decoding)."""
     x = prepare.rows(groups[0].key, hidden)
     outputs = []
@@ -194,7 +194,7 @@ def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[Projecti
     return split_by_layer(groups, outputs)[0]
 
 
-def split_by_layer(groups: Sequence[ProjectionGroup], outputs: Iterable[Tensor]) -> tuple[Bottlenecks, dict[str, str]]:
+def split_by_layer(groups: Sequence[StateGroup], outputs: Iterable[Tensor]) -> tuple[Bottlenecks, dict[str, str]]:
     """Split the groups' S by layer and adapter; return them, and layer -> site."""
     S: Bottlenecks = {}
     for group, output in zip(groups, outputs, strict=True):

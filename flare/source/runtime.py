@@ -17,21 +17,21 @@ from .._compat import execution_device, module_hooks, registrations
 from ..tuner.config import FlareConfig
 from ..tuner.layer import MERGED, SITE, SWITCHES, FlareLayer
 from ..tuner.routing import ModelMap
-from .source_pass import ProjectionGroup, StateUse, make_groups
+from .source_pass import StateGroup, StateUse, make_groups
 from .states import StateKey
 
 _RUNTIME = "_flare_runtime"
 
 
-class Reading:
-    """Source states that the active adapters read. Computed once, and again when the adapters change.
+class ActiveUses:
+    """Uses of source states by the active adapters, recomputed when the adapters change.
 
     Attributes:
-        uses: every (state, adapter, layer).
+        uses: (state, adapter, layer) for every layer that fuses.
         sites: layer -> its site.
         of_text: the uses of the source text's states.
         of_decoder: the uses of the states of an encoder-decoder's decoder.
-        of_both: all of them.
+        of_both: all uses.
     """
 
     def __init__(self, layers: Sequence[FlareLayer], map: ModelMap, configs: dict[str, FlareConfig]) -> None:
@@ -62,7 +62,7 @@ class Reading:
         )
 
     def is_current(self) -> bool:
-        """Return whether modules, switches and settings are those that this was computed from."""
+        """Return whether modules, switches and settings are unchanged since this was computed."""
         return self.registrations == registrations.count and self._state() == (
             self.switches,
             self.merged,
@@ -71,11 +71,11 @@ class Reading:
 
 
 class Reads:
-    """State uses that one source pass serves, grouped for projection.
+    """Uses of the states of one source pass, grouped for projection.
 
     Attributes:
         uses: (state, adapter, layer) triples.
-        groups: their projection groups, in order of depth.
+        groups: their state groups, in order of depth.
         by_key: state -> the groups that read it.
         keys: the states, in order of depth.
         adapters: names of the adapters.
@@ -84,8 +84,8 @@ class Reads:
 
     def __init__(self, uses: list[StateUse], sites: dict[str, str]) -> None:
         self.uses, self.sites = uses, sites
-        self.groups: list[ProjectionGroup] = make_groups(uses, sites)
-        self.by_key: dict[StateKey, list[ProjectionGroup]] = {}
+        self.groups: list[StateGroup] = make_groups(uses, sites)
+        self.by_key: dict[StateKey, list[StateGroup]] = {}
         for group in self.groups:
             self.by_key.setdefault(group.key, []).append(group)
         self.keys = sorted(self.by_key)
@@ -143,23 +143,23 @@ class Runtime:
     source_cache: Any = None
     warned: set[str] = field(default_factory=set)
     warned_padding: bool = False
-    _reading: Reading | None = None
+    _active_uses: ActiveUses | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None}
+        return {**self.__dict__, "_active_uses": None}
 
-    def reading(self) -> Reading:
-        """Return the source states that the active adapters read now; none if adapters are disabled or merged."""
-        if torch.compiler.is_compiling():  # a graph guards on all that this is computed from
-            return Reading(self.layers, self.map, self.configs)
-        reading = self._reading
-        if reading is None or not reading.is_current():
-            reading = self._reading = Reading(self.layers, self.map, self.configs)
-        return reading
+    def active_uses(self) -> ActiveUses:
+        """Return the current uses of source states; there are none if adapters are disabled or merged."""
+        if torch.compiler.is_compiling():  # the graph guards on every value this depends on
+            return ActiveUses(self.layers, self.map, self.configs)
+        active = self._active_uses
+        if active is None or not active.is_current():
+            active = self._active_uses = ActiveUses(self.layers, self.map, self.configs)
+        return active
 
     def state_uses(self) -> list[StateUse]:
         """Return (state, adapter, layer) of every layer that fuses now."""
-        return self.reading().uses
+        return self.active_uses().uses
 
     def setting(self, name: str, adapters: set[str]) -> Any:
         """Return a config field that all active adapters must share, because one source pass serves all of them.
@@ -180,7 +180,7 @@ class Runtime:
 
     def clear(self) -> None:
         """Drop the cached reading; called whenever adapters are added or removed."""
-        self._reading = None
+        self._active_uses = None
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:

@@ -43,7 +43,7 @@ StateUse = tuple[StateKey, str, FlareLayer]
 
 
 @dataclass(frozen=True)
-class ProjectionGroup:
+class StateGroup:
     """The layers of one site that read one state through one adapter. Their A are stacked, and their S concatenated.
 
     Attributes:
@@ -77,8 +77,8 @@ class ProjectionGroup:
         return self.dropout.p if self.dropout is not None and self.dropout.training else 0.0
 
 
-def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[ProjectionGroup]:
-    """Return the projection groups of (state, adapter, layer) triples in order of depth; ``sites``: layer -> site."""
+def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[StateGroup]:
+    """Return the state groups of (state, adapter, layer) triples in order of depth; ``sites``: layer -> site."""
     members: dict[tuple[StateKey, str, str], list[FlareLayer]] = {}
     for key, adapter, layer in uses:
         members.setdefault((key, adapter, sites[layer.flare_key]), []).append(layer)
@@ -87,9 +87,7 @@ def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[Proj
         dropout = layers[0].lora_dropout[adapter]
         paths = tuple(layer.flare_key for layer in layers)
         groups.append(
-            ProjectionGroup(
-                key, adapter, site, paths, tuple(layers), dropout if isinstance(dropout, nn.Dropout) else None
-            )
+            StateGroup(key, adapter, site, paths, tuple(layers), dropout if isinstance(dropout, nn.Dropout) else None)
         )
     return groups
 
@@ -394,7 +392,7 @@ class Preparation:
 def context_from_states(
     states: Reader | Mapping[StateKey, Tensor],
     prepare: Preparation,
-    readers: Mapping[StateKey, Sequence[ProjectionGroup]],
+    readers: Mapping[StateKey, Sequence[StateGroup]],
 ) -> SourceContext:
     """Return a context of states that the layers project themselves.
 

@@ -27,7 +27,7 @@ _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"
 
 @dataclass
 class _Bound:
-    """What the cache knows of a model that it is bound to.
+    """A model that the cache is bound to, with facts about it.
 
     Attributes:
         watch: detects changes of the model.
@@ -44,7 +44,7 @@ class _Bound:
     plans: dict[frozenset[StateKey], Plan] = field(default_factory=dict)
 
     def plan(self, model: nn.Module, keys: Collection[StateKey], decoders: Collection[str]) -> Plan:
-        """Return the plan of the required states, which is made once."""
+        """Return the plan of the required states, which is built once."""
         required = frozenset(keys)
         plan = self.plans.get(required)
         if plan is None:

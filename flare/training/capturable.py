@@ -22,7 +22,7 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedD
 
 
 def warn_once(message: str, warned: set[str]) -> None:
-    """Warn about captured steps, unless the message is in ``warned``; then add it there."""
+    """Warn about captured steps and add the message to ``warned``; do nothing if it is already there."""
     if message not in warned:
         warned.add(message)
         warnings.warn(f"cuda_graphs: {message}", UserWarning, stacklevel=4)
@@ -109,8 +109,8 @@ def _active_configs(model: nn.Module) -> list[Any]:
 def without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch without masks of ones, so that attention uses the same kernel in eager and captured steps.
 
-    In eager mode transformers drops such a mask itself; while capturing it does not read masks. Reading masks on a
-    device waits for the device, once for all of them.
+    Transformers drops such a mask itself in eager mode, but cannot read masks during capture. Reading masks on a
+    device waits for the device; all masks are read together.
     """
     masks = {name: inputs[name] for name in MASKS if isinstance(inputs.get(name), Tensor) and inputs[name].dim() == 2}
     if "position_ids" in inputs:
@@ -123,7 +123,7 @@ def without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
 class ModelState:
     """State of a model that a captured step depends on: tensor addresses, trained parameters, modes, adapters, hooks.
 
-    The lists of modules and tensors are made once, so :meth:`changed` takes a fraction of a millisecond.
+    The lists of modules and tensors are built once, so :meth:`changed` takes a fraction of a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Checks of rows and tokenizers: find what does not fit a model before it becomes an index error or a worse model."""
+"""Checks that rows and tokenizers fit a model; a mismatch would cause an index error or a worse model later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return rows of plain lists and numbers, with labels under one name and without columns that hold None.
 
     Raises:
-        ValueError: there are no rows, ids are missing, empty or text, or labels are text.
+        ValueError: there are no rows, labels are text, or token ids are missing, empty or text.
     """
     if not rows:
         raise ValueError("the collator was given no rows")
@@ -190,7 +190,7 @@ def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack rows of equal length, as transformers' default collator does.
 
     Raises:
-        ValueError: rows need padding, and there is no tokenizer for it; or labels are text.
+        ValueError: labels are text, or the rows need padding, which needs a tokenizer.
     """
     from transformers import default_data_collator
 

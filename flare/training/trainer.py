@@ -363,7 +363,7 @@ class FlareTrainer(Trainer):
         return (loss, result[1]) if return_outputs else loss
 
     def _normalises(self) -> bool:
-        """Return whether to normalise the loss here: not a user's loss function, nor a model or mode without counts."""
+        """Return whether to normalise the loss here; False for a user's loss, or a model or mode without counts."""
         return self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.args.n_gpu <= 1
 
     def _items(self, inputs: dict[str, Tensor | Any]) -> Tensor | None:

@@ -292,22 +292,22 @@ class FlareModel(LoraModel):
         if cache is not None:
             if not isinstance(cache, SourceStateCache):
                 raise TypeError(f"cache must be a flare.SourceStateCache or None, got {type(cache).__name__}")
-            check_cacheable(runtime, runtime.reading().of_both.adapters)
+            check_cacheable(runtime, runtime.active_uses().of_both.adapters)
             cache.bind(self.model)
         runtime.source_cache = cache
 
     def source_request(self) -> SourceRequest:
         """Return which source states the active adapters read, for a :class:`flare.SourceStateCache`."""
         runtime = self._runtime()
-        reading = runtime.reading()
-        adapters = reading.of_both.adapters
+        active = runtime.active_uses()
+        adapters = active.of_both.adapters
         if not adapters:
             return SourceRequest(self.model, frozenset(), frozenset(), 0, False)
         check_cacheable(runtime, adapters)
         return SourceRequest(
             self.model,
-            frozenset(reading.of_text.keys),
-            frozenset(reading.of_decoder.keys),
+            frozenset(active.of_text.keys),
+            frozenset(active.of_decoder.keys),
             runtime.setting("source_layer_offset", adapters),
             runtime.setting("source_padding", adapters) == "zero",
         )

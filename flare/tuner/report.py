@@ -1,4 +1,4 @@
-"""Report of which LoRA modules of a model fuse, and why others do not."""
+"""Report of the LoRA modules that fuse, and of the reasons why others do not."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(device: torch.device) -> Tensor:
-    """Return MAX_COUNTERS zeros (int32) for a launch on the current stream, which resets them to zero.
+    """Return MAX_COUNTERS zeros (int32) for a launch on the current stream. The launch must reset them to 0.
 
     Launches on one stream run one after the other and share the counters.
     """

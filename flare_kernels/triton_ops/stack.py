@@ -1,7 +1,7 @@
 """Concatenation of the weights of several adapters, cast to the compute dtype, in one launch per pass.
 
-The kernels can cast their operands tile by tile, but every row of tiles would then read a float32 A or B again, at
-twice the bytes. Shape legend: R rows, K columns.
+The kernels can also cast their operands tile by tile. However, each row of tiles reads all of A or B, and reading
+them in float32 takes twice the bytes. Shape legend: R rows, K columns.
 """
 
 from __future__ import annotations

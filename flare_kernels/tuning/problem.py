@@ -104,7 +104,7 @@ class Problem:
 def problems(
     shapes: Iterable[Shape], tokens: Sequence[int], ranks: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Problem]:
-    """Yield every step at every size, the most used sizes first, with one problem per entry of the table.
+    """Yield one problem per entry of the launch table: every step at every size, the most used sizes first.
 
     The order is: tiers of the shapes, then ranks, tokens and shapes in the order of the arguments. The step decode is
     measured for few tokens only, the other steps for many tokens only.

@@ -16,7 +16,7 @@ from ..tasks.registry import METRICS
 
 #: At most this many rows of a split are tokenised, evenly spaced.
 SAMPLE = 5000
-_LONG = 10**6  # tokens: no text is cut
+_LONG = 10**6  # a maximum length, in tokens, that cuts no text
 
 _CUT_SHARE, _UNKNOWN_SHARE, _SPLIT_RATIO = 0.05, 0.01, 1.5
 _FEW, _MAJORITY, _PADDING = 10, 0.8, 0.6
@@ -26,8 +26,8 @@ _FEW, _MAJORITY, _PADDING = 10, 0.8, 0.6
 class Lengths:
     """Tokens per text in one split of a language.
 
-    texts: number of tokenised texts. cut: number of them longer than `limit`. mean, most_of (the 95th percentile),
-    longest, limit: in tokens.
+    texts: number of tokenised texts. cut: number of texts longer than `limit`.
+    mean, most_of (95th percentile), longest and limit are numbers of tokens.
     """
 
     language: str

@@ -60,7 +60,7 @@ class SourcePrompts:
             self._table(file)  # a wrong name fails before anything is computed
 
     def of(self, request: Any) -> tuple[str, str]:
-        """Return the source prompt and the source continuation of a request; the latter is empty for generation.
+        """Return the source prompt and the source continuation of a request; the continuation is empty for generation.
 
         Raises:
             UserError: the document has no source, or its texts are not in the prompt exactly once.
@@ -196,7 +196,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
-    """Return the continuation, or its source if it is a text of the document; surrounding white space stays."""
+    """Return the continuation, or its source if it is a text of the document; keep the surrounding white space."""
     text = continuation.strip()
     for texts in pairs.values():
         if text in texts:

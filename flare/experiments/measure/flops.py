@@ -1,4 +1,4 @@
-"""FLOPs of matrix products and attention, by PyTorch's FlopCounterMode and formulas for what it does not count."""
+"""FLOPs of matrix products and attention: PyTorch's FlopCounterMode, with formulas for operators it does not count."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _Shape = torch.Size
 
 
 def _addmm_flops(added: _Shape, a: _Shape, b: _Shape, **_: Any) -> int:
-    """(..., M, K) by (..., K, N)."""
+    """Return the FLOPs of a product of (..., M, K) and (..., K, N)."""
     return 2 * a.numel() * b[-1]
 
 
 def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    """Scores and values of query (B, heads, m, c), key (B, heads, k, c), value (B, heads, k, v)."""
+    """Return the FLOPs of attention: query (B, heads, m, c), key (B, heads, k, c), value (B, heads, k, v)."""
     scores = query[:3].numel() * key[2]
     return 2 * scores * (query[3] + value[3])
 
 
 def _attention_backward_flops(grad: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    """The scores again, and four products for the gradients of scores, query, key and value."""
+    """Return the FLOPs of recomputing the scores and of the gradients of scores, query, key and value."""
     scores = query[:3].numel() * key[2]
     return 2 * scores * (3 * query[3] + 2 * value[3])
 

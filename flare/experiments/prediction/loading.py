@@ -22,7 +22,7 @@ from .predict_settings import PipelineSettings
 from .saved_adapter import CONFIG_FILE, record_of
 
 _ADVICE = "Train it again, or name another --adapter or --base"
-#: Options that the run.json of an adapter answers.
+#: Options that are rejected for a run, because its run.json holds their values.
 _SAVED_IN_RUN = ("task", "labels", "method", "prompt")
 
 
@@ -32,10 +32,10 @@ class TrainedAdapter:
 
     Attributes:
         task: the task, with its labels.
-        record: record of the run; for an adapter that is not a run's, what its folder and the options say.
+        record: record of the run; for an adapter without a run, a record made from its folder and the options.
         folder: folder of the adapter.
         base: folder or hub id of the base.
-        reads: what it reads of a source: "text", "states" (FLARE MT) or "nothing".
+        reads: the kind of source it reads: "text", "states" (FLARE MT) or "nothing".
         batch_size, autocast: the same as in `flare evaluate`.
         notes: lines for the user.
     """
@@ -79,7 +79,8 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
             f"{setup.form.prompt!r}; train it again"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(record.seed)  # weights that the base lacks are drawn as for the training
+        # weights that the base lacks get the same random values as in training
+        torch.default_generator.manual_seed(record.seed)
         model, collate = load(record, setup, folder, _ADVICE)
     model = to_device(model, setup, device).eval()
     batch, half = batch_and_autocast(record, setup, settings.batch_size, device)

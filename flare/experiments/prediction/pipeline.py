@@ -89,7 +89,7 @@ class FlarePipeline:
         Args:
             texts: one text or a list of texts. For a task with several columns, a text is a dict such as
                 ``{"question": ..., "context": ...}``.
-            source_texts: the same texts in the source language. None, also within the list, for a missing one.
+            source_texts: the same texts in the source language. None, or an item None, means that a text is missing.
 
         Returns:
             A dict per text; for a single text, the dict itself. ``prediction`` is the label or the answer, None for an

@@ -104,7 +104,7 @@ def _cache_state(entry: Entry) -> str:
 
 
 def _questions_score(note: str) -> bool:
-    """Return whether a run's note limits what its score means."""
+    """Return whether a run's note makes its score less meaningful."""
     return ": scored with " in note or STALE in note or " is at chance level on " in note
 
 

@@ -72,7 +72,7 @@ class PeakMemory(TrainerCallback):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds of the whole training and of its steps; checkpoints save them for a resumed run."""
+    """Timer of the whole training. Checkpoints save its seconds and those of the steps for a resumed run."""
 
     def __init__(self, timer: StepTimer) -> None:
         self.timer = timer
@@ -211,7 +211,7 @@ def measure_step(trainer: Trainer) -> tuple[int, int]:
     fixed = [*model.parameters(), *model.buffers(), dict(batch)]
     state = [list(values.values()) for values in optimizer.state.values()]
     model.train()
-    # the trainer sets this at its first batch, but a run resumed from its last checkpoint had no batch
+    # the trainer sets this at its first batch, but a run resumed after its last step has not had one
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     with peak_bytes(live=[fixed, state], device=model.device) as peak, saved_bytes(ignore=fixed) as saved:
         trainer.training_step(model, batch)

@@ -1,4 +1,4 @@
-"""Digests of a run's rows: what it was trained and scored on, and whether that has changed since."""
+"""Digests of the rows that a run was trained and scored on, to detect whether they have changed since."""
 
 from __future__ import annotations
 

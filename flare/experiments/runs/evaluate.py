@@ -267,7 +267,7 @@ class _Evaluation:
         return [run.folder]
 
     def _differences(self, record: RunRecord, data: Data, setup: Setup) -> str:
-        """Return the settings of this evaluation that differ from the adapter's training, in words."""
+        """Return the settings of this evaluation that differ from the adapter's training, as text."""
         current = common_settings(replace(self.settings, rows=data.rows), data, setup)
         names = ("data", "text_columns", "label_column", "rows", "max_length", "padding", "dtype", "quantization")
         trained = record.settings

@@ -12,11 +12,11 @@ from .data_error import DataError, some_ids
 from .examples import Answer, Example, position_id
 from .registry import NAMED, Task
 
-#: Column names that suggest ids, in lower case and without all but letters.
+#: Column names that suggest ids, in lower case and with letters only.
 _ID_LIKE_NAMES = frozenset(
     ("id", "ids", "idx", "uid", "uuid", "guid", "rowid", "exampleid", "sentenceid", "textid", "itemid", "sampleid")
 )
-#: Further options that name columns of a kind of task.
+#: Kind of task -> further options that name its columns.
 _COLUMN_OPTIONS = {
     "multiple-choice": " and --choice-columns",
     "multi-label": " (columns of 0 and 1, one for each label: with --labels)",
@@ -81,7 +81,7 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
     """Check that every label is one of the task's.
 
     Raises:
-        DataError: other labels; the message shows them, the number of rows with them and some ids.
+        DataError: some labels are not; the message lists them, with the number and some ids of their rows.
     """
     known = task.labels
     wrong: set[str] = set()

@@ -23,7 +23,7 @@ _INSTANCES = 2
 
 
 class FigureResult(NamedTuple):
-    """A figure that was drawn (`files`, `caption`), or the reason why not (`missing`)."""
+    """A figure that was drawn (`files`, `caption`), or the reason why it was not (`missing`)."""
 
     name: str
     title: str

@@ -44,7 +44,7 @@ def draw_ranks(group: RunGroup, metric: str) -> Any:
 
 
 def draw_translators(group: RunGroup, metric: str) -> Any:
-    """Draw quality by translator of the source text, with a line for every method; human text comes last."""
+    """Draw quality by translator of the source text, with a line for every method. Human text is the last value."""
     table = quality(group, metric)
     candidates = [_one_text(family) for family in families(group, table, SOURCE_TEXT)]
     candidates = [family for family in candidates if sum(str(kind).startswith(_TRANSLATED) for kind in family) > 1]

@@ -16,7 +16,7 @@ AVERAGE = "Average"
 
 
 def seeds_text(lines: list[Line]) -> str:
-    """Return what the bars and dots mean; there are dots only for several seeds."""
+    """Return the legend of the bars and, if there are several seeds, of the dots."""
     many = any(cell and len(cell.values) > 1 for line in lines for cell in line.cells.values())
     return "bars are means over seeds, dots are seeds" if many else "one seed"
 
@@ -124,7 +124,7 @@ def draw_costs(group: RunGroup, metric: str) -> Any:
                 continue
             color, style = chosen[line.label]["color"], "--" if line.label == "zero-shot" else ":"
             look = {"color": color, "linestyle": style, "linewidth": 1.0}
-            # a line far below would squeeze all points together, so it is only in the legend
+            # a line far below the points would compress their scale, so it appears only in the legend
             inside = line.average.mean >= lowest - max(2.0, highest - lowest)
             handle = axes.axhline(line.average.mean, **look) if inside else Line2D([], [], **look)
             handles[f"{line.name}: {line.average.mean:.1f}" + ("" if inside else " (below)")] = handle

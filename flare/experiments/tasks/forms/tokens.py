@@ -46,7 +46,7 @@ class TokenForm(ClassificationForm):
         return rows, notes
 
     def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        """Return rows to predict from, and notes. ``labels`` is 0 at each word's first token, whatever its tag."""
+        """Return rows to predict from, and notes. ``labels`` is 0 at each word's first token, for any tag."""
         self._check_words(pairs)
         rows, notes, first_tokens = self._unlabelled_rows(pairs, with_source)
         for row, firsts in zip(rows, first_tokens, strict=True):
