@@ -38,7 +38,7 @@ def gradients(
     layout: str | None = None,
     **options: Any,
 ):
-    """Return the gradients of one optimizer step over ``steps`` batches of up to ``micro`` rows, and the logged loss."""
+    """Return the gradients of one optimizer step over ``steps`` batches of up to ``micro`` rows, and the loss."""
     seen = Gradients()
     trainer = trainer_class(
         model=model,
