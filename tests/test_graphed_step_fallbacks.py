@@ -222,11 +222,8 @@ def test_a_failed_capture_changes_nothing(where: str) -> None:
         recorder.capture = fails_only_in_capture()
         got += [step(bad), step(bad), step(bad)]
     assert len(caught) == 1
-    got += [
-        step(good),
-        step(good),
-        step(good),
-    ]  # captured again, because a failed capture may have damaged other graphs
+    # captured again, because a failed capture may have damaged other graphs
+    got += [step(good), step(good), step(good)]
     assert recorder.captures == 3 and recorder.released == 1 and recorder.replays == 3
     torch.manual_seed(11)
     run = eager(want)

@@ -82,9 +82,8 @@ def test_the_papers_settings() -> None:
         assert [one.batches["max_length"] for one in recipes] == [128, 512, 128]
         assert all(one.base for one in recipes), "a recipe of the paper names its model"
         if model in ("llama", "gemma2"):  # as in flare train: the model generates the label or the answer
-            assert {one.task for one in recipes} == {"CAUSAL_LM"} and not any(
-                "num_labels" in one.model for one in recipes
-            )
+            assert {one.task for one in recipes} == {"CAUSAL_LM"}
+            assert not any("num_labels" in one.model for one in recipes)
 
 
 # --- QLoRA ------------------------------------------------------------------------------------------------------------
