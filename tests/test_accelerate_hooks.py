@@ -1,4 +1,4 @@
-"""Hooks on the modules of an adapter run for the source as for the target: the user's, and accelerate's offloading."""
+"""Test that hooks on an adapter's modules (the user's or accelerate's) run for the source as for the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def offloaded(model: Any, how: str, folder: Path) -> Any:
-    """A copy whose weights are on the meta device between calls: all of them, or those of block 1."""
+    """Return a copy whose weights (all, or those of block 1) are on the meta device between calls."""
     model = copy.deepcopy(model)
     if how == "cpu_offload":
         accelerate.cpu_offload(model, execution_device="cpu")
@@ -32,7 +32,7 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
 
 
 def with_hooks(model: Any, part: str) -> Any:
-    """The same mathematics with A twice as large, by hooks."""
+    """Double the product with A with hooks."""
     for name, module in model.named_modules():
         if name.endswith(f"{part}.default"):
             module.register_forward_hook(lambda module, args, output: 2 * output)
@@ -85,7 +85,7 @@ def test_generation_with_offloaded_weights(offset, tmp_path) -> None:
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_user_hooks(family, padding, memory) -> None:
-    """In prediction and in training, however states wait; the gradients are those of a doubled A."""
+    """Predict and train in every memory mode. The gradients equal those of a doubled A."""
     fields = {"source_padding": padding, "source_memory": memory}
     model, want = with_hooks(fused(family, **fields), "lora_A"), twice(fused(family, **fields), "lora_A")
     inputs = batch_of(family)
@@ -116,7 +116,7 @@ def test_cross_attention_with_hooks_raises() -> None:
 @pytest.mark.parametrize("source", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_adapter_on_another_device_raises(part, source, grad) -> None:
-    """The meta device stands for a second one."""
+    """The meta device takes the role of a second device."""
     model = fused("llama").eval()
     layer: Any = tiny.block_list(model.get_base_model())[1].self_attn.q_proj
     linear: nn.Linear = getattr(layer, part)["default"]

@@ -1,4 +1,4 @@
-"""Plain LoRA and input-level fusion: the same numbers as PEFT, and one text of both languages."""
+"""Test the baselines: plain LoRA equals PEFT, and input-level fusion joins both texts into one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def classes() -> list[dict]:
 
 
 @pytest.mark.parametrize("family", ["bert", "xlmr", "llama"])
-def test_plain_lora_gives_pefts_numbers(family: str):
+def test_plain_lora_equals_peft(family: str):
     targets = ["q_proj", "v_proj"] if family == "llama" else ["query", "value"]
     task = TaskType.CAUSAL_LM if family == "llama" else TaskType.SEQ_CLS
     ours = plain_lora(task_model(family), r=4, lora_alpha=8)
@@ -49,7 +49,7 @@ def test_plain_lora_does_not_fuse():
     assert plain_lora(task_model("bert"), fusion=None, r=4).peft_config["default"].fusion is None
 
 
-# --- one text of both -------------------------------------------------------------------------------------------------
+# --- input-level fusion -----------------------------------------------------------------------------------------------
 
 
 def test_source_and_target_are_joined():
@@ -130,7 +130,7 @@ def test_rows_without_a_source():
 
 @pytest.mark.parametrize(("family", "limit"), [("bert", 64), ("xlmr", 63), ("llama", 64), ("mt5", None)])
 def test_positions_of_a_model(family: str, limit: int | None):
-    """XLM-R has a table of 64 here, and position 0 belongs to the padding index 0."""
+    """XLM-R has a table of 64 positions here, and position 0 is reserved for padding index 0."""
     model = task_model(family)
     assert max_positions(model) == limit
     if family == "xlmr":
@@ -161,7 +161,7 @@ def test_a_collator_for_a_model():
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_flare_trainer_trains_it_and_the_source_matters(family: str, tmp_path: Path):
+def test_flare_trainer_trains_input_fusion_and_uses_the_source(family: str, tmp_path: Path):
     model = input_fusion(task_model(family), max_length=16, r=4)
     args = TrainingArguments(
         output_dir=str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", max_steps=2

@@ -1,4 +1,4 @@
-"""FLARE on a multiple choice: each choice reads the source's text of the same choice."""
+"""Test FLARE on multiple choice: each choice is fused with the source text of the same choice."""
 
 import pytest
 import tiny
@@ -32,7 +32,7 @@ def batch():
 
 
 def one_by_one(model, batch):
-    """The same texts as rows of one choice."""
+    """Run the same texts as rows with one choice each."""
     rows = {name: value.flatten(0, 1)[:, None] for name, value in batch.items()}
     return model(**rows).logits.view(2, 3)
 
@@ -53,7 +53,7 @@ def test_choices_train_the_head_and_use_a_cache(model, batch):
     expected = model(**batch).logits
     model.set_source_cache(flare.SourceStateCache(10**8, tiers=("host",)))
     try:
-        for _ in range(2):  # cold and warm
+        for _ in range(2):  # first with a cold cache, then with a warm one
             torch.testing.assert_close(model(**batch).logits, expected)
         assert model.base_model.model is not None
     finally:

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they stand, their source reaches the weights, and they are short."""
+"""Test that the scripts in examples/ run unchanged, use their source, and are short."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_script_runs_and_uses_its_source(name: str, tmp_path: Path, monkeypatc
 
     weights = trained("as it is")
     assert re.search(r"vemari, .* rows: \d+\.\d %", capsys.readouterr().out)
-    # the target beside itself in place of the source ends elsewhere, from the same seed
+    # with the target in place of the source, the same seed gives other weights
     other = trained("no source", "--data", str(tmp_path / "as it is" / "data"), "--source", "vemari")
     assert weights.keys() == other.keys()
     assert any(not torch.allclose(weights[key], other[key]) for key in weights if "lora_A" in key)

@@ -1,6 +1,6 @@
-"""The authors' numbers, through flare.fast_lora on current transformers and PEFT, and through FlareTrainer.
+"""Test flare.fast_lora and FlareTrainer against the authors' numbers, on current transformers and PEFT.
 
-The selection in tests/goldens always runs; with FLARE_GOLDENS every case of the full set that this version covers.
+The selection in tests/goldens always runs. FLARE_GOLDENS adds all cases of the full set that this version covers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SINGLE = [case for case in CASES if case not in TRAINING + GENERATION]
 
 
 def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
-    """The case's model with its base and adapter weights, its tensors, its manifest entry."""
+    """Return the case's model with its base and adapter weights, its tensors, and its manifest entry."""
     manifest = json.loads((folder / "manifest.json").read_text())
     case = manifest["cases"][name]
     family = manifest["families"][case["family"]]
@@ -91,21 +91,21 @@ def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[s
 
 
 def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Golden name -> parameter, but for the head's."""
-    found = {}
+    """Map golden names to parameters, without those of the head."""
+    parameters = {}
     for name, parameter in model.named_parameters():
         path, _, rest = name.removeprefix("base_model.model.").partition(".default.")
         if path.endswith((".lora_A", ".lora_B")):
-            found[f"adapter.{path}"] = parameter
+            parameters[f"adapter.{path}"] = parameter
         elif path.endswith(".lora_cross_attention"):
-            found[f"adapter.{path.replace('lora_cross', 'cross')}.{rest}"] = parameter
+            parameters[f"adapter.{path.replace('lora_cross', 'cross')}.{rest}"] = parameter
         elif path.endswith(".latent_proj"):
-            found[f"mt_proj.{rest}"] = parameter
-    return found
+            parameters[f"mt_proj.{rest}"] = parameter
+    return parameters
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], fusion: str) -> dict[str, torch.Tensor]:
-    """The keyword arguments of a step."""
+    """Return the keyword arguments of a step."""
     inputs = {"input_ids": tensors["input_ids_target"], "attention_mask": tensors["attention_mask_target"]}
     if "mt_states" in tensors:
         inputs["source_states"] = tensors["mt_states"]
@@ -154,7 +154,7 @@ def test_generation_with_the_releases_alignment(folder, name) -> None:
 
 
 class _Rows(torch.utils.data.Dataset):
-    """The training case's batches as single rows, in order."""
+    """Data set of the training case's batches as single rows, in order."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], fusion: str) -> None:
         stacked = {k.removeprefix("batches."): v for k, v in tensors.items() if k.startswith("batches.")}

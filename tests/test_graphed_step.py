@@ -1,4 +1,4 @@
-"""GraphedStep on a CPU, everything but CUDA itself: captured steps are the eager ones."""
+"""Test GraphedStep on a CPU, without CUDA graphs: captured steps equal eager steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plain_lora(family: str) -> Any:
     ids=["bert", "llama with dropout", "mt5", "lora"],
 )
 def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none: bool) -> None:
-    """Three shapes in turn, accumulation over two batches, clipping, AdamW and a schedule: bit-equal parameters."""
+    """Parameters are bit-equal with three alternating shapes, accumulation, clipping, AdamW and a schedule."""
     plain = "lora" in type(make().base_model).__name__.lower() and not hasattr(make(), "fast_lora_report")
     family = make().get_base_model().config.model_type
     batches = [batch_of(family, B=B, m=m, seed=seed) for seed, (B, m) in enumerate([(3, 9), (2, 7), (3, 9)] * 4)]
@@ -57,17 +57,17 @@ def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         torch.manual_seed(5)
-        found = []
+        step_losses = []
         for index, batch in enumerate(batches):
             with no_warnings():
-                # the eager loop gets what the graph gets: batches without masks of ones
-                found.append(step(batch if captured else without_full_masks(batch)))
+                # like the graph, the eager loop gets batches without masks of ones
+                step_losses.append(step(batch if captured else without_full_masks(batch)))
             if index % 2:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=to_none)
-        losses.append(torch.stack(found))
+        losses.append(torch.stack(step_losses))
         models.append(model)
     assert recorder.captures == 3 and recorder.replays == len(batches) - 2 * 3
     assert torch.equal(*losses) and losses[0].isfinite().all()
@@ -76,7 +76,7 @@ def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none:
 
 
 def test_gradients_are_accumulated() -> None:
-    """Gradients of a user's own, of eager steps of other shapes and of replays meet in p.grad."""
+    """p.grad sums the user's gradients, those of eager steps with other shapes, and those of replays."""
     model, want = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     batch, other = batch_of("bert"), batch_of("bert", m=6)
@@ -94,7 +94,7 @@ def test_gradients_are_accumulated() -> None:
 
 
 def test_a_parameter_without_a_gradient_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A zero gradient would decay the weight, and move it by Adam's momentum."""
+    """With a zero gradient instead of None, AdamW would decay the weight and apply its momentum."""
     model = fused("bert")
     unused = model.unused = nn.Parameter(torch.ones(3))
     step, recorder = graphed(model)
@@ -176,13 +176,13 @@ def test_autocast_is_part_of_the_shape_and_keeps_no_cast_weights() -> None:
 def test_the_last_used_shapes_are_kept() -> None:
     model, want = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1, max_graphs=2)
-    lengths = [5, 5, 6, 6, 5, 7, 7, 5, *[6] * 17]  # 7 takes the place of 6, which waits before it takes that of 7
-    with pytest.warns(UserWarning, match="more than max_graphs=2 shapes") as said:
+    lengths = [5, 5, 6, 6, 5, 7, 7, 5, *[6] * 17]  # 7 replaces 6; 6 waits before it replaces 7
+    with pytest.warns(UserWarning, match="more than max_graphs=2 shapes") as caught:
         for m in lengths:
             step(batch_of("bert", m=m))
             eager(want)(batch_of("bert", m=m))
     same_gradients(model, want)
-    assert len(said) == 1
+    assert len(caught) == 1
     assert (recorder.captures, recorder.released, recorder.replays) == (4, 2, 6)
 
 
@@ -202,7 +202,7 @@ def test_a_batch_without_labels() -> None:
 
 
 class Cache:
-    """What GraphedStep needs of a SourceStateCache: the states of a batch whose rows are all kept."""
+    """Minimal SourceStateCache for GraphedStep: returns the states of batches whose rows are all stored."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.warm = model, False
@@ -215,7 +215,7 @@ class Cache:
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
-    """The graph reads states, of buffers of its own, and no text; a cold cache is read in an eager step."""
+    """The graph reads states from its own buffers and no source text. With a cold cache, the step is eager."""
     model, want, seen = fused("bert"), fused("bert"), []
 
     def noting(batch: dict[str, Any]) -> Tensor:
@@ -227,9 +227,9 @@ def test_a_warm_cache_is_copied_into_the_graph(padded: bool) -> None:
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
     batches = batches if padded else [full(batch) for batch in batches]
     run = eager(want)
-    with pytest.warns(UserWarning, match="source_cache has not all rows of a batch yet") as said:
+    with pytest.warns(UserWarning, match="source_cache has not all rows of a batch yet") as caught:
         step(batches[0]), step(batches[1])
-    assert len(said) == 1 and all("source_input_ids" in batch for batch in seen)
+    assert len(caught) == 1 and all("source_input_ids" in batch for batch in seen)
     cache.warm, seen[:] = True, []
     for batch in batches:
         step(batch)
@@ -274,7 +274,7 @@ def test_a_decoders_source_is_not_in_the_cache() -> None:
 
 
 def test_full_and_padded_rows_have_different_graphs() -> None:
-    """Each stream by itself; a mask of ones is left out, and the padded ones keep their values."""
+    """Each stream is checked separately. Masks of ones are left out; masks with padding keep their values."""
     model, seen = fused("bert"), []
 
     def noting(batch: dict[str, Any]) -> Tensor:
@@ -298,7 +298,7 @@ def test_full_and_padded_rows_have_different_graphs() -> None:
 
 
 def test_position_ids_keep_the_mask() -> None:
-    """Without one, transformers looks in position_ids for packed texts."""
+    """Without a mask, transformers looks for packed texts in position_ids."""
     batch = {**full(batch_of("llama")), "position_ids": torch.arange(9).expand(3, 9)}
     assert set(batch) - set(without_full_masks(batch)) == {"source_attention_mask"}
 
@@ -318,7 +318,7 @@ def test_position_ids_keep_the_mask() -> None:
 def test_attention_gets_the_eager_arguments(
     family: str, source: bool, padding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sdpa's attn_mask and is_causal in both passes, with transformers told that a stream is capturing."""
+    """Compare sdpa's attn_mask and is_causal in both passes while transformers assumes that a stream is capturing."""
     from transformers.utils import import_utils
 
     model, calls = fused(family), []
@@ -343,9 +343,9 @@ def test_attention_gets_the_eager_arguments(
         monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
         model(**without_full_masks(batch))
     assert len(calls) == len(want) >= (1 + source) * tiny.LAYERS
-    for (got_mask, *got), (want_mask, *wanted) in zip(calls, want, strict=True):
-        assert got == wanted and (got_mask is None) == (want_mask is None)
+    for (got_mask, *options), (want_mask, *expected) in zip(calls, want, strict=True):
+        assert options == expected and (got_mask is None) == (want_mask is None)
         if want_mask is not None:
             assert got_mask[:2] == want_mask[:2] and torch.equal(got_mask[2], want_mask[2])
-    if padding != "padded" and family != "mt5":  # mt5's masks are its position biases
+    if padding != "padded" and family != "mt5":  # mt5 passes its position biases as masks
         assert all(mask is None for mask, *_ in calls)

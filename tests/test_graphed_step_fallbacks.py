@@ -1,4 +1,4 @@
-"""GraphedStep on a CPU: models that change, steps that cannot be captured, captures that fail."""
+"""Test GraphedStep on a CPU when models change, steps cannot be captured, or captures fail."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def test_a_changed_model_is_captured_again(change: str) -> None:
 def test_a_model_that_changes_in_every_step_is_reported() -> None:
     model = fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
-    with pytest.warns(UserWarning, match=r"changes from step to step \(active adapters or their scaling\)") as said:
+    with pytest.warns(UserWarning, match=r"changes from step to step \(active adapters or their scaling\)") as caught:
         for _ in range(8):
             scale(model)
             step(batch_of("bert"))
-    assert len(said) == 1 and recorder.captures == 0
+    assert len(caught) == 1 and recorder.captures == 0
 
 
 # --- what cannot be captured ------------------------------------------------------------------------------------------
@@ -110,12 +110,12 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(reason: str) -> None:
         torch._dynamo.config.disable = True
     step, recorder = graphed(model)
     try:
-        with pytest.warns(UserWarning, match=f"cuda_graphs: .*{reason}.*run eagerly") as said:
+        with pytest.warns(UserWarning, match=f"cuda_graphs: .*{reason}.*run eagerly") as caught:
             for seed in range(4):
                 assert torch.equal(step(batch_of("bert", seed=seed)), eager(want)(batch_of("bert", seed=seed)))
     finally:
         torch._dynamo.config.disable = False
-    assert len([one for one in said if "cuda_graphs" in str(one.message)]) == 1 and recorder.captures == 0
+    assert len([one for one in caught if "cuda_graphs" in str(one.message)]) == 1 and recorder.captures == 0
     same_gradients(model, want)
 
 
@@ -130,10 +130,10 @@ def test_data_parallel_wrappers_run_eagerly() -> None:
 def test_without_cuda_every_step_is_eager() -> None:
     model, want = fused("bert"), fused("bert")
     step = flare.GraphedStep(model)
-    with pytest.warns(UserWarning, match="the model is on cpu, and CUDA graphs need a CUDA device") as said:
+    with pytest.warns(UserWarning, match="the model is on cpu, and CUDA graphs need a CUDA device") as caught:
         for _ in range(4):
             assert torch.equal(step(batch_of("bert")), eager(want)(batch_of("bert")))
-    assert len(said) == 1
+    assert len(caught) == 1
     same_gradients(model, want)
 
 
@@ -141,15 +141,15 @@ def test_without_cuda_every_step_is_eager() -> None:
 def test_states_from_outside_the_graph_run_eagerly(memory: str) -> None:
     model, want = fused("bert", source_memory=memory), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
-    with pytest.warns(UserWarning, match=f"source_memory='{memory}'") as said:
+    with pytest.warns(UserWarning, match=f"source_memory='{memory}'") as caught:
         for seed in range(3):
             step(batch_of("bert", seed=seed))
             eager(want)(batch_of("bert", seed=seed))
     same_gradients(model, want)
-    assert len([one for one in said if "cuda_graphs" in str(one.message)]) == 1 and recorder.captures == 0
+    assert len([one for one in caught if "cuda_graphs" in str(one.message)]) == 1 and recorder.captures == 0
     plain = {name: value for name, value in batch_of("bert").items() if not name.startswith("source")}
     step(plain), step(plain)
-    assert recorder.replays == 1  # without a source there is nothing that waits
+    assert recorder.replays == 1  # without a source, the step can be captured
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_a_batch_that_cannot_be_captured_runs_eagerly(change: dict[str, Any], re
     model = fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     batch = {**batch_of("bert"), **change}
-    with pytest.warns(UserWarning, match=reason) as said:
+    with pytest.warns(UserWarning, match=reason) as caught:
         for _ in range(3):
             assert torch.equal(step(batch), eager(model)(batch))
-    assert len(said) == 1 and recorder.captures == 0
+    assert len(caught) == 1 and recorder.captures == 0
 
 
 def test_a_value_that_a_graph_cannot_hold_is_reported() -> None:
@@ -184,7 +184,7 @@ class Interrupted(RuntimeError):
 
 @pytest.mark.parametrize("where", ["forward", "backward", "end"])
 def test_a_failed_capture_changes_nothing(where: str) -> None:
-    """Gradients in accumulation, random numbers and the model are those of an eager loop; other shapes go on."""
+    """Gradients, random numbers and the model equal those of an eager loop. Other shapes are still captured."""
     model, want = fused("bert", lora_dropout=0.2), fused("bert", lora_dropout=0.2)
     failing = [False]
 
@@ -206,7 +206,7 @@ def test_a_failed_capture_changes_nothing(where: str) -> None:
     got = [step(good), step(good), step(bad)]
     failing[0] = True
     recorder.failing = raising if where == "end" else None
-    with pytest.warns(UserWarning, match="a step could not be captured .*such steps run eagerly") as said:
+    with pytest.warns(UserWarning, match="a step could not be captured .*such steps run eagerly") as caught:
 
         def fails_only_in_capture() -> Any:
             capture = recorder.capture
@@ -221,8 +221,9 @@ def test_a_failed_capture_changes_nothing(where: str) -> None:
 
         recorder.capture = fails_only_in_capture()
         got += [step(bad), step(bad), step(bad)]
-    assert len(said) == 1
-    got += [step(good), step(good), step(good)]  # captured anew: a failed capture may have spoilt other graphs
+    assert len(caught) == 1
+    # captured again, because a failed capture may have damaged other graphs
+    got += [step(good), step(good), step(good)]
     assert recorder.captures == 3 and recorder.released == 1 and recorder.replays == 3
     torch.manual_seed(11)
     run = eager(want)
@@ -243,21 +244,21 @@ def test_out_of_memory_is_reported() -> None:
 
 
 def test_a_model_without_capturable_shapes_runs_eagerly() -> None:
-    """A model that waits for the device fails for each shape alike."""
+    """A model that waits for the device fails for every shape."""
     step, recorder = graphed(fused("bert"), warmup_steps=1)
 
     def waits() -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     recorder.failing = waits
-    with pytest.warns(UserWarning, match="RuntimeError: operation not permitted") as said:
+    with pytest.warns(UserWarning, match="RuntimeError: operation not permitted") as caught:
         for m in (5, 6, 7, 8):
             step(batch_of("bert", m=m)), step(batch_of("bert", m=m))
-    assert recorder.captures == 2 and len(said) == 1
+    assert recorder.captures == 2 and len(caught) == 1
 
 
 def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
-    """It would be memory of the graph's own: the step goes back to eager and p.grad to what it was."""
+    """The gradient would be in the graph's memory, so the step runs eagerly and p.grad is restored."""
     model, want = fused("bert"), fused("bert")
     late = model.late = nn.Parameter(torch.ones(()))
     steps = [0]
@@ -279,7 +280,7 @@ def test_a_gradient_that_only_the_capture_has_is_not_lost() -> None:
 
 
 def test_random_numbers_on_the_host_are_detected() -> None:
-    """Layer drop decides in Python, and a replay would take the capture's decision for ever."""
+    """LayerDrop decides in Python, so every replay would repeat the decision made during the capture."""
     model = fused("bert")
 
     def drops(batch: dict[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""FlareTrainer(cuda_graphs=True) on a CPU: its captured steps are the stock loop's."""
+"""Test FlareTrainer(cuda_graphs=True) on a CPU: captured steps equal those of the normal training loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flare.training import graphed_step
 
 
 class Recorders(list[CpuRecorder]):
-    """What trainers of this test have made to record their steps; ``model`` is the one that they train."""
+    """Recorders created by the trainers of a test. ``model`` is the model that they train."""
 
     model = nn.Module()
 
@@ -31,7 +31,7 @@ class Recorders(list[CpuRecorder]):
 
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> Recorders:
-    """Trainers record on the CPU."""
+    """Make trainers record their steps on the CPU."""
     made = Recorders()
     monkeypatch.setattr(graphed_step, "recorder_for", made.recorder_for)
     return made
@@ -52,7 +52,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Recorders:
 def test_the_trainer_gives_the_same_parameters(
     family: str, options: dict[str, Any], tmp_path: Path, recorders: Recorders
 ) -> None:
-    """Accumulation whose last step has fewer batches, clipping, evaluation in between, unequal numbers of labels."""
+    """Accumulate with fewer batches in the last step, clip, evaluate in between, and vary the number of labels."""
     data = rows(family, 11)
     logs, models = [], []
     for captured in (False, True):
@@ -83,7 +83,7 @@ def test_the_trainer_gives_the_same_parameters(
         )
         models.append(model)
     (recorder,) = recorders
-    # two rows or the one that is left, in a step of four batches or in an epoch's last of two; mt5's labels vary more
+    # two rows or one row per batch, four batches per step or two in the last step; mt5's labels vary more
     assert recorder.captures == 3 or family == "mt5"
     assert recorder.replays > recorder.captures > 1
     assert logs[0] == logs[1]
@@ -96,7 +96,7 @@ def trainer_layout(family: str) -> str:
 
 
 def test_a_trainers_batches_stay_on_the_host(tmp_path: Path, recorders: Recorders) -> None:
-    """accelerate would move them before their masks are read."""
+    """Otherwise accelerate would move them before their masks are read."""
     for captured in (False, True):
         trainer = flare.FlareTrainer(
             model=flare_model("bert"),
@@ -125,11 +125,11 @@ def test_a_trainer_that_cannot_capture_warns_once(options: dict[str, Any], reaso
             processing_class=tokenizer(),
             cuda_graphs=captured,
         )
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.train()
-        found = [str(one.message) for one in said if "cuda_graphs" in str(one.message)]
-        assert len(found) == captured and all(reason in message for message in found)
+        messages = [str(one.message) for one in caught if "cuda_graphs" in str(one.message)]
+        assert len(messages) == captured and all(reason in message for message in messages)
         models.append(model)
     for got, want in zip(models[1].parameters(), models[0].parameters(), strict=True):
         assert torch.equal(got, want)

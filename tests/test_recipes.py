@@ -1,4 +1,4 @@
-"""Recipes: a quantised base, prepared, with fusing adapters, from one name or one YAML file; it trains and reloads."""
+"""Test recipes: one name or YAML file gives a prepared, quantised base with fusing adapters that train and reload."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ needs_bnb = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny Llama and its tokenizer, which has no pad token, for each task."""
-    found = {}
+    """Save a tiny Llama and a tokenizer without a pad token for each task."""
+    folders = {}
     for task, made in CLASSES.items():
-        found[task] = tmp_path_factory.mktemp(task)
+        folders[task] = tmp_path_factory.mktemp(task)
         torch.manual_seed(0)
-        made(tiny.config("llama", hidden_size=64, intermediate_size=64, num_labels=3)).save_pretrained(found[task])
-        own = tokenizer(pad=False)
-        own.eos_token = "[SEP]"
-        own.save_pretrained(found[task])
-    return found
+        made(tiny.config("llama", hidden_size=64, intermediate_size=64, num_labels=3)).save_pretrained(folders[task])
+        word_tokenizer = tokenizer(pad=False)
+        word_tokenizer.eos_token = "[SEP]"
+        word_tokenizer.save_pretrained(folders[task])
+    return folders
 
 
 def loaded(recipe: Any, base: Path, **changes: Any) -> Any:
@@ -53,7 +53,7 @@ def loaded(recipe: Any, base: Path, **changes: Any) -> Any:
     return model
 
 
-# --- the shipped ones -------------------------------------------------------------------------------------------------
+# --- packaged recipes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", names())
@@ -75,14 +75,15 @@ def test_packaged_recipes_can_be_read_and_used(name, tmp_path) -> None:
 
 def test_the_papers_settings() -> None:
     epochs = {"xlmr": (10, 10, 20), "mt5": (10, 10, 20), "llama": (3, 3, 5), "gemma2": (3, 3, 5)}
-    for model, wanted in epochs.items():
-        found = [Recipe.read(f"paper-{model}/{task}") for task in ("xnli", "tydiqa", "nusax")]
-        assert tuple(one.training["num_train_epochs"] for one in found) == wanted
-        assert [one.training["learning_rate"] for one in found] == [2e-5, 2e-4, 2e-4]
-        assert [one.batches["max_length"] for one in found] == [128, 512, 128]
-        assert all(one.base for one in found), "a recipe of the paper names its model"
-        if model in ("llama", "gemma2"):  # as flare train has them: the label or the answer is written
-            assert {one.task for one in found} == {"CAUSAL_LM"} and not any("num_labels" in one.model for one in found)
+    for model, expected in epochs.items():
+        recipes = [Recipe.read(f"paper-{model}/{task}") for task in ("xnli", "tydiqa", "nusax")]
+        assert tuple(one.training["num_train_epochs"] for one in recipes) == expected
+        assert [one.training["learning_rate"] for one in recipes] == [2e-5, 2e-4, 2e-4]
+        assert [one.batches["max_length"] for one in recipes] == [128, 512, 128]
+        assert all(one.base for one in recipes), "a recipe of the paper names its model"
+        if model in ("llama", "gemma2"):  # as in flare train: the model generates the label or the answer
+            assert {one.task for one in recipes} == {"CAUSAL_LM"}
+            assert not any("num_labels" in one.model for one in recipes)
 
 
 # --- QLoRA ------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
     inputs = recipe.collator(own)(rows("llama", 3, seed=4))
     again, _ = recipe.load(bases["CAUSAL_LM"], trained=tmp_path / "adapter")
     assert {n for n, p in again.named_parameters() if p.requires_grad} == before.keys()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as the trainer has left the first
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # under autocast, as the trainer ran the first model
         torch.testing.assert_close(again.train()(**inputs).logits.float(), model(**inputs).logits, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"^r: fixed by the trained adapter"):
         recipe.load(bases["CAUSAL_LM"], trained=tmp_path / "adapter", r=4)
@@ -128,7 +129,7 @@ def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant", "peft's default"])
 @pytest.mark.parametrize("name", KINDS)
 def test_checkpointing_over_a_quantised_base_keeps_the_fusion(name, mode, bases) -> None:
-    """In the release this combination trained plain LoRA: the fused logits and gradients must not be lost."""
+    """The authors' release trained plain LoRA in this combination. Logits and gradients must be fused here."""
     inputs = tiny.batch("llama")
     plain = {key: value for key, value in inputs.items() if not key.startswith("source_")}
     base = bases["CAUSAL_LM"]
@@ -178,13 +179,13 @@ def test_heads_stay_in_full_precision_and_are_trained(task, bases) -> None:
 
 
 def test_all_linear_excludes_a_trained_head(bases) -> None:
-    """PEFT alone spares that of sequence classification, and fails on these."""
+    """PEFT excludes only the head of sequence classification, and fails on these heads."""
     for task in ("QUESTION_ANS", "TOKEN_CLS"):
         model = flare.fast_lora(CLASSES[task].from_pretrained(bases[task]), r=4, target_modules="all-linear")
         assert len(model.fast_lora_report()) == 7 * tiny.LAYERS
 
 
-# --- files of one's own, and what is refused --------------------------------------------------------------------------
+# --- user files, and refused recipes ----------------------------------------------------------------------------------
 
 
 def test_a_users_recipe_file(bases, tmp_path) -> None:
@@ -222,7 +223,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("recipe", "changes", "error", "message"), REFUSED, ids=lambda value: str(value)[:30])
-def test_what_is_refused(recipe, changes, error, message) -> None:
+def test_invalid_recipes_raise(recipe, changes, error, message) -> None:
     with pytest.raises(error, match=message):
         flare.from_recipe(recipe, **changes)
 
@@ -258,7 +259,7 @@ def test_a_recipe_runs_no_code_of_a_model_folder(content, tmp_path) -> None:
 
 
 def test_code_of_a_model_folder_runs_only_if_the_call_allows_it(bases, tmp_path, monkeypatch) -> None:
-    """Neither a recipe nor a command asks at the terminal; the folder's module says when it is imported."""
+    """Recipes and commands do not ask at the terminal. The folder's module records that it was imported."""
     folder = tmp_path / "model"
     shutil.copytree(bases["SEQ_CLS"], folder)
     config = json.loads((folder / "config.json").read_text())
@@ -270,7 +271,7 @@ def test_code_of_a_model_folder_runs_only_if_the_call_allows_it(bases, tmp_path,
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
         "class OwnModel(LlamaForSequenceClassification):\n    config_class = OwnConfig\n"
     )
-    monkeypatch.setattr("builtins.input", lambda *said: pytest.fail("asked at the terminal"))
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked at the terminal"))
     recipe = {"task": "SEQ_CLS", "base": str(folder)}
     with pytest.raises(ValueError, match="trust_remote_code"):
         flare.from_recipe(recipe)

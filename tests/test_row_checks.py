@@ -1,4 +1,4 @@
-"""Rows and tokenizers that do not fit a model are named as such, for the target and the source."""
+"""Test that rows and tokenizers that do not fit the model are reported, for the target and the source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(folder: Path, data: list[dict], **options) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"source_input_ids": []}, "row 0: source_input_ids is empty; leave such rows out"),
         ({"input_ids": []}, "row 0: input_ids is empty"),
@@ -40,11 +40,11 @@ def train(folder: Path, data: list[dict], **options) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_invalid_rows_raise(tmp_path, change, said):
+def test_invalid_rows_raise(tmp_path, change, message):
     row = {"input_ids": [1, 2], "source_input_ids": [2, 3], "labels": 0, **change}
     with pytest.raises(ValueError) as error:
         train(tmp_path, [row], processing_class=tokenizer())
-    assert said in str(error.value), error.value
+    assert message in str(error.value), error.value
     if "labels" in change:
         for name in ("label", "labels"):
             with pytest.raises(ValueError, match="label2id"):
@@ -57,7 +57,7 @@ def test_a_trainer_without_a_tokenizer(tmp_path):
         train(tmp_path, ragged)
     with pytest.raises(ValueError, match="label2id"):
         train(tmp_path, [{**row, "labels": "positive"} for row in ragged])
-    train(tmp_path, [{**row, "input_ids": [5, 6], "source_input_ids": [6, 7]} for row in ragged])  # of one length
+    train(tmp_path, [{**row, "input_ids": [5, 6], "source_input_ids": [6, 7]} for row in ragged])  # all of one length
 
 
 def test_a_tokenizer_of_another_model_warns(tmp_path):
@@ -84,7 +84,7 @@ def test_a_tokenizer_of_another_model_warns(tmp_path):
 
 @pytest.mark.parametrize(("family", "kind"), [("xlmr", "pad"), ("llama", "eos"), ("mt5", "eos")])
 def test_special_tokens_that_change_results_raise(family, kind):
-    """Positions counted from the pad, and the token that writing stops at: such a tokenizer is refused."""
+    """Refuse a tokenizer if its pad token shifts the model's positions, or if its end token is not the model's."""
     model, own = tiny.model(family), tokenizer()
     for name in ("pad", "eos"):
         own_id = getattr(model.config, f"{name}_token_id") or 0
@@ -107,12 +107,12 @@ def test_a_source_from_another_tokenizer_warns():
     collate = FlareDataCollator(own)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        collate([good, {**good, "input_ids": [4, 5]}])  # a target without special tokens says nothing
+        collate([good, {**good, "input_ids": [4, 5]}])  # a target without special tokens does not cause a warning
     with pytest.warns(UserWarning, match=rf"row 1: input_ids begins with the special token {first}, and source_"):
         collate([good, {**good, "source_input_ids": [5, 6]}])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        collate([{**good, "source_input_ids": [5, 6]}])  # said once
+        collate([{**good, "source_input_ids": [5, 6]}])  # warned only once
 
 
 def test_a_folder_with_another_models_tokenizer(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""FlareTrainer: columns kept, gradients of the large batch, tokens of both streams, and the Trainer's own features."""
+"""Test FlareTrainer: source columns, gradients under accumulation, token counts, and the features of the Trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flare.training.trainer import FlareSeq2SeqTrainer, FlareTrainer
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of every step as the optimizer finds them."""
+    """Callback that stores the gradients of every step just before the optimizer uses them."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -38,7 +38,7 @@ def gradients(
     layout: str | None = None,
     **options: Any,
 ):
-    """The gradients of one optimizer step over ``steps`` micro-batches of up to ``micro`` rows, and the logged loss."""
+    """Return the gradients of one optimizer step over ``steps`` batches of up to ``micro`` rows, and the loss."""
     seen = Gradients()
     trainer = trainer_class(
         model=model,
@@ -52,27 +52,27 @@ def gradients(
             **options,
         ),
         train_dataset=Dataset.from_list(data),
-        # one width for every batch: a softmax over positions (spans) and fused pad positions depend on it
+        # all batches have one width, because the softmax over positions (spans) and fused padding depend on it
         data_collator=FlareDataCollator(
             tokenizer(), "max_length", 16, require_source=False, layout=layout or layout_of(model)
         ),
         callbacks=[seen],
     )
     trainer.train()
-    (found,) = seen.steps
-    assert found
-    return found, trainer.state.log_history[0]["loss"]
+    (grads,) = seen.steps
+    assert grads
+    return grads, trainer.state.log_history[0]["loss"]
 
 
-def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """Relative error over all gradients together."""
-    assert found.keys() == wanted.keys()
-    difference = sum((found[n] - wanted[n]).square().sum() for n in wanted)
-    return (difference / sum(g.square().sum() for g in wanted.values())).sqrt().item()
+def distance(grads: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the relative error over all gradients together."""
+    assert grads.keys() == expected.keys()
+    difference = sum((grads[n] - expected[n]).square().sum() for n in expected)
+    return (difference / sum(g.square().sum() for g in expected.values())).sqrt().item()
 
 
-def norm(found: dict[str, torch.Tensor]) -> float:
-    return sum(g.square().sum() for g in found.values()).sqrt().item()
+def norm(grads: dict[str, torch.Tensor]) -> float:
+    return sum(g.square().sum() for g in grads.values()).sqrt().item()
 
 
 # --- gradient accumulation --------------------------------------------------------------------------------------------
@@ -80,21 +80,21 @@ def norm(found: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("family", TASKS)
 def test_accumulation_gives_the_gradient_of_the_large_batch(family: str, tmp_path: Path):
-    """The last micro-batch is smaller; labels per token and answers are unequally many in every row."""
+    """The last micro-batch is smaller, and rows have different numbers of token labels and answers."""
     data = rows(family, 7, source=False)
     whole, whole_loss = gradients(FlareTrainer, lora(family), data, tmp_path, micro=7, steps=1)
     parts, parts_loss = gradients(FlareTrainer, lora(family), data, tmp_path, micro=2, steps=4)
     assert distance(parts, whole) < 1e-5
-    assert parts_loss == pytest.approx(whole_loss, abs=2e-4)  # as it is logged
+    assert parts_loss == pytest.approx(whole_loss, abs=2e-4)  # the logged value is rounded
 
     stock_whole, _ = gradients(Trainer, lora(family), data, tmp_path, micro=7, steps=1)
-    assert distance(whole, stock_whole) < 1e-6  # without accumulation nothing changes
+    assert distance(whole, stock_whole) < 1e-6  # without accumulation both trainers agree
 
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "xlmr", "llama-classes", "mt5"])
-def test_the_stock_trainer_is_four_times_off(family: str, tmp_path: Path):
-    """If this fails, transformers has mended it, and FlareTrainer.compute_loss may be redundant."""
-    data = rows(family, 8, source=False)  # micro-batches of equal size: no other reason to differ
+def test_stock_trainer_gradients_are_four_times_too_large(family: str, tmp_path: Path):
+    """If this fails, transformers has fixed it, and FlareTrainer.compute_loss may be redundant."""
+    data = rows(family, 8, source=False)  # micro-batches have equal sizes, so nothing else differs
     whole, _ = gradients(Trainer, lora(family), data, tmp_path, micro=8, steps=1)
     parts, _ = gradients(Trainer, lora(family), data, tmp_path, micro=2, steps=4)
     assert 3.0 < norm(parts) / norm(whole) < 5.0
@@ -107,11 +107,11 @@ def test_accumulation_with_fusing_adapters(family: str, tmp_path: Path):
     parts, _ = gradients(FlareTrainer, flare_model(family), data, tmp_path, micro=2, steps=4)
     assert distance(parts, whole) < 1e-5
     plain, _ = gradients(FlareTrainer, flare_model(family, fusion=None), data, tmp_path, micro=7, steps=1)
-    assert distance(whole, plain) > 0.1  # the source took part
+    assert distance(whole, plain) > 0.1  # the source was used
 
 
 def test_accumulation_for_a_causal_model_that_ignores_the_count(tmp_path: Path):
-    """The first token of a row is no target of its loss, and so may not be counted, though it has a label."""
+    """The loss does not predict the first token of a row, so its label must not be counted."""
     data = rows("llama-text", 7, source=False)
 
     def model() -> Any:
@@ -167,7 +167,7 @@ def test_label_smoothing_with_accumulation(tmp_path: Path):
 
 
 def spy(model: Any) -> list[dict[str, torch.Tensor]]:
-    """The keyword arguments of every call of a model."""
+    """Record the keyword arguments of every call of a model."""
     calls: list[dict[str, torch.Tensor]] = []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
     return calls
@@ -187,11 +187,11 @@ def test_source_columns_reach_the_model(trainer_class: type, tmp_path: Path):
     trainer.train()
     names = {name for name in calls[0] if name.startswith("source_")}
     if trainer_class is Trainer:
-        assert names == set()  # what FlareTrainer is there for
+        assert names == set()  # the stock Trainer drops them
         return
     assert names == {"source_input_ids", "source_attention_mask"}
     assert calls[0]["source_input_ids"].shape == calls[0]["input_ids"].shape
-    assert "other" not in calls[0]  # remove_unused_columns still removes
+    assert "other" not in calls[0]  # remove_unused_columns still removes other columns
 
 
 def plain_collator() -> FlareDataCollator:
@@ -283,7 +283,7 @@ def test_operations_of_the_source_pass_are_counted(tmp_path: Path):
     assert both * 6 == target * 8 > 0  # forward and backward are 6, a forward pass alone is 2
 
 
-# --- the Trainer's own features ---------------------------------------------------------------------------------------
+# --- features of the Trainer ---------------------------------------------------------------------------------------
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -308,7 +308,7 @@ def training(folder: Path, model: Any, **options: Any) -> FlareTrainer:
         train_dataset=Dataset.from_list(rows("bert", 16)),
         eval_dataset=Dataset.from_list(rows("bert", 8, seed=1)),
         data_collator=FlareDataCollator(tokenizer(), padding="max_length", max_length=12),
-        compute_metrics=lambda found: {"right": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        compute_metrics=lambda result: {"right": float((result.predictions.argmax(-1) == result.label_ids).mean())},
     )
 
 
@@ -316,8 +316,8 @@ def test_training_evaluation_and_resuming(tmp_path: Path):
     straight = training(tmp_path / "a", flare_model("bert", lora_dropout=0.2))
     before = weights(straight.model)
     straight.train()
-    wanted, tokens = weights(straight.model), straight.num_source_input_tokens_seen
-    assert any(not torch.equal(before[n], wanted[n]) for n in wanted if "lora_A" in n)
+    expected, tokens = weights(straight.model), straight.num_source_input_tokens_seen
+    assert any(not torch.equal(before[n], expected[n]) for n in expected if "lora_A" in n)
     assert tokens == 6 * 4 * 12
     assert {"eval_loss", "eval_right"} <= straight.evaluate().keys()
 
@@ -328,9 +328,9 @@ def test_training_evaluation_and_resuming(tmp_path: Path):
     assert resumed.state.global_step == 6
     assert resumed.num_source_input_tokens_seen == tokens
     for name, value in weights(resumed.model).items():
-        torch.testing.assert_close(value, wanted[name], msg=name, rtol=0, atol=0)
+        torch.testing.assert_close(value, expected[name], msg=name, rtol=0, atol=0)
 
-    resumed.train()  # a second training starts to count anew
+    resumed.train()  # a second training starts counting from zero
     assert resumed.num_source_input_tokens_seen == tokens
 
 
@@ -348,7 +348,7 @@ def test_resuming_a_checkpoint_of_the_stock_trainer(tmp_path: Path):
 
 def test_load_best_model_at_end(tmp_path: Path):
     class Spoil(TrainerCallback):
-        """Makes the model worse with every evaluation after the first."""
+        """Make the model worse at every evaluation after the first."""
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
@@ -403,13 +403,13 @@ def test_seq2seq_trainer_generates(tmp_path: Path):
         generation_max_length=5,
     )
     trainer = FlareSeq2SeqTrainer(model=lora("mt5"), args=args, processing_class=tokenizer())
-    found = trainer.predict(Dataset.from_list(rows("mt5", 3, source=False)))
-    assert found.predictions.shape[0] == 3
+    output = trainer.predict(Dataset.from_list(rows("mt5", 3, source=False)))
+    assert output.predictions.shape[0] == 3
 
 
 @pytest.mark.parametrize("decoder", [True, False])
 def test_seq2seq_trainer_generates_with_the_source(tmp_path: Path, decoder: bool):
-    """Predictions are those of model.generate on the same batch: both stacks fuse where rows have source_labels."""
+    """Predictions equal those of model.generate on the same batch. Both stacks fuse if rows have source_labels."""
     model = flare_model("mt5")
     args = Seq2SeqTrainingArguments(
         output_dir=str(tmp_path),
@@ -423,12 +423,12 @@ def test_seq2seq_trainer_generates_with_the_source(tmp_path: Path, decoder: bool
     kept = rows("mt5", 3)
     given = kept if decoder else [{k: v for k, v in row.items() if k != "source_labels"} for row in kept]
     trainer = FlareSeq2SeqTrainer(model=model, args=args, processing_class=tokenizer())
-    found = trainer.predict(Dataset.from_list(given)).predictions
+    predictions = trainer.predict(Dataset.from_list(given)).predictions
     batch = trainer.data_collator(given)
     assert ("source_labels" in batch) == decoder
     text = {name: batch[name] for name in batch if name != "labels"}
     want = model.eval().generate(**text, max_length=5)
-    assert torch.equal(torch.as_tensor(found)[:, : want.shape[1]], want)
+    assert torch.equal(torch.as_tensor(predictions)[:, : want.shape[1]], want)
     if decoder:
         start = torch.zeros(3, 1, dtype=torch.long)
         text = {name: value for name, value in text.items() if name != "source_labels"}

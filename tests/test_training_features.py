@@ -1,4 +1,4 @@
-"""What trainings are run with: mixed precision with and without a GradScaler, checkpointing, accumulation, Liger."""
+"""Test mixed precision with and without a GradScaler, checkpointing, accumulation, and Liger kernels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gradients(model: Any, inputs: dict, dtype: torch.dtype | None, scaler: Any =
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision(family, checkpointing, dtype) -> None:
-    """Near the float32 gradients, a GradScaler changes the scale alone, and a step with infinities is skipped."""
+    """Gradients are close to float32. A GradScaler changes only the scale, and a step with infinities is skipped."""
     inputs, model = tiny.batch(family), fused(family)
     exact = gradients(model, inputs, None)
     if checkpointing is not None:
@@ -79,10 +79,10 @@ def trained(folder: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_trainers_checkpointing_changes_nothing(use_reentrant, bf16, tmp_path) -> None:
-    """With accumulation, in both modes and precisions; a training without the source ends elsewhere."""
+    """Accumulate in both modes and precisions. Training without the source must give other weights."""
     start = {name: p.detach().clone() for name, p in flare_model("bert").named_parameters()}
     model = flare_model("bert")
-    found = {
+    parameters = {
         "want": trained(tmp_path / "a", flare_model("bert"), bf16=bf16),
         "got": trained(
             tmp_path / "b",
@@ -94,8 +94,8 @@ def test_the_trainers_checkpointing_changes_nothing(use_reentrant, bf16, tmp_pat
         "plain": trained(tmp_path / "c", flare_model("bert", fusion=None), bf16=bf16),
     }
     assert model.get_base_model().is_gradient_checkpointing
-    moved = {which: {name: p - start[name] for name, p in one.items()} for which, one in found.items()}
-    # reentrant, S is made in the block together with T, and in 16 bit rounded otherwise
+    moved = {which: {name: p - start[name] for name, p in one.items()} for which, one in parameters.items()}
+    # reentrant checkpointing computes S in the block together with T, which rounds differently in 16 bits
     bound = 0.01 if bf16 and use_reentrant else 1e-4
     assert distance(moved["got"], moved["want"]) < bound
     assert distance(moved["plain"], moved["want"]) > 0.1
@@ -104,7 +104,7 @@ def test_the_trainers_checkpointing_changes_nothing(use_reentrant, bf16, tmp_pat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a CUDA device")
 def test_liger_kernels(device) -> None:
-    """Norms, rotary embeddings, MLP and loss by Liger, the adapters by ours."""
+    """Liger computes norms, rotary embeddings, MLP and loss; flare_kernels computes the adapters."""
     liger = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
     inputs = {name: value.to(device) for name, value in tiny.batch("llama").items()}
     want_model = fused().to(device)
@@ -124,7 +124,7 @@ def test_liger_kernels(device) -> None:
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("trainer_class", [flare.FlareTrainer, flare.FlareSeq2SeqTrainer, Seq2SeqTrainer])
 def test_label_smoothing_of_an_encoder_decoder(trainer_class, source, tmp_path) -> None:
-    """The Trainer keeps the labels to itself, so that the collator makes the decoder's input of them."""
+    """The Trainer removes the labels from the inputs, so the collator makes the decoder's input from them."""
     model = flare_model("mt5").eval()
     kind = TrainingArguments if trainer_class is flare.FlareTrainer else Seq2SeqTrainingArguments
     args = kind(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[], remove_unused_columns=False)

@@ -1,4 +1,4 @@
-"""fast_lora in front of TRL's SFTTrainer, with the arguments that the README names."""
+"""Test fast_lora with TRL's SFTTrainer and the arguments that the README names."""
 
 from __future__ import annotations
 

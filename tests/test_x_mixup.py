@@ -1,4 +1,4 @@
-"""X-Mixup: the mixed block and the losses by hand, independence of padding and of other rows, saving, training."""
+"""Test X-Mixup: the mixed block and losses against a plain implementation, padding, saving and training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYER = 1
 
 
 def mixup_model(task: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A tiny model of a task with random A, B, w and b."""
+    """Return a tiny model for the task, with random A, B, w and b."""
     return randomised(x_mixup(task_model(task).to(dtype), r=4, layer=LAYER, **options))
 
 
@@ -41,10 +41,10 @@ def randomised(model: Any) -> Any:
 
 
 def batch(task: str, count: int = 3, seed: int = 5, **options: Any) -> dict[str, Tensor]:
-    made = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto", **options)(
+    collated = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto", **options)(
         with_source_labels(task, rows(task, count, seed))
     )
-    return dict(made)
+    return dict(collated)
 
 
 def with_source_labels(task: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def with_source_labels(task: str, found: list[dict[str, Any]]) -> list[dict[str,
     return found
 
 
-# --- X-Mixup as one would write it by hand ----------------------------------------------------------------------------
+# --- plain implementation of X-Mixup ---------------------------------------------------------------------------------
 
 
 def heads(x: Tensor, count: int) -> Tensor:
@@ -70,7 +70,7 @@ def attend(scores: Tensor, value: Tensor) -> Tensor:
 
 
 def ratio_by_hand(scores: Tensor, target: Tensor, source: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """One text after the other, over its own tokens alone."""
+    """Compute the ratio for one text at a time, over its own tokens only."""
     found = []
     for s, t, u in zip(scores, target.bool(), source.bool(), strict=True):
         own = s[:, t][:, :, u]
@@ -81,7 +81,7 @@ def ratio_by_hand(scores: Tensor, target: Tensor, source: Tensor, w: Tensor, b: 
 
 
 def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tensor], norm: bool) -> dict[str, Tensor]:
-    """BERT's and XLM-R's blocks on both streams; base is the bare encoder, whose linear layers carry LoRA."""
+    """Run the blocks of BERT or XLM-R on both streams. ``base`` is the encoder, with LoRA in its linear layers."""
     for index, block in enumerate(base.encoder.layer):
         attention, output = block.attention.self, block.attention.output
 
@@ -109,7 +109,7 @@ def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tenso
 
 
 def classifier_by_hand(model: Any, inputs: dict[str, Tensor], norm: bool = True) -> tuple[Tensor, Tensor]:
-    """The target's logits and the loss, alpha = 0.4."""
+    """Return the target's logits and the loss, with alpha = 0.4."""
     task = model.get_base_model()
     base = task.base_model
     masks = {"source": inputs["source_attention_mask"], "target": inputs["attention_mask"]}
@@ -144,7 +144,7 @@ def test_logits_loss_and_gradients_are_those_of_the_formula_written_by_hand(task
 
 
 def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, loss and lambda of a causal model whose answers start at index ``split``, alpha = 0.4."""
+    """Return logits, loss and lambda of a causal model whose answers start at ``split``, with alpha = 0.4."""
     task = model.get_base_model()
     base, m = task.model, inputs["input_ids"].shape[1]
     causal = torch.ones(m, m).tril().bool()
@@ -197,7 +197,7 @@ def test_a_decoder_by_hand_and_neither_answer_is_visible():
     torch.testing.assert_close(model(**other).logits, out.logits)
     other["source_input_ids"][:, split - 1] = 7
     assert not torch.allclose(model(**other).logits[real], out.logits[real])
-    # the target's answer does not reach lambda, so not what is predicted before it
+    # the target's answer does not affect lambda, nor the predictions before it
     later = {**inputs, "input_ids": inputs["input_ids"].clone()}
     later["input_ids"][:, split:] = 11
     torch.testing.assert_close(model(**later).logits[:, :split], out.logits[:, :split])
@@ -211,14 +211,14 @@ def test_lambda_is_half_a_sigmoid_of_the_entropy():
     expected = sum(-(x * x.log()).sum(-1).mean() for x in (p, back))
     found = pair_entropy(scores, target, source)
     torch.testing.assert_close(found[0], expected)
-    # one source token: nothing to choose from in one direction, five tokens in the other
+    # with one source token, one direction has one token to attend to and the other has five
     back = scores[1, :, :, 3].softmax(-1)
     torch.testing.assert_close(found[1], -(back * back.log()).sum(-1).mean())
     found.sum().backward()
     assert scores.grad.isfinite().all()
 
 
-# --- what may not matter ----------------------------------------------------------------------------------------------
+# --- padding and other rows -------------------------------------------------------------------------------------------
 
 TASKS = ("bert", "xlmr", "bert-spans", "bert-tokens", "llama", "llama-classes", "mt5")
 
@@ -259,7 +259,7 @@ def test_padding_and_other_rows_do_not_matter(task: str):
         values.append(value)
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-5)
-    if task != "bert-spans":  # BERT's span loss counts padding as places
+    if task != "bert-spans":  # BERT's span loss includes padding positions
         torch.testing.assert_close(outs[0].loss, outs[1].loss, rtol=1e-5, atol=1e-5)
 
 
@@ -283,7 +283,7 @@ def test_the_terms_of_spans_and_tokens():
     means = [(h * k).sum(1) / k.sum(1) for h, k in zip((source, target), masks, strict=True)]
     mse = F.mse_loss(*means)
     torch.testing.assert_close(out.loss, 0.2 * spans(source, "source_") + 0.8 * spans(target, "") + mse)
-    # without the source's own places the target's loss counts whole, and that is said once
+    # without source positions the target's loss has full weight, and there is one warning
     bare = {name: value for name, value in inputs.items() if not name.startswith(("source_start", "source_end"))}
     with pytest.warns(UserWarning, match=r"no labels of its own \(source_start_positions"):
         loss = model(**bare).loss
@@ -328,7 +328,7 @@ def test_every_family_mixes_and_copies_are_independent(family: str):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mt5"])
 def test_generation_matches_teacher_forcing(family: str):
-    """Every generated token is the best one of a teacher-forced forward; texts of a batch have unequal padding."""
+    """Every generated token has the highest logit in a teacher-forced forward pass, with unequal padding."""
     model = randomised(x_mixup(tiny.model(family, eos_token_id=None), r=4)).eval()
     inputs = {k: v for k, v in tiny.batch(family, B=3, m=9).items() if k != "labels"}
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
@@ -362,7 +362,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool):
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value)
-    assert model.get_base_model().bert.encoder.layer[LAYER].gradient_checkpointing  # given back after the forward
+    assert model.get_base_model().bert.encoder.layer[LAYER].gradient_checkpointing  # restored after the forward pass
 
 
 # --- saving and training ----------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def test_invalid_arguments_raise():
         model.merge_and_unload()
     with pytest.raises(ValueError, match="a model holds one X-Mixup adapter"):
         model.add_adapter("second", model.peft_config["default"])
-    assert model(**inputs).loss.isfinite()  # nothing of a refused call stays behind
+    assert model(**inputs).loss.isfinite()  # a refused call leaves no state behind
     base = model.unload()
     names = {name: value for name, value in inputs.items() if not name.startswith("source_")}
     torch.testing.assert_close(base(**names).logits, task_model("bert")(**names).logits)
