@@ -6,8 +6,8 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import distributed_training
 import pytest
-import test_distributed
 import tiny
 import torch
 import torch.distributed as dist
@@ -167,7 +167,7 @@ def test_saved_bytes_of_a_forward_pass() -> None:
 
 def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
     """Run three epochs of one step (the ranks swap rows in the second); return gradients and block executions."""
-    model = test_distributed.fused("llama", source_memory=memory)
+    model = distributed_training.fused("llama", source_memory=memory)
     cache = cache_of(folder=folder)
     model.set_source_cache(cache)
     engined = DistributedDataParallel(model)
@@ -176,7 +176,7 @@ def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[lis
         cache.refresh()
         model.zero_grad(set_to_none=True)
         with count_calls(tiny.block_list(model.get_base_model())) as calls:
-            engined(**test_distributed.batch("llama", (rank + epoch) % two_processes.WORLD)).loss.backward()
+            engined(**distributed_training.batch("llama", (rank + epoch) % two_processes.WORLD)).loss.backward()
         found.append(tiny.gradients(model))
         executions.append(calls.total // tiny.LAYERS)
         cache.flush()
@@ -189,8 +189,8 @@ def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
     """Each rank reads the other's rows; gradients equal those of one process over both batches."""
     (tmp_path / "run").mkdir()
     folder = tmp_path / "states"
-    want = test_distributed.train(None, "none", "llama")
+    want = distributed_training.train(None, "none", "llama")
     for got, executions in two_processes.run(tmp_path / "run", train_with_a_shared_cache, folder, memory):
-        test_distributed.check(got, want * 3, memory)
+        distributed_training.check(got, want * 3, memory)
         assert executions == [2, 1, 1]
     assert len(list(folder.iterdir())) == 2

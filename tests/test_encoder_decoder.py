@@ -1,9 +1,7 @@
-"""Encoder-decoders: both stacks read one frozen pass, the decoder only if it has a source; seq2seq generation."""
+"""Encoder-decoders: both stacks read one frozen pass, the decoder only if it has a source."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -11,106 +9,27 @@ import pytest
 import tiny
 import torch
 import transformers
+from encoder_decoders import (
+    START,
+    TOLERANCE,
+    add_relu,
+    batch,
+    by_hand,
+    frozen_text,
+    fused,
+    generated,
+    mt5,
+    shifted,
+    states_of,
+    step,
+    teacher_forced,
+    without,
+)
 from torch import nn
 
 import flare
 
-TOLERANCE = {"rtol": 0, "atol": 2e-6}  # generate hands logits out in float32
-START = 0
-
-
-def mt5(**changes: Any) -> Any:
-    """Return a random mT5 without dropout. Its head is not tied to its embeddings, or it would repeat its input."""
-    model = tiny.model("mt5", dropout_rate=0.0, tie_word_embeddings=False, **changes)
-    model.lm_head.weight = nn.Parameter(torch.randn(model.lm_head.weight.shape) / 6)
-    return model
-
-
-def fused(*, base: dict | None = None, **overrides: Any) -> Any:
-    base_model = mt5(**(base or {}))
-    base_model.generation_config.eos_token_id = None
-    base_model.generation_config.decoder_start_token_id = START
-    model = flare.fast_lora(base_model, **{"r": 5, "lora_alpha": 7, **overrides})
-    tiny.randomize_lora(model)
-    return model.double()
-
-
-def batch(B: int = 3, m: int = 7, u: int = 5, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Return right-padded texts and labels of different lengths in the two streams."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {}
-    for prefix, shift in (("", 0), ("source_", 2)):
-        ids = torch.randint(3, tiny.VOCAB, (B, m), generator=generator)
-        labels = torch.randint(3, tiny.VOCAB, (B, u), generator=generator)
-        mask = torch.ones_like(ids)
-        for row in range(B):
-            mask[row, m - (row + shift) % 4 :] = 0
-            labels[row, u - (row + shift) % 3 :] = -100
-        inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"] = ids.where(mask.bool(), 0), mask
-        inputs[f"{prefix}labels"] = labels
-    return inputs
-
-
-def shifted(labels: torch.Tensor) -> torch.Tensor:
-    """Return mT5's decoder input for labels."""
-    return torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1]], dim=1).masked_fill_(
-        torch.cat([labels.new_zeros(len(labels), 1), labels[:, :-1]], dim=1) == -100, 0
-    )
-
-
-def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in names}
-
-
 # --- by hand ----------------------------------------------------------------------------------------------------------
-
-
-def states_of(model: Any, inputs: dict, offset: int) -> dict[str, list[torch.Tensor]]:
-    """Return x_S of every block of both stacks from a pass of the frozen model with plain hooks."""
-    base, found, handles = model.get_base_model(), {"encoder": [], "decoder": []}, []
-    for name, states in found.items():
-        for block in getattr(base, name).block:
-            if offset == 0:
-                handles.append(block.register_forward_pre_hook(lambda m, a, s=states: s.append(a[0].detach())))
-            else:
-                handles.append(block.register_forward_hook(lambda m, a, y, s=states: s.append(y[0].detach())))
-    with torch.no_grad(), model.disable_adapter():
-        base(
-            input_ids=inputs["source_input_ids"],
-            attention_mask=inputs["source_attention_mask"],
-            decoder_input_ids=shifted(inputs["source_labels"]),
-        )
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@contextlib.contextmanager
-def by_hand(model: Any, states: dict[str, list[torch.Tensor]], phi: Any) -> Iterator[None]:
-    """Replace the self-attention's q and v of the given stacks by the formula, with PEFT's eager layers."""
-    base, patched = model.get_base_model(), []
-    for name, own in states.items():
-        for block, state in zip(getattr(base, name).block, own, strict=True):
-            for layer in (block.layer[0].SelfAttention.q, block.layer[0].SelfAttention.v):
-
-                def forward(x: torch.Tensor, layer: Any = layer, state: torch.Tensor = state) -> torch.Tensor:
-                    A, B = layer.lora_A["default"], layer.lora_B["default"]
-                    return layer.base_layer(x) + B(phi(A(state), A(x))) * layer.scaling["default"]
-
-                patched.append(layer)
-                layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer in patched:
-            del layer.forward
-
-
-def step(model: Any, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad(set_to_none=True)
-    out = model(**inputs)
-    out.loss.backward()
-    return out.loss.detach(), out.logits.detach(), tiny.gradients(model)
 
 
 def assert_same_step(got: Any, want: Any) -> None:
@@ -119,10 +38,6 @@ def assert_same_step(got: Any, want: Any) -> None:
     assert got[2].keys() == want[2].keys() and len(got[2]) > 10
     for name, grad in want[2].items():
         torch.testing.assert_close(got[2][name], grad, msg=name, rtol=1e-9, atol=1e-12)
-
-
-def add_relu(S: torch.Tensor, T: torch.Tensor) -> torch.Tensor:
-    return S.relu() + T.relu()
 
 
 PHI = {"add_relu": add_relu, "mul": torch.mul, "add": torch.add}
@@ -318,180 +233,3 @@ def test_latent_states_are_read_by_the_encoder() -> None:
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"source_labels: an adapter with latent_dim=6 .* reads no source text"):
             call(**text, source_states=latent, source_labels=inputs["source_labels"])
-
-
-# --- generation -------------------------------------------------------------------------------------------------------
-
-
-def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sequences (with their prompts) and the logits (B, new, V) of every step."""
-    options = {"do_sample": False, "pad_token_id": 1, "max_new_tokens": new, **options}
-    out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return out.sequences, torch.stack(out.logits, dim=1)
-
-
-def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: torch.Tensor | None = None) -> Any:
-    """Return the frozen decoder's text for the source, generated by ``generate``, and the held positions."""
-    with model.disable_adapter():
-        text = model.generate(
-            input_ids=inputs["source_input_ids"],
-            attention_mask=inputs["source_attention_mask"],
-            decoder_input_ids=prompt,
-            max_new_tokens=new,
-            do_sample=False,
-            eos_token_id=ends or None,
-            pad_token_id=1,
-        )
-    begun = 1 if prompt is None else prompt.shape[1]
-    text = nn.functional.pad(text, (0, begun + new - text.shape[1]), value=1)
-    return text[:, :-1]
-
-
-def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, source_text: torch.Tensor | None) -> torch.Tensor:
-    """Return the logits of one forward pass without a KV cache."""
-    source = {} if source_text is None else {"source_decoder_input_ids": source_text}
-    return model(**inputs, decoder_input_ids=sequences[:, :-1], **source, use_cache=False).logits
-
-
-def texts(**options: Any) -> dict[str, torch.Tensor]:
-    return without(batch(**options), "labels", "source_labels")
-
-
-@pytest.mark.parametrize("fusion", ["add_relu", "mul", "cross_attention"])
-@pytest.mark.parametrize("padding", ["keep", "zero"])
-def test_the_encoder_fuses_in_generate(fusion, padding) -> None:
-    model, inputs = fused(fusion=fusion, source_padding=padding).eval(), texts()
-    sequences, logits = generated(model, inputs)
-    torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, None).float(), **TOLERANCE)
-    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
-    assert not torch.allclose(generated(model, plain)[1][:, 0], logits[:, 0], atol=1e-4)
-
-
-@pytest.mark.parametrize("fusion", ["add_relu", "mul"])
-@pytest.mark.parametrize("offset", [1, 0])
-@pytest.mark.parametrize("given", ["labels", "ids"])
-def test_both_stacks_fuse_in_generate(fusion, offset, given) -> None:
-    """The source's decoder generates its own text; only the presence of source_labels matters."""
-    model, inputs = fused(fusion=fusion, source_layer_offset=offset).eval(), texts()
-    source = {"source_labels": batch()["source_labels"]}
-    if given == "ids":
-        source = {"source_decoder_input_ids": torch.full((3, 1), START)}
-    sequences, logits = generated(model, {**inputs, **source})
-    own = frozen_text(model, inputs, 6, [])
-    torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, own).float(), **TOLERANCE)
-    assert not torch.allclose(logits, teacher_forced(model, inputs, sequences, None).float(), atol=1e-4)
-
-
-def test_beams_and_samples() -> None:
-    model, inputs = fused().eval(), texts()
-    source = {"source_decoder_input_ids": torch.full((3, 1), START)}
-    options = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0, "max_new_tokens": 6, "pad_token_id": 1}
-    out = model.generate(**inputs, **source, **options, return_dict_in_generate=True, output_scores=True)
-    repeated = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
-    own = frozen_text(model, inputs, 6, []).repeat_interleave(2, dim=0)
-    logits = teacher_forced(model, repeated, out.sequences, own)
-    chosen = logits.log_softmax(-1).gather(2, out.sequences[:, 1:, None])[..., 0]
-    torch.testing.assert_close(out.sequences_scores.double(), chosen.sum(1), rtol=0, atol=1e-5)
-    torch.manual_seed(4)
-    sequences, logits = generated(model, {**inputs, **source}, do_sample=True, top_k=0, num_return_sequences=2)
-    torch.testing.assert_close(logits, teacher_forced(model, repeated, sequences, own).float(), **TOLERANCE)
-
-
-def test_a_finished_source_is_held_and_rows_are_independent() -> None:
-    model, inputs = fused().eval(), texts()
-    text = frozen_text(model, inputs, 7, [])
-    end = int(text[0, 2])  # row 0 ends with its second token
-    assert end not in text[0, :2].tolist()
-    source = {"source_decoder_input_ids": torch.full((3, 1), START)}
-    sequences, logits = generated(model, {**inputs, **source}, 6, eos_token_id=end, min_new_tokens=6)
-    own = frozen_text(model, inputs, 6, [end])
-    # after the source's end token every position fuses with that token's state
-    want = teacher_forced(model, inputs, sequences, own).float()
-    torch.testing.assert_close(logits[0, :3], want[0, :3], **TOLERANCE)
-    assert not torch.allclose(logits[0, 3:], want[0, 3:], atol=1e-4)
-    base = model.get_base_model()
-    states = states_of_decoder(model, inputs, own)
-    for state in states:
-        state[0, 3:] = state[0, 2]
-    encoder = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
-    with by_hand(model, {"encoder": list(encoder), "decoder": states}, add_relu):
-        held = base(**plain, decoder_input_ids=sequences[:, :-1], use_cache=False).logits
-    torch.testing.assert_close(logits[0], held[0].float(), **TOLERANCE)
-    for row in range(3):
-        alone = {name: value[row : row + 1] for name, value in {**inputs, **source}.items()}
-        one, own_logits = generated(model, alone, 6, eos_token_id=end, min_new_tokens=6)
-        assert torch.equal(one[0], sequences[row])
-        torch.testing.assert_close(own_logits[0], logits[row], **TOLERANCE)
-
-
-def states_of_decoder(model: Any, inputs: dict, text: torch.Tensor) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    base = model.get_base_model()
-    handles = [b.register_forward_hook(lambda m, a, y: found.append(y[0].clone())) for b in base.decoder.block]
-    with torch.no_grad(), model.disable_adapter():
-        base(
-            input_ids=inputs["source_input_ids"], attention_mask=inputs["source_attention_mask"], decoder_input_ids=text
-        )
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@pytest.mark.parametrize("started", [True, False])
-def test_decoder_prompts(started) -> None:
-    """Both decoders start with their own prompts; generate adds a missing start token."""
-    model, inputs = fused().eval(), texts()
-    begin = {name: torch.randint(3, tiny.VOCAB, (3, 3)) for name in ("decoder_input_ids", "source_decoder_input_ids")}
-    if started:
-        begin = {name: nn.functional.pad(ids, (1, 0), value=START) for name, ids in begin.items()}
-    sequences, logits = generated(model, {**inputs, **begin}, 4)
-    prompt = begin["source_decoder_input_ids"]
-    own = frozen_text(model, inputs, 4, [], prompt if started else nn.functional.pad(prompt, (1, 0), value=START))
-    want = teacher_forced(model, inputs, sequences, own)[:, 3:].float()
-    torch.testing.assert_close(logits, want, **TOLERANCE)
-    with pytest.raises(ValueError, match=r"source_decoder_input_ids gives the source \(3, .* \(3, 1\)"):
-        generated(model, {**inputs, "source_decoder_input_ids": prompt}, 4)
-
-
-def test_generate_accepts_states_of_the_encoder() -> None:
-    model, inputs = fused().eval(), texts()
-    states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
-    want = generated(model, inputs)
-    torch.testing.assert_close(generated(model, {**plain, "source_states": states})[1], want[1], **TOLERANCE)
-    with pytest.raises(ValueError, match="source_labels and source_states were both given"):
-        generated(model, {**plain, "source_states": states, "source_labels": torch.ones(3, 2, dtype=torch.long)})
-
-
-REFUSED = [
-    ({"source_alignment": "release"}, "source_alignment='release': the authors' release has no encoder-decoder"),
-    ({"encoder_outputs": (torch.zeros(3, 7, 32),)}, "encoder_outputs cannot be combined with a source"),
-    ({"source_decoder_input_ids": torch.zeros(3, 1, dtype=torch.long), "use_cache": False}, "use_cache=False"),
-    (
-        {
-            "source_decoder_input_ids": torch.zeros(3, 1, dtype=torch.long),
-            "decoder_attention_mask": torch.ones(3, 1, dtype=torch.long),
-        },
-        "decoder_attention_mask cannot be combined",
-    ),
-    ({"source_input_ids": torch.ones(3, 4, dtype=torch.long)}, r"source_input_ids has shape \(3, 4\)"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_wrong_arguments_are_refused(options, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused().eval().generate(**{**texts(), "max_new_tokens": 2, **options})
-
-
-def test_a_decoder_whose_fusion_mixes_positions() -> None:
-    model = fused(fusion="cross_attention").eval()
-    with pytest.raises(ValueError, match=r"fusion='cross_attention'.*at all positions"):
-        model.generate(**texts(), source_labels=batch()["source_labels"], max_new_tokens=2)
-
-
-def test_without_a_kv_cache_if_the_decoder_is_plain() -> None:
-    model, inputs = fused().eval(), texts()
-    want, _ = generated(model, inputs)
-    assert torch.equal(generated(model, inputs, use_cache=False)[0], want)

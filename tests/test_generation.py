@@ -14,95 +14,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from generating import ENDING, TOLERANCE, ends_of, fused, generated, plain, prompts, row_of, source_text, teacher_forced
 
 import flare
 from flare.generation.caches import SourceCache
-
-TOLERANCE = {"rtol": 0, "atol": 2e-6}  # generate returns logits in float32; rotary angles are float32 too
-
-
-def fused(family: str = "llama", *, base: dict | None = None, **overrides: Any) -> Any:
-    base_model = tiny.model(family, **(base or {}))
-    base_model.generation_config.eos_token_id = None
-    embeddings = base_model.get_input_embeddings().weight
-    embeddings.data[1] = embeddings.data[2]  # the pad token's embedding is zero, which would hide errors
-    model = flare.fast_lora(base_model, **{"r": 5, "lora_alpha": 7, "source_padding": "zero", **overrides})
-    tiny.randomize_lora(model)
-    return model.double().eval()
-
-
-def prompts(B: int = 3, m: int = 7, seed: int = 5, *, pads: bool = True) -> dict[str, torch.Tensor]:
-    """Return left-padded prompts; the source is longer than the target in some rows, and shorter in others."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {}
-    for prefix, shift in (("", 0), ("source_", 2)):
-        ids = torch.randint(3, tiny.VOCAB, (B, m), generator=generator)
-        mask = torch.ones_like(ids)
-        for row in range(B if pads else 0):
-            mask[row, : (row + shift) % 4] = 0
-        inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"] = ids.where(mask.bool(), 1), mask
-    return inputs
-
-
-def plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if not name.startswith("source")}
-
-
-def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """Return one row, without the columns in which both of its texts are padding."""
-    alone = {name: value[row : row + 1] for name, value in inputs.items()}
-    used = (alone["attention_mask"] + alone["source_attention_mask"])[0] > 0
-    return {name: value[:, used] for name, value in alone.items()}
-
-
-def source_text(model: Any, inputs: dict[str, torch.Tensor], new: int, ends: list[int]) -> torch.Tensor:
-    """Return the frozen model's greedy continuation of the source, with its prompt, from transformers' generate."""
-    with model.disable_adapter():
-        text = model.generate(
-            input_ids=inputs["source_input_ids"],
-            attention_mask=inputs["source_attention_mask"],
-            max_new_tokens=new,
-            min_new_tokens=new if not ends else None,
-            do_sample=False,
-            eos_token_id=ends or None,
-            pad_token_id=1,
-        )
-    short = inputs["source_input_ids"].shape[1] + new - text.shape[1]
-    return torch.nn.functional.pad(text, (0, short), value=1)
-
-
-def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Return logits (B, new, V) of one forward without a cache; each new position fuses with the source's."""
-    B, m = inputs["input_ids"].shape
-    new = sequences.shape[1] - m
-    text = source_text(model, inputs, new, ends)[:, : m + new - 1]
-    mask = torch.cat([inputs["source_attention_mask"], torch.ones(B, new - 1, dtype=torch.long)], dim=1)
-    states = model.encode_source(text, mask)
-    held = {}
-    for key, state in states.states.items():
-        state = state.clone()
-        for row in range(B):
-            ended = [j for j in range(m, m + new - 1) if text[row, j] in ends]
-            if ended:
-                state[row, ended[0] + 1 :] = state[row, ended[0]]
-        held[key] = state
-    target_mask = torch.cat([inputs["attention_mask"], torch.ones(B, new - 1, dtype=torch.long)], dim=1)
-    out = model(
-        input_ids=sequences[:, :-1],
-        attention_mask=target_mask,
-        position_ids=(target_mask.cumsum(1) - 1).clamp(min=0),
-        source_states=flare.SourceStates(held, states.offset, mask),
-        use_cache=False,
-    )
-    return out.logits[:, m - 1 :]
-
-
-def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sequences, and the logits (B, new, V) of every step."""
-    options = {"do_sample": False, "pad_token_id": 1, "max_new_tokens": new, **options}
-    out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return out.sequences, torch.stack(out.logits, dim=1)
-
 
 # --- cached steps match one forward -----------------------------------------------------------------------------------
 
@@ -132,18 +47,6 @@ def test_other_families(name) -> None:
     inputs = prompts(pads=name != "Gemma2")  # it only runs eager attention, which gives NaN on padding in float64
     sequences, logits = generated(model, inputs)
     torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, []).float(), rtol=0, atol=5e-6)
-
-
-def ends_of(model: Any, inputs: dict, new: int) -> list[int]:
-    """Return end tokens with which the source of row 0 ends early, that of row 1 later, and that of row 2 never."""
-    text = source_text(model, inputs, new, [])[:, inputs["input_ids"].shape[1] :]
-    ends = [int(text[0, 1]), int(text[1, 3])]
-    stops = [[j for j in range(new) if row[j] in ends] for row in text.tolist()]
-    assert stops[0][0] == 1 and stops[1][0] == 3 and not stops[2], "choose another seed"
-    return ends
-
-
-ENDING = 45  # a seed for prompts that ends_of accepts
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -404,101 +307,3 @@ def test_new_tokens_use_the_last_latent_state(masked, alignment) -> None:
         **longer_source,
     ).logits[:, 6:]
     torch.testing.assert_close(logits, want.float(), **TOLERANCE)
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-REFUSED = [
-    ({"use_cache": False}, "use_cache=False cannot be combined with a source"),
-    ({"cache_implementation": "static"}, "cache_implementation=static"),
-    ({"cache_implementation": "quantized"}, "cache_implementation=quantized"),
-    ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),
-    ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6"),
-    ({"dola_layers": "high"}, "dola_layers=high"),
-    ({"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups=2"),
-    ({"guidance_scale": 1.5}, "guidance_scale=1.5"),
-    ({"custom_generate": "somewhere"}, "custom_generate=somewhere"),
-    ({"token_healing": True}, "token_healing=True"),
-    ({"past_key_values": transformers.DynamicCache()}, "past_key_values=DynamicCache"),
-    ({"generation_config": transformers.GenerationConfig(use_cache=False)}, "use_cache=False"),
-    ({"source_alignment": "late"}, "source_alignment='late' is not accepted; one of: 'training', 'release'"),
-    ({"source_padding": "drop"}, "source_padding='drop' is not accepted; one of: keep, zero"),
-    ({"source_alignment": "release", "prefill_chunk_size": 2}, "prefill_chunk_size"),
-    ({"source_alignment": "release", "source_padding": "zero"}, "source_padding='zero'"),
-    (
-        {"source_labels": torch.ones(3, 7, dtype=torch.long)},
-        "source_labels: LlamaForCausalLM is not an encoder-decoder",
-    ),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
-def test_options_that_are_refused(options, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused().generate(**prompts(), **{"max_new_tokens": 2, "pad_token_id": 1, **options})
-
-
-def test_generation_config_as_positional_argument() -> None:
-    model, inputs = fused(), prompts()
-    config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=1, do_sample=False)
-    ids = inputs.pop("input_ids")
-    sequences, _ = generated(model, {"input_ids": ids, **inputs}, 3)
-    assert torch.equal(model.generate(ids, config, **inputs), sequences)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, transformers.GenerationConfig(use_cache=False), **inputs)
-
-
-def test_assistant_is_refused_and_dynamic_cache_implementation_is_accepted() -> None:
-    model = fused()
-    with pytest.raises(ValueError, match="assistant_model=LlamaForCausalLM"):
-        model.generate(**prompts(), assistant_model=tiny.model("llama"), max_new_tokens=2)
-    want, _ = generated(model, prompts())
-    assert torch.equal(generated(model, prompts(), cache_implementation="dynamic", past_key_values=None)[0], want)
-
-
-SOURCES = [
-    (lambda i: {"source_input_ids": i["source_input_ids"][:, 1:]}, r"source_input_ids has shape \(3, 6\).*\(3, 7\)"),
-    (
-        lambda i: {"source_attention_mask": i["source_attention_mask"].flip(1)},
-        "source_attention_mask ends in padding.*on the left",
-    ),
-    (lambda i: {"input_ids": None}, "a source needs the target's input_ids"),
-    (lambda i: {"source_input_ids": None}, "source_attention_mask was given without source_input_ids"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), SOURCES)
-def test_source_arguments(change, message) -> None:
-    inputs = prompts()
-    with pytest.raises(ValueError, match=message):
-        fused().generate(**{**inputs, **change(inputs)}, max_new_tokens=2)
-
-
-def test_states_of_a_prompt_cannot_be_continued() -> None:
-    model, inputs = fused(), prompts()
-    states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    with pytest.raises(ValueError, match="source_states: these belong to the prompt only"):
-        model.generate(**plain(inputs), source_states=states, max_new_tokens=2)
-
-
-def test_release_alignment_needs_a_length() -> None:
-    with pytest.raises(ValueError, match="source_alignment='release' needs max_new_tokens"):
-        fused().generate(**prompts(), source_alignment="release")
-
-
-@pytest.mark.parametrize("fusion", ["cross_attention", "matmul"])
-def test_fusions_that_mix_positions(fusion) -> None:
-    model = fused(fusion=fusion)
-    with pytest.raises(ValueError, match=f"fusion='{fusion}' .* at all positions of the text"):
-        model.generate(**prompts(), max_new_tokens=2)
-    out = model.generate(**prompts(), max_new_tokens=2, source_alignment="release", pad_token_id=1)
-    assert out.shape[1] == 9
-
-
-def test_train_mode_with_checkpointing_is_refused() -> None:
-    model = fused()
-    model.gradient_checkpointing_enable()
-    model.train()
-    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
-        model.generate(**prompts(), max_new_tokens=2)
-    assert model.eval().generate(**prompts(), max_new_tokens=2, pad_token_id=1).shape == (3, 9)

@@ -1,4 +1,4 @@
-"""Project rules: which package imports what, one version number, one version of ruff."""
+"""Project rules: which package imports what, sizes of files, one version number, one version of ruff."""
 
 import ast
 import fnmatch
@@ -16,6 +16,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
+#: Folders with Python files, for copies of the project without git.
+FOLDERS = (*PACKAGES, "benchmarks", "tests", "examples", "tools")
 #: Packages without import cycles, even with imports inside functions, for type checkers and by import_module.
 STRICT_PACKAGES = ("flare_kernels", "flare")
 #: Modules that import a module by a name from a variable, which this test cannot follow.
@@ -352,6 +354,28 @@ def test_the_tested_versions_are_the_ones_that_ci_installs():
 
 def test_packages_ship_their_types():
     assert all((ROOT / package / "py.typed").exists() for package in PACKAGES)
+
+
+# --- sizes of files ---------------------------------------------------------------------------------------------------
+
+
+def python_files() -> list[Path]:
+    """Return the repository's Python files: those that git tracks, or without git all in the project's folders."""
+    try:
+        listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        names: list[str] = []
+    else:
+        names = listed.stdout.splitlines()
+    files = [ROOT / name for name in names] or [path for each in FOLDERS for path in (ROOT / each).rglob("*.py")]
+    return [path for path in files if path.exists()]
+
+
+def test_python_files_have_at_most_450_lines():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in python_files()}
+    assert "flare/__init__.py" in lengths  # the check itself works
+    long = {name: lines for name, lines in lengths.items() if lines > 450}
+    assert not long, f"split by purpose: {long}"
 
 
 def test_golden_numbers_stay_small():

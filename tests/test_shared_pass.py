@@ -1,4 +1,4 @@
-"""Decoding with one pass for source and target: same numbers, half the weight reads, and when it is not possible.
+"""Decoding with one pass for source and target: same numbers and half the weight reads.
 
 It needs ``source_layer_offset=0``. The reference is ``source_pass="separate"``, which tests/test_generation.py compares
 with one forward without a cache.
@@ -7,7 +7,6 @@ with one forward without a cache.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from typing import Any
 
@@ -15,19 +14,13 @@ import pytest
 import tiny
 import torch
 import transformers
-from test_generation import ENDING, TOLERANCE, ends_of, fused, generated, prompts, row_of, source_text
+from generating import ENDING, TOLERANCE, ends_of, generated, prompts, row_of, source_text
+from shared_passes import L, both_ways, zero_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flare
 from flare.experiments.measure import count_calls
-from flare.source.context import KEYWORD, THREAD
-
-L = tiny.LAYERS
-REASON = "generate: source and target do not share a pass"
-
-
-def zero_offset(family: str = "llama", **options: Any) -> Any:
-    return fused(family, source_layer_offset=0, **options)
+from flare.source.context import THREAD
 
 
 def of_family(name: str) -> Any:
@@ -39,19 +32,6 @@ def of_family(name: str) -> Any:
     model = flare.fast_lora(base, r=5, source_layer_offset=0)
     tiny.randomize_lora(model)
     return model.double().eval()
-
-
-def both_ways(model: Any, inputs: dict, new: int = 6, seed: int = 0, **options: Any) -> dict[str, tuple]:
-    """Return sequences, logits and block executions of each source_pass, after comparing the first two."""
-    results = {}
-    for way in ("separate", "shared"):
-        torch.manual_seed(seed)
-        with count_calls(tiny.block_list(model.get_base_model())) as calls:
-            sequences, logits = generated(model, inputs, new, source_pass=way, **options)
-        results[way] = (sequences, logits, calls.total)
-    assert torch.equal(results["shared"][0], results["separate"][0])
-    torch.testing.assert_close(results["shared"][1], results["separate"][1], **TOLERANCE)
-    return results
 
 
 # --- the numbers of two passes, in half the executions ----------------------------------------------------------------
@@ -286,171 +266,3 @@ def test_generation_leaves_no_hooks_or_state_even_if_it_fails() -> None:
     assert THREAD.slot.rows is None and THREAD.slot.forward is None and THREAD.slot.context is None
     again = generated(copy.deepcopy(model), inputs, source_pass="shared")
     torch.testing.assert_close(again, want, rtol=0, atol=0)
-
-
-# --- cases with two passes --------------------------------------------------------------------------------------------
-
-
-def executions(model: Any, inputs: dict, **options: Any) -> int:
-    with count_calls(tiny.block_list(model.get_base_model())) as calls:
-        generated(model, inputs, 3, **options)
-    return calls.total
-
-
-def in_train_mode() -> Any:
-    return zero_offset().train()
-
-
-def compiled() -> Any:
-    model = zero_offset()
-    model.get_base_model().model.layers[1].compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "options", "message"),
-    [
-        (fused, {}, "source_layer_offset is 1"),
-        (in_train_mode, {}, "train mode"),
-        (compiled, {}, "compiled"),
-        (zero_offset, {"source_alignment": "release"}, "source_alignment='release'"),
-    ],
-    ids=["offset", "train", "compiled", "release"],
-)
-def test_expected_reasons_for_two_passes_do_not_warn(make, options, message) -> None:
-    """source_pass="auto" does not warn; source_pass="shared" raises."""
-    model, inputs = make(), prompts()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert executions(model, inputs, **options) > (2 + 2) * L
-    with pytest.raises(ValueError, match=f"source_pass='shared' is not possible: .*{message}"):
-        generated(model, inputs, 3, source_pass="shared", **options)
-
-
-def with_trained_head() -> Any:
-    model = zero_offset(modules_to_save=["lm_head"])
-    head = model.get_base_model().lm_head.modules_to_save["default"]
-    torch.nn.init.normal_(head.weight)
-    return model
-
-
-def with_other_adapters() -> Any:
-    return zero_offset(target_modules=["q_proj", "v_proj", "embed_tokens"])
-
-
-def with_long_rope() -> Any:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    return zero_offset(base={"rope_parameters": rope})
-
-
-def with_experts() -> Any:
-    model = zero_offset(target_modules=["q_proj", "v_proj", "gate_proj"])
-    for block in model.get_base_model().model.layers:
-        block.mlp.experts = torch.nn.ModuleList([block.mlp.gate_proj])
-        del block.mlp._modules["gate_proj"]
-        block.mlp.__dict__["gate_proj"] = block.mlp.experts[0]
-    return model.eval()
-
-
-UNUSUAL = [
-    (with_trained_head, "lm_head is a ModulesToSaveWrapper"),
-    (with_other_adapters, "embed_tokens is a Embedding of PEFT"),
-    (with_long_rope, "rope_type='dynamic' depends on the longest row"),
-    (with_experts, r"mlp\.experts\.0 is in a list of modules"),
-]
-
-
-@pytest.mark.parametrize(("make", "message"), UNUSUAL, ids=lambda value: getattr(value, "__name__", ""))
-def test_unexpected_reasons_for_two_passes_warn_once(make, message) -> None:
-    model, inputs = make(), prompts()
-    with pytest.warns(UserWarning, match=f"{REASON}: .*{message}"):
-        assert executions(model, inputs) == 2 * 3 * L
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        executions(model, inputs)
-        executions(model, inputs, source_pass="separate")
-    with pytest.raises(ValueError, match=f"source_pass='shared' is not possible: .*{message}"):
-        generated(model, inputs, 3, source_pass="shared")
-
-
-def test_merged_adapter_prevents_a_shared_pass() -> None:
-    model = zero_offset()
-    plain_config = flare.FlareConfig(r=4, fusion=None, target_modules=["o_proj"], task_type="CAUSAL_LM")
-    model.add_adapter("plain", plain_config)
-    tiny.randomize_lora(model, seed=4)
-    model.double()
-    model.merge_adapter(["plain"])
-    with pytest.warns(UserWarning, match=f"{REASON}: an adapter is merged into .*o_proj"):
-        assert executions(model, prompts()) == 2 * 3 * L
-
-
-def test_other_caches(monkeypatch) -> None:
-    class Another(transformers.cache_utils.DynamicLayer):
-        """A cache layer of an unknown class."""
-
-    model, inputs = zero_offset(), prompts()
-    monkeypatch.setitem(transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", Another)
-    with pytest.warns(UserWarning, match=rf"{REASON}: the model's KV cache has layers \(Another\)"):
-        assert executions(model, inputs) == 2 * 3 * L
-
-
-def test_four_dimensional_mask_needs_two_passes() -> None:
-    """A step with such a mask of the target takes two passes and warns."""
-    model, inputs = zero_offset(), prompts()
-    sequences, logits = generated(model, inputs, 4, source_pass="separate")
-    out = model.generate(**inputs, max_new_tokens=3, pad_token_id=1, return_dict_in_generate=True)
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
-    step = {"input_ids": sequences[:, 9:10], "past_key_values": out.past_key_values}
-    step["position_ids"] = (mask.sum(1) - 1)[:, None]
-    with (
-        torch.no_grad(),
-        pytest.warns(UserWarning, match=rf"{REASON}: attention_mask of the target is \(3, 1, 1, 10\)"),
-    ):
-        last = model(**step, attention_mask=mask.bool()[:, None, None]).logits
-    torch.testing.assert_close(last.float(), logits[:, 3:], **TOLERANCE)
-
-
-def test_wrong_names() -> None:
-    with pytest.raises(ValueError, match="source_pass='both' is not accepted; one of: auto, shared, separate"):
-        generated(zero_offset(), prompts(), source_pass="both")
-
-
-@pytest.mark.parametrize("together", [True, False], ids=["one call", "by itself"])
-def test_error_for_a_layer_called_with_other_rows(together) -> None:
-    """A layer that is called with a part of the batch raises."""
-    model, inputs = zero_offset(), prompts()
-    q_proj = model.get_base_model().model.layers[1].self_attn.q_proj
-    if not together:
-        q_proj.lora_A["default"].register_forward_hook(lambda *_: None)
-    forward = type(q_proj).forward
-    q_proj.forward = lambda x: forward(q_proj, x[:-1] if len(x) == 6 else x)
-    message = (
-        "q_proj was called with 5 rows in a pass that source and target share, which has 6 rows: pass source_pass="
-    )
-    with pytest.raises(ValueError, match=message):
-        generated(model, inputs, source_pass="shared")
-    assert THREAD.slot.rows is None and THREAD.slot.forward is None
-
-
-@pytest.mark.parametrize("where", ["one attention", "every attention"])
-def test_error_names_layers_that_the_source_does_not_reach(where) -> None:
-    """Attention modules are called without their keyword arguments in a decoding step."""
-
-    def lose(module: Any, args: Any, kwargs: Any) -> None:
-        if len(kwargs["hidden_states"]) == 6:
-            del kwargs[KEYWORD]
-
-    model, inputs = zero_offset(), prompts()
-    blocks = model.get_base_model().model.layers
-    lost = blocks[1:2] if where == "one attention" else blocks
-    handles = [block.self_attn.register_forward_pre_hook(lose, with_kwargs=True, prepend=True) for block in lost]
-    first = 1 if where == "one attention" else 0
-    message = (
-        rf"the source did not reach {2 * len(lost)} of {2 * L} fusing layers \(first: model.layers.{first}.self_attn"
-    )
-    with pytest.raises(ValueError, match=message):
-        generated(model, inputs, source_pass="shared")
-    assert THREAD.slot.rows is None and THREAD.slot.forward is None
-    for handle in handles:
-        handle.remove()
-    both_ways(model, inputs)

@@ -1,64 +1,24 @@
-"""Test X-Mixup: the mixed block and losses against a plain implementation, padding, saving and training."""
+"""X-Mixup: the mixed block and the losses by hand, independence of padding and of other rows."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from mixup_models import LAYER, batch, mixup_model, randomised, with_source_labels
 from torch import Tensor
-from transformers import TrainingArguments
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from two_streams import rows, task_model, tokenizer
 
-from flare import FlareConfig
-from flare.baselines import load_x_mixup, plain_lora, x_mixup
+from flare.baselines import plain_lora
 from flare.baselines.mixup_layer import pair_entropy
 from flare.training.collator import FlareDataCollator
-from flare.training.trainer import FlareTrainer
 
-LAYER = 1
-
-
-def mixup_model(task: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """Return a tiny model for the task, with random A, B, w and b."""
-    return randomised(x_mixup(task_model(task).to(dtype), r=4, layer=LAYER, **options))
-
-
-def randomised(model: Any) -> Any:
-    tiny.randomize_lora(model)
-    for name, parameter in model.named_parameters():
-        if "x_mixup" in name:
-            torch.nn.init.constant_(parameter, 0.7 if "weight" in name else -0.9)
-    return model
-
-
-def batch(task: str, count: int = 3, seed: int = 5, **options: Any) -> dict[str, Tensor]:
-    collated = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto", **options)(
-        with_source_labels(task, rows(task, count, seed))
-    )
-    return dict(collated)
-
-
-def with_source_labels(task: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for row in found:
-        ids = row["source_input_ids"]
-        if task == "bert-spans":
-            row |= {"source_start_positions": 1, "source_end_positions": len(ids) - 2}
-        if task == "llama":
-            row["source_labels"] = [-100] * len(ids) + [9, 8]
-            row["source_input_ids"] = [*ids, 9, 8]
-    return found
-
-
-# --- plain implementation of X-Mixup ---------------------------------------------------------------------------------
+# --- X-Mixup as one would write it by hand ----------------------------------------------------------------------------
 
 
 def heads(x: Tensor, count: int) -> Tensor:
@@ -70,7 +30,7 @@ def attend(scores: Tensor, value: Tensor) -> Tensor:
 
 
 def ratio_by_hand(scores: Tensor, target: Tensor, source: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Compute the ratio for one text at a time, over its own tokens only."""
+    """One text after the other, over its own tokens alone."""
     found = []
     for s, t, u in zip(scores, target.bool(), source.bool(), strict=True):
         own = s[:, t][:, :, u]
@@ -81,7 +41,7 @@ def ratio_by_hand(scores: Tensor, target: Tensor, source: Tensor, w: Tensor, b: 
 
 
 def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tensor], norm: bool) -> dict[str, Tensor]:
-    """Run the blocks of BERT or XLM-R on both streams. ``base`` is the encoder, with LoRA in its linear layers."""
+    """BERT's and XLM-R's blocks on both streams; base is the bare encoder, whose linear layers carry LoRA."""
     for index, block in enumerate(base.encoder.layer):
         attention, output = block.attention.self, block.attention.output
 
@@ -109,7 +69,7 @@ def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tenso
 
 
 def classifier_by_hand(model: Any, inputs: dict[str, Tensor], norm: bool = True) -> tuple[Tensor, Tensor]:
-    """Return the target's logits and the loss, with alpha = 0.4."""
+    """The target's logits and the loss, alpha = 0.4."""
     task = model.get_base_model()
     base = task.base_model
     masks = {"source": inputs["source_attention_mask"], "target": inputs["attention_mask"]}
@@ -144,7 +104,7 @@ def test_logits_loss_and_gradients_are_those_of_the_formula_written_by_hand(task
 
 
 def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, loss and lambda of a causal model whose answers start at ``split``, with alpha = 0.4."""
+    """Logits, loss and lambda of a causal model whose answers start at index ``split``, alpha = 0.4."""
     task = model.get_base_model()
     base, m = task.model, inputs["input_ids"].shape[1]
     causal = torch.ones(m, m).tril().bool()
@@ -197,7 +157,7 @@ def test_a_decoder_by_hand_and_neither_answer_is_visible():
     torch.testing.assert_close(model(**other).logits, out.logits)
     other["source_input_ids"][:, split - 1] = 7
     assert not torch.allclose(model(**other).logits[real], out.logits[real])
-    # the target's answer does not affect lambda, nor the predictions before it
+    # the target's answer does not reach lambda, so not what is predicted before it
     later = {**inputs, "input_ids": inputs["input_ids"].clone()}
     later["input_ids"][:, split:] = 11
     torch.testing.assert_close(model(**later).logits[:, :split], out.logits[:, :split])
@@ -211,14 +171,15 @@ def test_lambda_is_half_a_sigmoid_of_the_entropy():
     expected = sum(-(x * x.log()).sum(-1).mean() for x in (p, back))
     found = pair_entropy(scores, target, source)
     torch.testing.assert_close(found[0], expected)
-    # with one source token, one direction has one token to attend to and the other has five
+    # one source token: nothing to choose from in one direction, five tokens in the other
     back = scores[1, :, :, 3].softmax(-1)
     torch.testing.assert_close(found[1], -(back * back.log()).sum(-1).mean())
     found.sum().backward()
     assert scores.grad.isfinite().all()
 
 
-# --- padding and other rows -------------------------------------------------------------------------------------------
+# --- what may not matter ----------------------------------------------------------------------------------------------
+
 
 TASKS = ("bert", "xlmr", "bert-spans", "bert-tokens", "llama", "llama-classes", "mt5")
 
@@ -259,7 +220,7 @@ def test_padding_and_other_rows_do_not_matter(task: str):
         values.append(value)
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-5)
-    if task != "bert-spans":  # BERT's span loss includes padding positions
+    if task != "bert-spans":  # BERT's span loss counts padding as places
         torch.testing.assert_close(outs[0].loss, outs[1].loss, rtol=1e-5, atol=1e-5)
 
 
@@ -283,7 +244,7 @@ def test_the_terms_of_spans_and_tokens():
     means = [(h * k).sum(1) / k.sum(1) for h, k in zip((source, target), masks, strict=True)]
     mse = F.mse_loss(*means)
     torch.testing.assert_close(out.loss, 0.2 * spans(source, "source_") + 0.8 * spans(target, "") + mse)
-    # without source positions the target's loss has full weight, and there is one warning
+    # without the source's own places the target's loss counts whole, and that is said once
     bare = {name: value for name, value in inputs.items() if not name.startswith(("source_start", "source_end"))}
     with pytest.warns(UserWarning, match=r"no labels of its own \(source_start_positions"):
         loss = model(**bare).loss
@@ -302,163 +263,3 @@ def test_source_spans_follow_their_tokens_with_padding_on_the_left():
     made[0]["source_end_positions"] = 40
     with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is outside its \d+ source_input_ids"):
         FlareDataCollator(tokenizer())(made)
-
-
-# --- families, generation, checkpointing ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "mistral", "qwen3", "gemma2", "gemma3", "mt5"])
-def test_every_family_mixes_and_copies_are_independent(family: str):
-    model = randomised(x_mixup(tiny.model(family, **({"dropout_rate": 0.0} if family == "mt5" else {})), r=4))
-    inputs = tiny.batch(family)
-    if family in ("mistral", "qwen3", "gemma2", "gemma3"):
-        inputs["labels"][:, :6] = -100
-        inputs["source_labels"] = torch.full_like(inputs["labels"], -100)
-    out = model(**inputs)
-    out.loss.backward()
-    assert all(g.isfinite().all() and g.abs().max() > 0 for n, g in tiny.gradients(model).items() if "lora_" in n)
-    other = {**inputs, "source_input_ids": inputs["source_input_ids"].roll(1, 1)}
-    assert not torch.allclose(model(**other).logits, out.logits)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    torch.testing.assert_close(twin(**inputs).logits, out.logits)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mt5"])
-def test_generation_matches_teacher_forcing(family: str):
-    """Every generated token has the highest logit in a teacher-forced forward pass, with unequal padding."""
-    model = randomised(x_mixup(tiny.model(family, eos_token_id=None), r=4)).eval()
-    inputs = {k: v for k, v in tiny.batch(family, B=3, m=9).items() if k != "labels"}
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
-    found = model.generate(**inputs, **options)
-    assert not torch.equal(found, model.generate(**{k: v for k, v in inputs.items() if "source" not in k}, **options))
-    beams = model.generate(**inputs, num_beams=3, **options)
-    assert beams.shape == found.shape
-    if family == "mt5":
-        forced = model(**inputs, decoder_input_ids=found[:, :-1]).logits.argmax(-1)
-        assert torch.equal(forced, found[:, 1:])
-        return
-    new = found[:, 9:]
-    grown = {k: torch.cat([v, torch.ones_like(new)], 1) for k, v in inputs.items() if k != "input_ids"}
-    grown["source_attention_mask"][:, 9:] = 0
-    labels = torch.cat([torch.full((3, 9), -100), new], 1)
-    out = model(input_ids=found, labels=labels, **grown)
-    assert torch.equal(out.logits[:, 8:-1].argmax(-1), new)
-    with pytest.raises(ValueError, match="prefill_chunk_size cannot be combined with a source"):
-        model.generate(**inputs, prefill_chunk_size=4, **options)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool):
-    found = []
-    for checkpointing in (False, True):
-        model = mixup_model("bert")
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        model(**batch("bert")).loss.backward()
-        found.append(tiny.gradients(model))
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value)
-    assert model.get_base_model().bert.encoder.layer[LAYER].gradient_checkpointing  # restored after the forward pass
-
-
-# --- saving and training ----------------------------------------------------------------------------------------------
-
-
-def test_saving_and_loading(tmp_path: Path):
-    model = mixup_model("xlmr", lambda0=0.4, alpha=0.3, layer_norm=False).eval()
-    model.save_pretrained(tmp_path)
-    inputs = batch("xlmr")
-    for load in (load_x_mixup, peft.PeftModel.from_pretrained):
-        back = load(task_model("xlmr").double(), tmp_path).eval()
-        assert torch.equal(back(**inputs).logits, model(**inputs).logits)
-        assert torch.equal(back(**inputs).loss, model(**inputs).loss)
-        config = back.peft_config["default"]
-        assert (config.x_mixup_layer, config.x_mixup_lambda0, config.x_mixup_alpha) == (LAYER, 0.4, 0.3)
-        assert not any(p.requires_grad for p in back.parameters())
-    assert sum(p.requires_grad for n, p in model.named_parameters() if "x_mixup" in n) == 2
-    card = (tmp_path / "README.md").read_text()
-    assert "An X-Mixup adapter" in card and "A FLARE adapter" not in card
-    plain_lora(task_model("xlmr"), r=4).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="adapter of type FLARE, not FLARE_X_MIXUP"):
-        load_x_mixup(task_model("xlmr"), tmp_path / "plain")
-
-
-@pytest.mark.parametrize("task", ["bert", "bert-spans", "llama"])
-def test_training_resuming_and_loading_the_best(task: str, tmp_path: Path):
-    data = Dataset.from_list(with_source_labels(task, rows(task, 12)))
-
-    def run(folder: str, resume: bool = False) -> Any:
-        args = TrainingArguments(
-            output_dir=str(tmp_path / folder),
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            per_device_train_batch_size=4,
-            learning_rate=0.02,
-            max_steps=4,
-            save_steps=2,
-            eval_steps=2,
-            eval_strategy="steps",
-            load_best_model_at_end=True,
-        )
-        model = x_mixup(task_model(task), r=4, layer=LAYER)
-        trainer = FlareTrainer(
-            model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer()
-        )
-        trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-2") if resume else None)
-        return trainer
-
-    whole = run("run")
-    again = run("run", resume=True)
-    state, other = whole.model.state_dict(), again.model.state_dict()
-    assert all(torch.equal(state[name], other[name]) for name in state)
-    ratio = {n: float(v) for n, v in state.items() if "lora_x_mixup" in n}
-    assert len(ratio) == 2 and 0.0 not in ratio.values() and 1.0 not in ratio.values()
-    losses = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
-    assert whole.evaluate()["eval_loss"] == pytest.approx(min(losses))
-    predicted = whole.predict(data).predictions
-    assert len(predicted[0] if isinstance(predicted, tuple) else predicted) == 12
-
-
-def test_without_a_source_it_warns_once_and_is_plain_lora():
-    model, inputs = mixup_model("bert"), batch("bert")
-    alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
-    with pytest.warns(UserWarning, match="run without a source and is plain LoRA"):
-        model(**alone)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(**alone)
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def test_invalid_arguments_raise():
-    with pytest.raises(ValueError, match=r"layer=3 is not a block of BertForSequenceClassification.* has 0 to 2"):
-        x_mixup(task_model("bert"), r=4, layer=3)
-    with pytest.raises(ValueError, match=r"lambda0=1\.5 must be a number from 0 to 1"):
-        x_mixup(task_model("bert"), r=4, lambda0=1.5)
-    with pytest.raises(TypeError, match="layer='middle' must be the number of a block"):
-        x_mixup(task_model("bert"), r=4, layer="middle")
-    with pytest.raises(ValueError, match="x_mixup does not fuse"):
-        x_mixup(task_model("bert"), fusion="add")
-    with pytest.raises(ValueError, match="starts from a transformers model, got a PeftModel"):
-        x_mixup(plain_lora(task_model("bert"), r=4))
-    model, inputs = x_mixup(task_model("bert"), FlareConfig(r=4)), batch("bert")
-    assert model.peft_config["default"].r == 4
-    with pytest.raises(ValueError, match=r"source_input_ids has shape \(3, 4\), the target's input_ids \(3, 10\)"):
-        model(**{**inputs, "source_input_ids": inputs["source_input_ids"][:, :4], "source_attention_mask": None})
-    with pytest.raises(ValueError, match="output_attentions=True: the mixup block attends twice"):
-        model(**inputs, output_attentions=True)
-    with pytest.raises(ValueError, match="cannot be merged"):
-        model.merge_and_unload()
-    with pytest.raises(ValueError, match="a model holds one X-Mixup adapter"):
-        model.add_adapter("second", model.peft_config["default"])
-    assert model(**inputs).loss.isfinite()  # a refused call leaves no state behind
-    base = model.unload()
-    names = {name: value for name, value in inputs.items() if not name.startswith("source_")}
-    torch.testing.assert_close(base(**names).logits, task_model("bert")(**names).logits)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from report_runs import group_of, is_drawn, make_run
 
 from flare.cli import main
 from flare.experiments.report import ReportError, write_report
@@ -24,56 +25,11 @@ from flare.experiments.report.tables import cost_csv, cost_table, latex, quality
 from flare.experiments.runs.records import (
     Metrics,
     RecordError,
-    RunRecord,
     read_metrics,
     read_record,
     write_metrics,
     write_record,
 )
-
-COMMITS = {"commit": "c0ffee", "device": "cpu", "cpu": "some", "threads": 1, "versions": {"torch": "2.13.0"}}
-
-
-def make_run(
-    root: Path,
-    language: str | None,
-    method: str,
-    seed: int,
-    score: float | None,
-    *,
-    variant: str | None = None,
-    status: str = "done",
-    task: str = "nusax",
-    settings: dict | None = None,
-    setting: str | None = None,
-    measured: dict | None = None,
-    **record,
-) -> Path:
-    """Write a run's folder as flare finetune, train and evaluate do."""
-    variant = variant or method
-    kind = {"finetune": "finetune", "zero-shot": "evaluate"}.get(method, "train")
-    folder = root / (language or "base") / (variant if language else "") / f"seed-{seed}"
-    made = RunRecord(
-        kind=kind,
-        status=status,
-        task=task,
-        source_language="english",
-        target_language=language,
-        method=method,
-        variant=variant,
-        seed=seed,
-        settings=settings or {},
-        base="tiny-bert" if kind == "finetune" else str(root / "base" / f"seed-{seed}"),
-        environment=COMMITS,
-        date="2026-11-21T10:00:00",
-        data={"train": 10, "test": 5},
-        **record,
-    )
-    write_record(folder, made)
-    name = setting or {"finetune": "source-language", "zero-shot": "zero-shot"}.get(method, "translate-train")
-    test = {} if score is None else {name: {"macro_f1": score}}
-    write_metrics(folder, Metrics(test=test, **(measured or {})))
-    return folder
 
 
 @pytest.fixture
@@ -110,11 +66,6 @@ def runs(tmp_path: Path) -> Path:
     for seed, value in enumerate([84.0, 86.0]):
         make_run(root, None, "finetune", seed, value)
     return root
-
-
-def group_of(root: Path):
-    (group,) = collect([root]).groups
-    return group
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -325,14 +276,6 @@ def test_with_many_lines_the_comparison_shows_the_representative_ones(tmp_path: 
     group = group_of(tmp_path)
     shown = {line.label for line in main_lines(group, quality(group, "macro_f1"))}
     assert shown == {"lora-r8", "input-fusion-r8", "x-mixup-r8", "flare-r8", "mine"}
-
-
-def is_drawn(path: Path) -> bool:
-    """Return whether an image has a reasonable size and many pixels that are not background."""
-    from matplotlib.image import imread
-
-    pixels = imread(path)[..., :3]
-    return min(pixels.shape[:2]) > 300 and ((pixels < 0.95).any(-1).mean() > 0.01)
 
 
 def test_a_report_from_the_command_line(runs: Path, tmp_path: Path, capsys) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import group_of, is_drawn, make_run
+from report_runs import group_of, is_drawn, make_run
 
 from flare.experiments.report import write_report
 from flare.experiments.report.collect import collect

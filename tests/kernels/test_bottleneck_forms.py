@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from test_triton_ops import BF16, F32, F64, Shape, assert_close, hidden, make, poisoned_empty
+from primitive_inputs import BF16, F32, F64, Shape, assert_close, hidden, make, poisoned_empty
 
 from flare_kernels import tuning
 from flare_kernels.fusion import get_fusion

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from test_triton_ops import BF16, F16, F32, F64, KEEP_SCALE, Shape, assert_close, drop, make, poisoned_empty
+from primitive_inputs import BF16, F16, F32, F64, KEEP_SCALE, Shape, assert_close, drop, make, poisoned_empty
 
 from flare_kernels import tuning
 from flare_kernels.launch_mode import counting, forcing

@@ -1,149 +1,44 @@
 """Each Triton primitive compared with float64, on a GPU if there is one, otherwise under Triton's interpreter.
 
-Criterion: the largest error is at most twice that of plain PyTorch in the same dtype (with the roundings of PEFT's
-layers), plus one machine epsilon of that dtype at the scale of the values.
+tests/kernels/primitive_inputs.py has the criterion; tests/kernels/test_triton_ops_backward.py has the backward pass.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from primitive_inputs import (
+    ALL,
+    BF16,
+    F16,
+    F32,
+    F64,
+    KEEP_SCALE,
+    SCALING,
+    Inputs,
+    Shape,
+    assert_close,
+    by_shape,
+    drop,
+    hidden,
+    make,
+    poisoned_empty,
+    strided,
+)
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from flare_kernels import dropout, torch_ops
-from flare_kernels.fusion import FUSIONS, get_fusion
+from flare_kernels import torch_ops
 from flare_kernels.launch_mode import counting, recording
 from flare_kernels.triton_ops import config
 from flare_kernels.triton_ops import primitives as triton_ops
 
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-ALL = (None, *FUSIONS)
-SCALING = 0.7
-KEEP_SCALE = dropout.keep_scale(0.3)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One set of sizes and dtypes; ``compute`` is the dtype of T and S."""
-
-    M: int = 37
-    K: int = 96
-    N: int = 65
-    R: int = 8
-    compute: torch.dtype = F32
-    x: torch.dtype | None = None
-    adapter: torch.dtype | None = None
-
-    def __str__(self) -> str:
-        dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.compute, self.x, self.adapter) if dtype)
-        return f"M{self.M}-K{self.K}-N{self.N}-R{self.R}-{dtypes}"
-
-
-DTYPES = (F16, BF16, F32)
-# every dtype at a common shape, then shapes that are unusual in one respect each
-SHAPES = [
-    *(Shape(compute=dtype) for dtype in DTYPES),
-    *(Shape(M=1, K=33, N=17, R=1, compute=dtype) for dtype in DTYPES),
-    Shape(M=130, K=33, N=65, R=5, compute=BF16),
-    Shape(M=130, K=160, N=144, R=64, compute=BF16),
-    Shape(M=37, K=96, N=80, R=65, compute=F16),
-    Shape(M=40, K=48, N=48, R=256, compute=BF16),
-    Shape(M=33, K=33, N=33, R=200, compute=F32),
-    Shape(compute=BF16, adapter=F32),  # PEFT's default
-    Shape(compute=BF16, adapter=F32, x=F32),  # under autocast
-    Shape(compute=F16, adapter=F32, x=F32, R=64),
-]
-by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make torch.empty return NaNs (all bits set for integers), so that unwritten outputs fail the comparison."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan") if out.is_floating_point() else 255 if out.dtype == torch.uint8 else -1)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-@dataclass
-class Inputs:
-    x: Tensor
-    x_source: Tensor
-    A: Tensor
-    B: Tensor
-    y: Tensor
-    G: Tensor
-    T: Tensor
-    S: Tensor
-    mask: Tensor
-    mask_source: Tensor
-
-    def __getitem__(self, names: str) -> list[Tensor]:
-        return [getattr(self, name) for name in names.split()]
-
-
-def make(shape: Shape, device: torch.device) -> Inputs:
-    def randn(rows: int, cols: int, dtype: torch.dtype | None, scale: float = 1.0) -> Tensor:
-        return (torch.randn(rows, cols, dtype=F64) * scale).to(device, dtype or shape.compute)
-
-    M, K, N, R = shape.M, shape.K, shape.N, shape.R
-    seed = torch.tensor(5, device=device)
-    return Inputs(
-        x=randn(M, K, shape.x),
-        x_source=randn(M, K, shape.x),
-        A=randn(R, K, shape.adapter, K**-0.5),
-        B=randn(N, R, shape.adapter, R**-0.5),
-        y=randn(M, N, None),
-        G=randn(M, N, None),
-        T=randn(M, R, None),
-        S=randn(M, R, None),
-        mask=dropout.packed_mask(seed, M, K, 0.3, 0),
-        mask_source=dropout.packed_mask(seed, M, K, 0.3, 1),
-    )
-
-
-def drop(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype)
-    return x if mask is None else x * dropout.unpack(mask, x.shape[1], dtype) * KEEP_SCALE
-
-
-def hidden(T: Tensor, S: Tensor, fusion: str | None, dtype: torch.dtype) -> Tensor:
-    return T.to(dtype) if fusion is None else get_fusion(fusion)(S.to(dtype), T.to(dtype))
-
-
-def assert_close(got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0) -> None:
-    """Assert the criterion of this module; truth is float64.
-
-    scale: typical magnitude of the values, for results of a few elements. All of them can be small by cancellation, and
-    the error of plain PyTorch then depends on the CPU's BLAS.
-    """
-    assert got.shape == truth.shape
-    if truth.numel() == 0:
-        return
-    error = (got.to(F64) - truth).abs().max().item()
-    scale = max(scale, truth.abs().max().item())
-    allowed = 2 * (plain.to(F64) - truth).abs().max().item() + torch.finfo(dtype).eps * scale
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
-
-
-def strided(x: Tensor, how: str) -> Tensor:
-    """Return a tensor with the values of x and other strides."""
-    if how == "rows":  # every other row of a taller tensor
-        return torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2]
-    if how == "transposed":
-        return x.T.contiguous().T
-    wide = torch.full((x.shape[0], x.shape[1] + 3), torch.nan, dtype=x.dtype, device=x.device)
-    wide[:, 3:] = x
-    return wide[:, 3:]  # an unaligned slice of a wider buffer
+__all__ = ["poisoned_empty"]  # an autouse fixture, applied to this module too
 
 
 @by_shape
@@ -191,34 +86,6 @@ def test_expand(shape: Shape, fusion: str | None, device: torch.device) -> None:
         results[dtype] = i.y.to(dtype) + SCALING * (hidden(i.T, i.S, fusion, dtype) @ i.B.to(dtype).T)
     assert y.dtype == i.y.dtype
     assert_close(y, results[shape.compute], results[F64], shape.compute)
-
-
-@by_shape
-@pytest.mark.parametrize("fusion", ALL, ids=str)
-def test_grad_bottleneck(shape: Shape, fusion: str | None, device: torch.device) -> None:
-    i = make(shape, device)
-    S = None if fusion is None else i.S
-    B_grad_dtype = shape.adapter or shape.compute
-    options = {"scalings": [SCALING], "fusion": fusion}
-    dT, dS = torch.empty_like(i.T), None if fusion is None else torch.empty_like(i.T)
-    (dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], dT=dT, dS=dS, B_grad_dtype=B_grad_dtype, **options)
-    results = {}
-    for dtype in (shape.compute, F64):
-        dH = SCALING * (i.G.to(dtype) @ i.B.to(dtype))
-        grads = (dH, None) if fusion is None else get_fusion(fusion).backward(dH, i.S.to(dtype), i.T.to(dtype))
-        results[dtype] = [*grads, (SCALING * i.G.to(dtype)).T @ hidden(i.T, i.S, fusion, dtype)]
-    for got, plain, truth in zip((dT, dS, dB), results[shape.compute], results[F64], strict=True):
-        if truth is not None:
-            assert_close(got, plain, truth, shape.compute)
-    assert dB.dtype == B_grad_dtype
-
-    # dB alone, and dT and dS alone
-    (only_dB,) = triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], B_grad_dtype=B_grad_dtype, **options)
-    assert torch.equal(only_dB, dB)
-    only_dT = torch.empty_like(dT)
-    only_dS = None if dS is None else torch.empty_like(dT)
-    assert triton_ops.grad_bottleneck([i.G], i.T, S, [i.B], dT=only_dT, dS=only_dS, **options) is None
-    assert torch.equal(only_dT, dT)
 
 
 WIDTHS = (70, 33, 48)
@@ -324,49 +191,6 @@ def test_decoding_a_row_does_not_depend_on_other_rows(device: torch.device) -> N
     together = rows(slice(0, 64))
     for at in (slice(0, 1), slice(17, 18), slice(20, 45), slice(63, 64)):
         assert torch.equal(rows(at), together[at])
-
-
-def test_grad_input_adds_to_out(device: torch.device) -> None:
-    i = make(Shape(compute=BF16), device)
-    for mask in (None, i.mask):
-        before = torch.randn_like(i.x)
-        out = before.clone()
-        options = {"mask": mask, "keep_scale": KEEP_SCALE}
-        assert triton_ops.grad_input(i.T, i.A, dtype=BF16, out=out, **options) is out
-        plain, truth = (before.to(t) + drop(i.T.to(t) @ i.A.to(t), mask, t) for t in (BF16, F64))
-        assert_close(out, plain, truth, BF16)
-
-
-@by_shape
-@pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
-def test_grad_weight(shape: Shape, masked: bool, device: torch.device) -> None:
-    i = make(shape, device)
-    masks = (i.mask, i.mask_source) if masked else (None, None)
-    grad_dtype = shape.adapter or shape.compute
-    options = {"keep_scale": KEEP_SCALE, "grad_dtype": grad_dtype}
-    dA = triton_ops.grad_weight(i.T, i.x, i.S, i.x_source, mask=masks[0], mask_source=masks[1], **options)
-    results = {}
-    for dtype in (shape.compute, F64):
-        pairs = zip((i.T, i.S), (i.x, i.x_source), masks, strict=True)
-        results[dtype] = [grad.to(dtype).T @ drop(x, mask, dtype) for grad, x, mask in pairs]
-    assert dA.dtype == grad_dtype
-    assert_close(dA, sum(results[shape.compute]), sum(results[F64]), shape.compute)
-    for stream, arguments in enumerate(((i.T, i.x, None, None), (None, None, i.S, i.x_source))):
-        alone = triton_ops.grad_weight(*arguments, mask=masks[0], mask_source=masks[1], **options)
-        assert_close(alone, results[shape.compute][stream], results[F64][stream], shape.compute)
-
-
-@by_shape
-@pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
-def test_grad_input(shape: Shape, masked: bool, device: torch.device) -> None:
-    i = make(shape, device)
-    mask = i.mask if masked else None
-    x_dtype = shape.x or shape.compute
-    dx = triton_ops.grad_input(i.T, i.A, mask=mask, keep_scale=KEEP_SCALE, dtype=x_dtype)
-    plain, truth = (drop(i.T.to(dtype) @ i.A.to(dtype), mask, dtype) for dtype in (shape.compute, F64))
-    assert dx.dtype == x_dtype
-    assert_close(dx, plain, truth, shape.compute)
-    assert mask is None or not dx[dropout.unpack(mask, shape.K, torch.bool).logical_not()].any()
 
 
 @pytest.mark.parametrize("how", ["rows", "transposed", "slice"])

@@ -1,0 +1,70 @@
+"""Folders of finished runs for the tests of flare report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flare.experiments.report.collect import collect
+from flare.experiments.runs.records import (
+    Metrics,
+    RunRecord,
+    write_metrics,
+    write_record,
+)
+
+COMMITS = {"commit": "c0ffee", "device": "cpu", "cpu": "some", "threads": 1, "versions": {"torch": "2.13.0"}}
+
+
+def make_run(
+    root: Path,
+    language: str | None,
+    method: str,
+    seed: int,
+    score: float | None,
+    *,
+    variant: str | None = None,
+    status: str = "done",
+    task: str = "nusax",
+    settings: dict | None = None,
+    setting: str | None = None,
+    measured: dict | None = None,
+    **record,
+) -> Path:
+    """Write a run's folder as flare finetune, train and evaluate do."""
+    variant = variant or method
+    kind = {"finetune": "finetune", "zero-shot": "evaluate"}.get(method, "train")
+    folder = root / (language or "base") / (variant if language else "") / f"seed-{seed}"
+    made = RunRecord(
+        kind=kind,
+        status=status,
+        task=task,
+        source_language="english",
+        target_language=language,
+        method=method,
+        variant=variant,
+        seed=seed,
+        settings=settings or {},
+        base="tiny-bert" if kind == "finetune" else str(root / "base" / f"seed-{seed}"),
+        environment=COMMITS,
+        date="2026-11-21T10:00:00",
+        data={"train": 10, "test": 5},
+        **record,
+    )
+    write_record(folder, made)
+    name = setting or {"finetune": "source-language", "zero-shot": "zero-shot"}.get(method, "translate-train")
+    test = {} if score is None else {name: {"macro_f1": score}}
+    write_metrics(folder, Metrics(test=test, **(measured or {})))
+    return folder
+
+
+def group_of(root: Path):
+    (group,) = collect([root]).groups
+    return group
+
+
+def is_drawn(path: Path) -> bool:
+    """Return whether an image has a reasonable size and many pixels that are not background."""
+    from matplotlib.image import imread
+
+    pixels = imread(path)[..., :3]
+    return min(pixels.shape[:2]) > 300 and ((pixels < 0.95).any(-1).mean() > 0.01)

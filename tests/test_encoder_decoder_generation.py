@@ -1,0 +1,166 @@
+"""Seq2seq generation of encoder-decoders in which one or both stacks fuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from encoder_decoders import (
+    START,
+    TOLERANCE,
+    add_relu,
+    batch,
+    by_hand,
+    frozen_text,
+    fused,
+    generated,
+    teacher_forced,
+    without,
+)
+from torch import nn
+
+
+def texts(**options: Any) -> dict[str, torch.Tensor]:
+    return without(batch(**options), "labels", "source_labels")
+
+
+@pytest.mark.parametrize("fusion", ["add_relu", "mul", "cross_attention"])
+@pytest.mark.parametrize("padding", ["keep", "zero"])
+def test_the_encoder_fuses_in_generate(fusion, padding) -> None:
+    model, inputs = fused(fusion=fusion, source_padding=padding).eval(), texts()
+    sequences, logits = generated(model, inputs)
+    torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, None).float(), **TOLERANCE)
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
+    assert not torch.allclose(generated(model, plain)[1][:, 0], logits[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["add_relu", "mul"])
+@pytest.mark.parametrize("offset", [1, 0])
+@pytest.mark.parametrize("given", ["labels", "ids"])
+def test_both_stacks_fuse_in_generate(fusion, offset, given) -> None:
+    """The source's decoder generates its own text; only the presence of source_labels matters."""
+    model, inputs = fused(fusion=fusion, source_layer_offset=offset).eval(), texts()
+    source = {"source_labels": batch()["source_labels"]}
+    if given == "ids":
+        source = {"source_decoder_input_ids": torch.full((3, 1), START)}
+    sequences, logits = generated(model, {**inputs, **source})
+    own = frozen_text(model, inputs, 6, [])
+    torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, own).float(), **TOLERANCE)
+    assert not torch.allclose(logits, teacher_forced(model, inputs, sequences, None).float(), atol=1e-4)
+
+
+def test_beams_and_samples() -> None:
+    model, inputs = fused().eval(), texts()
+    source = {"source_decoder_input_ids": torch.full((3, 1), START)}
+    options = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0, "max_new_tokens": 6, "pad_token_id": 1}
+    out = model.generate(**inputs, **source, **options, return_dict_in_generate=True, output_scores=True)
+    repeated = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
+    own = frozen_text(model, inputs, 6, []).repeat_interleave(2, dim=0)
+    logits = teacher_forced(model, repeated, out.sequences, own)
+    chosen = logits.log_softmax(-1).gather(2, out.sequences[:, 1:, None])[..., 0]
+    torch.testing.assert_close(out.sequences_scores.double(), chosen.sum(1), rtol=0, atol=1e-5)
+    torch.manual_seed(4)
+    sequences, logits = generated(model, {**inputs, **source}, do_sample=True, top_k=0, num_return_sequences=2)
+    torch.testing.assert_close(logits, teacher_forced(model, repeated, sequences, own).float(), **TOLERANCE)
+
+
+def test_a_finished_source_is_held_and_rows_are_independent() -> None:
+    model, inputs = fused().eval(), texts()
+    text = frozen_text(model, inputs, 7, [])
+    end = int(text[0, 2])  # row 0 ends with its second token
+    assert end not in text[0, :2].tolist()
+    source = {"source_decoder_input_ids": torch.full((3, 1), START)}
+    sequences, logits = generated(model, {**inputs, **source}, 6, eos_token_id=end, min_new_tokens=6)
+    own = frozen_text(model, inputs, 6, [end])
+    # after the source's end token every position fuses with that token's state
+    want = teacher_forced(model, inputs, sequences, own).float()
+    torch.testing.assert_close(logits[0, :3], want[0, :3], **TOLERANCE)
+    assert not torch.allclose(logits[0, 3:], want[0, 3:], atol=1e-4)
+    base = model.get_base_model()
+    states = states_of_decoder(model, inputs, own)
+    for state in states:
+        state[0, 3:] = state[0, 2]
+    encoder = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
+    with by_hand(model, {"encoder": list(encoder), "decoder": states}, add_relu):
+        held = base(**plain, decoder_input_ids=sequences[:, :-1], use_cache=False).logits
+    torch.testing.assert_close(logits[0], held[0].float(), **TOLERANCE)
+    for row in range(3):
+        alone = {name: value[row : row + 1] for name, value in {**inputs, **source}.items()}
+        one, own_logits = generated(model, alone, 6, eos_token_id=end, min_new_tokens=6)
+        assert torch.equal(one[0], sequences[row])
+        torch.testing.assert_close(own_logits[0], logits[row], **TOLERANCE)
+
+
+def states_of_decoder(model: Any, inputs: dict, text: torch.Tensor) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    base = model.get_base_model()
+    handles = [b.register_forward_hook(lambda m, a, y: found.append(y[0].clone())) for b in base.decoder.block]
+    with torch.no_grad(), model.disable_adapter():
+        base(
+            input_ids=inputs["source_input_ids"], attention_mask=inputs["source_attention_mask"], decoder_input_ids=text
+        )
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_decoder_prompts(started) -> None:
+    """Both decoders start with their own prompts; generate adds a missing start token."""
+    model, inputs = fused().eval(), texts()
+    begin = {name: torch.randint(3, tiny.VOCAB, (3, 3)) for name in ("decoder_input_ids", "source_decoder_input_ids")}
+    if started:
+        begin = {name: nn.functional.pad(ids, (1, 0), value=START) for name, ids in begin.items()}
+    sequences, logits = generated(model, {**inputs, **begin}, 4)
+    prompt = begin["source_decoder_input_ids"]
+    own = frozen_text(model, inputs, 4, [], prompt if started else nn.functional.pad(prompt, (1, 0), value=START))
+    want = teacher_forced(model, inputs, sequences, own)[:, 3:].float()
+    torch.testing.assert_close(logits, want, **TOLERANCE)
+    with pytest.raises(ValueError, match=r"source_decoder_input_ids gives the source \(3, .* \(3, 1\)"):
+        generated(model, {**inputs, "source_decoder_input_ids": prompt}, 4)
+
+
+def test_generate_accepts_states_of_the_encoder() -> None:
+    model, inputs = fused().eval(), texts()
+    states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
+    plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
+    want = generated(model, inputs)
+    torch.testing.assert_close(generated(model, {**plain, "source_states": states})[1], want[1], **TOLERANCE)
+    with pytest.raises(ValueError, match="source_labels and source_states were both given"):
+        generated(model, {**plain, "source_states": states, "source_labels": torch.ones(3, 2, dtype=torch.long)})
+
+
+REFUSED = [
+    ({"source_alignment": "release"}, "source_alignment='release': the authors' release has no encoder-decoder"),
+    ({"encoder_outputs": (torch.zeros(3, 7, 32),)}, "encoder_outputs cannot be combined with a source"),
+    ({"source_decoder_input_ids": torch.zeros(3, 1, dtype=torch.long), "use_cache": False}, "use_cache=False"),
+    (
+        {
+            "source_decoder_input_ids": torch.zeros(3, 1, dtype=torch.long),
+            "decoder_attention_mask": torch.ones(3, 1, dtype=torch.long),
+        },
+        "decoder_attention_mask cannot be combined",
+    ),
+    ({"source_input_ids": torch.ones(3, 4, dtype=torch.long)}, r"source_input_ids has shape \(3, 4\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_wrong_arguments_are_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        fused().eval().generate(**{**texts(), "max_new_tokens": 2, **options})
+
+
+def test_a_decoder_whose_fusion_mixes_positions() -> None:
+    model = fused(fusion="cross_attention").eval()
+    with pytest.raises(ValueError, match=r"fusion='cross_attention'.*at all positions"):
+        model.generate(**texts(), source_labels=batch()["source_labels"], max_new_tokens=2)
+
+
+def test_without_a_kv_cache_if_the_decoder_is_plain() -> None:
+    model, inputs = fused().eval(), texts()
+    want, _ = generated(model, inputs)
+    assert torch.equal(generated(model, inputs, use_cache=False)[0], want)

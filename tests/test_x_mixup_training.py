@@ -1,0 +1,180 @@
+"""X-Mixup: families, generation, checkpointing, saving, training, and invalid arguments."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from mixup_models import LAYER, batch, mixup_model, randomised, with_source_labels
+from transformers import TrainingArguments
+from two_streams import rows, task_model, tokenizer
+
+from flare import FlareConfig
+from flare.baselines import load_x_mixup, plain_lora, x_mixup
+from flare.training.trainer import FlareTrainer
+
+# --- families, generation, checkpointing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "mistral", "qwen3", "gemma2", "gemma3", "mt5"])
+def test_every_family_mixes_and_copies_are_independent(family: str):
+    model = randomised(x_mixup(tiny.model(family, **({"dropout_rate": 0.0} if family == "mt5" else {})), r=4))
+    inputs = tiny.batch(family)
+    if family in ("mistral", "qwen3", "gemma2", "gemma3"):
+        inputs["labels"][:, :6] = -100
+        inputs["source_labels"] = torch.full_like(inputs["labels"], -100)
+    out = model(**inputs)
+    out.loss.backward()
+    assert all(g.isfinite().all() and g.abs().max() > 0 for n, g in tiny.gradients(model).items() if "lora_" in n)
+    other = {**inputs, "source_input_ids": inputs["source_input_ids"].roll(1, 1)}
+    assert not torch.allclose(model(**other).logits, out.logits)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(twin(**inputs).logits, out.logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mt5"])
+def test_generation_matches_teacher_forcing(family: str):
+    """Every generated token is the best one of a teacher-forced forward; texts of a batch have unequal padding."""
+    model = randomised(x_mixup(tiny.model(family, eos_token_id=None), r=4)).eval()
+    inputs = {k: v for k, v in tiny.batch(family, B=3, m=9).items() if k != "labels"}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    found = model.generate(**inputs, **options)
+    assert not torch.equal(found, model.generate(**{k: v for k, v in inputs.items() if "source" not in k}, **options))
+    beams = model.generate(**inputs, num_beams=3, **options)
+    assert beams.shape == found.shape
+    if family == "mt5":
+        forced = model(**inputs, decoder_input_ids=found[:, :-1]).logits.argmax(-1)
+        assert torch.equal(forced, found[:, 1:])
+        return
+    new = found[:, 9:]
+    grown = {k: torch.cat([v, torch.ones_like(new)], 1) for k, v in inputs.items() if k != "input_ids"}
+    grown["source_attention_mask"][:, 9:] = 0
+    labels = torch.cat([torch.full((3, 9), -100), new], 1)
+    out = model(input_ids=found, labels=labels, **grown)
+    assert torch.equal(out.logits[:, 8:-1].argmax(-1), new)
+    with pytest.raises(ValueError, match="prefill_chunk_size cannot be combined with a source"):
+        model.generate(**inputs, prefill_chunk_size=4, **options)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool):
+    found = []
+    for checkpointing in (False, True):
+        model = mixup_model("bert")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model(**batch("bert")).loss.backward()
+        found.append(tiny.gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+    assert model.get_base_model().bert.encoder.layer[LAYER].gradient_checkpointing  # given back after the forward
+
+
+# --- saving and training ----------------------------------------------------------------------------------------------
+
+
+def test_saving_and_loading(tmp_path: Path):
+    model = mixup_model("xlmr", lambda0=0.4, alpha=0.3, layer_norm=False).eval()
+    model.save_pretrained(tmp_path)
+    inputs = batch("xlmr")
+    for load in (load_x_mixup, peft.PeftModel.from_pretrained):
+        back = load(task_model("xlmr").double(), tmp_path).eval()
+        assert torch.equal(back(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(back(**inputs).loss, model(**inputs).loss)
+        config = back.peft_config["default"]
+        assert (config.x_mixup_layer, config.x_mixup_lambda0, config.x_mixup_alpha) == (LAYER, 0.4, 0.3)
+        assert not any(p.requires_grad for p in back.parameters())
+    assert sum(p.requires_grad for n, p in model.named_parameters() if "x_mixup" in n) == 2
+    card = (tmp_path / "README.md").read_text()
+    assert "An X-Mixup adapter" in card and "A FLARE adapter" not in card
+    plain_lora(task_model("xlmr"), r=4).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="adapter of type FLARE, not FLARE_X_MIXUP"):
+        load_x_mixup(task_model("xlmr"), tmp_path / "plain")
+
+
+@pytest.mark.parametrize("task", ["bert", "bert-spans", "llama"])
+def test_training_resuming_and_loading_the_best(task: str, tmp_path: Path):
+    data = Dataset.from_list(with_source_labels(task, rows(task, 12)))
+
+    def run(folder: str, resume: bool = False) -> Any:
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            per_device_train_batch_size=4,
+            learning_rate=0.02,
+            max_steps=4,
+            save_steps=2,
+            eval_steps=2,
+            eval_strategy="steps",
+            load_best_model_at_end=True,
+        )
+        model = x_mixup(task_model(task), r=4, layer=LAYER)
+        trainer = FlareTrainer(
+            model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer()
+        )
+        trainer.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-2") if resume else None)
+        return trainer
+
+    whole = run("run")
+    again = run("run", resume=True)
+    state, other = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    ratio = {n: float(v) for n, v in state.items() if "lora_x_mixup" in n}
+    assert len(ratio) == 2 and 0.0 not in ratio.values() and 1.0 not in ratio.values()
+    losses = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+    assert whole.evaluate()["eval_loss"] == pytest.approx(min(losses))
+    predicted = whole.predict(data).predictions
+    assert len(predicted[0] if isinstance(predicted, tuple) else predicted) == 12
+
+
+def test_without_a_source_it_warns_once_and_is_plain_lora():
+    model, inputs = mixup_model("bert"), batch("bert")
+    alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    with pytest.warns(UserWarning, match="run without a source and is plain LoRA"):
+        model(**alone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**alone)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_invalid_arguments_raise():
+    with pytest.raises(ValueError, match=r"layer=3 is not a block of BertForSequenceClassification.* has 0 to 2"):
+        x_mixup(task_model("bert"), r=4, layer=3)
+    with pytest.raises(ValueError, match=r"lambda0=1\.5 must be a number from 0 to 1"):
+        x_mixup(task_model("bert"), r=4, lambda0=1.5)
+    with pytest.raises(TypeError, match="layer='middle' must be the number of a block"):
+        x_mixup(task_model("bert"), r=4, layer="middle")
+    with pytest.raises(ValueError, match="x_mixup does not fuse"):
+        x_mixup(task_model("bert"), fusion="add")
+    with pytest.raises(ValueError, match="starts from a transformers model, got a PeftModel"):
+        x_mixup(plain_lora(task_model("bert"), r=4))
+    model, inputs = x_mixup(task_model("bert"), FlareConfig(r=4)), batch("bert")
+    assert model.peft_config["default"].r == 4
+    with pytest.raises(ValueError, match=r"source_input_ids has shape \(3, 4\), the target's input_ids \(3, 10\)"):
+        model(**{**inputs, "source_input_ids": inputs["source_input_ids"][:, :4], "source_attention_mask": None})
+    with pytest.raises(ValueError, match="output_attentions=True: the mixup block attends twice"):
+        model(**inputs, output_attentions=True)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="a model holds one X-Mixup adapter"):
+        model.add_adapter("second", model.peft_config["default"])
+    assert model(**inputs).loss.isfinite()  # nothing of a refused call stays behind
+    base = model.unload()
+    names = {name: value for name, value in inputs.items() if not name.startswith("source_")}
+    torch.testing.assert_close(base(**names).logits, task_model("bert")(**names).logits)
