@@ -12,8 +12,9 @@ from typing import NoReturn
 
 from flare_kernels import __version__
 
-from .experiments.commands import bench, demo, error_messages, extra, info, report, translate
+from .experiments.commands import bench, demo, error_messages, info, report, translate
 from .experiments.commands.experiment import CHECK, EVALUATE, FINETUNE, PREDICT, TRAIN
+from .experiments.utils import extra
 from .experiments.utils.processes import is_main, prints_errors
 from .experiments.utils.progress import quiet_libraries_in_log_files
 

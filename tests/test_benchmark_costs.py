@@ -16,9 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RECORDED = Path(__file__).with_name("recorded_benchmarks.json")
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def module_at(path: Path) -> Any:

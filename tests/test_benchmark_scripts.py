@@ -11,12 +11,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from benchmark_modules import KEYS, ROOT, module, run
+from benchmark_modules import KEYS, module, run
 
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 @pytest.mark.slow

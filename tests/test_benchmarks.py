@@ -15,9 +15,7 @@ from benchmark_modules import KEYS, ROOT, module, run
 RECORDED = Path(__file__).with_name("recorded_benchmarks.json")
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 @pytest.fixture

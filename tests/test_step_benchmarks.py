@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import sys
 import types
 from dataclasses import replace
@@ -12,22 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import module
 
 from flare_kernels import torch_ops
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
+pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
+
+
 @pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def _tiny_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLARE_BENCH_GRID", "tiny")
-
-
-def module(name: str) -> Any:
-    """Import a module of benchmarks/, which is not a package."""
-    return importlib.import_module(name)
 
 
 def step_shape(family: str, **changes: Any) -> Any:

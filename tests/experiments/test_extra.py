@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flare.cli import main
-from flare.experiments.commands import extra
+from flare.experiments.utils import extra
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from primitive_inputs import BF16, F32, F64, Shape, assert_close, hidden, make, poisoned_empty
+from primitive_inputs import BF16, F32, F64, Shape, assert_close, hidden, make
 
 from flare_kernels import tuning
 from flare_kernels.fusion import get_fusion
@@ -23,7 +23,7 @@ from flare_kernels.launch_mode import counting, forcing, recording
 from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops.config import FORMS, TileConfig
 
-__all__ = ["poisoned_empty"]  # an autouse fixture, applied to this module too
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 KERNEL, REDUCE = "grad_bottleneck_kernel", "split_k_reduce_kernel"
 by_form = pytest.mark.parametrize("form", [form for form in FORMS["grad_bottleneck"] if form != "torch"])

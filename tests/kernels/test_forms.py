@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from primitive_inputs import BF16, F16, F32, F64, KEEP_SCALE, Shape, assert_close, drop, make, poisoned_empty
+from primitive_inputs import BF16, F16, F32, F64, KEEP_SCALE, Shape, assert_close, drop, make
 
 from flare_kernels import tuning
 from flare_kernels.launch_mode import counting, forcing
@@ -22,7 +22,7 @@ from flare_kernels.triton_ops import primitives as triton_ops
 from flare_kernels.triton_ops import split_k
 from flare_kernels.triton_ops.config import FORMS, TileConfig
 
-__all__ = ["poisoned_empty"]  # an autouse fixture, applied to this module too
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 by_form = pytest.mark.parametrize("form", ["triton", "tma", "last_adds"])
 #: more output tiles than programs; split sums; a single tile

@@ -26,7 +26,6 @@ from primitive_inputs import (
     drop,
     hidden,
     make,
-    poisoned_empty,
     strided,
 )
 from torch import Tensor
@@ -38,7 +37,7 @@ from flare_kernels.launch_mode import counting, recording
 from flare_kernels.triton_ops import config
 from flare_kernels.triton_ops import primitives as triton_ops
 
-__all__ = ["poisoned_empty"]  # an autouse fixture, applied to this module too
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 @by_shape

@@ -16,7 +16,6 @@ from primitive_inputs import (
     drop,
     hidden,
     make,
-    poisoned_empty,
 )
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -25,7 +24,7 @@ from flare_kernels import dropout
 from flare_kernels.fusion import get_fusion
 from flare_kernels.triton_ops import primitives as triton_ops
 
-__all__ = ["poisoned_empty"]  # an autouse fixture, applied to this module too
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 @by_shape

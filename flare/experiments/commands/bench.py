@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from ..utils.environment import environment, now
 from ..utils.errors import UserError
+from ..utils.extra import installed
 from ..utils.progress import print_line
 
 #: Defaults of --tune: the papers' models, and the most used sizes first.
@@ -34,23 +34,19 @@ def add_parser(commands: Any) -> None:
         help="run the benchmarks, or tune the kernels' launches for this GPU",
         description="Without --tune: run pytest on benchmarks/ of the checkout. With --tune: time every candidate "
         "launch and its plain PyTorch form on this GPU, print the results, and write the table that later runs use.",
+        argument_default=argparse.SUPPRESS,  # the defaults are those of run_tuner
     )
-    missing = argparse.SUPPRESS
-    bench.add_argument("--tune", action="store_true", help="tune instead of running the benchmarks")
-    bench.add_argument("--shapes", nargs="+", default=missing, metavar="NAME", help="model shapes to tune for")
-    bench.add_argument("--tokens", nargs="+", type=int, default=missing, metavar="M", help="tokens per call")
-    bench.add_argument("--ranks", nargs="+", type=int, default=missing, metavar="R", help="ranks of the adapters")
+    bench.add_argument("--tune", action="store_true", default=False, help="tune instead of running the benchmarks")
+    bench.add_argument("--shapes", nargs="+", metavar="NAME", help="model shapes to tune for")
+    bench.add_argument("--tokens", nargs="+", type=int, metavar="M", help="tokens per call")
+    bench.add_argument("--ranks", nargs="+", type=int, metavar="R", help="ranks of the adapters")
+    bench.add_argument("--budget", type=float, metavar="SECONDS", help="start no new size after so many seconds")
+    bench.add_argument("--jobs", type=int, metavar="N", help="compiler processes (default: all processors but one)")
+    bench.add_argument("--output", type=Path, metavar="FILE", help="table to write (default: in the user's cache)")
+    bench.add_argument("--overwrite", action="store_true", help="replace an existing table")
     bench.add_argument(
-        "--budget", type=float, default=missing, metavar="SECONDS", help="start no new size after so many seconds"
+        "arguments", nargs="*", default=[], metavar="-- PYTEST", help="without --tune: arguments for pytest"
     )
-    bench.add_argument(
-        "--jobs", type=int, default=missing, metavar="N", help="compiler processes (default: all processors but one)"
-    )
-    bench.add_argument(
-        "--output", type=Path, default=missing, metavar="FILE", help="table to write (default: in the user's cache)"
-    )
-    bench.add_argument("--overwrite", action="store_true", default=missing, help="replace an existing table")
-    bench.add_argument("arguments", nargs="*", metavar="-- PYTEST", help="without --tune: arguments for pytest")
     bench.set_defaults(command=run)
 
 
@@ -76,7 +72,7 @@ def run_benchmarks(arguments: Sequence[str]) -> int:
     folder = Path(__file__).resolve().parents[3] / "benchmarks"
     if not (folder / "conftest.py").exists():
         raise BenchError("the benchmarks are in the repository, not in the installed package: clone it and run there")
-    if importlib.util.find_spec("pytest_benchmark") is None:
+    if not installed("pytest_benchmark"):
         raise BenchError("pytest-benchmark is not installed: pip install 'flare-kernels[dev]'")
     # A separate process: pytest keeps state (plugins, imported conftests) that breaks a second run in one process.
     return subprocess.run([sys.executable, "-m", "pytest", str(folder), *arguments], check=False).returncode
@@ -122,7 +118,7 @@ def run_tuner(
             "--tune times the kernels on a CUDA device, and torch finds none. Nothing was written; without a table, "
             "launches follow the general rule."
         )
-    if importlib.util.find_spec("triton") is None:
+    if not installed("triton"):
         raise BenchError(
             "--tune times Triton kernels, and the package triton is not installed (it exists for Linux only)"
         )

@@ -12,7 +12,7 @@ import torch
 
 from flare_kernels import backends
 
-from .extra import INSTALL, installed, missing
+from ..utils.extra import INSTALL, installed, missing
 
 #: Optional packages: name on the package index -> name to import.
 OPTIONAL = {

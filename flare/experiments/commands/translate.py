@@ -11,6 +11,7 @@ from ..tasks.registry import OWN, TASKS
 from ..utils.errors import UserError
 from ..utils.processes import is_main
 from ..utils.progress import print_line
+from .arguments import add_option
 
 _INTERRUPTED = """\
 Translations made so far are kept in the output folder. Resume with the same command:
@@ -26,35 +27,32 @@ def add_parser(commands: Any) -> None:
         "source language, with NLLB or any other encoder-decoder. An interrupted command resumes if it is repeated.\n"
         "See docs/translation.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         epilog="example:\n  flare translate --task nusax --data DATA --source english --target acehnese javanese \\\n"
         "      --model facebook/nllb-200-distilled-600M --output translations",
     )
     parser.set_defaults(command=run, after_interrupt=_INTERRUPTED)
-    # TranslateSettings holds the defaults; an option that is not given is not passed on.
-    missing = argparse.SUPPRESS
-
-    def add(group: Any, flag: str, text: str, kind: type = str, metavar: str | None = None, **more: Any) -> None:
-        group.add_argument(flag, type=kind, default=missing, metavar=metavar, help=text, **more)
-
     data = parser.add_argument_group("data")
-    add(data, "--task", f"{', '.join(TASKS)} ({', '.join(OWN)} are for your own data)", metavar="TASK")
-    add(data, "--data", "folder with one sub-folder per language, or hub id (default: the task's)", metavar="DATA")
-    add(data, "--source", "source language, such as english", metavar="LANGUAGE")
-    add(data, "--target", "target languages", metavar="LANGUAGE", nargs="+")
-    add(data, "--splits", "splits to translate: train, valid, test (default: all)", metavar="SPLIT", nargs="+")
-    add(
+    add_option(data, "--task", f"{', '.join(TASKS)} ({', '.join(OWN)} are for your own data)", metavar="TASK")
+    add_option(
+        data, "--data", "folder with one sub-folder per language, or hub id (default: the task's)", metavar="DATA"
+    )
+    add_option(data, "--source", "source language, such as english", metavar="LANGUAGE")
+    add_option(data, "--target", "target languages", metavar="LANGUAGE", nargs="+")
+    add_option(data, "--splits", "splits to translate: train, valid, test (default: all)", metavar="SPLIT", nargs="+")
+    add_option(
         data,
         "--direction",
         "auto (default): train and valid into the target, test into the source; to-target or to-source: all splits",
         metavar="WHICH",
     )
-    add(data, "--text-columns", "text columns of your own data", metavar="COLUMN", nargs="+")
-    add(data, "--choice-columns", "columns of the choices (multiple-choice)", metavar="COLUMN", nargs="+")
-    add(data, "--label-column", "label column of your own data", metavar="COLUMN")
-    add(data, "--id-column", "id columns (default: the task's, or id)", metavar="COLUMN", nargs="+")
-    add(data, "--labels", "names of the labels, if the rows hold indices", metavar="LABEL", nargs="+")
-    add(data, "--limit", "translate the first N rows of every split", int, "N")
-    add(
+    add_option(data, "--text-columns", "text columns of your own data", metavar="COLUMN", nargs="+")
+    add_option(data, "--choice-columns", "columns of the choices (multiple-choice)", metavar="COLUMN", nargs="+")
+    add_option(data, "--label-column", "label column of your own data", metavar="COLUMN")
+    add_option(data, "--id-column", "id columns (default: the task's, or id)", metavar="COLUMN", nargs="+")
+    add_option(data, "--labels", "names of the labels, if the rows hold indices", metavar="LABEL", nargs="+")
+    add_option(data, "--limit", "translate the first N rows of every split", int, "N")
+    add_option(
         data,
         "--lost-marks",
         "QA rows whose answer cannot be found after translation: drop, keep, or auto (default; keep in test only)",
@@ -62,36 +60,40 @@ def add_parser(commands: Any) -> None:
     )
 
     model = parser.add_argument_group("model")
-    add(model, "--model", "hub id or folder of an encoder-decoder (NLLB, M2M100, mBART, Marian, T5)", metavar="MODEL")
-    add(model, "--revision", "branch, tag or commit on the hub", metavar="NAME")
-    add(
+    add_option(
+        model, "--model", "hub id or folder of an encoder-decoder (NLLB, M2M100, mBART, Marian, T5)", metavar="MODEL"
+    )
+    add_option(model, "--revision", "branch, tag or commit on the hub", metavar="NAME")
+    add_option(
         model,
         "--source-code",
         "the model's tag of the source language (default: NLLB's, such as eng_Latn)",
         metavar="TAG",
     )
-    add(model, "--target-code", "the model's tags of the target languages, one per language", metavar="TAG", nargs="+")
-    add(
+    add_option(
+        model, "--target-code", "the model's tags of the target languages, one per language", metavar="TAG", nargs="+"
+    )
+    add_option(
         model,
         "--prefix",
         "text before every input, with {source} and {target}, for models without language tags (T5)",
         metavar="TEXT",
     )
-    add(model, "--beams", "beams (default: 1, greedy)", int, "N")
-    add(model, "--max-length", "tokens per piece of text (default: the model's limit, at most 512)", int, "N")
-    add(model, "--max-new-tokens", "tokens per translated piece (default: --max-length)", int, "N")
-    add(model, "--batch-tokens", "tokens per batch, padding included (default: 2048)", int, "N")
-    add(model, "--batch-size", "most rows per batch (default: no limit)", int, "N")
-    add(model, "--dtype", "float32, float16, bfloat16 (default: bfloat16 on a GPU that supports it, else float32)")
-    add(model, "--device", "cuda, cuda:1, cpu (default: the GPU if there is one)")
+    add_option(model, "--beams", "beams (default: 1, greedy)", int, "N")
+    add_option(model, "--max-length", "tokens per piece of text (default: the model's limit, at most 512)", int, "N")
+    add_option(model, "--max-new-tokens", "tokens per translated piece (default: --max-length)", int, "N")
+    add_option(model, "--batch-tokens", "tokens per batch, padding included (default: 2048)", int, "N")
+    add_option(model, "--batch-size", "most rows per batch (default: no limit)", int, "N")
+    add_option(
+        model, "--dtype", "float32, float16, bfloat16 (default: bfloat16 on a GPU that supports it, else float32)"
+    )
+    add_option(model, "--device", "cuda, cuda:1, cpu (default: the GPU if there is one)")
 
     run_options = parser.add_argument_group("run")
-    add(run_options, "--output", "folder of the translations (default: translations)", Path, "DIR")
-    add(run_options, "--config", "YAML file with these options; flags override it", Path, "FILE")
-    add(run_options, "--threads", "CPU threads (default: PyTorch's choice)", int, "N")
-    run_options.add_argument(
-        "--no-progress", dest="progress", action="store_false", default=missing, help="no progress bars"
-    )
+    add_option(run_options, "--output", "folder of the translations (default: translations)", Path, "DIR")
+    add_option(run_options, "--config", "YAML file with these options; flags override it", Path, "FILE")
+    add_option(run_options, "--threads", "CPU threads (default: PyTorch's choice)", int, "N")
+    run_options.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
 
 
 def run(config: Path | None = None, **options: Any) -> None:

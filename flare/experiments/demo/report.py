@@ -9,6 +9,7 @@ from typing import Any
 
 from ..utils.atomic_files import replacing, write_json
 from ..utils.escape import markdown
+from ..utils.extra import INSTALL
 from ..utils.result_folders import check_writable, move_earlier
 from .demo_settings import DemoError
 
@@ -166,7 +167,7 @@ def finish(folder: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any
         draw(folder / FIGURE, rows, run_info)
         written: Sequence[str] = FILES
     except ImportError:
-        say("No figure: matplotlib is not installed. Install it with: pip install 'flare-kernels[experiments]'")
+        say(f"No figure: matplotlib is not installed. Install it with: {INSTALL}")
         written = FILES[:-1]
     say(f"Written to {folder}: {', '.join(written)} ({run_info['duration_s']:.0f} s)")
 

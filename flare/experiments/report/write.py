@@ -11,6 +11,7 @@ from typing import Any
 from ..utils.atomic_files import write_json
 from ..utils.environment import environment, now
 from ..utils.escape import code, markdown
+from ..utils.extra import INSTALL
 from . import report_folder
 from .collect import Collection, ReportError, RunGroup, collect
 from .conditions import conditions, notes, warnings
@@ -19,7 +20,7 @@ from .figures import FORMATS, FigureResult, draw_figures, draw_overview_figures
 from .summary import costs, quality
 from .tables import Table, cost_csv, cost_table, csv_text, quality_csv, quality_table, raw_csv
 
-NO_MATPLOTLIB = "matplotlib is not installed: pip install 'flare-kernels[experiments]'"
+NO_MATPLOTLIB = f"matplotlib is not installed: {INSTALL}"
 
 
 @dataclasses.dataclass

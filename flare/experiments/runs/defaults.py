@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from ...recipes import TASKS, Recipe
 from ..tasks import TASKS as REGISTRY
 from ..utils.errors import UserError, library_errors
+from ..utils.extra import installed
 from ..utils.model_names import find_model
 
 #: Kinds of model that `flare.experiments.tasks.make_form` accepts.
@@ -87,7 +87,7 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     """
     notes: list[str] = []
     cuda = torch.cuda.is_available()
-    bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    bitsandbytes = installed("bitsandbytes")
     training = dict(recipe.training)
     half = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     quantized = recipe.quantization

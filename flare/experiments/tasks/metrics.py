@@ -12,7 +12,6 @@ answers.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import string
 from collections import Counter
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..utils.errors import UserError
+from ..utils.extra import installed
 from .data_error import DataError
 from .examples import Example
 from .registry import Task
@@ -38,7 +38,7 @@ _PACKAGES = {
 def check_metric_packages(task: Task) -> None:
     """Raise UserError if the package that computes the task's metrics is not installed."""
     module, package = _PACKAGES.get(task.kind, (None, None))
-    if module is not None and importlib.util.find_spec(module) is None:
+    if module is not None and not installed(module):
         raise UserError(
             f"task {task.name}: {', '.join(task.metrics)} are computed by the package {package}, which is not "
             f"installed: pip install {package} (or 'flare-kernels[experiments]')"
@@ -83,7 +83,8 @@ def metrics_of(
 
     Args:
         kind: a key of `flare.experiments.tasks.registry.METRICS`.
-        predictions, truth: equally many, each as `Example.label`; for "qa", truth has the accepted answers of each row.
+        predictions: one per row, in the form of `Example.label`.
+        truth: as many, in the same form; for "qa" the accepted answers of each row.
         labels: the task's labels.
     """
     if kind == "qa":
@@ -169,7 +170,7 @@ def _correlation(function: Callable[..., Any], predictions: Sequence[float], tru
 
 
 def normalize_answer(text: str) -> str:
-    """Normalize an answer as SQuAD v1.1 does: lower case, without punctuation, articles and extra white space."""
+    """Normalize an answer as SQuAD v1.1 does: lower case, without punctuation, articles or extra white space."""
     bare = "".join(character for character in text.lower() if character not in _PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", bare).split())
 

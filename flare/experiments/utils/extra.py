@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from ..utils.errors import UserError
+from .errors import UserError
 
 #: Required by every command except `flare info`. Other packages of the extra are needed for single features only.
 REQUIRED = ("datasets", "tqdm")
