@@ -5,7 +5,7 @@
 Parameters are counted on models built on the meta device. Bytes of a process (DDP: a whole model on each GPU):
 
 =================  ===================================================================================================
-base               4 per weight in float32, 2 in bfloat16; NF4: 1/2 + 1/64 + 1/4096 (scales of blocks, quantised twice)
+base               4 per weight in float32, 2 in bfloat16; NF4: 1/2 + 1/64 + 1/4096 (per-block scales, double quantised)
 trained weights    4 (weight) + 4 (gradient) + 8 (AdamW; 2 for the 8-bit AdamW), float32
 source states      2 d per token and fusing block: source_memory="keep"
 block              what autograd saves per token of one block, without checkpointing, in bfloat16 autocast:
@@ -49,7 +49,7 @@ class Need:
     Attributes:
         base: the frozen weights.
         trained: trained weights, their gradients and the optimizer's state.
-        row: each row of a batch.
+        row: memory per row of a batch.
     """
 
     base: float
@@ -59,7 +59,7 @@ class Need:
     def total(self, rows: int, shards: int = 1) -> float:
         """Return the bytes for a batch of ``rows``, with the base sharded over ``shards`` processes.
 
-        The largest unit of a sharded base, which is gathered in use, is not counted.
+        The temporary memory for gathering the largest sharded unit is not counted.
         """
         return self.base / shards + self.trained + rows * self.row
 

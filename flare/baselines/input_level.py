@@ -36,7 +36,7 @@ def max_positions(model: Any) -> int | None:
 
 @dataclass
 class InputFusionCollator(FlareDataCollator):
-    """Data collator that joins source and target to one text.
+    """Data collator that joins source and target into one text.
 
         model = flare.baselines.input_fusion(model, max_length=128, r=64)
         collate = flare.baselines.InputFusionCollator.for_model(model, tokenizer, max_length=128)
@@ -58,12 +58,12 @@ class InputFusionCollator(FlareDataCollator):
         max_length: m, the largest number of tokens of each text, as for FLARE.
         max_positions: the number of tokens that the model has positions for (see :func:`max_positions`). Wider batches
             are an error.
-        token_types: True adds ``token_type_ids``, 0 for the source and 1 for the target. False adds none, which a model
-            with one token type needs. Default: True if ``token_type_ids`` are among the tokenizer's inputs.
+        token_types: True adds ``token_type_ids``, 0 for the source and 1 for the target. False adds none; use it for
+            models with a single token type. Default: True if ``token_type_ids`` are among the tokenizer's inputs.
             :meth:`for_model` reads it from the model.
 
     Raises:
-        ValueError: as FlareDataCollator, or a batch is wider than ``max_positions``.
+        ValueError: as for FlareDataCollator, or a batch is wider than ``max_positions``.
     """
 
     max_positions: int | None = None

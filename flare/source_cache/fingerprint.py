@@ -1,6 +1,6 @@
 """Fingerprint of what source states depend on: the frozen weights and the config of a base model.
 
-A base model has the same fingerprint under other adapters, with another head, and with trained copies of its modules.
+The fingerprint of a base model does not depend on its adapters, its head, or trained copies of its modules.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _IGNORED = (
     "use_cache",
     "task_specific_params",
     "torchscript",
-    # The Trainer copies these from the tokenizer. The pad tokens of the modules themselves count: _padding_indices.
+    # The Trainer copies these from the tokenizer. The padding_idx of modules is included by _padding_indices.
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",

@@ -148,7 +148,7 @@ def make_config(config: LoraConfig | None, overrides: dict[str, Any]) -> FlareCo
 
 
 def infer_task_type(model: nn.Module) -> str | None:
-    """Return PEFT's task type for the model's class name; None if it names no task, like that of a bare backbone."""
+    """Return PEFT's task type for the model's class name; None if the name implies no task, as for a bare backbone."""
     for suffix, task in _TASKS.items():
         if type(model).__name__.endswith(suffix):
             return task
@@ -218,7 +218,7 @@ def _convert_config(name: str, old: LoraConfig, config: LoraConfig | None, overr
     """Return a trained adapter's config with FLARE's fields and lora_dropout from ``config`` and ``overrides``.
 
     Raises:
-        ValueError: another field of these contradicts the trained adapter.
+        ValueError: any other field of ``config`` or ``overrides`` contradicts the trained adapter.
     """
     changes: dict[str, Any] = {}
     if config is not None:

@@ -67,7 +67,7 @@ class FlareModel(LoraModel):
         return cast(FlareConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        """Check a target module as PEFT does for the type LORA, for which it refuses some modules of Mamba."""
+        """Apply PEFT's check of target modules for LORA, which rejects some modules of Mamba."""
         super()._check_target_module_compatiblity(_AS_LORA, model, target_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -131,13 +131,14 @@ class FlareModel(LoraModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Combine adapters as PEFT does. Adapters that fuse can be combined in part.
+        """Combine adapters as PEFT does.
 
-        Accepted for them: fusion 'add' or 'add_relu', combination_type 'linear' or 'cat', and weights above 0.
+        Fusing adapters support only fusion 'add' or 'add_relu', combination_type 'linear' or 'cat', and positive
+        weights.
 
         Raises:
-            ValueError: the adapters differ in fusion, source_layer_offset or source_padding, they train more than A and
-                B, or the combination is not accepted.
+            ValueError: the adapters differ in fusion, source_layer_offset or source_padding, they have trainable
+                parameters other than lora_A and lora_B, or the combination is not accepted.
         """
         check_combination(self.peft_config, adapters, weights, combination_type)
         super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
@@ -255,7 +256,7 @@ class FlareModel(LoraModel):
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def encode_source(self, source_input_ids: Tensor, source_attention_mask: Tensor | None = None) -> SourceStates:
-        """Compute the hidden states of the frozen model on a source text that the active adapters fuse with.
+        """Run the frozen model on a source text and return the hidden states that the active adapters fuse.
 
         Of an encoder-decoder, only the encoder's states are computed.
 
@@ -285,8 +286,8 @@ class FlareModel(LoraModel):
 
         Raises:
             TypeError: ``cache`` is not a SourceStateCache.
-            ValueError: the cache is bound to another base model, base weights are trained, or the active adapters have
-                no source pass or a random one (source_dropout=True).
+            ValueError: the cache is bound to another base model, base weights are trained, or the active adapters need
+                no source pass, or their source pass is random (source_dropout=True).
         """
         runtime = self._runtime()
         if cache is not None:
@@ -297,7 +298,7 @@ class FlareModel(LoraModel):
         runtime.source_cache = cache
 
     def source_request(self) -> SourceRequest:
-        """Return which source states the active adapters read, for a :class:`flare.SourceStateCache`."""
+        """Describe the source states that the active adapters read, for a :class:`flare.SourceStateCache`."""
         runtime = self._runtime()
         active = runtime.active_uses()
         adapters = active.of_both.adapters
@@ -337,8 +338,9 @@ class FlareModel(LoraModel):
                 "release": the prompt and each new token are fused with one late position of the source, as in the
                 authors' release (decoder-only models).
             source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch.
-                "keep": S of the padding's hidden states. Default: "zero" for decoder-only models, independent of the
-                adapter's config; the config's value for encoder-decoders. "release" supports only "keep".
+                "keep": S is computed from the padding's hidden states. Default: "zero" for decoder-only models,
+                independent of the adapter's config; the config's value for encoder-decoders. "release" supports only
+                "keep".
             source_pass: "shared": each decoding step runs the model once, on the new tokens of both texts, and so reads
                 each frozen weight once. Only for decoder-only models in eval mode that are not compiled, and adapters
                 with source_layer_offset=0. The two prompts are still processed separately. "separate": two passes per
@@ -346,8 +348,8 @@ class FlareModel(LoraModel):
                 so once. Both give the same logits up to rounding.
             **kwargs: as for the base model's ``generate``, and forward's source arguments. Both prompts must be padded
                 on the left to one width. FLARE MT: ``source_states`` of the prompt. The decoder of an encoder-decoder
-                fuses if ``source_labels`` or ``source_decoder_input_ids`` are given: the latter are the beginning of
-                the source's output, the values of the former are not used.
+                fuses if ``source_labels`` or ``source_decoder_input_ids`` are given. ``source_decoder_input_ids`` are
+                the beginning of the source's output; the values of ``source_labels`` are not used.
 
         Returns:
             What the base model's ``generate`` returns.
@@ -376,7 +378,7 @@ class FlareModel(LoraModel):
     # --- report -------------------------------------------------------------------------------------------------------
 
     def fast_lora_report(self) -> FastLoraReport:
-        """Return which LoRA modules fuse, and why others do not, as a report that prints as a table."""
+        """Return a report of which LoRA modules fuse and why others do not; it prints as a table."""
         runtime = runtime_of(self.model)
         reasons = {} if runtime is None else runtime.reasons
         rows: list[ReportRow] = []

@@ -67,7 +67,7 @@ def grad_weight_kernel(
 
     dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program accumulates a (BLOCK_K, BLOCK_R) tile,
     so that the long side of the product is the same for every rank. LAST_ADDS: the last program of a tile reduces its
-    splits into total (R, K); counters has one zero per tile, before and after the launch.
+    splits into total (R, K); counters has one entry per tile, zero before and after the launch.
     """
     i_k = tl.program_id(0)
     i_r = tl.program_id(1)
@@ -137,7 +137,7 @@ def grad_weight_tma_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Compute :func:`grad_weight_kernel` without dropout, with tensor descriptors and a persistent grid.
+    """Compute the same as :func:`grad_weight_kernel` without dropout, by tensor descriptors and a persistent grid.
 
     All operands have one dtype and contiguous rows. Program i computes the tiles i, i + P, i + 2 P, ... of
     out (splits, R, K), for P programs. Neighbouring tiles along K read the same rows of dT and dS.

@@ -52,7 +52,7 @@ class Entry:
         record = self.run.record
         rest = record.variant.removeprefix(record.method)
         name = record.variant
-        if record.method == record.variant == "translate-test":  # to distinguish it from the machine-translated one
+        if record.method == record.variant == "translate-test":  # its source text may be human or machine-translated
             name = f"{METHODS[record.method]} ({record.source_text or 'gold'} source)"
         elif record.method in METHODS and (not rest or (rest != record.variant and rest.startswith("-"))):
             name = METHODS[record.method] + (f" ({rest[1:].replace('-', ' ')})" if rest else "")
@@ -82,7 +82,7 @@ class RunGroup:
         languages: target languages, sorted.
         metrics: names of the metrics; the task's first metric comes first.
         data: name of the data, if the task is for the user's own data.
-        rows: description of the test rows, if they are not those of the adapters.
+        rows: description of the test rows, if they differ from the rows that the adapters were scored on.
     """
 
     task: str
@@ -180,7 +180,7 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
 
 
 def _split_other_rows(group: RunGroup) -> list[RunGroup]:
-    """Move scores of the base on test rows that no adapter was scored on to a separate group."""
+    """Put scores of the base in a separate group if no adapter was scored on the same test rows."""
     trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
     other = [
         entry
@@ -229,7 +229,7 @@ def _scores(run: Run, setting: str) -> dict[str, float]:
 
 
 def _model(run: Run, runs: dict[Path, Run]) -> str:
-    """Return the pretrained model of a run: if its base is a fine-tuning that can be found, the base of that."""
+    """Return the pretrained model of a run, which is the model of its fine-tuned base if that can be found."""
     base = run.record.base
     if run.record.kind == "finetune" or not base:
         return base
@@ -245,7 +245,7 @@ def _model(run: Run, runs: dict[Path, Run]) -> str:
 
 
 def _data_name(run: Run) -> str:
-    """Return the name of the user's own data, which distinguishes data sets of one task; else an empty text."""
+    """Return the name of the user's own data, which distinguishes data sets of one task; otherwise ""."""
     data = str(run.record.settings.get("data") or "") if run.record.task in OWN else ""
     return data.rstrip("/").rpartition("/")[2]
 

@@ -27,7 +27,7 @@ class Factor:
 def source_kind(entry: Entry) -> str | None:
     """Return the kind of source text, or None without one.
 
-    It is "gold" or "mt: <model>", with the noise and the source text at test time if that differs.
+    It is "gold" or "mt: <model>", followed by the noise and, if it differs, by the source text at test time.
     """
     record = entry.run.record
     if record.source_text is None:
@@ -100,7 +100,7 @@ def family_names(group: RunGroup, shown: list[Family], factor: Factor) -> list[s
 
 
 def family_title(group: RunGroup, family: Family, factor: Factor) -> str:
-    """Return the method and the fixed ones among fusion, r and source text."""
+    """Return the method, followed by those of fusion, r and source text that are held fixed."""
     record = group.of(next(iter(family.values())))[0].run.record
     details = [METHODS.get(record.method, record.method)]
     if factor is not FUSION and record.fusion is not None:
