@@ -163,7 +163,7 @@ def test_output_is_a_file(capsys, tmp_path):
 
 def test_every_option_reaches_the_settings(monkeypatch):
     seen = {}
-    monkeypatch.setattr("flare.experiments.demo.run_demo", lambda settings, say: seen.update(settings=settings))
+    monkeypatch.setattr("flare.experiments.demo.run_demo", lambda settings, print_fn: seen.update(settings=settings))
     text = (
         "--output o --seeds 2 --rows 9 --threads 1 --cache-dir c --model m --data d --source s --target t --fusion mul "
         "--noise 0.3 --r 4 --alpha 8 --epochs 2 --batch-size 5 --lr 0.1 --max-length 12 --finetune-epochs 1 "
@@ -189,7 +189,7 @@ def test_defaults():
 
 
 def test_an_interrupt_exits_with_130(monkeypatch, capsys):
-    def interrupted(settings, say):
+    def interrupted(settings, print_fn):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flare.experiments.demo.run_demo", interrupted)

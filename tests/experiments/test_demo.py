@@ -100,7 +100,7 @@ def test_overwrite_and_no_noise(demo, tmp_path):
     rows = run_demo(
         DemoSettings(output=tmp_path, cache_dir=demo[1], seeds=1, rows=3, epochs=1, finetune_epochs=0, pretrain_steps=2,
                      noise=0.0, overwrite=True, progress=False),
-        say=lambda line: None,
+        print_fn=lambda line: None,
     )  # fmt: skip
     assert [row["method"] for row in rows] == ["zero-shot", "lora", "input-fusion", "flare"]
     assert json.loads((tmp_path / "results.json").read_text()) == rows

@@ -249,10 +249,12 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The settings that commands were called with; nothing is run."""
     seen: list[Any] = []
     for name in ("runs.train.run_train", "runs.finetune.run_finetune", "runs.evaluate.run_evaluate"):
-        monkeypatch.setattr(f"flare.experiments.{name}", lambda settings, say: seen.append(settings))
-    monkeypatch.setattr("flare.experiments.check.run.run_check", lambda settings, say: seen.append(settings))
-    monkeypatch.setattr("flare.experiments.prediction.run.run_predict", lambda settings, say: seen.append(settings))
-    monkeypatch.setattr("flare.experiments.translation.run_translate", lambda settings, say: seen.append(settings))
+        monkeypatch.setattr(f"flare.experiments.{name}", lambda settings, print_fn: seen.append(settings))
+    monkeypatch.setattr("flare.experiments.check.run.run_check", lambda settings, print_fn: seen.append(settings))
+    monkeypatch.setattr(
+        "flare.experiments.prediction.run.run_predict", lambda settings, print_fn: seen.append(settings)
+    )
+    monkeypatch.setattr("flare.experiments.translation.run_translate", lambda settings, print_fn: seen.append(settings))
     monkeypatch.setattr("flare.experiments.report.write_report", lambda *given, **options: seen.append(given))
     return seen
 

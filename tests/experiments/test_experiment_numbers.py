@@ -218,7 +218,10 @@ def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsy
     # the earlier score has a separate table
     found = {group.rows: [entry.label for entry in group.entries] for group in collect([runs]).groups}
     assert found == {"": ["flare-r4"], "the base on other test rows than the adapters": ["zero-shot"]}
-    assert write_report([runs], runs / "report", say=lambda line: None).read_text().count("on other test rows than") > 1
+    assert (
+        write_report([runs], runs / "report", print_fn=lambda line: None).read_text().count("on other test rows than")
+        > 1
+    )
     shutil.rmtree(runs / "report")
     capsys.readouterr()
     assert flare(*words, "--setting", "zero-shot") == 0

@@ -46,7 +46,7 @@ args = transformers.TrainingArguments(folder + "/out", max_steps=1, report_to="n
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder + "/bert")
 flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
 model.save_pretrained(folder + "/adapter")
-predict = flare.FlarePipeline(folder + "/bert", folder + "/adapter", labels=["a", "b"], max_length=24, say=print)
+predict = flare.FlarePipeline(folder + "/bert", folder + "/adapter", labels=["a", "b"], max_length=24, print_fn=print)
 outcomes = {"prediction": predict("soup", "soup")["prediction"]}
 commands = [["--version"], ["--help"], ["info"], ["finetune"], ["check"], ["train"], ["evaluate"], ["predict"]]
 for words in [*commands, ["translate"], ["report", "runs"], ["demo"], ["bench"]]:

@@ -146,7 +146,7 @@ UNEXPECTED = [
 
 @pytest.mark.parametrize(("error", "status", "words"), UNEXPECTED, ids=lambda value: type(value).__name__)
 def test_an_unexpected_error(monkeypatch, capsys, tmp_path, error, status, words):
-    def fails(settings, say):
+    def fails(settings, print_fn):
         raise error
 
     monkeypatch.setattr("flare.experiments.demo.run_demo", fails)

@@ -215,11 +215,11 @@ def test_the_adapter_folder_of_a_run_without_the_run(place, scored, tmp_path):
     shutil.copytree(adapter(place) / "adapter", tmp_path / "adapter")
     shutil.copytree(place / "runs" / "base" / "seed-0", tmp_path / "base")
     lines: list[str] = []
-    alone = FlarePipeline(tmp_path / "base", tmp_path / "adapter", max_length=24, say=lines.append)
+    alone = FlarePipeline(tmp_path / "base", tmp_path / "adapter", max_length=24, print_fn=lines.append)
     assert [one["prediction"] for one in alone(*pairs(place))] == scored
     assert "assuming flare on classification with the labels" in lines[0]
     shutil.copytree(adapter(place), tmp_path / "run")
-    moved = FlarePipeline(tmp_path / "base", tmp_path / "run", say=lambda line: None)
+    moved = FlarePipeline(tmp_path / "base", tmp_path / "run", print_fn=lambda line: None)
     assert [one["prediction"] for one in moved(*pairs(place))] == scored
 
 
@@ -233,7 +233,7 @@ def test_an_adapter_saved_by_a_script(place, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not name its 3 labels; give them with --labels"):
         FlarePipeline(tmp_path)
-    options = {"max_length": 24, "say": lambda line: None}
+    options = {"max_length": 24, "print_fn": lambda line: None}
     with pytest.raises(UserError, match=r"the adapter cannot be used .*size mismatch"):
         FlarePipeline(tmp_path, labels=["a", "b"], **options)
     predict = FlarePipeline.from_pretrained(tmp_path, labels=["a", "b", "c"], **options)
@@ -264,7 +264,7 @@ def test_runs_that_cannot_predict(place, tmp_path):
 
 
 def test_the_pipeline_in_python(place, scored):
-    predict = FlarePipeline.from_pretrained(adapter(place), say=lambda line: None)
+    predict = FlarePipeline.from_pretrained(adapter(place), print_fn=lambda line: None)
     texts, english = pairs(place)
     assert [one["prediction"] for one in predict(texts, english)] == scored
     assert predict(texts[0], english[0])["prediction"] == scored[0]
@@ -281,14 +281,14 @@ def test_the_pipeline_in_python(place, scored):
 
 def test_a_translating_pipeline_returns_the_source(place):
     codes = {"source_code": "eng_Latn", "target_code": "ace_Latn"}
-    predict = FlarePipeline(adapter(place), translator=str(place / "mt"), say=lambda line: None, **codes)
+    predict = FlarePipeline(adapter(place), translator=str(place / "mt"), print_fn=lambda line: None, **codes)
     texts, english = pairs(place)
     found = predict(texts[:2], [english[0], None])
     assert "source" not in found[0] and found[1]["source"] == predict.translator.translate([texts[1]])[0]
 
 
 def test_threads_share_a_pipeline(place):
-    predict = FlarePipeline(adapter(place), say=lambda line: None)
+    predict = FlarePipeline(adapter(place), print_fn=lambda line: None)
     rows = list(zip(*pairs(place), strict=True))
     alone = [predict(*row) for row in rows]
     start = threading.Barrier(4)

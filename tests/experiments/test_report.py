@@ -327,7 +327,7 @@ def test_without_matplotlib_the_tables_are_written(runs: Path, tmp_path: Path, m
 
     monkeypatch.setattr("flare.experiments.report.figures.bars.new_figure", missing)
     said: list[str] = []
-    write_report([runs], tmp_path / "report", say=said.append)
+    write_report([runs], tmp_path / "report", print_fn=said.append)
     assert any("flare-kernels[experiments]" in line for line in said)
     assert (tmp_path / "report" / "tables" / "nusax-macro_f1.tex").is_file()
     assert not (tmp_path / "report" / "pictures").exists()
@@ -343,20 +343,20 @@ def small(tmp_path: Path, monkeypatch) -> Path:
 
 def test_an_earlier_report_is_kept_without_overwrite(small: Path, tmp_path: Path) -> None:
     output, said = tmp_path / "report", []
-    write_report([small], output, title="first", say=said.append)
+    write_report([small], output, title="first", print_fn=said.append)
     (output / "tables" / "mine.txt").write_text("mine")
-    write_report([small], output, title="second", say=said.append)
+    write_report([small], output, title="second", print_fn=said.append)
     assert (output / "earlier-1" / "report.md").read_text().startswith("# first")
     assert (output / "earlier-1" / "tables" / "mine.txt").read_text() == "mine"
     assert any("earlier-1" in line for line in said)
     (output / "notes.txt").write_text("mine")
-    write_report([small], output, title="third", overwrite=True, say=said.append)
+    write_report([small], output, title="third", overwrite=True, print_fn=said.append)
     assert (output / "report.md").read_text().startswith("# third")
     assert (output / "notes.txt").read_text() == "mine" and not (output / "earlier-2").exists()
 
 
 def test_a_failure_keeps_the_earlier_report(small: Path, tmp_path: Path, monkeypatch) -> None:
-    output = write_report([small], tmp_path / "report", title="first", say=lambda line: None).parent
+    output = write_report([small], tmp_path / "report", title="first", print_fn=lambda line: None).parent
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
     def full(*_: object) -> None:
@@ -364,7 +364,7 @@ def test_a_failure_keeps_the_earlier_report(small: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr("flare.experiments.report.write._report_json", full)
     with pytest.raises(OSError, match="disk full"):
-        write_report([small], output, overwrite=True, say=lambda line: None)
+        write_report([small], output, overwrite=True, print_fn=lambda line: None)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
@@ -381,7 +381,7 @@ def test_a_folder_that_is_not_a_report_is_refused(small: Path, tmp_path: Path, c
 def test_errors_name_what_cannot_be_reported(small: Path, tmp_path: Path) -> None:
     def refused(*words: str, runs: list[Path], kind: type[Exception] = ReportError, **options: object) -> None:
         with pytest.raises(kind) as caught:
-            write_report(runs, tmp_path / "never", say=lambda line: None, **options)
+            write_report(runs, tmp_path / "never", print_fn=lambda line: None, **options)
         assert all(word in str(caught.value) for word in words), caught.value
         assert not (tmp_path / "never").exists()
 

@@ -166,7 +166,7 @@ def test_figures_over_tasks_translators_and_positions(tasks: Path, tmp_path: Pat
             (folder / "run.json").write_text(json.dumps({**record, "data": {**record["data"], **data}}))
             write_activations(tasks / "nusax" / language / "flare" / "seed-0", made_activations()[0])
     output = tmp_path / "report"
-    write_report([tasks], output, say=lambda line: None)
+    write_report([tasks], output, print_fn=lambda line: None)
     for name in ("average-rank", "tasks", "nusax-activations", "nusax-activations-row-1", "nusax-translators"):
         assert is_drawn(output / "pictures" / f"{name}.png"), name
         assert (output / "pictures" / f"{name}.pdf").read_bytes().startswith(b"%PDF"), name

@@ -110,7 +110,7 @@ def test_a_model_without_tags_takes_a_prefix(tmp_path):
 
 def test_out_of_memory_halves_the_batch(nllb, monkeypatch):
     messages: list[str] = []
-    translator = Translator(nllb, "eng_Latn", "ace_Latn", max_new_tokens=4, say=messages.append)
+    translator = Translator(nllb, "eng_Latn", "ace_Latn", max_new_tokens=4, print_fn=messages.append)
     texts = tiny_mt.SENTENCES[:7]
     expected, generate, fits = translator.translate_batch(texts), translator._generate, 2
 

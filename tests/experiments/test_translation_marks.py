@@ -117,7 +117,7 @@ def job_of(tmp_path, split, policy, rows=ROWS):
 
 def test_rows_without_a_span_are_dropped_in_train(tmp_path):
     job = job_of(tmp_path, "train", "drop")
-    outcome = translate_split(job, Mangling(), say=print)
+    outcome = translate_split(job, Mangling(), print_fn=print)
     rows = [json.loads(line) for line in job.path.read_text(encoding="utf-8").splitlines()]
     assert [one["id"] for one in rows] == ["1", "7"]
     for one in rows:

@@ -40,7 +40,7 @@ class Check:
     warnings: list[str]
 
 
-def run_check(settings: CheckSettings, say: Callable[[str], None] = print) -> Check:
+def run_check(settings: CheckSettings, print_fn: Callable[[str], None] = print) -> Check:
     """Check the data and the model, measure costs, and print tables and warnings.
 
     Raises:
@@ -49,33 +49,33 @@ def run_check(settings: CheckSettings, say: Callable[[str], None] = print) -> Ch
     settings.check()
     with quiet_libraries():
         base = _base(settings)
-        notes = Notes(say)
+        notes = Notes(print_fn)
         settings, data, grid = read_grid(settings, {settings.seeds[0]: base}, notes)
         setup = prepare(settings, data.task, base.model, settings.training)
         notes(setup.notes)
         about = _about(settings, data, setup, base)
-        say(terminal.headline(about))
+        print_fn(terminal.headline(about))
         checks = []
         for target in settings.target or ():
             splits, messages = _splits(_plan_with_source(grid, target), data)
             checks.append(check_data(target, data.source, splits, messages, setup, settings.show))
             for line in terminal.data(checks[-1], data.source):
-                say(line)
+                print_fn(line)
         score, no_score = _score(settings, data, setup, base)
         for line in no_score if score is None else terminal.score(score, data.source):
-            say(line)
+            print_fn(line)
         costs = _costs(settings, grid, base, data)
         runs = len(settings.seeds) * len(settings.target or ())
         if costs:
             for line in terminal.costs(costs, runs, about):
-                say(line)
+                print_fn(line)
         warnings = _warnings(checks, score, costs, data.source)
         for line in terminal.warnings(warnings):
-            say(line)
+            print_fn(line)
     check = Check(about, checks, score, costs, runs, warnings)
     if settings.json is not None:
         write_json(settings.json, {**dataclasses.asdict(check), "environment": environment(), "date": now()})
-        say(f"written to {settings.json}")
+        print_fn(f"written to {settings.json}")
     return check
 
 

@@ -59,7 +59,7 @@ def run(tune: bool, arguments: list[str], **options: Any) -> int:
         return run_benchmarks(arguments)
     if arguments:
         raise BenchError(f"{' '.join(arguments)}: --tune takes no arguments for pytest")
-    run_tuner(**options, say=print_line)
+    run_tuner(**options, print_fn=print_line)
     return 0
 
 
@@ -87,7 +87,7 @@ def run_tuner(
     jobs: int | None = None,
     output: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    print_fn: Callable[[str], None] = print,
 ) -> Path:
     """Measure the launch table of this GPU and write it entry by entry; return its path.
 
@@ -98,7 +98,7 @@ def run_tuner(
         jobs: compiler processes (default: all processors but one).
         output: file to write. The default is in the user's cache, where later processes find it.
         overwrite: replace an existing table instead of raising.
-        say: prints a line.
+        print_fn: prints a line.
 
     Raises:
         BenchError: no CUDA device that the kernels run on, an unknown shape, sizes that are not positive, or a table
@@ -129,7 +129,7 @@ def run_tuner(
         raise BenchError(f"--output {path} is a folder: name a file in it")
     if path.exists() and not overwrite:
         raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
-    say(f"tuning launches for {gpu}; every entry is written to {path} as soon as it is measured")
+    print_fn(f"tuning launches for {gpu}; every entry is written to {path} as soon as it is measured")
     try:
         table = tuning.tune(
             list(tuning.problems([tuning.SHAPES[name] for name in shapes], tokens, ranks)),
@@ -137,22 +137,22 @@ def run_tuner(
             about=environment() | {"date": now()},
             jobs=jobs or max(1, (os.cpu_count() or 1) - 1),
             budget_s=budget,
-            log=say,
+            log=print_fn,
             save=lambda table: table.save(path),
         )
     except ValueError as error:
         raise BenchError(str(error)) from error
-    _summarise(table, path, say)
+    _summarise(table, path, print_fn)
     return path
 
 
-def _summarise(table: Any, path: Path, say: Callable[[str], None]) -> None:
+def _summarise(table: Any, path: Path, print_fn: Callable[[str], None]) -> None:
     from flare_kernels.launch_table import package_path, user_path
 
     plain = sum(entry.form == "torch" for entry in table.entries.values())
-    say(f"{len(table.entries)} entries, {plain} of them plain PyTorch, in {path}")
+    print_fn(f"{len(table.entries)} entries, {plain} of them plain PyTorch, in {path}")
     if path == user_path(table.gpu):
-        say("later processes of this user use it automatically")
+        print_fn("later processes of this user use it automatically")
     else:
-        say(f"to use it: FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
-    say(f"to ship it for all users of this GPU: flare_kernels/tables/{package_path(table.gpu).name}")
+        print_fn(f"to use it: FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
+    print_fn(f"to ship it for all users of this GPU: flare_kernels/tables/{package_path(table.gpu).name}")

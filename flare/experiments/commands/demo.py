@@ -36,7 +36,7 @@ def run(**options: Any) -> None:
     """Run the demo."""
     from ..demo import DemoSettings, run_demo
 
-    run_demo(DemoSettings(**options), say=print_line)
+    run_demo(DemoSettings(**options), print_fn=print_line)
 
 
 def _options(demo: argparse.ArgumentParser) -> None:

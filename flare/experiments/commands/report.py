@@ -58,4 +58,4 @@ def run(
     """Write the report."""
     from ..report import write_report
 
-    write_report(runs, output, metrics=metrics, title=title, formats=formats, overwrite=overwrite, say=print_line)
+    write_report(runs, output, metrics=metrics, title=title, formats=formats, overwrite=overwrite, print_fn=print_line)

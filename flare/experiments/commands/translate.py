@@ -112,7 +112,7 @@ def run(config: Path | None = None, **options: Any) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # shown while the weights are loaded
-    run_translate(settings, say=print_line)
+    run_translate(settings, print_fn=print_line)
 
 
 def _read_config(path: Path, settings: type) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from .demo_settings import DemoError, DemoSettings
 __all__ = ["DemoError", "DemoSettings", "run_demo"]
 
 
-def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run_demo(settings: DemoSettings, print_fn: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Run the comparison and write results.json, run.json, table.md and results.png.
 
     Args:
         settings: options; a value of None stands for the default of the embedded corpus or of real data.
-        say: prints a line for the user.
+        print_fn: prints a line for the user.
 
     Returns:
         The rows of results.json.
@@ -45,26 +45,26 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None] = print) -> list
         use_threads(settings.threads)
     try:
         with experiment.quiet_libraries():
-            return _run(settings, say)
+            return _run(settings, print_fn)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _run(settings: DemoSettings, print_fn: Callable[[str], None]) -> list[dict[str, Any]]:
     from . import experiment, report
 
     start, date = time.perf_counter(), datetime.datetime.now(datetime.UTC)
-    task = (experiment.embedded_task if settings.embedded else experiment.real_task)(settings, say)
-    say(
+    task = (experiment.embedded_task if settings.embedded else experiment.real_task)(settings, print_fn)
+    print_fn(
         f"Data: {len(task.finetune)} {task.source} sentences to fine-tune the base, {len(task.train)} pairs "
         f"{task.source}-{task.target} to train adapters, {len(task.test)} pairs to test"
     )
-    run = experiment.Experiment(task, settings, say)
+    run = experiment.Experiment(task, settings, print_fn)
     rows: list[dict[str, Any]] = []
     for row in run.rows():
         if not rows:
             # Earlier results stay in place until the first new row exists.
-            report.move_earlier_results(settings.output, settings.overwrite, say)
+            report.move_earlier_results(settings.output, settings.overwrite, print_fn)
         rows.append(row)
         write_json(settings.output / report.RESULTS, rows)
     run_info = {
@@ -79,5 +79,5 @@ def _run(settings: DemoSettings, say: Callable[[str], None]) -> list[dict[str, A
         "date": date.isoformat(timespec="seconds"),
         "duration_s": round(time.perf_counter() - start, 1),
     }
-    report.finish(settings.output, rows, run_info, say)
+    report.finish(settings.output, rows, run_info, print_fn)
     return rows

@@ -90,7 +90,7 @@ def pretrained_base(
     config: BaseConfig,
     corpus: Corpus,
     cache_dir: str | os.PathLike[str] | None = None,
-    say: Callable[[str], None] = print,
+    print_fn: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Path:
     """Return the folder of the pre-trained base. Build the base if it is missing or damaged.
@@ -99,18 +99,18 @@ def pretrained_base(
         config: size and pre-training of the model.
         corpus: the model is pre-trained on its `pretrain_source` and `pretrain_target`.
         cache_dir: see `cache_folder`.
-        say: prints a line for the user.
+        print_fn: prints a line for the user.
         progress: show a progress bar while pre-training.
     """
     folder = cache_folder(cache_dir) / f"demo-base-{base_key(config, corpus)}"
     if folder.exists():
         damage = _damage(folder)
         if damage is None:
-            say(f"Base model: taken from {folder}")
+            print_fn(f"Base model: taken from {folder}")
             return folder
-        say(f"Base model: the copy in {folder} is damaged ({damage}); it will be built again.")
+        print_fn(f"Base model: the copy in {folder} is damaged ({damage}); it will be built again.")
         shutil.rmtree(folder)
-    say(f"Base model: pre-training a {config.layers}-layer BERT of width {config.width}, kept in {folder}")
+    print_fn(f"Base model: pre-training a {config.layers}-layer BERT of width {config.width}, kept in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Build in a temporary folder and rename it, so that an interrupted run leaves nothing that looks finished.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as building:

@@ -71,11 +71,11 @@ class DemoTask:
     notes: list[str]
 
 
-def embedded_task(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoTask:
+def embedded_task(settings: DemoSettings, print_fn: Callable[[str], None] = print) -> DemoTask:
     """Return the task on the embedded corpus, with the tiny BERT."""
     corpus = make_corpus()
     config = BaseConfig() if settings.pretrain_steps is None else BaseConfig(steps=settings.pretrain_steps)
-    folder = pretrained_base(config, corpus, settings.cache_dir, say, settings.progress)
+    folder = pretrained_base(config, corpus, settings.cache_dir, print_fn, settings.progress)
     return DemoTask(
         source=SOURCE_LANGUAGE,
         target=TARGET_LANGUAGE,
@@ -89,14 +89,14 @@ def embedded_task(settings: DemoSettings, say: Callable[[str], None] = print) ->
     )
 
 
-def real_task(settings: DemoSettings, say: Callable[[str], None] = print) -> DemoTask:
+def real_task(settings: DemoSettings, print_fn: Callable[[str], None] = print) -> DemoTask:
     """Return the task on the user's parallel data, with the user's model."""
     assert settings.model and settings.data and settings.source and settings.target
     data = load_parallel(settings.data, settings.source, settings.target)
     for note in data.notes:
-        say(f"Data: {note}")
+        print_fn(f"Data: {note}")
     for line in ("labels of the training rows in the source language:", *data.table):
-        say(line)
+        print_fn(line)
     try:
         model = find_model(settings.model, "--model")
     except UserError as error:
@@ -122,13 +122,13 @@ class Experiment:
     Args:
         task: data and base.
         settings: resolved settings.
-        say: prints a line for the user.
+        print_fn: prints a line for the user.
     """
 
-    def __init__(self, task: DemoTask, settings: DemoSettings, say: Callable[[str], None] = print) -> None:
+    def __init__(self, task: DemoTask, settings: DemoSettings, print_fn: Callable[[str], None] = print) -> None:
         self.task = task
         self.settings = settings
-        self.say = say
+        self.print_fn = print_fn
         self.source_f1: list[float] = []
         self._label_ids = {label: index for index, label in enumerate(task.labels)}
 
@@ -139,7 +139,7 @@ class Experiment:
             base = self.finetuned_base(seed)
             self.source_f1.append(self._source_f1(base, seed))
             base.to("cpu")  # on a GPU, leave the memory to the method that is measured
-            self.say(
+            self.print_fn(
                 f"Seed {seed}: base fine-tuned and tested on {self.task.source}: macro F1 {self.source_f1[-1]:.1f}"
             )
             variants: list[tuple[str, str | None]] = [("zero-shot", None), ("lora", None)]
@@ -147,7 +147,7 @@ class Experiment:
             for method, source in variants:
                 row = self.run(method, source, seed, base)
                 name = f"{method} ({source} source)" if source else method
-                self.say(f"Seed {seed}: {name} on {self.task.target}: macro F1 {row['macro_f1']:.1f}")
+                self.print_fn(f"Seed {seed}: {name} on {self.task.target}: macro F1 {row['macro_f1']:.1f}")
                 yield row
 
     def finetuned_base(self, seed: int) -> Any:

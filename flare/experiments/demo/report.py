@@ -34,7 +34,7 @@ def prepare_folder(folder: Path) -> None:
         raise DemoError(f"--output {folder}: cannot be written to ({error}); name another folder") from error
 
 
-def move_earlier_results(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None:
+def move_earlier_results(folder: Path, overwrite: bool, print_fn: Callable[[str], None]) -> None:
     """Move the results in a folder to its sub-folder `earlier-N`, or delete them if `overwrite`."""
     existing = [folder / name for name in FILES if (folder / name).exists()]
     if overwrite or not existing:
@@ -42,7 +42,7 @@ def move_earlier_results(folder: Path, overwrite: bool, say: Callable[[str], Non
             path.unlink()
         return
     earlier = move_earlier(existing, folder)
-    say(f"Output: the earlier results in {folder} were moved to {earlier} (--overwrite deletes them)")
+    print_fn(f"Output: the earlier results in {folder} were moved to {earlier} (--overwrite deletes them)")
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,9 @@ def legend(run_info: dict[str, Any]) -> str:
 # --- end of a run -----------------------------------------------------------------------------------------------------
 
 
-def finish(folder: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any], say: Callable[[str], None]) -> None:
+def finish(
+    folder: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any], print_fn: Callable[[str], None]
+) -> None:
     """Write the files of a finished run and print the table."""
     write_json(folder / RESULTS, list(rows))
     write_json(folder / RUN, run_info)
@@ -158,18 +160,18 @@ def finish(folder: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any
     note = "\n\n".join(map(markdown, legend(run_info).splitlines()))
     with replacing(folder / TABLE) as file:
         file.write(f"{heading}\n\n{markdown_table(rows)}\n\n{note}\n")
-    say("")
-    say(text_table(rows))
-    say("")
-    say(legend(run_info))
-    say("")
+    print_fn("")
+    print_fn(text_table(rows))
+    print_fn("")
+    print_fn(legend(run_info))
+    print_fn("")
     try:
         draw(folder / FIGURE, rows, run_info)
         written: Sequence[str] = FILES
     except ImportError:
-        say(f"No figure: matplotlib is not installed. Install it with: {INSTALL}")
+        print_fn(f"No figure: matplotlib is not installed. Install it with: {INSTALL}")
         written = FILES[:-1]
-    say(f"Written to {folder}: {', '.join(written)} ({run_info['duration_s']:.0f} s)")
+    print_fn(f"Written to {folder}: {', '.join(written)} ({run_info['duration_s']:.0f} s)")
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ class FlarePipeline:
         base_or_run: a run's folder (of `flare train`), an adapter's folder, or, with ``adapter``, the base model.
         adapter: a run's or an adapter's folder.
         translator: encoder-decoder that translates texts without a source; its weights are loaded on first use.
-        say: prints a line for the user, such as what is read as the source.
+        print_fn: prints a line for the user, such as what is read as the source.
         **options: options of `flare predict`, with underscores: ``no_source``, ``source``, ``target``, ``task``,
             ``labels``, ``max_length``, ``batch_size``, ``device``, ...
 
@@ -51,13 +51,13 @@ class FlarePipeline:
         adapter: str | Path | None = None,
         translator: str | None = None,
         *,
-        say: Callable[[str], None] = print,
+        print_fn: Callable[[str], None] = print,
         **options: Any,
     ) -> None:
         if adapter is not None:
             options["base"] = str(base_or_run)
         folder = str(base_or_run if adapter is None else adapter)
-        self._load(options_of({**options, "adapter": folder, "translator": translator}), say)
+        self._load(options_of({**options, "adapter": folder, "translator": translator}), print_fn)
 
     @classmethod
     def from_pretrained(
@@ -69,14 +69,14 @@ class FlarePipeline:
         return cls(base, adapter, translator, **options)
 
     @classmethod
-    def of(cls, settings: PipelineSettings, say: Callable[[str], None] = print) -> FlarePipeline:
+    def of(cls, settings: PipelineSettings, print_fn: Callable[[str], None] = print) -> FlarePipeline:
         """Return a pipeline for settings that are already checked."""
         pipeline = cls.__new__(cls)
-        pipeline._load(settings, say)
+        pipeline._load(settings, print_fn)
         return pipeline
 
-    def _load(self, settings: PipelineSettings, say: Callable[[str], None]) -> None:
-        self.settings, self.say = settings, say
+    def _load(self, settings: PipelineSettings, print_fn: Callable[[str], None]) -> None:
+        self.settings, self.print_fn = settings, print_fn
         self._lock = threading.Lock()
         self._shown: set[str] = set()
         with quiet_libraries():
@@ -125,7 +125,7 @@ class FlarePipeline:
     @cached_property
     def translator(self) -> Translator:
         """The translator; its weights are loaded on first use."""
-        return make_translator(self.settings, self.trained, self.say)
+        return make_translator(self.settings, self.trained, self.print_fn)
 
     def sources(
         self,
@@ -215,7 +215,7 @@ class FlarePipeline:
         for note in notes:
             if note not in self._shown:
                 self._shown.add(note)
-                self.say(note)
+                self.print_fn(note)
 
     def _predict(self, pairs: Sequence[Pair]) -> list[Prediction]:
         predictions: list[Prediction] = [{"prediction": None} for _ in pairs]

@@ -20,33 +20,33 @@ from .predict_settings import PredictSettings
 from .source_texts import Texts
 
 
-def run_predict(settings: PredictSettings, say: Callable[[str], None]) -> None:
+def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> None:
     """Predict every row of the input and write the output. Several processes share the rows; one reads and writes.
 
     Args:
         settings: the options.
-        say: prints a line for the user: what is read as the source, what was cut, progress, and the scores if the rows
-            have labels. If the output goes to standard output, it must print elsewhere.
+        print_fn: prints a line for the user: the source text in use, truncated rows, progress, and the scores if the
+            rows have labels. If predictions are written to standard output, it must print elsewhere.
 
     Raises:
         UserError: an error the user can fix; finished batches are kept for the next call.
     """
     settings.check()
-    say = only_main(say)
+    print_fn = only_main(print_fn)
     output = on_main(lambda: check_output(settings.output, settings.overwrite))
-    pipeline = FlarePipeline.of(settings, say)
+    pipeline = FlarePipeline.of(settings, print_fn)
     trained = pipeline.trained
     data = on_main(lambda: read_input(settings, trained.task))
     pipeline.say_once(data.notes)
     if any("prediction" in row for row in data.rows):
         raise UserError("--input has a column prediction, which the output would replace; rename it")
-    say(f"{trained.folder}: {trained.record.method} on {trained.base}, {len(data.rows)} rows")
+    print_fn(f"{trained.folder}: {trained.record.method} on {trained.base}, {len(data.rows)} rows")
     header = _header(pipeline, data)
     with errors_reach_all(), contextlib.ExitStack() as stack:
         progress = None
         if output is not None and is_main():
             progress = stack.enter_context(FinishedBatches(output, header))
-        _predict(pipeline, data, progress, settings, say)
+        _predict(pipeline, data, progress, settings, print_fn)
         if progress is not None:
             progress.remove()
 
@@ -56,7 +56,7 @@ def _predict(
     data: Input,
     progress: FinishedBatches | None,
     settings: PredictSettings,
-    say: Callable[[str], None],
+    print_fn: Callable[[str], None],
 ) -> None:
     trained, main = pipeline.trained, is_main()
     show_bars = settings.progress and main
@@ -74,11 +74,13 @@ def _predict(
         bar.close()
     with_text = [index for index, row in enumerate(data.texts) if has_text(row)]
     if len(with_text) < len(data.texts):
-        say(f"{len(data.texts) - len(with_text)} of {len(data.texts)} rows have an empty text and get no prediction")
+        print_fn(
+            f"{len(data.texts) - len(with_text)} of {len(data.texts)} rows have an empty text and get no prediction"
+        )
     all_pairs = pipeline.pairs(data.texts, sources, data.ids)
     pairs = [all_pairs[index] for index in with_text]
     if done:
-        say(f"resuming after {len(done)} of {len(with_text)} rows")
+        print_fn(f"resuming after {len(done)} of {len(with_text)} rows")
     to_stdout = settings.output == "-" and main
     written = 0  # rows on standard output
     with counter("predict" if show_bars else None, len(with_text), "row", len(done)) as bar:
@@ -93,14 +95,14 @@ def _predict(
             bar.update(len(batch))
     if progress is not None:
         write_file(Path(settings.output).expanduser(), _rows(data, sources, with_text, done, 0, len(data.rows)))
-        say(f"{len(data.rows)} rows in {settings.output}")
+        print_fn(f"{len(data.rows)} rows in {settings.output}")
     elif to_stdout and not with_text:
         write_lines(_rows(data, sources, with_text, done, 0, len(data.rows)))
     predictions = [one["prediction"] for one in done]
     pipeline.say_once(trained.setup.form.prediction_notes(predictions))
     if data.truth is not None and with_text:
         scores = score(trained.task, predictions, [data.truth[index] for index in with_text])
-        say(
+        print_fn(
             "scores against the labels in the input: "
             + ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         )

@@ -19,7 +19,7 @@ from .predict_settings import PipelineSettings
 Texts = dict[str, str]
 
 
-def make_translator(settings: PipelineSettings, trained: TrainedAdapter, say: Callable[[str], None]) -> Translator:
+def make_translator(settings: PipelineSettings, trained: TrainedAdapter, print_fn: Callable[[str], None]) -> Translator:
     """Return the translator from the language of the texts into the source language.
 
     Raises:
@@ -44,7 +44,7 @@ def make_translator(settings: PipelineSettings, trained: TrainedAdapter, say: Ca
             batch_tokens=settings.batch_tokens,
             device=settings.device,
         ),
-        say,
+        print_fn,
     )
 
 

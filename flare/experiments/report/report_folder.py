@@ -36,7 +36,7 @@ def check(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(folder: Path, overwrite: bool, say: Callable[[str], None]) -> Iterator[Path]:
+def replacing(folder: Path, overwrite: bool, print_fn: Callable[[str], None]) -> Iterator[Path]:
     """Yield a temporary folder whose contents replace the report in `folder` once they are complete.
 
     Without `overwrite`, an existing report moves to earlier-N in the folder. After an error it is unchanged.
@@ -47,14 +47,14 @@ def replacing(folder: Path, overwrite: bool, say: Callable[[str], None]) -> Iter
     temporary.mkdir()
     try:
         yield temporary
-        _remove_existing(folder, overwrite, say)
+        _remove_existing(folder, overwrite, print_fn)
         for path in temporary.iterdir():
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_existing(folder: Path, overwrite: bool, say: Callable[[str], None]) -> None:
+def _remove_existing(folder: Path, overwrite: bool, print_fn: Callable[[str], None]) -> None:
     existing = [folder / name for name in _CONTENTS if (folder / name).exists()]
     if not existing:
         return
@@ -72,7 +72,7 @@ def _remove_existing(folder: Path, overwrite: bool, say: Callable[[str], None]) 
             return
     earlier = move_earlier(existing, folder)
     moved = "your own files in the report's folders" if overwrite else "the earlier report"
-    say(f"{folder}: {moved} moved to {earlier}" + ("" if overwrite else " (--overwrite deletes it instead)"))
+    print_fn(f"{folder}: {moved} moved to {earlier}" + ("" if overwrite else " (--overwrite deletes it instead)"))
 
 
 def _is_report(folder: Path) -> bool:

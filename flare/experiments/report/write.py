@@ -50,7 +50,7 @@ def write_report(
     title: str | None = None,
     formats: Sequence[str] = ("png", "pdf"),
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    print_fn: Callable[[str], None] = print,
 ) -> Path:
     """Write the report of all runs in the folders `runs` and return its report.md.
 
@@ -61,7 +61,7 @@ def write_report(
             a task, and its first one in the figures.
         title: heading of report.md.
         formats: formats of the figures, among png, pdf and svg; PNG is always written, for report.md.
-        say: prints one line for the user.
+        print_fn: prints one line for the user.
 
     Raises:
         ReportError: there are no finished runs, a metric is unknown, or the output folder does not hold a report.
@@ -74,7 +74,7 @@ def write_report(
     collection = collect(runs)
     chosen = {group.slug: _metrics(group, metrics, collection) for group in collection.groups}
     report_folder.check(output)
-    with report_folder.replacing(output, overwrite, say) as temporary:
+    with report_folder.replacing(output, overwrite, print_fn) as temporary:
         sections = [_section(group, chosen[group.slug], temporary, formats) for group in collection.groups]
         first_metrics = {slug: names[0] for slug, names in chosen.items()}
         cross_task = _cross_task(collection.groups, first_metrics, temporary, formats)
@@ -84,7 +84,7 @@ def write_report(
         files = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
         content = _report_json(collection, cross_task, sections, chosen, runs, files)
         write_json(temporary / report_folder.REPORT, content)
-    _show(collection, cross_task, sections, output, say)
+    _show(collection, cross_task, sections, output, print_fn)
     return output / report_folder.TEXT
 
 
@@ -277,28 +277,30 @@ def _show(
     cross_task: _CrossTask,
     sections: Sequence[_Section],
     output: Path,
-    say: Callable[[str], None],
+    print_fn: Callable[[str], None],
 ) -> None:
-    _show_tables(cross_task.tables, say)
+    _show_tables(cross_task.tables, print_fn)
     for section in sections:
-        _show_tables(section.tables, say)
-        say("")
+        _show_tables(section.tables, print_fn)
+        print_fn("")
         for line in section.warnings:
-            say(f"Warning: {line}")
+            print_fn(f"Warning: {line}")
         left_out = [f"{p.title} ({p.missing})" for p in section.figures if p.missing]
         if left_out:
-            say(f"Figures of {section.group.slug} left out: {'; '.join(left_out)}")
+            print_fn(f"Figures of {section.group.slug} left out: {'; '.join(left_out)}")
     for line in collection.unfinished:
-        say(f"Not in the tables: {line}")
+        print_fn(f"Not in the tables: {line}")
     figures = [*cross_task.figures, *(figure for section in sections for figure in section.figures)]
     count = sum(bool(figure.files) for figure in figures)
-    say(f"Written to {output}: report.md, report.json, runs.csv, tables/" + (f", {count} figures" if count else ""))
+    print_fn(
+        f"Written to {output}: report.md, report.json, runs.csv, tables/" + (f", {count} figures" if count else "")
+    )
 
 
-def _show_tables(tables: Sequence[tuple[str, Table]], say: Callable[[str], None]) -> None:
+def _show_tables(tables: Sequence[tuple[str, Table]], print_fn: Callable[[str], None]) -> None:
     for _, table in tables:
-        say("")
-        say(table.title)
-        say(table.text())
+        print_fn("")
+        print_fn(table.title)
+        print_fn(table.text())
         for note in table.notes:
-            say(f"  {note}")
+            print_fn(f"  {note}")

@@ -27,7 +27,7 @@ _PARTS = {
 _DAMAGED = "damaged-"
 
 
-def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+def last_checkpoint(folder: Path, print_fn: Callable[[str], None]) -> Path | None:
     """Return the newest complete checkpoint of a run, or None.
 
     A checkpoint whose writing was interrupted is removed; a damaged one is renamed. Both are reported. A checkpoint is
@@ -35,14 +35,14 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
 
     Args:
         folder: folder of the run.
-        say: prints one line for the user.
+        print_fn: prints one line for the user.
     """
     complete: dict[Path, dict[str, Any]] = {}
     damaged = False
     for path in _by_step(folder):
         state = _state(path)
         if state is None:
-            say(f"{path} was cut off while it was written, and is removed")
+            print_fn(f"{path} was cut off while it was written, and is removed")
             shutil.rmtree(path)
             continue
         why = damage_of(path)
@@ -50,14 +50,14 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
             aside = path.with_name(_DAMAGED + path.name)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)  # the trainer counts checkpoints by name, and deletes the oldest
-            say(f"{path} is damaged ({why}); it is kept as {aside.name}, and not used")
+            print_fn(f"{path} is damaged ({why}); it is kept as {aside.name}, and not used")
             damaged = True
             continue
         complete[path] = state
     for path, state in reversed(complete.items()):
         best = state.get("best_model_checkpoint")
         if best and path.parent / Path(best).name not in complete:
-            say(f"{path} is not used: {Path(best).name}, the best so far, is damaged or missing")
+            print_fn(f"{path} is not used: {Path(best).name}, the best so far, is damaged or missing")
             continue
         if best and Path(best) != path.parent / Path(best).name:
             # the folder has been moved
@@ -65,7 +65,7 @@ def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
             write_json(path / STATE_FILE, state)
         return path
     if damaged or complete:
-        say(f"{folder}: no complete checkpoint is left; the training starts from the beginning")
+        print_fn(f"{folder}: no complete checkpoint is left; the training starts from the beginning")
     return None
 
 

@@ -35,7 +35,7 @@ from .trained_adapter import ADAPTER, base_of_run, batch_and_autocast, to_device
 _COLUMNS = ("source_column", "target_column")
 
 
-def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> list[Path]:
+def run_evaluate(settings: EvaluateSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
     """Evaluate on the test split; results that exist already are skipped.
 
     Returns:
@@ -46,7 +46,7 @@ def run_evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print)
     """
     settings.check()
     with quiet_libraries():
-        return _Evaluation(settings, say).run()
+        return _Evaluation(settings, print_fn).run()
 
 
 _NO_TRANSLATE_TEST = (
@@ -58,9 +58,9 @@ _NO_TRANSLATE_TEST = (
 class _Evaluation:
     """One call of the command; the runs provide task, data and languages that are not given."""
 
-    def __init__(self, settings: EvaluateSettings, say: Callable[[str], None]) -> None:
-        self.settings, self.say = settings, only_main(say)
-        self.notes = Notes(self.say)
+    def __init__(self, settings: EvaluateSettings, print_fn: Callable[[str], None]) -> None:
+        self.settings, self.print_fn = settings, only_main(print_fn)
+        self.notes = Notes(self.print_fn)
         self.runs = on_main(lambda: find_runs(settings.output) if settings.output.is_dir() else [])
         self.adapters = [run for run in self.runs if run.record.kind == "train"]
         self.folders: list[Path] = []
@@ -133,8 +133,8 @@ class _Evaluation:
         )
         name = f"{target} {variant} seed {seed}"
         with locked(folder):
-            if on_main(lambda: open_run(folder, record, settings.resume, self.say)) == "done":
-                self.say(f"{name}: already done, in {folder}")
+            if on_main(lambda: open_run(folder, record, settings.resume, self.print_fn)) == "done":
+                self.print_fn(f"{name}: already done, in {folder}")
                 with contextlib.suppress(UserError):  # missing data do not matter for a finished run
                     self._note_changed_rows(
                         folder, name, digests_of_pairs("test", self._base_pairs(data, target, text)[0], text)
@@ -156,7 +156,7 @@ class _Evaluation:
                 write_metrics(folder, Metrics(test={setting: scores}))
                 record.status = "done"
                 write_record(folder, record)
-        self.say(f"{name}: {result_line(scores, Metrics())}")
+        self.print_fn(f"{name}: {result_line(scores, Metrics())}")
         return [folder]
 
     def _base_pairs(self, data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
@@ -189,7 +189,7 @@ class _Evaluation:
     def _note_changed_rows(self, folder: Path, name: str, digests: dict[str, str]) -> None:
         if is_main():
             for line in note_changed_rows(folder, name, digests):
-                self.say(f"{line} (--no-resume scores them again)")
+                self.print_fn(f"{line} (--no-resume scores them again)")
 
     # --- translate-train ------------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class _Evaluation:
             )
         for run in chosen:
             if not run.record.done:
-                self.say(f"{run.folder}: not finished, skipped; run flare train again to resume it")
+                self.print_fn(f"{run.folder}: not finished, skipped; run flare train again to resume it")
                 continue
             reads = run.record.method in READS_SOURCE and not run.record.settings.get("train_only_fusion")
             if run.record.settings.get("train_only_fusion"):
@@ -227,7 +227,7 @@ class _Evaluation:
         )
         metrics = read_metrics(run.folder)
         if setting in metrics.test and self.settings.resume:
-            self.say(f"{name}: already done, in {run.folder}")
+            self.print_fn(f"{name}: already done, in {run.folder}")
             with contextlib.suppress(UserError):  # missing data do not matter for a finished run
                 data, _ = self._prepared(record, base_of_run(record, self.settings.output))
                 pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
@@ -263,7 +263,7 @@ class _Evaluation:
                 write_predictions(run.folder / file, pairs, predictions)
                 metrics.test[setting] = scores
                 write_metrics(run.folder, metrics)
-        self.say(f"{name}: {result_line(scores, Metrics())}")
+        self.print_fn(f"{name}: {result_line(scores, Metrics())}")
         return [run.folder]
 
     def _differences(self, record: RunRecord, data: Data, setup: Setup) -> str:

@@ -33,7 +33,7 @@ from .setup import Data, Notes, Setup, place_of, prepare, task_of
 ADAPTER = "source-adapter"
 
 
-def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print) -> list[Path]:
+def run_finetune(settings: FinetuneSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
     """Fine-tune one base per seed into OUTPUT/base/seed-N; finished bases are skipped.
 
     Returns:
@@ -44,21 +44,21 @@ def run_finetune(settings: FinetuneSettings, say: Callable[[str], None] = print)
     """
     settings.check()
     assert settings.model is not None
-    say = only_main(say)
+    print_fn = only_main(print_fn)
     with quiet_libraries():
         source = settings.source or "english"
         place = place_of(settings, settings.data, source)
         task, table = shown_labels(task_of(settings), place, source)
         data = Data(task, place, source, rows=settings.rows)
-        notes = Notes(say)
+        notes = Notes(print_fn)
         notes(table)
         setup = prepare(settings, task, settings.model, settings.training)
         notes(setup.notes)
-        return [_one(settings, seed, data, setup, notes, say) for seed in settings.seeds]
+        return [_one(settings, seed, data, setup, notes, print_fn) for seed in settings.seeds]
 
 
 def _one(
-    settings: FinetuneSettings, seed: int, data: Data, setup: Setup, notes: Notes, say: Callable[[str], None]
+    settings: FinetuneSettings, seed: int, data: Data, setup: Setup, notes: Notes, print_fn: Callable[[str], None]
 ) -> Path:
     folder = settings.output / BASE / f"seed-{seed}"
     adapter = adapter_fields(setup, settings.r, settings.alpha, settings.dropout, settings.target_modules)
@@ -82,12 +82,12 @@ def _one(
     )
     name = f"{data.source} base seed {seed}"
     with locked(folder):
-        done = on_main(lambda: open_run(folder, record, settings.resume, say)) == "done"
+        done = on_main(lambda: open_run(folder, record, settings.resume, print_fn)) == "done"
         if done and is_main():
-            say(f"{name}: already done, in {folder}")
+            print_fn(f"{name}: already done, in {folder}")
             with contextlib.suppress(UserError):  # missing data do not matter for a finished run
                 for line in note_changed_rows(folder, name, _digests(data)):
-                    say(f"{line} (--no-resume fine-tunes again)")
+                    print_fn(f"{line} (--no-resume fine-tunes again)")
         if done:
             return folder
         metric = data.task.metrics[0]
@@ -125,7 +125,7 @@ def _one(
             folder,
             name=name,
             progress=settings.progress,
-            say=say,
+            print_fn=print_fn,
             predictor=predictor(valid, "valid") if valid else None,
         )
         device = fitted.trainer.args.device
@@ -155,7 +155,7 @@ def _one(
             if not settings.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             notes(chance_notes(folder))
-            say(f"{name}: {result_line(metrics.test.get('source-language') or metrics.valid, metrics)}")
+            print_fn(f"{name}: {result_line(metrics.test.get('source-language') or metrics.valid, metrics)}")
         wait()
     return folder
 

@@ -230,7 +230,7 @@ def fit(
     *,
     name: str,
     progress: bool,
-    say: Callable[[str], None],
+    print_fn: Callable[[str], None],
     predictor: Predictor | None = None,
     has_source: Sequence[bool] | None = None,
     source_cache: SourceStateCache | None = None,
@@ -267,9 +267,9 @@ def fit(
     if source_cache is not None and predictor is not None:
         predictor.collator = trainer.data_collator  # it may pad to another width, which is part of the cache's keys
     set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
-    checkpoint = on_main(lambda: last_checkpoint(folder, say))
+    checkpoint = on_main(lambda: last_checkpoint(folder, print_fn))
     if checkpoint is not None and is_main():
-        say(f"{name}: resumes from step {checkpoint.name.rpartition('-')[2]}")
+        print_fn(f"{name}: resumes from step {checkpoint.name.rpartition('-')[2]}")
     peak = PeakMemory(arguments.device)
     if arguments.device.type == "cuda":
         trainer.add_callback(peak)

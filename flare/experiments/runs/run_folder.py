@@ -43,7 +43,7 @@ _IDENTITY = ("kind", "task", "source_language", "target_language", "method", "se
 _IDENTITY_TEXT = ("source_text", "target_text")
 
 
-def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str], None]) -> str:
+def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[str], None]) -> str:
     """Return the state of a run's folder, and write its run.json if the run is new.
 
     Returns:
@@ -71,13 +71,15 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
         return "new"
     if not resume:
         earlier = move_aside(folder)
-        say(f"{folder}: restarted; the earlier run is in {earlier}")
+        print_fn(f"{folder}: restarted; the earlier run is in {earlier}")
         write_record(folder, record)
         return "new"
     saved = read_record(folder)
     differing = differences(saved, record)
     if differing and not saved.done and nothing_to_resume(folder):
-        say(f"{folder}: the earlier run ended before its first checkpoint; it is restarted with the current settings")
+        print_fn(
+            f"{folder}: the earlier run ended before its first checkpoint; it is restarted with the current settings"
+        )
         write_record(folder, record)
         return "new"
     if differing:
@@ -89,7 +91,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, say: Callable[[str],
     if saved.done:
         return "done"
     if saved.processes != record.processes and record.kind != "evaluate":
-        say(
+        print_fn(
             f"{folder}: started with {saved.processes} processes and resumed with {record.processes}: each step has "
             "the same rows, but dropout draws other masks, and seconds per step are measured again"
         )

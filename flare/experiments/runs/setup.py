@@ -18,14 +18,14 @@ from ..utils.model_names import find_model
 from .defaults import adapt_to_machine, kind_of, paper_recipe, with_auto_class
 from .run_settings import Settings
 
-Say = Callable[[str], None]
+PrintFn = Callable[[str], None]
 
 
 class Notes:
     """Printer of notes that prints each note once."""
 
-    def __init__(self, say: Say) -> None:
-        self.say = say
+    def __init__(self, print_fn: PrintFn) -> None:
+        self.print_fn = print_fn
         self._printed: set[str] = set()
 
     def __call__(self, notes: Sequence[str], where: str = "") -> list[str]:
@@ -34,7 +34,7 @@ class Notes:
         for note in full:
             if note not in self._printed:
                 self._printed.add(note)
-                self.say(note)
+                self.print_fn(note)
         return full
 
 

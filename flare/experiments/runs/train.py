@@ -51,7 +51,7 @@ from .trained_adapter import ADAPTER
 _BOTTLENECK_ROWS = 256
 
 
-def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> list[Path]:
+def run_train(settings: TrainSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
     """Train every run of the grid in OUTPUT/<target>/<variant>/seed-N.
 
     Finished runs are skipped, and unfinished ones are resumed.
@@ -63,10 +63,10 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
         UserError: an error the user can fix; runs finished before it are kept.
     """
     settings.check()
-    say = only_main(say)
+    print_fn = only_main(print_fn)
     with quiet_libraries():
         bases = {seed: find_base(settings.output, settings.base, seed) for seed in settings.seeds}
-        notes = Notes(say)
+        notes = Notes(print_fn)
         settings, data, grid = read_grid(settings, bases, notes)
         folders = []
         chance = {
@@ -77,7 +77,7 @@ def run_train(settings: TrainSettings, say: Callable[[str], None] = print) -> li
             base = bases[plan.seed]
             setup = for_method(plan.method, prepare(settings, data.task, base.model, settings.training))
             notes(setup.notes)
-            folders.append(_Run(settings, plan, base, data, setup, notes, say, chance[plan.seed]).run())
+            folders.append(_Run(settings, plan, base, data, setup, notes, print_fn, chance[plan.seed]).run())
     return folders
 
 
@@ -92,11 +92,11 @@ class _Run:
         data: Data,
         setup: Setup,
         notes: Notes,
-        say: Callable[[str], None],
+        print_fn: Callable[[str], None],
         base_notes: list[str],
     ) -> None:
         self.settings, self.plan, self.base, self.data, self.setup = settings, plan, base, data, setup
-        self.notes, self.say, self.base_notes = notes, say, base_notes
+        self.notes, self.print_fn, self.base_notes = notes, print_fn, base_notes
         self.folder = settings.output / plan.target / plan.variant / f"seed-{plan.seed}"
         self.values = training_values(setup.recipe.training, settings.training)
         self.adapter = adapter_fields(
@@ -108,9 +108,9 @@ class _Run:
         """Train and evaluate unless the run is done; return its folder."""
         record = self._record()
         with locked(self.folder):
-            state = on_main(lambda: open_run(self.folder, record, self.settings.resume, self.say))
+            state = on_main(lambda: open_run(self.folder, record, self.settings.resume, self.print_fn))
             if state == "done":
-                self.say(f"{self.plan.name}: already done, in {self.folder}")
+                self.print_fn(f"{self.plan.name}: already done, in {self.folder}")
                 if is_main():
                     self._note_changed_rows()
             else:
@@ -123,7 +123,7 @@ class _Run:
         with contextlib.suppress(UserError):  # missing data do not matter for a finished run
             splits, _ = self._splits()
             for line in note_changed_rows(self.folder, self.plan.name, self._digests(splits)):
-                self.say(f"{line} (--no-resume trains again)")
+                self.print_fn(f"{line} (--no-resume trains again)")
 
     def _splits(self) -> tuple[dict[str, list[Pair] | None], list[str]]:
         """Return the pairs of every split that the run reads, None for a missing split, and notes about them."""
@@ -239,7 +239,7 @@ class _Run:
             self.folder,
             name=plan.name,
             progress=settings.progress,
-            say=self.say,
+            print_fn=self.print_fn,
             predictor=validation,
             has_source=has_source,
             source_cache=cache_plan.cache,
@@ -272,7 +272,7 @@ class _Run:
             if not settings.keep_checkpoints:
                 shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
             scores = done.metrics.test.get("translate-train") or done.metrics.valid
-            self.say(f"{plan.name}: {result_line(scores, done.metrics)}")
+            self.print_fn(f"{plan.name}: {result_line(scores, done.metrics)}")
 
     def _valid(self) -> tuple[list[Pair] | None, list[str]]:
         """Return the validation pairs, with the same texts as in training, or None; and notes about them."""

@@ -96,7 +96,7 @@ class Outcome:
 
 
 def translate_split(
-    job: Job, translator: TranslatorLike, *, progress: bool = False, say: Callable[[str], None] = print
+    job: Job, translator: TranslatorLike, *, progress: bool = False, print_fn: Callable[[str], None] = print
 ) -> Outcome:
     """Translate a split, resume its translation, or do nothing if it is finished.
 
@@ -108,7 +108,7 @@ def translate_split(
         job: what to translate.
         translator: translates the batches.
         progress: show a progress bar in the main process.
-        say: called with messages for the user in the main process.
+        print_fn: called with messages for the user in the main process.
 
     Raises:
         TranslationError: the folder holds translations with other settings or of other rows, or files that this command
@@ -117,7 +117,7 @@ def translate_split(
     if job.lost_marks not in POLICIES:
         raise TranslationError(f"--lost-marks must be one of {', '.join(POLICIES)}; got {job.lost_marks!r}")
     with contextlib.ExitStack() as stack:
-        state = on_main(lambda: _start(job, translator.settings(), stack, say))
+        state = on_main(lambda: _start(job, translator.settings(), stack, print_fn))
         if isinstance(state, Outcome):
             return state
         provenance, entry = state
@@ -129,7 +129,7 @@ def translate_split(
             write_provenance(job.folder, provenance)
             files.append(stack.enter_context(contextlib.closing(ProgressFile(job.partial, plan))))
             if files[0].done:
-                say(f"{job.name}: resuming after {len(files[0].done)} of {len(plan.batches)} batches")
+                print_fn(f"{job.name}: resuming after {len(files[0].done)} of {len(plan.batches)} batches")
             return dict(files[0].done)
 
         files: list[ProgressFile] = []  # stays empty in all but the main process
@@ -143,7 +143,7 @@ def translate_split(
 
 
 def _start(
-    job: Job, settings: dict[str, Any], stack: contextlib.ExitStack, say: Callable[[str], None]
+    job: Job, settings: dict[str, Any], stack: contextlib.ExitStack, print_fn: Callable[[str], None]
 ) -> Outcome | tuple[dict[str, Any], dict[str, Any]]:
     """Lock the folder; return its provenance and the split's entry, or the outcome if the split is finished."""
     try:
@@ -152,7 +152,7 @@ def _start(
         raise TranslationError(
             f"{job.folder} cannot be written to ({error}); choose another folder with --output"
         ) from error
-    stack.enter_context(_locked(job.folder, say))
+    stack.enter_context(_locked(job.folder, print_fn))
     entry = {
         "status": "running",
         "input_sha256": digest_of_rows(job.rows),
@@ -165,7 +165,7 @@ def _start(
         _check_same(job, previous, entry)
     if previous is not None and previous["status"] == "done" and job.path.exists():
         if digest_of_file(job.path) != previous["output_sha256"]:
-            say(f"{job.name}: {job.path} was changed after it was translated; it is left unchanged.")
+            print_fn(f"{job.name}: {job.path} was changed after it was translated; it is left unchanged.")
         job.partial.unlink(missing_ok=True)
         return Outcome(previous["counts"], already=True)
     if previous is None and (other := find_file(job.output, job.folder.name, job.split)) is not None:
@@ -285,7 +285,7 @@ def _check_same(job: Job, previous: Mapping[str, Any], current: Mapping[str, Any
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(folder: Path, print_fn: Callable[[str], None]) -> Iterator[None]:
     """Lock the folder against a second process. The lock ends with this process, even if it is killed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -296,7 +296,7 @@ def _locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 f"{folder} is in use by another flare translate; wait for it, or choose another folder with --output"
             ) from error
         except OSError as error:
-            say(f"{folder} cannot be locked ({error}): make sure that no second flare translate writes to it")
+            print_fn(f"{folder} cannot be locked ({error}): make sure that no second flare translate writes to it")
         yield
     finally:
         os.close(handle)

@@ -28,12 +28,12 @@ class Direction:
     splits: tuple[str, ...]
 
 
-def run_translate(settings: TranslateSettings, say: Callable[[str], None] = print) -> list[tuple[Job, Outcome]]:
+def run_translate(settings: TranslateSettings, print_fn: Callable[[str], None] = print) -> list[tuple[Job, Outcome]]:
     """Translate all splits of the settings. Languages, tags and data are checked before the weights are loaded.
 
     Args:
         settings: options of the command.
-        say: called with one line per split and with notes for the user.
+        print_fn: called with one line per split and with notes for the user.
 
     Returns:
         Every job with its outcome.
@@ -43,7 +43,7 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
     """
     if settings.threads is not None:
         use_threads(settings.threads)
-    say, progress = only_main(say), settings.progress and is_main()
+    print_fn, progress = only_main(print_fn), settings.progress and is_main()
     task = get_task(
         settings.task,
         text_columns=settings.text_columns,
@@ -61,9 +61,9 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         targets, notes = all_targets(task, settings.data, settings.source)
         settings = replace(settings, target=targets)
         for note in notes:
-            say(note)
+            print_fn(note)
     model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
-    directions = _directions(settings, model, say)
+    directions = _directions(settings, model, print_fn)
 
     @cache
     def rows(name: str, split: str) -> tuple[Example, ...]:
@@ -86,27 +86,27 @@ def run_translate(settings: TranslateSettings, say: Callable[[str], None] = prin
         for direction in directions
         for split in direction.splits
     ]
-    translators = {direction: _translator(settings, model, direction, say) for direction in directions}
+    translators = {direction: _translator(settings, model, direction, print_fn) for direction in directions}
     outcomes = []
     for direction, job in jobs:
-        outcome = translate_split(job, translators[direction], progress=progress, say=say)
-        say(summary(job, outcome))
+        outcome = translate_split(job, translators[direction], progress=progress, print_fn=print_fn)
+        print_fn(summary(job, outcome))
         outcomes.append((job, outcome))
     return outcomes
 
 
-def translator_to_source(settings: TranslateSettings, say: Callable[[str], None] = print) -> Translator:
+def translator_to_source(settings: TranslateSettings, print_fn: Callable[[str], None] = print) -> Translator:
     """Return a translator from the first target language into the source language, without reading or writing data.
 
     Raises:
         TranslationError: the model, a tag or a limit cannot be used.
     """
     model = TranslationModel(settings.model, revision=settings.revision, device=settings.device, dtype=settings.dtype)
-    return _translator(settings, model, _directions(settings, model, say)[0], say)
+    return _translator(settings, model, _directions(settings, model, print_fn)[0], print_fn)
 
 
 def _directions(
-    settings: TranslateSettings, model: TranslationModel, say: Callable[[str], None]
+    settings: TranslateSettings, model: TranslationModel, print_fn: Callable[[str], None]
 ) -> Sequence[Direction]:
     """Return the directions of every target in which splits are translated."""
     to_target = tuple(split for split in settings.splits if settings.to_target(split))
@@ -119,10 +119,10 @@ def _directions(
             "--splits test with another model). If the model reads its target language from the text, give a --prefix "
             "with {target}"
         )
-    source = _tag(settings.source, settings.source_code, "--source", tagged, model, say)
+    source = _tag(settings.source, settings.source_code, "--source", tagged, model, print_fn)
     codes: Sequence[str | None] = settings.target_code or [None] * len(settings.target)
     targets = [
-        _tag(name, code, "--target", tagged, model, say) for name, code in zip(settings.target, codes, strict=True)
+        _tag(name, code, "--target", tagged, model, print_fn) for name, code in zip(settings.target, codes, strict=True)
     ]
     directions = []
     for name, tag in zip(settings.target, targets, strict=True):
@@ -134,7 +134,7 @@ def _directions(
 
 
 def _tag(
-    name: str, code: str | None, side: str, tagged: bool, model: TranslationModel, say: Callable[[str], None]
+    name: str, code: str | None, side: str, tagged: bool, model: TranslationModel, print_fn: Callable[[str], None]
 ) -> str | None:
     """Return the tag of a language after checking it. For a model without tags, return the code for the prefix."""
     if not tagged:
@@ -145,12 +145,12 @@ def _tag(
     tag = nllb_code(name)
     check_tag(model.tokenizer, tag, f"{side} {name}: {side}-code")
     if note := language(name).note:
-        say(f"{name}: {note}")
+        print_fn(f"{name}: {note}")
     return tag
 
 
 def _translator(
-    settings: TranslateSettings, model: TranslationModel, direction: Direction, say: Callable[[str], None]
+    settings: TranslateSettings, model: TranslationModel, direction: Direction, print_fn: Callable[[str], None]
 ) -> Translator:
     tagged = writes_tags(model.tokenizer)
     prefix = settings.prefix.replace("{source}", direction.source_tag or direction.source)
@@ -165,5 +165,5 @@ def _translator(
         batch_tokens=settings.batch_tokens,
         batch_size=settings.batch_size,
         num_beams=settings.beams,
-        say=say,
+        print_fn=print_fn,
     )

@@ -62,7 +62,7 @@ class Translator:
         batch_tokens: maximum of rows times longest row in a batch.
         batch_size: maximum rows of a batch.
         num_beams: 1 is greedy decoding, regardless of the model's generation_config.
-        say: called with a message when a batch does not fit into the GPU's memory.
+        print_fn: called with a message when a batch does not fit into the GPU's memory.
 
     Raises:
         TranslationError: the model cannot be loaded, a tag is missing, unknown or not supported, or a limit is invalid.
@@ -83,12 +83,12 @@ class Translator:
         batch_tokens: int = 2048,
         batch_size: int | None = None,
         num_beams: int = 1,
-        say: Callable[[str], None] = print,
+        print_fn: Callable[[str], None] = print,
     ) -> None:
         if isinstance(model, str):
             model = TranslationModel(model, revision=revision, device=device, dtype=dtype)
         self.loaded, self.source_tag, self.target_tag, self.prefix = model, source_tag, target_tag, prefix
-        self.batch_tokens, self.batch_size, self._say = batch_tokens, batch_size, say
+        self.batch_tokens, self.batch_size, self._print_fn = batch_tokens, batch_size, print_fn
         self._max_rows: int | None = None  # set after a batch did not fit into memory
         for name, value in (("batch_tokens", batch_tokens), ("batch_size", batch_size), ("num_beams", num_beams)):
             if value is not None and value < 1:
@@ -147,7 +147,7 @@ class Translator:
                     ) from error
             # outside the except block: the exception keeps the failed batch's tensors alive
             self._max_rows = rows // 2
-            self._say(f"The GPU's memory is too small for {rows} texts at once; continuing with {self._max_rows}.")
+            self._print_fn(f"The GPU's memory is too small for {rows} texts at once; continuing with {self._max_rows}.")
             torch.cuda.empty_cache()
         return results
 

@@ -33,9 +33,9 @@ def is_main() -> bool:
     return process_number() == 0
 
 
-def only_main(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return ``say`` in the main process, and a function that does nothing in the others."""
-    return say if is_main() else lambda line: None
+def only_main(print_fn: Callable[[str], None]) -> Callable[[str], None]:
+    """Return ``print_fn`` in the main process, and a function that does nothing in the others."""
+    return print_fn if is_main() else lambda line: None
 
 
 def device() -> Any:
