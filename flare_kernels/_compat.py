@@ -25,7 +25,7 @@ def sleep_on_device(cycles: int) -> None:
 
 def current_cuda_device() -> Callable[[], int]:
     """Return the fastest function that returns the current CUDA device's index."""
-    # torch.cuda.current_device() also checks that CUDA is initialised; a tensor on the device implies it
+    # torch.cuda.current_device() also checks that CUDA is initialised, which is certain once a tensor is on the device
     return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
@@ -62,8 +62,8 @@ def with_descriptor_allocator(run: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[..., Any] | None, str]:
     """Return the launcher of a compiled kernel, which takes every argument by position.
 
-    Triton 3.6 to 3.9 return a ``CompiledKernel`` from ``kernel[grid](...)``. ``compiled[grid]`` does not bind arguments
-    again, and still calls the launch hooks.
+    Triton 3.6 to 3.9 return a ``CompiledKernel`` from ``kernel[grid](...)``. Its launcher ``compiled[grid]`` does not
+    bind the arguments again, but it still calls Triton's launch hooks.
 
     Returns:
         The launcher and "", or None and the reason why this Triton version has no such launcher.
@@ -80,9 +80,10 @@ def compiled_runner(compiled: Any, grid: tuple[int, ...]) -> tuple[Callable[...,
 def jit_source(
     kernel: Any, args: dict[str, Any], capability: int, options: dict[str, Any]
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[list[Any]]]]:
-    """Return the signature, constants and attributes that a launch on an NVIDIA GPU would compile.
+    """Return the signature, constants and attributes with which a launch on an NVIDIA GPU would compile the kernel.
 
-    They are the key of Triton's cache, including an empty list for each argument without attributes.
+    Triton's cache key contains all three. The attributes therefore include an empty list for each argument that has
+    none, as Triton's own do.
     """
     backend, bind = _binder(kernel, capability)
     bound, specialization, _ = bind(**args, **options)

@@ -1,14 +1,17 @@
 """Compile the kernels ahead of time and report registers, spills and shared memory.
 
-``python -m flare_kernels.aot`` compiles each row of the general rule in bfloat16 for sm_80, sm_90 and sm_100, and a few
-other cases. ``--all`` compiles the whole grid. The public launchers run on CPU tensors under
-:func:`flare_kernels.launch_mode.recording`. Each recorded launch is compiled with the arguments, the configuration and
-the specialisation that it would have on a GPU. The exit status is 1 if
+``python -m flare_kernels.aot`` compiles the kernels in bfloat16 for sm_80, sm_90 and sm_100, with every configuration
+that the general rule (``triton_ops/config.py``) can choose, and a few cases of other dtypes and options. ``--all``
+compiles every combination of target, dtype, rank, fusion, alignment and dropout (:func:`all_cases`). The primitives
+(``triton_ops/primitives.py``) run on CPU tensors under :func:`flare_kernels.launch_mode.recording`, which collects
+their launches. Each collected launch is compiled with the arguments, the configuration and the specialisation that it
+would have on a GPU. The exit status is 1 if
 
 * a launch with aligned 2-byte operands and a rank up to 128 spills registers, or
 * a kernel needs more shared memory than a block may use on its target.
 
-Other spills are printed only. Needs Triton and the ``cuobjdump`` in its package; needs neither a GPU nor a driver.
+Spills of other launches are printed but do not change the exit status. Needs Triton and the ``cuobjdump`` in its
+package; needs neither a GPU nor a driver.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from torch import Tensor
 from ._compat import jit_source
 from .fusion import FUSIONS
 
-#: Shared memory that one block may use, in bytes, by compute capability.
+#: Shared memory that one block may use, by compute capability (90 for sm_90): in KB, and in bytes.
 _SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_BYTES = {capability: kb * 1024 for capability, kb in _SHARED_KB.items()}
 
@@ -62,19 +65,20 @@ class Case:
     adapter_dtype: str | None = None
     #: dtype of x and G ("float32" under autocast); None: ``dtype``
     input_dtype: str | None = None
-    #: form of each step that has it ("tma" needs sm_90 or newer); None: the general rule's
+    #: implementation to take in every step that has one of this name (``FORMS`` in ``triton_ops/config.py``); "tma"
+    #: needs sm_90 or newer. None: the general rule's choice
     form: str | None = None
 
     @property
     def spills_are_errors(self) -> bool:
-        """Return whether all operands are aligned and of 2 bytes, and the rank is at most 128."""
+        """Return whether spills are a violation: if all operands are aligned and 2-byte, and the rank is up to 128."""
         all_narrow = all(dtype in (None, "float16", "bfloat16") for dtype in (self.adapter_dtype, self.input_dtype))
         return self.aligned and self.dtype != "float32" and all_narrow and self.rank <= 128
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A kernel with the specialisation of a launch: the unit of compilation. Picklable."""
+    """What one compilation needs: a kernel, and the specialisation of a launch. Picklable."""
 
     module: str
     kernel: str
@@ -89,7 +93,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Report:
-    """Resources that the compiler reports for a unit. ``spills`` is the stack frame in bytes; only spills use it."""
+    """Resources that the compiler reports for a unit.
+
+    ``spills`` is the size of the stack frame in bytes, because the kernels use the stack for spilled registers only.
+    """
 
     kernel: str
     case: Case
@@ -103,7 +110,7 @@ class Report:
 
     @property
     def violation(self) -> str:
-        """The limit that is exceeded, or the compiler's error; empty if there is none."""
+        """The compiler's error, or which limit is exceeded and by what; empty if there is no violation."""
         if self.error:
             return self.error
         available = SHARED_BYTES[self.case.capability]
@@ -145,22 +152,22 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
             seed = torch.zeros((), dtype=torch.int64)
             masks = {"mask": triton_ops.dropout_mask(seed, M, K, 6554, 0), "keep_scale": 1.25}
         both_masks = masks | ({"mask_source": masks["mask"]} if masks and case.fusion else {})
-        # stacked weights have the compute dtype; a single adapter is read in its own
+        # stacked weights have the compute dtype; the weight of a single adapter is read in its own dtype
         A = triton_ops.stack(As, dtype) if count > 1 else As[0]
         triton_ops.shrink(x, source, A, compute_dtype=dtype, sum_streams=add, **both_masks)
         y_rows = [y[:8] for y in ys]
-        # with a second stream, or (for one rank only) with S instead of it
+        # decode reads x_source, or S instead of x_source; the latter is compiled at rank 64 only
         bottlenecks: list[list[Tensor]] = [[], [T[:8, :R]] * count] if case.fusion and R == 64 else [[]]
         for Ss in bottlenecks if triton_ops.can_decode(8, [R] * count) and not case.dropout else []:
             options: dict[str, Any] = {"compute_dtype": dtype, "save_for_backward": bool(Ss)} | common
             triton_ops.decode(
                 x[:8], source[:8] if source is not None and not Ss else None, Ss, y_rows, As, Bs, **options
             )
-        S, dS = (None, None) if add else (S, dS)  # "add" saves only the sum
+        S, dS = (None, None) if add else (S, dS)  # "add" saves only the sum T + S
         common["fusion"] = None if add else case.fusion
         triton_ops.expand_(ys, T, S, Bs, **common)
         if not case.dropout:
-            # adapter_first; biases of the base model have its dtype
+            # the order adapter_first (flare_kernels/order.py); biases have the dtype of the base model
             for biases in ([None] * count, [empty(n) for n in widths]):
                 triton_ops.expand_(ys, T, S, Bs, biases=biases, **common)
         triton_ops.grad_bottleneck(Gs, T, S, Bs, dT=dT, dS=dS, B_grad_dtype=adapter_dtype, **common)
@@ -172,7 +179,10 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
 
 
 def specialise(launch: Any, capability: int) -> Unit:
-    """Return the unit that Triton's JIT would compile for a launch. Compiling the unit fills the launch's cache."""
+    """Return the unit that Triton's JIT would compile for a launch.
+
+    Compiling the unit stores the kernel in Triton's cache, where the launch finds it.
+    """
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages, "enable_fp_fusion": True}
     signature, constants, attributes = jit_source(launch.kernel, launch.args, capability, options)
     return Unit(
@@ -226,7 +236,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def ci_cases() -> Iterator[Case]:
-    """Yield the cases that CI compiles: all rows in bfloat16, and one case of each other kind and form per kernel."""
+    """Yield the cases that CI compiles: the general rule in bfloat16, and a few of each other dtype, option and form."""
     for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
         yield Case(capability, rank=rank)
     # sm_89 stands for sm_86 and sm_120 too, which have the same rows and the same shared memory
@@ -243,13 +253,13 @@ def ci_cases() -> Iterator[Case]:
         yield Case(capability, rank=rank, form="tma")
     for capability, rank in itertools.product((80, 89, 90, 100), (16, 64, 128)):
         yield Case(capability, rank=rank, form="last_adds")
-    # the general rule's kernel is specialised on group_chunks == 1; this form compiles the other variant
+    # Triton specialises grad_bottleneck on group_chunks == 1, the general rule's value; rows_first passes other values
     yield from (Case(90, rank=rank, form="rows_first") for rank in (64, 128))
     yield Case(90, projections=2, adapter_dtype="float32")
 
 
 def all_cases() -> Iterator[Case]:
-    """Yield the whole grid."""
+    """Yield the cases of :func:`ci_cases`, and every combination of target, dtype, rank, fusion and options."""
     yield from ci_cases()
     fusions = (None, *FUSIONS)
     for capability, dtype, rank, fusion, aligned, dropout in itertools.product(
@@ -320,9 +330,17 @@ def _print_row(cells: Iterable[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line: compile, print a row per launch, and return 1 if there is a violation."""
+    """Run the command line: compile, print a row per launch, and return the exit status.
+
+    Returns:
+        0, 1 if there is a violation, or 2 if Triton is not installed or interprets the kernels.
+    """
     parser = argparse.ArgumentParser(prog="python -m flare_kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--all", action="store_true", help="compile the whole grid (about half an hour)")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="compile every combination of target, dtype, rank and options (about half an hour)",
+    )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compiler processes (default 2)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)

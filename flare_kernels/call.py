@@ -1,6 +1,9 @@
 """The constants of the autograd node (:mod:`flare_kernels.node`), computed once and read in every step.
 
 No code of this module runs in a training step after the first.
+
+T (M, R) holds the bottlenecks x A^T of all adapters side by side, in *stacking order*: adapters that fuse with a source
+come first. phi is the fusion of an adapter.
 """
 
 from __future__ import annotations
@@ -28,9 +31,13 @@ class Projection(NamedTuple):
 class ProjectionGroup(NamedTuple):
     """Neighbouring projections of one phi and one rank, which share a launch.
 
-    columns: their columns of T.
-    launch_fusion: the fusion that the kernels see. It is None for "add", which is linear: the kernels get the sum
-    H = S + T and treat it as T of plain LoRA.
+    Attributes:
+        fusion: the projections' phi; None for plain LoRA.
+        launch_fusion: the fusion that is passed to the kernels. It is None for "add" too, which is linear: the kernels
+            get the sum H = S + T and treat it as T of plain LoRA.
+        members: the projections' indices in stacking order.
+        columns: the projections' columns of T.
+        scalings: alpha / r of each projection.
     """
 
     fusion: str | None
@@ -46,7 +53,7 @@ class Call:
     Args:
         ops: the primitives.
         dtype: compute dtype.
-        adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first.
+        adapters: (output index, rank, scaling, fusion) of each adapter, in stacking order.
         outputs: number of outputs, adapted or not.
         p: probability of dropping an entry of the streams.
 
@@ -54,10 +61,11 @@ class Call:
         rank: R, the number of columns of T.
         fused: the number of leading columns of T that fuse with a source.
         nonlinear: whether some phi needs T and S in backward.
-        only_adds: whether H = S + T for every projection.
-        adapted: the output index of each projection.
+        only_adds: whether the fusion of every projection is "add" (H = S + T).
+        adapted: the output index of each projection, in stacking order.
         others: the indices of the outputs without an adapter.
-        needs: (requires-grad flags of (x, x_source, S_i ..., A_i ..., B_i ...), number of S_i) -> :class:`Needs`.
+        needs: mapping to :class:`Needs`. A key is (flags, number of S_i), where the flags tell whether x, x_source,
+            each S_i, each A_i and each B_i require grad.
     """
 
     def __init__(self, ops: Any, dtype: torch.dtype, adapters: Sequence[AdapterSpec], outputs: int, p: float) -> None:

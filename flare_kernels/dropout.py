@@ -1,7 +1,7 @@
 """Dropout with packed masks of one bit per element, regenerated from a seed. No dropped-out copy of x is stored.
 
-The mask of an (M, K) stream is uint8 (M, ceil(K / 8)). Bit j of byte b is 1 if column 8 b + j is kept and 0 if it is
-dropped. Bits past column K are zero. A byte is a pure function of (seed, stream, row, byte): Philox 4x32-10 with
+A stream is x (M, K), the hidden states of the target or of the source. Its mask is uint8 (M, ceil(K / 8)). Bit j of
+byte b is 1 if column 8 b + j is kept and 0 if it is dropped. Bits past column K are zero. A byte is a pure function of (seed, stream, row, byte): Philox 4x32-10 with
 
     counter = (byte, row, stream, 0)    key = (low, high word of the seed)
 
@@ -29,7 +29,7 @@ _CHUNK_BYTES = {"cpu": 1 << 15, "other": 1 << 22}
 
 
 def drop_threshold(p: float) -> int:
-    """Return round(p * 65536). A column is kept if its 16-bit number is at least that."""
+    """Return round(p * 65536). A column is kept if its 16-bit number is at least this threshold."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p={p!r} is not a probability (0 to 1)")
     return round(p * _LEVELS)
@@ -91,7 +91,7 @@ def unpack(mask: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
 def dropout_mask_torch(seed: Tensor, rows: int, cols: int, threshold: int, stream: int) -> Tensor:
     """Return a packed mask, generated in plain PyTorch on any device, a chunk of rows at a time.
 
-    All four Philox words are computed by the same operators: on a GPU, the number of launches decides the time.
+    All four Philox words are computed by the same operators, because on a GPU the number of launches decides the time.
     """
     n_bytes = (cols + 7) // 8
     out = torch.empty((rows, n_bytes), dtype=torch.uint8, device=seed.device)
@@ -129,6 +129,6 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: int) -> Tensor:
 
 
 def _pair(values: tuple[int, int], device: torch.device) -> Tensor:
-    """Return two numbers as an int64 tensor, computed on the device: a copy from the host would break graph capture."""
+    """Return two numbers as an int64 tensor, computed on the device: graph capture forbids copies from the host."""
     first, second = values
     return torch.arange(2, device=device).mul_(second - first).add_(first)

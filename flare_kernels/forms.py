@@ -1,6 +1,8 @@
-"""Choice of the form of a step: the forced one, the tuned table's, or the general rule's. Does not import Triton.
+"""Choice of the form of a step, without importing Triton.
 
-A form is one implementation of a step. ``FORMS`` in ``triton_ops/config.py`` lists the forms of each step.
+A step is one operation of the adapter, such as the down-projection ("shrink"). A form is one implementation of a step.
+``FORMS`` in ``triton_ops/config.py`` lists the forms of each step. The form of a call is the form that the launch mode
+forces, otherwise the form in the launch table, otherwise the step's first form (the general rule).
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def select_form(
 
 
 def tuned_entry(step: str, operands: str, rank: int, rows: int, width: int, device: torch.device) -> Entry | None:
-    """Return the entry of the device's tuned table for a step, or None."""
+    """Return the entry of the device's tuned table for a step; None without an entry or without a CUDA device."""
     if device.type != "cuda":
         return None
     return table_for(_gpu_name(_index(device))).entries.get(table_key(step, operands, rank, rows, width))
@@ -64,7 +66,7 @@ def table_key(step: str, operands: str, rank: int, rows: int, width: int) -> Key
 def class_of(
     rank: int, compute_dtype: torch.dtype, wide: Sequence[Tensor | None], thin: Sequence[Tensor | None]
 ) -> str:
-    """Return the operand class of a launch.
+    """Return the operand class of a launch (``OPERAND_CLASSES`` in ``triton_ops/config.py``).
 
     Args:
         rank: rank of one adapter.
@@ -79,7 +81,7 @@ def class_of(
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
-    """Return whether Triton can use 16-byte accesses: pointers and strides must be multiples of 16."""
+    """Return whether Triton can use 16-byte accesses: addresses and strides (except 1) must be multiples of 16."""
     for x in tensors:
         if x is not None and (x.data_ptr() % 16 or any(s != 1 and s % 16 for s in x.stride())):
             return False

@@ -1,6 +1,6 @@
-"""The autograd function over :mod:`flare_kernels.node`, and the public function for one projection.
+"""The autograd function that wraps :mod:`flare_kernels.node`, and the public function for one projection.
 
-Saved for backward:
+x, T, S, H, A and B are named as in :mod:`flare_kernels.node`. Saved for backward:
 
 * x and x_source as passed, if some A requires grad; never a cast or dropped-out copy of them,
 * T and S in the compute dtype, or only H if phi is linear,
@@ -31,7 +31,7 @@ from .node import rows, without_autocast
 from .order import Order, choose_order
 from .reference import compute_dtype
 
-# The attributes of a weight that are part of the key of an order, for `map`.
+# Getter for `map`: the attributes of a frozen weight that are part of the key under which an order is cached.
 _LAYOUT = operator.attrgetter("shape", "dtype")
 
 #: Weights in the compute dtype are saved for the backward pass if x is at least this many times as large.
@@ -57,7 +57,7 @@ def writable(base_output: Tensor, *others: Tensor | None) -> Tensor:
     is_shared = (
         (base_output.is_leaf and base_output.requires_grad)
         or base_output._is_view()
-        or storage.nbytes() > base_output.numel() * base_output.element_size()  # inference mode hides views
+        or storage.nbytes() > base_output.numel() * base_output.element_size()  # inference mode does not mark views
         or (base_output.is_inference() and not torch.is_inference_mode_enabled())
         or (base_output.numel() > 0 and storage.data_ptr() in addresses)
     )
@@ -74,10 +74,11 @@ class FusedLoRA(torch.autograd.Function):
         seed: dropout seed, () int64, or None.
         source_seed: dropout seed of the source stream; None: ``seed``.
         A: the stacked A (R, d), or None.
-        tensors: y_i (..., n_i); S (..., columns) instead of x_source; A_i (r_i, d) and B_i (n_i, r_i) in stacking
-            order; frozen weights W_i (n_i, d) if the node computes dx of their products. Without y_i, the node computes
-            the products too, before or after the adapters (:mod:`flare_kernels.order`). The W_i are then followed by
-            their biases, (n_i,) or None, and the outputs have shape (M, n_i).
+        tensors: in this order: y_i (..., n_i); S (..., columns) if they replace x_source; A_i (r_i, d), then
+            B_i (n_i, r_i), in stacking order; the frozen weights W_i (n_i, d) if the node computes dx of their
+            products. If no y_i are passed, the node computes the products too, before or after the adapters
+            (:mod:`flare_kernels.order`). The W_i are then followed by their biases, each (n_i,) or None, and the
+            outputs have shape (M, n_i).
     """
 
     @staticmethod
@@ -117,7 +118,7 @@ class FusedLoRA(torch.autograd.Function):
             except KeyError:
                 order = mode.plans.add(key, choose_order(mode, call, x_MK, Ws, biases, autocast))
             if order is None:
-                # under autocast, which casts as in the unmodified layer
+                # autocast, if it is enabled, casts these operands as it does in the unmodified layer
                 ys = matrices = tuple(map(F.linear, (x_MK,) * count_W, Ws, biases))
             else:
                 outputs: list[Any] = [None] * count_W
@@ -140,7 +141,9 @@ class FusedLoRA(torch.autograd.Function):
                 ys[output].addmm_(x_MK, Ws[output].T)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.sizes, ctx.needs, ctx.adapter_first = call, sizes, needs, order is not None
-        ctx.frozen_inputs = count_W if count_y else 2 * count_W  # weights, and biases
+        ctx.frozen_inputs = (
+            count_W if count_y else 2 * count_W
+        )  # weights, followed by biases if the node computes the products
         # dB needs T; a nonlinear phi needs T and S in backward
         save_hidden = needs.any_B or (needs.hidden and call.nonlinear)
         ctx.save_for_backward(
@@ -245,10 +248,10 @@ class _DifferentiableOnce(torch.autograd.Function):
 def differentiable_once(
     grads: Sequence[Tensor | None], depend_on: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a backward pass with ``create_graph=True``, such that differentiating them raises.
+    """Return the gradients of a backward pass with ``create_graph=True``, with a graph that raises when differentiated.
 
-    torch's ``once_differentiable`` does not connect the gradients to the saved tensors. ``autograd.grad`` would then
-    find no second derivative and raise no error.
+    torch's ``once_differentiable`` is not enough: it does not connect the gradients to the saved tensors, so
+    ``autograd.grad`` would find no second derivative and raise no error.
 
     Args:
         grads: gradients without a graph.
@@ -286,13 +289,13 @@ def apply(
     Args:
         backend: name of the backend.
         dtype: compute dtype.
-        adapters: (output index, rank, scaling, fusion) in stacking order, those that fuse first.
+        adapters: (output index, rank, scaling, fusion) of each adapter in stacking order (adapters that fuse first).
         p: probability of dropout; 0 outside training.
-        x, x_source: (..., d).
-        Ss: S (..., r_i) instead of x_source.
-        ys: frozen outputs, consumed.
+        x, x_source: (..., d); x_source may be None.
+        Ss: S (..., r_i) of each fusing adapter instead of x_source; otherwise empty.
+        ys: outputs (..., n_i) of the frozen linears. The results may overwrite them.
         As, Bs: (r_i, d) and (n_i, r_i), in stacking order.
-        Ws: the frozen weights, if ys have no graph and the node computes dx of the frozen products.
+        Ws: the frozen weights, if the node computes dx of the frozen products (ys then have no graph); otherwise empty.
     """
     p = p if adapters else 0.0
     seed = _dropout.draw_seed(x.device) if p > 0.0 else None
@@ -320,19 +323,20 @@ def apply_with_products(
     Ws: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """Call the node for adapters over plain frozen linears, whose products and dx it computes too.
+    """Call the node with autograd for plain frozen linears, so that it also computes their products and dx.
 
     The arguments are not checked.
 
     Args:
         call: the constants; it has one output per W.
         sizes: (0, number of Ss, number of Ws).
-        x, x_source: (..., d).
-        source_seed: seed of the dropout masks of x_source, if the caller has drawn it.
-        Ss: S (..., columns) instead of x_source.
-        A: the stacked A (R, d), if the caller has it.
-        As, Bs: (r_i, d) and (n_i, r_i), in the call's order.
-        Ws, biases: (n_i, d) and (n_i,) or None, frozen, of every output.
+        x, x_source: (..., d); x_source may be None.
+        source_seed: seed of the dropout mask of x_source, if the caller has drawn one; otherwise None.
+        Ss: S (..., columns) instead of x_source; otherwise empty.
+        A: the stacked A (R, d) if the caller has it, otherwise None.
+        As, Bs: (r_i, d) and (n_i, r_i), in stacking order.
+        Ws: frozen weight (n_i, d) of every output.
+        biases: frozen bias (n_i,) of every output, or None.
 
     Returns:
         y_i (M, n_i), as new tensors.
@@ -388,7 +392,7 @@ def fused_lora(
         (..., m, n) in base_output's dtype. The compute dtype is x's, or base_output's if autocast left x in float32.
         Sums are float32 (float64 for float64 inputs). Each gradient has the dtype of its tensor. The result is
         differentiable once in x, base_output, lora_A, lora_B, source_bottleneck and x_source. dx is the adapter's
-        share, dT A.
+        share, dT A; autograd adds the share of the frozen linear.
 
     Raises:
         TypeError: a tensor is not floating-point, or float64 is mixed with another dtype.

@@ -59,7 +59,8 @@ _REGISTRY: dict[str, Fusion] = {
 #: Fusions with fused kernels.
 FUSIONS: tuple[str, ...] = tuple(_REGISTRY)
 
-#: Fusions that mix positions. They have no fused kernel, only the plain PyTorch form in :mod:`flare_kernels.reference`.
+#: Fusions that combine different token positions. They have no fused kernel and run in plain PyTorch
+#: (:mod:`flare_kernels.reference`).
 EAGER_FUSIONS: tuple[str, ...] = ("cross_attention", "matmul", "matmul_relu")
 
 ALL_FUSIONS: tuple[str, ...] = FUSIONS + EAGER_FUSIONS

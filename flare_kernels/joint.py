@@ -44,8 +44,9 @@ def fused_lora_qkv(
     Args:
         x: (..., m, d) input of all projections.
         x_source: (..., m, d) source stream, or None.
-        base_outputs: name -> (..., m, n) output of the frozen linear; consumed, as in ``fused_lora``. None: the node
-            computes the frozen products from ``weights``, before or after the adapters (:mod:`flare_kernels.order`).
+        base_outputs: name -> (..., m, n) output of the frozen linear, which the result may overwrite, as in
+            ``fused_lora``. None: the node computes the frozen products from ``weights``, before or after the adapters
+            (:mod:`flare_kernels.order`).
         adapters: name -> (A (r, d), B (n, r), scaling) for any subset of the names. Outputs of the other names are
             returned unchanged.
         fusion: one fusion for all adapters, or name -> fusion. None and missing names mean plain LoRA.
@@ -128,10 +129,12 @@ def _with_products(
 ) -> dict[str, Tensor]:
     """Return the outputs of :func:`fused_lora_qkv` if the node computes the frozen products too."""
     if weights is None:
-        raise ValueError("base_outputs is None and so is weights: pass the frozen weights, or the frozen outputs")
+        raise ValueError(
+            "base_outputs and weights are both None: pass the frozen weights, or the outputs of the frozen linears"
+        )
     biases = {} if biases is None else biases
     if unknown := sorted(set(biases) - set(weights)):
-        raise ValueError(f"biases names {unknown}, weights has {sorted(weights)}")
+        raise ValueError(f"biases names {unknown}, but weights has only {sorted(weights)}")
     for kind, frozen in (("weights", weights), ("biases", biases)):
         if trained := sorted(name for name, tensor in frozen.items() if tensor is not None and tensor.requires_grad):
             raise ValueError(
@@ -187,12 +190,15 @@ def _check(
     for argument, mapping in (("adapters", adapters), ("source_bottleneck", source_bottleneck or {})):
         unknown = sorted(set(mapping) - set(base_outputs))
         if unknown:
-            raise ValueError(f"{argument} names {unknown}, base_outputs has {sorted(base_outputs)}")
+            raise ValueError(f"{argument} names {unknown}, but base_outputs has only {sorted(base_outputs)}")
     if weights is not None and set(weights) != set(base_outputs):
-        raise ValueError(f"weights names {sorted(weights)}, base_outputs has {sorted(base_outputs)}: pass all or none")
+        raise ValueError(
+            f"weights names {sorted(weights)}, but base_outputs has {sorted(base_outputs)}: pass all names "
+            "or no weights at all"
+        )
     if isinstance(fusion, Mapping) and set(fusion) - set(base_outputs):
         raise ValueError(
-            f"fusion names {sorted(set(fusion) - set(base_outputs))}, base_outputs has {sorted(base_outputs)}"
+            f"fusion names {sorted(set(fusion) - set(base_outputs))}, but base_outputs has only {sorted(base_outputs)}"
         )
     for adapter_fusion in fusion.values() if isinstance(fusion, Mapping) else (fusion,):
         validation.check_fusion(adapter_fusion, "torch" if backend == "auto" else backend)

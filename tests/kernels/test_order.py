@@ -273,7 +273,7 @@ def test_wrong_arguments(device) -> None:
     t = make(F32, device)
     x, adapters = t["x"], {"q": (t["A.q"], t["B.q"], 1.0)}
     W, b = {"q": t["W.q"]}, {"q": t["b.q"]}
-    with pytest.raises(ValueError, match="base_outputs is None and so is weights"):
+    with pytest.raises(ValueError, match="base_outputs and weights are both None"):
         fused_lora_qkv(x, None, None, adapters)
     with pytest.raises(ValueError, match="biases names \\['v'\\]"):
         fused_lora_qkv(x, None, None, adapters, weights=W, biases={"v": t["b.v"]})
