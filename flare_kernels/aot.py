@@ -236,7 +236,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def ci_cases() -> Iterator[Case]:
-    """Yield the cases that CI compiles: the general rule in bfloat16, and a few of each other dtype, option and form."""
+    """Yield the cases that CI compiles: the general rule in bfloat16, and a few of other dtypes, options and forms."""
     for capability, rank in itertools.product((80, 90, 100), (16, 32, 64, 128)):
         yield Case(capability, rank=rank)
     # sm_89 stands for sm_86 and sm_120 too, which have the same rows and the same shared memory

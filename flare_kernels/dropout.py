@@ -1,9 +1,11 @@
 """Dropout with packed masks of one bit per element, regenerated from a seed. No dropped-out copy of x is stored.
 
 A stream is x (M, K), the hidden states of the target or of the source. Its mask is uint8 (M, ceil(K / 8)). Bit j of
-byte b is 1 if column 8 b + j is kept and 0 if it is dropped. Bits past column K are zero. A byte is a pure function of (seed, stream, row, byte): Philox 4x32-10 with
+byte b is 1 if column 8 b + j is kept and 0 if it is dropped. Bits past column K are zero.
 
-    counter = (byte, row, stream, 0)    key = (low, high word of the seed)
+Byte b of a row is a pure function of (seed, number of the stream, row, b): Philox 4x32-10 with
+
+    counter = (b, row, stream, 0)    key = (low, high word of the seed)
 
 gives 128 bits, which are split into eight 16-bit numbers u_j (even j: low half of word j // 2, odd j: its high half).
 Column 8 b + j is kept if u_j >= round(p * 65536). The PyTorch and the Triton implementation give the same bits.

@@ -1,8 +1,9 @@
-"""The current launch mode: cached plans, forced tiles, and whether launches are recorded. Does not import Triton.
+"""The current launch mode: which plans are cached, what is forced, and whether kernels run. Does not import Triton.
 
 A *plan* is what a primitive computes once per distinct call: configuration, grid, constant arguments and the launch
-itself. Each mode has its own cache of plans, so a plan made under other settings is never run. The mode belongs to the
-process, not to a thread.
+itself. Each mode has its own cache of plans, so a plan that was computed in another mode is never run. The mode applies
+to the whole process, not to one thread. Steps, forms and launch tables are explained in :mod:`flare_kernels.forms` and
+:mod:`flare_kernels.launch_table`.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class Mode:
 
     Attributes:
         plans: the cached plans.
-        forced: kernel name -> configuration.
-        forced_form: the form of every step that has it.
-        table: a launch table to use instead of the device's.
-        shared_bytes: shared memory per block to assume instead of the device's.
-        recorded: list that collects launches instead of running them.
-        left_out: list that collects kernel names instead of running the kernels.
-        counters: lists that collect kernel names while the kernels run.
+        forced: kernel name -> the TileConfig that its launches use.
+        forced_form: name of a form; every step that has a form of this name uses it. None: no form is forced.
+        table: a launch table to use instead of the device's; None: the device's.
+        shared_bytes: bytes of shared memory per block to assume; None: the device's.
+        recorded: list to which each launch is appended instead of being run; None: launches run.
+        left_out: list to which the name of each kernel is appended instead of running it; None: kernels run.
+        counters: lists to which the name of each kernel is appended before it runs.
     """
 
     plans: Plans = field(default_factory=Plans)
@@ -69,7 +70,7 @@ def _changed(**changes: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def using(mode: Mode) -> Iterator[None]:
-    """Run under an earlier mode, with its cached plans."""
+    """Make an earlier mode, with its cached plans, the current mode inside this context."""
     global current
     before, current = current, mode
     try:
@@ -96,10 +97,10 @@ def counting() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def forcing(*, form: str | None = None, table: LaunchTable | None = None, **configs: Any) -> Iterator[None]:
-    """Force a form, a launch table, and configurations by kernel name. For the tuner and tests.
+    """Force a form, a launch table, and configurations by kernel name inside this context. For the tuner and tests.
 
-    A step uses the form if it supports it and the call allows it. Whether the device can run it is not checked. Steps
-    without that form follow ``table`` on any device.
+    A step takes ``form`` if it has a form of this name and the call does not exclude it. Whether the device can run the
+    form is not checked. Other steps follow ``table``, on any device.
     """
     changes = {"forced_form": form or current.forced_form, "table": table or current.table}
     with _changed(forced={**current.forced, **configs}, **changes):

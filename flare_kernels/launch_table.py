@@ -43,11 +43,11 @@ def bucket(size: int, bounds: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """Key of an entry: a step, its operand class, the rank bucket, and the buckets of rows and width.
+    """Key of an entry: a step, its operand class, the rank bucket, and the buckets of rows (tokens) and width.
 
-    The width is that of the input (K) for shrink, grad_weight, grad_input and decode, and that of the widest output (N)
-    for the other steps. The rank is that of one adapter (r) for expand, grad_bottleneck, decode and order, and that of
-    the stacked adapters for the other steps.
+    The width is the input's width (K) for shrink, grad_weight, grad_input and decode, and the widest output's width (N)
+    for the other steps. The rank is the rank of one adapter (r) for expand, grad_bottleneck, decode and order, and the
+    sum of the ranks of all stacked adapters (R) for the other steps.
     """
 
     step: str
@@ -63,8 +63,8 @@ class Entry:
 
     Attributes:
         form: one of the step's forms.
-        tiles: kernel -> fields of its TileConfig. A kernel without tiles here uses those of the general rule.
-        us: measured times in microseconds.
+        tiles: kernel -> fields of its TileConfig. A kernel that is not listed uses the general rule's tiles.
+        us: measured times in microseconds: of each form, of the general rule, and "floor", the step's lower bound.
     """
 
     form: str
@@ -107,7 +107,7 @@ class LaunchTable:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] != FORMAT:
-                raise ValueError(f"format {document['format']!r}, this version reads {FORMAT}")
+                raise ValueError(f"the file has format {document['format']!r}, this version reads format {FORMAT}")
             entries = dict(_parse(row) for row in document["entries"])
             return cls(str(document["gpu"]), entries, dict(document["about"]), path)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, ValueError) as error:
@@ -147,7 +147,7 @@ _OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9), "programs"
 
 
 def _check_tiles(key: Key, kernel: str, tiles: Mapping[str, int]) -> None:
-    """Raise ValueError for tiles with which a launch of this step would fail or compute wrong results."""
+    """Raise ValueError if a launch of this step with these tiles would fail or compute wrong results."""
     expected = {f"BLOCK_{axis}" for axis in "MKNR"} | set(_OPTIONS)
     if set(tiles) != expected:
         raise ValueError(f"tiles of {kernel} have the fields {sorted(tiles)}, expected {sorted(expected)}")
@@ -181,7 +181,7 @@ def package_path(gpu: str) -> Path:
 def _default_paths(gpu: str) -> list[Path]:
     try:
         return [user_path(gpu), package_path(gpu)]
-    except RuntimeError:  # a user without a home directory
+    except RuntimeError:  # this user has no home directory
         return [package_path(gpu)]
 
 
@@ -199,10 +199,11 @@ def table_for(gpu: str) -> LaunchTable:
         except OSError:  # a home directory that this user may not read
             continue
         except ValueError as error:
-            warnings.warn(f"{error}; general launch configurations are used", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error}; the general launch configurations are used", RuntimeWarning, stacklevel=2)
             continue
         if table.gpu != gpu:
-            warnings.warn(f"{path} is for {table.gpu}, this is {gpu}; it is ignored", RuntimeWarning, stacklevel=2)
+            message = f"{path} is for {table.gpu}, but this GPU is {gpu}; the file is ignored"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
             continue
         return table
     return LaunchTable(gpu)

@@ -6,7 +6,7 @@ outputs and returns new tensors: the compiler frees the old ones, and the kernel
 so a compiled layer is one graph, which a CUDA graph can capture. The frozen products are separate operators of the
 graph and always run first (:mod:`flare_kernels.order` describes the other order).
 
-Optional results are empty tensors, because an operator cannot return None.
+A result that is not computed is returned as an empty tensor, because an operator cannot return None.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .selection import primitives
 def call_of(
     backend: str, device: torch.device, dtype: torch.dtype, adapters: tuple[AdapterSpec, ...], outputs: int, p: float
 ) -> Call:
-    """Return the cached constants of the node for these adapters and the primitives of a backend (also "auto")."""
+    """Return the node's constants for these adapters and a backend (a name or "auto"), cached by these arguments."""
     ops = primitives(backend, device, dtype)
     key = (id(ops), dtype, adapters, outputs, p)
     call = _calls.get(key)
@@ -92,7 +92,7 @@ def _adapter_specs(
 def _saved_sizes(
     x: Tensor, x_source: Tensor | None, As: Sequence[Tensor], fusions: str, save_for_backward: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sizes of T and S as the operator returns them. S is not returned if it was an input."""
+    """Return the sizes of the T and S that the operator returns: (0,) if unsaved, and for S also if it was an input."""
     names = fusions.split(",") if As else []
     M = math.prod(x.shape[:-1])  # Size.numel() would turn a traced length into a constant
     R = sum(A.shape[0] for A in As)
@@ -124,7 +124,7 @@ def lora(
 ) -> list[Tensor]:
     """Return [y_i + s_i phi_i(S_i, T_i) B_i^T ..., T, S].
 
-    T (M, R) and S (M, fused) are empty unless ``save_for_backward`` and the backward pass needs them.
+    T (M, R) and S (M, fused) are empty if ``save_for_backward`` is false or if the backward pass does not need them.
     """
     adapters = _adapter_specs(outputs, scalings, fusions, As)
     call = call_of(backend, x.device, dtype, tuple(adapters), len(ys), p)
@@ -194,7 +194,10 @@ def lora_backward(
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    """Return [dx, dx_source, dS_i ..., dA_i ..., dB_i ...]; empty if the flag in ``needs`` (same order) is false."""
+    """Return [dx, dx_source, dS_i ..., dA_i ..., dB_i ...].
+
+    ``needs`` has one flag per gradient, in the same order. A gradient whose flag is false is an empty tensor.
+    """
     adapters = _adapter_specs(outputs, scalings, fusions, As)
     call = call_of(backend, x.device, dtype, tuple(adapters), len(grads), p)
     S_node: Tensor | None = S if S.dim() == 2 else None

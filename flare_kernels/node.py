@@ -4,9 +4,10 @@
     dB_i = s_i G_i^T H_i    dH_i = s_i G_i B_i    dA = dT^T x + dS^T x_source    dx = dT A            (G_i = dL/dy_i)
 
 The A_i (r_i, d) are stacked in A (R, d), so each stream is read once for all projections. The T_i are columns of one
-T (M, R). Projections that fuse come first, so S has only the leading columns. If the frozen weights W_i are passed, the
-node also computes dx of the frozen products, accumulated in the same buffer: dx = sum_i G_i W_i + dT A. Either the
-frozen products or the adapters run first (:mod:`flare_kernels.order`): the first writes, the second reads and adds.
+T (M, R). Projections that fuse with a source come first, so S (M, fused) belongs to the leading columns of T. If the
+frozen weights W_i are passed, the node also computes dx of the frozen products, accumulated in the same buffer:
+dx = sum_i G_i W_i + dT A. Either the frozen products or the adapters run first and write their result; the other then
+adds to it (:mod:`flare_kernels.order`).
 
 Every tensor in this module is a matrix: M tokens, K input width d, N output width n, R rank.
 :mod:`flare_kernels.function` wraps the node in an autograd function, :mod:`flare_kernels.library` in operators for
@@ -79,16 +80,16 @@ def forward(
 
     Args:
         call: the constants.
-        x, x_source: (M, d).
-        Ss: S (M, fused) instead of x_source, as one matrix or as one matrix per projection.
+        x, x_source: (M, d); x_source may be None.
+        Ss: S (M, fused) instead of x_source, as one matrix or as one matrix per fusing projection; otherwise empty.
         seeds: dropout seeds of target and source, or None.
         ys: (M, n_i) of every output.
         As, Bs: (r_i, d) and (n_i, r_i), in stacking order.
         save_for_backward: whether a backward pass needs T and S.
-        outs: destinations like ys; None: in place.
-        A: the stacked A (R, d) in the compute dtype, if the caller has it.
-        biases: (n_i,) or None for every output. If passed, y is not read: bias plus share are written to it. The
-            decoding kernels are then not used.
+        outs: destinations with the shapes and dtypes of ys; None: ys are overwritten.
+        A: the stacked A (R, d) in the compute dtype if the caller has it, otherwise None.
+        biases: (n_i,) or None for every output. If passed, y is not read: the bias plus the adapter's share are written
+            to y. The decoding kernels are then not used.
     """
     if not call.projections:
         return None, None, None, None
@@ -164,7 +165,7 @@ def _columns(Ss: Sequence[Tensor], call: Call) -> Sequence[Tensor]:
 
 
 def _cast_B(call: Call, Bs: Sequence[Tensor], B: Tensor | None = None) -> tuple[Tensor | None, Sequence[Tensor]]:
-    """Return the stacked B in the compute dtype and its parts, or None and the B_i if these already have that dtype.
+    """Return (stacked B in the compute dtype, its parts), or (None, Bs) if Bs have that dtype or different ranks.
 
     B is cast once and not tile by tile, because every row of tiles reads it.
     """
@@ -291,7 +292,7 @@ def _grad_bottleneck(
     Gs: Sequence[Tensor | None],
     two_streams: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Return dT (M, R), dS (M, fused) and dB_i, from dL/dy_i. ``B_params`` have the dtypes of dB_i."""
+    """Return dT (M, R), dS (M, fused) and dB_i, from G_i = dL/dy_i. dB_i get the dtypes of ``B_params``."""
     dBs: list[Tensor | None] = [None] * call.count
     if not call.count or not needs.anything:
         return None, None, dBs
@@ -350,7 +351,7 @@ def _grad_group(
     dS: Tensor | None,
     dBs: list[Tensor | None],
 ) -> None:
-    """Fill one group's columns of dT and dS, and its dB_i. The missing gradient of an output counts as zeros."""
+    """Fill one group's columns of dT and dS, and its dB_i. If an output has no gradient, G_i = 0 for its projection."""
     at, columns = group.members, group.columns
     G_or_None = [Gs[projection.output] for projection in call.projections[at]]
     sample = next((G for G in G_or_None if G is not None), None)

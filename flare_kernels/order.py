@@ -8,10 +8,10 @@ In backward, dT A writes dx, then every frozen product adds to it. The reads of 
 where they overlap with the computation. The orders differ in when the intermediate y and dx are rounded. The results of
 both are as close to float64 as those of PEFT's eager form.
 
-The order is the step "order" of the launch table. Its rows are M, its width is that of the widest adapted output, and
-its rank is r. The frozen product always runs first in layers that compute it themselves (quantised or with hooks), in
-the operators for ``torch.compile``, and in passes over some rows of a batch. No code of this module runs in a training
-step after the first.
+The launch table chooses the order: it is the table's step "order", whose rows are the M tokens, whose width is the
+widest adapted output's, and whose rank is one adapter's (r). The frozen products always run first in layers that
+compute them outside the node (quantised or with hooks), in the operators for ``torch.compile``, and in passes that
+adapt only some rows of a batch. No code of this module runs in a training step after the first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def can_run_first(
 ) -> bool:
     """Return whether the adapters can run first.
 
-    This requires one dtype throughout, at most one adapter per output, and more rows than the decoding kernels take.
+    This requires that x, W_i, biases and the computation have one dtype, that no output has two adapters, and that
+    there are more rows than the decoding kernels take.
     """
     if not call.projections or len(set(call.adapted)) < call.count or x.shape[0] <= call.decode_rows:
         return False

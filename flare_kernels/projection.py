@@ -2,8 +2,8 @@
 
     S = drop(x) A^T        dA = dS^T drop(x)              x (M, d), A (R, d), S and dS (M, R)
 
-For callers that project a stream before the layers that use it run, and store the result themselves (FLARE's source
-pass). The dropout masks are those of the source stream of :func:`flare_kernels.fused_lora`.
+M tokens, R rank. For callers that project the source states before the layers that read S run (FLARE's source pass).
+One seed gives the same dropout mask here as for the source stream of :func:`flare_kernels.fused_lora`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def project(x: Tensor, A: Tensor, *, seed: Tensor | None = None, dropout_p: floa
 
 
 def project_grad(dS: Tensor, x: Tensor, *, seed: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-    """Return dA = dS^T drop(x), (R, d) in float32 (float64 for float64), with the masks of :func:`project`."""
+    """Return dA = dS^T drop(x), (R, d) in float32 (float64 for float64), with the mask that :func:`project` used."""
     ops = primitives("auto", x.device, x.dtype)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
 

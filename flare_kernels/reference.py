@@ -1,7 +1,7 @@
 """The oracle: FLARE's formulas in plain PyTorch, differentiated by autograd, in any dtype including float64.
 
 Every kernel test compares with this module. It defines what the fused implementations compute (paper section 3,
-equations 1 to 4), without fusing, saving or rounding anything.
+equations 1 to 4). Every operation runs by itself in the compute dtype; no intermediate result is rounded to another.
 
 Shapes: B batch, m length, d input width, n output width, r rank.
 """
@@ -97,8 +97,8 @@ def fused_lora(
     """Return y = base_output + scaling * phi(x_source A^T, x A^T) B^T, written as the formula.
 
     Arguments as in :func:`flare_kernels.fused_lora`, plus ``weights`` and ``heads`` of :func:`fuse`. ``backend`` is
-    ignored. ``base_output`` is not modified. Adapters are cast to x's dtype (under autocast, x and adapters to
-    base_output's).
+    ignored. ``base_output`` is not modified. Adapters are cast to x's dtype. If autocast left x in float32, x and the
+    adapters are cast to base_output's dtype.
     """
     del backend
     dtype = compute_dtype(x, base_output)

@@ -1,4 +1,7 @@
-"""Choice of the backend: which implementation of the primitives runs on a device, and why others cannot."""
+"""Choice of the backend: which implementation of the adapter's operations runs on a device, and why others cannot.
+
+The *primitives* are these operations, such as shrink and expand (:mod:`flare_kernels.triton_ops.primitives`).
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,9 @@ def _unsupported_reason(index: int) -> str:
     if capability >= MINIMUM_CAPABILITY:
         return ""
     name = torch.cuda.get_device_name(index)
-    return f"{name} (cuda:{index}) has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return (
+        f"{name} (cuda:{index}) has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+    )
 
 
 def select_backend(device: torch.device | str, dtype: torch.dtype, fusion: str | None = None) -> str:
@@ -127,7 +132,7 @@ def launch_plan(
 
 
 def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the namespace of primitives of a backend. For "auto" on a GPU, the one that follows the launch table.
+    """Return the namespace of a backend's primitives. For "auto" on a GPU, they follow the launch table.
 
     Raises:
         ValueError: the backend is unknown, or cannot run on this device and in this dtype; the message has the reason.
@@ -181,7 +186,7 @@ def _plain(device: torch.device) -> Any:
 def _plain_with_triton_masks() -> Any:
     from .triton_ops.primitives import dropout_mask
 
-    # the mask does not depend on a compute dtype, and in plain PyTorch it takes about a hundred launches
+    # any compute dtype can use the kernel's mask, and plain PyTorch needs about a hundred launches to make one
     return types.SimpleNamespace(**vars(torch_ops) | {"dropout_mask": dropout_mask})
 
 

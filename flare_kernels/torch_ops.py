@@ -1,10 +1,11 @@
 """The primitives of the adapter in plain PyTorch: BLAS calls that accumulate in place, on any device, in any dtype.
 
-This is the fallback if Triton cannot run, the only backend for float64, and the baseline that the kernels in
-:mod:`flare_kernels.triton_ops` must beat. Both modules export the same functions, so the autograd node in
-:mod:`flare_kernels.node` works with either.
+These are the fallback if Triton cannot run, the only primitives that compute in float64, and the baseline that the
+kernels must beat. :mod:`flare_kernels.triton_ops.primitives` exports the same functions and ``decode``, so the autograd
+node in :mod:`flare_kernels.node` works with either module.
 
-Shape legend: M tokens, K input width, N output width, R rank; every tensor is 2-D. Suffixes of names follow it.
+Shape legend: M tokens, K input width, N output width, R rank; every tensor is 2-D. A suffix such as ``_MK`` in a name
+gives the tensor's axes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def _scaled_mm(a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) 
 
 
 def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return matrices (R_i, K) concatenated along the rows in dtype, (sum of R_i, K); a single one of dtype itself."""
+    """Return matrices (R_i, K) concatenated along the rows in dtype, (sum of R_i, K).
+
+    A single matrix of that dtype is returned itself.
+    """
     if len(weights) == 1:
         return weights[0].to(dtype)
     return torch.cat([weight.to(dtype) for weight in weights])
@@ -87,7 +91,7 @@ def expand_(
     H = T if fusion is None or S is None else get_fusion(fusion)(S, T)
     R = Bs[0].shape[1]
     for i, (y, B, scaling) in enumerate(zip(ys, Bs, scalings, strict=True)):
-        # cast to y's dtype: a no-op if it is the compute dtype, an upcast of the narrow H if y is wider
+        # cast to y's dtype: this does nothing if y has the compute dtype, and is an upcast if y is wider
         H_i, B_i = H[:, i * R : (i + 1) * R].to(y.dtype), B.to(T.dtype).to(y.dtype).T
         if biases is None:
             y.addmm_(H_i, B_i, alpha=scaling)
@@ -156,7 +160,7 @@ def grad_weight(
         if grad is None or stream is None:
             continue
         stream = _dropped(stream, stream_mask, keep_scale, grad.dtype)
-        # each product is cast to grad_dtype before the sum, as in autograd with separate streams: the same bits
+        # each product is cast to grad_dtype before the sum, so the bits are those of autograd with separate streams
         share = (grad.T @ stream).to(grad_dtype)
         dA = share if dA is None else dA.add_(share)
     assert dA is not None, "grad_weight needs at least one stream"

@@ -1,9 +1,9 @@
-"""The general rule for launch configurations: the tiles of a kernel if no tuned table has an entry.
+"""The general rule for launch configurations: the tiles of a kernel if no tuned table has an entry for the launch.
 
-The rule depends on dtypes, rank, alignment and shared memory only, and always selects one of the rows below. There is
-no autotuning, so the same call on the same GPU model always runs the same code. :mod:`flare_kernels.aot` compiles every
-row ahead of time. An entry of a table measured by ``flare bench --tune`` (:mod:`flare_kernels.launch_table`) overrides
-the rule.
+The rule depends on dtypes, rank, alignment and shared memory only, and always selects a row of the constants in this
+module. There is no autotuning, so the same call on the same GPU model always runs the same code.
+:mod:`flare_kernels.aot` compiles every row ahead of time. A tuned table (:mod:`flare_kernels.launch_table`), which
+``flare bench --tune`` measures, overrides the rule for the launches that it lists.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-#: Least shared memory per block for the deeper pipelines (sm_80 has 163 KB, sm_90 and sm_100 have 227 KB).
+#: Shared memory per block from which pipelines get more stages (sm_80 has 163 KB, sm_90 and sm_100 have 227 KB).
 LARGE_SHARED_BYTES = 160 * 1024
-#: Least shared memory per block of GPUs with wgmma (sm_90, sm_100), where accumulators take fewer registers per warp.
+#: Shared memory per block from which a GPU is taken to have wgmma (sm_90, sm_100), whose accumulators take fewer
+#: registers per warp.
 HOPPER_SHARED_BYTES = 220 * 1024
-#: Shared memory per block of sm_86, sm_89 and sm_120, which the other configurations must fit.
+#: Shared memory per block of sm_86, sm_89 and sm_120. Configurations for less than LARGE_SHARED_BYTES must fit in it.
 SMALL_SHARED_BYTES = 99 * 1024
 
-#: A rank is rounded up to one of these, or down to the last. A rank above a row's BLOCK_R is processed in blocks.
+#: A rank is rounded up to the next of these numbers; a rank above 256 counts as 256. A rank above a row's BLOCK_R is
+#: processed in blocks.
 RANK_BUCKETS = (16, 32, 64, 128, 256)
 
 #: Operand classes: all operands of 2 bytes; 2-byte compute dtype with some 4-byte operands; IEEE float32; 2-byte
@@ -39,7 +41,7 @@ class TileConfig:
     BLOCK_R: int
     num_warps: int
     num_stages: int
-    #: target number of programs: fewer tiles are split further, more tiles share a program
+    #: target number of programs: with fewer tiles, sums are split; with more tiles, a program computes several of them
     programs: int = 256
 
     def tiles_of(self, names: Sequence[str]) -> dict[str, int]:
@@ -47,41 +49,43 @@ class TileConfig:
         return {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_K", "BLOCK_N", "BLOCK_R") if name in names}
 
 
-#: step -> form -> the kernels whose tiles are part of the form. The general rule takes the first form; "torch" is plain
-#: PyTorch. Forms that are never the fastest on an H200 are candidates on other GPUs. The times are from
-#: tables/nvidia-h200.json: query and value of Llama 8B, M = 8192, r = 64, unless stated otherwise.
+#: step -> form -> the kernels whose tiles are part of the form. A step is one operation of the adapter, a form one
+#: implementation of it. The general rule takes the first form; "torch" is plain PyTorch. Forms that are never the
+#: fastest on an H200 are kept because the tuner may choose them on other GPUs. The times are from
+#: tables/nvidia-h200.json: query and value of Llama 8B, M = 8192, r = 64, unless stated otherwise. In "a vs. b us", a
+#: is the time of the form next to the comment, and b the time of the form "triton".
 FORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "shrink": {
         "triton": ("shrink",),
         # tensor descriptors and a persistent grid; never the fastest: 41.2 vs. 40.5 us
         "tma": ("shrink_tma",),
-        # split-K reduced by the last program of each tile, one launch instead of two: also 40.5 us;
+        # split-K in one launch instead of two: the last program of each tile adds up the splits; 40.5 vs. 40.5 us,
         # 13.3 vs. 14.5 us at M = 2048, r = 8
         "last_adds": ("shrink_last_adds",),
         "torch": (),  # XLM-R Large, M = 2048: 12.5 vs. 13.9 us
     },
-    "expand": {"triton": ("expand",), "torch": ()},  # kernel 59.4 us, PyTorch 87.2 us
+    "expand": {"triton": ("expand",), "torch": ()},  # torch 87.2 vs. 59.4 us
     "grad_bottleneck": {
         "triton": ("grad_bottleneck",),
         "rows_first": ("grad_bottleneck",),  # XLM-R Large: 28.0 vs. 28.7 us
-        "torch": (),  # never the fastest: 111 us
+        "torch": (),  # never the fastest: 111 vs. 64.1 us
     },
     "grad_weight": {
         "triton": ("grad_weight",),
         "tma": ("grad_weight_tma",),  # never the fastest: 50.2 vs. 47.4 us
         "last_adds": ("grad_weight_last_adds",),  # M = 2048: 18.4 vs. 22.1 us; M = 8192: 47.9 vs. 47.4 us
-        "torch": (),  # never the fastest: 57.1 us
+        "torch": (),  # never the fastest: 57.1 vs. 47.4 us
     },
-    # dx without accumulation: BLAS 27.8 vs. 33.4 us for the kernel; at r = 8 the kernel 20.3 vs. 25.8 us
+    # dx that is not added to an existing buffer: torch 27.8 vs. 33.4 us; at r = 8, torch 25.8 vs. 20.3 us
     "grad_input": {"torch": (), "triton": ("grad_input",)},
     "decode": {"triton": ("shrink_decode", "expand_decode")},
-    # order of adapters and frozen products (flare_kernels/order.py), forward and backward: 1103 vs. 1144 us, XLM-R
-    # Large 210 vs. 212 us; equal at M = 2048
+    # order of adapters and frozen products (flare_kernels/order.py), forward and backward: adapter_first 1103 us,
+    # frozen_first 1144 us; on XLM-R Large 210 and 212 us; equal at M = 2048
     "order": {"adapter_first": (), "frozen_first": ()},
 }
 
-#: (step, form) -> predicate of operand class and compute capability (90: sm_90; 0: the interpreter). A form without a
-#: predicate runs anywhere. The first form of a step has none.
+#: (step, form) -> function of operand class and compute capability (90: sm_90; 0: the interpreter) that returns whether
+#: the form can run. A form that is not listed runs anywhere. The first form of a step is never listed.
 SUPPORTED: dict[tuple[str, str], Callable[[str, int], bool]] = {
     # sm_120 has tensor descriptors too, but too little shared memory for deep pipelines
     (step, "tma"): lambda operands, capability: operands == NARROW and (capability == 0 or 90 <= capability < 120)
@@ -159,8 +163,8 @@ _NARROW_ROWS: dict[str, dict[int, _Row]] = {
     },
 }
 
-# Rows that replace them on a GPU with HOPPER_SHARED_BYTES. On an H200, the tuner found no faster configuration than the
-# row of rank 128 (47.4 us, query and value of Llama 8B at M = 8192).
+# Rows that replace rows of _NARROW_ROWS on a GPU with at least HOPPER_SHARED_BYTES. On an H200, the tuner found no
+# faster configuration than the row of rank 128 (47.4 us, query and value of Llama 8B at M = 8192).
 _HOPPER_ROWS: dict[str, dict[int, _Row]] = {
     "grad_weight": {
         64: (64, 128, 0, 64, 4, 4, 4),
@@ -169,7 +173,8 @@ _HOPPER_ROWS: dict[str, dict[int, _Row]] = {
     },
 }
 
-# The other classes: one row per kernel for all ranks (BLOCK_R is the rank's bucket, up to the row's largest).
+# The other operand classes have one row per kernel for all ranks. BLOCK_R is the rank's bucket, or the row's largest
+# BLOCK_R if the bucket is larger.
 _ROWS: dict[str, dict[str, _Row]] = {
     MIXED: {
         "shrink": (64, 32, 0, 128, 8, 3, 5),
@@ -202,7 +207,8 @@ _ROWS: dict[str, dict[str, _Row]] = {
 
 KERNELS = tuple(dict.fromkeys(kernel for forms in FORMS.values() for kernels in forms.values() for kernel in kernels))
 
-# Target number of programs per kernel: one to four per multiprocessor of a large GPU, which has about 130.
+# Target number of programs per kernel: one to four per multiprocessor of a large GPU, which has about 130. The decoding
+# kernels do not use it.
 _PROGRAMS = {
     "shrink": 128,
     "expand": 512,
@@ -232,11 +238,11 @@ def operand_class(compute_bytes: int, widest_bytes: int, aligned: bool) -> str:
 
 @cache
 def choose(kernel: str, operands: str, rank: int, shared_bytes: int) -> TileConfig:
-    """Return the general rule's configuration of a launch. Every combination has one, on every GPU."""
+    """Return the general rule's configuration of a launch. There is one for all arguments and GPUs."""
     bucket = rank_bucket(rank)
-    kernel = kernel.removesuffix("_last_adds")  # the same kernel in another form
+    kernel = kernel.removesuffix("_last_adds")  # the same kernel, used in the form last_adds
     row = _ROWS[operands].get(kernel) if operands != NARROW else None
-    if row is None:  # also for kernels that run on aligned 2-byte operands only
+    if row is None:  # narrow operands, or a kernel that takes no others
         row = _NARROW_ROWS[kernel][bucket]
         if shared_bytes >= HOPPER_SHARED_BYTES:
             row = _HOPPER_ROWS.get(kernel, {}).get(bucket, row)

@@ -1,4 +1,4 @@
-"""The forward pass for a few tokens (decoding): two launches for all projections, for any width.
+"""The forward pass of the adapters for a few tokens (decoding): two launches for all projections, at any width.
 
 Shape legend: M tokens, K input width, N output width, R rank. Projection i has columns i R .. (i + 1) R of T and S.
 
@@ -180,9 +180,9 @@ def expand_decode_kernel(
 ):
     """Compute out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and BLOCK_N columns of one projection.
 
-    T is the sum of the splits in the workspace. S is too if STREAMS is 2; otherwise it is the argument S_i (M, R).
-    y_i, out_i (M, N_i); B_i (N_i, R). SAVE: the first tile of each projection also stores T and S (M, COUNT R) for a
-    backward pass (for "add", their sum in T).
+    T is the sum of its splits in the workspace. S is the sum of its splits in the workspace if STREAMS is 2, and the
+    argument S_i (M, R) otherwise. y_i, out_i (M, N_i); B_i (N_i, R). If SAVE, the first tile of each projection also
+    stores T and S (M, COUNT R) for a backward pass; for "add", it stores T + S in T.
     """
     i_m = tl.program_id(0)
     i_n = tl.program_id(1)
@@ -275,7 +275,7 @@ def decode(
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu", the same for all projections.
         save_for_backward: whether to return T and S.
-        outs: destinations instead of ys, with their dtypes, shapes and strides.
+        outs: destinations instead of ys, with the dtypes, shapes and strides of ys.
 
     Returns:
         T, S: (M, len(ys) R) in compute_dtype, or None if they are not needed. For "add": (T + S, None).
@@ -319,7 +319,11 @@ def _plan(
     fusion: str | None,
     save_for_backward: bool,
 ) -> tuple[tuple[None, ...], tuple[int, int], bool, tuple[int, ...], Launcher, Launcher]:
-    """Return (None per missing projection, size of T and S, whether to save S, size of the workspace, launches)."""
+    """Return what :func:`decode` caches.
+
+    This is: a None for each projection below MAX_PROJECTIONS, the size of T and S, whether to save S, the size of the
+    workspace, and the two launches.
+    """
     fusion = None if x_source is None and not Ss else fusion
     (M, K), R, count = x.shape, As[0].shape[0], len(ys)
     streams = 1 if x_source is None else 2

@@ -89,7 +89,7 @@ def fuse_grad(b_dh, b_t, b_s, FUSION: tl.constexpr):
 
 @triton.jit
 def pick(i, a_0, a_1, a_2, COUNT: tl.constexpr):
-    """Return the i-th of the first COUNT arguments; the others may be None."""
+    """Return a_i, for i below COUNT; the arguments from a_COUNT on may be None."""
     a = a_0
     if COUNT > 1:
         if i == 1:
@@ -102,7 +102,10 @@ def pick(i, a_0, a_1, a_2, COUNT: tl.constexpr):
 
 @triton.jit
 def load_mask_bytes(mask, mask_stride_m, o_m, m_m, i_column, K, BLOCK_K: tl.constexpr):
-    """Return the mask bytes of rows o_m and columns i_column .. i_column + BLOCK_K (both multiples of 8)."""
+    """Return the mask bytes of rows o_m and columns i_column .. i_column + BLOCK_K.
+
+    i_column and BLOCK_K are multiples of 8.
+    """
     o_byte = i_column // 8 + tl.arange(0, BLOCK_K // 8)
     p_mask = mask + o_m.to(tl.int64)[:, None] * mask_stride_m + o_byte[None, :]
     return tl.load(p_mask, mask=m_m[:, None] & (o_byte * 8 < K)[None, :], other=0)

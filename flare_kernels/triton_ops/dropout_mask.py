@@ -1,4 +1,4 @@
-"""Packed dropout masks. :mod:`flare_kernels.dropout` defines the format and the generator."""
+"""Triton kernel that generates packed dropout masks, as :mod:`flare_kernels.dropout` defines them."""
 
 from __future__ import annotations
 

@@ -95,9 +95,9 @@ def expand_kernel(
     """Compute out_i = y_i + scaling_i * phi(S_i, T_i) B_i^T for BLOCK_M rows and one group of N tiles of a projection.
 
     y_i, out_i (M, N_i) with the same strides, and the same memory if the sum is in place; T, S (M, COUNT R);
-    B_i (N_i, R). Groups below groups_0 belong to projection 0, groups below groups_01 to projection 1. phi is rounded
-    to the compute dtype; the sum is rounded once, to y's dtype. If READS_Y is false, bias_i (N_i,) replaces y_i
-    (HAS_BIAS), or nothing is added.
+    B_i (N_i, R). A group is up to tiles_per_group neighbouring tiles of N. Groups below groups_0 belong to projection
+    0, further groups below groups_01 to projection 1. phi is rounded to the compute dtype; the sum is rounded once, to
+    y's dtype. If READS_Y is false, y_i is not read; bias_i (N_i,) is added instead if HAS_BIAS.
     """
     i_m = tl.program_id(0)
     i_group = tl.program_id(1)
@@ -187,7 +187,7 @@ def expand_(
         Bs: (N_i, R) each, any float dtype; rounded to the compute dtype tile by tile.
         scalings: one number per projection.
         fusion: None, "add", "mul", "add_relu" or "mul_relu".
-        outs: destinations instead of ys, with their dtypes, shapes and strides.
+        outs: destinations instead of ys, with the dtypes, shapes and strides of ys.
         biases: (N_i,) or None each, any float dtype. If passed, y_i is not read:
             y_i = bias_i + scaling_i * phi(S_i, T_i) B_i^T.
         follow_table: take the plain PyTorch form if the tuned table prefers it.
@@ -242,7 +242,7 @@ def _plan(
     fusion: str | None,
     follow_table: bool,
 ) -> tuple[str, tuple[None, ...], Launcher | None]:
-    """Return (form, None for each missing projection, launch)."""
+    """Return the form, a None for each projection below MAX_PROJECTIONS, and the launch (None if there is none)."""
     M, R, widths = ys[0].shape[0], Bs[0].shape[1], [y.shape[1] for y in ys]
     if M == 0 or not any(widths):
         return "empty", (), None
@@ -256,7 +256,7 @@ def _plan(
     config = tiles["expand"]
     m_tiles = cdiv(M, config.BLOCK_M)
     n_tiles = [cdiv(N, config.BLOCK_N) for N in widths]
-    # with enough programs, a program computes several tiles of N from one H
+    # if there are more tiles than the target number of programs, a program computes several tiles of N from one H
     tiles_per_group = cdiv(sum(n_tiles), min(sum(n_tiles), cdiv(config.programs, m_tiles)))
     groups = [cdiv(tiles, tiles_per_group) for tiles in n_tiles]
     launcher = Launcher(

@@ -5,10 +5,13 @@
 Shape legend: M tokens, N output width, R rank. Projection i has columns i R .. (i + 1) R of T, S, dT and dS.
 
 There are two kinds of programs. A *row program* computes BLOCK_M rows of one dH_i in a loop over N_i. A *strip program*
-computes dB_i for BLOCK_N columns of one G_i in a loop over a chunk of the rows. Both loop in steps of BLOCK_K. Forms:
+computes dB_i for BLOCK_N columns of one G_i in a loop over a chunk of the rows. Both kinds loop in steps of BLOCK_K and
+run in the same launch. The forms differ in the order of the programs:
 
-triton        one launch, chunk by chunk, rows before strips: strips read their chunk of G from the L2 cache
-rows_first    one launch, all rows before all strips: the longest programs start first, which shortens the tail
+triton        chunk by chunk, the row programs of a chunk before its strip programs, which then read the chunk of G from
+              the L2 cache
+rows_first    all row programs before all strip programs: the programs that take longest start first, so fewer
+              multiprocessors are idle at the end of the launch
 
 A form that reads G only once would move more bytes in partial sums than it saves (benchmarks/bytes_moved.py).
 """
@@ -106,7 +109,8 @@ def grad_bottleneck_kernel(
     rows each. Within a group, row programs are numbered before strip programs.
 
     G_i (M, N_i); T, S, dT, dS (M, COUNT R); B_i (N_i, R); out (chunks, N_0 + N_1 + N_2, R), contiguous. FUSION is the
-    phi of H. FUSION_GRAD is the phi whose derivatives are applied to dH, or 0 if only dT = dH is required.
+    phi with which H is computed for dB. FUSION_GRAD is the phi whose derivatives are applied to dH, or 0 if only
+    dT = dH is required.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
     n_tiles_0 = tl.cdiv(N_0, BLOCK_N) if STRIPS else 0
@@ -127,7 +131,7 @@ def grad_bottleneck_kernel(
 
     if ROWS:
         if i_program < row_programs:
-            # projection by projection: the first one is usually the widest, and its programs take the longest
+            # projection 0 comes first, because it is usually the widest, so its programs take the longest
             i_p = i_program // (row_tiles * r_tiles)
             i_m = i_group * row_tiles + i_program // r_tiles % row_tiles
             if i_m * BLOCK_M < M:
@@ -285,7 +289,7 @@ def grad_bottleneck(
     return list(dB.split_with_sizes(widths)) if Gs[1:] else [dB]
 
 
-#: The arguments of :func:`grad_bottleneck`, in its order.
+#: The arguments of :func:`grad_bottleneck`, in the order of its signature.
 _Call = tuple[
     Sequence[Tensor],
     Tensor | None,
@@ -312,7 +316,8 @@ def _separate_launches(call: _Call) -> list[Tensor] | None:
     return None if B_grad_dtype is None else dBs
 
 
-#: form, None for each missing projection, widths, size of dB, size of the workspace, launch, split-K reduction
+#: What :func:`grad_bottleneck` caches: the form, a None for each projection below MAX_PROJECTIONS, the widths N_i, the
+#: size of dB, the size of the workspace, the launch, and the launch of the split-K reduction.
 _Plan = tuple[
     str,
     tuple[None, ...],
@@ -350,7 +355,7 @@ def _plan(mode: Mode, call: _Call) -> _Plan:
     strip_programs = sum(cdiv(width, config.BLOCK_N) for width in widths) * r_tiles if strips else 0
     tile = max(config.BLOCK_M, config.BLOCK_K)  # a chunk is a multiple of both
     chunks, tiles_per_chunk = 1, cdiv(M, tile)
-    if strips:  # only the sums over the rows are split
+    if strips:  # dB is a sum over the rows, which is split into chunks; dT and dS are not
         chunks, tiles_per_chunk = choose_splits(M, tile, strip_programs, target=config.programs)
     chunk_rows = tiles_per_chunk * tile
     row_programs = chunk_rows // config.BLOCK_M * len(Gs) * r_tiles if rows else 0

@@ -44,7 +44,8 @@ def grad_input_kernel(
 ):
     """Write mask * keep_scale * (dT A) to dx, or add it to dx (ACCUMULATE), for BLOCK_M rows and one group of K tiles.
 
-    dT (M, R); A (R, K); dx (M, K), contiguous rows. The sum is rounded once.
+    dT (M, R); A (R, K); dx (M, K), contiguous rows. A group is up to tiles_per_group neighbouring tiles of K. The sum
+    is rounded once.
     """
     i_m = tl.program_id(0)
     i_group = tl.program_id(1)
@@ -102,8 +103,8 @@ def grad_input(
         keep_scale: factor of the kept elements.
         dtype: dtype of dx; not used with ``out``.
         out: (M, K) to add to, contiguous rows, any float dtype; the sum is float32 and rounded once.
-        follow_table: make one BLAS call if all dtypes are equal and there is no mask. Without ``out``, the tuned table
-            may prefer the kernel.
+        follow_table: whether one BLAS call may replace the kernel, if all dtypes are equal and there is no mask. It
+            always does with ``out``; without ``out``, the tuned table may prefer the kernel.
     """
     if follow_table and mask is None and out is not None and out.dtype == A.dtype == dT.dtype:
         return out.addmm_(dT, A)  # moves as few bytes as a kernel would
@@ -140,7 +141,7 @@ def _plan(
     out: Tensor | None,
     follow_table: bool,
 ) -> tuple[str, Launcher | None]:
-    """Return (form, launch)."""
+    """Return the form, and the launch (None if no kernel runs)."""
     (M, R), K = dT.shape, A.shape[1]
     if M == 0 or K == 0:
         return "empty", None
@@ -153,7 +154,7 @@ def _plan(
         return form, None
     config = tiles["grad_input"]
     m_tiles, k_tiles = cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)
-    # with enough programs, a program computes several tiles of K from one dT
+    # if there are more tiles than the target number of programs, a program computes several tiles of K from one dT
     tiles_per_group = cdiv(k_tiles, min(k_tiles, cdiv(config.programs, m_tiles)))
     return form, Launcher(
         mode,

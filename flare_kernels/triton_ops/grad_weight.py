@@ -1,4 +1,4 @@
-"""Gradient of A from both streams, in one pass over each.
+"""Gradient of A from the target and the source stream, in one pass over each stream.
 
 Shape legend: M tokens, K input width, R rank.
 """
@@ -65,9 +65,11 @@ def grad_weight_kernel(
 ):
     """Compute out[i_split] = dT^T drop(x) + dS^T drop(x_source) over the rows of one split.
 
-    dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program accumulates a (BLOCK_K, BLOCK_R) tile,
-    so that the long side of the product is the same for every rank. LAST_ADDS: the last program of a tile reduces its
-    splits into total (R, K); counters has one entry per tile, zero before and after the launch.
+    dT, dS (M, R); x, x_source (M, K); out (splits, R, K), contiguous. A program accumulates a (BLOCK_K, BLOCK_R) tile
+    of dA^T and stores its transpose. The matrix products then have BLOCK_K rows, at least 64 in the general rule at
+    every rank. A tile of dA would give the products BLOCK_R rows, which are only 16 at a small rank. LAST_ADDS: the
+    program that finishes a tile last adds up the tile's splits in total (R, K); counters has one entry per tile, which
+    is zero before and after the launch.
     """
     i_k = tl.program_id(0)
     i_r = tl.program_id(1)
@@ -137,7 +139,7 @@ def grad_weight_tma_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Compute the same as :func:`grad_weight_kernel` without dropout, by tensor descriptors and a persistent grid.
+    """Compute the result of :func:`grad_weight_kernel` without dropout, by tensor descriptors and a persistent grid.
 
     All operands have one dtype and contiguous rows. Program i computes the tiles i, i + P, i + 2 P, ... of
     out (splits, R, K), for P programs. Neighbouring tiles along K read the same rows of dT and dS.
@@ -254,7 +256,7 @@ def _plan(
     keep_scale: float,
     follow_table: bool,
 ) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
-    """Return (form, size of dA, size of the workspace or None, launch, split-K reduction)."""
+    """Return the form, the sizes of dA and workspace (or None), the launch, and the launch of the split-K reduction."""
     (M, K), R = x.shape, dT.shape[1]
     if x_source is not None and (mask is None) != (mask_source is None):
         return "separate", (R, K), None, None, None

@@ -1,8 +1,9 @@
-"""Launches: the configuration of a call, and the launchers that plans cache.
+"""Configurations of kernel launches, and the launchers that plans cache (a plan: :mod:`flare_kernels.launch_mode`).
 
-The key of a plan holds everything that decides it: shapes, dtypes, strides, the low bits of every address, options and
-device. This includes everything that Triton specialises a kernel on, so a cached launcher may call the compiled kernel
-directly. Tensors that the primitives allocate are not part of a key, because PyTorch aligns them to more than 16 bytes.
+The key of a plan holds everything that the plan depends on: shapes, dtypes, strides, the low bits of every address,
+options and device. This includes everything that Triton specialises a kernel on, so a cached launcher may call the
+compiled kernel directly. Tensors that the primitives allocate are not part of a key, because PyTorch aligns them to
+more than 16 bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .config import FORMS, LARGE_SHARED_BYTES, TileConfig, choose
 
 #: Shared memory per block if the device does not report it: the minimum of GPUs since 2020.
 _FALLBACK_SHARED_BYTES = 99 * 1024
-#: Shared memory per block to assume without a CUDA device: that of large GPUs.
+#: Shared memory per block to assume without a CUDA device: the value of sm_90 and sm_100.
 _CPU_SHARED_BYTES = 227 * 1024
 assert _CPU_SHARED_BYTES >= LARGE_SHARED_BYTES
 
@@ -129,7 +130,7 @@ def _append_name(names: list[str], name: str, run: Callable[..., Any] | None = N
 
     def without_launch(*args: Any) -> None:
         nonlocal names
-        names += [name]  # append would be counted as a second call
+        names += [name]  # names.append would count as a call where tests count the calls of a training step
 
     def with_launch(*args: Any) -> Any:
         names.append(name)
@@ -179,7 +180,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def batches(*operands: Sequence[Tensor | None]) -> list[slice]:
-    """Return the projections that share a launch: neighbours of equal dtypes, at most MAX_PROJECTIONS."""
+    """Return slices of projections that share a launch: neighbours of equal dtypes, at most MAX_PROJECTIONS each."""
     dtypes = [tuple(None if t is None else t.dtype for t in tensors) for tensors in zip(*operands, strict=True)]
     slices, start = [], 0
     for end in range(1, len(dtypes) + 1):
@@ -190,7 +191,7 @@ def batches(*operands: Sequence[Tensor | None]) -> list[slice]:
 
 
 def columns_of(T: Tensor | None, at: slice, rank: int) -> Tensor | None:
-    """Return the columns of a slice of projections, each ``rank`` wide."""
+    """Return the columns of T that belong to a slice of projections with ``rank`` columns each; None without T."""
     return None if T is None else T[:, at.start * rank : at.stop * rank]
 
 

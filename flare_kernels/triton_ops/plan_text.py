@@ -1,4 +1,4 @@
-"""Description of the launches of a call."""
+"""Text that tells which form and tiles each step of a call takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .launch import form_of_class
 def launch_plan(
     M: int, d: int, widths: Sequence[int], r: int, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, str]:
-    """Return :func:`flare_kernels.launch_plan` on a device that runs the kernels: step -> form, tiles, what decided."""
+    """Return the result of :func:`flare_kernels.launch_plan` for a device that can run the kernels.
+
+    It maps each step to its form, the tiles, and whether the general rule or the tuned table decided them.
+    """
     R = len(widths) * r
     decodes = 0 < M <= MAX_ROWS and r <= MAX_RANK
     forward = {"decode": (r, d)} if decodes else {"shrink": (R, d), "expand": (r, max(widths))}

@@ -1,7 +1,7 @@
 """Lower bound of the shared memory that a kernel needs, computed before it is compiled.
 
 It counts the tiles that the compiler's pipeline keeps in shared memory, for two streams of 2-byte operands. The
-compiler may need more, for layout conversions. A configuration that fits is therefore never rejected.
+compiler may need more, for layout conversions. Because this is a lower bound, no configuration that fits is rejected.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Down-projection of both streams by one shared A, in one pass over each.
+"""Down-projection of the target and the source stream by one shared A, in one pass over each stream.
 
 Shape legend: M tokens, K input width, R rank.
 """
@@ -67,11 +67,11 @@ def shrink_kernel(
     """Compute out[i_split, 0] = drop(x) A^T and out[i_split, 1] = drop(x_source) A^T over the K tiles of one split.
 
     x, x_source (M, K); A (R, K); out (splits, streams, M, R), contiguous. SUM_STREAMS: out has one stream, the sum of
-    both. LAST_ADDS: the last program of a tile reduces its splits into total (streams, M, R); counters has one zero per
-    tile, before and after the launch.
+    both. LAST_ADDS: the program that finishes a tile last adds up the tile's splits in total (streams, M, R); counters
+    has one entry per tile, which is zero before and after the launch.
     """
     r_tiles = tl.cdiv(R, BLOCK_R)
-    # blocks of R that read the same x are neighbours, so that x is in the cache
+    # programs that read the same x for different blocks of R are neighbours, so that x is in the cache
     i_m = tl.program_id(0) // r_tiles
     i_r = tl.program_id(0) % r_tiles
     i_split = tl.program_id(1)
@@ -146,7 +146,7 @@ def shrink_tma_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Compute :func:`shrink_kernel` without dropout, with tensor descriptors and a persistent grid.
+    """Compute the result of :func:`shrink_kernel` without dropout, by tensor descriptors and a persistent grid.
 
     All operands have one dtype and contiguous rows. Program i computes the tiles i, i + P, i + 2 P, ... of
     out (splits, M, R), for P programs.
@@ -279,7 +279,7 @@ def _plan(
     sum_streams: bool,
     follow_table: bool,
 ) -> tuple[str, tuple[int, ...], tuple[int, ...] | None, Launcher | None, Launcher | None]:
-    """Return (form, size of the result, size of the workspace or None, launch, split-K reduction)."""
+    """Return the form, the sizes of result and workspace (or None), the launch, and the split-K reduction's launch."""
     (M, K), R = x.shape, A.shape[0]
     if x_source is not None and (mask is None) != (mask_source is None):
         if sum_streams:

@@ -1,7 +1,8 @@
-"""Split-K: the choice of the splits of a sum, and the reduction of their float32 partial sums.
+"""Split-K: split a long sum among several programs, and add up their float32 partial sums.
 
-Each split writes its partial sum to a workspace. Either a second launch reduces the workspace, or (form "last_adds")
-the last program of each tile does. Both add in a fixed order, so results are deterministic.
+The programs of each split write their partial sums to a workspace. Either a second launch adds up the splits, or (form
+"last_adds") the program that finishes a tile last adds up that tile's splits. Both add in a fixed order, so results are
+deterministic.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ _CONFIG = TileConfig(BLOCK_M=8, BLOCK_K=0, BLOCK_N=256, BLOCK_R=0, num_warps=4, 
 
 
 def choose_splits(length: int, block: int, programs: int, *, target: int) -> tuple[int, int]:
-    """Split a sum over ``length`` so that about ``target`` programs run: (splits, tiles of ``block`` per split).
+    """Return (number of splits, tiles of ``block`` per split) of a sum over ``length``.
 
-    Depends on shapes and constants only, so the same call adds in the same order on every run.
+    Each split takes ``programs`` programs. The number of splits is chosen so that about ``target`` programs run. It
+    depends on shapes and constants only, so the same call adds in the same order on every run.
     """
     tiles = cdiv(length, block)
     splits = max(1, min(target // programs, tiles // _MIN_TILES_PER_SPLIT, _MAX_SPLITS))
@@ -91,7 +93,7 @@ def reduce_splits(
 
     There are at most BLOCK_ROW rows. workspace (splits, rows, columns), out (rows, columns), both contiguous.
     """
-    HALF: tl.constexpr = BLOCK_ROW // 2  # two tiles, the sum and the loaded split, would not fit in registers
+    HALF: tl.constexpr = BLOCK_ROW // 2  # the sum and the loaded split, both as full tiles, would not fit in registers
     for i_half in range(2):
         o_row = start + i_half * HALF + tl.arange(0, HALF)
         m_row = o_row < end

@@ -1,7 +1,7 @@
-"""Concatenation of the weights of several adapters, cast to the compute dtype, in one launch per pass.
+"""Concatenation of the weights of several adapters in the compute dtype, in one launch per forward or backward pass.
 
 The kernels can also cast their operands tile by tile. However, each row of tiles reads all of A or B, and reading
-them in float32 takes twice the bytes. Shape legend: R rows, K columns.
+these in float32 takes twice the bytes. Shape legend: R rows, K columns.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def stack(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _plan(mode: Mode, weights: Sequence[Tensor]) -> tuple[tuple[int, int], tuple[None, ...], Launcher | None]:
-    """Return (size of the result, None for each missing weight, launch)."""
+    """Return the size of the result, a None for each weight below MAX_PROJECTIONS, and the launch (or None)."""
     K, ranks = weights[0].shape[1], [weight.shape[0] for weight in weights]
     size = (sum(ranks), K)
     if len(weights) > MAX_PROJECTIONS or len({weight.dtype for weight in weights}) > 1 or 0 in size:

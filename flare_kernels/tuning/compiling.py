@@ -1,4 +1,7 @@
-"""Compilation of the tuner's launches in several processes, ahead of the timing."""
+"""Compilation of the tuner's kernels in several processes, ahead of the timing.
+
+A problem is one step at one size (:mod:`.problem`); its variants are the forms and tiles to compare (:mod:`.variants`).
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from .variants import variants
 class Compiler:
     """Pool of processes that compile the variants of problems into Triton's cache, in the order of the problems.
 
-    A launch compiles its kernel if it is not in the cache, so this only saves time. Leaving the context cancels
-    compilations that have not started.
+    A launch compiles its own kernel if the cache does not have it, so this pool only saves time. Leaving the context
+    cancels compilations that have not started.
     """
 
     def __init__(self, device: torch.device, jobs: int) -> None:
@@ -40,7 +43,7 @@ class Compiler:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, problems: Iterable[Problem]) -> int:
-        """Queue the kernels of problems and return how many there are."""
+        """Queue the compilation of the problems' kernels, and return how many kernels have been queued in total."""
         for problem in problems:
             units = dict.fromkeys(units_of(problem, self._device))
             for unit in units:

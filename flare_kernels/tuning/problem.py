@@ -50,8 +50,9 @@ class Step:
     """The call of a step.
 
     Attributes:
-        inputs: the names of its inputs.
-        run: (module of primitives, inputs) -> results. If ys is an input, it is changed in place.
+        inputs: the names of the step's inputs.
+        run: function of a module of primitives and the inputs that returns the results. If ys is an input, it is
+            changed in place.
     """
 
     inputs: tuple[str, ...]
@@ -60,7 +61,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """One step at one size."""
+    """One step at one size.
+
+    Attributes:
+        step: a key of ``STEPS``.
+        shape: the widths of the projections.
+        M: number of tokens.
+        r: rank of one adapter.
+        key: the key of the launch table's entry for this step and size.
+        dtype: dtype of all inputs.
+    """
 
     step: str
     shape: Shape

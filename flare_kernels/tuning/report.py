@@ -20,11 +20,14 @@ class Measurement:
     """The timing of a problem.
 
     Attributes:
-        us: microseconds of the best variant of each form, and of the general rule.
-        best: the fastest valid variant; None if none is valid.
+        problem: the step and size that was timed.
+        us: name of a form -> time of its best variant in microseconds. The name of the general rule's form with the
+            suffix GENERAL_RULE -> time of the general rule's tiles.
+        best: the variant for the launch table: the fastest valid one, or one of the general rule's form that is equally
+            fast within the noise. None if no variant is valid.
         floor_us: the step's bytes divided by the copy bandwidth; None for the step order, which is compute-bound.
-        tried: number of variants.
-        rejected: the variants that are not valid, with the reason.
+        tried: number of variants that were checked.
+        rejected: a line for each variant that failed or gave wrong results, with the reason.
     """
 
     problem: Problem
@@ -35,7 +38,7 @@ class Measurement:
     rejected: list[str] = field(default_factory=list)
 
     def entry(self, best: Variant) -> Entry:
-        """Return the entry of the launch table."""
+        """Return the launch table's entry for the best variant."""
         us = self.us | ({} if self.floor_us is None else {"floor": self.floor_us})
         return Entry(best.form, best.entry_tiles(), {name: round(value, 3) for name, value in us.items()})
 

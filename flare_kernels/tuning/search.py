@@ -1,8 +1,9 @@
 """The offline tuner: times every form of every step, with all candidate tiles, on this GPU.
 
-A variant is valid only if its result is as close to float32 arithmetic as that of the plain PyTorch form. All variants
-are timed in a few rounds. The best variant of each form and the best three overall are timed again, in alternation. The
-fastest one goes into the launch table (:mod:`flare_kernels.launch_table`). Nothing is tuned while a model runs.
+A variant is a form with its tiles. It is valid if its error against float32 results is at most twice the error of the
+plain PyTorch form, plus one epsilon of the largest entry. All valid variants are timed in a few rounds. The best
+variant of each form and the best three overall are timed again, in alternation. The fastest of them goes into the
+launch table (:mod:`flare_kernels.launch_table`). Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: fl
     rule = next((variant for _, variant in timed if variant.by_rule), None)
     finalists = _finalists(timed)
     us: dict[int, list[float]] = {index: [] for index in range(len(finalists))}
-    for _ in range(_SECOND_ROUNDS):  # in alternation, so that a drift (clocks, heat) affects all of them
+    for _ in range(_SECOND_ROUNDS):  # in alternation, so that a drift of clocks or heat affects all finalists
         for index, variant in enumerate(finalists):
             with variant.forced():
                 us[index].append(timer(run, inputs, rounds=1))
@@ -108,7 +109,7 @@ def tune_one(problem: Problem, device: torch.device, timer: Timer, copy_rate: fl
         measurement.us.setdefault(variant.form, median)
         if variant is rule:
             measurement.us[variant.form + GENERAL_RULE] = median
-    # prefer the general rule's form if another form is faster only within the noise
+    # prefer the general rule's form if it is slower than the fastest form by no more than the noise
     preferred = [v for median, v in medians if rule and v.form == rule.form and median <= _NOISE * medians[0][0]]
     measurement.best = next(iter(preferred + [variant for _, variant in medians]), None)
     return measurement
@@ -165,7 +166,7 @@ def tune(
     table = LaunchTable(gpu, about=about | {"fusion": FUSION, "timing": TIMING})
     measurements: list[Measurement] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(forcing(table=table))  # the step order is measured with the tiles tuned for the other steps
+        stack.enter_context(forcing(table=table))  # "order" is measured with the tiles tuned for the other steps
         compiler = stack.enter_context(Compiler(device, jobs)) if jobs else None
         if compiler is not None:
             log(f"compiling {compiler.submit(problems)} kernels in {jobs} processes, in the order of the rows below")

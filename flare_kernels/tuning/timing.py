@@ -1,4 +1,4 @@
-"""The tuner's timer: the device time of a call, on inputs that are not in its L2 cache."""
+"""The tuner's timer: the device time of a call, on inputs that are not in the device's L2 cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .problem import Inputs, Problem
 
 #: Largest number of rotating sets of inputs.
 _MAX_SETS = 128
-#: Number of attempts at a round in which the host stays ahead of the device.
+#: Largest number of attempts to measure a round in which the host stays ahead of the device.
 _ATTEMPTS = 6
 #: Approximate clock of a GPU, and the shortest sleep, about 1 ms.
 _CYCLES_PER_SECOND = 2_000_000_000
@@ -33,7 +33,8 @@ class DeviceTimer:
     """A :class:`Timer` with CUDA events, in which the host queues all launches of a round before the device starts.
 
     Many kernels take less time than their launch takes on the host. The device therefore sleeps while the host queues
-    the round. The round is valid if the device has not reached its first event by then.
+    the round. The round is valid if the device has not reached the round's first event when the host has queued all of
+    it.
     """
 
     def __init__(self, calls: int = 10) -> None:

@@ -43,7 +43,7 @@ class Variant:
 def variants(problem: Problem, shared_bytes: int, capability: int) -> Iterator[Variant]:
     """Yield each form with the general rule's tiles, then with the candidates that fit shared memory.
 
-    In a form with several kernels, the tiles of one kernel are varied at a time.
+    In a form with several kernels, only one kernel at a time has tiles that differ from the general rule's.
     """
     key = problem.key
     for form, kernels in FORMS[problem.step].items():

@@ -223,7 +223,7 @@ def test_wrong_input(device) -> None:
         fused_lora_qkv(data["x"], None, base, {"o": good["q"]})
     with pytest.raises(ValueError, match=r"fusion names \['o'\]"):
         fused_lora_qkv(data["x"], data["x_source"], base, good, fusion={"o": "add"})
-    with pytest.raises(ValueError, match="pass all or none"):
+    with pytest.raises(ValueError, match="pass all names or no weights at all"):
         fused_lora_qkv(data["x"], None, base, good, weights={"q": data["W"]["q"]})
     with pytest.raises(ValueError, match="lora_A of 'v' has shape"):
         fused_lora_qkv(data["x"], None, base, {"v": (data["A"]["q"][:, :3], data["B"]["q"], 1.0)})
