@@ -2,8 +2,9 @@
 
 ``kernel-builder`` reads ``build.toml``, ``flake.nix``, ``CARD.md`` and ``torch-ext/``; ``kernels.get_local_kernel``
 loads ``build/``, which holds one variant per backend. All files of the package are copies of ``flare_kernels/``, except
-``_ops.py``, which sets the namespace of the operators: it must be unique to a build. ``torch-ext/`` does not have that
-file, because ``kernel-builder`` writes it. The script needs only the standard library; see docs/kernels-hub.md.
+``_ops.py``, which sets the namespace of the operators, because every build needs its own namespace. ``torch-ext/`` does
+not have ``_ops.py``, because ``kernel-builder`` writes it. The script needs only the standard library. See
+docs/kernels-hub.md.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ Needs Python {python}, {packages}. The GPU needs compute capability 8.0 or newer
 
 
 def source_files() -> list[Path]:
-    """Return the files of ``flare_kernels``, relative to it, in sorted order."""
+    """Return the paths of all files of ``flare_kernels``, relative to that folder, in sorted order."""
     paths = (path.relative_to(SOURCE) for path in SOURCE.rglob("*") if path.is_file())
     return sorted(path for path in paths if "__pycache__" not in path.parts)
 
@@ -132,7 +133,7 @@ def build(output: Path, repo_id: str) -> None:
         repo_id: "owner/name" on the hub.
 
     Raises:
-        FileExistsError: the folder has other files.
+        FileExistsError: the folder has files that this script did not write.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     fields = {

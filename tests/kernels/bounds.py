@@ -47,7 +47,7 @@ class _Launch:
             self.by_size[size] = np.unique(np.concatenate(same_size))
 
     def check(self, what: str, pointers: Any, mask: Any) -> int:
-        """Return the number of accessed addresses; raise OutOfBounds unless all are elements of tensors."""
+        """Return the number of accessed addresses; raise OutOfBounds if one is not an element of a tensor."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         active = np.broadcast_to(np.asarray(mask.data, dtype=bool), np.shape(pointers.data))
         accessed = np.asarray(pointers.data)[active].astype(np.uint64)
@@ -69,7 +69,7 @@ class _Launch:
         name, tensor = min(self.tensors.items(), key=lambda item: distance(item[1]))
         offset = address - tensor.data_ptr()
         layout = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
-        return f"the first one {offset} bytes from the start of {name}, {layout}"
+        return f"the first of them is {offset} bytes from the start of {name}, {layout}"
 
 
 def addresses_of(tensor: Tensor) -> np.ndarray:

@@ -42,7 +42,8 @@ def calls(
 ) -> Iterator[Callable[[], Any]]:
     """Yield calls of every primitive on new tensors.
 
-    ``which``: number of the tensor that has the layout; the others are plain. 0: all tensors have it.
+    ``which``: number of the only tensor that gets ``layout``, counted from 1 in the order in which the tensors are
+    created; all other tensors are plain. 0: all tensors get it.
     """
     M, K, N, R = size
     drawn = 0

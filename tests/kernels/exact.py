@@ -5,7 +5,8 @@
 
 FpSan replaces floating-point arithmetic by integer arithmetic in which sums and products do not depend on their order.
 Two kernels that compute the same formula give the same bits, independent of tiles, splits and fused operations. Kernels
-with different formulas do not. All tensors are float32, because FpSan treats rounding as another function.
+that compute different formulas give different bits. All tensors are float32, because FpSan treats rounding as another
+function.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def product_kernel(
 
 @triton.jit
 def elementwise_kernel(t, s, dh, out_0, out_1, numel, FUSION: tl.constexpr, BACKWARD: tl.constexpr):
-    """Compute out_0 = phi(s, t), or (BACKWARD) out_0, out_1 = its derivatives times dh; all contiguous."""
+    """Compute out_0 = phi(s, t) or, if BACKWARD, out_0 = dh * dphi/dt and out_1 = dh * dphi/ds; all contiguous."""
     o = tl.program_id(0) * 64 + tl.arange(0, 64)
     m = o < numel
     b_t = tl.load(t + o, mask=m, other=0.0)
@@ -152,7 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if not options.close and ("fpsan" not in modes or version < (3, 8) or not torch.cuda.is_available()):
         print(
-            f"needs a CUDA device, Triton 3.8 or later (not {triton.__version__}) and TRITON_INSTRUMENTATION_MODE=fpsan"
+            f"exact.py needs a CUDA device, Triton 3.8 or later (this is {triton.__version__}) and "
+            "TRITON_INSTRUMENTATION_MODE=fpsan"
         )
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

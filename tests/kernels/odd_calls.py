@@ -35,7 +35,7 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 
 def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call every primitive, with and without dropout. Yield its results and those of plain PyTorch.
+    """Call every primitive, with and without dropout. Yield (its results, the results of plain PyTorch) of each call.
 
     ``place`` copies a tensor to the memory that a kernel reads or writes.
     """
@@ -78,7 +78,7 @@ def odd_calls(case: Case, place: Place, device: torch.device) -> Iterator[Result
 
 
 def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Return a function that makes random matrices with ``place``, by default of this dtype."""
+    """Return a function that makes random matrices in the memory of ``place``, by default of this dtype."""
 
     def randn(rows: int, cols: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return place((torch.randn(rows, cols, device=device) * scale).to(of))
@@ -87,7 +87,7 @@ def random_in(place: Place, device: torch.device, dtype: torch.dtype) -> Callabl
 
 
 def both(name: str, *args: Any, **options: Any) -> Results:
-    """Run a primitive as Triton kernels and in plain PyTorch."""
+    """Run a primitive as Triton kernels and in plain PyTorch; return both results."""
 
     def as_list(result: Any) -> list[Tensor]:
         return [result] if isinstance(result, Tensor) else [tensor for tensor in result if tensor is not None]
@@ -96,7 +96,7 @@ def both(name: str, *args: Any, **options: Any) -> Results:
 
 
 def grad_bottlenecks(place: Place, Gs: list[Tensor], T: Tensor, *args: Any, **options: Any) -> Results:
-    """Run grad_bottleneck as :func:`both` does, with dT and dS allocated by ``place``."""
+    """Run grad_bottleneck as Triton kernels and in plain PyTorch, with dT and dS in ``place``; return both results."""
     results = []
     for ops in (triton_ops, torch_ops):
         dT, dS = (place(torch.full_like(T, torch.nan)) for _ in range(2))
@@ -105,7 +105,7 @@ def grad_bottlenecks(place: Place, Gs: list[Tensor], T: Tensor, *args: Any, **op
 
 
 def require_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
-    """Raise AssertionError if results differ clearly from those of plain PyTorch. Other tests compare more closely."""
+    """Raise AssertionError if results differ from plain PyTorch's by far. Other tests use smaller tolerances."""
     tolerance = 1e-4 if dtype == F32 else 0.1
     for ours, plain in zip(got, want, strict=True):
         atol = tolerance * float(plain.double().abs().max() + 1)
@@ -114,7 +114,7 @@ def require_close(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> 
 
 def main() -> int:
     """Run all calls, compare the results, and return 0."""
-    import odd_forms  # here, because it imports this module
+    import odd_forms  # imported here, because odd_forms imports this module
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

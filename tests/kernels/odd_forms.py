@@ -1,4 +1,4 @@
-"""Calls with odd sizes in the forms that the general rule does not take. odd_calls.py runs them too."""
+"""Calls with odd sizes in the forms that the general rule does not take. odd_calls.py runs these calls too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _PHI: dict[str, Any] = {"scalings": [0.5, 2.0], "fusion": "mul_relu"}
 
 
 def odd_forms(case: Any, place: Place, device: torch.device) -> Iterator[Results]:
-    """Call the other forms of each step, expand without reading y, and adapters before the frozen products.
+    """Call the forms that the general rule does not take, expand_ without reading y, and a layer in adapter_first.
+
+    Yields:
+        The results of each call, and the results of plain PyTorch.
 
     Raises:
         AssertionError: a forced form was not used.
@@ -93,7 +96,7 @@ def _forced(step: str, form: str, launches: list[str]) -> Iterator[None]:
 
 
 def _step(leaves: dict[str, Tensor], frozen: dict[str, Any], Gs: list[Tensor], backend: str) -> list[Tensor]:
-    """Return the outputs of q and v and the gradients of x, A and B, if the node computes the frozen products."""
+    """Return the outputs of q and v and the gradients of x, A and B; the node computes the frozen products."""
     t = {name: leaf.detach().requires_grad_(name != "x_source") for name, leaf in leaves.items()}
     adapters = {name: (t[f"A.{name}"], t[f"B.{name}"], 0.5 + at) for at, name in enumerate("qv")}
     ys = fused_lora_qkv(t["x"][None], t["x_source"][None], None, adapters, **frozen, training=True, backend=backend)

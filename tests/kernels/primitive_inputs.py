@@ -1,7 +1,7 @@
 """Shapes, inputs and the comparison with float64 for the tests of the Triton primitives.
 
-Criterion: the largest error is at most twice that of plain PyTorch in the same dtype (with the roundings of PEFT's
-layers), plus one machine epsilon of that dtype at the scale of the values.
+The criterion: the largest error of a kernel is at most twice the largest error of plain PyTorch in the same dtype
+(which rounds as PEFT's layers do), plus one machine epsilon of that dtype times the largest value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ KEEP_SCALE = dropout.keep_scale(0.3)
 
 @dataclass(frozen=True)
 class Shape:
-    """One set of sizes and dtypes; ``compute`` is the dtype of T and S."""
+    """One set of sizes and dtypes.
+
+    ``compute`` is the dtype of T and S, ``x`` the dtype of x, ``adapter`` the dtype of A and B; None: ``compute``.
+    """
 
     M: int = 37
     K: int = 96
@@ -104,8 +107,8 @@ def hidden(T: Tensor, S: Tensor, fusion: str | None, dtype: torch.dtype) -> Tens
 def assert_close(got: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 0.0) -> None:
     """Assert the criterion of this module; truth is float64.
 
-    scale: typical magnitude of the values, for results of a few elements. All of them can be small by cancellation, and
-    the error of plain PyTorch then depends on the CPU's BLAS.
+    scale: typical magnitude of the values, for results of a few elements. All elements can be small by cancellation,
+    and plain PyTorch's error then depends on the CPU's BLAS. 0: the largest element of truth.
     """
     assert got.shape == truth.shape
     if truth.numel() == 0:

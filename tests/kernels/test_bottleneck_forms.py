@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 KERNEL, REDUCE = "grad_bottleneck_kernel", "split_k_reduce_kernel"
 by_form = pytest.mark.parametrize("form", [form for form in FORMS["grad_bottleneck"] if form != "torch"])
-#: (M, K, N, R): steps shorter and longer than a row tile, several blocks of R, chunks that do not divide M
+#: BLOCK_M, BLOCK_K, BLOCK_N, BLOCK_R: steps shorter and longer than a row tile, and chunks that do not divide M
 TILES = {"short steps": (32, 16, 32, 16), "long steps": (16, 32, 64, 32)}
 
 
@@ -40,7 +40,10 @@ def forced(form: str, tiles: str) -> Any:
 @by_form
 @pytest.mark.parametrize(("tiles", "dtype"), [("short steps", F32), ("long steps", BF16)], ids=str)
 def test_each_form_matches_float64(form: str, tiles: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Two projections of different widths, with split sums over the rows; also dB or dT and dS alone."""
+    """Two projections of different widths, with sums over the rows that are split.
+
+    Calls that need only dB, or only dT and dS, give the same bits.
+    """
     parts = [make(Shape(M=267, N=N, R=20, compute=dtype), device) for N in (70, 33)]
     Gs, Bs = [i.G for i in parts], [i.B for i in parts]
     T, S = torch.cat([i.T for i in parts], 1), torch.cat([i.S for i in parts], 1)
@@ -67,7 +70,7 @@ def test_each_form_matches_float64(form: str, tiles: str, dtype: torch.dtype, de
 
 
 def test_rows_first_has_the_same_programs_in_another_order() -> None:
-    """Both grids have one program per tile of rows and the strips of each chunk; only the grouping differs."""
+    """Both grids have one program per tile of rows, and one per strip of each chunk; only their order differs."""
     G, B, T = torch.empty(8192, 4096), torch.empty(4096, 64), torch.empty(8192, 64)
     config = TileConfig(64, 64, 128, 64, num_warps=4, num_stages=2, programs=264)
     grids = {}
@@ -100,7 +103,7 @@ def llama(bytes_moved: Any) -> Any:
 
 
 def test_bytes_of_each_form(bytes_moved: Any, llama: Any) -> None:
-    """The bytes follow from the shapes; partial sums of dB are written and read once more."""
+    """The bytes follow from the shapes. In addition, the partial sums of dB are written once and read once."""
     M, N, r = 8192, 5120, 64
     floor = 2 * M * N + 4 * (2 * M * 2 * r) + 2 * N * r + 4 * N * r
     assert bytes_moved.step_bytes(llama)["grad_bottleneck"] == floor == 94_240_768
@@ -124,7 +127,7 @@ def test_a_form_that_reads_G_once_moves_too_much(bytes_moved: Any, llama: Any) -
     assert few <= 20
 
 
-def test_the_parts_are_timed_in_a_dry_run(tmp_path: Path) -> None:
+def test_a_dry_run_times_each_part(tmp_path: Path) -> None:
     """The benchmark script times rows, strips and both in the interpreter, and writes a result for each."""
     out, root = tmp_path / "parts.json", Path(__file__).parents[2]
     command = [sys.executable, "benchmarks/grad_bottleneck_parts.py", "--dry", "--shapes", "xlm-r-large", "--most", "3"]

@@ -2,7 +2,7 @@
 
 Tensors are views into larger buffers whose margins contain NaN. An out-of-bounds read that affects a result makes it
 NaN. An out-of-bounds write changes the margins, which must have the same bits after the call. The checker (bounds.py)
-also detects accesses that affect neither.
+also detects accesses that change neither a result nor a margin.
 """
 
 from __future__ import annotations

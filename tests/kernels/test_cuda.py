@@ -151,7 +151,7 @@ def test_a_side_stream_is_respected() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_device_that_is_not_the_current_one() -> None:
+def test_a_device_that_is_not_current_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     t = make(300)
     other = {k: v.detach().to("cuda:1").requires_grad_(v.requires_grad) for k, v in t.items()}
@@ -162,7 +162,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 @pytest.mark.parametrize("M", [1, 64, 300, 8192])
 @pytest.mark.parametrize("fusion", ["add", "mul", "add_relu", "mul_relu", None])
-def test_auto_on_real_sizes(M: int, fusion: str | None) -> None:
+def test_auto_matches_float64_at_real_sizes(M: int, fusion: str | None) -> None:
     """Forward and backward with the widths of a real model match float64, with the launches that "auto" chooses."""
     d, n, r = 1024, 1024, 64
     x, x_source = (torch.randn(M, d, device=CUDA).bfloat16() for _ in range(2))
@@ -183,7 +183,7 @@ def test_auto_on_real_sizes(M: int, fusion: str | None) -> None:
 
 
 @pytest.mark.parametrize("form", ["tma", "last_adds"])
-def test_forms_are_captured_and_run_on_streams_at_once(form: str) -> None:
+def test_forms_give_the_same_bits_in_a_graph_and_on_concurrent_streams(form: str) -> None:
     """A graph is replayed concurrently with eager calls on several streams, and all give the same bits."""
     if form == "tma" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need sm_90")

@@ -15,8 +15,8 @@ def seed_of(number: int) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.int64)
 
 
-def test_philox_known_answers() -> None:
-    """The vector of Random123 (kat_vectors, philox4x32 10) whose last counter word is zero, and its word order."""
+def test_philox_gives_the_known_answers() -> None:
+    """Philox gives the test vector of Random123 (kat_vectors, philox4x32 10) whose last counter word is zero."""
     zero = torch.zeros((1, 1), dtype=torch.int64)
     words = dropout.philox(seed_of(0), zero, zero, 0)
     assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -64,7 +64,7 @@ def test_mask_is_a_pure_function_of_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_keep_rate_and_independence(p: float) -> None:
+def test_masks_have_the_keep_rate_and_are_independent(p: float) -> None:
     rows, cols = 400, 1000
     masks = [
         dropout.packed_mask(seed_of(seed), rows, cols, p, stream)
@@ -90,7 +90,7 @@ def test_extreme_probabilities() -> None:
     assert zeros is not None and zeros.shape == (3, 2) and not zeros.any()
     assert dropout.keep_scale(1.0) == 0.0
     assert dropout.packed_mask(seed_of(0), 0, 9, 0.5, 0).shape == (0, 2)
-    # below the resolution nothing is dropped, and the scale is 1
+    # a probability below the resolution of 1 / 65536 drops nothing, and the scale is 1
     tiny = dropout.packed_mask(seed_of(0), 3, 9, 1e-9, 0)
     assert dropout.unpack(tiny, 9, torch.float32).all() and dropout.keep_scale(1e-9) == 1.0
     for p in (-0.1, 1.1, float("nan")):
@@ -102,7 +102,7 @@ def test_scale_corresponds_to_the_rounded_probability() -> None:
     assert dropout.keep_scale(0.1) == 65536 / (65536 - 6554)
 
 
-def test_unpack_is_bit_j_of_byte_b() -> None:
+def test_unpack_reads_column_8b_plus_j_from_bit_j_of_byte_b() -> None:
     mask = torch.tensor([[0b00000101, 0b00000010]], dtype=torch.uint8)
     expected = [1, 0, 1, 0, 0, 0, 0, 0, 0, 1]
     assert dropout.unpack(mask, 10, torch.bfloat16).tolist() == [expected]

@@ -69,7 +69,7 @@ def expected_launches(step: str, form: str, case: str) -> list[str]:
 
 
 @by_form
-def test_shrink(form: str, case: str, device: torch.device) -> None:
+def test_each_form_of_shrink_matches_float64(form: str, case: str, device: torch.device) -> None:
     shape = SHAPES[case]
     i = make(shape, device)
     x, x_source, A = framed(i.x), framed(i.x_source), framed(i.A)
@@ -91,7 +91,7 @@ def test_shrink(form: str, case: str, device: torch.device) -> None:
 
 
 @by_form
-def test_grad_weight(form: str, case: str, device: torch.device) -> None:
+def test_each_form_of_grad_weight_matches_float64(form: str, case: str, device: torch.device) -> None:
     shape = SHAPES[case]
     i = make(shape, device)
     dT, x, dS, x_source = (framed(tensor) for tensor in i["T x S x_source"])
@@ -131,7 +131,7 @@ def test_dropout_and_odd_rows_do_not_use_descriptors(step: str, device: torch.de
         torch.testing.assert_close(got.to(F64), want, rtol=2e-3, atol=2e-3 * want.abs().max().item())
 
 
-def test_last_adds_with_dropout(device: torch.device) -> None:
+def test_last_adds_with_dropout_matches_the_triton_form(device: torch.device) -> None:
     i = make(SHAPES["splits"], device)
     masks = {"mask": i.mask, "mask_source": i.mask_source, "keep_scale": KEEP_SCALE}
     results = []

@@ -44,7 +44,7 @@ def run(fn, inputs: dict[str, Tensor], G: Tensor, **options) -> dict[str, Tensor
 
 
 def assert_as_close_as_plain(got, plain, truth, dtype: torch.dtype) -> None:
-    """Assert that errors are at most twice those of plain PyTorch in this dtype, plus one machine epsilon at scale."""
+    """Assert that errors are at most twice plain PyTorch's in this dtype, plus one epsilon times the largest value."""
     eps = torch.finfo(dtype).eps
     for key, want in truth.items():
         if want is None:
@@ -78,7 +78,7 @@ BACKEND = [
     ],
 )
 @pytest.mark.parametrize("source", ["x_source", "source_bottleneck"])
-def test_against_float64(backend, fusion, dtype, adapter_dtype, source, device) -> None:
+def test_outputs_and_gradients_match_float64(backend, fusion, dtype, adapter_dtype, source, device) -> None:
     inputs = make((2, 19), 33, 21, 5, dtype, device, adapter_dtype)
     if source == "source_bottleneck":
         inputs["source_bottleneck"] = (inputs.pop("x_source").double() @ inputs["lora_A"].double().T).to(dtype)
@@ -95,7 +95,7 @@ def test_against_float64(backend, fusion, dtype, adapter_dtype, source, device) 
 
 @pytest.mark.parametrize("fusion", ALL)
 @pytest.mark.parametrize("source", ["x_source", "source_bottleneck"])
-def test_gradcheck(fusion, source) -> None:
+def test_gradients_pass_gradcheck(fusion, source) -> None:
     inputs = make((2, 3), 4, 5, 3, torch.float64, torch.device("cpu"))
     if source == "source_bottleneck":
         inputs["source_bottleneck"] = torch.randn(2, 3, 3, dtype=torch.float64)
@@ -149,8 +149,7 @@ def test_dropout_mask_is_restored_under_checkpoint_recompute(use_reentrant, devi
 @pytest.mark.parametrize("backend", BACKEND)
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("M", [5, 130])
-def test_source_bottleneck_without_grad(backend, fusion, M, device) -> None:
-    """x and B get their gradients if S and A do not require grad."""
+def test_x_and_B_get_gradients_if_S_and_A_do_not_require_grad(backend, fusion, M, device) -> None:
     inputs = make((M,), 16, 12, 4, torch.float32, device)
     inputs["source_bottleneck"] = inputs.pop("x_source")[:, :4].contiguous()
     results = []
@@ -169,7 +168,7 @@ def test_source_bottleneck_without_grad(backend, fusion, M, device) -> None:
     [((1,), 7, 3, 1), ((0,), 7, 3, 4), ((2, 0), 8, 8, 4), ((1, 1), 16, 16, 16), ((70,), 40, 24, 130)],
     ids=["M=1", "M=0", "3d-M=0", "decode", "wide-rank"],
 )
-def test_shapes(backend, lead, d, n, r, device) -> None:
+def test_unusual_shapes_match_float64(backend, lead, d, n, r, device) -> None:
     inputs = make(lead, d, n, r, torch.float32, device)
     G = torch.randn_like(inputs["base_output"])
     truth = run(reference.fused_lora, {k: v.double() for k, v in inputs.items()}, G.double(), scaling=2.0)
@@ -180,7 +179,7 @@ def test_shapes(backend, lead, d, n, r, device) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKEND)
-def test_non_contiguous_inputs(backend, device) -> None:
+def test_non_contiguous_inputs_give_the_results_of_contiguous_ones(backend, device) -> None:
     inputs = make((6, 5), 16, 12, 4, torch.float32, device)
     G = torch.randn_like(inputs["base_output"])
     want = run(fused_lora, inputs, G, scaling=1.0, backend=backend)
@@ -197,7 +196,7 @@ def test_non_contiguous_inputs(backend, device) -> None:
 
 @pytest.mark.parametrize("backend", BACKEND)
 @pytest.mark.parametrize("frozen", ["x", "lora_A", "lora_B", "x+lora_A", "all but x_source"])
-def test_frozen_parts_get_no_gradient_and_cost_no_storage(backend, frozen, device) -> None:
+def test_frozen_tensors_get_no_gradient_and_x_is_saved_for_dA_only(backend, frozen, device) -> None:
     inputs = make((3, 7), 16, 12, 4, torch.float32, device)
     skip = {"x", "lora_A", "lora_B", "base_output"} if frozen.startswith("all") else set(frozen.split("+"))
     truth = run(reference.fused_lora, inputs, torch.ones_like(inputs["base_output"]), scaling=1.0)
@@ -232,7 +231,7 @@ def test_base_output_is_overwritten_only_if_it_is_not_shared(device) -> None:
 
 @pytest.mark.parametrize("fusion", ALL)
 @pytest.mark.parametrize("M", [64, 128])
-def test_saved_bytes(M, fusion, device) -> None:
+def test_only_the_necessary_tensors_are_saved(M, fusion, device) -> None:
     """Only x, x_source, T and S (H if phi is linear), and the cast B (if it is small compared with x) are saved."""
     d, r = 256, 8
     inputs = make((M,), d, d, r, torch.bfloat16, device, torch.float32)
@@ -253,7 +252,7 @@ def test_saved_bytes(M, fusion, device) -> None:
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
-def test_autocast(wide, device) -> None:
+def test_autocast_sets_the_compute_dtype_and_keeps_gradient_dtypes(wide, device) -> None:
     """With float32 x and a bf16 frozen output (autocast), the compute dtype is bf16 and gradients keep their dtypes."""
     inputs = make((2, 19), 33, 21, 5, torch.float32, device)
     inputs["base_output"] = inputs["base_output"].to(wide)
@@ -277,7 +276,7 @@ def test_double_backward_is_refused(device) -> None:
         grad.sum().backward()
 
 
-def test_select_backend_returns_the_choice_of_auto() -> None:
+def test_select_backend_returns_the_backend_of_auto() -> None:
     assert flare_kernels.select_backend("cpu", torch.float32) == "torch"
     assert flare_kernels.select_backend("cuda:0" if torch.cuda.is_available() else "cpu", torch.float64) == "torch"
     assert flare_kernels.select_backend("cpu", torch.float32, "matmul") == "reference"
@@ -328,7 +327,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m[:24] for _, _, m in BAD])
-def test_wrong_input(change, error, message) -> None:
+def test_wrong_input_is_refused(change, error, message) -> None:
     good = make((2, 3), 8, 6, 5, torch.float32, torch.device("cpu"))
     for key, value in change.items():
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""The package for the Hugging Face kernels hub: the same files, its own operators, the same numbers."""
+"""The package for the Hugging Face kernels hub: it has the source's files, its own operators, and equal results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def package(tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> Pat
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Relative path -> bytes of every file, without bytecode."""
+    """Return relative path -> bytes of every file in a folder, without bytecode."""
     paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
@@ -107,7 +107,7 @@ def test_metadata_names_the_build(package, script, backend):
     }
 
 
-def test_the_id_follows_the_source(tmp_path, monkeypatch, script):
+def test_the_id_changes_with_the_source(tmp_path, monkeypatch, script):
     before = script.unique_id()
     assert len(before) == 7 and before == load_script().unique_id()
     source = tmp_path / "flare_kernels"
@@ -160,7 +160,7 @@ LOAD_AND_COMPUTE = """
     from pathlib import Path
 
     class Blocks:
-        # A finder in front of the others, as where only torch and Triton are installed.
+        # A finder that hides packages from the other finders, as if only torch and Triton were installed.
         names = {"flare", "flare_kernels", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub"}
 
         def find_spec(self, name, path=None, target=None):
@@ -171,7 +171,7 @@ LOAD_AND_COMPUTE = """
     import torch
 
     def load(variant):
-        # as the package `kernels` loads a variant
+        # load the variant as the package `kernels` does
         name = json.loads((variant / "metadata.json").read_text())["id"]
         spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
         module = sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""fused_lora_qkv: the same results as one call per projection, with one pass over each stream."""
+"""fused_lora_qkv gives the results of one call per projection, and reads each stream only once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_equal(got: dict, want: dict, **tolerance: float) -> None:
 @pytest.mark.parametrize(("backend", "subset"), CASES)
 @pytest.mark.parametrize("fusion", [*FUSIONS, None, {"q": "add", "v": "mul_relu"}, {"v": "add_relu"}], ids=str)
 @pytest.mark.parametrize("source", ["x_source", "S"])
-def test_equals_the_oracle(backend, subset, fusion, source, device) -> None:
+def test_joint_results_equal_the_oracle(backend, subset, fusion, source, device) -> None:
     dtype = torch.float64 if backend == "torch" else torch.float32
     data = make(dtype, device)
 
@@ -158,7 +158,7 @@ LAUNCHES = {
 @pytest.mark.skipif("not __import__('flare_kernels').backends()['triton']", reason="no Triton backend")
 @pytest.mark.parametrize("tokens", LAUNCHES)
 @pytest.mark.parametrize("fusion", ["add", "add_relu"])
-def test_launches_of_query_and_value(tokens, fusion, device) -> None:
+def test_query_and_value_share_one_launch_per_step(tokens, fusion, device) -> None:
     """Two adapters of one rank and phi take one launch per step, and match plain PyTorch."""
     from flare_kernels.launch_mode import counting
 
@@ -215,7 +215,7 @@ def test_matches_separate_calls_in_16_bit(device) -> None:
     assert_equal(run(joint, data, ("q", "v")), run(separate, data, ("q", "v")), rtol=0.05, atol=0.1)
 
 
-def test_wrong_input(device) -> None:
+def test_wrong_input_is_refused(device) -> None:
     data = make(torch.float32, device)
     base = {name: data["x"] @ W.T for name, W in data["W"].items()}
     good = {"q": (data["A"]["q"], data["B"]["q"], 1.0)}
@@ -232,7 +232,7 @@ def test_wrong_input(device) -> None:
         fused_lora_qkv(data["x"], None, tracked, good, weights=data["W"])
 
 
-def test_no_rows(device) -> None:
+def test_zero_rows_give_zero_gradients(device) -> None:
     """Forward and backward with M = 0 and a source bottleneck."""
     S = torch.zeros(2, 0, 4, device=device, requires_grad=True)
     A, B = torch.randn(4, 18, device=device, requires_grad=True), torch.randn(6, 4, device=device, requires_grad=True)

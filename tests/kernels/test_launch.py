@@ -1,4 +1,4 @@
-"""Cached plans and launchers: the Python overhead of a call, the second launch, and when a plan is not reused."""
+"""Cached plans and launchers: the Python calls of a primitive, its second launch, and when a plan is not reused."""
 
 from __future__ import annotations
 
@@ -171,12 +171,12 @@ def counted(call: Callable[[], Any]) -> int:
         call()
     finally:
         sys.setprofile(None)
-    return len(events) - 2  # the call of the lambda, and that of setprofile
+    return len(events) - 2  # without the call of the lambda and the call of setprofile
 
 
 @pytest.mark.parametrize("namespace", [primitives, primitives.tuned], ids=["triton", "auto"])
 def test_a_primitive_makes_a_handful_of_calls(namespace: Any) -> None:
-    """One for itself, one per allocated tensor, one per launch, and at most one to split a result."""
+    """One call of the primitive, one per allocated tensor, one per launch, and at most one that splits a result."""
     for size in (SIZES[0], (*SIZES[4][:3], 16)):
         with launches_left_out() as names:
             for call in calls(namespace, size):

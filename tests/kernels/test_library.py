@@ -75,7 +75,7 @@ def test_a_compiled_layer_is_one_graph_with_eager_results(call, backend, fusion,
             torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_inductor_and_other_lengths(device) -> None:
+def test_inductor_compiles_one_graph_for_all_lengths(device) -> None:
     """There is one graph for all lengths, and another one without gradients."""
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]

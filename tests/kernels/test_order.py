@@ -96,7 +96,7 @@ CASES = {
 @by_backend
 @pytest.mark.parametrize("case", CASES)
 def test_adapter_first_matches_the_oracle(case: str, backend: str, device, orders) -> None:
-    """In float32 for the kernels and float64 for plain PyTorch. No uninitialised memory is read."""
+    """The kernels run in float32, and plain PyTorch in float64. No uninitialised memory is read."""
     adapted, biased, rank, options = CASES[case]
     dtype = F64 if backend == "torch" else F32
     t = make(dtype, device, v=rank)
@@ -113,8 +113,8 @@ def test_adapter_first_matches_the_oracle(case: str, backend: str, device, order
 
 @by_backend
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-def test_in_16_bit_it_is_as_close_to_float64_as_pefts_eager_form(dtype: torch.dtype, backend: str, device) -> None:
-    """By norm, the errors of outputs and dx are at most those of base + (H B^T) s, which rounds three times."""
+def test_adapter_first_in_16_bit_is_as_close_to_float64_as_peft(dtype: torch.dtype, backend: str, device) -> None:
+    """The norm of each error is at most that of PEFT's form, base + (H B^T) s, which rounds three times."""
     t = make(dtype, device, M=70, d=256, r=8)
     wide = {key: value.double() for key, value in t.items()}
     truth = run(wide, "qv", "qkv", "reference", fusion="add")
@@ -159,8 +159,8 @@ def test_expand_with_biases_does_not_read_y(backend: str, device) -> None:
             assert frame[:, :3].isnan().all()
 
 
-def test_which_products_write_and_which_add(device, monkeypatch) -> None:
-    """In adapter_first, the frozen products of both adapted y and the first product of dx add instead of writing."""
+def test_adapter_first_lets_the_frozen_products_add(device, monkeypatch) -> None:
+    """In adapter_first, the frozen products of adapted y and of dx add to what the adapters have written."""
     calls: list[str] = []
     linear, addmm_ = F.linear, Tensor.addmm_
     monkeypatch.setattr(F, "linear", lambda *a: calls.append(f"y = {a[1].shape[0]}") or linear(*a))
@@ -180,7 +180,7 @@ def test_which_products_write_and_which_add(device, monkeypatch) -> None:
     assert products["adapter_first"] == ["y = 9", *y_products, *dx_products]
 
 
-def test_calls_that_cannot_run_adapters_first(device, orders) -> None:
+def test_unsupported_calls_run_the_frozen_products_first(device, orders) -> None:
     """With mixed dtypes, an autocast that casts, no adapters, or few tokens, the frozen product runs first."""
     t = make(F32, device)
     x, W, b = t["x"][0], t["W.q"], t["b.q"]
@@ -217,7 +217,7 @@ def test_a_few_tokens_use_the_decoding_kernels(device, orders) -> None:
 
 
 def test_auto_follows_the_table_and_caches_the_order(device, monkeypatch, tmp_path) -> None:
-    """A call with "auto" on a GPU follows its entry. A backend chosen by name, or a GPU without entry, does not."""
+    """A call with "auto" follows the entry of its size. Without an entry, or with a named backend, it does not."""
     from flare_kernels.triton_ops.config import FORMS
 
     general = next(iter(FORMS["order"]))
@@ -269,7 +269,7 @@ def test_auto_follows_the_table_and_caches_the_order(device, monkeypatch, tmp_pa
         run(t, "qv", "qkv", "torch")
 
 
-def test_wrong_arguments(device) -> None:
+def test_wrong_arguments_are_refused(device) -> None:
     t = make(F32, device)
     x, adapters = t["x"], {"q": (t["A.q"], t["B.q"], 1.0)}
     W, b = {"q": t["W.q"]}, {"q": t["b.q"]}

@@ -1,6 +1,7 @@
 """Each Triton primitive compared with float64, on a GPU if there is one, otherwise under Triton's interpreter.
 
-tests/kernels/primitive_inputs.py has the criterion; tests/kernels/test_triton_ops_backward.py has the backward pass.
+tests/kernels/primitive_inputs.py defines the allowed error. tests/kernels/test_triton_ops_backward.py tests the
+primitives of the backward pass.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 @by_shape
 @pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
-def test_shrink(shape: Shape, masked: bool, device: torch.device) -> None:
+def test_shrink_matches_float64(shape: Shape, masked: bool, device: torch.device) -> None:
     i = make(shape, device)
     masks = (i.mask, i.mask_source) if masked else (None, None)
     options = {"compute_dtype": shape.compute, "keep_scale": KEEP_SCALE}
@@ -56,7 +57,8 @@ def test_shrink(shape: Shape, masked: bool, device: torch.device) -> None:
         (T, S), results[shape.compute], results[F64], (i.x, i.x_source), masks, strict=True
     ):
         assert got.dtype == shape.compute and got.is_contiguous()
-        norms = (drop(x, mask, F64).square() @ i.A.to(F64).square().T).sqrt()  # of the summands of each result
+        # the norm of the summands of each element
+        norms = (drop(x, mask, F64).square() @ i.A.to(F64).square().T).sqrt()
         scales.append(norms.item() if norms.numel() == 1 else 0.0)
         assert_close(got, plain, truth, shape.compute, scales[-1])
 
@@ -75,7 +77,7 @@ def test_shrink(shape: Shape, masked: bool, device: torch.device) -> None:
 
 @by_shape
 @pytest.mark.parametrize("fusion", ALL, ids=str)
-def test_expand(shape: Shape, fusion: str | None, device: torch.device) -> None:
+def test_expand_matches_float64(shape: Shape, fusion: str | None, device: torch.device) -> None:
     i = make(shape, device)
     S = None if fusion is None else i.S
     y = i.y.clone()
@@ -121,7 +123,7 @@ def test_several_projections_in_one_launch(count: int, rank: int, fusion: str | 
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
-def test_stack(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
+def test_stack_concatenates_in_the_given_dtype(dtypes: tuple[torch.dtype, torch.dtype], device: torch.device) -> None:
     to, adapter = dtypes
     As = [torch.randn(r, 37, device=device).to(adapter) for r in (5, 9, 16)]
     As[1] = strided(As[1], "transposed")
@@ -143,7 +145,7 @@ DECODE_SHAPES = [
 @pytest.mark.parametrize("shape", DECODE_SHAPES, ids=str)
 @pytest.mark.parametrize("fusion", ALL, ids=str)
 @pytest.mark.parametrize("with_S", [False, True], ids=["x_source", "S"])
-def test_decode(shape: Shape, fusion: str | None, with_S: bool, device: torch.device) -> None:
+def test_decode_matches_float64(shape: Shape, fusion: str | None, with_S: bool, device: torch.device) -> None:
     """A few tokens take two launches for two projections; T and S are returned if needed for backward."""
     i, j = make(shape, device), make(replace(shape, N=shape.N + 7), device)
     x_source = None if fusion is None or with_S else i.x_source
@@ -193,7 +195,7 @@ def test_decoding_a_row_does_not_depend_on_other_rows(device: torch.device) -> N
 
 
 @pytest.mark.parametrize("how", ["rows", "transposed", "slice"])
-def test_any_strides(how: str, device: torch.device) -> None:
+def test_strided_inputs_give_the_results_of_contiguous_ones(how: str, device: torch.device) -> None:
     """Strided inputs give the results of contiguous ones, and the gaps between a destination's rows are unchanged."""
     i = make(Shape(compute=F32, R=16), device)
     names = "x x_source A B G T S"
@@ -224,7 +226,7 @@ def test_any_strides(how: str, device: torch.device) -> None:
     assert (frame == 7.0).all() and (gap == 7.0).all()
 
 
-def test_add_writes_both_destinations(device: torch.device) -> None:
+def test_add_writes_dT_and_dS(device: torch.device) -> None:
     i = make(Shape(), device)
     dT, dS = torch.empty_like(i.T), torch.empty_like(i.T)
     triton_ops.grad_bottleneck([i.G], i.T, i.S, [i.B], scalings=[SCALING], fusion="add", dT=dT, dS=dS)
@@ -232,8 +234,8 @@ def test_add_writes_both_destinations(device: torch.device) -> None:
     assert torch.equal(dT, dS)
 
 
-def test_sum_in_T_needs_no_S(device: torch.device) -> None:
-    """For "add", T + S replaces T and S; with a frozen B, dH needs neither."""
+def test_add_needs_only_the_sum_of_T_and_S(device: torch.device) -> None:
+    """For "add", T + S replaces T and S. If B is frozen, dH needs neither T nor S."""
     i = make(Shape(), device)
     y, want = i.y.clone(), i.y.clone()
     phi = {"scalings": [SCALING], "fusion": "add"}
@@ -261,7 +263,7 @@ def test_dropout_on_one_stream_only(device: torch.device) -> None:
     torch.testing.assert_close(dA, i.T.T @ drop(i.x, i.mask, F32) + i.S.T @ i.x_source)
 
 
-def test_no_rows(device: torch.device) -> None:
+def test_zero_rows_give_empty_results_and_zero_weight_gradients(device: torch.device) -> None:
     i = make(Shape(M=0), device)
     phi = {"scalings": [SCALING], "fusion": "mul"}
     T, S = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=F32)
@@ -275,7 +277,7 @@ def test_no_rows(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-def test_sums_that_are_split_repeat_their_bits(dtype: torch.dtype, device: torch.device) -> None:
+def test_split_sums_have_the_same_bits_on_every_run(dtype: torch.dtype, device: torch.device) -> None:
     """Split-K sums are correct and have the same bits on every run."""
     shape = Shape(M=600, K=600, N=48, R=16, compute=dtype)
     i = make(shape, device)
@@ -310,7 +312,7 @@ def test_sums_that_are_split_repeat_their_bits(dtype: torch.dtype, device: torch
 
 
 def test_float32_does_not_use_tf32(device: torch.device) -> None:
-    """TF32 has 10 mantissa bits; a product with an operand that needs 20 shows whether it is used."""
+    """TF32 has 10 mantissa bits; a product with an operand that needs 20 shows whether TF32 is used."""
     value = 1.0 + 2.0**-20
     x = torch.zeros(16, 32, device=device)
     x[:, 0] = value
@@ -340,7 +342,7 @@ def test_nan_is_not_hidden_by_relu(device: torch.device) -> None:
     assert i.y[3].isnan().all() and not i.y[4].isnan().any()
 
 
-def test_same_signatures_as_the_torch_backend() -> None:
+def test_triton_and_torch_primitives_have_the_same_signatures() -> None:
     """The autograd node works with either module."""
     triton_only = {"DECODE_ROWS", "can_decode", "decode", "tuned"}
     for name in sorted({*triton_ops.__all__} - triton_only):
@@ -350,10 +352,11 @@ def test_same_signatures_as_the_torch_backend() -> None:
         assert kinds[0] == kinds[1], name
 
 
-def test_table_of_rows_covers_every_choice() -> None:
+def test_every_choice_of_the_general_rule_is_a_listed_row() -> None:
     """The general rule selects a row with valid tiles for any rank, operand class and GPU."""
     table = {row[:4]: row[4] for row in config.all_configs()}
-    for kernel in {kernel.removesuffix("_last_adds") for kernel in config.KERNELS}:  # last_adds has the kernel's rows
+    # the form last_adds uses the rows of shrink and grad_weight
+    for kernel in {kernel.removesuffix("_last_adds") for kernel in config.KERNELS}:
         for operands in (config.NARROW,) if kernel.endswith("_tma") else config.OPERAND_CLASSES:
             for rank in (1, 5, 16, 17, 64, 100, 128, 200, 256, 300, 1000):
                 for shared_bytes in (config.SMALL_SHARED_BYTES, config.LARGE_SHARED_BYTES):
@@ -363,7 +366,7 @@ def test_table_of_rows_covers_every_choice() -> None:
                 assert config.choose(kernel, operands, rank, 48 * 1024).num_stages == 1
 
 
-def test_rank_above_the_largest_bucket(device: torch.device) -> None:
+def test_a_rank_above_the_largest_bucket_gives_correct_results(device: torch.device) -> None:
     """R is processed in blocks, as for several stacked adapters."""
     i = make(Shape(M=20, K=40, N=24, R=300, compute=F32), device)
     T, S = triton_ops.shrink(i.x, i.x_source, i.A, compute_dtype=F32)

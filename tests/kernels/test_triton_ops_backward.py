@@ -1,4 +1,7 @@
-"""The Triton primitives of the backward pass compared with float64, as in tests/kernels/test_triton_ops.py."""
+"""The Triton primitives of the backward pass compared with float64.
+
+tests/kernels/test_triton_ops.py tests the primitives of the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 @by_shape
 @pytest.mark.parametrize("fusion", ALL, ids=str)
-def test_grad_bottleneck(shape: Shape, fusion: str | None, device: torch.device) -> None:
+def test_grad_bottleneck_matches_float64(shape: Shape, fusion: str | None, device: torch.device) -> None:
     i = make(shape, device)
     S = None if fusion is None else i.S
     B_grad_dtype = shape.adapter or shape.compute
@@ -68,7 +71,7 @@ def test_grad_input_adds_to_out(device: torch.device) -> None:
 
 @by_shape
 @pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
-def test_grad_weight(shape: Shape, masked: bool, device: torch.device) -> None:
+def test_grad_weight_matches_float64(shape: Shape, masked: bool, device: torch.device) -> None:
     i = make(shape, device)
     masks = (i.mask, i.mask_source) if masked else (None, None)
     grad_dtype = shape.adapter or shape.compute
@@ -87,7 +90,7 @@ def test_grad_weight(shape: Shape, masked: bool, device: torch.device) -> None:
 
 @by_shape
 @pytest.mark.parametrize("masked", [False, True], ids=["", "dropout"])
-def test_grad_input(shape: Shape, masked: bool, device: torch.device) -> None:
+def test_grad_input_matches_float64(shape: Shape, masked: bool, device: torch.device) -> None:
     i = make(shape, device)
     mask = i.mask if masked else None
     x_dtype = shape.x or shape.compute

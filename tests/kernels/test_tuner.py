@@ -105,7 +105,7 @@ def test_the_timer_sleeps_as_long_as_the_host_needs(fake: Device) -> None:
 # --- problems ---------------------------------------------------------------------------------------------------------
 
 
-def test_problems_have_the_most_used_sizes_first_and_each_entry_once() -> None:
+def test_problems_yield_the_most_used_sizes_first_and_each_entry_once() -> None:
     problems = list(tuning.problems(tuning.SHAPES.values(), (8192, 2048, 512, 1, 16), (64, 8)))
     first = [(p.shape.name, p.M) for p in problems if p.r == 64 and p.shape.tier == 0]
     sizes = list(itertools.product((8192, 2048, 512, 1), ("llama-3.1-8b", "xlm-r-large")))
@@ -138,8 +138,8 @@ def test_wrong_results_are_detected(device) -> None:
         assert not check(lambda t, p=problem: [result * torch.nan for result in p.run(torch_ops, t)])
 
 
-def test_both_orders_are_run(monkeypatch, device) -> None:
-    """The problem of the step order runs in the forced order."""
+def test_the_order_problem_runs_in_the_forced_order(monkeypatch, device) -> None:
+    """The tuner's problem for the step "order" runs in the order that the variant forces."""
     (problem,) = [problem for problem in tuning.problems([SMALL], [70], [8]) if problem.step == "order"]
     orders: list[object] = []
     choose_order = function.choose_order
@@ -228,7 +228,7 @@ if __name__ == "__main__":
         assert 0.6 * shared <= least <= shared, (kernel, least, shared)
 
 
-def test_variants_are_compiled_ahead_as_they_are_launched() -> None:
+def test_kernels_compiled_ahead_have_the_specialisation_of_the_launches() -> None:
     """The compiler pool compiles each kernel once, with the specialisation of the launch."""
     printed = script(
         """
@@ -273,7 +273,8 @@ def simulated_timer(us: Callable[[launch_mode.Mode], float]) -> timing.Timer:
 def test_the_tuner_chooses_the_fastest_valid_variant(monkeypatch, device) -> None:
     for step in ("shrink", "grad_weight"):
         monkeypatch.setitem(config.FORMS, step, {"triton": (step,), "torch": ()})
-    # the general rule's variant is first; 8 warps with 2 stages are fastest but wrong; 8 with 3 are next
+    # the general rule's variant is first; 8 warps with 2 stages are fastest but wrong; 8 warps with 3
+    # stages are the second fastest
     grid = ((64,), (32,), (32,), (4, 8), (2, 3), (7,))
     monkeypatch.setattr(config, "_CANDIDATES", dict.fromkeys(config.KERNELS, grid))
     correct = search.Check.__call__
@@ -324,7 +325,7 @@ def test_the_table_is_saved_after_each_entry_and_has_the_lower_bounds(monkeypatc
     adapter_first: list[tuple[str, ...]] = []
 
     def us(mode: launch_mode.Mode) -> float:
-        if mode.forced_form == "adapter_first":  # its steps use the entries tuned so far
+        if mode.forced_form == "adapter_first":  # the steps of this order use the entries that are already tuned
             adapter_first.append(tuple(key.step for key in mode.table.entries))
         return 2.0 if mode.forced_form in ("torch", "frozen_first") else 1.0
 

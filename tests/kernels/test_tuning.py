@@ -92,7 +92,7 @@ def test_a_damaged_or_foreign_table_is_reported_and_ignored(damage: str, tmp_pat
 
 
 def test_a_user_without_a_readable_home_has_no_table(monkeypatch, tmp_path: Path) -> None:
-    """In containers, for example. A table is optional, so this is not an error."""
+    """A user in a container may have no home directory. A table is optional, so this is not an error."""
 
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -134,7 +134,7 @@ def test_sizes_share_entries_by_bucket() -> None:
 
 
 def test_a_tuned_entry_applies_to_its_gpu_only(monkeypatch) -> None:
-    """A simulated CUDA device gets the table's tiles if there is an entry, otherwise those of the general rule."""
+    """A simulated CUDA device gets the table's tiles if there is an entry, otherwise the general rule's tiles."""
     device = torch.device("cuda", 0)
     LaunchTable("Some GPU", {KEY: Entry("triton", {"shrink": TILES})}).save(launch_table.user_path("Some GPU"))
     monkeypatch.setattr(launch, "_cuda_shared_bytes", lambda index: config.SMALL_SHARED_BYTES)
@@ -170,8 +170,11 @@ def test_every_form_has_tiles_by_rule_and_by_table() -> None:
     assert all(form in config.FORMS[step] for step, form in config.SUPPORTED)
 
 
-def test_a_form_is_forced_or_tuned_or_the_general_rules(monkeypatch) -> None:
-    """In this order. A form that the device or the call does not support is replaced by the general rule's."""
+def test_a_forced_form_comes_before_a_tuned_one_and_the_general_rule(monkeypatch) -> None:
+    """A forced form comes before a tuned form, and a tuned form before the general rule's.
+
+    If the device or the call does not support a form, the next one is taken.
+    """
     device, sizes = torch.device("cuda", 0), ("narrow", 64, 8192, 4096)
     monkeypatch.setitem(config.FORMS, "shrink", {"triton": ("shrink",), "new": ("shrink",), "torch": ()})
     monkeypatch.setitem(config.SUPPORTED, ("shrink", "new"), lambda operands, capability: capability >= 90)
@@ -282,7 +285,7 @@ def test_auto_takes_the_form_of_the_table(monkeypatch, device) -> None:
     torch.testing.assert_close(out, 1 + dT @ A)
 
 
-def test_the_plan_on_a_device_without_kernels() -> None:
+def test_launch_plan_says_torch_on_a_device_without_kernels() -> None:
     plan = flare_kernels.launch_plan(8192, 4096, (4096, 1024), 64, device="cpu")
     assert set(plan) == set(config.FORMS) - {"decode", "order"} and all(
         "torch (the backend for cpu" in step for step in plan.values()
@@ -292,7 +295,7 @@ def test_the_plan_on_a_device_without_kernels() -> None:
 # --- the tables of the package ----------------------------------------------------------------------------------------
 
 PACKAGE_TABLES = sorted(launch_table.package_path("").parent.glob("*.json"))
-#: rows and widths in each bucket, including the one above the last bound
+#: A number of rows, and a width, in each bucket, including the bucket above the last bound.
 ROWS, WIDTHS = (32, 128, 512, 2048, 8192, 65536), (1024, 2048, 3584, 4096, 8192)
 
 
@@ -326,7 +329,7 @@ def test_a_package_table_applies_to_its_gpu_and_sizes_only(path: Path, monkeypat
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler exists for Linux only")
 @pytest.mark.parametrize("path", PACKAGE_TABLES, ids=lambda path: path.stem)
 def test_the_entries_of_a_package_table_can_be_launched(path: Path) -> None:
-    """Compiled for sm_90, they do not exceed the shared memory of a block and do not spill registers."""
+    """Compiled for sm_90, the entries' kernels fit in the shared memory of a block and do not spill registers."""
     script = f"""
 import itertools, pathlib, torch
 from flare_kernels import aot, tuning
