@@ -156,7 +156,7 @@ def record(case: Case, *, rows: int = 16384) -> list[Any]:
         A = triton_ops.stack(As, dtype) if count > 1 else As[0]
         triton_ops.shrink(x, source, A, compute_dtype=dtype, sum_streams=add, **both_masks)
         y_rows = [y[:8] for y in ys]
-        # decode reads x_source, or S instead of x_source; the latter is compiled at rank 64 only
+        # decode reads x_source or, instead of it, S; the variant with S is compiled at rank 64 only
         bottlenecks: list[list[Tensor]] = [[], [T[:8, :R]] * count] if case.fusion and R == 64 else [[]]
         for Ss in bottlenecks if triton_ops.can_decode(8, [R] * count) and not case.dropout else []:
             options: dict[str, Any] = {"compute_dtype": dtype, "save_for_backward": bool(Ss)} | common

@@ -141,9 +141,8 @@ class FusedLoRA(torch.autograd.Function):
                 ys[output].addmm_(x_MK, Ws[output].T)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.sizes, ctx.needs, ctx.adapter_first = call, sizes, needs, order is not None
-        ctx.frozen_inputs = (
-            count_W if count_y else 2 * count_W
-        )  # weights, followed by biases if the node computes the products
+        # weights, followed by as many biases if the node computes the products
+        ctx.frozen_inputs = count_W if count_y else 2 * count_W
         # dB needs T; a nonlinear phi needs T and S in backward
         save_hidden = needs.any_B or (needs.hidden and call.nonlinear)
         ctx.save_for_backward(
@@ -248,7 +247,7 @@ class _DifferentiableOnce(torch.autograd.Function):
 def differentiable_once(
     grads: Sequence[Tensor | None], depend_on: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a backward pass with ``create_graph=True``, with a graph that raises when differentiated.
+    """Return the gradients of a backward pass with ``create_graph=True``. Differentiating them raises an error.
 
     torch's ``once_differentiable`` is not enough: it does not connect the gradients to the saved tensors, so
     ``autograd.grad`` would find no second derivative and raise no error.

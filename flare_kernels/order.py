@@ -8,8 +8,8 @@ In backward, dT A writes dx, then every frozen product adds to it. The reads of 
 where they overlap with the computation. The orders differ in when the intermediate y and dx are rounded. The results of
 both are as close to float64 as those of PEFT's eager form.
 
-The launch table chooses the order: it is the table's step "order", whose rows are the M tokens, whose width is the
-widest adapted output's, and whose rank is one adapter's (r). The frozen products always run first in layers that
+The general rule is ``adapter_first``. The launch table may choose the order in its step "order", whose rows are the M
+tokens, whose width is the widest adapted output's, and whose rank is one adapter's (r). The frozen products always run first in layers that
 compute them outside the node (quantised or with hooks), in the operators for ``torch.compile``, and in passes that
 adapt only some rows of a batch. No code of this module runs in a training step after the first.
 """
