@@ -9,9 +9,9 @@ where they overlap with the computation. The orders differ in when the intermedi
 both are as close to float64 as those of PEFT's eager form.
 
 The general rule is ``adapter_first``. The launch table may choose the order in its step "order", whose rows are the M
-tokens, whose width is the widest adapted output's, and whose rank is one adapter's (r). The frozen products always run first in layers that
-compute them outside the node (quantised or with hooks), in the operators for ``torch.compile``, and in passes that
-adapt only some rows of a batch. No code of this module runs in a training step after the first.
+tokens, whose width is the widest adapted output's, and whose rank is one adapter's (r). The frozen products always run
+first in layers that compute them outside the node (quantised or with hooks), in the operators for ``torch.compile``,
+and in passes that adapt only some rows of a batch. No code of this module runs in a training step after the first.
 """
 
 from __future__ import annotations

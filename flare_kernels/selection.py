@@ -132,7 +132,7 @@ def launch_plan(
 
 
 def primitives(backend: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the namespace of a backend's primitives. For "auto" on a GPU, they follow the launch table.
+    """Return the namespace of a backend's primitives. With "auto" on a GPU, the primitives follow the launch table.
 
     Raises:
         ValueError: the backend is unknown, or cannot run on this device and in this dtype; the message has the reason.

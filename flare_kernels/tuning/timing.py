@@ -33,8 +33,7 @@ class DeviceTimer:
     """A :class:`Timer` with CUDA events, in which the host queues all launches of a round before the device starts.
 
     Many kernels take less time than their launch takes on the host. The device therefore sleeps while the host queues
-    the round. The round is valid if the device has not reached the round's first event when the host has queued all of
-    it.
+    the round. The round is valid if the host has queued all of its calls before the device reaches the first event.
     """
 
     def __init__(self, calls: int = 10) -> None:
