@@ -20,7 +20,7 @@ from flare_kernels.dropout import draw_seed
 from flare_kernels.function import differentiable_once
 from flare_kernels.projection import project, project_grad, stack
 
-from ..tuner.layer import check_weights, weight_of
+from ..tuner.layer import raise_weight_mismatch, weight_of
 from .context import Bottlenecks, SourceContext
 from .fsdp import full_parameter
 from .memory import Keep, StateMemory
@@ -116,7 +116,7 @@ def _stacked(group: StateGroup, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     """Return the stacked A of a group in x's dtype; raise ValueError if one is on another device."""
     for layer, path, A in zip(group.modules, group.layers, weights, strict=True):
         if A.device != x.device:
-            check_weights(path, x, A, cast(Tensor, layer.lora_B[group.adapter].weight))
+            raise_weight_mismatch(path, x, A, cast(Tensor, layer.lora_B[group.adapter].weight))
     return stack([A.detach() for A in weights], x.dtype)
 
 
