@@ -62,7 +62,7 @@ def test_choices_train_the_head_and_use_a_cache(model, batch):
 
 def test_a_source_with_one_text_per_row_raises(model, batch):
     one = {**batch, "source_input_ids": batch["source_input_ids"][:, 0]}
-    with pytest.raises(ValueError, match=r"source_input_ids is \(2, 7\): next to input_ids \(B, n, m\)"):
+    with pytest.raises(ValueError, match=r"source_input_ids is \(2, 7\): with input_ids \(B, n, m\)"):
         model(**one)
 
 

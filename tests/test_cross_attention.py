@@ -145,7 +145,7 @@ def test_masked_cross_attention_needs_a_two_dimensional_mask() -> None:
     with pytest.raises(TypeError, match="cross_attention_mask=1 must be True or False"):
         flare.FlareConfig(fusion="cross_attention", cross_attention_mask=1)
     inputs, model = tiny.batch("llama"), attending("llama").eval()
-    with pytest.raises(ValueError, match=r"attention_mask is of shape \(3, 1, 9, 9\), and next to a source"):
+    with pytest.raises(ValueError, match=r"attention_mask is of shape \(3, 1, 9, 9\), and with a source"):
         model(**{**inputs, "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
     prompts = {name: x for name, x in inputs.items() if name != "labels"}
     prompts["source_attention_mask"] = torch.ones_like(prompts["source_attention_mask"])
