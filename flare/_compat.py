@@ -382,10 +382,10 @@ def checkpoints_save_random_state(model: Any) -> bool:
 def eager_attention_masks() -> Iterator[None]:
     """During a CUDA graph capture, let transformers treat a missing attention mask as in eager mode.
 
-    transformers treats a capture like tracing, and creates a mask if none is given. transformers 5.17 does this for every
-    model; later releases do it for a causal model without a KV cache, because a row might hold packed texts. With a mask,
-    attention does not use its fast kernel. A given mask is processed as usual. If ``position_ids`` are given, a mask must
-    be given too.
+    transformers treats a capture like tracing, and creates a mask if none is given. Release 5.17 does this for every
+    model; later releases do it for a causal model without a KV cache, because a row might hold packed texts. With a
+    mask, attention does not use its fast kernel. A given mask is processed as usual. If ``position_ids`` are given, a
+    mask must be given too.
     """
     from transformers import masking_utils
     from transformers.utils import import_utils

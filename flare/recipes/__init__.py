@@ -111,8 +111,8 @@ class Recipe:
                 )
         if "/" in str(self.model.get("attn_implementation", "")):
             raise ValueError(
-                f"recipe {self.name!r}: attn_implementation={self.model['attn_implementation']!r} is code from the hub, "
-                "which a recipe never runs. Pass attn_implementation in the call if you trust this code"
+                f"recipe {self.name!r}: attn_implementation={self.model['attn_implementation']!r} is code from the "
+                "hub, which a recipe never runs. Pass attn_implementation in the call if you trust this code"
             )
 
     @classmethod

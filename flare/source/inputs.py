@@ -26,7 +26,7 @@ from .states import SourceStates, StateKey
 
 
 def refuse_unknown(model: nn.Module, arguments: Iterable[str], names: Sequence[str] = SOURCE_ARGUMENTS) -> None:
-    """Raise TypeError for an argument ``source_...`` that is not in ``names`` and not accepted by the model's forward."""
+    """Raise TypeError for an argument ``source_...`` that neither ``names`` nor the model's forward contains."""
     for name in arguments:
         if name[:7] == "source_" and name not in names and name not in accepted_by(model):
             raise TypeError(
