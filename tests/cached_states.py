@@ -39,6 +39,7 @@ def batch_of(family: str, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def take(batch: dict[str, torch.Tensor], *indices: int) -> dict[str, torch.Tensor]:
+    """Return some rows of a batch."""
     return {name: value[list(indices)] for name, value in batch.items()}
 
 
@@ -63,7 +64,7 @@ class SourceBlocks:
         return count
 
     def since(self) -> set[int]:
-        """Return the blocks' row counts since the last call (one number if all blocks agree)."""
+        """Return the set of all blocks' row counts since the last call. It has one element if all blocks agree."""
         counts = set(self.rows.values())
         self.rows = dict.fromkeys(self.rows, 0)
         return counts
@@ -97,7 +98,7 @@ def one_row_bytes() -> int:
 
 
 def published(folder: Path, model: Any, *seeds: int) -> None:
-    """Publish one shard per batch."""
+    """Write one shard of the disk cache for the batch of each seed."""
     for seed in seeds:
         cache = cache_in("disk", folder)
         model.set_source_cache(cache)
@@ -107,19 +108,20 @@ def published(folder: Path, model: Any, *seeds: int) -> None:
 
 
 def reopened(folder: Path, model: Any, *seeds: int, budget: int = MB) -> flare.SourceStateCache:
-    """Open a new cache on a folder, run some batches, and compare them with runs without a cache."""
+    """Open a new cache on a folder, run the batch of each seed, and compare each step with a step without a cache."""
     cache = cache_in("disk", folder, budget)
     batches = [batch_of("bert", seed=seed) for seed in seeds]
     model.set_source_cache(None)
-    wants = [step(model, batch) for batch in batches]
+    steps = [step(model, batch) for batch in batches]
     model.set_source_cache(cache)
-    for batch, want in zip(batches, wants, strict=True):
+    for batch, want in zip(batches, steps, strict=True):
         assert_same(step(model, batch), want, exact=False)
     return cache
 
 
 @contextlib.contextmanager
 def silence() -> Any:
+    """Raise an error for every UserWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield

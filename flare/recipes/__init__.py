@@ -186,7 +186,7 @@ class Recipe:
             return fast_lora(model, **{**recipe.adapter, **adapter}), tokenizer
         if adapter:
             raise ValueError(
-                f"{', '.join(sorted(adapter))}: fixed by the trained adapter {os.fspath(trained)!r}; leave out"
+                f"{', '.join(sorted(adapter))}: fixed by the trained adapter {os.fspath(trained)!r}; leave them out"
             )
         return peft.PeftModel.from_pretrained(model, os.fspath(trained), is_trainable=True), tokenizer
 
