@@ -20,9 +20,8 @@ def model():
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(
-        2, tiny.VOCAB, (2, 2, 3, 7), generator=generator
-    )  # target and source: B=2 rows, n=3 choices, m=7 positions
+    # target and source texts of B=2 rows, n=3 choices, m=7 positions
+    ids = torch.randint(2, tiny.VOCAB, (2, 2, 3, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, 1, 2, 5:] = mask[1, 0, 1, 4:] = 0
     return {

@@ -280,12 +280,7 @@ def test_capture_creates_no_mask_if_none_is_given(family: str, monkeypatch: pyte
         assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1, 1, 1]]  # not capturing
         monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
         assert create_mask(None) is None
-        assert create_mask(mask).shape == (
-            2,
-            1,
-            5,
-            5,
-        )  # in a capture the mask's values cannot be read, so the mask is expanded
+        assert create_mask(mask).shape == (2, 1, 5, 5)  # a capture cannot read the values, so the mask is expanded
     assert (masking_utils.is_tracing, masking_utils.find_packed_sequence_indices) == stock
     if family == "llama":
         assert create_mask(None) is not None  # if this fails, the context manager may not be needed
