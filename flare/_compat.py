@@ -294,7 +294,10 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 
 def synchronizes_gradients(model: nn.Module) -> bool:
-    """Return whether FSDP2 reduces gradients in this backward pass (set_requires_gradient_sync), or is not used."""
+    """Return whether FSDP2 reduces gradients in this backward pass; True if FSDP2 is not used.
+
+    ``set_requires_gradient_sync(False)`` switches the reduction off.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()

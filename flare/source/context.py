@@ -136,8 +136,8 @@ class SourceContext:
     def is_reentrant(self) -> bool:
         """Return whether the blocks run under reentrant checkpointing.
 
-        It disables gradients inside the blocks, although they are enabled in the model's forward pass. No gradient
-        flows into S, so layers have to compute S themselves.
+        Reentrant checkpointing disables gradients inside the blocks, although they are enabled in the model's forward
+        pass. No gradient flows into S from such a block, so its layers have to compute S themselves.
         """
         if self.with_grad and not torch.is_grad_enabled():
             self.reentrant = True

@@ -99,7 +99,7 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
     if target is not None:
         check_same_shape(ids, target)
     inputs: dict[str, Any] = {"input_ids": ids}
-    if mask is not None:  # not replaced by ones, which transformers would reduce on the device, and wait for the result
+    if mask is not None:  # None stays None: transformers would check a mask of ones, and wait for the device
         inputs["attention_mask"] = check_source_mask(ids, mask)
     backbone: Any = getattr(model, "base_model", model)
     accepted = accepted_by(backbone)

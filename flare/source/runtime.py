@@ -64,7 +64,7 @@ class ActiveUses:
         )
 
     def is_current(self) -> bool:
-        """Return whether modules, active and merged adapters, and source_layer_offset are unchanged since then."""
+        """Return whether modules, active and merged adapters and source_layer_offset are as when this was computed."""
         return self.registrations == registrations.count and self._state() == (
             self.switches,
             self.merged,

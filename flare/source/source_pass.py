@@ -109,7 +109,7 @@ _SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.Mo
 class ModuleSwitches:
     """Modules whose adapters, train mode or compiled call are switched off during a source pass.
 
-    They are collected once for each model, and again when modules were added.
+    They are collected once for each model, and again after modules were added or replaced.
 
     Args:
         model: the part of the transformers model that runs.

@@ -35,20 +35,20 @@ _VARIANTS = (
 # Prefixes of init_lora_weights (for example, pissa_niter_4) that subtract the initial B A from the base weights.
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
-_PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`, which reads only the input text (`import flare` before
-`PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`). It can be merged into the base weights.
+_PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`. It reads only the input text, and can be merged into the
+base weights. Run `import flare` before `PeftModel.from_pretrained`. Otherwise PEFT reports `KeyError: 'FLARE'`.
 """
-_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its counterpart in the source language. It needs
-the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError:
-'FLARE'`).
+_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with the same text in the source language. It needs the
+package `flare-kernels`: run `import flare` before `PeftModel.from_pretrained`. Otherwise PEFT reports `KeyError:
+'FLARE'`.
 
 **A source is needed at prediction time**: `source_input_ids` and `source_attention_mask` of the same text in the source
 language, human or machine-translated, in addition to the usual inputs. Without one the model is plain LoRA, warns, and
 predicts worse. The adapter cannot be merged into the base weights, because its output depends on the source text.
 """
 _LATENT_CARD = """A FLARE MT adapter: LoRA whose bottleneck fuses the text with its encoding by a translation model. It
-needs the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError:
-'FLARE'`).
+needs the package `flare-kernels`: run `import flare` before `PeftModel.from_pretrained`. Otherwise PEFT reports
+`KeyError: 'FLARE'`.
 
 **The MT encoder is needed at prediction time**: its last hidden state of the same text (`flare.LatentEncoder`) is
 passed as `source_states`. Without it the model is plain LoRA, warns, and predicts worse. The adapter cannot be merged
@@ -94,7 +94,7 @@ class FlareConfig(LoraConfig):
         source_dropout (bool): Whether the source pass applies the model's dropout, as in the authors' release.
         source_memory (str): How source states are stored until the backward pass: 'keep' (on the device), 'offload'
             (in pinned host memory), 'recompute' (by a second source pass; memory does not grow with depth), or 'auto':
-            'keep' if the states take at most an eighth of the device's memory, otherwise 'recompute'.
+            'keep' if the states take at most an eighth of the device's memory, otherwise 'recompute' if possible.
         fusion_modules (list[str] | str, optional): LoRA target modules that fuse, by name or full path. None: the query
             and value projections of self-attention.
         cross_attention_heads (int): Number of heads of fusion='cross_attention'; must divide r. The query, key and

@@ -43,7 +43,8 @@ def masked_cross_attention(
     """Return base_output plus the output (B, m, n) of an adapter with fusion='cross_attention' and a mask.
 
     The source's queries attend to the target's tokens, but not to its padding or, if the mask is causal, to later
-    positions. A position always attends to itself, so that padding has a finite value.
+    positions. Each position attends at least to the target's position of the same index, so that the output at padding
+    is finite.
 
     Args:
         x: (B, m, d), the target's hidden state.

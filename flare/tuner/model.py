@@ -336,8 +336,8 @@ class FlareModel(LoraModel):
             *args: as for the base model's ``generate``.
             source_alignment: "training": position j of the target's prompt is fused with position j of the source's
                 prompt, and new token t with the source's new token t. A source that has ended stays at its end token.
-                "release": all positions of the prompt are fused with one late position of the source, and so is each
-                new token, as in the authors' release (decoder-only models).
+                "release": in each step, all new positions of the target (in the first step, the whole prompt) are fused
+                with one late position of the source, as in the authors' release (decoder-only models).
             source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch.
                 "keep": S is computed from the padding's hidden states. Default: "zero" for decoder-only models,
                 independent of the adapter's config; the config's value for encoder-decoders. "release" supports only

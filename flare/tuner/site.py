@@ -437,7 +437,7 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 def _fits(layer: FlareLayer, adapter: str) -> bool:
     """Return whether an adapter can take part in a site's call.
 
-    lora_A and lora_B must be plain linears without bias, lora_dropout must be torch's, the scaling must be a number. A
+    lora_A and lora_B must be plain linears without bias, lora_dropout nn.Dropout or nn.Identity, the scaling a number. A
     fusion must act on each position separately, and on all output rows (not only on the query and value rows of a
     projection that computes query, key and value).
     """
