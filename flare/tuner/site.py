@@ -1,14 +1,14 @@
 """A site: the projections of one module that read the same input (query, key and value), computed in one call.
 
 Modeling code calls these projections one after the other with the same tensor x. The first call computes the outputs of
-all projections of the site, and each later call returns its stored output. The hidden states of both texts are then
-read only once, and all contributions to dx (the gradient of x) are summed in one buffer. A *sibling* is a projection of
-the site without an adapter, for example key next to adapted query and value. It is computed in the same call, so that
-its contribution to dx goes to the same buffer; its class is changed to :class:`SiblingLinear`. An adapter layer that is
-not a query, key or value projection is a site with a single projection.
+all projections of the site in one autograd node, and each later call returns its stored output. The hidden states of
+both texts are then read only once, and all contributions to dx (the gradient of x) are summed in one buffer. A
+*sibling* is a projection of the site without an adapter, for example key next to adapted query and value. The node
+computes it too, for the sum of dx; its class is changed to :class:`SiblingLinear`. An adapter layer that is not a
+query, key or value projection is a site with a single projection.
 
-Which projections are computed together is found once and cached (:class:`_Plan`). Each call checks that the state of
-the modules that this depends on is unchanged. A site stores modules and never their tensors, because tensors can change
+Which projections are computed together depends on the modules' state. The answer is cached (:class:`_Plan`), and each
+call checks that this state is unchanged. A site stores modules and never their tensors, because tensors can change
 unnoticed: hot-swapping writes ``.data``, fused optimizers do not change ``_version``, and ``functional_call`` replaces
 parameters.
 
@@ -36,8 +36,8 @@ from .layer import MERGED, SITE, SWITCHES, FlareLayer, is_untouched, raise_lost_
 
 _PLAIN = (Tensor, nn.Parameter)
 _NUMBERS = (float, int)
-#: The source that a site reads: (x_S (B, m, d), its dropout seed or None, (), None) if the site projects x_S itself;
-#: (None, None, S (B, m, r) of every projection that fuses, their stacked A or None) if x_S was projected to S before.
+#: A site's source. If the site projects the source's hidden state x_S itself: (x_S (B, m, d), dropout seed, (), None).
+#: If the source pass has projected it: (None, None, S (B, m, r) of every projection that fuses, their stacked A).
 _Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
 _NO_SOURCE: _Source = (None, None, (), None)
 _MAX_CALLS = 64  # maximum number of entries in a plan's ``calls``
@@ -402,7 +402,7 @@ class Site:
 
 
 def _checked_source(path: str, x_source: Tensor, x: Tensor) -> Tensor:
-    """Return x_source (..., m, d) on x's device; raise ValueError if its number of positions or width is not x's."""
+    """Return x_source on x's device. Raise ValueError if its number of positions or its width differs from x's."""
     if x_source.shape[:-1].numel() != x.shape[:-1].numel() or x_source.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"{path}: the source's state has shape {tuple(x_source.shape)} and the input {tuple(x.shape)}; both need "
@@ -437,9 +437,9 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 def _fits(layer: FlareLayer, adapter: str) -> bool:
     """Return whether an adapter can take part in a site's call.
 
-    lora_A and lora_B must be plain linears without bias, lora_dropout nn.Dropout or nn.Identity, the scaling a number. A
-    fusion must act on each position separately, and on all output rows (not only on the query and value rows of a
-    projection that computes query, key and value).
+    lora_A and lora_B must be plain linears without bias, lora_dropout nn.Dropout or nn.Identity, and the scaling a
+    number. A fusion must act on each position separately, and on all output rows (not only on the query and value rows
+    of a projection that computes query, key and value).
     """
     if isinstance(layer.scaling[adapter], Tensor):
         return False
