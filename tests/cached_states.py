@@ -77,12 +77,12 @@ def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict
     return loss.detach(), tiny.gradients(model)
 
 
-def assert_same(got: Any, want: Any, exact: bool = True) -> None:
-    torch.testing.assert_close(got[0], want[0], rtol=0 if exact else 1e-5, atol=0)
-    assert got[1].keys() == want[1].keys()
-    for name, grad in want[1].items():
+def assert_same(actual: Any, expected: Any, exact: bool = True) -> None:
+    torch.testing.assert_close(actual[0], expected[0], rtol=0 if exact else 1e-5, atol=0)
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
         atol = 0.0 if exact else 1e-5 * float(grad.abs().max())
-        torch.testing.assert_close(got[1][name], grad, msg=name, rtol=0, atol=atol)
+        torch.testing.assert_close(actual[1][name], grad, msg=name, rtol=0, atol=atol)
 
 
 def cache_in(tier: str, folder: Path, budget: int = MB) -> flare.SourceStateCache:
@@ -114,8 +114,8 @@ def reopened(folder: Path, model: Any, *seeds: int, budget: int = MB) -> flare.S
     model.set_source_cache(None)
     steps = [step(model, batch) for batch in batches]
     model.set_source_cache(cache)
-    for batch, want in zip(batches, steps, strict=True):
-        assert_same(step(model, batch), want, exact=False)
+    for batch, expected in zip(batches, steps, strict=True):
+        assert_same(step(model, batch), expected, exact=False)
     return cache
 
 

@@ -170,9 +170,9 @@ def train(
     return grads
 
 
-def check(got: list[dict[str, Tensor]], want: list[dict[str, Tensor]], name: str, rtol: float = 1e-9) -> None:
+def check(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], name: str, rtol: float = 1e-9) -> None:
     """Assert that every gradient of every step is equal, by default up to the rounding of float64."""
-    for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+    for step, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         for parameter, grad in theirs.items():
             error, size = (ours[parameter] - grad).abs().max(), grad.abs().max()

@@ -106,10 +106,10 @@ def step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **tiny.gradients(model)}
 
 
-def assert_same(got: dict, want: dict, **tolerance: float) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, msg=name, **(tolerance or {"rtol": 1e-9, "atol": 1e-10}))
+def assert_same(actual: dict, expected: dict, **tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name, **(tolerance or {"rtol": 1e-9, "atol": 1e-10}))
 
 
 def plain(inputs: dict) -> dict:

@@ -97,8 +97,8 @@ def make(fusion: str | None) -> Any:
 
 def batch(width: int, source: bool) -> dict[str, Tensor]:
     names = ("input_ids", "source_input_ids") if source else ("input_ids",)
-    made = {name: torch.randint(2, tiny.VOCAB, (B, width)) for name in names}
-    return {**made, "labels": torch.randint(0, CLASSES, (B,))}
+    ids = {name: torch.randint(2, tiny.VOCAB, (B, width)) for name in names}
+    return {**ids, "labels": torch.randint(0, CLASSES, (B,))}
 
 
 def block_forward(width: int) -> int:
@@ -175,14 +175,16 @@ BF16 = 2
 
 
 def tensors(adapter_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Return x, x_source and a frozen weight W in bf16, and A and B of the adapters q and v in a dtype."""
+
     def randn(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*size).to(dtype)
 
-    made = {"x": randn(TOKENS, WIDTH).requires_grad_(), "x_source": randn(TOKENS, WIDTH), "W": randn(WIDTH, WIDTH)}
+    by_name = {"x": randn(TOKENS, WIDTH).requires_grad_(), "x_source": randn(TOKENS, WIDTH), "W": randn(WIDTH, WIDTH)}
     for name in ("q", "v"):
-        made[f"{name}.A"] = randn(RANK, WIDTH, dtype=adapter_dtype).requires_grad_()
-        made[f"{name}.B"] = randn(WIDTH, RANK, dtype=adapter_dtype).requires_grad_()
-    return made
+        by_name[f"{name}.A"] = randn(RANK, WIDTH, dtype=adapter_dtype).requires_grad_()
+        by_name[f"{name}.B"] = randn(WIDTH, RANK, dtype=adapter_dtype).requires_grad_()
+    return by_name
 
 
 def eager(t: dict[str, Tensor]) -> Tensor:

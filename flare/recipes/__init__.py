@@ -214,7 +214,7 @@ class Recipe:
         Args:
             base: name or folder of the base model.
             tokenizer: its tokenizer. The model takes over the pad token if it has none.
-            missing_keys: a list to which the names of weights that the checkpoint lacks are added. These are random.
+            missing_keys: a list to which the names of weights that the checkpoint lacks are added. They are random.
             **options: further arguments of the base's from_pretrained.
 
         Raises:

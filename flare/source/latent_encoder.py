@@ -23,7 +23,7 @@ class LatentEncoder:
 
     Args:
         model: a name or folder, or a transformers model. Only the encoder of an encoder-decoder is kept.
-        tokenizer: the MT model's tokenizer. Default: the one of the given name.
+        tokenizer: the MT model's tokenizer. Default: the tokenizer of the same name or folder as ``model``.
         language: tag of the target language, for tokenizers that write one (``src_lang``: NLLB, M2M100, mBART).
         max_length: maximum number of tokens of a text; longer texts are truncated. None: only the tokenizer's limit and
             the ``length`` of a call apply.
