@@ -1,4 +1,4 @@
-"""Run the command `flare` by `python -m flare`, or in several processes by `accelerate launch -m flare`."""
+"""Run the command `flare` with `python -m flare`, or in several processes with `accelerate launch -m flare`."""
 
 import sys
 

@@ -22,7 +22,8 @@ from ._versions import check_versions
 
 check_versions()  # before any symbol below is looked up
 
-# PEFT imports bitsandbytes if it is installed, and on a CPU bitsandbytes then warns about another optional package.
+# PEFT imports bitsandbytes if it is installed, and on a CPU bitsandbytes then warns about another optional package. Its
+# logger is silent during this import.
 _BNB_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
 _BNB_LEVEL = _BNB_LOGGER.level
 _BNB_LOGGER.setLevel(logging.ERROR)
@@ -78,7 +79,7 @@ def register_tuner(config: type, tuner: type, hotswap_keys: list[str], name: Fla
     CONFIG_KEYS_TO_CHECK[name] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
 
 
-#: Attributes that PEFT sets on a transformers model when it wraps it, gradient checkpointing included.
+#: Attributes that PEFT sets on a transformers model when it wraps the model, with and without gradient checkpointing.
 SET_BY_PEFT = ("peft_config", "_require_grads_hook", "_require_grads_hooks")
 
 
@@ -110,7 +111,7 @@ registrations = Registrations()
 def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
     if torch.compiler.is_compiling():  # otherwise a graph that slices a ModuleList would guard on the count
         return
-    # the decoders of transformers slice their list of blocks in each forward, and a slice is a new ModuleList
+    # not counted: the decoders of transformers slice their list of blocks in each forward, which fills a new ModuleList
     if type(module) is not nn.ModuleList or name != str(len(module._modules)):
         registrations.count += 1
 
@@ -170,7 +171,7 @@ _QUANTIZER_PREFIXES = tuple(f"{package}." for package in QUANTIZERS)
 
 
 def is_lora_over_linear(cls: type) -> bool:
-    """Return whether a class is PEFT's LoRA layer for another library's linear. Only the class's module is inspected.
+    """Return whether a class is PEFT's LoRA layer for another library's linear, judged by the class's module name.
 
     PEFT has one module per library. Its ``layer`` module is for torch's own modules, and ``tp_layer`` is for
     Megatron's, which return tuples.
@@ -192,7 +193,7 @@ def is_linear(module: nn.Module) -> bool:
     """Return whether a module's attributes are those of a linear layer: plain, quantised or with adapters."""
     if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
         return True
-    # these two classes have no attribute for their widths
+    # these two classes have no attribute for their input width
     known_by_name = type(module).__name__ in ("EetqLinear", "Conv1D")
     return known_by_name or hasattr(module, "in_features") or hasattr(module, "infeatures")
 
@@ -221,12 +222,12 @@ def row_mixing_reason(module: nn.Module) -> str:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
-#: Layers of a KV cache that append to ``keys`` and ``values`` (rows, heads, positions, c) with ``torch.cat``.
+#: Layers of a KV cache that append to ``keys`` and ``values`` (rows, heads, positions, head width) with ``torch.cat``.
 GROWING_CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
-    """Enable gradient checkpointing; newer transformers call it ``activation_checkpointing_enable``."""
+    """Enable gradient checkpointing. In newer transformers the method is ``activation_checkpointing_enable``."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
@@ -234,7 +235,7 @@ def enable_checkpointing(model: Any, kwargs: dict[str, Any]) -> None:
 
 
 class _ConfigWithAttention:
-    """View of a model's config with another attention function, for a single attention module."""
+    """View of a model's config that names another attention function, for a single attention module."""
 
     def __init__(self, config: Any, name: str) -> None:
         self.__dict__.update(_config=config, _attn_implementation=name)
@@ -293,7 +294,10 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 
 def synchronizes_gradients(model: nn.Module) -> bool:
-    """Return whether FSDP2 reduces gradients in this backward pass; not under set_requires_gradient_sync(False)."""
+    """Return whether FSDP2 reduces gradients in this backward pass; True if FSDP2 is not used.
+
+    ``set_requires_gradient_sync(False)`` switches the reduction off.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
@@ -314,7 +318,7 @@ def unit_classes(model: nn.Module) -> list[str]:
 
 
 def inside_ddp() -> bool:
-    """Return whether the running forward is that of a model in DistributedDataParallel."""
+    """Return whether a forward pass of a model in DistributedDataParallel is running."""
     return torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
@@ -340,9 +344,9 @@ def check_trainer(trainer: type) -> None:
 
 
 def signature_columns(trainer: Any) -> list[str]:
-    """Return the list of data set columns that a Trainer keeps, not a copy.
+    """Return the list of data set columns that a Trainer keeps. It is the Trainer's own list, and not a copy.
 
-    ``_set_signature_columns_if_needed`` fills it.
+    Trainer's method ``_set_signature_columns_if_needed`` fills the list.
     """
     columns: list[str] = trainer._signature_columns
     return columns
@@ -381,9 +385,10 @@ def checkpoints_save_random_state(model: Any) -> bool:
 def eager_attention_masks() -> Iterator[None]:
     """During a CUDA graph capture, let transformers treat a missing attention mask as in eager mode.
 
-    transformers takes a capture for tracing and then creates a mask if none is given. 5.17 does so for every model,
-    later releases for a causal model without a KV cache, because its positions might be packed texts. Attention would
-    then not use its fast kernel. A mask that is given is processed as usual. ``position_ids`` need a mask too.
+    transformers treats a capture like tracing, and creates a mask if none is given. Release 5.17 does this for every
+    model; later releases do it for a causal model without a KV cache, because a row might hold packed texts. With a
+    mask, attention does not use its fast kernel. A given mask is processed as usual. If ``position_ids`` are given, a
+    mask must be given too.
     """
     from transformers import masking_utils
     from transformers.utils import import_utils
@@ -404,7 +409,10 @@ def eager_attention_masks() -> Iterator[None]:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Return the device on which a linear layer computes: its weight's, or accelerate's for an offloaded weight."""
+    """Return the device on which a linear layer computes.
+
+    It is the weight's device, or, if accelerate has offloaded the weight, the device that accelerate loads it to.
+    """
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     if weight.device.type != "meta":
         return weight.device
@@ -419,11 +427,11 @@ def module_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
-    """Return whether a leaf has hooks on its gradient."""
+    """Return whether a parameter has hooks on its gradient."""
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def end_failed_capture(device: torch.device, pool: Any) -> None:
-    """End the allocator's part of a failed capture, which ``torch.cuda.graph`` does not end if its exit fails."""
+    """Stop the allocator from using the pool of a failed capture; ``torch.cuda.graph`` does not if its exit raises."""
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)

@@ -7,7 +7,7 @@ import warnings
 
 from packaging.version import Version
 
-#: Package -> the oldest tested version, and the first untested one.
+#: Package -> the oldest tested version, and the oldest version that is too new to be tested.
 TESTED = {
     "torch": ("2.11", "2.14"),
     "triton": ("3.6", "3.10"),

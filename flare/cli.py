@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 success, 1 defect or closed standard output, 2 error the user can fix, 130 interrupted.
+        The exit status: 0 success, 1 a defect or a closed standard output, 2 an error that the user can fix, 130
+        interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape characters that the stream's encoding lacks
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main():
             print(f"\nInterrupted. {_resume(after_interrupt, argv)}".rstrip(), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in flare info | head -1; the rest of the buffer is discarded
+    except BrokenPipeError:  # for example, flare info | head -1; the rest of the output is discarded
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resume(after_interrupt: str, argv: Sequence[str] | None) -> str:
-    """Return the message after Ctrl-C, with the command line that resumes."""
+    """Return the message after Ctrl-C, with the command line that resumes the interrupted command."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--no-resume"]
     return after_interrupt.replace("{command}", shlex.join(["flare", *words]))
 

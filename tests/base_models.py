@@ -28,23 +28,36 @@ _COMMON = {
 
 
 def thirds(n: int) -> Tensor:
-    """Return the key's rows of a weight with all query rows, then all key rows, then all value rows."""
+    """Return a mask (n,) of the key's rows, for a weight with all query rows, then all key rows, then value rows."""
     return torch.arange(n) // (n // 3) == 1
 
 
 def by_head(n: int) -> Tensor:
-    """Return the key's rows of a weight with query, key and value rows of each head in turn."""
+    """Return a mask (n,) of the key's rows, for a weight with the query, key and value rows of each head in turn."""
     return (torch.arange(n) // (n // (3 * HEADS))) % 3 == 1
 
 
 def last_but_one(width: int, group: int) -> Callable[[int], Tensor]:
-    """Return the key's rows: the last but one of the ``group`` parts, of ``width`` rows each, of every group."""
+    """Return a function of n that returns a mask (n,) of the key's rows, for a weight that consists of groups.
+
+    A group has ``group`` parts of ``width`` rows: several of the query, one of the key, and last one of the value.
+    """
     return lambda n: (torch.arange(n) // width) % group == group - 2
 
 
 @dataclass
 class Base:
-    """A family: model and config, its stack of blocks, its projections, and the key's rows of a fused projection."""
+    """A family of models.
+
+    Attributes:
+        model: name of the model class.
+        config: name of the config class.
+        stack: path of the stack of blocks.
+        names: names of the query and value projections, or of the layer that computes query, key and value.
+        changes: fields of the config that differ from the common ones.
+        key_rows: function of n that returns a mask (n,) of the key's rows, if one layer computes query, key and value.
+        causal: whether the model is a causal language model.
+    """
 
     model: str
     config: str
@@ -67,7 +80,7 @@ class Base:
         return base_model.to(torch.float64).train()
 
     def batch(self) -> dict[str, Tensor]:
-        """Return three rows, padded on the right by different lengths in the two streams."""
+        """Return three rows, padded on the right. Source and target of a row have different lengths."""
         generator = torch.Generator().manual_seed(4)
         inputs = {}
         for prefix, lengths in (("", (M, M - 1, M - 2)), ("source_", (M - 2, M, M - 1))):
@@ -175,13 +188,13 @@ BASES = {
         "model.layers",
         ("qkv_proj",),
         {"num_key_value_heads": 2},
-        lambda n: (torch.arange(n) // 16).eq(2),  # 32 query rows, 16 of the key, 16 of the value
+        lambda n: (torch.arange(n) // 16).eq(2),  # 32 query rows, 16 key rows, 16 value rows
         True,
     ),
     "persimmon": Base(
         "PersimmonForCausalLM", "PersimmonConfig", "model.layers", ("query_key_value",), NO_DROP, by_head, True
     ),
-    # depends on the configuration
+    # the usual layout, with other embeddings, rotary embeddings, head widths or attention windows
     "xlm-r (AfroXLM-R)": Base(
         "XLMRobertaForSequenceClassification", "XLMRobertaConfig", "roberta.encoder.layer", ("query", "value")
     ),

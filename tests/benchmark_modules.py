@@ -1,4 +1,4 @@
-"""Access to the modules and scripts of benchmarks/, and the keys of its summary."""
+"""Functions that import the modules and run the scripts of benchmarks/, and the keys of the benchmarks' summary."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def module(name: str) -> Any:
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository's root, with additional environment variables."""
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT", "PYTEST_ADDOPTS")}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**inherited, **variables})

@@ -39,6 +39,7 @@ def batch_of(family: str, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def take(batch: dict[str, torch.Tensor], *indices: int) -> dict[str, torch.Tensor]:
+    """Return some rows of a batch."""
     return {name: value[list(indices)] for name, value in batch.items()}
 
 
@@ -63,7 +64,7 @@ class SourceBlocks:
         return count
 
     def since(self) -> set[int]:
-        """Return the blocks' row counts since the last call (one number if all blocks agree)."""
+        """Return the set of all blocks' row counts since the last call. It has one element if all blocks agree."""
         counts = set(self.rows.values())
         self.rows = dict.fromkeys(self.rows, 0)
         return counts
@@ -76,12 +77,12 @@ def step(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict
     return loss.detach(), tiny.gradients(model)
 
 
-def assert_same(got: Any, want: Any, exact: bool = True) -> None:
-    torch.testing.assert_close(got[0], want[0], rtol=0 if exact else 1e-5, atol=0)
-    assert got[1].keys() == want[1].keys()
-    for name, grad in want[1].items():
+def assert_same(actual: Any, expected: Any, exact: bool = True) -> None:
+    torch.testing.assert_close(actual[0], expected[0], rtol=0 if exact else 1e-5, atol=0)
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
         atol = 0.0 if exact else 1e-5 * float(grad.abs().max())
-        torch.testing.assert_close(got[1][name], grad, msg=name, rtol=0, atol=atol)
+        torch.testing.assert_close(actual[1][name], grad, msg=name, rtol=0, atol=atol)
 
 
 def cache_in(tier: str, folder: Path, budget: int = MB) -> flare.SourceStateCache:
@@ -97,7 +98,7 @@ def one_row_bytes() -> int:
 
 
 def published(folder: Path, model: Any, *seeds: int) -> None:
-    """Publish one shard per batch."""
+    """Write one shard of the disk cache for the batch of each seed."""
     for seed in seeds:
         cache = cache_in("disk", folder)
         model.set_source_cache(cache)
@@ -107,19 +108,20 @@ def published(folder: Path, model: Any, *seeds: int) -> None:
 
 
 def reopened(folder: Path, model: Any, *seeds: int, budget: int = MB) -> flare.SourceStateCache:
-    """Open a new cache on a folder, run some batches, and compare them with runs without a cache."""
+    """Open a new cache on a folder, run the batch of each seed, and compare each step with a step without a cache."""
     cache = cache_in("disk", folder, budget)
     batches = [batch_of("bert", seed=seed) for seed in seeds]
     model.set_source_cache(None)
-    wants = [step(model, batch) for batch in batches]
+    steps = [step(model, batch) for batch in batches]
     model.set_source_cache(cache)
-    for batch, want in zip(batches, wants, strict=True):
-        assert_same(step(model, batch), want, exact=False)
+    for batch, expected in zip(batches, steps, strict=True):
+        assert_same(step(model, batch), expected, exact=False)
     return cache
 
 
 @contextlib.contextmanager
 def silence() -> Any:
+    """Raise an error for every UserWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield

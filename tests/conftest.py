@@ -36,16 +36,16 @@ def _seed() -> None:
 
 
 def folder_from_environment(variable: str, what: str) -> Path:
-    """Return the folder that an environment variable names; skip the test if there is none."""
+    """Return the folder that an environment variable names. Skip the test if the folder does not exist."""
     value = os.environ.get(variable)
     if not value or not Path(value).is_dir():
-        pytest.skip(f"{variable} does not name a folder: {what} is not here")
+        pytest.skip(f"{variable} does not name a folder, so {what} cannot be read")
     return Path(value)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch):
-    """Return the counted calls of sites and layers during a test (tests/site_models.py)."""
+    """Return a counter of the calls of sites and layers during a test (tests/site_models.py)."""
     from site_models import counted_calls
 
     return counted_calls(monkeypatch)

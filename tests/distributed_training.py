@@ -22,12 +22,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import flare
 from flare.training.replicated import trained_modules
 
-D = 7  # of FLARE MT's latent states
+D = 7  # width of FLARE MT's latent states
 LR = 0.05
 
 
 def fused(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
-    """A tiny fusing model; r=5 does not divide by two, so that one rank's shard of A is the smaller."""
+    """Return a tiny fusing model. Its rank 5 is odd, so that the two processes' shards of A differ in size."""
     changes = {"dropout_rate": 0.0} if family == "mt5" else {}
     nf4 = overrides.pop("nf4", None)
     base = tiny.model(family, dtype=dtype, **changes) if nf4 is None else quantized(*nf4)
@@ -37,7 +37,7 @@ def fused(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> 
 
 
 def quantized(folder: Path, storage: torch.dtype) -> Any:
-    """A checkpoint's linears in NF4, kept in numbers of a dtype; the other weights are float32."""
+    """Load a checkpoint with its linears in NF4, stored in tensors of dtype ``storage``. Other weights are float32."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -51,7 +51,10 @@ def quantized(folder: Path, storage: torch.dtype) -> Any:
 
 
 def batch(family: str, index: int, latent: bool = False) -> dict[str, Tensor]:
-    """The batch of one rank in one micro-step; labels of one count, so that the mean of means is the mean."""
+    """Return the batch of one rank and micro-step.
+
+    All batches have the same number of labels, so that the mean of the batches' losses is the loss of their union.
+    """
     inputs = tiny.batch(family, seed=index, source=not latent)
     generator = torch.Generator().manual_seed(index)
     if latent:
@@ -63,7 +66,14 @@ def batch(family: str, index: int, latent: bool = False) -> dict[str, Tensor]:
 
 
 def shard(model: Any, layout: str = "blocks", **options: Any) -> None:
-    """FSDP2 on every block, then the root; or by accelerate's own rule, which it does not follow on a CPU by itself."""
+    """Shard every block and then the whole model with FSDP2.
+
+    Args:
+        model: the fusing model.
+        layout: words that change the sharding. "accelerate": accelerate's fsdp2_prepare_model shards the model
+            (accelerate itself does not call it on a CPU). "replicated": the adapters are not sharded.
+        options: options of fully_shard, or of accelerate's plugin.
+    """
     if "replicated" in layout:
         ignored = flare.replicate_adapters(model)
         assert flare.replicate_adapters(model) == ignored
@@ -85,7 +95,7 @@ def shard(model: Any, layout: str = "blocks", **options: Any) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor or all shards of it."""
+    """Return a copy of a tensor, gathered from all ranks if it is sharded."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
@@ -102,24 +112,28 @@ def train(
     options: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> list[dict[str, Tensor]]:
-    """The gradients of some steps of gradient descent, by name.
+    """Run some steps of gradient descent, and return the gradients of each step by the parameter's name.
 
     Args:
-        rank: whose batches; None: those of all ranks, their losses' mean, in this one process.
+        rank: the rank whose batches are used. None: the batches of all ranks, in this one process.
         engine: "ddp", "fsdp2" or "none".
-        accumulate: micro-batches of a step; the engine synchronises in the last one.
-        reentrant: use_reentrant of gradient checkpointing; None is without.
-        between: evaluate before each step and run two forwards before one backward.
-        options: of the engine.
+        family: family of tests/tiny.py.
+        accumulate: number of micro-batches in a step. The engine synchronises gradients in the last one.
+        steps: number of steps.
+        reentrant: use_reentrant of gradient checkpointing; None: no checkpointing.
+        between: whether to evaluate before each step, and to run all forward passes of a step before its backward pass.
+        latent: whether the model is a FLARE MT model, which reads latent states.
+        options: options of the engine.
+        **overrides: fields of FlareConfig.
     """
     model: Any = fused(family, **({"latent_dim": D} if latent else {}), **overrides)
     if reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model.enable_input_require_grads()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    engined = model
+    wrapped = model
     if engine == "ddp":
-        engined = DistributedDataParallel(model, **(options or {}))
+        wrapped = DistributedDataParallel(model, **(options or {}))
     elif engine == "fsdp2":
         shard(model, **(options or {}))
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -127,38 +141,38 @@ def train(
     assert all(isinstance(p, DTensor) == sharded for p in parameters.values())
     assert any(isinstance(p, DTensor) for p in model.parameters()) == (engine == "fsdp2")
     ranks = range(two_processes.WORLD) if rank is None else [rank]
-    found = []
+    grads = []
     for step in range(steps):
         if between:
             with torch.no_grad():
-                engined(**batch(family, 99, latent))
+                wrapped(**batch(family, 99, latent))
         losses = []
         for micro in range(accumulate):
             last = micro == accumulate - 1
             hold: Any = contextlib.nullcontext()
             if engine == "ddp" and not last:
-                hold = engined.no_sync()
+                hold = wrapped.no_sync()
             elif engine == "fsdp2":
                 model.set_requires_gradient_sync(last)
             with hold:
                 for which in ranks:
                     index = (step * accumulate + micro) * two_processes.WORLD + which
-                    losses.append(engined(**batch(family, index, latent)).loss / accumulate / len(ranks))
+                    losses.append(wrapped(**batch(family, index, latent)).loss / accumulate / len(ranks))
                     if not between:
                         losses.pop().backward()
         if between:
             sum(losses).backward()
-        found.append({name: whole(p.grad) for name, p in parameters.items()})
+        grads.append({name: whole(p.grad) for name, p in parameters.items()})
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter -= LR * parameter.grad
                 parameter.grad = None
-    return found
+    return grads
 
 
-def check(got: list[dict[str, Tensor]], want: list[dict[str, Tensor]], name: str, rtol: float = 1e-9) -> None:
-    """Every gradient of every step; by default to float64's rounding."""
-    for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+def check(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], name: str, rtol: float = 1e-9) -> None:
+    """Assert that every gradient of every step is equal, by default up to the rounding of float64."""
+    for step, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         for parameter, grad in theirs.items():
             error, size = (ours[parameter] - grad).abs().max(), grad.abs().max()

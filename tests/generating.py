@@ -1,4 +1,4 @@
-"""Fusing models, prompts, and the reference without a cache for the tests of generation."""
+"""Fusing models, prompts, and a reference without a KV cache, for the tests of generation."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ def prompts(B: int = 3, m: int = 7, seed: int = 5, *, pads: bool = True) -> dict
 
 
 def plain(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs without their source."""
     return {name: value for name, value in inputs.items() if not name.startswith("source")}
 
 
 def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
-    """Return one row, without the columns in which both of its texts are padding."""
+    """Return one row, without the columns in which its target and its source are padding."""
     alone = {name: value[row : row + 1] for name, value in inputs.items()}
     used = (alone["attention_mask"] + alone["source_attention_mask"])[0] > 0
     return {name: value[:, used] for name, value in alone.items()}
@@ -63,26 +64,30 @@ def source_text(model: Any, inputs: dict[str, torch.Tensor], new: int, ends: lis
 
 
 def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Return logits (B, new, V) of one forward without a cache; each new position fuses with the source's."""
+    """Return logits (B, new, V) of one forward pass without a KV cache.
+
+    New position t of the target fuses with new position t of the source. After the source's end token, it fuses with
+    the state of the end token.
+    """
     B, m = inputs["input_ids"].shape
     new = sequences.shape[1] - m
     text = source_text(model, inputs, new, ends)[:, : m + new - 1]
     mask = torch.cat([inputs["source_attention_mask"], torch.ones(B, new - 1, dtype=torch.long)], dim=1)
     states = model.encode_source(text, mask)
-    held = {}
+    continued_states = {}
     for key, state in states.states.items():
         state = state.clone()
         for row in range(B):
             ended = [j for j in range(m, m + new - 1) if text[row, j] in ends]
             if ended:
                 state[row, ended[0] + 1 :] = state[row, ended[0]]
-        held[key] = state
+        continued_states[key] = state
     target_mask = torch.cat([inputs["attention_mask"], torch.ones(B, new - 1, dtype=torch.long)], dim=1)
     out = model(
         input_ids=sequences[:, :-1],
         attention_mask=target_mask,
         position_ids=(target_mask.cumsum(1) - 1).clamp(min=0),
-        source_states=flare.SourceStates(held, states.offset, mask),
+        source_states=flare.SourceStates(continued_states, states.offset, mask),
         use_cache=False,
     )
     return out.logits[:, m - 1 :]
@@ -96,7 +101,7 @@ def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[t
 
 
 def ends_of(model: Any, inputs: dict, new: int) -> list[int]:
-    """Return end tokens with which the source of row 0 ends early, that of row 1 later, and that of row 2 never."""
+    """Return end tokens with which the source of row 0 ends early, row 1's source later, and row 2's source never."""
     text = source_text(model, inputs, new, [])[:, inputs["input_ids"].shape[1] :]
     ends = [int(text[0, 1]), int(text[1, 3])]
     stops = [[j for j in range(new) if row[j] in ends] for row in text.tolist()]
@@ -104,4 +109,4 @@ def ends_of(model: Any, inputs: dict, new: int) -> list[int]:
     return ends
 
 
-ENDING = 45  # a seed for prompts that ends_of accepts
+ENDING = 45  # a seed of ``prompts`` with which ``ends_of`` finds such end tokens

@@ -16,11 +16,12 @@ LAYER = 1
 
 
 def mixup_model(task: str, *, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A tiny model of a task with random A, B, w and b."""
+    """Return a tiny X-Mixup model of a task, with random A and B, and with changed w and b."""
     return randomised(x_mixup(task_model(task).to(dtype), r=4, layer=LAYER, **options))
 
 
 def randomised(model: Any) -> Any:
+    """Set A and B to random values, and X-Mixup's w and b to constants."""
     tiny.randomize_lora(model)
     for name, parameter in model.named_parameters():
         if "x_mixup" in name:
@@ -29,18 +30,19 @@ def randomised(model: Any) -> Any:
 
 
 def batch(task: str, count: int = 3, seed: int = 5, **options: Any) -> dict[str, Tensor]:
-    made = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto", **options)(
+    inputs = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto", **options)(
         with_source_labels(task, rows(task, count, seed))
     )
-    return dict(made)
+    return dict(inputs)
 
 
-def with_source_labels(task: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for row in found:
+def with_source_labels(task: str, task_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the labels of the source text to the rows of a task that has them."""
+    for row in task_rows:
         ids = row["source_input_ids"]
         if task == "bert-spans":
             row |= {"source_start_positions": 1, "source_end_positions": len(ids) - 2}
         if task == "llama":
             row["source_labels"] = [-100] * len(ids) + [9, 8]
             row["source_input_ids"] = [*ids, 9, 8]
-    return found
+    return task_rows

@@ -1,4 +1,4 @@
-"""A recorder for GraphedStep that reruns the step instead of a graph, and the eager step to compare with."""
+"""A recorder for flare.GraphedStep that works without CUDA, and the eager step to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from flare.training.graph_recorder import Recording
 
 
 class CpuRecorder:
-    """Recorder that runs what a graph would replay: with the captured tensors, into the captured gradient buffers."""
+    """Recorder whose replay runs the captured step again, with the captured tensors and gradient buffers.
+
+    Attributes:
+        failing: called in each capture, to let the capture fail; None by default.
+        captures: number of captures.
+        replays: number of replays.
+        released: number of recordings that were released.
+        depth: number of ``stream`` contexts that are entered.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -87,7 +95,7 @@ def eager(model: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
 
 
 def full(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch with masks of ones."""
+    """Return the batch with masks of ones, so that no position is padding."""
     return {name: torch.ones_like(value) if name.endswith("mask") else value for name, value in batch.items()}
 
 

@@ -1,4 +1,4 @@
-"""Models and comparisons for the tests of the shared pass."""
+"""Models and comparisons for the tests of decoding steps that run source and target in one shared pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def zero_offset(family: str = "llama", **options: Any) -> Any:
 
 
 def both_ways(model: Any, inputs: dict, new: int = 6, seed: int = 0, **options: Any) -> dict[str, tuple]:
-    """Return sequences, logits and block executions of each source_pass, after comparing the first two."""
+    """Return source_pass -> (sequences, logits, block executions). Assert that sequences and logits are equal."""
     results = {}
     for way in ("separate", "shared"):
         torch.manual_seed(seed)

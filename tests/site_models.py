@@ -1,4 +1,4 @@
-"""Models with sites, and helpers that count calls and compare steps."""
+"""Models with sites (flare.tuner.site), and functions that count calls and compare steps."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ NAMES = {
     "distilbert": ("q_lin", "k_lin", "v_lin"),
     "mt5": ("q", "k", "v"),
 }
+# name of a subset -> indices of its projections in NAMES
 SUBSETS = {"qv": (0, 2), "qkv": (0, 1, 2), "q": (0,)}
 
 
 class Counts(collections.Counter):
-    """Counter of calls.
+    """Counter with these keys.
 
-    joint: calls of a site with several projections.
-    lone: calls of a site with one projection.
-    owned: calls whose autograd node computes the frozen products.
-    single: calls of a layer without its site.
+    joint: calls of a site that compute several projections.
+    lone: calls of a site that compute one projection.
+    owned: calls in which the autograd node also computes the frozen layers' products.
+    single: calls of a layer that is computed separately from its site.
     """
 
     names: list[frozenset[str]]  # names of the projections in each joint call
@@ -71,6 +72,7 @@ def counted_calls(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
 
 def forget(calls: Counts) -> None:
+    """Reset the counter."""
     calls.clear()
     calls.names.clear()
 
@@ -104,10 +106,10 @@ def step(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **tiny.gradients(model)}
 
 
-def assert_same(got: dict, want: dict, **tolerance: float) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, msg=name, **(tolerance or {"rtol": 1e-9, "atol": 1e-10}))
+def assert_same(actual: dict, expected: dict, **tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name, **(tolerance or {"rtol": 1e-9, "atol": 1e-10}))
 
 
 def plain(inputs: dict) -> dict:
@@ -119,10 +121,12 @@ def first_attention(model: nn.Module) -> nn.Module:
 
 
 def siblings(model: nn.Module) -> set[str]:
+    """Return the names of the projections without an adapter that take part in a site."""
     return {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is SiblingLinear}
 
 
 def is_empty(slot: Slot) -> bool:
+    """Return whether every attribute of a slot has its default value."""
     return all(getattr(slot, name) is value for name, value in vars(Slot).items() if name in Slot.__annotations__)
 
 

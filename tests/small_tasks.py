@@ -45,7 +45,7 @@ def byte_tokenizer(*, merges: Sequence[tuple[str, str]] = (), ends: bool = False
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]], head: Sequence[str], encoding: str = "utf-8") -> Path:
-    """Write a CSV file with a head line."""
+    """Write a CSV file whose first line is ``head``, the names of the columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding=encoding) as file:
         csv.writer(file).writerows([head, *rows])

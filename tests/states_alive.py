@@ -12,7 +12,11 @@ from flare.source_cache import CachedReader
 
 
 class StatesAlive:
-    """Tracks the storages of states. ``counts``: the number in memory each time a state was added."""
+    """Tracks the storages of states.
+
+    Attributes:
+        counts: for each call of ``count``, the number of tracked states in memory.
+    """
 
     def __init__(self) -> None:
         self._storages: list[weakref.ref[Any]] = []

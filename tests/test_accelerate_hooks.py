@@ -1,4 +1,4 @@
-"""Test that hooks on an adapter's modules (the user's or accelerate's) run for the source as for the target."""
+"""Test that hooks on an adapter's modules, from the user or from accelerate, run for both source and target states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch import nn
 
 
 def offloaded(model: Any, how: str, folder: Path) -> Any:
-    """Return a copy whose weights (all, or those of block 1) are on the meta device between calls."""
+    """Return a copy of a model whose weights accelerate keeps on the meta device between calls.
+
+    ``how`` names accelerate's function. dispatch_model offloads only the weights of block 1, the others all weights.
+    """
     model = copy.deepcopy(model)
     if how == "cpu_offload":
         accelerate.cpu_offload(model, execution_device="cpu")
@@ -32,7 +35,7 @@ def offloaded(model: Any, how: str, folder: Path) -> Any:
 
 
 def with_hooks(model: Any, part: str) -> Any:
-    """Double the product with A with hooks."""
+    """Add a hook to each adapter module named ``part`` (lora_A or lora_B) that doubles its output."""
     for name, module in model.named_modules():
         if name.endswith(f"{part}.default"):
             module.register_forward_hook(lambda module, args, output: 2 * output)
@@ -40,6 +43,7 @@ def with_hooks(model: Any, part: str) -> Any:
 
 
 def twice(model: Any, part: str) -> Any:
+    """Double the weights of the adapter modules named ``part``."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if f"{part}.default" in name:
@@ -59,50 +63,51 @@ def twice(model: Any, part: str) -> Any:
     ],
     ids=["bert", "zero", "matmul", "latent", "mt5"],
 )
-def test_offloaded_weights(family, fields, how, tmp_path) -> None:
+def test_offloaded_weights_do_not_change_the_logits(family, fields, how, tmp_path) -> None:
     model, inputs = fused(family, **fields).eval(), batch_of(family)
     if "latent_dim" in fields:
         inputs = {**tiny.batch(family, source=False), "source_states": torch.randn(3, 9, 6)}
     twin = offloaded(model, how, tmp_path)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            want = model(**inputs).logits
+            expected = model(**inputs).logits
             for _ in range(2):
-                torch.testing.assert_close(twin(**inputs).logits, want, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(twin(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_generation_with_offloaded_weights(offset, tmp_path) -> None:
+def test_offloaded_weights_do_not_change_generation(offset, tmp_path) -> None:
     model, inputs = fused("llama", source_layer_offset=offset).eval(), tiny.batch("llama")
     del inputs["labels"]
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    want = model.generate(**inputs, **options).logits
-    got = offloaded(model, "cpu_offload", tmp_path).generate(**inputs, **options).logits
-    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-5)
+    expected = model.generate(**inputs, **options).logits
+    actual = offloaded(model, "cpu_offload", tmp_path).generate(**inputs, **options).logits
+    torch.testing.assert_close(torch.stack(actual), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_user_hooks(family, padding, memory) -> None:
-    """Predict and train in every memory mode. The gradients equal those of a doubled A."""
+def test_user_hooks_run_for_source_and_target(family, padding, memory) -> None:
+    """A hook that doubles lora_A's output acts like a doubled A, in prediction and in training."""
     fields = {"source_padding": padding, "source_memory": memory}
-    model, want = with_hooks(fused(family, **fields), "lora_A"), twice(fused(family, **fields), "lora_A")
+    model, doubled = with_hooks(fused(family, **fields), "lora_A"), twice(fused(family, **fields), "lora_A")
     inputs = batch_of(family)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(**inputs).logits, want.eval()(**inputs).logits, rtol=1e-5, atol=1e-6)
+        logits = doubled.eval()(**inputs).logits
+        torch.testing.assert_close(model.eval()(**inputs).logits, logits, rtol=1e-5, atol=1e-6)
     if memory == "recompute":
-        with pytest.warns(UserWarning, match="source_memory='recompute': hooks on lora_A .* kept on the device"):
+        with pytest.warns(UserWarning, match="source_memory='recompute': hooks on lora_A .* stay on the device"):
             loss = model.train()(**inputs).loss
     else:
         loss = model.train()(**inputs).loss
     with silence():
         model(**inputs)
     loss.backward()
-    want.train()(**inputs).loss.backward()
-    expected = tiny.gradients(want)
+    doubled.train()(**inputs).loss.backward()
+    expected = tiny.gradients(doubled)
     for name, grad in tiny.gradients(model).items():
-        factor = 2 if "lora_A" in name else 1
+        factor = 2 if "lora_A" in name else 1  # the hook's factor is also in the gradient of A
         torch.testing.assert_close(grad, factor * expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 

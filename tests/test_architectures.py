@@ -1,7 +1,7 @@
 """Families of models and attention implementations match the formula, or are refused with the reason.
 
 The reference is the formula over PEFT's eager layers, on the model with eager attention. Texts are padded on the right,
-so that every query has a key: for a query without one, the attention implementations differ from each other.
+so that every query can attend to a key. Without any key, the attention implementations give different outputs.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ QUERY_AND_VALUE = {
     "distilbert": ("q_lin", "v_lin"),
     **dict.fromkeys(("llama", "mistral", "qwen3", "gemma2", "gemma3"), ("q_proj", "v_proj")),
 }
-# a window shorter than the text, in some of the layers
+# changes of the config: an attention window that is shorter than the text, in all or in some layers
 CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4},
     "gemma2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gemma3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
 }
-NO_SDPA = ("gemma2",)  # transformers refuses: its logits are soft-capped
+NO_SDPA = ("gemma2",)  # transformers has no sdpa for this family, because its attention logits are soft-capped
 
 
 def batch(family: str, m: int = 9) -> dict[str, Tensor]:
-    """Return three rows of m tokens, padded on the right by different lengths in the two streams."""
+    """Return three rows of m positions, padded on the right. Source and target of a row have different lengths."""
     inputs = tiny.batch(family, m=m)
     generator = torch.Generator().manual_seed(4)
     for prefix, lengths in (("", (m, m - 1, m - 2)), ("source_", (m - 2, m, m - 1))):
@@ -79,29 +79,29 @@ def test_logits_and_gradients_match_the_formula(family, attention) -> None:
     if attention == "sdpa" and family in NO_SDPA:
         pytest.skip(f"transformers has no sdpa for {family}")
     inputs = batch(family)
-    want_logits, want = reference_step(family, inputs)
+    expected_logits, expected = reference_step(family, inputs)
     model = fused(family, attention)
     assert model.get_base_model().config._attn_implementation == attention
     assert len(model.fast_lora_report().fused) == 2 * tiny.LAYERS
     out = model(**inputs)
     out.loss.backward()
-    torch.testing.assert_close(out.logits, want_logits, rtol=1e-5, atol=1e-5)
-    got = tiny.gradients(model)
-    assert got.keys() == want.keys()
-    for name, grad in want.items():
-        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(out.logits, expected_logits, rtol=1e-5, atol=1e-5)
+    actual = tiny.gradients(model)
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=1e-4, atol=1e-6, msg=name)
     with torch.no_grad():
         plain = model(**{k: v for k, v in inputs.items() if not k.startswith("source_")}).logits
-    assert (plain - want_logits).abs().max() > 1e-2
+    assert (plain - expected_logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gemma2"])
-def test_flex_attention(family) -> None:
-    """Only the forward: torch has no backward of flex attention on a CPU."""
+def test_flex_attention_matches_the_formula(family) -> None:
+    """Only the logits are compared, because torch has no backward of flex attention on a CPU."""
     inputs = batch(family)
-    want, _ = reference_step(family, inputs)
+    expected, _ = reference_step(family, inputs)
     with torch.no_grad():
-        torch.testing.assert_close(fused(family, "flex_attention")(**inputs).logits, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused(family, "flex_attention")(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ _SIZE = {
     "max_position_embeddings": 32,
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
 }
-_PAIR = {
+_ENCODER_DECODER_SIZE = {
     "d_model": 16,
     "encoder_ffn_dim": 16,
     "decoder_ffn_dim": 16,
@@ -134,7 +134,7 @@ REFUSED = [
     (
         "MvpForConditionalGeneration",
         "MvpConfig",
-        _PAIR,
+        _ENCODER_DECODER_SIZE,
         "cannot reach its attention: MvpEncoder.*does not pass on",
     ),
 ]

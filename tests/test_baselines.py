@@ -1,4 +1,4 @@
-"""Test the baselines: plain LoRA equals PEFT, and input-level fusion joins both texts into one."""
+"""Test the baselines: plain LoRA equals PEFT's, and input-level fusion joins source and target into one text."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ A, B, C, D, E, F, G, H = range(10, 18)
 
 
 def classes() -> list[dict]:
+    """Return two rows of a classification task."""
     return [
         {"input_ids": [CLS, A, SEP], "source_input_ids": [CLS, B, C, D, SEP], "labels": 2},
         {"input_ids": [CLS, E, F, SEP], "source_input_ids": [CLS, G, SEP], "labels": 0},
@@ -90,7 +91,7 @@ def test_labels_per_token_and_answer_positions_move_with_the_target(side: str):
 
 
 def test_causal_rows_put_the_source_prompt_before_the_target_prompt():
-    given = [
+    causal_rows = [
         {
             "input_ids": [BOS, A, B, C, D],
             "labels": [-100, -100, -100, C, D],
@@ -104,7 +105,7 @@ def test_causal_rows_put_the_source_prompt_before_the_target_prompt():
             "source_labels": [-100, -100, H],
         },
     ]
-    batch = InputFusionCollator(tokenizer(), token_types=False)(given)
+    batch = InputFusionCollator(tokenizer(), token_types=False)(causal_rows)
     assert batch["input_ids"].tolist() == [[BOS, E, F, G, A, B, C, D], [PAD, PAD, PAD, BOS, E, A, C, PAD]]
     assert batch["labels"].tolist() == [[-100] * 6 + [C, D], [-100] * 6 + [C, -100]]
     assert batch["attention_mask"].tolist() == [[1] * 8, [0, 0, 0, 1, 1, 1, 1, 0]]
@@ -117,11 +118,11 @@ def test_encoder_decoder_rows_keep_the_targets_labels():
     assert task_model("mt5")(**batch).loss.isfinite()
 
 
-def test_rows_without_a_source():
-    given = [{k: v for k, v in row.items() if k != "source_input_ids"} for row in classes()]
+def test_rows_without_a_source_raise_if_a_source_is_required():
+    target_rows = [{k: v for k, v in row.items() if k != "source_input_ids"} for row in classes()]
     with pytest.raises(ValueError, match="no row has the column 'source_input_ids'"):
-        InputFusionCollator(tokenizer())(given)
-    plain = InputFusionCollator(tokenizer(), require_source=False)(given)
+        InputFusionCollator(tokenizer())(target_rows)
+    plain = InputFusionCollator(tokenizer(), require_source=False)(target_rows)
     assert plain["input_ids"].tolist() == [[CLS, A, SEP, PAD], [CLS, E, F, SEP]]
 
 
@@ -129,8 +130,8 @@ def test_rows_without_a_source():
 
 
 @pytest.mark.parametrize(("family", "limit"), [("bert", 64), ("xlmr", 63), ("llama", 64), ("mt5", None)])
-def test_positions_of_a_model(family: str, limit: int | None):
-    """XLM-R has a table of 64 positions here, and position 0 is reserved for padding index 0."""
+def test_max_positions_of_a_model(family: str, limit: int | None):
+    """This XLM-R has a table of 64 positions, of which one is reserved for padding."""
     model = task_model(family)
     assert max_positions(model) == limit
     if family == "xlmr":
@@ -139,7 +140,7 @@ def test_positions_of_a_model(family: str, limit: int | None):
             model(torch.full((1, limit + 1), A))
 
 
-def test_input_fusion_checks_the_positions():
+def test_input_fusion_raises_if_the_model_has_too_few_positions():
     with pytest.raises(ValueError, match=r"max_length=33 per text needs 66 positions.* has 64; use max_length=32"):
         input_fusion(task_model("bert"), max_length=33)
     model = input_fusion(task_model("bert"), max_length=32, r=4)
@@ -150,7 +151,7 @@ def test_input_fusion_checks_the_positions():
         InputFusionCollator(tokenizer(), max_positions=6)(classes())
 
 
-def test_a_collator_for_a_model():
+def test_collator_for_a_model_gets_its_settings_from_the_model():
     model = task_model("xlmr")
     collator = InputFusionCollator.for_model(model, tokenizer(), max_length=16)
     assert (collator.max_positions, collator.token_types, collator.layout) == (63, False, "encoder")

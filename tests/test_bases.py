@@ -1,7 +1,8 @@
 """Base models other than the authors': logits and gradients in float64 match the formula.
 
 The reference runs PEFT's layers on the same tiny random model: hooks read the source's states, and each projection's
-forward is the formula. It does not use flare's search for blocks, projections or rows.
+forward is the formula. The reference does not use flare's code that finds blocks, projections and the rows of fused
+query, key and value layers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def add_relu(S: Tensor, T: Tensor) -> Tensor:
 
 
 def randomize(model: nn.Module) -> None:
-    """Set A and B to random float64 values that depend on the names, so that two models get the same."""
+    """Set A and B to random float64 values. Models with the same parameter names get the same values."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
@@ -35,7 +36,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Return each block's output on the source: the next block's input, and the last block's output."""
+    """Return each block's output on the source, read as the next block's input (the last block: as its output)."""
     blocks = model.get_base_model().get_submodule(base.stack)
     states: dict[int, Tensor] = {}
     handles = []
@@ -98,7 +99,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check(model: Any, inputs: dict[str, Tensor], logits: Tensor, grads: dict[str, Tensor]) -> None:
-    """Compare the logits and gradients of a training step."""
+    """Assert that a training step of a model has these logits and gradients."""
     model.zero_grad()
     out = model(**inputs)
     out.loss.backward()
@@ -138,7 +139,8 @@ def test_training_step_matches_the_formula(family: str) -> None:
 # --- encoder-decoders -------------------------------------------------------------------------------------------------
 
 
-PAIRS = {
+# family -> model class, config class, changes of the config, paths of both stacks, names of query and value
+ENCODER_DECODERS = {
     "m2m_100 (NLLB)": (
         "M2M100ForConditionalGeneration",
         "M2M100Config",
@@ -168,10 +170,10 @@ PAIRS = {
 _CROSS = ("encoder_attn", "EncDecAttention")
 
 
-@pytest.mark.parametrize("family", PAIRS)
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
 def test_encoder_decoder_matches_the_formula(family: str) -> None:
     """Both stacks fuse with the source's state of the same depth. Cross-attention is plain LoRA."""
-    name, config, changes, stacks, names = PAIRS[family]
+    name, config, changes, stacks, names = ENCODER_DECODERS[family]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "tie_word_embeddings": False}
     base = Base(name, config, stacks[0], names)
 
@@ -223,37 +225,37 @@ def test_encoder_decoder_matches_the_formula(family: str) -> None:
             return layer.base_layer(x) + layer.scaling["default"] * B(add_relu(A(state), A(x)))
 
         layer.forward = forward
-    want = stock(**target)
-    want.loss.backward()
+    expected = stock(**target)
+    expected.loss.backward()
     model = flare.fast_lora(make(), **LORA)
     randomize(model)
-    check(model, inputs, want.logits.detach(), gradients(stock))
+    check(model, inputs, expected.logits.detach(), gradients(stock))
     model.set_source_cache(flare.SourceStateCache(10**7))
     for _ in ("fills the cache", "reads it"):
-        check(model, inputs, want.logits.detach(), gradients(stock))
+        check(model, inputs, expected.logits.detach(), gradients(stock))
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_skipped_blocks_need_no_source(memory: str) -> None:
     """M2M100's LayerDrop skips blocks of the target; the source pass runs every block."""
-    name, config, changes, _, _ = PAIRS["m2m_100 (NLLB)"]
+    name, config, changes, _, _ = ENCODER_DECODERS["m2m_100 (NLLB)"]
     size = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
     torch.manual_seed(3)
     settings = getattr(transformers, config)(**size, **{**changes, "encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3})
     model = flare.fast_lora(getattr(transformers, name)(settings), **LORA, source_memory=memory).train()
     inputs = Base(name, config, "", ()).batch()
     inputs["labels"] = inputs["source_labels"] = torch.randint(3, VOCAB, (3, 6))
-    reached = set()
+    gradient_counts = set()
     for _ in range(6):
         model.zero_grad()
         loss = model(**inputs).loss
         if loss.requires_grad:  # otherwise every block was skipped
             loss.backward()
-        reached.add(len(gradients(model)))
-    assert len(reached) > 1, "no step skipped a block"
+        gradient_counts.add(len(gradients(model)))
+    assert len(gradient_counts) > 1, "no step skipped a block"
 
 
-# --- blocks that carry the source, and fused projections, elsewhere ---------------------------------------------------
+# --- other uses of blocks that carry the source, and of fused query, key and value layers -----------------------------
 
 
 def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
@@ -262,8 +264,8 @@ def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
     model = flare.fast_lora(base.make(), **LORA)
     randomize(model)
     with torch.no_grad():
-        want = model(**inputs).logits
-        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**inputs).logits, want, rtol=0, atol=0)
+        expected = model(**inputs).logits
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(**inputs).logits, expected, rtol=0, atol=0)
     block = model.get_base_model().deberta.encoder.layer[0]
     assert type(block).__name__ == "CarryingDebertaV2Layer"
     model.delete_adapter("default")
@@ -271,7 +273,7 @@ def test_block_that_carries_the_source_is_pickled_and_restored() -> None:
 
 
 def test_relative_positions_as_long_as_the_text_do_not_fuse() -> None:
-    """With one row of M tokens and M relative positions, only the order of calls shows which of them is projected."""
+    """With as many tokens as relative positions, only the order of calls shows which of the two is projected."""
     base = BASES["mdeberta"]
     width = base.changes["position_buckets"] * 2
     inputs = {name: value[:1, :width] for name, value in base.batch().items() if name != "labels"}
@@ -292,14 +294,14 @@ def test_relative_positions_as_long_as_the_text_do_not_fuse() -> None:
 
             layer.forward = forward
     with torch.no_grad():
-        want = stock(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-9, atol=1e-9)
+        expected = stock(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "bloom"])
 @pytest.mark.parametrize("source_pass", ["separate", "shared"])
-def test_generation_with_a_fused_projection(family: str, source_pass: str) -> None:
-    """Cached steps match one forward of the finished text, with a shared pass and with separate passes."""
+def test_generation_with_a_fused_projection_matches_a_forward_pass(family: str, source_pass: str) -> None:
+    """The first step's logits match a forward pass of the prompts. Both kinds of source pass agree in all steps."""
     base = BASES[family]
     model = flare.fast_lora(base.make(), **LORA, source_layer_offset=0, source_padding="zero").eval()
     randomize(model)
@@ -308,17 +310,17 @@ def test_generation_with_a_fused_projection(family: str, source_pass: str) -> No
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     out = model.generate(**inputs, **options, output_logits=True, source_pass=source_pass, pad_token_id=1)
     with torch.no_grad():
-        want = model(**inputs).logits[:, -1]
+        expected = model(**inputs).logits[:, -1]
         plain = model(input_ids=inputs["input_ids"]).logits[:, -1]
-    torch.testing.assert_close(out.logits[0].double(), want, rtol=1e-5, atol=1e-5)
-    assert (want - plain).abs().max() > 1e-3
+    torch.testing.assert_close(out.logits[0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - plain).abs().max() > 1e-3
     other = model.generate(**inputs, **options, output_logits=True, source_pass="separate", pad_token_id=1)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(other.logits), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "mul"])
 def test_fused_projection_with_hooks_and_with_other_fusions(fusion: str) -> None:
-    """Calling lora_A as a module gives the kernels' numbers, and the key's outputs are plain LoRA's in every fusion."""
+    """Only the key's outputs equal plain LoRA's. A hook on lora_A, which is then called, changes nothing."""
     base = BASES["modernbert"]
     inputs = base.batch()
     model = flare.fast_lora(base.make(), **LORA, fusion=fusion).eval()
@@ -327,11 +329,11 @@ def test_fused_projection_with_hooks_and_with_other_fusions(fusion: str) -> None
     seen: list[Tensor] = []
     layer.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
     with torch.no_grad():
-        want = model(**inputs).logits
+        expected = model(**inputs).logits
         x, y = seen[-2:]  # the source pass calls the layer too
         plain = layer.base_layer(x) + layer.scaling["default"] * layer.lora_B["default"](layer.lora_A["default"](x))
-        same = (y - plain).abs().amax(dim=(0, 1)) < 1e-12
-        assert torch.equal(same, thirds(3 * HIDDEN))
+        equals_plain = (y - plain).abs().amax(dim=(0, 1)) < 1e-12
+        assert torch.equal(equals_plain, thirds(3 * HIDDEN))
         if fusion != "cross_attention":
             layer.lora_A["default"].register_forward_hook(lambda *_: None)
-            torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Tests of the cost tables: descriptions of the rows, ratios, and completeness."""
+"""Tests of the benchmarks' cost tables: every measured method has a row with a description and its ratios."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 def module_at(path: Path) -> Any:
-    """Import a module of benchmarks/ whose name a test in tests/ has too."""
+    """Import a module of benchmarks/ by its path, because a module in tests/ has the same name."""
     spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -30,12 +30,13 @@ def module_at(path: Path) -> Any:
 
 
 def costs_of(rows: list[dict[str, Any]]) -> str:
+    """Return the cost tables, as Markdown."""
     text: str = importlib.import_module("costs").costs(rows)
     return text
 
 
 def row(variant: str, seconds: float, peak: int, **more: Any) -> dict[str, Any]:
-    """Return a timed step of XLM-R Large."""
+    """Return the recorded row of a timed step of XLM-R Large; ``peak``: peak memory in MiB."""
     return {
         "case": "step/xlmr/plain/B16-m512-r64",
         "variant": variant,
@@ -55,6 +56,7 @@ def row(variant: str, seconds: float, peak: int, **more: Any) -> dict[str, Any]:
 
 
 def skipped(variant: str, reason: str) -> dict[str, Any]:
+    """Return the recorded row of a method that was not run."""
     return {**row(variant, 0.0, 0), "status": "skipped", "reason": reason, "counters": {}}
 
 
@@ -67,12 +69,12 @@ STEP = [
 
 
 def cells(text: str, name: str) -> list[str]:
-    """Return the cells of a method's line."""
+    """Return the cells of the table line that begins with ``name``, without the first cell."""
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} "))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_the_table_of_a_case() -> None:
+def test_table_of_a_case_has_times_memory_and_ratios() -> None:
     text = costs_of(STEP)
     assert "XLM-R Large: 24 blocks of width 1024, batch of 16, texts of 512 tokens, rank 64, bfloat16" in text
     assert cells(text, "method") == [
@@ -84,7 +86,7 @@ def test_the_table_of_a_case() -> None:
         "FLARE takes 40 % less time and 72 % less peak memory than input-level fusion; with cached source states "
         "25 % more time." in text.replace("\n", " ")
     ), "losses are reported as well as gains"
-    assert not re.search(r"flare-|input-fusion|lora\b", text), "rows have descriptions instead of their names"
+    assert not re.search(r"flare-|input-fusion|lora\b", text), "rows show descriptions and not the methods' names"
 
 
 def test_columns_are_aligned_and_no_line_of_prose_is_long() -> None:

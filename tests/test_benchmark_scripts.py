@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 @pytest.mark.slow
 def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
-    """One archive has the log and every number. The test does not depend on the duration of a step."""
+    """The archive contains the log, and the summary has a number for every key."""
     out, unpacked = tmp_path / "out", tmp_path / "unpacked"
     done = run("bash", "benchmarks/run_gpu.sh", FLARE_BENCH_DRY="1", PYTHON=sys.executable, OUT=str(out))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,8 +51,9 @@ def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     assert set(host) == set(module("host_calls").VARIANTS)
 
 
+#: Commands that replace the real ones -> their text.
 FAKES = {
-    # a device exists, tests fail, whole steps write results, other steps write none
+    # a device exists, the tests fail, the benchmark of whole steps writes results, and other benchmarks write none
     "python": """#!/bin/bash
 case "$*" in
   *"import xdist"* | *"import matplotlib"*) exit 1 ;;
@@ -60,7 +61,7 @@ case "$*" in
   *test_training_step*) while [ "$1" != --results ]; do shift; done; echo "{}" > "$2" ;;
 esac
 """,
-    # whole steps reach their time limit
+    # the benchmark of whole steps reaches its time limit
     "timeout": """#!/bin/bash
 shift 4
 "$@"
@@ -110,7 +111,7 @@ done
 
 
 @pytest.mark.slow
-def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
+def test_check_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     """Every kernel is called and compared. A sanitizer that reports an error fails only its own step."""
     pytest.importorskip("triton", reason="Triton is not installed")
     (tmp_path / "compute-sanitizer").write_text(SANITIZER)
@@ -142,7 +143,8 @@ def test_check_gpu_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweeps_part_is_not_measured_twice(tmp_path: Path) -> None:
+def test_part_of_a_sweep_is_not_measured_twice(tmp_path: Path) -> None:
+    """A sweep is split into numbered parts. A second run of a part finds the results of the first."""
     dry = {"FLARE_BENCH_DRY": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
     few = "-rs -k decode/xlmr"
     of_parts = importlib.import_module("sweep").parts("tiny")

@@ -1,4 +1,4 @@
-"""Tests of the benchmarks' tools: rotating inputs, checks, result files, summary, and figures."""
+"""Tests of the benchmarks' tools: inputs used in turn, checks of results, result files, summary, and figures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 @pytest.fixture
 def recorded() -> dict[str, Any]:
-    """Return a few rows of a CPU run."""
+    """Return the recorded results of a CPU run, with a few rows."""
     result: dict[str, Any] = module("results").load(RECORDED)
     return result
 
 
 def as_on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
-    """Return the rows marked as measured on a GPU with real sizes, so that targets are judged."""
+    """Return a copy of results that is marked as measured on a GPU with real sizes, so that targets are judged."""
     result = copy.deepcopy(result)
     result["run"]["device"] = "a GPU"
     for row in result["cases"]:
@@ -41,6 +41,7 @@ def as_on_a_gpu(result: dict[str, Any]) -> dict[str, Any]:
     ("set_bytes", "cache"), [(1, 50 << 20), (3 << 20, 50 << 20), (40 << 20, 60 << 20), (1 << 30, 60 << 20)]
 )
 def test_the_sets_between_two_uses_fill_twice_the_cache(set_bytes: int, cache: int) -> None:
+    """A set is one copy of a call's inputs. Between two uses of a set, the other sets fill the cache twice."""
     timing = module("timing")
     copies = timing.copies_for(set_bytes, cache)
     assert copies >= 2
@@ -95,6 +96,7 @@ def test_overlapping_kernels_count_once_in_busy_time() -> None:
 
 
 def wrong(y: torch.Tensor, how: str) -> torch.Tensor | None:
+    """Return a copy of y with one kind of error; None if the result is missing."""
     y = y.clone()
     if how == "scaled":
         return y * 1.1
@@ -126,7 +128,7 @@ def test_poisoned_memory_is_nan() -> None:
 
 
 def test_a_wrong_kernel_fails_its_benchmark_and_is_not_timed(tmp_path: Path) -> None:
-    """With dA of the addmm form a tenth too large, the row has status wrong and no time, and pytest fails."""
+    """If the PyTorch primitive gives a dA that is a tenth too large, its row is "wrong" and has no time."""
     (tmp_path / "breaks.py").write_text(
         "import flare_kernels.torch_ops as ops\n"
         "right = ops.grad_weight\n"
@@ -171,7 +173,11 @@ def test_a_case_that_cannot_be_built_is_tried_once_and_reported(tmp_path: Path) 
 
 @pytest.mark.parametrize(("model", "megabytes"), [("LLAMA", 139.5 + 172.6 + 93.6 + 140.5 + 137.4), ("XLMR", 226.3)])
 def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float) -> None:
-    """Computed by hand for M = 8192, r = 64, bf16: down, up, bottleneck gradients, dA, dx added to dx."""
+    """The floor is the least number of bytes that the adapters must read and write.
+
+    The expected sums are computed by hand for M = 8192, r = 64, bf16: down-projection, up-projection, gradients of the
+    bottleneck, dA, and dx added to the frozen layers' dx.
+    """
     shapes = module("shapes")
     shape = shapes.ProjectionShape(getattr(shapes, model), 8192, 64)
     floor = module("bytes_moved").adapter_bytes
@@ -180,7 +186,7 @@ def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float
 
 
 def test_the_adapters_move_a_fifth_less_if_they_run_first() -> None:
-    """Llama 8B, M = 8192, r = 64, bf16. The difference equals the additional reads of the frozen products."""
+    """Llama 8B, M = 8192, r = 64, bf16. The difference equals the additional reads of the frozen layers' outputs."""
     shapes, bytes_moved = module("shapes"), module("bytes_moved")
     shape = shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
     steps = {order: bytes_moved.step_bytes(shape, order) for order in bytes_moved.ORDERS}
@@ -265,6 +271,7 @@ def test_a_part_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 def rows_of(result: dict[str, Any], question: str) -> dict[str, dict[str, Any]]:
+    """Return variant -> row, for the headline rows of XLM-R that belong to a question."""
     rows = [r for r in result["cases"] if r["question"] == question and r["family"] == "xlmr" and r["headline"]]
     return {r["variant"]: r for r in rows}
 
@@ -328,7 +335,7 @@ def test_a_row_that_was_not_timed_gives_no_number(recorded: dict[str, Any]) -> N
 # --- table and figures ------------------------------------------------------------------------------------------------
 
 
-def test_table_and_figures(tmp_path: Path, recorded: dict[str, Any]) -> None:
+def test_table_has_every_row_and_figures_are_drawn(tmp_path: Path, recorded: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib")
     written = module("plot").draw_all([recorded], tmp_path)
     assert [path.name for path in written] == ["table.md", "steps.png", "scaling.png", "roofline.png", "parts.png"]
@@ -341,7 +348,7 @@ def test_table_and_figures(tmp_path: Path, recorded: dict[str, Any]) -> None:
     for row in recorded["cases"]:
         assert row["conditions"] in text
         if row["status"] != "timed":
-            assert f"{row['status']}: {row['reason']}" in text, "a row that could not run has its reason"
+            assert f"{row['status']}: {row['reason']}" in text, "the table says why a row was not timed"
         else:
             assert f"| {row['case'].partition('/')[2]} | {row['variant']} |" in text
 

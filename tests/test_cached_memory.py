@@ -1,4 +1,7 @@
-"""A source cache with every source_memory mode: gradients equal "keep" without a cache, without unneeded passes."""
+"""Tests of a source cache in every source_memory mode.
+
+Gradients equal those of "keep" without a cache, and no source pass runs that is not needed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from flare.source.source_pass import Preparation
 from flare.source_cache import CachedReader
 
 MODES = ("keep", "offload", "recompute")
-ROW = 9 * tiny.LAYERS * tiny.HIDDEN * 4  # bytes of a row of BERT or Llama with its pads
+ROW = 9 * tiny.LAYERS * tiny.HIDDEN * 4  # bytes of the states of one row of BERT or Llama, padding included
 
 
 def cache_of(nbytes: int = 1 << 20, folder: Path | None = None) -> flare.SourceStateCache:
@@ -31,6 +34,7 @@ def cache_of(nbytes: int = 1 << 20, folder: Path | None = None) -> flare.SourceS
 
 
 def accumulated(model: Any, *batches: Any) -> dict[str, torch.Tensor]:
+    """Return the sum of the gradients of several batches, each with a forward and a backward pass."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
     for inputs in batches:
@@ -39,6 +43,7 @@ def accumulated(model: Any, *batches: Any) -> dict[str, torch.Tensor]:
 
 
 def checkpointed(model: Any, reentrant: bool) -> None:
+    """Enable gradient checkpointing."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
 
@@ -48,15 +53,18 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.usefixtures("offload_anywhere")
 def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, padding, memory) -> None:
-    """Bit for bit while filling, reading and checkpointing; up to the order of sums with two forward passes."""
+    """They are equal bit for bit while the cache is filled and read, with and without checkpointing.
+
+    With two forward passes before one backward pass, they are equal up to the order of sums.
+    """
     options = {"source_padding": padding, "lora_dropout": 0.3}
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options).train(), model_of(family, memory, **options).train()
     cache = cache_of()
     other.set_source_cache(cache)
-    want = gradients(keep, first, second)
+    expected = gradients(keep, first, second)
     for hits in (0, 6):
-        assert_close(gradients(other, first, second), want)
+        assert_close(gradients(other, first, second), expected)
         assert cache.stats().hits == hits
     for one in (first, second):
         assert_same(gradients(other, one), gradients(keep, one))
@@ -76,31 +84,31 @@ def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, p
     ids=str,
 )
 def test_block_executions_of_the_first_and_of_later_steps(memory, budget, executions) -> None:
-    """ "recompute" reads the rows that its forward pass has stored, and computes only the others again."""
+    """ "recompute" reads the rows that its forward pass has stored, and computes only the other rows again."""
     inputs = inputs_of("llama")
-    model, want = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
+    model, expected = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
     model.set_source_cache(cache_of(budget))
-    for expected in executions:
+    for step_executions in executions:
         with count_calls(tiny.block_list(model.get_base_model())) as calls:
-            assert_same(gradients(model, inputs), want)
-        assert calls.total == expected * tiny.LAYERS
+            assert_same(gradients(model, inputs), expected)
+        assert calls.total == step_executions * tiny.LAYERS
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_rows_that_did_not_fit_are_recomputed_in_their_batch(family) -> None:
-    """One of three rows fits: the second pass has the batch of the first, so "recompute" equals "keep" bit for bit."""
-    inputs, found = inputs_of(family), []
+    """One of three rows fits. The second pass runs the whole batch again, so "recompute" equals "keep" bit for bit."""
+    inputs, grads = inputs_of(family), []
     for memory in ("keep", "recompute"):
         model = model_of(family, memory)
         model.set_source_cache(cache_of(ROW))
-        found.append([gradients(model, inputs), gradients(model, inputs, inputs)])
-    assert_same(found[1][0], found[0][0])
-    assert_close(found[1][1], found[0][1])
+        grads.append([gradients(model, inputs), gradients(model, inputs, inputs)])
+    assert_same(grads[1][0], grads[0][0])
+    assert_close(grads[1][1], grads[0][1])
 
 
 def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> None:
     inputs = inputs_of("bert")
-    want = gradients(model_of("bert", "keep"), inputs)
+    expected = gradients(model_of("bert", "keep"), inputs)
     model, cache = model_of("bert", "recompute"), cache_of(folder=tmp_path)
     model.set_source_cache(cache)
     gradients(model, inputs)
@@ -115,13 +123,13 @@ def test_a_file_lost_between_forward_and_backward_is_recomputed(tmp_path) -> Non
     with pytest.warns(UserWarning, match="checksum of an entry does not match"):
         loss.backward()
     for name, grad in tiny.gradients(model).items():
-        torch.testing.assert_close(grad, want[name], msg=name)
+        torch.testing.assert_close(grad, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("tier", ["device", "disk"])
 @pytest.mark.parametrize("memory", ["keep", "recompute", "inference"])
 def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tmp_path, monkeypatch) -> None:
-    """Of the states copied out of the cache: one per block under "keep", otherwise at most two at any depth."""
+    """Of the states copied out of the cache, "keep" has one per block in memory, and other modes at most two."""
     alive = StatesAlive()
     for layers in (2, 6):
         model = model_of("llama", "recompute" if memory == "recompute" else "keep", base={"num_hidden_layers": layers})
@@ -147,7 +155,7 @@ def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tm
 
 
 def test_saved_bytes_of_a_forward_pass() -> None:
-    """ "keep" saves L M d numbers more than "recompute", which saves the ids instead; a cache changes neither."""
+    """ "keep" saves L M d numbers more than "recompute", which saves the ids instead. A cache does not change this."""
     inputs = inputs_of("llama")
     states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
     saved: dict[tuple[str, bool], int] = {}
@@ -158,8 +166,8 @@ def test_saved_bytes_of_a_forward_pass() -> None:
                 model.set_source_cache(cache_of())
                 gradients(model, inputs)
             with saved_bytes(ignore=[model.parameters(), inputs]) as counted:
-                kept = model(**inputs).loss
-            del kept
+                loss = model(**inputs).loss
+            del loss
             saved[memory, warm] = counted.total
     assert saved["keep", True] == saved["keep", False]
     assert saved["recompute", True] == saved["recompute", False] == saved["keep", False] - states
@@ -170,27 +178,27 @@ def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[lis
     model = distributed_training.fused("llama", source_memory=memory)
     cache = cache_of(folder=folder)
     model.set_source_cache(cache)
-    engined = DistributedDataParallel(model)
-    found, executions = [], []
+    ddp_model = DistributedDataParallel(model)
+    grads, executions = [], []
     for epoch in range(3):
         cache.refresh()
         model.zero_grad(set_to_none=True)
         with count_calls(tiny.block_list(model.get_base_model())) as calls:
-            engined(**distributed_training.batch("llama", (rank + epoch) % two_processes.WORLD)).loss.backward()
-        found.append(tiny.gradients(model))
+            ddp_model(**distributed_training.batch("llama", (rank + epoch) % two_processes.WORLD)).loss.backward()
+        grads.append(tiny.gradients(model))
         executions.append(calls.total // tiny.LAYERS)
         cache.flush()
         dist.barrier()
-    return found, executions
+    return grads, executions
 
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
-    """Each rank reads the other's rows; gradients equal those of one process over both batches."""
+    """Each rank reads rows that the other rank has stored. Gradients equal those of one process over both batches."""
     (tmp_path / "run").mkdir()
     folder = tmp_path / "states"
-    want = distributed_training.train(None, "none", "llama")
-    for got, executions in two_processes.run(tmp_path / "run", train_with_a_shared_cache, folder, memory):
-        distributed_training.check(got, want * 3, memory)
+    expected = distributed_training.train(None, "none", "llama")
+    for actual, executions in two_processes.run(tmp_path / "run", train_with_a_shared_cache, folder, memory):
+        distributed_training.check(actual, expected * 3, memory)
         assert executions == [2, 1, 1]
     assert len(list(folder.iterdir())) == 2

@@ -14,6 +14,7 @@ from flare.experiments.runs.adapter_card import fill_run_card
 
 
 def saved(folder, family: str = "bert", **fields) -> str:
+    """Save a new adapter and return the text of its card."""
     flare.fast_lora(tiny.model(family), r=4, **fields).save_pretrained(folder)
     return (folder / "README.md").read_text()
 
@@ -45,7 +46,7 @@ def test_card_describes_loading_and_inputs(tmp_path):
     ],
     ids=["flare-mt", "lora", "x-mixup"],
 )
-def test_the_card_describes_the_kind_of_adapter(tmp_path, make, words, absent):
+def test_card_describes_the_kind_of_adapter(tmp_path, make, words, absent):
     make().save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert words in card and absent not in card
@@ -69,7 +70,7 @@ def test_second_adapter_does_not_replace_the_first_card(tmp_path):
     assert "`add_relu`" in card and "`mul`" not in card
 
 
-def test_a_run_adds_task_and_languages(tmp_path):
+def test_card_of_a_run_has_task_and_languages(tmp_path):
     model = flare.fast_lora(tiny.model("bert"), r=4)
     model.save_pretrained(tmp_path)
     record = SimpleNamespace(

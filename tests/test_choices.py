@@ -12,15 +12,16 @@ import flare
 def model():
     torch.manual_seed(0)
     base = transformers.BertForMultipleChoice(tiny.config("bert", hidden_dropout_prob=0.0))
-    made = flare.fast_lora(base, r=4).eval()
-    tiny.randomize_lora(made)
-    return made
+    fused = flare.fast_lora(base, r=4).eval()
+    tiny.randomize_lora(fused)
+    return fused
 
 
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, tiny.VOCAB, (2, 2, 3, 7), generator=generator)  # two streams, B=2, n=3, m=7
+    # target and source texts of B=2 rows, n=3 choices, m=7 positions
+    ids = torch.randint(2, tiny.VOCAB, (2, 2, 3, 7), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, 1, 2, 5:] = mask[1, 0, 1, 4:] = 0
     return {
@@ -32,7 +33,7 @@ def batch():
 
 
 def one_by_one(model, batch):
-    """Run the same texts as rows with one choice each."""
+    """Return logits (2, 3) of the same texts, run as six rows with one choice each."""
     rows = {name: value.flatten(0, 1)[:, None] for name, value in batch.items()}
     return model(**rows).logits.view(2, 3)
 
@@ -62,7 +63,7 @@ def test_choices_train_the_head_and_use_a_cache(model, batch):
 
 def test_a_source_with_one_text_per_row_raises(model, batch):
     one = {**batch, "source_input_ids": batch["source_input_ids"][:, 0]}
-    with pytest.raises(ValueError, match=r"source_input_ids is \(2, 7\): next to input_ids \(B, n, m\)"):
+    with pytest.raises(ValueError, match=r"source_input_ids is \(2, 7\): with input_ids \(B, n, m\)"):
         model(**one)
 
 

@@ -1,4 +1,4 @@
-"""The private symbols that flare uses: if an upgrade moves one, a test here fails and names it."""
+"""Tests of the private symbols that flare uses. If an upgrade removes or changes one, a test fails and names it."""
 
 from __future__ import annotations
 
@@ -124,11 +124,11 @@ def test_attributes_of_a_subclass_are_read_without_its_code() -> None:
 
 
 def test_a_module_compiled_in_place_can_be_called_eagerly() -> None:
-    class Own(nn.Linear):
+    class LinearPlusOne(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + 1
 
-    module, calls = Own(2, 2), []
+    module, calls = LinearPlusOne(2, 2), []
     module.compile(backend=lambda graph, inputs: calls.append(1) or graph.forward)
     with module_switches(module).off(dropout=True):
         module(torch.ones(2))
@@ -259,7 +259,7 @@ def test_attention_module_runs_with_a_registered_function() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_capture_creates_no_mask_if_none_is_given(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers takes a capture for tracing, and some releases then create a mask."""
+    """transformers treats a capture like tracing, and some releases then create a mask."""
     from transformers import masking_utils
     from transformers.utils import import_utils
 
@@ -280,13 +280,13 @@ def test_capture_creates_no_mask_if_none_is_given(family: str, monkeypatch: pyte
         assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1, 1, 1]]  # not capturing
         monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
         assert create_mask(None) is None
-        assert create_mask(mask).shape == (2, 1, 5, 5)  # a capture cannot read its values
+        assert create_mask(mask).shape == (2, 1, 5, 5)  # a capture cannot read the values, so the mask is expanded
     assert (masking_utils.is_tracing, masking_utils.find_packed_sequence_indices) == stock
     if family == "llama":
-        assert create_mask(None) is not None  # if this fails, the context manager may be redundant
+        assert create_mask(None) is not None  # if this fails, the context manager may not be needed
 
 
-def test_hooks_of_modules_and_gradients_are_found() -> None:
+def test_hooks_of_modules_and_of_gradients_are_recognised() -> None:
     module, kinds = nn.Linear(2, 2), []
     for register in ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"):
         assert sum(map(len, _compat.module_hooks(module))) == len(kinds)
@@ -313,7 +313,7 @@ def test_a_backward_pass_and_a_checkpoint_are_recognised() -> None:
 
 
 def test_slice_of_a_module_list_is_not_a_registration() -> None:
-    """Decoders of transformers slice their list in each forward. Replaced and added modules are counted."""
+    """transformers' decoders slice their list of blocks in each forward. Replaced and added modules are counted."""
     before, blocks = _compat.registrations.count, nn.ModuleList([nn.ReLU(), nn.ReLU()])
     assert len(blocks[:1]) == 1 and _compat.registrations.count == before
     blocks[0] = nn.GELU()

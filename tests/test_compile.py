@@ -1,4 +1,4 @@
-"""torch.compile of the whole model, whose graph then contains the source pass, or of each block."""
+"""Tests of torch.compile on the whole model, whose graph then contains the source pass, and on each block."""
 
 from __future__ import annotations
 
@@ -39,30 +39,33 @@ def step(model: nn.Module, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.
     return loss.detach(), {name.replace("_orig_mod.", ""): grad for name, grad in tiny.gradients(model).items()}
 
 
-def assert_same_step(got, want) -> None:
-    torch.testing.assert_close(got[0], want[0])
-    assert got[1].keys() == want[1].keys()
-    for name, grad in want[1].items():
-        torch.testing.assert_close(got[1][name], grad, msg=name, rtol=1e-5, atol=1e-7)
+def assert_same_step(actual, expected) -> None:
+    torch.testing.assert_close(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(actual[1][name], grad, msg=name, rtol=1e-5, atol=1e-7)
 
 
 def whole(model: nn.Module, backend: str) -> nn.Module:
+    """Return a compiled wrapper of the whole model."""
     return torch.compile(model, backend=backend)
 
 
 def in_place(model: nn.Module, backend: str) -> nn.Module:
+    """Compile each block in place."""
     for block in tiny.block_list(model.get_base_model()):
         block.compile(backend=backend)
     return model
 
 
 def model_in_place(model: nn.Module, backend: str) -> nn.Module:
-    """The hooks of a module that is compiled in place have separate graphs."""
+    """Compile the base model in place. Its hooks then have separate graphs."""
     model.get_base_model().compile(backend=backend)
     return model
 
 
 def wrapped(model: nn.Module, backend: str) -> nn.Module:
+    """Replace each block by a compiled wrapper."""
     blocks = tiny.block_list(model.get_base_model())
     for index, block in enumerate(blocks):
         blocks[index] = torch.compile(block, backend=backend)
@@ -81,8 +84,8 @@ def wrapped(model: nn.Module, backend: str) -> nn.Module:
         ("llama", model_in_place, None),
     ],
 )
-def test_training_steps(family, how, checkpointing) -> None:
-    """Two batches of different widths, in both modes of checkpointing."""
+def test_compiled_training_steps_match_eager_steps(family, how, checkpointing) -> None:
+    """The two batches have different widths. ``checkpointing``: None for none, True for reentrant."""
     backend = "aot_eager" if family == "bert" else "eager"
     model, reference = how(fused(family, checkpointing), backend), fused(family)
     for inputs in (tiny.batch(family), tiny.batch(family, m=11, seed=5)):
@@ -108,7 +111,7 @@ class Graphs:
 
 @pytest.mark.parametrize(("family", "offset", "sites"), [("xlmr", 0, 3), ("llama", 1, 3), ("mt5", 0, 3 + 2)])
 def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offset, sites) -> None:
-    """The base model's dropout is off in the source pass and as in eager mode in the target's. In float64."""
+    """Dropout is off in the source pass, and draws eager mode's masks in the target pass. In float64."""
     changes = {} if family == "llama" else {"dropout_rate" if family == "mt5" else "hidden_dropout_prob": 0.2}
     base = tiny.model(family, dtype=torch.float64, **changes)
     model = flare.fast_lora(base, r=5, lora_alpha=7, source_layer_offset=offset).to(torch.float64)
@@ -119,17 +122,17 @@ def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offs
     if family == "mt5":  # Dynamo of torch 2.11 cannot trace the creation of the KV cache
         inputs["use_cache"] = False
     torch.manual_seed(3)
-    want = step(reference, inputs)
+    expected = step(reference, inputs)
     torch.manual_seed(3)
-    assert_same_step(step(compiled, inputs), want)
-    alone = 2 * 2 if family == "mt5" else 0  # the projections of cross-attention read two inputs
+    assert_same_step(step(compiled, inputs), expected)
+    separate = 2 * 2 if family == "mt5" else 0  # cross-attention's query and value read different inputs
     assert len(backend.graphs) == 1
-    assert sorted(backend.adapters()) == [1] * alone + [2] * sites
+    assert sorted(backend.adapters()) == [1] * separate + [2] * sites
     assert all(module.training for module in model.modules())
 
 
 @pytest.mark.slow
-def test_inductor() -> None:
+def test_inductor_matches_eager_mode() -> None:
     model = fused("xlmr")
     compiled = torch.compile(copy.deepcopy(model), backend="inductor", fullgraph=True)
     assert_same_step(step(compiled, tiny.batch("xlmr")), step(model, tiny.batch("xlmr")))
@@ -158,8 +161,8 @@ def test_switched_adapter_and_new_hook_recompile() -> None:
 
 
 @pytest.mark.parametrize("why", ["recompute", "cache", pytest.param("a break", marks=pytest.mark.slow)])
-def test_eager_source_passes(why) -> None:
-    """The graph breaks, and the numbers do not change."""
+def test_graph_breaks_do_not_change_the_step(why) -> None:
+    """A source pass that cannot be traced runs eagerly, after a graph break."""
     model = fused("xlmr", source_memory="recompute" if why == "recompute" else "keep")
     reference, backend = copy.deepcopy(model), Graphs()
     if why == "cache":
@@ -187,32 +190,32 @@ def train(folder: Path, model: nn.Module, **options) -> tuple[list[float], dict[
     return losses, {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_same_training(got, want) -> None:
-    assert got[0] == pytest.approx(want[0], rel=1e-4)
-    for name, weight in want[1].items():
-        torch.testing.assert_close(got[1][name], weight, msg=name, rtol=1e-3, atol=1e-4)
+def assert_same_training(actual, expected) -> None:
+    assert actual[0] == pytest.approx(expected[0], rel=1e-4)
+    for name, weight in expected[1].items():
+        torch.testing.assert_close(actual[1][name], weight, msg=name, rtol=1e-3, atol=1e-4)
 
 
-def test_flare_trainer(tmp_path: Path) -> None:
+def test_compiled_flare_trainer_matches_eager_training(tmp_path: Path) -> None:
     model = fused("xlmr")
     reference, options = copy.deepcopy(model), {"use_cpu": True}
-    want = train(tmp_path / "eager", reference, **options)
+    expected = train(tmp_path / "eager", reference, **options)
     compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "torch_compile_mode": "default"}
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert_same_training(train(tmp_path / "compiled", model, **compiled, **options), want)
+    assert_same_training(train(tmp_path / "compiled", model, **compiled, **options), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flare_trainer_with_cuda_graphs(tmp_path: Path) -> None:
+def test_flare_trainer_with_cuda_graphs_matches_eager_training(tmp_path: Path) -> None:
     model = fused("xlmr")
-    want = train(tmp_path / "eager", copy.deepcopy(model))
+    expected = train(tmp_path / "eager", copy.deepcopy(model))
     compiled = {"torch_compile": True, "torch_compile_mode": "reduce-overhead"}
-    assert_same_training(train(tmp_path / "compiled", model, **compiled), want)
+    assert_same_training(train(tmp_path / "compiled", model, **compiled), expected)
 
 
-def test_with_and_without_a_source() -> None:
+def test_compiled_steps_with_and_without_a_source_match_eager_steps() -> None:
     model, reference = in_place(fused("llama"), "eager"), fused("llama")
     for source in (False, True, False):
         inputs = tiny.batch("llama", source=source)
@@ -220,7 +223,7 @@ def test_with_and_without_a_source() -> None:
 
 
 def test_checkpointed_blocks_compile_if_side_effects_in_backward_are_skipped() -> None:
-    """Without Dynamo's setting for side effects under checkpointing, such a block runs eagerly."""
+    """Without Dynamo's setting for side effects under checkpointing, a checkpointed block runs eagerly."""
     counter = torch._dynamo.testing.CompileCounter()
     model, reference = in_place(fused("llama", False), counter), fused("llama")
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):

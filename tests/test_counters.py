@@ -1,6 +1,6 @@
-"""What a step and an adapter cost, counted and not timed: arithmetic, bytes and launches, against written-out formulas.
+"""Tests of what a step and an adapter cost. Arithmetic, bytes and launches are counted and compared with formulas.
 
-A change that makes the package do more work, or keep or pass through more memory, fails here without a GPU.
+Nothing is timed, so a change that makes the package do more work or use more memory fails here without a GPU.
 Shape letters: B rows, m tokens a row, M = B m, d width, f inner width of a block, L blocks, r rank, n output width.
 """
 
@@ -70,7 +70,7 @@ def test_transient_bytes_leave_out_what_stays() -> None:
         b = torch.empty(512)
         return a + b[:256]
 
-    # at the sum all three live; the result stays
+    # while the sum is computed, a, b and the result are in memory; the result stays and is not counted
     assert transient_bytes(call) == 4 * (256 + 512)
 
 
@@ -97,36 +97,37 @@ def make(fusion: str | None) -> Any:
 
 def batch(width: int, source: bool) -> dict[str, Tensor]:
     names = ("input_ids", "source_input_ids") if source else ("input_ids",)
-    made = {name: torch.randint(2, tiny.VOCAB, (B, width)) for name in names}
-    return {**made, "labels": torch.randint(0, CLASSES, (B,))}
+    ids = {name: torch.randint(2, tiny.VOCAB, (B, width)) for name in names}
+    return {**ids, "labels": torch.randint(0, CLASSES, (B,))}
 
 
 def block_forward(width: int) -> int:
-    """FLOPs of one frozen block on B rows: four (d, d) linears, two (d, f), scores and values."""
+    """Return the FLOPs of a frozen block on B rows: four (d, d) linears, two (d, f) linears, attention's products."""
     return 2 * B * width * (4 * d * d + 2 * d * f) + 4 * B * width**2 * d
 
 
 def lora_step(width: int) -> int:
-    """FLOPs of a plain LoRA step, query and value adapted, a trained classification head on the first position."""
+    """Return the FLOPs of a plain LoRA step: query and value have adapters, and a head on one position is trained."""
     tokens = B * width
     head = 3 * 2 * B * (d * d + d * CLASSES)  # forward, weight and input gradient
     frozen = 3 * L * block_forward(width) - L * 2 * tokens * (4 * d * d + 2 * d * f)  # no gradient of frozen weights
     adapter = 2 * tokens * r * (3 * d + 3 * d)  # down, dA, dx; up, dH, dB
-    first = 2 * tokens * 3 * d * d + 2 * 2 * tokens * r * d  # the first block's input asks for no gradient, nor its key
+    first = 2 * tokens * 3 * d * d + 2 * 2 * tokens * r * d  # no gradient of the first block's input and key
     first += 2 * B * width**2 * d
     return head + frozen + 2 * L * adapter - first
 
 
 def flare_step(width: int) -> int:
-    """The same, the source's forward pass, and each adapter's S and dA from it."""
+    """Return the FLOPs of a FLARE step: plain LoRA's, the source's forward pass, and each adapter's S and dA from S."""
     return lora_step(width) + L * block_forward(width) + 2 * L * 2 * (2 * B * width * r * d)
 
 
 def warm_step(width: int) -> int:
-    """With every source row in a cache: the same, without the source's forward pass."""
+    """Return the FLOPs of a FLARE step with all source states in a cache, so without the source's forward pass."""
     return flare_step(width) - L * block_forward(width)
 
 
+# method -> fusion, tokens of a text, whether a source is given, formula of the FLOPs, and block executions in a step
 STEPS: dict[str, tuple[str | None, int, bool, Callable[[int], int], int]] = {
     "lora": (None, m, False, lora_step, L),
     "flare": ("add_relu", m, True, flare_step, 2 * L),
@@ -149,8 +150,8 @@ def test_a_step_does_the_arithmetic_of_the_method_and_no_more(method: str) -> No
     assert flops.total == theory(width)
 
 
-def test_the_source_pass_ends_where_nothing_more_is_read() -> None:
-    """With the release's offset the last block's output is not read, and the last block is not run."""
+def test_the_source_pass_ends_after_the_last_state_that_is_read() -> None:
+    """With the release's offset (0), the last block's output is not read, so the last block does not run."""
     model = flare.fast_lora(tiny.model("xlmr"), r=r, source_layer_offset=0)
     with count_calls(tiny.block_list(model.get_base_model())) as calls:
         model(**batch(m, source=True))
@@ -158,7 +159,11 @@ def test_the_source_pass_ends_where_nothing_more_is_read() -> None:
 
 
 def test_flare_does_less_than_input_level_fusion() -> None:
-    """The paper's bound on the frozen part: source forward + target forward and backward, against all of it at 2m."""
+    """Check the paper's bound for the frozen model.
+
+    FLARE runs a forward pass of the source, and a forward and a backward pass of the target, over m tokens each.
+    Input-level fusion runs a forward and a backward pass over 2m tokens.
+    """
     assert flare_step(512) < 0.76 * lora_step(2 * 512)
     assert warm_step(512) < 0.55 * lora_step(2 * 512)
 
@@ -170,18 +175,20 @@ BF16 = 2
 
 
 def tensors(adapter_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Return x, x_source and a frozen weight W in bf16, and A and B of the adapters q and v in a dtype."""
+
     def randn(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*size).to(dtype)
 
-    made = {"x": randn(TOKENS, WIDTH).requires_grad_(), "x_source": randn(TOKENS, WIDTH), "W": randn(WIDTH, WIDTH)}
+    by_name = {"x": randn(TOKENS, WIDTH).requires_grad_(), "x_source": randn(TOKENS, WIDTH), "W": randn(WIDTH, WIDTH)}
     for name in ("q", "v"):
-        made[f"{name}.A"] = randn(RANK, WIDTH, dtype=adapter_dtype).requires_grad_()
-        made[f"{name}.B"] = randn(WIDTH, RANK, dtype=adapter_dtype).requires_grad_()
-    return made
+        by_name[f"{name}.A"] = randn(RANK, WIDTH, dtype=adapter_dtype).requires_grad_()
+        by_name[f"{name}.B"] = randn(WIDTH, RANK, dtype=adapter_dtype).requires_grad_()
+    return by_name
 
 
 def eager(t: dict[str, Tensor]) -> Tensor:
-    """PEFT's arithmetic: the streams in the adapter's dtype, every product and sum an operation of its own."""
+    """Return the output by PEFT's arithmetic: inputs in the adapter's dtype, a separate operation for each step."""
     A, up = t["q.A"], t["q.B"]
     base = F.linear(t["x"].detach(), t["W"])
     T, S = F.linear(t["x"].to(A.dtype), A), F.linear(t["x_source"].to(A.dtype), A)
@@ -200,14 +207,15 @@ def joint(t: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_transient_memory_of_the_adapters_forward() -> None:
-    """At most 5 % of eager's, which passes B H and s B H through memory; ours makes phi(S, T) and its two terms.
+    """The fallback's is at most 5 % of eager PyTorch's.
 
-    The fallback's bytes here (the kernels make phi in registers), at r / n = 1 / 32, between the models' 1/64 and 1/16.
+    Eager PyTorch writes B H and s B H to memory. The fallback in PyTorch writes phi(S, T) and its two terms, and the
+    kernels compute phi in registers. Here r / n = 1 / 32; the models have 1 / 64 to 1 / 16.
     """
     t = tensors()
     y = TOKENS * WIDTH * BF16
     theirs, ours = transient_bytes(lambda: eager(t)), transient_bytes(lambda: fused(t))
-    assert theirs == 2 * y + 2 * TOKENS * RANK * BF16, "frozen output, scaled product, T and S, beside the sum"
+    assert theirs == 2 * y + 2 * TOKENS * RANK * BF16, "frozen output, scaled product, T, S; not the result"
     assert ours == 3 * TOKENS * RANK * BF16
     assert ours <= 0.05 * theirs
 
@@ -217,23 +225,23 @@ def test_saved_bytes_are_the_streams_and_their_bottlenecks() -> None:
         t = tensors(dtype)
         weights = [tensor for name, tensor in t.items() if name[0] in "qvW"]
         with saved_bytes(ignore=[weights]) as saved:
-            kept: Any = fused(t)
-        # what was cast (float32 adapters) or put below each other (both A, for q and v) is kept as well
+            output: Any = fused(t)
+        # copies are saved too: float32 weights that were cast to bf16, and the stacked A of q and v
         cast, stacked = (2 * WIDTH * RANK * BF16 if dtype == torch.float32 else 0), 2 * WIDTH * RANK * BF16
         assert saved.total == 2 * TOKENS * WIDTH * BF16 + 2 * TOKENS * RANK * BF16 + cast
         with saved_bytes(ignore=[weights]) as saved:
-            kept = joint(t)
+            output = joint(t)
         bottlenecks = 2 * 2 * TOKENS * RANK * BF16
-        assert saved.total == 2 * TOKENS * WIDTH * BF16 + bottlenecks + cast + stacked, "each stream once for q and v"
+        assert saved.total == 2 * TOKENS * WIDTH * BF16 + bottlenecks + cast + stacked, "q and v share x"
         with saved_bytes(ignore=[weights]) as saved:
-            kept = eager(t)
-        del kept
+            output = eager(t)
+        del output
         if dtype == torch.float32:
-            assert saved.total > 2 * 2 * TOKENS * WIDTH * BF16, "eager keeps wide copies, or this compares nothing"
+            assert saved.total > 2 * 2 * TOKENS * WIDTH * BF16, "eager PyTorch must save float32 copies"
 
 
 def test_ops_of_one_adapter_call() -> None:
-    """Forward and backward of the fallback: every product once, none of the eager form's passes over y."""
+    """The fallback in PyTorch computes every product once, and has no other operation on y than the addition."""
     t, dtype = tensors(), torch.bfloat16
     G = torch.randn(TOKENS, WIDTH).to(dtype)
     inputs = [t["x"], t["q.A"], t["q.B"]]
@@ -243,7 +251,7 @@ def test_ops_of_one_adapter_call() -> None:
     assert forward.by_op == {"mm": 2, "relu": 2, "add": 1, "addmm_": 1}
     with count_ops() as backward:
         torch.autograd.grad(y, inputs, G)
-    # dH and dB with their scale; phi and its derivative, put side by side; dA from two streams; dx
+    # dH and dB with their scale; phi and its derivative, copied into one buffer; dA of source and target; dx
     assert backward.by_op == {
         "addmm": 2,
         "le": 2,
@@ -256,7 +264,7 @@ def test_ops_of_one_adapter_call() -> None:
     }
 
 
-def test_ops_of_a_joint_call_do_not_double_those_on_the_streams() -> None:
+def test_joint_call_projects_each_input_once() -> None:
     t = tensors()
     base = {name: F.linear(t["x"].detach(), t["W"]) for name in ("q", "v")}
     adapters = {name: (t[f"{name}.A"], t[f"{name}.B"], 2.0) for name in ("q", "v")}
@@ -264,13 +272,13 @@ def test_ops_of_a_joint_call_do_not_double_those_on_the_streams() -> None:
         fused_lora_qkv(t["x"], t["x_source"], {"q": base["q"].clone()}, {"q": adapters["q"]}, backend="torch")
     with count_ops() as two, torch.no_grad():
         fused_lora_qkv(t["x"], t["x_source"], base, adapters, backend="torch")
-    assert one.by_op["mm"] == two.by_op["mm"] == 2, "each stream is read once"
+    assert one.by_op["mm"] == two.by_op["mm"] == 2, "x and x_source are read once"
     assert two.by_op["addmm_"] == 2
 
 
 @pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 5), ("joint", 3, 5)])
 def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None:
-    """At most so many Triton kernels (listed, not run), and no PyTorch operator on anything as wide as a stream."""
+    """The call launches at most these numbers of Triton kernels (recorded, not run), and no product in PyTorch."""
     pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()
     names = ("q", "v") if name == "joint" else ("q",)
@@ -295,7 +303,7 @@ def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None
 
 
 def test_launches_while_decoding() -> None:
-    """M = 1 to 64 with the source's bottleneck known: one launch down and one up, for query and value together."""
+    """With 1 to 64 tokens and a given S, query and value together need one down- and one up-projection launch."""
     pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()
     adapters = {each: (t[f"{each}.A"], t[f"{each}.B"], 2.0) for each in ("q", "v")}
@@ -310,7 +318,7 @@ def test_launches_while_decoding() -> None:
 
 
 def test_launches_are_counted_as_kernels() -> None:
-    """Under Triton's interpreter here."""
+    """Without a GPU, the kernels run in Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
     t = {name: tensor.detach().half() for name, tensor in tensors().items()}
     base = torch.randn(64, WIDTH).half()

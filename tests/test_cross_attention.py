@@ -1,4 +1,4 @@
-"""Cross-attention as the fusion: saving, several adapters, and masks."""
+"""Tests of fusion='cross_attention': saving, several adapters, and masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flare_kernels.launch_mode import forcing
 
 
 def cross_attentions(model) -> dict[str, torch.nn.Module]:
-    """Return path in the model, without the adapter's name -> query, key and value."""
+    """Return path of each layer with cross-attention -> the module that holds its query, key and value weights."""
     return {
         path.removeprefix("base_model.model.").rpartition(".lora_cross_attention.")[0]: module
         for path, module in model.named_modules()
@@ -25,7 +25,7 @@ def cross_attentions(model) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) -> None:
-    """It exists only in modules that fuse, in float32 over a bf16 base. Without a source the layer is plain LoRA."""
+    """Its weights exist only in modules that fuse, in float32 on a bf16 base. Without a source it is plain LoRA."""
     inputs = tiny.batch(family)
     options = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
     model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **options).eval()
@@ -35,7 +35,7 @@ def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) 
     assert all(p.dtype == torch.float32 and p.requires_grad for p in trained)
     model(**inputs).loss.backward()
     assert all(p.grad is not None for p in trained)
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
         with warnings.catch_warnings():
@@ -44,20 +44,20 @@ def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) 
             loaded = peft.PeftModel.from_pretrained(
                 base, tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
             ).eval()
-        torch.testing.assert_close(loaded(**inputs).logits, want, rtol=0, atol=0)
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=0)
         assert not any(p.requires_grad for p in loaded.parameters())
     plain = fused(family, dtype=torch.bfloat16, target_modules="all-linear", r=4, fusion=None).eval()
     lora = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
     plain.load_state_dict(lora, strict=False)
     text = without_source(inputs)
-    with forcing(form="frozen_first"):  # as in a layer that is computed separately
+    with forcing(form="frozen_first"):  # the order of operations of a layer that is computed separately
         torch.testing.assert_close(model(**text).logits, plain(**text).logits, rtol=0, atol=0)
 
 
-def test_cross_attention_of_several_adapters() -> None:
+def test_adapters_have_separate_cross_attention_weights() -> None:
     inputs = tiny.batch("llama")
     stock = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    model = flare.fast_lora(stock, fusion="cross_attention")  # an existing PEFT model can have it too
+    model = flare.fast_lora(stock, fusion="cross_attention")  # cross-attention can be added to an existing PEFT model
     tiny.randomize_lora(model)
     first = model(**inputs).logits
     config = flare.FlareConfig(r=6, fusion="cross_attention", cross_attention_heads=3, rank_pattern={"v_proj": 4})
@@ -79,29 +79,29 @@ def test_cross_attention_of_several_adapters() -> None:
     torch.testing.assert_close(model(**inputs).logits, first, rtol=0, atol=0)
 
 
-def undropped(family: str):
+def model_without_dropout(family: str):
     return tiny.model(family, **({"dropout_rate": 0.0} if family == "mt5" else {}))
 
 
-def attending(family: str, masked: bool = True):
+def model_with_cross_attention(family: str, masked: bool = True):
     options = {"fusion": "cross_attention", "cross_attention_heads": 2, "cross_attention_mask": masked}
-    model = flare.fast_lora(undropped(family), r=4, **options)
+    model = flare.fast_lora(model_without_dropout(family), r=4, **options)
     tiny.randomize_lora(model)
     return model
 
 
 def test_masked_cross_attention_ignores_padding() -> None:
-    """A padded row has the output of the row alone. Without the mask, as in the authors' release, it does not."""
+    """A padded row has the output of the row without padding. Without the mask (the authors' release) it does not."""
     inputs = without_source(tiny.batch("bert"))
     inputs["source_input_ids"], inputs["source_attention_mask"] = inputs["input_ids"].flip(0), inputs["attention_mask"]
-    free, masked = attending("bert", False).eval(), attending("bert").eval()
+    free, masked = model_with_cross_attention("bert", False).eval(), model_with_cross_attention("bert").eval()
     for row in range(3):
         real = inputs["attention_mask"][row].bool()
         alone = {name: x[row : row + 1, real] for name, x in inputs.items() if x.dim() > 1}
-        want = free(**alone).logits
-        torch.testing.assert_close(masked(**alone).logits, want, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(masked(**inputs).logits[row : row + 1], want, rtol=1e-5, atol=1e-6)
-        assert real.all() or not torch.allclose(free(**inputs).logits[row : row + 1], want, rtol=1e-4, atol=1e-6)
+        expected = free(**alone).logits
+        torch.testing.assert_close(masked(**alone).logits, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(masked(**inputs).logits[row : row + 1], expected, rtol=1e-5, atol=1e-6)
+        assert real.all() or not torch.allclose(free(**inputs).logits[row : row + 1], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_masked_cross_attention_ignores_later_tokens_in_causal_models() -> None:
@@ -110,23 +110,23 @@ def test_masked_cross_attention_ignores_later_tokens_in_causal_models() -> None:
     other["input_ids"][:, -1] += 1
     real = inputs["attention_mask"][:, :-1].bool()
     for masked, same in ((True, True), (False, False)):
-        model = attending("llama", masked).eval()
+        model = model_with_cross_attention("llama", masked).eval()
         first, second = (model(**one).logits[:, :-1][real] for one in (inputs, other))
         assert torch.allclose(first, second, atol=1e-6) == same
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
 def test_masked_cross_attention_is_saved_and_works_with_checkpointing(family, tmp_path) -> None:
-    inputs, model = tiny.batch(family), attending(family)
+    inputs, model = tiny.batch(family), model_with_cross_attention(family)
     if family == "mt5":
         inputs["source_labels"] = inputs["labels"]
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(undropped(family), tmp_path, is_trainable=True).train()
+    loaded = peft.PeftModel.from_pretrained(model_without_dropout(family), tmp_path, is_trainable=True).train()
     model, loaded = model.double(), loaded.double()
     out = model(**inputs)
     out.loss.backward()
-    want = tiny.gradients(model)
-    assert any("cross_attention" in name and grad.any() for name, grad in want.items())
+    expected = tiny.gradients(model)
+    assert any("cross_attention" in name and grad.any() for name, grad in expected.items())
     for use_reentrant in (None, False, True):
         loaded.zero_grad()
         if use_reentrant is not None:
@@ -136,7 +136,7 @@ def test_masked_cross_attention_is_saved_and_works_with_checkpointing(family, tm
         torch.testing.assert_close(again.logits, out.logits)
         again.loss.backward()
         for name, grad in tiny.gradients(loaded).items():
-            torch.testing.assert_close(grad, want[name], msg=name)
+            torch.testing.assert_close(grad, expected[name], msg=name)
 
 
 def test_masked_cross_attention_needs_a_two_dimensional_mask() -> None:
@@ -144,8 +144,8 @@ def test_masked_cross_attention_needs_a_two_dimensional_mask() -> None:
         flare.FlareConfig(fusion="mul", cross_attention_mask=True)
     with pytest.raises(TypeError, match="cross_attention_mask=1 must be True or False"):
         flare.FlareConfig(fusion="cross_attention", cross_attention_mask=1)
-    inputs, model = tiny.batch("llama"), attending("llama").eval()
-    with pytest.raises(ValueError, match=r"attention_mask is of shape \(3, 1, 9, 9\), and next to a source"):
+    inputs, model = tiny.batch("llama"), model_with_cross_attention("llama").eval()
+    with pytest.raises(ValueError, match=r"attention_mask is of shape \(3, 1, 9, 9\), and with a source"):
         model(**{**inputs, "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)})
     prompts = {name: x for name, x in inputs.items() if name != "labels"}
     prompts["source_attention_mask"] = torch.ones_like(prompts["source_attention_mask"])

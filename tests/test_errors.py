@@ -82,7 +82,7 @@ def test_no_module_fuses() -> None:
 
 def test_peft_models_that_cannot_be_converted() -> None:
     other = peft.get_peft_model(tiny.model("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="only LoRA adapters can fuse, this PeftModel has a IA3Model"):
+    with pytest.raises(ValueError, match="only LoRA adapters can fuse, and this PeftModel has a IA3Model"):
         flare.fast_lora(other)
     with pytest.raises(ValueError, match="are FLARE adapters already"):
         flare.fast_lora(fused())

@@ -191,7 +191,9 @@ def test_lora_dropout_can_be_set_on_an_existing_adapter() -> None:
 @pytest.mark.parametrize("override", [{"task_type": "SEQ_CLS"}, {"inference_mode": True}])
 def test_fields_fixed_by_the_peft_model_cannot_be_overridden(override) -> None:
     model = stock()
-    with pytest.raises(ValueError, match=f"{next(iter(override))}=.* fixed by the PeftModel, .* 'default' has"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(override))}=.* is fixed by the PeftModel, .* for adapter 'default'"
+    ):
         flare.fast_lora(model, **override)
     assert type(model.base_model) is LoraModel
     flare.fast_lora(model, task_type="CAUSAL_LM", inference_mode=False)

@@ -1,4 +1,4 @@
-"""Packed texts next to a source, and unknown source_... arguments, are refused."""
+"""Packed texts together with a source, and unknown source_... arguments, are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of each family, batches of two streams for them, and an eager reference of FLARE."""
+"""Tiny random models of each family, batches with a target and a source text, and an eager reference of FLARE."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def randomize_lora(model: nn.Module, seed: int = 1) -> None:
 
 
 def batch(family: str, *, B: int = 3, m: int = 9, seed: int = 2, source: bool = True) -> dict[str, Tensor]:
-    """Return a batch of two streams with different lengths, padded on the family's side."""
+    """Return a batch whose target and source texts have different lengths, padded on the family's usual side."""
     generator = torch.Generator().manual_seed(seed)
     left = family in _CAUSAL
 

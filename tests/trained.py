@@ -31,6 +31,7 @@ def lora(family: str) -> Any:
 
 
 def flare_model(family: str, **options: Any) -> Any:
+    """Return a FLARE model with a random B."""
     return randomised(fast_lora(task_model(family), r=4, **options))
 
 

@@ -36,7 +36,7 @@ def run(folder: Path, function: Callable[..., None], *args: Any, timeout: float 
         for worker in workers:
             worker.join(timeout)
             if worker.exitcode != 0:
-                break  # the other process may wait for it forever
+                break  # the other process may wait forever for this one
     finally:
         for worker in workers:
             if worker.is_alive():

@@ -41,7 +41,7 @@ _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
 # FlareConfig has a field revision too, but in a recipe it is an argument of the base's from_pretrained.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
 
-# Options that let from_pretrained or PEFT run code or read pickles: only a caller may set them, not a file.
+# Options that let from_pretrained or PEFT run code or read pickles. A call may set them, a recipe may not.
 _RUNS_CODE = {"trust_remote_code", "code_revision", "use_kernels", "weights_only", "custom_generate", "megatron_core"}
 
 
@@ -69,7 +69,7 @@ class Recipe:
         training: fields of TrainingArguments.
 
     Raises:
-        TypeError, ValueError: a value is not accepted, or it would run code of a folder or of the hub.
+        TypeError, ValueError: a value is not accepted, or it would run code from a model's folder or from the hub.
     """
 
     name: str
@@ -99,10 +99,10 @@ class Recipe:
         self._refuse_code()
         unknown = sorted(set(self.adapter) - _ADAPTER_FIELDS)
         if unknown:
-            raise ValueError(f"recipe {self.name!r}: adapter has {', '.join(unknown)}, not a field of FlareConfig")
+            raise ValueError(f"recipe {self.name!r}: adapter has {', '.join(unknown)}: not a field of FlareConfig")
 
     def _refuse_code(self) -> None:
-        """Raise ValueError for an option that would run code of a folder or of the hub."""
+        """Raise ValueError for an option that would run code from a model's folder or from the hub."""
         for key in ("model", "tokenizer", "adapter"):
             for name in sorted(_RUNS_CODE & set(getattr(self, key))):
                 raise ValueError(
@@ -111,8 +111,8 @@ class Recipe:
                 )
         if "/" in str(self.model.get("attn_implementation", "")):
             raise ValueError(
-                f"recipe {self.name!r}: attn_implementation={self.model['attn_implementation']!r} is code of the hub: "
-                "a recipe never runs it. Pass attn_implementation in the call if you trust it"
+                f"recipe {self.name!r}: attn_implementation={self.model['attn_implementation']!r} is code from the "
+                "hub, which a recipe never runs. Pass attn_implementation in the call if you trust this code"
             )
 
     @classmethod
@@ -143,7 +143,9 @@ class Recipe:
     def _of(cls, name: str, content: dict[str, Any], variant: str | None) -> Recipe:
         variants = content.pop("tasks", None) or {}
         if not isinstance(variants, dict) or not all(isinstance(keys, dict) for keys in variants.values()):
-            raise ValueError(f"recipe {name!r}: tasks must map names to keys of a recipe, got {str(variants)[:60]}")
+            raise ValueError(
+                f"recipe {name!r}: tasks must map names to mappings of recipe keys, got {str(variants)[:60]}"
+            )
         if variant is None and variants:
             recipes = ", ".join(f"{name}/{task}" for task in variants)
             raise ValueError(f"recipe {name!r} has one recipe for each task: {recipes}")
@@ -183,7 +185,9 @@ class Recipe:
         if trained is None:
             return fast_lora(model, **{**recipe.adapter, **adapter}), tokenizer
         if adapter:
-            raise ValueError(f"{', '.join(sorted(adapter))}: fixed by the trained adapter {os.fspath(trained)!r}")
+            raise ValueError(
+                f"{', '.join(sorted(adapter))}: fixed by the trained adapter {os.fspath(trained)!r}; leave them out"
+            )
         return peft.PeftModel.from_pretrained(model, os.fspath(trained), is_trainable=True), tokenizer
 
     def tokenizer_of(self, base: str | os.PathLike[str], **changes: Any) -> Any:
@@ -191,7 +195,8 @@ class Recipe:
 
         Args:
             base: name or folder of the base model.
-            **changes: arguments of from_pretrained. The tokenizer uses revision, trust_remote_code, token, cache_dir.
+            **changes: arguments of the base's from_pretrained. Of these, revision, trust_remote_code, token and
+                cache_dir are passed to the tokenizer's from_pretrained.
         """
         names = ("revision", "trust_remote_code", "token", "cache_dir")
         shared = {name: changes[name] for name in names if name in changes}
@@ -209,7 +214,7 @@ class Recipe:
         Args:
             base: name or folder of the base model.
             tokenizer: its tokenizer. The model takes over the pad token if it has none.
-            missing_keys: a list to which the names of weights are added that the checkpoint lacks. Those are random.
+            missing_keys: a list to which the names of weights that the checkpoint lacks are added. They are random.
             **options: further arguments of the base's from_pretrained.
 
         Raises:
@@ -230,13 +235,17 @@ class Recipe:
         return FlareDataCollator(tokenizer, **{"layout": TASKS[self.task][1], **self.batches, **changes})
 
     def training_arguments(self, output_dir: str | os.PathLike[str], **changes: Any) -> transformers.TrainingArguments:
-        """Return the recipe's TrainingArguments, for encoder-decoders Seq2SeqTrainingArguments, with ``changes``."""
+        """Return the recipe's TrainingArguments (encoder-decoders: Seq2SeqTrainingArguments) with ``changes``."""
         seq2seq = self.task == "SEQ_2_SEQ_LM"
         kind = transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments
         return kind(output_dir=os.fspath(output_dir), **{**self.training, **changes})
 
     def _changed(self, changes: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-        """Split changes: return the changed recipe, the fields of FlareConfig, and the arguments of from_pretrained."""
+        """Split changes into recipe keys, fields of FlareConfig and other arguments.
+
+        Return the recipe with the changed keys, the fields of FlareConfig, and the other arguments, which are for
+        from_pretrained.
+        """
         keys = {f.name for f in fields(self)} - {"name"}
         adapter = {key: value for key, value in changes.items() if key in _ADAPTER_FIELDS}
         options = {key: value for key, value in changes.items() if key not in keys and key not in _ADAPTER_FIELDS}
@@ -273,7 +282,10 @@ class Recipe:
             ) from error
 
     def _prepared(self, model: Any) -> Any:
-        """Switch on checkpointing. For a quantised base also freeze the weights and cast norms to float32 (by PEFT)."""
+        """Enable gradient checkpointing if the recipe does.
+
+        For a quantised base, PEFT also freezes the weights and casts the norms to float32.
+        """
         on = bool(self.gradient_checkpointing)
         mode = {"use_reentrant": self.gradient_checkpointing == "reentrant"}
         if self.quantization is not None:
@@ -326,7 +338,7 @@ def names() -> list[str]:
 
 
 def _find(name: str) -> tuple[Path, str | None]:
-    """Return the file of a recipe, and the task in it or None.
+    """Return a recipe's file, and the task that the name selects in the file, or None.
 
     Raises:
         ValueError: the name is neither a file nor a recipe of this package.

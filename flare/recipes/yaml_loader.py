@@ -8,7 +8,7 @@ import yaml
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Safe YAML loader that also reads 2e-5 as a number (YAML 1.1 wants 2.0e-5)."""
+    """Safe YAML loader that also reads 2e-5 as a number (YAML 1.1 requires 2.0e-5)."""
 
 
 YamlLoader.add_implicit_resolver(

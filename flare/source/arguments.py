@@ -17,7 +17,7 @@ SOURCE_ARGUMENTS = (
     "source_decoder_input_ids",
     "source_states",
 )
-#: Those that an encoder-decoder's decoder reads.
+#: The source arguments that an encoder-decoder's decoder reads.
 DECODER_ARGUMENTS = ("source_labels", "source_decoder_input_ids")
 
 
@@ -30,7 +30,7 @@ def did_you_mean(name: str, accepted: Iterable[str]) -> str:
 def flatten_choices(source: dict[str, Any]) -> dict[str, Any]:
     """Flatten the source arguments of a multiple choice from (B, n, m) to (B n, m), as the model does with the target.
 
-    ``source_states`` are for (B n, m) already and do not change.
+    ``source_states`` already have the size (B n, m), and are returned unchanged.
 
     Raises:
         ValueError: ids, a mask or token types do not have three dimensions.
@@ -40,7 +40,7 @@ def flatten_choices(source: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, Tensor) or value.ndim != 3:
             what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
-                f"{name} is {what}: next to input_ids (B, n, m) of a multiple choice it must be of the same shape, "
-                "one source text for each choice (flare.FlareDataCollator makes them)"
+                f"{name} is {what}: with input_ids (B, n, m) of a multiple choice it must have the same shape, one "
+                "source text for each choice (flare.FlareDataCollator creates it)"
             )
     return {**source, **{name: value.flatten(0, 1) for name, value in texts.items()}}

@@ -1,11 +1,12 @@
 """Blocks that do not pass keyword arguments on to their attention: the block itself receives the source.
 
-Gradient checkpointing runs a block again with the arguments of its first call, when nothing else of the forward pass is
-alive. The context therefore has to be an argument: ``__call__`` adds it, and ``forward`` removes it. transformers puts
-its checkpoint between the two.
+Gradient checkpointing runs a block again during the backward pass, with the arguments of its first call. The source
+therefore has to be one of the arguments: ``__call__`` adds it, and ``forward`` removes it. transformers' checkpointing
+runs between the two, so it stores the source.
 
-Such an attention may call a projection a second time with something other than tokens (DeBERTa's positions). A
-projection fuses only in its first call within a block; ``Slot.met`` holds the projections that were called.
+The attention of such a block may call a projection a second time, with an input that is not a text (DeBERTa's relative
+positions). A projection fuses only in its first call within a block; ``Slot.met`` holds the projections that were
+called.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ _CLASSES: dict[type, type] = {}
 
 
 def make_carrying(block: nn.Module) -> None:
-    """Give a block the class that passes the source through."""
+    """Change a block's class to one that passes the source through the block's arguments."""
     if not isinstance(block, CarryingBlock):
         block.__class__ = _carrying_class(type(block))  # type: ignore[assignment]
 
 
 def restore_class(block: nn.Module) -> None:
-    """Give a block its original class back."""
+    """Change a block's class back to the original one."""
     if type(block) in _CLASSES.values():
         block.__class__ = type(block).__mro__[2]  # type: ignore[assignment]
 
@@ -63,5 +64,6 @@ def _carrying_class(cls: type) -> type:
 
 
 def _blank(cls: type) -> nn.Module:
+    """Return an uninitialised block, whose attributes unpickling then sets; ``cls``: the block's original class."""
     carrying: Any = _carrying_class(cls)
     return carrying.__new__(carrying)  # type: ignore[no-any-return]

@@ -1,8 +1,9 @@
 """The source of one forward pass: how it gets from the model's arguments to the adapter layers.
 
 A :class:`SourceContext` belongs to one forward pass. It is passed to the blocks as a keyword argument, because gradient
-checkpointing runs a block again when nothing else of the forward pass is alive. Modeling code calls the projections
-inside a block with a single tensor, so they read the context from the :class:`Slot` of the running thread.
+checkpointing runs a block again during the backward pass, when only the block's arguments are still available. Modeling
+code calls the projections inside a block with a single tensor, so they read the context from the :class:`Slot` of the
+running thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 #: The keyword argument that passes a context to the blocks.
 KEYWORD = "flare_source"
 
-#: S by layer and adapter: path -> adapter name -> (B, m, r).
+#: S = x_S A^T, the projected source states: path of the layer -> adapter name -> (B, m, r).
 Bottlenecks = dict[str, dict[str, Tensor]]
 
 
@@ -26,14 +27,16 @@ class Slot:
 
     Attributes:
         frozen_pass: the running source pass (flare.source.source_pass); adapter layers then act as base layers.
-        forward: the context of the model's forward pass, read by the hook before the owner of its blocks.
-        context: the context of the running block.
-        pending: outputs that one projection has computed for its neighbours (flare.tuner.site).
+        forward: the context of the model's running forward pass. A hook passes it to the blocks.
+        context: the context of the running block, which its adapter layers read.
+        pending: outputs that the call of one projection has computed for other projections (flare.tuner.site).
         running: whether a forward pass of the model is running.
-        plain: whether it runs under a transform or tracer that supports plain PyTorch operators only.
-        rows: (rows of the target, rows of both streams) in a decoding step that runs both; otherwise None.
-        met: projections that were called in the running block, if it carries the source (flare.source.carrier);
-            otherwise None.
+        plain: whether this forward pass runs under a function transform or tracer (torch.func, torch.export,
+            torch.jit.trace) that supports only plain PyTorch operators.
+        rows: (number of target rows, number of all rows) in a decoding step that runs target and source rows in one
+            batch; otherwise None.
+        met: projections that were called in the running block, if the block itself receives the source
+            (flare.source.carrier); otherwise None.
     """
 
     frozen_pass: Any = None
@@ -57,15 +60,15 @@ THREAD = _Thread()
 
 
 class SiteSource:
-    """The source of one site (flare.tuner.site), by adapter: states x_S (B, m, d), or S (B, m, r) of its layers.
+    """The source of one site, which is a group of layers with the same input (flare.tuner.site).
 
     Attributes:
-        states: adapter -> x_S (B, m, d), if the site's layers project it themselves.
-        seed: seed of the dropout masks of a state. It is drawn when the state is read, in every ``source_memory`` mode,
-            so the mode does not change a step's numbers.
-        bottlenecks: S by layer and adapter, if it was projected before.
-        seen: whether the source has reached the site. A flag per site, because torch.compile would guard on the
-            contents of a set.
+        states: adapter -> x_S (B, m, d), if the site's layers project it themselves; otherwise None.
+        seed: seed of lora_dropout's masks for x_S; None without dropout. It is drawn when the state is read, in every
+            ``source_memory`` mode, so that all modes draw the same masks.
+        bottlenecks: S by layer and adapter, if the source pass has projected the states; otherwise None.
+        seen: whether the source has reached the site. Each site has its own flag, because torch.compile would guard on
+            the contents of a set of all sites.
     """
 
     seen = False
@@ -77,15 +80,15 @@ class SiteSource:
 class SourceContext:
     """The source of one forward pass.
 
-    Not a dataclass: FSDP2's mixed precision would give each block its own copy.
+    It is not a dataclass, because FSDP2's mixed precision would copy a dataclass for each block.
 
     Args:
         with_grad: whether gradients were enabled when the source was read.
-        state_of: (layer, adapter) -> the state that it reads; for contexts of S, whose layers may have to compute S
-            again (reentrant checkpointing).
+        state_of: function that returns x_S (B, m, d) for (layer, adapter). It is given if this context holds S, because
+            layers compute S again from x_S under reentrant checkpointing.
     """
 
-    #: The decoding step of both streams that this context belongs to (flare.generation.shared_pass), if any.
+    #: The decoding step on target and source rows (flare.generation.shared_pass) that this context belongs to, or None.
     step: Any = None
 
     def __init__(self, with_grad: bool, state_of: Callable[[str, str], Tensor] | None = None) -> None:
@@ -97,13 +100,13 @@ class SourceContext:
 
     @classmethod
     def of_bottlenecks(cls, bottlenecks: Bottlenecks, sites: Mapping[str, str]) -> SourceContext:
-        """Return a context of given S, without gradients; ``sites``: layer -> its site."""
+        """Return a context that holds given S, without gradients. ``sites``: path of a layer -> path of its site."""
         context = cls(with_grad=False)
         context.update(bottlenecks, sites)
         return context
 
     def update(self, bottlenecks: Bottlenecks, sites: Mapping[str, str]) -> None:
-        """Add S (B, m, r) of layers and adapters."""
+        """Add S (B, m, r) of layers and adapters. ``sites``: path of a layer -> path of its site."""
         for layer, by_adapter in bottlenecks.items():
             source = self.sites.setdefault(sites[layer], SiteSource())
             source.bottlenecks = {} if source.bottlenecks is None else source.bottlenecks
@@ -118,7 +121,7 @@ class SourceContext:
         return bottlenecks
 
     def of_layer(self, site: str, layer: str, adapter: str) -> tuple[Tensor | None, Tensor | None]:
-        """Return (x_S, S) for a layer's adapter. One of them is None; both are if it does not fuse."""
+        """Return (x_S, S) for a layer's adapter. At least one is None; both are None if the adapter does not fuse."""
         source = self.sites.get(site)
         if source is None:
             return None, None
@@ -131,9 +134,10 @@ class SourceContext:
         return None, S
 
     def is_reentrant(self) -> bool:
-        """Return whether blocks run under reentrant checkpointing: without a graph, although the model runs with one.
+        """Return whether the blocks run under reentrant checkpointing.
 
-        Reentrant checkpointing sends no gradient into S, so layers have to compute S themselves.
+        Reentrant checkpointing disables gradients inside the blocks, although they are enabled in the model's forward
+        pass. No gradient flows into S from such a block, so its layers have to compute S themselves.
         """
         if self.with_grad and not torch.is_grad_enabled():
             self.reentrant = True

@@ -1,11 +1,11 @@
-"""Adapter weights under FSDP2. The source needs them before their blocks run, so they are gathered here.
+"""Adapter weights under FSDP2. The source's states are projected before the blocks run, so A is gathered here.
 
     forward     full_parameter(A (r, d), sharded over the ranks)  ->  A (r, d), a plain tensor
     backward    the mean of all ranks' dA, sharded
 
-FSDP2 accumulates each block's gradients on its own stream and waits for that stream at the end of the backward pass.
-The source's share of dA is complete only after the last block's backward, so it is added after that wait. The sum is
-therefore exact, and the two streams do not race.
+FSDP2 accumulates each block's gradients on a separate CUDA stream and waits for that stream at the end of the backward
+pass. The source's contribution to dA is complete only after the last block's backward, so it is added after this wait.
+The sum is therefore exact, and the two CUDA streams do not race.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def is_partitioned(model: nn.Module) -> bool:
 def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:
     """Make FSDP2 reshard the modules along the paths below ``model``.
 
-    With ``reshard_after_forward=False`` an earlier forward pass leaves unsharded weights, and the source's share of
-    their gradient would come after the reduction. Other modules do not change.
+    With ``reshard_after_forward=False`` an earlier forward pass leaves unsharded weights. The source's contribution to
+    their gradient would then be added after FSDP2 has reduced it over the ranks. Modules on no path do not change.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

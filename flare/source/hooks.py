@@ -2,18 +2,19 @@
 
 No modeling code is copied or patched:
 
-1. Before the transformers model: remove ``source_*`` from the keyword arguments and read the source. In a step of
-   generation, get the next positions from the source that the KV cache holds (flare.generation.decoding), or append the
-   source's rows to the target's (flare.generation.shared_pass).
-2. Before the owner of a block stack: add the context to the keyword arguments of the blocks.
-3. Before each block, and after the last one: record the state if a source pass is running.
+1. Before the transformers model: remove ``source_*`` from the keyword arguments, read the source, and put its states
+   into a context (flare.source.context). A decoding step instead gets the source's next positions from the object that
+   is stored on the KV cache (flare.generation.decoding), or appends the source's rows to the target's batch
+   (flare.generation.shared_pass).
+2. Before the module whose forward loops over the blocks: add the context to the keyword arguments of the blocks.
+3. Before each block, and after the last one: record the hidden state if a source pass is running.
 4. Before a self-attention module, which a checkpoint's recompute calls again: put the context into the thread's slot.
-   After it: clear the slot. Blocks that do not pass keyword arguments on do steps 2 and 4 themselves
+   After the module: clear the slot. Blocks that do not pass keyword arguments on do steps 2 and 4 themselves
    (flare.source.carrier).
 5. After the model: check that the source reached every fusing layer.
 
-The functions read all they need from the module they are called with, never from a closure. A deep copy or a pickled
-model therefore routes to its own layers.
+The hook functions read everything from the module that they are called with, never from a closure. A deep copy of the
+model, or an unpickled model, therefore passes a source to its own layers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .runtime import _RUNTIME, Runtime, runtime_of
 from .source_pass import StateUse
 from .states import StateKey
 
-#: Attribute of a target's KV cache that holds the source decoded next to it (flare.generation.decoding).
+#: Attribute of a target's KV cache that holds the decoding state of its source (flare.generation.decoding).
 SOURCE_OF_CACHE = "flare_decoding"
 
 _BLOCK, _LAST = "_flare_block", "_flare_last_block"
@@ -58,7 +59,7 @@ PREDICTING_WARNING = (
 
 
 def attach(model: nn.Module, runtime: Runtime) -> None:
-    """Install each hook that ``runtime.layers`` need once, and assign a site to every adapter layer."""
+    """Install the hooks that ``runtime.layers`` need and that are missing, and assign a site to every adapter layer."""
     if _RUNTIME not in model.__dict__:
         model.__dict__[_RUNTIME] = runtime
         runtime.handles += [
@@ -161,8 +162,8 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         warn_without_source(runtime, model.training and torch.is_grad_enabled())
     elif source and runtime.layers and not any(layer.flare_fusion for layer in runtime.layers):
         raise ValueError(  # transformers' delete_adapter does not remove the hooks
-            f"{', '.join(sorted(source))}: the adapters that read a source were deleted from this model; leave it out, "
-            "or load one"
+            f"{', '.join(sorted(source))}: the adapters that read a source were deleted from this model; leave the "
+            "source out, or load such an adapter"
         )
     return args, kwargs
 
@@ -186,7 +187,7 @@ def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]
     """Remove the source arguments from a call's keyword arguments, and return those that are not None.
 
     Raises:
-        TypeError: an argument ``source_...`` that neither ``names`` nor the model's forward has.
+        TypeError: an argument starts with ``source_`` and is neither in ``names`` nor accepted by the model's forward.
     """
     source = {}
     for name in [name for name in kwargs if name[:7] == "source_"]:
@@ -200,7 +201,7 @@ def take_source(model: nn.Module, kwargs: dict[str, Any], names: tuple[str, ...]
 
 
 def _refuse_cached_steps(cache: Any, source: dict[str, Any]) -> None:
-    """Raise ValueError for a source next to a filled KV cache: positions would fuse with the wrong source positions."""
+    """Raise ValueError for a source with a filled KV cache, because positions would fuse with the wrong positions."""
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
             f"past_key_values holds earlier positions and {', '.join(sorted(source))} was given: new positions would "
@@ -214,7 +215,7 @@ def store_target_masks(
     """Store the target's masks (B, m) in the context for layers whose fusion reads them (cross_attention_mask).
 
     Raises:
-        ValueError: the attention mask is not (B, m), nor (B, n, m) of a multiple choice.
+        ValueError: the attention mask has neither the shape (B, m) nor, for multiple choice, (B, n, m).
     """
     masked_adapters = {name for name, config in runtime.configs.items() if config.cross_attention_mask}
     if not masked_adapters:
@@ -267,7 +268,7 @@ def _after_model(model: nn.Module, args: Any, output: Any) -> Any:
     return None if output is None else context.step.finish(output)
 
 
-# --- around the owner of the blocks, a block, and its attention -------------------------------------------------------
+# --- around the module that loops over the blocks, a block, and its attention -----------------------------------------
 
 
 def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -279,7 +280,8 @@ def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     slot = THREAD.slot
     if slot.frozen_pass is not None:
-        # Our hook has to be the last, as the pass may end in it. Moved only if necessary: a graph cannot do that.
+        # _after_last_block must be the last hook, because it may end the source pass by an exception. It is moved only
+        # if necessary, because torch.compile cannot trace the move.
         if _LAST in block.__dict__ and [*block._forward_hooks][-1] != block.__dict__[_LAST][1]:
             block._forward_hooks.move_to_end(block.__dict__[_LAST][1])  # type: ignore[attr-defined]
         slot.frozen_pass.record(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])

@@ -1,6 +1,6 @@
-"""The source of one forward pass: checks of its arguments, and reading its states.
+"""The source of one forward pass: check the source arguments, and read the source's hidden states.
 
-Shapes: B rows, m positions of a text, u of a decoder's input.
+Shapes: B rows, m positions of a text, u positions of a decoder's input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .states import SourceStates, StateKey
 
 
 def refuse_unknown(model: nn.Module, arguments: Iterable[str], names: Sequence[str] = SOURCE_ARGUMENTS) -> None:
-    """Raise TypeError for an argument ``source_...`` that neither ``names`` nor the model's forward has."""
+    """Raise TypeError for an argument ``source_...`` that neither ``names`` nor the model's forward contains."""
     for name in arguments:
         if name[:7] == "source_" and name not in names and name not in accepted_by(model):
             raise TypeError(
@@ -38,7 +38,7 @@ def refuse_unknown(model: nn.Module, arguments: Iterable[str], names: Sequence[s
 def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
     """Return (B, m) of the target text, or None if the call does not show it.
 
-    For the n choices of each row (B, n, m) it is (B n, m).
+    For multiple choice, whose input_ids have the shape (B, n, m), it is (B n, m).
     """
     for candidate in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), args[0] if args else None):
         if isinstance(candidate, Tensor):
@@ -66,7 +66,10 @@ def check_ids(name: str, ids: Any, shape: str) -> Tensor:
 
 
 def check_same_shape(ids: Tensor, target: tuple[int, ...] | str) -> None:
-    """Raise ValueError unless the source's ids (B, m) have the shape of the target's (or its description, a str)."""
+    """Raise ValueError if the shape of the source's ids is not ``target``, the shape (B, m) of the target's ids.
+
+    A str as ``target`` always raises: it is the type of the target's ids if they are not a tensor.
+    """
     if tuple(ids.shape) != target:
         raise ValueError(
             f"source_input_ids has shape {tuple(ids.shape)}, the target's input_ids {target}: both texts need the same "
@@ -96,7 +99,7 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
     if target is not None:
         check_same_shape(ids, target)
     inputs: dict[str, Any] = {"input_ids": ids}
-    if mask is not None:  # a mask of ones would cost a reduction and a wait for the device
+    if mask is not None:  # None stays None: transformers would check a mask of ones, and wait for the device
         inputs["attention_mask"] = check_source_mask(ids, mask)
     backbone: Any = getattr(model, "base_model", model)
     accepted = accepted_by(backbone)
@@ -127,9 +130,10 @@ def _parameters_of(function: Any) -> frozenset[str]:
 
 
 def without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the backbone's inputs without the last columns that are padding in every row. Tokens never attend to them.
+    """Return the backbone's inputs without the last columns that are padding in every row.
 
-    The inputs are returned unchanged if the mask is not on the host, so that this does not wait for a device.
+    Tokens never attend to padding. The inputs are returned unchanged if the mask is on a GPU, because finding the last
+    token would wait for the GPU.
     """
     if "attention_mask" not in inputs or inputs["attention_mask"].device.type != "cpu":
         return inputs
@@ -179,8 +183,8 @@ def check_states(states: Any, source: dict[str, Any], target: tuple[int, ...] | 
     others = sorted(set(source) - {"source_states"})
     if others:
         raise ValueError(
-            f"{', '.join(others)} and source_states were both given: pass the source once (the states carry their "
-            "mask; of an encoder-decoder they are the encoder's)"
+            f"{', '.join(others)} and source_states were both given: pass the source once (SourceStates contain "
+            "the attention mask; for an encoder-decoder, they are the encoder's states)"
         )
     if any(state.shape[-1] != width for state in states):
         raise ValueError(
@@ -215,8 +219,8 @@ def read_source(
         runtime: its runtime.
         source: the source arguments of the call.
         target: (B, m) of the target text, to check the source against.
-        decoder_target: (B, u) of the target's decoder input, to check the source's against.
-        source_padding: overrides the adapters' setting.
+        decoder_target: (B, u) of the target's decoder input, to check the source's decoder input against.
+        source_padding: "keep" or "zero", to use in place of the adapters' setting. None: the adapters' setting.
         source_cache: cache that states are read from and stored in.
 
     Raises:
@@ -230,8 +234,8 @@ def read_source(
         )
     if torch.compiler.is_exporting() and runtime.map.decoders and not decoder:
         raise ValueError(
-            f"{', '.join(sorted(source))} under torch.export, which runs the source pass to its end: also pass the "
-            f"decoder's input ({' or '.join(DECODER_ARGUMENTS)}), or leave the source out"
+            f"{', '.join(sorted(source))} under torch.export, which also runs the decoder in the source pass: pass "
+            f"the decoder's input too ({' or '.join(DECODER_ARGUMENTS)}), or leave the source out"
         )
     reads = active.of_both if decoder else active.of_text
     if not reads:
@@ -258,7 +262,8 @@ def read_source(
     device, masks = weights[0].device, {}
     if device.type == "meta":
         device = reads.device
-    # If modules must be called, each layer calls its lora_A on the state. A graph does that anyway.
+    # by_modules: lora_A and lora_dropout must be called as modules, so each layer calls its lora_A on the state. In a
+    # compiled graph every layer projects the state, with or without hooks.
     compiles, plain = torch.compiler.is_compiling(), slot.plain
     by_modules = plain or (not compiles and needs_grad(weights) and reads.have_hooks())
     reader: Any
@@ -311,7 +316,7 @@ def read_source(
     if A.__class__ is not nn.Parameter or A.ndim != 2 or 0 in A.shape:
         check_gatherable(A)
     cached_states = reader.warm() if cached else None
-    if cached_states is not None:  # prepared before they were stored
+    if cached_states is not None:  # the cache stores prepared states, so masks are not applied again
         return context_from_states(cached_states, Preparation(prepare.dtype), reads.by_key)
     return context_from_states(reader, prepare, reads.by_key)
 
@@ -321,7 +326,7 @@ def _warn_states_kept(runtime: Runtime, reads: Reads) -> None:
     setting = runtime.setting("source_memory", reads.adapters)
     if setting in ("offload", "recompute"):
         runtime.warn_once(
-            f"source_memory={setting!r}: hooks on lora_A or lora_dropout need the states, which are kept on the device"
+            f"source_memory={setting!r}: hooks on lora_A or lora_dropout need the states, so they stay on the device"
         )
 
 
@@ -376,11 +381,13 @@ def check_cacheable(runtime: Runtime, adapters: set[str]) -> None:
 
 
 def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> SourceStates:
-    """Return the states that the active adapters would read; see ``FlareModel.encode_source``."""
+    """Return the source text's states that the active adapters read; see ``FlareModel.encode_source``."""
     active = runtime.active_uses()
     reads = active.of_text
     if not reads and active.of_decoder:
-        raise ValueError("encode_source: the active adapters fuse in the decoder only, which this does not read")
+        raise ValueError(
+            "encode_source: the active adapters fuse in the decoder only, and encode_source runs the encoder only"
+        )
     if not reads:
         raise ValueError("encode_source: no active adapter of this model fuses two streams (or adapters are disabled)")
     latent_dim = runtime.setting("latent_dim", reads.adapters)
@@ -390,7 +397,7 @@ def encode(model: nn.Module, runtime: Runtime, source: dict[str, Any]) -> Source
     prepare = Preparation.under_autocast(inputs["input_ids"].device)
     dropout = runtime.setting("source_dropout", reads.adapters)
     states: dict[StateKey, Tensor] = {}
-    # Outside inference mode, because training saves the states for its backward pass.
+    # Not in inference mode, because a training step may save these states for its backward pass.
     with torch.inference_mode(False):
         read_from_model(model, inputs, reads.keys, dropout=dropout)(
             lambda key, hidden: states.__setitem__(key, prepare(key, hidden))

@@ -2,8 +2,9 @@
 
     x_S = latent_proj(h)        S_1 ... S_n = split(x_S A_cat^T)        h (B, m, latent_dim), x_S (B, m, d)
 
-No source pass is needed. x_S is the same for all blocks, so one matrix product gives all S of an adapter. Autograd
-computes the gradients of every A and, through dx_S, of the projection.
+MT is machine translation. No source pass is needed. x_S is the same for all blocks, so one matrix product with A_cat,
+the stacked A of all fusing layers, gives all S of an adapter. Autograd computes the gradients of every A and, through
+dx_S, of the projection.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class LatentContext(SourceContext):
     def project(self, adapter: str) -> Tensor:
         """Return x_S (B, m, d) of an adapter."""
         projection = self.projections[adapter]
-        if not is_untouched(projection):  # accelerate may offload it
+        if not is_untouched(projection):  # for example, an accelerate hook that loads an offloaded weight
             x_source = projection(self.latent.to(execution_device(projection), projection.weight.dtype))
             x_source = x_source if self.dtype is None else x_source.to(self.dtype)
             return x_source if self.mask is None else zero_pads(x_source, self.mask)
@@ -91,7 +92,7 @@ def read_latent(
         model: the transformers model.
         source: the source arguments of the call.
         target: (B, m) of the target text, to check the source against.
-        reads: the active adapters and their layers.
+        reads: the active adapters and the layers in which they fuse.
         layers: the adapter layers, which hold the projections.
         latent_dim: the adapters' latent_dim.
 

@@ -22,10 +22,11 @@ class LatentEncoder:
     The encoder reads the target text, so the language tag has to be that of the target language.
 
     Args:
-        model: a name or folder, or a transformers model. Of an encoder-decoder only the encoder is kept.
-        tokenizer: the MT model's tokenizer. Default: the one of the given name.
+        model: a name or folder, or a transformers model. Only the encoder of an encoder-decoder is kept.
+        tokenizer: the MT model's tokenizer. Default: the tokenizer of the same name or folder as ``model``.
         language: tag of the target language, for tokenizers that write one (``src_lang``: NLLB, M2M100, mBART).
-        max_length: longer texts are truncated. Default: ``length``, or the tokenizer's limit.
+        max_length: maximum number of tokens of a text; longer texts are truncated. None: only the tokenizer's limit and
+            the ``length`` of a call apply.
         device: device of a model that is given by name.
         dtype: dtype of a model that is given by name.
         trust_remote_code: whether Python code in the model's folder may run. Default: it may not.
@@ -113,7 +114,7 @@ class LatentEncoder:
         return {"source_states": states, "source_attention_mask": mask}
 
     def rows(self, texts: Sequence[str]) -> dict[str, list[Any]]:
-        """Return the states of texts as a data set's column: (length, latent_dim) each, unpadded, in float32."""
+        """Return a data set's column ``source_states``: an array (tokens, latent_dim) in float32 for each text."""
         batch = self(texts)
         counts = batch["source_attention_mask"].sum(1).tolist()
         states = batch["source_states"].float().cpu().numpy()

@@ -1,12 +1,15 @@
 """Where source states are kept between forward and backward: one class per value of ``source_memory``.
 
-    mode        forward keeps                  backward reads x_S from        added to plain LoRA (2 units a step)
+The costs are in addition to plain LoRA's 2 units per step. One unit is the compute of a forward pass of the frozen
+model. L blocks, M tokens, hidden states of width d:
+
+    mode        forward keeps                  backward reads x_S from        added compute and memory
     keep        x_S, one copy on the device    the kept tensors               1 unit of compute, L M d elements
     offload     x_S in pinned host memory      a prefetched copy              1 unit, two states on the device
     recompute   nothing of width d             a second pass of the base      2 units, nothing of size L M d
 
-One unit is a forward pass of the frozen model. L blocks, M tokens, width d. All modes give the same gradients,
-because the second pass runs the same frozen model on the same tokens under the same autocast state.
+All modes give the same gradients, because the second pass runs the same frozen model on the same tokens under the same
+autocast state.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from .states import StateKey
 
 #: Called with the rows (n, d) of each state, in the order of the source pass.
 RowVisitor = Callable[[StateKey, Tensor], None]
-#: Yields the states again in backward: called with the tensors that the node saved, and a visitor.
+#: Calls a visitor with every state again in the backward pass. The arguments are the tensors that the autograd node of
+#: the source pass (flare.source.projected) saved, and the visitor.
 Replayer = Callable[[Sequence[Tensor], RowVisitor], None]
 
 #: "auto" keeps states that take at most this share of the device's memory (on a CPU, of the machine's memory).
@@ -104,8 +108,8 @@ class Offload:
     def _release_previous(self) -> None:
         """Free the previous state's buffer. Its next contents wait on the device until the copy is done.
 
-        record_stream would not do: it frees the buffer only when the host sees that the copy is done. A host that runs
-        ahead of the device would find no memory of the states free.
+        record_stream is not enough: with it, the buffer is freed only when the host sees that the copy is done. If the
+        host runs ahead of the device, it would then find no freed buffer and allocate another for every state.
         """
         if self._copying is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copying[1])
@@ -170,14 +174,14 @@ StateMemory = Keep | Offload | Recompute
 
 @dataclass(frozen=True)
 class AutocastState:
-    """The autocast state of a forward pass, for its backward pass, which runs outside of it and on other threads."""
+    """The autocast state of a forward pass. The backward pass, which runs on other threads, restores it."""
 
     states: tuple[tuple[str, bool, torch.dtype], ...]
     cache: bool
 
     @classmethod
     def current(cls, device: torch.device) -> AutocastState:
-        """Return the state that is in force for a device."""
+        """Return the current autocast state of this thread for a device and for the CPU."""
         kinds = dict.fromkeys(kind for kind in (device.type, "cpu") if kind != "meta")
         states = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         return cls(states, torch.is_autocast_cache_enabled())
@@ -196,7 +200,7 @@ _REENTRANT = "reentrant checkpointing sends no gradient into S (use_reentrant=Fa
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """A mode, and the reason if it is not the configured one (otherwise empty)."""
+    """A value of ``source_memory``, and a warning if it differs from the config's value ("" if there is no warning)."""
 
     mode: str
     reason: str = ""
@@ -229,7 +233,7 @@ def choose_memory(
     elif dropout:
         unsupported_reason = "source_dropout=True: a second pass would draw other masks"
     elif is_sharded(model):
-        unsupported_reason = "the base model is sharded, and a pass inside backward would gather it again"
+        unsupported_reason = "the base model is sharded, and a pass inside backward would gather its weights again"
     if setting != "auto":
         if unsupported_reason:
             return MemoryChoice("keep", f"source_memory={setting!r} is 'keep' here: {unsupported_reason}")
@@ -251,11 +255,11 @@ def memory_of_pass(
     reader: Reader,
     prepare: Preparation,
 ) -> StateMemory:
-    """Return the memory for the states of a source pass; warn once per reason if it is not the configured one.
+    """Return the memory for the states of a source pass. Warn once if the config's ``source_memory`` is not used.
 
     Args:
         model: the transformers model.
-        runtime: its runtime.
+        runtime: the state that the model's hooks share.
         reads: the states that the pass reads.
         source: the source arguments of the call.
         reader: reads the states; "recompute" calls it again.
@@ -295,7 +299,7 @@ def mode_of_pass(model: nn.Module, runtime: Runtime, reads: Reads, source: dict[
 
 @torch.compiler.assume_constant_result
 def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory of a device; for a CPU, those of the machine."""
+    """Return the size of a device's memory in bytes; for a CPU, the size of the machine's memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,4 +1,7 @@
-"""Checks for packed rows: a row with several texts is refused next to a source, which is read as one text."""
+"""Checks for packed rows: with a source, a row of the target must not hold several texts.
+
+The source pass reads each row as one text.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ _REMEDY = (
 def refuse_packed_rows(
     model: nn.Module, source: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError if a row of the target holds several texts. FLARE MT is exempt: it reads states by position.
+    """Raise ValueError if a row of the target holds several texts.
+
+    FLARE MT is exempt, because it runs no source pass: it fuses the given states position by position.
 
     Raises:
         ValueError: the call has boundaries of packed texts, position_ids that restart within a row, or an attention
@@ -45,7 +50,7 @@ def refuse_packed_rows(
     if mask is not None and not is_choice_mask and not (isinstance(mask, Tensor) and mask.dim() == 2):
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
-            f"attention_mask is {what}, and next to a source it must be (B, m): a mask of pairs of positions may "
+            f"attention_mask is {what}, and with a source it must be (B, m). A mask of pairs of positions may "
             f"separate packed texts, and {_REMEDY}"
         )
     if isinstance(positions, Tensor) and restarts(positions, mask):
@@ -57,11 +62,11 @@ def refuse_packed_rows(
 
 @torch.compiler.disable  # it reads values
 def restarts(positions: Tensor, mask: Tensor | None) -> bool:
-    """Return whether any positions (..., m) of adjacent tokens differ by a value other than one.
+    """Return whether the position ids of any two adjacent tokens do not increase by exactly one.
 
     Args:
-        positions: position ids.
-        mask: (..., m), nonzero at tokens; None: all positions are tokens.
+        positions: position ids (..., m).
+        mask: (..., m), nonzero at tokens. None if all positions are tokens.
     """
     jumps = positions.diff(dim=-1) != 1
     if mask is not None:

@@ -1,10 +1,12 @@
-"""Source states that are projected as soon as they are computed: one autograd node for the whole source pass.
+"""Source states that are projected as soon as they are computed, by one autograd node for the whole source pass.
+
+A group is a set of layers that read the same state through the same adapter (StateGroup).
 
 SourcePass.apply(reader, groups, A_1 ... A_n)  ->  S_1 ... S_k        S_j (B, m, sum of the ranks of group j)
 
-forward    S = x_S A^T of each state, while it is still in cache; no state of width d has to stay
-backward   dA = dS^T x_S; the node's memory (flare.source.memory) yields the states again: kept on the device, copied
-           from the host, or computed a second time
+forward    S = x_S A^T of each state x_S (B, m, d), while it is still in the device's cache. x_S need not be stored.
+backward   dA = dS^T x_S. The node's memory (flare.source.memory) yields each x_S again: it was kept on the device, is
+           copied from the host, or is computed a second time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from flare_kernels.dropout import draw_seed
 from flare_kernels.function import differentiable_once
 from flare_kernels.projection import project, project_grad, stack
 
-from ..tuner.layer import check_weights, weight_of
+from ..tuner.layer import raise_weight_mismatch, weight_of
 from .context import Bottlenecks, SourceContext
 from .fsdp import full_parameter
 from .memory import Keep, StateMemory
@@ -116,7 +118,7 @@ def _stacked(group: StateGroup, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     """Return the stacked A of a group in x's dtype; raise ValueError if one is on another device."""
     for layer, path, A in zip(group.modules, group.layers, weights, strict=True):
         if A.device != x.device:
-            check_weights(path, x, A, cast(Tensor, layer.lora_B[group.adapter].weight))
+            raise_weight_mismatch(path, x, A, cast(Tensor, layer.lora_B[group.adapter].weight))
     return stack([A.detach() for A in weights], x.dtype)
 
 
@@ -137,7 +139,7 @@ def _firsts(groups: list[StateGroup]) -> list[int]:
 
 
 class PaddedStates:
-    """Kept states as (B, m, d), for layers that compute S themselves under reentrant checkpointing."""
+    """Return a kept state as (B, m, d), for a layer that computes S itself under reentrant checkpointing."""
 
     def __init__(
         self,
@@ -168,7 +170,10 @@ class PaddedStates:
 def project_states(
     reader: Reader, prepare: Preparation, groups: list[StateGroup], memory: StateMemory | None = None
 ) -> SourceContext:
-    """Run the autograd node and return a context of its S; ``memory`` keeps the states for backward (default: Keep)."""
+    """Run the source pass's autograd node, and return a context that holds its S.
+
+    ``memory`` stores the states for the backward pass. Default: Keep.
+    """
     weights = [weight_of(layer, group.adapter) for group in groups for layer in group.modules]
     with_grad = needs_grad(weights)
     memory = (memory or Keep()) if with_grad else None
@@ -182,7 +187,10 @@ def project_states(
 
 
 def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[StateGroup]) -> Bottlenecks:
-    """Return S (B, q, r) of one state, by layer and adapter, without gradients or dropout (for decoding)."""
+    """Return S (B, q, r) of one state (B, q, d), by layer and adapter, without gradients or dropout.
+
+    Decoding projects the q new positions of the source by this function.
+    """
     x = prepare.rows(groups[0].key, hidden)
     outputs = []
     for group in groups:
@@ -195,7 +203,7 @@ def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[StateGro
 
 
 def split_by_layer(groups: Sequence[StateGroup], outputs: Iterable[Tensor]) -> tuple[Bottlenecks, dict[str, str]]:
-    """Split the groups' S by layer and adapter; return them, and layer -> site."""
+    """Split the groups' S by layer and adapter. Return these S, and path of each layer -> path of its site."""
     S: Bottlenecks = {}
     for group, output in zip(groups, outputs, strict=True):
         ranks = [weight_of(layer, group.adapter).shape[0] for layer in group.modules]

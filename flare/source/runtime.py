@@ -24,11 +24,13 @@ _RUNTIME = "_flare_runtime"
 
 
 class ActiveUses:
-    """Uses of source states by the active adapters, recomputed when the adapters change.
+    """Uses of source states by the active adapters, computed again when the adapters change.
+
+    A use is a triple (state, adapter, layer): the layer fuses the state through the adapter.
 
     Attributes:
-        uses: (state, adapter, layer) for every layer that fuses.
-        sites: layer -> its site.
+        uses: the uses of all layers that fuse.
+        sites: path of each layer -> path of its site, the layers with the same input (flare.tuner.site).
         of_text: the uses of the source text's states.
         of_decoder: the uses of the states of an encoder-decoder's decoder.
         of_both: all uses.
@@ -62,7 +64,7 @@ class ActiveUses:
         )
 
     def is_current(self) -> bool:
-        """Return whether modules, switches and settings are unchanged since this was computed."""
+        """Return whether modules, active and merged adapters and source_layer_offset are as when this was computed."""
         return self.registrations == registrations.count and self._state() == (
             self.switches,
             self.merged,
@@ -71,15 +73,15 @@ class ActiveUses:
 
 
 class Reads:
-    """Uses of the states of one source pass, grouped for projection.
+    """Uses (state, adapter, layer) of the states of one source pass, grouped for the projection to S.
 
     Attributes:
-        uses: (state, adapter, layer) triples.
-        groups: their state groups, in order of depth.
-        by_key: state -> the groups that read it.
+        uses: the triples.
+        groups: the uses, grouped by state, adapter and site, in order of depth.
+        by_key: state -> the groups that use it.
         keys: the states, in order of depth.
         adapters: names of the adapters.
-        mixes_positions: whether a fusion reads all positions of the target.
+        mixes_positions: whether a fusion combines different positions (cross_attention, matmul).
     """
 
     def __init__(self, uses: list[StateUse], sites: dict[str, str]) -> None:
@@ -111,7 +113,7 @@ class Reads:
 
     @property
     def device(self) -> torch.device:
-        """Device on which the adapters compute; for weights that accelerate offloads, the one they are loaded to."""
+        """Device on which the adapters compute; for weights that accelerate offloads, the device they are loaded to."""
         return execution_device(self._A[0])
 
     def weights(self) -> list[Tensor]:
@@ -123,16 +125,17 @@ class Reads:
 class Runtime:
     """State that the hooks of one transformers model share. Attached to the model, and copied and pickled with it.
 
-    It holds nothing of a forward pass, because two threads may call one model.
+    It holds no state of a forward pass, because two threads may call one model at the same time.
 
     Attributes:
         map: the model's blocks and projections (flare.tuner.routing).
-        configs: adapter -> config.
-        layers: the adapter layers.
-        reasons: (module, adapter) -> why the module does not fuse.
+        configs: adapter name -> config.
+        layers: the adapter layers in which an adapter fuses.
+        reasons: (path of a module, adapter name) -> why the adapter does not fuse in the module; "" if it fuses.
         handles: handles of the hooks.
         source_cache: a flare.SourceStateCache, or None.
-        warned: warnings that were given, each of which appears once.
+        warned: messages of the warnings that were given, so that none is repeated.
+        warned_padding: whether ``generate`` has warned about padding.
     """
 
     map: ModelMap
@@ -169,7 +172,7 @@ class Runtime:
         """
         values = {adapter: getattr(self.configs[adapter], name) for adapter in sorted(adapters)}
         if len(set(values.values())) > 1:
-            raise ValueError(f"adapters active together must share {name}, they have {values}: activate one at a time")
+            raise ValueError(f"adapters active together must share {name}, but have {values}: activate one at a time")
         return next(iter(values.values()))
 
     def warn_once(self, message: str) -> None:
@@ -179,17 +182,17 @@ class Runtime:
             warnings.warn(message, UserWarning, stacklevel=3)
 
     def clear(self) -> None:
-        """Drop the cached reading; called whenever adapters are added or removed."""
+        """Drop the cached uses of source states. Called whenever adapters are added or removed."""
         self._active_uses = None
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
-    """Return the runtime attached to a transformers model."""
+    """Return the runtime attached to a transformers model, or None."""
     return model.__dict__.get(_RUNTIME)
 
 
 def needs_grad(weights: Sequence[Tensor]) -> bool:
-    """Return whether a source pass over these A will be differentiated."""
+    """Return whether gradients are enabled and one of the lora_A weights that read the source requires them."""
     return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, weights))
 
 

@@ -1,8 +1,9 @@
 """The source pass: run the frozen model on the source text, and pass its hidden states to the adapters.
 
-A :data:`Reader` visits the required states in the order in which the model computes them. States that stay on the
-device go to the layers unprojected (:func:`context_from_states`): a layer projects both streams in one launch, and
-computes both shares of dA in one. Otherwise flare.source.projected projects each state to S as soon as it is computed.
+A :data:`Reader` calls a function with each required state, in the order in which the model computes the states. States
+that stay on the device go to the layers unprojected (:func:`context_from_states`). A layer then projects the states of
+both texts in one kernel launch, and computes both texts' contributions to dA in one launch. Otherwise
+flare.source.projected projects each state to S as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -44,15 +45,17 @@ StateUse = tuple[StateKey, str, FlareLayer]
 
 @dataclass(frozen=True)
 class StateGroup:
-    """The layers of one site that read one state through one adapter. Their A are stacked, and their S concatenated.
+    """The layers of one site (flare.tuner.site) that read one state through one adapter.
+
+    Their A are stacked, so one product gives their S, concatenated.
 
     Attributes:
         key: the state.
         adapter: name of the adapter.
         site: path of the site.
         layers: paths of the layers.
-        modules: the layers.
-        dropout: the layers' lora_dropout, or None.
+        modules: the layers, in the order of ``layers``.
+        dropout: lora_dropout of the first layer; None if the adapter has no dropout.
     """
 
     key: StateKey
@@ -78,7 +81,7 @@ class StateGroup:
 
 
 def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[StateGroup]:
-    """Return the state groups of (state, adapter, layer) triples in order of depth; ``sites``: layer -> site."""
+    """Return the groups of (state, adapter, layer) triples in order of depth; ``sites``: layer's path -> its site."""
     members: dict[tuple[StateKey, str, str], list[FlareLayer]] = {}
     for key, adapter, layer in uses:
         members.setdefault((key, adapter, sites[layer.flare_key]), []).append(layer)
@@ -93,9 +96,9 @@ def make_groups(uses: Iterable[StateUse], sites: Mapping[str, str]) -> list[Stat
 
 
 # --- switches of the frozen pass --------------------------------------------------------------------------------------
-# FLARE layers see in the thread's slot that a source pass is running, so several threads may call one model. The
-# switches below are state of the modules themselves. With dropout in train mode, or with PEFT layers that do not fuse,
-# the target pass of another thread would see them.
+# FLARE layers read from the thread's slot whether a source pass is running, so several threads may call one model. The
+# switches below change the modules themselves. If the model has dropout in train mode, or adapter layers of PEFT that
+# are not FLARE layers, a target pass of another thread would therefore run with switched modules.
 
 _LOCK = threading.Lock()
 _SWITCHES = "_flare_switches"
@@ -104,7 +107,9 @@ _SAME_IN_TRAINING = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.Mo
 
 
 class ModuleSwitches:
-    """Modules of a model that are switched while it runs frozen. Collected once, and again when modules change.
+    """Modules whose adapters, train mode or compiled call are switched off during a source pass.
+
+    They are collected once for each model, and again after modules were added or replaced.
 
     Args:
         model: the part of the transformers model that runs.
@@ -130,7 +135,7 @@ class ModuleSwitches:
             if module in seen:
                 continue
             seen.add(module)
-            if isinstance(module, FlareLayer):  # its adapters are not called
+            if isinstance(module, FlareLayer):  # its adapter modules are not called in a source pass
                 pending.append(module.base_layer)
             else:
                 pending += [child for child in module._modules.values() if child is not None]
@@ -152,7 +157,10 @@ class ModuleSwitches:
 
     @contextlib.contextmanager
     def off(self, *, dropout: bool) -> Iterator[None]:
-        """Disable adapters, compiled calls and (unless ``dropout``) train mode; the last pass to end restores them."""
+        """Disable adapters, compiled calls and (unless ``dropout``) train mode.
+
+        If source passes of several threads overlap, the last one to end restores the modules.
+        """
         if torch.compiler.is_compiling():  # tracing: no other thread runs this
             self._switch_off(dropout)
             try:
@@ -214,7 +222,7 @@ class FrozenPass:
         self.visit, self.to_the_end = visit, to_the_end
 
     def record(self, key: StateKey, hidden: Tensor) -> None:
-        """Visit a state (B, m, d) if it is required; end the pass after the last one."""
+        """Visit a state (B, m, d) if it is required; end the pass after the last required state."""
         if key in self.missing:
             del self.missing[key]
             self.visit(key, hidden)
@@ -251,7 +259,7 @@ def read_from_run(
 
     Args:
         model: the part of the transformers model that runs.
-        run: runs it.
+        run: a function that runs this part.
         keys: the states to read.
         dropout: whether to keep the modules' training mode.
         to_the_end: whether to complete the run after the last required state.
@@ -269,7 +277,7 @@ def read_from_run(
             THREAD.slot.frozen_pass = outer
         if frozen_pass.missing:
             missing = ", ".join(f"{key.stack} {key.position}" for key in frozen_pass.missing)
-            raise RuntimeError(f"the source pass ended without reaching {missing}: its blocks were not all run")
+            raise RuntimeError(f"the source pass ended before {missing}: the model did not run all its blocks")
 
     return read
 
@@ -339,9 +347,9 @@ class Preparation:
 
     Attributes:
         dtype: autocast's dtype, or None without autocast.
-        tokens: stack -> token positions, under source_padding="zero" with a mask on the host. Padding is removed.
-        masks: stack -> (B, m), under source_padding="zero" with a mask on a GPU. Padding is set to zero, since finding
-            the tokens would wait for the device.
+        tokens: stack -> token positions, if source_padding="zero" and the mask is on the host. Padding is removed.
+        masks: stack -> mask (B, m), if source_padding="zero" and the mask is on a GPU. Padding is set to zero and not
+            removed, because finding the tokens would wait for the GPU.
     """
 
     dtype: torch.dtype | None = None
@@ -362,27 +370,31 @@ class Preparation:
         return self.unpad_input(key, self(key, hidden))
 
     def pad_input(self, key: StateKey, x: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Return rows (n, c) as (B, m, c); ``size`` is (B, m) of states whose padding was not removed."""
+        """Return rows (n, c) as (B, m, c), zero at removed padding; ``size``: (B, m), for rows that include padding."""
         tokens = self.tokens.get(key.stack)
         return x.view(*size, x.shape[-1]) if tokens is None else tokens.pad_input(x)
 
     def unpad_input(self, key: StateKey, x: Tensor) -> Tensor:
-        """Return x (B, m, c) as rows (n, c), the same rows as :meth:`rows`."""
+        """Return the rows (n, c) of x (B, m, c) at the positions that :meth:`rows` returns."""
         tokens = self.tokens.get(key.stack)
         return x.reshape(-1, x.shape[-1]) if tokens is None else tokens.unpad_input(x)
 
     @classmethod
     def under_autocast(cls, device: torch.device, masks: Mapping[str, Tensor] | None = None) -> Preparation:
-        """Return the preparation under the current autocast state; masks: stack -> (B, m), for padding "zero"."""
+        """Return the preparation for the current autocast state.
+
+        Args:
+            device: where the states are computed.
+            masks: stack -> mask (B, m) with source_padding="zero"; None or empty with "keep".
+        """
         enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if enabled else None
         if not masks:
             return cls(dtype)
         if any(mask.device.type != "cpu" for mask in masks.values()):
             return cls(dtype, masks=masks)
-        by_mask = {
-            id(mask): TokenPositions.of(mask) for mask in masks.values()
-        }  # stacks that read one text share its mask
+        # stacks that read the same text share a mask, whose token positions are found once
+        by_mask = {id(mask): TokenPositions.of(mask) for mask in masks.values()}
         return cls(dtype, {stack: by_mask[id(mask)] for stack, mask in masks.items()})
 
 

@@ -1,4 +1,4 @@
-"""SourceStates: the result of one source pass for the user, with one hidden state per position that a block reads."""
+"""SourceStates: the hidden states of one source pass, as ``encode_source`` returns them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 class StateKey(NamedTuple):
-    """Name of a hidden state: a stack of blocks and a position in it.
+    """Key of a hidden state: where it lies in the depth of the model.
 
-    ``position`` p is the input of block p, which is the output of block p - 1. With p = number of blocks it is the last
-    block's output, before any final norm.
+    Attributes:
+        stack: dotted path of the ModuleList that holds the blocks.
+        position: p for the input of block p, which is the output of block p - 1. The number of blocks stands for the
+            last block's output, before any final norm.
     """
 
     stack: str
@@ -26,9 +28,9 @@ class SourceStates:
     """Hidden states of the frozen model on the source text.
 
     Attributes:
-        states: StateKey -> x_S (B, m, d), detached, in the dtype that the adapters compute in. Never S, which depends
-            on the adapter.
-        offset: the source_layer_offset that they were read with.
+        states: StateKey -> x_S (B, m, d), detached, in the dtype that the adapters compute in. They do not depend on
+            the adapters' weights, unlike S = x_S A^T, which is never stored here.
+        offset: the source_layer_offset of the adapters for which the states were read.
         attention_mask: (B, m) of the source, or None if every position is a token.
     """
 

@@ -14,7 +14,9 @@ from flare_kernels import __version__
 CARD_FILE = "README.md"
 _LOADING = "## Loading this adapter"
 _VERSIONS = "### Framework versions"
+#: Last line of a card that this module wrote: the adapter's name, and a digest of the text above this line.
 _MARK = re.compile(r"<!-- flare: (.*) ([0-9a-f]{16}); an edited card is not written again -->\n?$")
+#: PEFT's task type -> transformers' Auto class, and further arguments of its from_pretrained.
 _AUTO = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", ", num_labels=..."),
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", ""),
@@ -106,7 +108,8 @@ def _body(config: Any, facts: Sequence[tuple[str, str]]) -> str:
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()',
             f"output = model(input_ids=..., attention_mask=...{source})",
             "```\n",
-            'From text: `flare.FlarePipeline("BASE", "THIS_FOLDER")`, or `flare predict --adapter THIS_FOLDER`.\n',
+            'To predict from text: `flare.FlarePipeline("BASE", "THIS_FOLDER")`, or '
+            "`flare predict --adapter THIS_FOLDER`.\n",
             f"{_VERSIONS}\n",
             *versions,
             "",
@@ -144,6 +147,6 @@ def _digest(body: str) -> str:
 
 
 def _normalized(body: str) -> str:
-    """Return the text without trailing white space, empty lines, and the versions that PEFT adds."""
+    """Return the text without trailing white space, empty lines, and the section of versions that PEFT adds."""
     lines = [line.rstrip() for line in body.splitlines() if not line.startswith(("- PEFT ", _VERSIONS))]
     return "\n".join(line for line in lines if line)

@@ -19,10 +19,10 @@ def unfused_reason(
 
     Args:
         model: the transformers model.
-        runtime: its runtime.
+        runtime: the state that the model's hooks share.
         config: the adapter's config.
         path: the module's dotted path.
-        layer: the module.
+        layer: the LoRA module.
         adapter: the adapter's name.
     """
     if config.fusion is None:
@@ -33,7 +33,7 @@ def unfused_reason(
     if place.is_cross_attention:
         return "cross-attention does not fuse"
     if config.latent_dim is not None and place.stack in runtime.map.decoders:
-        return "with latent_dim, only the encoder of an encoder-decoder fuses: the states belong to its text"
+        return "with latent_dim, only the encoder of an encoder-decoder fuses, because source_states belong to its text"
     name = path.rpartition(".")[2]
     if config.fusion_modules is None:
         if path not in runtime.map.query_and_value:
@@ -42,7 +42,7 @@ def unfused_reason(
         return f"it is not in fusion_modules={list(config.fusion_modules)}"
     hidden = _hidden_size(model)
     if hidden is not None and layer.in_features != hidden:
-        return f"its input has width {layer.in_features}, the source's hidden state width {hidden}"
+        return f"its input has width {layer.in_features}, and the source's hidden states have width {hidden}"
     rank, heads = layer.r[adapter], config.cross_attention_heads
     if config.fusion == "cross_attention" and rank % heads:
         return f"cross_attention_heads={heads} does not divide its rank {rank}"
@@ -60,13 +60,14 @@ def check_combination(
 ) -> None:
     """Raise ValueError if combining the A and B of adapters does not combine their outputs.
 
-    phi acts on each rank separately, so a fusing adapter cannot be combined by a type that mixes ranks or factorises
-    B A again. 'mul' would apply a weight on A twice, and relu does not preserve a negative weight.
+    phi acts on each rank separately, so fusing adapters cannot be combined by a combination_type that mixes ranks or
+    factorises B A again (such as 'svd'). Fusion 'mul' multiplies S and T, so a weight on A would be applied twice.
+    relu(w z) is not w relu(z) for a negative weight w.
 
     Args:
         configs: adapter name -> config.
         adapters: names of the adapters to combine. PEFT reports unknown names.
-        weights: the weight of each.
+        weights: the weight of each adapter, in the order of ``adapters``.
         combination_type: as in PEFT's ``add_weighted_adapter``.
     """
     known = [name for name in adapters if name in configs]
@@ -74,7 +75,9 @@ def check_combination(
         config = configs[name]
         if config.fusion == "cross_attention" or config.latent_dim is not None:
             trained = "latent_proj" if config.latent_dim is not None else "cross_attention's query, key and value"
-            raise ValueError(f"adapters: {name!r} trains {trained}, which cannot be combined: only A and B can")
+            raise ValueError(
+                f"adapters: {name!r} trains {trained}, which cannot be combined: only lora_A and lora_B can"
+            )
     for key in ("fusion", "source_layer_offset", "source_padding"):
         values = {name: getattr(configs[name], key) for name in known}
         if len(set(values.values())) > 1:

@@ -1,4 +1,4 @@
-"""Configuration of FLARE adapters: PEFT's LoraConfig, and how two streams are fused."""
+"""Configuration of FLARE adapters: PEFT's LoraConfig, and how the source and the target text are fused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .card import fill_card
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")
 
-# LoRA variants with another forward than s * phi(S, T) B^T: a fusion would have no effect on them.
+# Fields of LoraConfig that replace the forward scaling * phi(S, T) B^T, so that a fusion would have no effect.
 _VARIANTS = (
     "use_dora",
     "use_bdlora",
@@ -32,23 +32,23 @@ _VARIANTS = (
     "target_parameters",
 )
 
-# Prefixes of initialisations that subtract the initial B A from the base weights (for example, pissa_niter_4).
+# Prefixes of init_lora_weights (for example, pissa_niter_4) that subtract the initial B A from the base weights.
 _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
-_PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`, which reads only the input text (`import flare` before
-`PeftModel.from_pretrained`; without it PEFT reports `KeyError: 'FLARE'`). It can be merged into the base weights.
+_PLAIN_CARD = """A LoRA adapter of the package `flare-kernels`. It reads only the input text, and can be merged into the
+base weights. Run `import flare` before `PeftModel.from_pretrained`. Otherwise PEFT reports `KeyError: 'FLARE'`.
 """
-_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with its counterpart in the source language. It needs
-the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError:
-'FLARE'`).
+_CARD = """A FLARE adapter: LoRA whose bottleneck fuses the text with the same text in the source language. It needs the
+package `flare-kernels`: run `import flare` before `PeftModel.from_pretrained`. Otherwise PEFT reports `KeyError:
+'FLARE'`.
 
 **A source is needed at prediction time**: `source_input_ids` and `source_attention_mask` of the same text in the source
 language, human or machine-translated, in addition to the usual inputs. Without one the model is plain LoRA, warns, and
 predicts worse. The adapter cannot be merged into the base weights, because its output depends on the source text.
 """
 _LATENT_CARD = """A FLARE MT adapter: LoRA whose bottleneck fuses the text with its encoding by a translation model. It
-needs the package `flare-kernels` (`import flare` before `PeftModel.from_pretrained`; without it PEFT reports `KeyError:
-'FLARE'`).
+needs the package `flare-kernels`: run `import flare` before `PeftModel.from_pretrained`. Otherwise PEFT reports
+`KeyError: 'FLARE'`.
 
 **The MT encoder is needed at prediction time**: its last hidden state of the same text (`flare.LatentEncoder`) is
 passed as `source_states`. Without it the model is plain LoRA, warns, and predicts worse. The adapter cannot be merged
@@ -59,7 +59,7 @@ _Config = TypeVar("_Config")
 
 
 def _help_from_docstring(cls: type[_Config]) -> type[_Config]:
-    """Set ``metadata["help"]``, which transformers' parsers read, of the class's fields from its docstring."""
+    """Copy the fields' descriptions from the class's docstring to ``metadata["help"]``, for transformers' parsers."""
     args = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
     texts = re.findall(r"^    (\w+) \(.*?\): (.*(?:\n     .*)*)", args, re.MULTILINE)
     meanings = {name: " ".join(text.split()) for name, text in texts}
@@ -90,11 +90,11 @@ class FlareConfig(LoraConfig):
             release): block i fuses with the source's input of block i.
         source_padding (str): 'keep' (as in the authors' release): padding positions of the source contribute their
             hidden states. 'zero': S = 0 at these positions, so that a row's output does not depend on the padding of
-            its batch. generate() uses 'zero' for decoder-only models unless told otherwise.
+            its batch. generate() has an argument of the same name, which is 'zero' by default for decoder-only models.
         source_dropout (bool): Whether the source pass applies the model's dropout, as in the authors' release.
         source_memory (str): How source states are stored until the backward pass: 'keep' (on the device), 'offload'
-            (in pinned host memory), 'recompute' (by a second source pass; memory does not grow with depth), or 'auto',
-            which chooses from the sizes.
+            (in pinned host memory), 'recompute' (by a second source pass; memory does not grow with depth), or 'auto':
+            'keep' if the states take at most an eighth of the device's memory, otherwise 'recompute' if possible.
         fusion_modules (list[str] | str, optional): LoRA target modules that fuse, by name or full path. None: the query
             and value projections of self-attention.
         cross_attention_heads (int): Number of heads of fusion='cross_attention'; must divide r. The query, key and
@@ -107,8 +107,8 @@ class FlareConfig(LoraConfig):
 
     Raises:
         TypeError: a field has a value of the wrong type; the message names the field.
-        ValueError: a value is not accepted. With a fusion, this includes LoRA variants that cannot fuse, and
-            initialisations and biases that change the base model, which also reads the source.
+        ValueError: a value is not accepted. With a fusion, LoRA variants that cannot fuse are not accepted, nor are
+            initialisations and biases that change the base model, because the source pass runs the base model.
     """
 
     r: int = 64
@@ -125,7 +125,7 @@ class FlareConfig(LoraConfig):
 
     @property
     def card(self) -> str:
-        """The model card's description of such an adapter."""
+        """The model card's description of an adapter with this config."""
         return _PLAIN_CARD if self.fusion is None else _CARD if self.latent_dim is None else _LATENT_CARD
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -163,7 +163,7 @@ class FlareConfig(LoraConfig):
             if self.source_memory in ("offload", "recompute"):
                 raise ValueError(
                     f"source_memory={self.source_memory!r} is for the states of a source pass, and an adapter with "
-                    f"latent_dim={self.latent_dim!r} (FLARE MT) runs none: leave it out"
+                    f"latent_dim={self.latent_dim!r} (FLARE MT) runs no source pass: leave source_memory out"
                 )
             if self.fusion is None:
                 raise ValueError(f"latent_dim={self.latent_dim!r} needs a fusion, got fusion=None (plain LoRA)")
@@ -184,11 +184,11 @@ class FlareConfig(LoraConfig):
             raise TypeError(f"fusion_modules={names!r} must be a name, a list of names, or None")
 
     def _check_fuses(self) -> None:
-        """Raise ValueError for a LoRA variant, or a setting that changes the base model, which cannot be fused."""
+        """Raise ValueError for settings that a fusion excludes: LoRA variants, and changes of the base model."""
         variants = [name for name in _VARIANTS if getattr(self, name, None)]
         if variants:
             raise ValueError(f"{', '.join(variants)} cannot be combined with a fusion; leave it out or set fusion=None")
-        why = "the source pass runs the frozen base model, and this changes its"
+        why = "the source pass runs the frozen base model, and this setting changes its"
         init = self.init_lora_weights
         if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
             raise ValueError(

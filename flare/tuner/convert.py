@@ -1,4 +1,4 @@
-"""fast_lora: add fusing adapters to a transformers model, or convert a PEFT LoRA model."""
+"""fast_lora: add fusing adapters to a transformers model, or convert the adapters of a PEFT LoRA model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
     "ForTokenClassification": TaskType.TOKEN_CLS,
-    "ForMultipleChoice": TaskType.SEQ_CLS,  # PEFT has no type for it; the head is a classifier
+    "ForMultipleChoice": TaskType.SEQ_CLS,  # PEFT has no type for multiple choice; the head is a classifier
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
     "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
 }
 _LORA_FIELDS = {f.name for f in fields(LoraConfig)}
-# fields that a trained adapter does not fix: lora_dropout can be changed, PEFT writes the others
+# fields that may differ from a trained adapter's: lora_dropout, which can be changed, and three that PEFT writes
 _FREE_FIELDS = {"lora_dropout", "peft_type", "peft_version", "base_model_name_or_path"}
+# fields that take effect when a PeftModel is created, and not later
 _FIXED_BY_PEFT = {"task_type", "inference_mode"}
 # attributes that convert_layer adds to PEFT's layer
 _ADDED = (
@@ -69,7 +70,7 @@ def fast_lora(
             the model is unchanged.
         config: a FlareConfig; a ``peft.LoraConfig``, to which FLARE's defaults are added; or None for the defaults.
         adapter_name: name of the new adapter. A PEFT LoRA model keeps its adapters' names.
-        strict: raise if any LoRA module cannot fuse. By default, such a module stays plain LoRA.
+        strict: raise ValueError if any LoRA module cannot fuse. By default, such a module stays plain LoRA.
         **overrides: fields of FlareConfig, for example ``fusion="mul"`` or ``r=16``. For a PEFT LoRA model: FLARE's
             fields and ``lora_dropout``.
 
@@ -80,7 +81,7 @@ def fast_lora(
 
     Raises:
         TypeError: ``model`` or ``config`` has the wrong type, or an override is not a field of FlareConfig.
-        ValueError: the model's blocks or its query and value projections cannot be found, nothing fuses, a name in
+        ValueError: the model's blocks or its query and value projections cannot be found, no module fuses, a name in
             ``fusion_modules`` matches no LoRA module, an override contradicts a trained adapter, or a module cannot
             fuse and ``strict`` is set.
     """
@@ -91,7 +92,7 @@ def fast_lora(
     unknown = sorted(set(overrides) - _LORA_FIELDS - FLARE_FIELDS)
     if unknown:
         raise TypeError(
-            f"{', '.join(unknown)}: not a field of FlareConfig, which has those of LoraConfig and "
+            f"{', '.join(unknown)}: not a field of FlareConfig. Its fields are all fields of peft.LoraConfig, and "
             f"{', '.join(sorted(FLARE_FIELDS))}"
         )
     if isinstance(model, PeftModel):
@@ -123,7 +124,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
             for name, child in children.items():
                 if getattr(module, name) is not child:
                     setattr(module, name, child)
-            for hook in set(module._forward_hooks) - hooks:  # PEFT adds one under gradient checkpointing
+            for hook in set(module._forward_hooks) - hooks:  # PEFT adds a hook under gradient checkpointing
                 del module._forward_hooks[hook]
         if has_runtime:
             make_sites(model)
@@ -136,9 +137,9 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def make_config(config: LoraConfig | None, overrides: dict[str, Any]) -> FlareConfig:
-    """Return a FlareConfig, or a config of the given subclass, from a LoRA config and overrides.
+    """Return a new FlareConfig with the values of ``config``, replaced by ``overrides``.
 
-    The given config is not changed.
+    If ``config`` is of a subclass of FlareConfig, the new config is of this subclass. ``config`` is not changed.
     """
     values = {} if config is None else {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     if config is not None and not isinstance(config, FlareConfig):
@@ -164,7 +165,7 @@ def _convert_peft_model(
             "model: its adapters are FLARE adapters already; add another with model.add_adapter(name, FlareConfig(...))"
         )
     if type(tuner) is not LoraModel:
-        raise ValueError(f"model: only LoRA adapters can fuse, this PeftModel has a {type(tuner).__name__}")
+        raise ValueError(f"model: only LoRA adapters can fuse, and this PeftModel has a {type(tuner).__name__}")
     configs = {name: _convert_config(name, old, config, overrides) for name, old in tuner.peft_config.items()}
     if any(new.fusion is not None for new in configs.values()):
         ModelMap.of(tuner.model)  # raises before the model is modified
@@ -202,7 +203,7 @@ def restore_layer(module: nn.Module, cls: type) -> None:
 
 
 def _set_dropout(layers: list[tuple[Any, type]], adapter: str, p: float) -> None:
-    """Replace lora_dropout of an adapter on every layer, with the modules that PEFT uses."""
+    """Replace an adapter's lora_dropout in every layer by the module that PEFT creates for probability ``p``."""
     for module, _ in layers:
         if adapter in module.lora_dropout:
             dropout = nn.Dropout(p) if p > 0 else nn.Identity()
@@ -233,12 +234,12 @@ def _convert_config(name: str, old: LoraConfig, config: LoraConfig | None, overr
             continue
         if key in _FIXED_BY_PEFT:
             raise ValueError(
-                f"{key}={changes[key]!r}: it is fixed by the PeftModel, whose adapter {name!r} has "
-                f"{getattr(old, key)!r}: leave it out, or set it when you create the PeftModel"
+                f"{key}={changes[key]!r} is fixed by the PeftModel, which was created with {key}={getattr(old, key)!r} "
+                f"for adapter {name!r}: leave {key} out, or set it when you create the PeftModel"
             )
         raise ValueError(
             f"{key}={changes[key]!r} contradicts the trained adapter {name!r}, which has {getattr(old, key)!r}: "
-            "leave it out, or start from the base model"
+            f"leave {key} out, or pass the base model to train a new adapter"
         )
     values = {f.name: getattr(old, f.name) for f in fields(LoraConfig) if f.init}
     values |= {key: value for key, value in changes.items() if key in FLARE_FIELDS or key == "lora_dropout"}
@@ -250,9 +251,9 @@ def _comparable(value: Any) -> Any:
 
 
 def _check(model: PeftModel, strict: bool) -> None:
-    """Raise ValueError if an adapter with a fusion fuses nowhere, or a name in fusion_modules matches no module.
+    """Raise ValueError if an adapter with a fusion fuses in no module, or a name in fusion_modules matches no module.
 
-    With ``strict``, raise also if a module was declined.
+    With ``strict``, also raise it if any LoRA module of such an adapter does not fuse.
     """
     tuner = model.base_model
     report: FastLoraReport = tuner.fast_lora_report()
@@ -264,7 +265,8 @@ def _check(model: PeftModel, strict: bool) -> None:
         if unknown:
             raise ValueError(
                 f"fusion_modules: {', '.join(map(repr, unknown))} matches no LoRA module of adapter {name!r}, which "
-                f"has {', '.join(sorted(names))}; use these names or full paths, or add to target_modules"
+                f"has {', '.join(sorted(names))}; use these names or full paths of modules, or add the missing names "
+                "to target_modules"
             )
         if not any(row.adapter == name for row in report.fused):
             reasons = sorted({row.reason for row in report if row.adapter == name})
@@ -276,4 +278,4 @@ def _check(model: PeftModel, strict: bool) -> None:
         declined = [row for row in report.declined if row.adapter in fusing]
         if declined:
             listed = "\n".join(f"  {row.module}: {row.reason}" for row in declined[:10])
-            raise ValueError(f"strict=True and {len(declined)} LoRA modules were declined:\n{listed}")
+            raise ValueError(f"strict=True, and {len(declined)} LoRA modules do not fuse:\n{listed}")

@@ -1,4 +1,4 @@
-"""The fusion 'cross_attention': its weights in an adapter layer, and its form with a mask."""
+"""The fusion 'cross_attention': the module that holds its weights, and the computation with an attention mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from flare_kernels import reference
 class CrossAttention(nn.Module):
     """Query, key and value weights of ``fusion="cross_attention"`` in one layer: three Linears (r, r) with bias.
 
-    They are initialised as torch.nn.Linear. The adapter layer reads the weights and never calls this module.
+    They have the initial values of a new torch.nn.Linear. The adapter layer reads the weights and does not call this
+    module.
     """
 
     def __init__(self, r: int, heads: int, masked: bool = False) -> None:
@@ -39,23 +40,26 @@ def masked_cross_attention(
     heads: int,
     mask: tuple[Tensor, bool],
 ) -> Tensor:
-    """Compute the fusion 'cross_attention' with a mask: a position attends neither to padding nor to later positions.
+    """Return base_output plus the output (B, m, n) of an adapter with fusion='cross_attention' and a mask.
+
+    The source's queries attend to the target's tokens, but not to its padding or, if the mask is causal, to later
+    positions. Each position attends at least to the target's position of the same index, so that the output at padding
+    is finite.
 
     Args:
-        x: (B, m, d).
-        x_source: (B, m, d), or None.
-        base_output: (B, m, n).
+        x: (B, m, d), the target's hidden state.
+        x_source: (B, m, d), the source's hidden state; None if ``source_bottleneck`` is given.
+        base_output: (B, m, n), the frozen layer's output.
         lora_A: (r, d).
         lora_B: (n, r).
         scaling: factor of the adapter's output.
-        fusion: not used.
-        source_bottleneck: (B, m, r), instead of x_source.
+        fusion: not used; the adapter layer passes it to every function that computes a fusion.
+        source_bottleneck: S (B, m, r), instead of x_source; None if ``x_source`` is given.
         dropout_p: probability of dropping an entry of x and x_source.
         training: whether dropout is active.
         weights: weights and biases of query, key and value.
         heads: number of attention heads.
-        mask: (B, m), nonzero at real positions, and whether later positions are masked too. A position always attends
-            to itself, so that padding has a finite value.
+        mask: (mask, causal): the target's mask (B, m), nonzero at tokens, and whether later positions are masked too.
     """
     dtype = reference.compute_dtype(x, base_output)
     A, B = lora_A.to(dtype), lora_B.to(dtype)

@@ -1,4 +1,4 @@
-"""Linear layers that compute query, key and value together: the rows of each."""
+"""Linear layers that compute query, key and value together: which rows of the weight belong to which of the three."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ FUSED_QKV_NAMES = ("query_key_value", "qkv_proj", "qkv", "Wqkv", "c_attn", "in_p
 
 
 class RowsOfQKV(NamedTuple):
-    """Layout of a weight (n, d): ``groups`` groups, each of query, key and value rows in this order."""
+    """Row layout of a weight (n, d), which has ``groups`` groups of rows.
+
+    Each group has ``query`` rows of the query, then ``key`` rows of the key, then ``value`` rows of the value.
+    """
 
     groups: int
     query: int
@@ -51,7 +54,7 @@ def _falcon(config: Any) -> RowsOfQKV:
     return RowsOfQKV(1, heads * width, width, width) if config.multi_query else RowsOfQKV(heads, width, width, width)
 
 
-#: model_type of the config -> the layout that the model's attention expects.
+#: model_type of the config -> function of the config that returns the row layout that the model's attention expects.
 _ROWS: dict[str, Callable[[Any], RowsOfQKV]] = {
     **dict.fromkeys(("modernbert", "mpt", "gpt2"), _thirds),
     **dict.fromkeys(("gpt_neox", "bloom", "persimmon", "deberta"), _by_head),
@@ -61,7 +64,10 @@ _ROWS: dict[str, Callable[[Any], RowsOfQKV]] = {
 
 
 def rows_of_qkv(config: Any, width: int | None) -> RowsOfQKV | None:
-    """Return the layout of a fused projection with ``width`` outputs in a model of this config; None if unknown."""
+    """Return the row layout of a projection of query, key and value with ``width`` outputs.
+
+    The result is None if the config's model_type is not known, or if its layout has another number of rows.
+    """
     layout = _ROWS.get(getattr(config, "model_type", ""))
     rows = None if layout is None else layout(config)
     return rows if rows is not None and rows.groups * (rows.query + rows.key + rows.value) == width else None

@@ -33,7 +33,10 @@ def make_sites(model: nn.Module) -> None:
 
 
 def _projections_of_one_input(path: str, parent: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's query, key and value projections; () if fewer than two, or none is adapted."""
+    """Return the names of a module's query, key and value projections, which read the same input.
+
+    The result is () if there are fewer than two, if none has an adapter, or if the module is cross-attention.
+    """
     names = tuple(
         name
         for name, child in parent.named_children()
@@ -44,7 +47,7 @@ def _projections_of_one_input(path: str, parent: nn.Module) -> tuple[str, ...]:
 
 
 def remove_sites(model: nn.Module) -> None:
-    """Remove all sites from a model, and restore the class of their sibling projections."""
+    """Remove all sites from a model, and change each SiblingLinear back to nn.Linear."""
     for module in model.modules():
         module.__dict__.pop(SITE, None)
         if type(module) is SiblingLinear:

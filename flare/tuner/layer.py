@@ -1,8 +1,8 @@
-"""The adapter layers: PEFT's LoRA linears on flare_kernels, which can fuse a source stream.
+"""The adapter layers: PEFT's LoRA linears, computed by flare_kernels, which can fuse the source text's hidden states.
 
-PEFT creates each layer. :func:`convert_layer` then changes its class to a subclass of the class that PEFT chose, for a
-plain or a quantised linear. Parameters, names, hooks and optimizers are unaffected. The frozen layer is only called, so
-its format does not matter.
+PEFT creates each layer, with a class that depends on the frozen layer (plain or quantised). :func:`convert_layer` then
+changes the layer's class to a subclass of PEFT's class. Parameters, names, hooks and optimizers are unaffected. In
+a forward pass, a quantised frozen layer is called and its weight is never read, so the weight's format does not matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ..source.context import THREAD, Slot, SourceContext
 from .cross_attention import CrossAttention, masked_cross_attention
 from .fused_qkv import RowsOfQKV
 
-#: State of an adapter layer that PEFT changes without a hook. Results cached from it compare it in every call.
+#: State of an adapter layer that PEFT changes without a notification. A cached result that depends on this state is
+#: valid only if the state is unchanged, which every call checks.
 SWITCHES = attrgetter("_active_adapter", "_disable_adapters")
 MERGED = attrgetter("merged_adapters")
 #: Key of a projection's site (flare.tuner.site) in its ``__dict__``.
@@ -40,15 +41,19 @@ MERGE_REFUSED = (
 class FlareLayer:
     """Mixin for a LoRA layer class of PEFT: the forward and the state of a converted layer.
 
-    It has no base class, so that an instance's class can be changed to one with this mixin (FSDP2 does so too).
+    The mixin has no base class, so that Python allows changing the class of an existing layer to a class with the mixin
+    (FSDP2 also changes the classes of modules).
 
     Attributes:
         flare_fusion: adapter name -> the fusion in this layer; None if the adapter is plain LoRA here.
-        flare_unmergeable: adapter name -> the fusion of its config, also in layers that do not fuse.
-        flare_rows: the layout of a projection that computes query, key and value; the key's rows do not fuse.
+        flare_unmergeable: adapter name -> the fusion in the adapter's config, also if this layer does not fuse. These
+            adapters cannot be merged.
+        flare_rows: the row layout of a projection that computes query, key and value together, whose key rows do not
+            fuse; None for any other projection.
         flare_key: dotted path of this layer in the base model. The source pass stores S under this key.
         lora_cross_attention: adapter name -> its CrossAttention, if it fuses by cross_attention.
-        latent_proj: adapter name -> FLARE MT's projection, in the first layer that fuses. PEFT treats it like lora_A.
+        latent_proj: adapter name -> FLARE MT's projection (latent_dim -> d), only in the first layer that fuses. PEFT
+            saves, moves and freezes it like lora_A.
     """
 
     adapter_layer_names: tuple[str, ...] = (*LoraLayer.adapter_layer_names, "lora_cross_attention", "latent_proj")
@@ -81,9 +86,10 @@ class FlareLayer:
         def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the frozen layer's output plus that of each active adapter, (..., m, n), for x (..., m, d).
+        """Return the frozen layer's output plus the output of each active adapter, (..., m, n), for x (..., m, d).
 
-        PEFT's forward runs if adapters are disabled or merged, or if ``adapter_names`` assigns adapters to rows.
+        During a source pass, return the frozen layer's output only. PEFT's forward runs if adapters are disabled or
+        merged, or if ``adapter_names`` assigns adapters to rows.
 
         Raises:
             ValueError: ``adapter_names`` (several adapters in one batch) together with a source.
@@ -120,7 +126,7 @@ class FlareLayer:
         return self._forward_separately(slot, x, args, kwargs)
 
     def _forward_separately(self, slot: Slot, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run this projection without its site: with several adapters, hooks, or a fusion that mixes positions."""
+        """Compute this projection separately from the other projections of its site (flare.tuner.site)."""
         active = self.active_here()
         context = slot.context
         if slot.met is not None:
@@ -128,18 +134,18 @@ class FlareLayer:
             slot.met.add(self)
         mixes = context is not None and any(self.flare_fusion.get(name) in EAGER_FUSIONS for name in active)
         by_modules = slot.plain
-        if torch.compiler.is_compiling():  # slot.running differs in a recompute, so a graph must not depend on it
+        if torch.compiler.is_compiling():  # slot.running is False in a recompute, so a graph must not depend on it
             by_modules = torch.compiler.is_exporting()
         elif not slot.running:
             by_modules = by_modules or needs_plain_operators()
         fused = not (by_modules or mixes or any(self.needs_modules(name) for name in active))
         if x.dim() > 2 and fused and not (args or kwargs) and slot.rows is None and _returns_view(self.base_layer):
-            # with a 2-d input the output is not a view, and can be accumulated into
+            # a linear's output for a 2-d input is not a view, so adapters can add to it in place
             lead, x = x.shape[:-1], x.flatten(0, -2)
             return self._with_adapters(context, active, x, self.base_layer(x), flat=True).unflatten(0, lead)
         result = self.base_layer(x, *args, **kwargs)
         if active and self.base_layer._forward_hooks:
-            result = result.clone()  # a hook may have stored the output, which the adapters overwrite
+            result = result.clone()  # a hook may have stored this tensor, and the adapters add to it in place
         if slot.rows is None or not active:
             return self._with_adapters(context, active, x, result, by_modules=by_modules)
         rows = self.target_rows(slot, x)
@@ -147,10 +153,10 @@ class FlareLayer:
         return result
 
     def target_rows(self, slot: Slot, x: Tensor) -> int:
-        """Return the number of target rows, which come first, in a decoding step on both streams.
+        """Return the number of target rows in a decoding step that runs both texts in one batch, target rows first.
 
         Raises:
-            ValueError: the input does not have the rows of both streams.
+            ValueError: the number of rows of x is not the number of target and source rows.
         """
         assert slot.rows is not None
         rows, total = slot.rows
@@ -164,8 +170,8 @@ class FlareLayer:
     def needs_modules(self, adapter: str) -> bool:
         """Return whether the adapter's modules must be called, as PEFT does, instead of the kernels.
 
-        This is so if they are hooked or patched, or if the scaling is a tensor, which changes in place
-        (prepare_model_for_compiled_hotswap).
+        They must be called if one of them is hooked or patched, or if the scaling is a tensor, which PEFT changes in
+        place (prepare_model_for_compiled_hotswap).
         """
         return isinstance(self.scaling[adapter], Tensor) or not self.is_untouched_adapter(adapter)
 
@@ -174,9 +180,9 @@ class FlareLayer:
         return all(map(is_untouched, (self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])))
 
     def source_of(self, adapter: str, context: SourceContext | None) -> tuple[str | None, Tensor | None, Tensor | None]:
-        """Return (fusion, x_source (..., m, d), S (..., m, r)) for an adapter; all None if it is plain LoRA.
+        """Return (fusion, x_source (..., m, d), S (..., m, r)) for an adapter; all three are None if it is plain LoRA.
 
-        x_source or S is None if there is a fusion.
+        With a fusion, only one of x_source and S is a tensor, and the other is None.
         """
         fusion = self.flare_fusion.get(adapter)
         if context is None or fusion is None:
@@ -228,7 +234,8 @@ class FlareLayer:
                 if mask is None:
                     raise ValueError(
                         f"cross_attention_mask=True of adapter {name!r}: the target's mask is not known; pass "
-                        "attention_mask (B, m) as a keyword argument (generate's source_alignment='release' has none)"
+                        "attention_mask (B, m) as a keyword argument. generate with source_alignment='release' cannot "
+                        "use cross_attention_mask=True"
                     )
                 causal = bool(getattr(self.__dict__[SITE].parent, "is_causal", False))
                 call = partial(masked_cross_attention, weights=weights, heads=attention.heads, mask=(mask, causal))
@@ -268,12 +275,12 @@ class FlareLayer:
         return cast(Tensor, self.lora_A[adapter](x))
 
     def add_cross_attention(self, adapter: str, heads: int, masked: bool) -> None:
-        """Add an adapter's query, key and value of cross-attention, unless it has them."""
+        """Add an adapter's query, key and value layers for fusion='cross_attention' if they do not exist."""
         if adapter not in self.lora_cross_attention:
             self._add_module(self.lora_cross_attention, adapter, CrossAttention(self.r[adapter], heads, masked))
 
     def add_latent_projection(self, adapter: str, latent_dim: int) -> None:
-        """Add an adapter's projection of FLARE MT (latent_dim -> d), unless it has one."""
+        """Add an adapter's projection of FLARE MT (latent_dim -> d) if it does not exist."""
         if adapter not in self.latent_proj:
             self._add_module(self.latent_proj, adapter, nn.Linear(latent_dim, self.in_features))
 
@@ -303,14 +310,14 @@ def _returns_view(base_layer: nn.Module) -> bool:
     """Return whether a frozen layer returns a view for an input of more than two dimensions.
 
     torch.nn.Linear with a bias does (addmm, then view), and a view would have to be copied before adapters accumulate
-    into it. A hooked layer must be called with the original input, so False is returned for it.
+    into it. The result is False for a hooked layer, because its hooks must see the original shape of the input.
     """
     hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks
     return type(base_layer) is nn.Linear and base_layer.bias is not None and not hooked
 
 
 class FlareLinear(FlareLayer, LoraLinear):
-    """FLARE over a plain ``torch.nn.Linear``."""
+    """FLARE's adapter layer for a plain ``torch.nn.Linear``."""
 
 
 _CLASSES: dict[type, type] = {LoraLinear: FlareLinear}
@@ -324,7 +331,10 @@ def _flare_class(cls: type) -> type | None:
 
 
 def __getattr__(name: str) -> type:
-    """Return a class for a quantised linear, created on first use. Unpickling looks these classes up here."""
+    """Return the class ``Flare<name of PEFT's class>`` for a quantised linear, created on first use.
+
+    Unpickling a layer looks its class up in this module.
+    """
     cls = find_lora_class(name.removeprefix("Flare")) if name.startswith("Flare") else None
     flare_class = None if cls is None else _flare_class(cls)
     if flare_class is None:
@@ -340,7 +350,8 @@ def convert_layer(module: nn.Module, key: str) -> str:
         key: its dotted path in the base model.
 
     Returns:
-        "", also for a layer that is converted already; or why the layer is not supported. It then stays PEFT's.
+        "" if the layer is converted now or was converted before; otherwise the reason why it is not supported. An
+        unsupported layer keeps its class.
     """
     if isinstance(module, FlareLayer):
         module.flare_key = key
@@ -356,16 +367,16 @@ def convert_layer(module: nn.Module, key: str) -> str:
     module.flare_fusion, module.flare_unmergeable = {}, {}
     module.flare_key, module.flare_rows = key, None
     module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
-    module.lora_cross_attention.scaling = module.scaling  # PEFT's hotswap looks for it here, by the weight's path
+    module.lora_cross_attention.scaling = module.scaling  # PEFT's hotswap looks it up here, by a weight's path
     return ""
 
 
-def check_weights(path: str, x: Tensor, A: Tensor, B: Tensor) -> None:
-    """Raise ValueError for A (r, d) and B (n, r) whose shapes or devices do not match each other or x (..., d)."""
+def raise_weight_mismatch(path: str, x: Tensor, A: Tensor, B: Tensor) -> NoReturn:
+    """Raise ValueError for A (r, d) and B (n, r) whose devices or shapes do not match each other or x (..., d)."""
     if A.device != x.device or B.device != x.device:
         raise ValueError(
-            f"{path}: lora_A is on {A.device} and lora_B on {B.device}, their input on {x.device}: move the adapter to "
-            "its layer's device"
+            f"{path}: lora_A is on {A.device}, lora_B is on {B.device} and their input is on {x.device}: move the "
+            "adapter to its layer's device"
         )
     raise ValueError(
         f"{path}: lora_A has shape {tuple(A.shape)} and lora_B {tuple(B.shape)}, expected (r, d) and (n, r) with the "
@@ -378,8 +389,9 @@ def raise_lost_gradient(path: str, base_layer: nn.Module) -> NoReturn:
     weight = type(getattr(base_layer, "weight", None)).__name__
     raise ValueError(
         f"{path}: its frozen layer ({type(base_layer).__name__}, weight {weight}) passes no gradient to its input, so "
-        "adapters below it would train on a part of their gradient. This format supports only inference (as torchao's "
-        "dynamic int8 activations do): train over a weight-only format, or predict under torch.no_grad()"
+        "adapters in earlier layers would be trained with an incomplete gradient. This format supports only inference "
+        "(for example, torchao's dynamic int8 activations): train on a base in a weight-only format, or predict under "
+        "torch.no_grad()"
     )
 
 
@@ -393,6 +405,6 @@ def weight_of(layer: FlareLayer, adapter: str) -> torch.nn.Parameter:
     """Return lora_A's weight (r, d) of an adapter."""
     A = layer.lora_A[adapter]
     for hook in A._forward_pre_hooks.values() if A._forward_pre_hooks else ():
-        if isinstance(hook, BasePruningMethod):  # it recomputes the weight before each call
+        if isinstance(hook, BasePruningMethod):  # pruning computes the weight before each call of lora_A
             hook(A, ())
     return cast(torch.nn.Parameter, A.weight)

@@ -1,4 +1,4 @@
-"""The PEFT tuner: LoRA on flare_kernels, whose query and value adapters fuse a source and a target stream."""
+"""The PEFT tuner: LoRA computed by flare_kernels, whose query and value adapters fuse a source and a target text."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class FlareModel(LoraModel):
     Source arguments of forward, in addition to the base model's arguments:
 
     * ``source_input_ids``, ``source_attention_mask``, ``source_token_type_ids``: (B, m).
-    * ``source_labels`` or ``source_decoder_input_ids``: (B, u), only for encoder-decoders. With one of them, the
-      decoder fuses too.
+    * ``source_labels`` or ``source_decoder_input_ids``: (B, u), the source's decoder text of length u, only for
+      encoder-decoders. With one of them, the decoder fuses too.
     * ``source_states`` instead of ``source_input_ids``: the SourceStates of :meth:`encode_source`, or a tensor
       (B, m, latent_dim) if the adapter has ``latent_dim``.
 
@@ -67,7 +67,7 @@ class FlareModel(LoraModel):
         return cast(FlareConfig, super()._prepare_adapter_config(peft_config, model_config))
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        """Apply PEFT's check of target modules for LORA, which rejects some modules of Mamba."""
+        """Check target modules as PEFT does for the type LORA: some modules of Mamba are rejected."""
         super()._check_target_module_compatiblity(_AS_LORA, model, target_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -223,9 +223,10 @@ class FlareModel(LoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: FlareConfig, path: str, state_dict: dict[str, Tensor], kwargs: Any
     ) -> dict[str, Tensor]:
-        """Convert an adapter of PiSSA, CorDA or OLoRA to one for the unchanged base model (fusion=None).
+        """Convert an adapter of PiSSA, CorDA or OLoRA, which change the base weights, to one for the original base.
 
-        PEFT resets ``init_lora_weights`` of the initial adapter only if the type is LORA.
+        Such an adapter has fusion=None. PEFT resets ``init_lora_weights`` in the saved config of the initial adapter
+        only if the type is LORA, so it is reset here.
         """
         peft_config.init_lora_weights = True
         peft_config.save_pretrained(path)
@@ -335,8 +336,8 @@ class FlareModel(LoraModel):
             *args: as for the base model's ``generate``.
             source_alignment: "training": position j of the target's prompt is fused with position j of the source's
                 prompt, and new token t with the source's new token t. A source that has ended stays at its end token.
-                "release": the prompt and each new token are fused with one late position of the source, as in the
-                authors' release (decoder-only models).
+                "release": in each step, all new positions of the target (in the first step, the whole prompt) are fused
+                with one late position of the source, as in the authors' release (decoder-only models).
             source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch.
                 "keep": S is computed from the padding's hidden states. Default: "zero" for decoder-only models,
                 independent of the adapter's config; the config's value for encoder-decoders. "release" supports only
@@ -344,8 +345,8 @@ class FlareModel(LoraModel):
             source_pass: "shared": each decoding step runs the model once, on the new tokens of both texts, and so reads
                 each frozen weight once. Only for decoder-only models in eval mode that are not compiled, and adapters
                 with source_layer_offset=0. The two prompts are still processed separately. "separate": two passes per
-                step. "auto": shared if possible. If an unexpected property of the model prevents it, a warning says
-                so once. Both give the same logits up to rounding.
+                step. "auto": "shared" if possible, otherwise "separate", with one warning if an unexpected property of
+                the model is the reason. "shared" and "separate" give the same logits up to rounding.
             **kwargs: as for the base model's ``generate``, and forward's source arguments. Both prompts must be padded
                 on the left to one width. FLARE MT: ``source_states`` of the prompt. The decoder of an encoder-decoder
                 fuses if ``source_labels`` or ``source_decoder_input_ids`` are given. ``source_decoder_input_ids`` are

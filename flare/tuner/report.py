@@ -14,7 +14,7 @@ class ReportRow:
         adapter: name of the adapter.
         fused: whether the adapter fuses in this module.
         fusion: the fusion; None if the adapter is plain LoRA here.
-        reason: why it does not fuse; "" if it does.
+        reason: why the adapter does not fuse in this module; "" if it fuses.
         backend_layer: name of the module's class.
     """
 

@@ -3,12 +3,13 @@
 Modules are found by names and structure, not by a list of model classes:
 
 * A *stack* is a ModuleList whose children all hold attention projections (`model.layers`, `bert.encoder.layer`,
-  `encoder.block`). A *block* is a child of a stack.
-* A *self-attention module* is the parent of a query or value projection whose path is not marked as cross-attention.
+  `encoder.block`). A *block* is a child of a stack. A stack's *owner* is the module whose forward loops over the stack.
+* A *self-attention module* is the parent of a query or value projection. Neither its path nor its class name contains a
+  word for cross-attention ("cross", "encdec", ...).
 * A linear layer that computes query, key and value together counts as query and value (flare.tuner.fused_qkv).
 
-Most architectures pass unknown keyword arguments from the stack's owner to the attention modules, and the source is
-passed in this way. In the others, each block carries it (flare.source.carrier).
+Most architectures pass unknown keyword arguments from the stack's owner to the attention modules. In these, the source
+is such a keyword argument. In the other architectures, each block itself receives the source (flare.source.carrier).
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ _CROSS_MARKS = ("cross", "encdec", "encoder_attn", "encoder_decoder")
 
 @dataclass(frozen=True)
 class Place:
-    """Location of a linear layer. Paths are dotted names in the model; ``block`` is the index in the stack."""
+    """Location of a linear layer of an attention module. All paths are dotted names in the model.
+
+    Attributes:
+        path: path of the linear layer.
+        stack: path of the stack that holds it.
+        block: index of its block in the stack.
+        attention: path of its attention module.
+        is_cross_attention: whether this module is cross-attention.
+    """
 
     path: str
     stack: str
@@ -59,7 +68,7 @@ class ModelMap:
         places: path of each linear layer in an attention module -> its place.
         query_and_value: paths of the query and value projections of self-attention.
         decoders: stacks of an encoder-decoder's decoder.
-        carried: stacks whose blocks carry the source themselves.
+        carried: stacks whose blocks receive the source themselves, because they do not pass keyword arguments on.
         fused: path of each projection that computes query, key and value together -> the layout of its rows.
     """
 
@@ -149,7 +158,7 @@ def _fused_projections(model: nn.Module) -> dict[str, RowsOfQKV]:
 
 
 def _keywords_lost_reason(model: nn.Module, place: Place) -> str:
-    """Return which module from the stack's owner to the attention drops unknown keyword arguments; "" if none does."""
+    """Return which module between the stack's owner and the attention ignores unknown keyword arguments; "" if none."""
     inner = place.attention.removeprefix(place.block_path).strip(".").split(".")
     between = [".".join([place.block_path, *inner[:depth]]) for depth in range(len(inner))]
     for path in (place.owner, *between):
@@ -162,7 +171,7 @@ def _keywords_lost_reason(model: nn.Module, place: Place) -> str:
 
 
 def _uses_keywords(forward: Any) -> bool:
-    """Return whether a function accepts any keyword arguments and also uses them, which many functions do not."""
+    """Return whether a function has a parameter ``**kwargs`` and reads it. Many functions accept and ignore it."""
     code = inspect.unwrap(getattr(forward, "__func__", forward)).__code__
     if not code.co_flags & inspect.CO_VARKEYWORDS:
         return False
@@ -177,7 +186,7 @@ def _is_projection(path: str, names: tuple[str, ...], module: nn.Module) -> bool
 
 
 def _stacks(model: nn.Module, projections: list[str]) -> dict[str, int]:
-    """Return the outermost ModuleLists whose children all hold an attention projection -> number of children."""
+    """Return path -> number of children, for the outermost ModuleLists whose children all hold a projection."""
     stacks: dict[str, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or not name:

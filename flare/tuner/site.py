@@ -1,18 +1,20 @@
-"""A site: the projections of a module that read the same input (query, key and value), computed in one call.
+"""A site: the projections of one module that read the same input (query, key and value), computed in one call.
 
-Modeling code calls these projections one after the other with the same tensor. The first call computes the outputs of
-all of them, and the other calls return their stored output. Each stream is then read once, and all parts of dx are
-summed in one buffer. A sibling without an adapter (for example, key next to query and value) takes part too, so that
-its part of dx goes to the same buffer; its class is changed to :class:`SiblingLinear`. Every other adapter layer is a
-site with a single projection.
+Modeling code calls these projections one after the other with the same tensor x. The first call computes the outputs of
+all projections of the site in one autograd node, and each later call returns its stored output. The hidden states of
+both texts are then read only once, and all contributions to dx (the gradient of x) are summed in one buffer. A
+*sibling* is a projection of the site without an adapter, for example key next to adapted query and value. The node
+computes it too, for the sum of dx; its class is changed to :class:`SiblingLinear`. An adapter layer that is not a
+query, key or value projection is a site with a single projection.
 
-Results that depend only on the adapters' state are computed once (:class:`_Plan`). Each call checks the state that can
-change without a notification. A site stores modules and never their tensors: hot-swapping writes ``.data``, fused
-optimizers do not change ``_version``, and ``functional_call`` replaces parameters.
+Which projections are computed together depends on the modules' state. The answer is cached (:class:`_Plan`), and each
+call checks that this state is unchanged. A site stores modules and never their tensors, because tensors can change
+unnoticed: hot-swapping writes ``.data``, fused optimizers do not change ``_version``, and ``functional_call`` replaces
+parameters.
 
 A projection is computed separately (flare.tuner.layer) if it is hooked or patched, has several active adapters, or has
-a fusion that mixes positions. So is a projection that is called outside the model's forward, where adapters and weights
-may change between two projections.
+a fusion that mixes positions (cross_attention, matmul). A projection that is called outside the model's forward is also
+computed separately, because adapters and weights may change before the next projection is called.
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ from flare_kernels.fusion import EAGER_FUSIONS
 
 from .._compat import in_backward, registrations, saved_tensors_are_packed
 from ..source.context import THREAD, Slot, SourceContext
-from .layer import MERGED, SITE, SWITCHES, FlareLayer, check_weights, is_untouched, raise_lost_gradient
+from .layer import MERGED, SITE, SWITCHES, FlareLayer, is_untouched, raise_lost_gradient, raise_weight_mismatch
 
 _PLAIN = (Tensor, nn.Parameter)
 _NUMBERS = (float, int)
-#: x_S (B, m, d) and its dropout seed, or S (B, m, r) of every projection that fuses and the stacked A.
+#: A site's source. If the site projects the source's hidden state x_S itself: (x_S (B, m, d), dropout seed, (), None).
+#: If the source pass has projected it: (None, None, S (B, m, r) of every projection that fuses, their stacked A).
 _Source = tuple[Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor | None]
 _NO_SOURCE: _Source = (None, None, (), None)
-_MAX_CALLS = 64
+_MAX_CALLS = 64  # maximum number of entries in a plan's ``calls``
 
 
 class SiblingLinear(nn.Linear):
@@ -60,10 +63,10 @@ class _Member:
         self.module, self.linear = module, linear
         self.plain = type(linear) in (nn.Linear, SiblingLinear)
         self.adapter: str | None = None
-        self.index = 0  # among the outputs
+        self.index = 0  # position in the list of the site's outputs
 
     def adapt(self, layer: FlareLayer, adapter: str) -> None:
-        """Set the layer's active adapter, whose output the call adds."""
+        """Set the layer's active adapter, whose output is added to the frozen layer's output."""
         self.adapter, self.path = adapter, layer.flare_key
         self.layer = layer
         self.lora_A = cast(nn.Linear, layer.lora_A[adapter])
@@ -78,11 +81,13 @@ class _JointProjections:
 
     Attributes:
         layers: the site's adapter layers.
-        watched: the modules that take part in the projections' forward.
-        members: the projections.
-        adapted: the members with an adapter, in stacking order: first those that fuse, sorted by phi.
+        watched: every module that a forward of the site's projections may call. New hooks or attributes of such a
+            module can change which projections are computed together.
+        members: the projections that are computed together.
+        adapted: the members with an active adapter, in the order in which their A are stacked: first the members that
+            fuse, sorted by the name of their fusion, then the members with plain LoRA.
         plain: whether every member's frozen layer is an ``nn.Linear``.
-        fuses: whether some member fuses.
+        fuses: whether at least one member fuses.
         paths: dotted paths of the adapted members.
     """
 
@@ -98,7 +103,7 @@ class _JointProjections:
 
 
 class _Plan(_JointProjections):
-    """The projections computed together, cached with the state that the result depends on."""
+    """Joint projections, cached with the state of the modules that decided which projections are computed together."""
 
     def __init__(self, layers: list[FlareLayer], watched: list[nn.Module], members: list[_Member]) -> None:
         super().__init__(layers, watched, members)
@@ -156,8 +161,8 @@ class Site:
     """The projections of a module that read the same input.
 
     Args:
-        path: dotted path of the module that calls them, or of the layer if the site has only one.
-        parent: the module that calls them.
+        path: dotted path of ``parent``; for a site with a single projection, the path of this projection.
+        parent: the module that calls the projections.
         names: names of the projections in ``parent``.
     """
 
@@ -188,10 +193,10 @@ class Site:
                     slot.met.add(module)
                 return output
             slot.pending = None  # the projections were called with different inputs
-            if not saved_tensors_are_packed():  # a checkpoint's recompute must run as its forward did
+            if not saved_tensors_are_packed():  # a checkpoint's recompute must run the same operations as its forward
                 self.separate = True
         if slot.met is not None and module in slot.met:
-            return None  # a second call is not on the tokens (DeBERTa projects relative positions too)
+            return None  # the second call in a block does not read tokens (DeBERTa also projects relative positions)
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
@@ -206,7 +211,7 @@ class Site:
     # --- the plan -----------------------------------------------------------------------------------------------------
 
     def _find(self, kind: type[_JointOrPlan]) -> _JointOrPlan:
-        """Return the projections that can currently be computed together."""
+        """Return the projections that can currently be computed together, as an instance of ``kind``."""
         children = {name: self.parent._modules.get(name) for name in self.names}
         modules = [child for child in children.values() if isinstance(child, FlareLayer | SiblingLinear)]
         layers = [module for module in modules if isinstance(module, FlareLayer)]
@@ -230,17 +235,17 @@ class Site:
                 continue
             members.append(member)
         if not all(member.plain for member in members if member.adapter is not None):
-            # the frozen products stay outside the autograd node, so a sibling has no part in it
+            # the frozen layers then run outside the autograd node, so a sibling has no part in this node
             members = [member for member in members if member.adapter is not None]
         if len({member.adapter for member in members if member.adapter is not None}) != 1:
-            members = []  # no active adapter, or different ones in different layers
+            members = []  # no active adapter, or different active adapters in different layers
         return kind(cast(list[FlareLayer], layers), watched, members)
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
     def _outputs(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
-        """Return the outputs of the projections computed together; None if the calling one is not among them."""
-        if torch.compiler.is_compiling():  # slot.running differs in a recompute, so a graph must not depend on it
+        """Return the outputs of the projections computed together; None if ``module`` must be computed separately."""
+        if torch.compiler.is_compiling():  # slot.running is False in a recompute, so a graph must not depend on it
             return None if torch.compiler.is_exporting() else self._traced(module, x, slot)
         if slot.plain or (not slot.running and needs_plain_operators()):
             return None
@@ -254,7 +259,7 @@ class Site:
         Bs: tuple[Tensor, ...] = ()
         Ws: tuple[Tensor, ...] = ()
         biases: tuple[Tensor | None, ...] = ()
-        # whether the autograd node computes the frozen products, and whether the called projection is a member
+        # with_products: whether the autograd node also computes the frozen layers' products x W^T
         with_products, is_member = plan.plain, False
         for member in members:
             is_member |= member.module is module
@@ -280,7 +285,7 @@ class Site:
                 return None
             rank, n = A.shape[0], Ws[member.index].shape[0] if with_products else B.shape[0]
             if A.shape[1] != width or B.shape != (n, rank) or A.device != device or B.device != device:
-                check_weights(member.path, x, A, B)
+                raise_weight_mismatch(member.path, x, A, B)
             As += (A,)
             Bs += (B,)
             scaling = member.layer.scaling[member.adapter]  # type: ignore[index]
@@ -298,10 +303,10 @@ class Site:
         dtype = x.dtype
         if autocast and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
-        # the primitives of a backend depend on the launch mode
+        # the launch mode decides which primitives (kernels or PyTorch operations) a call uses
         key += (launch_mode.current, dtype, p, device, x_source is not None, Ss != ())
         if key not in plan.calls:
-            if len(plan.calls) >= _MAX_CALLS:  # the scaling changes in every step
+            if len(plan.calls) >= _MAX_CALLS:  # for example, the scaling changes in every step
                 plan.calls.clear()
             sizes = (0, len(Ss), len(Ws))
             plan.calls[key] = (_call(plan, key, dtype, p or 0.0, device), sizes)
@@ -318,10 +323,10 @@ class Site:
         return outputs
 
     def _traced(self, module: nn.Module, x: Tensor, slot: Slot) -> dict[nn.Module, Tensor] | None:
-        """Return the outputs while torch.compile traces.
+        """Return {module: output} while torch.compile traces; None if ``module`` must be computed separately.
 
-        No plan is used, so that the graph gets guards on the adapters' state. The frozen products are part of the
-        graph, and the compiler computes their dx, so siblings do not take part.
+        No plan is used, so that the graph gets guards on the adapters' state. The frozen layers' products x W^T are
+        operations of the graph, whose dx the compiler computes, so siblings do not take part.
         """
         joint = self._find(_JointProjections)
         modules = [member.module for member in joint.adapted]
@@ -334,7 +339,7 @@ class Site:
             return None
         for member, A, B in zip(joint.adapted, As, Bs, strict=True):
             if A.shape[1] != x.shape[-1] or B.shape[1] != A.shape[0] or A.device != x.device or B.device != x.device:
-                check_weights(member.path, x, A, B)
+                raise_weight_mismatch(member.path, x, A, B)
         outputs = self._over_modules(joint, x, slot, ps[0], As, Bs)
         output = outputs.pop(module)
         if outputs:
@@ -342,7 +347,7 @@ class Site:
         return {module: output}
 
     def _source(self, plan: _JointProjections, context: SourceContext) -> _Source:
-        """Return the site's part of a source context."""
+        """Return what this site reads from the source of the forward pass, in the form of ``_Source``."""
         if self.path not in context.sites:
             return _NO_SOURCE
         source = context.sites[self.path]
@@ -365,7 +370,7 @@ class Site:
         As: tuple[Tensor, ...],
         Bs: tuple[Tensor, ...],
     ) -> dict[nn.Module, Tensor]:
-        """Return the frozen products of all rows (t + s, m, d), and add the adapters' outputs to the t target rows."""
+        """Return the frozen outputs of t + s rows (target and source), with adapters added to the t target rows."""
         target = plan.layers[0].target_rows(slot, x)
         outputs = {m.module: F.linear(x, *m.linear._parameters.values()) for m in plan.members}  # type: ignore[arg-type]
         add_adapters(call, x[:target], Ss, [y[:target] for y in outputs.values()], As, Bs)
@@ -374,12 +379,12 @@ class Site:
     def _over_modules(
         self, plan: _JointProjections, x: Tensor, slot: Slot, p: float, As: tuple[Tensor, ...], Bs: tuple[Tensor, ...]
     ) -> dict[nn.Module, Tensor]:
-        """Return the outputs over frozen layers that must be called: they are quantised, or their weights train."""
+        """Return the outputs if the frozen layers run outside the autograd node (quantised, trained or traced)."""
         adapted = plan.adapted
         context = slot.context if plan.fuses else None
         x_source, _, Ss, _ = _NO_SOURCE if context is None else self._source(plan, context)
         lead, flat = x.shape[:-1], plan.plain and x.dim() > 2
-        if flat:  # with a 2-d input the output is not a view, and can be accumulated into
+        if flat:  # a linear's output for a 2-d input is not a view, so adapters can add to it in place
             x = x.flatten(0, -2)
             x_source = None if x_source is None else x_source.flatten(0, -2)
             Ss = tuple(S.flatten(0, -2) for S in Ss)
@@ -397,7 +402,7 @@ class Site:
 
 
 def _checked_source(path: str, x_source: Tensor, x: Tensor) -> Tensor:
-    """Return a state (..., m, d) on x's device. Raise ValueError if it does not have x's number of rows and width."""
+    """Return x_source on x's device. Raise ValueError if its number of positions or its width differs from x's."""
     if x_source.shape[:-1].numel() != x.shape[:-1].numel() or x_source.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"{path}: the source's state has shape {tuple(x_source.shape)} and the input {tuple(x.shape)}; both need "
@@ -407,7 +412,11 @@ def _checked_source(path: str, x_source: Tensor, x: Tensor) -> Tensor:
 
 
 def _call(plan: _Plan, key: tuple[Any, ...], dtype: torch.dtype, p: float, device: torch.device) -> Any:
-    """Return the constants of a call. ``key`` holds ranks, scalings, and whether there is x_source or S."""
+    """Return the constants of a call.
+
+    ``key`` begins with the rank and scaling of each adapted member, and ends with two flags: whether x_source is given,
+    and whether S is given.
+    """
     adapters = tuple(
         (member.index, key[2 * i], float(key[2 * i + 1]), member.fusion if key[-1] or key[-2] else None)
         for i, member in enumerate(plan.adapted)
@@ -416,7 +425,7 @@ def _call(plan: _Plan, key: tuple[Any, ...], dtype: torch.dtype, p: float, devic
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
-    """Return the modules that take part in a projection's forward."""
+    """Return the modules that a projection's forward may call, and the projection itself."""
     if not isinstance(module, FlareLayer):
         return [module]
     parts = [module, module.base_layer]
@@ -428,8 +437,9 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 def _fits(layer: FlareLayer, adapter: str) -> bool:
     """Return whether an adapter can take part in a site's call.
 
-    Its A and B must be plain linears without bias, its scaling a number, and its fusion must act on each position
-    separately and on all outputs.
+    lora_A and lora_B must be plain linears without bias, lora_dropout nn.Dropout or nn.Identity, and the scaling a
+    number. A fusion must act on each position separately, and on all output rows (not only on the query and value rows
+    of a projection that computes query, key and value).
     """
     if isinstance(layer.scaling[adapter], Tensor):
         return False
