@@ -171,7 +171,7 @@ def test_generation_continues_from_a_cache() -> None:
     go_on = {"input_ids": first.sequences, "attention_mask": mask, "max_new_tokens": 3, "pad_token_id": 1}
     assert torch.equal(model.generate(**go_on, past_key_values=cache, do_sample=False), sequences)
     cache.crop(-2)
-    with pytest.raises(ValueError, match=r"past_key_values holds 10 positions and its source has been used for 12"):
+    with pytest.raises(ValueError, match=r"past_key_values holds 10 positions, but its source has been used for 12"):
         model(input_ids=sequences[:, -1:], past_key_values=cache)
 
 

@@ -89,7 +89,7 @@ def test_release_alignment_needs_a_length() -> None:
 @pytest.mark.parametrize("fusion", ["cross_attention", "matmul"])
 def test_fusions_that_mix_positions(fusion) -> None:
     model = fused(fusion=fusion)
-    with pytest.raises(ValueError, match=f"fusion='{fusion}' .* at all positions of the text"):
+    with pytest.raises(ValueError, match=f"fusion='{fusion}' .* all positions of the text"):
         model.generate(**prompts(), max_new_tokens=2)
     out = model.generate(**prompts(), max_new_tokens=2, source_alignment="release", pad_token_id=1)
     assert out.shape[1] == 9
