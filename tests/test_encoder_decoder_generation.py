@@ -119,7 +119,7 @@ def test_decoder_prompts(started) -> None:
     own = frozen_text(model, inputs, 4, [], prompt if started else nn.functional.pad(prompt, (1, 0), value=START))
     want = teacher_forced(model, inputs, sequences, own)[:, 3:].float()
     torch.testing.assert_close(logits, want, **TOLERANCE)
-    with pytest.raises(ValueError, match=r"source_decoder_input_ids gives the source \(3, .* \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"first tokens have shape \(3, .*for the source.* \(3, 1\)"):
         generated(model, {**inputs, "source_decoder_input_ids": prompt}, 4)
 
 
@@ -156,7 +156,7 @@ def test_wrong_arguments_are_refused(options, message) -> None:
 
 def test_a_decoder_whose_fusion_mixes_positions() -> None:
     model = fused(fusion="cross_attention").eval()
-    with pytest.raises(ValueError, match=r"fusion='cross_attention'.*at all positions"):
+    with pytest.raises(ValueError, match=r"fusion='cross_attention'.*all positions"):
         model.generate(**texts(), source_labels=batch()["source_labels"], max_new_tokens=2)
 
 
