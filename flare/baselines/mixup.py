@@ -159,7 +159,8 @@ class XMixupModel(FlareModel):
                 models on the left.
 
         Raises:
-            TypeError, ValueError: source arguments do not fit, or an option cannot be combined with a source.
+            TypeError, ValueError: a source argument has a wrong type or shape, or an option cannot be combined with a
+                source.
         """
         source = take_source(self.model, kwargs, mixup_streams.X_MIXUP_ARGUMENTS)
         runtime, model = mixup_layer.runtime_of(self.model), cast(Any, self.model)

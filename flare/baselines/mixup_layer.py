@@ -23,7 +23,8 @@ from .mixup_place import Place
 
 _IMPLEMENTATION = "flare_x_mixup"
 _RUNTIME = "_flare_x_mixup"
-#: Attribute of a LoRA layer of the mixup block that holds w and b. PEFT then saves them as it saves lora_A.
+#: Attribute of a LoRA layer of the mixup block that holds w and b, the trained weights of lambda (see
+#: flare.baselines.mixup). PEFT then saves them as it saves lora_A.
 RATIO = "lora_x_mixup"
 
 # --- one forward on both texts ---------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
     """Return the Streams of one forward, with the masks of both texts and the arguments of the source's forward.
 
     Raises:
-        TypeError, ValueError: source arguments do not fit; the message names the argument.
+        TypeError, ValueError: a source argument has a wrong type or shape; the message names the argument.
     """
     inputs = source_inputs(model, source)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -152,7 +152,8 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the source's forward: input_ids and attention_mask (B, m), and token types if passed.
 
     Raises:
-        TypeError, ValueError: an argument is missing, does not fit or is not accepted; the message names it.
+        TypeError, ValueError: an argument is missing, has a wrong type or shape, or is not accepted; the message names
+            the argument.
     """
     for name in _NOT_TAKEN:
         if name in source:

@@ -10,7 +10,8 @@ maps the target's rows (beams, or several samples of a prompt) to the source's r
                       all rows have ended, the frozen model no longer runs.
     ReleaseDecoding   As in the authors' release: the source is decoded before the target. All positions of a forward
                       fuse with a single position of the source, which is chosen by the target's length.
-    LatentDecoding    FLARE MT: the user passes source states for the prompt. New tokens fuse with the last of them.
+    LatentDecoding    FLARE MT: the user passes the states of a translation model's encoder, one per position of the
+                      prompt. New tokens fuse with the last of these states.
 
 The classes hold no modules, so a cache can be copied without copying the model. Shapes: B rows of the source, m
 positions of its prompt, q positions of a forward, rank r. S is stored as layer -> adapter -> (B, q, r).

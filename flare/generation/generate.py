@@ -2,8 +2,9 @@
 
 A cache of flare.generation.caches is passed as ``past_key_values``. It carries the decoding of the source
 (flare.generation.decoding). When beam search or sampling selects rows of the target, the cache also selects the rows of
-the source. In every forward, the hook before the model (flare.source.hooks) takes S of the forward's positions from the
-cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses once, before decoding.
+the source. In every forward, the hook before the model (flare.source.hooks) takes S = x_source Aᵀ of the forward's
+positions from the cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses once,
+before decoding.
 """
 
 from __future__ import annotations

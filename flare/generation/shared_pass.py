@@ -1,11 +1,11 @@
-"""Decoding steps that run the model once, on the new tokens of both the target and the source.
+"""Run decoding steps that call the model once, on the new tokens of both the target and the source.
 
 With ``source_layer_offset=0``, the target's input of a block fuses with the source's input of the same block. A
 decoding step can therefore run the model once, on one batch of the target's rows followed by the source's rows:
 
-    frozen weights    read once per step for both streams, also if they are quantised
+    frozen weights    read once per step for both texts, also if they are quantised
     adapters          added to the target's rows only; the source's rows pass the frozen model
-    S                 computed from the source's rows at the input of each block; no other state of width d is kept
+    S = x_source Aᵀ   computed from the source's rows at the input of each block; no other state of width d is kept
     KV cache          one for the rows of target and source; beam search reorders only the target's rows
 
 Beams and samples of a prompt share one source row. The prompts of target and source are processed in separate passes,

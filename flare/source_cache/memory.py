@@ -32,7 +32,8 @@ class MemoryTier:
         name: "device" or "host".
         budget: largest number of bytes that the tier takes.
         modest: whether several tiers share the budget. The tier then takes at most half of the memory that is free when
-            it stores its first row, and takes no more memory once little is free, because training may need more later.
+            it stores its first row, and takes no more memory once little is free, because training may need more memory
+            later.
     """
 
     def __init__(self, name: str, budget: int, modest: bool) -> None:
@@ -103,7 +104,7 @@ class MemoryTier:
     def _allocate(self, nbytes: int, device: torch.device) -> Tensor | None:
         place = self._place(device)
         if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * memory_of(place):
-            self.full = f"little is free; to use it, give this tier its own budget: budget={{{self.name!r}: bytes}}"
+            self.full = f"little is free; to use the tier anyway, give it its own budget: {{{self.name!r}: bytes}}"
             return None
         try:
             with torch.inference_mode(False):

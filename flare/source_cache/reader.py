@@ -23,7 +23,7 @@ from .row_keys import Batch, device_of
 from .row_writer import RowWriter, TrialClock
 from .store import Store
 
-#: Number of rows whose padded width is remembered, to detect texts that come again with another width.
+#: Largest number of rows whose padded width is remembered, to detect texts that come again with another width.
 _REMEMBERED_ROWS = 100_000
 _OTHER_WIDTH = (
     "source texts that were read before now come padded to another width. With source_padding='keep' the padded width "

@@ -1,4 +1,7 @@
-"""Writing the rows that a source pass computes into the cache, and timing the pass for tiers="auto"."""
+"""Write the rows that a source pass computes into the cache, and measure the time of the pass for tiers="auto".
+
+A row is one text of a batch, and an entry holds the states of a row as bytes.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class RowWriter:
         self.on_trial = on_trial
         #: For each row with reserved memory: the row, its tier, its entry, and views of the entry by state.
         self.slots: list[tuple[Row, Tier | None, Entry, dict[StateKey, Tensor]]] | None = None
-        self.devices: set[torch.device] = set()  # that computed states; a model may be on several
+        self.devices: set[torch.device] = set()  # devices that computed states
 
     def write(self, key: StateKey, hidden: Tensor) -> None:
         """Copy each row's stored positions of one state (B', m, d)."""

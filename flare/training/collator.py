@@ -63,10 +63,11 @@ class FlareDataCollator:
         batch["input_ids"].shape  # (2, 5), and so are source_input_ids and both masks
 
     **Input.** A row has ``input_ids``, ``source_input_ids`` and labels: ``labels``, or ``start_positions`` and
-    ``end_positions``, or none. Optional columns: ``attention_mask`` and ``token_type_ids``, both also with the
-    prefix ``source_``, ``source_labels``, ``source_decoder_input_ids``, and the source's answer span for X-Mixup
-    (``source_start_positions``, ``source_end_positions``). A missing mask means all ones. FLARE MT: rows have
-    ``source_states`` (length, latent_dim) from flare.LatentEncoder in place of ``source_input_ids``.
+    ``end_positions``, or none. Optional columns: ``attention_mask``, ``token_type_ids``, ``source_attention_mask``,
+    ``source_token_type_ids``, ``source_labels``, ``source_decoder_input_ids``, and, for X-Mixup, the source's answer
+    span (``source_start_positions``, ``source_end_positions``). A missing mask means all ones. In FLARE MT, the variant
+    that reads the encoder states of a translation model, rows have ``source_states`` (length, latent_dim) from
+    flare.LatentEncoder in place of ``source_input_ids``.
 
     **Output.** A BatchEncoding of int64 tensors: ``input_ids``, ``attention_mask``, ``source_input_ids`` and
     ``source_attention_mask``, all (B, m). ``labels`` are (B), (B, m) or, for encoder-decoders, (B, u) together with

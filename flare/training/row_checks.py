@@ -99,7 +99,7 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
-    """Return why a tokenizer seems to be another model's, or None.
+    """Return why a tokenizer seems to belong to another model, or None.
 
     The reasons are special tokens beyond the model's vocabulary, and pad, bos or eos ids that differ from the ids in
     the model's configuration and generation configuration. The result is only used for a warning, because the ids of

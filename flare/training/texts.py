@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Id of a position without a state. State i of a FLARE MT text has the id -2 - i.
+#: Id of a position without a state. In FLARE MT (source states from a translation model), state i has id -2 - i.
 NO_STATE = -1
 
 

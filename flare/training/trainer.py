@@ -4,9 +4,8 @@ The stock Trainer has four problems with such rows, which are solved here:
 
 - It drops the ``source_*`` columns, because the base model's ``forward`` does not name them. FlareTrainer keeps them.
 - It pads with ``tokenizer.pad``, which pads one text. FlareTrainer's default collator, FlareDataCollator, pads both.
-- It counts the tokens and FLOPs of the target only. FlareTrainer counts both texts, and logs the number of source
-tokens
-  separately.
+- It counts the tokens and FLOPs of the target only. FlareTrainer counts both texts, and logs the number of
+  source tokens separately.
 - With gradient accumulation it does not scale the loss of models that ignore ``num_items_in_batch`` (BERT, XLM-R, mT5,
   and Llama with a classification head): four accumulated batches give four times the gradient. FlareTrainer computes
   the gradient of one large batch for every model, also with micro-batches of unequal size.
