@@ -295,7 +295,7 @@ class FlareDataCollator:
         """Cut a causal prompt to ``keep`` tokens: its first token, if that is special, and its end. Keep the answer."""
         if keep < 0:
             raise ValueError(
-                f"{what}: the answer alone has {len(text) - text.split} tokens, and max_length is {self.max_length}; "
+                f"{what}: the answer alone has {len(text) - text.split} tokens and max_length is {self.max_length}; "
                 "shorten the answer or raise max_length"
             )
         opening = keep > 0 and text.columns["input_ids"][0] in self.tokenizer.all_special_ids
