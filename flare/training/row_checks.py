@@ -177,7 +177,7 @@ def check_beginnings(rows: Sequence[Mapping[str, Any]], first: int | None) -> bo
         target, source = row["input_ids"][0], row["source_input_ids"][0]
         if target == first != source:
             warnings.warn(
-                f"row {index}: input_ids begins with the special token {first}, but source_input_ids with {source}: "
+                f"row {index}: input_ids begins with the special token {first}, and source_input_ids with {source}: "
                 "the source text was tokenised by another model's tokenizer, or without special tokens. Tokenise both "
                 "texts with the model's own tokenizer, with the same options",
                 UserWarning,
