@@ -147,7 +147,7 @@ def test_input_fusion_raises_if_the_model_has_too_few_positions():
     assert model.peft_config["default"].fusion is None
     with pytest.raises(ValueError, match=r"max_length=33 per text makes batches of 66 tokens"):
         InputFusionCollator(tokenizer(), max_length=33, max_positions=64)
-    with pytest.raises(ValueError, match=r"together are 7 tokens wide, and the model has positions for 6"):
+    with pytest.raises(ValueError, match=r"together are 7 tokens wide, but the model has only 6 positions"):
         InputFusionCollator(tokenizer(), max_positions=6)(classes())
 
 

@@ -1,4 +1,4 @@
-"""FlareDataCollator: one width for both texts, answers at one index, and errors for people."""
+"""Test FlareDataCollator: both texts have one width, causal answers start at one index, and invalid input raises."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from two_streams import BOS, CLS, PAD, SEP, rows, task_model, tokenizer
 
 from flare.training.collator import FlareDataCollator, layout_of
 
-A, B, C, D, E, F, G, H = range(10, 18)  # word ids that read better than numbers
+A, B, C, D, E, F, G, H = range(10, 18)  # names of word ids
 
 
 def classes() -> list[dict]:
@@ -21,7 +21,7 @@ def classes() -> list[dict]:
 # --- encoder ----------------------------------------------------------------------------------------------------------
 
 
-def test_both_texts_get_the_width_of_the_longest_of_either():
+def test_both_texts_are_padded_to_the_longest_text_of_the_batch():
     batch = FlareDataCollator(tokenizer())(classes())
     assert batch["input_ids"].tolist() == [[CLS, A, SEP, PAD, PAD], [CLS, E, F, SEP, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
@@ -31,7 +31,7 @@ def test_both_texts_get_the_width_of_the_longest_of_either():
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
-def test_padding_side():
+def test_padding_on_the_left_by_tokenizer_or_by_argument():
     for collator in (
         FlareDataCollator(tokenizer("left")),
         FlareDataCollator(tokenizer("right"), padding_side="left"),
@@ -50,13 +50,13 @@ def test_fixed_width_and_multiples():
 
 
 def test_masks_and_token_types_of_the_rows_are_kept():
-    given = classes()
-    for row in given:
+    examples = classes()
+    for row in examples:
         row["attention_mask"] = [1] * (len(row["input_ids"]) - 1) + [0]
         row["source_attention_mask"] = [0] + [1] * (len(row["source_input_ids"]) - 1)
         row["token_type_ids"] = [0] + [1] * (len(row["input_ids"]) - 1)
         row["source_token_type_ids"] = [0, 1] + [0] * (len(row["source_input_ids"]) - 2)
-    batch = FlareDataCollator(tokenizer())(given)
+    batch = FlareDataCollator(tokenizer())(examples)
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert batch["source_attention_mask"].tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]
@@ -64,30 +64,30 @@ def test_masks_and_token_types_of_the_rows_are_kept():
 
 
 def test_labels_per_token_are_padded_with_their_tokens():
-    given = [
+    examples = [
         {"input_ids": [CLS, A, SEP], "source_input_ids": [CLS, B, C, SEP], "labels": [-100, 2, -100]},
         {"input_ids": [CLS, A, B, SEP], "source_input_ids": [CLS, C, SEP], "labels": [-100, 0, 1, -100]},
     ]
-    right = FlareDataCollator(tokenizer("right"))(given)
-    left = FlareDataCollator(tokenizer("left"))(given)
+    right = FlareDataCollator(tokenizer("right"))(examples)
+    left = FlareDataCollator(tokenizer("left"))(examples)
     assert right["labels"].tolist() == [[-100, 2, -100, -100], [-100, 0, 1, -100]]
     assert left["labels"].tolist() == [[-100, -100, 2, -100], [-100, 0, 1, -100]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_answer_positions_follow_their_tokens(side: str):
-    given = [
+    examples = [
         {"input_ids": [CLS, A, B, SEP], "source_input_ids": [CLS] * 7, "start_positions": 1, "end_positions": 2},
         {"input_ids": [CLS, C, A, D, B, SEP], "source_input_ids": [CLS], "start_positions": 2, "end_positions": 4},
     ]
-    batch = FlareDataCollator(tokenizer(side))(given)
+    batch = FlareDataCollator(tokenizer(side))(examples)
     at = torch.arange(2)
     assert (batch["input_ids"][at, batch["start_positions"]] == A).all()
     assert (batch["input_ids"][at, batch["end_positions"]] == B).all()
 
 
-def test_other_columns_tensors_and_label_names():
-    given = [
+def test_label_is_renamed_numbers_are_stacked_and_strings_are_dropped():
+    examples = [
         {
             "input_ids": torch.tensor([A, B]),
             "source_input_ids": torch.tensor([C]),
@@ -97,7 +97,7 @@ def test_other_columns_tensors_and_label_names():
         },
         {"input_ids": torch.tensor([A]), "source_input_ids": torch.tensor([C]), "label": 0, "weight": 2.0, "text": "y"},
     ]
-    batch = FlareDataCollator(tokenizer())(given)
+    batch = FlareDataCollator(tokenizer())(examples)
     assert batch["labels"].tolist() == [1, 0]
     assert batch["weight"].tolist() == [0.5, 2.0]
     assert set(batch) == {
@@ -132,7 +132,7 @@ def answers() -> list[dict]:
     ]
 
 
-def test_causal_answers_start_at_one_index_in_both_streams():
+def test_causal_answers_start_at_one_index_in_both_texts():
     batch = FlareDataCollator(tokenizer("left"))(answers())
     assert batch["input_ids"].tolist() == [[PAD, BOS, A, B, C, D], [PAD, PAD, BOS, A, C, PAD]]
     assert batch["labels"].tolist() == [[-100] * 4 + [C, D], [-100] * 4 + [C, -100]]
@@ -143,29 +143,32 @@ def test_causal_answers_start_at_one_index_in_both_streams():
 
 
 def test_a_causal_source_without_answer_is_masked_at_the_answer():
-    given = [{k: v for k, v in row.items() if k != "source_labels"} for row in answers()]
-    for row in given:
+    examples = [{k: v for k, v in row.items() if k != "source_labels"} for row in answers()]
+    for row in examples:
         row["source_input_ids"] = row["source_input_ids"][:2]
-    batch = FlareDataCollator(tokenizer("right"))(given)  # the layout does not depend on the tokenizer's side
+    batch = FlareDataCollator(tokenizer("right"))(examples)  # the layout does not depend on the tokenizer's side
     assert batch["input_ids"].tolist() == [[BOS, A, B, C, D], [PAD, BOS, A, C, PAD]]
     assert batch["source_input_ids"].tolist() == [[PAD, BOS, E, PAD, PAD], [PAD, BOS, E, PAD, PAD]]
     assert batch["source_attention_mask"].tolist() == [[0, 1, 1, 0, 0]] * 2
 
 
-def test_padding_of_causal_rows_is_replaced():
-    given = answers()
-    given[1]["input_ids"] = [PAD, PAD, BOS, A, C]
-    given[1]["labels"] = [-100, -100, -100, -100, C]
-    given[1]["attention_mask"] = [0, 0, 1, 1, 1]
-    given[0]["attention_mask"] = [1] * 5
+def test_padding_in_causal_rows_is_removed_before_rows_are_padded():
+    examples = answers()
+    examples[1]["input_ids"] = [PAD, PAD, BOS, A, C]
+    examples[1]["labels"] = [-100, -100, -100, -100, C]
+    examples[1]["attention_mask"] = [0, 0, 1, 1, 1]
+    examples[0]["attention_mask"] = [1] * 5
     assert torch.equal(
-        FlareDataCollator(tokenizer())(given)["input_ids"], FlareDataCollator(tokenizer())(answers())["input_ids"]
+        FlareDataCollator(tokenizer())(examples)["input_ids"], FlareDataCollator(tokenizer())(answers())["input_ids"]
     )
 
 
 def test_causal_text_without_a_prompt_does_not_predict_its_first_token_from_padding():
-    given = [{"input_ids": [BOS, A, B], "labels": [BOS, A, B]}, {"input_ids": [BOS, A, C], "labels": [-100, -100, C]}]
-    batch = FlareDataCollator(tokenizer(), require_source=False)(given)
+    examples = [
+        {"input_ids": [BOS, A, B], "labels": [BOS, A, B]},
+        {"input_ids": [BOS, A, C], "labels": [-100, -100, C]},
+    ]
+    batch = FlareDataCollator(tokenizer(), require_source=False)(examples)
     assert batch["input_ids"].tolist() == [[PAD, BOS, A, B], [BOS, A, C, PAD]]
     assert batch["labels"].tolist() == [[-100, -100, A, B], [-100, -100, C, -100]]
 
@@ -176,9 +179,9 @@ def test_causal_fixed_width_pads_prompts_on_the_left():
     assert batch["source_input_ids"].tolist()[1] == [PAD, PAD, PAD, PAD, BOS, E, G, H]
 
 
-def test_prompts_without_labels_are_for_generation():
-    given = [{k: v for k, v in row.items() if "labels" not in k} for row in answers()]
-    batch = FlareDataCollator(tokenizer("right"), layout="causal")(given)
+def test_causal_rows_without_labels_are_padded_on_the_left():
+    examples = [{k: v for k, v in row.items() if "labels" not in k} for row in answers()]
+    batch = FlareDataCollator(tokenizer("right"), layout="causal")(examples)
     assert batch["input_ids"].tolist() == [[BOS, A, B, C, D], [PAD, PAD, BOS, A, C]]
     assert batch["source_input_ids"].tolist() == [[BOS, E, F, G, H], [PAD, BOS, E, G, H]]
 
@@ -198,22 +201,22 @@ def test_causal_truncation_cuts_the_start_of_prompts_and_keeps_the_opening_token
 
 
 def test_seq2seq_labels_have_their_own_width():
-    given = [
+    examples = [
         {"input_ids": [A, B, SEP], "source_input_ids": [C, SEP], "labels": [D, SEP], "source_labels": [E, F, G, SEP]},
         {"input_ids": [A, SEP], "source_input_ids": [C, SEP], "labels": [SEP], "source_labels": [SEP]},
     ]
-    batch = FlareDataCollator(tokenizer(), layout="seq2seq")(given)
+    batch = FlareDataCollator(tokenizer(), layout="seq2seq")(examples)
     assert batch["input_ids"].shape == batch["source_input_ids"].shape == (2, 3)
     assert batch["labels"].tolist() == [[D, SEP, -100, -100], [SEP, -100, -100, -100]]
     assert batch["source_labels"].tolist() == [[E, F, G, SEP], [SEP, -100, -100, -100]]
 
 
 def test_seq2seq_decoder_inputs_are_padded_with_the_pad_token():
-    given = [
+    examples = [
         {"input_ids": [A], "source_input_ids": [C], "labels": [D, E], "source_decoder_input_ids": [PAD, F, G]},
         {"input_ids": [A], "source_input_ids": [C], "labels": [D], "source_decoder_input_ids": [PAD, F]},
     ]
-    batch = FlareDataCollator(tokenizer())(given)
+    batch = FlareDataCollator(tokenizer())(examples)
     assert batch["labels"].tolist() == [[D, E, -100], [D, -100, -100]]
     assert batch["source_decoder_input_ids"].tolist() == [[PAD, F, G], [PAD, F, PAD]]
 
@@ -231,15 +234,15 @@ def test_seq2seq_decoder_inputs_are_padded_with_the_pad_token():
         ("mt5", "seq2seq"),
     ],
 )
-def test_the_models_layout(family: str, layout: str):
+def test_layout_of_a_model(family: str, layout: str):
     assert layout_of(task_model(family)) == layout
 
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "bert-spans", "xlmr", "llama", "llama-classes", "mt5"])
 def test_auto_finds_the_layout_of_the_model(family: str):
-    given = rows(family, 6)
-    auto = FlareDataCollator(tokenizer())(given)
-    named = FlareDataCollator(tokenizer(), layout=layout_of(task_model(family)))(given)
+    examples = rows(family, 6)
+    auto = FlareDataCollator(tokenizer())(examples)
+    named = FlareDataCollator(tokenizer(), layout=layout_of(task_model(family)))(examples)
     assert auto.keys() == named.keys()
     assert all(torch.equal(auto[name], named[name]) for name in auto)
     assert task_model(family)(**{k: v for k, v in auto.items() if not k.startswith("source_")}).loss.isfinite()
@@ -263,11 +266,11 @@ def test_a_missing_source_raises_unless_require_source_is_false():
 
 
 def test_latent_states_replace_a_source_text():
-    given = [
+    examples = [
         {**row, "source_states": [[0.5, 1.0]] * 3, "source_attention_mask": [1, 1, 0]}
         for row in without("source_input_ids")
     ]
-    batch = FlareDataCollator(tokenizer())(given)
+    batch = FlareDataCollator(tokenizer())(examples)
     assert batch["source_states"].shape == (*batch["input_ids"].shape, 2) == (2, 4, 2)
     assert batch["source_attention_mask"].tolist() == [[1, 1, 0, 0]] * 2
 
@@ -289,10 +292,10 @@ def test_invalid_columns_raise(change: dict, message: str):
 
 def test_columns_missing_in_some_rows_raise():
     for name in ("labels", "weight"):
-        given = [{**row, "weight": 1.0} for row in classes()]
-        del given[1][name]
+        examples = [{**row, "weight": 1.0} for row in classes()]
+        del examples[1][name]
         with pytest.raises(ValueError, match=rf"row 1 of the batch has no column '{name}'"):
-            FlareDataCollator(tokenizer())(given)
+            FlareDataCollator(tokenizer())(examples)
     with pytest.raises(ValueError, match=r"row 0 has no column 'input_ids'"):
         FlareDataCollator(tokenizer())(without("input_ids"))
     with pytest.raises(ValueError, match="no rows"):
@@ -320,12 +323,12 @@ def test_long_texts_raise_or_are_truncated():
         ({"padding_side": "top"}, r"padding_side='top' is not known"),
     ],
 )
-def test_unknown_options(options: dict, message: str):
+def test_invalid_options_raise(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         FlareDataCollator(tokenizer(), **options)
 
 
-def test_a_tokenizer_without_pad_token():
+def test_a_tokenizer_without_pad_token_raises():
     with pytest.raises(ValueError, match=r"no pad token.*tokenizer\.pad_token = tokenizer\.eos_token"):
         FlareDataCollator(tokenizer(pad=False))
 
@@ -353,5 +356,6 @@ def test_a_fitted_collator_respects_max_length():
     wide = FlareDataCollator(tokenizer(), layout="causal").fitted(data)(data)["input_ids"].shape[1]
     limited = FlareDataCollator(tokenizer(), layout="causal", max_length=wide - 1)
     fitted = limited.fitted(data)
-    found = [fitted([row])["input_ids"].shape[1] for row in data]
-    assert max(found) == wide - 1 and found.count(wide - 1) > 3, "rows without room for the longest answer stay apart"
+    widths = [fitted([row])["input_ids"].shape[1] for row in data]
+    assert max(widths) == wide - 1
+    assert widths.count(wide - 1) > 3, "only a row with no room for the longest answer has another width"

@@ -1,4 +1,7 @@
-"""DDP and FSDP2 on two processes: every gradient is one process's over both batches, the source's share included."""
+"""Test DDP and FSDP2 on two processes: each gradient equals the gradient of one process that trains on both batches.
+
+This includes the part of the gradient that comes from the source.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ ENGINES = ("ddp", "fsdp2")
 
 
 def train_all(rank: int, engine: str, family: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every case, and how often projections were computed together in all."""
+    """Train all cases on one rank. Return case -> gradients of each step.
+
+    The key "joint" has the number of calls in which several projections were computed together.
+    """
     calls: list[int] = []
     joint = site.apply_with_products
 
@@ -55,7 +61,7 @@ MORE_CASES: dict[str, dict[str, Any]] = {
 }
 ENGINE_CASES: dict[str, dict[str, dict[str, Any]]] = {
     "ddp": {
-        "unused parameters looked for": {"options": {"find_unused_parameters": True}},
+        "find_unused_parameters": {"options": {"find_unused_parameters": True}},
         "static graph": {"options": {"static_graph": True}},
         "recompute": {"source_memory": "recompute", "steps": 2},
         "recompute, checkpointing and accumulation": {
@@ -70,10 +76,10 @@ ENGINE_CASES: dict[str, dict[str, dict[str, Any]]] = {
         "replicated": {"options": {"layout": "replicated"}, "reentrant": False, "accumulate": 2, "steps": 2},
         "replicated, reentrant": {"options": {"layout": "replicated"}, "reentrant": True, "steps": 2},
         "replicated, by accelerate, FLARE MT": {"options": {"layout": "accelerate, replicated"}, "latent": True},
-        "kept whole": {"options": {"reshard_after_forward": False}},
-        "kept whole, forwards between": {"options": {"reshard_after_forward": False}, "between": True, "steps": 2},
-        "forwards between": {"between": True},
-        "FLARE MT, kept whole, forwards between": {
+        "not resharded after the forward": {"options": {"reshard_after_forward": False}},
+        "not resharded, with more forwards": {"options": {"reshard_after_forward": False}, "between": True, "steps": 2},
+        "with more forwards": {"between": True},
+        "FLARE MT, not resharded, with more forwards": {
             "options": {"reshard_after_forward": False},
             "between": True,
             "latent": True,
@@ -86,32 +92,32 @@ ENGINE_CASES: dict[str, dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_equal_those_of_one_process(engine, family, tmp_path) -> None:
     cases = {**CASES, **(MORE_CASES | ENGINE_CASES[engine] if family == "llama" else {})}
-    found = two_processes.run(tmp_path, train_all, engine, family, cases)
-    wanted: dict[str, list[dict[str, Tensor]]] = {}
-    beside = ("options", "reentrant", "between", "source_memory")  # what changes no number
+    ranks = two_processes.run(tmp_path, train_all, engine, family, cases)
+    expected: dict[str, list[dict[str, Tensor]]] = {}
+    without_effect = ("options", "reentrant", "between", "source_memory")  # arguments that do not change gradients
     for name, case in cases.items():
-        mathematics = {key: value for key, value in case.items() if key not in beside}
-        if str(mathematics) not in wanted:
-            wanted[str(mathematics)] = train(None, "none", family, **mathematics)
-        for rank in found:
-            check(rank[name], wanted[str(mathematics)], name)
-    assert all(rank["joint"] > 0 for rank in found)
+        arguments = {key: value for key, value in case.items() if key not in without_effect}
+        if str(arguments) not in expected:
+            expected[str(arguments)] = train(None, "none", family, **arguments)
+        for rank in ranks:
+            check(rank[name], expected[str(arguments)], name)
+    assert all(rank["joint"] > 0 for rank in ranks)
 
 
-def without_the_source(rank: int) -> list[dict[str, Tensor]]:
+def train_without_the_sources_gradient(rank: int) -> list[dict[str, Tensor]]:
     projected.SourcePass.backward = staticmethod(lambda ctx, *grads: (None,) * len(ctx.needs_input_grad))
     return train(rank, "ddp", "bert", source_memory="recompute")
 
 
-def test_a_missing_source_share_is_detected(tmp_path) -> None:
-    found = two_processes.run(tmp_path, without_the_source)
+def test_a_gradient_without_the_sources_part_is_detected(tmp_path) -> None:
+    ranks = two_processes.run(tmp_path, train_without_the_sources_gradient)
     with pytest.raises(AssertionError, match=r"lora_A.* off, of"):
-        check(found[0], train(None, "none", "bert"), "cut")
+        check(ranks[0], train(None, "none", "bert"), "without the source's gradient")
 
 
 @pytest.mark.parametrize("latent", [False, True])
-def test_fsdp2_with_mixed_precision(latent, tmp_path) -> None:
-    """float32 shards computed in float64: exact where the source arrives in every block, in FSDP2's dtype."""
+def test_gradients_under_fsdp2_with_mixed_precision(latent, tmp_path) -> None:
+    """Shards in float32, computed in float64: gradients are exact if every block gets its source state in float64."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)
     case = {"engine": "fsdp2", "family": "llama", "latent": latent}
     case |= {"dtype": torch.float32, "options": {"mp_policy": policy}}
@@ -124,7 +130,7 @@ def train_case(rank: int, case: dict[str, Any]) -> list[dict[str, Tensor]]:
     return train(rank, **case)
 
 
-def test_qlora_under_fsdp2(tmp_path) -> None:
+def test_gradients_of_qlora_under_fsdp2_equal_those_of_one_process(tmp_path) -> None:
     folder = tmp_path / "llama"
     tiny.model("llama", dtype=torch.float32).save_pretrained(folder)
     cases: dict[str, dict[str, Any]] = {
@@ -134,16 +140,16 @@ def test_qlora_under_fsdp2(tmp_path) -> None:
     }
     want = train(None, "none", "llama", nf4=(folder, torch.uint8))
     (tmp_path / "run").mkdir()
-    for found in two_processes.run(tmp_path / "run", train_all, "fsdp2", "llama", cases):
+    for rank in two_processes.run(tmp_path / "run", train_all, "fsdp2", "llama", cases):
         for name in cases:
-            check(found[name], want, name, rtol=1e-5)
+            check(rank[name], want, name, rtol=1e-5)
 
 
-# --- what cannot be trained is refused, before a step is lost ---------------------------------------------------------
+# --- unsupported setups raise -----------------------------------------------------------------------------------------
 
 
 def errors(rank: int) -> dict[str, str]:
-    """Name -> the error that a training step raises."""
+    """Return name of a setup -> type and message of the error that its training step raises."""
 
     def fsdp1() -> None:
         sharded = FullyShardedDataParallel(
@@ -164,33 +170,33 @@ def errors(rank: int) -> dict[str, str]:
         "fsdp2": lambda: train(rank, "fsdp2", "bert", latent=True, reentrant=True),
         "fsdp1": fsdp1,
     }
-    found = {}
+    messages = {}
     for name, step in steps.items():
         try:
             step()
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
 
 
 def test_unsupported_engines_raise(tmp_path) -> None:
-    for found in two_processes.run(tmp_path, errors):
-        assert "tensor parallelism" in found["tp"]
-        assert "DistributedDataParallel" in found["ddp"] and "'use_reentrant': False" in found["ddp"]
-        assert "FSDP2" in found["fsdp2"] and "'use_reentrant': False" in found["fsdp2"]
-        assert "FSDP1" in found["fsdp1"] and "fsdp_version: 2" in found["fsdp1"]
+    for messages in two_processes.run(tmp_path, errors):
+        assert "tensor parallelism" in messages["tp"]
+        assert "DistributedDataParallel" in messages["ddp"] and "'use_reentrant': False" in messages["ddp"]
+        assert "FSDP2" in messages["fsdp2"] and "'use_reentrant': False" in messages["fsdp2"]
+        assert "FSDP1" in messages["fsdp1"] and "fsdp_version: 2" in messages["fsdp1"]
 
 
 def test_an_8_bit_base_raises_under_fsdp2() -> None:
     class Int8Params(torch.nn.Parameter):
-        """As bitsandbytes names them."""
+        """Parameter class with the name of bitsandbytes' 8-bit weights."""
 
     model = fused("bert")
     model.get_base_model().classifier.weight8 = Int8Params(torch.zeros(2), requires_grad=False)
     plugin = SimpleNamespace(fsdp_version=2, ignored_modules=None)
     with pytest.raises(ValueError, match=r"8 bits.*load_in_4bit.*DDP"):
         exclude_adapters_from_fsdp(model, plugin)
-    plugin.fsdp_version = 1  # refused where a source comes
+    plugin.fsdp_version = 1  # FSDP1 is refused later, in a forward with a source
     exclude_adapters_from_fsdp(model, plugin)
     assert plugin.ignored_modules is None
     with pytest.raises(ValueError, match=r"group of processes.*accelerate launch"):

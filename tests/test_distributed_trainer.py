@@ -1,4 +1,4 @@
-"""The trainer, saving, and the examples on two processes."""
+"""Test the trainer, saving, and the examples on two processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "fine_tune.py"
 
 
 def fine_tune(rank: int | None, task: str, folder: Path) -> dict[str, Any]:
-    """Two epochs with FlareTrainer; the adapter's weights, the logged losses and the tokens seen."""
+    """Train two epochs with FlareTrainer.
+
+    Return the adapter's weights, the logged losses and gradient norms, and the numbers of tokens and source tokens
+    seen.
+    """
     if rank is not None:
         world = str(two_processes.WORLD)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -69,7 +73,7 @@ def fine_tune(rank: int | None, task: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", ["bert", "llama"])
 def test_the_trainer_on_two_processes_equals_one_with_the_double_batch(task, tmp_path) -> None:
-    """For llama with rows of unequal numbers of labels: the mean is over all of the step's labels, on all ranks."""
+    """Rows of llama have different numbers of labels. The loss is the mean over all labels of a step on all ranks."""
     want = fine_tune(None, task, tmp_path)
     assert len(want["losses"]) == 4 and want["seen"][1] > 0
     for got in two_processes.run(tmp_path, fine_tune, task, tmp_path):
@@ -84,13 +88,16 @@ def test_the_trainer_on_two_processes_equals_one_with_the_double_batch(task, tmp
 
 
 def generated(model: Any, latent: bool) -> Tensor:
-    """Greedy tokens (B, n) behind the first batch."""
+    """Return the tokens (B, n) that greedy generation appends to the prompts of rank 0's batch."""
     inputs = {name: value for name, value in batch("llama", 0, latent).items() if name != "labels"}
     return model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
 
 def save_sharded(rank: int, folder: Path, latent: bool) -> tuple[Tensor, Tensor]:
-    """Train one step under FSDP2, save both ways, go on from the checkpoint; logits (B, m, vocabulary) and tokens."""
+    """Train one step under FSDP2, save an adapter and a sharded checkpoint, and load the checkpoint into a new model.
+
+    Return the trained model's logits (B, m, vocabulary) and its generated tokens.
+    """
     overrides = {"latent_dim": D} if latent else {}
     model = fused("llama", **overrides)
     shard(model)
@@ -122,7 +129,7 @@ def save_sharded(rank: int, folder: Path, latent: bool) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_a_sharded_model_is_saved(latent, tmp_path) -> None:
-    """As a PEFT adapter, and as a sharded checkpoint that one process can make an adapter of."""
+    """It is saved as a PEFT adapter, and as a sharded checkpoint that one process can convert into an adapter."""
     (tmp_path / "run").mkdir()
     (want, tokens), other = two_processes.run(tmp_path / "run", save_sharded, tmp_path, latent)
     torch.testing.assert_close((want, tokens), other, rtol=0, atol=0)
@@ -144,7 +151,7 @@ def test_a_sharded_model_is_saved(latent, tmp_path) -> None:
 
 
 def test_the_example_runs_on_two_processes(tmp_path) -> None:
-    """By the command in its docstring, on CPUs; the adapter it writes has learnt, and PEFT reads it."""
+    """Run the command in the example's docstring on CPUs. PEFT loads the saved adapter, whose weights are trained."""
     assert "accelerate launch --config_file examples/ddp.yaml examples/fine_tune.py" in EXAMPLE.read_text()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLE.with_name("ddp.yaml"))]
     script = [str(EXAMPLE), "--output", str(tmp_path / "out"), "--rows", "32"]
@@ -167,7 +174,7 @@ def test_the_example_runs_on_two_processes(tmp_path) -> None:
         printed, _ = process.communicate(timeout=180)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # whatever is left of it
+            os.killpg(process.pid, signal.SIGKILL)  # end processes that still run
         process.wait()
     assert process.returncode == 0, printed
     assert "adapter of 2 process(es)" in printed

@@ -1,4 +1,7 @@
-"""Encoder-decoders: both stacks read one frozen pass, the decoder only if it has a source."""
+"""Test encoder-decoders: one frozen pass gives the source states of both stacks.
+
+The encoder fuses with every source. The decoder fuses only if the batch has source_labels or source_decoder_input_ids.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from torch import nn
 
 import flare
 
-# --- by hand ----------------------------------------------------------------------------------------------------------
+# --- compared with the formula ----------------------------------------------------------------------------------------
 
 
 def assert_same_step(got: Any, want: Any) -> None:
@@ -61,7 +64,7 @@ def test_logits_and_gradients_equal_the_formula(fusion, offset, decoder) -> None
 
 
 def test_eager_attention_and_sdpa_agree() -> None:
-    """Up to float32's rounding: mT5's eager attention computes its softmax in float32."""
+    """They agree up to float32's rounding, because mT5's eager attention computes its softmax in float32."""
     steps = {}
     for name in ("eager", "sdpa"):
         model = fused(base={"attn_implementation": name})
@@ -72,7 +75,7 @@ def test_eager_attention_and_sdpa_agree() -> None:
         torch.testing.assert_close(steps["sdpa"][2][name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_decoders_source_as_ids_and_as_labels() -> None:
+def test_the_decoders_source_can_be_ids_or_labels() -> None:
     model, inputs = fused(), batch()
     want = step(model, inputs)
     ids = shifted(inputs["source_labels"])
@@ -83,15 +86,15 @@ def test_the_decoders_source_as_ids_and_as_labels() -> None:
     )
 
 
-def test_zero_padding_of_both_stacks() -> None:
-    """The start token and every token before the padding are read, from labels and from ids."""
+def test_source_padding_zero_in_both_stacks() -> None:
+    """S is zero at padding only, and not at the start token, whether the decoder's source is given as labels or ids."""
     model, inputs = fused(source_padding="zero"), batch()
     states = states_of(model, inputs, 1)
     real = torch.ones_like(inputs["source_labels"])
     real[:, 1:] = (inputs["source_labels"][:, :-1] != -100).long()
     assert (real == 0).any() and (inputs["source_attention_mask"] == 0).any()
     masks = {"encoder": inputs["source_attention_mask"], "decoder": real}
-    zeroed = {name: [x * masks[name][..., None] for x in own] for name, own in states.items()}
+    zeroed = {name: [x * masks[name][..., None] for x in of_stack] for name, of_stack in states.items()}
     with by_hand(model, zeroed, add_relu):
         want = step(model, {name: value for name, value in inputs.items() if not name.startswith("source")})
     assert_same_step(step(model, inputs), want)
@@ -107,9 +110,9 @@ def test_one_frozen_pass_ends_after_the_last_required_state(decoder) -> None:
         for index, block in enumerate(getattr(base, name).block):
             block.register_forward_hook(lambda *_, at=(name, index): runs.append(at))
     model(**(inputs if decoder else without(inputs, "source_labels")))
-    encoder, own = [("encoder", i) for i in range(tiny.LAYERS)], [("decoder", 0), ("decoder", 1)]
+    encoder, target_decoder = [("encoder", i) for i in range(tiny.LAYERS)], [("decoder", 0), ("decoder", 1)]
     source = [*encoder, ("decoder", 0)] if decoder else encoder[:-1]
-    assert runs == [*source, *encoder, *own]
+    assert runs == [*source, *encoder, *target_decoder]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -124,7 +127,7 @@ def test_gradient_checkpointing(use_reentrant) -> None:
         torch.testing.assert_close(got[2][name], grad, msg=name)
 
 
-def test_report_and_life_cycle(tmp_path) -> None:
+def test_report_lists_both_stacks_and_a_saved_model_loads(tmp_path) -> None:
     model, inputs = fused(), batch()
     report = model.fast_lora_report()
     assert {row.module for row in report.fused} == {
@@ -142,7 +145,7 @@ def test_report_and_life_cycle(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart", "MBart"])
-def test_other_encoder_decoders(name) -> None:
+def test_t5_bart_and_mbart_fuse_and_generate(name) -> None:
     torch.manual_seed(0)
     if name == "T5":
         sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
@@ -162,14 +165,16 @@ def test_other_encoder_decoders(name) -> None:
     text = without(inputs, "labels", "source_labels")
     for source in ({}, {"source_decoder_input_ids": torch.full((3, 1), 2)}):
         sequences, logits = generated(model, {**text, **source}, 4)
-        own = frozen_text(model, text, 4, []) if source else None
-        torch.testing.assert_close(logits, teacher_forced(model, text, sequences, own).float(), rtol=0, atol=5e-6)
+        source_text = frozen_text(model, text, 4, []) if source else None
+        torch.testing.assert_close(
+            logits, teacher_forced(model, text, sequences, source_text).float(), rtol=0, atol=5e-6
+        )
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def test_lengths_of_the_labels() -> None:
+def test_a_decoder_source_of_wrong_length_or_type_raises() -> None:
     model, inputs = fused(), batch()
     longer = nn.functional.pad(inputs["source_labels"], (0, 1), value=-100)
     with pytest.raises(
@@ -180,8 +185,8 @@ def test_lengths_of_the_labels() -> None:
         model(**without(inputs, "source_labels"), source_decoder_input_ids=inputs["source_labels"][:, 1:])
     with pytest.raises(TypeError, match=r"source_labels must be an integer tensor \(B, u\), got list"):
         model(**{**inputs, "source_labels": inputs["source_labels"].tolist()})
-    given = {**without(inputs, "labels"), "decoder_input_ids": shifted(inputs["labels"])}
-    torch.testing.assert_close(model(**given).logits, model(**inputs).logits)
+    with_ids = {**without(inputs, "labels"), "decoder_input_ids": shifted(inputs["labels"])}
+    torch.testing.assert_close(model(**with_ids).logits, model(**inputs).logits)
     with pytest.raises(ValueError, match="source_labels was given without source_input_ids"):
         model(**without(inputs, "source_input_ids", "source_attention_mask"))
 
@@ -197,7 +202,7 @@ def test_encode_source_returns_the_encoders_states() -> None:
         model(**plain, source_states=states, source_labels=inputs["source_labels"])
 
 
-def test_adapters_in_the_decoder_alone() -> None:
+def test_adapters_in_the_decoder_only() -> None:
     model = fused(target_modules=r"decoder\..*\.SelfAttention\.(q|v)")
     inputs = batch()
     with pytest.raises(ValueError, match="fuse in the decoder only, which reads source_labels"):
@@ -212,8 +217,8 @@ def test_adapters_in_the_decoder_alone() -> None:
     model.eval()
     text = without(inputs, "labels", "source_labels")
     sequences, logits = generated(model, {**text, "source_decoder_input_ids": torch.full((3, 1), START)}, 4)
-    own = frozen_text(model, text, 4, [])
-    torch.testing.assert_close(logits, teacher_forced(model, text, sequences, own).float(), **TOLERANCE)
+    source_text = frozen_text(model, text, 4, [])
+    torch.testing.assert_close(logits, teacher_forced(model, text, sequences, source_text).float(), **TOLERANCE)
 
 
 def test_latent_states_are_read_by_the_encoder() -> None:

@@ -1,4 +1,7 @@
-"""Seq2seq generation of encoder-decoders in which one or both stacks fuse."""
+"""Test generation of encoder-decoders in which the encoder fuses, or both stacks fuse.
+
+The reference is one forward without a KV cache over the finished text.
+"""
 
 from __future__ import annotations
 
@@ -38,48 +41,48 @@ def test_the_encoder_fuses_in_generate(fusion, padding) -> None:
 
 @pytest.mark.parametrize("fusion", ["add_relu", "mul"])
 @pytest.mark.parametrize("offset", [1, 0])
-@pytest.mark.parametrize("given", ["labels", "ids"])
-def test_both_stacks_fuse_in_generate(fusion, offset, given) -> None:
-    """The source's decoder generates its own text; only the presence of source_labels matters."""
+@pytest.mark.parametrize("source_given_as", ["labels", "ids"])
+def test_both_stacks_fuse_in_generate(fusion, offset, source_given_as) -> None:
+    """The frozen model writes the text that the decoder fuses with. The values of source_labels are not used."""
     model, inputs = fused(fusion=fusion, source_layer_offset=offset).eval(), texts()
     source = {"source_labels": batch()["source_labels"]}
-    if given == "ids":
+    if source_given_as == "ids":
         source = {"source_decoder_input_ids": torch.full((3, 1), START)}
     sequences, logits = generated(model, {**inputs, **source})
-    own = frozen_text(model, inputs, 6, [])
-    torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, own).float(), **TOLERANCE)
+    source_text = frozen_text(model, inputs, 6, [])
+    torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, source_text).float(), **TOLERANCE)
     assert not torch.allclose(logits, teacher_forced(model, inputs, sequences, None).float(), atol=1e-4)
 
 
-def test_beams_and_samples() -> None:
+def test_beams_and_samples_match_one_forward() -> None:
     model, inputs = fused().eval(), texts()
     source = {"source_decoder_input_ids": torch.full((3, 1), START)}
     options = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0, "max_new_tokens": 6, "pad_token_id": 1}
     out = model.generate(**inputs, **source, **options, return_dict_in_generate=True, output_scores=True)
     repeated = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
-    own = frozen_text(model, inputs, 6, []).repeat_interleave(2, dim=0)
-    logits = teacher_forced(model, repeated, out.sequences, own)
+    source_text = frozen_text(model, inputs, 6, []).repeat_interleave(2, dim=0)
+    logits = teacher_forced(model, repeated, out.sequences, source_text)
     chosen = logits.log_softmax(-1).gather(2, out.sequences[:, 1:, None])[..., 0]
     torch.testing.assert_close(out.sequences_scores.double(), chosen.sum(1), rtol=0, atol=1e-5)
     torch.manual_seed(4)
     sequences, logits = generated(model, {**inputs, **source}, do_sample=True, top_k=0, num_return_sequences=2)
-    torch.testing.assert_close(logits, teacher_forced(model, repeated, sequences, own).float(), **TOLERANCE)
+    torch.testing.assert_close(logits, teacher_forced(model, repeated, sequences, source_text).float(), **TOLERANCE)
 
 
-def test_a_finished_source_is_held_and_rows_are_independent() -> None:
+def test_a_source_stays_at_its_end_token_and_rows_are_independent() -> None:
     model, inputs = fused().eval(), texts()
     text = frozen_text(model, inputs, 7, [])
     end = int(text[0, 2])  # row 0 ends with its second token
     assert end not in text[0, :2].tolist()
     source = {"source_decoder_input_ids": torch.full((3, 1), START)}
     sequences, logits = generated(model, {**inputs, **source}, 6, eos_token_id=end, min_new_tokens=6)
-    own = frozen_text(model, inputs, 6, [end])
+    source_text = frozen_text(model, inputs, 6, [end])
     # after the source's end token every position fuses with that token's state
-    want = teacher_forced(model, inputs, sequences, own).float()
+    want = teacher_forced(model, inputs, sequences, source_text).float()
     torch.testing.assert_close(logits[0, :3], want[0, :3], **TOLERANCE)
     assert not torch.allclose(logits[0, 3:], want[0, 3:], atol=1e-4)
     base = model.get_base_model()
-    states = states_of_decoder(model, inputs, own)
+    states = states_of_decoder(model, inputs, source_text)
     for state in states:
         state[0, 3:] = state[0, 2]
     encoder = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
@@ -89,37 +92,38 @@ def test_a_finished_source_is_held_and_rows_are_independent() -> None:
     torch.testing.assert_close(logits[0], held[0].float(), **TOLERANCE)
     for row in range(3):
         alone = {name: value[row : row + 1] for name, value in {**inputs, **source}.items()}
-        one, own_logits = generated(model, alone, 6, eos_token_id=end, min_new_tokens=6)
+        one, row_logits = generated(model, alone, 6, eos_token_id=end, min_new_tokens=6)
         assert torch.equal(one[0], sequences[row])
-        torch.testing.assert_close(own_logits[0], logits[row], **TOLERANCE)
+        torch.testing.assert_close(row_logits[0], logits[row], **TOLERANCE)
 
 
 def states_of_decoder(model: Any, inputs: dict, text: torch.Tensor) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     base = model.get_base_model()
-    handles = [b.register_forward_hook(lambda m, a, y: found.append(y[0].clone())) for b in base.decoder.block]
+    handles = [b.register_forward_hook(lambda m, a, y: states.append(y[0].clone())) for b in base.decoder.block]
     with torch.no_grad(), model.disable_adapter():
         base(
             input_ids=inputs["source_input_ids"], attention_mask=inputs["source_attention_mask"], decoder_input_ids=text
         )
     for handle in handles:
         handle.remove()
-    return found
+    return states
 
 
 @pytest.mark.parametrize("started", [True, False])
-def test_decoder_prompts(started) -> None:
-    """Both decoders start with their own prompts; generate adds a missing start token."""
+def test_decoder_prompts_of_source_and_target(started) -> None:
+    """The source's and the target's decoder start with different prompts. generate adds a missing start token."""
     model, inputs = fused().eval(), texts()
     begin = {name: torch.randint(3, tiny.VOCAB, (3, 3)) for name in ("decoder_input_ids", "source_decoder_input_ids")}
     if started:
         begin = {name: nn.functional.pad(ids, (1, 0), value=START) for name, ids in begin.items()}
     sequences, logits = generated(model, {**inputs, **begin}, 4)
     prompt = begin["source_decoder_input_ids"]
-    own = frozen_text(model, inputs, 4, [], prompt if started else nn.functional.pad(prompt, (1, 0), value=START))
-    want = teacher_forced(model, inputs, sequences, own)[:, 3:].float()
+    started_prompt = prompt if started else nn.functional.pad(prompt, (1, 0), value=START)
+    source_text = frozen_text(model, inputs, 4, [], started_prompt)
+    want = teacher_forced(model, inputs, sequences, source_text)[:, 3:].float()
     torch.testing.assert_close(logits, want, **TOLERANCE)
-    with pytest.raises(ValueError, match=r"source_decoder_input_ids gives the source \(3, .* \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"first tokens have shape \(3, .*for the source.* \(3, 1\)"):
         generated(model, {**inputs, "source_decoder_input_ids": prompt}, 4)
 
 
@@ -154,13 +158,13 @@ def test_wrong_arguments_are_refused(options, message) -> None:
         fused().eval().generate(**{**texts(), "max_new_tokens": 2, **options})
 
 
-def test_a_decoder_whose_fusion_mixes_positions() -> None:
+def test_a_decoder_whose_fusion_mixes_positions_is_refused() -> None:
     model = fused(fusion="cross_attention").eval()
-    with pytest.raises(ValueError, match=r"fusion='cross_attention'.*at all positions"):
+    with pytest.raises(ValueError, match=r"fusion='cross_attention'.*all positions"):
         model.generate(**texts(), source_labels=batch()["source_labels"], max_new_tokens=2)
 
 
-def test_without_a_kv_cache_if_the_decoder_is_plain() -> None:
+def test_use_cache_false_is_accepted_if_the_decoder_does_not_fuse() -> None:
     model, inputs = fused().eval(), texts()
     want, _ = generated(model, inputs)
     assert torch.equal(generated(model, inputs, use_cache=False)[0], want)

@@ -32,7 +32,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("fields", "message"), CONFIGS, ids=[str(f) for f, _ in CONFIGS])
-def test_config(fields, message) -> None:
+def test_invalid_config_raises_and_does_not_change_the_model(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         flare.FlareConfig(**fields)
     model = tiny.model("llama")
@@ -41,7 +41,7 @@ def test_config(fields, message) -> None:
     assert not any("lora" in name for name, _ in model.named_modules()), "the model must be unchanged"
 
 
-def test_argument_types() -> None:
+def test_arguments_of_a_wrong_type_raise() -> None:
     with pytest.raises(TypeError, match=r"model must be a transformers model or a peft.PeftModel, got str"):
         flare.fast_lora("bert-base-uncased")
     with pytest.raises(TypeError, match=r"config must be a FlareConfig.*got dict"):
@@ -62,7 +62,7 @@ class _NoStack(nn.Module):
         self.q_proj = nn.Linear(4, 4)
 
 
-def test_architectures_that_cannot_be_mapped() -> None:
+def test_architectures_that_cannot_be_mapped_raise() -> None:
     with pytest.raises(
         ValueError, match="_Mlp: query and value projections cannot be found: no linear layer is named q_proj"
     ):
@@ -71,7 +71,7 @@ def test_architectures_that_cannot_be_mapped() -> None:
         flare.fast_lora(_NoStack())
 
 
-def test_no_module_fuses() -> None:
+def test_targets_without_a_module_that_fuses_raise() -> None:
     model = tiny.model("llama")
     with pytest.raises(
         ValueError, match=r"nothing fuses: .*adapter 'default'.*Include the query and value projections"
@@ -80,7 +80,7 @@ def test_no_module_fuses() -> None:
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-def test_peft_models_that_cannot_be_converted() -> None:
+def test_peft_models_that_cannot_be_converted_raise() -> None:
     other = peft.get_peft_model(tiny.model("llama"), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="only LoRA adapters can fuse, and this PeftModel has a IA3Model"):
         flare.fast_lora(other)
@@ -124,7 +124,7 @@ SOURCES = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [s[1:] for s in SOURCES], ids=[s[0] for s in SOURCES])
-def test_source_arguments(change, error, message) -> None:
+def test_invalid_source_arguments_raise(change, error, message) -> None:
     inputs = tiny.batch("llama")
     with pytest.raises(error, match=message):
         fused()(**{**inputs, **change(inputs)})
@@ -143,7 +143,7 @@ LATENT = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), LATENT)
-def test_latent_source_arguments(change, error, message) -> None:
+def test_invalid_latent_source_arguments_raise(change, error, message) -> None:
     inputs = {**tiny.batch("llama", source=False), "source_states": torch.zeros(3, 9, 8)}
     model = fused(latent_dim=8)
     with pytest.raises(error, match=message):
@@ -154,7 +154,7 @@ def test_latent_source_arguments(change, error, message) -> None:
         model.add_weighted_adapter(["default"], [1.0], "both", combination_type="linear")
 
 
-def test_source_states_that_do_not_match() -> None:
+def test_source_states_that_do_not_match_raise() -> None:
     inputs = tiny.batch("llama")
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
     model, released = fused(), fused(source_layer_offset=0)
@@ -171,13 +171,13 @@ def test_source_states_that_do_not_match() -> None:
         model(**rest, source_states=partial)
 
 
-def test_encode_source_without_a_fusing_adapter() -> None:
+def test_encode_source_without_a_fusing_adapter_raises() -> None:
     ids = tiny.batch("llama")["source_input_ids"]
     with pytest.raises(ValueError, match="no active adapter of this model fuses"):
         fused(fusion=None).encode_source(ids)
 
 
-def test_several_adapter_names_in_one_batch_with_a_source() -> None:
+def test_adapter_names_with_a_source_raise() -> None:
     model = fused().eval()
     model.add_adapter("second", flare.FlareConfig(r=4, task_type="CAUSAL_LM"))
     inputs = tiny.batch("llama")

@@ -1,4 +1,4 @@
-"""fast_lora: which modules fuse, the numbers of the method, and PEFT's operations on the resulting model."""
+"""Test fast_lora: which modules fuse, the model's loss and gradients, and PEFT's operations on the model."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_save_and_load(family, tmp_path) -> None:
     assert type(loaded) is type(model)
 
 
-def test_disable_adapter_is_the_base_model() -> None:
+def test_disable_adapter_gives_the_base_models_output() -> None:
     base = tiny.model("bert").eval()
     inputs = tiny.batch("bert")
     want = base(**without_source(inputs)).logits
@@ -150,7 +150,7 @@ def test_disable_adapter_is_the_base_model() -> None:
 
 
 def test_several_adapters() -> None:
-    """Each adapter keeps its fusion, the active one is used, and the outputs of two active ones are added."""
+    """Each adapter keeps its fusion, only active adapters are used, and two active adapters both change the output."""
     inputs = tiny.batch("llama")
     model = fused("llama", fusion="add_relu").eval()
     first = model(**inputs).logits
@@ -247,7 +247,7 @@ def test_deep_copy_and_pickle_use_their_own_layers() -> None:
 
 
 def test_plain_lora_works_on_an_unknown_architecture() -> None:
-    """With fusion=None, PEFT's default targets are used and the numbers are PEFT's."""
+    """With fusion=None, PEFT's default targets are used, and an architecture that cannot fuse is accepted."""
     import transformers
 
     config = transformers.CodeGenConfig(
@@ -260,7 +260,7 @@ def test_plain_lora_works_on_an_unknown_architecture() -> None:
         flare.fast_lora(transformers.CodeGenForCausalLM(config))
 
 
-def test_bare_backbone() -> None:
+def test_a_backbone_without_head_and_task_type_fuses() -> None:
     """A model without a head and a task type can fuse."""
     import transformers
 
@@ -296,7 +296,7 @@ def test_a_peft_model_keeps_its_trained_adapter() -> None:
 
 
 @pytest.mark.parametrize("override", [{"r": 8}, {"lora_alpha": 1}, {"target_modules": ["q_proj"]}])
-def test_an_override_that_contradicts_the_trained_adapter(override) -> None:
+def test_an_override_that_contradicts_the_trained_adapter_raises(override) -> None:
     stock = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(r=6, target_modules=["q_proj", "v_proj"]))
     with pytest.raises(ValueError, match=f"{next(iter(override))}=.* contradicts the trained adapter 'default'"):
         flare.fast_lora(stock, **override)

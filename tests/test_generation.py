@@ -1,6 +1,6 @@
-"""Generation with a source: cached steps match one forward, and a row does not depend on its batch.
+"""Test generation with a source: steps with a KV cache match one forward, and a row does not depend on its batch.
 
-The reference is one forward without a cache over the finished text, with the states of the source's finished text.
+The reference is one forward without a KV cache on the generated text, fused with the source's generated text.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def test_cached_steps_match_one_forward(fusion, offset) -> None:
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma2", "Qwen2"])
-def test_other_families(name) -> None:
-    """Their sliding windows are shorter than the text, in the target's cache and in the source's."""
+def test_models_with_sliding_windows(name) -> None:
+    """The sliding windows of both KV caches, the target's and the source's, are shorter than the text."""
     torch.manual_seed(0)
     values = {**tiny._DECODER, "head_dim": 8, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
     config = getattr(transformers, f"{name}Config")(**values)
@@ -45,7 +45,7 @@ def test_other_families(name) -> None:
     model = flare.fast_lora(base, r=5, source_padding="zero")
     tiny.randomize_lora(model)
     model = model.double().eval()
-    inputs = prompts(pads=name != "Gemma2")  # it only runs eager attention, which gives NaN on padding in float64
+    inputs = prompts(pads=name != "Gemma2")  # Gemma 2 only runs eager attention, which gives NaN on padding
     sequences, logits = generated(model, inputs)
     torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, []).float(), rtol=0, atol=5e-6)
 
@@ -57,9 +57,9 @@ def test_ended_source_stays_at_its_end_token(padded) -> None:
     sequences, logits = generated(model, inputs, 7, eos_token_id=ends, min_new_tokens=7)
     assert sequences.shape[1] == 14
     torch.testing.assert_close(logits, teacher_forced(model, inputs, sequences, ends).float(), **TOLERANCE)
-    going_on = teacher_forced(model, inputs, sequences, []).float()
-    assert not torch.allclose(logits[0], going_on[0], atol=1e-4), "the end token made no difference"
-    torch.testing.assert_close(logits[2], going_on[2], **TOLERANCE)
+    without_end = teacher_forced(model, inputs, sequences, []).float()
+    assert not torch.allclose(logits[0], without_end[0], atol=1e-4), "the end token made no difference"
+    torch.testing.assert_close(logits[2], without_end[2], **TOLERANCE)
 
 
 def test_no_source_pass_after_all_sources_have_ended() -> None:
@@ -114,7 +114,7 @@ def test_beams(sample) -> None:
     assert any(len(set(row.tolist())) > 1 for row in parents.flatten(0, 1)), "no beam was reordered"
 
 
-def test_embeddings_instead_of_ids() -> None:
+def test_embeddings_instead_of_ids_give_the_same_text() -> None:
     model, inputs = fused(), prompts()
     sequences, _ = generated(model, inputs)
     embeds = model.get_base_model().get_input_embeddings()(inputs["input_ids"])
@@ -123,7 +123,7 @@ def test_embeddings_instead_of_ids() -> None:
     assert torch.equal(new, sequences[:, 7:])
 
 
-def test_prompts_of_the_collator() -> None:
+def test_prompts_of_the_collator_give_the_same_text_alone_and_in_a_batch() -> None:
     from two_streams import tokenizer
 
     rows = [{"input_ids": [5, 6, 7], "source_input_ids": [8, 9]}, {"input_ids": [9], "source_input_ids": [5, 6, 7, 8]}]
@@ -152,7 +152,7 @@ def test_other_dtypes_and_autocast(dtype) -> None:
         assert torch.equal(generated(model, inputs, 4)[0], want)
 
 
-def test_a_compiled_model() -> None:
+def test_a_compiled_model_generates_the_same_text() -> None:
     model, inputs = fused(), prompts()
     want, logits = generated(model, inputs, 2)
     model.get_base_model().compile(backend="eager")
@@ -168,10 +168,10 @@ def test_generation_continues_from_a_cache() -> None:
     cache = copy.deepcopy(first.past_key_values)
     assert isinstance(cache, SourceCache)
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3, dtype=torch.long)], dim=1)
-    go_on = {"input_ids": first.sequences, "attention_mask": mask, "max_new_tokens": 3, "pad_token_id": 1}
-    assert torch.equal(model.generate(**go_on, past_key_values=cache, do_sample=False), sequences)
+    continuation = {"input_ids": first.sequences, "attention_mask": mask, "max_new_tokens": 3, "pad_token_id": 1}
+    assert torch.equal(model.generate(**continuation, past_key_values=cache, do_sample=False), sequences)
     cache.crop(-2)
-    with pytest.raises(ValueError, match=r"past_key_values holds 10 positions and its source has been used for 12"):
+    with pytest.raises(ValueError, match=r"past_key_values holds 10 positions, but its source has been used for 12"):
         model(input_ids=sequences[:, -1:], past_key_values=cache)
 
 
@@ -213,7 +213,7 @@ def test_source_padding_keep_warns_once_if_a_source_is_shorter() -> None:
         _, logits = generated(model, inputs, source_padding="keep")
     _, row_logits = generated(model, row_of(inputs, 2), source_padding="keep")
     torch.testing.assert_close(row_logits[0], logits[2], **TOLERANCE)
-    with pytest.warns(UserWarning, match="source_padding='keep' and a source prompt that is shorter") as seen:
+    with pytest.warns(UserWarning, match="source_padding='keep', and a source prompt is shorter") as seen:
         _, kept_logits = generated(model, prompts(), source_padding="keep")
     assert seen[0].filename == generating.__file__, "the warning points at the caller of generate"
     with warnings.catch_warnings():
@@ -222,7 +222,7 @@ def test_source_padding_keep_warns_once_if_a_source_is_shorter() -> None:
     assert not torch.allclose(kept_logits, generated(model, prompts())[1], atol=1e-4)
 
 
-# --- what else adapters can do ----------------------------------------------------------------------------------------
+# --- several adapters, and no source ----------------------------------------------------------------------------------
 
 
 def test_several_adapters() -> None:
@@ -266,9 +266,9 @@ def test_generation_without_a_source_matches_peft(tmp_path) -> None:
     lora.eval()
     torch.testing.assert_close(generated(model, inputs)[1], generated(lora, inputs)[1], **TOLERANCE)
     with model.disable_adapter():
-        fused_off = generated(model, prompts())
+        disabled = generated(model, prompts())
     with lora.disable_adapter():
-        torch.testing.assert_close(fused_off[1], generated(lora, inputs)[1], **TOLERANCE)
+        torch.testing.assert_close(disabled[1], generated(lora, inputs)[1], **TOLERANCE)
 
 
 def test_generation_leaves_no_hooks_or_state(tmp_path) -> None:

@@ -33,12 +33,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
-def test_options_that_are_refused(options, message) -> None:
+def test_options_that_cannot_be_combined_with_a_source_raise(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         fused().generate(**prompts(), **{"max_new_tokens": 2, "pad_token_id": 1, **options})
 
 
-def test_generation_config_as_positional_argument() -> None:
+def test_generation_config_can_be_a_positional_argument() -> None:
     model, inputs = fused(), prompts()
     config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=1, do_sample=False)
     ids = inputs.pop("input_ids")
@@ -68,13 +68,13 @@ SOURCES = [
 
 
 @pytest.mark.parametrize(("change", "message"), SOURCES)
-def test_source_arguments(change, message) -> None:
+def test_invalid_source_arguments_raise(change, message) -> None:
     inputs = prompts()
     with pytest.raises(ValueError, match=message):
         fused().generate(**{**inputs, **change(inputs)}, max_new_tokens=2)
 
 
-def test_states_of_a_prompt_cannot_be_continued() -> None:
+def test_source_states_of_a_prompt_raise() -> None:
     model, inputs = fused(), prompts()
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     with pytest.raises(ValueError, match="source_states: these belong to the prompt only"):
@@ -87,9 +87,9 @@ def test_release_alignment_needs_a_length() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "matmul"])
-def test_fusions_that_mix_positions(fusion) -> None:
+def test_fusions_that_mix_positions_need_the_releases_alignment(fusion) -> None:
     model = fused(fusion=fusion)
-    with pytest.raises(ValueError, match=f"fusion='{fusion}' .* at all positions of the text"):
+    with pytest.raises(ValueError, match=f"fusion='{fusion}' .* all positions of the text"):
         model.generate(**prompts(), max_new_tokens=2)
     out = model.generate(**prompts(), max_new_tokens=2, source_alignment="release", pad_token_id=1)
     assert out.shape[1] == 9

@@ -1,6 +1,7 @@
-"""Test flare.fast_lora and FlareTrainer against the authors' numbers, on current transformers and PEFT.
+"""Compare flare.fast_lora and FlareTrainer with outputs of the authors' release, on current transformers and PEFT.
 
-The selection in tests/goldens always runs. FLARE_GOLDENS adds all cases of the full set that this version covers.
+The outputs are stored as cases ("goldens"). The selection of cases in tests/goldens always runs. The environment
+variable FLARE_GOLDENS names a folder with the full set, whose cases run too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 
 import flare
 
-OWN = Path(__file__).parent / "goldens"
+SELECTION = Path(__file__).parent / "goldens"
+#: Largest accepted differences.
 LOGITS, LOSS, GRAD_ABSOLUTE, GRAD_RELATIVE, STEP_LOSS, WEIGHTS = 5e-5, 1e-5, 1e-5, 1e-4, 5e-5, 5e-5
 _CONFIG_KEYS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -35,12 +37,12 @@ _CONFIG_KEYS = (
 
 
 def _cases() -> list[Any]:
-    own = json.loads((OWN / "manifest.json").read_text())["cases"]
-    params = [pytest.param(OWN, name, id=name) for name in own]
+    selected = json.loads((SELECTION / "manifest.json").read_text())["cases"]
+    params = [pytest.param(SELECTION, name, id=name) for name in selected]
     full = os.environ.get("FLARE_GOLDENS")
     if full and Path(full, "manifest.json").is_file():
         every = json.loads(Path(full, "manifest.json").read_text())["cases"]
-        rest = [name for name in every if name not in own]
+        rest = [name for name in every if name not in selected]
         params += [pytest.param(Path(full), name, id=f"full-{name}") for name in rest]
     return params
 
@@ -81,17 +83,17 @@ def build(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[s
         cross_attention_heads=case.get("cross_attention_heads") or 1,
         latent_dim=tensors["mt_states"].shape[-1] if "mt_states" in tensors else None,
     )
-    own = trained_parameters(model)
+    parameters = trained_parameters(model)
     loaded = {k for k in tensors if k.startswith(("adapter.", "mt_proj.")) and not k.endswith(".f64")}
-    assert loaded == set(own)
+    assert loaded == set(parameters)
     with torch.no_grad():
         for key in loaded:
-            own[key].copy_(tensors[key])
+            parameters[key].copy_(tensors[key])
     return model.train(), tensors, case
 
 
 def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Map golden names to parameters, without those of the head."""
+    """Return name in the golden files -> trained parameter, without the parameters of the head."""
     parameters = {}
     for name, parameter in model.named_parameters():
         path, _, rest = name.removeprefix("base_model.model.").partition(".default.")
@@ -105,7 +107,7 @@ def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def inputs_of(tensors: dict[str, torch.Tensor], fusion: str) -> dict[str, torch.Tensor]:
-    """Return the keyword arguments of a step."""
+    """Return the keyword arguments of the model for one step."""
     inputs = {"input_ids": tensors["input_ids_target"], "attention_mask": tensors["attention_mask_target"]}
     if "mt_states" in tensors:
         inputs["source_states"] = tensors["mt_states"]
@@ -116,7 +118,7 @@ def inputs_of(tensors: dict[str, torch.Tensor], fusion: str) -> dict[str, torch.
 
 
 @pytest.mark.parametrize(("folder", "name"), SINGLE)
-def test_one_step(folder, name) -> None:
+def test_logits_loss_and_gradients_of_one_step(folder, name) -> None:
     model, tensors, case = build(folder, name)
     out = model(**inputs_of(tensors, case["fusion"]))
     valid = tensors["attention_mask_target"].bool()
@@ -154,7 +156,7 @@ def test_generation_with_the_releases_alignment(folder, name) -> None:
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Data set of the training case's batches as single rows, in order."""
+    """Data set of the rows of a training case, in the order of the case's batches."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], fusion: str) -> None:
         stacked = {k.removeprefix("batches."): v for k, v in tensors.items() if k.startswith("batches.")}

@@ -76,7 +76,7 @@ def test_a_training_loop_equals_the_eager_loop(make: Callable[[], Any], to_none:
 
 
 def test_gradients_are_accumulated() -> None:
-    """p.grad sums the user's gradients, those of eager steps with other shapes, and those of replays."""
+    """p.grad is the sum of gradients that the user set, of eager steps with another shape, and of replays."""
     model, want = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1)
     batch, other = batch_of("bert"), batch_of("bert", m=6)
@@ -114,9 +114,9 @@ def test_a_loss_is_not_overwritten_by_the_next_replay() -> None:
     step, recorder = graphed(fused("bert"), warmup_steps=1)
     step(batch_of("bert"))
     first = step(batch_of("bert"))
-    kept = first.clone()
+    copy_of_first = first.clone()
     step(batch_of("bert", seed=8))
-    assert torch.equal(first, kept) and recorder.replays == 2
+    assert torch.equal(first, copy_of_first) and recorder.replays == 2
 
 
 def test_num_items_in_batch_is_an_input_of_the_graph() -> None:
@@ -173,10 +173,10 @@ def test_autocast_is_part_of_the_shape_and_keeps_no_cast_weights() -> None:
 # --- a few shapes -----------------------------------------------------------------------------------------------------
 
 
-def test_the_last_used_shapes_are_kept() -> None:
+def test_the_graphs_of_the_last_used_shapes_are_kept() -> None:
     model, want = fused("bert"), fused("bert")
     step, recorder = graphed(model, warmup_steps=1, max_graphs=2)
-    lengths = [5, 5, 6, 6, 5, 7, 7, 5, *[6] * 17]  # 7 replaces 6; 6 waits before it replaces 7
+    lengths = [5, 5, 6, 6, 5, 7, 7, 5, *[6] * 17]  # 7 replaces 6; after 16 eager steps 6 replaces 7
     with pytest.warns(UserWarning, match="more than max_graphs=2 shapes") as caught:
         for m in lengths:
             step(batch_of("bert", m=m))
@@ -192,7 +192,7 @@ def test_invalid_options_raise(options: dict[str, int]) -> None:
         flare.GraphedStep(fused("bert"), **options)
 
 
-def test_a_batch_without_labels() -> None:
+def test_a_batch_without_labels_raises() -> None:
     step, _ = graphed(fused("bert"))
     with pytest.raises(ValueError, match=r"returned no loss for a batch of .*input_ids.*labels"):
         step({name: value for name, value in batch_of("bert").items() if name != "labels"})
@@ -274,7 +274,7 @@ def test_a_decoders_source_is_not_in_the_cache() -> None:
 
 
 def test_full_and_padded_rows_have_different_graphs() -> None:
-    """Each stream is checked separately. Masks of ones are left out; masks with padding keep their values."""
+    """Masks of ones are left out, and masks with padding are kept, for target and source separately."""
     model, seen = fused("bert"), []
 
     def noting(batch: dict[str, Any]) -> Tensor:
@@ -318,7 +318,7 @@ def test_position_ids_keep_the_mask() -> None:
 def test_attention_gets_the_eager_arguments(
     family: str, source: bool, padding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compare sdpa's attn_mask and is_causal in both passes while transformers assumes that a stream is capturing."""
+    """Compare the arguments of sdpa in a normal forward and while transformers assumes that a graph is captured."""
     from transformers.utils import import_utils
 
     model, calls = fused(family), []

@@ -32,9 +32,9 @@ class Recorders(list[CpuRecorder]):
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> Recorders:
     """Make trainers record their steps on the CPU."""
-    made = Recorders()
-    monkeypatch.setattr(graphed_step, "recorder_for", made.recorder_for)
-    return made
+    recorders = Recorders()
+    monkeypatch.setattr(graphed_step, "recorder_for", recorders.recorder_for)
+    return recorders
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Recorders:
 def test_the_trainer_gives_the_same_parameters(
     family: str, options: dict[str, Any], tmp_path: Path, recorders: Recorders
 ) -> None:
-    """Accumulate with fewer batches in the last step, clip, evaluate in between, and vary the number of labels."""
+    """Training accumulates (with fewer batches in the last step), clips and evaluates; the number of labels varies."""
     data = rows(family, 11)
     logs, models = [], []
     for captured in (False, True):
@@ -96,7 +96,7 @@ def trainer_layout(family: str) -> str:
 
 
 def test_a_trainers_batches_stay_on_the_host(tmp_path: Path, recorders: Recorders) -> None:
-    """Otherwise accelerate would move them before their masks are read."""
+    """Otherwise accelerate would move the batches to the device before their masks are read."""
     for captured in (False, True):
         trainer = flare.FlareTrainer(
             model=flare_model("bert"),

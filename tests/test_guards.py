@@ -1,4 +1,4 @@
-"""Calls that used to fail silently, or to leave a model half changed, now raise an error or work."""
+"""Test calls that could fail silently or leave a model half changed: each one raises an error or works."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def state(model: nn.Module) -> dict:
-    """Return what a refused call must not change: every module, parameter and flag, by identity."""
+    """Return what a refused call must not change: identities of modules and parameters, flags, attributes, hooks."""
     return {
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
@@ -41,7 +41,7 @@ def state(model: nn.Module) -> dict:
 # --- adapter_names ----------------------------------------------------------------------------------------------------
 
 
-def test_refused_batch_of_several_adapters_leaves_no_hooks() -> None:
+def test_a_refused_batch_with_adapter_names_leaves_no_hooks() -> None:
     model = fused().eval()
     model.add_adapter("second", flare.FlareConfig(r=4, task_type="CAUSAL_LM"))
     inputs, names = tiny.batch("llama"), ["default", "second", "default"]
@@ -69,7 +69,7 @@ def test_a_users_readme_is_not_changed(tmp_path) -> None:
     assert "## Loading this adapter" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_a_named_adapter_is_described_in_the_card_above_it(tmp_path) -> None:
+def test_a_named_adapter_is_described_in_the_card_of_the_parent_folder(tmp_path) -> None:
     flare.fast_lora(tiny.model("llama"), r=4, adapter_name="own").save_pretrained(tmp_path)
     assert (tmp_path / "own" / "adapter_config.json").is_file()
     assert (tmp_path / "README.md").read_text().count("## Loading this adapter") == 1

@@ -69,7 +69,7 @@ def test_a_tokenizer_of_another_model_warns(tmp_path):
     model.config.eos_token_id, own.eos_token = [own.pad_token_id, own.unk_token_id], own.unk_token
     assert wrong_tokenizer(own, model) is None, "a list holds the ids that are accepted"
     model.config.pad_token_id = own.pad_token_id + 1
-    with pytest.warns(UserWarning, match=r"has pad_token_id \d+ \(the model: \d+\): it may be another model's"):
+    with pytest.warns(UserWarning, match=r"has pad_token_id \d+ \(the model has \d+\), so it may belong to"):
         FlareTrainer(model, arguments(tmp_path), processing_class=own)
     own.add_special_tokens({"pad_token": "<new>"})
     while len(own) <= model.config.vocab_size:
@@ -91,7 +91,7 @@ def test_special_tokens_that_change_results_raise(family, kind):
         setattr(own, f"{name}_token", own.convert_ids_to_tokens(own_id))
     assert broken_by(own, model) is None
     setattr(own, f"{kind}_token", own.convert_ids_to_tokens(getattr(model.config, f"{kind}_token_id") + 1))
-    assert f"is another model's: its {kind}_token_id is" in str(broken_by(own, model))
+    assert f"belongs to another model: its {kind}_token_id is" in str(broken_by(own, model))
     if kind == "eos":
         model.generation_config.eos_token_id = [own.eos_token_id]
         assert broken_by(own, model) is None and "eos" not in str(wrong_tokenizer(own, model))

@@ -126,13 +126,15 @@ def test_a_damaged_file_is_reported_left_alone_and_recomputed(damage, tmp_path) 
     intact, broken = shards(tmp_path)
     damage(broken)
     before = broken.read_bytes()
-    with pytest.warns(UserWarning, match=rf"source_cache: not used, and left alone.*{broken.name}") as caught:
+    with pytest.warns(
+        UserWarning, match=rf"source_cache: files in .* not used and not changed.*{broken.name}"
+    ) as caught:
         cache = reopened(tmp_path, model, 0, 1)
     assert len([one for one in caught if issubclass(one.category, UserWarning)]) == 1
     assert cache.stats().hits == 3
     cache.flush()
     assert broken.read_bytes() == before and intact.exists()
-    with pytest.warns(UserWarning, match="left alone"):
+    with pytest.warns(UserWarning, match="not used and not changed"):
         assert reopened(tmp_path, model, 0, 1).stats().hits == 6, "the rows were written again, into another file"
 
 

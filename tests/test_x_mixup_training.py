@@ -154,7 +154,9 @@ def test_without_a_source_it_warns_once_and_is_plain_lora():
 
 
 def test_invalid_arguments_raise():
-    with pytest.raises(ValueError, match=r"layer=3 is not a block of BertForSequenceClassification.* has 0 to 2"):
+    with pytest.raises(
+        ValueError, match=r"layer=3 is not a block of BertForSequenceClassification.* has blocks 0 to 2"
+    ):
         x_mixup(task_model("bert"), r=4, layer=3)
     with pytest.raises(ValueError, match=r"lambda0=1\.5 must be a number from 0 to 1"):
         x_mixup(task_model("bert"), r=4, lambda0=1.5)

@@ -3,7 +3,8 @@
 - Plain LoRA (:func:`plain_lora`): no source.
 - Input-level fusion (:func:`input_fusion` with :class:`InputFusionCollator`): plain LoRA on one text of up to 2m
   tokens, the source followed by the target.
-- X-Mixup (:func:`x_mixup`): both texts run through one model, are mixed at one block, and share consistency losses.
+- X-Mixup (:func:`x_mixup`): both texts run through one model, which mixes their hidden states at one block and is also
+  trained with losses that make the two texts agree.
 
     model = flare.baselines.plain_lora(model, r=64)
     flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()

@@ -1,6 +1,7 @@
 """Input-level fusion, the paper's strongest baseline: plain LoRA on one text, the source followed by the target.
 
-The text is up to 2m tokens long, while each of FLARE's two streams has m. This is why it needs more time and memory.
+The joined text has up to 2m tokens, while FLARE reads two texts of m tokens. Input-level fusion therefore needs more
+time and memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def max_positions(model: Any) -> int | None:
     """Return the number of tokens that a model has positions for, or None for relative positions without a limit (T5).
 
-    In models like RoBERTa the positions up to and including the padding index are not usable.
+    In models like RoBERTa the positions up to and including the padding index cannot be used and are not counted.
     """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -42,12 +43,13 @@ class InputFusionCollator(FlareDataCollator):
         collate = flare.baselines.InputFusionCollator.for_model(model, tokenizer, max_length=128)
         flare.FlareTrainer(model, args, train_dataset=rows, data_collator=collate).train()
 
-    Rows and options are those of :class:`flare.FlareDataCollator`. The output is a BatchEncoding without ``source_*``
-    keys: ``input_ids`` and ``attention_mask`` (B, up to 2m; with ``padding="max_length"`` exactly 2m), and ``labels``.
+    It takes the rows and options of :class:`flare.FlareDataCollator`. The output is a BatchEncoding without
+    ``source_*`` keys: ``input_ids`` and ``attention_mask`` (B, up to 2m; with ``padding="max_length"`` exactly 2m), and
+    ``labels``.
 
     - Both texts are joined as ``[CLS] source [SEP] target [SEP]`` and padded as one. If both begin with the same
-      special token (CLS or BOS), the target's is dropped.
-    - ``labels`` are those of the target: one class, or one label per token, with -100 on the source.
+      special token (CLS or BOS), this token is dropped from the target.
+    - ``labels`` are the target's labels: one class, or one label per token, with -100 on the source.
       ``start_positions`` and ``end_positions`` are shifted with the target.
     - Causal rows become source prompt, target prompt, target answer. The source's answer is left out, and only the
       target's answer has labels. An instruction in the prompts appears twice, because the collator cannot tell it from
@@ -56,14 +58,14 @@ class InputFusionCollator(FlareDataCollator):
 
     Args:
         max_length: m, the largest number of tokens of each text, as for FLARE.
-        max_positions: the number of tokens that the model has positions for (see :func:`max_positions`). Wider batches
-            are an error.
+        max_positions: the number of tokens that the model has positions for (see :func:`max_positions`). A wider batch
+            raises an error.
         token_types: True adds ``token_type_ids``, 0 for the source and 1 for the target. False adds none; use it for
-            models with a single token type. Default: True if ``token_type_ids`` are among the tokenizer's inputs.
-            :meth:`for_model` reads it from the model.
+            models with a single token type. Default: True if the tokenizer's ``model_input_names`` contain
+            ``token_type_ids``. :meth:`for_model` sets this from the model's config instead.
 
     Raises:
-        ValueError: as for FlareDataCollator, or a batch is wider than ``max_positions``.
+        ValueError: an error of FlareDataCollator, or a batch is wider than ``max_positions``.
     """
 
     max_positions: int | None = None
@@ -75,8 +77,8 @@ class InputFusionCollator(FlareDataCollator):
             self.token_types = "token_type_ids" in self.tokenizer.model_input_names
         if self.max_positions is not None and self.max_length is not None and 2 * self.max_length > self.max_positions:
             raise ValueError(
-                f"max_length={self.max_length} per text makes batches of {2 * self.max_length} tokens, and the model "
-                f"has positions for {self.max_positions}; use max_length={self.max_positions // 2} or less"
+                f"max_length={self.max_length} per text makes batches of {2 * self.max_length} tokens, but the model "
+                f"has only {self.max_positions} positions; use max_length={self.max_positions // 2} or less"
             )
 
     @classmethod
@@ -103,15 +105,16 @@ class InputFusionCollator(FlareDataCollator):
         width = batch["input_ids"].shape[1]
         if self.max_positions is not None and width > self.max_positions:
             raise ValueError(
-                f"source and target together are {width} tokens wide, and the model has positions for "
-                f"{self.max_positions}; use truncation=True, max_length={self.max_positions // 2} or shorter texts"
+                f"source and target together are {width} tokens wide, but the model has only {self.max_positions} "
+                f"positions; pass truncation=True and max_length={self.max_positions // 2} to the collator, or use "
+                "shorter texts"
             )
         return batch
 
     def _join(self, source: Text, target: Text, layout: str) -> Text:
         """Return source and target as one text, with labels -100 on the source."""
         if layout == "causal":
-            source.keep(range(source.split))  # the prompt
+            source.keep(range(source.split))  # keep the prompt, drop the answer
         first = source.columns["input_ids"][:1]
         openings = {self.tokenizer.cls_token_id, self.tokenizer.bos_token_id} - {None}
         drop = int(bool(first) and first == target.columns["input_ids"][:1] and first[0] in openings)
@@ -140,7 +143,7 @@ def input_fusion(
         **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 
     Raises:
-        ValueError: the model has fewer than 2m positions; ``fusion`` is not None.
+        ValueError: the model has fewer than 2m positions, or ``fusion`` is not None.
     """
     limit = max_positions(model)
     if max_length is not None and limit is not None and 2 * max_length > limit:

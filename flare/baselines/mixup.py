@@ -1,15 +1,16 @@
 """X-Mixup (Yang et al., "Enhancing Cross-lingual Transfer by Manifold Mixup", ICLR 2022, arXiv 2205.04182) under LoRA.
 
 Source and target run through one model, with gradients through both. At one block, the target's state after
-self-attention is mixed with the result of a second attention from the target to the source. It uses the weights of the
-block's own attention:
+self-attention is mixed with the result of a second attention, from the target to the source. The second attention uses
+the weights of the block's self-attention:
 
     a_t, a_s   the states after self-attention and residual (and LayerNorm, in post-norm blocks)
     c_t        the second attention: queries of a_t, keys and values of a_s, with the source's padding masked
     m_t        LN(lambda c_t + (1 - lambda) a_t); LN only in post-norm blocks (BERT, XLM-R)
     lambda     lambda0 * sigmoid(w H + b), per text; w and b are trained and start at 1 and 0
-    H          entropy of the attention from target to source plus that from source to target, mean over heads and
-               tokens; the authors' code averages over padding too, which makes lambda depend on the batch
+    H          entropy of the attention from target to source plus entropy of the attention from source to target,
+               each a mean over heads and tokens. (The authors' code averages over padding too, so there lambda depends
+               on the batch.)
 
 The loss is alpha CE_source + (1 - alpha) CE_target + KL(p_source || p_target) + MSE(rep_source, rep_target).
 
@@ -49,7 +50,7 @@ language, in addition to the usual inputs.
 
 @dataclass
 class XMixupConfig(FlareConfig):
-    """Configuration of an X-Mixup adapter: the fields of plain LoRA and of the mixup.
+    """Configuration of an X-Mixup adapter: the fields of plain LoRA, and fields for the mixup.
 
     It is saved in ``adapter_config.json``. :func:`x_mixup` creates it.
 
@@ -79,7 +80,7 @@ class XMixupConfig(FlareConfig):
         super().__post_init__()
         self.peft_type = X_MIXUP  # type: ignore[assignment]
         if self.fusion is not None:
-            raise ValueError(f"fusion={self.fusion!r}: an X-Mixup adapter does not fuse; leave it out")
+            raise ValueError(f"fusion={self.fusion!r}: an X-Mixup adapter does not fuse; leave fusion out")
         if isinstance(self.x_mixup_layer, bool) or not isinstance(self.x_mixup_layer, int):
             raise TypeError(f"layer={self.x_mixup_layer!r} must be the number of a block, counted from 0, or None")
         for name in ("lambda0", "alpha"):
@@ -97,12 +98,14 @@ class XMixupModel(FlareModel):
 
     def _prepare_adapter_config(self, peft_config: FlareConfig, model_config: dict[str, Any]) -> FlareConfig:
         if mixup_layer.is_attached(self.model):
-            raise ValueError("a model holds one X-Mixup adapter: delete the other first, or load into a fresh model")
+            raise ValueError(
+                "a model holds one X-Mixup adapter: delete the existing adapter first, or load into a fresh model"
+            )
         Place.of(self.model, cast(XMixupConfig, peft_config).x_mixup_layer)  # raises before the model is touched
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def convert_adapter(self, adapter: str) -> None:
-        """Convert the adapter as FLARE does, and add w, b and the hooks of both streams."""
+        """Convert the adapter as FLARE does, and add w, b and the hooks that run and mix both texts."""
         super().convert_adapter(adapter)
         config = cast(XMixupConfig, self.peft_config[adapter])
         place = Place.of(self.model, config.x_mixup_layer)
@@ -121,7 +124,7 @@ class XMixupModel(FlareModel):
         mixup_streams.attach_streams(self.model, runtime)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter as PEFT does, and the mixup with its adapter."""
+        """Delete an adapter as PEFT does. If it is the X-Mixup adapter, remove the mixup too."""
         if mixup_layer.is_attached(self.model) and mixup_layer.runtime_of(self.model).adapter == adapter_name:
             mixup_layer.detach(self.model)
         super().delete_adapter(adapter_name)
@@ -132,20 +135,20 @@ class XMixupModel(FlareModel):
         return super().unload()
 
     def check_mergeable(self, adapter_names: list[str] | None) -> None:
-        """Raise ValueError: the mixup depends on the source text, so that it cannot be merged into weights."""
+        """Raise ValueError, because the mixup depends on the source text and cannot be merged into weights."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.peft_config:
                 raise ValueError(
-                    f"adapter {name!r} is X-Mixup's: what it mixes depends on the source text and cannot be merged "
-                    "into the base weights. Keep the adapter and save it (save_pretrained)"
+                    f"adapter {name!r} is an X-Mixup adapter: its mixture depends on the source text, so it cannot be "
+                    "merged into the base weights. Keep the adapter and save it (save_pretrained)"
                 )
 
     def encode_source(self, source_input_ids: Tensor, source_attention_mask: Tensor | None = None) -> Any:
-        """Raise ValueError: the source is trained on too, so that its states change and cannot be kept."""
+        """Raise ValueError, because training changes how the model reads the source, so states cannot be kept."""
         raise ValueError("encode_source: X-Mixup reads the source in every forward; pass source_input_ids to the model")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does, mixing with a source prompt. Without a source it is plain LoRA.
+        """Generate with transformers' ``generate``, mixed with a source prompt if one is given, otherwise plain LoRA.
 
         lambda is computed from the prompts, and every new token attends to the source's prompt. This matches training,
         where neither text can read the other's answer.
@@ -156,7 +159,8 @@ class XMixupModel(FlareModel):
                 models on the left.
 
         Raises:
-            TypeError, ValueError: source arguments do not fit, or an option cannot be combined with a source.
+            TypeError, ValueError: a source argument has a wrong type or shape, or an option cannot be combined with a
+                source.
         """
         source = take_source(self.model, kwargs, mixup_streams.X_MIXUP_ARGUMENTS)
         runtime, model = mixup_layer.runtime_of(self.model), cast(Any, self.model)
@@ -173,7 +177,10 @@ class XMixupModel(FlareModel):
 def _hold_source(
     model: Any, runtime: MixupRuntime, source: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run the source's prompt and keep its keys and values for all forwards of a generation."""
+    """Run the model on the source's prompt, and keep its keys and values for all forwards of a generation.
+
+    Return the keyword arguments of ``generate``, with the target's attention mask.
+    """
     for name in ("past_key_values", "inputs_embeds", "prefill_chunk_size", "assistant_model", "output_attentions"):
         if kwargs.get(name):
             raise ValueError(f"{name} cannot be combined with a source: leave it out, or leave the source out")
@@ -182,13 +189,14 @@ def _hold_source(
     if not isinstance(ids, Tensor) or ids.shape != inputs["input_ids"].shape:
         shape = str(tuple(ids.shape)) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
-            f"source_input_ids has shape {tuple(inputs['input_ids'].shape)}, the prompts {shape}: pad both to one width"
+            f"source_input_ids has shape {tuple(inputs['input_ids'].shape)}, but the target's prompts have {shape}: "
+            "pad both to one width"
         )
     mask = kwargs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     if not model.config.is_encoder_decoder:
-        # generate counts positions from the target's first token. As in training, one column is one position in both
-        # texts. Negative positions are fine, because RoPE depends on distances only.
+        # generate counts positions from the target's first token. As in training, a column has the same position in
+        # both texts. Negative positions are fine, because RoPE depends on distances only.
         columns = torch.arange(ids.shape[1], device=ids.device)
         inputs["position_ids"] = columns - (mask.cumsum(1) == 0).sum(1, keepdim=True)
     runtime.streams = Streams(inputs["attention_mask"].bool(), mask.bool(), source_inputs=inputs)
@@ -226,20 +234,21 @@ def x_mixup(
         flare.FlareTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
 
     The model takes the batches of FlareDataCollator: ``source_input_ids`` and ``source_attention_mask`` (B, m) in
-    addition to the usual inputs. The output is the target's; its ``loss`` is the sum of all terms. The model mixes in
-    training and inference. Without a source it warns once and is plain LoRA.
+    addition to the usual inputs. It returns the output for the target, whose ``loss`` is the sum of all terms. The
+    model mixes in training and inference. Without a source it warns once and is plain LoRA.
 
-    The terms of the loss (see the module for the formula):
+    The terms of the loss (the docstring of the module has the formula):
 
     - The source's task loss, if the source has labels. A class label counts for both texts. Spans need
       ``source_start_positions`` and ``source_end_positions`` in the rows; encoder-decoders, causal rows and labels per
-      token need ``source_labels``. Without them the target's task loss has weight 1, with one warning.
+      token need ``source_labels``. Without source labels the target's task loss has weight 1, and there is
+      one warning.
     - The KL term, for classifiers of whole texts.
-    - The MSE term, always. It compares the token that a classifier reads (the first, or a decoder's last), and in other
-      models the mean over the tokens.
+    - The MSE term, for all models. In a classifier it compares the last hidden states of the token that is classified
+      (the first token, or the last token in a decoder-only model). In other models it compares means over the tokens.
 
-    In causal models the target's tokens attend to the whole prompt of the source and to no answer, and lambda is
-    computed from the prompts. A sliding window does not limit the attention to the source.
+    In causal models the target's tokens attend to the source's prompt but not to its answer, and lambda is computed
+    from the prompts. A sliding window does not limit the attention to the source.
 
     Args:
         model: a transformers model, modified in place: BERT, RoBERTa, XLM-R, DistilBERT, T5 and mT5 (in the encoder),
@@ -254,8 +263,8 @@ def x_mixup(
         **overrides: fields of FlareConfig, such as ``r`` or ``lora_alpha``.
 
     Raises:
-        TypeError, ValueError: as :func:`plain_lora`; ``model`` is a PeftModel; ``layer`` does not exist, or its block
-            is built differently from those above.
+        TypeError, ValueError: an error of :func:`plain_lora`, or ``model`` is a PeftModel, or ``layer`` does not exist,
+            or its block is built differently from the blocks of the models above.
     """
     import peft
 
@@ -266,7 +275,9 @@ def x_mixup(
     if overrides.pop("fusion", None) is not None:
         raise ValueError("x_mixup does not fuse: leave fusion out, or call flare.fast_lora to fuse two streams")
     if type(model).__name__.endswith("ForMultipleChoice"):
-        raise ValueError("x_mixup mixes one text with one text, and a multiple choice has several; use another method")
+        raise ValueError(
+            "x_mixup mixes one text with one text, but a row of multiple choice has several; use another method"
+        )
     if alpha is None:
         alpha = 0.2 if infer_task_type(model) == "QUESTION_ANS" else 0.4
     mixup = {
@@ -297,5 +308,7 @@ def load_x_mixup(model: Any, folder: Any, **options: Any) -> peft.PeftModel:
 
     config = peft.PeftConfig.from_pretrained(folder)
     if not isinstance(config, XMixupConfig):
-        raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, not {X_MIXUP}: use PeftModel")
+        raise ValueError(
+            f"{folder} holds an adapter of type {config.peft_type}, not {X_MIXUP}: use PeftModel.from_pretrained"
+        )
     return peft.PeftModel.from_pretrained(model, folder, **options)

@@ -1,10 +1,10 @@
-"""X-Mixup's layer: one block whose self-attention module runs a second time, from the target's tokens to the source's.
+"""X-Mixup's block: its self-attention module runs a second time, to attend from the target's tokens to the source's.
 
 Shapes: B rows, n tokens of the target, m of the source, d the hidden size, h heads, e the width of a head.
 
 The block's attention module computes queries, keys, values, their positions (RoPE, T5's bias), their norms and the
-output projection. Only the attention function between them, which transformers looks up by name, is replaced for the
-second call. No modeling code is copied, and no model class is named.
+output projection. Only the attention function, which transformers looks up by name, is replaced for the second call. No
+modeling code is copied, and no model class is named.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from .mixup_place import Place
 
 _IMPLEMENTATION = "flare_x_mixup"
 _RUNTIME = "_flare_x_mixup"
-#: Attribute of a LoRA layer of the mixup block that holds w and b. PEFT then saves them as it saves lora_A.
+#: Attribute of a LoRA layer of the mixup block that holds w and b, the trained weights of lambda (see
+#: flare.baselines.mixup). PEFT then saves them as it saves lora_A.
 RATIO = "lora_x_mixup"
 
-# --- one forward of both streams -------------------------------------------------------------------------------------
+# --- one forward on both texts ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Streams:
-    """The two texts of one forward, and what their streams exchange.
+    """The two texts of one forward, and the tensors that the run on the source passes to the run on the target.
 
     Attributes:
         visible: (B, m) bool, the source's tokens that the target may attend to.
         counted: (B, n) bool, the target's tokens over which the entropy is averaged.
-        keys, values: (B, heads, m, e), the source's at the mixup block.
-        ratio: lambda (B,); generation computes it once.
-        hidden: the last hidden states, "source" (B, m, d) and "target" (B, n, d).
+        keys, values: (B, heads, m, e), keys and values of the source at the mixup block.
+        ratio: lambda (B,), which a generation computes only once.
+        hidden: "source" and "target" -> last hidden states, (B, m, d) and (B, n, d).
         source_inputs: keyword arguments of the source's forward.
         source_output: output of the source's forward.
     """
@@ -59,13 +60,13 @@ class MixupRuntime:
 
     Attributes:
         classifier_token: the token that a classifier of the model reads: "first", "last", or "mean" of all.
-        mode: "source" or "target" while that stream runs.
-        generating: whether one source serves all forwards of a generation.
-        checkpointed: whether gradient checkpointing of the mixup block was switched off for these streams.
+        mode: "source" or "target" while the model runs on that text, otherwise None.
+        generating: whether this is a generation, which runs the source once for all forwards of the target.
+        checkpointed: whether gradient checkpointing of the mixup block is switched off until both texts have run.
         block_input: hidden state at the input of the mixup block.
-        call: positional and keyword arguments of the block's first attention.
+        call: positional and keyword arguments of the first call of the block's attention module.
         in_second_call: whether the attention module runs for the second time.
-        warned: messages that were shown.
+        warned: names of the warnings that were shown.
         handles: handles of the hooks.
     """
 
@@ -107,14 +108,14 @@ class MixupRuntime:
         return self.adapter in layer.active_adapters and not (layer.disable_adapters or layer.merged)
 
     def begin(self, mode: str) -> None:
-        """Start the forward of a stream, without gradient checkpointing in the block where the streams meet."""
+        """Start the forward on a text, and switch off gradient checkpointing in the mixup block."""
         self.mode = mode
         block: Any = self.model.get_submodule(self.place.block)
         if getattr(block, "gradient_checkpointing", False):
             self.checkpointed, block.gradient_checkpointing = True, False
 
     def end(self) -> None:
-        """Reset the state after both streams, or after an error in one."""
+        """Reset the state after both texts have run, or after an error."""
         if self.checkpointed:
             block: Any = self.model.get_submodule(self.place.block)
             self.checkpointed, block.gradient_checkpointing = False, True
@@ -147,7 +148,7 @@ def add_ratio(model: nn.Module, block: str, adapter: str) -> None:
     layer: Any = module
     if not hasattr(layer, RATIO):
         setattr(layer, RATIO, nn.ModuleDict())
-        getattr(layer, RATIO).scaling = layer.scaling  # PEFT's hotswap reads it here, by the key's path
+        getattr(layer, RATIO).scaling = layer.scaling  # PEFT's hotswap reads ``scaling`` from this module
         layer.adapter_layer_names = (*layer.adapter_layer_names, RATIO)
     A = layer.lora_A[adapter].weight
     ratio = nn.Linear(1, 1)
@@ -228,9 +229,9 @@ def _mix(result: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _attend_again(runtime: MixupRuntime, hidden: Tensor) -> Tensor:
-    """Return the block's attention on the hidden state (B, n, d) after self-attention: (B, n, d), without residual.
+    """Call the block's attention on the hidden state (B, n, d) after self-attention; return (B, n, d) without residual.
 
-    The source's pass uses only its keys and values, not the result.
+    In the run on the source, only the keys and values of this call are used, and its result is not.
     """
     model, place = runtime.model, runtime.place
     attention: Any = model.get_submodule(place.attention)
@@ -274,10 +275,10 @@ def _attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for the second call, in transformers' form: query (B, h, n, e) -> (B, n, h, e).
+    """Attention function for the second call, as transformers calls it: query (B, h, n, e) -> (B, n, h, e).
 
-    The module's mask and window belong to the target's text and are not used: a target token attends to all visible
-    source tokens.
+    The module's mask and window are those of self-attention on the target and are not used: a target token attends to
+    all visible source tokens.
     """
     runtime = runtime_of(module)
     streams = runtime.streams
@@ -307,18 +308,19 @@ _compat.register_attention(_IMPLEMENTATION, _attention)
 
 
 def pair_entropy(scores: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """Return the mean entropy of attention from target to source plus that from source to target, (B,).
+    """Return (B,): the mean entropy of attention from target to source plus from source to target.
 
     Args:
-        scores: (B, h, n, m), before masks and softmax. The other direction uses them transposed.
-        target, source: (B, n) and (B, m) bool, the tokens that are attended to and that count in the means.
+        scores: (B, h, n, m), from target to source, before masks and softmax. Transposed, they are the scores from
+            source to target.
+        target, source: (B, n) and (B, m) bool, the tokens that are attended to and over which the means are taken.
     """
     return _entropy(scores, target, source) + _entropy(scores.transpose(2, 3), source, target)
 
 
 def _entropy(scores: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     log_p = _masked(scores, keys).log_softmax(-1)
-    # A masked key has p = 0: p log p is 0, but its gradient would be 0 times infinity.
+    # For a masked key p = 0 and p log p = 0, but the gradient of p log p would be 0 times infinity.
     entropy = -(log_p.exp() * log_p.masked_fill(~keys[:, None, None], 0)).sum(-1).mean(1)  # (B, queries)
     return (entropy * queries).sum(1) / queries.sum(1).clamp(min=1)
 

@@ -18,10 +18,10 @@ class Place:
         owner: the module that loops over the blocks.
         stack: the list of blocks.
         block: the block that mixes.
-        attention: its self-attention module.
-        result: the module whose output is the hidden state after self-attention and residual or, if
-            ``adds_residual``, the tensor that the block adds to its input.
-        adds_residual: whether the block itself adds the residual.
+        attention: the block's self-attention module.
+        result: the module whose output is the hidden state after self-attention and residual. If ``adds_residual``, its
+            output is the tensor that the block then adds to its input.
+        adds_residual: whether the block's own forward adds the residual, and not a module in it.
         before: modules that the input of the attention goes through, in order.
         after: modules that the output of the attention goes through, in order.
         norm: the LayerNorm that follows the residual in a post-norm block, or None.
@@ -39,11 +39,11 @@ class Place:
 
     @classmethod
     def of(cls, model: nn.Module, layer: int) -> Place:
-        """Return the place of block ``layer``, counted from 0, in an encoder-decoder of the encoder.
+        """Return the place of block ``layer``, counted from 0. In an encoder-decoder this is a block of the encoder.
 
         Raises:
-            ValueError: the block does not exist, or is built differently from those of BERT, RoBERTa, DistilBERT, T5,
-                Llama and Gemma.
+            ValueError: the block does not exist, or is built differently from the blocks of BERT, RoBERTa, DistilBERT,
+                T5, Llama and Gemma.
         """
         mapped = ModelMap.of(model)
         if mapped.fused or mapped.carried:
@@ -53,7 +53,9 @@ class Place:
             )
         stack, blocks = _stack(model, mapped)
         if not 0 <= layer < blocks:
-            raise ValueError(f"layer={layer} is not a block of {type(model).__name__}: {stack} has 0 to {blocks - 1}")
+            raise ValueError(
+                f"layer={layer} is not a block of {type(model).__name__}: {stack} has blocks 0 to {blocks - 1}"
+            )
         block = f"{stack}.{layer}"
         attention = next(
             place.attention

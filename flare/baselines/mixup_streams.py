@@ -1,7 +1,7 @@
-"""X-Mixup's two streams: the source runs through the whole model, then the target, and their losses are added.
+"""X-Mixup's two runs: the source runs through the whole model, then the target, and their losses are added.
 
 Two hooks on the transformers model do this. Before the target's forward, the source runs through the same model, with
-gradients. After it, the source's loss and the consistency terms are added to the target's loss.
+gradients. After the target's forward, the source's loss and the consistency terms are added to the target's loss.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ NO_SOURCE_WARNING = (
     "that the base model's forward does not name) or use flare.FlareTrainer, and pad with flare.FlareDataCollator."
 )
 NO_SOURCE_LABELS_WARNING = (
-    "The source has no labels of its own ({missing}), so X-Mixup's task loss is only the target's. The consistency "
-    "terms are added as usual."
+    "The source has no labels of its own ({missing} missing), so X-Mixup's task loss is only the target's. The "
+    "consistency terms are added as usual."
 )
 
 
@@ -96,17 +96,17 @@ def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
             "per GPU (accelerate launch, torchrun), or make a single GPU visible (CUDA_VISIBLE_DEVICES=0)"
         )
     if kwargs.get("return_dict") is False:
-        raise ValueError("return_dict=False: X-Mixup adds its losses to the output by name; leave it out")
+        raise ValueError("return_dict=False: X-Mixup adds its losses to the output by name; leave return_dict out")
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions=True: the mixup block attends twice, and transformers would record two blocks; "
-            "leave it out, or leave the source out"
+            "leave output_attentions out, or leave the source out"
         )
     cache = kwargs.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
             "past_key_values holds earlier positions, which cannot be combined with a source: use model.generate, or "
-            "pass the whole text at once"
+            "pass the whole text in one call"
         )
 
 
@@ -114,10 +114,10 @@ def _refuse(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], target: dict[str, Any]) -> Streams:
-    """Return the streams of one forward: what each text may read, and the arguments of the source's forward.
+    """Return the Streams of one forward, with the masks of both texts and the arguments of the source's forward.
 
     Raises:
-        TypeError, ValueError: source arguments do not fit; the message names the argument.
+        TypeError, ValueError: a source argument has a wrong type or shape; the message names the argument.
     """
     inputs = source_inputs(model, source)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -129,7 +129,9 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
         target_mask = torch.ones_like(target_ids)
     elif not isinstance(target_mask, Tensor) or target_mask.shape != target_ids.shape:
         shape = str(tuple(target_mask.shape)) if isinstance(target_mask, Tensor) else type(target_mask).__name__
-        raise ValueError(f"attention_mask is {shape}: X-Mixup needs the target's mask, {tuple(target_ids.shape)}")
+        raise ValueError(
+            f"attention_mask is {shape}: X-Mixup needs a mask of the target's tokens, {tuple(target_ids.shape)}"
+        )
     streams = Streams(visible=mask.bool(), counted=target_mask.bool(), source_inputs=inputs)
     labels = target.get("labels")
     if runtime.task == "CAUSAL_LM" and labels is not None:
@@ -137,7 +139,7 @@ def _streams(model: nn.Module, runtime: MixupRuntime, source: dict[str, Any], ta
     elif runtime.task == "QUESTION_ANS":
         _take_positions(runtime, source, target, inputs)
     elif labels is not None:
-        # A class of the whole text holds for both texts; labels of other tasks belong to one of them.
+        # A class of the whole text holds for both texts. The labels of other tasks belong to the target only.
         source_labels = source.get("source_labels", labels if runtime.task == "SEQ_CLS" else None)
         if source_labels is not None:
             inputs["labels"] = source_labels
@@ -150,11 +152,12 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the source's forward: input_ids and attention_mask (B, m), and token types if passed.
 
     Raises:
-        TypeError, ValueError: an argument is missing, does not fit or is not accepted; the message names it.
+        TypeError, ValueError: an argument is missing, has a wrong type or shape, or is not accepted; the message names
+            the argument.
     """
     for name in _NOT_TAKEN:
         if name in source:
-            raise ValueError(f"{name}: X-Mixup reads the source as text (source_input_ids); leave it out")
+            raise ValueError(f"{name}: X-Mixup reads the source as text (source_input_ids); leave {name} out")
     if "source_input_ids" not in source:
         raise ValueError(f"{', '.join(sorted(source))} was passed without source_input_ids: pass both, or neither")
     ids = check_ids("source_input_ids", source["source_input_ids"], "(B, m)")
@@ -171,9 +174,10 @@ def source_inputs(model: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
 def _hide_answers(
     streams: Streams, inputs: dict[str, Any], ids: Tensor, labels: Tensor, source_labels: Tensor | None
 ) -> None:
-    """Hide the source's answer from the target's attention, and the target's answer from lambda, in causal rows.
+    """In causal rows, exclude the source's answer from attention, and the target's answer from the entropy in lambda.
 
-    Without source_labels, the source's answer starts at the target's first label, where FlareDataCollator puts it.
+    Without source_labels, the source's answer starts in the column of the target's first label, where FlareDataCollator
+    puts it.
     """
     columns = torch.arange(labels.shape[1], device=labels.device)
     labelled = labels.ne(-100)
@@ -245,7 +249,7 @@ def mse_term(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _representation(runtime: MixupRuntime, hidden: Tensor, text: dict[str, Any]) -> Tensor:
-    """Return texts as (B, d): the first or last token if a classifier reads it, otherwise the mean over the tokens."""
+    """Return (B, d): the state of the first or last token if a classifier reads it, otherwise the mean over tokens."""
     ids, mask = text["input_ids"], text.get("attention_mask")
     if runtime.task != "SEQ_CLS" or runtime.classifier_token == "mean":
         weights = (torch.ones_like(ids) if mask is None else mask)[..., None].to(hidden.dtype)

@@ -1,1 +1,1 @@
-"""``model.generate`` with a source, which is decoded along with the target."""
+"""Generate text with a source: the frozen model continues the source while ``model.generate`` writes the target."""

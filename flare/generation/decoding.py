@@ -1,19 +1,20 @@
-"""Decoding of the source along with a target that is generated token by token.
+"""Decode the source along with a target that is generated token by token.
 
-The target's KV cache (flare.generation.caches) carries an instance of one of these classes. It returns the S of the
-positions of each forward of the target, and maps the target's rows (beams, or several samples of a prompt) to the
-source's.
+The target's KV cache (flare.generation.caches) carries an instance of one of the classes below. For each forward of the
+target, the instance returns S of the forward's positions, where S = x_source Aᵀ is the source's bottleneck. It also
+maps the target's rows (beams, or several samples of a prompt) to the source's rows.
 
-    AlignedDecoding   as in training: position j of the target's prompt fuses with position j of the source's prompt,
+    AlignedDecoding   As in training: position j of the target's prompt fuses with position j of the source's prompt,
                       and new token t with the source's new token t. The frozen model decodes the source greedily, with
                       a separate KV cache. A row ends with its end token, whose S is used for all later positions. When
-                      all rows have ended, the frozen model does not run any more.
-    ReleaseDecoding   as in the authors' release: all positions of a forward fuse with one late position of the source,
-                      which is decoded in advance.
-    LatentDecoding    FLARE MT: the states of the prompt are given, and the last one is used for all new tokens.
+                      all rows have ended, the frozen model no longer runs.
+    ReleaseDecoding   As in the authors' release: the source is decoded before the target. All positions of a forward
+                      fuse with a single position of the source, which is chosen by the target's length.
+    LatentDecoding    FLARE MT: the user passes the states of a translation model's encoder, one per position of the
+                      prompt. New tokens fuse with the last of these states.
 
-The classes hold no modules, so that a cache can be copied without its model. Shapes: B rows of the source, m positions
-of its prompt, q positions of a forward, rank r; S is layer -> adapter -> (B, q, r).
+The classes hold no modules, so a cache can be copied without copying the model. Shapes: B rows of the source, m
+positions of its prompt, q positions of a forward, rank r. S is stored as layer -> adapter -> (B, q, r).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Pairs = frozenset[tuple[str, str]]
 
 
 def fusing_pairs(reads: Reads) -> Pairs:
-    """Return the (layer, adapter) pairs that fuse."""
+    """Return the (layer, adapter) pairs of the layers that read a source state, that is, that fuse."""
     return frozenset((layer.flare_key, adapter) for _, adapter, layer in reads.uses)
 
 
@@ -58,7 +59,7 @@ def join_states(parts: list[Bottlenecks]) -> Bottlenecks:
 
 
 def warn_two_passes_once(runtime: Runtime, why: str) -> None:
-    """Warn, once per reason, that source and target do not share a pass."""
+    """Warn, once per reason, that the source and the target run in separate passes of the model."""
     if why not in runtime.warned:
         runtime.warned.add(why)
         warnings.warn(f"generate: source and target do not share a pass: {why}", stacklevel=2)
@@ -66,13 +67,13 @@ def warn_two_passes_once(runtime: Runtime, why: str) -> None:
 
 @dataclass(kw_only=True)
 class SourceDecoding:
-    """Base class: counts the positions of the source that were used, and maps the target's rows to the source's.
+    """Base class: counts the positions that were decoded, and maps the target's rows to the source's rows.
 
     Attributes:
         pairs: the (layer, adapter) pairs that fuse.
-        in_decoder: whether their layers are in an encoder-decoder's decoder.
-        used: number of the target's positions whose S was returned.
-        rows: target row -> source row. None before the target's first forward, which shows the number of rows.
+        in_decoder: whether these layers are in an encoder-decoder's decoder.
+        used: number of the target's positions for which S was returned.
+        rows: (target rows,), the index of the source row of each target row. None while the indices are equal.
     """
 
     pairs: Pairs
@@ -81,18 +82,18 @@ class SourceDecoding:
     rows: Tensor | None = None
 
     def states(self, model: nn.Module, runtime: Runtime, reads: Reads, length: int) -> Bottlenecks:
-        """Return S of the target's next ``length`` positions, with the source's rows."""
+        """Return S (B, length, r) for the target's next ``length`` positions, with one row per source row."""
         raise NotImplementedError
 
     @torch.compiler.disable  # as in training, the frozen pass is eager if the model is compiled
     def carry(self, model: nn.Module, runtime: Runtime, shape: tuple[int, ...] | None, past: int) -> SourceContext:
-        """Return the source context of a forward of the target.
+        """Return the context that passes S to the layers in a forward of the target.
 
         Args:
             model: the transformers model.
-            runtime: its runtime.
-            shape: (rows, q) of the forward.
-            past: number of positions in the target's cache.
+            runtime: the model's runtime, which knows the layers that fuse.
+            shape: (rows, q), the shape of the forward's token ids.
+            past: number of positions in the target's KV cache.
 
         Raises:
             ValueError: the forward does not start where the last one ended, or other adapters are active.
@@ -101,12 +102,14 @@ class SourceDecoding:
         reads = active.of_decoder if self.in_decoder else active.of_text
         if fusing_pairs(reads) != self.pairs:
             raise ValueError(
-                "past_key_values: other adapters were active when this generation began; start again without it"
+                "past_key_values: other adapters were active when this generation began; start again without "
+                "past_key_values"
             )
         if shape is None or past != self.used:
             raise ValueError(
-                f"past_key_values holds {past} positions and its source has been used for {self.used}: a cache with a "
-                "source only moves forward, position by position; it cannot be cropped, reset or used twice"
+                f"past_key_values holds {past} positions, but its source has been used for {self.used} positions. A "
+                "cache with a source can only be extended; it cannot be cropped, reset or used twice. Start again "
+                "without past_key_values"
             )
         rows, length = shape
         with torch.no_grad():
@@ -116,35 +119,37 @@ class SourceDecoding:
         return SourceContext.of_bottlenecks(states, active.sites)
 
     def _for_target(self, states: Tensor, rows: int) -> Tensor:
-        """Return S with the target's rows."""
+        """Return S with one row per target row, from S with one row per source row."""
         source_rows = states.shape[0]
         if self.rows is None:
             if rows == source_rows:
                 return states
             if rows % source_rows:
                 raise ValueError(
-                    f"input_ids has {rows} rows and the source {source_rows}: the target needs a multiple of the "
-                    "source's rows"
+                    f"input_ids has {rows} rows and the source has {source_rows} rows; the number of target rows must "
+                    "be a multiple of the number of source rows"
                 )
             self.rows = torch.arange(source_rows, device=states.device).repeat_interleave(rows // source_rows)
         if len(self.rows) != rows:
-            raise ValueError(f"past_key_values belongs to {len(self.rows)} rows, the forward has {rows}")
+            raise ValueError(f"past_key_values was made for {len(self.rows)} rows, but input_ids has {rows} rows")
         return states.index_select(0, self.rows.to(states.device))
 
     def select_rows(self, rows: Tensor) -> None:
-        """Reorder, repeat or drop the target's rows: the new row i is the old row ``rows[i]``."""
+        """Reorder, repeat or drop rows of the target: after the call, row i is the previous row ``rows[i]``."""
         self.rows = rows if self.rows is None else self.rows[rows.to(self.rows.device)]
 
     def rows_of_cache(self, rows: Tensor) -> Tensor:
-        """Return the KV cache's rows to keep if the target keeps ``rows``; call it before :meth:`select_rows`."""
+        """Return the KV cache's rows to keep if the target keeps ``rows``. Call this before :meth:`select_rows`."""
         return rows
 
     def share(self, model: nn.Module, runtime: Runtime, kwargs: dict[str, Any]) -> SharedStep | None:
-        """Return a step that runs the model once on both streams, instead of :meth:`carry`; None if not possible.
+        """Return a step that runs the model once on both the target and the source.
+
+        Return None if such a step is not possible. Then call :meth:`carry`, which runs the model on the source alone.
 
         Args:
             model: the transformers model.
-            runtime: its runtime.
+            runtime: the model's runtime.
             kwargs: keyword arguments of the target's forward.
         """
         return None
@@ -152,16 +157,16 @@ class SourceDecoding:
 
 @dataclass
 class FrozenDecoder:
-    """The frozen model, reading the source with a KV cache and choosing its next tokens greedily.
+    """Reads the source with the frozen model and a KV cache, and chooses the source's next tokens greedily.
 
     Attributes:
-        mask: (B, m) of the prompt, extended by the new tokens.
+        mask: the source's attention mask: (B, m) for the prompt, extended by each new token.
         cache: the source's KV cache.
-        dropout: source_dropout.
+        dropout: whether the frozen model's dropout is active in train mode (source_dropout).
         zero_pads: whether S = 0 at padding.
-        encoder_outputs: of an encoder-decoder, the output of its encoder.
-        encoder_mask: the encoder's attention mask.
-        next_ids: (B, 1), the next token of each row.
+        encoder_outputs: output of the encoder on the source; None for a decoder-only model.
+        encoder_mask: the encoder's attention mask; None for a decoder-only model.
+        next_ids: (B, 1), the next token of each row; None before the prompt was read.
     """
 
     mask: Tensor
@@ -188,11 +193,11 @@ class FrozenDecoder:
 
     def choose(self, logits: Tensor) -> None:
         """Set ``next_ids`` to the most likely next tokens, from logits (B, q, V)."""
-        # in float32, as generate does, so that ties are resolved equally
+        # in float32, because generate also chooses in float32: a tie is then resolved in the same way
         self.next_ids = logits[:, -1].to(dtype=torch.float32).argmax(dim=-1, keepdim=True)
 
     def inputs(self, model: nn.Module, ids: Tensor, past: int) -> dict[str, Any]:
-        """Return the frozen model's keyword arguments for token ids (B, q) after ``past`` others; extend the mask."""
+        """Return the frozen model's keyword arguments for token ids (B, q) after ``past`` tokens; extend the mask."""
         missing = past + ids.shape[1] - self.mask.shape[1]
         if missing > 0:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), missing)], dim=1)
@@ -207,7 +212,7 @@ class FrozenDecoder:
                 "decoder_input_ids": ids,
             }
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in accepted:  # counted from a row's first token, as in generate
+        if "position_ids" in accepted:  # counted from a row's first token, as generate counts them
             positions = mask.long().cumsum(-1) - 1
             inputs["position_ids"] = positions.masked_fill(mask == 0, 0)[:, -ids.shape[1] :]
         if "logits_to_keep" in accepted:
@@ -227,23 +232,24 @@ def read_states(
     masks = {} if pads is None else {key.stack: pads for key in reads.keys}
     reader = read_from_run(model, run, reads.keys, dropout=dropout, to_the_end=True)
     prepare = Preparation.under_autocast(reads.device if reads else next(model.parameters()).device, masks)
-    # eager even if the model is compiled, because the whole model is called here
+    # this calls the whole model, so without this line a compiled model would run its compiled code
     with torch.compiler.set_stance("force_eager"):
         return project_states(reader, prepare, reads.groups).bottlenecks
 
 
 @dataclass(kw_only=True)
 class AlignedDecoding(SourceDecoding):
-    """The source is decoded along with the target, position by position.
+    """Decodes the source along with the target, position by position.
 
     Attributes:
-        decoder: the frozen model's state.
-        prompt: (B, m) token ids.
+        decoder: reads the source and chooses its next tokens.
+        prompt: (B, m), token ids of the source's prompt.
         end_ids: the tokens that end a text; may be empty.
         done: (B,), whether a row's end token has been read.
         last_states: S (B, 1, r) of the last position that was read.
-        may_share: whether a decoding step may run the model once on both streams.
-        target_rows_in_cache: number of the target's rows in a cache that holds both streams; 0 if each has a cache.
+        may_share: whether a decoding step may run the model once on both the target and the source.
+        target_rows_in_cache: number of the target's rows if one KV cache holds the rows of target and source; 0 if the
+            source has its own KV cache.
     """
 
     decoder: FrozenDecoder
@@ -276,7 +282,7 @@ class AlignedDecoding(SourceDecoding):
         return states
 
     def _keep_ended(self, states: Bottlenecks) -> Bottlenecks:
-        """Replace the new token's S by that of the end token in rows that have ended."""
+        """Replace the new token's S by the end token's S in the rows that have ended."""
         if not self.last_states:
             return states
         return {
@@ -285,14 +291,14 @@ class AlignedDecoding(SourceDecoding):
         }
 
     def _advance(self, states: Bottlenecks, ids: Tensor) -> None:
-        """Record that a token of every row (B, 1) was read."""
+        """Record that the frozen model has read one more token of every row, ``ids`` (B, 1), with S ``states``."""
         self.last_states = states
         self.done = self.done | torch.isin(ids[:, 0], self.end_ids)
 
     def _unless_done(self, last: Tensor, new: Tensor) -> Tensor:
         return torch.where(self.done[:, None, None].to(new.device), last, new)
 
-    # --- one pass for both streams ------------------------------------------------------------------------------------
+    # --- one pass for target and source -------------------------------------------------------------------------------
 
     def rows_of_cache(self, rows: Tensor) -> Tensor:
         first = self.target_rows_in_cache
@@ -337,7 +343,7 @@ class AlignedDecoding(SourceDecoding):
     def _inputs_of_both(
         self, model: nn.Module, runtime: Runtime, reads: Reads, kwargs: dict[str, Any], rows: int
     ) -> dict[str, Any] | None:
-        """Return the keyword arguments of a forward on both streams' next tokens; None if it is not such a step."""
+        """Return the keyword arguments of one forward on the next tokens of target and source; None if not possible."""
         past, target = kwargs["past_key_values"].get_seq_length(), kwargs.get("input_ids")
         ids = self.decoder.next_ids
         if (
@@ -359,14 +365,15 @@ class AlignedDecoding(SourceDecoding):
 
 @dataclass(kw_only=True)
 class ReleaseDecoding(SourceDecoding):
-    """The rule of the authors' release: at target length n, all positions fuse with the source's step min(n, T) - 1.
+    """Follows the authors' release: all positions of a forward fuse with one step of the source.
 
-    n includes the prompt. Step 0 of the T steps is the source's prompt, and each other step is a new token. If a step
-    has more positions than the forward, its last position is used. Rows that end before the others continue with pad
-    tokens.
+    The source is decoded before the target, in T steps. Step 0 reads the source's prompt, and each later step reads one
+    new token. When the target has n tokens (prompt and padding included), a forward uses step min(n, T) - 1. If that
+    step has more positions than the forward, its last position is used. After a source row has ended, it continues with
+    pad tokens until all rows have ended.
 
     Attributes:
-        steps: S of each step.
+        steps: S of each of the T steps.
     """
 
     steps: list[Bottlenecks]
@@ -392,7 +399,7 @@ def decode_to_end(
     pad_id: int,
     max_steps: int,
 ) -> list[Bottlenecks]:
-    """Decode the source until all rows have ended, and return S of each of at most ``max_steps`` steps."""
+    """Decode the source until all rows have ended, in at most ``max_steps`` steps; return S of each step."""
     steps = [decoder.read(model, runtime, reads, prompt)]
     done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     while len(steps) < max_steps:
@@ -407,11 +414,11 @@ def decode_to_end(
 
 @dataclass(kw_only=True)
 class LatentDecoding(SourceDecoding):
-    """The S of the prompt are given, and each row's last real one is used for its new tokens (FLARE MT).
+    """FLARE MT: S of the prompt is given. A row's new tokens use S of its last position that is not padding.
 
     Attributes:
         prompt_states: S of the prompt.
-        mask: (B, m), nonzero at real states; None if all are.
+        mask: (B, m), zero at padding; None if there is no padding.
     """
 
     prompt_states: Bottlenecks

@@ -1,9 +1,10 @@
-"""``model.generate`` with a source: transformers' ``generate``, with a KV cache that carries the source.
+"""Run transformers' ``generate`` with a source, which the target's KV cache carries.
 
-A subclass of DynamicCache (flare.generation.caches) is passed as ``past_key_values``. It carries the decoding of the
-source (flare.generation.decoding), whose rows are selected as beam search and sampling select the target's. In every
-forward, the hook before the model (flare.source.hooks) takes from it the S of the forward's positions. In an
-encoder-decoder, this is for the decoder. The encoder is fused once, as in a forward.
+A cache of flare.generation.caches is passed as ``past_key_values``. It carries the decoding of the source
+(flare.generation.decoding). When beam search or sampling selects rows of the target, the cache also selects the rows of
+the source. In every forward, the hook before the model (flare.source.hooks) takes S = x_source Aᵀ of the forward's
+positions from the cache. In an encoder-decoder, the cache serves the decoder only. The encoder runs and fuses once,
+before decoding.
 """
 
 from __future__ import annotations
@@ -40,21 +41,22 @@ from .shared_pass import SOURCE_PASSES, unsupported_reason
 ALIGNMENTS = ("training", "release")
 
 PADDING_WARNING = (
-    "source_padding='keep' and a source prompt that is shorter than its target: positions of the target are fused with "
-    "hidden states of padding. These depend on the batch's width and on the attention kernel, so a row's output does "
-    "too. source_padding='zero' (the default of generate) avoids this."
+    "generate was called with source_padding='keep', and a source prompt is shorter than its target prompt: positions "
+    "of the target are fused with hidden states of padding. These states depend on the batch's width and on the "
+    "attention kernel, so a row's output depends on them too. Pass source_padding='zero' (the default of generate) to "
+    "avoid this."
 )
 
 
 def _refuse_mixing(reads: Reads) -> None:
-    """Raise ValueError for a fusion in which each position reads all positions, including ones not generated yet."""
+    """Raise ValueError for a fusion in which each position reads all positions, including later ones."""
     for _, adapter, layer in reads.uses:
         fusion = layer.flare_fusion[adapter]
         if fusion in EAGER_FUSIONS:
             raise ValueError(
-                f"generate: fusion={fusion!r} of adapter {adapter!r} lets every position look at all positions of the "
-                "text, including later ones, which are not generated yet. Use source_alignment='release' to generate "
-                "as the authors' release does"
+                f"generate: fusion={fusion!r} of adapter {adapter!r} lets every position read all positions of the "
+                "text, including later positions, which are not generated yet. Use source_alignment='release' to "
+                "generate as the authors' release does"
             )
 
 
@@ -85,7 +87,7 @@ def generate(
     return _generate_decoder_only(model, runtime, source, source_alignment, source_padding, source_pass, args, kwargs)
 
 
-_NOT_SHARED = "generate: source_pass='shared' is not possible: {why}; leave it out"
+_NOT_SHARED = "generate: source_pass='shared' is not possible: {why}; leave source_pass out"
 
 
 def _generate_decoder_only(
@@ -116,18 +118,20 @@ def _generate_decoder_only(
 
 
 def _pass_cache(model: Any, decoding: SourceDecoding, options: Options, kwargs: dict[str, Any]) -> None:
-    """Pass a KV cache that carries the source to ``generate``."""
+    """Add a KV cache that carries the source to the keyword arguments of ``generate``."""
     if options.get("cache_implementation") is not None:
         kwargs["cache_implementation"] = None  # generate accepts either this option or a cache
     kwargs["past_key_values"] = new_cache(model, decoding)
 
 
 def _target_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return the target's prompt (B, m), or its embeddings (B, m, d), and its mask."""
+    """Return the token ids (B, m) or the embeddings (B, m, d) of the target's prompt, and its mask or None."""
     inputs = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
     ids = next((value for value in inputs if isinstance(value, Tensor)), None)
     if ids is None:
-        raise ValueError("generate: a source needs the target's input_ids, because both are aligned by position")
+        raise ValueError(
+            "generate: a source needs the target's input_ids, because source and target are aligned by position"
+        )
     return ids, kwargs.get("attention_mask")
 
 
@@ -149,13 +153,15 @@ def _source_decoding(
         return LatentDecoding(pairs=pairs, prompt_states=states, mask=source.get("source_attention_mask"))
     if "source_states" in source:
         raise ValueError(
-            "source_states: these belong to the prompt only, and new tokens need states of the source's continuation: "
-            "pass source_input_ids and source_attention_mask"
+            "source_states: these belong to the prompt only, but new tokens need the states of the source's new "
+            "tokens; pass source_input_ids and source_attention_mask instead"
         )
     _refuse_decoder_arguments(model, source)
     inputs = backbone_inputs(model, source, shape)
     if "token_type_ids" in inputs:
-        raise ValueError("source_token_type_ids: the types of new tokens are not known to generate; leave it out")
+        raise ValueError(
+            "source_token_type_ids: generate does not know the types of new tokens; leave this argument out"
+        )
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
@@ -182,10 +188,10 @@ def _source_decoding(
 
 
 def _allow_shared_pass(model: Any, runtime: Runtime, reads: Reads, decoding: SourceDecoding, source_pass: str) -> None:
-    """Allow decoding steps that run the model once on both streams, if they are possible and ``source_pass`` permits.
+    """Allow decoding steps that run the model once on target and source, if possible and if ``source_pass`` permits it.
 
     Raises:
-        ValueError: source_pass="shared", and they are not possible.
+        ValueError: source_pass="shared", and such steps are not possible.
     """
     if source_pass == "separate":
         return
@@ -228,8 +234,8 @@ def _generate_encoder_decoder(
 ) -> Any:
     if alignment == "release":
         raise ValueError(
-            "source_alignment='release': the authors' release has no encoder-decoder, whose rule this would be; use "
-            "'training'"
+            "source_alignment='release': the authors' release has no encoder-decoder, so this alignment is only for "
+            "decoder-only models; use source_alignment='training'"
         )
     if kwargs.get("encoder_outputs") is not None:
         raise ValueError(
@@ -243,8 +249,8 @@ def _generate_encoder_decoder(
     decodes = [name for name in DECODER_ARGUMENTS if name in source]
     if decodes and isinstance(source.get("source_states"), SourceStates):
         raise ValueError(
-            f"{decodes[0]} and source_states were both given, but the states are only for the encoder: pass "
-            "source_input_ids, or leave one of them out"
+            f"{decodes[0]} and source_states were both given, but source_states holds only the encoder's states: pass "
+            f"source_input_ids instead of source_states, or leave {decodes[0]} out"
         )
     with torch.no_grad():
         if decodes and in_decoder:
@@ -257,7 +263,7 @@ def _generate_encoder_decoder(
                 source = {name: value for name, value in source.items() if name not in decodes}  # no decoder reads them
             context = read_source(model, runtime, source, target, source_padding=padding)
     store_target_masks(runtime, in_encoder.uses, context, args, kwargs)
-    THREAD.slot.forward = context  # generate calls the encoder directly; the hook before its blocks reads this
+    THREAD.slot.forward = context  # the hook before the encoder's blocks reads it, as generate calls the encoder itself
     try:
         output = model.generate(*args, **kwargs)
     finally:
@@ -307,17 +313,19 @@ def _read_encoder(
 
 
 def _decoder_prompt(source: dict[str, Any], options: Options, rows: int) -> Tensor:
-    """Return the first tokens (B, u) of the source's decoder: the start token, or source_decoder_input_ids.
+    """Return the tokens (B, u) with which the decoder starts on the source: start token or source_decoder_input_ids.
 
-    They must be as long as the target's decoder_input_ids. With source_labels the decoder fuses too, but their values
-    are not used, because the source is decoded greedily.
+    They must have the shape of the target's decoder_input_ids. With source_labels the decoder fuses too, but the values
+    of the labels are not used, because the source is decoded greedily.
     """
     start_ids = options.token_ids("decoder_start_token_id") or options.token_ids("bos_token_id")
     if not start_ids:
-        raise ValueError("generate: decoder_start_token_id is not set, in the arguments or in model.generation_config")
+        raise ValueError("generate: decoder_start_token_id is not set; pass it, or set it in model.generation_config")
     start = torch.tensor(start_ids).expand(rows)[:, None] if len(start_ids) == 1 else torch.tensor(start_ids)[:, None]
     if options.kwargs.get("decoder_attention_mask") is not None:
-        raise ValueError("generate: decoder_attention_mask cannot be combined with a source for the decoder")
+        raise ValueError(
+            "generate: decoder_attention_mask cannot be combined with a source for the decoder; leave it out"
+        )
     prompt, target = start, start
     if "source_labels" not in source:
         prompt = _with_start_token(
@@ -327,14 +335,15 @@ def _decoder_prompt(source: dict[str, Any], options: Options, rows: int) -> Tens
         target = _with_start_token(options.kwargs["decoder_input_ids"], start)
     if prompt.shape != target.shape:
         raise ValueError(
-            f"source_decoder_input_ids gives the source {tuple(prompt.shape)} first tokens and decoder_input_ids gives "
-            f"the target {tuple(target.shape)}: both need the same shape (default: one start token per row)"
+            f"the decoder's first tokens have shape {tuple(prompt.shape)} for the source (source_decoder_input_ids) "
+            f"and {tuple(target.shape)} for the target (decoder_input_ids); pass both arguments with the same shape "
+            "(default: one start token per row)"
         )
     return prompt
 
 
 def _with_start_token(ids: Tensor, start: Tensor) -> Tensor:
-    """Return a decoder's prompt with its start token, which is prepended if no row has it, as ``generate`` does."""
+    """Return a decoder's prompt with its start token. Prepend it, as ``generate`` does, if no row starts with it."""
     start = start.to(ids.device)
     if len(ids) == len(start) and bool((ids[:, 0] != start[:, 0]).all()):
         return torch.cat([start, ids], dim=1)

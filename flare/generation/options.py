@@ -1,4 +1,4 @@
-"""Options of generate, and those that cannot be combined with a source."""
+"""Look up the options of ``generate``, and refuse options that cannot be combined with a source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 
 @dataclass
 class Options:
-    """Options of a call of ``generate``: its arguments, then its generation_config, then the model's."""
+    """Options of a call of ``generate``.
+
+    An option is looked up in the call's arguments, then in its generation_config, then in the model's
+    generation_config.
+    """
 
     model: Any
     args: tuple[Any, ...]
@@ -35,7 +39,7 @@ class Options:
         return [int(token) for token in (value if isinstance(value, (list, tuple)) else [value])]
 
     def pad_id(self) -> int:
-        """Return the pad token, or the first end token if there is none, as ``generate`` does."""
+        """Return the pad token. If it is not set, return the first end token, as ``generate`` does, or 0."""
         return next(iter([*self.token_ids("pad_token_id"), *self.token_ids("eos_token_id")]), 0)
 
     def max_new_tokens(self, prompt: int) -> int:
@@ -48,14 +52,15 @@ class Options:
             return int(self.get("max_new_tokens"))
         if self.get("max_length") is None:
             raise ValueError(
-                "source_alignment='release' needs max_new_tokens, because the source is decoded first, to that length"
+                "source_alignment='release' needs max_new_tokens, because the source is decoded to that length before "
+                "the target; pass it"
             )
         return int(self.get("max_length")) - prompt
 
 
-_POSITIONS = "it skips or takes back positions, and the source is decoded one position at a time"
-_CACHE = "the source is decoded along with the target's own dynamic KV cache"
-_INPUT = "it runs the model on other text, which has no source"
+_POSITIONS = "it skips positions or goes back, but the source is decoded one position at a time"
+_CACHE = "a source needs a dynamic KV cache, which generate creates"
+_INPUT = "it also runs the model on a text that has no source"
 _LOOP = "it replaces the decoding loop in which the source is decoded"
 
 #: option -> (whether its value cannot be combined with a source, reason)
@@ -84,4 +89,4 @@ def refuse_options(options: Options) -> None:
         value = options.get(name)
         if is_refused(value):
             shown = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
-            raise ValueError(f"generate: {name}={shown} cannot be combined with a source: {reason}; leave it out")
+            raise ValueError(f"generate: {name}={shown} cannot be combined with a source: {reason}; leave {name} out")

@@ -1,15 +1,16 @@
-"""Decoding steps that run the model once, on the new tokens of both the target and the source.
+"""Run decoding steps that call the model once, on the new tokens of both the target and the source.
 
 With ``source_layer_offset=0``, the target's input of a block fuses with the source's input of the same block. A
 decoding step can therefore run the model once, on one batch of the target's rows followed by the source's rows:
 
-    frozen weights    read once per step for both streams, also if they are quantised
+    frozen weights    read once per step for both texts, also if they are quantised
     adapters          added to the target's rows only; the source's rows pass the frozen model
-    S                 computed from the source's rows at the input of each block; no other state of width d is kept
-    KV cache          one for the rows of both; beam search reorders only the target's rows
+    S = x_source Aᵀ   computed from the source's rows at the input of each block; no other state of width d is kept
+    KV cache          one for the rows of target and source; beam search reorders only the target's rows
 
-Beams and samples of a prompt share one source row. Prompts are processed in separate passes, because they are
-limited by arithmetic, not by reading weights, and a joint pass would need twice the activation memory.
+Beams and samples of a prompt share one source row. The prompts of target and source are processed in separate passes,
+because the time for a prompt is limited by arithmetic, not by reading weights, and a joint pass would need twice the
+activation memory.
 
 Shapes: t rows of the target, s rows of the source, one new token each.
 """
@@ -49,11 +50,11 @@ _PER_ROW = ("input_ids", "attention_mask", "position_ids")
 
 
 def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: Any) -> tuple[str, bool]:
-    """Return why the streams cannot share a pass ("" if they can), and whether this reason would surprise a user.
+    """Return why target and source cannot share a pass ("" if they can), and whether the reason would surprise a user.
 
     Args:
         model: the transformers model.
-        runtime: its runtime.
+        runtime: the model's runtime.
         reads: the source states that the active adapters read.
         cache: an empty KV cache of this model.
     """
@@ -79,7 +80,7 @@ def unsupported_reason(model: nn.Module, runtime: Runtime, reads: Reads, cache: 
 
 
 def _in_training(module: nn.Module) -> bool:
-    """Return whether a module is in train mode. Adapters do not count: PEFT adds them in train mode to any model."""
+    """Return whether a module is in train mode. Adapters do not count, as PEFT adds them in train mode to any model."""
     if isinstance(module, FlareLayer) or is_quantized_linear(module):
         return False
     return module.training or any(_in_training(child) for child in module.children())
@@ -98,7 +99,10 @@ def _unsupported_module(model: nn.Module, path: str, module: nn.Module) -> str:
 
 
 def _sees_every_row(model: nn.Module, path: str) -> bool:
-    """Return whether the stack is the only ModuleList around a layer. Experts are in another and see only some rows."""
+    """Return whether the stack of blocks is the only ModuleList around a layer.
+
+    A layer in a second ModuleList may belong to an expert, which is called with some of the rows only.
+    """
     names = path.split(".")
     parents = [".".join(names[:depth]) for depth in range(1, len(names))]
     return sum(isinstance(model.get_submodule(parent), nn.ModuleList) for parent in parents) <= 1
@@ -113,12 +117,13 @@ def _rope_over_batch(model: Any) -> str | None:
 
 
 def inputs_of_both(kwargs: dict[str, Any], source: dict[str, Any], past: int) -> tuple[dict[str, Any] | None, str]:
-    """Return the keyword arguments of one forward on both streams and "", or None and the reason why not.
+    """Return the keyword arguments of one forward on target and source and "", or None and why this is not possible.
 
     Args:
-        kwargs: the target's: input_ids (t, 1), and attention_mask (t, past + 1) if there is padding.
-        source: the source's: input_ids (s, 1), attention_mask (s, past + 1) and, if the model accepts them,
-            position_ids (s, 1).
+        kwargs: keyword arguments of the target's forward: input_ids (t, 1), and attention_mask (t, past + 1) if there
+            is padding.
+        source: keyword arguments of the source's forward: input_ids (s, 1), attention_mask (s, past + 1) and, if the
+            model accepts it, position_ids (s, 1).
         past: number of positions in the cache.
     """
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -142,20 +147,26 @@ def inputs_of_both(kwargs: dict[str, Any], source: dict[str, Any], past: int) ->
     return both, ""
 
 
-# --- one cache for both -----------------------------------------------------------------------------------------------
+# --- one KV cache for target and source -------------------------------------------------------------------------------
 
 
 def join_caches(target: Any, source: Any) -> None:
-    """Append the source's keys and values (s, heads, m, c) to the target's, and free the source's, layer by layer."""
+    """Append the source's keys and values (s, heads, m, c) to the target's cache, layer by layer.
+
+    The source's cache is left with empty tensors.
+    """
     for layer, other in zip(target.layers, source.layers, strict=True):
         if not layer.is_initialized:
-            continue  # this block uses another's keys and values
+            continue  # this block uses the keys and values of another block
         layer.keys, other.keys = torch.cat([layer.keys, other.keys]), other.keys.new_empty(0)
         layer.values, other.values = torch.cat([layer.values, other.values]), other.values.new_empty(0)
 
 
 def split_caches(target: Any, source: Any, rows: int, keep_source: bool) -> None:
-    """Undo :func:`join_caches`. The target has ``rows`` rows. The source's are dropped unless ``keep_source``."""
+    """Undo :func:`join_caches`: keep the first ``rows`` rows in the target's cache.
+
+    Move the source's rows back into the source's cache if ``keep_source``, otherwise drop them.
+    """
     for index, layer in enumerate(target.layers):
         if not layer.is_initialized:
             continue
@@ -169,16 +180,18 @@ def split_caches(target: Any, source: Any, rows: int, keep_source: bool) -> None
 
 
 class SharedStep:
-    """One forward of the model on both streams, created by the hook before the model and finished by the one after it.
+    """One forward of the model on both target and source.
 
-    Its context lists every site from the start, so that a site without S is detected. S is added as the blocks run.
+    The hook before the model creates this step, and the hook after the model finishes it. The step's context lists
+    every site (the projections of one attention module) from the start, so that a site without S is detected. S is
+    added to the context while the blocks run.
 
     Args:
         reads: the source states that the active adapters read.
-        inputs: keyword arguments of the forward, for both streams.
+        inputs: keyword arguments of the forward, with the rows of target and source.
         rows: t, the number of target rows, which come first.
-        keep_ended: replaces S in the rows of sources that have ended.
-        for_target: maps S with the source's rows to S with the target's rows.
+        keep_ended: replaces S by the end token's S in the rows of sources that have ended.
+        for_target: maps S with one row per source row to S with one row per target row.
         on_finish: called after the forward with the S of all blocks and the source's logits (s, 1, V).
     """
 
@@ -203,7 +216,7 @@ class SharedStep:
         self.source_states: Bottlenecks = {}
 
     def enter_block(self, key: StateKey, hidden: Tensor) -> None:
-        """Compute the S of a block from both streams' hidden states (t + s, 1, d) at its input."""
+        """Compute S of a block from the hidden states (t + s, 1, d) of target and source at the block's input."""
         groups = self.groups.get(key)
         if groups is None:
             return

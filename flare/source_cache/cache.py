@@ -1,4 +1,7 @@
-"""SourceStateCache: the frozen model reads each source text once, and later epochs read its states from the cache."""
+"""SourceStateCache: the frozen model reads each source text once, and later epochs read its states from the cache.
+
+A row is one text of a batch. A stack is the list of blocks of a decoder-only model, of an encoder, or of a decoder.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ class _Bound:
 
     Attributes:
         watch: detects changes of the model.
-        relative: see :func:`counts_relatively`.
-        width_counts: see :func:`needs_width`.
-        accepts_types: see :func:`accepts_types`.
-        plans: required states -> their plan.
+        relative: whether shifting a text's positions keeps its states (:func:`counts_relatively`).
+        width_counts: whether the states depend on the padded width of the batch (:func:`needs_width`).
+        accepts_types: whether the model takes token types (:func:`accepts_types`).
+        plans: set of required states -> the plan of these states.
     """
 
     watch: Watch
@@ -44,7 +47,7 @@ class _Bound:
     plans: dict[frozenset[StateKey], Plan] = field(default_factory=dict)
 
     def plan(self, model: nn.Module, keys: Collection[StateKey], decoders: Collection[str]) -> Plan:
-        """Return the plan of the required states, which is built once."""
+        """Return the plan of the required states, which is built at the first call."""
         required = frozenset(keys)
         plan = self.plans.get(required)
         if plan is None:
@@ -55,8 +58,9 @@ class _Bound:
         """Return a batch's rows and their keys; raise RuntimeError during the capture of a CUDA graph."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "source_cache: rows cannot be looked up while a CUDA graph is captured, as its replays would read the "
-                "same rows; call SourceStateCache.lookup before, and copy its states into the graph's buffers"
+                "source_cache: rows cannot be looked up while a CUDA graph is captured, because every replay would "
+                "read the rows of the capture; call SourceStateCache.lookup before each replay, and copy the returned "
+                "states into the graph's buffers"
             )
         return Batch.of(
             plan, columns, relative=self.relative, zero_pads=zero_pads, dtype=dtype, width_counts=self.width_counts
@@ -64,21 +68,22 @@ class _Bound:
 
 
 class SourceStateCache(Store):
-    """Cache of source states over epochs, row by row: in memory on the device, in host memory and on disk.
+    """Cache of source states that is kept over epochs. Each row is stored on the device, in host memory or on disk.
 
     A row is looked up by its content: token ids, mask, token types, the required states (and so the source layer
     offset), the dtype of the states, and the base model. The cache fills until the budget is spent. No row is evicted,
     so a second epoch finds every row that the first one stored. Rows of a batch that are not in the cache are computed
     in one source pass of those rows alone.
 
-    A stored row is read bit for bit. A row that is computed in a smaller batch may differ by rounding, because the
-    kernels' reductions may depend on the number of rows.
+    A stored row is returned bit for bit as it was computed. A row that is computed in a smaller batch may differ by
+    rounding from the same row in the whole batch, because the kernels' reductions may depend on the number of rows.
 
-    Pass it to ``FlareTrainer(source_cache=...)``, or to ``model.set_source_cache(cache)`` in your own training loop.
+    Pass the cache to ``FlareTrainer(source_cache=...)``, or to ``model.set_source_cache(cache)`` in your own training
+    loop.
 
     Args:
-        budget: bytes over all tiers, or {tier: bytes}. If one number covers several tiers, each memory tier takes at
-            most half of the free memory.
+        budget: total bytes of all tiers, or {tier: bytes}. If one number covers several tiers, each memory tier takes
+            at most half of the free memory.
         tiers: the tiers to use, fastest first: "device", "host" (pinned if there is a GPU), "disk" (only with a
             directory). "auto" measures the time to read and to compute a row in the first two source passes, and uses
             the tiers that are faster than computing.
@@ -111,7 +116,10 @@ class SourceStateCache(Store):
         self._models[model] = _Bound(watch, counts_relatively(model), needs_width(model), accepts_types(model))
 
     def _bound(self, model: nn.Module) -> _Bound:
-        """Check before every pass that the model is the bound one. The weights are read again only after a change."""
+        """Return the facts about a model, and bind the cache to the model if it is new or has changed.
+
+        This is called before every pass. The weights are read only when the model is bound.
+        """
         bound = self._models.get(model)
         if bound is not None and bound.watch.is_unchanged():
             return bound
@@ -137,18 +145,22 @@ class SourceStateCache(Store):
         zero_pads: bool | None = None,
         host: Mapping[str, Tensor] | None = None,
     ) -> CachedReader:
-        """Return a reader (see flare.source.source_pass) of cached rows, which computes and stores the other rows.
+        """Return a reader of the states of a batch: a function that passes each state to a visitor.
+
+        The reader takes cached rows from the cache. It computes the other rows with the frozen model, and stores them.
+        flare.source.source_pass defines readers and visitors.
 
         Args:
             model: the transformers model.
             inputs: keyword arguments of its backbone for the whole batch.
             keys: the states to read.
             prepare: prepares a state before it is stored (dtype).
-            masks: stack -> (B, m) under source_padding="zero"; otherwise empty.
+            masks: stack -> attention mask (B, m) under source_padding="zero"; otherwise empty.
             decoders: the stacks that read ``decoder_input_ids``.
             zero_pads: whether padding is neither read nor stored. Default: whether there are masks.
             host: CPU copies of ``input_ids``, ``attention_mask``, ``token_type_ids``, ``decoder_input_ids`` and
-                ``decoder_attention_mask``, if the caller has them. The host waits for a copy of the others.
+                ``decoder_attention_mask``, if the caller has them. The host waits for a copy of each column that is not
+                given here.
         """
         masks = masks or {}
         zero_pads = bool(masks) if zero_pads is None else zero_pads
@@ -166,26 +178,28 @@ class SourceStateCache(Store):
         """Return the source states of a batch if all its rows are cached, otherwise None.
 
         If the batch is still on the host, this call does not wait for the device: the states are copied in the
-        background, and the current stream waits for them. Pass them instead of the source
+        background, and the current stream waits for them. Pass the states instead of the source
         (``model(**target, source_states=states)``), or copy them into the buffers of a captured CUDA graph before each
         replay. If the result is None, run the model on the whole batch, which computes and stores the missing rows.
 
         Args:
             model: a model with FLARE adapters.
             batch: the model's arguments. ``source_input_ids`` (B, m) integers, ``source_attention_mask`` and
-                ``source_token_type_ids`` of the same shape; of an encoder-decoder also ``source_labels`` or
-                ``source_decoder_input_ids`` (B, u). Other arguments are only checked for packed rows.
-            dtype: autocast's dtype, if the forward pass runs under autocast and this call does not. Default: the
-                autocast dtype in force.
+                ``source_token_type_ids`` of the same shape; for an encoder-decoder also ``source_labels`` or
+                ``source_decoder_input_ids`` (B, u). Other arguments are only used to detect packed rows and unknown
+                names.
+            dtype: autocast dtype of the forward pass. Needed if the forward pass runs under autocast and this call
+                does not. Default: the autocast dtype of this call.
 
         Returns:
             States (B, m, d), contiguous and detached, on the model's device; zero at padding under
-            source_padding="zero". With ``source_labels`` or ``source_decoder_input_ids`` also the decoder's (B, u, d).
-            None also if no active adapter reads a source, or the model's blocks are on several devices.
+            source_padding="zero". With ``source_labels`` or ``source_decoder_input_ids`` also the decoder's states
+            (B, u, d). The result is also None if no active adapter reads a source, or if the model's blocks are on
+            several devices.
 
         Raises:
-            TypeError, ValueError: a model without FLARE adapters, a source that is missing or does not match, an
-                unknown ``source_`` name, or packed rows.
+            TypeError, ValueError: the model has no FLARE adapters, the source is missing or has a wrong type or shape,
+                a ``source_`` name is unknown, or rows are packed.
             RuntimeError: a CUDA graph is being captured.
         """
         if not hasattr(model, "source_request"):

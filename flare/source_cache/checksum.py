@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 _WORDS = 1 << 14  # 64-bit words that one sum covers
-_AT_ONCE = 16  # sums per call: 2 MiB, which fit into a CPU's caches
+_AT_ONCE = 16  # number of sums that one call computes: their 2 MiB of words fit into a CPU's caches
 
 
 def checksum(data: Tensor) -> bytes:
-    """Return one 64-bit sum per 128 KiB of a tensor: the sum (modulo 2^64) of its words, mixed with odd weights.
+    """Return one 64-bit sum for each 128 KiB of a tensor.
 
-    A change of a single word always changes its sum. The checksum detects damage; it is not cryptographic.
+    Each 64-bit word is mixed with an odd weight, and the mixed words are added modulo 2^64. If a single word changes,
+    the sum that contains it always changes. The checksum detects damage; it is not cryptographic.
 
     Args:
         data: a contiguous tensor of any dtype, shape and device.
@@ -32,9 +33,10 @@ def checksum(data: Tensor) -> bytes:
 
 
 def _mixed(words: Tensor, weights: Tensor) -> Tensor:
-    """Multiply, fold, multiply. It is invertible per word, and the effect of a bit depends on the word's position.
+    """Multiply each word by its weight, xor its upper 32 bits into its lower 32 bits, and multiply it again.
 
-    Without the fold, a flip of bit 63 would add 2^63 for every weight, and two such flips would cancel.
+    This is invertible for each word, and the effect of a bit depends on the word's position. Without the xor, a flip of
+    bit 63 would add 2^63 for every weight, and two such flips would cancel.
     """
     mixed = words * weights
     halves = mixed.view(torch.int32)
@@ -43,7 +45,7 @@ def _mixed(words: Tensor, weights: Tensor) -> Tensor:
 
 
 def _words(data: Tensor) -> Tensor:
-    """Return the bytes as int64. Bytes that are not whole, aligned words are copied and padded with zeros."""
+    """Return the bytes of a tensor as int64 words. A tensor without whole, aligned words is copied and zero-padded."""
     flat = data.detach().contiguous().flatten().view(torch.uint8)
     remainder = flat.numel() % 8
     if remainder or flat.data_ptr() % 8 or flat.storage_offset() % 8:
@@ -55,7 +57,7 @@ def _words(data: Tensor) -> Tensor:
 
 @functools.cache
 def _weights(device: torch.device) -> Tensor:
-    """Return odd pseudo-random weights, derived from multiples of the golden ratio's bits."""
+    """Return one odd pseudo-random weight per word, computed from multiples of the golden ratio's first 64 bits."""
     with torch.inference_mode(False):
         index = torch.arange(1, _WORDS + 1, dtype=torch.int64, device=device)
         mixed = index * -7046029254386353131

@@ -1,4 +1,7 @@
-"""One row's states as bytes: the states in order of depth, each (positions, width), concatenated."""
+"""An entry holds the states of one row (one text of a batch) as bytes.
+
+The states are concatenated in order of depth. Each state has the shape (positions, width).
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ class Entry:
     """The states of one row.
 
     Attributes:
-        data: their bytes, uint8, one dimension.
+        data: the bytes of the states, a one-dimensional uint8 tensor.
         dtype: dtype of the states.
-        width: their last dimension.
-        ready: a CUDA event after which the bytes are complete, or None.
+        width: size of the states' last dimension.
+        ready: a CUDA event after which the bytes are complete; None if they are complete.
     """
 
     data: Tensor
@@ -32,10 +35,10 @@ class Entry:
     ready: Any = None
 
     def states(self, counts: Mapping[StateKey, int]) -> dict[StateKey, Tensor]:
-        """Return StateKey -> (positions, width), views of the bytes.
+        """Return StateKey -> state (positions, width). The states are views of the bytes.
 
         Args:
-            counts: number of positions of each state.
+            counts: StateKey -> number of positions of the state.
         """
         states, start = {}, 0
         for key in sorted(counts):
@@ -46,5 +49,5 @@ class Entry:
 
 
 def aligned(nbytes: int) -> int:
-    """Return the bytes that an entry takes in its tier: rounded up to the alignment."""
+    """Return the bytes that an entry of ``nbytes`` bytes takes in its tier, where sizes are rounded up to ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,6 +1,6 @@
-"""Fingerprint of what source states depend on: the frozen weights and the config of a base model.
+"""Compute the fingerprint of a base model: a hash of its frozen weights and its config, on which source states depend.
 
-The fingerprint of a base model does not depend on its adapters, its head, or trained copies of its modules.
+The fingerprint does not depend on its adapters, its head, or trained copies of its modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .checksum import checksum
 from .weights import FrozenWeights
 
-#: Config entries that do not affect hidden states, by name or by a part of the name.
+#: Names of config entries that do not affect hidden states.
 _IGNORED = (
     "transformers_version",
     "_name_or_path",
@@ -29,21 +29,22 @@ _IGNORED = (
     "use_cache",
     "task_specific_params",
     "torchscript",
-    # The Trainer copies these from the tokenizer. The padding_idx of modules is included by _padding_indices.
+    # The Trainer copies these from the tokenizer into the config. _padding_indices adds the modules' padding_idx.
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
 )
+#: Parts of the names of further config entries that do not affect hidden states.
 _IGNORED_PARTS = ("dropout", "pdrop", "output_", "attn_implementation", "classifier", "initializer")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return 32 hexadecimal digits for the frozen backbone of a transformers model, the same on every device.
+    """Return 32 hexadecimal digits for the frozen backbone of a transformers model. They are the same on every device.
 
-    This reads every byte of the weights, without a copy of them.
+    This reads every byte of the weights, without copying them.
 
     Raises:
-        ValueError: weights that are trained, merged with an adapter, sharded over processes or not loaded.
+        ValueError: a weight is trained, merged with an adapter, sharded over processes or not loaded.
     """
     weights = FrozenWeights(model)
     total = hashlib.blake2b(digest_size=16)
@@ -64,7 +65,7 @@ def _tensor_digest(name: str, tensor: Tensor) -> bytes:
     if hasattr(tensor, "to_local") or hasattr(tensor, "ds_shape"):
         raise ValueError(
             f"source_cache: the base model's {name} is sharded over processes, so no process can compute the "
-            "model's fingerprint; keep the frozen weights whole (DDP), or leave the cache out"
+            "model's fingerprint; keep the frozen weights whole (DDP), or leave source_cache out"
         )
     digest = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype} ".encode(), digest_size=16)
     for part in _plain_tensors(tensor):
@@ -93,7 +94,7 @@ def _config(config: Any) -> str:
 
 
 def _padding_indices(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the pad tokens of the modules, since some compute positions from them (RoBERTa's embeddings)."""
+    """Return (class name, padding_idx) of the modules. RoBERTa's embeddings compute positions from it."""
     backbone: nn.Module = getattr(model, "base_model", model)  # type: ignore[assignment]
     indices = ((type(module).__name__, module.__dict__.get("padding_idx")) for module in backbone.modules())
     return sorted({(kind, str(index)) for kind, index in indices if index is not None})

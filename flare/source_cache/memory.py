@@ -1,4 +1,7 @@
-"""The tiers in memory. No row is evicted, so rows are stored one after another in large slabs."""
+"""The device tier and the host tier of a cache. No row is evicted, so rows fill large slabs of memory one by one.
+
+A row is one text of a batch. Its entry holds the states of the row as bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,24 @@ from torch import Tensor
 from ..source.memory import memory_of
 from .entries import Entry, aligned
 
+#: Bytes of a slab.
 _SLAB = 64 << 20
-#: Rows of a pinned slab if a row is larger than _SLAB. Fewer rows would waste a larger part of the slab.
+#: Number of rows that a pinned slab has room for if a row is larger than _SLAB. With fewer rows, a larger part of the
+#: slab would be wasted.
 _ROWS_OF_A_PINNED_SLAB = 4
-#: Share of all memory that a tier with a shared budget leaves free.
+#: Share of the device's (or host's) memory that a tier with a shared budget leaves free.
 _LEFT_FREE = 1 / 16
 
 
 class MemoryTier:
-    """Rows on the model's device, or in host memory (pinned if the model is on a GPU).
+    """Tier that stores rows on the model's device, or in host memory (pinned if the model is on a GPU).
 
     Args:
         name: "device" or "host".
-        budget: bytes.
+        budget: largest number of bytes that the tier takes.
         modest: whether several tiers share the budget. The tier then takes at most half of the memory that is free when
-            the first row comes, and nothing once little is free, because training may need more memory later.
+            it stores its first row, and takes no more memory once little is free, because training may need more memory
+            later.
     """
 
     def __init__(self, name: str, budget: int, modest: bool) -> None:
@@ -36,8 +42,8 @@ class MemoryTier:
         self.modest = modest
         self.used = 0
         self.entries: dict[str, Entry] = {}
-        #: Return the entry of a key, or None; and whether there is one. They are called for every row of every batch,
-        #: so they are the dictionary's methods.
+        #: ``find`` returns the entry of a key, or None. ``contains`` returns whether a key has an entry. Both are
+        #: called for every row of every batch, so they are the dictionary's own methods.
         self.find: Callable[[str], Entry | None] = self.entries.get
         self.contains: Callable[[str], bool] = self.entries.__contains__
         self.full: str | None = None  # why no more rows are stored, if the budget is not the reason
@@ -46,12 +52,12 @@ class MemoryTier:
         self._spare: list[Tensor] = []
 
     def reserve(self, nbytes: int, device: torch.device, left: int) -> Tensor | None:
-        """Reserve memory for an entry; return it as uint8 of one dimension, or None if the tier is full.
+        """Reserve memory for an entry. Return a one-dimensional uint8 tensor, or None if the tier is full.
 
         Args:
             nbytes: bytes of the entry.
             device: the model's device.
-            left: bytes left of a budget over all tiers.
+            left: bytes that are left of the budget that all tiers share.
         """
         for index, spare in enumerate(self._spare):
             if spare.numel() == nbytes:
@@ -77,7 +83,7 @@ class MemoryTier:
         return buffer
 
     def release(self, buffer: Tensor) -> None:
-        """Release reserved memory that was not used."""
+        """Release reserved memory that was not used, for a later entry of the same size."""
         self._spare.append(buffer)
 
     def put(self, key: str, entry: Entry) -> None:
@@ -98,12 +104,12 @@ class MemoryTier:
     def _allocate(self, nbytes: int, device: torch.device) -> Tensor | None:
         place = self._place(device)
         if self.modest and free_bytes(place) - nbytes < _LEFT_FREE * memory_of(place):
-            self.full = "little is free; to override, give the tier its own budget, as in {'device': bytes}"
+            self.full = f"little is free; to use the tier anyway, give it its own budget: {{{self.name!r}: bytes}}"
             return None
         try:
             with torch.inference_mode(False):
                 return torch.empty(nbytes, dtype=torch.uint8, device=place, pin_memory=self._pins(device))
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+        except RuntimeError as error:  # torch.OutOfMemoryError is a RuntimeError
             self.full = str(error).splitlines()[0]
             return None
 
@@ -111,8 +117,8 @@ class MemoryTier:
 def pinned_slab(size: int, left: int) -> int:
     """Return the bytes of a pinned slab for rows of ``size`` bytes; 0 if no slab fits into ``left``.
 
-    A slab is a power of two, because PyTorch's pinned allocator rounds every size up to one. With another size, the
-    difference would be allocated outside the budget.
+    The size of a slab is a power of two, because PyTorch's pinned allocator rounds every size up to a power of two.
+    For other sizes the allocator would take more bytes than the budget counts.
     """
     preferred = _SLAB if size <= _SLAB else 1 << (_ROWS_OF_A_PINNED_SLAB * size - 1).bit_length()
     fits = min(preferred, 1 << (left.bit_length() - 1)) if left > 0 else 0
@@ -120,7 +126,7 @@ def pinned_slab(size: int, left: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device; on a CPU, also within the limits of the process's control groups."""
+    """Return the free bytes of a device. On a CPU, the limits of the process's control groups count too."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min([_machine_bytes(), *_group_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
@@ -139,8 +145,8 @@ def _group_bytes(root: Path, group_file: Path) -> list[int]:
     """Return the free bytes of each control group (version 2) of the process; reclaimable file pages count as free.
 
     Args:
-        root: mount point of the groups.
-        group_file: the file that names the process's group.
+        root: mount point of the control groups.
+        group_file: the file that names the process's control group.
     """
     try:
         name = next(line[3:] for line in group_file.read_text().splitlines() if line.startswith("0::"))
@@ -149,7 +155,7 @@ def _group_bytes(root: Path, group_file: Path) -> list[int]:
     free = []
     group = root / name.strip("/")
     for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, ValueError):  # no such group here, or "max": no limit
+        with contextlib.suppress(OSError, ValueError):  # the group is not mounted here, or its limit is "max" (none)
             limit = int((folder / "memory.max").read_text())
             pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             used = int((folder / "memory.current").read_text()) - int(pages.get("inactive_file", 0))

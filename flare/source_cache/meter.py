@@ -1,4 +1,7 @@
-"""Counts and seconds of a cache. On a GPU, seconds come from CUDA events that are read later, without waiting."""
+"""Count the rows that a cache reads, and measure the seconds of source passes.
+
+On a GPU the seconds come from CUDA events. They are read later, so that a source pass does not wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ class CacheStats:
     """Statistics of a cache.
 
     Attributes:
-        rows: rows that were requested.
-        hits: rows that were read from the cache.
-        entries: tier -> stored rows.
-        nbytes: tier -> bytes.
-        seconds_saved: time saved by hits; None if no pass has computed all its rows, so the time of a row is unknown.
+        rows: number of rows (texts) that were requested.
+        hits: number of rows that were read from the cache.
+        entries: tier -> number of stored rows.
+        nbytes: tier -> bytes that the tier takes.
+        seconds_saved: estimated seconds that the hits saved. None if no source pass has computed all its rows, because
+            the time to compute a row is then unknown.
     """
 
     rows: int
@@ -35,7 +39,7 @@ class CacheStats:
         return self.hits / self.rows if self.rows else 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Return the statistics as a JSON-serialisable dictionary, with bytes over all tiers."""
+        """Return the statistics as a JSON-serialisable dictionary, in which "bytes" is the sum over all tiers."""
         saved = None if self.seconds_saved is None else round(self.seconds_saved, 3) + 0.0  # no -0.0
         return {
             "bytes": sum(self.nbytes.values()),
@@ -56,18 +60,18 @@ class _Span:
 
 @dataclass
 class Meter:
-    """Counter of rows, and of the seconds of source passes."""
+    """Counts rows, and measures the seconds of source passes."""
 
     rows: int = 0
     hits: int = 0
     _all: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds and rows of all passes
-    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of passes that computed all their rows
+    _computed: list[float] = field(default_factory=lambda: [0.0, 0.0])  # the same for passes that computed all rows
     _storing: float = 0.0
     _open: list[_Span] = field(default_factory=list)
 
     @contextlib.contextmanager
     def of_pass(self, rows: int, computed: int, device: torch.device) -> Iterator[None]:
-        """Measure a source pass, given the number of its rows and of those that the model computes."""
+        """Measure a source pass of ``rows`` rows, of which the model computes ``computed``."""
         self.rows += rows
         self.hits += rows - computed
         span = _Span(rows, computed, _now(device), None)
@@ -79,7 +83,7 @@ class Meter:
 
     @contextlib.contextmanager
     def storing(self, device: torch.device) -> Iterator[None]:
-        """Measure the work that only fills the cache. Not on a GPU, where the copies overlap with the pass."""
+        """Measure work that only fills the cache, except on a GPU, where the copies overlap with the pass."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -88,7 +92,7 @@ class Meter:
     def seconds_saved(self) -> float | None:
         """Return the estimated time to compute all rows minus the measured time.
 
-        None if no pass computed all its rows, so the time of a row is unknown.
+        Return None if no pass computed all its rows, because the time to compute a row is then unknown.
         """
         self._settle(wait=True)
         seconds, rows = self._computed

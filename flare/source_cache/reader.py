@@ -1,4 +1,8 @@
-"""One source pass through a cache: cached rows are read; the others are computed in a smaller pass and stored."""
+"""Run one source pass with a cache. A row is one text of a batch.
+
+Rows that are cached are read. The frozen model runs on the other rows only, and their states are stored. A stack is the
+list of blocks of a decoder-only model, of an encoder, or of a decoder.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +23,17 @@ from .row_keys import Batch, device_of
 from .row_writer import RowWriter, TrialClock
 from .store import Store
 
-#: Number of rows that are remembered to detect changes of the padded width.
+#: Largest number of rows whose padded width is remembered, to detect texts that come again with another width.
 _REMEMBERED_ROWS = 100_000
 _OTHER_WIDTH = (
-    "source texts come back padded to another width. With source_padding='keep' the padded width is part of a row's "
-    "key, so they are computed again. Pad every batch to one length (FlareDataCollator(padding='max_length', "
-    "max_length=...)), or use fast_lora(..., source_padding='zero'), whose keys do not include the width"
+    "source texts that were read before now come padded to another width. With source_padding='keep' the padded width "
+    "is part of a row's key, so these texts are computed again. Pad every batch to one length "
+    "(FlareDataCollator(padding='max_length', max_length=...)), or use fast_lora(..., source_padding='zero'), for "
+    "which the keys do not include the width"
 )
 
 
-# --- all states of a batch at once ------------------------------------------------------------------------------------
+# --- all states of a batch in one call --------------------------------------------------------------------------------
 
 
 def read(store: Store, batch: Batch) -> dict[StateKey, Tensor] | None:
@@ -51,8 +56,8 @@ def gather(batch: Batch, entries: Sequence[Entry], device: torch.device) -> dict
 
     Args:
         batch: the texts.
-        entries: one for each row.
-        device: device of the states.
+        entries: the entry of each row, in the order of the batch.
+        device: device of the returned states.
     """
     with torch.inference_mode(False), torch.no_grad():  # training cannot save inference tensors for backward
         fill = _fill_on_cpu if device.type == "cpu" else _fill_on_cuda
@@ -64,7 +69,7 @@ def gather(batch: Batch, entries: Sequence[Entry], device: torch.device) -> dict
 
 def _fill_on_cpu(batch: Batch, entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
     for ready in {entry.ready for entry in entries if entry.ready is not None}:
-        ready.synchronize()  # rows computed on a GPU
+        ready.synchronize()  # an entry has an event if it was computed on a GPU
     buffers = _buffers(batch, entries[0], device)
     _fill(buffers, batch, list(enumerate(entries)))
     return buffers
@@ -90,7 +95,7 @@ def _fill_on_cuda(batch: Batch, entries: Sequence[Entry], device: torch.device) 
 
 
 def _buffers(batch: Batch, sample: Entry, device: torch.device) -> dict[str, Tensor]:
-    """Allocate a buffer per stack: stack -> (states, B, m, d), zero if some positions are not stored."""
+    """Return stack -> new buffer (number of states, B, m, d), filled with zeros if some positions are not stored."""
     buffers = {}
     for stack, count in batch.plan.stacks.items():
         width = batch.widths[stack]
@@ -101,7 +106,10 @@ def _buffers(batch: Batch, sample: Entry, device: torch.device) -> dict[str, Ten
 
 
 def _fill(buffers: dict[str, Tensor], batch: Batch, entries: list[tuple[int, Entry]]) -> None:
-    """Copy rows into the buffers with one call. A row has all states of a stack next to each other."""
+    """Copy (index in the batch, entry) pairs into the buffers, with one call for all rows without gaps in the mask.
+
+    An entry holds all states of a stack next to each other.
+    """
     targets, sources = [], []
     for index, entry in entries:
         row, start, values = batch.rows[index], 0, entry.data.view(entry.dtype)
@@ -116,7 +124,7 @@ def _fill(buffers: dict[str, Tensor], batch: Batch, entries: list[tuple[int, Ent
                 targets.append(buffer[:, index, where])
                 sources.append(source)
                 continue
-            # the mask has gaps between tokens
+            # the mask has gaps between tokens, so ``where`` is a tensor of positions
             where = where.pin_memory().to(buffer.device, non_blocking=True) if buffer.is_cuda else where
             buffer[:, index].index_copy_(1, where, source.to(buffer.device, non_blocking=buffer.is_cuda))
     if targets:
@@ -128,8 +136,8 @@ class _CopyStream:
 
     Buffers are allocated on this stream, so a copy does not wait for computations that use older memory. record_stream
     tells the allocator about the computing stream. The allocator then frees a buffer only when the host sees that the
-    device is done with it, and a host that runs far ahead would fill the memory. So the host stays at most two reads
-    ahead.
+    device is done with it, so a host that runs far ahead of the device would fill the memory. The host therefore stays
+    at most two reads ahead of the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -137,7 +145,7 @@ class _CopyStream:
         self._events: deque[torch.cuda.Event] = deque()
 
     def enter(self, computing: torch.cuda.Stream) -> torch.cuda.Stream:
-        """Return the stream to copy on."""
+        """Return the stream to copy on, after waiting until the host is at most two reads ahead."""
         self._events.append(computing.record_event())
         if len(self._events) > 2:
             self._events.popleft().synchronize()
@@ -155,9 +163,9 @@ def _copy_stream(device: torch.device) -> _CopyStream:
 class CachedReader:
     """One source pass through the cache.
 
-    It may be called again in a backward pass. The second call reads the rows that are cached by then, and neither
-    counts nor stores rows. If a row could not be stored, the frozen model runs on exactly the rows of the first call,
-    because a batch of another size could round differently.
+    The reader may be called again in a backward pass. The second call reads the rows that are cached by then, and
+    neither counts nor stores rows. If a row could not be stored, the frozen model runs again on exactly the rows that
+    the first call computed, because a batch of another size could round differently.
     """
 
     def __init__(
@@ -172,14 +180,14 @@ class CachedReader:
         self.cache, self.model, self.inputs, self.batch = cache, model, inputs, batch
         self.prepare, self.zero_pads = prepare, zero_pads
         self.device: torch.device = inputs["input_ids"].device
-        self.computed: dict[str, int] | None = None  # row key -> index, of the rows that the first call computed
+        self.computed: dict[str, int] | None = None  # rows that the first call computed: key -> index
 
     def warm(self) -> dict[StateKey, Tensor] | None:
-        """Return all states at once if every row is cached; otherwise None, and the reader has to be called.
+        """Return all states if every row is cached. If the result is None, call the reader instead.
 
         Returns:
-            StateKey -> (B, m, d), contiguous, zero at positions that are not stored, in the order of a visitor's calls.
-            None also for a model whose blocks are on several devices.
+            StateKey -> state (B, m, d), contiguous, zero at positions that are not stored, in the order in which a
+            visitor would get them. None if a row is not cached, or if the model's blocks are on several devices.
         """
         states = read(self.cache, self.batch)
         if states is not None:
@@ -203,7 +211,10 @@ class CachedReader:
             self._read(visit, entries, missing, writer)
 
     def _look_up(self, trial: bool) -> tuple[dict[str, Entry], dict[str, int]]:
-        """Return the entries of cached rows, and the indices of the other rows (during a trial: of all rows)."""
+        """Return key -> entry of the cached rows, and key -> index in the batch of the other rows.
+
+        In a trial pass of tiers="auto" (``trial``) no row counts as cached.
+        """
         entries: dict[str, Entry] = {}
         missing: dict[str, int] = {}
         for index, row in enumerate(self.batch.rows):
@@ -261,11 +272,18 @@ class CachedReader:
     def _assembled(
         self, key: StateKey, stored: dict[str, dict[StateKey, Tensor]], computed: Tensor | None, missing: dict[str, int]
     ) -> Tensor:
-        """Return a state (B, m, d) of the whole batch; ``computed``: the missing rows, in the order of ``missing``."""
+        """Return one state (B, m, d) of the whole batch.
+
+        Args:
+            key: the state.
+            stored: row key -> the states of a cached row.
+            computed: the state of the computed rows (B', m, d), in the order of ``missing``; None if there are none.
+            missing: key -> index in the batch of the computed rows.
+        """
         rows = self.batch.rows
         sample = computed if computed is not None else next(iter(stored.values()))[key]
         device = computed.device if computed is not None else device_of(self.model, key)
-        # positions that are not stored are not read either, so they may stay uninitialised
+        # no adapter reads the positions that are not stored, so they may stay uninitialised
         shape = (len(rows), self.batch.widths[key.stack], sample.shape[-1])
         full = torch.empty(shape, dtype=sample.dtype, device=device)
         computed_index = {key: index for index, key in enumerate(missing)}
@@ -291,7 +309,7 @@ class CachedReader:
         }
 
     def _check_widths(self, missing: Collection[int]) -> None:
-        """Warn once if rows are missing because they came in another padded width before."""
+        """Warn once if a row is not cached because its text was padded to another width before."""
         if self.zero_pads:
             return
         widths = tuple(self.batch.widths[key.stack] for key in self.batch.plan.visited)

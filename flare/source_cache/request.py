@@ -21,9 +21,9 @@ class SourceRequest:
 
     Attributes:
         model: the transformers model (not the PeftModel).
-        keys: states of the stacks that read the source text.
-        decoder_keys: states of an encoder-decoder's decoder, read if a batch has ``source_labels`` or
-            ``source_decoder_input_ids``.
+        keys: names of the states in the stacks of blocks that read the source text.
+        decoder_keys: names of the states in an encoder-decoder's decoder, which are read if a batch has
+            ``source_labels`` or ``source_decoder_input_ids``.
         offset: the adapters' source_layer_offset.
         zero_pads: whether the adapters' source_padding is "zero".
     """
@@ -36,19 +36,19 @@ class SourceRequest:
 
     @functools.cached_property
     def decoders(self) -> set[str]:
-        """The stacks of ``decoder_keys``."""
+        """Names of the stacks that contain the states ``decoder_keys``."""
         return {key.stack for key in self.decoder_keys}
 
     def columns(self, batch: Mapping[str, Any], types: bool) -> tuple[dict[str, Tensor], frozenset[StateKey]]:
-        """Return the frozen model's inputs of a batch, under the names of its arguments, and the required states.
+        """Return the frozen model's inputs for a batch, by argument name, and the names of the required states.
 
         Args:
             batch: the arguments of the model's forward.
             types: whether the frozen model reads token types.
 
         Raises:
-            TypeError, ValueError: a source that is missing or does not match, an unknown ``source_`` name, or packed
-                rows; the message names the argument.
+            TypeError, ValueError: the source is missing or has a wrong type or shape, a ``source_`` name is unknown,
+                or rows are packed; the message names the argument.
         """
         refuse_unknown(self.model, batch)
         refuse_packed_rows(self.model, {name: batch[name] for name in SOURCE_ARGUMENTS if name in batch}, (), batch)

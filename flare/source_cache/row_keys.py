@@ -1,9 +1,11 @@
-"""Keys of a batch's rows, and which of their positions are stored.
+"""Compute the cache keys of a batch's rows, and which positions of each row are stored. A row is one text of a batch.
 
 With source_padding="keep" a row's key covers all inputs of the frozen model: ids, mask and token types over the padded
-width. With "zero" no adapter reads padding, and tokens do not attend to it, so the key ends at the last token. It
-starts at the first token if the model's positions are relative (rotary embeddings, T5's bias). Otherwise it starts at
-position 0, because learned position embeddings depend on the absolute position.
+width. With "zero" no adapter reads padding, and tokens do not attend to it, so the key ends at the last token. The
+key starts at the first token if the model's positions are relative (rotary embeddings, T5's bias). Otherwise it starts
+at position 0, because learned position embeddings depend on the absolute position.
+
+A stack is the list of blocks of a decoder-only model, of an encoder, or of a decoder.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 
 from ..source.states import StateKey
 
+#: Parts of the names of modules that make hidden states depend on absolute positions.
 _ABSOLUTE = ("position_embedding", "embed_position", "wpe")
+#: Parts of the names of modules whose positions are relative.
 _RELATIVE = ("rotary_emb", "relative_attention_bias")
 #: Kinds of rotary frequencies that do not depend on the width of the batch.
 _STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -29,7 +33,13 @@ _STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its key, and per stack the positions (in this batch) that are stored, and their number."""
+    """One row of a batch.
+
+    Attributes:
+        key: hash of all inputs that the row's states depend on.
+        positions: stack -> the positions in this batch that are stored.
+        lengths: stack -> number of stored positions.
+    """
 
     key: str
     positions: dict[str, slice | Tensor]
@@ -38,7 +48,14 @@ class Row:
 
 @dataclass(frozen=True)
 class TextColumns:
-    """One text: its columns (token ids and token types, each (B, m) int64), its mask (B, m) bool, and its stacks."""
+    """The source texts of a batch, or the texts that the decoder of an encoder-decoder reads.
+
+    Attributes:
+        columns: token ids and, if the model reads them, token types; each (B, m) int64.
+        mask: (B, m) bool, True at tokens.
+        stacks: the stacks that read these texts.
+        relative: whether the model's positions are relative, so that padding before the first token does not matter.
+    """
 
     columns: tuple[np.ndarray, ...]
     mask: np.ndarray
@@ -48,12 +65,12 @@ class TextColumns:
 
 @dataclass(frozen=True)
 class Plan:
-    """The required states, and everything that depends on them alone.
+    """The required states, and what follows from them for every batch.
 
     Attributes:
-        keys: the states in the order of an entry.
-        visited: the states in the order in which the model computes them.
-        stacks: stack -> its number of states, in the order of an entry.
+        keys: names of the states, in the order in which an entry stores them.
+        visited: names of the states, in the order in which the model computes them.
+        stacks: stack -> its number of states, in the order in which an entry stores them.
         of_text: the stacks that read the source text.
         of_decoder: the stacks that read ``decoder_input_ids``.
         places: the states' names as one string.
@@ -91,10 +108,10 @@ class Batch:
 
     Attributes:
         plan: the required states.
-        rows: one for each text.
+        rows: the Row of each text, in the order of the batch.
         widths: stack -> padded width of its states.
         texts: the columns that the keys are computed from.
-        context: everything else that the keys depend on.
+        context: a string of everything else that the keys depend on.
     """
 
     plan: Plan
@@ -114,16 +131,16 @@ class Batch:
         dtype: torch.dtype | None,
         width_counts: bool,
     ) -> Batch:
-        """Return a batch with its rows' keys. This waits for the device if a column is on it; see :func:`on_host`.
+        """Return a batch with the keys of its rows. If a column is on a GPU, the host waits for it (:func:`on_host`).
 
         Args:
             plan: the required states.
             columns: ``input_ids`` (B, m), optionally ``attention_mask`` and ``token_type_ids`` of the same shape; for
                 decoder stacks also ``decoder_input_ids`` (B, u) and ``decoder_attention_mask``.
-            relative: see :func:`counts_relatively`.
+            relative: whether the model's positions are relative (:func:`counts_relatively`).
             zero_pads: whether padding is neither read nor stored.
-            dtype: autocast's dtype, or None.
-            width_counts: see :func:`needs_width`.
+            dtype: autocast's dtype, or None without autocast.
+            width_counts: whether the states depend on the padded width (:func:`needs_width`).
         """
         columns = on_host(columns)
         ids = columns["input_ids"]
@@ -147,19 +164,19 @@ class Batch:
         return digest.hexdigest()
 
     def counts(self, row: Row) -> dict[StateKey, int]:
-        """Return the number of positions that a row stores of each state."""
+        """Return StateKey -> number of positions of this state that a row stores."""
         return {key: row.lengths[key.stack] for key in self.plan.keys}
 
     def size(self, row: Row) -> int:
-        """Return the number of positions that a row stores of all states together."""
+        """Return the number of positions that a row stores, summed over all states."""
         return sum(count * row.lengths[stack] for stack, count in self.plan.stacks.items())
 
 
 def on_host(columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return integer columns on the CPU. Columns on a GPU are moved with one copy, for which the host waits.
 
-    The copy is queued after all work that was launched before, so the host waits for that too. A caller that has the
-    columns on the host (``SourceStateCache.lookup``, or ``reader(..., host=)``) does not wait.
+    The copy is queued after all work that was launched before, so the host waits for this work too. A caller that has
+    the columns on the host (``SourceStateCache.lookup``, or ``reader(..., host=)``) does not wait.
     """
     moving = {name: column for name, column in columns.items() if column.device.type == "cuda"}
     if not moving:
@@ -192,7 +209,7 @@ def accepts_types(model: nn.Module) -> bool:
 
 
 def counts_relatively(model: nn.Module) -> bool:
-    """Return whether shifting a text along the positions does not change its hidden states, up to rounding."""
+    """Return whether a text keeps its hidden states, up to rounding, when all its positions are shifted."""
     backbone: Any = getattr(model, "base_model", model)
     parts = {path.rpartition(".")[2] for path, _ in backbone.named_modules()}
     if any(mark in part for part in parts for mark in _ABSOLUTE) or _in_chunks(getattr(model, "config", None)):
@@ -207,7 +224,7 @@ def _in_chunks(config: Any) -> bool:
 
 
 def needs_width(model: nn.Module) -> bool:
-    """Return whether hidden states depend on the batch's width, because rotary frequencies do."""
+    """Return whether hidden states depend on the batch's width, because the rotary frequencies depend on it."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     rope: Any = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -220,7 +237,8 @@ def make_rows(texts: list[TextColumns], context: str, zero_pads: bool) -> list[R
 
     Args:
         texts: the texts that the required states depend on.
-        context: everything else that they depend on (states, compute dtype, padding), except the base model.
+        context: a string of everything else that the keys depend on (names of the states, compute dtype, padding). The
+            base model is not part of a key.
         zero_pads: whether padding is neither read nor stored.
     """
     prefix = hashlib.blake2b(context.encode(), digest_size=16)
@@ -245,7 +263,10 @@ def make_rows(texts: list[TextColumns], context: str, zero_pads: bool) -> list[R
 
 
 def _bounds(mask: np.ndarray) -> tuple[list[int], list[int], list[int]]:
-    """Return each row's first token, the position after its last token, and its number of tokens; 0 for empty rows."""
+    """Return lists of each row's first token position, end (last token position + 1) and number of tokens.
+
+    All three are 0 for a row without tokens.
+    """
     counts = mask.sum(1)
     has_tokens = counts > 0
     ends = mask.shape[1] - mask[:, ::-1].argmax(1)
@@ -253,6 +274,9 @@ def _bounds(mask: np.ndarray) -> tuple[list[int], list[int], list[int]]:
 
 
 def _bytes(text: TextColumns, index: int, first: int, end: int) -> bytes:
-    """Return the columns and the mask of a span, after its length, so that different rows give different bytes."""
+    """Return the bytes of the columns and the mask from position ``first`` to ``end``.
+
+    They begin with the number of columns and the length, so that different rows give different bytes.
+    """
     parts = [column[index, first:end].tobytes() for column in (*text.columns, text.mask)]
     return f"{len(text.columns)} {end - first} ".encode() + b"".join(parts)

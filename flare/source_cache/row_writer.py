@@ -1,4 +1,7 @@
-"""Writing the rows that a source pass computes into the cache, and timing the pass for tiers="auto"."""
+"""Write the rows that a source pass computes into the cache, and measure the time of the pass for tiers="auto".
+
+A row is one text of a batch, and an entry holds the states of a row as bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,15 @@ from .store import Store, Tier
 
 
 class RowWriter:
-    """Writer of one source pass's rows. It reserves memory with the first state, and fills it state by state.
+    """Writes the rows that one source pass computes.
+
+    It reserves memory for each row when it gets the first state, and then copies one state after another into it.
 
     Args:
         cache: the cache.
         batch: the texts.
         rows: the rows that the pass computes.
-        on_trial: whether tiers="auto" has not decided yet; rows are then kept outside the tiers.
+        on_trial: whether tiers="auto" still has to choose the tiers. Rows are then stored in ``cache.trial_rows``.
     """
 
     def __init__(self, cache: Store, batch: Batch, rows: list[Row], on_trial: bool) -> None:
@@ -29,8 +34,9 @@ class RowWriter:
         self.batch = batch
         self.rows = rows
         self.on_trial = on_trial
+        #: For each row with reserved memory: the row, its tier, its entry, and views of the entry by state.
         self.slots: list[tuple[Row, Tier | None, Entry, dict[StateKey, Tensor]]] | None = None
-        self.devices: set[torch.device] = set()  # where the states were computed: a model may be on several
+        self.devices: set[torch.device] = set()  # devices that computed states
 
     def write(self, key: StateKey, hidden: Tensor) -> None:
         """Copy each row's stored positions of one state (B', m, d)."""
@@ -43,8 +49,9 @@ class RowWriter:
                 target = views[key]
                 if target.shape[-1] != hidden.shape[-1] or target.dtype != hidden.dtype:
                     raise RuntimeError(
-                        f"source_cache: state {key} is {hidden.shape[-1]} wide in {hidden.dtype}, others of its row "
-                        f"{target.shape[-1]} in {target.dtype}; such a model cannot be cached: leave source_cache out"
+                        f"source_cache: state {key} has width {hidden.shape[-1]} and dtype {hidden.dtype}, but the "
+                        f"first state of this row has width {target.shape[-1]} and dtype {target.dtype}; states of "
+                        "such a model cannot be cached, so leave source_cache out"
                     )
                 where = row.positions[key.stack]
                 part = hidden[index_of[row.key]][where if isinstance(where, slice) else where.to(hidden.device)]
@@ -94,9 +101,9 @@ class RowWriter:
 
 
 class TrialClock:
-    """Timer of a pass that leaves out the time inside ``with`` blocks. It waits for the device.
+    """Measures the time of a source pass without the time inside ``with clock`` blocks, which store and use states.
 
-    :meth:`seconds` is therefore the time of the computation alone.
+    Each time is taken after waiting for the device, so :meth:`seconds` is the time of the computation alone.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -112,7 +119,7 @@ class TrialClock:
         self.excluded += self._now() - self.paused_at
 
     def seconds(self) -> float:
-        """Return the seconds since the clock was created, without the excluded ones."""
+        """Return the seconds since the clock was created, without the time inside its ``with`` blocks."""
         return self._now() - self.begin - self.excluded
 
     def _now(self) -> float:

@@ -1,14 +1,18 @@
-"""The disk tier: safetensors files that are published atomically (written to a temporary file, synced, renamed).
+"""The disk tier of a cache: rows in safetensors files, called shards.
 
-A shard is an ordinary safetensors file. Its metadata have the fingerprint of the base model and, per entry, dtype,
-width, bytes and a digest of key and bytes. Every process writes its own shards and reads those of all processes. A
-published file is never changed or removed, and an unfinished file is removed only if its process is gone.
+A row is one text of a batch, and an entry holds the states of a row as bytes. A shard is published atomically: it is
+written to a temporary ("unfinished") file, synced to disk and renamed.
+
+A shard is an ordinary safetensors file. Its metadata contain the fingerprint of the base model and, for each entry, the
+dtype, the width, the number of bytes, and a digest of key and bytes. Every process writes its own shards and reads the
+shards of all processes. A published file is never changed or removed. An unfinished file is removed only if the process
+that wrote it has ended.
 
 Opening a shard checks the header against the file's size (``safetensors.safe_open``). Every read checks the file's
-size and the entry's digest. Two things do not use the package:
+size and the entry's digest. Two operations do not use the safetensors package:
 
-- Reading a row. ``get_tensor`` takes about ten times as long per row as a view of a memory map, and a file that is
-  truncated while it is mapped would kill the process.
+- Reading a row. ``get_tensor`` takes about ten times as long per row as a view of a memory map. It also does not detect
+  that a mapped file was truncated, and reading beyond the file's new end would kill the process.
 - Writing. ``save_file`` may write to a new file and rename it, so the lock of an unfinished file would be lost.
 """
 
@@ -35,13 +39,14 @@ from .checksum import checksum
 from .entries import Entry, aligned
 
 _FORMATS = "flare-source-states-"
-#: The number changes with the layout, the checksum and the fingerprint. Rows of another format are never read.
+#: The number at the end changes when the layout, the checksum or the fingerprint changes. Rows of another format are
+#: never read.
 FORMAT = f"{_FORMATS}2"
 PREFIX, SUFFIX, UNFINISHED = "source-states-", ".safetensors", ".unfinished"
 #: Estimated bytes of the header per entry.
 HEADER = 384
 _SHARD = 256 << 20
-#: Number of files that stay mapped (and open).
+#: Largest number of files that stay mapped (and open).
 _MAPPED = 64
 #: Seconds after which an unfinished file without a lock is considered abandoned.
 _ABANDONED = 60
@@ -53,7 +58,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """Location of an entry in a shard (bytes from the file's start), and its dtype, width and digest."""
+    """Location of an entry in a shard (in bytes from the file's start), and its dtype, width and digest."""
 
     start: int
     nbytes: int
@@ -82,17 +87,17 @@ class Shard:
             raise Unreadable(f"damaged, or not a safetensors file ({type(error).__name__}: {error})") from error
 
     def _read_header(self, about: Mapping[str, str], keys: Sequence[str], base: str) -> None:
-        """Fill the records from the file's metadata and its keys in the order of the data."""
+        """Fill ``records`` from the file's metadata (``about``) and its keys, which are in the order of the data."""
         written = about.get("format")
         if written != FORMAT:
             if not str(written).startswith(_FORMATS):
                 raise Unreadable("not written by a SourceStateCache")
             raise Unreadable(
-                f"written in format {written} by another version, which checks rows differently (this version reads "
-                f"{FORMAT}); its rows are computed again, and this version does not need the file"
+                f"written in format {written} by another version of this package, which checks rows differently (this "
+                f"version reads {FORMAT}); the file's rows are computed again, and this version does not need the file"
             )
         if about.get("base") != base:
-            raise Unreadable("of another base model")
+            raise Unreadable("holds states of another base model")
         start = self.nbytes - sum(aligned(int(about[key].split()[2])) for key in keys)
         for key in keys:
             dtype, width, nbytes, digest = about[key].split()
@@ -102,7 +107,7 @@ class Shard:
             start += aligned(int(nbytes))
 
     def entry(self, key: str) -> Entry:
-        """Read an entry and check it; raise Unreadable if its bytes are not those that were written."""
+        """Read an entry and check it; raise Unreadable if its bytes differ from the bytes that were written."""
         record = self.records[key]
         if self._map is None:
             with self.path.open("rb") as file:
@@ -117,12 +122,12 @@ class Shard:
         return Entry(data, record.dtype, record.width)
 
     def unmap(self) -> None:
-        """Drop the memory map. It is closed with the last tensor that uses it."""
+        """Drop the memory map. It is closed when the last tensor that uses it is freed."""
         self._map = None
 
 
 class DiskTier:
-    """Rows in the shards of a directory. Rows that are not published yet are in memory.
+    """Tier that stores rows in the shards of a directory. Rows wait in memory until their shard is published.
 
     Args:
         directory: folder of the shards.
@@ -149,7 +154,7 @@ class DiskTier:
 
     @property
     def used(self) -> int:
-        """Bytes of the published shards and of the rows in memory."""
+        """Bytes of the published shards and of the rows that wait in memory."""
         return self._published_bytes + self._waiting_bytes + self._reserved_bytes
 
     def open(self, base: str) -> None:
@@ -163,7 +168,7 @@ class DiskTier:
         self.refresh()
 
     def refresh(self) -> None:
-        """Open shards that other processes have published since; report each unusable file once."""
+        """Open shards that other processes have published since the last call; report each unusable file once."""
         try:
             names = sorted(entry.name for entry in os.scandir(self.directory) if entry.is_file())
         except OSError as error:
@@ -180,10 +185,12 @@ class DiskTier:
                 refused.setdefault(str(error), []).append(name)
         for why, files in refused.items():
             more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-            self._warn_once(f"not used, and left alone in {self.directory}: {', '.join(files[:3])}{more}: {why}")
+            self._warn_once(
+                f"files in {self.directory} are not used and not changed: {', '.join(files[:3])}{more}: {why}"
+            )
 
     def contains(self, key: str) -> bool:
-        """Return whether a key has an entry, without reading or checking it."""
+        """Return whether a key has an entry, without reading or checking the entry."""
         return key in self._waiting or key in self._holders
 
     def find(self, key: str) -> Entry | None:
@@ -212,21 +219,24 @@ class DiskTier:
         return None
 
     def reserve(self, nbytes: int, device: torch.device, left: int) -> Tensor | None:
-        """Reserve memory for an entry to be written: uint8 of one dimension, or None if the budget is spent."""
+        """Reserve host memory in which an entry waits to be written.
+
+        Return a one-dimensional uint8 tensor, or None if the budget is spent or no memory can be allocated.
+        """
         size = aligned(nbytes) + HEADER
         if self.full is not None or size > min(left, self.budget - self.used):
             return None
         try:
             buffer = _host_buffer(nbytes, device)
-        except RuntimeError:  # pinned memory is scarce: write the waiting rows, which releases theirs
+        except RuntimeError:  # pinned memory is scarce: writing the waiting rows releases their memory
             self.flush()
             try:
                 buffer = _host_buffer(nbytes, device)
             except RuntimeError as error:
                 self.full = self.full or str(error).splitlines()[0]
                 self._warn_once(
-                    f"no memory to write to {self.directory} from ({self.full}); stored rows are read, the others are "
-                    "computed in every epoch"
+                    f"no memory to write to {self.directory}, because the rows to write wait in host memory "
+                    f"({self.full}); stored rows are read, and all other rows are computed in every epoch"
                 )
                 return None
         self._reserved_bytes += size
@@ -251,7 +261,7 @@ class DiskTier:
 
     def flush(self) -> None:
         """Publish the waiting rows. After a failure, which is reported once, the tier only reads."""
-        if self._failed:  # rows whose memory was reserved before the failure
+        if self._failed:  # drop rows whose memory was reserved before the failure
             self._waiting, self._waiting_bytes = {}, 0
         if not self._waiting:
             return
@@ -267,8 +277,8 @@ class DiskTier:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             self._warn_once(
-                f"{self.directory} takes no more source states ({error}); stored rows are read, the others are "
-                "computed in every epoch"
+                f"{self.directory} takes no more source states ({error}); stored rows are read, and all other rows "
+                "are computed in every epoch"
             )
             return
         self.refresh()
@@ -279,7 +289,7 @@ class DiskTier:
             self._holders.setdefault(key, []).append(shard)
 
     def _remove_unfinished(self) -> None:
-        """Remove unfinished files of dead processes, whose locks are gone."""
+        """Remove unfinished files that no process has locked, because the processes that wrote them have ended."""
         for path in self.directory.glob(f"{PREFIX}*{UNFINISHED}"):
             if not path.is_file():  # opening a FIFO would wait for its writer
                 continue
@@ -296,7 +306,7 @@ def _host_buffer(nbytes: int, device: torch.device) -> Tensor:
 
 
 def digest_of(key: str, data: Tensor, dtype: torch.dtype, width: int) -> str:
-    """Return 32 hexadecimal digits for an entry: its key, dtype, width and bytes."""
+    """Return the digest (32 hexadecimal digits) of an entry's key, dtype, width and bytes."""
     digest = hashlib.blake2b(f"{key} {_name(dtype)} {width} {data.numel()} ".encode(), digest_size=16)
     digest.update(checksum(data))
     return digest.hexdigest()

@@ -1,4 +1,8 @@
-"""The tiers of a cache with their budgets: finding rows, storing rows, and statistics."""
+"""Store finds and stores the rows of a cache in its tiers, within their budgets, and keeps statistics.
+
+A row is one text of a batch, and an entry holds the states of a row as bytes. The tiers are the device, host memory and
+a folder on disk.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ def _locked(method: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 class Store:
-    """Rows by their keys, in tiers. See SourceStateCache for arguments and errors."""
+    """Stores rows under their keys in tiers. SourceStateCache documents the arguments and the errors."""
 
     def __init__(
         self,
@@ -63,25 +67,30 @@ class Store:
                 self._tiers.append(DiskTier(self._directory, tier_budget, self.warn_once))
             else:
                 self._tiers.append(MemoryTier(name, tier_budget, shared))
-        self.decisions: dict[str, str] = {}  # of tiers="auto": tier -> measurement and decision
+        self.decisions: dict[str, str] = {}  # tier -> what tiers="auto" measured and decided
         self._base: str | None = None
         self._traits: dict[str, Any] = {}
         self.device = torch.device("cpu")  # where the model is; set by every pass
         self.meter = Meter()
         self._warned: set[str] = set()
-        self.contents: dict[str, tuple[int, ...]] = {}  # content of a row without padding -> padded widths
-        self._row_seconds: list[float] = []  # measured for tiers="auto"
-        self.trial_rows: list[tuple[str, Entry]] = []  # computed before tiers="auto" has decided
+        self.contents: dict[str, tuple[int, ...]] = {}  # hash of a row's tokens -> padded widths
+        self._row_seconds: list[float] = []  # seconds to compute a row, for tiers="auto"
+        self.trial_rows: list[tuple[str, Entry]] = []  # rows computed before tiers="auto" has decided
         self.lock = threading.RLock()  # on a GPU, backward passes read from other threads
         self._process = os.getpid()
         if self._directory is not None:
             _on_disk.add(self)
 
     def claim(self, base: str, traits: Mapping[str, Any]) -> None:
-        """Bind the rows to a base model: to its fingerprint and, within this process, its modules' attributes.
+        """Bind the rows to a base model.
+
+        Args:
+            base: fingerprint of the base model.
+            traits: plain attributes and unsaved buffers of its modules (see Watch). They are compared only between
+                models of this process.
 
         Raises:
-            ValueError: the rows are of another base model.
+            ValueError: the stored rows belong to another base model, or the base model has changed.
         """
         if self._base is None:
             self._base, self._traits = base, dict(traits)
@@ -90,23 +99,23 @@ class Store:
                     tier.open(base)
         elif self._base != base:
             raise ValueError(
-                f"source_cache is bound to another base model (fingerprint {self._base[:12]}; this model's is "
-                f"{base[:12]}: other weights or another config); make a SourceStateCache for each base model (they may "
-                "share a directory)"
+                f"source_cache is bound to another base model: the fingerprint of its weights and config is "
+                f"{self._base[:12]}, and the fingerprint of this model is {base[:12]}; make one SourceStateCache for "
+                "each base model (the caches may share a directory)"
             )
         changed = [name for name, value in traits.items() if name in self._traits and self._traits[name] != value]
         if changed:
             raise ValueError(
-                f"source_cache holds states of this base model before its {changed[0].strip('.')} was changed "
-                f"({len(changed)} such changes); make a new SourceStateCache for the changed model, with "
-                "another directory"
+                f"source_cache holds states of this base model from before its {changed[0].strip('.')} was changed "
+                f"(number of changed attributes: {len(changed)}); make a new SourceStateCache for the changed model, "
+                "with another directory"
             )
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     @_locked
     def find_all(self, batch: Batch) -> list[Entry] | None:
-        """Return the entry of every row of a batch, or None if one is missing (before anything is read from disk)."""
+        """Return the entry of every row of a batch, or None if a row has none. Keys are checked before disk is read."""
         if not all(self._contains(row.key) for row in batch.rows):
             return None
         entries = []
@@ -119,18 +128,18 @@ class Store:
 
     @_locked
     def find(self, key: str, positions: int) -> Entry | None:
-        """Return a row's entry from the fastest tier that has it, and copy it into a faster tier with free memory.
+        """Return a row's entry from the fastest tier that has it, or None. Copy an entry on disk into a memory tier.
 
         Args:
             key: the row's key.
-            positions: how many positions the entry must have.
+            positions: number of positions, summed over all states, that the entry must have.
         """
         for tier in self._tiers:
             entry = tier.find(key)
             if entry is None:
                 continue
             if entry.data.numel() != positions * entry.width * entry.dtype.itemsize:
-                self.warn_once(f"the {tier.name} tier has a row of another size under the key {key}; it is not used")
+                self.warn_once(f"the {tier.name} tier has an entry of a wrong size under the key {key}; it is not used")
                 continue
             return self._promoted(key, entry, tier)
         return None
@@ -151,38 +160,38 @@ class Store:
 
     @_locked
     def reserve(self, nbytes: int) -> tuple[Tier, Tensor] | None:
-        """Reserve memory for a row in the first tier that has some; return the tier and the memory, or None."""
+        """Reserve memory for a row in the first tier with free memory; return the tier and the memory, or None."""
         for tier in self._tiers:
             buffer = tier.reserve(nbytes, self.device, self._left)
             if buffer is not None:
                 return tier, buffer
         for tier in self._tiers:
             if isinstance(tier, MemoryTier) and tier.full is not None:
-                self.warn_once(f"no memory for the {tier.name} tier ({tier.full}); it stores no more rows")
+                self.warn_once(f"no memory for the {tier.name} tier ({tier.full}); this tier stores no more rows")
         if self._tiers and all(tier.full is None for tier in self._tiers):
             self.warn_once(
-                f"the budget is spent ({', '.join(self.tiers)}): the rows stored so far are kept, the others are "
-                "computed in every epoch"
+                f"the budget is spent (tiers: {', '.join(self.tiers)}); the rows that are stored are kept, and all "
+                "other rows are computed in every epoch"
             )
         return None
 
     @property
     def _left(self) -> int:
-        """Bytes left of a budget over all tiers."""
+        """Bytes that are left of the budget that all tiers share; 2^62 if each tier has its own budget."""
         if self._total is None:
             return 1 << 62
         return self._total - sum(tier.used for tier in self._tiers)
 
     @_locked
     def refresh(self) -> None:
-        """Open the files that other processes have published in the directory since."""
+        """Open the files that other processes have published in the directory since the last call."""
         for tier in self._tiers:
             if isinstance(tier, DiskTier) and self._base is not None:
                 tier.refresh()
 
     @_locked
     def flush(self) -> None:
-        """Write the waiting rows to disk. FlareTrainer calls this after every epoch."""
+        """Write the rows that wait for the disk tier to disk. FlareTrainer calls this after every epoch."""
         for tier in self._tiers:
             if isinstance(tier, DiskTier):
                 tier.flush()
@@ -200,7 +209,7 @@ class Store:
             self._choose_tiers(seconds)
 
     def _choose_tiers(self, computing: float) -> None:
-        """Use the tiers from which a row is read faster than it is computed; ``computing``: seconds to compute it."""
+        """Use the tiers from which reading a row takes less than ``computing``, the seconds to compute the row."""
         nbytes = max((entry.data.numel() for _, entry in self.trial_rows), default=0)
         chosen: list[Tier] = []
         for tier in self._tiers:
@@ -208,7 +217,7 @@ class Store:
                 reading = seconds_to_read(tier.name, nbytes, self.device, self._directory)
             except (OSError, RuntimeError) as error:
                 self.decisions[tier.name] = f"not used: {error}"
-                self.warn_once(f"tiers='auto' does not use the {tier.name} tier and its rows: {error}")
+                self.warn_once(f"tiers='auto' does not use the {tier.name} tier and its rows (reading failed: {error})")
                 continue
             times = f"reading a row {reading * 1e3:.3g} ms, computing it {computing * 1e3:.3g} ms"
             self.decisions[tier.name] = f"{'used' if reading < computing else 'not used'}: {times}"
@@ -217,7 +226,7 @@ class Store:
         self._tiers, self.undecided = chosen, False
         _log.info("source_cache: %s", self._decided)
         if not chosen:
-            self.warn_once(f"tiers='auto' uses no tier, every epoch computes its source states: {self._decided}")
+            self.warn_once(f"tiers='auto' uses no tier, so every epoch computes its source states: {self._decided}")
         rows, self.trial_rows = self.trial_rows, []
         for key, entry in rows:
             if self._tiers and self._contains(key):
@@ -253,7 +262,7 @@ class Store:
         return sum(tier.used for tier in self._tiers)
 
     def stats(self) -> CacheStats:
-        """Return rows, hits, bytes and seconds so far. On a GPU this waits for running passes."""
+        """Return the numbers of rows, hits and bytes, and the seconds saved. On a GPU this waits for running passes."""
         entries = {tier.name: tier.count for tier in self._tiers}
         nbytes = {tier.name: tier.used for tier in self._tiers}
         return CacheStats(self.meter.rows, self.meter.hits, entries, nbytes, self.meter.seconds_saved())
@@ -269,7 +278,7 @@ class Store:
         return f"{text}; {self._decided}" if self.decisions else text
 
     def warn_once(self, message: str) -> None:
-        """Warn if this warning was not given before."""
+        """Warn if the same message was not given before."""
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"source_cache: {message}", UserWarning, stacklevel=2)

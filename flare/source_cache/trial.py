@@ -1,4 +1,4 @@
-"""tiers="auto": measures how long it takes to read a row from a tier, to compare with the time to compute it."""
+"""Measure the time to read a row from a tier. tiers="auto" compares it with the time to compute the row."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _LARGEST = 64 << 20
 
 
 def seconds_to_read(tier: str, nbytes: int, device: torch.device, directory: Path | None) -> float:
-    """Return the seconds to read an entry of ``nbytes`` bytes from a tier to the device: the median of three.
+    """Return the seconds to read an entry of ``nbytes`` bytes from a tier to the device: the median of three trials.
 
-    An entry on disk is dropped from the page cache first, if the system allows it, and its checksum is computed.
+    For the disk tier, the file is dropped from the page cache before each trial if the system allows it, and the time
+    includes computing the checksum. An entry above 64 MiB is not read whole: the time is scaled from 64 MiB.
     """
     size = max(8, min(nbytes, _LARGEST))
     target = torch.empty(size, dtype=torch.uint8, device=device)

@@ -1,7 +1,8 @@
-"""Detects changes of a fingerprinted base model, with one flat comparison before every source pass.
+"""Detect changes of a base model after its fingerprint was computed. This is checked before every source pass.
 
-The comparison runs in C over lists that are made once: the identity of every object on the path to a weight, then each
-weight's address, version and ``requires_grad``. After a difference the modules are traversed again to see what changed.
+To be fast, the check compares flat lists, which are made once, with functions that run in C. It compares the identity
+of every object on the path to a weight, and each weight's address, version and ``requires_grad``. If something differs,
+the modules are traversed again to see what changed.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ class Watch:
     the config and of the modules' plain attributes. It does not detect a write through ``.data``.
 
     Attributes:
-        stamp: equal for two snapshots if the weights and the config are the same objects, unchanged in between.
-        traits: other values that the modules' code reads, by name: plain attributes, and checksums of buffers that are
-            not saved. Equal for copies of a model in one process.
+        stamp: a value to compare two snapshots. It is equal if the weights are the same objects, and the weights, the
+            config and the traits did not change between the snapshots.
+        traits: name -> another value that the modules' code reads: a plain attribute, or the checksum of a buffer that
+            is not saved with the model. Copies of a model in one process have equal traits.
 
     Raises:
-        ValueError: see FrozenWeights.
+        ValueError: the weights cannot be cached; see FrozenWeights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,7 +72,7 @@ class Watch:
         self._config_values = list(chain.from_iterable(self._config_views))
 
     def is_unchanged(self) -> bool:
-        """Return whether nothing has changed. Adds no Python call per module or weight."""
+        """Return whether nothing has changed since the snapshot. This makes no Python call per module or weight."""
         with without_torch_function():
             return (
                 all(map(is_, map(dict.get, self._holders, self._keys), self._values))
@@ -88,8 +90,8 @@ class Watch:
         if len(values) == len(self._config_values) and all(map(is_, values, self._config_values)):
             return True
         if config_digest(self._model_config) != self._config:
-            return False  # without updating the snapshot, so that the next pass sees the change too
-        self._note_config()  # the change does not affect hidden states (use_cache)
+            return False  # the snapshot is not updated, so the next pass detects the change too
+        self._note_config()  # the change does not affect hidden states (for example, use_cache)
         return True
 
 

@@ -1,7 +1,7 @@
-"""The frozen weights that the source pass reads, and their places in the modules.
+"""Collect the frozen weights that the source pass reads, and the places in the modules where they are stored.
 
-PEFT's wrappers are skipped. A base model therefore gives the same list under other adapters, with another head, and
-with trained copies of its modules, which the source pass does not use.
+PEFT's wrappers are skipped. A base model therefore gives the same list of weights with other adapters, with another
+head, and with trained copies of its modules (modules_to_save), which the source pass does not use.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .._compat import AuxiliaryTrainingWrapper, BaseTunerLayer
 
 #: Modules whose plain attributes follow from their weights' shapes or matter in training only.
 _WITHOUT_TRAITS = (nn.Linear, nn.Embedding, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+#: Types of a module's plain attributes that its forward may read. Such an attribute is called a trait.
 _TRAIT_TYPES = (bool, int, float, str, type(None))
 #: Kinds of rotary embeddings that recompute their buffers for each length.
 _UPDATES_ITSELF = ("dynamic", "longrope")
@@ -24,20 +25,21 @@ _SCALES = ("SCB",)
 
 
 class FrozenWeights:
-    """Weights that are saved with the backbone of a transformers model, under their names without PEFT.
+    """Weights that are saved with the backbone of a transformers model. Their names do not contain PEFT's wrappers.
 
     A pooler is left out, because the source pass does not run it, and its weights may be random.
 
     Attributes:
         tensors: (name, tensor) in the order of the modules.
-        places: (dictionary, key) of every tensor, and of every module and object on the path to one.
+        places: (dictionary, key) of every tensor, and of every module and object on the path to a tensor.
         dictionaries: the modules' non-empty dictionaries. An added parameter, buffer or module changes their length.
-        wrappers: the adapter layers on the path.
-        derived: (name, buffer) of buffers that the model's code computes and that are not saved (rotary frequencies).
+        wrappers: PEFT's adapter layers on the paths to the tensors.
+        derived: (name, buffer) of the buffers that the model's code computes and does not save, such as rotary
+            frequencies.
         traits: (name, dictionary, key) of the modules' plain numbers, flags and strings, such as ``sliding_window``.
 
     Raises:
-        ValueError: a weight that is trained, merged with an adapter, or repacked by bitsandbytes.
+        ValueError: a weight is trained, merged with an adapter, or repacked by bitsandbytes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -93,19 +95,19 @@ class FrozenWeights:
         if tensor.requires_grad:
             raise ValueError(
                 f"source_cache: the base model's {name} is trained (requires_grad=True), so its source states change "
-                "with every step; freeze it, train a copy (modules_to_save), or leave the cache out"
+                "with every step; freeze it, train a copy (modules_to_save), or leave source_cache out"
             )
         if getattr(getattr(tensor, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
                 f"source_cache: bitsandbytes has repacked the base model's {name} for a CPU, as it does in eval mode, "
-                "and rounded its scales, so source states from before and after differ; leave the cache out"
+                "and rounded its scales, so source states computed before and after that differ; leave source_cache out"
             )
         self.tensors.append((name, tensor))
 
     def _scales(self, module: nn.Module, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of a quantised weight's tensors that are not parameters."""
         state: Any = getattr(parameter, "quant_state", None)
-        # quant_state.as_dict() would copy one of them and wait for the device
+        # not with quant_state.as_dict(), which would copy one of the tensors and wait for the device
         nested = getattr(state, "state2", None)
         for holder, attributes in (
             (parameter if state is not None else None, ("quant_state",)),
@@ -123,7 +125,7 @@ class FrozenWeights:
             value = getattr(holder, attribute, None)
             if isinstance(value, Tensor):
                 yield name, value
-        # HQQ stores these next to its parameter
+        # HQQ stores ``meta`` and ``bias`` in the module, next to its parameter
         meta, bias = vars(module).get("meta"), vars(module).get("bias")
         if isinstance(meta, dict):
             self.places.append((vars(module), "meta"))

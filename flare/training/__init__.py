@@ -1,1 +1,1 @@
-"""Data collator, trainer, and training steps as CUDA graphs."""
+"""The data collator, the trainer, and training steps that run as CUDA graphs."""

@@ -1,4 +1,4 @@
-"""Checks for CUDA graphs: why a model or a batch cannot be captured, and whether a captured model has changed."""
+"""Check whether a training step can be captured as a CUDA graph, and whether a captured model has changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedD
 
 
 def warn_once(message: str, warned: set[str]) -> None:
-    """Warn about captured steps and add the message to ``warned``; do nothing if it is already there."""
+    """Warn about captured steps and add the message to ``warned``; do nothing if ``warned`` contains it."""
     if message not in warned:
         warned.add(message)
         warnings.warn(f"cuda_graphs: {message}", UserWarning, stacklevel=4)
@@ -89,7 +89,7 @@ def unsupported_batch(model: nn.Module, inputs: Mapping[str, Any]) -> str | None
         settings = {getattr(config, "source_memory", None) for config in _active_configs(model)}
         for memory in ("recompute", "offload"):
             if memory in settings:
-                return f"source_memory={memory!r}: backward gets the source states from outside the graph"
+                return f"source_memory={memory!r}: the backward pass gets the source states from outside the graph"
     return None
 
 
@@ -136,7 +136,7 @@ class ModelState:
         self._initial = self._current()
 
     def changed(self) -> str:
-        """Return the names of what has changed since this object was made, or an empty string."""
+        """Return a comma-separated list of what has changed since this object was made, or an empty string."""
         current = self._current()
         if current == self._initial:
             return ""
@@ -144,7 +144,7 @@ class ModelState:
 
     def _current(self) -> dict[str, Any]:
         return {
-            "where its tensors are": list(map(Tensor.data_ptr, self._tensors)),
+            "addresses of its tensors": list(map(Tensor.data_ptr, self._tensors)),
             "requires_grad": [tensor.requires_grad for tensor in self._tensors],
             "gradient hooks": list(map(has_gradient_hooks, self._trained)),
             "training mode": [module.training for module in self._modules],

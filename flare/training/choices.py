@@ -1,4 +1,6 @@
-"""Rows of multiple-choice tasks: n texts per row, collated like n rows of one text and regrouped.
+"""Collate rows of multiple-choice tasks. A row has n texts, one for each choice.
+
+The texts of all rows are collated like rows of one text, and the resulting tensors are grouped by row again.
 
 Shapes: B rows, n choices per row, m the common width of all texts.
 """
@@ -24,8 +26,8 @@ def choices_of(rows: Sequence[Mapping[str, Any]]) -> int | None:
     counts = {_choices(row) for row in rows}
     if len(counts) > 1:
         raise ValueError(
-            f"rows of one batch have different numbers of choices ({', '.join(sorted(map(str, counts)))}; None: one "
-            "text); give every row the same number"
+            f"rows of one batch have different numbers of choices ({', '.join(sorted(map(str, counts)))}; None is a "
+            "row of one text without choices); give every row the same number of choices"
         )
     return next(iter(counts), None)
 
@@ -34,14 +36,16 @@ def split_choices(rows: Sequence[Mapping[str, Any]], n: int) -> list[dict[str, A
     """Return one row per choice, without labels.
 
     Raises:
-        ValueError: a column has another number of texts than ``input_ids``.
+        ValueError: the number of texts in a column is not ``n``.
     """
     choices: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         columns = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
         for name, texts in columns.items():
             if len(texts) != n:
-                raise ValueError(f"row {index}: {name} has {len(texts)} texts and input_ids {n}; give one per choice")
+                raise ValueError(
+                    f"row {index}: {name} has {len(texts)} texts, but input_ids has {n}; give one text per choice"
+                )
         choices += [{name: texts[choice] for name, texts in columns.items()} for choice in range(n)]
     return choices
 
@@ -53,9 +57,9 @@ def batch_of_choices(
 
     Args:
         rows: ``input_ids``, ``source_input_ids``, their masks and token types are lists of n texts; ``labels`` is the
-            index of the right one.
+            index of the correct text.
         n: the number of choices, from :func:`choices_of`.
-        collate: makes a batch (B n, m) from rows of one text.
+        collate: makes a batch of tensors (B * n, m) from B * n rows of one text each.
     """
     flat = collate(split_choices(rows, n))
     batch = {name: value.unflatten(0, (len(rows), n)) for name, value in flat.items()}

@@ -1,8 +1,8 @@
-"""Batches of two texts: the target-language rows of any transformers task, with their source-language counterpart.
+"""Collate rows of two texts into batches: the target text of any transformers task, and its source text.
 
-Element-wise fusion pairs position j of one stream with position j of the other, so both texts are padded to ONE width.
-For causal language models the answers also start at one index in both streams. (The authors' release aligns the end of
-a source prompt with the end of the target's answer, which shifts the prompts by the length of the answer.)
+Element-wise fusion pairs position j of the target with position j of the source, so both texts are padded to ONE width.
+For causal language models, the answers of both texts also start at the same index. (The authors' release aligns the end
+of a source prompt with the end of the target's answer, which shifts the prompts by the length of the answer.)
 
 Shapes: B rows, m the common width of both texts, u the common width of decoder sequences.
 """
@@ -32,7 +32,8 @@ from .texts import (
 
 LAYOUTS = ("auto", "encoder", "causal", "seq2seq")
 
-#: The answer span in the source. A Trainer keeps these columns if the adapter reads them (flare.baselines.x_mixup).
+#: Columns of the answer span in the source. FlareTrainer keeps them if the adapter reads them
+#: (flare.baselines.x_mixup).
 SOURCE_POSITIONS = ("source_start_positions", "source_end_positions")
 _POSITIONS = ("start_positions", "end_positions")
 _DECODER_IDS = ("decoder_input_ids", "source_decoder_input_ids")
@@ -62,10 +63,11 @@ class FlareDataCollator:
         batch["input_ids"].shape  # (2, 5), and so are source_input_ids and both masks
 
     **Input.** A row has ``input_ids``, ``source_input_ids`` and labels: ``labels``, or ``start_positions`` and
-    ``end_positions``, or none. Optional columns: ``attention_mask`` and ``token_type_ids``, the same with the prefix
-    ``source_``, ``source_labels``, ``source_decoder_input_ids``, and the source's answer span for X-Mixup
-    (``source_start_positions``, ``source_end_positions``). A missing mask means all ones. FLARE MT: rows have
-    ``source_states`` (length, latent_dim) from flare.LatentEncoder in place of ``source_input_ids``.
+    ``end_positions``, or none. Optional columns: ``attention_mask``, ``token_type_ids``, ``source_attention_mask``,
+    ``source_token_type_ids``, ``source_labels``, ``source_decoder_input_ids``, and, for X-Mixup, the source's answer
+    span (``source_start_positions``, ``source_end_positions``). A missing mask means all ones. In FLARE MT, the variant
+    that reads the encoder states of a translation model, rows have ``source_states`` (length, latent_dim) from
+    flare.LatentEncoder in place of ``source_input_ids``.
 
     **Output.** A BatchEncoding of int64 tensors: ``input_ids``, ``attention_mask``, ``source_input_ids`` and
     ``source_attention_mask``, all (B, m). ``labels`` are (B), (B, m) or, for encoder-decoders, (B, u) together with
@@ -73,44 +75,45 @@ class FlareDataCollator:
     ``source_input_ids``. Other numeric columns are stacked, and columns of strings are dropped.
 
     **Multiple choice.** ``input_ids``, ``source_input_ids``, their masks and token types are lists of n texts, and
-    ``labels`` is the index of the right one. Tensors are (B, n, m), ``labels`` (B). Every choice has its own source
+    ``labels`` is the index of the correct text. Tensors are (B, n, m), ``labels`` (B). Every choice has its own source
     text.
 
     **Layouts:**
 
     - encoder: both texts are padded on ``padding_side``. ``labels`` are one class, one vector, or one label per token.
       With padding on the left, ``start_positions`` and ``end_positions`` move with their tokens.
-    - causal: rows are prompt and answer, with ``labels`` -100 on the prompt (no labels: all prompt). Prompts are padded
-      on the left and answers on the right, so that answers start at one index in both streams. ``source_labels`` mark
-      the source's answer in the same way and are not passed on. Without them the source is all prompt, and masked at
-      the positions of the answers.
+    - causal: a row is a prompt followed by an answer. ``labels`` are -100 on the prompt; a row without labels is all
+      prompt. Prompts are padded on the left and answers on the right, so that the answers of both texts start at the
+      same index. ``source_labels`` mark the source's answer in the same way and are not passed to the model. Without
+      ``source_labels`` the source is all prompt, and its mask is 0 at the positions of the answers.
     - seq2seq: both texts are padded on ``padding_side``. ``labels`` and ``source_labels`` are padded on the right to
       their own common width.
 
     Args:
         tokenizer: provides the pad token, the padding side and the special tokens.
-        padding: "longest" (or True) pads to the longest text of either stream in the batch, "max_length" to max_length.
-        max_length: the largest width of a batch. Longer rows are an error, unless ``truncation=True``.
+        padding: "longest" (or True) pads to the longest target or source text in the batch, "max_length" to max_length.
+        max_length: the largest width of a batch. A longer row raises an error if ``truncation`` is False.
         pad_to_multiple_of: round the width up to a multiple of this number.
         truncation: cut long texts at their end (a final special token is kept), and causal prompts at their start.
         padding_side: "left" or "right"; default: the tokenizer's. Not used by causal rows.
-        layout: one of ``LAYOUTS``. "auto" looks at the labels: lists as long as ``input_ids`` that repeat them are
-            causal, other lists of that length are one label per token, and lists of other lengths are seq2seq.
-            FlareTrainer sets the layout from the model. Without it, set "seq2seq" yourself: those labels can happen to
-            be as long as the inputs.
-        require_source: False accepts rows without ``source_input_ids`` and makes a plain batch of them.
+        layout: one of ``LAYOUTS``. "auto" looks at labels that are lists. A list as long as ``input_ids`` is "causal"
+            if its entries are -100 or the input ids, and otherwise "encoder" with one label per token. A list of
+            another length means "seq2seq". FlareTrainer sets the layout from the model. Without FlareTrainer, pass
+            "seq2seq" yourself, because the labels of an encoder-decoder can happen to be as long as its inputs.
+        require_source: False accepts rows without ``source_input_ids`` and makes a batch without a source from them.
         label_pad_token_id: the value of padding in labels.
-        widths: the least numbers of columns of every batch: (before the aligned index, from it on, of decoder
-            sequences). The aligned index is where answers start, or where texts end if they are padded on the left.
-            :meth:`fitted` computes them.
-        vocab_size: token ids at or above this number are an error. FlareTrainer sets it to the model's.
+        widths: the smallest numbers of columns of every batch, as a tuple: before the aligned index, from the aligned
+            index on, and of the decoder's sequences. The aligned index is where answers start, or where texts end if
+            they are padded on the left. :meth:`fitted` computes them.
+        vocab_size: a token id at or above this number raises an error. FlareTrainer sets it to the model's number of
+            embeddings.
         model: for layout "seq2seq": the model that makes ``decoder_input_ids`` from the labels, as in
             DataCollatorForSeq2Seq. Needed when a Trainer removes the labels (label_smoothing_factor); FlareTrainer then
             sets it.
 
     Raises:
-        ValueError: a tokenizer without a pad token, an unknown option, rows without a source, columns of different
-            lengths, texts that are too long, or an answer that truncation would cut off.
+        ValueError: the tokenizer has no pad token, an option is unknown, rows have no source, columns have different
+            lengths, a text is too long, or truncation would cut off an answer.
     """
 
     tokenizer: Any
@@ -167,7 +170,7 @@ class FlareDataCollator:
         return self._batch(read, texts, layout, self.max_length)
 
     def fitted(self, rows: Iterable[Mapping[str, Any]]) -> FlareDataCollator:
-        """Return a collator whose batches all have the width of one batch of all these rows.
+        """Return a collator whose batches all have the width that one batch of all these rows would have.
 
         A row then has the same padding in every batch. Under source_padding="keep" a SourceStateCache needs this to
         find its rows again.
@@ -190,7 +193,7 @@ class FlareDataCollator:
         return layout_of_rows(rows) if self.layout == "auto" else self.layout
 
     def _texts(self, rows: list[dict[str, Any]], layout: str) -> tuple[list[Text], list[Text]]:
-        """Return the target texts and the source texts, at most max_length long. A plain batch has no source texts."""
+        """Return the target texts and the source texts (empty without a source), cut to at most max_length tokens."""
         with_source = self._with_source(rows)
         targets = [self._text(row, index, "", layout) for index, row in enumerate(rows)]
         sources = [self._text(row, index, "source_", layout) for index, row in enumerate(rows)] if with_source else []
@@ -221,7 +224,9 @@ class FlareDataCollator:
         labels = row.get(f"{prefix}labels")
         if layout == "causal" and labels is not None:
             if not isinstance(labels, list):
-                raise ValueError(f"row {index}: {prefix}labels is one number; layout='causal' needs one per token")
+                raise ValueError(
+                    f"row {index}: {prefix}labels is one number; layout='causal' needs one label per token"
+                )
             columns["labels"] = labels
         elif layout == "encoder" and isinstance(labels, list) and not prefix and has_token_labels(labels, ids):
             columns["labels"] = labels
@@ -234,21 +239,21 @@ class FlareDataCollator:
         if prefix and layout == "encoder" and "source_labels" in row:
             raise ValueError(
                 f"row {index}: source_labels are for causal and encoder-decoder rows; this batch has layout='encoder'. "
-                "Drop the column, or name the layout if 'auto' took it for another"
+                "Drop the column, or pass the correct layout if layout='auto' chose 'encoder'"
             )
         split = 0 if self.padding_side == "right" else len(ids)
         text = Text(columns, split)
         if layout == "causal":
             text.strip_padding()
             labels = text.columns.get("labels", [])
-            if labels:  # the first token has no predecessor; padding before it would have to predict it
+            if labels:  # the first token has no predecessor, and the padding before it must not predict it
                 labels = text.columns["labels"] = [-100, *labels[1:]]
             text.split = next((i for i, label in enumerate(labels) if label != -100), len(text))
         self._fit(text, row, index, prefix, layout)
         return text
 
     def _latent_text(self, row: dict[str, Any], index: int, layout: str) -> Text:
-        """Return FLARE MT's states of one row as a text whose ids -2, -3, ... are the numbers of its states."""
+        """Return FLARE MT's states of one row as a text, in which state i has the id -2 - i."""
         states = row["source_states"]
         if not isinstance(states, Tensor) or states.dim() != 2:
             shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
@@ -287,7 +292,7 @@ class FlareDataCollator:
         text.split = min(text.split, limit)
 
     def _cut_prompt(self, text: Text, keep: int, what: str) -> None:
-        """Cut a causal prompt to ``keep`` tokens: a special first token and the end. Keep the whole answer."""
+        """Cut a causal prompt to ``keep`` tokens: its first token, if that is special, and its end. Keep the answer."""
         if keep < 0:
             raise ValueError(
                 f"{what}: the answer alone has {len(text) - text.split} tokens and max_length is {self.max_length}; "
@@ -317,7 +322,7 @@ class FlareDataCollator:
             columns = [text.columns for text in stream]
             for name in column_names(columns):
                 if prefix and name == "labels":
-                    continue  # marked the source's answer; not an argument of the model
+                    continue  # source_labels only mark the source's answer; the model does not take them
                 all_have(columns, name, prefix)
                 if prefix and name == "input_ids" and "source_input_ids" not in rows[0]:
                     ids = torch.tensor([text.padded(name, NO_STATE, left, right) for text in stream])
@@ -338,15 +343,16 @@ class FlareDataCollator:
         return BatchEncoding(batch)
 
     def _width(self, texts: list[Text], layout: str, max_length: int | None) -> tuple[int, int]:
-        """Return the numbers of columns before the aligned index and from it on."""
+        """Return the number of columns before the aligned index, and from the aligned index on."""
         left = max(text.split for text in texts)
         right = max(len(text) - text.split for text in texts)
         if max_length is not None and left + right > max_length:
-            # Only causal rows get here: one has the longest prompt, and another one the longest answer.
+            # Only causal rows can be too long here: one row has the longest prompt, and another the longest answer.
             if not self.truncation:
                 raise ValueError(
-                    f"the longest prompt of the batch has {left} tokens and the longest answer {right}: aligned they "
-                    f"need {left + right}, max_length is {max_length}; raise it or pass truncation=True to cut prompts"
+                    f"the longest prompt of the batch has {left} tokens and the longest answer {right} tokens. Prompts "
+                    f"and answers are padded separately, to {left + right} tokens, but max_length is {max_length}; "
+                    "raise max_length, or pass truncation=True to cut prompts"
                 )
             left = max_length - right
             for text in texts:

@@ -22,13 +22,13 @@ from ..source_cache import SourceStateCache
 from .capturable import ModelState, unsupported_batch, unsupported_model, warn_once, without_full_masks
 from .graph_recorder import Recorder, Recording, recorder_for
 
-#: Arguments of the source text, which the states of a warm cache replace.
+#: Arguments with the source text. Source states replace them if all rows of the batch are in the cache.
 _SOURCE_TEXT = ("source_input_ids", "source_attention_mask", "source_token_type_ids")
-#: How many shapes are remembered, captured or not.
+#: Number of shapes that are remembered, captured or not.
 _MAX_SHAPES = 256
-#: Eager steps of a shape whose graph was dropped, before it is captured again.
+#: Number of eager steps of a shape whose graph was dropped, before the shape is captured again.
 _STEPS_AFTER_DROP = 16
-#: Changes of the model between two replays before a warning.
+#: Number of changes of the model without a replay in between, above which a warning is given.
 _MAX_CHANGES = 4
 
 #: Runs forward and backward of one batch and returns the loss.
@@ -37,7 +37,7 @@ Step = Callable[[dict[str, Any]], Tensor]
 
 @dataclass
 class _Shape:
-    """One batch shape: its eager steps so far, and its graph with the tensors that the graph reads."""
+    """One batch shape: its number of eager steps so far, its graph, and the input tensors of the graph."""
 
     eager_steps: int = 0
     trained: list[nn.Parameter] = field(default_factory=list)  # parameters that get a gradient in a step of this shape
@@ -59,23 +59,24 @@ class GraphedStep:
     Accumulation, clipping, the optimizer and its schedule stay outside, and may set gradients to None. A step that
     cannot be captured runs eagerly, with one warning per reason.
 
-    Everything that a graph fixes is part of its key or checked before each replay: shapes, whether a text has padding,
-    autocast, training mode, the addresses of the model's tensors, active adapters and their scalings, hooks. Call
-    :meth:`reset` after any other change to what the step's Python code does, such as a dropout probability or a fusion.
+    A replay repeats what was captured. Every call therefore selects the graph by the shapes of the batch, by which
+    texts have padding, and by autocast's dtype. All graphs are dropped if one of these has changed: training mode, the
+    addresses of the model's tensors, the active adapters and their scalings, or hooks. Call :meth:`reset` after any
+    other change to what the step's Python code does, such as a dropout probability or a fusion.
 
-    Masks of ones are left out, so that attention uses the same kernel as in eager steps. Pass batches on the host:
-    reading a mask on the device waits for the device.
+    Masks of ones are left out of the batch, so that attention uses the same kernel as in eager steps. Pass batches on
+    the host, because reading a mask on the device waits for the device.
 
     Args:
         model: the model to train, on one CUDA device.
         step: runs forward and backward of a batch (a dict of tensors on the device) and returns the loss. It must not
             read values of tensors. Default: ``loss = model(**batch).loss; loss.backward()``.
-        max_graphs: the number of graphs to keep, those used last. Each keeps its own input tensors; activations share
-            one memory pool.
-        warmup_steps: eager steps of a shape before it is captured, at least 1.
+        max_graphs: the number of graphs to keep. The least recently used graph is dropped. Each graph keeps its own
+            input tensors; the activations of all graphs share one memory pool.
+        warmup_steps: number of eager steps of a shape before it is captured, at least 1.
         source_cache: the flare.SourceStateCache passed to the model's ``set_source_cache``. A batch whose rows are all
             in the cache is replayed without a source pass.
-        unsupported: the reason why the caller's step cannot be captured. All steps then run eagerly.
+        unsupported: the reason why the caller's step cannot be captured, or None. With a reason, all steps run eagerly.
         recorder: replaces CUDA graphs in tests.
 
     Raises:
@@ -176,7 +177,7 @@ class GraphedStep:
             return self._run(batch)
 
     def _warm_up(self, shape: _Shape, inputs: dict[str, Any]) -> Tensor:
-        """Run one of a shape's first, eager steps. The last of them records which parameters get a gradient."""
+        """Run one of a shape's eager steps before its capture. The last one records which parameters get gradients."""
         assert self._recorder is not None
         shape.eager_steps += 1
         with self._recorder.stream():
@@ -245,7 +246,7 @@ class GraphedStep:
             shape.eager_steps = self._warmup_steps - _STEPS_AFTER_DROP
             warn_once(
                 f"batches have more than max_graphs={self._max_graphs} shapes, so graphs are dropped and many steps "
-                "run eagerly; pad to fewer lengths (FlareDataCollator(pad_to_multiple_of=64)), or keep more graphs",
+                "run eagerly; pad to fewer lengths (FlareDataCollator(pad_to_multiple_of=64)), or raise max_graphs",
                 self._warned,
             )
 
@@ -261,7 +262,7 @@ class GraphedStep:
 
     @contextlib.contextmanager
     def _recording_gradients(self, shape: _Shape) -> Iterator[None]:
-        """Record which parameters get a gradient. The others keep ``p.grad`` None, so that the optimizer skips them."""
+        """Record which parameters get a gradient. For all others ``p.grad`` stays None, so the optimizer skips them."""
         reached: dict[nn.Parameter, None] = {}
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda parameter: reached.setdefault(parameter))
@@ -321,14 +322,14 @@ class GraphedStep:
             self._unsupported = self._unsupported or f"the model is on {device}, and CUDA graphs need a CUDA device"
 
     def _read_cache(self, inputs: dict[str, Any]) -> str | None:
-        """Replace the source text by the states of a warm cache; return why the step cannot be captured, or None."""
+        """Replace the source text by its cached states. Return why the step cannot be captured, or None."""
         if self._source_cache is None or "source_input_ids" not in inputs:
             return None
         if any(name in inputs for name in DECODER_ARGUMENTS):
             return "source_cache: the states of a decoder are looked up inside the step"
         states = self._source_cache.lookup(self.model, inputs)
         if states is None:
-            return "source_cache has not all rows of a batch yet, and computes the missing ones"
+            return "source_cache has not all rows of a batch yet, so the step computes the missing rows"
         mask = inputs.get("source_attention_mask")
         for name in _SOURCE_TEXT:
             inputs.pop(name, None)
@@ -355,11 +356,11 @@ def _release(shape: _Shape) -> None:
 
 
 def _described(error: BaseException) -> str:
-    """Describe the first error behind an exception: ending a failed capture raises another one."""
+    """Describe the first error in the chain of an exception, because ending a failed capture raises another error."""
     while error.__context__ is not None:
         error = error.__context__
     if isinstance(error, torch.OutOfMemoryError):
-        return "there was not enough memory to capture a step: its activations come in addition to those of eager steps"
+        return "there was not enough memory to capture a step, whose activations need memory in addition to eager steps"
     lines = str(error).strip().splitlines() or [""]
     return f"a step could not be captured ({type(error).__name__}: {lines[0]})"
 

@@ -19,7 +19,7 @@ from .._compat import after_backward, synchronizes_gradients, unit_classes
 def replicate_adapters(model: nn.Module) -> set[nn.Parameter]:
     """Replicate a model's trained weights under FSDP2, and average their gradients after each backward pass.
 
-    Call it on every rank before ``fully_shard``, and exclude what it returns from sharding::
+    Call this function on every rank before ``fully_shard``, and exclude the returned parameters from sharding::
 
         trained = flare.replicate_adapters(model)
         for block in blocks:
@@ -87,12 +87,12 @@ class _GradientAverage:
 
 
 def exclude_adapters_from_fsdp(model: nn.Module, plugin: Any) -> None:
-    """Let accelerate's FSDP2 shard only the frozen weights. FSDP1 and a plugin with ``ignored_modules`` do not change.
+    """Let accelerate's FSDP2 shard only the frozen weights. Do nothing for FSDP1, or if ``ignored_modules`` is set.
 
     Args:
         model: a model with adapters, not prepared by accelerate yet.
-        plugin: accelerate's FullyShardedDataParallelPlugin. ``ignored_modules`` is set, and
-            ``transformer_cls_names_to_wrap`` if it is None.
+        plugin: accelerate's FullyShardedDataParallelPlugin. This sets its ``ignored_modules``, and also
+            ``transformer_cls_names_to_wrap`` if that is None.
 
     Raises:
         ValueError: the base is quantised to 8 bits, and FSDP2 would lose its scales.
@@ -102,7 +102,7 @@ def exclude_adapters_from_fsdp(model: nn.Module, plugin: Any) -> None:
             "FSDP2 cannot shard a base in 8 bits (load_in_8bit): it loses the scales of the weights. Load it in 4 "
             "bits (load_in_4bit), or use DDP"
         )
-    # All trainers of a process share the plugin: its modules may be those of an earlier model.
+    # All trainers of a process share the plugin, so its ignored_modules may belong to an earlier model.
     set_before = getattr(plugin, _MARK, False)
     if plugin.fsdp_version == 2 and (set_before or plugin.ignored_modules is None):
         replicate_adapters(model)
@@ -116,7 +116,7 @@ def trained_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that hold the trained weights directly, for accelerate's ``ignored_modules``.
 
     Raises:
-        ValueError: one of them also holds a frozen weight.
+        ValueError: a module holds both trained and frozen weights.
     """
     modules = []
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Checks that rows and tokenizers fit a model; a mismatch would cause an index error or a worse model later."""
+"""Check that rows and tokenizers fit a model. A mismatch would cause an index error or a worse model later."""
 
 from __future__ import annotations
 
@@ -99,10 +99,11 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
-    """Return why a tokenizer seems to be another model's, or None.
+    """Return why a tokenizer seems to belong to another model, or None.
 
-    The reasons are special tokens beyond the model's vocabulary, and pad, bos or eos ids that differ from those in the
-    model's configuration and generation configuration. This is only a warning: some published models differ by design.
+    The reasons are special tokens beyond the model's vocabulary, and pad, bos or eos ids that differ from the ids in
+    the model's configuration and generation configuration. The result is only used for a warning, because the ids of
+    some published models differ by design.
     """
     size, name = vocabulary_of(model), type(tokenizer).__name__
     ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in (*_SPECIAL, "cls", "sep", "mask", "unk")}
@@ -116,34 +117,34 @@ def wrong_tokenizer(tokenizer: Any, model: Any) -> str | None:
     for kind in _SPECIAL:
         theirs = _ids_of(model, kind)
         if theirs and ids[kind] is not None and ids[kind] not in theirs:
-            differing[kind] = f"{ids[kind]} (the model: {', '.join(map(str, theirs))})"
+            differing[kind] = f"{ids[kind]} (the model has {', '.join(map(str, theirs))})"
     if not differing:
         return None
     return (
-        f"the tokenizer ({name}) has {_listed(differing)}: it may be another model's. Use the model's own, for the "
-        "source texts too, or set the ids in model.config if they are intended"
+        f"the tokenizer ({name}) has {_listed(differing)}, so it may belong to another model. Use the model's own "
+        "tokenizer for target and source texts, or set the ids in model.config if they are intended"
     )
 
 
 def broken_by(tokenizer: Any, model: Any) -> str | None:
     """Return why a tokenizer's special tokens change what a model computes, or None.
 
-    RoBERTa and XLM-R count positions from the pad id, so that another pad gives wrong positions. A generating model
-    does not stop at another end token.
+    RoBERTa and XLM-R count positions from the pad id, so another pad id gives wrong positions. A model that generates
+    text does not stop at another tokenizer's end token.
     """
     name = type(tokenizer).__name__
     counted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
     pads, pad = _ids_of(model, "pad"), tokenizer.pad_token_id
     if counted and pads and pad is not None and pad not in pads:
         return (
-            f"the tokenizer ({name}) is another model's: its pad_token_id is {pad}, and {type(model).__name__} counts "
-            f"positions from its own, {pads[0]}"
+            f"the tokenizer ({name}) belongs to another model: its pad_token_id is {pad}, but {type(model).__name__} "
+            f"counts positions from pad_token_id {pads[0]}"
         )
     ends, end = _ids_of(model, "eos"), tokenizer.eos_token_id
     if model.can_generate() and ends and end is not None and end not in ends:
         return (
-            f"the tokenizer ({name}) is another model's: its eos_token_id is {end}, and {type(model).__name__} stops "
-            f"at {', '.join(map(str, ends))}"
+            f"the tokenizer ({name}) belongs to another model: its eos_token_id is {end}, but {type(model).__name__} "
+            f"stops at {', '.join(map(str, ends))}"
         )
     return None
 
@@ -164,9 +165,9 @@ def first_special(tokenizer: Any) -> int | None:
 
 
 def check_beginnings(rows: Sequence[Mapping[str, Any]], first: int | None) -> bool:
-    """Warn about the first row whose source was made by another tokenizer; return whether there is one.
+    """Warn about the first row whose source was tokenised differently; return whether there is such a row.
 
-    Such a row has a target that begins with the tokenizer's first special token, and a source that does not.
+    In such a row the target begins with the tokenizer's first special token, and the source does not.
 
     Args:
         rows: rows with ``input_ids`` and ``source_input_ids``.
@@ -177,8 +178,8 @@ def check_beginnings(rows: Sequence[Mapping[str, Any]], first: int | None) -> bo
         if target == first != source:
             warnings.warn(
                 f"row {index}: input_ids begins with the special token {first}, and source_input_ids with {source}: "
-                "the source text was made by another model's tokenizer, or without special tokens. Make both texts "
-                "with the model's own tokenizer, in the same way",
+                "the source text was tokenised by another model's tokenizer, or without special tokens. Tokenise both "
+                "texts with the model's own tokenizer, with the same options",
                 UserWarning,
                 stacklevel=4,
             )
@@ -190,7 +191,7 @@ def plain_collator(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack rows of equal length, as transformers' default collator does.
 
     Raises:
-        ValueError: labels are text, or the rows need padding, which needs a tokenizer.
+        ValueError: labels are text, or the rows have different lengths, so they need a tokenizer that pads them.
     """
     from transformers import default_data_collator
 

@@ -1,4 +1,4 @@
-"""Parts of the collator: a text that is cut in two at one index, and how its columns become rows of tensors.
+"""Parts of the collator: texts that are split into two parts at an index, and tensors made from their columns.
 
 Shapes: B rows, m the common width of both texts.
 """
@@ -13,21 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Id of a position without a state. The states of FLARE MT have the ids -2, -3, ...
+#: Id of a position without a state. In FLARE MT (source states from a translation model), state i has id -2 - i.
 NO_STATE = -1
 
 
 @dataclass
 class Text:
-    """One text of one row: columns of equal length, cut in two at ``split``.
+    """One text of one row: columns of equal length, and the index ``split`` that divides them into two parts.
 
-    The part before ``split`` is padded on its left and the rest on its right, so that ``split`` is at the same index in
-    every text of a batch. ``split = 0`` pads on the right only, ``split = len(text)`` on the left only.
+    The part before ``split`` is padded on its left and the part from ``split`` on is padded on its right, so that
+    ``split`` is at the same index in every text of a batch. With ``split = 0`` all padding is on the right, with
+    ``split = len(text)`` on the left.
 
     Attributes:
         columns: ``input_ids``, ``attention_mask`` and, if the row has them, ``token_type_ids`` and ``labels``.
         split: the index that is aligned over the batch.
-        target_offset: index at which the target's tokens start (input-level fusion puts the source before them).
+        target_offset: index at which the target's tokens start; not 0 if input-level fusion puts the source first.
     """
 
     columns: dict[str, list[Any]]
@@ -43,7 +44,7 @@ class Text:
         self.columns = {name: [column[i] for i in indices] for name, column in self.columns.items()}
 
     def strip_padding(self) -> None:
-        """Remove padding at both ends. In a causal row it would end up between the prompt and the answer."""
+        """Remove padding at both ends. In a causal row, padding could otherwise separate the prompt from the answer."""
         real = [i for i, m in enumerate(self.columns["attention_mask"]) if m]
         if real and real[-1] - real[0] + 1 < len(self):
             self.keep(range(real[0], real[-1] + 1))
@@ -78,7 +79,7 @@ def is_list_column(rows: Iterable[Mapping[str, Any]], name: str) -> bool:
 
 
 def has_token_labels(labels: list[Any], ids: list[int]) -> bool:
-    """Return whether labels are one per token. Floats are targets of a regression or of a multi-label task."""
+    """Return whether there is one label per token. Floats are targets of a regression or of a multi-label task."""
     return len(labels) == len(ids) and not any(isinstance(label, float) for label in labels)
 
 
@@ -86,12 +87,12 @@ def stack_states(rows: Sequence[Mapping[str, Any]], ids: Tensor) -> Tensor:
     """Return FLARE MT's states (B, m, latent_dim) for their ids (B, m), zero at the id ``NO_STATE``.
 
     Raises:
-        ValueError: rows with states of different widths.
+        ValueError: the rows' states have different widths.
     """
     widths = {row["source_states"].shape[-1] for row in rows}
     if len(widths) > 1:
         raise ValueError(f"source_states have different widths: {sorted(widths)}; they must come from one MT encoder")
-    # A zero vector after the last state: index -2 - NO_STATE = -1 reads it.
+    # A zero vector is appended to the states. The id NO_STATE gives the index -2 - NO_STATE = -1, which reads it.
     extended = [F.pad(row["source_states"], (0, 0, 0, 1)) for row in rows]
     return torch.stack([states[-2 - row_ids] for states, row_ids in zip(extended, ids, strict=True)])
 
@@ -100,7 +101,7 @@ def stack_column(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
     """Return a numeric column as one tensor.
 
     Raises:
-        ValueError: values of different shapes, or values that are not numbers.
+        ValueError: the values have different shapes or are not numbers.
     """
     try:
         return torch.tensor([row[name] for row in rows])

@@ -3,8 +3,9 @@
 The stock Trainer has four problems with such rows, which are solved here:
 
 - It drops the ``source_*`` columns, because the base model's ``forward`` does not name them. FlareTrainer keeps them.
-- It pads with ``tokenizer.pad``, which knows one text. FlareTrainer's default collator is FlareDataCollator.
-- It counts the target's tokens and FLOPs only. FlareTrainer counts both streams, and the source's tokens separately.
+- It pads with ``tokenizer.pad``, which pads one text. FlareTrainer's default collator, FlareDataCollator, pads both.
+- It counts the tokens and FLOPs of the target only. FlareTrainer counts both texts, and logs the number of
+  source tokens separately.
 - With gradient accumulation it does not scale the loss of models that ignore ``num_items_in_batch`` (BERT, XLM-R, mT5,
   and Llama with a classification head): four accumulated batches give four times the gradient. FlareTrainer computes
   the gradient of one large batch for every model, also with micro-batches of unequal size.
@@ -50,7 +51,7 @@ _compat.check_trainer(Trainer)
 
 
 class SourceTokens(TrainerCallback, ExportableState):
-    """Callback that saves the number of source tokens seen in checkpoints. TrainerState has no field for it."""
+    """Callback that saves the number of source tokens seen so far in checkpoints. TrainerState has no such field."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -68,7 +69,7 @@ class SourceTokens(TrainerCallback, ExportableState):
 
 
 class SourceCacheCallback(TrainerCallback):
-    """Callback that checks the base model against the cache, publishes new rows, and prints a summary at the end."""
+    """Callback that binds the cache to the model, writes new rows to disk, and prints a summary at the end."""
 
     def __init__(self, cache: SourceStateCache) -> None:
         self.cache = cache
@@ -108,25 +109,25 @@ class FlareTrainer(Trainer):
     - ``source_*`` columns are kept.
     - If ``processing_class`` is a tokenizer, the default collator is :class:`flare.FlareDataCollator`, in the layout of
       the model.
-    - Tokens and FLOPs of both streams are counted.
-    - Gradient accumulation gives the gradient of the large batch for every model family.
+    - Tokens and FLOPs of target and source are counted.
+    - Gradient accumulation gives the gradient of one large batch for every model family.
     - Under ``fsdp_version: 2`` the adapters are replicated (:func:`flare.replicate_adapters`).
 
     Args:
         *args: positional arguments of transformers.Trainer.
         **kwargs: keyword arguments of transformers.Trainer.
         source_cache: a flare.SourceStateCache. The frozen model reads each source text once; later epochs and
-            evaluations take its states from the cache. Hit rate, bytes and seconds saved are logged. With
+            evaluations take the states of this text from the cache. Hit rate, bytes and seconds saved are logged. With
             source_padding="keep" the states of a row depend on the padded width. A FlareDataCollator then pads every
-            batch to the length of the longest row, for which all rows are read once.
+            batch to the length of the longest row. To find this length, all rows are read once.
         cuda_graphs: True runs forward and backward of a training step as one CUDA graph per padded shape
             (:class:`flare.GraphedStep`). Steps that cannot be captured run eagerly, with one warning per reason. Pad to
-            few lengths (``pad_to_multiple_of``), and set ``logging_nan_inf_filter=False``: the filter waits for every
-            loss.
+            few different lengths (``pad_to_multiple_of``), and set ``logging_nan_inf_filter=False``, because that
+            filter waits for the loss of every step.
 
     Raises:
-        ValueError: ``source_cache`` is not a SourceStateCache, or the model has no FLARE adapter to use it. Later: rows
-            that cannot be collated, or a ``source_...`` column that nothing reads.
+        ValueError: ``source_cache`` is not a SourceStateCache, or the model has no FLARE adapter to use it. Training
+            and evaluation also raise it if rows cannot be collated or a ``source_...`` column is not read.
     """
 
     def __init__(
@@ -184,17 +185,17 @@ class FlareTrainer(Trainer):
         eval_sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         sets = [data for data in (self.train_dataset, *eval_sets) if data is not None]
         if not all(hasattr(data, "__len__") and hasattr(data, "__getitem__") for data in sets):
-            return  # a stream; the cache warns if rows return in another width
+            return  # a stream can be read only once; the cache warns if a text comes again with another width
         try:
             self.data_collator = collator.fitted(data[index] for data in sets for index in range(len(data)))
         except (ValueError, KeyError, TypeError):
-            return  # rows that cannot be collated; training raises the better error
+            return  # these rows cannot be collated; training raises an error that says why
         _log.info(
             "source_cache: every batch is padded to one length, (left, right, decoder) %s", self.data_collator.widths
         )
 
     def _log_cache(self, logs: dict[str, float]) -> None:
-        """Add the cache's size, and its hit rate since the last log (in the last log: of the whole run)."""
+        """Add the cache's size and hit rate: since the previous log or, in the last log, since the run started."""
         if self.source_cache is None or any(k.endswith("_runtime") and k != "train_runtime" for k in logs):
             return
         stats = self.source_cache.stats()
@@ -206,14 +207,14 @@ class FlareTrainer(Trainer):
             logs["source_cache_seconds_saved"] = round(stats.seconds_saved, 3) + 0.0  # avoids -0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does. The logged hit rates are those of this run."""
+        """Train as Trainer does. The logged hit rates count the rows of this run only."""
         self._cache_at_start = self._cache_at_log = self._cache_counts()
         if self.is_fsdp_enabled and isinstance(self.model, PeftModel):
             exclude_adapters_from_fsdp(self.model, self.accelerator.state.fsdp_plugin)
         return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as Trainer does, with the source cache. These reads do not count in the hit rates of training."""
+        """Evaluate as Trainer does, with the source cache. The logged hit rates do not count the rows read here."""
         if self.source_cache is not None and not self.is_in_train:
             self._check_cast()
         before = self._cache_counts()
@@ -233,7 +234,7 @@ class FlareTrainer(Trainer):
         name = next((name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(self.args, name)), None)
         if name is not None and self.source_cache is not None:
             self.source_cache.warn_once(
-                f"left out of this evaluation: {name} casts the base model, whose states it holds"
+                f"the cache is not used in this evaluation, because {name} casts the base model whose states it holds"
             )
             self.model.set_source_cache(None)
 
@@ -248,8 +249,8 @@ class FlareTrainer(Trainer):
     def _check_columns(self, data: Any) -> None:
         """Raise ValueError for a ``source_...`` column that looks like a model input and that the Trainer would drop.
 
-        Such a column has one number per token, or almost the name of a column that is read. Texts and row ids may be
-        dropped.
+        Such a column has one number per token, or a name that is almost the name of a column that is read. Columns of
+        texts and row ids may be dropped.
         """
         names = getattr(data, "column_names", None)  # of a datasets.Dataset, streamed or not
         if not self.args.remove_unused_columns or not _fuses(self.model) or isinstance(names, dict):
@@ -296,7 +297,7 @@ class FlareTrainer(Trainer):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Run Trainer's step, with ``cuda_graphs`` as a CUDA graph if it can be captured."""
+        """Run Trainer's training step. With ``cuda_graphs``, run it as a CUDA graph if it can be captured."""
         if not self.cuda_graphs:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._graphed_step is None or self._graphed_step.model is not model:
@@ -316,7 +317,7 @@ class FlareTrainer(Trainer):
         return super().training_step(self._graphed_step.model, batch, items)
 
     def _unsupported_in_graphs(self) -> str | None:
-        """Return why steps with these arguments cannot be captured, or None."""
+        """Return why steps with these training arguments cannot be captured, or None."""
         if self.accelerator.distributed_type != DistributedType.NO or self.args.n_gpu > 1:
             return "training on several devices communicates in every step"
         if getattr(self.accelerator, "parallelism_config", None) is not None:
@@ -332,9 +333,12 @@ class FlareTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """Return the micro-batches of one step and their number of loss items (rows for question answering)."""
+        """Return the micro-batches of one step, and the number of items that their loss is the mean of.
+
+        The items are labelled tokens or rows. For question answering, they are rows.
+        """
         if self.cuda_graphs and self.args.world_size == 1:
-            device = torch.device("cpu")  # where the batches are: moving the count would wait for the device
+            device = torch.device("cpu")  # the batches are on the CPU, and moving the count would wait for the GPU
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if items is None and self._normalises() and batches and all("start_positions" in b for b in batches):
             rows = torch.tensor(sum(len(b["start_positions"]) for b in batches), device=device)
@@ -358,12 +362,15 @@ class FlareTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         result = super().compute_loss(model, inputs, return_outputs, items.clamp(min=1))
         loss = result[0] if return_outputs else result
-        # Without a labelled item the mean is 0 / 0, and its share is 0.
+        # Without a labelled item the mean is 0 / 0. The micro-batch then contributes 0.
         loss = (loss * (items / num_items_in_batch)).masked_fill(items == 0, 0.0)
         return (loss, result[1]) if return_outputs else loss
 
     def _normalises(self) -> bool:
-        """Return whether to normalise the loss here; False for a user's loss, or a model or mode without counts."""
+        """Return whether compute_loss weights the loss of a micro-batch.
+
+        False for a user's loss function, a model that takes no ``num_items_in_batch``, and under DataParallel.
+        """
         return self.model_accepts_loss_kwargs and self.compute_loss_func is None and self.args.n_gpu <= 1
 
     def _items(self, inputs: dict[str, Tensor | Any]) -> Tensor | None:
@@ -410,7 +417,7 @@ class FlareTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with ``num_source_input_tokens_seen`` and ``source_cache_*`` added.
 
-        ``num_input_tokens_seen`` counts both streams.
+        ``num_input_tokens_seen`` counts target and source.
         """
         if self.args.include_num_input_tokens_seen != "no":
             logs["num_source_input_tokens_seen"] = self.num_source_input_tokens_seen
@@ -419,7 +426,7 @@ class FlareTrainer(Trainer):
 
 
 def _fuses(model: Any) -> bool:
-    """Return whether an adapter of the model fuses two streams, so that its rows need a source."""
+    """Return whether an adapter of the model fuses target and source, so that the rows need a source."""
     configs = getattr(model, "peft_config", {}).values()
     return any(getattr(config, "fusion", None) is not None for config in configs)
 

@@ -335,9 +335,10 @@ class FlareModel(LoraModel):
         Args:
             *args: as for the base model's ``generate``.
             source_alignment: "training": position j of the target's prompt is fused with position j of the source's
-                prompt, and new token t with the source's new token t. A source that has ended stays at its end token.
-                "release": in each step, all new positions of the target (in the first step, the whole prompt) are fused
-                with one late position of the source, as in the authors' release (decoder-only models).
+                prompt, and new token t with the source's new token t. After the source has ended, its end token is
+                used. "release", for decoder-only models: as in the authors' release, all positions of a forward (the
+                prompt, or one new token) are fused with a single position of the source. When the target has n tokens,
+                this is the source's new token n - 1, or its last new token if it has fewer than n - 1.
             source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch.
                 "keep": S is computed from the padding's hidden states. Default: "zero" for decoder-only models,
                 independent of the adapter's config; the config's value for encoder-decoders. "release" supports only
