@@ -73,7 +73,7 @@ def test_a_folder_of_another_run_is_refused_and_unchanged(train, runs):
     before = files(runs)
     status, _, err = train("--method", "lora", "--lr", "1e-3", "--alpha", "2", "--rows", "30")
     assert status == 2
-    for word in ("other settings", "learning_rate is 0.01 there and 0.001 now", "rows is not given there", "adapter"):
+    for word in ("other settings", "learning_rate was 0.01 and is now 0.001", "rows was not given", "adapter"):
         assert word in err, err
     assert "--name" in err and "--output" in err and "--no-resume" in err
     assert files(runs) == before
@@ -107,7 +107,7 @@ def test_foreign_files_are_not_touched(train, runs):
     (folder / "thesis.tex").write_text("mine")
     before = files(runs)
     status, _, err = train("--method", "lora")
-    assert status == 2 and "thesis.tex" in err and "nothing there was touched" in err
+    assert status == 2 and "thesis.tex" in err and "none of its files was changed" in err
     assert {path: text for path, text in files(runs).items() if path.name != ".lock"} == before
 
 
