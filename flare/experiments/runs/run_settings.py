@@ -192,8 +192,8 @@ class TrainSettings(Training):
     )
     source_cache_budget: str | None = option(
         "str",
-        "host memory for the source cache, such as 8GiB (default: a quarter of the free memory, or half of the free memory "
-        "with --source-cache on)",
+        "host memory for the source cache, such as 8GiB (default: a quarter of the free memory, or half of the free "
+        "memory with --source-cache on)",
         metavar="BYTES",
     )
     name: str | None = option("str", "name of the runs' folder (default: made from the method and its settings)")

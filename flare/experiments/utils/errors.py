@@ -14,7 +14,7 @@ class DivergedError(UserError):
     """A model whose weights, loss or logits are not finite, so that it has no score."""
 
 
-_LONGEST = 600  # characters of another library's message
+_LONGEST = 600  # maximum number of characters of another library's message
 
 
 def reason(error: BaseException) -> str:
@@ -32,11 +32,11 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
 
     Args:
         what: start of the message, such as "--model x: its tokenizer cannot be loaded".
-        kind: class to raise.
-        advice: what to do; end of the message.
+        kind: class of the error to raise.
+        advice: end of the message, which says what to do.
 
     Raises:
-        UserError: with the class and the text of the library's exception.
+        UserError: the library raised an exception. The message contains its class and its text.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and one line every half minute in a log file."""
+"""Show the progress of long work: a bar on a terminal, or one line every half minute in a log file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def counter(name: str | None, total: int, unit: str, initial: int = 0) -> Any:
     """Return a counter with ``update(n)`` and ``close()``, also a context manager.
 
     Args:
-        name: shown next to the bar; None shows nothing.
+        name: label of the bar; None: no progress is shown.
         total: number of units.
         unit: name of a unit, in the singular.
         initial: units that were done before.
