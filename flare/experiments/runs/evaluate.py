@@ -247,9 +247,8 @@ class _Evaluation:
                 f"{setup.form.prompt!r}; train it again (flare train --no-resume)"
             )
         with locked(run.folder):
-            metrics = read_metrics(
-                run.folder
-            )  # read again, because another command may have added results before this one got the lock
+            # read again, because another command may have added results before this one got the lock
+            metrics = read_metrics(run.folder)
             pairs, messages = data.pairs(record.target_language, "test", source_text=text)
             self.notes(messages, record.target_language)
             set_seed(record.seed)  # weights missing from the base (a pooler) are initialised as in the training

@@ -1,6 +1,6 @@
 """Train one model: training arguments, choice of the best checkpoint, resuming, and measured costs.
 
-A *recipe* (`flare.recipes`) is a set of default TrainingArguments. The user's values override them.
+A *recipe* (`flare.recipes`) holds the paper's settings. The user's TrainingArguments override those of the recipe.
 """
 
 from __future__ import annotations
@@ -133,9 +133,8 @@ def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     for name in given:
         values.pop(_REPLACES.get(name, ""), None)
     if "per_device_train_batch_size" in given:
-        values.pop(
-            "gradient_accumulation_steps", None
-        )  # a batch size from the user is the number of rows of an optimizer step
+        # a batch size from the user is the number of rows of an optimizer step
+        values.pop("gradient_accumulation_steps", None)
     return {**values, **given}
 
 
@@ -293,9 +292,8 @@ def fit(
         )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
-        predictor.collator = (
-            trainer.data_collator
-        )  # with a cache it may pad to another width, and the cache's keys include the width
+        # with a cache, the trainer's collator may pad to another width, and the cache's keys include the width
+        predictor.collator = trainer.data_collator
     set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, print_fn))
     if checkpoint is not None and is_main():

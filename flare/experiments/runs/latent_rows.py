@@ -90,9 +90,8 @@ def add_states(
             bar.update(len(part))
         if store is not None:
             store.flush()
-            numbers = np.memmap(
-                store, np.float32, "c"
-            )  # one mapping for all rows, because each mapping keeps a file open
+            # one mapping for all rows, because each mapping keeps a file open
+            numbers = np.memmap(store, np.float32, "c")
             for index, begin, shape in in_file:
                 all_states[index] = numbers[begin : begin + int(np.prod(shape))].reshape(shape)
     return [{**row, "source_states": states} for row, states in zip(rows, all_states, strict=True)]

@@ -38,9 +38,8 @@ def find_model(name: str, option: str) -> str:
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return name
     try:
-        HfApi().model_info(
-            name, timeout=_SECONDS
-        )  # this sends one request, while loading would retry for half a minute
+        # this sends one request, while loading would retry for half a minute
+        HfApi().model_info(name, timeout=_SECONDS)
     except Exception as error:  # the hub and the network raise many classes
         raise UserError(
             f"{option} {name}: there is no such folder here, it is not in the hub's cache, and it was not found on the "
