@@ -18,21 +18,20 @@ from ..tasks.registry import METRICS
 SAMPLE = 5000
 _LONG = 10**6  # a maximum length, in tokens, that cuts no text
 
-# A warning is given for:
-_CUT_SHARE = 0.05  # a larger share of texts that are cut
-_SAME_TEXT_SHARE = 0.05  # a larger share of rows with the same text in both languages
-_UNKNOWN_SHARE = 0.01  # a larger share of unknown tokens
-_SPLIT_RATIO = 1.5  # a larger ratio of tokens per word, target to source
-_FEW = 10  # a label with fewer training rows
-_MAJORITY = 0.8  # a label with a larger share of the training rows
-_PADDING = 0.6  # a smaller ratio of the longest text to the fixed width of batches
+_CUT_SHARE = 0.05  # warn if a larger share of the texts is cut
+_SAME_TEXT_SHARE = 0.05  # warn if a larger share of the rows has the same text in both languages
+_UNKNOWN_SHARE = 0.01  # warn if a larger share of the tokens is unknown
+_SPLIT_RATIO = 1.5  # warn if the target has more than 1.5 times as many tokens per word as the source
+_FEW = 10  # warn if a label has fewer training rows
+_MAJORITY = 0.8  # warn if one label has a larger share of the training rows
+_PADDING = 0.6  # warn if the longest text fills a smaller share of the fixed width of the batches
 
 
 @dataclass
 class Lengths:
     """Tokens per text in one split of a language.
 
-    language, split: what was counted.
+    language, split: the language and the split.
     texts: number of tokenised texts.
     mean: mean number of tokens.
     most_of: 95th percentile of the number of tokens.

@@ -40,7 +40,7 @@ def measure_bottleneck(
     Args:
         model: a PEFT model with a fusing adapter.
         collator: the method's collator.
-        rows: rows of the form, with a source.
+        rows: model rows with a source.
         ids: one id per row.
         batch_size: rows per batch.
         autocast: dtype of mixed precision; None: no mixed precision.
@@ -95,7 +95,7 @@ def measure_bottleneck(
             batch = batch.to(device)
             for name in ("target", "source"):
                 mask = batch.get("attention_mask" if name == "target" else "source_attention_mask")
-                masks[name] = mask.flatten(0, -2) if mask is not None else None  # choices become rows
+                masks[name] = mask.flatten(0, -2) if mask is not None else None  # one row per choice
             with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
                 model(**batch)
     finally:

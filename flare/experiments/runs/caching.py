@@ -79,7 +79,7 @@ def plan_cache(
         if why is None:
             cache = SourceStateCache({"host": room})
             model.set_source_cache(cache)
-    except ValueError as error:  # states that change, for example with source_dropout or a trained base
+    except ValueError as error:  # raised for states that change, for example with source_dropout
         if mode == "on":
             raise UserError(f"--source-cache on: {error}") from error
         why = str(error).removeprefix("source_cache: ")
@@ -139,7 +139,7 @@ def _too_large(needed: int, room: int, budget: int | None) -> str | None:
 
 
 def _not_worth_it(model: Any, collator: FlareDataCollator, arguments: TrainingArguments) -> str | None:
-    """Return why "auto" does not use a cache that would work, or None if it uses it."""
+    """Return why "auto" does not use a cache that would work, or None if "auto" uses it."""
     if arguments.max_steps <= 0 and arguments.num_train_epochs <= 1:
         return "every row is read once (one epoch)"
     if process_count() > 1:
@@ -151,7 +151,7 @@ def _not_worth_it(model: Any, collator: FlareDataCollator, arguments: TrainingAr
     if collator.layout == "causal":
         return (
             "prompts are padded on the left, so a row's states depend on its batch (--source-cache on pads all batches "
-            "alike)"
+            "to one length)"
         )
     if collator.padding != "max_length":
         return (

@@ -1,4 +1,7 @@
-"""`flare evaluate`: score a base (zero-shot, translate-test) and adapters (translate-train) on the test split."""
+"""`flare evaluate`: score a base (zero-shot, translate-test) and adapters (translate-train) on the test split.
+
+These three kinds of evaluation are called settings, as in the option --setting.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ _COLUMNS = ("source_column", "target_column")
 
 
 def run_evaluate(settings: EvaluateSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
-    """Evaluate on the test split; results that exist already are skipped.
+    """Evaluate on the test split. Evaluations whose results exist already are skipped.
 
     Returns:
         The folders with the results.

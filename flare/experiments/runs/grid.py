@@ -17,7 +17,8 @@ from .setup import Data, Notes, place_of, task_of, with_targets
 class Plan:
     """One run of the grid.
 
-    source_text: source text that the method reads, "gold" or "mt" (machine-translated); None if it reads none.
+    source_text: source text that the method reads, "gold" (written by people) or "mt" (machine-translated); None if it
+        reads none.
     target_text: target text of the training, "gold" or "mt".
     """
 
@@ -41,7 +42,7 @@ class Plan:
 
 
 def plans(settings: TrainSettings) -> list[Plan]:
-    """Return every run of the grid, ordered by language, then seed, then method."""
+    """Return every run of the grid, ordered by target language, then seed, then method, fusion and rank."""
     runs = []
     for target in settings.target or ():
         for seed in settings.seeds:

@@ -58,7 +58,7 @@ def add_states(
     The batches depend only on the texts, so that a resumed run gets the same states.
 
     Args:
-        rows: rows of the form.
+        rows: model rows.
         texts: the target text of each row.
         encoder: the MT encoder.
         folder: folder of a temporary file for the states that exceed `IN_MEMORY` bytes. The file has no name. It is
@@ -67,9 +67,8 @@ def add_states(
     """
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
     all_states: list[Any] = [None] * len(texts)
-    in_file: list[
-        tuple[int, int, tuple[int, ...]]
-    ] = []  # (row, offset of its states in the file, in numbers, and their shape)
+    # of the states in the file: row, offset (counted in numbers, not bytes) and shape
+    in_file: list[tuple[int, int, tuple[int, ...]]] = []
     size = written = 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(counter(name, len(texts), "row"))

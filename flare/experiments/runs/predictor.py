@@ -116,7 +116,7 @@ class Predictor:
             logits = model(**batch).logits
             check_logits(logits, _ids(pairs))
             return list(self.form.predictions(logits, pairs))
-        # the collator adds the padding or source in front of a row to position 0: `starts` is where each row begins
+        # the collator adds the length of what it puts in front of a row to position 0, so `starts` is where rows begin
         batch = self.collator([{**row, **dict.fromkeys(_POSITIONS, 0)} for row in rows]).to(device)
         starts = batch.pop("start_positions").tolist()
         batch.pop("end_positions")

@@ -1,7 +1,7 @@
-"""run.json and metrics.json: the settings of a run and its results.
+"""Read and write run.json (the settings of a run) and metrics.json (its results).
 
-Both are written atomically, so that a killed process leaves the older file intact. The report reads runs only through
-this module, so this module imports no code for models or data.
+Both files are written atomically, so that a killed process leaves the older file intact. The report reads runs only
+through this module, which therefore imports no code for models or data.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class RunRecord:
     variant: name of the run's folder, made of the method and of each setting that is not the default.
     fusion: name of the fusion function (flare and flare-mt), else None.
     r: rank of the adapters; None if the run has no adapters.
-    source_text: source text that the run reads, "gold" or "mt" (machine-translated); None if it reads none.
-    target_text: target text that the adapters are trained on, "gold" or "mt" (machine-translated); otherwise None.
+    source_text: source text that the run reads, "gold" (written by people) or "mt" (machine-translated); None if it
+        reads none.
+    target_text: target text that the adapters are trained on, "gold" or "mt"; None if the run trains no adapters.
     seed: random seed of initialisation, shuffling and dropout.
     settings: name -> value of every setting that affects the result and is not a training argument.
     training_arguments: name -> value of the TrainingArguments fields that the user or the paper's recipe sets.

@@ -50,7 +50,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         "new", "unfinished" (the same run, to be resumed) or "done".
 
     Raises:
-        UserError: the folder holds a run with other settings, or files that do not belong to a run, or it is a file.
+        UserError: the folder holds a run with other settings or files that do not belong to a run, or it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output")
@@ -172,7 +172,7 @@ def _locked_here(folder: Path) -> Iterator[None]:
 
 
 def _record_failure(folder: Path, error: UserError) -> None:
-    """Set the status of a run that diverged in its run.json, and delete run.json if the run left nothing to resume.
+    """Mark a diverged run in its run.json, and delete the run.json of a run that left nothing to resume.
 
     Otherwise a run that failed to start, for instance because of its data, would look like a run in progress.
     """

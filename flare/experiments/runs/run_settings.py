@@ -168,8 +168,10 @@ class TrainSettings(Training):
     )
     r: tuple[int, ...] | None = option("ints", "ranks of the adapters (default: 64)")
     base: str | None = option("str", "fine-tuned base (default: OUTPUT/base), or any other model")
-    source_text: str = option("str", "source text: gold, or mt (machine-translated)", "gold", TEXTS)
-    target_text: str = option("str", "target text in training: gold, or mt (machine-translated)", "gold", TEXTS)
+    source_text: str = option("str", "source text: gold (from the data) or mt (machine-translated)", "gold", TEXTS)
+    target_text: str = option(
+        "str", "target text in training: gold (from the data) or mt (machine-translated)", "gold", TEXTS
+    )
     train_only_fusion: bool = option(
         "bool", "ablation: half of the training rows have a source, and the test rows have none (flare)", False
     )
@@ -276,7 +278,8 @@ class EvaluateSettings(Settings):
     )
     source_text: tuple[str, ...] | None = option(
         "strs",
-        "source text: gold, mt or both (default: gold for translate-test, that of the training for translate-train)",
+        "source text: gold (from the data), mt (machine-translated) or both (default: gold for translate-test, the "
+        "source text of the training for translate-train)",
         None,
         TEXTS,
     )

@@ -1,4 +1,7 @@
-"""Train every method on every target language and seed, each from the fine-tuned base of its seed: `flare train`."""
+"""Train every method on every target language and seed, each from the fine-tuned base of its seed: `flare train`.
+
+All runs of one command are called the grid (:mod:`flare.experiments.runs.grid`).
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """A model whose weights, loss or logits are not finite, so that it has no score."""
+    """An error about a model whose weights, loss or logits are not finite, so that it has no score."""
 
 
 _LONGEST = 600  # maximum number of characters of another library's message
@@ -46,7 +46,7 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
         text = str(error)
         if "trust_remote_code" in text:
             raise kind(
-                f"{what}: it comes with its own code, which the commands of flare do not run; use a model whose "
+                f"{what}: its folder contains code, which the commands of flare do not run; use a model whose "
                 "architecture is in transformers, or call flare.fast_lora in Python"
             ) from error
         if "ignore_mismatched_sizes" in text:  # the text of transformers refers to a report in its log

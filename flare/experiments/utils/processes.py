@@ -87,7 +87,7 @@ def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
     the processes must not communicate: use the model inside DDP's wrapper, and do not use FSDP.
 
     Args:
-        items: the same in every process.
+        items: the items, which must be the same in every process.
         work: computes the result of an item, which must be picklable.
 
     Raises:
@@ -117,7 +117,7 @@ def prints_errors() -> bool:
 
 
 def leave_group() -> None:
-    """Destroy the process group. Call it only after success: otherwise it may wait for a process that has ended."""
+    """Destroy the process group. Call it only after success, because otherwise it may wait for an ended process."""
     if process_count() > 1:
         _state().destroy_process_group()
 
