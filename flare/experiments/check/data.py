@@ -214,7 +214,7 @@ def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> I
     known = {tuple(pair.target.texts.values()) for pair in splits.get("train", ())}
     repeated = [pair.target.id for pair in splits.get("test", ()) if tuple(pair.target.texts.values()) in known]
     if repeated:
-        yield f"{target}: {len(repeated)} test texts are also training texts, so the test score will be too high"
+        yield f"{target}: {len(repeated)} test texts are also training texts, so the test score may be too high"
 
 
 def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bool) -> Iterable[str]:

@@ -18,8 +18,8 @@ def chance_notes(folder: Path) -> list[str]:
         accuracy: it is at most one standard error above the accuracy of always predicting the most frequent label.
         exact match: it is 0, and F1 is below 5.
         entity F1: it is 0, as if no word belonged to an entity.
-        micro F1 (multi-label): it is at most that of predicting one set of labels for every row. Of all such sets,
-            which include the empty set, the one with the highest micro F1 counts.
+        micro F1 (multi-label): it is at most the highest micro F1 that predicting one set of labels (possibly the empty
+            set) for every row can reach.
         Pearson: it is at most one standard error above 0, the correlation of unrelated numbers.
     """
     run = read_run(folder)

@@ -1,8 +1,8 @@
-"""Read settings from flags and from a YAML file, whose names one dataclass defines.
+"""Read settings from flags and from a YAML file. One dataclass defines the names of both.
 
-A settings class is a dataclass whose fields are created by :func:`option`; the field's name is the YAML key and, with
+A settings class is a dataclass whose fields are created by :func:`option`. The field's name is the YAML key and, with
 dashes, the flag. The command line overrides the file. A name that is not an option must be a field of
-transformers.TrainingArguments; otherwise it is an error that names the closest options.
+transformers.TrainingArguments. Any other name is an error, whose message suggests the closest options.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ REFUSED = {
     "remove_unused_columns": "the source columns are needed",
     "disable_tqdm": "use --no-progress",
     "label_names": "the task defines its labels",
-    "save_only_model": "the run could not be resumed",
+    "save_only_model": "the run could then not be resumed",
     "push_to_hub": "push the finished adapter folder yourself",
     "generation_config": "answers are generated greedily",
     "predict_with_generate": "decoders are always scored by generation",

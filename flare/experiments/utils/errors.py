@@ -46,7 +46,7 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
         text = str(error)
         if "trust_remote_code" in text:
             raise kind(
-                f"{what}: its folder contains code, which the commands of flare do not run; use a model whose "
+                f"{what}: the folder has its own code, which the commands of flare do not run; use a model whose "
                 "architecture is in transformers, or call flare.fast_lora in Python"
             ) from error
         if "ignore_mismatched_sizes" in text:  # the text of transformers refers to a report in its log
