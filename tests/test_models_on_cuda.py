@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 FAMILIES = ("bert", "llama", "mt5")
-#: Number of cycles (about 25 ms) for which the device sleeps, so that the host runs far ahead of the device.
+#: Number of clock cycles (about 25 ms) for which the device sleeps, so that the host runs far ahead of the device.
 _AHEAD = 50_000_000
 
 
@@ -95,13 +95,13 @@ def test_offloaded_states_use_two_buffers_on_the_device(cuda: torch.device) -> N
     saved = memory.saved()
     assert torch.cuda.max_memory_allocated(cuda) - before <= 3 * size
     assert torch.cuda.memory_allocated(cuda) == before and saved == []
-    assert all(held.is_pinned() for held in memory.host.values())
+    assert all(state.is_pinned() for state in memory.host.values())
 
     def visit(key: StateKey, x: torch.Tensor) -> None:
         torch.cuda._sleep(_AHEAD // 10)
         sums[key.position] = x.mean()
 
-    for _ in range(2):  # a second backward pass, as with retain_graph=True
+    for _ in range(2):  # twice, as in a second backward pass after retain_graph=True
         sums.zero_()
         torch.cuda.reset_peak_memory_stats(cuda)
         memory.replayer()(saved, visit)

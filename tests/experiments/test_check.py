@@ -84,7 +84,9 @@ def test_lengths_and_vocabulary(place, tmp_path, capsys):
         tokens = [token for text in texts for token in tokenizer.tokenize(text)]
         assert row["words"] == sum(len(text.split()) for text in texts) and row["tokens"] == len(tokens)
         assert row["unknown"] == tokens.count(tokenizer.unk_token)
-    assert "is not fine-tuned, so its head has random weights" in shown and found["costs"] == [] and found["score"] is None
+    assert (
+        "is not fine-tuned, so its head has random weights" in shown and found["costs"] == [] and found["score"] is None
+    )
     assert "% of the texts are cut to 10 tokens" in shown
 
 

@@ -63,7 +63,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 def test_without_a_valid_split_the_last_checkpoint_is_used_with_a_note(train, runs):
     status, out, _ = train("--method", "lora")
-    assert status == 0 and "vemari has no valid split: the last checkpoint is used" in out
+    assert status == 0 and "vemari has no valid split, so the last checkpoint is used" in out
     run = next(run for run in find_runs(runs) if run.record.kind == "train")
     assert run.metrics.valid == {} and run.metrics.best_checkpoint == run.metrics.steps == 6
 

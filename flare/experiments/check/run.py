@@ -135,7 +135,7 @@ def _splits(plan: Plan, data: Data) -> tuple[dict[str, list[Pair]], list[str]]:
         )
         notes = [*notes, *more]
     else:
-        notes = [*notes, f"{language} has no valid split: the last checkpoint is used"]
+        notes = [*notes, f"{language} has no valid split, so the last checkpoint is used"]
     splits["test"], more = data.pairs(plan.target, "test", source_text=plan.source_text)
     return splits, [*notes, *more]
 

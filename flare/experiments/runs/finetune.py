@@ -100,7 +100,7 @@ def _one(
         record.data["notes"] = notes([*messages, *more], data.source)
         record.data["notes"] += notes(form_messages, f"{data.source} train")
         if not valid:
-            record.data["notes"] += notes([f"{data.source} has no valid split: the last checkpoint is used"])
+            record.data["notes"] += notes([f"{data.source} has no valid split, so the last checkpoint is used"])
         set_seed(seed)
         model = setup.load_model()
         if not settings.full:

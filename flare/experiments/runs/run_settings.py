@@ -50,12 +50,12 @@ class Settings:
         "strs", "id column or columns that match the rows of two languages (default: the task's, or id)"
     )
     source_column: tuple[str, ...] | None = option(
-        "strs", "if DATA is one table with both languages: its source column, one for each text column"
+        "strs", "if DATA is one table with both languages: its columns of the source text, one for each text column"
     )
     target_column: tuple[str, ...] | None = option(
         "strs",
-        "if DATA is one table with both languages: its target column, one for each text column; {language} stands for "
-        "the name of the target language",
+        "if DATA is one table with both languages: its columns of the target text, one for each text column; {language} "
+        "stands for the name of the target language",
     )
     prompt: str | None = option("str", "prompt of a generating model, with {column} for each text column")
     verbalizer: dict[str, Any] = option(
@@ -65,14 +65,19 @@ class Settings:
         "strs", "labels (default: the task's, or those in the source language's data)"
     )
     metric: str | None = option("str", "metric that selects the best checkpoint (default: the task's first metric)")
-    max_length: int | None = option("int", "tokens per text (default: the paper's, 128, or 512 for questions)")
+    max_length: int | None = option(
+        "int", "maximum tokens per text (default as in the paper: 128, or 512 for questions)"
+    )
     padding: str | None = option(
         "str",
         "pad batches to --max-length, as in the paper, or to their longest text (default for decoders: longest)",
         choices=("max_length", "longest"),
     )
     form: str | None = option(
-        "str", "use the task as for this kind of model (default: the kind that the model is)", choices=FORMS
+        "str",
+        "how the model answers: with a head (encoder), or by generating text (causal, seq2seq) (default: what the model "
+        "is made for)",
+        choices=FORMS,
     )
     quantization: str | None = option(
         "str", "quantization of the base model (default: the paper's, if the device supports it)", choices=QUANTIZATIONS
@@ -87,7 +92,7 @@ class Settings:
     )
     progress: bool = option("bool", "show progress bars", True)
     resume: bool = option(
-        "bool", "resume unfinished runs (--no-resume: restart them and keep the old ones as earlier-N)", True
+        "bool", "resume unfinished runs (--no-resume: restart them and keep the old runs as earlier-N)", True
     )
 
     def check(self) -> None:
@@ -130,7 +135,7 @@ class Training(Settings):
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be 0 or more and less than 1; got {self.dropout}")
         if self.task is None:
-            raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
+            raise UserError(f"--task is missing; name one of {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,7 @@ def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] |
     """
     task = settings.task or name
     if task is None:
-        raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
+        raise UserError(f"--task is missing; name one of {', '.join(TASKS)}")
     resolved = get_task(
         task,
         text_columns=settings.text_columns,

@@ -285,7 +285,7 @@ class _Run:
         plan = self.plan
         language = self.data.source if plan.target_text == "mt" else plan.target
         if not self.data.has(language, "valid"):
-            return None, [f"{language} has no valid split: the last checkpoint is used"]
+            return None, [f"{language} has no valid split, so the last checkpoint is used"]
         source = None if self.settings.train_only_fusion else plan.train_source
         return self.data.pairs(plan.target, "valid", target_text=plan.target_text, source_text=source)
 
