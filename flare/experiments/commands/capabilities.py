@@ -101,7 +101,7 @@ def lines() -> list[str]:
 
 def _kernels() -> Iterable[Capability]:
     triton = backends()["triton"]
-    reason = "" if triton.available else f"{triton.reason}; the plain PyTorch form runs instead"
+    reason = "" if triton.available else f"{triton.reason}; plain PyTorch runs instead"
     yield Capability("Triton kernels", triton.available, reason)
     if torch.cuda.is_available():
         capable = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -113,7 +113,7 @@ def _kernels() -> Iterable[Capability]:
 def _methods() -> Iterable[Capability]:
     slow = "" if torch.cuda.is_available() else "there is no CUDA device, so only small models are fast enough"
     yield Capability("flare, lora, input-fusion, x-mixup", True, slow)
-    yield Capability("flare-mt", True, "; ".join(filter(None, (slow, _sentencepiece("an MT encoder")))))
+    yield Capability("flare-mt", True, "; ".join(filter(None, (slow, _sentencepiece("needs an MT encoder")))))
 
 
 def _quantized() -> Iterable[Capability]:

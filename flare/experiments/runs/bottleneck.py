@@ -46,9 +46,9 @@ def measure_bottleneck(
         autocast: dtype of mixed precision; None: no mixed precision.
 
     Returns:
-        A pair. First {"layers": [name of each fusing projection in the base model], "S": [its mean |S|], "T": [its mean
-        |T|]} in the model's order, without padding tokens; None if no layer fused. Second the activations; None if the
-        first query projection did not fuse, or if its source has no tokens (FLARE MT).
+        (sizes, activations). sizes is {"layers": [name of each fusing projection in the base model], "S": [its mean
+        |S|], "T": [its mean |T|]} in the model's order, without padding tokens, or None if no layer fused. activations
+        is None if the first query projection did not fuse, or if its source has no tokens (FLARE MT).
     """
     totals: dict[str, list[float]] = {}  # layer -> sum of |S|, numbers in S, sum of |T|, numbers in T
     masks: dict[str, Tensor | None] = {}

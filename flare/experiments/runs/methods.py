@@ -115,9 +115,9 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
 
 
 def for_method(method: str, setup: Setup) -> Setup:
-    """Return the setup for a method, which has another form if the method is input-level fusion in a generating model.
+    """Return the setup for a method.
 
-    That form writes both texts into one prompt.
+    Input-level fusion in a generating model gets a form that writes both texts into one prompt.
 
     Raises:
         UserError: the method does not support the task.

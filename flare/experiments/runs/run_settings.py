@@ -50,12 +50,13 @@ class Settings:
         "strs", "id column or columns that match the rows of two languages (default: the task's, or id)"
     )
     source_column: tuple[str, ...] | None = option(
-        "strs", "if DATA is one table with both languages: its columns of the source text, one for each text column"
+        "strs",
+        "if DATA is one table with both languages: the columns of the source text, in the order of the text columns",
     )
     target_column: tuple[str, ...] | None = option(
         "strs",
-        "if DATA is one table with both languages: its columns of the target text, one for each text column; {language} "
-        "stands for the name of the target language",
+        "if DATA is one table with both languages: the columns of the target text, in the order of the text columns; "
+        "{language} stands for the name of the target language",
     )
     prompt: str | None = option("str", "prompt of a generating model, with {column} for each text column")
     verbalizer: dict[str, Any] = option(
@@ -75,8 +76,8 @@ class Settings:
     )
     form: str | None = option(
         "str",
-        "how the model answers: with a head (encoder), or by generating text (causal, seq2seq) (default: what the model "
-        "is made for)",
+        "how the model answers: with a head (encoder), or by generating text (causal, seq2seq) (default: what the "
+        "model is made for)",
         choices=FORMS,
     )
     quantization: str | None = option(

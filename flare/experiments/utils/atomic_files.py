@@ -25,7 +25,7 @@ _ABANDONED = 60
 def replacing(path: Path) -> Iterator[TextIO]:
     """Open a UTF-8 file that replaces ``path`` when the block ends. After an error, ``path`` is unchanged.
 
-    If the process is killed, ``.<name>.<process id>`` is left behind; a later write of ``path`` removes it.
+    If the process is killed, ``.<name>.<process id>`` is left behind. A later write of ``path`` removes it.
     Missing folders are created.
 
     Raises:
@@ -36,9 +36,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            with contextlib.suppress(
-                OSError
-            ):  # if the file system has no locks, abandoned files are not removed either
+            # if the file system has no locks, abandoned files are not removed either
+            with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
