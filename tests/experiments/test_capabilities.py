@@ -31,7 +31,11 @@ def without(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> dict[str, capabili
         ("kernels", "base in fine-grained float8", "it needs a CUDA device; kernels is missing"),
         ("datasets", "data sets from the hub", "datasets is missing: pip install 'flare-kernels[experiments]'"),
         ("datasets", "flare finetune, train, evaluate", "the extra experiments is missing (datasets): pip install"),
-        ("tqdm", "every command except flare info", "the extra experiments is missing (tqdm): pip install"),
+        (
+            "tqdm",
+            "every command except flare info",
+            "packages of the extra 'experiments' are missing (tqdm): pip install",
+        ),
         ("pytest_benchmark", "flare bench", "pytest-benchmark is missing: pip install 'flare-kernels[dev]'"),
     ],
 )

@@ -98,7 +98,7 @@ def run_tuner(
         shapes: names in ``flare_kernels.tuning.SHAPES``.
         tokens: numbers of tokens per call to measure, in this order.
         ranks: ranks of the adapters to measure, in this order.
-        budget: seconds, compilation included, after which no new size is started.
+        budget: seconds, including compilation, after which no further size is started.
         jobs: compiler processes (default: number of processors minus one).
         output: file to write. The default is in the user's cache, where later processes find it.
         overwrite: replace an existing table instead of raising.
@@ -120,7 +120,7 @@ def run_tuner(
     if not torch.cuda.is_available():
         raise BenchError(
             "--tune times the kernels on a CUDA device, and torch finds no CUDA device. Nothing was written; "
-            "without a table, launches follow the general rule."
+            "without a table, a general rule chooses the launches on any GPU."
         )
     if not installed("triton"):
         raise BenchError(
@@ -156,7 +156,9 @@ def _summarise(table: Any, path: Path, print_fn: Callable[[str], None]) -> None:
     plain = sum(entry.form == "torch" for entry in table.entries.values())
     print_fn(f"{len(table.entries)} entries, {plain} of which use plain PyTorch, in {path}")
     if path == user_path(table.gpu):
-        print_fn("later processes of this user use it automatically")
+        print_fn("later processes of this user read this table automatically")
     else:
-        print_fn(f"to use it: FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
-    print_fn(f"to ship it for all users of this GPU: flare_kernels/tables/{package_path(table.gpu).name}")
+        print_fn(f"to use this table, set FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
+    print_fn(
+        f"to ship this table for all users of this GPU, copy it to flare_kernels/tables/{package_path(table.gpu).name}"
+    )

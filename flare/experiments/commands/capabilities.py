@@ -139,7 +139,7 @@ def _data() -> Iterable[Capability]:
 
 
 def _commands() -> Iterable[Capability]:
-    absent = f"the extra experiments is missing ({', '.join(missing())}): {INSTALL}" if missing() else ""
+    absent = f"packages of the extra 'experiments' are missing ({', '.join(missing())}): {INSTALL}" if missing() else ""
     yield Capability("every command except flare info", not absent, absent)
     need = "needs a sequence-to-sequence MT model"
     yield Capability("flare translate", not absent, absent or _sentencepiece(need) or need)
@@ -157,13 +157,14 @@ def _commands() -> Iterable[Capability]:
         )
     yield Capability("flare bench", not (absent or without), absent or without)
     cuda = torch.cuda.is_available()
-    yield Capability("flare bench --tune", cuda, "" if cuda else "no CUDA device; launches follow the general rule")
+    yield Capability("flare bench --tune", cuda, "" if cuda else "there is no CUDA device to tune for")
 
 
-def _sentencepiece(what: str) -> str:
+def _sentencepiece(need: str) -> str:
+    """Return what a feature needs, if sentencepiece is missing, and how to install it; else an empty text."""
     if installed("sentencepiece"):
         return ""
-    return f"{what}; sentencepiece, which models without a tokenizer.json need, is missing: pip install sentencepiece"
+    return f"{need}; sentencepiece, which models without a tokenizer.json need, is missing: pip install sentencepiece"
 
 
 def _hub_cache(home: Path) -> Path:

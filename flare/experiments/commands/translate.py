@@ -69,7 +69,7 @@ def add_parser(commands: Any) -> None:
     add_option(
         model,
         "--source-code",
-        "the model's tag of the source language (default: NLLB's, such as eng_Latn)",
+        "the model's tag of the source language (default: the tag of NLLB, such as eng_Latn)",
         metavar="TAG",
     )
     add_option(
