@@ -145,8 +145,8 @@ CHECK = SettingsCommand(
     description="""\
 Check the data and estimate the costs before hours of training. Print which texts are paired, how many are cut, the
 distribution of the labels, how the tokenizer splits each language, the base's score on the source language, and how
-much time and memory each method needs on this machine. `flare check` takes the flags of `flare train`. It writes
-only --json FILE. It also works without a fine-tuned base, if --model names a pretrained model.""",
+much time and memory each method needs on this machine. It takes the flags of `flare train`. `flare check` writes
+only the --json FILE. It also works without a fine-tuned base, if --model names a pretrained model.""",
     after_interrupt="""\
 Nothing was written. Start again with the same command:
   {command}""",
