@@ -1,6 +1,7 @@
-"""Python's work in a training step: calls per block compared with PEFT's, and the files that run.
+"""Count Python's work in a training step: calls per block compared with PEFT's layers, and the files that run.
 
-Both are counted on a CPU, on the kernels' path without the launches (benchmarks/host_calls.py).
+The step runs on a CPU. It takes the code path of the Triton kernels but leaves out their launches
+(benchmarks/host_calls.py).
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ pytest.importorskip("triton", reason="counting on the kernels' path needs the pa
 from flare_kernels.testing import launches_left_out
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The versions for which the counts hold; other versions make other calls.
-NEWEST = {"torch": (2, 13), "transformers": (5, 23)}
-#: Launches of one block: (of stack_kernel, of each other kernel). Query and value: A and B are stacked, then one for
-#: each step of both. mT5: an encoder's and a decoder's self-attention, and its cross-attention's query and value apart.
+#: The first versions for which the counts hold. Older versions make a different number of calls.
+COUNTS_HOLD_FROM = {"torch": (2, 13), "transformers": (5, 23)}
+#: Launches in one block: (launches of stack_kernel, launches of each other kernel). A self-attention stacks A and B,
+#: and runs each other kernel once for query and value together. A block of mT5 has two self-attentions (encoder and
+#: decoder) and a cross-attention, which runs each other kernel once for the query and once for the value.
 LAUNCHES = {"xlmr": (2, 1), "llama": (2, 1), "mt5": (4, 4)}
-OTHERS = ("shrink_kernel", "expand_kernel", "grad_bottleneck_kernel", "grad_weight_kernel")
+OTHER_KERNELS = ("shrink_kernel", "expand_kernel", "grad_bottleneck_kernel", "grad_weight_kernel")
+#: Files that run or replace the kernels.
 PRIMITIVES = ("flare_kernels/triton_ops/", "flare_kernels/torch_ops.py")
-#: Files between the batch and dA, next to the primitives.
-MOST_FILES = 10
+#: Maximum number of files that run between the batch and dA, without the primitives.
+MAX_FILES = 10
 
 
 @pytest.fixture
@@ -46,11 +49,15 @@ def shape_of(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", LAUNCHES)
-def test_calls_per_block_are_at_most_pefts(host: Any, family: str) -> None:
-    """Plain LoRA makes at most PEFT's calls; FLARE also those of a frozen forward; with a warm cache, ten more."""
-    for name, least in NEWEST.items():
+def test_calls_per_block_are_at_most_those_of_peft(host: Any, family: str) -> None:
+    """Plain LoRA makes at most as many calls as PEFT.
+
+    FLARE makes at most as many calls as PEFT and a frozen forward pass together. With a warm cache, it makes at most
+    ten calls more than PEFT.
+    """
+    for name, least in COUNTS_HOLD_FROM.items():
         if tuple(int(part) for part in version(name).split(".")[:2]) < least:
-            pytest.skip(f"counts are settled for {name} {least[0]}.{least[1]} or newer, this is {version(name)}")
+            pytest.skip(f"the counts hold for {name} {least[0]}.{least[1]} or newer; this is {version(name)}")
     with launches_left_out() as names:
         shape = shape_of(family)
         blocks = {v: host.per_block(v, shape, names) for v in ("frozen", "peft", "lora", "flare", "flare-warm")}
@@ -59,8 +66,8 @@ def test_calls_per_block_are_at_most_pefts(host: Any, family: str) -> None:
     assert blocks["frozen"].kernels == blocks["peft"].kernels == {}
     stacked, others = LAUNCHES[family]
     for variant in ("lora", "flare", "flare-warm"):
-        kernels = {"stack_kernel": stacked, **dict.fromkeys(OTHERS, others)}
-        assert blocks[variant].kernels == kernels, f"{variant}: other launches than those of the training kernels"
+        kernels = {"stack_kernel": stacked, **dict.fromkeys(OTHER_KERNELS, others)}
+        assert blocks[variant].kernels == kernels, f"{variant}: the launches differ from those of the training kernels"
     assert calls["lora"] <= calls["peft"], calls
     assert calls["flare"] <= calls["peft"] + calls["frozen"], calls
     assert calls["flare-warm"] <= calls["peft"] + 10, calls
@@ -73,12 +80,12 @@ def test_the_counter_sees_python_and_c_calls_and_names_the_files(host: Any) -> N
         return len("a")
 
     before = sys.getprofile()
-    with host.watching_host() as none:
+    with host.watching_host() as nothing:
         pass
     with host.watching_host() as seen:
         two()
         two()
-    assert seen.calls - none.calls == 4 and seen.files == []
+    assert seen.calls - nothing.calls == 4 and seen.files == []
     with host.watching_host() as seen:
         fusion.get_fusion("add_relu")
     assert seen.files == ["flare_kernels/fusion.py"]
@@ -98,8 +105,8 @@ def files_of(host: Any, variant: str) -> list[str]:
     return [name for name in seen.files if not name.startswith(PRIMITIVES)]
 
 
-def listed() -> tuple[list[str], list[str]]:
-    """Return the numbered files in CONTRIBUTING.md's section on a step, and those of a warm cache."""
+def files_in_contributing() -> tuple[list[str], list[str]]:
+    """Return the files of a step as CONTRIBUTING.md numbers them, and the further files of a step with a warm cache."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     section = re.search(r"^## The path of a training step\n(.*?)^## ", text, re.M | re.S)
     assert section is not None, "CONTRIBUTING.md has no section on the path of a training step"
@@ -108,7 +115,7 @@ def listed() -> tuple[list[str], list[str]]:
 
 
 def test_contributing_lists_the_files_of_a_step_in_order(host: Any) -> None:
-    path, of_cache = listed()
+    path, of_cache = files_in_contributing()
     assert files_of(host, "flare") == path
     lora = files_of(host, "lora")
     assert lora == [name for name in path if name in lora], "plain LoRA runs a part of the same path"
@@ -120,4 +127,4 @@ def test_contributing_lists_the_files_of_a_step_in_order(host: Any) -> None:
 @pytest.mark.parametrize("variant", ["lora", "flare"])
 def test_a_step_runs_few_files(host: Any, variant: str) -> None:
     files = files_of(host, variant)
-    assert len(files) <= MOST_FILES, f"{len(files)} files run between the batch and dA: {', '.join(files)}"
+    assert len(files) <= MAX_FILES, f"{len(files)} files run between the batch and dA: {', '.join(files)}"

@@ -1,4 +1,4 @@
-"""Project rules: which package imports what, sizes of files, one version number, one version of ruff."""
+"""Check the project's rules: which package imports what, sizes of files, one version number, one version of ruff."""
 
 import ast
 import fnmatch
@@ -16,11 +16,11 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flare", "flare_kernels")
-#: Folders with Python files, for copies of the project without git.
+#: Folders with Python files, for a copy of the project that git does not track.
 FOLDERS = (*PACKAGES, "benchmarks", "tests", "examples", "tools")
-#: Packages without import cycles, even with imports inside functions, for type checkers and by import_module.
+#: Packages that have no import cycle even if imports inside functions, for type checkers and by import_module count.
 STRICT_PACKAGES = ("flare_kernels", "flare")
-#: Modules that import a module by a name from a variable, which this test cannot follow.
+#: Modules that import a module whose name is in a variable. This test cannot follow such imports.
 DYNAMIC_IMPORTS = {"flare_kernels.aot", "flare"}
 
 
@@ -42,13 +42,13 @@ def sources(package: str) -> dict[str, Path]:
 
 
 def runs_later(node: ast.stmt) -> bool:
-    """Return whether the body of a statement does not run at import: functions, and blocks for type checkers."""
+    """Return whether a statement is a function or a block for type checkers, whose body does not run at import."""
     for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
     return for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def imported(module: str, path: Path, top_level_only: bool) -> set[str]:
-    """Return the dotted names that a file imports. `from a import b` counts as a and as a.b (b may be a module)."""
+    """Return the dotted names that a file imports. `from a import b` gives a and a.b, because b may be a module."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names: set[str] = set()
 
@@ -152,7 +152,7 @@ def test_flare_imports_heavy_optional_packages_only_where_used():
 
 
 def imported_by_name(module: str, path: Path) -> set[str]:
-    """Return the names that a file passes to ``import_module``; of an f-string the constant prefix and "*"."""
+    """Return the names that a file passes to ``import_module``. An f-string gives its constant prefix and "*"."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(("import_module", "__import__")):
@@ -169,14 +169,14 @@ def imported_by_name(module: str, path: Path) -> set[str]:
 
 
 def import_graph(package: str, *, strict: bool) -> dict[str, set[str]]:
-    """Return for each module the modules of the package that it imports; strict: also after its own import."""
+    """Return module -> the modules of the package that it imports; with ``strict``, also those it imports later."""
     modules = sources(package)
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
         names = imported(module, path, top_level_only=not strict)
         for name in imported_by_name(module, path) if strict else ():
             names |= {other for other in modules if fnmatch.fnmatchcase(other, name)}
-        # `from package import module` needs the submodule, not the names that its __init__ collects
+        # `from package import module` needs the submodule, and not the names that the package's __init__ collects
         direct = {n for n in names if n in modules and n != module}
         graph[module] = {n for n in direct if not any(d.startswith(n + ".") for d in direct)}
     return graph
@@ -239,14 +239,14 @@ def test_no_module_is_hidden_by_a_name_that_its_package_collects(package: str):
     for module in sources(package):
         parent, _, name = module.rpartition(".")
         if module.startswith("flare.experiments.harness") and not importlib.util.find_spec("lm_eval"):
-            continue  # its extra is not part of [dev]
+            continue  # the extra [dev] does not install lm_eval
         if parent:
             loaded = importlib.import_module(module)
             assert getattr(importlib.import_module(parent), name) is loaded, f"{module} is hidden by another {name}"
 
 
-#: Layers of the folders of flare/ and of flare/experiments/, as in CONTRIBUTING.md; the first may import the others.
-#: Folders that are not listed are below all of these.
+#: Layers of the folders of flare/ and of flare/experiments/, as in CONTRIBUTING.md. A folder may import only folders of
+#: later layers. All folders that are not listed form the last layer, and may import each other.
 LAYERS = {
     "flare": (("__main__",), ("cli",), ("experiments",), ("baselines", "recipes"), ("training",)),
     "flare.experiments": (
@@ -263,8 +263,8 @@ ONLY_IN_EXPERIMENTS = {"datasets", "tqdm", "matplotlib", "scipy", "seqeval", "sk
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_imports_point_downwards(package: str):
-    """Includes imports inside functions. ``flare/__init__.py`` is exempt: it collects the public names."""
-    depth = {name: at for at, names in enumerate(LAYERS[package]) for name in names}
+    """Imports inside functions count too. ``flare/__init__.py`` is exempt, because it collects the public names."""
+    depth = {name: index for index, names in enumerate(LAYERS[package]) for name in names}
     lowest = len(LAYERS[package])
 
     def folder(module: str) -> tuple[str, int]:
@@ -290,7 +290,7 @@ def test_the_method_does_not_need_the_experiments_libraries():
 
 
 def test_code_of_a_models_folder_runs_only_if_the_caller_allows_it():
-    """Every from_pretrained of transformers passes trust_remote_code: the default asks on a terminal."""
+    """Every from_pretrained of transformers gets trust_remote_code, because by default it asks on a terminal."""
     calls = 0
     for module, path in {**sources("flare"), **sources("flare_kernels")}.items():
         tree = ast.parse(path.read_text())
@@ -311,7 +311,7 @@ def test_code_of_a_models_folder_runs_only_if_the_caller_allows_it():
 # --- one version, one linter ------------------------------------------------------------------------------------------
 
 
-def test_one_version():
+def test_all_version_numbers_agree():
     import flare
     import flare_kernels
 
@@ -362,7 +362,7 @@ def test_packages_ship_their_types():
 
 
 def python_files() -> list[Path]:
-    """Return the repository's Python files: those that git tracks, or without git all in the project's folders."""
+    """Return the Python files that git tracks, or, without git, all Python files in the project's folders."""
     try:
         listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -381,5 +381,5 @@ def test_python_files_have_at_most_450_lines():
 
 
 def test_golden_numbers_stay_small():
-    """tests/goldens has a selection; FLARE_GOLDENS points to all of them."""
+    """tests/goldens holds a selection of the recorded numbers. FLARE_GOLDENS names a folder that holds all of them."""
     assert sum(path.stat().st_size for path in (ROOT / "tests" / "goldens").iterdir()) < 3_000_000

@@ -1,4 +1,7 @@
-"""FLARE MT: one trained projection of given latent states replaces the source in every block; no source pass."""
+"""FLARE MT: the latent states of an MT encoder, given as ``source_states``, replace the source text.
+
+One trained projection maps them to the model's width. Every block fuses with the result, and no source pass runs.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +36,20 @@ def batch(family: str = "llama", seed: int = 2) -> dict[str, torch.Tensor]:
 
 def projections(model) -> dict[str, nn.Linear]:
     """Return adapter name -> projection, and check that each adapter has one."""
-    found = [
+    named_projections = [
         (name, module[name])
         for path, module in model.named_modules()
         if path.endswith("latent_proj")
         for name in module
     ]
-    assert len(found) == len(dict(found))
-    return dict(found)
+    assert len(named_projections) == len(dict(named_projections))
+    return dict(named_projections)
 
 
 @pytest.mark.parametrize("fusion", ["add_relu", "mul", "matmul"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_results_equal_the_formula(fusion, masked) -> None:
-    """Loss and all gradients, including the projection's, equal the formula written with PEFT's eager layers."""
+    """Logits and all gradients, including the projection's, equal the formula written with PEFT's eager layers."""
     inputs = batch()
     mask = torch.ones(3, 9)
     mask[0, 5:] = 0
@@ -55,23 +58,23 @@ def test_results_equal_the_formula(fusion, masked) -> None:
     )
     model = fused(fusion=fusion)
     tiny.randomize_lora(stock)
-    own = projections(model)["default"]
+    trained = projections(model)["default"]
     projection = nn.Linear(D, tiny.HIDDEN)
-    projection.load_state_dict(own.state_dict())
+    projection.load_state_dict(trained.state_dict())
     x_source = projection(inputs["source_states"]) * (mask.unsqueeze(-1) if masked else 1.0)
     phi = lambda S, T: reference.fuse(S, T, fusion)  # noqa: E731
     with tiny.eager_fusion(stock, [x_source] * tiny.LAYERS, phi, QV):
-        want = stock(**{k: v for k, v in inputs.items() if k != "source_states"})
-        want.loss.backward()
-    got = model(**inputs, **({"source_attention_mask": mask} if masked else {}))
-    got.loss.backward()
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+        expected = stock(**{k: v for k, v in inputs.items() if k != "source_states"})
+        expected.loss.backward()
+    actual = model(**inputs, **({"source_attention_mask": mask} if masked else {}))
+    actual.loss.backward()
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
     grads = tiny.gradients(model)
     for name, grad in tiny.gradients(stock).items():
         torch.testing.assert_close(grads.pop(name), grad, rtol=1e-4, atol=1e-6, msg=name)
     assert len(grads) == 2
-    torch.testing.assert_close(own.weight.grad, projection.weight.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(own.bias.grad, projection.bias.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained.weight.grad, projection.weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained.bias.grad, projection.bias.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_no_source_pass_runs() -> None:
@@ -85,26 +88,29 @@ def test_no_source_pass_runs() -> None:
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_gradient_checkpointing(family, use_reentrant, fusion) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(family, use_reentrant, fusion) -> None:
     inputs, model = batch(family), fused(family, fusion=fusion)
     model(**inputs).loss.backward()
-    want = tiny.gradients(model)
+    expected = tiny.gradients(model)
     model.zero_grad()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     model(**inputs).loss.backward()
-    got = tiny.gradients(model)
-    assert any("latent_proj" in name and grad.abs().max() > 0 for name, grad in got.items())
-    for name, grad in want.items():
-        torch.testing.assert_close(got[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+    actual = tiny.gradients(model)
+    assert any("latent_proj" in name and grad.abs().max() > 0 for name, grad in actual.items())
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_save_and_load(family, tmp_path) -> None:
-    """The projection is float32 like A and B under a bf16 base; it loads under any name; a missing one is reported."""
+def test_a_saved_projection_loads_unchanged(family, tmp_path) -> None:
+    """The projection is float32 on a bf16 base, as A and B are, and loads under any adapter name.
+
+    An adapter file without the projection's weights is refused.
+    """
     inputs = batch(family)
     model = fused(family, dtype=torch.bfloat16, fusion="cross_attention").eval()
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert saved["base_model.model.latent_proj.weight"].dtype == torch.float32
@@ -117,7 +123,7 @@ def test_save_and_load(family, tmp_path) -> None:
                 adapter_name="other",
                 low_cpu_mem_usage=low_cpu_mem_usage,
             ).eval()
-        torch.testing.assert_close(loaded(**inputs).logits, want, rtol=0, atol=0)
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=0, atol=0)
         assert projections(loaded)["other"].weight.dtype == torch.float32
         assert not any(p.requires_grad for p in loaded.parameters())
     del saved["base_model.model.latent_proj.bias"]
@@ -126,8 +132,8 @@ def test_save_and_load(family, tmp_path) -> None:
         peft.PeftModel.from_pretrained(tiny.model(family), tmp_path)
 
 
-def test_several_adapters(tmp_path) -> None:
-    """Each has its own projection, which is trained and deleted with it, and is inactive if adapters are disabled."""
+def test_each_adapter_has_its_own_projection(tmp_path) -> None:
+    """A projection is trained and deleted with its adapter, and is inactive while adapters are disabled."""
     inputs, model = batch(), fused()
     first = model(**inputs).logits
     text = {k: v for k, v in inputs.items() if k != "source_states"}
@@ -141,8 +147,8 @@ def test_several_adapters(tmp_path) -> None:
     reloaded = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path / "second")
     torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
     with model.disable_adapter():
-        want = tiny.model("llama")(**text).logits
-        torch.testing.assert_close(model(**inputs).logits, want, rtol=0, atol=0)
+        expected = tiny.model("llama")(**text).logits
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
     model.base_model.set_adapter(["default", "second"])
     model(**inputs).loss.backward()
     assert all(p.weight.grad is not None for p in projections(model).values())

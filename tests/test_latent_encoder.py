@@ -1,4 +1,4 @@
-"""LatentEncoder: text with the tag of the target language, its latent states, and training on them."""
+"""``flare.LatentEncoder``: it tags texts with their language and returns their states, on which FLARE MT trains."""
 
 from __future__ import annotations
 
@@ -40,59 +40,59 @@ def mt() -> flare.LatentEncoder:
     return flare.LatentEncoder(m2m100(), nllb_tokenizer(), language="ace_Latn")
 
 
-def by_hand(mt: flare.LatentEncoder, text: str, model: Any) -> torch.Tensor:
-    """Return the states (length, 16) of a single text, with an explicit tag."""
+def states_by_hand(mt: flare.LatentEncoder, text: str, model: Any) -> torch.Tensor:
+    """Return the states (length, 16) of one text, whose language tag is added by hand."""
     tag, end = mt.tokenizer.convert_tokens_to_ids(["ace_Latn", "</s>"])
     words = mt.tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         return model.get_encoder()(input_ids=torch.tensor([[tag, *words, end]])).last_hidden_state[0]
 
 
-def test_states_equal_those_of_each_single_text_with_the_languages_tag(mt) -> None:
+def test_states_in_a_batch_equal_the_states_of_each_text_alone(mt) -> None:
     assert mt.latent_dim == 16
     model = m2m100().eval()
-    wanted = [by_hand(mt, text, model) for text in TEXTS]
+    expected = [states_by_hand(mt, text, model) for text in TEXTS]
     for side in ("right", "left"):
-        found = mt(TEXTS, length=14, padding_side=side)
-        assert found["source_states"].shape == (3, 14, 16) and found["source_attention_mask"].shape == (3, 14)
-        for states, mask, want in zip(*found.values(), wanted, strict=True):
-            assert mask.sum() == len(want) and mask[0 if side == "right" else -1] == 1
-            torch.testing.assert_close(states[mask.bool()], want)
+        actual = mt(TEXTS, length=14, padding_side=side)
+        assert actual["source_states"].shape == (3, 14, 16) and actual["source_attention_mask"].shape == (3, 14)
+        for states, mask, expected_states in zip(*actual.values(), expected, strict=True):
+            assert mask.sum() == len(expected_states) and mask[0 if side == "right" else -1] == 1
+            torch.testing.assert_close(states[mask.bool()], expected_states)
             assert not states[~mask.bool()].any()
     rows = mt.rows(TEXTS)["source_states"]
-    for row, want in zip(rows, wanted, strict=True):
-        torch.testing.assert_close(torch.as_tensor(row), want)
+    for row, expected_states in zip(rows, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(row), expected_states)
     cut = mt(TEXTS, length=4)["source_attention_mask"]
     assert cut.shape == (3, 4) and not mt.encoder.training
-    assert mt.tokenizer.src_lang == "eng_Latn", "the tokenizer keeps its tag"
+    assert mt.tokenizer.src_lang == "eng_Latn", "the tokenizer keeps its own language tag"
     other = flare.LatentEncoder(m2m100(), nllb_tokenizer(), language="eng_Latn")(TEXTS, length=14)
-    assert not torch.allclose(other["source_states"][0], found["source_states"][0], atol=1e-3)
+    assert not torch.allclose(other["source_states"][0], actual["source_states"][0], atol=1e-3)
 
 
-def test_models_by_name_and_encoder_models(tmp_path) -> None:
+def test_the_encoder_loads_by_name_and_may_be_an_encoder_only_model(tmp_path) -> None:
     m2m100().save_pretrained(tmp_path)
     nllb_tokenizer().save_pretrained(tmp_path)
-    named = flare.LatentEncoder(str(tmp_path), language="ace_Latn")
-    given = flare.LatentEncoder(m2m100(), nllb_tokenizer(), language="ace_Latn")
-    torch.testing.assert_close(named(TEXTS)["source_states"], given(TEXTS)["source_states"])
+    by_name = flare.LatentEncoder(str(tmp_path), language="ace_Latn")
+    from_objects = flare.LatentEncoder(m2m100(), nllb_tokenizer(), language="ace_Latn")
+    torch.testing.assert_close(by_name(TEXTS)["source_states"], from_objects(TEXTS)["source_states"])
     bert = tiny.model("bert").eval()
     encoder = flare.LatentEncoder(bert, tokenizer())
     texts = ["w5 w6 w7", "w8"]
     ids = tokenizer()(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
-        want = bert.bert(ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state
-    found = encoder(texts)
-    torch.testing.assert_close(found["source_states"], want * ids["attention_mask"].unsqueeze(-1))
+        expected = bert.bert(ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state
+    actual = encoder(texts)
+    torch.testing.assert_close(actual["source_states"], expected * ids["attention_mask"].unsqueeze(-1))
 
 
 @pytest.mark.parametrize("layout", ["encoder", "causal"])
 def test_rows_are_collated_to_one_width_and_train_the_projection(layout, mt, tmp_path) -> None:
-    """Rows are padded to the target's length; a row gives the same result without the others."""
-    own = tokenizer()
+    """Rows are padded to the target's length. The result of a row does not depend on the other rows of its batch."""
+    target_tokenizer = tokenizer()
     words = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [21]]
     data: dict[str, list] = {"input_ids": words, **mt.rows(TEXTS)}
     data["labels"] = [0, 1, 2] if layout == "encoder" else [[-100] * (len(w) - 1) + w[-1:] for w in words]
-    collator = flare.FlareDataCollator(own, layout=layout)
+    collator = flare.FlareDataCollator(target_tokenizer, layout=layout)
     rows = list(Dataset.from_dict(data))
     batch = collator(rows)
     m = batch["input_ids"].shape[1]
@@ -136,11 +136,11 @@ def test_states_larger_than_memory_are_read_from_an_unnamed_file(mt, tmp_path, m
 
     texts = [" ".join(TEXTS[: 1 + index % 3]) for index in range(40)]
     rows = [{"labels": index} for index in range(40)]
-    held = latent_rows.add_states(rows, texts, mt, tmp_path / "run", None)
-    monkeypatch.setattr(latent_rows, "IN_MEMORY", held[0]["source_states"].nbytes)
+    rows_in_memory = latent_rows.add_states(rows, texts, mt, tmp_path / "run", None)
+    monkeypatch.setattr(latent_rows, "IN_MEMORY", rows_in_memory[0]["source_states"].nbytes)
     before = len(os.listdir("/proc/self/fd"))
-    found = latent_rows.add_states(rows, texts, mt, tmp_path / "run", None)
+    rows_from_file = latent_rows.add_states(rows, texts, mt, tmp_path / "run", None)
     assert len(os.listdir("/proc/self/fd")) <= before + 1 and not list((tmp_path / "run").iterdir())
-    for one, other in zip(found, held, strict=True):
-        assert one["labels"] == other["labels"] and (one["source_states"] == other["source_states"]).all()
-    assert flare.FlareDataCollator(tokenizer())([{"input_ids": [5, 6, 7], **found[1]}])["source_states"].any()
+    for row, expected in zip(rows_from_file, rows_in_memory, strict=True):
+        assert row["labels"] == expected["labels"] and (row["source_states"] == expected["source_states"]).all()
+    assert flare.FlareDataCollator(tokenizer())([{"input_ids": [5, 6, 7], **rows_from_file[1]}])["source_states"].any()

@@ -1,4 +1,7 @@
-"""What only a CUDA device can show of whole models: streams, pinned memory, a host that runs ahead of the device."""
+"""Test whole models on a CUDA device, for behaviour that a CPU does not have.
+
+Such behaviour comes from streams, pinned memory, CUDA graphs, and a host that runs ahead of the device.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 FAMILIES = ("bert", "llama", "mt5")
-#: Cycles for which the device sleeps (some 25 ms), so that the host is far ahead of it.
+#: Number of clock cycles (about 25 ms) for which the device sleeps, so that the host runs far ahead of the device.
 _AHEAD = 50_000_000
 
 
@@ -39,25 +42,28 @@ def on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def close(got: Any, want: Any) -> None:
-    """Losses and gradients (see cached_states.step), up to the order of sums that a device leaves open."""
-    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
-    assert got[1].keys() == want[1].keys()
-    for name, grad in want[1].items():
-        torch.testing.assert_close(got[1][name], grad, msg=name, rtol=0, atol=1e-3 * float(grad.abs().max()))
+def assert_steps_close(actual: Any, expected: Any) -> None:
+    """Assert that two results of `cached_states.step` (loss, gradients) are equal up to rounding.
+
+    A device may add the terms of a sum in any order.
+    """
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(actual[1][name], grad, msg=name, rtol=0, atol=1e-3 * float(grad.abs().max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_is_the_cpus(family: str, cuda: torch.device) -> None:
+def test_a_step_equals_the_step_on_the_cpu(family: str, cuda: torch.device) -> None:
     model, batch = fused(family), batch_of(family)
-    want = step(model, batch)
+    expected = step(model, batch)
     loss, grads = step(model.to(cuda), on(cuda, batch))
-    close((loss.cpu(), {name: grad.cpu() for name, grad in grads.items()}), want)
+    assert_steps_close((loss.cpu(), {name: grad.cpu() for name, grad in grads.items()}), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("memory", ["offload", "recompute"])
-def test_every_way_to_wait_has_the_gradients_of_keep(family: str, memory: str, cuda: torch.device) -> None:
+def test_every_source_memory_gives_the_gradients_of_keep(family: str, memory: str, cuda: torch.device) -> None:
     batch = on(cuda, batch_of(family))
     results = []
     for mode in ("keep", memory):
@@ -67,11 +73,14 @@ def test_every_way_to_wait_has_the_gradients_of_keep(family: str, memory: str, c
             loss = model(**batch).loss
         loss.backward()
         results.append((loss.detach(), tiny.gradients(model)))
-    close(*results)
+    assert_steps_close(*results)
 
 
-def test_offloaded_states_pass_through_two_places_on_the_device(cuda: torch.device) -> None:
-    """The host queues all states at once; none is lost, and two and the one being made are all that is there."""
+def test_offloaded_states_use_two_buffers_on_the_device(cuda: torch.device) -> None:
+    """The host queues all states before the device has copied the first one, and no state is lost.
+
+    The device never holds more than three states: those in the two buffers, and the one being computed.
+    """
     numbers, count = 8 << 20, 12
     size = 4 * numbers
     sums = torch.zeros(count, device=cuda)
@@ -86,20 +95,20 @@ def test_offloaded_states_pass_through_two_places_on_the_device(cuda: torch.devi
     saved = memory.saved()
     assert torch.cuda.max_memory_allocated(cuda) - before <= 3 * size
     assert torch.cuda.memory_allocated(cuda) == before and saved == []
-    assert all(held.is_pinned() for held in memory.host.values())
+    assert all(state.is_pinned() for state in memory.host.values())
 
     def visit(key: StateKey, x: torch.Tensor) -> None:
         torch.cuda._sleep(_AHEAD // 10)
         sums[key.position] = x.mean()
 
-    for _ in range(2):  # as with retain_graph=True
+    for _ in range(2):  # twice, as in a second backward pass after retain_graph=True
         sums.zero_()
         torch.cuda.reset_peak_memory_stats(cuda)
         memory.replayer()(saved, visit)
         assert torch.cuda.max_memory_allocated(cuda) - before <= 3 * size
         assert sums.tolist() == [index + 1.0 for index in range(count)]
     reserved = torch.cuda.memory_reserved(cuda)
-    for _ in range(4):  # a stream for each pass would reserve memory of its own
+    for _ in range(4):  # if each pass had its own stream, it would reserve its own memory
         again = Offload(cuda)
         again.put(StateKey("stack", 0), torch.ones(numbers, device=cuda))
         again.replayer()(again.saved(), lambda key, x: None)
@@ -112,24 +121,24 @@ def test_a_second_epoch_reads_what_the_first_computed(
     family: str, tier: str, cuda: torch.device, tmp_path: Path
 ) -> None:
     model, batch = fused(family).to(cuda), on(cuda, batch_of(family))
-    want = step(model, batch)
+    expected = step(model, batch)
     cache = flare.SourceStateCache(64 * MB, tiers=(tier,), directory=tmp_path if tier == "disk" else None)
     model.set_source_cache(cache)
     torch.cuda._sleep(_AHEAD)
     first = step(model, batch)
-    cache.flush()  # while the device may still be at the copies
-    ran = SourceBlocks(model)
-    for found in (first, step(model, batch)):
-        close(found, want)
-    assert ran.since() == {0} and cache.stats().hits == 3
+    cache.flush()  # the device may not have finished the copies
+    source_blocks = SourceBlocks(model)
+    for result in (first, step(model, batch)):
+        assert_steps_close(result, expected)
+    assert source_blocks.since() == {0} and cache.stats().hits == 3
     if tier == "disk":
         assert len(shards(tmp_path)) == 1
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            again = flare.SourceStateCache(64 * MB, tiers=(tier,), directory=tmp_path)
-            model.set_source_cache(again)
-            close(step(model, batch), want)
-        assert again.stats().hits == 3
+            reopened = flare.SourceStateCache(64 * MB, tiers=(tier,), directory=tmp_path)
+            model.set_source_cache(reopened)
+            assert_steps_close(step(model, batch), expected)
+        assert reopened.stats().hits == 3
     elif tier == "host":
         assert all(entry.data.is_pinned() for entry in cache._tiers[0].entries.values())
 
@@ -139,25 +148,25 @@ def test_auto_measures_every_tier(cuda: torch.device, tmp_path: Path) -> None:
     cache = flare.SourceStateCache(64 * MB, tiers="auto", directory=tmp_path)
     model.set_source_cache(cache)
     batches = [on(cuda, batch_of("bert", seed=seed)) for seed in range(3)]
-    found = [step(model, batch) for batch in batches]
+    [step(model, batch) for batch in batches]  # fills the cache
     assert set(cache.decisions) == {"device", "host", "disk"} and all(" ms" in why for why in cache.decisions.values())
-    found = [step(model, batch) for batch in batches]
+    results = [step(model, batch) for batch in batches]
     model.set_source_cache(None)
-    for batch, one in zip(batches, found, strict=True):
-        close(one, step(model, batch))
+    for batch, result in zip(batches, results, strict=True):
+        assert_steps_close(result, step(model, batch))
 
 
 @pytest.mark.parametrize("way", ["shared", "separate"])
-def test_generation_is_the_cpus(way: str, cuda: torch.device) -> None:
+def test_generation_equals_the_generation_on_the_cpu(way: str, cuda: torch.device) -> None:
     model = fused("llama", source_layer_offset=0).eval()
     prompts = {name: value for name, value in batch_of("llama").items() if name != "labels"}
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 1, "source_pass": way}
-    want = model.generate(**prompts, **options)
-    assert torch.equal(model.to(cuda).generate(**on(cuda, prompts), **options).cpu(), want)
+    expected = model.generate(**prompts, **options)
+    assert torch.equal(model.to(cuda).generate(**on(cuda, prompts), **options).cpu(), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
-def test_the_trainer_with_a_cache(options: dict[str, Any], tmp_path: Path) -> None:
+def test_training_with_a_cache_gives_the_same_losses(options: dict[str, Any], tmp_path: Path) -> None:
     losses = []
     for cache in (None, flare.SourceStateCache(64 * MB)):
         trainer = flare.FlareTrainer(
@@ -184,12 +193,15 @@ def test_the_trainer_with_a_cache(options: dict[str, Any], tmp_path: Path) -> No
 
 # --- steps captured in CUDA graphs ------------------------------------------------------------------------------------
 
-STEPS = 7  # two eager ones, the capture with its replay, and further replays
-Made = tuple[list[torch.Tensor], dict[str, torch.Tensor]]
+STEPS = 7  # two eager steps, one step that is captured and replayed, and further replays
+#: The losses of a training loop, and the trained parameters after it.
+Trained = tuple[list[torch.Tensor], dict[str, torch.Tensor]]
 
 
-def trained(model: Any, batches: list[dict[str, torch.Tensor]], run: Any, *, dtype: torch.dtype | None = None) -> Made:
-    """Losses of a loop with AdamW, and the trained parameters behind it."""
+def trained(
+    model: Any, batches: list[dict[str, torch.Tensor]], run: Any, *, dtype: torch.dtype | None = None
+) -> Trained:
+    """Train with AdamW; return the losses and the trained parameters. ``run(batch)`` computes loss and gradients."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=0.01)
     losses = []
@@ -210,14 +222,14 @@ def eagerly(model: Any) -> Any:
     return run
 
 
-def as_repeatable(got: Made, want: Made, again: Made) -> None:
-    """Bit-equal where eager steps are, else up to the order of sums that the device leaves open."""
-    repeatable = all(torch.equal(*pair) for pair in zip(want[0], again[0], strict=True))
+def assert_as_equal_as_eager_runs(actual: Trained, eager: Trained, eager_again: Trained) -> None:
+    """Assert bit equality if two eager runs are bit-equal, and equality up to rounding otherwise."""
+    repeatable = all(torch.equal(*pair) for pair in zip(eager[0], eager_again[0], strict=True))
     tolerance = {"rtol": 0, "atol": 0} if repeatable else {"rtol": 1e-3, "atol": 1e-4}
-    for a, b in zip(got[0], want[0], strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
-    for name, value in want[1].items():
-        torch.testing.assert_close(got[1][name], value, msg=name, **tolerance)
+    for loss, eager_loss in zip(actual[0], eager[0], strict=True):
+        torch.testing.assert_close(loss, eager_loss, **tolerance)
+    for name, value in eager[1].items():
+        torch.testing.assert_close(actual[1][name], value, msg=name, **tolerance)
 
 
 def stock_lora(device: torch.device) -> Any:
@@ -226,48 +238,49 @@ def stock_lora(device: torch.device) -> Any:
     return model.to(device)
 
 
-def ones(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_padding(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the batch with masks of ones."""
     return {name: torch.ones_like(value) if name.endswith("mask") else value for name, value in batch.items()}
 
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16 autocast"])
 @pytest.mark.parametrize("kind", ["lora", "bert", "llama", "mt5"])
-def test_a_captured_step_is_the_eager_one(kind: str, dtype: torch.dtype | None, padded: bool, cuda: Any) -> None:
-    """A batch on the host, as a data loader makes it; every step has other values."""
+def test_a_captured_step_equals_the_eager_step(kind: str, dtype: torch.dtype | None, padded: bool, cuda: Any) -> None:
+    """The captured step gets batches on the host, as a data loader makes them. Every step has another batch."""
 
     def make() -> Any:
         return stock_lora(cuda) if kind == "lora" else fused(kind, source_padding="keep").to(cuda)
 
     family = "bert" if kind == "lora" else kind
     batches = [batch_of(family, seed=seed) for seed in range(STEPS)]
-    batches = batches if padded else [ones(batch) for batch in batches]
+    batches = batches if padded else [without_padding(batch) for batch in batches]
     if kind == "lora":
         batches = [{name: v for name, v in batch.items() if not name.startswith("source")} for batch in batches]
-    there = [on(cuda, batch) for batch in batches]
+    on_device = [on(cuda, batch) for batch in batches]
     eager = []
     for _ in range(2):
         model = make()
-        eager.append(trained(model, there, eagerly(model), dtype=dtype))
+        eager.append(trained(model, on_device, eagerly(model), dtype=dtype))
     model = make()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "cuda_graphs")
-        got = trained(model, batches, flare.GraphedStep(model), dtype=dtype)
-    as_repeatable(got, *eager)
+        actual = trained(model, batches, flare.GraphedStep(model), dtype=dtype)
+    assert_as_equal_as_eager_runs(actual, *eager)
 
 
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_a_captured_step_reads_a_warm_cache(tier: str, cuda: torch.device) -> None:
     batches = [batch_of("bert", seed=seed) for seed in range(3)]
-    there = [on(cuda, batch) for batch in batches]
+    on_device = [on(cuda, batch) for batch in batches]
     results = []
     for graphed in (False, False, True):
         model, cache = fused("bert").to(cuda), flare.SourceStateCache(64 * MB, tiers=(tier,))
         model.set_source_cache(cache)
-        for batch in there:
-            model(**batch)  # the first epoch computes the rows
+        for batch in on_device:
+            model(**batch)  # computes the source states of all rows
         if not graphed:
-            results.append(trained(model, there * 3, eagerly(model)))
+            results.append(trained(model, on_device * 3, eagerly(model)))
             continue
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "cuda_graphs")
@@ -275,12 +288,12 @@ def test_a_captured_step_reads_a_warm_cache(tier: str, cuda: torch.device) -> No
             computed = cache.stats().rows - cache.stats().hits
             results.append(trained(model, batches * 3, step))
         stats = cache.stats()
-        assert stats.rows - stats.hits == computed, "every row came from the cache"
-    as_repeatable(results[2], results[0], results[1])
+        assert stats.rows - stats.hits == computed, "a row was computed again"
+    assert_as_equal_as_eager_runs(results[2], results[0], results[1])
 
 
 def test_every_replay_draws_its_own_dropout_masks(cuda: torch.device) -> None:
-    """Of the adapters and of the model: those that eager steps would have drawn."""
+    """The adapters and the model itself have dropout. The random seed determines the masks of a replay."""
     model = fused("bert", lora_dropout=0.3, base={"hidden_dropout_prob": 0.1}).to(cuda)
     batch = batch_of("bert")
     torch.cuda.manual_seed(1)
@@ -288,29 +301,32 @@ def test_every_replay_draws_its_own_dropout_masks(cuda: torch.device) -> None:
     losses = [float(step(batch)) for _ in range(STEPS)]
     assert len(set(losses)) == STEPS
     torch.cuda.manual_seed(1)
-    assert float(step(batch)) == pytest.approx(losses[0], rel=1e-4), "a seed reaches the replays"
+    assert float(step(batch)) == pytest.approx(losses[0], rel=1e-4), "the seed has no effect on replays"
 
 
-def test_shapes_share_memory_and_gradients(cuda: torch.device) -> None:
-    model, want = fused("bert").to(cuda), fused("bert").to(cuda)
+def test_graphs_of_several_shapes_share_memory_and_gradients(cuda: torch.device) -> None:
+    model, eager_model = fused("bert").to(cuda), fused("bert").to(cuda)
     batches = [batch_of("bert", B=B, m=m) for B, m in [(3, 9), (2, 30), (5, 17)]]
     step = flare.GraphedStep(model, max_graphs=3)
-    held = []
+    memory = []
     for _ in range(6):
         for batch in batches:  # gradients accumulate over all shapes
             step(batch)
         torch.cuda.synchronize()
-        held.append((torch.cuda.memory_allocated(cuda), torch.cuda.memory_reserved(cuda)))
-    run = eagerly(want)
+        memory.append((torch.cuda.memory_allocated(cuda), torch.cuda.memory_reserved(cuda)))
+    run = eagerly(eager_model)
     for batch in batches * 6:
         run(on(cuda, batch))
-    close((torch.zeros(()), tiny.gradients(model)), (torch.zeros(()), tiny.gradients(want)))
-    assert held[3] == held[4] == held[5]
+    assert_steps_close((torch.zeros(()), tiny.gradients(model)), (torch.zeros(()), tiny.gradients(eager_model)))
+    assert memory[3] == memory[4] == memory[5]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_step_that_waits_for_the_device_goes_on_eagerly(dropout: float, cuda: torch.device) -> None:
-    """The capture fails in the middle: gradients, random numbers, allocator and other graphs are right behind it."""
+def test_a_step_that_cannot_be_captured_runs_eagerly(dropout: float, cuda: torch.device) -> None:
+    """The step waits for the device, so its capture fails in the middle.
+
+    After the failure, gradients, random numbers, the allocator and other graphs are correct.
+    """
     results = []
     batches = [batch_of("bert", m=m, seed=seed) for seed, m in enumerate([9, 9, 9, 9, 6, 6, 6, 6, 9, 6, 9, 6])]
     for graphed in (False, False, True):
@@ -329,11 +345,12 @@ def test_a_step_that_waits_for_the_device_goes_on_eagerly(dropout: float, cuda: 
                 results.append(trained(model, batches, flare.GraphedStep(model, waits)))
         else:
             results.append(trained(model, [on(cuda, batch) for batch in batches], waits))
-    as_repeatable(results[2], results[0], results[1])  # with dropout too: replays go on with the same random numbers
+    # with dropout too, because replays draw the random numbers that eager steps would draw
+    assert_as_equal_as_eager_runs(results[2], results[0], results[1])
 
 
 def kernels(run: Any) -> tuple[Counter[str], float]:
-    """The kernels that a call launches, and the seconds for which the device was busy."""
+    """Return how often a call launches each kernel, and for how many seconds the device was busy."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -347,7 +364,10 @@ def kernels(run: Any) -> tuple[Counter[str], float]:
 def test_attention_runs_its_eager_kernels_in_a_replay(
     kind: str, padded: bool, cuda: torch.device, record_property: Any
 ) -> None:
-    """XLM-R Large's shape, four blocks in bf16; wall over device-busy time is reported for both ways."""
+    """Four blocks with the shape of XLM-R Large, in bf16.
+
+    The test also reports the ratio of wall time to device-busy time, for eager steps and for replays.
+    """
     config = tiny.config("xlmr", hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=4)
     config.max_position_embeddings, config.vocab_size = 514, 250002
     torch.manual_seed(0)
@@ -359,12 +379,12 @@ def test_attention_runs_its_eager_kernels_in_a_replay(
     batch = {"input_ids": torch.randint(5, 1000, (16, 512)), "attention_mask": mask, "labels": torch.zeros(16).long()}
     if kind == "keep":
         batch |= {"source_input_ids": batch["input_ids"].flip(1), "source_attention_mask": mask}
-    there = on(cuda, batch if padded else {name: v for name, v in batch.items() if not name.endswith("mask")})
+    on_device = on(cuda, batch if padded else {name: v for name, v in batch.items() if not name.endswith("mask")})
     eager, step = eagerly(model), flare.GraphedStep(model)
 
     def run_eager() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            eager(there)
+            eager(on_device)
 
     def run_graph() -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -391,8 +411,10 @@ def test_attention_runs_its_eager_kernels_in_a_replay(
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}], ids=str)
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_trainer_with_captured_steps(options: dict[str, Any], cached: bool, tmp_path: Path) -> None:
-    """Accumulation, clipping, and batches of one shape but for the last of an epoch."""
+def test_training_with_captured_steps_gives_the_same_losses(
+    options: dict[str, Any], cached: bool, tmp_path: Path
+) -> None:
+    """The training accumulates and clips gradients, and the last batch of an epoch is smaller than all others."""
     losses = []
     for graphed in (False, True):
         trainer = flare.FlareTrainer(

@@ -1,4 +1,4 @@
-"""Files of the sdist and of the wheel. The release workflow unpacks the sdist and runs its tests."""
+"""Check which files the sdist and the wheel have. The release workflow unpacks the sdist and runs its tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("setuptools", minversion="77", reason="setuptools 77 or later builds the package")
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What tests, examples, documentation and `make test` read, besides the packages.
+#: Folders and files that tests, examples, documentation and `make test` read, in addition to the packages.
 FOLDERS = ("tests", "benchmarks", "docs", "examples", "constraints", "tools", ".ci", ".github")
 FILES = (
     "Makefile",
@@ -47,7 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sdist_has_every_file_that_tests_need(built: Path) -> None:
     listed = set((built / "sources").read_text().splitlines())
     needed = {*FILES, *TEXTS}.union(*(files_in(ROOT / folder, ROOT) for folder in (*FOLDERS, *PACKAGES)))
-    assert sorted(needed - listed) == [], "add these to MANIFEST.in or to package-data"
+    assert sorted(needed - listed) == [], "add these files to MANIFEST.in or to package-data"
     assert {"benchmarks/run_gpu.sh", ".ci/run", "constraints/oldest.txt", "tests/recorded_benchmarks.json"} <= listed
     assert not any("__pycache__" in path or path.endswith(".pyc") for path in listed)
 
@@ -58,4 +58,6 @@ def test_the_wheel_has_both_packages_with_their_data_and_no_tests(built: Path) -
     expected = set().union(*(files_in(ROOT / package, ROOT) for package in PACKAGES))
     assert files_in(lib, lib) == expected
     data = {Path(path).suffix for path in expected if not path.endswith(".py")}
-    assert data >= {".typed", ".json", ".yaml"}, "types, launch tables and languages, recipes"
+    assert data >= {".typed", ".json", ".yaml"}, (
+        "the wheel lacks py.typed, JSON files (launch tables, languages) or YAML files (recipes)"
+    )

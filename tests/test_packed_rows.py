@@ -1,4 +1,4 @@
-"""Packed texts together with a source, and unknown source_... arguments, are refused."""
+"""Rows that hold several texts (packed) are refused if there is a source, and so are unknown source_... arguments."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cached_states import batch_of, fused
 import flare
 from flare.baselines import x_mixup
 
+#: Positions of one text per row, and of two texts that are packed into one row.
 COUNTED = torch.arange(9).expand(3, 9)
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]).expand(3, 9)
 
@@ -40,7 +41,7 @@ def test_packed_rows_next_to_a_source_are_refused(changes, message, training) ->
         model(**inputs_of("llama", **changes))
     plain = {n: v for n, v in inputs_of("llama", **changes).items() if not n.startswith("source_")}
     if not isinstance(changes.get("attention_mask"), dict):
-        model(**plain)  # without a source they are the model's
+        model(**plain)  # without a source, the model decides what to do with them
 
 
 def test_packed_rows_next_to_source_states_are_refused() -> None:
@@ -50,7 +51,7 @@ def test_packed_rows_next_to_source_states_are_refused() -> None:
         model(**inputs, source_states=states)
 
 
-def test_positional_position_ids_are_checked() -> None:
+def test_position_ids_without_a_keyword_are_checked() -> None:
     inputs = batch_of("llama")
     source = {name: value for name, value in inputs.items() if name.startswith("source_")}
     with pytest.raises(ValueError, match="position_ids do not increase by one"):
@@ -58,14 +59,15 @@ def test_positional_position_ids_are_checked() -> None:
 
 
 def test_consecutive_positions_are_accepted() -> None:
-    """With any values at padding, before or after the text."""
+    """The positions of padding may have any value, before or after the text."""
     model, inputs = fused("llama").eval(), inputs_of("llama")
     mask = inputs["attention_mask"]
     counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
-    want = model(**inputs).logits
-    torch.testing.assert_close(model(**inputs, position_ids=COUNTED).logits, want)
-    got = model(**inputs, position_ids=counted).logits
-    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-4)  # rotary: differences count
+    expected = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs, position_ids=COUNTED).logits, expected)
+    # rotary embeddings depend only on differences of positions
+    actual = model(**inputs, position_ids=counted).logits
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
     fused("bert")(**inputs_of("bert", position_ids=COUNTED))
 
 
@@ -101,7 +103,7 @@ def test_x_mixup_refuses_packed_rows() -> None:
 
 
 def test_the_model_refuses_packed_rows_from_the_collator() -> None:
-    """flare.FlareDataCollator passes unknown columns through."""
+    """`flare.FlareDataCollator` does not remove unknown columns, so the model gets them."""
     from flare.experiments.demo.base_model import build_tokenizer
 
     rows = [{"input_ids": [5, 6, 7], "source_input_ids": [5, 6, 8], "source_position_ids": [0, 1, 0]}]
@@ -116,7 +118,7 @@ def test_the_most_similar_name_is_suggested() -> None:
 
 
 def test_lookup_refuses_packed_rows() -> None:
-    """It gets the batch before the model does."""
+    """`SourceStateCache.lookup` gets a batch before the model does, so it makes the same checks."""
     model, inputs = fused("llama"), inputs_of("llama")
     cache = flare.SourceStateCache(1 << 20)
     model.set_source_cache(cache)

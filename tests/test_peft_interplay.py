@@ -1,4 +1,4 @@
-"""A fusing adapter after a merged English adapter, from a LoRA checkpoint, and together with other adapters."""
+"""A fusing adapter on a merged English adapter, from a LoRA checkpoint, and next to other adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
 
 
 def english(family: str, **fields: Any) -> Any:
-    """Return a PEFT LoRA model that stands for one trained on the English task."""
+    """Return a PEFT LoRA model with random weights, in place of a model that was trained on the English task."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=QV[family], task_type=TASK[family], **fields)
     model = peft.get_peft_model(tiny.model(family), config)
     tiny.randomize_lora(model, seed=8)
@@ -28,15 +28,15 @@ def text(inputs: dict) -> dict:
 
 
 @pytest.mark.parametrize("family", QV)
-def test_fusing_adapter_on_a_merged_english_adapter(family, tmp_path) -> None:
+def test_a_fusing_adapter_trains_on_a_merged_english_adapter(family, tmp_path) -> None:
     """As in the paper: the fusing adapter is trained on the English model, which also runs the source pass."""
     inputs = tiny.batch(family)
     task = english(family)
-    want = task.eval()(**text(inputs)).logits
+    expected = task.eval()(**text(inputs)).logits
     merged = task.merge_and_unload()
     model = flare.fast_lora(merged, r=5).eval()
-    torch.testing.assert_close(model(**text(inputs)).logits, want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-5, atol=1e-5)  # B is zero
+    torch.testing.assert_close(model(**text(inputs)).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)  # B is zero
     tiny.randomize_lora(model)
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     fresh = flare.fast_lora(tiny.model(family), r=5)
@@ -51,7 +51,7 @@ def test_fusing_adapter_on_a_merged_english_adapter(family, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("family", QV)
-def test_plain_lora_checkpoint_becomes_a_fusing_adapter(family, tmp_path) -> None:
+def test_a_plain_lora_checkpoint_becomes_a_fusing_adapter(family, tmp_path) -> None:
     """A, B, rank, targets and head are kept. The saved adapter loads as a FLARE adapter."""
     inputs, task = tiny.batch(family), english(family)
     task.save_pretrained(tmp_path / "lora")
@@ -72,8 +72,8 @@ def test_plain_lora_checkpoint_becomes_a_fusing_adapter(family, tmp_path) -> Non
     torch.testing.assert_close(again(**inputs).logits, fused.logits, rtol=0, atol=0)
 
 
-def test_switching_between_adapters_of_different_fusions(tmp_path) -> None:
-    """Each gives its own output, independent of the adapter that was active before. Plain LoRA ignores the source."""
+def test_adapters_of_different_fusions_can_be_switched(tmp_path) -> None:
+    """Each adapter gives its own output, whichever adapter was active before. Plain LoRA ignores the source."""
     inputs = tiny.batch("llama")
     configs = {
         "add": {"fusion": "add"},
@@ -81,12 +81,12 @@ def test_switching_between_adapters_of_different_fusions(tmp_path) -> None:
         "cross": {"fusion": "cross_attention", "cross_attention_heads": 2},
         "plain": {"fusion": None},
     }
-    want, model = {}, None
+    expected, model = {}, None
     for seed, (name, fields) in enumerate(configs.items()):
         config = flare.FlareConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **fields)
         alone = flare.fast_lora(tiny.model("llama"), config).eval()
         tiny.randomize_lora(alone, seed=seed)
-        want[name] = alone(**inputs).logits
+        expected[name] = alone(**inputs).logits
         alone.save_pretrained(tmp_path / name)
         if model is None:
             model = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path / name, adapter_name=name)
@@ -95,16 +95,16 @@ def test_switching_between_adapters_of_different_fusions(tmp_path) -> None:
     model.eval()
     for name in ("cross", "plain", "add", "mul", "cross", "add"):
         model.set_adapter(name)
-        torch.testing.assert_close(model(**inputs).logits, want[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model(**inputs).logits, expected[name], rtol=1e-6, atol=1e-6)
     model.set_adapter("plain")
-    torch.testing.assert_close(model(**text(inputs)).logits, want["plain"], rtol=0, atol=0)
-    assert len({tuple(one.flatten()[:8].tolist()) for one in want.values()}) == len(configs)
+    torch.testing.assert_close(model(**text(inputs)).logits, expected["plain"], rtol=0, atol=0)
+    assert len({tuple(logits.flatten()[:8].tolist()) for logits in expected.values()}) == len(configs)
 
 
 @pytest.mark.parametrize("r", [8, 64, 128])
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
-def test_the_papers_ranks(r, fusion) -> None:
-    """A step trains every weight of the adapter, also with a rank far above the model's width."""
+def test_a_step_trains_every_weight_at_the_papers_ranks(r, fusion) -> None:
+    """This also holds for a rank that is far larger than the model's width."""
     model = flare.fast_lora(tiny.model("llama"), r=r, lora_alpha=2 * r, fusion=fusion)
     tiny.randomize_lora(model)
     inputs = tiny.batch("llama")

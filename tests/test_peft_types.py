@@ -1,4 +1,4 @@
-"""Features that PEFT and transformers tie to the type LORA: they work with FLARE's type, or are refused."""
+"""Features that PEFT and transformers offer for the type LORA work for the type FLARE too, or are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hook_count(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "corda"])
-def test_adapter_that_changed_the_base_is_converted_when_saved(kind, tmp_path) -> None:
+def test_an_adapter_that_changed_the_base_is_converted_when_saved(kind, tmp_path) -> None:
     base = tiny.model("bert").eval()
     untouched = copy.deepcopy(base)
     config = flare.FlareConfig(r=3, lora_alpha=6, target_modules=QV, init_lora_weights=kind, fusion=None)
@@ -50,45 +50,45 @@ def test_adapter_that_changed_the_base_is_converted_when_saved(kind, tmp_path) -
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        want = model(**text()).logits
+        expected = model(**text()).logits
         model.save_pretrained(
             tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
         )
-        torch.testing.assert_close(model(**text()).logits, want, rtol=0, atol=0)
+        torch.testing.assert_close(model(**text()).logits, expected, rtol=0, atol=0)
         back = peft.PeftModel.from_pretrained(untouched, tmp_path / "converted").eval()
-        torch.testing.assert_close(back(**text()).logits, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(back(**text()).logits, expected, rtol=1e-5, atol=1e-6)
     assert list(model.peft_config) == ["default"]
     saved = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (6, 12, True)
 
 
-@pytest.mark.parametrize("left", [None, "plain", "fusing"])
-def test_deleting_an_adapter_removes_its_hooks(left) -> None:
+@pytest.mark.parametrize("remaining", [None, "plain", "fusing"])
+def test_deleting_an_adapter_removes_its_hooks(remaining) -> None:
     base = tiny.model("bert").eval()
-    want, before = base(**text()).logits, hook_count(base)
+    expected, before = base(**text()).logits, hook_count(base)
     model = flare.fast_lora(base, r=4).eval()
     fusing = hook_count(base)
-    if left is not None:
+    if remaining is not None:
         model.add_adapter(
-            "other", flare.FlareConfig(r=4, target_modules=QV, fusion="mul" if left == "fusing" else None)
+            "other", flare.FlareConfig(r=4, target_modules=QV, fusion="mul" if remaining == "fusing" else None)
         )
         model.set_adapter("other")
     model.delete_adapter("default")
     after = hook_count(base)
-    if left is None:
+    if remaining is None:
         assert after == before and not [n for n in base.__dict__ if n.startswith("_flare")]
         with pytest.raises(ValueError, match="no adapter that could read a source"):
             model.encode_source(tiny.batch("bert")["source_input_ids"])
-        assert torch.equal(base(**text()).logits, want)
+        assert torch.equal(base(**text()).logits, expected)
         return  # PEFT cannot add an adapter to a head whose adapters were all deleted
-    elif left == "plain":
+    elif remaining == "plain":
         assert before < after < fusing
     else:
         assert after == fusing
         tiny.randomize_lora(model)
         assert not torch.equal(model(**tiny.batch("bert")).logits, model(**text()).logits)
         return
-    assert torch.equal(base(**text()).logits, want)
+    assert torch.equal(base(**text()).logits, expected)
     model.add_adapter("again", flare.FlareConfig(r=4, target_modules=QV))
     model.set_adapter("again")
     tiny.randomize_lora(model)
@@ -99,12 +99,12 @@ def test_deleting_an_adapter_removes_its_hooks(left) -> None:
 def test_a_source_after_transformers_delete_is_refused(tmp_path) -> None:
     flare.fast_lora(tiny.model("bert"), r=4).save_pretrained(tmp_path)
     base = tiny.model("bert").eval()
-    want = base(**text()).logits
+    expected = base(**text()).logits
     base.load_adapter(str(tmp_path))
     base.add_adapter(peft.LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"]), "x")
     base.delete_adapter("default")
     base.eval()
-    assert torch.equal(base(**text()).logits, want)
+    assert torch.equal(base(**text()).logits, expected)
     with pytest.raises(ValueError, match="source_input_ids: the adapters that read a source were deleted"):
         base(**tiny.batch("bert"))
 
@@ -132,27 +132,27 @@ def test_transformers_hotswap_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("backend", "source"), [(None, False), (None, True), ("aot_eager", True)])
-def test_hotswap_after_compiling(backend, source, tmp_path) -> None:
-    """Weights, rank and scaling change without a recompilation. The same works in an eager model."""
-    batch, want = tiny.batch("llama", source=source), []
+def test_hotswap_after_compiling_needs_no_recompilation(backend, source, tmp_path) -> None:
+    """Swapping changes weights, rank and scaling without a recompilation. It also works in an eager model."""
+    batch, expected = tiny.batch("llama", source=source), []
     for name, r, alpha in (("one", 4, 8), ("two", 2, 20)):
         model = flare.fast_lora(tiny.model("llama", num_hidden_layers=1), r=r, lora_alpha=alpha).eval()
         tiny.randomize_lora(model, seed=r)
         model.save_pretrained(tmp_path / name)
-        want.append(model(**batch).logits.detach())
+        expected.append(model(**batch).logits.detach())
     model = peft.PeftModel.from_pretrained(tiny.model("llama", num_hidden_layers=1), tmp_path / "one").eval()
     with torch.no_grad():
         model(**batch)
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
         run = model if backend is None else torch.compile(model, backend=backend)
-        torch.testing.assert_close(run(**batch).logits, want[0])
+        torch.testing.assert_close(run(**batch).logits, expected[0])
         hotswap.hotswap_adapter(run, tmp_path / "two", "default")
         with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close(run(**batch).logits, want[1])
+            torch.testing.assert_close(run(**batch).logits, expected[1])
 
 
 def test_target_parameters_add_the_same_targets_as_peft(monkeypatch) -> None:
-    """PEFT adds its default targets for a known model type, and none for an unknown one."""
+    """PEFT adds its default targets if it knows the model type, and no targets otherwise."""
     for kind, count in (("llama", 3), ("a_new_type", 1)):
         targets = []
         monkeypatch.setattr(LlamaConfig, "model_type", kind)
@@ -179,7 +179,7 @@ def test_saving_shards_that_were_not_gathered_warns(fusion, tmp_path) -> None:
         model.save_pretrained(tmp_path)
 
 
-def test_peft_helpers_that_ask_for_lora() -> None:
+def test_peft_helpers_for_the_type_lora_work_or_are_refused() -> None:
     """convert_to_lora merges, so it refuses a fusing adapter. reduce_intruder_dimension only accepts the type LORA."""
     plain = flare.fast_lora(tiny.model("llama"), r=4, fusion=None)
     tiny.randomize_lora(plain)
@@ -194,7 +194,7 @@ def test_peft_helpers_that_ask_for_lora() -> None:
         torch.testing.assert_close(plain(**text("llama")).logits, tiny.model("llama")(**text("llama")).logits)
 
 
-def test_modules_of_mamba_that_lora_does_not_support() -> None:
+def test_modules_of_mamba_that_lora_does_not_support_are_refused() -> None:
     size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     for config in (peft.LoraConfig, flare.FlareConfig):
         fields = {"fusion": None} if config is flare.FlareConfig else {}

@@ -30,8 +30,16 @@ def without(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> dict[str, capabili
         ("gptqmodel", "base in GPTQ, AWQ", "gptqmodel is missing: pip install gptqmodel"),
         ("kernels", "base in fine-grained float8", "it needs a CUDA device; kernels is missing"),
         ("datasets", "data sets from the hub", "datasets is missing: pip install 'flare-kernels[experiments]'"),
-        ("datasets", "flare finetune, train, evaluate", "the extra experiments is missing (datasets): pip install"),
-        ("tqdm", "every command but flare info", "the extra experiments is missing (tqdm): pip install"),
+        (
+            "datasets",
+            "flare finetune, train, evaluate",
+            "packages of the extra 'experiments' are missing (datasets): pip install",
+        ),
+        (
+            "tqdm",
+            "every command except flare info",
+            "packages of the extra 'experiments' are missing (tqdm): pip install",
+        ),
         ("pytest_benchmark", "flare bench", "pytest-benchmark is missing: pip install 'flare-kernels[dev]'"),
     ],
 )
@@ -46,7 +54,7 @@ def test_a_missing_package_is_named_with_its_install_command(monkeypatch, packag
 def test_without_a_device_the_plain_form_runs(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = without(monkeypatch)
-    assert "no CUDA device" in found["Triton kernels"].reason and "PyTorch form runs" in found["Triton kernels"].reason
+    assert "no CUDA device" in found["Triton kernels"].reason and "plain PyTorch runs" in found["Triton kernels"].reason
     assert not found["flare bench --tune"].available
     assert "small models" in found["flare-mt"].reason
 

@@ -84,7 +84,9 @@ def test_lengths_and_vocabulary(place, tmp_path, capsys):
         tokens = [token for text in texts for token in tokenizer.tokenize(text)]
         assert row["words"] == sum(len(text.split()) for text in texts) and row["tokens"] == len(tokens)
         assert row["unknown"] == tokens.count(tokenizer.unk_token)
-    assert "is not fine-tuned, so its head is random" in shown and found["costs"] == [] and found["score"] is None
+    assert (
+        "is not fine-tuned, so its head has random weights" in shown and found["costs"] == [] and found["score"] is None
+    )
     assert "% of the texts are cut to 10 tokens" in shown
 
 
@@ -104,7 +106,7 @@ def test_warnings(place, tmp_path, capsys):
         "vemari train: 14 of 14 rows have the same text in english; check that each column or folder is the right one",
         "vemari: 5 test texts are also training texts",
         "no training row has the label 'bad', and 1 test rows have it",
-        "100 % of the training rows are 'good'",
+        "100 % of the training rows have the label 'good'",
         "of the tokens are unknown to the tokenizer",
         "every batch is padded to 128 tokens, and the longest text has",
     ):

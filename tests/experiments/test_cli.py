@@ -85,7 +85,7 @@ def test_bench_tune_keeps_an_existing_table(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: "Some GPU")
     status, _, err = run(capsys, "bench", "--tune", "--output", str(path))
-    assert status == 2 and "already there" in err and "--overwrite" in err
+    assert status == 2 and "exists already" in err and "--overwrite" in err
     assert path.read_text() == "mine"
 
 

@@ -164,7 +164,7 @@ def test_a_checkpoint_whose_best_is_lost_is_skipped(place, run, capsys):
     assert begin_again(place, run) == 0
     said = capsys.readouterr().out
     assert "checkpoint-6 is damaged" in said
-    assert "checkpoint-18 is not used: checkpoint-12, the best so far, is damaged or missing" in said
+    assert "checkpoint-18 is not used: checkpoint-12, the best checkpoint so far, is damaged or missing" in said
     assert "the training starts from the beginning" in said and "resumes" not in said
 
 

@@ -63,7 +63,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 def test_without_a_valid_split_the_last_checkpoint_is_used_with_a_note(train, runs):
     status, out, _ = train("--method", "lora")
-    assert status == 0 and "vemari has no valid split: the last checkpoint is used" in out
+    assert status == 0 and "vemari has no valid split, so the last checkpoint is used" in out
     run = next(run for run in find_runs(runs) if run.record.kind == "train")
     assert run.metrics.valid == {} and run.metrics.best_checkpoint == run.metrics.steps == 6
 
@@ -73,7 +73,7 @@ def test_a_folder_of_another_run_is_refused_and_unchanged(train, runs):
     before = files(runs)
     status, _, err = train("--method", "lora", "--lr", "1e-3", "--alpha", "2", "--rows", "30")
     assert status == 2
-    for word in ("other settings", "learning_rate is 0.01 there and 0.001 now", "rows is not given there", "adapter"):
+    for word in ("other settings", "learning_rate was 0.01 and is now 0.001", "rows was not given", "adapter"):
         assert word in err, err
     assert "--name" in err and "--output" in err and "--no-resume" in err
     assert files(runs) == before
@@ -107,7 +107,7 @@ def test_foreign_files_are_not_touched(train, runs):
     (folder / "thesis.tex").write_text("mine")
     before = files(runs)
     status, _, err = train("--method", "lora")
-    assert status == 2 and "thesis.tex" in err and "nothing there was touched" in err
+    assert status == 2 and "thesis.tex" in err and "none of its files was changed" in err
     assert {path: text for path, text in files(runs).items() if path.name != ".lock"} == before
 
 

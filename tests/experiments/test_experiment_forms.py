@@ -110,7 +110,7 @@ def test_missing_backbone_weights_are_initialised_once(place, tmp_path):
     merged = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "runs" / "base" / "seed-3")
     assert trained.equal(merged.bert.pooler.dense.weight)
     notes = read_record(tmp_path / "runs" / "base" / "seed-3").data["notes"]
-    assert [note for note in notes if "no weights for bert.pooler.dense: initialised from the seed" in note]
+    assert [note for note in notes if "no weights for bert.pooler.dense: they are initialised from the seed" in note]
 
 
 def test_full_fine_tuning_changes_every_weight(place, tmp_path):

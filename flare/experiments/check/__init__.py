@@ -1,1 +1,1 @@
-"""Checks of settings, data and costs before training: ``flare check``."""
+"""Check settings and data and estimate costs before training: ``flare check``."""

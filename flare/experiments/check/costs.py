@@ -1,4 +1,4 @@
-"""Measurements of `flare check`: the base's score on the source language, and time and memory of each method."""
+"""Measure for `flare check` the base's score on the source language, and the time and memory of each method."""
 
 from __future__ import annotations
 
@@ -34,11 +34,17 @@ _MEMORY_SHARE = 0.9
 
 @dataclass
 class Cost:
-    """Estimated costs of one run of a method; None if not measured, with the reason in `error`.
+    """Estimated costs of one run of a method. Costs that could not be measured are None, and `error` gives the reason.
 
-    step_seconds: median of the timed steps. steps: optimizer steps of a run. train_seconds: time of all these steps.
+    method: name of the method with its settings (`Plan.variant`).
+    step_seconds: median time of the timed steps.
+    steps: number of optimizer steps of a run.
+    train_seconds: time of all these steps.
     other_seconds: time for predicting the validation split after each epoch, for predicting the test split, and for
-    FLARE MT's encoder. peak_bytes: peak memory of one step, with weights and optimizer state (see `peak_kind`).
+        FLARE MT's encoder.
+    peak_bytes: peak memory of one step, including weights and optimizer state.
+    peak_kind: how peak_bytes was measured, "cuda peak" or "live tensors".
+    error: why the costs could not be measured, or None.
     """
 
     method: str
@@ -52,13 +58,19 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Seconds of a whole run."""
+        """Seconds of a whole run: training, predictions and MT encoder."""
         return (self.train_seconds or 0.0) + (self.other_seconds or 0.0)
 
 
 @dataclass
 class Score:
-    """Score of the base on source-language rows; majority: accuracy of always predicting the most frequent label."""
+    """Score of the base on source-language rows.
+
+    split: name of the split.
+    rows: number of scored rows.
+    scores: metric -> percent.
+    majority: accuracy, in percent, of always predicting the most frequent label; None if the rows have no labels.
+    """
 
     split: str
     rows: int
@@ -76,7 +88,15 @@ class Score:
 
 
 def score_base(setup: Setup, pairs: Sequence[Pair], split: str, batch: int, name: str | None) -> Score:
-    """Return the base's score on rows of the source language."""
+    """Return the base's score on rows of the source language.
+
+    Args:
+        setup: the base model and its form of the task.
+        pairs: rows of the source language.
+        split: name of their split.
+        batch: rows per batch.
+        name: label of the progress bar; None: no bar.
+    """
     set_seed(0)
     device = _device(use_cpu=False)
     model = setup.load_model()
@@ -170,7 +190,7 @@ def memory_warning(cost: Cost) -> str | None:
     if cost.peak_bytes < _MEMORY_SHARE * total:
         return None
     return (
-        f"{cost.method} needs {cost.peak_bytes / 2**30:.1f} GiB of the device's {total / 2**30:.1f} GiB: use a "
+        f"{cost.method} needs {cost.peak_bytes / 2**30:.1f} GiB of the device's {total / 2**30:.1f} GiB; use a "
         "smaller --batch-size with --gradient_accumulation_steps, or --gradient_checkpointing"
     )
 

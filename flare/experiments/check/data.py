@@ -1,4 +1,4 @@
-"""Checks of the data by `flare check`: pairs, lengths, labels, vocabulary."""
+"""Check the data for `flare check`: pairs, lengths, labels, vocabulary."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ from ..tasks import Example, Pair, Task, make_form
 from ..tasks.forms.generative import GenerativeForm
 from ..tasks.registry import METRICS
 
-#: At most this many rows of a split are tokenised, evenly spaced.
+#: Maximum number of rows of a split that are tokenised. They are evenly spaced over the split.
 SAMPLE = 5000
 _LONG = 10**6  # a maximum length, in tokens, that cuts no text
 
-_CUT_SHARE, _UNKNOWN_SHARE, _SPLIT_RATIO = 0.05, 0.01, 1.5
-_FEW, _MAJORITY, _PADDING = 10, 0.8, 0.6
+_CUT_SHARE = 0.05  # warn if a larger share of the texts is cut
+_SAME_TEXT_SHARE = 0.05  # warn if a larger share of the rows has the same text in both languages
+_UNKNOWN_SHARE = 0.01  # warn if a larger share of the tokens is unknown
+_SPLIT_RATIO = 1.5  # warn if the target has more than 1.5 times as many tokens per word as the source
+_FEW = 10  # warn if a label has fewer training rows
+_MAJORITY = 0.8  # warn if one label has a larger share of the training rows
+_PADDING = 0.6  # warn if the longest text fills a smaller share of the fixed width of the batches
 
 
 @dataclass
 class Lengths:
     """Tokens per text in one split of a language.
 
-    texts: number of tokenised texts. cut: number of texts longer than `limit`.
-    mean, most_of (95th percentile), longest and limit are numbers of tokens.
+    language, split: the language and the split.
+    texts: number of tokenised texts.
+    mean: mean number of tokens.
+    most_of: 95th percentile of the number of tokens.
+    longest: tokens of the longest text.
+    limit: number of tokens to which texts are cut.
+    cut: number of texts longer than `limit`.
     """
 
     language: str
@@ -42,7 +52,12 @@ class Lengths:
 
 @dataclass
 class Vocabulary:
-    """Counts over a language's texts: words (split at white space), their tokens, and unknown tokens."""
+    """Numbers of words and tokens in a language's texts.
+
+    words: number of words, split at white space.
+    tokens: number of tokens of these words.
+    unknown: number of tokens that are not in the tokenizer's vocabulary.
+    """
 
     language: str
     words: int
@@ -56,7 +71,7 @@ class Vocabulary:
 
     @property
     def unknown_share(self) -> float:
-        """Share of tokens that are unknown to the vocabulary."""
+        """Share of tokens that are not in the tokenizer's vocabulary."""
         return self.unknown / max(self.tokens, 1)
 
 
@@ -64,7 +79,14 @@ class Vocabulary:
 class DataCheck:
     """Results for the data of one target language.
 
-    pairs: split -> number of rows used. left_out: notes about unused rows. labels: split -> label -> number of rows.
+    target: name of the language.
+    pairs: split -> number of rows used.
+    left_out: notes about rows that are not used.
+    examples: the first training rows, each {"id", "target", "source", "label"}.
+    labels: split -> label -> number of rows.
+    lengths: tokens per text of each split and language.
+    vocabulary: word and token counts of the target, and of the source if there are source texts.
+    warnings: warnings about the data, in words.
     """
 
     target: str
@@ -83,11 +105,11 @@ def check_data(
     """Check the pairs of every split of a target language.
 
     Args:
-        target, source: the languages.
-        splits: split -> pairs.
-        notes: notes of `load_pairs`.
-        setup: tokenizer, form and length.
-        shown: number of example pairs from the start of the training split.
+        target, source: names of the languages.
+        splits: split -> its pairs.
+        notes: notes of `load_pairs` about them.
+        setup: tokenizer, form and maximum length.
+        shown: number of training pairs to copy into `examples`, from the start.
     """
     task = setup.form.task
     check = DataCheck(target, {split: len(pairs) for split, pairs in splits.items()}, list(notes))
@@ -184,7 +206,7 @@ def _vocabulary(language: str, rows: Sequence[Example], task: Task, tokenizer: A
 def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> Iterable[str]:
     for split, pairs in splits.items():
         same = [p.target.id for p in pairs if p.source is not None and p.target.texts == p.source.texts]
-        if len(same) > 0.05 * len(pairs):
+        if len(same) > _SAME_TEXT_SHARE * len(pairs):
             yield (
                 f"{target} {split}: {len(same)} of {len(pairs)} rows have the same text in {source}; check that "
                 "each column or folder is the right one"
@@ -192,7 +214,7 @@ def _warn_of_pairs(target: str, source: str, splits: dict[str, list[Pair]]) -> I
     known = {tuple(pair.target.texts.values()) for pair in splits.get("train", ())}
     repeated = [pair.target.id for pair in splits.get("test", ()) if tuple(pair.target.texts.values()) in known]
     if repeated:
-        yield f"{target}: {len(repeated)} test texts are also training texts, so their score says little"
+        yield f"{target}: {len(repeated)} test texts are also training texts, so the test score may be too high"
 
 
 def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bool) -> Iterable[str]:
@@ -205,9 +227,9 @@ def _warn_of_labels(target: str, labels: dict[str, dict[str, int]], macro_f1: bo
     total = sum((train or {}).values())
     for label, count in (train or {}).items():
         if count > _MAJORITY * total and label != "O":
-            advice = ", choose checkpoints by macro F1 (--metric macro_f1)" if macro_f1 else ""
+            advice = "; choose checkpoints by macro F1 (--metric macro_f1)" if macro_f1 else ""
             share = f"{100 * count / total:.0f} % of the training rows"
-            yield f"{target}: {share} are {label!r}; accuracy will say little{advice}"
+            yield f"{target}: {share} have the label {label!r}, so predicting it always gives a high accuracy{advice}"
 
 
 def _warn_of_lengths(lengths: Sequence[Lengths], setup: Setup) -> Iterable[str]:
@@ -215,7 +237,7 @@ def _warn_of_lengths(lengths: Sequence[Lengths], setup: Setup) -> Iterable[str]:
         splits = [one for one in lengths if one.language == language]
         cut, texts = sum(one.cut for one in splits), sum(one.texts for one in splits)
         if cut > _CUT_SHARE * texts:
-            # max_length minus the limit is reserved for the answer
+            # a generating model reserves max_length - limit tokens for its answer
             enough = max(one.most_of for one in splits) + setup.max_length - splits[0].limit
             yield (
                 f"{language}: {100 * cut / texts:.0f} % of the texts are cut to {splits[0].limit} tokens; "
@@ -225,8 +247,8 @@ def _warn_of_lengths(lengths: Sequence[Lengths], setup: Setup) -> Iterable[str]:
     limit = max((one.limit for one in lengths), default=0)
     if setup.batches["padding"] == "max_length" and 0 < longest < _PADDING * limit:
         yield (
-            f"every batch is padded to {limit} tokens, and the longest text has {longest}: --padding longest, or "
-            f"--max-length {longest}, trains faster with the same result"
+            f"every batch is padded to {limit} tokens, and the longest text has {longest} tokens; --padding longest or "
+            f"--max-length {longest} trains faster with the same result"
         )
 
 
@@ -241,5 +263,5 @@ def _warn_of_vocabulary(vocabulary: Sequence[Vocabulary]) -> Iterable[str]:
         target, source = vocabulary
         yield (
             f"{target.language} words are split into {target.per_word:.1f} tokens and {source.language} words into "
-            f"{source.per_word:.1f}: the tokenizer covers {target.language} poorly, and its texts become longer"
+            f"{source.per_word:.1f}: the tokenizer covers {target.language} poorly, so texts in it become longer"
         )

@@ -1,4 +1,4 @@
-"""`flare check`: show what `flare train` would read and cost, without writing anything but the --json file."""
+"""`flare check`: show what `flare train` would read and cost. Only the --json file is written."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ from .data import DataCheck, check_data
 class Check:
     """Results of a check.
 
-    about: task, languages, model and sizes. data: checks of each target's data. score: score of the base. costs: costs
-    of each method on the first target. runs: number of runs per method. warnings: in words.
+    about: task, languages, model, lengths and device.
+    data: results for the data of each target language.
+    score: score of the base, or None if it was not scored.
+    costs: costs of each method on the first target language.
+    runs: number of runs of each method.
+    warnings: warnings, in words.
     """
 
     about: dict[str, Any]
@@ -113,7 +117,7 @@ def _about(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> dic
 
 
 def _plan_with_source(grid: Sequence[Plan], target: str) -> Plan:
-    """Return a run of a target that reads a source, or its first run if none does."""
+    """Return a run of a target language that reads a source, or the target's first run if no run does."""
     plans = [plan for plan in grid if plan.target == target]
     return next((plan for plan in plans if plan.source_text is not None), plans[0])
 
@@ -131,17 +135,17 @@ def _splits(plan: Plan, data: Data) -> tuple[dict[str, list[Pair]], list[str]]:
         )
         notes = [*notes, *more]
     else:
-        notes = [*notes, f"{language} has no valid split: the last checkpoint is used"]
+        notes = [*notes, f"{language} has no valid split, so the last checkpoint is used"]
     splits["test"], more = data.pairs(plan.target, "test", source_text=plan.source_text)
     return splits, [*notes, *more]
 
 
 def _score(settings: CheckSettings, data: Data, setup: Setup, base: Base) -> tuple[Score | None, list[str]]:
-    """Return the base's score, or None and lines that say why there is none."""
+    """Return the base's score, or None, and lines that say why the base was not scored."""
     if settings.score_rows == 0:
         return None, []
     if base.record is None and setup.form.layout == "encoder":
-        return None, ["", f"No score of the base: {base.model} is not fine-tuned, so its head is random."]
+        return None, ["", f"No score of the base: {base.model} is not fine-tuned, so its head has random weights."]
     split = "valid" if data.has(data.source, "valid") else "test"
     pairs, _ = data.pairs(data.source, split)
     pairs = pairs[: settings.score_rows]
@@ -171,7 +175,7 @@ def _warnings(checks: Sequence[DataCheck], score: Score | None, costs: Sequence[
     if score is not None and score.at_chance:
         lines.append(
             f"the base is at chance level on {source}, so adapters on it learn the task from the start, or not at all; "
-            "fine-tune it longer or with another --lr"
+            "fine-tune the base with more --epochs or another --lr"
         )
     lines += [f"{cost.method} cannot be trained here: {cost.error}" for cost in costs if cost.error]
     lines += [line for cost in costs if (line := memory_warning(cost))]

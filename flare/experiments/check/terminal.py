@@ -1,4 +1,4 @@
-"""Terminal output of `flare check`."""
+"""Format the terminal output of `flare check`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from .costs import Cost, Score
 from .data import DataCheck
 
-_TEXT = 100  # characters shown of a text
+_TEXT = 100  # maximum number of characters shown of a text
 _GAP = "  "
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Return the lines of a table with a title; the first column is left-aligned, the others right-aligned."""
+    """Return the lines of a table with a title. The first column is left-aligned, all other columns right-aligned."""
     cells = [list(head), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [
@@ -34,7 +34,7 @@ def headline(about: dict[str, Any]) -> str:
 
 
 def data(check: DataCheck, source: str) -> list[str]:
-    """Return the lines about one target's data."""
+    """Return the lines about the data of one target language."""
     pairs = ", ".join(f"{count} {split}" for split, count in check.pairs.items())
     lines = ["", f"{check.target}: {pairs} rows", *(f"{_GAP}{line}" for line in check.left_out)]
     for row in check.examples:
@@ -79,7 +79,13 @@ def score(base_score: Score, source: str) -> list[str]:
 
 
 def costs(methods: Sequence[Cost], runs: int, about: dict[str, Any]) -> list[str]:
-    """Return the lines about time and memory."""
+    """Return the lines about time and memory.
+
+    Args:
+        methods: costs of one run of each method.
+        runs: number of runs of each method.
+        about: `Check.about`.
+    """
     rows: list[tuple[Any, ...]] = []
     for one in methods:
         if one.step_seconds is None or one.peak_bytes is None:

@@ -1,4 +1,4 @@
-"""Options of commands whose settings class holds the defaults."""
+"""Add options to commands whose settings class holds the default values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 def add_option(group: Any, flag: str, text: str, kind: type = str, metavar: str | None = None, **more: Any) -> None:
     """Add an option to an argument group.
 
-    The parser must have ``argument_default=argparse.SUPPRESS``: an option that is not given is then not passed on, and
-    the settings class's default holds.
+    The parser must have ``argument_default=argparse.SUPPRESS``, so that an option that is not given is missing from its
+    result, and the settings class uses its own default.
     """
     group.add_argument(flag, type=kind, metavar=metavar, help=text, **more)

@@ -17,7 +17,7 @@ from ..utils.errors import UserError
 from ..utils.extra import installed
 from ..utils.progress import print_line
 
-#: Defaults of --tune: the papers' models, and the most used sizes first.
+#: Defaults of --tune: models of the paper or of similar size, and numbers of tokens and ranks, the most used first.
 SHAPES = ("llama-3.1-8b", "xlm-r-large", "gemma-2-9b", "mt5-xl")
 TOKENS = (8192, 2048, 512, 1, 256, 32768)
 RANKS = (64, 8, 128)
@@ -33,15 +33,18 @@ def add_parser(commands: Any) -> None:
         "bench",
         help="run the benchmarks, or tune the kernels' launches for this GPU",
         description="Without --tune: run pytest on benchmarks/ of the checkout. With --tune: time every candidate "
-        "launch and its plain PyTorch form on this GPU, print the results, and write the table that later runs use.",
-        argument_default=argparse.SUPPRESS,  # the defaults are those of run_tuner
+        "launch of each kernel, and plain PyTorch, on this GPU, print the results, "
+        "and write the table that later runs use.",
+        argument_default=argparse.SUPPRESS,  # run_tuner has the defaults
     )
     bench.add_argument("--tune", action="store_true", default=False, help="tune instead of running the benchmarks")
     bench.add_argument("--shapes", nargs="+", metavar="NAME", help="model shapes to tune for")
     bench.add_argument("--tokens", nargs="+", type=int, metavar="M", help="tokens per call")
     bench.add_argument("--ranks", nargs="+", type=int, metavar="R", help="ranks of the adapters")
-    bench.add_argument("--budget", type=float, metavar="SECONDS", help="start no new size after so many seconds")
-    bench.add_argument("--jobs", type=int, metavar="N", help="compiler processes (default: all processors but one)")
+    bench.add_argument("--budget", type=float, metavar="SECONDS", help="after this time, start no further size")
+    bench.add_argument(
+        "--jobs", type=int, metavar="N", help="compiler processes (default: number of processors minus one)"
+    )
     bench.add_argument("--output", type=Path, metavar="FILE", help="table to write (default: in the user's cache)")
     bench.add_argument("--overwrite", action="store_true", help="replace an existing table")
     bench.add_argument(
@@ -55,7 +58,7 @@ def run(tune: bool, arguments: list[str], **options: Any) -> int:
     if not tune:
         if options:
             flags = ", ".join(f"--{name}" for name in options)
-            raise BenchError(f"{flags}: only with --tune (arguments for pytest go behind --)")
+            raise BenchError(f"{flags} can be used only with --tune (arguments for pytest follow --)")
         return run_benchmarks(arguments)
     if arguments:
         raise BenchError(f"{' '.join(arguments)}: --tune takes no arguments for pytest")
@@ -74,7 +77,7 @@ def run_benchmarks(arguments: Sequence[str]) -> int:
         raise BenchError("the benchmarks are in the repository, not in the installed package: clone it and run there")
     if not installed("pytest_benchmark"):
         raise BenchError("pytest-benchmark is not installed: pip install 'flare-kernels[dev]'")
-    # A separate process: pytest keeps state (plugins, imported conftests) that breaks a second run in one process.
+    # In a separate process, because pytest keeps state (plugins, conftests) that breaks a second run in one process.
     return subprocess.run([sys.executable, "-m", "pytest", str(folder), *arguments], check=False).returncode
 
 
@@ -89,34 +92,35 @@ def run_tuner(
     overwrite: bool = False,
     print_fn: Callable[[str], None] = print,
 ) -> Path:
-    """Measure the launch table of this GPU and write it entry by entry; return its path.
+    """Measure the launch table of this GPU, write each entry as soon as it is measured, and return the table's path.
 
     Args:
         shapes: names in ``flare_kernels.tuning.SHAPES``.
-        tokens, ranks: sizes to measure, in this order.
-        budget: seconds, compilation included, after which no new size is started.
-        jobs: compiler processes (default: all processors but one).
+        tokens: numbers of tokens per call to measure, in this order.
+        ranks: ranks of the adapters to measure, in this order.
+        budget: seconds, including compilation, after which no further size is started.
+        jobs: compiler processes (default: number of processors minus one).
         output: file to write. The default is in the user's cache, where later processes find it.
         overwrite: replace an existing table instead of raising.
         print_fn: prints a line.
 
     Raises:
-        BenchError: no CUDA device that the kernels run on, an unknown shape, sizes that are not positive, or a table
-            that exists.
+        BenchError: torch finds no CUDA device, Triton is missing or does not support the device, a shape is unknown, a
+            size is not positive, or the table exists already.
     """
     from flare_kernels import tuning
     from flare_kernels.launch_table import user_path
 
     unknown = sorted(set(shapes) - set(tuning.SHAPES))
     if unknown:
-        raise BenchError(f"--shapes {', '.join(unknown)}: accepted are {', '.join(tuning.SHAPES)}")
+        raise BenchError(f"--shapes {', '.join(unknown)}: unknown; accepted are {', '.join(tuning.SHAPES)}")
     for name, values in (("--tokens", tokens), ("--ranks", ranks)):
         if not values or min(values) < 1:
             raise BenchError(f"{name} {list(values)}: give numbers of 1 or more")
     if not torch.cuda.is_available():
         raise BenchError(
-            "--tune times the kernels on a CUDA device, and torch finds none. Nothing was written; without a table, "
-            "launches follow the general rule."
+            "--tune times the kernels on a CUDA device, and torch finds no CUDA device. Nothing was written; "
+            "without a table, a general rule chooses the launches on any GPU."
         )
     if not installed("triton"):
         raise BenchError(
@@ -128,7 +132,7 @@ def run_tuner(
     if path.is_dir():
         raise BenchError(f"--output {path} is a folder: name a file in it")
     if path.exists() and not overwrite:
-        raise BenchError(f"{path} is already there: name another file with --output, or replace it with --overwrite")
+        raise BenchError(f"{path} exists already: name another file with --output, or replace it with --overwrite")
     print_fn(f"tuning launches for {gpu}; every entry is written to {path} as soon as it is measured")
     try:
         table = tuning.tune(
@@ -150,9 +154,11 @@ def _summarise(table: Any, path: Path, print_fn: Callable[[str], None]) -> None:
     from flare_kernels.launch_table import package_path, user_path
 
     plain = sum(entry.form == "torch" for entry in table.entries.values())
-    print_fn(f"{len(table.entries)} entries, {plain} of them plain PyTorch, in {path}")
+    print_fn(f"{len(table.entries)} entries, {plain} of which use plain PyTorch, in {path}")
     if path == user_path(table.gpu):
-        print_fn("later processes of this user use it automatically")
+        print_fn("later processes of this user read this table automatically")
     else:
-        print_fn(f"to use it: FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
-    print_fn(f"to ship it for all users of this GPU: flare_kernels/tables/{package_path(table.gpu).name}")
+        print_fn(f"to use this table, set FLARE_LAUNCH_TABLE={path}, or copy it to {user_path(table.gpu)}")
+    print_fn(
+        f"to ship this table for all users of this GPU, copy it to flare_kernels/tables/{package_path(table.gpu).name}"
+    )

@@ -1,4 +1,4 @@
-"""What this machine can run, and what is missing otherwise: the second half of `flare info`."""
+"""List what this machine can run, and what is missing for the rest: the second half of `flare info`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ OPTIONAL = {
     "trl": "trl",
 }
 
-#: Formats of quantised bases in addition to bitsandbytes' (docs/bases.md): the format, the module and the package that
-#: it needs, and whether it runs on CUDA devices only.
+#: Formats of quantised bases in addition to bitsandbytes (docs/bases.md). Each is a format, the module that it needs,
+#: the package that has the module, and whether the format needs a CUDA device.
 FORMATS = (
     ("GPTQ, AWQ", "gptqmodel", "gptqmodel", False),
     ("AQLM", "aqlm", "'aqlm[gpu]'", True),
@@ -42,7 +42,12 @@ FORMATS = (
 
 
 class Capability(NamedTuple):
-    """A feature, whether it can run here, and a remark or the reason why not."""
+    """A feature of this package.
+
+    name: name of the feature.
+    available: whether it can run on this machine.
+    reason: why it cannot run, or a remark about how it runs; may be empty.
+    """
 
     name: str
     available: bool
@@ -53,7 +58,7 @@ class Capability(NamedTuple):
 
 
 def optional_versions() -> dict[str, str]:
-    """Return the versions of the optional packages; "not installed" for a missing one."""
+    """Return package -> version of the optional packages. The version of a missing package is "not installed"."""
     versions = {}
     for name, module in OPTIONAL.items():
         versions[name] = "not installed"
@@ -66,13 +71,13 @@ def optional_versions() -> dict[str, str]:
 
 
 def capabilities() -> list[Capability]:
-    """Return every feature with whether it can run here."""
+    """Return every feature, with whether it can run on this machine."""
     groups = (_kernels, _methods, _quantized, _data, _commands)
     return [capability for group in groups for capability in group()]
 
 
 def caches() -> dict[str, str]:
-    """Return the cache folders: purpose -> path, with a remark if the folder does not exist yet."""
+    """Return purpose -> path of the cache folders, with a remark after a path that does not exist yet."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folders = {
         "hub models and data": _hub_cache(home),
@@ -83,7 +88,7 @@ def caches() -> dict[str, str]:
 
 
 def lines() -> list[str]:
-    """Return all of it as lines to print."""
+    """Return optional versions, features and cache folders as lines to print."""
     shown = [f"{name:<15}{version}" for name, version in optional_versions().items()]
     shown.append("what runs here")
     shown += [f"  {one.name:<35}{one}" for one in capabilities()]
@@ -96,19 +101,19 @@ def lines() -> list[str]:
 
 def _kernels() -> Iterable[Capability]:
     triton = backends()["triton"]
-    reason = "" if triton.available else f"{triton.reason}; the plain PyTorch form runs instead"
+    reason = "" if triton.available else f"{triton.reason}; plain PyTorch runs instead"
     yield Capability("Triton kernels", triton.available, reason)
     if torch.cuda.is_available():
         capable = torch.cuda.is_bf16_supported(including_emulation=False)
         yield Capability(
-            "bfloat16 training", capable, "" if capable else "the GPU does not support it; use --fp16 or float32"
+            "bfloat16 training", capable, "" if capable else "the GPU does not support bfloat16; use --fp16 or float32"
         )
 
 
 def _methods() -> Iterable[Capability]:
-    slow = "" if torch.cuda.is_available() else "no CUDA device: small models only"
+    slow = "" if torch.cuda.is_available() else "there is no CUDA device, so only small models are fast enough"
     yield Capability("flare, lora, input-fusion, x-mixup", True, slow)
-    yield Capability("flare-mt", True, "; ".join(filter(None, (slow, _sentencepiece("an MT encoder")))))
+    yield Capability("flare-mt", True, "; ".join(filter(None, (slow, _sentencepiece("needs an MT encoder")))))
 
 
 def _quantized() -> Iterable[Capability]:
@@ -118,7 +123,7 @@ def _quantized() -> Iterable[Capability]:
     elif torch.cuda.is_available():
         yield Capability(names, True, "")
     else:
-        yield Capability(names, True, "no CUDA device: quantised bases are slow on a CPU")
+        yield Capability(names, True, "there is no CUDA device, and quantised bases are slow on a CPU")
     for name, module, package, needs_cuda in FORMATS:
         reasons = ["it needs a CUDA device"] if needs_cuda and not torch.cuda.is_available() else []
         reasons += [] if installed(module) else [f"{module} is missing: pip install {package}"]
@@ -127,15 +132,15 @@ def _quantized() -> Iterable[Capability]:
 
 def _data() -> Iterable[Capability]:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    remark = "HF_HUB_OFFLINE is set: only what is in the cache" if offline else ""
+    remark = "HF_HUB_OFFLINE is set, so only models and data in the cache can be used" if offline else ""
     yield Capability("models from the hub", True, remark)
     without = "" if installed("datasets") else f"datasets is missing: {INSTALL}"
     yield Capability("data sets from the hub", not without, without or remark)
 
 
 def _commands() -> Iterable[Capability]:
-    absent = f"the extra experiments is missing ({', '.join(missing())}): {INSTALL}" if missing() else ""
-    yield Capability("every command but flare info", not absent, absent)
+    absent = f"packages of the extra 'experiments' are missing ({', '.join(missing())}): {INSTALL}" if missing() else ""
+    yield Capability("every command except flare info", not absent, absent)
     need = "needs a sequence-to-sequence MT model"
     yield Capability("flare translate", not absent, absent or _sentencepiece(need) or need)
     without = "" if installed("sklearn") else f"scikit-learn, which computes the metrics, is missing: {INSTALL}"
@@ -152,13 +157,14 @@ def _commands() -> Iterable[Capability]:
         )
     yield Capability("flare bench", not (absent or without), absent or without)
     cuda = torch.cuda.is_available()
-    yield Capability("flare bench --tune", cuda, "" if cuda else "no CUDA device; launches follow the general rule")
+    yield Capability("flare bench --tune", cuda, "" if cuda else "there is no CUDA device to tune for")
 
 
-def _sentencepiece(what: str) -> str:
+def _sentencepiece(need: str) -> str:
+    """Return what a feature needs, if sentencepiece is missing, and how to install it; else an empty text."""
     if installed("sentencepiece"):
         return ""
-    return f"{what}; sentencepiece, which models without a tokenizer.json need, is missing: pip install sentencepiece"
+    return f"{need}; sentencepiece, which models without a tokenizer.json need, is missing: pip install sentencepiece"
 
 
 def _hub_cache(home: Path) -> Path:

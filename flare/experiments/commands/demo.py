@@ -1,4 +1,4 @@
-"""`flare demo`: the comparison of the methods in a few minutes."""
+"""`flare demo`: compare the methods in a few minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .arguments import add_option
 
 _INTERRUPTED = """\
 Finished rows are in results.json in the output folder, and a finished base model is kept. The demo does not resume:
-the same command starts again and moves these results to earlier-N.
+if you repeat the command, it starts again and moves these results to earlier-N.
   {command}"""
 
 
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         help="compare zero-shot, LoRA, input-level fusion and FLARE in a few minutes",
         description="Compare cross-lingual transfer by zero-shot, plain LoRA, input-level fusion and FLARE.\n"
         "Without --model and --data it takes a few minutes on a CPU, on a small generated parallel corpus.\n"
-        "Where a default is written A / B, A is for this embedded corpus and B for real data.",
+        "Where a default is written A / B, A is the default for this corpus and B the default for real data.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         epilog="example on real data:\n  flare demo --model PATH_OR_HUB_ID --data FOLDER_OR_HUB_ID "
@@ -48,9 +48,15 @@ def _options(demo: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace earlier results in the folder (default: move them to its sub-folder earlier-N)",
     )
-    add_option(run, "--rows", "use at most N rows of every part, for a quick look", int, "N")
+    add_option(run, "--rows", "use at most N rows of every split, for a quick test", int, "N")
     add_option(run, "--threads", "CPU threads (default: 1 / PyTorch's choice)", int, "N")
-    add_option(run, "--cache-dir", "folder that keeps the embedded base (default: ~/.cache/flare-kernels)", Path, "DIR")
+    add_option(
+        run,
+        "--cache-dir",
+        "folder that keeps the pretrained base of the generated corpus (default: ~/.cache/flare-kernels)",
+        Path,
+        "DIR",
+    )
     run.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bars")
 
     data = demo.add_argument_group("real data and a real model")
@@ -71,7 +77,7 @@ def _options(demo: argparse.ArgumentParser) -> None:
     )
     add_option(recipe, "--r", "rank of the adapters (default: 16 / 64)", int, "R")
     add_option(recipe, "--alpha", "lora_alpha of the adapters (default: 32 / 128)", float, "ALPHA")
-    add_option(recipe, "--epochs", "epochs over the pairs (default: 10 / 8)", int, "N")
+    add_option(recipe, "--epochs", "epochs of training the adapters (default: 10 / 8)", int, "N")
     add_option(recipe, "--batch-size", "rows per step (default: 32 / 32)", int, "N")
     add_option(recipe, "--lr", "learning rate of the adapters (default: 5e-3 / 1e-3)", float, "LR")
     add_option(recipe, "--max-length", "tokens per text (default: 24 / 64)", int, "M")
@@ -79,5 +85,9 @@ def _options(demo: argparse.ArgumentParser) -> None:
     add_option(recipe, "--finetune-batch-size", "rows per step of fine-tuning (default: 32 / 16)", int, "N")
     add_option(recipe, "--finetune-lr", "learning rate of fine-tuning (default: 1e-3 / 5e-5)", float, "LR")
     add_option(
-        recipe, "--pretrain-steps", "masked-language-modelling steps of the embedded base (default: 500)", int, "N"
+        recipe,
+        "--pretrain-steps",
+        "pretraining steps (masked language modelling) of the base of the generated corpus (default: 500)",
+        int,
+        "N",
     )

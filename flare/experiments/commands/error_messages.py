@@ -1,4 +1,4 @@
-"""Messages and exit statuses of errors that end a command."""
+"""Choose the message and the exit status of an error that ends a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import traceback
 from ..utils.errors import UserError, reason
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-#: Messages of safetensors and torch.save for a full disk; both raise their own exceptions.
+#: Texts in the exceptions of safetensors and torch.save for a full disk, which are not OSErrors.
 _DISK_FULL_TEXTS = (
     "No space left on device",
     "os error 28",
@@ -21,9 +21,10 @@ _DISK_FULL_TEXTS = (
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """Return a message that says what happened and what to do, and the exit status.
+    """Return a message that says what happened and what to do, and the exit status of the command.
 
-    The status is 2 for an error that the user can fix. It is 1 for a defect, whose traceback is written to a file.
+    The status is 2 for an error that the user can fix. It is 1 for a defect of this package, whose traceback is written
+    to a file.
     """
     if isinstance(error, UserError):
         return str(error), 2
@@ -45,7 +46,10 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def _write_traceback(error: Exception) -> str:
-    """Write the traceback to a file and describe where it is. If no file can be written, describe its last line."""
+    """Write the traceback to a file, and return words that name the file.
+
+    If no file can be written, return words that name the line of code that raised the error.
+    """
     lines = traceback.format_exception(error)
     try:
         handle, path = tempfile.mkstemp(prefix="flare-error-", suffix=".txt")
@@ -53,5 +57,5 @@ def _write_traceback(error: Exception) -> str:
             file.writelines(lines)
     except OSError:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return f"its location: {frame.filename}, line {frame.lineno}"
+        return f"the location of the error: {frame.filename}, line {frame.lineno}"
     return f"the traceback in {path}"

@@ -1,4 +1,4 @@
-"""The commands whose options are a settings class: `flare finetune`, `check`, `train`, `evaluate` and `predict`."""
+"""Define the commands that have a settings class: `flare finetune`, `check`, `train`, `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ class SettingsCommand:
     """A command whose options are the fields of a settings class.
 
     Attributes:
-        name, help, description: of the command, for argparse.
+        name: name of the command.
+        help: one line about the command in `flare --help`.
+        description: text about the command in its own --help.
         settings: class with :func:`flare.experiments.runs.options.option` fields. If it has a field ``training``, the
             command also takes the flags of transformers.TrainingArguments.
-        work: runs the command; called with the settings.
-        after_interrupt: message after Ctrl-C: what is kept and how to resume. ``{command}`` is the command line.
+        work: function that runs the command, called with an object of the settings class.
+        after_interrupt: message after Ctrl-C, which says what is kept and how to resume. The command line replaces
+            ``{command}`` in it.
     """
 
     name: str
@@ -47,7 +50,7 @@ class SettingsCommand:
             allow_abbrev=False,
         )
         add_options(parser, self.settings, training=any(one.name == "training" for one in fields(self.settings)))
-        # cli.main passes the flags that the parser does not know as `rest`: they may be TrainingArguments' flags
+        # cli.main passes flags that the parser does not know as `rest`, because they may belong to TrainingArguments
         parser.set_defaults(
             command=functools.partial(_run, self.settings, self.work), rest=[], after_interrupt=self.after_interrupt
         )
@@ -61,7 +64,7 @@ def _run(kind: type[Any], work: Callable[[Any], None], rest: Sequence[str], **op
 
 
 def task_list() -> str:
-    """Return the tasks that have a data set on the hub, one paragraph per task."""
+    """Return a text about the tasks that have a data set on the hub, one paragraph per task."""
     from ..tasks import DATA_SETS, TASKS
 
     lines = ["tasks with a data set on the hub (columns -> label; the metric that selects checkpoints):"]
@@ -80,7 +83,7 @@ def task_list() -> str:
     return "\n".join(lines)
 
 
-# --- the commands: what they run is imported when they run ------------------------------------------------------------
+# --- the commands, each of which imports its code when it runs --------------------------------------------------------
 
 
 def _finetune(settings: FinetuneSettings) -> None:
@@ -110,7 +113,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
 def _predict(settings: PredictSettings) -> None:
     from ..prediction.run import run_predict
 
-    # with --output -, standard output holds the predictions only
+    # with --output -, only the predictions go to standard output
     messages = functools.partial(print_line, file=sys.stderr) if settings.output == "-" else print_line
     run_predict(settings, messages)
 
@@ -118,8 +121,8 @@ def _predict(settings: PredictSettings) -> None:
 _RUNS_ARE_KEPT = """\
 Finished runs are kept. Resume with the same command:
   {command}
-It skips finished runs and continues the interrupted run from its last checkpoint (one is written per epoch, or as
---save-steps says). A run without a checkpoint starts again."""
+It skips finished runs and continues the interrupted run from its last checkpoint. A checkpoint is written after each
+epoch, or every --save-steps steps. A run without a checkpoint starts again."""
 
 FINETUNE = SettingsCommand(
     name="finetune",
@@ -128,9 +131,9 @@ FINETUNE = SettingsCommand(
     help="train the base model on the task in the source language",
     description="""\
 Train an adapter (or, with --full, all weights) on the task in the source language, and save the merged model in
-OUTPUT/base/seed-N, one per seed. Learning rates, epochs, ranks and lengths default to the paper's; --paper sets the
-rest of its settings (5 seeds, fixed length). Finished runs are skipped; unfinished runs resume from their last
-checkpoint.""",
+OUTPUT/base/seed-N, one per seed. Learning rates, epochs, ranks and lengths default to the paper's values; --paper
+also sets the paper's other values (5 seeds, fixed length). Finished runs are skipped; unfinished runs resume from
+their last checkpoint.""",
     after_interrupt=_RUNS_ARE_KEPT,
 )
 
@@ -140,10 +143,10 @@ CHECK = SettingsCommand(
     work=_check,
     help="check data, lengths and vocabulary, and estimate time and memory, before training",
     description="""\
-Print, before hours of training: which texts are paired, how many are cut, the distribution of the labels, how the
-tokenizer splits each language, the base's score on the source language, and how much time and memory each method
-needs on this machine. Takes the flags of `flare train`. `flare check` writes nothing except --json FILE, and needs
-no fine-tuned base (--model).""",
+Check the data and estimate the costs before hours of training. Print which texts are paired, how many are cut, the
+distribution of the labels, how the tokenizer splits each language, the base's score on the source language, and how
+much time and memory each method needs on this machine. It takes the flags of `flare train`. `flare check` writes
+only the --json FILE. It also works without a fine-tuned base, if --model names a pretrained model.""",
     after_interrupt="""\
 Nothing was written. Start again with the same command:
   {command}""",
@@ -156,9 +159,9 @@ TRAIN = SettingsCommand(
     help="train adapters: lora, input-fusion, x-mixup, flare and flare-mt",
     description="""\
 Train every method on every target language with every seed, into OUTPUT/<target>/<method>/seed-N, and evaluate the
-test split. Learning rates, epochs, ranks and lengths default to the paper's; --paper sets the rest of its settings
-(5 seeds, machine-translated text, fixed length). Finished runs are skipped; unfinished runs resume from their last
-checkpoint.""",
+test split. Learning rates, epochs, ranks and lengths default to the paper's values; --paper also sets the paper's
+other values (5 seeds, machine-translated text, fixed length). Finished runs are skipped; unfinished runs resume
+from their last checkpoint.""",
     after_interrupt=_RUNS_ARE_KEPT,
 )
 
@@ -168,9 +171,9 @@ EVALUATE = SettingsCommand(
     work=_evaluate,
     help="score zero-shot, translate-test and the trained adapters on the test split",
     description="""\
-zero-shot: the base on the target language's test texts.
-translate-test: the base on the same texts in the source language.
-translate-train: every trained adapter, optionally with the other source text (--source-text).""",
+zero-shot: score the base on the test texts in the target language.
+translate-test: score the base on the same texts in the source language.
+translate-train: score every trained adapter, optionally with the other source text (--source-text).""",
     after_interrupt="""\
 Scores that were printed are saved. Resume with the same command, which skips them:
   {command}""",

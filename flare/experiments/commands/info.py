@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run() -> None:
-    """Print everything. Needs no package of the extra `experiments`."""
+    """Print the information. This needs no package of the extra `experiments`."""
     from flare_kernels import backends
 
     from ..utils.environment import environment
@@ -45,5 +45,5 @@ def _launch_table() -> str:
         return "none (no CUDA device)"
     table = table_for(torch.cuda.get_device_name())
     if table.path is None:
-        return "none: launches follow the general rule (flare bench --tune measures a table)"
+        return "none, so a general rule chooses the launches (flare bench --tune measures a table)"
     return f"{len(table.entries)} entries from {table.path}, {table.about.get('date', 'undated')}"

@@ -1,4 +1,4 @@
-"""`flare report`: tables and figures of finished runs."""
+"""`flare report`: write tables and figures of finished runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`flare translate`: machine translation of a task's data."""
+"""`flare translate`: translate a task's data by machine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def add_parser(commands: Any) -> None:
         "translate",
         help="translate a task's data",
         description="Translate the train and valid splits into the target languages, and the test split into the\n"
-        "source language, with NLLB or any other encoder-decoder. An interrupted command resumes if it is repeated.\n"
-        "See docs/translation.md.",
+        "source language, with NLLB or another encoder-decoder model. An interrupted command resumes if\n"
+        "it is repeated. See docs/translation.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         epilog="example:\n  flare translate --task nusax --data DATA --source english --target acehnese javanese \\\n"
@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
     add_option(
         data,
         "--direction",
-        "auto (default): train and valid into the target, test into the source; to-target or to-source: all splits",
+        "auto (default): train and valid into the target language, test into the source language; to-target or "
+        "to-source: all splits into that language",
         metavar="WHICH",
     )
     add_option(data, "--text-columns", "text columns of your own data", metavar="COLUMN", nargs="+")
@@ -55,7 +56,8 @@ def add_parser(commands: Any) -> None:
     add_option(
         data,
         "--lost-marks",
-        "QA rows whose answer cannot be found after translation: drop, keep, or auto (default; keep in test only)",
+        "what to do with QA rows whose answer cannot be found after translation: drop, keep, or auto (default: keep "
+        "them in the test split, drop them in the other splits)",
         metavar="WHAT",
     )
 
@@ -67,7 +69,7 @@ def add_parser(commands: Any) -> None:
     add_option(
         model,
         "--source-code",
-        "the model's tag of the source language (default: NLLB's, such as eng_Latn)",
+        "the model's tag of the source language (default: the tag of NLLB, such as eng_Latn)",
         metavar="TAG",
     )
     add_option(
@@ -79,11 +81,11 @@ def add_parser(commands: Any) -> None:
         "text before every input, with {source} and {target}, for models without language tags (T5)",
         metavar="TEXT",
     )
-    add_option(model, "--beams", "beams (default: 1, greedy)", int, "N")
+    add_option(model, "--beams", "beams of the beam search (default: 1, greedy decoding)", int, "N")
     add_option(model, "--max-length", "tokens per piece of text (default: the model's limit, at most 512)", int, "N")
     add_option(model, "--max-new-tokens", "tokens per translated piece (default: --max-length)", int, "N")
     add_option(model, "--batch-tokens", "tokens per batch, padding included (default: 2048)", int, "N")
-    add_option(model, "--batch-size", "most rows per batch (default: no limit)", int, "N")
+    add_option(model, "--batch-size", "maximum rows per batch (default: no limit)", int, "N")
     add_option(
         model, "--dtype", "float32, float16, bfloat16 (default: bfloat16 on a GPU that supports it, else float32)"
     )
@@ -97,7 +99,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(config: Path | None = None, **options: Any) -> None:
-    """Translate."""
+    """Run `flare translate` with the given options; the options of `config` come first, and flags override them."""
     from ..translation import TranslateSettings, run_translate
 
     if config is not None:
@@ -111,12 +113,12 @@ def run(config: Path | None = None, **options: Any) -> None:
     if not settings.progress or not is_main():
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # shown while the weights are loaded
+        logging.disable_progress_bar()  # the bar that transformers shows while it loads weights
     run_translate(settings, print_fn=print_line)
 
 
 def _read_config(path: Path, settings: type) -> dict[str, Any]:
-    """Return the options in a YAML file, named as on the command line or with underscores.
+    """Return name -> value of the options in a YAML file. The file may write a name with dashes or underscores.
 
     Raises:
         UserError: the file cannot be read or is not a mapping, an option is unknown, or a value has a wrong type.
@@ -136,7 +138,7 @@ def _read_config(path: Path, settings: type) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UserError(f"--config {path}: {key!r} is not an option; accepted are {', '.join(known)}")
+            raise UserError(f"--config {path}: {key!r} is not an option; the options are {', '.join(known)}")
         kind = known[name]
         if kind.startswith("Sequence") and isinstance(value, (str, int)):
             value = [str(value)]

@@ -1,6 +1,8 @@
-"""activations.npz: activations of the first query bottleneck by position, as averages and for single rows.
+"""Write and read activations.npz: the activations of one bottleneck at each token position.
 
-The report draws them. This module does not import models.
+The bottleneck is that of the first query projection. Its activations, each of rank r, are S for the source text and T
+for the target text. The file holds their averages over rows and the activations of single rows, and the report draws
+them. This module imports no code for models.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ INSTANCES = 3
 
 @dataclass(frozen=True)
 class Averages:
-    """Averages of one stream over rows; m is the number of tokens of the longest row.
+    """Averages over rows of one stream (source or target); m is the number of tokens of the longest row.
 
-    counts: (m,) rows that have a token at the position.
-    before, after: (m, r) mean over these rows before and after ReLU.
-    before_spread, after_spread: (m,) standard deviation over these rows of the mean over the r units.
+    counts: (m,) number of rows that have a token at each position.
+    before, after: (m, r) mean activation of these rows, before and after ReLU.
+    before_spread, after_spread: (m,) standard deviation between these rows. The value of a row is the mean of its r
+        activations, before and after ReLU.
     """
 
     counts: np.ndarray
@@ -38,7 +41,7 @@ class Averages:
 
 @dataclass(frozen=True)
 class Instance:
-    """A single row before ReLU: its id, the tokens of both streams, and S and T, each (tokens of the stream, r)."""
+    """A single row: its id, its tokens, and its activations S and T before ReLU, each (tokens of the stream, r)."""
 
     id: str
     source_tokens: tuple[str, ...]
@@ -63,7 +66,7 @@ class Activations:
 
 @dataclass
 class RowCollector:
-    """Collector of the rows of one stream, for their averages by position in float64."""
+    """Collect the rows of one stream, and average them at each position in float64."""
 
     rows: list[np.ndarray] = field(default_factory=list)
 
@@ -76,9 +79,8 @@ class RowCollector:
         longest, r = max(len(row) for row in self.rows), self.rows[0].shape[1]
         counts = np.zeros(longest)
         sums = {name: np.zeros((longest, r)) for name in ("before", "after")}
-        units = {
-            name: np.zeros((2, longest)) for name in ("before", "after")
-        }  # sum of the rows' means, and of their squares
+        # sum of the rows' means over the r units, and sum of the squares of these means
+        units = {name: np.zeros((2, longest)) for name in ("before", "after")}
         for row in self.rows:
             counts[: len(row)] += 1
             for name, values in (("before", row.astype(np.float64)), ("after", np.maximum(row, 0).astype(np.float64))):
@@ -124,7 +126,9 @@ def read_activations(folder: Path) -> Activations | None:
         with np.load(path, allow_pickle=False) as arrays:
             return _parsed(arrays)
     except Exception as error:  # zipfile, zlib and numpy raise various errors
-        raise RecordError(f"{path} cannot be read: {error}; move it away or run flare train again") from error
+        raise RecordError(
+            f"{path} cannot be read: {error}; move the file away, or train again with flare train --no-resume"
+        ) from error
 
 
 def _parsed(arrays: Mapping[str, np.ndarray]) -> Activations:

@@ -1,4 +1,4 @@
-"""Facts about a run for its adapter's model card: task, languages, origin of the source text."""
+"""Write facts about a run into its adapter's model card: task, languages, origin of the source text."""
 
 from __future__ import annotations
 

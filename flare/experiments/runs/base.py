@@ -1,4 +1,4 @@
-"""The base model that adapters are trained on: one fine-tuned by `flare finetune`, or any other model."""
+"""Find the base model that adapters are trained on: a model fine-tuned by `flare finetune`, or any other model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from .run_settings import BASE
 class Base:
     """A base model.
 
-    model: folder or hub id. shown: its name in run.json. record: run.json of its fine-tuning, None for another model.
+    model: folder or hub id of the model.
+    shown: the model's name in the run.json of runs that use it.
+    record: run.json of the fine-tuning; None for a model that `flare finetune` did not write.
     """
 
     model: str
@@ -31,8 +33,13 @@ class Base:
 def find_base(output: Path, base: str | None, seed: int) -> Base:
     """Return the base for a seed: `base`/seed-N if flare finetune wrote it, otherwise the model `base` itself.
 
+    Args:
+        output: folder of the experiment.
+        base: folder or hub id from the user; None: the folder "base" in `output`.
+        seed: seed of the fine-tuning.
+
     Raises:
-        UserError: there is no base for this seed, or its fine-tuning is not finished.
+        UserError: there is no base for this seed, or its fine-tuning diverged or is not finished.
     """
     named = Path(base).expanduser() if base is not None else output / BASE
     seed_folder = named / f"seed-{seed}"
@@ -54,7 +61,7 @@ def find_base(output: Path, base: str | None, seed: int) -> Base:
 
 
 def seeds_of(output: Path, base: str | None) -> list[int]:
-    """Return the seeds that have a fine-tuned base; [0] for any other model."""
+    """Return the seeds that have a fine-tuned base; [0] if `base` is not the output of `flare finetune`."""
     named = Path(base).expanduser() if base is not None else output / BASE
     seeds = [path.parent.name.removeprefix("seed-") for path in named.glob(f"seed-*/{RUN_FILE}")]
     return sorted(int(seed) for seed in seeds if seed.isdigit()) or [0]
@@ -64,11 +71,14 @@ def _finetuned(folder: Path, output: Path) -> Base:
     record = read_record(folder)
     if what := diverged(read_run(folder)):
         raise UserError(
-            f"{folder}: its fine-tuning diverged ({what}); run flare finetune --no-resume with a smaller --lr"
+            f"{folder}: the fine-tuning of this base diverged ({what}); run flare finetune --no-resume with a smaller "
+            "--lr"
         )
     if not record.done:
-        raise UserError(f"{folder}: its fine-tuning is not finished; run flare finetune again to resume it")
+        raise UserError(
+            f"{folder}: the fine-tuning of this base is not finished; run flare finetune again to resume it"
+        )
     inside = folder.resolve().is_relative_to(output.resolve())
-    # relative if possible, so that the experiment's folder can be moved
+    # relative to the experiment's folder if possible, so that this folder can be moved
     shown = folder.resolve().relative_to(output.resolve()).as_posix() if inside else str(folder.resolve())
     return Base(str(folder), shown, record)

@@ -1,4 +1,7 @@
-"""Measure the bottleneck: mean |S| and |T| of every fusing layer, and the activations of one layer by position."""
+"""Measure the bottlenecks of an adapter: mean |S| and |T| of every fusing layer, and one layer's S and T by position.
+
+S and T are the rank-r activations that FLARE fuses: the source state and the target state, multiplied by A.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from .activations import INSTANCES, Activations, Instance, RowCollector
 
 @dataclass
 class _Recorded:
-    """Activations of the layer that is recorded by position: its fusion function, and the rows of both streams."""
+    """Activations of one layer by position: its fusion function, and its rows of the source (S) and target (T)."""
 
     fusion: str = ""
     S: RowCollector = field(default_factory=RowCollector)
@@ -36,17 +39,18 @@ def measure_bottleneck(
 
     Args:
         model: a PEFT model with a fusing adapter.
-        collator, rows: for batches with a source.
+        collator: the method's collator.
+        rows: model rows with a source.
         ids: one id per row.
         batch_size: rows per batch.
-        autocast: dtype of mixed precision, or None.
+        autocast: dtype of mixed precision; None: no mixed precision.
 
     Returns:
-        {"layers": [the projections' names in the base model], "S": [...], "T": [...]} over the tokens without
-        padding, in the model's order, or None if no layer fused; and the activations, or None if the first query
-        projection did not fuse or its source has no tokens (FLARE MT).
+        (sizes, activations). sizes is {"layers": [name of each fusing projection in the base model], "S": [its mean
+        |S|], "T": [its mean |T|]} in the model's order, without padding tokens, or None if no layer fused. activations
+        is None if the first query projection did not fuse, or if its source has no tokens (FLARE MT).
     """
-    totals: dict[str, list[float]] = {}  # sum of |S|, count, sum of |T|, count
+    totals: dict[str, list[float]] = {}  # layer -> sum of |S|, numbers in S, sum of |T|, numbers in T
     masks: dict[str, Tensor | None] = {}
     layers = [module for module in model.modules() if isinstance(module, FlareLayer)]
     first = _first_query([layer.flare_key for layer in layers])
@@ -56,7 +60,7 @@ def measure_bottleneck(
         def record(module: FlareLayer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             x, slot = arguments[0] if arguments else keywords["x"], THREAD.slot
             if slot.met is not None and module in slot.met:
-                return  # the layer's second call, which does not read the tokens
+                return  # a second call in the same block reads something other than tokens (flare.source.carrier)
             for adapter in module.active_here():
                 fusion, x_source, S = module.source_of(adapter, slot.context)
                 if fusion is None:
@@ -91,7 +95,7 @@ def measure_bottleneck(
             batch = batch.to(device)
             for name in ("target", "source"):
                 mask = batch.get("attention_mask" if name == "target" else "source_attention_mask")
-                masks[name] = mask.flatten(0, -2) if mask is not None else None  # the model flattens choices into rows
+                masks[name] = mask.flatten(0, -2) if mask is not None else None  # one row per choice
             with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
                 model(**batch)
     finally:
@@ -109,7 +113,7 @@ def measure_bottleneck(
 
 
 def _first_query(names: Sequence[str]) -> str | None:
-    """Return the first query projection, recognised by the last part of its name (query, q_proj, q, Wqkv)."""
+    """Return the name of the first query projection: the first whose last part is query, q_proj, q, Wqkv or similar."""
     return next((name for name in names if re.fullmatch(r"(w?q.*|c_attn)", name.rpartition(".")[2].lower())), None)
 
 
@@ -145,7 +149,10 @@ def _token_ids(batch: Any) -> list[dict[str, list[int]]]:
 
 
 def _sum(value: Tensor, mask: Tensor | None) -> float:
-    """Return the sum of |value| (B, m, r) without padding; a mask of another width (a decoder's layers) is ignored."""
+    """Return the sum of |value| (B, m, r) without padding.
+
+    The mask is ignored if its shape is not (B, m), as in the decoder of an encoder-decoder model.
+    """
     absolute = value.detach().float().abs()
     if mask is not None and mask.shape == absolute.shape[:2]:
         absolute = absolute * mask.unsqueeze(-1)

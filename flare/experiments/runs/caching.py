@@ -1,4 +1,4 @@
-"""`--source-cache`: decide before a run whether to cache its source states between epochs."""
+"""Decide before a run whether to cache its source states between epochs (`--source-cache`)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from ...training.collator import FlareDataCollator
 from ..utils.errors import UserError
 from ..utils.processes import process_count
 
-#: Share of the free memory that auto may use; training needs the remaining memory.
+#: Share of the free memory that ``--source-cache auto`` may use. Training needs the remaining memory.
 AUTO_SHARE = 1 / 4
-#: Share that --source-cache on uses without a budget.
+#: Share of the free memory that ``--source-cache on`` uses if no budget is given.
 _ON_SHARE = 1 / 2
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The source cache of a run (None: off), the facts for run.json, and a note for the user (may be empty)."""
+    """Whether a run caches its source states.
+
+    cache: the source cache; None if the run has no cache.
+    facts: facts for run.json (`RunRecord.data`).
+    note: note for the user; empty if there is nothing to say.
+    """
 
     cache: SourceStateCache | None
     facts: dict[str, Any]
@@ -44,17 +49,17 @@ def plan_cache(
 ) -> CachePlan:
     """Decide whether one run of a fusing method gets a source cache.
 
-    "auto" turns it on if every row is read more than once and padded to one width, and all states take at most the
-    budget, or a quarter of the free memory. The results are the same with and without the cache.
+    "auto" turns the cache on if every row is read more than once, all rows are padded to one width, and all states fit
+    into the budget (default: a quarter of the free memory). The results are the same with and without the cache.
 
     Args:
         mode: "auto", "on" or "off".
-        budget: bytes of host memory, or None.
+        budget: bytes of host memory for the cache; None: a share of the free memory.
         model: the model with its adapters.
         collator: the run's collator.
         rows: the training and validation rows, which are read in every epoch.
         arguments: the run's training arguments.
-        autocast: dtype of mixed precision, or None.
+        autocast: dtype of mixed precision; None: no mixed precision.
 
     Raises:
         UserError: mode is "on", and the source states cannot be cached (the message gives the reason).
@@ -74,7 +79,7 @@ def plan_cache(
         if why is None:
             cache = SourceStateCache({"host": room})
             model.set_source_cache(cache)
-    except ValueError as error:  # the states change: source_dropout, a trained or sharded base, ...
+    except ValueError as error:  # raised for states that change, for example with source_dropout
         if mode == "on":
             raise UserError(f"--source-cache on: {error}") from error
         why = str(error).removeprefix("source_cache: ")
@@ -82,7 +87,7 @@ def plan_cache(
         return CachePlan(None, {**facts, "reason": why}, f"source cache off: {why}")
     note = f"source cache on: {readable(needed)} of source states of {len(rows)} rows, in host memory"
     if needed > room:
-        note += f"; {readable(room)} of them are kept (--source-cache-budget)"
+        note += f"; the cache keeps at most {readable(room)} (--source-cache-budget)"
     return CachePlan(cache, {**facts, "on": True, "budget": room}, note)
 
 
@@ -91,23 +96,23 @@ def needed_bytes(
 ) -> int:
     """Return the bytes of all source states of the rows: layers x positions x width x bytes per number.
 
-    Equal sources count once, as in the cache. Padding counts under source_padding="keep", which keeps its states.
+    Equal sources count once, because the cache stores them once. With source_padding="keep" the states of padding count
+    too, because they are cached.
     """
     request = model.source_request()
     config = request.model.config
     width = (config.get_text_config() if hasattr(config, "get_text_config") else config).hidden_size
     dtype = autocast if autocast is not None else next(request.model.parameters()).dtype
     dtype = dtype if dtype.is_floating_point else torch.float32
-    steady = collator.layout == "encoder" and collator.padding == "max_length"
-    batch = (collator if steady or request.zero_pads else collator.fitted(rows))([dict(rows[0])])
+    one_width = collator.layout == "encoder" and collator.padding == "max_length"
+    batch = (collator if one_width or request.zero_pads else collator.fitted(rows))([dict(rows[0])])
     positions = batch["source_input_ids"].shape[-1]
     answers = batch["source_labels"].shape[1] if "source_labels" in batch else 0
     total, seen = 0, set()
     for row in rows:
         source_ids, labels = row["source_input_ids"], tuple(row.get("source_labels") or ())
-        for text in (
-            source_ids if isinstance(source_ids[0], list) else [source_ids]
-        ):  # multiple choice: a text per choice
+        texts = source_ids if isinstance(source_ids[0], list) else [source_ids]  # multiple choice: a text per choice
+        for text in texts:
             ids = tuple(text)
             if (ids, labels) in seen:
                 continue
@@ -126,14 +131,15 @@ def _sharded(arguments: TrainingArguments) -> bool:
 def _too_large(needed: int, room: int, budget: int | None) -> str | None:
     if needed <= room:
         return None
-    most = "a quarter of the free memory" if budget is None else "--source-cache-budget"
+    limit = "a quarter of the free memory" if budget is None else "--source-cache-budget"
     return (
-        f"its states take {readable(needed)}, and {most} is {readable(room)} (--source-cache on keeps those that fit)"
+        f"the source states take {readable(needed)}, and {limit} is {readable(room)} (--source-cache on stores the "
+        "states that fit)"
     )
 
 
 def _not_worth_it(model: Any, collator: FlareDataCollator, arguments: TrainingArguments) -> str | None:
-    """Return why "auto" leaves the cache off although it would work, or None."""
+    """Return why "auto" does not use a cache that would work, or None if "auto" uses it."""
     if arguments.max_steps <= 0 and arguments.num_train_epochs <= 1:
         return "every row is read once (one epoch)"
     if process_count() > 1:
@@ -145,7 +151,7 @@ def _not_worth_it(model: Any, collator: FlareDataCollator, arguments: TrainingAr
     if collator.layout == "causal":
         return (
             "prompts are padded on the left, so a row's states depend on its batch (--source-cache on pads all batches "
-            "alike)"
+            "to one length)"
         )
     if collator.padding != "max_length":
         return (

@@ -23,7 +23,7 @@ from ..utils.progress import counter
 
 
 class Bar(TrainerCallback):
-    """Progress bar of a training; replaces the trainer's bar and its loss lines."""
+    """Show a progress bar of a training, in place of the trainer's bar and its printed losses."""
 
     def __init__(self, name: str, enabled: bool) -> None:
         self.name = name
@@ -42,7 +42,7 @@ class Bar(TrainerCallback):
 
 
 class Timing(TrainerCallback):
-    """Timer of every step: forward, backward and optimizer, without loading the batch."""
+    """Time every step (forward, backward and optimizer). Loading the batch is not timed."""
 
     def __init__(self, timer: StepTimer) -> None:
         self.timer = timer
@@ -55,9 +55,9 @@ class Timing(TrainerCallback):
 
 
 class PeakMemory(TrainerCallback):
-    """Peak of the bytes allocated on a CUDA device during training steps.
+    """Measure the peak of the bytes allocated on a CUDA device during training steps.
 
-    It includes the batch, weights and optimizer state, but not the evaluations between steps.
+    The peak includes the batch, weights and optimizer state, but not the evaluations between steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -72,7 +72,10 @@ class PeakMemory(TrainerCallback):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Timer of the whole training. Checkpoints save its seconds and those of the steps for a resumed run."""
+    """Time the whole training.
+
+    Checkpoints save the seconds of the training and of its steps, so that a resumed run continues from them.
+    """
 
     def __init__(self, timer: StepTimer) -> None:
         self.timer = timer
@@ -81,7 +84,7 @@ class Clock(TrainerCallback, ExportableState):
 
     @property
     def seconds(self) -> float:
-        """Seconds so far, with evaluation and checkpoints."""
+        """Seconds so far, including evaluation and checkpoints, and including the time before a resume."""
         return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
     def state(self) -> dict[str, Any]:
@@ -92,9 +95,10 @@ class Clock(TrainerCallback, ExportableState):
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
         attributes = saved.get("attributes", {})
-        same = attributes.get("processes", 1) == process_count()  # more processes take shorter steps
+        # the time of a step depends on the number of processes
+        same_processes = attributes.get("processes", 1) == process_count()
         self._before = attributes.get("seconds", 0.0)
-        self.timer.seconds = list(attributes.get("steps", []) if same else [])
+        self.timer.seconds = list(attributes.get("steps", []) if same_processes else [])
         self._began = time.perf_counter()
         state.stateful_callbacks[name] = self.state()
 
@@ -103,7 +107,9 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class Losses(TrainerCallback, ExportableState):
-    """Sum of the losses of all steps. Checkpoints save it for a resumed run; the trainer's own sum restarts at 0.
+    """Sum the losses of all steps.
+
+    Checkpoints save the sum, because the trainer's own sum restarts at 0 in a resumed run.
 
     Attributes:
         resumed: whether the sum includes steps from before a resume.
@@ -114,7 +120,7 @@ class Losses(TrainerCallback, ExportableState):
         self.resumed = False
 
     def add(self, loss: torch.Tensor) -> None:
-        """Add a step's loss without waiting for the device."""
+        """Add a step's loss to the sum, without waiting for the device."""
         self._total = self._total + loss.detach().double()
 
     def mean(self, steps: int) -> float:
@@ -128,13 +134,16 @@ class Losses(TrainerCallback, ExportableState):
         name = type(self).__name__
         saved = state.stateful_callbacks.get(name, {}) if state.global_step else {}
         attributes = saved.get("attributes", {})
-        # checkpoints of an earlier version have no sum: the log then keeps the trainer's mean since the resume
+        # checkpoints of an earlier version hold no sum, so the log keeps the trainer's mean since the resume
         self._total, self.resumed = attributes.get("total", 0.0), "total" in attributes
         state.stateful_callbacks[name] = self.state()
 
 
 class Log(TrainerCallback):
-    """Log file with one line of JSON per log of the trainer; a resumed run drops the lines after its checkpoint."""
+    """Write one line of JSON to a file for each log of the trainer.
+
+    A resumed run first deletes the lines of steps after its checkpoint.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -143,7 +152,7 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
-        # the training's last line (train_runtime) will be written again
+        # the line of a finished training (train_runtime) will be written again
         earlier = [line for line in lines if _step(line) <= state.global_step and '"train_runtime"' not in line]
         if len(earlier) < len(lines):
             with replacing(self.path) as file:
@@ -166,7 +175,7 @@ def _step(line: str) -> float:
     try:
         return float(parsed(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a kill
+        return float("inf")  # the process was killed while it wrote this line
 
 
 def set_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
@@ -178,7 +187,7 @@ def set_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hide the libraries' loading bars, warnings and deprecation notes; errors are still shown."""
+    """Hide the loading bars, warnings and deprecation notes of transformers and PEFT. Errors are still shown."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
@@ -200,18 +209,18 @@ def ignore_missing_source() -> None:
 
 
 def measure_step(trainer: Trainer) -> tuple[int, int]:
-    """Return the peak bytes of one more training step and its bytes saved for backward.
+    """Run one more training step, and return its peak bytes and the bytes that it saves for backward.
 
     The peak counts parameters, buffers, optimizer state, the batch, activations and gradients. The saved bytes exclude
     parameters, buffers and the batch, which exist anyway. The step is not timed, and it changes the weights.
     """
-    gc.collect()  # on a GPU, memory held by reference cycles of earlier methods would count
+    gc.collect()  # otherwise the peak on a GPU includes memory that reference cycles of earlier methods still hold
     model, optimizer = trainer.model, trainer.optimizer
     batch = next(iter(trainer.get_train_dataloader()))
     fixed = [*model.parameters(), *model.buffers(), dict(batch)]
     state = [list(values.values()) for values in optimizer.state.values()]
     model.train()
-    # the trainer sets this at its first batch, but a run resumed after its last step has not had one
+    # the trainer sets this at its first batch, but a run resumed after its last step has had no batch
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     with peak_bytes(live=[fixed, state], device=model.device) as peak, saved_bytes(ignore=fixed) as saved:
         trainer.training_step(model, batch)

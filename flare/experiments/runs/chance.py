@@ -1,4 +1,4 @@
-"""Notes about bases that are not better than chance on their own language."""
+"""Note whether a fine-tuned base is not better than chance on its source language."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from .records import read_run
 
 
 def chance_notes(folder: Path) -> list[str]:
-    """Return a note if a fine-tuned base is not better than chance on its own language, else an empty list.
+    """Return a note if a fine-tuned base is not better than chance on its source language, else an empty list.
 
-    The chance level depends on the task's metrics:
-        accuracy: always predicting the most frequent label, plus one standard error.
-        exact match: 0, and an F1 below 5.
-        entity F1: 0 (every word is tagged as outside).
-        micro F1 of several labels: always predicting the same set of labels, the best one (it may be empty).
-        Pearson: 0 (numbers unrelated to the true ones), plus one standard error.
+    When a base counts as not better than chance depends on the task's metric:
+        accuracy: it is at most one standard error above the accuracy of always predicting the most frequent label.
+        exact match: it is 0, and F1 is below 5.
+        entity F1: it is 0, as if no word belonged to an entity.
+        micro F1 (multi-label): it is at most the highest micro F1 that predicting one set of labels (possibly the empty
+            set) for every row can reach.
+        Pearson: it is at most one standard error above 0, the correlation of unrelated numbers.
     """
     run = read_run(folder)
     tested = run.metrics.test.get("source-language")
@@ -31,7 +32,7 @@ def chance_notes(folder: Path) -> list[str]:
         return []
     return [
         f"the base {folder} is at chance level on {run.record.source_language} ({shown}), so adapters on it learn the "
-        "task from the start, or not at all; run flare finetune --no-resume longer or with another --lr"
+        "task from the start, or not at all; run flare finetune --no-resume with more --epochs or another --lr"
     ]
 
 
@@ -39,8 +40,8 @@ def _at_chance(scores: dict[str, float], truths: list[Any], rows: int, labels: i
     """Return the scores in words if they are at chance level, else None.
 
     Args:
-        scores: by metric, in percent.
-        truths: labels of the scored rows, as `Example.label`; empty if unknown.
+        scores: metric -> percent.
+        truths: true labels of the scored rows, in the form of `Example.label`; empty if they are unknown.
         rows: number of scored rows.
         labels: number of labels of the task.
     """
@@ -72,7 +73,7 @@ def _at_chance(scores: dict[str, float], truths: list[Any], rows: int, labels: i
 
 
 def _best_constant_f1(truths: list[Any]) -> float:
-    """Return the highest micro F1, in percent, of predicting one set of labels for all rows.
+    """Return the highest micro F1, in percent, that predicting one set of labels for all rows can reach.
 
     The best set consists of the n most frequent labels for some n.
     """

@@ -1,6 +1,7 @@
 """Find the newest complete checkpoint of a run.
 
-Missing and truncated files are noticed. Changed bytes in a safetensors file are not: the format has no checksum.
+Missing and truncated files are noticed. Changed bytes in a safetensors file are not noticed, because the format has no
+checksum.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..utils.json_files import read_object
 from .run_folder import CHECKPOINTS
 
 STATE_FILE = "trainer_state.json"  # the trainer writes it last
-#: Part of a checkpoint -> file patterns, one of which must match (the later ones: FSDP, DeepSpeed, XLA).
+#: Part of a checkpoint -> file patterns, one of which must match. FSDP, DeepSpeed and XLA write the later ones.
 _PARTS = {
     "weights": ("adapter_model.*", "*/adapter_model.*", "model*.safetensors", "pytorch_model*", "global_step*"),
     "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer*/", "global_step*", "rank*-optimizer.pt"),
@@ -30,8 +31,9 @@ _DAMAGED = "damaged-"
 def last_checkpoint(folder: Path, print_fn: Callable[[str], None]) -> Path | None:
     """Return the newest complete checkpoint of a run, or None.
 
-    A checkpoint whose writing was interrupted is removed; a damaged one is renamed. Both are reported. A checkpoint is
-    skipped if the best checkpoint it refers to is lost: the run would end with weights other than its best.
+    A checkpoint whose writing was interrupted is deleted, and a damaged checkpoint is renamed. Both are reported. A
+    checkpoint is also skipped if it names a best checkpoint that is lost, because the run could then not end with its
+    best weights.
 
     Args:
         folder: folder of the run.
@@ -49,7 +51,7 @@ def last_checkpoint(folder: Path, print_fn: Callable[[str], None]) -> Path | Non
         if why:
             aside = path.with_name(_DAMAGED + path.name)
             shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)  # the trainer counts checkpoints by name, and deletes the oldest
+            path.rename(aside)  # renamed, because the trainer counts checkpoints by name and deletes the oldest
             print_fn(f"{path} is damaged ({why}); it is kept as {aside.name}, and not used")
             damaged = True
             continue
@@ -57,7 +59,7 @@ def last_checkpoint(folder: Path, print_fn: Callable[[str], None]) -> Path | Non
     for path, state in reversed(complete.items()):
         best = state.get("best_model_checkpoint")
         if best and path.parent / Path(best).name not in complete:
-            print_fn(f"{path} is not used: {Path(best).name}, the best so far, is damaged or missing")
+            print_fn(f"{path} is not used: {Path(best).name}, the best checkpoint so far, is damaged or missing")
             continue
         if best and Path(best) != path.parent / Path(best).name:
             # the folder has been moved
@@ -70,7 +72,7 @@ def last_checkpoint(folder: Path, print_fn: Callable[[str], None]) -> Path | Non
 
 
 def damage_of(path: Path) -> str:
-    """Return what is missing from a checkpoint or truncated in it; empty if it is complete."""
+    """Return what is missing or damaged in a checkpoint, as text; empty if the checkpoint is complete."""
     for part, patterns in _PARTS.items():
         if not any(next(path.glob(pattern), None) for pattern in patterns):
             return f"it has no {part}"

@@ -1,4 +1,4 @@
-"""Digests of the rows that a run was trained and scored on, to detect whether they have changed since."""
+"""Record digests of the rows that a run is trained and scored on, to detect later that the rows have changed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,23 @@ def record_digests(folder: Path, digests: Mapping[str, str]) -> None:
     if changed and not nothing_to_resume(folder):
         raise UserError(
             f"{folder}: the {', '.join(changed)} rows have changed since this run began, so it cannot be resumed; "
-            "restore them, or restart it with --no-resume, which keeps the old one next to it"
+            "restore the rows, or restart the run with --no-resume, which keeps the old run in earlier-N"
         )
     record.data = {**record.data, "digest": dict(digests)}
     write_record(folder, record)
 
 
 def note_changed_rows(folder: Path, name: str, digests: Mapping[str, str]) -> list[str]:
-    """Note in a finished run's run.json which rows have changed since it was trained or scored; return these notes."""
+    """Write into a finished run's run.json which rows have changed since the run was trained or scored.
+
+    Args:
+        folder: folder of the run.
+        name: name of the run, for the notes.
+        digests: digests of the current rows, by split.
+
+    Returns:
+        One note for each split that has changed.
+    """
     record = read_record(folder)
     changed = _changed(record.data.get("digest") or {}, digests)
     lines = {split: f"{name}: {STALE} the {split} rows have changed since" for split in digests}

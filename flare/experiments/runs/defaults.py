@@ -1,4 +1,4 @@
-"""The paper's settings for a model and a task (its Table 5), adapted to what this machine supports."""
+"""The paper's settings for a model and a task (Table 5 of the paper), adapted to what this machine supports."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
-_PAPERS = ("nusax", "xnli", "tydiqa")
-#: Kind of task -> the paper's task whose settings it uses; the others use those of NusaX (short texts with a label).
-_LIKE = {"qa": "tydiqa", "multiple-choice": "xnli", "afrixnli": "xnli"}
-# Training arguments that the experiment sets itself.
-_OURS = ("predict_with_generate",)
+_PAPER_TASKS = ("nusax", "xnli", "tydiqa")
+#: Task or kind of task -> the paper's task whose settings it uses. All other tasks use the settings of NusaX (short
+#: texts with a label).
+_USES_SETTINGS_OF = {"qa": "tydiqa", "multiple-choice": "xnli", "afrixnli": "xnli"}
+# Training arguments of a recipe that the experiment sets itself.
+_SET_BY_EXPERIMENT = ("predict_with_generate",)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def kind_of(model: str, form: str | None = None) -> ModelKind:
     """Return the kind of the model in a folder or under a hub id; `form` overrides the family.
 
     Raises:
-        UserError: its configuration cannot be read, or its family is not one of `FAMILIES`.
+        UserError: the model's configuration cannot be read, or its family is not one of `FAMILIES`.
     """
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as names
@@ -60,7 +61,9 @@ def kind_of(model: str, form: str | None = None) -> ModelKind:
         return ModelKind("encoder", kind)
     if kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return ModelKind("causal", kind)
-    raise UserError(f"model {model}: {kind!r} is not known as an encoder, decoder or encoder-decoder; give its --form")
+    raise UserError(
+        f"model {model}: {kind!r} is not known as an encoder, decoder or encoder-decoder; name its kind with --form"
+    )
 
 
 def paper_recipe(kind: ModelKind, task: str) -> Recipe:
@@ -68,9 +71,13 @@ def paper_recipe(kind: ModelKind, task: str) -> Recipe:
     file = "paper-xlmr" if kind.family == "encoder" else "paper-mt5"
     if kind.family == "causal" or (kind.family == "encoder" and kind.model_type in _decoders()):
         file = "paper-gemma2" if kind.model_type.startswith("gemma") else "paper-llama"
-    like = task if task in _PAPERS else _LIKE.get(task, _LIKE.get(REGISTRY[task].kind, "nusax"))
-    recipe = Recipe.read(f"{file}/{like}")
-    training = {name: value for name, value in recipe.training.items() if name not in _OURS}
+    paper_task = (
+        task
+        if task in _PAPER_TASKS
+        else _USES_SETTINGS_OF.get(task, _USES_SETTINGS_OF.get(REGISTRY[task].kind, "nusax"))
+    )
+    recipe = Recipe.read(f"{file}/{paper_task}")
+    training = {name: value for name, value in recipe.training.items() if name not in _SET_BY_EXPERIMENT}
     return replace(recipe, base=None, model={}, training=training)
 
 
@@ -78,9 +85,9 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     """Return the recipe without the features that this machine lacks, and a note for each of them.
 
     Args:
-        recipe: the paper's.
-        quantization: the user's "none", "nf4" or "int8"; None: the recipe's, if there is a CUDA device.
-        given: TrainingArguments' fields given by the user, which are kept.
+        recipe: the paper's recipe.
+        quantization: "none", "nf4" or "int8" from the user; None: the recipe's quantization, if there is a CUDA device.
+        given: name -> value of the TrainingArguments fields that the user set. They are not changed.
 
     Raises:
         UserError: `quantization` needs bitsandbytes, which is not installed.
@@ -101,7 +108,9 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
     elif quantized is not None and not (cuda and bitsandbytes):
         quantized = None
         why = "bitsandbytes is not installed" if cuda else "there is no CUDA device"
-        notes.append(f"the base is not quantised to 4 bits as in the paper: {why} (--quantization nf4 requests it)")
+        notes.append(
+            f"the base is not quantised to 4 bits as in the paper: {why} (--quantization nf4 quantises it nevertheless)"
+        )
     if training.get("bf16") and not half and not {"bf16", "fp16"} & set(given):
         training["bf16"] = False
         if cuda:
@@ -111,18 +120,18 @@ def adapt_to_machine(recipe: Recipe, quantization: str | None, given: Mapping[st
             notes.append("training is in float32: half precision needs a GPU")
     if "bnb" in str(training.get("optim")) and not (cuda and bitsandbytes) and "optim" not in given:
         training["optim"] = "adamw_torch"
-        notes.append("the optimizer is AdamW in 32 bits: its 8-bit form needs a GPU and bitsandbytes")
+        notes.append("the optimizer is 32-bit AdamW: 8-bit AdamW needs a GPU and bitsandbytes")
     if given.get("use_cpu"):
         training["bf16"] = bool(given.get("bf16", False))
     dtype = recipe.dtype
     if dtype == "bfloat16" and not half and quantized is None:
         dtype = "float16" if cuda else "float32"
-    # replaced, not merged, so that no part of the recipe's quantization remains
+    # the recipe's quantization is replaced as a whole, so that none of its keys remains
     return replace(recipe, quantization=quantized, training=training, dtype=dtype), notes
 
 
 def with_auto_class(recipe: Recipe, auto_class: str, model_options: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with a form's model class and its options, such as num_labels."""
+    """Return the recipe with a model class and the arguments of its from_pretrained, such as num_labels."""
     task = next(name for name, (model_class, _) in TASKS.items() if model_class == auto_class)
     return replace(recipe, task=task, model=dict(model_options))
 

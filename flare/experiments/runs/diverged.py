@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, TrainerCallback, TrainerControl, Train
 from ..tasks.data_error import some_ids
 from ..utils.errors import DivergedError
 
-_ADVICE = "restart with a smaller --lr, a longer --warmup_steps or --max_grad_norm (flare train --no-resume)"
+_ADVICE = "train again with --no-resume and a smaller --lr, more --warmup_steps or a smaller --max_grad_norm"
 
 
 class StopIfNotFinite(TrainerCallback):
@@ -70,10 +70,10 @@ def check_logits(logits: Tensor, ids: Sequence[str]) -> None:
     """
     finite = torch.isfinite(logits).flatten(1).all(1)
     if not bool(finite.all()):
-        lost = [row for row, good in zip(ids, finite.tolist(), strict=True) if not good]
+        wrong_ids = [row for row, is_finite in zip(ids, finite.tolist(), strict=True) if not is_finite]
         raise DivergedError(
-            f"the model's logits of {len(lost)} rows are NaN or infinite {some_ids(lost)}: the training diverged, or "
-            f"the base overflows in its dtype. No score is given; {_ADVICE}"
+            f"the model's logits of {len(wrong_ids)} rows are NaN or infinite {some_ids(wrong_ids)}, because "
+            f"the training diverged or the base overflows in its dtype. No score is computed; {_ADVICE}"
         )
 
 

@@ -1,4 +1,7 @@
-"""`flare evaluate`: score the base without training (zero-shot, translate-test) and adapters (translate-train)."""
+"""`flare evaluate`: score a base (zero-shot, translate-test) and adapters (translate-train) on the test split.
+
+These three kinds of evaluation are called settings, as in the option --setting.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ _COLUMNS = ("source_column", "target_column")
 
 
 def run_evaluate(settings: EvaluateSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
-    """Evaluate on the test split; results that exist already are skipped.
+    """Evaluate on the test split. Evaluations whose results exist already are skipped.
 
     Returns:
         The folders with the results.
@@ -50,13 +53,16 @@ def run_evaluate(settings: EvaluateSettings, print_fn: Callable[[str], None] = p
 
 
 _NO_TRANSLATE_TEST = (
-    "translate-test is skipped for task {task}: the tags belong to the words of the target text, and the source text "
-    "has other words"
+    "translate-test is skipped for task {task}, because the tags belong to the words of the target text, and the "
+    "source text has different words"
 )
 
 
 class _Evaluation:
-    """One call of the command; the runs provide task, data and languages that are not given."""
+    """One call of `flare evaluate`.
+
+    Task, data and languages that the user does not name are taken from the runs in the output folder.
+    """
 
     def __init__(self, settings: EvaluateSettings, print_fn: Callable[[str], None]) -> None:
         self.settings, self.print_fn = settings, only_main(print_fn)
@@ -67,7 +73,7 @@ class _Evaluation:
         self.failed: list[tuple[str, str]] = []
 
     def run(self) -> list[Path]:
-        """Evaluate everything; errors are raised at the end, after all other results are written."""
+        """Evaluate everything. After all possible results are written, raise the errors that occurred."""
         for setting in self.settings.setting:
             if setting == "translate-train":
                 self._try(setting, self._adapters)
@@ -102,7 +108,7 @@ class _Evaluation:
     def _base(self, setting: str, target: str, seed: int, text: str | None) -> list[Path]:
         settings = self.settings
         base = find_base(settings.output, settings.base, seed)
-        # a base without fine-tuning has no record of the task, but its adapters have one
+        # a base that was not fine-tuned has no run.json that names the task, but its adapters have one
         adapters = (run.record for run in self.adapters if run.record.base == base.shown)
         data, setup = self._prepared(base.record or next(adapters, None), base)
         if setting == "translate-test" and data.task.kind == "token-classification":
@@ -135,7 +141,7 @@ class _Evaluation:
         with locked(folder):
             if on_main(lambda: open_run(folder, record, settings.resume, self.print_fn)) == "done":
                 self.print_fn(f"{name}: already done, in {folder}")
-                with contextlib.suppress(UserError):  # missing data do not matter for a finished run
+                with contextlib.suppress(UserError):  # a finished run does not need its data
                     self._note_changed_rows(
                         folder, name, digests_of_pairs("test", self._base_pairs(data, target, text)[0], text)
                     )
@@ -146,7 +152,7 @@ class _Evaluation:
             record.data["digest"] = digests_of_pairs("test", pairs, text)
             if setting == "translate-test":
                 pairs = [_source_only(pair) for pair in pairs]
-            set_seed(seed)  # a base without fine-tuning has a random head
+            set_seed(seed)  # a base that was not fine-tuned has a random head
             model = to_device(setup.load_model(), setup, device())
             scores, predictions = self._predict(
                 model, collator("lora", setup, model), setup, pairs, False, name, record
@@ -160,20 +166,21 @@ class _Evaluation:
         return [folder]
 
     def _base_pairs(self, data: Data, target: str, text: str | None) -> tuple[list[Pair], list[str]]:
-        """Return the test rows for the base, and notes.
+        """Return the test rows for the base, and notes about them.
 
-        If adapters were scored on this language, the base gets the same rows.
+        If adapters were scored on this target language, the base is scored on the rows that they were scored on.
         """
         ids = self._scored_ids(target) if self.settings.rows is None else set()
-        if ids:  # they replace the number of rows that the base was fine-tuned with
+        if ids:  # these rows are all used, even if run.json of the base limits the number of rows
             data = Data(data.task, data.folder, data.source, data.translations)
         pairs, messages = data.pairs(target, "test", source_text=text)
         shared = [pair for pair in pairs if pair.target.id in ids]
         if shared and len(shared) < len(pairs):
-            left = [pair.target.id for pair in pairs if pair.target.id not in ids]
+            left_out = [pair.target.id for pair in pairs if pair.target.id not in ids]
             messages = [
                 *messages,
-                f"{len(left)} of {len(pairs)} test rows are left out: no adapter was scored on them {some_ids(left)}",
+                f"{len(left_out)} of {len(pairs)} test rows are left out: no adapter was scored on them "
+                f"{some_ids(left_out)}",
             ]
             pairs = shared
         if text is not None and data.task.kind == "qa":
@@ -228,7 +235,7 @@ class _Evaluation:
         metrics = read_metrics(run.folder)
         if setting in metrics.test and self.settings.resume:
             self.print_fn(f"{name}: already done, in {run.folder}")
-            with contextlib.suppress(UserError):  # missing data do not matter for a finished run
+            with contextlib.suppress(UserError):  # a finished run does not need its data
                 data, _ = self._prepared(record, base_of_run(record, self.settings.output))
                 pairs, _ = data.pairs(str(record.target_language), "test", source_text=text)
                 self._note_changed_rows(run.folder, name, digests_of_pairs("test", pairs, text))
@@ -243,7 +250,8 @@ class _Evaluation:
                 f"{setup.form.prompt!r}; train it again (flare train --no-resume)"
             )
         with locked(run.folder):
-            metrics = read_metrics(run.folder)  # again: another process may have added results meanwhile
+            # read again, because another command may have added results before this one got the lock
+            metrics = read_metrics(run.folder)
             pairs, messages = data.pairs(record.target_language, "test", source_text=text)
             self.notes(messages, record.target_language)
             set_seed(record.seed)  # weights missing from the base (a pooler) are initialised as in the training
@@ -280,7 +288,7 @@ class _Evaluation:
     # --- shared ---------------------------------------------------------------------------------------------------
 
     def _prepared(self, record: RunRecord | None, base: Base) -> tuple[Data, Setup]:
-        """Return the data and the setup of a run, overridden by the given settings."""
+        """Return the data and the setup of a run, with the user's settings in place of the recorded ones."""
         settings = self.settings
         saved = {} if record is None else record.settings
         columns = self._columns_of(record) if settings.data is None else {}
@@ -296,9 +304,9 @@ class _Evaluation:
         return Data(task, place, source, None if translations is None else Path(translations), merged.rows), setup
 
     def _columns_of(self, record: RunRecord | None) -> dict[str, Any]:
-        """Return the columns of a table with both languages.
+        """Return the source and target columns, if the data are one table with both languages.
 
-        The record of a fine-tuning may have the source's columns only; its adapters have both.
+        run.json of a base may name only the source columns; run.json of its adapters names both.
         """
         saved = [run.settings for run in (*([record] if record else []), *(run.record for run in self.adapters))]
         columns = {name: next((one[name] for one in saved if one.get(name)), None) for name in _COLUMNS}
@@ -329,16 +337,19 @@ class _Evaluation:
 
 
 def _source_only(pair: Pair) -> Pair:
-    """Return the pair's source row; a missing class label is taken from the target, an answer is not."""
+    """Return the pair's source row as a target row.
+
+    A missing class label is taken from the target row. A missing answer is not, because it is part of a text.
+    """
     assert pair.source is not None
     return Pair(replace(pair.source, label=pair.source.label or pair.target.label))
 
 
 def _answered(pairs: list[Pair], data: Data, target: str, text: str) -> tuple[list[Pair], list[str]]:
-    """Return the questions whose source has answers, and a note about the ones left out.
+    """Return the questions whose source row has an answer, and a note about the questions that are left out.
 
-    Without an answer in the source language, for instance after a translation that lost the marks around it, a
-    prediction has nothing to be compared with.
+    A prediction can only be compared with an answer in the source language. A translation that lost the marks around
+    the answer has none.
 
     Raises:
         UserError: no row is left.
@@ -346,8 +357,8 @@ def _answered(pairs: list[Pair], data: Data, target: str, text: str) -> tuple[li
     answered = [pair for pair in pairs if pair.source is not None and pair.source.answers]
     lost = [pair.target.id for pair in pairs if pair.source is None or not pair.source.answers]
     note = (
-        f"{len(lost)} of {len(pairs)} test questions have no answer in {data.source} (a translation that lost its "
-        f"marks has none) and are left out of translate-test {some_ids(lost)}"
+        f"{len(lost)} of {len(pairs)} test questions have no answer in {data.source} (a translation that lost "
+        f"the marks around the answer has none) and are left out of translate-test {some_ids(lost)}"
     )
     if not answered:
         raise UserError(

@@ -34,7 +34,7 @@ ADAPTER = "source-adapter"
 
 
 def run_finetune(settings: FinetuneSettings, print_fn: Callable[[str], None] = print) -> list[Path]:
-    """Fine-tune one base per seed into OUTPUT/base/seed-N; finished bases are skipped.
+    """Fine-tune one base for each seed, in OUTPUT/base/seed-N. Finished bases are skipped.
 
     Returns:
         The bases' folders.
@@ -85,7 +85,7 @@ def _one(
         done = on_main(lambda: open_run(folder, record, settings.resume, print_fn)) == "done"
         if done and is_main():
             print_fn(f"{name}: already done, in {folder}")
-            with contextlib.suppress(UserError):  # missing data do not matter for a finished run
+            with contextlib.suppress(UserError):  # a finished run does not need its data
                 for line in note_changed_rows(folder, name, _digests(data)):
                     print_fn(f"{line} (--no-resume fine-tunes again)")
         if done:
@@ -100,7 +100,7 @@ def _one(
         record.data["notes"] = notes([*messages, *more], data.source)
         record.data["notes"] += notes(form_messages, f"{data.source} train")
         if not valid:
-            record.data["notes"] += notes([f"{data.source} has no valid split: the last checkpoint is used"])
+            record.data["notes"] += notes([f"{data.source} has no valid split, so the last checkpoint is used"])
         set_seed(seed)
         model = setup.load_model()
         if not settings.full:
@@ -161,7 +161,7 @@ def _one(
 
 
 def _merge(setup: Setup, folder: Path, seed: int) -> None:
-    """Merge the adapter into the base, unquantised, and save an ordinary transformers model."""
+    """Merge the adapter into the unquantised base, and save the result as an ordinary transformers model."""
     set_seed(seed)  # weights missing from the checkpoint (a pooler) are initialised as in the training
     base = setup.load_model(quantized=False)
     PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload().save_pretrained(folder)
@@ -188,7 +188,10 @@ def _digests(data: Data) -> dict[str, str]:
 
 
 def _rows(data: Data, split: str, needed: bool = True) -> tuple[list[Pair] | None, list[str]]:
-    """Return the source language's rows of a split, or None if an optional split is missing; and notes."""
+    """Return the source language's rows of a split, and notes about them.
+
+    If the split is missing, return None for a split that is not needed: "valid", or any split with ``needed=False``.
+    """
     if (split == "valid" or not needed) and not data.has(data.source, split):
         return None, []
     return data.pairs(data.source, split)

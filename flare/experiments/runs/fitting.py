@@ -1,4 +1,7 @@
-"""One training: its arguments, choice of the best checkpoint, resuming, and costs."""
+"""Train one model: training arguments, choice of the best checkpoint, resuming, and measured costs.
+
+A *recipe* (`flare.recipes`) holds the paper's settings. The user's TrainingArguments override those of the recipe.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ from .records import LOG_FILE, Metrics
 from .run_folder import CHECKPOINTS
 
 _TIMER_WARM_UP = 3
-_KEPT = 2  # checkpoints: the best, and the newest to resume from
-# The user's argument -> the recipe's argument that it replaces.
+_CHECKPOINTS_KEPT = 2  # the best checkpoint, and the newest one to resume from
+# Argument given by the user -> argument of the recipe that it replaces.
 _REPLACES = {"warmup_ratio": "warmup_steps", "fp16": "bf16"}
 
 
@@ -34,7 +37,8 @@ class ExperimentTrainer(FlareTrainer):
 
     Args:
         predictor: predictor of the validation split; None: checkpoints are not evaluated.
-        has_source: whether each row has a source, if only some have one. A batch never mixes the two kinds.
+        has_source: for each training row, whether it has a source; None if all rows have a source or none has. A batch
+            never mixes rows with and without a source.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class ExperimentTrainer(FlareTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as FlareTrainer; the final ``train_loss`` is the mean over all steps, including those before a resume."""
+        """Log as FlareTrainer does, with a final ``train_loss`` that includes the steps before a resume."""
         if "train_loss" in logs and self.losses.resumed:
             logs["train_loss"] = self.losses.mean(self.state.global_step)
         super().log(logs, start_time)
@@ -72,7 +76,7 @@ class ExperimentTrainer(FlareTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.has_source is None:
             return super()._get_train_sampler(train_dataset)
-        # batches that the processes compute at the same time must be of one kind
+        # of the batches that the processes compute at the same time, all must have a source, or none
         return OneKindSampler(self.has_source, self.args.per_device_train_batch_size * process_count(), self.args.seed)
 
 
@@ -100,32 +104,37 @@ class OneKindSampler(torch.utils.data.Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.has_source), generator=generator).tolist()
         size = self.batch_size
-        whole, rest = [], []
+        full_batches, rest = [], []
         for kind in (True, False):
             rows = [row for row in order if self.has_source[row] == kind]
             end = len(rows) - len(rows) % size
-            whole += [rows[first : first + size] for first in range(0, end, size)]
+            full_batches += [rows[first : first + size] for first in range(0, end, size)]
             rest += rows[end:]
-        for batch in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[batch]
+        for batch in torch.randperm(len(full_batches), generator=generator).tolist():
+            yield from full_batches[batch]
         yield from rest
 
 
 @dataclass
 class Fit:
-    """A finished training: the trainer, holding the selected weights, and its metrics so far."""
+    """A finished training.
+
+    trainer: the trainer, whose model has the selected weights.
+    metrics: the metrics that are known after the training.
+    """
 
     trainer: ExperimentTrainer
     metrics: Metrics
 
 
 def training_values(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's TrainingArguments fields, overridden by the user's."""
+    """Return a recipe's values of TrainingArguments fields, overridden by the user's values (`given`)."""
     values = dict(recipe)
     for name in given:
         values.pop(_REPLACES.get(name, ""), None)
     if "per_device_train_batch_size" in given:
-        values.pop("gradient_accumulation_steps", None)  # a batch size given by the user is the effective one
+        # a batch size from the user is the number of rows of an optimizer step
+        values.pop("gradient_accumulation_steps", None)
     return {**values, **given}
 
 
@@ -141,15 +150,16 @@ def batch_size(values: Mapping[str, Any]) -> int:
 def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, int]:
     """Return the rows per batch of one process and its batches per optimizer step.
 
-    A step has the same rows for any number of processes. The batch size fits the memory of one process, so it is kept
-    if possible: more processes first compute fewer batches per step, and only then smaller ones.
+    A step has the same rows for any number of processes. The batch size is kept if possible, because it fits the memory
+    of one process: with more processes, each computes fewer batches per step. Only if this is not enough, its batches
+    become smaller.
 
     Args:
         values: result of :func:`training_values`, for a single process.
         processes: number of processes that share a step.
 
     Raises:
-        UserError: the rows of a step cannot be divided.
+        UserError: the processes cannot share the rows of a step equally.
     """
     size, batches = batch_size(values), int(values.get("gradient_accumulation_steps", 1))
     share, rest = divmod(size * batches, processes)
@@ -165,14 +175,16 @@ def per_process_batch(values: Mapping[str, Any], processes: int) -> tuple[int, i
 def training_arguments(
     values: Mapping[str, Any], folder: Path, seed: int, metric: str | None, given: Mapping[str, Any]
 ) -> TrainingArguments:
-    """Return the TrainingArguments of a run: a checkpoint each epoch by default; the best one is loaded at the end.
+    """Return the TrainingArguments of a run.
+
+    By default a checkpoint is saved each epoch. At the end, the trainer loads the checkpoint with the best `metric`.
 
     Args:
         values: result of :func:`training_values`.
         folder: folder of the run.
         seed: seed of initialisation, shuffling and dropout.
         metric: metric that selects the best checkpoint; None: there is no validation split.
-        given: fields given by the user.
+        given: name -> value of the fields that the user set.
 
     Raises:
         UserError: the values do not fit together.
@@ -181,7 +193,7 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "logging_strategy": "epoch" if "logging_steps" not in given else "steps",
-        "save_total_limit": _KEPT,
+        "save_total_limit": _CHECKPOINTS_KEPT,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,  # keep a NaN loss visible
@@ -196,17 +208,17 @@ def training_arguments(
             defaults |= {"eval_steps": every, "save_steps": every}
         defaults |= {"metric_for_best_model": metric, "greater_is_better": True, "load_best_model_at_end": True}
     elif given.get("eval_strategy", "no") != "no" or "eval_steps" in given:
-        raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have none")
+        raise UserError("--eval_strategy and --eval_steps need a valid split, and the data have no valid split")
     merged = {**defaults, **values, "output_dir": str(folder / CHECKPOINTS), "seed": seed, "data_seed": seed}
     if process_count() > 1:
         size, batches = per_process_batch(values, process_count())
         merged |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
         if not torch.accelerator.is_available():
-            merged["use_cpu"] = True  # otherwise every process would train on its own
+            merged["use_cpu"] = True  # otherwise every process would train alone, without sharing gradients
     try:
         arguments = TrainingArguments(**merged)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"these training arguments do not work: {error}") from error
+        raise UserError(f"these training arguments cannot be used: {error}") from error
     if arguments.max_steps <= 0 and arguments.num_train_epochs <= 0:
         raise UserError(f"--epochs must be greater than 0; got {arguments.num_train_epochs}")
     return arguments
@@ -235,7 +247,22 @@ def fit(
     has_source: Sequence[bool] | None = None,
     source_cache: SourceStateCache | None = None,
 ) -> Fit:
-    """Train, or resume from the newest complete checkpoint. Afterwards the model holds the selected weights.
+    """Train a model, or resume its training from the newest complete checkpoint.
+
+    Afterwards the model has the weights of the best checkpoint, or the last weights if `predictor` is None.
+
+    Args:
+        model: the model with its adapters, or the base itself.
+        collator: the method's collator.
+        rows: training rows.
+        arguments: result of :func:`training_arguments`.
+        folder: folder of the run, with its checkpoints.
+        name: name of the run, for messages.
+        progress: whether to show a progress bar.
+        print_fn: prints one line for the user.
+        predictor: see :class:`ExperimentTrainer`.
+        has_source: see :class:`ExperimentTrainer`.
+        source_cache: cache of source states; None: no cache.
 
     Raises:
         UserError: there are no rows, or the trainer rejects a value.
@@ -257,7 +284,7 @@ def fit(
             source_cache=source_cache,
         )
     except (ValueError, RuntimeError, ImportError) as error:  # such as a report_to whose package is missing
-        raise UserError(f"these training arguments do not work: {error}") from error
+        raise UserError(f"these training arguments cannot be used: {error}") from error
     if trainer.accelerator.num_processes != process_count():
         raise UserError(
             f"{process_count()} processes were started, but accelerate sees {trainer.accelerator.num_processes}; start "
@@ -265,7 +292,8 @@ def fit(
         )
     timer.device = arguments.device
     if source_cache is not None and predictor is not None:
-        predictor.collator = trainer.data_collator  # it may pad to another width, which is part of the cache's keys
+        # with a cache, the trainer's collator may pad to another width, and the cache's keys include the width
+        predictor.collator = trainer.data_collator
     set_callbacks(trainer, StopIfNotFinite(), Bar(name, progress), Timing(timer), clock, Log(folder / LOG_FILE))
     checkpoint = on_main(lambda: last_checkpoint(folder, print_fn))
     if checkpoint is not None and is_main():
@@ -310,7 +338,10 @@ def save(trainer: ExperimentTrainer, folder: Path) -> None:
 
 
 def add_cost(done: Fit) -> None:
-    """Measure the peak memory of one more step, unless fit has done so. This changes the weights: save them first."""
+    """Measure the peak memory with one more training step, if :func:`fit` has not measured it.
+
+    The step changes the weights, so save them first.
+    """
     if done.metrics.peak_kind is None:
         done.metrics.peak_bytes, _ = measure_step(done.trainer)
         done.metrics.peak_kind = "cuda peak" if done.trainer.args.device.type == "cuda" else "live tensors"

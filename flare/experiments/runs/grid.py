@@ -1,4 +1,4 @@
-"""The runs of `flare train`: one for each target language, seed, method, fusion and rank."""
+"""The grid of `flare train`: one run for each target language, seed, method, fusion and rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from .setup import Data, Notes, place_of, task_of, with_targets
 
 @dataclass(frozen=True)
 class Plan:
-    """One run of the grid; source_text and target_text are the texts that its method reads."""
+    """One run of the grid.
+
+    source_text: source text that the method reads, "gold" (written by people) or "mt" (machine-translated); None if it
+        reads none.
+    target_text: target text of the training, "gold" or "mt".
+    """
 
     target: str
     method: str
@@ -32,12 +37,12 @@ class Plan:
 
     @property
     def train_source(self) -> str | None:
-        """Source text in training; always gold for machine-translated target text, which is translated from it."""
+        """Source text in training. It is gold if the target text is "mt", because that was translated from it."""
         return "gold" if self.source_text is not None and self.target_text == "mt" else self.source_text
 
 
 def plans(settings: TrainSettings) -> list[Plan]:
-    """Return every run of the grid, ordered by language, then seed, then method."""
+    """Return every run of the grid, ordered by target language, then seed, then method, fusion and rank."""
     runs = []
     for target in settings.target or ():
         for seed in settings.seeds:
@@ -77,7 +82,7 @@ def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, .
     """Return the labels that the bases were fine-tuned on.
 
     Raises:
-        UserError: they were fine-tuned on another task, language or list of labels.
+        UserError: the bases were fine-tuned on another task, language or list of labels.
     """
     labels = None
     for base in bases.values():
@@ -95,12 +100,19 @@ def check_bases(settings: TrainSettings, bases: dict[int, Base]) -> tuple[str, .
                 )
         labels = tuple(record.settings.get("labels") or ()) or None
         if settings.labels is not None and labels is not None and settings.labels != labels:
-            raise UserError(f"--labels: the base {base.model} was fine-tuned on {', '.join(labels)}, in this order")
+            raise UserError(
+                f"--labels: the base {base.model} was fine-tuned on the labels "
+                f"{', '.join(labels)}, in this order; remove --labels"
+            )
     return labels
 
 
 def form_of(settings: TrainSettings, bases: dict[int, Base]) -> str | None:
-    """Return the form that the bases were fine-tuned in; another form would have an untrained head."""
+    """Return the form (kind of model) that the bases were fine-tuned in, or else the user's.
+
+    Raises:
+        UserError: the user names another form, which would have an untrained head.
+    """
     for base in bases.values():
         trained = None if base.record is None else base.record.settings.get("family")
         if trained is not None and settings.form not in (None, trained):

@@ -1,4 +1,4 @@
-"""Rows of FLARE MT: the MT encoder's states of the target text, computed once per split."""
+"""Rows of FLARE MT, which hold the MT encoder's states of the target text, computed once per split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..utils.errors import UserError, library_errors
 from ..utils.model_names import find_model
 from ..utils.progress import counter
 
-#: Bytes above which states are kept in a file that batches are read from.
+#: Bytes of states kept in memory; further states go to a file, from which batches are read.
 IN_MEMORY = 1 << 30
 _BATCH = 32
 
@@ -27,11 +27,12 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
     Args:
         model: name or folder of an MT model.
         target: name of the language in the experiment.
-        language: its tag in the MT model; None: looked up in the table of languages.
-        max_length: tokens per text.
+        language: the language's tag in the MT model; None: looked up in the table of languages.
+        max_length: maximum tokens per text.
+        device: device of the encoder.
 
     Raises:
-        UserError: the encoder cannot be loaded, or has no tag for the language.
+        UserError: the encoder cannot be loaded, or it has no tag for the language.
     """
     from transformers import AutoTokenizer
 
@@ -42,7 +43,7 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
     if tag is None and hasattr(tokenizer, "src_lang"):
         try:
             tag = nllb_code(target)
-        except UserError as error:  # its message names the options of flare translate
+        except UserError as error:  # the message names options of flare translate
             message = str(error).replace("--source-code or --target-code", "--mt-language")
             raise UserError(f"--mt-model {model} for {target}: {message}") from error
     with library_errors(f"--mt-model {model} for {target}", advice="; --mt-language sets the tag"):
@@ -52,20 +53,22 @@ def latent_encoder(model: str, target: str, language: str | None, max_length: in
 def add_states(
     rows: Sequence[dict[str, Any]], texts: Sequence[str], encoder: LatentEncoder, folder: Path, name: str | None
 ) -> list[dict[str, Any]]:
-    """Return the rows with ``source_states`` (length, latent_dim) of their texts, in float32.
+    """Return the rows with ``source_states``, the encoder's states (length, latent_dim) of each text in float32.
 
     The batches depend only on the texts, so that a resumed run gets the same states.
 
     Args:
-        rows, texts: equally many.
+        rows: model rows.
+        texts: the target text of each row.
         encoder: the MT encoder.
-        folder: folder for states larger than `IN_MEMORY`. They go to a temporary file without a name, which vanishes
-            with the rows, even if the process is killed.
+        folder: folder of a temporary file for the states that exceed `IN_MEMORY` bytes. The file has no name. It is
+            deleted with the rows, and also if the process is killed.
         name: label of the progress bar; None: no bar.
     """
     order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
     all_states: list[Any] = [None] * len(texts)
-    in_file: list[tuple[int, int, tuple[int, ...]]] = []  # row, offset of its numbers, shape
+    # of the states in the file: row, offset (counted in numbers, not bytes) and shape
+    in_file: list[tuple[int, int, tuple[int, ...]]] = []
     size = written = 0
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(counter(name, len(texts), "row"))
@@ -86,12 +89,13 @@ def add_states(
             bar.update(len(part))
         if store is not None:
             store.flush()
-            numbers = np.memmap(store, np.float32, "c")  # one mapping for all rows: each keeps a file open
+            # one mapping for all rows, because each mapping keeps a file open
+            numbers = np.memmap(store, np.float32, "c")
             for index, begin, shape in in_file:
                 all_states[index] = numbers[begin : begin + int(np.prod(shape))].reshape(shape)
     return [{**row, "source_states": states} for row, states in zip(rows, all_states, strict=True)]
 
 
 def target_texts(pairs: Sequence[Pair]) -> list[str]:
-    """Return the target text of each pair; several text columns are joined by a space."""
+    """Return the target text of each pair; the texts of several text columns are joined by a space."""
     return [" ".join(pair.target.texts.values()) for pair in pairs]

@@ -1,4 +1,4 @@
-"""The paper's methods: how each one adapts the base model, forms batches and is loaded again."""
+"""Build and load the model of each of the paper's methods, and make the collator of its batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from .setup import Setup
 #: Methods that read a source text.
 READS_SOURCE = ("input-fusion", "x-mixup", "flare")
 _PEFT_TYPES = {"x-mixup": X_MIXUP.value}
-_ADVICE = "Train it again (flare train --no-resume keeps this one next to it), or exclude it (--variant, --seeds)"
+_ADVICE = (
+    "Train it again with flare train --no-resume, which keeps this adapter in earlier-N, or exclude it with --variant "
+    "or --seeds"
+)
 _LORA_FIELDS = {one.name for one in fields(peft.LoraConfig)}
 
 
@@ -40,11 +43,11 @@ def build(
 
     Args:
         method: a name in `flare.experiments.runs.run_settings.METHODS`.
-        setup: the base and its form.
-        adapter: FlareConfig's fields.
-        fusion: fusion function of flare and flare-mt.
-        latent_dim: width of flare-mt's MT encoder.
-        mixup_layer: block of x-mixup; None: its default.
+        setup: the base model and its form of the task.
+        adapter: name -> value of FlareConfig's fields.
+        fusion: fusion function of flare and flare-mt; None for other methods.
+        latent_dim: width of the MT encoder of flare-mt; None for other methods.
+        mixup_layer: index of the block in which x-mixup mixes; None: the middle block.
 
     Raises:
         UserError: the method does not work on this model; the message gives the reason.
@@ -72,10 +75,10 @@ def load(record: RunRecord, setup: Setup, folder: Path, advice: str = _ADVICE) -
     """Return the base with the trained adapters of a folder, and the collator of its batches.
 
     Args:
-        record: run.json of the run that trained them.
-        setup: the base and its form.
-        folder: the saved adapter.
-        advice: what to do if the adapter cannot be used, for the message.
+        record: run.json of the run that trained the adapters.
+        setup: the base model and its form of the task.
+        folder: folder of the saved adapter.
+        advice: end of the error message: what to do if the adapter cannot be used.
 
     Raises:
         UserError: the adapter is damaged or incomplete, or does not match the record.
@@ -103,7 +106,7 @@ def _check_config(record: RunRecord, config: Any) -> None:
 
 
 def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
-    """Raise ValueError if the file lacks weights, which PEFT would leave random, or if no module fuses."""
+    """Raise ValueError if the saved file lacks weights, which PEFT would leave random, or if no module fuses."""
     missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - saved)
     if missing:
         raise ValueError(f"its file lacks {len(missing)} weights, such as {missing[0]}")
@@ -112,15 +115,17 @@ def _check_weights(record: RunRecord, adapted: Any, saved: set[str]) -> None:
 
 
 def for_method(method: str, setup: Setup) -> Setup:
-    """Return the setup for a method: input-level fusion in generating models uses one joint prompt.
+    """Return the setup for a method.
+
+    Input-level fusion in a generating model gets a form that writes both texts into one prompt.
 
     Raises:
         UserError: the method does not support the task.
     """
     if method in ("x-mixup", "flare-mt") and setup.form.auto_class == "AutoModelForMultipleChoice":
         raise UserError(
-            f"--method {method}: it reads one text per row, and a multiple-choice head reads one per choice; use lora, "
-            "flare or input-fusion, or a model that generates its answer"
+            f"--method {method}: it reads one text per row, and a multiple-choice head reads one text per choice; use "
+            "lora, flare or input-fusion, or a model that generates its answer"
         )
     if method != "input-fusion" or not isinstance(setup.form, GenerativeForm):
         return setup
@@ -141,7 +146,7 @@ def collator(method: str, setup: Setup, model: Any) -> FlareDataCollator:
         )
     if method != "input-fusion":
         return FlareDataCollator(setup.tokenizer, require_source=False, **setup.batches)
-    if isinstance(setup.form, JoinedForm):  # its rows already hold both texts
+    if isinstance(setup.form, JoinedForm):  # the form's rows already hold both texts
         batches = {**setup.batches, "max_length": 2 * setup.max_length}
         return FlareDataCollator(setup.tokenizer, require_source=False, **batches)
     try:
@@ -159,7 +164,10 @@ def variant_name(
     target_text: str | None,
     train_only: bool = False,
 ) -> str:
-    """Return a run's folder name: the method and each setting that is not the default (None for r)."""
+    """Return a run's folder name: the method and each setting that is not the default.
+
+    ``r`` is None if it is the default.
+    """
     name = method
     if fusion not in (None, "add_relu"):
         name += "-" + str(fusion).replace("_", "-")

@@ -1,8 +1,8 @@
-"""Settings from flags and from a YAML file, both defined by one dataclass.
+"""Read settings from flags and from a YAML file. One dataclass defines the names of both.
 
-A settings class is a dataclass whose fields are created by :func:`option`; the field's name is the YAML key and, with
+A settings class is a dataclass whose fields are created by :func:`option`. The field's name is the YAML key and, with
 dashes, the flag. The command line overrides the file. A name that is not an option must be a field of
-transformers.TrainingArguments; otherwise it is an error that names the closest options.
+transformers.TrainingArguments. Any other name is an error, whose message suggests the closest options.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ...recipes.yaml_loader import YamlLoader
 from ..utils.errors import UserError
 from ..utils.names import checked_text
 
-#: Short forms -> TrainingArguments' fields.
+#: Short name of an option -> the field of TrainingArguments that it sets.
 SHORT = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "lr": "learning_rate"}
-#: TrainingArguments' fields that the commands set themselves, and what to use instead.
+#: Field of TrainingArguments that users cannot set -> what to use instead, or why.
 REFUSED = {
     "output_dir": "use --output",
     "seed": "use --seeds",
@@ -38,7 +38,7 @@ REFUSED = {
     "remove_unused_columns": "the source columns are needed",
     "disable_tqdm": "use --no-progress",
     "label_names": "the task defines its labels",
-    "save_only_model": "the run could not be resumed",
+    "save_only_model": "the run could then not be resumed",
     "push_to_hub": "push the finished adapter folder yourself",
     "generation_config": "answers are generated greedily",
     "predict_with_generate": "decoders are always scored by generation",
@@ -68,10 +68,10 @@ def flag(name: str) -> str:
 
 
 def parse_bytes(text: str | None, where: str) -> int | None:
-    """Return the number of bytes in "8GiB", "500MB" or "1000000"; None for None.
+    """Return the number of bytes that a text such as "8GiB", "500MB" or "1000000" means; None for None.
 
     Raises:
-        UserError: the text has another form, or means 0 bytes.
+        UserError: the text is not a number with an optional unit, or it means 0 bytes.
     """
     if text is None:
         return None
@@ -79,12 +79,14 @@ def parse_bytes(text: str | None, where: str) -> int | None:
     units = {"": 1, **{name.casefold(): size for name, size in _UNITS.items()}}
     number = float(match[1]) if match and match[1].count(".") < 2 else 0.0
     if not number or not match or match[2].casefold() not in units:
-        raise UserError(f"{where} {text!r} must be bytes, such as 8GiB or 500MB (units: {', '.join(_UNITS)})")
+        raise UserError(
+            f"{where} {text!r} must be a number of bytes, such as 8GiB or 500MB (units: {', '.join(_UNITS)})"
+        )
     return int(number * units[match[2].casefold()])
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[Any], training: bool) -> None:
-    """Add the options of a settings class to a parser; options that are not given are missing from its result."""
+    """Add the options of a settings class to a parser. Its result lacks the options that the user does not give."""
     group = parser.add_argument_group("options")
     for one in fields(kind):
         if "kind" not in one.metadata:
@@ -128,7 +130,7 @@ def read_settings(
         kind: a class with :func:`option` fields; it accepts TrainingArguments if it has a field ``training``.
         given: options parsed by :func:`add_options`.
         rest: remaining words of the command line: flags of TrainingArguments with their values.
-        shared: names that the file may hold for other commands; unknown names among them are skipped.
+        shared: names of the options of all commands. The file may hold options for other commands, which are skipped.
 
     Raises:
         UserError: a name is unknown, a value has the wrong type, or the file cannot be read.
@@ -177,7 +179,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
 
 
 def _convert(value: Any, shown: Mapping[str, Any], where: str) -> Any:
-    """Return a value converted to its option's type; a single value stands for a list of one."""
+    """Return a value converted to its option's type. A single value is accepted for an option with several values."""
     kind = shown["kind"]
     if value is None:
         return {} if kind == "map" else None
@@ -234,7 +236,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _parse_training(rest: Sequence[str], trains: bool, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given flags of TrainingArguments, converted; defaults are left out."""
+    """Return name -> value of the TrainingArguments flags that the user gave."""
     unknown = next((word for word in rest if word.startswith("-")), rest[0])
     if not trains:
         raise UserError(f"{unknown} is not known; {_nearest(unknown, [flag(name) for name in known])}")
@@ -256,17 +258,21 @@ def _parse_training(rest: Sequence[str], trains: bool, known: Mapping[str, Any])
 
 
 def _check_training(
-    training: Mapping[str, Any], trains: bool, known: Mapping[str, Any], spelt: Callable[[str], str]
+    training: Mapping[str, Any], trains: bool, known: Mapping[str, Any], shown: Callable[[str], str]
 ) -> None:
+    """Raise UserError for a name that is not a field of TrainingArguments or that users cannot set.
+
+    shown: returns a name as messages show it.
+    """
     if not trains:
         name = next(iter(training))
-        raise UserError(f"{spelt(name)} is not known; {_nearest(name, list(known))}")
+        raise UserError(f"{shown(name)} is not known; {_nearest(name, list(known))}")
     names = _training_names()
     for name in training:
         if name in REFUSED:
-            raise UserError(f"{spelt(name)} cannot be given: {REFUSED[name]}")
+            raise UserError(f"{shown(name)} cannot be given: {REFUSED[name]}")
         if name not in names:
-            raise UserError(f"{spelt(name)} is not known; {_nearest(name, [*known, *names])}")
+            raise UserError(f"{shown(name)} is not known; {_nearest(name, [*known, *names])}")
 
 
 def _training_names() -> set[str]:

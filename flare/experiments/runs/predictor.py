@@ -33,11 +33,12 @@ class Predictor:
 
     form: result of `flare.experiments.tasks.make_form`.
     collator: the method's collator.
-    pairs, rows: the split, and the form's evaluation rows, one for each pair.
+    pairs: the target rows of the split, each with its source row if there is one.
+    rows: evaluation row of the form for each pair.
     batch_size: rows per batch.
-    autocast: dtype of mixed precision, or None.
+    autocast: dtype of mixed precision; None: no mixed precision.
     name: label of the progress bar; None: no bar.
-    share: whether several processes share the batches; then all of them must call the predictor.
+    share: whether all processes share the batches. If so, every process must call the predictor.
     """
 
     form: Any
@@ -97,7 +98,11 @@ class Predictor:
         return {name: float(value) for name, value in self.form.scores(list(predictions), list(self.pairs)).items()}
 
     def _read(self, model: Any, rows: list[dict[str, Any]], pairs: list[Pair]) -> list[Any]:
-        """Predict from logits: (B, labels), per token (B, m, labels), or two of a span head (B, m)."""
+        """Return a batch's predictions from the logits of a head.
+
+        The logits are (B, labels), (B, m, labels) for tags of tokens, or two tensors (B, m) for the start and end of an
+        answer.
+        """
         device = next(model.parameters()).device
         if self.form.auto_class == "AutoModelForTokenClassification":
             batch = self.collator(rows).to(device)
@@ -111,7 +116,7 @@ class Predictor:
             logits = model(**batch).logits
             check_logits(logits, _ids(pairs))
             return list(self.form.predictions(logits, pairs))
-        # the collator shifts position 0 of a row by the padding or source in front of it
+        # the collator adds the length of what it puts in front of a row to position 0, so `starts` is where rows begin
         batch = self.collator([{**row, **dict.fromkeys(_POSITIONS, 0)} for row in rows]).to(device)
         starts = batch.pop("start_positions").tolist()
         batch.pop("end_positions")
@@ -142,7 +147,7 @@ class Predictor:
 
 
 def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[Any]) -> None:
-    """Write one line of JSON per row: id, truth (`Example.label`, or the accepted answers) and prediction."""
+    """Write one line of JSON per row: its id, its truth (the label, or the accepted answers) and its prediction."""
     with replacing(path) as file:
         for pair, prediction in zip(pairs, predictions, strict=True):
             row = pair.target
@@ -152,7 +157,7 @@ def write_predictions(path: Path, pairs: Sequence[Pair], predictions: Sequence[A
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a predictions file (id, truth, prediction); empty if there is no file.
+    """Return the rows of a predictions file (id, truth, prediction); empty if the file does not exist.
 
     Raises:
         UserError: a line is damaged.

@@ -1,4 +1,4 @@
-"""The provenance file that `flare translate` writes next to its translations."""
+"""Read the provenance files that `flare translate` writes next to its translations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ FILE = "provenance.json"
 
 
 def read_provenance(translations: Path | None, source: str, target: str, texts: tuple[str | None, ...]) -> Any:
-    """Return the provenance of the translations a run reads, by direction; None if it reads none.
+    """Return the provenance of the translations that a run reads: "<source>-<target>" -> contents of the file.
+
+    Return None if the run reads no translations, or if they have no provenance file.
 
     Args:
         translations: output folder of flare translate.
-        source, target: the languages.
-        texts: (source_text, target_text) of the run.
+        source, target: source language and target language of the run.
+        texts: source text and target text of the run, each "gold", "mt" or None.
     """
     if translations is None or "mt" not in texts:
         return None

@@ -1,4 +1,4 @@
-"""The settings that affect a result, as run.json records them."""
+"""Collect the settings that affect a result, as run.json records them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..utils.processes import process_count
 from .run_settings import Settings
 from .setup import Data, Setup
 
-# FlareConfig's fields that have their own flag.
+# Field of FlareConfig -> its own command-line flag.
 _FLAGS = {
     "r": "--r",
     "lora_alpha": "--alpha",
@@ -34,9 +34,9 @@ def adapter_fields(
     target_modules: tuple[str, ...] | None,
     more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return FlareConfig's fields: the recipe's, overridden by the user's.
+    """Return name -> value of FlareConfig's fields: the recipe's values, overridden by the user's.
 
-    alpha defaults to 2 r, the ratio of the paper's 128 and 64.
+    alpha defaults to 2 r, because the paper uses alpha = 128 with r = 64.
 
     Raises:
         UserError: a name in `more` is not a field of FlareConfig, or has its own flag.

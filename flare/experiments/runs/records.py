@@ -1,7 +1,7 @@
-"""run.json and metrics.json: the settings of a run and its results.
+"""Read and write run.json (the settings of a run) and metrics.json (its results).
 
-Both are written atomically, so that a killed process leaves the older file intact. The report reads runs through this
-module alone, which imports neither models nor data.
+Both files are written atomically, so that a killed process leaves the older file intact. The report reads runs only
+through this module, which therefore imports no code for models or data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
 DIVERGED = "diverged"
-#: Part of a note: the rows have changed since a finished run was scored.
+#: Text in every note that says that rows have changed since a finished run was scored.
 STALE = "its results are of other data:"
 
 
@@ -36,26 +36,31 @@ class RecordError(UserError):
 class RunRecord:
     """Contents of run.json.
 
-    kind: "finetune" (base/seed-N), "train" (an adapter) or "evaluate" (the base in a setting without training).
+    kind: "finetune" (fine-tuning of a base), "train" (training of an adapter) or "evaluate" (the base, scored without
+        further training).
     status: "running" until everything is written, then "done"; "diverged" if weights or logits were not finite.
     task: name of the task ("nusax", "xnli", "tydiqa", "classification", "qa").
-    source_language, target_language: the user's names; target_language is None for a fine-tuned base.
+    source_language, target_language: names of the languages, as the user wrote them; target_language is None for the
+        fine-tuning of a base.
     method: "finetune", "lora", "input-fusion", "x-mixup", "flare", "flare-mt", "zero-shot" or "translate-test".
-    variant: name of the run's folder: the method and each setting that is not the default.
+    variant: name of the run's folder, made of the method and of each setting that is not the default.
     fusion: name of the fusion function (flare and flare-mt), else None.
-    r: rank of the adapters; None without adapters.
-    source_text: "gold", "mt", or None if no source text is read.
-    target_text: text the adapters are trained on: "gold" or "mt".
-    seed: of initialisation, shuffling and dropout.
-    settings: everything that affects the result, by name.
-    training_arguments: the TrainingArguments given by the user or by the paper's defaults, by name.
+    r: rank of the adapters; None if the run has no adapters.
+    source_text: source text that the run reads, "gold" (written by people) or "mt" (machine-translated); None if it
+        reads none.
+    target_text: target text that the adapters are trained on, "gold" or "mt"; None if the run trains no adapters.
+    seed: random seed of initialisation, shuffling and dropout.
+    settings: name -> value of every setting that affects the result and is not a training argument.
+    training_arguments: name -> value of the TrainingArguments fields that the user or the paper's recipe sets.
     base: folder or hub id of the model that the run starts from.
     trainable_parameters: number of trained parameters.
     environment: versions, commit, device (`flare.experiments.utils.environment.environment`).
     date: start of the run, ISO 8601.
-    data: {"train": rows, "valid": rows, "test": rows, "notes": [...], "translation": provenance or None, "digest":
-        {split: SHA-256 of the target rows, "split/gold" or "split/mt": of the source rows}, "source_cache": {"mode",
-        "on", "rows", "bytes_needed", "bytes_free", "budget", "reason"} of a fusing run}.
+    data: facts about the data. "train", "valid" and "test" hold the number of rows of each split, "notes" the notes
+        printed for the user, and "translation" the provenance of machine-translated text or None. "digest" maps a
+        split to the SHA-256 of its target rows, and "<split>/gold" or "<split>/mt" to the SHA-256 of its source rows.
+        A run of method "flare" also has "source_cache": {"mode", "on", "rows", "bytes_needed", "bytes_free",
+        "budget", "reason"} (`flare.experiments.runs.caching`).
     """
 
     kind: str
@@ -85,7 +90,7 @@ class RunRecord:
 
     @property
     def processes(self) -> int:
-        """Number of processes that shared the work; after a resume with another number, the last one."""
+        """Number of processes that shared the work. If a resume changed the number, this is the newest number."""
         return int(self.settings.get("processes") or 1)
 
 
@@ -94,18 +99,20 @@ class Metrics:
     """Contents of metrics.json; values that a run did not measure are None or empty.
 
     valid: metric -> percent on the validation split, for the selected checkpoint.
-    test: setting -> metric -> percent. Settings: "translate-train" (adapters; source text as in training),
-        "translate-train/gold" or "/mt" (with the other source text), "zero-shot", "translate-test",
-        "source-language" (a fine-tuned base on its own language).
-    train_seconds: training time with evaluation and checkpoints, summed over resumed parts.
-    seconds_per_step: median of forward, backward and optimizer step.
-    steps: optimizer steps.
-    peak_bytes: peak memory of one training step in one process, with weights and optimizer state.
-    peak_kind: "cuda peak" or "live tensors".
-    bottleneck: {"S": [mean |S| per layer], "T": [mean |T|], "layers": [names]} over the test rows; fusing runs only.
+    test: evaluation -> metric -> percent on the test split. The evaluations of an adapter are "translate-train" (with
+        the source text of its training) and "translate-train/gold" or "translate-train/mt" (with the other source
+        text). The evaluations of a base are "zero-shot", "translate-test" and "source-language" (the language that it
+        was fine-tuned on).
+    train_seconds: training time, including evaluation and checkpoints, and including the time before a resume.
+    seconds_per_step: median time of a step (forward, backward and optimizer).
+    steps: number of optimizer steps.
+    peak_bytes: peak memory of one training step in one process, including weights and optimizer state.
+    peak_kind: how peak_bytes was measured, "cuda peak" or "live tensors".
+    bottleneck: sizes of the rank-r bottlenecks S (source) and T (target) over the test rows: {"S": [mean |S| of each
+        layer], "T": [mean |T| of each layer], "layers": [names of the layers]}. None for a run that does not fuse.
     best_checkpoint: step of the selected checkpoint.
-    source_cache: {"bytes", "rows", "hits", "hit_rate", "seconds_saved"} of the last part of the training, if the
-        source states were cached between epochs; run.json has the budget, or the reason why not.
+    source_cache: {"bytes", "rows", "hits", "hit_rate", "seconds_saved"} if the source states were cached between
+        epochs, counted since the start or the last resume. run.json has the budget, or the reason for no cache.
     """
 
     valid: dict[str, float] = field(default_factory=dict)
@@ -133,7 +140,7 @@ def read_record(folder: str | os.PathLike[str]) -> RunRecord:
     """Return the contents of a folder's run.json.
 
     Raises:
-        RecordError: it is missing, damaged, or lacks a field.
+        RecordError: the file is missing, damaged, or lacks a field.
     """
     return _read(Path(folder) / RUN_FILE, RunRecord)
 
@@ -144,10 +151,10 @@ def write_record(folder: str | os.PathLike[str], record: RunRecord) -> None:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> Metrics:
-    """Return the contents of a folder's metrics.json; empty if there is no file yet.
+    """Return the contents of a folder's metrics.json; empty `Metrics` if the file does not exist.
 
     Raises:
-        RecordError: it is damaged.
+        RecordError: the file is damaged.
     """
     path = Path(folder) / METRICS_FILE
     return _read(path, Metrics) if path.is_file() else Metrics()
@@ -169,22 +176,24 @@ def result_line(scores: dict[str, float], metrics: Metrics) -> str:
 
 
 def diverged(run: Run) -> str | None:
-    """Return what is not finite in a run's status, log or bottleneck; None if all is."""
+    """Return which value of a run is not finite, as text, or None if the run did not diverge."""
     if run.record.status == DIVERGED:
         return "its weights or logits are not finite"
-    sizes = run.metrics.bottleneck or {}
-    if any(isinstance(one, float) and not math.isfinite(one) for name in ("S", "T") for one in sizes.get(name, [])):
+    bottleneck = run.metrics.bottleneck or {}
+    means = [*bottleneck.get("S", []), *bottleneck.get("T", [])]
+    if any(isinstance(mean, float) and not math.isfinite(mean) for mean in means):
         return "its bottleneck is not finite"
     lines = []
     path = run.folder / LOG_FILE
     for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # a line cut off by a kill
+        with contextlib.suppress(ValueError):  # the process was killed while it wrote this line
             lines.append(parsed(line))
     losses = [line["loss"] for line in lines if isinstance(line, dict) and isinstance(line.get("loss"), float)]
     norms = [line["grad_norm"] for line in lines if isinstance(line, dict) and isinstance(line.get("grad_norm"), float)]
     if not all(map(math.isfinite, losses)):
         return "its loss is not finite"
-    if norms and math.isnan(norms[-1]) and not run.record.training_arguments.get("fp16"):  # a scaler skips such steps
+    # with fp16, the loss scaler skips steps whose gradient is not finite
+    if norms and math.isnan(norms[-1]) and not run.record.training_arguments.get("fp16"):
         return "its gradient is not finite"
     return None
 
@@ -201,14 +210,16 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 def find_runs(folder: str | os.PathLike[str]) -> list[Run]:
     """Return every run in a folder and below it, finished or not, sorted by path.
 
-    The earlier-N folders of restarted runs and the sub-folders of a run are skipped.
+    Sub-folders of a run are skipped, and so are the folders earlier-N, which hold the runs that a restart replaced.
 
     Raises:
         RecordError: the folder is missing, or a run.json or metrics.json in it is damaged.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise RecordError(f"{root}: no such folder; flare finetune, train and evaluate write runs")
+        raise RecordError(
+            f"{root}: this folder does not exist; name the output folder of flare finetune, train or evaluate"
+        )
     return [read_run(run_folder) for run_folder in sorted(_run_folders(root))]
 
 
@@ -227,17 +238,17 @@ def _read(path: Path, kind: type[Any]) -> Any:
     except FileNotFoundError:
         raise RecordError(f"{path} is missing, so {path.parent} is not the folder of a run") from None
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read: {error}; move it away or run the command again") from error
+        raise RecordError(f"{path} cannot be read: {error}; move the file away or run the command again") from error
     known = {one.name for one in fields(kind)}
     for one in fields(kind):
         if one.name in content and not _fits(content[one.name], str(one.type)):
             shown = json.dumps(content[one.name])[:60]
-            raise RecordError(f"{path}: {one.name} must be {one.type}; got {shown}. It was not written by flare")
+            raise RecordError(f"{path}: {one.name} must be {one.type}; got {shown}. flare did not write this file")
     try:
-        # unknown keys are skipped, so that an older report can read newer runs
+        # unknown keys are skipped, so that an older version can read the runs of a newer version
         return kind(**{key: value for key, value in content.items() if key in known})
     except TypeError as error:
-        raise RecordError(f"{path} is incomplete ({error}); it was not written by flare") from error
+        raise RecordError(f"{path} is incomplete ({error}); flare did not write this file") from error
 
 
 _TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "dict": dict}

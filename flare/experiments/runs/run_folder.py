@@ -1,7 +1,7 @@
-"""The folder of one run: started, resumed, skipped (already finished), or refused.
+"""Open the folder of one run: start, resume or skip (already finished) the run, or refuse the folder.
 
-Existing files are never overwritten. A folder that holds another run or unrelated files is an error, and a run that is
-restarted moves the earlier one to earlier-N next to it.
+Existing files are never overwritten. A folder that holds another run or unrelated files is an error. Restarting a run
+first moves the folder of the earlier run into the folder earlier-N next to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .records import DIVERGED, LOG_FILE, RUN_FILE, RunRecord, read_record, write
 
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
-_LOCK_SECONDS = 0.5  # time for retries, because the first attempts may open a file that its holder is removing
+_LOCK_SECONDS = 0.5  # the lock is tried again for this time: another process may just be deleting the lock file
 # Settings that have no effect on the result.
 _NO_EFFECT = {
     "dataloader_num_workers",
@@ -50,7 +50,7 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         "new", "unfinished" (the same run, to be resumed) or "done".
 
     Raises:
-        UserError: the folder holds a run with other settings, or files that do not belong to a run.
+        UserError: the folder holds a run with other settings or files that do not belong to a run, or it is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another --output")
@@ -64,8 +64,8 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         if foreign:
             shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
             raise UserError(
-                f"{folder} holds {shown} and no run.json, so it is not a run of flare; nothing there was touched: "
-                "choose another --output, or move it away"
+                f"{folder} holds {shown} and no run.json, so it is not the folder of a run; none of its files was "
+                "changed. Choose another --output, or move the folder away"
             )
         write_record(folder, record)
         return "new"
@@ -86,14 +86,14 @@ def open_run(folder: Path, record: RunRecord, resume: bool, print_fn: Callable[[
         raise UserError(
             f"{folder} holds a run with other settings: {'; '.join(differing)}. Give this run "
             f"{'another name (--name) or folder (--output)' if record.kind == 'train' else 'another folder (--output)'}"
-            ", or restart it with --no-resume, which keeps the old one next to it"
+            ", or restart the old run with --no-resume, which keeps its files in earlier-N"
         )
     if saved.done:
         return "done"
     if saved.processes != record.processes and record.kind != "evaluate":
         print_fn(
-            f"{folder}: started with {saved.processes} processes and resumed with {record.processes}: each step has "
-            "the same rows, but dropout draws other masks, and seconds per step are measured again"
+            f"{folder}: the run was started with {saved.processes} processes and is resumed with {record.processes}. "
+            "Each step still has the same rows, but dropout draws other masks, and seconds per step are measured anew"
         )
     return "unfinished"
 
@@ -108,21 +108,21 @@ def nothing_to_resume(folder: Path) -> bool:
 def differences(saved: RunRecord, current: RunRecord) -> list[str]:
     """Return a line for each setting that affects the result and differs between two records."""
     lines = []
-    # through JSON, like the record that was read from the file
+    # convert to JSON types (a tuple becomes a list), because the saved record was read from JSON
     current = RunRecord(**json.loads(json.dumps(vars(current), default=str)))
     for name in (*_IDENTITY, *_IDENTITY_TEXT):
         if getattr(saved, name) != getattr(current, name):
-            lines.append(f"{name} is {_shown(getattr(saved, name))} there and {_shown(getattr(current, name))} now")
+            lines.append(f"{name} was {_shown(getattr(saved, name))} and is now {_shown(getattr(current, name))}")
     for part in ("settings", "training_arguments"):
         before, now = getattr(saved, part), getattr(current, part)
         for name in sorted({*before, *now} - _NO_EFFECT):
             if before.get(name) != now.get(name):
-                lines.append(f"{name} is {_shown(before.get(name))} there and {_shown(now.get(name))} now")
+                lines.append(f"{name} was {_shown(before.get(name))} and is now {_shown(now.get(name))}")
     return lines
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a run's folder to earlier-N/<its name> next to it, and return the new path."""
+    """Move a run's folder into the folder earlier-N next to it, and return the new path."""
     number = 1
     while (folder.parent / f"{EARLIER}{number}" / folder.name).exists():
         number += 1
@@ -136,10 +136,11 @@ def move_aside(folder: Path) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder; the main process takes the lock for all processes of the run.
 
-    The operating system frees the lock when its process ends.
+    The operating system frees the lock when the process that holds it ends.
 
     Raises:
-        UserError: in every process, if a process of another run works in the folder, or it cannot be written to.
+        UserError: another command works in the folder, or the folder cannot be written to. Every process of the run
+            raises it.
     """
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(_locked_here(folder)))
@@ -171,9 +172,9 @@ def _locked_here(folder: Path) -> Iterator[None]:
 
 
 def _record_failure(folder: Path, error: UserError) -> None:
-    """Mark a run that diverged in its run.json, or remove the record of a run that could not start.
+    """Mark a diverged run in its run.json, and delete the run.json of a run that left nothing to resume.
 
-    Otherwise a run that failed to start, for instance because of its data, would look like one in progress.
+    Otherwise a run that failed to start, for instance because of its data, would look like a run in progress.
     """
     if not (folder / RUN_FILE).is_file():
         return

@@ -1,4 +1,4 @@
-"""Options of `flare finetune`, `train`, `check` and `evaluate`, and errors for values that cannot work."""
+"""Define the options of `flare finetune`, `train`, `check` and `evaluate`, and refuse values that cannot work."""
 
 # ruff: noqa: RUF009 - option() is a dataclass field
 from __future__ import annotations
@@ -26,9 +26,9 @@ _FROM_ZERO = ("seeds", "show", "score_rows", "steps", "mixup_layer")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options shared by all of these commands.
+    """Options shared by `flare finetune`, `train`, `check` and `evaluate`.
 
-    PAPER: values that --paper sets for options that are not given.
+    PAPER: values that --paper sets for options that the user does not give.
     """
 
     PAPER: ClassVar[dict[str, Any]] = {"padding": "max_length"}
@@ -43,32 +43,42 @@ class Settings:
     translations: Path | None = option("path", "folder that flare translate wrote")
     text_columns: tuple[str, ...] | None = option("strs", "text columns (default: the task's)")
     choice_columns: tuple[str, ...] | None = option("strs", "columns of the choices of a multiple-choice task")
-    label_column: str | None = option("str", "column of the label, the tags or the number")
+    label_column: str | None = option(
+        "str", "column of the label, of the tags (named entities) or of the number (regression)"
+    )
     id_column: tuple[str, ...] | None = option(
         "strs", "id column or columns that match the rows of two languages (default: the task's, or id)"
     )
     source_column: tuple[str, ...] | None = option(
-        "strs", "if DATA is one table with both languages: its source column, one for each text column"
+        "strs",
+        "if DATA is one table with both languages: the columns of the source text, in the order of the text columns",
     )
     target_column: tuple[str, ...] | None = option(
-        "strs", "likewise its target column; {language} stands for the name of the target language"
+        "strs",
+        "if DATA is one table with both languages: the columns of the target text, in the order of the text columns; "
+        "{language} stands for the name of the target language",
     )
     prompt: str | None = option("str", "prompt of a generating model, with {column} for each text column")
     verbalizer: dict[str, Any] = option(
-        "map", "text that a generating model writes for a label (default: the label itself)"
+        "map", "LABEL=TEXT: the text that a generating model writes for a label (default: the label itself)"
     )
     labels: tuple[str, ...] | None = option(
         "strs", "labels (default: the task's, or those in the source language's data)"
     )
-    metric: str | None = option("str", "metric that selects the best checkpoint (default: the task's first)")
-    max_length: int | None = option("int", "tokens per text (default: the paper's, 128, or 512 for questions)")
+    metric: str | None = option("str", "metric that selects the best checkpoint (default: the task's first metric)")
+    max_length: int | None = option(
+        "int", "maximum tokens per text (default as in the paper: 128, or 512 for questions)"
+    )
     padding: str | None = option(
         "str",
-        "pad batches to max-length, as in the paper, or to their longest text (default for decoders: longest)",
+        "pad batches to --max-length, as in the paper, or to their longest text (default for decoders: longest)",
         choices=("max_length", "longest"),
     )
     form: str | None = option(
-        "str", "kind of model to use the task with (default: the kind of the model)", choices=FORMS
+        "str",
+        "how the model answers: with a head (encoder), or by generating text (causal, seq2seq) (default: what the "
+        "model is made for)",
+        choices=FORMS,
     )
     quantization: str | None = option(
         "str", "quantization of the base model (default: the paper's, if the device supports it)", choices=QUANTIZATIONS
@@ -83,7 +93,7 @@ class Settings:
     )
     progress: bool = option("bool", "show progress bars", True)
     resume: bool = option(
-        "bool", "resume unfinished runs (--no-resume: restart them and keep the old ones as earlier-N)", True
+        "bool", "resume unfinished runs (--no-resume: restart them and keep the old runs as earlier-N)", True
     )
 
     def check(self) -> None:
@@ -126,7 +136,7 @@ class Training(Settings):
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be 0 or more and less than 1; got {self.dropout}")
         if self.task is None:
-            raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
+            raise UserError(f"--task is missing; name one of {', '.join(TASKS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +147,16 @@ class FinetuneSettings(Training):
 
     model: str | None = option("str", "folder or hub id of the pretrained model")
     r: int | None = option("int", "rank of the adapter (default: 64)")
-    full: bool = option("bool", "train all weights, not an adapter that is merged afterwards", False)
+    full: bool = option(
+        "bool", "train all weights instead of an adapter that is merged into the base afterwards", False
+    )
 
     def check(self) -> None:
         super().check()
         if self.model is None:
             raise UserError("--model is missing: name a folder or hub id, such as FacebookAI/xlm-roberta-large")
         if self.full and (self.r or self.alpha or self.dropout or self.target_modules):
-            raise UserError("--full trains all weights: remove --r, --alpha, --dropout and --target-modules")
+            raise UserError("--full trains all weights, so remove --r, --alpha, --dropout and --target-modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +174,10 @@ class TrainSettings(Training):
     )
     r: tuple[int, ...] | None = option("ints", "ranks of the adapters (default: 64)")
     base: str | None = option("str", "fine-tuned base (default: OUTPUT/base), or any other model")
-    source_text: str = option("str", "source text: gold, or mt (machine-translated)", "gold", TEXTS)
-    target_text: str = option("str", "target text in training: gold, or mt (machine-translated)", "gold", TEXTS)
+    source_text: str = option("str", "source text: gold (from the data) or mt (machine-translated)", "gold", TEXTS)
+    target_text: str = option(
+        "str", "target text in training: gold (from the data) or mt (machine-translated)", "gold", TEXTS
+    )
     train_only_fusion: bool = option(
         "bool", "ablation: half of the training rows have a source, and the test rows have none (flare)", False
     )
@@ -179,17 +193,18 @@ class TrainSettings(Training):
     adapter: dict[str, Any] = option("map", "other fields of FlareConfig, such as source_layer_offset=0")
     source_cache: str = option(
         "str",
-        "cache the source states between epochs (flare): auto (default; on if they fit into a quarter of the free "
-        "memory), on, or off",
+        "cache the source states between epochs (flare): on, off, or auto (default: on if the cache saves time and "
+        "fits into a quarter of the free memory)",
         "auto",
         ("auto", "on", "off"),
     )
     source_cache_budget: str | None = option(
         "str",
-        "host memory for the source cache, such as 8GiB (default: a quarter of the free memory; with on, half)",
+        "host memory for the source cache, such as 8GiB (default: a quarter of the free memory, or half of the free "
+        "memory with --source-cache on)",
         metavar="BYTES",
     )
-    name: str | None = option("str", "name of the runs' folder (default: from the method and its settings)")
+    name: str | None = option("str", "name of the runs' folder (default: made from the method and its settings)")
     test: bool = option("bool", "evaluate the test split at the end", True)
 
     @property
@@ -209,16 +224,19 @@ class TrainSettings(Training):
             raise UserError(f"--train-only-fusion is for --method flare; got {', '.join(self.methods)}")
         if "mt" in (self.source_text, self.target_text) and self.translations is None:
             raise UserError(
-                "--source-text mt and --target-text mt (which --paper sets) need --translations, the folder of flare "
-                "translate"
+                "--source-text mt and --target-text mt (which --paper sets) need --translations, the output folder of "
+                "flare translate"
             )
         if self.name is not None and folder_name(self.name, "--name").startswith(EARLIER):
-            raise UserError(f"--name {self.name!r}: {EARLIER}N folders keep earlier runs; choose another name")
+            raise UserError(f"--name {self.name!r}: the folders {EARLIER}N hold earlier runs; choose another name")
         if self.name is not None and len(self.variants()) > 1:
             raise UserError("--name accepts one method, fusion and rank only: several runs would share the folder")
 
     def variants(self) -> list[tuple[str, str | None, int | None]]:
-        """Return (method, fusion, r) of every variant in the grid."""
+        """Return (method, fusion, r) of every variant in the grid.
+
+        fusion is None for a method without a fusion function, and r is None for the default rank.
+        """
         return [
             (method, fusion, r)
             for method in self.methods
@@ -233,13 +251,13 @@ class TrainSettings(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSettings(TrainSettings):
-    """Options of `flare check`: those of `flare train`, and the extent of the measurements."""
+    """Options of `flare check`: the options of `flare train`, and how much to measure."""
 
     model: str | None = option(
-        "str", "folder or hub id of the pretrained model, as for flare finetune, if there is no base yet"
+        "str", "folder or hub id of the pretrained model, if flare finetune has not made a base yet"
     )
-    show: int = option("int", "pairs to show of each target (default: 2; 0: none)", 2)
-    score_rows: int = option("int", "source-language rows to score the base on (default: 200; 0: none)", 200)
+    show: int = option("int", "number of pairs to show for each target language (default: 2; 0: none)", 2)
+    score_rows: int = option("int", "number of source-language rows to score the base on (default: 200; 0: none)", 200)
     steps: int = option("int", "timed steps of each method, after one warm-up step (default: 3; 0: no measurement)", 3)
     json: Path | None = option("path", "also write the results to this file, which must not exist", metavar="FILE")
 
@@ -253,26 +271,32 @@ class CheckSettings(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(Settings):
-    """Options of `flare evaluate`; the runs' own settings fill in those that are not given."""
+    """Options of `flare evaluate`. Options that are not given are taken from the evaluated runs."""
 
     PAPER: ClassVar[dict[str, Any]] = {"source_text": ("mt",)}
 
-    setting: tuple[str, ...] = option("strs", "settings to evaluate (default: all three)", SETTINGS, SETTINGS)
-    target: tuple[str, ...] | None = option("strs", "target languages (default: all with runs)")
-    seeds: tuple[int, ...] | None = option("ints", "seeds (default: all with runs)")
+    setting: tuple[str, ...] = option("strs", "what to evaluate (default: all three)", SETTINGS, SETTINGS)
+    target: tuple[str, ...] | None = option("strs", "target languages (default: all languages that have runs)")
+    seeds: tuple[int, ...] | None = option("ints", "seeds (default: all seeds that have runs)")
     base: str | None = option("str", "fine-tuned base (default: OUTPUT/base)")
     variant: tuple[str, ...] | None = option(
-        "strs", "for translate-train, only the runs of these folders (default: all)"
+        "strs", "for translate-train: names of the runs' folders, such as flare-mul (default: all)"
     )
     source_text: tuple[str, ...] | None = option(
-        "strs", "gold or mt (default: gold for translate-test, the run's own for translate-train)", None, TEXTS
+        "strs",
+        "source text: gold (from the data), mt (machine-translated) or both (default: gold for translate-test, the "
+        "source text of the training for translate-train)",
+        None,
+        TEXTS,
     )
 
     def check(self) -> None:
         super().check()
         if self.source_text is not None and "mt" in self.source_text and self.translations is None:
-            raise UserError("--source-text mt (which --paper sets) needs --translations, the folder of flare translate")
+            raise UserError(
+                "--source-text mt (which --paper sets) needs --translations, the output folder of flare translate"
+            )
 
 
-#: Names allowed in a YAML file for several commands; each command reads the ones it knows.
+#: Names allowed in a YAML file for several commands; each command reads the names that it knows.
 NAMES = frozenset(one.name for kind in (FinetuneSettings, CheckSettings, EvaluateSettings) for one in fields(kind))

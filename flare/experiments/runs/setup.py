@@ -1,4 +1,8 @@
-"""Everything a command needs before it loads a model: task, recipe, tokenizer, form and data."""
+"""Prepare what a command needs before it loads a model: task, recipe, tokenizer, form and data.
+
+A *recipe* (`flare.recipes`) holds the paper's settings. A *form* (`flare.experiments.tasks.forms`) converts a task's
+examples to model rows, and a model's output to predictions. A *pair* is a target row with its source row, if any.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,11 @@ class Notes:
 class Data:
     """Rows of a task. The pairs of the most recent target language are cached.
 
-    folder: where `load_pairs` reads; None: the task's data set on the hub.
+    task: the task.
+    folder: location of the rows, as `load_pairs` accepts it; None: the task's data set on the hub.
+    source: source language.
+    translations: output folder of flare translate; None: there are no translations.
+    rows: maximum number of rows of a split; None: all.
     """
 
     task: Task
@@ -58,7 +66,7 @@ class Data:
         """Return the pairs of a split and notes about them.
 
         Raises:
-            UserError: the split is missing, empty, damaged, or does not align.
+            UserError: the split is missing, empty or damaged, or its rows do not match the source rows.
         """
         key = (target, split, target_text, source_text)
         if key not in self._cached:
@@ -93,10 +101,17 @@ class Data:
 
 @dataclass
 class Setup:
-    """A model's family, its recipe and tokenizer, and the form in which it reads the task.
+    """A model's family, its recipe and tokenizer, and its form of the task.
 
-    misfit: why the tokenizer seems to belong to another model. untrained: modules below the head without weights in
-    the checkpoint. Both are set by :meth:`load_model`.
+    model: folder or hub id.
+    family: "encoder", "causal" or "seq2seq".
+    recipe: the paper's recipe, adapted to this machine.
+    tokenizer: the model's tokenizer.
+    form: form of the task for this family.
+    max_length: maximum tokens per text.
+    notes: notes for the user.
+    misfit: why the tokenizer seems to belong to another model, or None; set by :meth:`load_model`.
+    untrained: modules of the backbone whose weights are missing in the checkpoint; set by :meth:`load_model`.
     """
 
     model: str
@@ -118,7 +133,7 @@ class Setup:
         """Return the base model, ready for adapters; ``quantized=False`` leaves it in 16 or 32 bits.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: the model cannot be loaded, or its tokenizer does not fit it.
         """
         recipe = self.recipe if quantized else replace(self.recipe, quantization=None, gradient_checkpointing=False)
         missing: list[str] = []
@@ -127,7 +142,7 @@ class Setup:
         size, highest = vocabulary_of(model), max(self.tokenizer.get_vocab().values(), default=0)
         if size is not None and highest >= size:
             raise UserError(
-                f"model {self.model}: its tokenizer has ids up to {highest} and the model {size} embeddings, so it "
+                f"model {self.model}: its tokenizer has ids up to {highest} and the model has {size} embeddings, so it "
                 "belongs to another model; put the model's own tokenizer into the folder"
             )
         if broken := broken_by(self.tokenizer, model):
@@ -136,26 +151,38 @@ class Setup:
                 "in its config.json and generation_config.json"
             )
         self.misfit = wrong_tokenizer(self.tokenizer, model)
-        # only the backbone: the head is trained
+        # only modules of the backbone count, because the head is trained
         prefix = f"{model.base_model_prefix}."
         self.untrained = sorted({name.rpartition(".")[0] for name in missing if name.startswith(prefix)})
         return model
 
     @property
     def model_notes(self) -> list[str]:
-        """Notes about the last :meth:`load_model`: modules without weights, a tokenizer that does not fit."""
+        """Notes about the model of the last :meth:`load_model`: missing weights, or a tokenizer that does not fit."""
         misfit = [f"{self.model}: {self.misfit}"] if self.misfit else []
         if not self.untrained:
             return misfit
         names = ", ".join(self.untrained)
-        return [*misfit, f"{self.model} has no weights for {names}: initialised from the seed, and not trained"]
+        return [
+            *misfit,
+            f"{self.model} has no weights for {names}: they are initialised from the seed, and not trained",
+        ]
 
 
 def task_of(settings: Settings, name: str | None = None, labels: Sequence[str] | None = None) -> Task:
-    """Return the task of the settings, with a run's labels if the settings give none."""
+    """Return the task that the settings describe.
+
+    Args:
+        settings: the user's settings.
+        name: name of the task if the settings do not name one.
+        labels: labels of the task if the settings give none.
+
+    Raises:
+        UserError: no task is named, or a setting does not fit the task.
+    """
     task = settings.task or name
     if task is None:
-        raise UserError(f"--task is missing; one of {', '.join(TASKS)}")
+        raise UserError(f"--task is missing; name one of {', '.join(TASKS)}")
     resolved = get_task(
         task,
         text_columns=settings.text_columns,
@@ -176,7 +203,8 @@ def place_of(settings: Settings, data: str | None, source: str) -> str | Paralle
     """Return the location of the rows in the form that `load_pairs` accepts.
 
     Args:
-        data: the location from the settings or a run.
+        settings: the user's settings, which may name the columns of both languages.
+        data: folder, table or hub id; None: the task's data set on the hub.
         source: the source language.
     """
     if data is None or not (settings.source_column or settings.target_column):
@@ -197,7 +225,10 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
     """Return the recipe, tokenizer and form for a model.
 
     Args:
-        given: TrainingArguments' fields given by the user.
+        settings: the user's settings.
+        task: the task.
+        model: folder or hub id.
+        given: name -> value of the TrainingArguments fields that the user set.
 
     Raises:
         UserError: the model or its tokenizer cannot be used.
@@ -211,6 +242,8 @@ def prepare(settings: Settings, task: Task, model: str, given: dict[str, Any] | 
         tokenizer = recipe.tokenizer_of(model)
     form = make_form(task, tokenizer, kind.family, task.max_length)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        notes.append(f"texts are padded with the end token {tokenizer.eos_token!r}: the tokenizer has no pad token")
+        notes.append(
+            f"texts are padded with the end token {tokenizer.eos_token!r}, because the tokenizer has no pad token"
+        )
     recipe = with_auto_class(recipe, form.auto_class, form.model_options)
     return Setup(model, kind.family, recipe, tokenizer, form, task.max_length, notes)

@@ -1,4 +1,7 @@
-"""`flare train`: every method on every target language and seed, from one fine-tuned base."""
+"""Train every method on every target language and seed, each from the fine-tuned base of its seed: `flare train`.
+
+All runs of one command are called the grid (:mod:`flare.experiments.runs.grid`).
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def run_train(settings: TrainSettings, print_fn: Callable[[str], None] = print) 
         The runs' folders.
 
     Raises:
-        UserError: an error the user can fix; runs finished before it are kept.
+        UserError: an error the user can fix. Runs that finished before the error are kept.
     """
     settings.check()
     print_fn = only_main(print_fn)
@@ -120,13 +123,13 @@ class _Run:
 
     def _note_changed_rows(self) -> None:
         """Note and print which rows of a finished run have changed."""
-        with contextlib.suppress(UserError):  # missing data do not matter for a finished run
+        with contextlib.suppress(UserError):  # a finished run does not need its data
             splits, _ = self._splits()
             for line in note_changed_rows(self.folder, self.plan.name, self._digests(splits)):
                 self.print_fn(f"{line} (--no-resume trains again)")
 
     def _splits(self) -> tuple[dict[str, list[Pair] | None], list[str]]:
-        """Return the pairs of every split that the run reads, None for a missing split, and notes about them."""
+        """Return split -> the pairs that the run reads (None for a missing split), and notes about them."""
         plan = self.plan
         train, notes = self.data.pairs(
             plan.target, "train", target_text=plan.target_text, source_text=plan.train_source
@@ -275,11 +278,14 @@ class _Run:
             self.print_fn(f"{plan.name}: {result_line(scores, done.metrics)}")
 
     def _valid(self) -> tuple[list[Pair] | None, list[str]]:
-        """Return the validation pairs, with the same texts as in training, or None; and notes about them."""
+        """Return the validation pairs, or None if there is no validation split, and notes about them.
+
+        The pairs have the source text and the target text (gold or machine-translated) of the training.
+        """
         plan = self.plan
         language = self.data.source if plan.target_text == "mt" else plan.target
         if not self.data.has(language, "valid"):
-            return None, [f"{language} has no valid split: the last checkpoint is used"]
+            return None, [f"{language} has no valid split, so the last checkpoint is used"]
         source = None if self.settings.train_only_fusion else plan.train_source
         return self.data.pairs(plan.target, "valid", target_text=plan.target_text, source_text=source)
 
@@ -292,7 +298,7 @@ class _Run:
         training: bool = False,
         quietly: bool = False,
     ) -> list[dict[str, Any]]:
-        """Return the form's rows of a split, with the MT encoder's states for FLARE MT."""
+        """Return the model rows of a split, which for FLARE MT include the MT encoder's states."""
         make = self.setup.form.train_rows if training else self.setup.form.eval_rows
         rows, messages = make(pairs, with_source=with_source)
         if not quietly:
@@ -316,12 +322,15 @@ class _Run:
     def _with_source_spans(
         self, rows: list[dict[str, Any]], pairs: list[Pair], record: RunRecord
     ) -> list[dict[str, Any]]:
-        """Return the rows with the answers in the source, for X-Mixup's source loss, if every source has its answer."""
+        """Return the rows with the positions of the answers in the source text, which X-Mixup's source loss needs.
+
+        If a source text lacks its answer, return the rows unchanged.
+        """
         sources = [Pair(pair.source) for pair in self.setup.form.trainable(pairs) if pair.source is not None]
         spans = self.setup.form.train_rows(sources, with_source=False)[0]
         if len(spans) < len(rows):
             missing = len(rows) - len(spans)
-            note = f"{missing} source rows lack their answer: x-mixup trains on the target's answers only"
+            note = f"{missing} source rows lack their answer, so x-mixup trains on the target's answers only"
             record.data["notes"] += self.notes([note], self.plan.target)
             return rows
         names = ("start_positions", "end_positions")
@@ -330,9 +339,9 @@ class _Run:
         ]
 
     def _half_with_source(self, train: list[Pair], record: RunRecord) -> tuple[list[dict[str, Any]], list[bool]]:
-        """Return rows, half of them with a source, and whether each has one.
+        """Return the training rows, half of them with a source, and for each row whether it has a source.
 
-        The seed selects the half; its size is rounded to whole batches.
+        The seed selects the rows with a source. Their number is rounded to whole batches.
         """
         size = per_process_batch(self.values, process_count())[0] * process_count()
         chosen = size * round(len(train) / 2 / size)

@@ -20,10 +20,10 @@ ADAPTER = "adapter"
 
 
 def base_of_run(record: RunRecord, output: Path) -> Base:
-    """Return the base that a run was trained on; its recorded path may be relative to the experiment's folder.
+    """Return the base that a run was trained on; run.json may name it relative to the experiment's folder `output`.
 
     Raises:
-        UserError: the base was fine-tuned again since, or its fine-tuning is not finished.
+        UserError: the base was fine-tuned again after the run, or its fine-tuning is not finished.
     """
     inside = output / record.base
     if not (inside / "config.json").is_file():
@@ -40,9 +40,12 @@ def base_of_run(record: RunRecord, output: Path) -> Base:
 def with_run_settings(
     settings: EvaluateSettings, record: RunRecord | None, columns: Mapping[str, Any] | None = None
 ) -> EvaluateSettings:
-    """Return the settings, with a run's settings in place of those that are not given.
+    """Return the user's settings; settings that the user did not give are taken from a run.
 
-    columns: the source and target columns, if the data are one table with both languages.
+    Args:
+        settings: the user's settings.
+        record: run.json of the run, or None.
+        columns: {"source_column": ..., "target_column": ...} if the data are one table with both languages.
     """
     saved = {} if record is None else record.settings
     known: dict[str, Any] = {
@@ -67,10 +70,10 @@ def with_run_settings(
 def batch_and_autocast(
     record: RunRecord, setup: Setup, batch_size: int | None, device: torch.device
 ) -> tuple[int, torch.dtype | None]:
-    """Return the rows per batch (by default twice the training's) and the mixed-precision dtype or None.
+    """Return the rows per batch (default: twice the training batch) and the mixed-precision dtype, or None.
 
-    A GPU uses the training's mixed precision. A CPU uses it only if the training ran on a CPU, so that adapters trained
-    on a GPU can be scored on a CPU.
+    A GPU uses the mixed precision of the training. A CPU uses it only if the training ran on a CPU, so that adapters
+    trained on a GPU can be scored on a CPU.
     """
     values = training_values({**setup.recipe.training, **record.training_arguments}, {})
     half = autocast_of(values) if device.type == "cuda" or values.get("use_cpu") else None
@@ -78,7 +81,7 @@ def batch_and_autocast(
 
 
 def to_device(model: Any, setup: Setup, device: torch.device) -> Any:
-    """Return the model on a device; a quantised model was placed there when it was loaded."""
+    """Return the model on a device; a quantised model is already on it, because loading places it."""
     return model if setup.recipe.quantization is not None else model.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Text files that are written completely or not at all: write a temporary file, sync it, rename it.
+"""Write text files completely or not at all: write a temporary file, sync it, and rename it.
 
 The temporary file is locked while it is written. This distinguishes it from a file that a killed process left behind.
 """
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-#: Age in seconds from which an unlocked temporary file counts as abandoned: a new file is unlocked for a moment.
+#: An unlocked temporary file that is older than this many seconds counts as abandoned. A younger one may belong to a
+#: process that has not locked it yet.
 _ABANDONED = 60
 
 
@@ -24,7 +25,7 @@ _ABANDONED = 60
 def replacing(path: Path) -> Iterator[TextIO]:
     """Open a UTF-8 file that replaces ``path`` when the block ends. After an error, ``path`` is unchanged.
 
-    If the process is killed, ``.<name>.<process id>`` is left behind; a later write of ``path`` removes it.
+    If the process is killed, ``.<name>.<process id>`` is left behind. A later write of ``path`` removes it.
     Missing folders are created.
 
     Raises:
@@ -35,7 +36,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            with contextlib.suppress(OSError):  # without locks in the file system, no file is removed either
+            # if the file system has no locks, abandoned files are not removed either
+            with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()

@@ -1,4 +1,4 @@
-"""What a result depends on in addition to its settings: versions, commit, device, time."""
+"""Describe what a result depends on in addition to its settings: versions, commit, device, time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def use_threads(number: int) -> None:
     """Set the number of CPU threads.
 
     Raises:
-        UserError: fewer than 1 or more than 1024 threads; torch crashes with very many.
+        UserError: the number is less than 1 or more than 1024. torch crashes with very many threads.
     """
     if not 1 <= number <= _MOST_THREADS:
         raise UserError(f"--threads must be from 1 to {_MOST_THREADS}; got {number}")
@@ -65,7 +65,9 @@ def now() -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that contains this package, with "-dirty" if files differ. None: no checkout.
+    """Return the commit of the checkout that contains this package, with "-dirty" if its files were changed.
+
+    Return None if this package is not in a checkout.
 
     The environment variable FLARE_COMMIT takes precedence: it names the commit of files that were copied without git.
     """

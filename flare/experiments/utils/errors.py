@@ -11,10 +11,10 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """A model whose weights, loss or logits are not finite, so that it has no score."""
+    """An error about a model whose weights, loss or logits are not finite, so that it has no score."""
 
 
-_LONGEST = 600  # characters of another library's message
+_LONGEST = 600  # maximum number of characters of another library's message
 
 
 def reason(error: BaseException) -> str:
@@ -32,11 +32,11 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
 
     Args:
         what: start of the message, such as "--model x: its tokenizer cannot be loaded".
-        kind: class to raise.
-        advice: what to do; end of the message.
+        kind: class of the error to raise.
+        advice: end of the message, which says what to do.
 
     Raises:
-        UserError: with the class and the text of the library's exception.
+        UserError: the library raised an exception. The message contains its class and its text.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def library_errors(what: str, kind: type[UserError] = UserError, advice: str = "
         text = str(error)
         if "trust_remote_code" in text:
             raise kind(
-                f"{what}: it comes with its own code, which the commands of flare do not run; use a model whose "
+                f"{what}: the folder has its own code, which the commands of flare do not run; use a model whose "
                 "architecture is in transformers, or call flare.fast_lora in Python"
             ) from error
         if "ignore_mismatched_sizes" in text:  # the text of transformers refers to a report in its log

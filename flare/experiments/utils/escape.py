@@ -21,7 +21,7 @@ _LATEX = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "→": r"$\rightarrow$",
-    # directly after \\ these would start its optional arguments
+    # directly after a line break (\\), these would start an optional argument of it
     "[": "{[}",
     "*": "{*}",
 }

@@ -1,4 +1,4 @@
-"""Check a model's folder or hub id before anything is loaded, so that a mistyped path fails at once."""
+"""Check a model's folder or hub id before anything is loaded, so that a mistyped path fails early."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def find_model(name: str, option: str) -> str:
 
     Args:
         name: folder or hub id, as given by the user.
-        option: the option that gave it, for the message, such as "--model".
+        option: the option that the name was given with, such as "--model", for the message.
 
     Raises:
         UserError: there is neither such a folder nor such a model; the message says where it was searched.
@@ -32,13 +32,14 @@ def find_model(name: str, option: str) -> str:
     if path.is_file():
         raise UserError(f"{option} {name}: this is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise UserError(f"{option} {name}: no such folder, and not a hub id (those look like owner/name)")
+        raise UserError(f"{option} {name}: no such folder, and not a hub id (a hub id looks like owner/name)")
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return name
     try:
-        HfApi().model_info(name, timeout=_SECONDS)  # one request; loading would retry for half a minute
+        # this sends one request, while loading would retry for half a minute
+        HfApi().model_info(name, timeout=_SECONDS)
     except Exception as error:  # the hub and the network raise many classes
         raise UserError(
             f"{option} {name}: there is no such folder here, it is not in the hub's cache, and it was not found on the "

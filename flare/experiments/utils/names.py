@@ -6,7 +6,7 @@ import unicodedata
 
 from .errors import UserError
 
-_LONGEST = 100  # bytes; two names are joined into one, and file systems accept 255
+_LONGEST = 100  # bytes; file systems accept 255 bytes, and some file names join two names
 
 
 def folder_name(name: str, what: str) -> str:
@@ -14,7 +14,7 @@ def folder_name(name: str, what: str) -> str:
 
     Args:
         name: as given by the user or a run.json.
-        what: the option or field, for the message.
+        what: the option or field that holds the name, for the message.
 
     Raises:
         UserError: the name is a path, hidden, empty, too long, or contains characters that some file systems reject.

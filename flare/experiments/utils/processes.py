@@ -1,4 +1,4 @@
-"""One or several processes (accelerate launch): which one writes and prints, and how work and errors are shared."""
+"""Share work, results and errors between the processes of a run (accelerate launch). The main process writes files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 _EVERYWHERE = "known_to_all_processes"
-_ENDED = "another process of this run has ended, so this one stops too; the other's message says why"
+_ENDED = "another process of this run has ended, so this process stops too; the message of the other process says why"
 
 
 def process_count() -> int:
@@ -34,7 +34,7 @@ def is_main() -> bool:
 
 
 def only_main(print_fn: Callable[[str], None]) -> Callable[[str], None]:
-    """Return ``print_fn`` in the main process, and a function that does nothing in the others."""
+    """Return ``print_fn`` in the main process, and a function that does nothing in every other process."""
     return print_fn if is_main() else lambda line: None
 
 
@@ -67,7 +67,7 @@ def on_main(call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def errors_reach_all() -> Iterator[None]:
-    """Raise a UserError of one process in the other processes too, as soon as they wait for it.
+    """Raise a UserError of one process in the other processes too, as soon as they wait for this process.
 
     Without this context, the failing process ends and the launcher ends the others.
     """
@@ -80,14 +80,14 @@ def errors_reach_all() -> Iterator[None]:
 
 
 def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
-    """Yield every item with its result, in order and in every process; with n processes, each computes every n-th item.
+    """Yield every item with its result, in order and in every process. Each of n processes computes every n-th item.
 
     The processes exchange results after each round of one item per process. The results equal those of a single
     process bit for bit if an item is a batch whose content does not depend on the number of processes. The models of
-    the processes must not communicate (use DDP's unwrapped model, not FSDP's).
+    the processes must not communicate: use the model inside DDP's wrapper, and do not use FSDP.
 
     Args:
-        items: the same in every process.
+        items: the items, which must be the same in every process.
         work: computes the result of an item, which must be picklable.
 
     Raises:
@@ -101,7 +101,7 @@ def shared(items: Sequence[A], work: Callable[[A], T]) -> Iterator[tuple[A, T]]:
 
 
 def prints_errors() -> bool:
-    """Return whether this process is the first of the run that ends with an error; only that one prints its error."""
+    """Return whether this process is the first of the run to end with an error. Only the first one prints its error."""
     if process_count() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     from torch.distributed import TCPStore
@@ -117,7 +117,7 @@ def prints_errors() -> bool:
 
 
 def leave_group() -> None:
-    """Destroy the process group. Call it only after success: otherwise it may wait for a process that has ended."""
+    """Destroy the process group. Call it only after success, because otherwise it may wait for an ended process."""
     if process_count() > 1:
         _state().destroy_process_group()
 
@@ -143,11 +143,11 @@ def _attempt(call: Callable[[], Any]) -> tuple[Any, UserError | None]:
 def _exchange(outcome: tuple[Any, UserError | None]) -> list[Any]:
     """Return the results of all processes, in order.
 
-    Every communication between processes goes through this function, so that an error reaches the others wherever
-    they wait.
+    Every communication between processes goes through this function, so that an error reaches the other processes
+    wherever they wait.
 
     Raises:
-        UserError: the first error among the outcomes, in every process; or a process has ended.
+        UserError: the first error among the outcomes, raised in every process; or a process has ended.
     """
     outcomes = [outcome] * process_count()
     if process_count() > 1:
@@ -155,7 +155,8 @@ def _exchange(outcome: tuple[Any, UserError | None]) -> list[Any]:
 
         _state()
         try:
-            # not accelerate's gather: TrainingArguments recreates its state, on a CPU with a single process
+            # accelerate's gather is not used: TrainingArguments recreates accelerate's state, and on a CPU the new
+            # state has a single process
             torch.distributed.all_gather_object(outcomes, outcome)
         except RuntimeError as error:
             raise UserError(f"{_ENDED} ({str(error).splitlines()[0]})") from error

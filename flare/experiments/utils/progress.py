@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and one line every half minute in a log file."""
+"""Show the progress of long work: a bar on a terminal, or one line every half minute in a log file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LineCounter:
         total: number of units.
         name: start of every line.
         unit: name of a unit, in the singular.
-        initial: units that were done before.
+        initial: number of units that were done before.
     """
 
     def __init__(self, total: int, name: str, unit: str, initial: int = 0) -> None:
@@ -33,7 +33,7 @@ class LineCounter:
         self.close()
 
     def update(self, n: int = 1) -> None:
-        """Count n units, and write a line if the last one is at least INTERVAL seconds old."""
+        """Count n units, and write a line if the last line is at least INTERVAL seconds old."""
         self.n += n
         now = time.monotonic()
         if now - self._last >= INTERVAL and self.n > self._initial:
@@ -43,17 +43,17 @@ class LineCounter:
             print(f"{self.name}: {self.n} of {self.total} {self.unit}s, {remaining} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Do nothing: the command itself prints what was done."""
+        """Do nothing, because the command itself prints what was done."""
 
 
 def counter(name: str | None, total: int, unit: str, initial: int = 0) -> Any:
-    """Return a counter with ``update(n)`` and ``close()``, also a context manager.
+    """Return a counter with ``update(n)`` and ``close()``, which is also a context manager.
 
     Args:
-        name: shown next to the bar; None shows nothing.
+        name: label of the bar; None: no progress is shown.
         total: number of units.
         unit: name of a unit, in the singular.
-        initial: units that were done before.
+        initial: number of units that were done before.
     """
     if name is not None and not on_terminal():
         return LineCounter(total, name, unit, initial)
