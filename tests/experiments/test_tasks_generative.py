@@ -93,8 +93,8 @@ def test_only_the_context_is_truncated(family):
     assert form.trainable(pairs) == [pairs[0], pairs[3]] and len(rows) == 2
     most = 48 if family == "causal" else 64
     assert notes == [
-        "1 of 4 rows left out, they have no answer (id 3)",
-        "1 of 4 rows left out, their answer has more than 16 tokens (id 2)",
+        "1 of 4 rows left out because they have no answer (id 3)",
+        "1 of 4 rows left out because their answer has more than 16 tokens (id 2)",
         "1 of 4 rows have no answer in the source, which gets only an end token (id 4)",
         f"1 of 2 texts cut to prompts of {most} tokens (id 1)",
     ]

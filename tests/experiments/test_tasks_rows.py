@@ -153,5 +153,5 @@ def test_ids_that_look_like_positions_are_ids():
 
 def test_error_for_a_missing_split_lists_the_files(tmp_path):
     write(tmp_path, "", name="train.xlsx")
-    with pytest.raises(DataError, match=r"files there: train\.xlsx"):
+    with pytest.raises(DataError, match=r"files in the folder: train\.xlsx"):
         read_split(OWN, tmp_path, "ace", "train")
