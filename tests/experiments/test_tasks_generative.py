@@ -95,7 +95,7 @@ def test_only_the_context_is_truncated(family):
     assert notes == [
         "1 of 4 rows left out because they have no answer (id 3)",
         "1 of 4 rows left out because their answer has more than 16 tokens (id 2)",
-        "1 of 4 rows have no answer in the source, which gets only an end token (id 4)",
+        "1 of 4 rows have no answer in the source; an end token takes its place (id 4)",
         f"1 of 2 texts cut to prompts of {most} tokens (id 1)",
     ]
     prompt = tokenizer.decode(rows[0]["input_ids"], skip_special_tokens=True)

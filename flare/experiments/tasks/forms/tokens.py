@@ -113,7 +113,7 @@ class TokenForm(ClassificationForm):
     def _unlabelled_rows(
         self, pairs: Sequence[Pair], with_source: bool
     ) -> tuple[list[Row], list[str], list[list[int | None]]]:
-        """Return rows whose ``labels`` are all -100, notes, and each word's first token (None if a word has no token)."""
+        """Return rows whose ``labels`` are all -100, notes, and each word's first token (None: no token)."""
         rows, notes = self._encoded_rows(pairs, with_source)
         encoded = self.tokenizer(
             [pair.target.texts[self.column] for pair in pairs],
