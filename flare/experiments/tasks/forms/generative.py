@@ -180,8 +180,9 @@ class GenerativeForm(Form):
         if too_long:
             uncut = {"qa": " and the question", "multiple-choice": " and the choices"}.get(self.task.kind, "")
             raise DataError(
-                f"{len(too_long)} {what} do not fit into prompts of {limit} tokens, because the instruction{uncut} "
-                f"alone has more tokens and is never cut {some_ids(too_long)}; raise --max-length (now {self.max_length})"
+                f"{len(too_long)} {what} do not fit into prompts of {limit} tokens, because the parts that are never "
+                f"cut (the instruction{uncut}) have more tokens {some_ids(too_long)}; raise --max-length (now "
+                f"{self.max_length})"
             )
         note = f"{len(cut)} of {len(examples)} {what} cut to prompts of {limit} tokens {some_ids(cut)}"
         return prompts, [note] if cut else []
