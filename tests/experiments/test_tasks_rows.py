@@ -37,8 +37,8 @@ def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv
         ("id;text;label\n1;a;x\n", "separated by commas; its head is 'id;text;label'"),
         ("id,text,label\n1,a,x\n2,b,y\n1,c,x\n", "row 2 (counted from 0): row 0 has the same id '1'"),
         ("id,text,label\n1,a,x\n ,b,y\n", "row 1 (counted from 0) has no id"),
-        ("ID,text,label\n1,a,x\n", "its column 'ID' looks like one"),
-        ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like one"),
+        ("ID,text,label\n1,a,x\n", "its column 'ID' looks like an id column"),
+        ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like an id column"),
     ],
 )  # fmt: skip
 def test_invalid_csv_rows(tmp_path, text, message):

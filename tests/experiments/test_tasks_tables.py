@@ -85,7 +85,7 @@ def test_every_format_has_the_same_checks(tmp_path, form):
     cases = {
         "row 2 (counted from 0): row 0 has the same id '0'": [*good[:2], {**good[2], "id": "0"}],
         "row 1 (counted from 0) has no id": [good[0], {**good[1], "id": " "}],
-        "its column 'row_id' looks like one": [{"row_id": i, "text": "a", "label": "x"} for i in "12"],
+        "its column 'row_id' looks like an id column": [{"row_id": i, "text": "a", "label": "x"} for i in "12"],
         "has no column text; it has id, content, label": [{"id": i, "content": "a", "label": "x"} for i in "12"],
         "1 of 2 rows have a label that is not a label of task classification: '(empty)' (id 1)": [
             good[0],

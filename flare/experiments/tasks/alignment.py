@@ -87,7 +87,7 @@ def align(
 
 
 def _without_ids(rows: Sequence[Example]) -> bool:
-    """Return whether no row has an id of its own: every id is the one made from the row's position (`position_id`).
+    """Return whether the rows have no ids of their own: every id is made from the row's position (`position_id`).
 
     All rows are compared, because one real id may happen to look like a position.
     """
@@ -111,7 +111,10 @@ def match(
         count: dict[str, int] = {}
         for row in rows:
             count[row.id] = count.get(row.id, 0) + 1
-        drop(f"rows of {language} dropped, their ids occur more than once", [r.id for r in rows if count[r.id] > 1])
+        drop(
+            f"rows of {language} dropped because their ids occur more than once",
+            [r.id for r in rows if count[r.id] > 1],
+        )
         return {row.id: row for row in rows if count[row.id] == 1}
 
     sources_by_id, targets_by_id = unique(sources, source_name), unique(targets, target_name)
@@ -119,12 +122,12 @@ def match(
         (targets_by_id, sources_by_id, target_name, source_name),
         (sources_by_id, targets_by_id, source_name, target_name),
     ):
-        drop(f"rows of {language} dropped, no row of {other} has their id", list(filterfalse(others.get, rows)))
+        drop(f"rows of {language} dropped because no row of {other} has their id", list(filterfalse(others.get, rows)))
     matched = [Pair(row, sources_by_id[key]) for key, row in targets_by_id.items() if key in sources_by_id]
     same_label = [pair for pair in matched if _same_label(pair)]
-    drop("pairs dropped, their labels differ", _removed_ids(matched, same_label))
+    drop("pairs dropped because their labels differ", _removed_ids(matched, same_label))
     pairs = [pair for pair in same_label if all(text.strip() for text in _texts(pair))]
-    drop("pairs dropped, a text is empty", _removed_ids(same_label, pairs))
+    drop("pairs dropped because a text is empty", _removed_ids(same_label, pairs))
     return pairs, drops
 
 

@@ -128,7 +128,9 @@ def english_rows(hub_id: str, name: str, split: str) -> Elsewhere | None:
 
 
 def translatable(data_set: DataSet, source: str) -> tuple[list[str], list[str]]:
-    """Return two lists of names of languages other than the source: languages with an NLLB tag, and without one.
+    """Return the names of languages with an NLLB tag, and the names of languages without an NLLB tag.
+
+    The source language is in neither list.
 
     Raises:
         UserError: the data set's languages are not listed in this module (`data_set.codes` is None).

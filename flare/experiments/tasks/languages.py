@@ -2,8 +2,8 @@
 
 The table has every language of NLLB-200 (Costa-jussà et al., 2022) with the FLORES-200 tag that NLLB's tokenizer uses.
 It also has the languages of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks, some with the tag of a related
-language that the paper translates with instead. Machine translation and data sets on the
-hub need a language of this table. Folders of your own data may have any name.
+language that the paper translates with instead. Machine translation and data sets on the hub need a language of this
+table. Folders of your own data may have any name.
 """
 
 from __future__ import annotations

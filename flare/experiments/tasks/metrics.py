@@ -1,4 +1,4 @@
-"""Metrics of each kind of task, in percent.
+"""Compute the metrics of each kind of task, in percent.
 
 scikit-learn computes the F1 scores of labels, with ``zero_division=0``, and SciPy computes the correlations.
 
@@ -46,7 +46,7 @@ def check_metric_packages(task: Task) -> None:
 
 
 def score(task: Task, predictions: Sequence[Any], truth: Sequence[Example]) -> dict[str, float]:
-    """Return the task's metrics in percent, the one that selects checkpoints first.
+    """Return the task's metrics in percent. The metric that selects checkpoints comes first.
 
     Rows without a label, and questions without an accepted answer, do not count.
 
@@ -123,7 +123,7 @@ def macro_f1(predictions: Sequence[str], truth: Sequence[str], labels: Sequence[
 
 
 def micro_f1(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], labels: Sequence[str]) -> float:
-    """Return one F1 for the decisions of all labels in all rows. Each row is a set of labels."""
+    """Return the F1 over all decisions together, one for each label in each row. Each row is a set of labels."""
     from sklearn.metrics import f1_score
 
     true, predicted = ([int(label in row) for row in rows for label in labels] for rows in (truth, predictions))

@@ -47,10 +47,10 @@ def load_pairs(
         target_text: "gold": human text in the target language; "mt": translated from the source language.
         source_text: "gold": human text in the source language; "mt": translated from the target language; None: no
             source.
-        limit: maximum number of pairs; the first ones are kept.
+        limit: maximum number of pairs; the first pairs are kept.
 
     Returns:
-        The pairs in the target's order, and notes for the user (dropped rows with their counts).
+        The pairs in the order of the target rows, and notes for the user (dropped rows with their counts).
 
     Raises:
         DataError: a file, column or row is missing or wrong, or no rows match.

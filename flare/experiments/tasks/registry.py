@@ -91,7 +91,8 @@ class Task:
         """Return a copy of the task with these classes.
 
         Raises:
-            UserError: fewer than two classes, a duplicate class, or two classes with the same verbalization.
+            UserError: there are fewer than two classes, a class occurs twice, the verbalizer has an unknown class or the
+                same text for two classes, or token-classification tags are not IOB2 tags.
         """
         names = tuple(labels)
         if self.kind == "token-classification":
@@ -101,7 +102,8 @@ class Task:
         unknown = [label for label in self.verbalizer if label not in names]
         if unknown:
             raise UserError(
-                f"task {self.name}: the verbalizer names {_quoted(unknown)}; the labels are {_quoted(names)}"
+                f"task {self.name}: the verbalizer names {_quoted(unknown)}, which is not among the labels "
+                f"{_quoted(names)}"
             )
         texts = [self.verbalized(label) for label in names]
         if len(set(texts)) < len(texts):

@@ -79,11 +79,11 @@ def _example(
 
 
 def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
-    """Check that the task has the labels of all rows.
+    """Check that the label of every row is one of the task's labels.
 
     Raises:
-        DataError: the task does not have some label. The message lists such labels, the number of rows with them, and
-            some ids of these rows.
+        DataError: a label is not. The message lists the wrong labels, the number of rows that have them, and some ids of
+            these rows.
     """
     known = task.labels
     wrong: set[str] = set()
@@ -121,8 +121,8 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         ]
         if id_like and task.id_columns == ("id",):
             raise DataError(
-                f"{where} has no column id, and its column {id_like[0]!r} looks like one: rows would be paired by "
-                "position. Name it with --id-column, or remove it if the rows of all languages are in the same order"
+                f"{where} has no column id, and its column {id_like[0]!r} looks like an id column: rows would be "
+                "paired by position. Name the column with --id-column, or remove it if the rows of all languages are in the same order"
             )
         return
     first_row: dict[str, int] = {}

@@ -1,4 +1,7 @@
-"""Base class of forms, which convert examples to model rows and model output to predictions, and shared helpers."""
+"""Base class of forms, and helpers that forms share.
+
+A form converts the examples of a task to model rows, and the output of a model to predictions.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ class Form:
         return list(pairs)
 
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[Any]:
-        """Return one prediction per pair, comparable to its label or answers.
+        """Return one prediction per pair, which can be compared with the pair's label or answers.
 
         Args:
             output: the model's output for `eval_rows`: logits (encoders) or new token ids (generation), as tensors or

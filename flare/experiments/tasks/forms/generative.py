@@ -111,8 +111,8 @@ class GenerativeForm(Form):
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
         """Return labels or answers from generated token ids.
 
-        A text becomes a label if it equals the label's verbalization or name, ignoring case. If it only starts with
-        verbalizations, it becomes the label of the longest of them. Otherwise it is returned unchanged and counts as
+        A text becomes a label if it equals the label's verbalization or name, ignoring case. If it only starts with one
+        or more verbalizations, it becomes the label of the longest verbalization. Otherwise it is returned unchanged and counts as
         wrong (see `prediction_notes`).
 
         Args:

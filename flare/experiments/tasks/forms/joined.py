@@ -25,7 +25,7 @@ _PREFIX = "source:"
 
 
 def joined_task(task: Task) -> Task:
-    """Return the task with the source's text columns before the target's, under one instruction.
+    """Return the task whose prompt has the source's texts, the target's texts, and one instruction.
 
     >>> from flare.experiments.tasks.registry import get_task
     >>> joined_task(get_task("nusax")).prompt
