@@ -29,7 +29,7 @@ METHODS = {
     "flare-mt": "FLARE MT",
     "flare": "FLARE",
 }
-#: Main settings: of adapters, of the base, and of the base on translated text. Other settings are named in the label.
+#: Main settings, in which adapters, the base, and the base on translated text are tested. Labels name other settings.
 _MAIN = ("translate-train", "zero-shot", "translate-test")
 
 
@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """Label of the line to which this entry belongs: the variant, and " @ setting" for all but main settings."""
+        """Label of this entry's line: the variant, followed by " @ <setting>" if the setting is not a main setting."""
         variant = self.run.record.variant
         return variant if self.setting in _MAIN else f"{variant} @ {self.setting}"
 
@@ -139,7 +139,7 @@ class RunGroup:
         )
 
     def of(self, label: str, language: str | None = None) -> list[Entry]:
-        """Return the entries of a line, in one language or (None) in all, sorted by language and seed."""
+        """Return the entries of a line, sorted by language and seed. If `language` is None, return all languages."""
         entries = [e for e in self.entries if e.label == label and language in (None, e.language)]
         return sorted(entries, key=lambda e: (e.language, e.seed))
 
@@ -303,7 +303,7 @@ def _sort_key(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
 
 
 def _set_slugs(groups: Sequence[RunGroup]) -> None:
-    """Set a unique slug for each group: the task, with source language or model if groups of the task differ in it."""
+    """Set a unique slug for each group: the task, and source language and model if the task's groups have several."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"

@@ -152,7 +152,7 @@ _COSTS: dict[str, Callable[[Run], Any]] = {
 
 
 def conditions(group: RunGroup) -> list[tuple[str, str]]:
-    """Return the conditions of the tables as (name, value) pairs."""
+    """Return the conditions under which the runs of a group were made, as (name, value) pairs."""
     records = [entry.run.record for entry in group.entries]
     lines = [
         ("task", group.task),
@@ -209,7 +209,7 @@ def notes(group: RunGroup) -> list[str]:
 
 
 def translator(entry: Entry) -> str | None:
-    """Return the short name of the model that translated a run's source texts, or None."""
+    """Return the short name of the model that translated a run's source texts; None if this is not recorded."""
     record = entry.run.record
     by_direction = record.data.get("translation")
     if not isinstance(by_direction, dict):
@@ -278,7 +278,12 @@ def _trained_settings(group: RunGroup) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _differing(entries: Iterable[Entry], read: Callable[[Entry], dict[str, Any]]) -> dict[str, dict[str, list[Entry]]]:
-    """Return the names with more than one value among the entries: {name: {value: entries}}."""
+    """Return {name: {value: entries}} for every name whose value differs between entries.
+
+    Args:
+        entries: the entries.
+        read: function that returns {name: value} of an entry.
+    """
     members = [(entry, read(entry)) for entry in entries]
     differing: dict[str, dict[str, list[Entry]]] = {}
     for name in dict.fromkeys(name for _, read_values in members for name in read_values):

@@ -252,7 +252,7 @@ def ablation_table(groups: Sequence[RunGroup], metrics: Mapping[str, str], facto
     )
     notes = (
         f"{of}, in percent; averages over the languages that all lines of a task have",
-        "lines that differ in other settings are left out; bold is the best of a method",
+        "lines that also differ in other options are left out; the best value of a method is bold",
     )
     return Table(title, head, tuple(rows), notes, left=3, best=frozenset(best))
 

@@ -64,7 +64,7 @@ def write_report(
         print_fn: prints one line for the user.
 
     Raises:
-        ReportError: there are no finished runs, a metric is unknown, or the output folder does not hold a report.
+        ReportError: there are no finished runs, a metric is unknown, or the output folder holds something else.
         RecordError: a folder is missing, or a run.json or metrics.json is damaged.
     """
     unknown = [kind for kind in formats if kind not in FORMATS]

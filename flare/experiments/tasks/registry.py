@@ -91,8 +91,8 @@ class Task:
         """Return a copy of the task with these classes.
 
         Raises:
-            UserError: there are fewer than two classes, a class occurs twice, the verbalizer has an unknown class or the
-                same text for two classes, or token-classification tags are not IOB2 tags.
+            UserError: there are fewer than two classes, a class occurs twice, the verbalizer has an unknown class or
+                the same text for two classes, or token-classification tags are not IOB2 tags.
         """
         names = tuple(labels)
         if self.kind == "token-classification":

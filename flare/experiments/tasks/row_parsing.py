@@ -82,8 +82,8 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
     """Check that the label of every row is one of the task's labels.
 
     Raises:
-        DataError: a label is not. The message lists the wrong labels, the number of rows that have them, and some ids of
-            these rows.
+        DataError: a row has another label. The message lists such labels, the number of rows that have them, and some
+            ids of these rows.
     """
     known = task.labels
     wrong: set[str] = set()
@@ -122,7 +122,8 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         if id_like and task.id_columns == ("id",):
             raise DataError(
                 f"{where} has no column id, and its column {id_like[0]!r} looks like an id column: rows would be "
-                "paired by position. Name the column with --id-column, or remove it if the rows of all languages are in the same order"
+                "paired by position. Name the column with --id-column, or remove it if the rows of all languages are "
+                "in the same order"
             )
         return
     first_row: dict[str, int] = {}

@@ -47,7 +47,7 @@ class Marked:
 def mark(context: str, answer: Answer) -> Marked:
     """Put marks around an answer.
 
-    An answer without a start is searched for, and must occur exactly once.
+    If the answer's start is not given, the context must contain the answer exactly once.
 
     Raises:
         MarksLost: the answer is not at its start, or the text contains every kind of mark.

@@ -150,7 +150,7 @@ def translate_split(
 def _start(
     job: Job, settings: dict[str, Any], stack: contextlib.ExitStack, print_fn: Callable[[str], None]
 ) -> Outcome | tuple[dict[str, Any], dict[str, Any]]:
-    """Lock the folder; return its provenance and the split's entry, or the outcome if the split is finished."""
+    """Lock the folder. Return its provenance and the split's entry in it, or the outcome if the split is finished."""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -31,7 +31,7 @@ class TranslationModel:
     Args:
         name: hub id or folder (NLLB, M2M100, mBART, Marian, T5, ...).
         revision: branch, tag or commit on the hub.
-        device: default: the GPU if there is one, else the CPU.
+        device: None: the GPU if there is one, else the CPU.
         dtype: "float32", "float16", "bfloat16" or a torch dtype; "auto": bfloat16 on a GPU that supports it, else
             float32.
 
@@ -149,7 +149,7 @@ def known_tags(tokenizer: Any) -> list[str]:
 
 
 def check_tag(tokenizer: Any, tag: str, option: str) -> None:
-    """Check that the tokenizer knows a tag; it would silently encode an unknown tag as <unk>.
+    """Check that the tokenizer knows a tag, because it would silently encode an unknown tag as <unk>.
 
     Args:
         tokenizer: the tokenizer.
@@ -166,9 +166,9 @@ def check_tag(tokenizer: Any, tag: str, option: str) -> None:
     similar = [by_key[key] for key in difflib.get_close_matches(tag.casefold(), list(by_key), n=3, cutoff=0.5)]
     # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not spelled similarly: compare the first two letters
     similar = similar or [known for known in tags if known[:2] == tag[:2]][:3]
-    shown = f"did you mean {' or '.join(similar)}?" if similar else f"it has {', '.join(tags[:8])}, ..."
+    shown = f"did you mean {' or '.join(similar)}?" if similar else f"the first tags are {', '.join(tags[:8])}"
     raise TranslationError(
-        f"{option} {tag!r}: {type(tokenizer).__name__} has no such language tag ({len(tags)} in all); {shown}"
+        f"{option} {tag!r}: {type(tokenizer).__name__} has no such language tag (it has {len(tags)} tags); {shown}"
     )
 
 

@@ -55,7 +55,7 @@ def prepare_rows(rows: Sequence[Example], task: Task, policy: str) -> PreparedRo
             if reason is not None and policy == "drop":
                 dropped[reason] += 1
                 continue
-            if reason is not None and row.answers:  # a row that never had an answer has lost nothing
+            if reason is not None and row.answers:  # a row without answers in the data has lost no span
                 without_span[reason] += 1
             other_answers += max(0, len(row.answers) - 1)
         kept.append(row)

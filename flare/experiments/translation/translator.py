@@ -161,7 +161,7 @@ class Translator:
             progress: wraps the iterable of batches, for a progress bar.
         """
         if isinstance(texts, str):
-            raise TypeError(f"texts must be a list of texts, got one: {texts!r}")
+            raise TypeError(f"texts must be a list of texts; got a single text: {texts!r}")
         plan = self.plan(texts)
         translations = [""] * len(plan.pieces)
         for batch in progress(plan.batches):

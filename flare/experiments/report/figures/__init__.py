@@ -32,7 +32,7 @@ class FigureResult(NamedTuple):
     caption: str = ""
 
 
-#: Name in the file name, title, and function that draws the figure, for each figure.
+#: For each figure: a name, which ends its file name; its title; the function that draws the figure.
 _Plan = Iterator[tuple[str, str, Callable[[], Any]]]
 
 

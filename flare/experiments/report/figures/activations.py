@@ -17,7 +17,7 @@ from ..display import language_name, language_names
 from .layers import STREAMS
 from .style import COLUMN, NORMAL, PAGE, SMALL, NothingToDraw, caption, legend_below, new_figure, plain_axes
 
-_MOST_PANELS = 4  # languages side by side
+_MOST_PANELS = 4  # maximum number of languages side by side
 _SHARE = 0.1  # averages leave out positions that less than this share of the rows reaches
 _MOST_TOKENS = 40  # tokens of a single row that are drawn
 
@@ -28,7 +28,10 @@ def activation_labels(group: RunGroup) -> list[str]:
 
 
 def draw_averages(group: RunGroup, label: str) -> Any:
-    """Draw the mean activation of all units by position: one column per language, before ReLU above after ReLU."""
+    """Draw the mean activation of all units by position, with one column per language.
+
+    The upper row shows the activations before ReLU, the lower row after ReLU.
+    """
     panels = _by_language(group, label)
     if not panels:
         raise NothingToDraw("no run measured activations by position")

@@ -3,7 +3,7 @@
 A figure has no title. Its caption is stored as the matplotlib figure's label, and report.md prints the caption below
 the figure.
 
-matplotlib is imported inside the functions, so that a report without figures can be written if it is not installed.
+matplotlib is imported inside the functions, so that without matplotlib a report can be written without figures.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def plain_axes(axes: Any) -> None:
 
 
 def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Return color, hatch and marker for every line, by method; no two lines have the same color and hatch."""
+    """Return the color, hatch and marker of each line, given the lines' methods.
+
+    No two lines have the same color and hatch.
+    """
     taken: dict[str, int] = {}
     colors = dict(_COLORS)
     used = {colors[method] for method in methods if method in colors}

@@ -111,9 +111,9 @@ class GenerativeForm(Form):
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
         """Return labels or answers from generated token ids.
 
-        A text becomes a label if it equals the label's verbalization or name, ignoring case. If it only starts with one
-        or more verbalizations, it becomes the label of the longest verbalization. Otherwise it is returned unchanged and counts as
-        wrong (see `prediction_notes`).
+        A text becomes a label if it equals the label's verbalization or name, ignoring case. If it only starts with
+        one or more verbalizations, it becomes the label of the longest verbalization. Otherwise it is returned
+        unchanged and counts as wrong (see `prediction_notes`).
 
         Args:
             output: the new tokens (N, n) without the prompt, or lists of unequal lengths. -100 is padding.
