@@ -258,7 +258,7 @@ def test_rows_that_do_not_match_are_dropped_with_a_reason():
 
 
 def test_errors_in_the_data(folder):
-    with pytest.raises(DemoError, match=r"no folder 'klingon'; languages there: english, vemari"):
+    with pytest.raises(DemoError, match=r"no folder 'klingon'; its folders: english, vemari"):
         load_parallel(str(folder), "english", "klingon")
     (folder / "vemari" / "test.csv").unlink()
     with pytest.raises(DemoError, match=r"test\.csv is missing"):

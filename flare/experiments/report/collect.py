@@ -290,8 +290,8 @@ def _check_duplicates(entries: Iterable[Entry]) -> None:
         if other is not entry:
             raise ReportError(
                 f"two runs of {entry.label} on {entry.language} with seed {entry.seed}: {other.run.folder} and "
-                f"{entry.run.folder}. Write a separate report for each run, or train one of the runs again with a "
-                "different --name"
+                f"{entry.run.folder}. Write a separate report for each run, or train one of the runs again under "
+                "another name (flare train --name)"
             )
 
 
