@@ -228,7 +228,7 @@ def test_rows_are_aligned_by_id_and_drops_are_counted(folder):
     assert data.labels == ("bad", "good")
     assert len(data.finetune) == 8, "the base may read source rows that have no counterpart"
     assert data.notes == [
-        f"{split}: 1 rows of {one} dropped, no row of {two} has their id"
+        f"{split}: 1 rows of {one} dropped because no row of {two} has their id"
         for split in ("train", "test")
         for one, two in (("vemari", "english"), ("english", "vemari"))
     ]
@@ -251,14 +251,14 @@ def test_rows_that_do_not_match_are_dropped_with_a_reason():
     pairs, notes = align(source, target)
     assert [pair.id for pair in pairs] == ["3"]
     text = "\n".join(notes)
-    assert "2 rows of source dropped, their ids occur more than once" in text
-    assert "1 rows of target dropped, no row of source has their id" in text
-    assert "1 pairs dropped, their labels differ" in text
-    assert "1 pairs dropped, a text is empty" in text
+    assert "2 rows of source dropped because their ids occur more than once" in text
+    assert "1 rows of target dropped because no row of source has their id" in text
+    assert "1 pairs dropped because their labels differ" in text
+    assert "1 pairs dropped because a text is empty" in text
 
 
 def test_errors_in_the_data(folder):
-    with pytest.raises(DemoError, match=r"no folder 'klingon'; languages there: english, vemari"):
+    with pytest.raises(DemoError, match=r"no folder 'klingon'; its folders: english, vemari"):
         load_parallel(str(folder), "english", "klingon")
     (folder / "vemari" / "test.csv").unlink()
     with pytest.raises(DemoError, match=r"test\.csv is missing"):

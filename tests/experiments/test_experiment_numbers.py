@@ -217,9 +217,11 @@ def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsy
     assert train(place, runs, "--data", data, "--method", "flare") == 0
     # the earlier score has a separate table
     found = {group.rows: [entry.label for entry in group.entries] for group in collect([runs]).groups}
-    assert found == {"": ["flare-r4"], "the base on other test rows than the adapters": ["zero-shot"]}
+    assert found == {"": ["flare-r4"], "scores of the base on test rows on which no adapter was scored": ["zero-shot"]}
     assert (
-        write_report([runs], runs / "report", print_fn=lambda line: None).read_text().count("on other test rows than")
+        write_report([runs], runs / "report", print_fn=lambda line: None)
+        .read_text()
+        .count("on which no adapter was scored")
         > 1
     )
     shutil.rmtree(runs / "report")

@@ -135,8 +135,8 @@ def test_costs_show_their_range(tmp_path: Path) -> None:
     lora, _ = csv.DictReader(io.StringIO(cost_csv(costs(group))))
     assert (lora["seconds_per_step_min"], lora["seconds_per_step_max"]) == ("0.949", "1.834")
     assert [line for line in warnings(group) if "ms per step" in line] == [
-        "lora: its runs took 949.0 to 1834.0 ms per step, so its costs say little (was the machine shared, or do the "
-        "languages' texts differ in length?)"
+        "lora: its runs took 949.0 to 1834.0 ms per step, so its costs are not reliable (was the machine shared, or do "
+        "the languages' texts differ in length?)"
     ]
     pytest.importorskip("matplotlib")
     figure = draw_costs(group, "macro_f1")
@@ -387,7 +387,7 @@ def test_errors_name_what_cannot_be_reported(small: Path, tmp_path: Path) -> Non
 
     refused("no such folder", runs=[tmp_path / "nowhere"], kind=RecordError)
     (tmp_path / "empty").mkdir()
-    refused("no run there", "flare finetune", runs=[tmp_path / "empty"])
+    refused("no runs found", "flare finetune", runs=[tmp_path / "empty"])
     make_run(tmp_path / "begun", "ace", "lora", 0, None, status="running")
     refused("nothing to report", "unfinished", "'running'", runs=[tmp_path / "begun"])
     refused("--metric bleu", "macro_f1", runs=[small], metrics=["bleu"])
@@ -400,6 +400,6 @@ def test_errors_name_what_cannot_be_reported(small: Path, tmp_path: Path) -> Non
     refused("two runs of lora on ace with seed 0", "--name", runs=[small, tmp_path / "copy"])
     odd = make_run(tmp_path / "odd", "ace", "lora", 0, 50.0)
     write_metrics(odd, Metrics(test={"translate-train": {"macro_f1": float("nan")}}))
-    refused("metrics.json", "nan", "numbers", runs=[tmp_path / "odd"])
+    refused("metrics.json", "nan", "finite number", runs=[tmp_path / "odd"])
     (odd / "run.json").write_text('{"kind": "train", ')
     refused("run.json", "cannot be read", runs=[tmp_path / "odd"], kind=RecordError)

@@ -84,7 +84,7 @@ def test_labels_are_inferred_from_the_training_rows(tmp_path):
     # if labels are numbers, a number is never an index
     write_csv(tmp_path / "ace" / "train.csv", [("1", "a", "9"), ("2", "a", "1")], HEAD)
     with raises_text(
-        DataError, "1 of 2 rows have a label that is not one of task classification's: '1' (id 2); accepted: 9, 10"
+        DataError, "1 of 2 rows have a label that is not a label of task classification: '1' (id 2); accepted: 9, 10"
     ):
         read_split(resolve_labels(OWN, tmp_path, "en"), tmp_path, "ace", "train")
     write_csv(tmp_path / "en" / "train.csv", [("1", "a", "x")], HEAD)
@@ -114,7 +114,7 @@ def test_errors_name_what_is_missing(tmp_path):
         ("no column text, label; it has id, content", "ace", "train"),
         ("valid.csv has no rows; an empty split cannot be used", "ace", "valid"),
         ("test.jsonl has no rows", "ace", "test"),
-        ("has no folder 'jav'; languages there: ace", "jav", "train"),
+        ("has no folder 'jav'; its folders: ace", "jav", "train"),
     ):
         with raises_text(DataError, text):
             read_split(NUSAX, tmp_path, language, split)
@@ -124,7 +124,7 @@ def test_errors_name_what_is_missing(tmp_path):
     with raises_text(DataError, "valid.csv is missing, and so is any other valid split (valid, validation, dev"):
         read_split(NUSAX, tmp_path, "ace", "valid")
     assert has_split(NUSAX, tmp_path, "ace", "train") and not has_split(NUSAX, tmp_path, "ace", "valid")
-    with raises_text(UserError, "the split 'eval' is not known; one of train, valid, test"):
+    with raises_text(UserError, "the split 'eval' is not known; accepted: train, valid, test"):
         read_split(NUSAX, tmp_path, "ace", "eval")
     with raises_text(DataError, "no such folder"):
         read_split(NUSAX, "./nowhere", "ace", "train")
@@ -139,7 +139,7 @@ def test_errors_name_unknown_labels_and_their_rows(tmp_path):
         read_split(NUSAX, tmp_path, "ace", "train")
     text = str(raised.value)
     assert (
-        "4 of 5 rows have a label that is not one of task nusax's: '(empty)', '3', 'mixed' (ids n1, n2, n3, ...)"
+        "4 of 5 rows have a label that is not a label of task nusax: '(empty)', '3', 'mixed' (ids n1, n2, n3, ...)"
         in text
     )
     assert "accepted: negative, neutral, positive, or their indices from 0" in text
@@ -190,10 +190,10 @@ def test_rows_without_counterpart_are_counted():
     pairs, notes = align(targets, sources, target_name="ace", source_name="en", split="test")
     assert [pair.target.id for pair in pairs] == ["5", "1"], "in the target's order"
     assert notes == [
-        "test: 2 rows of ace dropped, their ids occur more than once (ids 2, 2)",
-        "test: 5 rows of en dropped, no row of ace has their id (ids 2, 6, 7, ...)",
-        "test: 1 pairs dropped, their labels differ (id 3)",
-        "test: 1 pairs dropped, a text is empty (id 4)",
+        "test: 2 rows of ace dropped because their ids occur more than once (ids 2, 2)",
+        "test: 5 rows of en dropped because no row of ace has their id (ids 2, 6, 7, ...)",
+        "test: 1 pairs dropped because their labels differ (id 3)",
+        "test: 1 pairs dropped because a text is empty (id 4)",
     ]
 
 
@@ -202,7 +202,7 @@ def test_no_matching_rows_is_an_error():
         align([example("a"), example("b")], [example("c")], target_name="ace", source_name="en", split="train")
     text = str(raised.value)
     assert "train: no row of ace (2 rows) matches a row of en (1 rows); rows are matched by their id" in text
-    assert "2 rows of ace dropped, no row of en has their id (ids a, b)" in text
+    assert "2 rows of ace dropped because no row of en has their id (ids a, b)" in text
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -234,10 +234,10 @@ def test_gold_and_translated_texts_come_from_their_folders(folders):
     assert texts(pairs)[0] == ("ace 0", None) and len(pairs) == 4 and notes == []
     pairs, notes = load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, target_text="mt")
     assert texts(pairs) == [(f"english-ace {i}", f"english {i}") for i in (3, 1, 0)]
-    assert notes == ["train: 1 rows of english dropped, no row of ace (mt) has their id (id 2)"]
+    assert notes == ["train: 1 rows of english dropped because no row of ace (mt) has their id (id 2)"]
     pairs, notes = load_pairs(NUSAX, data, "english", "ace", "test", translations=mt, source_text="mt")
     assert texts(pairs) == [("ace 0", "ace-english 0"), ("ace 2", "ace-english 2")]
-    assert notes == ["test: 1 rows of ace dropped, no row of english (mt) has their id (id 1)"]
+    assert notes == ["test: 1 rows of ace dropped because no row of english (mt) has their id (id 1)"]
 
 
 def test_error_for_a_missing_translation_gives_the_command(folders):
@@ -251,7 +251,7 @@ def test_error_for_a_missing_translation_gives_the_command(folders):
         load_pairs(NUSAX, data, "english", "ace", "train", translations=mt, source_text="mt")
     with raises_text(UserError, "give its folder with --translations"):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="mt")
-    with raises_text(UserError, "got 'machine' and 'gold'"):
+    with raises_text(UserError, "got target_text='machine' and source_text='gold'"):
         load_pairs(NUSAX, data, "english", "ace", "train", target_text="machine")
     with raises_text(UserError, "limit must be 1 or more"):
         load_pairs(NUSAX, data, "english", "ace", "train", limit=0)
@@ -273,7 +273,10 @@ def test_tasks_have_the_papers_metrics_and_lengths():
         ({"name": "nusa"}, "--task 'nusa' is not known; the tasks are nusax, xnli, tydiqa, sib200, "),
         ({"name": "qa", "text_columns": ["text"]}, "of a QA task must be question and context; got 'text'"),
         ({"name": "qa", "labels": ["a", "b"]}, "task qa has answers, not labels"),
-        ({"name": "nusax", "metric": "f1"}, "--metric 'f1' is not one of task nusax's: accuracy, macro_f1"),
+        (
+            {"name": "nusax", "metric": "f1"},
+            "--metric 'f1' is not a metric of task nusax; accepted: accuracy, macro_f1",
+        ),
         ({"name": "nusax", "prompt": "Sentiment:"}, "task nusax: the prompt lacks '{text}'"),
         ({"name": "nusax", "labels": ["a", "a"]}, "two or more different labels are needed"),
         (
@@ -325,10 +328,10 @@ def test_the_papers_data_sets_on_the_hub(monkeypatch):
     assert ("indonlp/NusaX-senti", "ace", "test", "refs/convert/parquet") in calls
     assert calls[-1] == ("google-research-datasets/tydiqa", "secondary_task", "validation", "main")
     notes = load_pairs(tydiqa, None, "english", "swahili", "test", source_text=None)[1]
-    assert notes == ["test: the data set has no test split; this is its validation split"]
+    assert notes == ["test: the data set has no test split; its validation split is used instead"]
     with raises_text(UserError, "xnli has no Acehnese; it has Arabic (ar), "):
         read_split(get_task("xnli"), None, "acehnese", "train")
-    with raises_text(DataError, "--data someone/else: neither a folder here nor a data set"):
+    with raises_text(DataError, "--data someone/else: neither a folder on this machine nor a data set"):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
         read_split(OWN, "someone/else", "en", "train")
     assert not has_split(OWN, "someone/else", "en", "train")

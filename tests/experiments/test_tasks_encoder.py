@@ -72,7 +72,7 @@ def test_a_tokenizer_without_pad_token():
 
 def test_unsupported_forms_are_errors():
     tokenizer = word_tokenizer("a")
-    with pytest.raises(UserError, match="'bert' is not known; one of encoder, causal, seq2seq"):
+    with pytest.raises(UserError, match="'bert' is not known; accepted: encoder, causal, seq2seq"):
         make_form(NUSAX, tokenizer, "bert")
     with pytest.raises(UserError, match="its labels are not known yet"):
         make_form(get_task("classification"), tokenizer, "encoder")
@@ -172,8 +172,8 @@ def test_truncated_rows_are_counted():
     assert [pair.target.id for pair in form.trainable(pairs)] == ["3", "4"] and len(rows) == 2
     assert notes == [
         "2 of 4 contexts cut to 12 tokens with the question (ids 1, 4)",
-        "1 of 4 rows left out, they have no answer or it is not in the context (id 2)",
-        "1 of 4 rows left out, their answer is not within the first 12 tokens (id 1)",
+        "1 of 4 rows left out because they have no answer or their context does not contain it (id 2)",
+        "1 of 4 rows left out because their answer is not within the first 12 tokens (id 1)",
         "1 of 4 rows have no answer at answer_start: the nearest occurrence is used (id 3)",
     ]
     assert all(len(row["input_ids"]) <= 12 for row in rows)

@@ -63,7 +63,7 @@ def test_tags_are_names_indices_or_class_label_numbers():
 @pytest.mark.parametrize(
     ("row", "error"),
     [
-        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "ner_tags has 1 tags and tokens 2 words"),
+        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "ner_tags has 1 tags, but tokens has 2 words"),
         ({"tokens": ["a"], "ner_tags": ["PER"]}, "'PER'; tags are O, B-TYPE and I-TYPE"),
         (
             {"tokens": ["a"], "ner_tags": [1]},
@@ -128,7 +128,7 @@ def test_sets_of_labels():
         (),
     ]
     assert labels_of([{"text": "t", "joy": 1, "anger": "0", "fear": 1.0}], task) == [("joy", "fear")]
-    with pytest.raises(DataError, match="1 of 1 rows have a label that is not one of task multi-label's: 'sad'"):
+    with pytest.raises(DataError, match="1 of 1 rows have a label that is not a label of task multi-label: 'sad'"):
         labels_of([{"text": "t", "labels": ["sad"]}], task)
 
 
@@ -144,11 +144,11 @@ def test_a_regression_needs_finite_numbers():
     ("name", "options", "error"),
     [
         ("regression", {"labels": ["a", "b"]}, "task regression has no labels to name"),
-        ("multi-label", {"verbalizer": {"a": "b"}}, "a verbalizer is for a classification"),
+        ("multi-label", {"verbalizer": {"a": "b"}}, "a verbalizer needs a classification task"),
         ("classification", {"choice_columns": ["a", "b"]}, "--choice-columns is for multiple choice"),
         ("multiple-choice", {"choice_columns": ["a"]}, "2 to 26 choice columns"),
         ("token-classification", {"text_columns": ["a", "b"]}, "must be the column of the words"),
-        ("regression", {"metric": "accuracy"}, "not one of task regression's: pearson, spearman"),
+        ("regression", {"metric": "accuracy"}, "not a metric of task regression; accepted: pearson, spearman"),
     ],
 )
 def test_options_of_another_kind_are_errors(name, options, error):

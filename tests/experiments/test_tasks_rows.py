@@ -37,8 +37,8 @@ def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv
         ("id;text;label\n1;a;x\n", "separated by commas; its head is 'id;text;label'"),
         ("id,text,label\n1,a,x\n2,b,y\n1,c,x\n", "row 2 (counted from 0): row 0 has the same id '1'"),
         ("id,text,label\n1,a,x\n ,b,y\n", "row 1 (counted from 0) has no id"),
-        ("ID,text,label\n1,a,x\n", "its column 'ID' looks like one"),
-        ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like one"),
+        ("ID,text,label\n1,a,x\n", "its column 'ID' looks like an id column"),
+        ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like an id column"),
     ],
 )  # fmt: skip
 def test_invalid_csv_rows(tmp_path, text, message):
@@ -153,5 +153,5 @@ def test_ids_that_look_like_positions_are_ids():
 
 def test_error_for_a_missing_split_lists_the_files(tmp_path):
     write(tmp_path, "", name="train.xlsx")
-    with pytest.raises(DataError, match=r"files there: train\.xlsx"):
+    with pytest.raises(DataError, match=r"files in the folder: train\.xlsx"):
         read_split(OWN, tmp_path, "ace", "train")

@@ -85,9 +85,9 @@ def test_every_format_has_the_same_checks(tmp_path, form):
     cases = {
         "row 2 (counted from 0): row 0 has the same id '0'": [*good[:2], {**good[2], "id": "0"}],
         "row 1 (counted from 0) has no id": [good[0], {**good[1], "id": " "}],
-        "its column 'row_id' looks like one": [{"row_id": i, "text": "a", "label": "x"} for i in "12"],
+        "its column 'row_id' looks like an id column": [{"row_id": i, "text": "a", "label": "x"} for i in "12"],
         "has no column text; it has id, content, label": [{"id": i, "content": "a", "label": "x"} for i in "12"],
-        "1 of 2 rows have a label that is not one of task classification's: '(empty)' (id 1)": [
+        "1 of 2 rows have a label that is not a label of task classification: '(empty)' (id 1)": [
             good[0],
             {**good[1], "label": ""},
         ],
@@ -214,7 +214,9 @@ def test_columns_of_two_texts(tmp_path):
     pairs, _ = load_pairs(get_task("xnli"), data, "english", "swahili", "test")
     assert pairs[0].target.texts == {"premise": "P", "hypothesis": "H"}
     assert pairs[0].source.texts == {"premise": "p", "hypothesis": "h"}
-    with raises_text(UserError, "task xnli has 2 text columns (premise, hypothesis); got 1 of the swahili text (p_sw)"):
+    with raises_text(
+        UserError, "task xnli has 2 text columns (premise, hypothesis); got 1 for the swahili text (p_sw)"
+    ):
         read_split(get_task("xnli"), ParallelColumns(tmp_path, "english", None, ("p_sw",)), "swahili", "test")
 
 

@@ -104,7 +104,7 @@ def test_a_model_without_tags_takes_a_prefix(tmp_path):
     folder = str(tiny_mt.save_t5(tmp_path / "t5"))
     plain, prefixed = Translator(folder, max_new_tokens=8), Translator(folder, prefix="it is : ", max_new_tokens=8)
     assert prefixed.translate(["sea"]) == plain.translate(["it is : sea"]) != plain.translate(["sea"])
-    with pytest.raises(TranslationError, match="writes no language tag; leave it out"):
+    with pytest.raises(TranslationError, match="writes no language tag; leave the tag out"):
         Translator(folder, "eng_Latn", "ace_Latn")
 
 

@@ -1,4 +1,4 @@
-"""`flare report`: tables and figures from finished runs."""
+"""Write the report of `flare report`: tables and figures from finished runs."""
 
 from .collect import ReportError
 from .write import write_report

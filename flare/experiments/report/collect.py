@@ -1,4 +1,9 @@
-"""Collect runs into comparable groups: one for each task, source language and base model."""
+"""Collect runs into groups whose scores are comparable: one group for each task, source language and base model.
+
+A variant is the name of a run's folder: a method with its options ("flare-r8"), or a name given by the user. A setting
+says how a run was tested, for example "translate-train" or "zero-shot" (see `Metrics.test`). A line of a table has the
+scores of one variant in one setting, in all languages and with all seeds. The label of the line identifies it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ METHODS = {
     "flare-mt": "FLARE MT",
     "flare": "FLARE",
 }
-#: Main setting of each kind of run; results of another setting get a separate line.
+#: Main settings, in which adapters, the base, and the base on translated text are tested. Labels name other settings.
 _MAIN = ("translate-train", "zero-shot", "translate-test")
 
 
@@ -34,7 +39,13 @@ class ReportError(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """Result of one run in one setting: scores by metric, in percent."""
+    """Scores of one run in one setting.
+
+    Attributes:
+        run: the run.
+        setting: how the run was tested.
+        scores: metric -> score in percent.
+    """
 
     run: Run
     setting: str
@@ -42,13 +53,13 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """Label of its line in the tables: the variant, and the setting unless it is the main one."""
+        """Label of this entry's line: the variant, followed by " @ <setting>" if the setting is not a main setting."""
         variant = self.run.record.variant
         return variant if self.setting in _MAIN else f"{variant} @ {self.setting}"
 
     @property
     def name(self) -> str:
-        """Display name of the label: "flare-r8" of method "flare" is "FLARE (r8)"."""
+        """Display name of the label. For example, variant "flare-r8" of method "flare" is shown as "FLARE (r8)"."""
         record = self.run.record
         rest = record.variant.removeprefix(record.method)
         name = record.variant
@@ -74,15 +85,20 @@ class Entry:
 
 @dataclass
 class RunGroup:
-    """Entries of one table, and the fine-tuned bases they start from.
+    """Runs with the same task, source language and base model, whose scores are shown in the same tables.
 
     Attributes:
+        task: name of the task.
+        source: the source language.
+        model: name of the pretrained model.
+        data: name of the data, if the task is for the user's own data; otherwise empty.
+        entries: scores of the runs.
+        bases: runs of the fine-tuned bases from which the other runs start.
         slug: short name for files, unique in a report.
-        labels: labels of the tables' lines, in the paper's order, mapped to their display names.
+        rows: remark on the test rows, if they differ from the rows on which adapters were scored; otherwise empty.
+        labels: label of a line -> display name, in the order of the paper's tables.
         languages: target languages, sorted.
         metrics: names of the metrics; the task's first metric comes first.
-        data: name of the data, if the task is for the user's own data.
-        rows: description of the test rows, if they differ from the rows that the adapters were scored on.
     """
 
     task: str
@@ -116,20 +132,27 @@ class RunGroup:
 
     @property
     def title(self) -> str:
+        """Heading of the group's section in the report."""
         languages = ", ".join(language_names(self.languages).values())
         return f"{self.shown_task}: {language_name(self.source)} to {languages}" + (
             f", {self.rows}" if self.rows else ""
         )
 
     def of(self, label: str, language: str | None = None) -> list[Entry]:
-        """Return the entries of a line (in one language), sorted by language and seed."""
+        """Return the entries of a line, sorted by language and seed. If `language` is None, return all languages."""
         entries = [e for e in self.entries if e.label == label and language in (None, e.language)]
         return sorted(entries, key=lambda e: (e.language, e.seed))
 
 
 @dataclass
 class Collection:
-    """Data of a report: its groups, reasons for excluded runs, and the number of runs found."""
+    """Data of a report.
+
+    Attributes:
+        groups: the groups of runs.
+        unfinished: one line for each excluded run, with its folder and the reason.
+        runs: number of runs found, including excluded runs.
+    """
 
     groups: list[RunGroup]
     unfinished: list[str]
@@ -137,10 +160,10 @@ class Collection:
 
 
 def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
-    """Read every run in the folders and below, and group them.
+    """Read every run in the folders and their sub-folders, and put the runs into groups.
 
     Raises:
-        ReportError: there is no run, none is finished, or two runs belong to the same cell of a table.
+        ReportError: there are no runs, no run is finished, or two runs have the same label, language and seed.
         RecordError: a folder is missing, or a file in it is damaged.
     """
     runs: dict[Path, Run] = {}
@@ -150,7 +173,8 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
     where = ", ".join(str(folder) for folder in folders)
     if not runs:
         raise ReportError(
-            f"{where}: no run there (no run.json in or below it); flare finetune, train and evaluate write runs"
+            f"{where}: no runs found (no run.json in these folders and their sub-folders); flare finetune, flare train "
+            "and flare evaluate write runs"
         )
     groups: dict[tuple[str, str, str, str], RunGroup] = {}
     unfinished = []
@@ -180,7 +204,7 @@ def collect(folders: Sequence[str | os.PathLike[str]]) -> Collection:
 
 
 def _split_other_rows(group: RunGroup) -> list[RunGroup]:
-    """Put scores of the base in a separate group if no adapter was scored on the same test rows."""
+    """Put scores of the base into a separate group if all adapters of the language were scored on other test rows."""
     trained = [e for e in group.entries if e.run.record.kind == "train" and e.setting == "translate-train"]
     other = [
         entry
@@ -192,12 +216,16 @@ def _split_other_rows(group: RunGroup) -> list[RunGroup]:
     if not other:
         return [group]
     group.entries = [entry for entry in group.entries if entry not in other]
-    rows = "the base on other test rows than the adapters"
+    rows = "scores of the base on test rows on which no adapter was scored"
     return [group, RunGroup(group.task, group.source, group.model, group.data, other, group.bases, rows=rows)]
 
 
 def _same_rows(one: Run, other: Run) -> bool:
-    """Return whether two runs of a language were scored on the same test rows, as far as recorded."""
+    """Return whether two runs of a language were scored on the same test rows.
+
+    The digests of the rows are compared, or the numbers of rows if a digest was not recorded. If a number was not
+    recorded either, the rows count as the same.
+    """
     a, b = one.record.data, other.record.data
     digests = [(data.get("digest") or {}).get("test") for data in (a, b)]
     if all(digests):
@@ -223,13 +251,18 @@ def _scores(run: Run, setting: str) -> dict[str, float]:
     )
     if wrong:
         raise ReportError(
-            f"{run.folder / 'metrics.json'}: test results of {setting!r} are {scores!r}; expected numbers by metric"
+            f"{run.folder / 'metrics.json'}: test results of {setting!r} are {scores!r}; expected an object that maps "
+            "each metric to a finite number. Correct the file, or leave this run out of the report"
         )
     return {name: float(value) for name, value in scores.items()}
 
 
 def _model(run: Run, runs: dict[Path, Run]) -> str:
-    """Return the pretrained model of a run, which is the model of its fine-tuned base if that can be found."""
+    """Return the pretrained model of a run.
+
+    A run that starts from a fine-tuned base has the pretrained model of this base. If the base is not found, its path
+    is returned instead, without the seed.
+    """
     base = run.record.base
     if run.record.kind == "finetune" or not base:
         return base
@@ -245,7 +278,7 @@ def _model(run: Run, runs: dict[Path, Run]) -> str:
 
 
 def _data_name(run: Run) -> str:
-    """Return the name of the user's own data, which distinguishes data sets of one task; otherwise ""."""
+    """Return the name of the user's own data, or "" if the task has a fixed data set."""
     data = str(run.record.settings.get("data") or "") if run.record.task in OWN else ""
     return data.rstrip("/").rpartition("/")[2]
 
@@ -257,7 +290,8 @@ def _check_duplicates(entries: Iterable[Entry]) -> None:
         if other is not entry:
             raise ReportError(
                 f"two runs of {entry.label} on {entry.language} with seed {entry.seed}: {other.run.folder} and "
-                f"{entry.run.folder}. Report them separately, or give one another name (flare train --name)"
+                f"{entry.run.folder}. Write a separate report for each run, or train one of the runs again under "
+                "another name (flare train --name)"
             )
 
 
@@ -269,7 +303,7 @@ def _sort_key(entry: Entry) -> tuple[int, bool, list[tuple[int, int | str]]]:
 
 
 def _set_slugs(groups: Sequence[RunGroup]) -> None:
-    """Set unique slugs: the task, with the source language and the model if several groups share the task."""
+    """Set a unique slug for each group: the task, and source language and model if the task's groups have several."""
 
     def plain(text: str) -> str:
         return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"

@@ -1,4 +1,7 @@
-"""The conditions of a group's numbers, and warnings about comparing them."""
+"""Describe how the runs of a group were made, and warn if their scores or costs are not comparable.
+
+`collect` explains groups, lines, labels, variants and settings.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from .display import metric_name
 from .summary import Cell, costs, spread
 from .tables import show
 
-#: Settings that may differ between the runs of a line, or that have no effect on the result.
+#: Names of options that may differ between the runs of a line, or that have no effect on the result.
 _IGNORED = frozenset(
     {"seed", "seeds", "data_seed", "target", "targets", "target_language", "language", "languages", "output"}
     | {
@@ -33,9 +36,9 @@ _IGNORED = frozenset(
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """Return all settings that affect a run's result, except seed, language and variant.
+    """Return all options of a run that affect its result, except seed, language and variant.
 
-    The keys of a nested setting are joined by a dot: adapter.lora_alpha.
+    The keys of nested options are joined by a dot: adapter.lora_alpha.
     """
     values: dict[str, Any] = {}
     for name, value in {**run.record.training_arguments, **run.record.settings}.items():
@@ -54,7 +57,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def warnings(group: RunGroup) -> list[str]:
-    """Return warnings about lines that mix settings, and about costs from different machines."""
+    """Return warnings about lines whose runs have different options, and about costs from different machines."""
     lines = []
     for label in group.labels:
         entries = group.of(label)
@@ -68,7 +71,9 @@ def warnings(group: RunGroup) -> list[str]:
             entries = group.of(label, language)
             counts = {str(entry.run.record.data.get("train")) for entry in entries}
             if len(counts) > 1:
-                lines.append(f"{label} on {language}: its seeds have different training rows: {_joined(counts)}")
+                lines.append(
+                    f"{label} on {language}: its seeds have different numbers of training rows: {_joined(counts)}"
+                )
     lines += _different_rows(group)
     for record in {id(entry.run): entry.run.record for entry in group.entries}.values():
         lines += [str(note) for note in record.data.get("notes") or [] if _questions_score(str(note))]
@@ -81,8 +86,8 @@ def warnings(group: RunGroup) -> list[str]:
         low, high = cost.ranges.get("seconds_per_step", (0.0, 0.0))
         if high > _UNSTEADY * low:
             lines.append(
-                f"{cost.label}: its runs took {1000 * low:.1f} to {1000 * high:.1f} ms per step, so its costs say "
-                "little (was the machine shared, or do the languages' texts differ in length?)"
+                f"{cost.label}: its runs took {1000 * low:.1f} to {1000 * high:.1f} ms per step, so its costs are "
+                "not reliable (was the machine shared, or do the languages' texts differ in length?)"
             )
     for label in group.labels:
         cache_states = _differing(group.of(label), lambda entry: {"source cache": _cache_state(entry)})
@@ -98,20 +103,20 @@ def warnings(group: RunGroup) -> list[str]:
 
 
 def _cache_state(entry: Entry) -> str:
-    """Return "on" or "off" for a run that could cache its source states, else an empty text."""
+    """Return "on" or "off" for a run that can cache its source states, and "" for other runs."""
     facts = entry.run.record.data.get("source_cache") or {}
     return "" if not facts else "on" if facts.get("on") else "off"
 
 
 def _questions_score(note: str) -> bool:
-    """Return whether a run's note makes its score less meaningful."""
+    """Return whether a note of a run says that the run's score is less meaningful."""
     return ": scored with " in note or STALE in note or " is at chance level on " in note
 
 
 def _different_rows(group: RunGroup) -> list[str]:
     """Return warnings about languages whose lines were trained or scored on different rows.
 
-    For instance, methods that read a source drop the rows without one.
+    For instance, methods that read a source drop the rows that have no source.
     """
     lines = []
     for language in group.languages:
@@ -135,7 +140,7 @@ def _different_rows(group: RunGroup) -> list[str]:
     return lines
 
 
-_UNSTEADY = 1.5  # equal eager steps vary by up to 30 % between runs
+_UNSTEADY = 1.5  # warn above this ratio of slowest to fastest run; equal eager steps vary by up to 30 % between runs
 _MAIN_SETTINGS = ("translate-train", "zero-shot", "translate-test")
 _COSTS: dict[str, Callable[[Run], Any]] = {
     "devices": lambda run: run.record.environment.get("device"),
@@ -147,7 +152,7 @@ _COSTS: dict[str, Callable[[Run], Any]] = {
 
 
 def conditions(group: RunGroup) -> list[tuple[str, str]]:
-    """Return the conditions of the tables as (name, value) pairs."""
+    """Return the conditions under which the runs of a group were made, as (name, value) pairs."""
     records = [entry.run.record for entry in group.entries]
     lines = [
         ("task", group.task),
@@ -204,7 +209,7 @@ def notes(group: RunGroup) -> list[str]:
 
 
 def translator(entry: Entry) -> str | None:
-    """Return the short name of the model that translated a run's source texts, or None."""
+    """Return the short name of the model that translated a run's source texts; None if this is not recorded."""
     record = entry.run.record
     by_direction = record.data.get("translation")
     if not isinstance(by_direction, dict):
@@ -231,7 +236,7 @@ def _sizes(data: list[dict[str, Any]]) -> str:
 
 
 def _base_scores(group: RunGroup) -> dict[str, str]:
-    """Return the fine-tuned bases' results by setting: mean and spread over their seeds."""
+    """Return setting -> text with the mean and spread of each metric over the seeds of the fine-tuned bases."""
     by_setting: dict[str, dict[str, list[float]]] = {}
     for run in group.bases:
         for setting, scores in run.metrics.test.items():
@@ -247,7 +252,11 @@ def _base_scores(group: RunGroup) -> dict[str, str]:
 
 
 def _trained_settings(group: RunGroup) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the settings that all trained lines share, and those that differ, with each value's lines."""
+    """Return the options that all trained lines share, and the options in which trained lines differ.
+
+    Each is a mapping from the name of an option to a text. For an option that differs, the text has every value with
+    the names of its lines.
+    """
     by_label: dict[str, dict[str, str]] = {}
     for label, name in group.labels.items():
         runs = [settings(e.run) for e in group.of(label) if e.run.record.kind == "train"]
@@ -262,14 +271,19 @@ def _trained_settings(group: RunGroup) -> tuple[dict[str, str], dict[str, str]]:
         if len(values) == 1:
             common[key] = next(iter(values))
         else:
-            # the most frequent value comes last, without its lines
+            # the most frequent value comes last, without the names of its lines
             most, *rest = sorted(values.items(), key=lambda item: -len(item[1]))
             differing[key] = "; ".join([*(f"{value}: {', '.join(names)}" for value, names in rest), f"else {most[0]}"])
     return common, differing
 
 
 def _differing(entries: Iterable[Entry], read: Callable[[Entry], dict[str, Any]]) -> dict[str, dict[str, list[Entry]]]:
-    """Return the names with more than one value among the entries: {name: {value: entries}}."""
+    """Return {name: {value: entries}} for every name whose value differs between entries.
+
+    Args:
+        entries: the entries.
+        read: function that returns {name: value} of an entry.
+    """
     members = [(entry, read(entry)) for entry in entries]
     differing: dict[str, dict[str, list[Entry]]] = {}
     for name in dict.fromkeys(name for _, read_values in members for name in read_values):

@@ -1,4 +1,4 @@
-"""Tables over several tasks and models: averages, average ranks, and ablations."""
+"""Build tables that cover several tasks and models: averages, average ranks, and ablations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ UNTRAINED = ("zero-shot", "translate-test")
 
 @dataclass(frozen=True)
 class OverviewLine:
-    """One method on one model.
+    """Scores of one line (a method, usually) on one model.
 
-    cells: task -> average over the task's languages, None if a language is missing.
-    average: over the tasks, None if one is missing; its values are the seeds' averages.
-    ranks: task -> rank among the trained methods that have every task (1 is the best); rank: their mean.
+    Attributes:
+        label: label of the line, see `collect`.
+        name: display name of the line.
+        method: method of the line.
+        cells: task -> average over the task's languages; None if a language is missing.
+        average: average over the tasks, with one value per seed; None if a task or language is missing.
+        ranks: task -> rank (1 is the best) among the trained methods that have every task; empty for other methods.
+        rank: mean of `ranks`; None if there are no ranks.
     """
 
     label: str
@@ -38,7 +43,13 @@ class OverviewLine:
 
 @dataclass(frozen=True)
 class Overview:
-    """Lines of one model; tasks: display name -> metric."""
+    """Lines of one model.
+
+    Attributes:
+        model: display name of the model, with the source language if the report has several.
+        tasks: display name of a task -> metric.
+        lines: the lines, sorted by method in the paper's order.
+    """
 
     model: str
     tasks: Mapping[str, str]
@@ -46,11 +57,13 @@ class Overview:
 
 
 def overviews(groups: Sequence[RunGroup], metrics: Mapping[str, str]) -> list[Overview]:
-    """Return an overview for each model and source language, from the groups scored on the adapters' test rows.
+    """Return an overview for each model and source language.
+
+    Groups whose test rows differ from the adapters' test rows are left out.
 
     Args:
         groups: groups of the report.
-        metrics: slug of a group -> metric.
+        metrics: slug of a group -> metric to show.
     """
     shown = model_names(group.model for group in groups)
     by_model: dict[tuple[str, str], list[RunGroup]] = {}
@@ -121,7 +134,10 @@ def _average(groups: Mapping[str, RunGroup], label: str, metrics: Mapping[str, s
 
 
 def overview_table(models: Sequence[Overview]) -> Table:
-    """Return the paper's Table 1: each model's methods by task, with their average and average rank."""
+    """Return a table like Table 1 of the paper: one row for each model and method, one column for each task.
+
+    The last two columns are the average and the average rank.
+    """
     tasks = dict(pair for one in models for pair in one.tasks.items())
     head = (
         "model",
@@ -145,9 +161,9 @@ def overview_table(models: Sequence[Overview]) -> Table:
             (first + at, len(tasks) + 3) for at in _best([None if x.rank is None else -x.rank for x in one.lines], 2)
         }
     notes = [
-        "a task's cell is the average over its languages, in percent; the average column is over the tasks",
-        "rank: mean, over the tasks, of the rank by that average (1 is the best), among a model's trained methods with "
-        f"every task; {' and '.join(UNTRAINED)} are not ranked",
+        "the column of a task is the average over its languages, in percent; the column average is the mean over tasks",
+        "rank: in each task, the trained methods of a model that have every task are ranked by the task's column (1 is "
+        f"the best); the column rank is the mean of these ranks; {' and '.join(UNTRAINED)} are not ranked",
     ]
     if any(x.average is not None and x.average.spread is not None for one in models for x in one.lines):
         notes.append("± is the sample standard deviation (n - 1) over seeds' averages")
@@ -180,10 +196,11 @@ ABLATIONS = {
 
 
 def ablation_table(groups: Sequence[RunGroup], metrics: Mapping[str, str], factor: Factor, title: str) -> Table | None:
-    """Return the table of an ablation, with a column for each task and their average; None if no run varies the factor.
+    """Return the table of an ablation, which compares lines that differ only in one factor; None if there are none.
 
-    If there is only one task, the columns are its languages. A cell averages over the languages that all lines of its
-    task have. If a method has several families, such as fusions with r=64 and with r=8, the largest one is shown.
+    The table has a column for each task, and their average. If there is only one task, the columns are its languages. A
+    cell averages over the languages that all lines of its task have. If a method has several families (sets of lines
+    that differ only in the factor), such as fusions with r=64 and fusions with r=8, the largest family is shown.
     """
     groups = [group for group in groups if not group.rows]
     models = model_names(group.model for group in groups)
@@ -235,7 +252,7 @@ def ablation_table(groups: Sequence[RunGroup], metrics: Mapping[str, str], facto
     )
     notes = (
         f"{of}, in percent; averages over the languages that all lines of a task have",
-        "lines that differ in other settings are left out; bold is the best of a method",
+        "lines that also differ in other options are left out; the best value of a method is bold",
     )
     return Table(title, head, tuple(rows), notes, left=3, best=frozenset(best))
 

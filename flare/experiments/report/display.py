@@ -1,4 +1,4 @@
-"""Display names for tables and figures; files and CSV columns keep the user's own names."""
+"""Return display names for tables and figures. Files and CSV columns keep the user's own names."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def language_name(name: str) -> str:
 
 
 def language_names(names: Iterable[str]) -> dict[str, str]:
-    """Return {name: display name}; two names that would look alike are unchanged."""
+    """Return {name: display name}. Names that would have the same display name are unchanged."""
     return _unique(names, language_name)
 
 
 def model_name(name: str) -> str:
     """Return the display name of a model, such as "XLM-R Large" for FacebookAI/xlm-roberta-large.
 
-    A folder's name is unchanged.
+    An unknown model, such as a folder, is shown by the last part of its name.
     """
     path = Path(name.rstrip("/"))
     short = path.parent.name if path.name in ("model", "checkpoint") and path.parent.name else path.name
@@ -97,7 +97,7 @@ def model_name(name: str) -> str:
 
 
 def model_names(names: Iterable[str]) -> dict[str, str]:
-    """Return {model: display name}; two models that would look alike are unchanged."""
+    """Return {model: display name}. Models that would have the same display name are unchanged."""
     return _unique(names, model_name)
 
 

@@ -1,4 +1,7 @@
-"""Ablation families: lines that differ in one factor only (the rank r, the fusion or the source text)."""
+"""Find the families of an ablation: lines that differ only in one factor (the rank r, the fusion or the source text).
+
+`collect` explains lines, labels and settings.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,13 @@ Family = dict[Any, str]  # value of the factor -> label of its line
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of an ablation: its name, a function that reads its value, and settings that may differ with it."""
+    """A factor of an ablation.
+
+    Attributes:
+        name: name of the factor.
+        read: function that returns the value of the factor for an entry; None if the entry has no value.
+        may_differ: names of the options that may differ between the lines of a family.
+    """
 
     name: str
     read: Callable[[Entry], Any]
@@ -25,9 +34,10 @@ class Factor:
 
 
 def source_kind(entry: Entry) -> str | None:
-    """Return the kind of source text, or None without one.
+    """Return a description of an entry's source text; None if the run reads no source.
 
-    It is "gold" or "mt: <model>", followed by the noise and, if it differs, by the source text at test time.
+    It is "gold" (human text) or "mt: <model>" (machine-translated), followed by the share of noise if the text has
+    noise, and by the source text at test time if it differs from the source text in training.
     """
     record = entry.run.record
     if record.source_text is None:
@@ -62,7 +72,7 @@ def families(group: RunGroup, table: Quality, factor: Factor) -> list[Family]:
 
 
 def comparable(table: Quality, candidates: list[Family]) -> tuple[list[str], list[Family]]:
-    """Return languages and families such that every line of these families has all these languages.
+    """Select languages and families so that every line of these families has scores in all these languages.
 
     If all lines share some languages, return these languages and all families. Otherwise return all languages and the
     families whose lines have all of them, which may be an empty list.
@@ -100,7 +110,7 @@ def family_names(group: RunGroup, shown: list[Family], factor: Factor) -> list[s
 
 
 def family_title(group: RunGroup, family: Family, factor: Factor) -> str:
-    """Return the method, followed by those of fusion, r and source text that are held fixed."""
+    """Return the method, followed by the fusion, r and source text, without the one that varies in the family."""
     record = group.of(next(iter(family.values())))[0].run.record
     details = [METHODS.get(record.method, record.method)]
     if factor is not FUSION and record.fusion is not None:

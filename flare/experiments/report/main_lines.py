@@ -1,4 +1,4 @@
-"""Select the lines that represent the methods; ablations have separate tables and figures."""
+"""Select the lines of a table that represent the methods. Ablations have separate tables and figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from .collect import METHODS, RunGroup
 from .summary import Line, Quality
 
-_MOST_LINES = 10
+_MOST_LINES = 10  # a figure with up to this many lines shows all of them
 
 
 def method_of(group: RunGroup, label: str) -> str:
@@ -16,19 +16,19 @@ def method_of(group: RunGroup, label: str) -> str:
 
 
 def main_lines(group: RunGroup, table: Quality) -> list[Line]:
-    """Return every line if there are few, else the representative lines."""
+    """Return every line if there are at most `_MOST_LINES`, otherwise the representative lines."""
     return list(table.lines) if len(table.lines) <= _MOST_LINES else representative_lines(group, table)
 
 
 def representative_lines(group: RunGroup, table: Quality) -> list[Line]:
-    """Return, for each method, the line closest to its defaults, and all lines with names given by the user."""
+    """Return, for each method, the line closest to its defaults, and all lines that the user named."""
     methods: dict[int | None, set[str]] = {}
     for line in table.lines:
         record = group.of(line.label)[0].run.record
         methods.setdefault(record.r, set()).add(record.method)
 
     def distance(line: Line) -> tuple[Any, ...]:
-        """Return a small key for a line with the defaults, all languages, and the rank that most methods have."""
+        """Return a sort key, smallest for a line with default options, all languages and the most common rank r."""
         record = group.of(line.label)[0].run.record
         other_setting = " @ " in line.label or record.fusion not in (None, "add_relu")
         return line.label != record.method, line.label not in table.complete, other_setting, -len(methods[record.r])
@@ -36,7 +36,7 @@ def representative_lines(group: RunGroup, table: Quality) -> list[Line]:
     closest: dict[str, Line] = {}
     for line in table.lines:
         method = method_of(group, line.label)
-        closest[method] = min(closest.get(method, line), line, key=distance)  # the first of equal ones
+        closest[method] = min(closest.get(method, line), line, key=distance)  # the first of lines with equal keys
     return [
         line for line in table.lines if line in closest.values() or _is_main(line.label, method_of(group, line.label))
     ]

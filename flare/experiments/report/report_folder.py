@@ -1,4 +1,7 @@
-"""The report's folder. Only folders written by this command are changed, and an earlier report is kept by default."""
+"""Prepare the folder of a report.
+
+Only folders that `flare report` wrote are changed. An earlier report is kept by default.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _TEMPORARY = ".flare-report-unfinished"
 
 
 def check(folder: Path) -> None:
-    """Check that a report can be written here, before any work is done.
+    """Check that a report can be written to the folder, before any work is done.
 
     Raises:
         ReportError: the path is a file, is not writable, or holds something other than a report.
@@ -39,7 +42,8 @@ def check(folder: Path) -> None:
 def replacing(folder: Path, overwrite: bool, print_fn: Callable[[str], None]) -> Iterator[Path]:
     """Yield a temporary folder whose contents replace the report in `folder` once they are complete.
 
-    Without `overwrite`, an existing report moves to earlier-N in the folder. After an error it is unchanged.
+    Without `overwrite`, an existing report moves to earlier-N in the folder. After an error, the existing report is
+    unchanged.
     """
     temporary = folder / _TEMPORARY
     if temporary.exists():

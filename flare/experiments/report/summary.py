@@ -1,7 +1,8 @@
-"""Numbers of the tables: means, spreads, averages, ranks and costs.
+"""Compute the numbers of the tables: means, spreads, averages, ranks and costs.
 
-A spread is the sample standard deviation (n - 1) over seeds; a single seed has none. An average over languages is the
-mean of the languages' means; its spread is over the seeds that all these languages have.
+A spread is the sample standard deviation (n - 1) over seeds; a single seed has no spread. An average over languages is
+the mean of the languages' means; its spread is over the seeds that all these languages have. `collect` explains groups,
+lines and labels.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from .collect import RunGroup
 
 @dataclass(frozen=True)
 class Cell:
-    """Results of a line's seeds in one language, or averaged over languages.
+    """Scores of a line in one language, or averaged over languages.
 
-    values: one number per seed, in percent; languages: number of averaged languages (1 for a single language).
+    Attributes:
+        mean: mean over the seeds, in percent.
+        spread: spread over the seeds; None for a single seed.
+        values: one score per seed, in percent.
+        languages: number of averaged languages; 1 for a single language.
     """
 
     mean: float
@@ -28,7 +33,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the quality table. Cells without runs are None, and so is the rank of an incomplete line."""
+    """One line of the quality table.
+
+    Attributes:
+        label: label of the line.
+        name: display name of the line.
+        cells: language -> scores; None if the line has no run in the language.
+        average: average over the languages in which the line has runs.
+        common: average over the languages that every line has; None if there are none.
+        rank: mean rank over the languages (1 is the best); None if the line lacks a language.
+    """
 
     label: str
     name: str
@@ -48,9 +62,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality table of one metric.
+    """Quality table (scores by line and language) of one metric.
 
-    languages: all target languages; common: those that every line has; complete: labels of the lines with all of them.
+    Attributes:
+        metric: name of the metric.
+        languages: all target languages.
+        common: the languages in which every line has scores.
+        complete: labels of the lines that have scores in all languages.
+        lines: the lines.
     """
 
     metric: str
@@ -60,7 +79,7 @@ class Quality:
     lines: tuple[Line, ...]
 
     def line(self, label: str) -> Line:
-        """Return the line with a label."""
+        """Return the line with this label."""
         return next(line for line in self.lines if line.label == label)
 
 
@@ -70,10 +89,19 @@ RANGED = ("seconds_per_step", "peak_bytes", "train_seconds")
 
 @dataclass(frozen=True)
 class Cost:
-    """Costs of a line, as medians over its runs; None if no run measured one.
+    """Costs of a line, as medians over its runs. A cost that no run measured is None.
 
-    ranges: name of a cost -> its smallest and largest value over the runs that measured it.
-    processes: number of processes that share a step, as text. peak_bytes is for one process.
+    Attributes:
+        label: label of the line.
+        name: display name of the line.
+        seconds_per_step: time of a training step, in seconds.
+        peak_bytes: peak memory of one process, in bytes.
+        train_seconds: training time, in seconds.
+        steps: number of training steps.
+        trainable_parameters: number of trained parameters.
+        runs: number of runs.
+        ranges: name of a cost -> its smallest and largest value over the runs that measured it.
+        processes: number of processes that share a step, as text ("1", or "1 or 2" if runs differ).
     """
 
     label: str
@@ -121,7 +149,7 @@ def quality(group: RunGroup, metric: str) -> Quality:
 
 
 def average(scores: dict[str, dict[int, float]], languages: Sequence[str]) -> Cell | None:
-    """Return the average of {language: {seed: percent}} over languages; None if there are none."""
+    """Return the average of `scores` ({language: {seed: percent}}) over languages; None if `languages` is empty."""
     if not languages:
         return None
     mean = statistics.fmean(statistics.fmean(scores[one].values()) for one in languages)

@@ -1,4 +1,4 @@
-"""Tables as Markdown, LaTeX (booktabs) and CSV."""
+"""Build the tables of a group, and format tables as Markdown, LaTeX (booktabs), text and CSV."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def quality_table(group: RunGroup, table: Quality) -> Table:
-    """Return the table of languages, average, rank and seeds, with one line per variant."""
+    """Return the quality table: one row per line, with columns for languages, average, rank and number of seeds."""
     partial = bool(table.common) and len(table.common) < len(table.languages)
     several = len(table.languages) > 1
     shown = language_names(table.languages)
@@ -123,17 +123,18 @@ def _notes(table: Quality, partial: bool) -> list[str]:
     if any(cell and cell.spread is not None for line in table.lines for cell in line.cells.values()):
         notes.append("mean ± sample standard deviation (n - 1) over seeds; for averages, over each seed's average")
     if any(cell and cell.spread is None for line in table.lines for cell in line.cells.values()):
-        notes.append("a cell without ± is one seed")
+        notes.append("a cell without ± is the score of one seed")
     if len(table.languages) > 1:
         if len(table.complete) < len(table.lines):
-            notes.append("an average marked (n of N) covers fewer languages: do not compare it with the others")
+            notes.append("an average marked (n of N) covers fewer languages: do not compare it with the other averages")
         if partial:
             notes.append(
-                f"average over {len(table.common)}: over the languages that every line has: {_listed(table.common)}"
+                f"average over {len(table.common)}: average over the languages that every line has "
+                f"({_listed(table.common)})"
             )
         notes.append(
             f"rank: mean rank over the {len(table.languages)} languages (1 is the best), among the "
-            f"{len(table.complete)} lines that have all of them"
+            f"{len(table.complete)} lines that have all these languages"
         )
     return notes
 
@@ -190,7 +191,7 @@ def quality_csv(table: Quality) -> str:
 
 
 def cost_table(group: RunGroup) -> Table | None:
-    """Return the table of ms/step, peak memory and training time; None if no run measured any."""
+    """Return the table of ms/step, peak memory and training time; None if no run measured a cost."""
     lines = costs(group)
     if not lines:
         return None
@@ -218,7 +219,7 @@ def cost_table(group: RunGroup) -> Table | None:
     if cached:
         notes.append(
             "source states were cached between epochs: steps read them from the second epoch on, and ms/step is the "
-            "median of all steps. Host memory for the cache, in addition to the peak: "
+            "median of all steps. Host memory for the cache, which is not part of the peak memory above: "
             + ", ".join(f"{size(count)} ({name})" for name, count in cached.items())
         )
     if any(line.processes != "1" for line in lines):

@@ -25,7 +25,7 @@ NO_MATPLOTLIB = f"matplotlib is not installed: {INSTALL}"
 
 @dataclasses.dataclass
 class _Section:
-    """Section of the report about one group."""
+    """Section of the report about one group of runs (see `collect`)."""
 
     group: RunGroup
     tables: list[tuple[str, Table]]  # (file name without its ending, table)
@@ -57,14 +57,14 @@ def write_report(
     Args:
         runs: folders of runs, or folders that hold them at any depth.
         output: folder of the report. An earlier report in it moves to earlier-N, or is deleted with `overwrite`.
-        metrics: names of the metrics to report; figures show the first of them that a task has. None: all metrics of
-            a task, and its first one in the figures.
+        metrics: names of the metrics to report; None: all metrics of each task. Figures show the first of these metrics
+            that the task has.
         title: heading of report.md.
         formats: formats of the figures, among png, pdf and svg; PNG is always written, for report.md.
         print_fn: prints one line for the user.
 
     Raises:
-        ReportError: there are no finished runs, a metric is unknown, or the output folder does not hold a report.
+        ReportError: there are no finished runs, a metric is unknown, or the output folder holds something else.
         RecordError: a folder is missing, or a run.json or metrics.json is damaged.
     """
     unknown = [kind for kind in formats if kind not in FORMATS]
@@ -94,14 +94,16 @@ def _metrics(group: RunGroup, requested: Sequence[str] | None, collection: Colle
     available = sorted({name for one in collection.groups for name in one.metrics})
     unknown = [name for name in requested if name not in available]
     if unknown:
-        raise ReportError(f"--metric {' '.join(unknown)}: no run has it; available metrics are {', '.join(available)}")
+        raise ReportError(
+            f"--metric {' '.join(unknown)}: no run has this metric; available metrics are {', '.join(available)}"
+        )
     return [name for name in requested if name in group.metrics] or group.metrics
 
 
 def _cross_task(
     groups: Sequence[RunGroup], metrics: dict[str, str], temporary: Path, formats: Sequence[str]
 ) -> _CrossTask:
-    """Write an overview if there are several tasks or models, and one table per ablation; return them."""
+    """Write an overview if there are several tasks or models, and one table per ablation; return the section."""
     tables: list[tuple[str, Table]] = []
     figures: list[FigureResult] = []
     models = overviews(groups, metrics)

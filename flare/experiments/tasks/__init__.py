@@ -1,4 +1,6 @@
-"""Tasks of the paper and your own: examples, languages, reading and pairing of rows, forms for models, metrics.
+"""Read the rows of a task, pair the rows of two languages, encode the pairs for a model, and score predictions.
+
+The tasks are those of the paper, tasks on further data sets, and tasks for your own data (`.registry`).
 
 task = get_task("nusax")
 pairs, notes = load_pairs(task, "data", "english", "acehnese", "train")

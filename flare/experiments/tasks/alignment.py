@@ -21,7 +21,7 @@ class Drop:
 
     Attributes:
         text: the reason, with the count.
-        ids: ids of the rows.
+        ids: ids of the dropped rows.
     """
 
     text: str
@@ -40,11 +40,13 @@ def align(
     split: str = "rows",
     translated: bool = False,
 ) -> tuple[list[Pair], list[str]]:
-    """Pair rows by id, in the target's order.
+    """Pair the rows of two languages by id, in the order of the target rows.
 
-    These rows are dropped and reported with their count and some ids: ids without a counterpart, ids that occur twice
-    in a language (it is ambiguous which texts belong together), pairs whose labels differ (tags of words may differ),
-    and pairs with an empty text. If a language has no ids, rows are paired by position, which requires equal counts.
+    A row is dropped if no row of the other language has its id, if its id occurs twice in its language (it is then
+    ambiguous which texts belong together), if the labels of the pair differ (the tags of words are not compared), or if
+    a text of the pair is empty. Dropped rows are reported with their count and some of their ids.
+
+    If a language has no ids, rows are paired by position, and both languages must have equally many rows.
 
     Args:
         targets: rows in the target language.
@@ -52,21 +54,23 @@ def align(
         target_name: name of the target language in messages.
         source_name: name of the source language in messages.
         split: name of the split in messages.
-        translated: whether one side is a translation of the other. Position ids then match like any other id.
+        translated: whether the rows of one language were machine-translated from the rows of the other. Translation
+            keeps the ids, so rows are then matched by id even if the ids are only positions.
 
     Returns:
-        The pairs, and one line for each reason for which rows were dropped.
+        The pairs, and notes: one line for each reason for which rows were dropped, and one line if rows were paired by
+        position.
 
     Raises:
-        DataError: no rows match, or rows without ids differ in number.
+        DataError: no rows match, or there are no ids and the two languages have different numbers of rows.
     """
     notes = []
     if not translated and (_without_ids(targets) or _without_ids(sources)):
         if len(targets) != len(sources):
             raise DataError(
                 f"{split}: rows of {target_name} ({len(targets)}) and {source_name} ({len(sources)}) cannot be "
-                "aligned: without an id column in both, there must be equally many rows in the same order. Add an id "
-                "column"
+                "aligned: without an id column in both languages, both must have equally many rows in the same order. "
+                "Add an id column"
             )
         notes.append(
             f"{split}: {target_name} and {source_name} are aligned by position: they have no id column in common"
@@ -83,14 +87,20 @@ def align(
 
 
 def _without_ids(rows: Sequence[Example]) -> bool:
-    """Return whether every id is the row's position. A single real id may look like a position id."""
+    """Return whether the rows have no ids of their own: every id is made from the row's position (`position_id`).
+
+    All rows are compared, because one real id may happen to look like a position.
+    """
     return bool(rows) and all(row.id == position_id(index) for index, row in enumerate(rows))
 
 
 def match(
     targets: Sequence[Example], sources: Sequence[Example], target_name: str, source_name: str, split: str
 ) -> tuple[list[Pair], list[Drop]]:
-    """Return the pairs of `align`, matched by id, and the dropped rows. Unlike `align`, allow zero pairs."""
+    """Pair rows by id and return the pairs and the dropped rows; `align` says which rows are dropped.
+
+    Unlike `align`, this function returns an empty list if no rows match.
+    """
     drops: list[Drop] = []
 
     def drop(text: str, ids: Sequence[str]) -> None:
@@ -101,7 +111,10 @@ def match(
         count: dict[str, int] = {}
         for row in rows:
             count[row.id] = count.get(row.id, 0) + 1
-        drop(f"rows of {language} dropped, their ids occur more than once", [r.id for r in rows if count[r.id] > 1])
+        drop(
+            f"rows of {language} dropped because their ids occur more than once",
+            [r.id for r in rows if count[r.id] > 1],
+        )
         return {row.id: row for row in rows if count[row.id] == 1}
 
     sources_by_id, targets_by_id = unique(sources, source_name), unique(targets, target_name)
@@ -109,12 +122,12 @@ def match(
         (targets_by_id, sources_by_id, target_name, source_name),
         (sources_by_id, targets_by_id, source_name, target_name),
     ):
-        drop(f"rows of {language} dropped, no row of {other} has their id", list(filterfalse(others.get, rows)))
+        drop(f"rows of {language} dropped because no row of {other} has their id", list(filterfalse(others.get, rows)))
     matched = [Pair(row, sources_by_id[key]) for key, row in targets_by_id.items() if key in sources_by_id]
     same_label = [pair for pair in matched if _same_label(pair)]
-    drop("pairs dropped, their labels differ", _removed_ids(matched, same_label))
+    drop("pairs dropped because their labels differ", _removed_ids(matched, same_label))
     pairs = [pair for pair in same_label if all(text.strip() for text in _texts(pair))]
-    drop("pairs dropped, a text is empty", _removed_ids(same_label, pairs))
+    drop("pairs dropped because a text is empty", _removed_ids(same_label, pairs))
     return pairs, drops
 
 

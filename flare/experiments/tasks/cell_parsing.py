@@ -12,14 +12,18 @@ from .data_error import DataError
 from .registry import Task
 
 NameOf = Callable[[Any], str]
-#: Column with a whole sentence, in rows that are only read as a source.
+#: Column with the whole sentence, which a token-classification row may have instead of words if it is only a source.
 SENTENCE = "text"
-#: Column with a list of all choices.
+#: Column with a list of all choices of a multiple-choice row. It may replace the columns with one choice each.
 CHOICES = "choices"
 
 
 def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
-    """Return the columns that a split must have, given the columns it has; see `flare.experiments.tasks.registry`."""
+    """Return the columns that a split needs.
+
+    Some kinds of task accept several column layouts (see `flare.experiments.tasks.registry`). `columns`, the columns
+    that the split has, decide which layout applies.
+    """
     if task.kind == "qa":
         has_answers = "answers" in columns or "answer" in columns
         return [*task.text_columns, *([] if has_answers else ["answers (or answer)"])]
@@ -33,10 +37,10 @@ def needed_columns(task: Task, columns: Sequence[str]) -> list[str]:
 
 
 def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return text column -> text and, for token classification, the words.
+    """Return a mapping from each text column to its text, and the words (empty except in token classification).
 
     Raises:
-        DataError: a cell is not a text, or not a list where a list is needed.
+        DataError: a cell that must hold a text or a list holds something else, or the number of choices is wrong.
     """
     if task.kind == "token-classification":
         column = task.text_columns[0]
@@ -50,23 +54,23 @@ def texts_of(row: Mapping[str, Any], task: Task, where: str) -> tuple[dict[str, 
         if len(choices) != len(task.choice_columns):
             raise DataError(
                 f"{where}: {len(choices)} choices, but task {task.name} has {len(task.choice_columns)}; every row "
-                "needs one for each of --choice-columns"
+                "needs one choice for each of --choice-columns"
             )
         cells |= dict(zip(task.choice_columns, choices, strict=True))
     return {column: text_of(cells.get(column), f"{where}: {column}") for column in task.text_columns}, ()
 
 
 def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: Sequence[str], where: str) -> Any:
-    """Return the label of a row (see `Example.label`), or None if it has none.
+    """Return the label of a row (see `Example.label`), or None for a token-classification row without words.
 
-    Names are not compared with the task's labels here; `row_parsing.check_labels` does that.
+    This function does not check that the task has the label; `row_parsing.check_labels` does.
 
     Args:
         row: column -> value.
-        task: of any kind except "qa".
-        name_of: index -> label, if the data set names its classes.
-        words: the words of a token classification.
-        where: file and row, for the messages.
+        task: a task of any kind except "qa".
+        name_of: function that returns the label of a class index; None if the data set does not name its classes.
+        words: the words of the row (token classification); empty for other kinds of task.
+        where: file and row, named in error messages.
 
     Raises:
         DataError: a cell cannot be parsed.
@@ -77,7 +81,7 @@ def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: 
             return None
         tags = tuple(_tag(tag, task, name_of, cell) for tag in _list_of(value, cell))
         if len(tags) != len(words):
-            raise DataError(f"{cell} has {len(tags)} tags and {task.text_columns[0]} {len(words)} words")
+            raise DataError(f"{cell} has {len(tags)} tags, but {task.text_columns[0]} has {len(words)} words")
         return tags
     if task.kind == "multiple-choice":
         return _choice(value, task, cell)
@@ -89,16 +93,17 @@ def label_of(row: Mapping[str, Any], task: Task, name_of: NameOf | None, words: 
 
 
 def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = False) -> str:
-    """Return a cell as text; a missing value is "".
+    """Return a cell as text, and a missing value as "".
 
     Args:
         value: the cell.
-        where: file, row and column, for the messages.
-        numbers: accept numbers: str() of the number, and "" for NaN.
-        word_lists: accept lists of words, which are joined with spaces.
+        where: file, row and column, named in error messages.
+        numbers: whether numbers are accepted. They are converted by str(), except NaN, which becomes "".
+        word_lists: whether lists of words are accepted. The words are joined with spaces.
 
     Raises:
-        DataError: the cell holds something else, or a lone surrogate.
+        DataError: the type of the cell is not accepted, or its text contains a lone surrogate (half of a character that
+            UTF-16 writes in two parts).
     """
     if word_lists and isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
         value = " ".join(value)
@@ -111,7 +116,7 @@ def text_of(value: Any, where: str, *, numbers: bool = True, word_lists: bool = 
 
 
 def accepts_indices(task: Task) -> bool:
-    """Return whether an index may stand for a label. It may not if any label is a number itself."""
+    """Return whether the data may give labels by their indices. It may not if a label is itself a number."""
     return task.labels is not None and not any(label.isdecimal() for label in task.labels)
 
 
@@ -148,7 +153,7 @@ def _choice(value: Any, task: Task, where: str) -> str:
     if not 0 <= index < len(letters):
         raise DataError(
             f"{where} is {text!r}; accepted: {', '.join(letters)}, or the choice's number counted from "
-            f"{task.first_choice} (write letters if yours are counted differently)"
+            f"{task.first_choice} (if your data counts from another number, write letters)"
         )
     return letters[index]
 
@@ -189,7 +194,10 @@ def _number(value: Any, where: str) -> float:
 
 
 def _list_of(value: Any, where: str, separator: str | None = None) -> list[Any]:
-    """Return a list, or parse one from text: JSON, a Python list, or items between separators (default: spaces)."""
+    """Return a cell as a list; a missing value is an empty list.
+
+    A text is parsed as a JSON list, as a Python list, or as items between separators (default: white space).
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, str):

@@ -1,7 +1,8 @@
-"""Data sets of the tasks on the Hugging Face hub: their configurations, splits and peculiarities.
+"""Data sets of the tasks on the Hugging Face hub: their configurations, their splits, and where English rows come from.
 
-A configuration is one language. Its name is a code that `.languages` maps to the language, or the language's FLORES-200
-tag, which is also its NLLB tag. `.registry` has the columns and labels.
+A data set has one configuration per language. The configuration's name is a code that `.languages` maps to the
+language, or the language's FLORES-200 tag, which is also its NLLB tag. `.registry` lists the columns and labels of each
+task.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from dataclasses import dataclass, field
 from ..utils.errors import UserError
 from .languages import language
 
-#: Split -> names that data sets use for it.
+#: Split -> the names that data sets use for this split.
 SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 _FLORES_TAG = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """English rows that come from another data set.
+    """A second data set, from which English rows are read because the first data set lacks them.
 
     Attributes:
-        hub_id, configuration: the other data set, which has the same columns.
-        note: message for the user.
-        renamed: label of the other data set -> label of the task.
+        hub_id, configuration: hub id of the second data set, which has the same columns, and its English configuration.
+        note: line that tells the user where the English rows come from.
+        renamed: label of the second data set -> label of the task; labels that are not listed are unchanged.
     """
 
     hub_id: str
@@ -40,11 +41,12 @@ class DataSet:
 
     Attributes:
         hub_id: owner/name.
-        codes: its configurations, one per language; None if they are FLORES-200 tags.
-        languages: number of languages, if `codes` is None.
+        codes: names of the configurations, one per language; None if the names are FLORES-200 tags.
+        languages: number of languages; only set if `codes` is None.
         parallel: whether rows of two languages with the same id (or position) are translations of each other.
-        splits: the splits it has.
-        english: split -> the data set that its English rows come from.
+        splits: the splits that the data set has.
+        english: split -> the second data set that the English rows of this split are read from. Splits that are not
+            listed have English rows of their own, or none.
     """
 
     hub_id: str
@@ -55,7 +57,7 @@ class DataSet:
     english: Mapping[str, Elsewhere] = field(default_factory=dict)
 
     def configuration(self, name: str) -> str:
-        """Return the configuration of a language.
+        """Return the name of a language's configuration.
 
         Raises:
             UserError: the language is unknown, or the data set does not have it.
@@ -72,7 +74,7 @@ class DataSet:
     def _flores(self, name: str) -> str:
         entry = language(name)
         if entry.nllb is None or entry.substituted:
-            raise UserError(f"{self.hub_id} names its languages by FLORES-200's tags, and {entry.name} has none")
+            raise UserError(f"{self.hub_id} names its languages by FLORES-200 tags, and {entry.name} has no tag")
         return entry.nllb
 
 
@@ -80,7 +82,7 @@ def _codes(names: str) -> tuple[str, ...]:
     return tuple(names.split())
 
 
-_CONLL = "English rows are CoNLL-2003's: its MISC counts as O, and it has no DATE"
+_CONLL = "English rows come from CoNLL-2003, where MISC entities count as O and there are no DATE entities"
 DATA_SETS: dict[str, DataSet] = {
     data_set.hub_id: data_set
     for data_set in (
@@ -101,7 +103,7 @@ DATA_SETS: dict[str, DataSet] = {
             "masakhane/afrixnli",
             _codes("amh eng ewe fra hau ibo kin lin lug orm sna sot swa twi wol xho yor zul"),
             splits=("valid", "test"),
-            english={"train": Elsewhere("facebook/xnli", "en", "English rows are XNLI's")},
+            english={"train": Elsewhere("facebook/xnli", "en", "English rows come from XNLI")},
         ),
         DataSet("facebook/belebele", None, languages=122, splits=("test",)),
         DataSet(
@@ -118,7 +120,7 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def english_rows(hub_id: str, name: str, split: str) -> Elsewhere | None:
-    """Return the other data set that the rows of a language's split come from, or None."""
+    """Return the second data set that the rows of a language's split are read from; None if there is no second one."""
     known = DATA_SETS.get(hub_id)
     if known is None or split not in known.english:
         return None
@@ -126,13 +128,17 @@ def english_rows(hub_id: str, name: str, split: str) -> Elsewhere | None:
 
 
 def translatable(data_set: DataSet, source: str) -> tuple[list[str], list[str]]:
-    """Return the names of all languages except the source: those with an NLLB tag, and those without one.
+    """Return the names of languages with an NLLB tag, and the names of languages without an NLLB tag.
+
+    The source language is in neither list.
 
     Raises:
-        UserError: the languages of the data set are not listed here.
+        UserError: the data set's languages are not listed in this module (`data_set.codes` is None).
     """
     if data_set.codes is None:
-        raise UserError(f"--target all: {data_set.hub_id} has {data_set.languages} languages; name the ones you want")
+        raise UserError(
+            f"--target all: {data_set.hub_id} has {data_set.languages} languages; name the languages you want"
+        )
     others = [other for other in map(language, data_set.codes) if other is not language(source)]
     names = [(other.name.lower().replace(" ", "_"), other.nllb) for other in others]
     return [name for name, tag in names if tag], [name for name, tag in names if not tag]

@@ -24,7 +24,7 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
                 list(row.texts.items()),
                 row.label,
                 [[answer.text, answer.start] for answer in row.answers],
-                *([row.words] if row.words else []),  # keeps the digest of rows without words stable
+                *([row.words] if row.words else []),  # rows without words have the same digest in earlier versions
             ]
             for row in rows
         ]
@@ -32,7 +32,11 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
 
 
 def digests_of_pairs(split: str, pairs: Sequence[Pair], source_text: str | None) -> dict[str, str]:
-    """Return {split: digest of the target rows}, and {split/source_text: digest of the source rows} if one is read."""
+    """Return the digest of the target rows under the key `split`, and the digest of the source rows.
+
+    The key of the second digest is "<split>/<source_text>". If `source_text` is None (no source), only the first digest
+    is returned.
+    """
     digests = {split: digest_of_rows([pair.target for pair in pairs])}
     if source_text is not None:
         sources = [pair.source for pair in pairs if pair.source is not None]

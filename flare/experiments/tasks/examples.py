@@ -1,11 +1,11 @@
-"""Rows of a task as text, before tokenization."""
+"""Data classes for the rows of a task before tokenization."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Prefix of the ids that rows without an id get.
+#: Prefix of the id that `position_id` makes for a row without an id.
 POSITION_PREFIX = "#"
 
 
@@ -15,7 +15,7 @@ class Answer:
 
     Attributes:
         text: the answer as written in the context.
-        start: index of its first character in the context; -1 if the data does not give it.
+        start: index of the answer's first character in the context; -1 if the data does not give the index.
     """
 
     text: str
@@ -29,9 +29,10 @@ class Example:
     Attributes:
         id: key by which rows of two languages are matched.
         texts: text column -> text, in the task's order.
-        label: str: the class name (classification) or the letter of the choice (multiple choice). Tuple of str: one tag
-            for each of `words` (token classification) or the labels that apply (multi-label). float: regression.
-        answers: accepted answers (question answering).
+        label: a str, the class name (classification) or the letter of the choice (multiple choice); a tuple of str, one
+            tag for each of `words` (token classification) or the labels that apply (multi-label); a float (regression);
+            None if the row has no label.
+        answers: accepted answers (question answering); empty for other kinds of task.
         words: the words of the text (token classification); empty if only the text is known, as in a translation.
     """
 
@@ -51,7 +52,7 @@ class Pair:
 
 
 def position_id(index: int) -> str:
-    """Return the id of a row without an id: its position.
+    """Return the id for a row whose data has no id. It is made from the row's position.
 
     >>> position_id(0)
     '#0'

@@ -1,10 +1,10 @@
 """Read and write a data folder with one sub-folder per language and one file per split.
 
     DATA/<language>/<split>.csv | .tsv | .json | .jsonl | .parquet, or a folder written by save_to_disk
-    DATA/<language>/<split>.conll | .txt                   words and tags, if there is no other file of the split
+    DATA/<language>/<split>.conll | .txt                   words and tags; read if the split has none of the files above
 
-Splits are train, valid (also validation, dev) and test. The folder's name is the language's name. `.tables` describes
-the file formats.
+Splits are train, valid (also validation, dev) and test. The name of a sub-folder is the name of the language. `.tables`
+describes the file formats.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .registry import Task
 from .row_parsing import check_ids, examples_from
 from .tables import SUFFIXES, TAGGED, Table, check_keys, find_tables, read_table
 
+#: Split -> accepted names of its file, without the suffix.
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "valid": ("valid", "validation", "dev"),
@@ -32,10 +33,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 
 def find_file(folder: Path, language: str, split: str) -> Path | None:
-    """Return the file of a split or the folder that save_to_disk wrote; None if the split is missing.
+    """Return the path of a split: a file, or a folder that save_to_disk wrote. Return None if the split is missing.
 
     Raises:
-        DataError: several files match, or the match is not a file.
+        DataError: several files have a name of the split, or the only match is neither a file nor such a folder.
         UserError: the language's name is not a valid folder name.
     """
     return split_file(folder / folder_name(language, "the language"), split)
@@ -65,14 +66,14 @@ def read_folder(task: Task, folder: Path, language: str, split: str) -> list[Exa
     path = find_file(folder, language, split)
     if path is None and not (folder / language).is_dir():
         languages = sorted(item.name for item in folder.iterdir() if item.is_dir())
-        raise DataError(f"{folder} has no folder {language!r}; languages there: {', '.join(languages) or 'none'}")
+        raise DataError(f"{folder} has no folder {language!r}; its folders: {', '.join(languages) or 'none'}")
     if path is None:
         raise no_split(folder / language, split)
     return examples_of(read_table(path), task, str(path))
 
 
 def examples_of(table: Table, task: Task, where: str) -> list[Example]:
-    """Return the examples of a table after all checks: keys, ids, columns, labels, answers."""
+    """Check the keys, ids, columns, labels and answers of a table, and return its rows as examples."""
     needed = (*task.id_columns, *needed_columns(task, table.columns))
     check_keys(table.rows, [column for column in needed if column in table.columns], where)
     check_ids(table.rows, table.columns, task, where)
@@ -85,7 +86,8 @@ def no_split(folder: Path, split: str) -> DataError:
     names = [*names[:10], *(["..."] if len(names) > 10 else [])]
     return DataError(
         f"{folder / SPLITS[split][0]}.csv is missing, and so is any other {split} split ({', '.join(SPLITS[split])} "
-        f"as {', '.join(SUFFIXES)}, or a folder that save_to_disk wrote); files there: {', '.join(names) or 'none'}"
+        f"as {', '.join(SUFFIXES)}, or a folder that save_to_disk wrote); files in the folder: "
+        f"{', '.join(names) or 'none'}"
     )
 
 
@@ -93,7 +95,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the rows of a data file (column -> value) and its columns, without checking them.
 
     Raises:
-        DataError: the file's suffix is not in `SUFFIXES`, or it cannot be read.
+        DataError: the file's suffix is not in `SUFFIXES`, or the file cannot be read.
     """
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: its name must end in {', '.join(SUFFIXES)}")
@@ -102,7 +104,10 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def to_row(example: Example, task: Task) -> dict[str, Any]:
-    """Return the row that `write_split` writes: id, texts, and label or answers; for tagged words, the sentence."""
+    """Return the row that `write_split` writes: the id, the texts, and the label or the answers.
+
+    The row of a token classification has the id and the sentence, without words and tags.
+    """
     if task.kind == "token-classification":
         return {"id": example.id, SENTENCE: example.texts[task.text_columns[0]]}
     row: dict[str, Any] = {"id": example.id, **{column: example.texts[column] for column in task.text_columns}}

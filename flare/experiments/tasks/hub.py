@@ -1,7 +1,7 @@
 """Read rows from the Hugging Face hub.
 
-A data set has one configuration per language. `.data_sets` lists the configurations of the tasks' data sets; for other
-data sets, the user names the configuration.
+A data set on the hub has one configuration per language. `.data_sets` lists the configurations of the tasks' data
+sets; for other data sets, the user names the configuration.
 
 TyDiQA-GoldP is an exception: it has a single configuration ("secondary_task") for all languages, and a row's id starts
 with its language. It has no test split, so its validation split serves as the test split, and a tenth of its training
@@ -23,8 +23,9 @@ from .tables import class_names
 
 _TYDIQA = "google-research-datasets/tydiqa"
 _TYDIQA_CONFIGURATION = "secondary_task"
+#: Names of exception types of huggingface_hub and httpx that mean that the hub cannot be reached.
 _NETWORK_ERRORS = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ReadTimeout")
-_VALID_FRACTION = 10  # one row in ten
+_VALID_FRACTION = 10  # one training row in ten is a validation row
 
 
 def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example]:
@@ -44,8 +45,8 @@ def read_hub(task: Task, hub_id: str, language: str, split: str) -> list[Example
             advice = "translate the English rows (flare translate, then flare train --target-text mt)"
         else:
             advice = (
-                "put your own rows and its test split, with the same columns, into one folder per language, and give "
-                "their parent folder with --data"
+                "put your own rows and the test split of the data set, with the same columns, into one folder per "
+                "language, and give the parent folder of these folders with --data"
             )
         raise DataError(f"{hub_id} has no {split} split, only {', '.join(known.splits)}: {advice}")
     configuration = language if known is None else known.configuration(language)
@@ -70,9 +71,12 @@ def hub_note(hub_id: str, split: str, languages: Iterable[str]) -> list[str]:
         others = [english_rows(hub_id, name, split) for name in languages]
         return [f"{split}: {other.note} ({other.hub_id})" for other in others if other is not None]
     if split == "test":
-        return ["test: the data set has no test split; this is its validation split"]
+        return ["test: the data set has no test split; its validation split is used instead"]
     share = "one" if split == "valid" else "nine"
-    return [f"{split}: {share} in ten of the data set's training rows, chosen by their id (it has no such split)"]
+    return [
+        f"{split}: {share} in ten of the data set's training rows, chosen by their id (the data set's validation split "
+        "serves as the test split)"
+    ]
 
 
 def _read_tydiqa(task: Task, hub_id: str, language: str, split: str) -> list[Example]:
@@ -100,14 +104,14 @@ def _load(hub_id: str, configuration: str, splits: tuple[str, ...]) -> Any:
             except RuntimeError as error:
                 if "scripts are no longer supported" not in str(error):
                     raise
-                # The hub converts data sets with a loading script to Parquet.
+                # For data sets with a loading script, the hub has a copy converted to Parquet in this revision.
                 return load_dataset(hub_id, configuration, split=split, revision="refs/convert/parquet")
         except Exception as error:  # the hub, the network and the files raise many different types
             failures.append(f"{split}: {type(error).__name__}: {' '.join(str(error).split())}")
             if isinstance(error, ConnectionError) or type(error).__name__ in _NETWORK_ERRORS:
                 break  # every further attempt would wait minutes for its timeout
     raise DataError(
-        f"--data {hub_id}: neither a folder here nor a data set that can be loaded from the hub with "
+        f"--data {hub_id}: neither a folder on this machine nor a data set that can be loaded from the hub with "
         f"configuration {configuration!r} and split {splits[0]!r} ({'; '.join(failures)})"
     )
 

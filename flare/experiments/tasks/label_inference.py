@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from .data_error import DataError
 from .examples import Example
 
-_MIN_ROWS = 10  # from this many rows on, a label that occurs once counts as a mistake
+_MIN_ROWS = 10  # among at least this many rows, a label that occurs only once is reported as a mistake
 
 
 def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
-    """Return the labels of training rows with their counts: integers sorted by value, names alphabetically.
+    """Return the labels of training rows with the number of rows of each: names alphabetically, then integers by value.
 
     A row may have several labels.
 
@@ -56,7 +56,7 @@ def inferred_labels(rows: Sequence[Example], where: str) -> dict[str, int]:
 
 
 def inferred_tags(rows: Sequence[Example]) -> dict[str, int]:
-    """Return the IOB2 tags of training rows with their counts: O, then B- and I- of every type that occurs."""
+    """Return IOB2 tags with the number of words of each: O, then B- and I- of every type in the training rows."""
     counts = Counter(tag for row in rows for tag in row.label or ())
     types = sorted({tag[2:] for tag in counts if tag != "O"})
     return {tag: counts[tag] for tag in ("O", *(f"{mark}-{name}" for name in types for mark in "BI"))}

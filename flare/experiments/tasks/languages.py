@@ -1,8 +1,9 @@
-"""Table of languages: names, ISO 639-3 codes and NLLB tags.
+"""Look up languages in a table of names, ISO 639-3 codes and NLLB tags.
 
-It has every language of NLLB-200 (Costa-jussà et al., 2022; the FLORES-200 tags of NLLB's tokenizer), and the languages
-of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks, with the paper's substitutes. Machine translation and
-configurations on the hub use it; folders of your own data may have any name.
+The table has every language of NLLB-200 (Costa-jussà et al., 2022) with the FLORES-200 tag that NLLB's tokenizer uses.
+It also has the languages of NusaX, MasakhaNEWS and MasakhaNER 2 that NLLB lacks, some with the tag of a related
+language that the paper translates with instead. Machine translation and data sets on the hub need a language of this
+table. Folders of your own data may have any name.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ class Language:
     Attributes:
         name: English name.
         iso639_3: three-letter code.
-        nllb: tag to translate with; the tag of a related language if `note` says so; None if there is no tag.
-        also: other names and codes.
-        note: message for the user when the language is translated.
+        nllb: NLLB tag to translate with. It is the tag of a related language if `note` says so, and None if there is no
+            suitable tag.
+        also: other names and codes of the language.
+        note: message shown to the user when the language is translated; None if there is nothing to say.
     """
 
     name: str
@@ -81,7 +83,7 @@ def language(name_or_code: str) -> Language:
     """Return a language by its name, ISO code or NLLB tag, in any case.
 
     Raises:
-        UserError: it is not in the table; the message suggests similar names.
+        UserError: the language is not in the table; the message suggests similar names.
     """
     entry = _by_key().get(_key(name_or_code))
     if entry is None:
@@ -93,11 +95,11 @@ def language(name_or_code: str) -> Language:
 
 
 def nllb_code(name: str, override: str | None = None) -> str:
-    """Return the NLLB tag of a language; for some languages, the tag of a related one (see `Language.note`).
+    """Return the NLLB tag of a language; for some languages, the tag of a related language (see `Language.note`).
 
     Args:
-        name: a name or code, or a folder's name that is one.
-        override: a tag to return instead.
+        name: name or code of the language. The name of a data folder is accepted if it is a name or code.
+        override: an NLLB tag to return instead of the language's tag.
 
     Raises:
         UserError: the override is not a tag of NLLB, or the language is not in the table or has no tag.
@@ -106,7 +108,7 @@ def nllb_code(name: str, override: str | None = None) -> str:
         if override not in NLLB_TAGS:
             similar = _similar(override, {_key(tag): tag for tag in NLLB_TAGS})
             raise UserError(
-                f"NLLB has no language {override!r}; its tags are ISO 639-3 and script, such as swh_Latn"
+                f"NLLB has no language {override!r}; its tags are an ISO 639-3 code and a script, such as swh_Latn"
                 f"{_did_you_mean(similar)}"
             )
         return override

@@ -1,9 +1,9 @@
-"""Metrics of each kind of task, in percent.
+"""Compute the metrics of each kind of task, in percent.
 
-The F1 scores of labels are scikit-learn's with ``zero_division=0``, and the correlations are SciPy's.
+scikit-learn computes the F1 scores of labels, with ``zero_division=0``, and SciPy computes the correlations.
 
-`entity_scores` are seqeval's in its default mode, which follows the script of CoNLL-2003: an I- tag without its B- tag
-starts an entity too.
+seqeval computes `entity_scores`, in its default mode. Like the script of CoNLL-2003, it also starts an entity at an I-
+tag that does not follow a tag of the same type.
 
 `exact_match` and `f1` compare answers as the script of SQuAD v1.1 does, which TyDiQA-GoldP uses: lower case, no ASCII
 punctuation, no English articles (in every language), words split at white space, and the best score over all accepted
@@ -26,7 +26,7 @@ from .registry import Task
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
-#: Kind -> module and package that compute its metrics.
+#: Kind of task -> the module that computes its metrics and the package to install. Other kinds need no package.
 _PACKAGES = {
     "classification": ("sklearn", "scikit-learn"),
     "multi-label": ("sklearn", "scikit-learn"),
@@ -46,14 +46,14 @@ def check_metric_packages(task: Task) -> None:
 
 
 def score(task: Task, predictions: Sequence[Any], truth: Sequence[Example]) -> dict[str, float]:
-    """Return the task's metrics in percent, the one that selects checkpoints first.
+    """Return the task's metrics in percent. The metric that selects checkpoints comes first.
 
     Rows without a label, and questions without an accepted answer, do not count.
 
     Args:
         task: the task.
         predictions: one per row, as returned by `Form.predictions`.
-        truth: the rows.
+        truth: the rows with their labels or answers, in the order of the predictions.
 
     Raises:
         DataError: no row has a label or answer.
@@ -66,7 +66,7 @@ def score(task: Task, predictions: Sequence[Any], truth: Sequence[Example]) -> d
     if task.kind == "qa":
         targets = [[answer.text for answer in row.answers] or None for row in truth]
     else:
-        targets = [None if row.label == "" else row.label for row in truth]  # an empty set of labels counts
+        targets = [None if row.label == "" else row.label for row in truth]  # () is a label: no class applies
     scored = [index for index, target in enumerate(targets) if target is not None]
     if not scored:
         raise DataError(f"task {task.name}: none of {len(truth)} rows has a label or answer to compare with")
@@ -84,8 +84,8 @@ def metrics_of(
     Args:
         kind: a key of `flare.experiments.tasks.registry.METRICS`.
         predictions: one per row, in the form of `Example.label`.
-        truth: as many, in the same form; for "qa" the accepted answers of each row.
-        labels: the task's labels.
+        truth: the correct values, one per row, in the form of `Example.label`; for "qa", each row's accepted answers.
+        labels: the task's labels; None: the labels that occur in the data.
     """
     if kind == "qa":
         return {"exact_match": exact_match(predictions, truth), "f1": f1(predictions, truth)}
@@ -106,7 +106,7 @@ def metrics_of(
 
 
 def accuracy(predictions: Sequence[str], truth: Sequence[str]) -> float:
-    """Return the share of correct predictions."""
+    """Return the share of correct predictions, in percent."""
     return _percent([float(p == t) for p, t in zip(predictions, truth, strict=True)])
 
 
@@ -123,7 +123,7 @@ def macro_f1(predictions: Sequence[str], truth: Sequence[str], labels: Sequence[
 
 
 def micro_f1(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]], labels: Sequence[str]) -> float:
-    """Return the F1 over all labels of all rows together; each row is a set of labels."""
+    """Return the F1 over all decisions together, one for each label in each row. Each row is a set of labels."""
     from sklearn.metrics import f1_score
 
     true, predicted = ([int(label in row) for row in rows for label in labels] for rows in (truth, predictions))
@@ -138,7 +138,10 @@ def macro_f1_of_sets(
 
 
 def entity_scores(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return F1, precision and recall of entities from IOB2 tags; type, first and last word must all be correct."""
+    """Return F1, precision and recall of the entities in IOB2 tags.
+
+    An entity is correct if its type, its first word and its last word are correct.
+    """
     from seqeval import metrics  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     tags = [list(map(list, truth)), list(map(list, predictions))]
@@ -150,14 +153,14 @@ def entity_scores(predictions: Sequence[Sequence[str]], truth: Sequence[Sequence
 
 
 def pearson(predictions: Sequence[float], truth: Sequence[float]) -> float:
-    """Return the linear correlation times 100; 0 if either side is constant."""
+    """Return the linear correlation times 100; 0 if all predictions or all true values are equal."""
     from scipy.stats import pearsonr  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     return _correlation(pearsonr, predictions, truth)
 
 
 def spearman(predictions: Sequence[float], truth: Sequence[float]) -> float:
-    """Return the correlation of ranks times 100, with the mean rank for ties; 0 if either side is constant."""
+    """Return the rank correlation times 100, with mean ranks for ties; 0 if all values of an argument are equal."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predictions, truth)
@@ -176,12 +179,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(predictions: Sequence[str], truth: Sequence[Sequence[str]]) -> float:
-    """Return the share of predictions that equal an accepted answer after normalization."""
+    """Return the share of predictions that equal an accepted answer after normalization, in percent."""
     return _percent([_best(_equal, p, answers) for p, answers in zip(predictions, truth, strict=True)])
 
 
 def f1(predictions: Sequence[str], truth: Sequence[Sequence[str]]) -> float:
-    """Return the mean word overlap (F1) of each prediction with the best-matching accepted answer."""
+    """Return the mean word overlap (F1) of each prediction with its best-matching accepted answer, in percent."""
     return _percent([_best(_overlap, p, answers) for p, answers in zip(predictions, truth, strict=True)])
 
 

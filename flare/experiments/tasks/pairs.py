@@ -1,8 +1,8 @@
-"""Load the rows of one experiment: target texts and their source counterparts, human or machine-translated.
+"""Load the rows of one experiment: texts in the target language and the same texts in the source language.
 
-`flare translate` writes translations to TRANSLATIONS/<from>-<to>/<split>.jsonl and keeps the ids. Machine-translated
-text in a target language L is therefore in <source>-L, and the machine-translated source of L's human text is in
-L-<source>.
+Each language's texts are either written by people ("gold") or machine-translated ("mt"). `flare translate` writes
+translations to TRANSLATIONS/<from>-<to>/<split>.jsonl and keeps the ids. Machine-translated text in the target language
+is therefore in the folder <source>-<target>. Machine-translated source text is in the folder <target>-<source>.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .files import find_file
 from .reading import Data, data_notes, read_split
 from .registry import Task
 
+#: Kinds of text: written by people, or machine-translated.
 TEXTS = ("gold", "mt")
 
 
@@ -40,16 +41,16 @@ def load_pairs(
         task: the task. If its labels are known, rows with other labels are an error.
         data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
         source_language: name of a folder, or a language of the hub's data set.
-        target_language: likewise.
+        target_language: name of a folder, or a language of the hub's data set.
         split: "train", "valid" or "test".
         translations: folder written by `flare translate`; needed for "mt".
         target_text: "gold": human text in the target language; "mt": translated from the source language.
         source_text: "gold": human text in the source language; "mt": translated from the target language; None: no
             source.
-        limit: maximum number of pairs; the first ones are kept.
+        limit: maximum number of pairs; the first pairs are kept.
 
     Returns:
-        The pairs in the target's order, and notes for the user (dropped rows with their counts).
+        The pairs in the order of the target rows, and notes for the user (dropped rows with their counts).
 
     Raises:
         DataError: a file, column or row is missing or wrong, or no rows match.
@@ -57,8 +58,8 @@ def load_pairs(
     """
     if target_text not in TEXTS or source_text not in (*TEXTS, None):
         raise UserError(
-            f"target text and source text are {' or '.join(TEXTS)} (source: or none); got {target_text!r} and "
-            f"{source_text!r}"
+            f"target_text must be {' or '.join(TEXTS)}, and source_text {', '.join(TEXTS)} or None; got "
+            f"target_text={target_text!r} and source_text={source_text!r}"
         )
     if limit is not None and limit < 1:
         raise UserError(f"limit must be 1 or more; got {limit}")
@@ -98,7 +99,7 @@ def read_translation(
     """Return the translation of a split from one language into another.
 
     Raises:
-        DataError: there is no such translation; the message gives the command that creates it.
+        DataError: the translation does not exist; the message gives the command that creates the translation.
         UserError: `translations` is None.
     """
     name = f"{source}-{target}"

@@ -24,7 +24,7 @@ from .tables import SUFFIXES, Table, is_saved, read_table
 SPLIT_COLUMN = "split"
 #: Placeholder for the language's name in a column's name.
 LANGUAGE = "{language}"
-#: Kinds whose answers are parts of the text and therefore differ between languages.
+#: Kinds of task whose answers are parts of the text and therefore differ between languages.
 _ANSWERS_IN_TEXT = ("qa", "token-classification")
 
 
@@ -35,8 +35,8 @@ class ParallelColumns:
     Attributes:
         path: a folder with one file per split, or a single file with a column "split".
         source_language: name of the language in `source_columns`.
-        source_columns, target_columns: one column for each of the task's text columns. "{language}" in a target column
-            is replaced by the language's name.
+        source_columns, target_columns: one column for each of the task's text columns; None if no columns were named.
+            "{language}" in a target column is replaced by the language's name.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class ParallelColumns:
         """Return the text columns of a language.
 
         Raises:
-            UserError: the columns are not given.
+            UserError: no columns were named for the language.
         """
         is_source = language == self.source_language
         named, flag = (
@@ -90,10 +90,11 @@ def read_parallel(task: Task, data: ParallelColumns, language: str, split: str) 
     if len(columns) != len(task.text_columns):
         raise UserError(
             f"task {task.name} has {len(task.text_columns)} text columns ({', '.join(task.text_columns)}); got "
-            f"{len(columns)} of the {language} text ({', '.join(columns)}): give one for each, in this order"
+            f"{len(columns)} for the {language} text ({', '.join(columns)}): name one column for each text column, in "
+            "this order"
         )
     table, where = _split_of(data.path, split)
-    rows = examples_of(table, replace(task, text_columns=columns), where)  # errors then name the table's columns
+    rows = examples_of(table, replace(task, text_columns=columns), where)  # so that errors name columns of the table
     return [replace(row, texts=dict(zip(task.text_columns, row.texts.values(), strict=True))) for row in rows]
 
 
@@ -113,7 +114,9 @@ def _split_of(path: Path, split: str) -> tuple[Table, str]:
             raise no_split(path, split)
         return read_table(file), str(file)
     if path.is_file() and path.suffix not in SUFFIXES:
-        raise DataError(f"--data {path}: files are read as {', '.join(SUFFIXES)}; got {path.suffix or 'no ending'}")
+        raise DataError(
+            f"--data {path}: the file name must end in {', '.join(SUFFIXES)}; got {path.suffix or 'no ending'}"
+        )
     table = read_table(path)
     rows = _rows_of(table, split, str(path))
     if not rows:
@@ -130,8 +133,8 @@ def _rows_of(table: Table, split: str, where: str) -> list[dict[str, Any]]:
     if SPLIT_COLUMN not in table.columns:
         raise DataError(
             f"{where} is one file without a column {SPLIT_COLUMN!r}, so training and test rows cannot be "
-            f"distinguished; add the column with {', '.join(SPLITS)}, or give a folder with one file per split. It has "
-            f"{', '.join(table.columns)}"
+            f"distinguished; add the column with the values {', '.join(SPLITS)}, or give a folder with one file per "
+            f"split. The columns of the file are {', '.join(table.columns)}"
         )
     known = {name: key for key, names in SPLITS.items() for name in names}
     class_name = table.names.get(SPLIT_COLUMN)

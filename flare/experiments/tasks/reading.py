@@ -26,12 +26,12 @@ def read_split(task: Task, data: Data, language: str, split: str) -> list[Exampl
     Args:
         task: determines which columns are read.
         data: a folder, a hub id, `ParallelColumns`, or None for the task's data set on the hub.
-        language: the folder's name; for the hub, a name or code from the table of languages.
+        language: name of the language's folder; for the hub, a name or code of the language (see `.languages`).
         split: "train", "valid" or "test".
 
     Raises:
         DataError: a file, column or row is missing or wrong; the message lists what was found.
-        UserError: an unknown split.
+        UserError: the split is not known.
     """
     _check_split(split)
     if isinstance(data, ParallelColumns):
@@ -58,9 +58,9 @@ def has_split(task: Task, data: Data, language: str, split: str) -> bool:
 
 
 def resolve_labels(task: Task, data: Data, language: str) -> Task:
-    """Return the task with its labels. If none were given, take those of a language's training rows.
+    """Return the task with labels. If it has no labels yet, they are taken from a language's training rows.
 
-    Integers are sorted by value, names alphabetically.
+    Names are sorted alphabetically, integers by value.
 
     Raises:
         DataError: labels look like mistakes; see `label_inference.inferred_labels`.
@@ -69,7 +69,10 @@ def resolve_labels(task: Task, data: Data, language: str) -> Task:
 
 
 def shown_labels(task: Task, data: Data, language: str) -> tuple[Task, list[str]]:
-    """Return the task of `resolve_labels` and a table of labels and row counts (empty if the labels were given)."""
+    """Return the task with labels, as `resolve_labels` does, and the lines of a table of labels and row counts.
+
+    There are no lines if the task already has its labels.
+    """
     if task.kind not in NAMED or task.labels is not None:
         return task, []
     rows, where = read_split(task, data, language, "train"), f"{data or task.hub_id}, {language}/train"
@@ -82,7 +85,7 @@ def data_notes(task: Task, data: Data, split: str, languages: Sequence[str]) -> 
     """Return notes on where the rows of a split come from; usually none.
 
     Args:
-        languages: the languages whose rows are read from `data`. Rows of two languages are paired.
+        languages: the languages whose rows are read from `data`. If there are two, their rows will be paired.
 
     Raises:
         DataError: the rows of the two languages are not translations of each other.
@@ -96,13 +99,13 @@ def data_notes(task: Task, data: Data, split: str, languages: Sequence[str]) -> 
 
 
 def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[str]]:
-    """Return every language except the source, for `--target all`, and notes.
+    """Return the target languages that `--target all` stands for, and notes.
 
-    For a folder, these are its sub-folders with a test split. For the tasks' data sets on the hub, these are the
-    languages that NLLB can translate.
+    These are all languages except the source. The languages of a folder are its sub-folders with a test split. The
+    languages of a task's data set on the hub are those that NLLB can translate.
 
     Raises:
-        UserError: the languages are unknown, or there are none.
+        UserError: the data set's languages are not known to this package, or no language is left.
     """
     folder = None if isinstance(data, ParallelColumns) else _folder(data)
     notes: list[str] = []
@@ -114,10 +117,10 @@ def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[st
     else:
         hub_id = _hub_id(task, data)
         if hub_id not in DATA_SETS:
-            raise UserError(f"--target all: the languages of {hub_id} are not known here; name the ones you want")
+            raise UserError(f"--target all: the languages of {hub_id} are not known; name the languages you want")
         targets, untranslatable = translatable(DATA_SETS[hub_id], source)
         if untranslatable:
-            notes = [f"--target all leaves out {', '.join(untranslatable)}: NLLB has no tag for it"]
+            notes = [f"--target all leaves out languages without an NLLB tag: {', '.join(untranslatable)}"]
     if not targets:
         raise UserError(f"--target all: {data or task.hub_id} has no language except {source}")
     return targets, [*notes, f"--target all: {', '.join(targets)}"]
@@ -125,7 +128,7 @@ def all_targets(task: Task, data: Data, source: str) -> tuple[list[str], list[st
 
 def _check_split(split: str) -> None:
     if split not in SPLITS:
-        raise UserError(f"the split {split!r} is not known; one of {', '.join(SPLITS)}")
+        raise UserError(f"the split {split!r} is not known; accepted: {', '.join(SPLITS)}")
 
 
 def _folder(data: Data) -> Path | None:

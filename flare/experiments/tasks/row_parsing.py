@@ -33,14 +33,15 @@ def examples_from(
     """Return the examples of one split.
 
     Args:
-        rows: column -> value.
+        rows: one mapping column -> value per row.
         columns: the columns of the split.
         task: determines which columns are needed.
-        where: file or data set, for the messages.
-        name_of: index -> label, if the data set names its classes.
+        where: file or data set, named in error messages.
+        name_of: function that returns the label of a class index; None if the data set does not name its classes.
 
     Raises:
-        DataError: a column is missing, there are no rows, a label is not one of the task's, an answer cannot be parsed.
+        DataError: a column is missing, there are no rows, the task does not have a row's label, or an answer cannot be
+            parsed.
     """
     rows = list(rows)
     if not rows:
@@ -49,8 +50,8 @@ def examples_from(
     missing = [column for column in needed if column not in columns]
     if missing:
         raise DataError(
-            f"{where} has no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}. Rename the column, or "
-            f"name yours with --text-columns, --label-column and --id-column{_COLUMN_OPTIONS.get(task.kind, '')}"
+            f"{where} has no column {', '.join(missing)}; it has {', '.join(columns) or 'none'}. Rename your column, "
+            f"or name it with --text-columns, --label-column and --id-column{_COLUMN_OPTIONS.get(task.kind, '')}"
         )
     examples = [_example(row, index, columns, task, where, name_of) for index, row in enumerate(rows)]
     if task.kind in NAMED:
@@ -78,17 +79,18 @@ def _example(
 
 
 def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
-    """Check that every label is one of the task's.
+    """Check that the label of every row is one of the task's labels.
 
     Raises:
-        DataError: some labels are not; the message lists them, with the number and some ids of their rows.
+        DataError: a row has another label. The message lists such labels, the number of rows that have them, and some
+            ids of these rows.
     """
     known = task.labels
     wrong: set[str] = set()
     ids = []
     for row in examples:
         if task.kind == "token-classification" and row.label is None:
-            continue  # a source row
+            continue  # a row that is only read as a source has no tags
         labels = row.label if isinstance(row.label, tuple) else (row.label,)
         bad = {str(label or "(empty)") for label in labels if not label or (known is not None and label not in known)}
         if bad:
@@ -99,7 +101,7 @@ def check_labels(examples: Sequence[Example], task: Task, where: str) -> None:
         accepted = ", ".join(known) if known else "any text that is not empty"
         accepted += ", or their indices from 0" if accepts_indices(task) else ""
         raise DataError(
-            f"{where}: {len(ids)} of {len(examples)} rows have a label that is not one of task {task.name}'s: "
+            f"{where}: {len(ids)} of {len(examples)} rows have a label that is not a label of task {task.name}: "
             f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''} "
             f"{some_ids(ids)}; accepted: {accepted}"
         )
@@ -119,8 +121,9 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         ]
         if id_like and task.id_columns == ("id",):
             raise DataError(
-                f"{where} has no column id, and its column {id_like[0]!r} looks like one: rows would be paired by "
-                "position. Name it with --id-column, or remove it if the rows of all languages are in the same order"
+                f"{where} has no column id, and its column {id_like[0]!r} looks like an id column: rows would be "
+                "paired by position. Name the column with --id-column, or remove it if the rows of all languages are "
+                "in the same order"
             )
         return
     first_row: dict[str, int] = {}
@@ -128,7 +131,7 @@ def check_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], task: T
         row_id = _id(row, task)
         if not row_id.strip():
             raise DataError(
-                f"{where}, row {index} (counted from 0) has no id; give every row one, or remove the column"
+                f"{where}, row {index} (counted from 0) has no id; give every row an id, or remove the id column"
             )
         if row_id in first_row:
             raise DataError(
@@ -148,7 +151,11 @@ def _id(row: Mapping[str, Any], task: Task) -> str:
 
 
 def _answers(row: Mapping[str, Any], where: str, index: int) -> tuple[Answer, ...]:
-    """Read SQuAD's {"text": [...], "answer_start": [...]} (in a CSV file as JSON), or answer and answer_start."""
+    """Return the accepted answers of a row.
+
+    They are in the column `answers`, as {"text": [...], "answer_start": [...]} like in SQuAD (written as JSON in a CSV
+    file), or in the columns `answer` and `answer_start`.
+    """
     try:
         value = row.get("answers")
         if isinstance(value, str):

@@ -8,7 +8,8 @@
 .conll, .txt   one word and its tag per line, an empty line after each sentence
 a folder       written by `datasets.Dataset.save_to_disk`
 
-Files are UTF-8, with or without a byte order mark. The shards of a table (NAME-00000-of-00002.parquet) are read as one.
+Files are UTF-8, with or without a byte order mark. A table may be split into several files (shards), such as
+NAME-00000-of-00002.parquet and NAME-00001-of-00002.parquet, which are read as one table.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class Table:
     """The rows of a file.
 
     Attributes:
-        rows: column -> value.
-        columns: in the file's order.
-        names: column -> (index -> label), for columns whose classes the file names (datasets' ClassLabel).
+        rows: one mapping column -> value per row.
+        columns: names of the columns, in the file's order.
+        names: column -> function that returns the label of a class index, for columns whose classes the file names
+            (ClassLabel of datasets).
     """
 
     rows: list[dict[str, Any]]
@@ -62,7 +64,7 @@ def read_table(path: Path) -> Table:
     """Read a file, all shards of a table, or a folder written by save_to_disk.
 
     Raises:
-        DataError: it cannot be read, a row has more or fewer fields than the head, or a column occurs twice.
+        DataError: the table cannot be read, a row has more or fewer fields than the header, or a column occurs twice.
     """
     if path.is_dir():
         return _read_saved(path)
@@ -84,19 +86,23 @@ def read_table(path: Path) -> Table:
 
 
 def check_keys(rows: Sequence[dict[str, Any]], columns: Sequence[str], where: str) -> None:
-    """Raise DataError if a row of a JSON file lacks one of these columns, which other rows have."""
+    """Raise DataError if a row lacks one of these columns, as can happen in JSON files, where each row has its keys."""
     for index, row in enumerate(rows):
         missing = [column for column in columns if column not in row]
         if missing:
             count = sum(missing[0] not in other for other in rows)
             raise DataError(
                 f"{where}, row {index} (counted from 0): it has no {missing[0]!r}, which other rows have"
-                f"{f'; {count - 1} more lack it' if count > 1 else ''}. Add it, or remove the row"
+                f"{f'; {count - 1} more rows lack it' if count > 1 else ''}. Add it, or remove the row"
             )
 
 
 def class_names(features: Any) -> dict[str, Callable[[int], str]]:
-    """Return column -> (index -> label) for the columns of datasets' features that hold classes or lists of classes."""
+    """Return column -> function that returns the label of a class index.
+
+    Args:
+        features: a `datasets.Features`. Only columns with classes or lists of classes are returned.
+    """
     from datasets import ClassLabel
 
     names = {}
@@ -121,7 +127,7 @@ def _read_tsv(path: Path) -> Table:
         try:
             table = _delimited(path, "\t", csv.QUOTE_NONE)
         except DataError:
-            raise quoting_error from None  # most files are quoted, so this error is the more helpful one
+            raise quoting_error from None  # most files use quoting, so the first error helps more
         warnings.warn(f"{path}: quotation marks are read as text, because they are not balanced", stacklevel=2)
         return table
 
@@ -130,7 +136,7 @@ def _delimited(path: Path, delimiter: str, quoting: int) -> Table:
     kind, name = {",": ("CSV", "comma"), "\t": ("TSV", "tab")}[delimiter]
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            # without strict, an unclosed quotation mark would silently swallow the following rows
+            # without strict, an unclosed quotation mark would silently make the following rows part of its field
             reader = csv.reader(file, strict=True, delimiter=delimiter, quoting=quoting)  # type: ignore[arg-type]
             head = next(reader, [])
             _check_head(path, head)
@@ -192,7 +198,7 @@ def _read_jsonl(path: Path) -> Table:
                 if line.strip():
                     row = parsed(line, _object)
                     if not isinstance(row, dict):
-                        raise ValueError("it is not an object")
+                        raise ValueError("the line is not an object")
                     rows.append(row)
     except (ValueError, OSError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise DataError(f"{path}, line {max(number, 1)}: not a JSON object in UTF-8 ({error})") from error

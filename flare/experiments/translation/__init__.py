@@ -1,4 +1,7 @@
-"""Machine translation of a task's data with any encoder-decoder: resumable, with answer spans and provenance."""
+"""Translate a task's data with any encoder-decoder, and find the answer spans of questions in the translation.
+
+An interrupted translation can be resumed, and provenance.json records how the files of a folder were made.
+"""
 
 from .job import Job, Outcome, translate_split
 from .model import TranslationError, TranslationModel

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from ..tasks import Answer
 
-# Chen et al. found that square brackets survive best. The other pairs are for texts that contain brackets.
+# Chen et al. found that translation preserves square brackets best. The other pairs are for texts with brackets.
 PAIRS = (("[", "]"), ("{", "}"), ("<", ">"), ("«", "»"))
-# Variants that models write instead of square brackets, mostly in Chinese and Japanese (as in the authors' release).
+# Characters that models write instead of square brackets, mostly in Chinese and Japanese (as in the authors' release).
 _VARIANTS = {"[": "［【《", "]": "］】》"}
 
 _NO_SPACE_BEFORE = (".", ",")
@@ -28,7 +28,7 @@ EMPTY = "nothing between the marks"
 
 
 class MarksLost(Exception):
-    """A row without a span. The message is the reason, under which the row is counted."""
+    """The answer span of a row is lost. The message is the reason; provenance.json counts the rows for each reason."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Marked:
     """A text with marks around a span.
 
     Attributes:
-        text: the text with the marks, each separated from the span by a space.
+        text: the text with the marks. A space separates each mark from the span.
         pair: the opening and the closing mark.
     """
 
@@ -47,7 +47,7 @@ class Marked:
 def mark(context: str, answer: Answer) -> Marked:
     """Put marks around an answer.
 
-    An answer without a start is searched for, and must occur exactly once.
+    If the answer's start is not given, the context must contain the answer exactly once.
 
     Raises:
         MarksLost: the answer is not at its start, or the text contains every kind of mark.
@@ -69,7 +69,7 @@ def recover(translation: str, pair: tuple[str, str]) -> tuple[str, Answer]:
     """Return the translation without its marks, and the answer with its position.
 
     Raises:
-        MarksLost: a mark is lost, doubled or out of order, or there is no text between them.
+        MarksLost: a mark is lost, doubled or out of order, or there is no text between the marks.
     """
     translation = _normalized(translation, pair)
     opening, closing = (translation.count(one) for one in pair)
@@ -85,7 +85,7 @@ def recover(translation: str, pair: tuple[str, str]) -> tuple[str, Answer]:
     if not answer:
         raise MarksLost(EMPTY)
     before, after = _without_extra_spaces(before, after)
-    # The model may write "a[ b ]c" without outer spaces. Scripts that separate words need them back.
+    # The model may write "a[ b ]c" without outer spaces. Scripts that separate words need these spaces.
     if span[0].isspace() and _separates_words(before[-1:]):
         before += " "
     if span[-1].isspace() and _separates_words(after[:1]):
@@ -99,7 +99,7 @@ def remove(translation: str, pair: tuple[str, str]) -> str:
     for one in pair:
         while one in translation:
             before, _, after = translation.partition(one)
-            # a mark between two spaces leaves one of them
+            # of the two spaces around a mark, one remains
             after = after.lstrip() if not before or before[-1].isspace() else after
             before = before.rstrip() if after[:1] in _NO_SPACE_BEFORE else before
             translation = "".join(_without_extra_spaces(before, after))

@@ -1,6 +1,6 @@
 """Plan a translation: split texts into pieces that fit the model, and group pieces of similar length into batches.
 
-A plan depends only on the texts and the limits, so a resumed run forms the same batches.
+A plan depends only on the texts and the limits, so a resumed run makes the same batches as the interrupted run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# The end of a sentence and its white space; the end of a sentence in scripts that write no space after it; a new line.
+# Three boundaries between sentences: an end of sentence with the white space after it; an end of sentence in scripts
+# that write no space after it; a line break with the white space around it.
 _BOUNDARY = re.compile(r"(?<=[.!?…।॥۔؟።])[\"'”’»)\]}]*(\s+)|(?<=[。！？])(\s*)|(\s*\n\s*)")
 
 
@@ -20,7 +21,8 @@ class Plan:
     Attributes:
         pieces: distinct pieces of text; each is translated once.
         batches: indices of pieces that are translated together; every piece is in exactly one batch.
-        texts: for every text, its pieces in order, each with the white space after it; empty for a blank text.
+        texts: for every text, its pieces in order, as (index of the piece, white space after it); empty for a blank
+            text.
         original: the texts before translation.
     """
 
@@ -49,10 +51,11 @@ def make_plan(
 
     Args:
         texts: the texts, in any order; blank ones are not translated.
-        measure: returns the number of tokens of each given text, including tags.
+        measure: function that returns the number of tokens of each text in a list, including language tags.
         limit: maximum tokens of a piece; longer texts are split at sentence ends. None: texts are not split.
-        batch_tokens: maximum of rows times longest row in a batch; a longer row gets its own batch.
-        batch_size: maximum rows of a batch.
+        batch_tokens: maximum tokens of a batch: the number of pieces times the tokens of the longest piece. A piece
+            with more tokens gets a batch of its own.
+        batch_size: maximum number of pieces in a batch; None: no maximum.
     """
     distinct = list(dict.fromkeys(text for text in texts if text.strip()))
     lengths = dict(zip(distinct, measure(distinct), strict=True))
@@ -94,10 +97,13 @@ def sentences(text: str) -> list[tuple[str, str]]:
 
 
 def _split(text: str, measure: Callable[[Sequence[str]], Sequence[int]], limit: int) -> list[tuple[str, str]]:
-    """Return runs of whole sentences of up to `limit` tokens; a longer sentence is a run by itself."""
+    """Return runs of consecutive sentences with up to `limit` tokens, each with the white space after it.
+
+    A sentence with more tokens is a run by itself.
+    """
     parts = sentences(text)
     runs: list[tuple[str, str]] = []
-    used = 0  # upper bound: the tags are counted once per sentence
+    used = 0  # upper bound of the run's tokens: the language tags are counted for every sentence
     for (sentence, space), tokens in zip(parts, measure([sentence for sentence, _ in parts]), strict=True):
         if runs and used + tokens <= limit:
             previous, between = runs[-1]

@@ -1,4 +1,7 @@
-"""Translate one split from one language into another, resumably and with provenance."""
+"""Translate one split from one language into another.
+
+An interrupted translation can be resumed. provenance.json records how the files in its folder were made.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,12 @@ class Job:
 
     Attributes:
         task: determines which columns are translated.
-        source_language, target_language: names of the folders to translate from and into.
+        source_language, target_language: names of the languages to translate from and into.
         split: "train", "valid" or "test".
-        rows: the split in the source language.
+        rows: the rows of the split in the source language.
         output: folder of translations; the split becomes output/<source_language>-<target_language>/<split>.jsonl.
-        lost_marks: for QA, what to do with a row without a span: "drop" it, or "keep" it without answers.
+        lost_marks: what to do with a QA row whose answer is not found in the translation: "drop" the row, or "keep" the
+            row without answers.
         data: origin of the rows, for provenance.
     """
 
@@ -85,7 +89,7 @@ class Outcome:
     """Result of a job.
 
     Attributes:
-        counts: the counts in provenance.json.
+        counts: the numbers of written, dropped and truncated rows and texts, as in provenance.json.
         resumed: number of batches that were finished by earlier runs.
         already: whether the split was already finished, so nothing was done.
     """
@@ -100,14 +104,15 @@ def translate_split(
 ) -> Outcome:
     """Translate a split, resume its translation, or do nothing if it is finished.
 
-    Ids, labels and order are kept, and answers are carried along by marks. A killed run that is started again ends with
-    the same bytes and translates no finished batch twice. Several processes share the batches and the main one writes.
-    The bytes do not depend on the number of processes, even if it changes between a kill and the next start.
+    Ids, labels and order are kept. Answers are found in the translation by marks around them (`.answer_marks`). A
+    killed run that is started again writes the same bytes as an uninterrupted run and translates no finished batch
+    twice. Several processes share the batches, and the main process writes. The bytes do not depend on the number of
+    processes, even if the number changes between a kill and the next start.
 
     Args:
         job: what to translate.
         translator: translates the batches.
-        progress: show a progress bar in the main process.
+        progress: whether to show a progress bar in the main process.
         print_fn: called with messages for the user in the main process.
 
     Raises:
@@ -132,7 +137,7 @@ def translate_split(
                 print_fn(f"{job.name}: resuming after {len(files[0].done)} of {len(plan.batches)} batches")
             return dict(files[0].done)
 
-        files: list[ProgressFile] = []  # stays empty in all but the main process
+        files: list[ProgressFile] = []  # only filled in the main process
         done = on_main(open_progress_file)
         resumed = len(done)
         for batch, translations in _translate(plan, translator, done, job.name if progress else None):
@@ -145,7 +150,7 @@ def translate_split(
 def _start(
     job: Job, settings: dict[str, Any], stack: contextlib.ExitStack, print_fn: Callable[[str], None]
 ) -> Outcome | tuple[dict[str, Any], dict[str, Any]]:
-    """Lock the folder; return its provenance and the split's entry, or the outcome if the split is finished."""
+    """Lock the folder. Return its provenance and the split's entry in it, or the outcome if the split is finished."""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,7 +170,7 @@ def _start(
         _check_same(job, previous, entry)
     if previous is not None and previous["status"] == "done" and job.path.exists():
         if digest_of_file(job.path) != previous["output_sha256"]:
-            print_fn(f"{job.name}: {job.path} was changed after it was translated; it is left unchanged.")
+            print_fn(f"{job.name}: {job.path} was changed after it was translated; the changed file is kept.")
         job.partial.unlink(missing_ok=True)
         return Outcome(previous["counts"], already=True)
     if previous is None and (other := find_file(job.output, job.folder.name, job.split)) is not None:
@@ -214,7 +219,7 @@ def _finish(
 def _translate(
     plan: Plan, translator: TranslatorLike, done: Mapping[int, Sequence[Translated]], label: str | None
 ) -> Iterator[tuple[int, list[Translated]]]:
-    """Yield every unfinished batch with its translations; the processes share them."""
+    """Yield every unfinished batch with its translations. The processes share the batches."""
     finished = sum(len(plan.batches[batch]) for batch in done)
     unfinished = [batch for batch in range(len(plan.batches)) if batch not in done]
     with counter(label, len(plan.pieces), "text", finished) as bar:

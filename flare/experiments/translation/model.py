@@ -1,4 +1,4 @@
-"""Machine translation model and its tokenizer: loading, language tags, length limits, and identification."""
+"""Load a machine translation model and its tokenizer, check language tags, and identify the model for provenance."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TranslationModel:
     Args:
         name: hub id or folder (NLLB, M2M100, mBART, Marian, T5, ...).
         revision: branch, tag or commit on the hub.
-        device: default: the GPU if there is one, else the CPU.
+        device: None: the GPU if there is one, else the CPU.
         dtype: "float32", "float16", "bfloat16" or a torch dtype; "auto": bfloat16 on a GPU that supports it, else
             float32.
 
@@ -71,7 +71,7 @@ class TranslationModel:
         """The model with its weights, on its device, for inference.
 
         Raises:
-            TranslationError: it cannot be loaded.
+            TranslationError: the weights cannot be loaded.
         """
         import transformers
 
@@ -105,12 +105,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
         raise TranslationError(
-            f"--device {device} cannot be used here ({reason(error)}); leave it out for {this_device()}"
+            f"--device {device} cannot be used ({reason(error)}); leave --device out to use {this_device()}"
         ) from error
     if process_count() > 1 and resolved.type != "cpu":
         raise TranslationError(
-            f"--device {device} would put all {process_count()} processes on one device; leave it out, and each "
-            "process uses its own"
+            f"--device {device} would put all {process_count()} processes on one device; leave --device "
+            "out, so that each process uses its own device"
         )
     return resolved
 
@@ -149,7 +149,7 @@ def known_tags(tokenizer: Any) -> list[str]:
 
 
 def check_tag(tokenizer: Any, tag: str, option: str) -> None:
-    """Check that the tokenizer knows a tag; it would silently encode an unknown tag as <unk>.
+    """Check that the tokenizer knows a tag, because it would silently encode an unknown tag as <unk>.
 
     Args:
         tokenizer: the tokenizer.
@@ -164,11 +164,11 @@ def check_tag(tokenizer: Any, tag: str, option: str) -> None:
         return
     by_key = {known.casefold(): known for known in tags}
     similar = [by_key[key] for key in difflib.get_close_matches(tag.casefold(), list(by_key), n=3, cutoff=0.5)]
-    # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not similar: compare the first two letters
+    # a tag of another scheme ("eng_Latn" for "en" or "en_XX") is not spelled similarly: compare the first two letters
     similar = similar or [known for known in tags if known[:2] == tag[:2]][:3]
-    shown = f"did you mean {' or '.join(similar)}?" if similar else f"it has {', '.join(tags[:8])}, ..."
+    shown = f"did you mean {' or '.join(similar)}?" if similar else f"the first tags are {', '.join(tags[:8])}"
     raise TranslationError(
-        f"{option} {tag!r}: {type(tokenizer).__name__} has no such language tag ({len(tags)} in all); {shown}"
+        f"{option} {tag!r}: {type(tokenizer).__name__} has no such language tag (it has {len(tags)} tags); {shown}"
     )
 
 
@@ -199,7 +199,7 @@ def position_limit(config: Any, tokenizer: Any = None) -> int | None:
 def fingerprint(folder: Path) -> str:
     """Return a digest of a model's folder that does not depend on its location or time stamps.
 
-    Weight files contribute their names, sizes and 64 samples of 64 KiB, which keeps it fast for several GB. JSON and
+    Weight files contribute their names, sizes and 64 samples of 64 KiB, so that several GB take little time. JSON and
     tokenizer files contribute all bytes. Other files (a README) are ignored.
     """
     digest = hashlib.sha256()

@@ -16,17 +16,17 @@ from .translator import Translated
 
 
 class ProgressFile:
-    """Finished batches of a translation, on disk.
+    """File with the finished batches of a translation.
 
-    The first line identifies the plan. Every other line is a batch: {"batch": n, "translations": [[text, cut,
-    unfinished], ...]}. An incomplete last line, left by a killed process, is truncated.
+    The first line identifies the plan. Every other line is a batch: {"batch": n, "translations": [[text, source_cut,
+    unfinished], ...]} (see `Translated`). An incomplete last line, left by a killed process, is removed.
 
     Args:
         path: the file; created if it does not exist.
         plan: the plan that the file must belong to.
 
     Attributes:
-        done: batch -> its translations.
+        done: index of a finished batch -> its translations.
 
     Raises:
         TranslationError: the file belongs to another plan.
@@ -42,7 +42,7 @@ class ProgressFile:
             self._write(header)
 
     def add(self, batch: int, translations: Sequence[Translated]) -> None:
-        """Append a batch. It is on disk when this returns."""
+        """Append a batch. The batch is on disk when this method returns."""
         self._write({"batch": batch, "translations": [[t.text, t.source_cut, t.unfinished] for t in translations]})
         self.done[batch] = list(translations)
 

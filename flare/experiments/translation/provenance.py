@@ -42,7 +42,10 @@ def write_provenance(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """Return one line for each value that differs between two settings: "model.name: 'a' then, 'b' now"."""
+    """Compare recorded settings with current settings, and return one text for each value that differs.
+
+    A text has the form "model.name: 'a' then, 'b' now".
+    """
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = dict.fromkeys([*then, *now])
         return [

@@ -10,6 +10,7 @@ from typing import Any
 from ..tasks import Answer, Example, Task
 from .answer_marks import NO_ANSWER, Marked, MarksLost, mark, recover, remove
 
+#: What to do with a QA row whose answer span is lost: drop the row, or keep the row without answers.
 POLICIES = ("drop", "keep")
 
 
@@ -19,11 +20,12 @@ class PreparedRows:
 
     Attributes:
         rows: the rows that were not dropped.
-        marked: for QA, each row's context with marks; None for a row without marks.
-        texts: the texts to translate: every row's texts in the order of its columns.
+        marked: for each row, the context with marks around the answer (QA), or None if the row has no marks.
+        texts: the texts to translate: the texts of every row, in the order of `columns`.
         columns: the text columns; for QA, the context is last.
-        policy: what to do with a row whose span is lost: "drop" or "keep" it.
-        counts: number of rows, and so far dropped rows and rows kept without a span, by reason.
+        policy: what to do with a row whose answer span is lost in translation, one of `POLICIES`.
+        counts: the number of rows and of further answers, and for each reason the number of rows that were dropped or
+            kept without an answer span before translation.
     """
 
     rows: tuple[Example, ...]
@@ -37,7 +39,7 @@ class PreparedRows:
 def prepare_rows(rows: Sequence[Example], task: Task, policy: str) -> PreparedRows:
     """Return the texts to translate. The context of a QA row has marks around its answer.
 
-    If a row has several answers, the first that can be marked is translated; the others are counted.
+    If a row has several answers, the first answer that can be marked is translated, and the other answers are counted.
     """
     kept: list[Example] = []
     contexts: list[Marked | None] = []
@@ -53,7 +55,7 @@ def prepare_rows(rows: Sequence[Example], task: Task, policy: str) -> PreparedRo
             if reason is not None and policy == "drop":
                 dropped[reason] += 1
                 continue
-            if reason is not None and row.answers:  # a row that never had an answer has lost nothing
+            if reason is not None and row.answers:  # a row without answers in the data has lost no span
                 without_span[reason] += 1
             other_answers += max(0, len(row.answers) - 1)
         kept.append(row)

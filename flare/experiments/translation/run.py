@@ -19,7 +19,14 @@ from .translator import Translator
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction of translation: languages, their tags (None for a model without tags), and the splits."""
+    """One direction of translation.
+
+    Attributes:
+        source, target: names of the languages to translate from and into.
+        source_tag, target_tag: tags of these languages. For a model without tags, the codes that the user gave for the
+            prefix, or None.
+        splits: the splits that are translated in this direction.
+    """
 
     source: str
     target: str
@@ -108,7 +115,7 @@ def translator_to_source(settings: TranslateSettings, print_fn: Callable[[str], 
 def _directions(
     settings: TranslateSettings, model: TranslationModel, print_fn: Callable[[str], None]
 ) -> Sequence[Direction]:
-    """Return the directions of every target in which splits are translated."""
+    """Return, for every target language, the one or two directions in which splits are translated."""
     to_target = tuple(split for split in settings.splits if settings.to_target(split))
     to_source = tuple(split for split in settings.splits if not settings.to_target(split))
     tagged = writes_tags(model.tokenizer)
@@ -136,7 +143,7 @@ def _directions(
 def _tag(
     name: str, code: str | None, side: str, tagged: bool, model: TranslationModel, print_fn: Callable[[str], None]
 ) -> str | None:
-    """Return the tag of a language after checking it. For a model without tags, return the code for the prefix."""
+    """Return the tag of a language after checking it. For a model without tags, return `code` for use in the prefix."""
     if not tagged:
         return code
     if code is not None:

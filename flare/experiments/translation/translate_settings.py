@@ -29,16 +29,18 @@ class TranslateSettings:
         text_columns, choice_columns, label_column, id_column, labels: columns and labels of your own data; see
             `get_task`.
         splits: the splits to translate.
-        direction: "auto": train and valid to the target, test to the source; "to-target", "to-source": all splits.
-        source_code, target_code: language tags that replace the table's NLLB tags; target_code: one per target.
-        prefix: written before every text; {source} and {target} are replaced by the tags, or by the languages' names if
-            no tags are given.
-        lost_marks: what to do with QA rows whose span is lost: "drop", "keep" (without answers), or "auto": drop rows
-            of train and valid, and keep rows of test.
+        direction: "to-target": translate all splits into the target language; "to-source": translate all splits into
+            the source language; "auto": train and valid into the target language, test into the source language.
+        source_code, target_code: language tags to use instead of the NLLB tags of the languages; `target_code` has one
+            tag per target.
+        prefix: text that is written before every text; {source} and {target} are replaced by the tags, or by the
+            languages' names if no tags are given.
+        lost_marks: what to do with QA rows whose answer is not found in the translation: "drop" the rows, "keep" them
+            without answers, or "auto": drop rows of train and valid, and keep rows of test.
         max_length, max_new_tokens, batch_tokens, batch_size, beams, dtype, device, revision: see `Translator`.
-        limit: translate only the first `limit` rows of every split.
+        limit: number of rows of every split that are translated, from the first row; None: all rows.
         threads: CPU threads; None: PyTorch's default.
-        progress: show progress bars.
+        progress: whether to show progress bars.
     """
 
     task: str
@@ -113,7 +115,7 @@ class TranslateSettings:
         return self.direction == "to-target" or (self.direction == "auto" and split != "test")
 
     def policy(self, split: str) -> str:
-        """Return what to do with a QA row of a split whose span is lost: "drop" or "keep"."""
+        """Return what to do with a QA row of a split whose answer is not found in the translation: "drop" or "keep"."""
         if self.lost_marks != "auto":
             return self.lost_marks
         return "keep" if split == "test" else "drop"

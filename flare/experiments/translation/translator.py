@@ -1,4 +1,4 @@
-"""Translate texts with greedy decoding, in batches of similar length; results keep the order of the texts."""
+"""Translate texts in batches of similar length, with greedy decoding or beam search."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KEPT_FIELDS = (
 
 @dataclass(frozen=True)
 class Translated:
-    """A translated piece.
+    """Translation of a piece: a text, or a part of a long text.
 
     Attributes:
         text: the translation.
@@ -50,17 +50,17 @@ class Translator:
         translator.translate(["Good morning."])
 
     Args:
-        model: hub id or folder of any encoder-decoder, or a `TranslationModel` (one load for many directions).
+        model: hub id or folder of any encoder-decoder, or a `TranslationModel`, which several translators can share.
         source_tag, target_tag: the tokenizer's language tags (NLLB ``eng_Latn``, mBART ``en_XX``, M2M100 ``en``); None
             for models without tags (Marian, T5).
         device, dtype, revision: see `TranslationModel`; only used if the model is given by name.
-        prefix: written before every text, for models that read their instruction from it (T5, MADLAD, some Marian
-            models).
+        prefix: text that is written before every text, for models that read an instruction there (T5, MADLAD, some
+            Marian models).
         max_length: maximum tokens of a piece of text. Longer texts are split into sentences, and longer sentences are
             truncated. Default: the model's limit, at most 512.
         max_new_tokens: maximum tokens of a piece's translation. Default: the model's limit, at most 512.
-        batch_tokens: maximum of rows times longest row in a batch.
-        batch_size: maximum rows of a batch.
+        batch_tokens: maximum tokens of a batch: the number of pieces times the tokens of the longest piece.
+        batch_size: maximum number of pieces in a batch; None: no maximum.
         num_beams: 1 is greedy decoding, regardless of the model's generation_config.
         print_fn: called with a message when a batch does not fit into the GPU's memory.
 
@@ -147,7 +147,9 @@ class Translator:
                     ) from error
             # outside the except block: the exception keeps the failed batch's tensors alive
             self._max_rows = rows // 2
-            self._print_fn(f"The GPU's memory is too small for {rows} texts at once; continuing with {self._max_rows}.")
+            self._print_fn(
+                f"The GPU's memory is too small for batches of {rows} texts; continuing with {self._max_rows}."
+            )
             torch.cuda.empty_cache()
         return results
 
@@ -159,7 +161,7 @@ class Translator:
             progress: wraps the iterable of batches, for a progress bar.
         """
         if isinstance(texts, str):
-            raise TypeError(f"texts must be a list of texts, got one: {texts!r}")
+            raise TypeError(f"texts must be a list of texts; got a single text: {texts!r}")
         plan = self.plan(texts)
         translations = [""] * len(plan.pieces)
         for batch in progress(plan.batches):
@@ -177,7 +179,8 @@ class Translator:
                 check_tag(tokenizer, tag, argument)
             elif tag is not None:
                 raise TranslationError(
-                    f"{argument} {tag!r}: {name} writes no language tag; leave it out (a prefix may name the language)"
+                    f"{argument} {tag!r}: {name} writes no language tag; leave the tag out (a prefix may name the "
+                    "language)"
                 )
 
     @functools.cached_property
@@ -235,7 +238,11 @@ class Translator:
 
 
 def _limit(option: str, value: int | None, maximum: int | None, default: int, minimum: int) -> int:
-    """Return an option's value, or the default within the model's maximum; raise TranslationError if out of range."""
+    """Return an option's value; if it is None, the default, but at most the model's maximum.
+
+    Raises:
+        TranslationError: the value is out of range.
+    """
     if value is None:
         return min(default, maximum or default)
     if value < minimum or (maximum is not None and value > maximum):

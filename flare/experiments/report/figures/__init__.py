@@ -1,4 +1,4 @@
-"""Figures of the report: each is drawn if the runs have its data, and otherwise left out with a reason."""
+"""Draw the figures of the report. A figure is left out, with the reason, if the runs lack its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .overview import draw_average_ranks, draw_tasks
 from .style import NothingToDraw, caption_of, save
 
 FORMATS = ("png", "pdf", "svg")
-#: Number of single rows that are drawn.
+#: Number of single test rows whose activations are drawn.
 _INSTANCES = 2
 
 
@@ -32,11 +32,12 @@ class FigureResult(NamedTuple):
     caption: str = ""
 
 
+#: For each figure: a name, which ends its file name; its title; the function that draws the figure.
 _Plan = Iterator[tuple[str, str, Callable[[], Any]]]
 
 
 def draw_figures(group: RunGroup, metric: str, folder: Path, formats: Sequence[str]) -> list[FigureResult]:
-    """Draw every figure of a group into `folder`.
+    """Draw every figure of a group of runs into `folder`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -51,7 +52,7 @@ def draw_figures(group: RunGroup, metric: str, folder: Path, formats: Sequence[s
 
 
 def draw_overview_figures(models: Sequence[Overview], folder: Path, formats: Sequence[str]) -> list[FigureResult]:
-    """Draw the figures over several tasks and models into `folder`.
+    """Draw the figures that cover several tasks and models into `folder`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -81,7 +82,7 @@ def _of_group(group: RunGroup, metric: str) -> _Plan:
     if not labels:
         yield "layers", "Source and target in the bottleneck", _no_bottleneck
     labels = activation_labels(group)
-    # one line is enough: the method with its defaults, if there is one
+    # activations are drawn for one line only: FLARE with its defaults if it has them, otherwise the first line
     for label in labels[:1] if "flare" not in labels else ["flare"]:
         yield "activations", "Activations by position", partial(draw_averages, group, label)
         for number in range(_INSTANCES):
@@ -96,4 +97,4 @@ def _of_group(group: RunGroup, metric: str) -> _Plan:
 
 
 def _no_bottleneck() -> Any:
-    raise NothingToDraw("no fusing run measured the bottleneck")
+    raise NothingToDraw("no run of a fusing method measured the bottleneck")

@@ -1,4 +1,7 @@
-"""Figures of ablations: the rank r, the fusion, the source text, the translator."""
+"""Draw the figures of ablations: the rank r, the fusion, the source text, the translator.
+
+A family is a set of lines that differ only in the factor of the ablation (`..families`).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ from .bars import Series, grouped_bars
 from .compare import AVERAGE, base_line, places_on_axis, series_of
 from .style import COLUMN, NORMAL, NothingToDraw, caption, legend_below, looks, new_figure, plain_axes
 
-_TRANSLATED = "mt: "
+_TRANSLATED = "mt: "  # machine-translated source texts are named "mt: <translator>"
 
 
 def draw_ranks(group: RunGroup, metric: str) -> Any:
-    """Draw quality over r, with a line for every method trained with several ranks."""
+    """Draw the score against r, with one curve for every method that was trained with several ranks."""
     table = quality(group, metric)
     languages, shown = _comparable(table, families(group, table, RANK), "no method was trained with several r")
     ticks = sorted({int(r) for family in shown for r in family})
@@ -44,7 +47,7 @@ def draw_ranks(group: RunGroup, metric: str) -> Any:
 
 
 def draw_translators(group: RunGroup, metric: str) -> Any:
-    """Draw quality by translator of the source text, with a line for every method. Human text is the last value."""
+    """Draw the score for each translator of the source text, with one curve per method. Human text comes last."""
     table = quality(group, metric)
     candidates = [_one_text(family) for family in families(group, table, SOURCE_TEXT)]
     candidates = [family for family in candidates if sum(str(kind).startswith(_TRANSLATED) for kind in family) > 1]
@@ -71,7 +74,7 @@ def draw_fusions(group: RunGroup, metric: str) -> Any:
     candidates = families(group, table, FUSION)
     if not candidates:
         raise NothingToDraw("no method was trained with several fusions")
-    family = max(candidates, key=len)  # the others are in the tables
+    family = max(candidates, key=len)  # smaller families are only in the tables
     series = [
         series_of(table, table.line(label), fusion, fusion)
         for fusion, label in sorted(family.items(), key=lambda item: str(item[0]))
@@ -90,7 +93,7 @@ def draw_fusions(group: RunGroup, metric: str) -> Any:
 
 
 def draw_source_texts(group: RunGroup, metric: str) -> Any:
-    """Draw quality with human, machine-translated and noisy source text, with one kind of bar per method."""
+    """Draw the score with human, machine-translated and noisy source text, with bars of one color per method."""
     table = quality(group, metric)
     languages, shown = _comparable(
         table,
@@ -121,14 +124,17 @@ def _comparable(table: Quality, candidates: list[Family], missing: str) -> tuple
 
 
 def _one_text(family: Family) -> Family:
-    """Return the lines that were trained and scored with the same source text, translated or human."""
+    """Return the lines whose source text is the same in training and test, without noise."""
     return {kind: label for kind, label in family.items() if "," not in str(kind)}
 
 
 def _curves(
     group: RunGroup, metric: str, languages: list[str], shown: list[Family], ticks: list[Any], factor: Factor
 ) -> Any:
-    """Draw one line per family over the ticks (over their indices if they are not numbers), with spreads."""
+    """Draw one curve per family, with error bars for the spread.
+
+    The ticks are the positions on the x axis. If they are not numbers, their indices are the positions.
+    """
     figure = new_figure(COLUMN, 2.1)
     axes = figure.subplots()
     names = family_names(group, shown, factor)

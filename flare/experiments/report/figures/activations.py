@@ -1,4 +1,8 @@
-"""Figures of the first query bottleneck by position, before and after ReLU: averages and single rows."""
+"""Draw the activations of the first query bottleneck by token position, before and after ReLU.
+
+The bottleneck is the output of the adapter's down-projection, for the source (S) and for the target (T). One figure
+shows averages over test rows, the other figures show single rows.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,21 @@ from ..display import language_name, language_names
 from .layers import STREAMS
 from .style import COLUMN, NORMAL, PAGE, SMALL, NothingToDraw, caption, legend_below, new_figure, plain_axes
 
-_MOST_PANELS = 4  # languages side by side
-_SHARE = 0.1  # averages leave out positions that fewer rows reach
-_MOST_TOKENS = 40
+_MOST_PANELS = 4  # maximum number of languages side by side
+_SHARE = 0.1  # averages leave out positions that less than this share of the rows reaches
+_MOST_TOKENS = 40  # tokens of a single row that are drawn
 
 
 def activation_labels(group: RunGroup) -> list[str]:
-    """Return the labels of lines with activations by position."""
+    """Return the labels of lines whose runs recorded activations by position."""
     return [label for label in group.labels if " @ " not in label and _by_language(group, label, files_only=True)]
 
 
 def draw_averages(group: RunGroup, label: str) -> Any:
-    """Draw the mean activation over the units by position, languages side by side, before ReLU in the upper row."""
+    """Draw the mean activation of all units by position, with one column per language.
+
+    The upper row shows the activations before ReLU, the lower row after ReLU.
+    """
     panels = _by_language(group, label)
     if not panels:
         raise NothingToDraw("no run measured activations by position")
@@ -61,7 +68,10 @@ def draw_averages(group: RunGroup, label: str) -> Any:
 
 
 def draw_instances(group: RunGroup, label: str, number: int) -> Any:
-    """Draw one row of each language: units by token, source above target, before and after ReLU side by side."""
+    """Draw the activations of one test row of each language as images of units by tokens.
+
+    The source is above the target. The left column shows the activations before ReLU, the right column after ReLU.
+    """
     panels = {
         language: activations.instances[number]
         for language, activations in _by_language(group, label).items()
@@ -110,7 +120,10 @@ def draw_instances(group: RunGroup, label: str, number: int) -> Any:
 
 
 def _by_language(group: RunGroup, label: str, files_only: bool = False) -> dict[str, Activations]:
-    """Return, for at most `_MOST_PANELS` languages, the activations of the first seed that has them."""
+    """Return, for at most `_MOST_PANELS` languages, the activations of the first seed that recorded them.
+
+    With `files_only`, the values are True instead, and no file is read.
+    """
     by_language: dict[str, Any] = {}
     for entry in group.of(label):
         if entry.language in by_language or len(by_language) == _MOST_PANELS:
@@ -123,7 +136,7 @@ def _by_language(group: RunGroup, label: str, files_only: bool = False) -> dict[
 
 
 def _by_position(stream: Averages, when: str) -> tuple[Any, Any, Any]:
-    """Return the positions (from 1), the mean over units there, and its spread over rows."""
+    """Return the positions (from 1), the mean over units at each position, and the spread of this mean over rows."""
     shown = stream.counts >= max(2, _SHARE * stream.counts.max()) if stream.counts.max() > 1 else stream.counts > 0
     return (
         np.flatnonzero(shown) + 1,

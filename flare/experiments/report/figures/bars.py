@@ -1,4 +1,4 @@
-"""Grouped bars with the mean on each bar and a dot for every seed, for methods, fusions, source texts and ranks."""
+"""Draw grouped bars, with the mean written on each bar and a dot for every seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ _AXIS = 0.45  # space to the left of the axes, in inches
 
 @dataclass(frozen=True)
 class Series:
-    """One kind of bar: its name, the method that determines its color, and a cell for every tick of the axis."""
+    """Bars of one kind, which have the same color.
+
+    Attributes:
+        name: name in the legend.
+        method: the method that determines the color.
+        cells: tick of the axis -> scores; None if there are none.
+    """
 
     name: str
     method: str
@@ -45,7 +51,7 @@ def grouped_bars(
     apart: str | None = None,
     digits: int = 1,
 ) -> Any:
-    """Draw the bars of every series at every tick, in the width of a column if they fit, else of a page.
+    """Draw the bars of every series at every tick. The figure is one column wide if the bars fit, otherwise one page.
 
     Args:
         series: bars that are drawn side by side at each tick.
@@ -90,7 +96,7 @@ def grouped_bars(
             for place, cell in known:
                 spots = cell.values if len(cell.values) > 1 else ()
                 axes.plot([place + shift] * len(spots), spots, "o", color="black", markersize=1.6, markeredgewidth=0)
-                # above the dots, the mean could be mistaken for a seed's number
+                # with dots, the mean is written inside the bar; above the dots, it could be taken for a seed's score
                 foot = dotted and cell.mean > _SHORTEST * top
                 height, inside = (0.0, look["color"]) if foot else (max([cell.mean, *spots]), None)
                 _number(axes, place + shift, height, f"{cell.mean:.{digits}f}", thick * step, inside)
@@ -119,7 +125,7 @@ def grouped_bars(
 def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str | None) -> None:
     """Write a number above a bar, or inside it at the bottom if a color is given.
 
-    The number is rotated if the bar is narrow, and left out if it is too narrow even for that.
+    The number is rotated if the bar is narrow, and left out if the bar is too narrow for a rotated number.
     """
     from matplotlib.patheffects import withStroke
 
@@ -139,5 +145,5 @@ def _number(axes: Any, x: float, y: float, text: str, room: float, inside: str |
         fontsize=size,
         color="white" if dark else "black",
     )
-    # an outline, so that it is readable on lines and hatches
+    # an outline makes the number readable on lines and hatches
     note.set_path_effects([withStroke(linewidth=1.5, foreground=inside or "white")])

@@ -1,4 +1,4 @@
-"""Figures of the main comparison: quality by language, and quality against costs."""
+"""Draw the figures of the main comparison: scores by language, and scores against costs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ AVERAGE = "Average"
 
 
 def seeds_text(lines: list[Line]) -> str:
-    """Return the legend of the bars and, if there are several seeds, of the dots."""
+    """Return the text that explains the bars and, if there are several seeds, the dots."""
     many = any(cell and len(cell.values) > 1 for line in lines for cell in line.cells.values())
     return "bars are means over seeds, dots are seeds" if many else "one seed"
 
 
 def series_of(table: Quality, line: Line, method: str, name: str | None = None) -> Series:
-    """Return the bars of a line: its languages by display name, and the average if it has all of them."""
+    """Return the bars of a line: one for each language, and the average if the line has all languages."""
     shown = language_names(table.languages)
     cells = {shown[one]: cell for one, cell in line.cells.items()}
     if len(table.languages) > 1 and line.label in table.complete:
@@ -31,7 +31,7 @@ def series_of(table: Quality, line: Line, method: str, name: str | None = None) 
 
 
 def places_on_axis(table: Quality) -> list[str]:
-    """Return the display names of the languages, and the average if there are several."""
+    """Return the ticks of the axis: the display names of the languages, and the average if there are several."""
     return [*language_names(table.languages).values(), *([AVERAGE] if len(table.languages) > 1 else [])]
 
 
@@ -57,7 +57,7 @@ def draw_comparison(group: RunGroup, metric: str) -> Any:
 
 
 def base_line(group: RunGroup, metric: str) -> tuple[str, float] | None:
-    """Return the name and score of the fine-tuned base on its own language, averaged over its seeds."""
+    """Return a name for the fine-tuned base and its mean score on the source language; None if it was not tested."""
     scores = [
         run.metrics.test["source-language"][metric]
         for run in group.bases
@@ -67,7 +67,10 @@ def base_line(group: RunGroup, metric: str) -> tuple[str, float] | None:
 
 
 def draw_costs(group: RunGroup, metric: str) -> Any:
-    """Draw quality (average over languages) against time per step, training time and peak memory, with axes from 0."""
+    """Draw the average score over languages against time per step, training time and peak memory.
+
+    The axes of the costs start at 0.
+    """
     table = quality(group, metric)
     known = {cost.label: cost for cost in costs(group)}
     lines = [line for line in main_lines(group, table) if line.label in table.complete and line.average]
@@ -85,7 +88,7 @@ def draw_costs(group: RunGroup, metric: str) -> Any:
         if sum(getattr(known[line.label], key) is not None for line in trained) > 1
     ]
     if not panels:
-        raise NothingToDraw("no cost was measured for two methods")
+        raise NothingToDraw("no cost was measured for two or more methods")
     from matplotlib.lines import Line2D
 
     figure = new_figure(PAGE, 2.3)

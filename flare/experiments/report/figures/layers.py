@@ -1,4 +1,7 @@
-"""Figure of the mean |S| and |T| in the bottleneck by layer, with one panel per target language."""
+"""Draw the mean |S| and |T| by layer, with one panel per target language.
+
+S and T are the outputs of the adapter's down-projection (the bottleneck) for the source and for the target.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def layered_labels(group: RunGroup) -> list[str]:
-    """Return the labels of lines with bottleneck measurements, without those of other settings."""
+    """Return the labels of lines whose runs measured the bottleneck.
+
+    Lines of other test settings (" @ " in the label) are left out, because they belong to the same runs.
+    """
     return [
         label
         for label in group.labels
@@ -26,7 +32,7 @@ def layered_labels(group: RunGroup) -> list[str]:
 
 
 def draw_layers(group: RunGroup, label: str) -> Any:
-    """Draw mean |S| and |T| by block, averaged over seeds with a band for the spread; one line style per projection."""
+    """Draw mean |S| and |T| by block, averaged over seeds. A band shows the spread; line styles show projections."""
     panels = {one: [e for e in group.of(label, one) if e.run.metrics.bottleneck] for one in group.languages}
     panels = {language: entries for language, entries in panels.items() if entries}
     if not panels:
@@ -80,19 +86,19 @@ def draw_layers(group: RunGroup, label: str) -> Any:
 def curves(entry: Entry) -> dict[str, dict[str, dict[int, float]]]:
     """Return {kind of projection: {"S" | "T": {block: mean}}} of one run.
 
-    The block is the first number in a layer's name, counted from 1. The rest of the name gives the kind ("query",
-    "value"; also "encoder" or "decoder" if the model has both). Unnamed layers are numbered in order.
+    The block is the first number in a layer's name, plus 1. The rest of the name gives the kind ("query", "value"; also
+    "encoder" or "decoder" if the model has both). Layers without a number in their name are numbered in order.
 
     Raises:
-        ReportError: the lists differ in length.
+        ReportError: the lists of S, T and layer names are empty or differ in length.
     """
     bottleneck = entry.run.metrics.bottleneck or {}
     source, target = bottleneck.get("S") or [], bottleneck.get("T") or []
     layers = [str(name) for name in bottleneck.get("layers") or range(len(source))]
     if not source or not len(source) == len(target) == len(layers):
         raise ReportError(
-            f"{entry.run.folder / 'metrics.json'}: bottleneck has {len(source)} S, {len(target)} T and {len(layers)} "
-            "layers; expected equal numbers"
+            f"{entry.run.folder / 'metrics.json'}: bottleneck has {len(source)} values of S, {len(target)} values of T "
+            f"and {len(layers)} layers; expected equally many, and at least one"
         )
     matches = [re.fullmatch(r"(\D*)(\d+)(.*)", name) for name in layers]
     heads = {(match.group(1), match.group(3)) for match in matches if match}
@@ -107,7 +113,7 @@ def curves(entry: Entry) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def _distinct(head: tuple[str, str], heads: set[tuple[str, str]]) -> tuple[str, str]:
-    """Return the parts of a name that distinguish kinds: the stack and the projection, each if there are several."""
+    """Return the stack ("encoder", "decoder") and the projection of a layer. A part that all layers share is ""."""
     stacks, projections = {one[0] for one in heads}, {one[1] for one in heads}
     stack = next((word for word in ("encoder", "decoder") if word in head[0]), head[0]) if len(stacks) > 1 else ""
     return stack, head[1].rpartition(".")[2] if len(projections) > 1 else ""

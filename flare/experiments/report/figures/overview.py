@@ -1,4 +1,4 @@
-"""Figures over several tasks and models: average rank, and quality by task."""
+"""Draw the figures that cover several tasks and models: average rank, and scores by task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def draw_average_ranks(overviews: Sequence[Overview]) -> Any:
     """Draw bars of the average rank over tasks, with the methods of a model side by side."""
     ranked = [one for one in overviews if len(one.tasks) > 1 and sum(line.rank is not None for line in one.lines) > 1]
     if not ranked:
-        raise NothingToDraw("no model has two methods with all languages of two tasks or more")
+        raise NothingToDraw("no model has two trained methods with results in every language of two or more tasks")
     names: dict[str, OverviewLine] = {line.name: line for one in ranked for line in one.lines if line.rank is not None}
     ranks = {(one.model, line.name): line.rank for one in ranked for line in one.lines}
     series = [

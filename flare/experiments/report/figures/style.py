@@ -1,8 +1,9 @@
-"""Shared style of the figures: a palette for color-blind readers (Okabe and Ito), two widths, and saving.
+"""Style and save the figures: a palette for color-blind readers (Okabe and Ito) and two widths.
 
-A figure has no title. Its caption is stored as the matplotlib figure's label, and report.md prints it below the figure.
+A figure has no title. Its caption is stored as the matplotlib figure's label, and report.md prints the caption below
+the figure.
 
-matplotlib is imported inside the functions, so that without it a report still has its tables.
+matplotlib is imported inside the functions, so that without matplotlib a report can be written without figures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _COLORS = {
     "x-mixup": "#009E73",
     "flare-mt": "#CC79A7",
     "flare": "#D55E00",
-    "add_relu": "#D55E00",  # FLARE's own fusion
+    "add_relu": "#D55E00",  # FLARE's default fusion has the color of FLARE
 }
 _OTHERS = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#444444")
 _HATCHES = (None, "///", "...", "xxx", "\\\\\\", "++")
@@ -93,7 +94,10 @@ def plain_axes(axes: Any) -> None:
 
 
 def looks(methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Return color, hatch and marker for every line, by method; no two lines have the same color and hatch."""
+    """Return the color, hatch and marker of each line, given the lines' methods.
+
+    No two lines have the same color and hatch.
+    """
     taken: dict[str, int] = {}
     colors = dict(_COLORS)
     used = {colors[method] for method in methods if method in colors}
@@ -117,13 +121,13 @@ def _lighter(color: str, share: float) -> str:
 
 
 def is_dark(color: str) -> bool:
-    """Return whether white letters are easier to read on a color than black ones."""
+    """Return whether white letters are easier to read on a color than black letters."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return 0.299 * red + 0.587 * green + 0.114 * blue < 128
 
 
 def rows_of(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
-    """Return the items in as few rows of at most `most` items as possible, evenly filled."""
+    """Split the items into as few rows of at most `most` items as possible, evenly filled."""
     count = -(-len(items) // most)
     size = -(-len(items) // count)
     return [items[i : i + size] for i in range(0, len(items), size)]
@@ -135,7 +139,7 @@ def text_width(text: str, points: float = SMALL) -> float:
 
 
 def legend_rows(names: Sequence[str], width: float) -> int:
-    """Return the number of rows of a legend with these names in a width in inches."""
+    """Return the number of rows that a legend with these names needs in a figure of `width` inches."""
     longest = max((text_width(name) for name in names), default=1.0)
     return -(-len(names) // max(1, int(width / (longest + 0.38))))
 

@@ -1,4 +1,4 @@
-"""Forms: how a task's examples become model rows, and how a model's output becomes predictions."""
+"""Forms: classes that convert a task's examples to model rows, and a model's output to predictions."""
 
 from .base import Form
 from .factory import FAMILIES, make_form

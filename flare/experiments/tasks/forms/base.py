@@ -1,4 +1,7 @@
-"""Base class of all forms, and helpers that they share."""
+"""Base class of forms, and helpers that forms share.
+
+A form converts the examples of a task to model rows, and the output of a model to predictions.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,16 @@ class Form:
     A form belongs to a task, a tokenizer and a family of models.
 
     Attributes:
-        layout: layout of FlareDataCollator.
+        layout: the layout that FlareDataCollator needs for the rows.
         auto_class: name of the transformers Auto class that loads a suitable model.
         model_options: arguments of from_pretrained that the task determines (num_labels, id2label, label2id, ...).
         max_new_tokens: maximum number of tokens to generate; None if the form reads logits.
         notes: notes for the user about the tokenizer.
 
     Args:
-        task: with labels, if its kind has named labels.
+        task: the task. If its kind has named labels, they must be known.
         tokenizer: if it has no pad token, its end token is used instead, with a note.
-        max_length: maximum tokens of one text; None: the task's.
+        max_length: maximum tokens of one text; None: `task.max_length`.
 
     Raises:
         UserError: the task's labels are not known, or the tokenizer has neither a pad token nor an end token.
@@ -95,7 +98,7 @@ class Form:
         return list(pairs)
 
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[Any]:
-        """Return one prediction per pair, comparable to its label or answers.
+        """Return one prediction per pair, which can be compared with the pair's label or answers.
 
         Args:
             output: the model's output for `eval_rows`: logits (encoders) or new token ids (generation), as tensors or
@@ -105,7 +108,10 @@ class Form:
         raise NotImplementedError
 
     def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
-        """Return further JSON values by name for each pair, such as probabilities. Takes `predictions`' arguments."""
+        """Return a dict of further JSON values for each pair, such as probabilities.
+
+        The arguments are the arguments of `predictions`.
+        """
         return [{} for _ in pairs]
 
     def prediction_notes(self, predictions: Sequence[Any]) -> list[str]:
@@ -131,13 +137,16 @@ class Form:
         return [f"{len(ids)} of {len(pairs)} questions have no answer to compare with and do not count {some_ids(ids)}"]
 
     def _texts(self, pairs: Sequence[Pair], with_source: bool) -> dict[str, list[Example]]:
-        """Return column prefix -> examples, for the target ("") and optionally the source ("source_")."""
+        """Return {"": target examples} and, if `with_source`, also {"source_": source examples}.
+
+        The keys are the prefixes of the columns in a model row.
+        """
         streams = {"": [pair.target for pair in pairs]}
         if with_source:
             sources = [pair.source for pair in pairs if pair.source is not None]
             if len(sources) < len(pairs):
                 raise ValueError(
-                    f"{len(pairs) - len(sources)} of {len(pairs)} pairs have no source; load them with source_text"
+                    f"{len(pairs) - len(sources)} of {len(pairs)} pairs have no source; load the pairs with source_text"
                 )
             streams["source_"] = sources
         return streams
@@ -152,7 +161,7 @@ class Form:
 
 
 def as_array(output: Any) -> np.ndarray:
-    """Return a tensor (also bfloat16), array or nested list as an array."""
+    """Return a tensor (also bfloat16), array or nested list as a NumPy array."""
     if hasattr(output, "detach"):
         output = output.detach().cpu()
         output = output.float() if output.is_floating_point() else output

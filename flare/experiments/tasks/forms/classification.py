@@ -1,7 +1,7 @@
-"""Forms of heads that score a whole text: classes, several labels, a number, multiple choice.
+"""Forms for model heads that score a whole text: classification, multi-label, regression and multiple choice.
 
-A row is one text, or two as the tokenizer's pair, in one token sequence. The source has the same layout. Decoders with
-such heads read the same rows.
+A row holds one text, or a pair of texts, as one token sequence. The source text has a second sequence with the same
+layout. A decoder with such a head reads the same rows as an encoder.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from ..examples import Example, Pair
 from ..registry import Task
 from .base import Form, Row, as_array
 
-#: A multi-label prediction contains a label if its probability is higher.
+#: A multi-label prediction contains the labels whose probability is higher than this.
 THRESHOLD = 0.5
 
 
 class ClassificationForm(Form):
-    """Logits (N, labels) of a sequence classification head. Rows: input_ids, labels (an index), source_input_ids.
+    """Form of a sequence classification head, which returns logits (N, number of labels).
+
+    A row has the columns input_ids, labels (the index of the label) and, with a source, source_input_ids.
 
     Attributes:
         problem_type: the model configuration's field that selects the loss; None: not set.
@@ -49,7 +51,7 @@ class ClassificationForm(Form):
         )
 
     def label_of(self, example: Example) -> Any:
-        """Return the value of ``labels`` in a row."""
+        """Return the value of the column ``labels`` for an example."""
         return self._label_index(example.label)
 
     def train_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
@@ -61,7 +63,7 @@ class ClassificationForm(Form):
         return self._encoded_rows(pairs, with_source)
 
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[Any]:
-        """Return the most likely label of each row of logits (N, labels). If the output is a tuple, take its first."""
+        """Return the most likely label of each row. If the output is a tuple, its first item must be the logits."""
         assert self.task.labels is not None
         return [self.task.labels[int(index)] for index in self._logits(output, pairs).argmax(-1)]
 
@@ -100,7 +102,7 @@ class ClassificationForm(Form):
         return rows, notes
 
     def _encode_texts(self, texts: Sequence[tuple[str, ...]]) -> tuple[list[Row], list[int]]:
-        """Return the token columns of every text or pair of texts, and the indices of those that were truncated."""
+        """Return the token columns of every text or pair of texts, and the indices of the truncated texts or pairs."""
         if not texts:
             return [], []
         columns = list(map(list, zip(*texts, strict=True)))
@@ -123,7 +125,10 @@ class ClassificationForm(Form):
 
 
 class MultiLabelForm(ClassificationForm):
-    """Logits (N, labels), trained by binary cross-entropy per label. ``labels`` of a row: zeros and ones."""
+    """Form of a head that predicts a set of labels, trained by binary cross-entropy for each label.
+
+    The head returns logits (N, number of labels). The column ``labels`` holds 0.0 or 1.0 for each label.
+    """
 
     problem_type = "multi_label_classification"
 
@@ -132,7 +137,7 @@ class MultiLabelForm(ClassificationForm):
         return [float(index in true) for index in range(len(self.task.labels or ()))]
 
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-        """Return the labels of each row, possibly none, whose sigmoid is over `THRESHOLD`."""
+        """Return the labels of each row whose probability (sigmoid of the logit) is higher than `THRESHOLD`."""
         assert self.task.labels is not None
         positive = self._logits(output, pairs) > 0  # sigmoid(0) is the threshold
         return [tuple(name for name, holds in zip(self.task.labels, row, strict=True) if holds) for row in positive]
@@ -145,7 +150,10 @@ class MultiLabelForm(ClassificationForm):
 
 
 class RegressionForm(ClassificationForm):
-    """A single output (N, 1), trained by the mean squared error. ``labels`` of a row: a number."""
+    """Form of a head that predicts a number, trained by the mean squared error.
+
+    The head returns one output (N, 1). The column ``labels`` holds the number.
+    """
 
     problem_type = "regression"
 
@@ -155,7 +163,7 @@ class RegressionForm(ClassificationForm):
         return float(example.label)
 
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[float]:
-        """Return the number of each row."""
+        """Return the predicted number of each row."""
         return [float(number) for number in self._logits(output, pairs).reshape(-1)]
 
     def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
@@ -168,11 +176,12 @@ class RegressionForm(ClassificationForm):
 
 
 class ChoiceForm(ClassificationForm):
-    """Logits (N, choices) of a multiple-choice head. Rows: input_ids and source_input_ids with one text per choice.
+    """Form of a multiple-choice head, which returns logits (N, number of choices).
 
-    A text is the context and a choice, as the tokenizer's pair. With one context column, the pair is that column and
-    the choice. With more, it is all columns but the last, and the last (a question) followed by the choice. Choice i of
-    the target is read together with choice i of the source.
+    The columns input_ids and source_input_ids hold one token sequence per choice, which encodes a pair of texts. If the
+    task has one context column, the first text is the context and the second text is the choice. If it has several, the
+    first text joins all of them except the last, and the second text is the last one (a question) followed by the
+    choice. Choice i of the target is fused with choice i of the source.
     """
 
     auto_class = "AutoModelForMultipleChoice"
@@ -199,7 +208,7 @@ class ChoiceForm(ClassificationForm):
                 what = "source texts" if prefix else "texts"
                 ids = list(dict.fromkeys(examples[index // n].id for index in truncated))
                 notes.append(
-                    f"{len(ids)} of {len(pairs)} {what} cut to {self.max_length} tokens with a choice {some_ids(ids)}"
+                    f"{len(ids)} of {len(pairs)} {what} cut to {self.max_length} tokens per choice {some_ids(ids)}"
                 )
         return rows, notes
 

@@ -21,7 +21,7 @@ _HEADS: dict[str, type[Form]] = {
     "multi-label": MultiLabelForm,
     "regression": RegressionForm,
 }
-#: Kinds that a model can answer by generating text.
+#: Kinds of task that a model can answer by generating text.
 _GENERATIVE = ("classification", "qa", "multiple-choice")
 
 
@@ -32,14 +32,14 @@ def make_form(task: Task, tokenizer: Any, family: str, max_length: int | None = 
         task: the task; if its kind has labels, they must be known (see `flare.experiments.tasks.resolve_labels`).
         tokenizer: the model's tokenizer.
         family: "encoder": a model with a head; "causal": a decoder that generates the label or answer after a prompt;
-            "seq2seq": an encoder-decoder that generates it.
-        max_length: maximum tokens of one text; None: the task's.
+            "seq2seq": an encoder-decoder that reads the prompt and generates the label or answer.
+        max_length: maximum tokens of one text; None: `task.max_length`.
 
     Raises:
-        UserError: an unknown family, or a task or tokenizer that does not support the form.
+        UserError: the family is not known, or the task or the tokenizer does not support the form.
     """
     if family not in FAMILIES:
-        raise UserError(f"the model family {family!r} is not known; one of {', '.join(FAMILIES)}")
+        raise UserError(f"the model family {family!r} is not known; accepted: {', '.join(FAMILIES)}")
     head_form = _HEADS[task.kind]
     if family == "encoder":
         return head_form(task, tokenizer, max_length)

@@ -1,4 +1,4 @@
-"""Forms of models that generate the label or answer: decoders and encoder-decoders."""
+"""Forms for models that generate the label or answer: decoders and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..registry import Task
 from .base import IGNORED, Form, Row, as_array
 from .prompts import cut_to_fit, fill
 
-#: Maximum tokens of a QA answer, including its end token (less if max_length is short).
+#: Maximum tokens of a QA answer, including its end token. The limit is max_length // 4 if that is less.
 ANSWER_TOKENS = 64
 
 
 class GenerativeForm(Form):
-    """Common part of the generative forms: prompts, answers, and predictions from generated tokens.
+    """Base class of the generative forms. It encodes prompts and answers, and turns generated tokens into predictions.
 
-    Both streams use the same prompt, in English.
+    The target text and the source text (the two streams) are filled into the same prompt template, in English.
 
     Attributes:
         longest_prompt: maximum tokens of a prompt.
@@ -50,11 +50,11 @@ class GenerativeForm(Form):
         raise NotImplementedError
 
     def train_columns(self, prompt: list[int], answer: list[int]) -> Row:
-        """Return ``input_ids`` and ``labels`` of one stream of a training row."""
+        """Return ``input_ids`` and ``labels`` of a training row, either for the target or for the source."""
         raise NotImplementedError
 
     def source_columns(self) -> Row:
-        """Return the columns of an evaluation row in addition to the source's prompt."""
+        """Return the columns that an evaluation row with a source has in addition to ``source_input_ids``."""
         return {}
 
     # --- rows -----------------------------------------------------------------------------------------------------
@@ -98,8 +98,8 @@ class GenerativeForm(Form):
         """Return the token ids that may follow the generated part of an answer; None: all of them.
 
         A multiple-choice answer is restricted to the letters. If each letter is one token, as in nearly all
-        vocabularies, generation returns the letter with the highest likelihood, as lm-evaluation-harness scores
-        Belebele.
+        vocabularies, generation returns the letter with the highest likelihood. lm-evaluation-harness scores Belebele
+        in the same way.
         """
         if self.task.kind != "multiple-choice":
             return None
@@ -111,9 +111,9 @@ class GenerativeForm(Form):
     def predictions(self, output: Any, pairs: Sequence[Pair]) -> list[str]:
         """Return labels or answers from generated token ids.
 
-        A text becomes a label if it equals the label's verbalization or name, ignoring case. Otherwise it becomes the
-        label with the longest verbalization that it starts with. Otherwise it is returned unchanged and counts as wrong
-        (see `prediction_notes`).
+        A text becomes a label if it equals the label's verbalization or name, ignoring case. If it only starts with
+        one or more verbalizations, it becomes the label of the longest verbalization. Otherwise it is returned
+        unchanged and counts as wrong (see `prediction_notes`).
 
         Args:
             output: the new tokens (N, n) without the prompt, or lists of unequal lengths. -100 is padding.
@@ -156,7 +156,7 @@ class GenerativeForm(Form):
         return example.answers[0].text.strip() if example.answers else None
 
     def _prompts(self, examples: Sequence[Example], prefix: str) -> tuple[list[list[int]], list[str]]:
-        """Return the token ids of every prompt of a stream, and a note on truncated ones.
+        """Return the token ids of the prompts of the target or the source, and a note on truncated prompts.
 
         Args:
             examples: the rows.
@@ -180,8 +180,9 @@ class GenerativeForm(Form):
         if too_long:
             uncut = {"qa": " and the question", "multiple-choice": " and the choices"}.get(self.task.kind, "")
             raise DataError(
-                f"{len(too_long)} {what} have more than {limit} tokens in the instruction{uncut} alone, which are not "
-                f"cut {some_ids(too_long)}; raise --max-length (now {self.max_length}) or shorten them"
+                f"{len(too_long)} {what} do not fit into prompts of {limit} tokens, because the parts that are never "
+                f"cut (the instruction{uncut}) have more tokens {some_ids(too_long)}; raise --max-length (now "
+                f"{self.max_length})"
             )
         note = f"{len(cut)} of {len(examples)} {what} cut to prompts of {limit} tokens {some_ids(cut)}"
         return prompts, [note] if cut else []
@@ -189,9 +190,9 @@ class GenerativeForm(Form):
     def _answers(
         self, pairs: Sequence[Pair], with_source: bool
     ) -> tuple[list[int], list[list[int]], list[list[int]], list[str]]:
-        """Return the indices of the trainable pairs, their answers' token ids in the target and the source, and notes.
+        """Return the indices of the trainable pairs, the token ids of target and source answers, and notes.
 
-        A source without an answer gets only an end token.
+        If a source has no answer, its token ids are only the end token.
         """
         assert self.max_new_tokens is not None
         usable, targets, sources = [], [], []
@@ -217,10 +218,10 @@ class GenerativeForm(Form):
                     source_ids = [*source_ids[: self.max_new_tokens - 1], source_ids[-1]]
                 sources.append(source_ids)
         reasons = (
-            (absent, "left out, they have no answer"),
-            (long, f"left out, their answer has more than {self.max_new_tokens} tokens"),
-            (source_absent, "have no answer in the source, which gets only an end token"),
-            (source_cut, f"have an answer of more than {self.max_new_tokens} tokens in the source, where it is cut"),
+            (absent, "left out because they have no answer"),
+            (long, f"left out because their answer has more than {self.max_new_tokens} tokens"),
+            (source_absent, "have no answer in the source; an end token takes its place"),
+            (source_cut, f"have a source answer of more than {self.max_new_tokens} tokens, which is cut"),
         )
         notes = [f"{len(ids)} of {len(pairs)} rows {reason} {some_ids(ids)}" for ids, reason in reasons if ids]
         return usable, targets, sources, notes
@@ -229,17 +230,17 @@ class GenerativeForm(Form):
 class CausalForm(GenerativeForm):
     """Form of decoders: a prompt, followed by the label or answer and the end token.
 
-    Rows: input_ids and labels (-100 on the prompt), source_input_ids and source_labels. Prompt and answer are tokenized
-    separately, so no token spans both, and the answer starts with a space. Prompts leave room for the longest possible
-    answer, so a batch is never wider than max_length.
+    A row has the columns input_ids, labels (-100 on the prompt), source_input_ids and source_labels. Prompt and answer
+    are tokenized separately, so no token spans both, and the answer starts with a space. Prompts leave room for the
+    longest possible answer, so a batch is never wider than max_length.
 
-    The source's row is the English text in the same prompt and, in training, the English label or answer after it
-    (``source_labels``). The collator aligns the first tokens of both answers. Training thereby matches generation, in
-    which the frozen model continues the source's prompt: token t of the target's answer is fused with token t of the
-    source's, the gold one in training and the model's own in generation. No position of the target is fused with a
-    state that has read a later token of either answer, and `eval_rows` contains no answer. (If the source's answer were
-    left out in training, answer positions would have no source, and the adapters would meet source states in generation
-    that they were never trained on.)
+    The source's prompt is the same template with the English text. In training, the English label or answer follows it
+    (``source_labels``), and the collator aligns the first tokens of both answers. Training thereby matches generation,
+    in which the frozen model continues the source's prompt: token t of the target's answer is fused with token t of the
+    source's answer, which is the correct answer in training and the model's own answer in generation. No position of
+    the target is fused with a state that has read a later token of either answer, and `eval_rows` contains no answer.
+    (If training left out the source's answer, answer positions would have no source, and generation would give the
+    adapters source states that they were never trained on.)
     """
 
     layout = "causal"
@@ -254,7 +255,7 @@ class CausalForm(GenerativeForm):
         if self.longest_prompt < 1:
             raise UserError(
                 f"--max-length {self.max_length} leaves no room for a prompt: an answer may have {self.max_new_tokens} "
-                "tokens; raise it"
+                "tokens; raise --max-length"
             )
 
     def answer_ids(self, text: str) -> list[int]:
@@ -272,10 +273,10 @@ class CausalForm(GenerativeForm):
 class Seq2SeqForm(GenerativeForm):
     """Form of encoder-decoders: the encoder reads the prompt, the decoder generates the label or answer.
 
-    Rows: input_ids, labels, source_input_ids and source_labels. The source's row is the English text in the same prompt
-    and, in training, the English label or answer as ``source_labels``, so that the decoder fuses as well. In
-    `eval_rows`, ``source_labels`` holds only an end token: generate() only checks that it is present, and decodes the
-    source without it.
+    A row has the columns input_ids, labels, source_input_ids and source_labels. The source's prompt is the same
+    template with the English text. In training, ``source_labels`` holds the English label or answer, so that the
+    decoder fuses as well. In `eval_rows`, ``source_labels`` holds only an end token: if the column is present,
+    generate() fuses in the decoder too, but it does not read the values.
     """
 
     layout = "seq2seq"

@@ -1,10 +1,11 @@
-"""Input-level fusion for generative models: one prompt with both texts and a single instruction.
+"""Form of input-level fusion for generative models: one prompt with both texts and a single instruction.
 
     Text: <source>
     Text: <target>
     Sentiment:
 
-The joined form is the form of a task with twice the text columns (the source's first) and twice the tokens.
+A joined task has the source's text columns before the target's text columns, and twice the maximum number of tokens.
+The joined form is the form of this task.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PREFIX = "source:"
 
 
 def joined_task(task: Task) -> Task:
-    """Return the task with the source's text columns before the target's, under one instruction.
+    """Return the task whose prompt has the source's texts, the target's texts, and one instruction.
 
     >>> from flare.experiments.tasks.registry import get_task
     >>> joined_task(get_task("nusax")).prompt
@@ -32,7 +33,7 @@ def joined_task(task: Task) -> Task:
     """
     places = [match for column in task.text_columns for match in re.finditer(re.escape(f"{{{column}}}"), task.prompt)]
     first, end = min(match.start() for match in places), max(match.end() for match in places)
-    begin = task.prompt.rfind("\n", 0, first) + 1  # lines before the first text are not repeated
+    begin = task.prompt.rfind("\n", 0, first) + 1  # lines before the first text column are not repeated
     head, texts, instruction = task.prompt[:begin], task.prompt[begin:end], task.prompt[end:]
     names = "|".join(map(re.escape, task.text_columns))
     source = re.sub(rf"\{{({names})\}}", rf"{{{_PREFIX}\1}}", texts)
@@ -46,7 +47,9 @@ def joined_task(task: Task) -> Task:
 
 
 class JoinedForm:
-    """Form whose rows hold source and target in one prompt. Other attributes are those of the joined task's form.
+    """Form whose rows hold the source text and the target text in one prompt.
+
+    Attributes that this class does not define are read from the form of the joined task.
 
     Args:
         form: form of a generative model. Its ``max_length`` m limits each text, so rows have up to 2m tokens.
@@ -57,7 +60,7 @@ class JoinedForm:
         task = replace(form.task, max_length=form.max_length)
         joined = make_form(joined_task(task), form.tokenizer, form.layout)
         assert isinstance(joined, GenerativeForm)
-        # answers get the same room as in every other method, prompts twice as much
+        # an answer may have as many tokens as in every other method, and a prompt twice as many
         joined.max_new_tokens, joined.longest_prompt = form.max_new_tokens, 2 * form.longest_prompt
         self._form = joined
 
@@ -83,11 +86,11 @@ class JoinedForm:
 
 
 def _joined(pairs: Sequence[Pair], with_source: bool) -> list[Pair]:
-    """Return the pairs with both texts in the target; id, label and answers stay the target's."""
+    """Return pairs whose target holds the texts of both languages, with the target's id, label and answers."""
     joined = []
     for pair in pairs:
         if pair.source is None or not with_source:
-            raise ValueError("one prompt of both texts needs the source of every pair; load them with source_text")
+            raise ValueError("a prompt with both texts needs the source of every pair; load the pairs with source_text")
         source = {_PREFIX + column: text for column, text in pair.source.texts.items()}
         joined.append(Pair(replace(pair.target, texts={**source, **pair.target.texts})))
     return joined

@@ -22,17 +22,19 @@ def fill(task: Task, texts: Mapping[str, str]) -> str:
 def cut_to_fit(task: Task, texts: Mapping[str, str], fits: Callable[[str], bool]) -> str | None:
     """Return the longest prompt that fits, with its texts truncated at the end.
 
-    The instruction, a question and choices are never truncated. A QA task truncates its contexts, other tasks their
-    context columns; texts are cut to a common number of characters, so the longest is cut first.
+    The instruction, a question and choices are never truncated. In a QA task, only the contexts are truncated; in other
+    tasks, all text columns except the choices. These texts get the same maximum number of characters, so the longest
+    text is truncated first.
 
     Args:
         task: the task.
         texts: column -> text.
-        fits: returns whether a prompt fits.
+        fits: function that returns whether a prompt fits.
 
     Returns:
         The prompt, or None if it does not fit even without the texts that may be truncated.
     """
+    # a joined QA task has two contexts, each after its question
     cuttable = task.text_columns[1::2] if task.kind == "qa" else task.context_columns
 
     def cut(limit: int) -> str:

@@ -1,7 +1,8 @@
 """Form of question answering with a start logit and an end logit for every token of the context.
 
-A row is one window: the question (at most half of max_length), then as much of the context as fits. The rest is cut and
-counted. A training row is left out if its answer is cut off or not in its context; evaluation keeps every row.
+A row is one window: the question (at most half of max_length), then as much of the context as fits. The rest of the
+context is cut off, and a note counts the rows with a cut. A training row is left out if its answer is cut off or not in
+its context; evaluation keeps every row.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from .base import Form, Row, as_array
 #: Maximum tokens of a predicted answer.
 MAX_ANSWER_TOKENS = 30
 
-# token ids, which tokens belong to the context, and the characters of each token
+#: Token ids; for each token, whether it belongs to the context; for each token, its characters [begin, end).
 Window = tuple[list[int], np.ndarray, list[tuple[int, int]]]
 
 
 class SpanForm(Form):
-    """Start and end logits (N, m) of a question answering head. Rows: input_ids, start_positions, end_positions, ..."""
+    """Form of a question answering head, which returns start logits (N, m) and end logits (N, m).
+
+    A training row has the columns input_ids, start_positions (the answer's first token), end_positions (its last token)
+    and, with a source, source_input_ids.
+    """
 
     layout = "encoder"
     auto_class = "AutoModelForQuestionAnswering"
@@ -65,8 +70,8 @@ class SpanForm(Form):
             output: start and end logits, each (N, m).
             pairs: the pairs given to `eval_rows`.
             starts: position of each row's first token in the batch; None: 0, as in batches padded on the right. Left
-                padding and input-level fusion put other tokens in front. To get the positions, collate the rows with
-                ``start_positions`` 0: the collator shifts them.
+                padding and input-level fusion put other tokens before the row. To get the positions, collate the rows
+                with a column ``start_positions`` of 0, which the collator shifts to the row's first token.
         """
         contexts = [pair.target.texts[self.context] for pair in pairs]
         return [
@@ -77,8 +82,8 @@ class SpanForm(Form):
     def details(self, output: Any, pairs: Sequence[Pair], *more: Any) -> list[dict[str, Any]]:
         """Return start and end of each span, in characters of the context, and its probability.
 
-        The probability is the product of two softmax probabilities over the context's tokens: that of the start token
-        and that of the end token. All three values are None if the window holds no context.
+        The probability is the product of the start token's and the end token's probability (softmax of the logits over
+        the tokens of the context). All three values are None if the window holds no context.
         """
         names = ("start", "end", "probability")
         return [dict(zip(names, span or (None,) * 3, strict=True)) for span in self._best(output, pairs, *more)]
@@ -86,7 +91,10 @@ class SpanForm(Form):
     def _best(
         self, output: Any, pairs: Sequence[Pair], starts: Sequence[int] | None = None
     ) -> list[tuple[int, int, float] | None]:
-        """Return the characters [begin, end) and the probability of the best span; None without a context."""
+        """Return the characters [begin, end) and the probability of each pair's best span.
+
+        A pair without context in its window gets None.
+        """
         start, end = as_array(output[0]), as_array(output[1])
         if len(start) != len(pairs):
             raise ValueError(f"{len(start)} rows of logits were given for {len(pairs)} pairs")
@@ -96,7 +104,7 @@ class SpanForm(Form):
             if first + len(ids) > start.shape[1]:
                 raise ValueError(
                     f"row {index} has {len(ids)} tokens from position {first} on, but the logits are {start.shape[1]} "
-                    "wide: they are not the output for eval_rows of these pairs, or starts is missing"
+                    "wide: the output does not belong to eval_rows of these pairs, or starts is missing"
                 )
             # input-level fusion may drop the target's opening token, but never a token of its context
             tokens = np.flatnonzero(inside)
@@ -128,14 +136,14 @@ class SpanForm(Form):
             elif answer[2]:
                 moved.append(pair.target.id)
         reasons = (
-            (absent, "left out, they have no answer or it is not in the context"),
-            (cut, f"left out, their answer is not within the first {self.max_length} tokens"),
+            (absent, "left out because they have no answer or their context does not contain it"),
+            (cut, f"left out because their answer is not within the first {self.max_length} tokens"),
             (moved, "have no answer at answer_start: the nearest occurrence is used"),
         )
         return spans, [f"{len(ids)} of {len(pairs)} rows {reason} {some_ids(ids)}" for ids, reason in reasons if ids]
 
     def _rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str], list[Window]]:
-        """Return rows without positions, notes, and the windows of the targets."""
+        """Return rows without answer positions, notes, and the windows of the targets."""
         rows: list[Row] = [{} for _ in pairs]
         notes = list(self.notes)
         target_windows: list[Window] = []
@@ -185,7 +193,7 @@ class SpanForm(Form):
         return windows, types, [examples[index].id for index in sorted({*cut, *shortened})]
 
     def _short_questions(self, questions: list[str]) -> tuple[list[str], list[int]]:
-        """Return the questions, cut to at most half of max_length, and the indices of those that were cut."""
+        """Return the questions, cut to at most half of max_length, and the indices of the questions that were cut."""
         limit = max(1, self.max_length // 2)
         options = {"return_attention_mask": False, "verbose": False}
         encoded = self.tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, **options)
@@ -197,9 +205,10 @@ class SpanForm(Form):
 
 
 def locate(context: str, answer: Answer) -> int | None:
-    """Return the position of an answer in its context: its start, or else the nearest occurrence, or else None.
+    """Return the index in the context at which an answer begins; None if the context does not contain the answer.
 
-    Without a start, it is the first occurrence.
+    This is the answer's given start if the answer's text is there, and otherwise the nearest occurrence. If no start is
+    given, it is the first occurrence.
     """
     text = answer.text
     if answer.start >= 0 and context.startswith(text, answer.start):
@@ -213,7 +222,10 @@ def locate(context: str, answer: Answer) -> int | None:
 
 
 def usable_answer(example: Example, context: str) -> tuple[int, int, bool] | None:
-    """Return the characters [begin, end) of the first answer found in the context, and whether its start was wrong."""
+    """Return the characters [begin, end) of the first answer in the context, and whether its given start was wrong.
+
+    Return None if the context contains none of the answers.
+    """
     for answer in example.answers:
         begin = locate(context, answer)
         if begin is not None:
@@ -224,10 +236,10 @@ def usable_answer(example: Example, context: str) -> tuple[int, int, bool] | Non
 def token_span(
     offsets: Sequence[tuple[int, int]], inside: Sequence[bool], begin: int, end: int
 ) -> tuple[int, int] | None:
-    """Return the first and last token that cover characters [begin, end) of the context; None if some are cut off.
+    """Return the first and last token of the characters [begin, end); None if some of these characters are cut off.
 
     Args:
-        offsets: characters of each token.
+        offsets: characters [begin, end) of each token.
         inside: whether a token belongs to the context.
         begin, end: characters of the answer.
     """

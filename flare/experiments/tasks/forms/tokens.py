@@ -19,11 +19,15 @@ from ..registry import Task
 from .base import IGNORED, Row, as_array
 from .classification import ClassificationForm
 
+#: Tag of words that belong to no entity.
 OUTSIDE = "O"
 
 
 class TokenForm(ClassificationForm):
-    """Logits (N, m, tags) of a token classification head. Rows: input_ids, labels (one per token), source_input_ids."""
+    """Form of a token classification head, which returns logits (N, m, number of tags).
+
+    A row has the columns input_ids, labels (one per token) and, with a source, source_input_ids.
+    """
 
     auto_class = "AutoModelForTokenClassification"
 
@@ -46,7 +50,10 @@ class TokenForm(ClassificationForm):
         return rows, notes
 
     def eval_rows(self, pairs: Sequence[Pair], with_source: bool) -> tuple[list[Row], list[str]]:
-        """Return rows to predict from, and notes. ``labels`` is 0 at each word's first token, for any tag."""
+        """Return rows to predict from, and notes.
+
+        ``labels`` only marks the first tokens of words: it is 0 there, whatever the tag, and -100 elsewhere.
+        """
         self._check_words(pairs)
         rows, notes, first_tokens = self._unlabelled_rows(pairs, with_source)
         for row, firsts in zip(rows, first_tokens, strict=True):
@@ -100,13 +107,13 @@ class TokenForm(ClassificationForm):
         if ids:
             raise DataError(
                 f"task {self.task.name}: {len(ids)} of {len(pairs)} rows have no words with tags {some_ids(ids)}. A "
-                "translated sentence has none, so the target text must be human text (--target-text gold)"
+                "translated sentence has no tags, so the target text must be human text (--target-text gold)"
             )
 
     def _unlabelled_rows(
         self, pairs: Sequence[Pair], with_source: bool
     ) -> tuple[list[Row], list[str], list[list[int | None]]]:
-        """Return rows whose ``labels`` are all -100, notes, and each word's first token (None: it has none)."""
+        """Return rows whose ``labels`` are all -100, notes, and each word's first token (None: no token)."""
         rows, notes = self._encoded_rows(pairs, with_source)
         encoded = self.tokenizer(
             [pair.target.texts[self.column] for pair in pairs],
@@ -122,7 +129,7 @@ class TokenForm(ClassificationForm):
 
 
 def first_tokens_of(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
-    """Return the first token of each word, or None for a word without one. Words never share their first token.
+    """Return the first token of each word, or None for a word without a token. No token is the first of two words.
 
     Args:
         words: the words; joined with single spaces, they are the sentence.
