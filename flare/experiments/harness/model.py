@@ -257,8 +257,8 @@ class FlareLM(HFLM):  # type: ignore[misc]
         """
         if self.sources is not None:
             raise UserError(
-                "--use_cache: the cache finds answers by the prompt only, so it would return answers that were computed "
-                "with another source; leave --use_cache out"
+                "--use_cache: the cache finds answers by the prompt only, so it would return answers that were "
+                "computed with another source; leave --use_cache out"
             )
         super().set_cache_hook(cache_hook)
 
