@@ -162,8 +162,10 @@ class _Pair(nn.Module):
 
 
 def peft_layers(shape: shapes.ProjectionShape, frozen: Frozen, t: Inputs, p: float) -> Any:
-    """Return PEFT's LoRA layers over the frozen linears. Their weights A and B are not used, because :func:`eager` takes A and B
-    from the inputs."""
+    """Return PEFT's LoRA layers around the frozen linears.
+
+    Their weights A and B are not used, because :func:`eager` takes A and B from the inputs.
+    """
     linears: dict[str, Any] = {}
     for name in ("q", "v"):
         W = t[f"{name}.W"]
