@@ -32,7 +32,7 @@ NAMES = {
     "flare-recompute": "FLARE, source states recomputed",
     "flare-warm": "FLARE with cached source states",
     "flare-offset0": "FLARE, source states a block earlier",
-    "flare-shared": "the same, both texts in one pass",
+    "flare-shared": "FLARE, both texts in one pass",
 }
 #: Descriptions of the variants of the question "projection": the q and v projections of one block with FLARE adapters.
 PROJECTIONS = {
@@ -45,11 +45,11 @@ PROJECTIONS = {
     "addmm-joint": "plain PyTorch (addmm), q and v together",
     "flare-separate": "this package, each projection alone",
     "flare-joint": "this package, q and v together",
-    "flare-frozen-first": "the same, frozen products first",
-    "flare-adapter-first": "the same, adapters first",
-    "flare-joint-dropout": "the same, dropout 0.1",
-    "flare-joint-fp32-autocast": "the same, float32 adapters, autocast",
-    "flare-adapter-only": "the same, adapters without the frozen products",
+    "flare-frozen-first": "this package, frozen products first",
+    "flare-adapter-first": "this package, adapters first",
+    "flare-joint-dropout": "this package, dropout 0.1",
+    "flare-joint-fp32-autocast": "this package, float32 adapters, autocast",
+    "flare-adapter-only": "this package, adapters without the frozen products",
 }
 #: From a suffix of a variant's name to what the suffix adds to the description.
 _ENDINGS = {"-captured": "as a CUDA graph", "-compiled": "under torch.compile", "-liger": "over Liger's kernels"}

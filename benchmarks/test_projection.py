@@ -232,10 +232,8 @@ def _adapter_only(rotation: Rotation, frozen: Frozen, facts: dict[str, Any]) -> 
         truth |= gradients(truth, wide)
         plain: dict[str, Tensor | None] = dict.fromkeys(truth)
         first = sets[0]
-        for name in (
-            "q",
-            "v",
-        ):  # compared element by element, because the frozen part would hide a wrong update in a norm
+        # Outputs are compared element by element, because in a norm the frozen part would hide a wrong update.
+        for name in ("q", "v"):
             A, up, Y = (first[f"{name}.{key}"] for key in ("A", "B", "Y"))
             plain[name] = reference.fused_lora(
                 first["x"], first["x_source"], Y.clone(), A, up, scaling=SCALING, fusion=FUSION

@@ -1,4 +1,6 @@
-"""Time calls on the device and on the host, with inputs that are not in the device's cache, and measure its ceilings.
+"""Time calls on the device and on the host, with inputs that are not in the device's cache.
+
+The module also measures the ceilings of the device: its copy bandwidth and its matrix-product rate.
 
 *Device* seconds are measured between two events around the call. The launches are queued before the device reaches the
 first event, so that launch gaps are excluded. *Wall* seconds are measured on the host, with the device idle before and
