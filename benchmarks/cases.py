@@ -108,9 +108,11 @@ def measure(
             if "target_tokens" in rows[name]:
                 rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / variant_samples.median
     times.append(time.perf_counter())
-    took = dict(zip(("build", "gate_and_count", "time"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+    durations = dict(
+        zip(("build", "gate_and_count", "time"), (b - a for a, b in itertools.pairwise(times)), strict=True)
+    )
     for row in rows.values():
-        row["case_took_s"] = took
+        row["case_took_s"] = durations
     return Measured(shape.case, rows, samples)
 
 

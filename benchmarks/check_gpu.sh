@@ -38,7 +38,7 @@ sanitizer() { # sanitizer SECONDS TOOL OPTIONS...
 
 step 120 "calls" "$PYTHON" tests/kernels/odd_calls.py
 if command -v compute-sanitizer > /dev/null; then
-  # instrument only kernels with Triton's names if this release has the option, because PyTorch's own kernels take minutes
+  # instrument only kernels with Triton's names, if this release has the option: PyTorch's own kernels take minutes
   FILTER=()
   compute-sanitizer --help | grep -q -- --kernel-name && FILTER=(--kernel-name kernel_substring=_kernel)
   sanitizer 150 memcheck --padding 256

@@ -156,7 +156,7 @@ class FastSteps:
             free, total = torch.cuda.mem_get_info()
         if 1.05 * needed > free:
             raise CannotRun(
-                f"the graph's activations and those of the largest eager row need "
+                f"the activations of the graph and of the largest eager row need "
                 f"{needed / 2**30:.0f} GiB; {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free"
             )
         return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -158,12 +158,12 @@ def lora_config(family: str, r: int, dropout: float = 0.0) -> peft.LoraConfig:
     )
 
 
-# --- models over one set of weights ------------------------------------------------------------------------
+# --- models on one set of weights --------------------------------------------------------------------------
 
 
 @dataclass
 class Models:
-    """The models of all methods, over the same weights.
+    """The models of all methods, which share one set of weights.
 
     Attributes:
         stock: model with PEFT's LoRA layers.
@@ -188,7 +188,7 @@ class Models:
     over_liger: dict[str, Any] = field(default_factory=dict)
 
     def with_offset(self, offset: int) -> Any:
-        """Return another FLARE model over the same weights, with the given source_layer_offset."""
+        """Return another FLARE model that shares the weights and has the given source_layer_offset."""
         return flare.fast_lora(same_weights(self.stock), fusion=FUSION, source_layer_offset=offset)
 
     @classmethod
@@ -294,7 +294,7 @@ class Models:
         return base.get_encoder() if self.family == "mt5" else base
 
     def eager_loss(self, model: Any, batch: Batch, states: list[Tensor]) -> Tensor:
-        """Return the loss of FLARE over PEFT's own layers. Block i fuses with states[i]."""
+        """Return the loss of FLARE on PEFT's own layers. Block i fuses with states[i]."""
         with _fusing(model, states, _TARGETS[self.family]):
             return model(**batch.target).loss
 
@@ -363,7 +363,7 @@ def gradients(models: Models, loss: Tensor) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, such as those of other libraries about deprecated calls."""
+    """Suppress warnings, for example warnings of other libraries about deprecated calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -186,7 +186,7 @@ def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
         side.set_minor_formatter(lambda value, _: "")
     axis.set_xlabel("FLOP per byte that must move")
     axis.set_ylabel("GFLOP/s")
-    axis.set_title("Each kernel under the device's ceilings")
+    axis.set_title("Speed of each kernel, and the limits of the device")
     axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path, caption(run, [*(r["conditions"] for r in timed), run["ceilings"]["conditions"]]))
     plt.close(figure)

@@ -19,7 +19,7 @@ logits             10 per token and vocabulary entry: 2 in bfloat16, 4 for a flo
 
 Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 bytes per
 trained weight), and mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, no
-dropout, and weights and norms in bfloat16, the same formula gives 5.7 GiB. The measured peak on an H200 was 5.8 GiB
+dropout, and weights and norms in bfloat16, these formulas give 5.7 GiB. The measured peak on an H200 was 5.8 GiB
 (benchmarks/results/nvidia-h200).
 """
 
@@ -58,7 +58,7 @@ class Need:
     row: float
 
     def total(self, rows: int, shards: int = 1) -> float:
-        """Return the bytes for a batch of ``rows``, with the base sharded over ``shards`` processes.
+        """Return the bytes for a batch of ``rows``, if the base is sharded across ``shards`` processes.
 
         The temporary memory for gathering the largest sharded unit is not counted.
         """

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Run tests and benchmarks on a GPU machine:
 #
-#   benchmarks/run_gpu.sh            compile, test, measure every number of summary.json, and tune; under 10 minutes
-#   benchmarks/run_gpu.sh tune       time every candidate launch, for flare_kernels/tables; under 9 minutes
-#   benchmarks/run_gpu.sh sweep N    run part N of the whole grid (python benchmarks/sweep.py lists them); under 9 minutes
+#   benchmarks/run_gpu.sh            compile, test, measure every number of summary.json, and tune (under 10 minutes)
+#   benchmarks/run_gpu.sh tune       time every candidate launch, for flare_kernels/tables (under 9 minutes)
+#   benchmarks/run_gpu.sh sweep N    run part N of the whole grid, which sweep.py splits into parts (under 9 minutes)
 #
-# Results go to benchmarks/results/<gpu>, or to the folder $OUT. If $OUT is set, the first
-# form (without an argument) writes only results.tar.gz there, and updates it after each step and every 15 seconds. Each step has a time limit; measurements made before the limit are
-# kept. A sweep skips cases that have results of the same source files in one of the two folders.
+# Results go to benchmarks/results/<gpu>, or to the folder $OUT if it is set. Without an argument, the script writes
+# only results.tar.gz to $OUT, and updates this file after each step and every 15 seconds. Each step has a time limit,
+# and measurements made before the limit are kept. A sweep skips cases that have results of the same source files in
+# benchmarks/results/<gpu> or in $OUT.
 # The script installs nothing. It uses python3 (or $PYTHON) and the installed packages. Without git, set the commit with
-# FLARE_COMMIT. FLARE_BENCH_SECONDS limits the time of the whole first form (default 570). FLARE_BENCH_DRY=1 runs the same steps
-# with tiny sizes and without limits, also on a CPU.
+# FLARE_COMMIT. FLARE_BENCH_SECONDS limits the time of a run without an argument (default 570). FLARE_BENCH_DRY=1 runs
+# the steps with tiny sizes and without limits, also on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

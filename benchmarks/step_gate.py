@@ -35,7 +35,7 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def models_of(shape: StepShape, depth: int, device: torch.device) -> Models:
-    """Return the models of a shape's methods at a depth, over one set of random weights made on the device."""
+    """Return the models of a shape's methods, with ``depth`` blocks and one set of random weights on the device."""
     dtype = dtype_of(device)
     base = base_model(shape.model, depth, 2 * shape.m, device, dtype, shape.precision)
     base.config.use_cache = False  # as in training: no keys and values are stored for generation

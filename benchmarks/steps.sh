@@ -20,9 +20,9 @@ step() {
   fi
   echo "== $name (at most ${limit}s)" | tee -a "$LOG"
   shown=$(wc -l < "$LOG")
-  # At the limit, only the command gets an interrupt, so that pytest still prints its failures. Processes that the command
-  # leaves behind are killed with its process group. The output goes to the log and is printed afterwards, because a pipe
-  # would wait for these processes.
+  # At the limit, only the command gets an interrupt, so that pytest still prints its failures. Processes that the
+  # command leaves behind are killed with its process group. The output goes to the log and is printed afterwards,
+  # because a pipe would wait for these processes.
   set -m
   timeout --foreground --signal=INT --kill-after=15 "$limit" "$@" >> "$LOG" 2>&1 < /dev/null &
   pid=$!

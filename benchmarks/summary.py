@@ -65,7 +65,7 @@ def _row(rows: Rows, family: str, question: str, variant: str) -> Row:
 
 
 def _over(question: str, slow: str, fast: str) -> Callable[[Rows, str], float]:
-    """Return a function that divides the seconds of one row by those of another."""
+    """Return a function that divides the seconds of the row ``slow`` by the seconds of the row ``fast``."""
     return lambda rows, family: _seconds(rows, family, question, slow) / _seconds(rows, family, question, fast)
 
 
@@ -226,7 +226,7 @@ KEYS = (
         _over("step", "flare-captured", "lora-captured"),
     ),
 )
-#: Further numbers, under the key "beside" of the summary.
+#: Further numbers. In the summary they are under the key "beside".
 OTHER_KEYS = (
     Key(
         "warm_step_vs_lora",

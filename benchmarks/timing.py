@@ -87,7 +87,7 @@ class Samples:
         return statistics.median(self.device_s)
 
     def over(self, other: Samples) -> float:
-        """Return the median over rounds of the ratio to another variant's device seconds in the same round."""
+        """Return the median ratio of device seconds to another variant's device seconds in the same round."""
         return statistics.median(a / b for a, b in zip(self.device_s, other.device_s, strict=True))
 
     def row(self) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 **English.** The grammar has about sixty words for guests, cooks, hotels, films and the like. A clause describes either
 an action ("my friend praised the old hotel") or a property ("the soup was really awful"). Its verb or adjective has a
-polarity, which is the label of the clause: negative, neutral or positive. 12 % of the clauses are negated, which swaps
-negative and positive ("the soup was not awful" is positive; a negated neutral clause stays neutral). 15 % of the
+polarity: negative, neutral or positive. The polarity is the label of the clause. 12 % of the clauses are negated, and
+then negative and positive are swapped ("the soup was not awful" is positive). A negated neutral clause stays neutral.
+15 % of the
 sentences contrast two clauses of different labels with "but", and the second clause determines the label of the
 sentence. Another 15 % join two clauses of the same label with "and".
 
@@ -89,7 +90,7 @@ class NounPhrase:
 
 @dataclass(frozen=True)
 class Clause:
-    """The meaning of a clause, from which both languages are generated.
+    """The meaning of a clause, from which the clause is generated in both languages.
 
     ``predicate`` is the verb of an action, or the adjective of a property. ``item`` is the object of an action, and
     None for a property.

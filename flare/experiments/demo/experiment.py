@@ -1,4 +1,4 @@
-"""The comparison of zero-shot, plain LoRA, input-level fusion and FLARE, all from the same fine-tuned base model.
+"""Compare zero-shot, plain LoRA, input-level fusion and FLARE, all from the same fine-tuned base model.
 
 Every method has the same rows, seeds, rank, learning rate, schedule, epochs, batch size, trained head, trainer and
 kernels. The methods differ in what they read. Zero-shot is the base model without an adapter. Zero-shot and plain
@@ -42,8 +42,8 @@ from .real_data import load_parallel
 __all__ = ["Experiment", "embedded_task", "measure_step", "quiet_libraries", "real_task"]
 
 METHODS = ("zero-shot", "lora", "input-fusion", "flare")
-WARM_UP = 0.1
-TIMER_WARM_UP = 3
+WARM_UP = 0.1  # share of the training steps
+TIMER_WARM_UP = 3  # first steps, which seconds_per_step leaves out
 EVAL_BATCH = 100
 # Seeds of the noise. They differ, so that training and test sources are damaged differently.
 _NOISE_TRAIN, _NOISE_TEST = 1_000, 2_000

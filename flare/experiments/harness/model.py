@@ -226,8 +226,8 @@ class FlareLM(HFLM):  # type: ignore[misc]
         if self.sources is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)  # type: ignore[no-any-return]
         rows = [
-            {"input_ids": self.tok_encode(one), "source_input_ids": self.tok_encode(one.source)}  # type: ignore[attr-defined]
-            for one in strings
+            {"input_ids": self.tok_encode(text), "source_input_ids": self.tok_encode(text.source)}  # type: ignore[attr-defined]
+            for text in strings
         ]
         limit = left_truncate_len or self.max_length
         self._warn_if_cut(rows, limit)

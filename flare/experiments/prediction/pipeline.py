@@ -110,16 +110,17 @@ class FlarePipeline:
         """
         single = isinstance(texts, str | dict)
         rows = [self._texts(one, f"text {n}") for n, one in enumerate(_listed([texts] if single else texts, "texts"))]
-        given: list[Texts | None] = [None] * len(rows)
+        given_sources: list[Texts | None] = [None] * len(rows)
         if source_texts is not None:
             listed = _listed([source_texts] if single else source_texts, "source_texts")
-            given = [None if s is None else self._texts(s, f"source text {n}") for n, s in enumerate(listed)]
-        if len(given) != len(rows):
+            given_sources = [None if s is None else self._texts(s, f"source text {n}") for n, s in enumerate(listed)]
+        if len(given_sources) != len(rows):
             raise ValueError(
-                f"{len(given)} source texts were given for {len(rows)} texts; pass None for a missing source text"
+                f"{len(given_sources)} source texts were given for {len(rows)} texts; pass None for a missing "
+                "source text"
             )
         with self._lock:
-            sources, translated = self.sources(rows, given)
+            sources, translated = self.sources(rows, given_sources)
             predictions = self._predict(self.pairs(rows, sources))
         for index in translated:
             source = list((sources[index] or {}).values())

@@ -141,10 +141,10 @@ def describe_source(trained: TrainedAdapter, settings: PipelineSettings, given: 
     if settings.translator is None:
         trained_with = _translator_of(record.data)
         raise UserError(
-            f"{missing} of {total} texts have no source, and this adapter ({record.method}) was trained with one: give "
-            f"texts in {record.source_language} (--source-input or columns source_<column>; in Python source_texts), "
-            f"translate them (--translator{f' {trained_with}' if trained_with else ''}), or predict without a source "
-            "(--no-source)"
+            f"{missing} of {total} texts have no source, and this adapter ({record.method}) was trained with source "
+            f"texts: give texts in {record.source_language} (--source-input or columns source_<column>; in Python "
+            f"source_texts), translate them (--translator{f' {trained_with}' if trained_with else ''}), or predict "
+            "without a source (--no-source)"
         )
     first = f"{where} for {given} of {total} texts, " if given else ""
     return f"source: {first}translated with {settings.translator} for {missing} of {total}{trained_on}"
