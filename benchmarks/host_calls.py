@@ -148,7 +148,7 @@ def watching_host() -> Iterator[HostCalls]:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """Counts of a step, divided by the number of blocks. Two blocks of an encoder-decoder count as one.
+    """Counts of a step, divided by the number of blocks. An encoder block and a decoder block count as one block.
 
     Attributes:
         calls: Python and C calls.

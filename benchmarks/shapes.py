@@ -4,8 +4,8 @@ A case is one shape of one question, for example the cost of a training step. A 
 has: ``question``, the name of its question; ``case``, the name of its case; ``headline``, whether the summary and the
 figures use the case; and ``estimate_s``, the estimated seconds of the case on a data-centre GPU. There are three grids:
 ``tiny`` (default on a CPU: small models of the same proportions), ``main`` (default on a GPU: everything that
-`summary.json` needs, and a few more sizes) and ``full`` (everything). Letters: d width, M tokens, B rows, m tokens per
-row, r rank, L blocks.
+`summary.json` needs, and a few more sizes) and ``full`` (everything). The letters are: d width, M
+tokens, B rows, m tokens per row, r rank, L blocks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ PRECISIONS = ("plain", "nf4")  # frozen weights in the dtype of the row, or in b
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a transformer. ``inner`` is the width of the feed-forward layer. ``stand_in`` marks a small
-    model with made-up sizes."""
+    """Sizes of a transformer.
+
+    ``inner`` is the width of the feed-forward layer. ``stand_in`` tells whether it is a small, made-up model that
+    stands in for a published model.
+    """
 
     name: str
     family: str

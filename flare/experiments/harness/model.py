@@ -1,6 +1,6 @@
-"""FlareLM extends HFLM, the transformers model class of lm-evaluation-harness, for adapters that fuse two texts.
+"""FlareLM extends HFLM (lm-evaluation-harness's class for transformers models) for adapters that fuse two texts.
 
-Such an adapter reads the source text (the same text in English, for example) next to the prompt of a request.
+Such an adapter reads the prompt of a request and a source prompt, which is the prompt in English, for example.
 """
 
 from __future__ import annotations

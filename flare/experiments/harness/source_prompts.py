@@ -1,6 +1,6 @@
 """Build the source prompt of an lm_eval request: its prompt, with the document's texts in the source language.
 
-lm_eval makes the requests of a task from documents (rows of the data set), by a prompt template.
+lm_eval makes the requests of a task from documents (rows of the data set), with a prompt template.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SourcePrompts:
         columns: names of the columns whose texts are replaced. None: all columns with texts that both the document and
             its source have.
         template: Jinja template of the source prompt, or a file with one. Its variables are the document's columns,
-            with the source texts in place of the document's.
+            with the source texts in place of the document's texts.
         id_column: name of the column with the ids, in the documents and in the file.
 
     Raises:

@@ -60,7 +60,7 @@ class TrainedAdapter:
 
 
 def load_trained(settings: PipelineSettings) -> TrainedAdapter:
-    """Load the adapter that the settings name.
+    """Load the adapter and its base model, which the settings name.
 
     Raises:
         UserError: the folder holds no adapter, its run is not finished, information about the adapter is missing, or
@@ -76,7 +76,7 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
         setup = prepare(with_run_settings(evaluate, record), task, base)
     except UserError as error:
         raise UserError(
-            f"{error} (--base names the base model of {folder})" if settings.base is None else error
+            f"{error} (with --base, name the base model of {folder})" if settings.base is None else error
         ) from error
     setup = for_method(record.method, setup)
     if isinstance(setup.form, JoinedForm) and record.settings.get("prompt") not in (None, setup.form.prompt):

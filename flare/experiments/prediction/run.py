@@ -113,9 +113,9 @@ def _predict(
 def _rows(
     data: Input, sources: list[Texts | None], with_text: list[int], done: list[dict[str, Any]], first: int, until: int
 ) -> list[dict[str, Any]]:
-    """Return output rows `first` to `until` - 1:
+    """Return the rows `first` to `until` - 1 of the output.
 
-    the columns of the input, the source that was read and the prediction.
+    A row has the columns of the input, the source text that was read, and the prediction.
     """
     predictions = dict(zip(with_text, done, strict=False))
     rows = []

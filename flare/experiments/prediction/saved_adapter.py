@@ -13,7 +13,7 @@ from ..utils.errors import UserError, library_errors
 from .predict_settings import PipelineSettings
 
 CONFIG_FILE = "adapter_config.json"
-# From PEFT's task_type to the default task and the kind of model. A task of None must be named by the user.
+# From PEFT's task_type to the default task and the kind of model. None: the user must name the task.
 _TASKS = {
     "SEQ_CLS": ("classification", "encoder"),
     "QUESTION_ANS": ("qa", "encoder"),
@@ -40,12 +40,12 @@ def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list
     name = settings.task or default_task
     if name is None:
         raise UserError(
-            f"--adapter {folder}: its folder does not say which task it was trained on; name the task with --task (and "
-            "its prompt with --prompt, if that is not the task's prompt)"
+            f"--adapter {folder}: the folder does not say which task the adapter was trained on; name the task with "
+            "--task (and the prompt with --prompt, if the adapter was trained with another prompt than the task's)"
         )
     base = settings.base or config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"--adapter {folder}: its folder does not name its base model; name that model with --base")
+        raise UserError(f"--adapter {folder}: the folder does not name the base model; name it with --base")
     task = get_task(name, text_columns=settings.text_columns, labels=settings.labels, max_length=settings.max_length)
     labels = task.labels
     if task.kind == "classification" and labels is None:
@@ -54,7 +54,7 @@ def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list
             size = _head_size(folder)
             count = f" {size}" if size else ""
             raise UserError(
-                f"--adapter {folder}: its folder does not name its{count} labels; give them with --labels, in the "
+                f"--adapter {folder}: the folder does not name its{count} labels; give them with --labels, in the "
                 "order of their indices (or name a task with known labels by --task)"
             )
     if method == "flare-mt" and settings.mt_model is None:

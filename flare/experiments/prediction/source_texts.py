@@ -151,7 +151,7 @@ def describe_source(trained: TrainedAdapter, settings: PipelineSettings, given: 
 
 
 def by_column(task: Task, texts: Any, what: str) -> Texts:
-    """Return the texts of one row by the task's columns.
+    """Return a dict from the task's text columns to the texts of one row.
 
     Args:
         task: the task.
