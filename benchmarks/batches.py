@@ -1,7 +1,8 @@
-"""Batches of source and target texts, in the forms that the methods take.
+"""Make batches of source and target texts, in the forms that the benchmarked methods take.
 
-Full rows have no mask. Padded rows have lengths from a quarter of m to m, padding on the right (three eighths of all
-positions) and both masks. The source of a row is about as long as its target.
+A full row has m tokens and no attention mask. A padded row has between m / 4 and m tokens and padding on the right.
+Three eighths of all positions in a padded batch are padding, and source and target each have an attention mask. The
+source of a row is about as long as its target.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from shapes import StepShape
 from torch import Tensor
 
 _PREFIX = "source_"
-#: Pad token of the families where it is not 0.
+#: Id of the pad token of the model families in which this id is not 0.
 _PAD = {"xlmr": 1}
 IGNORED = -100
 
@@ -24,26 +25,28 @@ class Batch:
     """Source and target texts of B rows.
 
     Attributes:
-        pair: arguments of this package's models, the source's with the prefix ``source_``.
+        pair: arguments with which this package's models are called. The names of the source's arguments begin with
+            ``source_``.
     """
 
     pair: dict[str, Tensor]
 
     @cached_property
     def target(self) -> dict[str, Tensor]:
-        """Return the target's arguments."""
+        """Return the arguments of a model that reads only the target."""
         return {name: value for name, value in self.pair.items() if not name.startswith(_PREFIX)}
 
     @cached_property
     def source(self) -> dict[str, Tensor]:
-        """Return the source's arguments, without the prefix."""
+        """Return the arguments of a model that reads only the source; their names have no prefix."""
         return {name.removeprefix(_PREFIX): v for name, v in self.pair.items() if name.startswith(_PREFIX)}
 
     @cached_property
     def joined(self) -> dict[str, Tensor]:
         """Return source and target concatenated to one text, with padding at its end.
 
-        The labels of a causal model are the target's. Full rows have 2m tokens; padded rows are as long as the longest.
+        For a causal model, the labels of the source's positions are -100. Full rows have 2m tokens. Padded rows have as
+        many positions as the longest row has tokens.
         """
         source, target = self.source, self.target
         text = {"input_ids": torch.cat([source["input_ids"], target["input_ids"]], dim=1)}
@@ -66,7 +69,8 @@ class Batch:
 def batch_of(shape: StepShape, device: torch.device) -> Batch:
     """Return a batch of random texts.
 
-    The labels are a class per row (XLM-R), m / 4 decoder tokens (mT5) or the text itself with -100 at padding (others).
+    The labels are one class per row (XLM-R), m / 4 decoder tokens per row (mT5), or the tokens of the target with -100
+    at padding (all other models).
     """
     size, family, vocabulary = (shape.B, shape.m), shape.model.family, shape.model.vocabulary
     pair = {name: torch.randint(5, vocabulary, size, device=device) for name in ("input_ids", "source_input_ids")}

@@ -1,8 +1,11 @@
-"""Memory traffic in bytes: the least that each step of a call must move, and what a form of a step moves.
+"""Compute memory traffic in bytes: the least that each step of an adapter must move, and what a form of a step moves.
 
-bf16, deterministic; dA, dB and partial sums are float32. ``step_bytes`` is computed from a shape: every input of a step
-is read once and every output written once, without the frozen products. ``moved`` sums over the launches of a form.
-Sizes: G_i, y_i (M, n_i), N the sum of the n_i; T, S, dT, dS (M, R), R the projections times r; A (R, d); B_i (n_i, r).
+The steps are the primitives shrink, expand, grad_bottleneck, grad_weight and grad_input. A form is one way to launch a
+step. ``step_bytes`` is computed from a shape: every input of a step is read once and every output is written once. The
+frozen products are not counted. ``moved`` adds up what the launches of a form read and write. The numbers hold for bf16
+and deterministic kernels; dA, dB and partial sums are float32.
+Sizes: G_i and y_i are (M, n_i), and N is the sum of the n_i; T, S, dT and dS are (M, R), and R is r times the number of
+projections; A is (R, d); B_i is (n_i, r).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from flare_kernels.launch_mode import forcing, recording
 if TYPE_CHECKING:
     from flare_kernels.tuning import Problem
 
-#: As in flare_kernels/order.py.
+#: Orders in which frozen products and adapters run, as in flare_kernels/order.py.
 ORDERS = ("frozen_first", "adapter_first")
 _BYTES, _SUM_BYTES = 2, 4
 _SHARED_BYTES = 227 * 1024
@@ -33,8 +36,10 @@ def step_bytes(
     """Return the bytes of each step by name.
 
     Args:
-        order: "frozen_first": y and dx are read and written. "adapter_first": y and dx are written, and bias is read.
-        accumulate_dx: whether dx is added to an existing dx. Default: as the order implies.
+        shape: sizes of the projections.
+        order: "frozen_first": the adapters read and write y and dx. "adapter_first": the adapters only write y and dx,
+            and they read the bias.
+        accumulate_dx: whether dx is added to an existing dx. None: it is added if the frozen products run first.
 
     Raises:
         ValueError: unknown order.
@@ -56,31 +61,34 @@ def step_bytes(
 
 
 def adapter_bytes(shape: ProjectionShape, *, accumulate_dx: bool) -> int:
-    """Return the bytes of all steps when frozen outputs exist; ``accumulate_dx``: dx is added to the frozen dx."""
+    """Return the bytes of all steps together, if the frozen products ran first.
+
+    ``accumulate_dx`` tells whether the adapters add their dx to the dx of the frozen products.
+    """
     return sum(step_bytes(shape, accumulate_dx=accumulate_dx).values())
 
 
 def moved_reads(shape: ProjectionShape) -> dict[str, int]:
-    """Return the additional reads of the frozen products when the adapters run first: buffer -> bytes.
+    """Return, for each buffer, the bytes that the frozen products read additionally if the adapters run first.
 
-    The products of q and v then read the y that they add to, and every product of dx adds to dx. With the frozen
-    products first, the first product of dx only writes.
+    The products of q and v then read the y that they add to, and every product of dx adds to dx. If the frozen products
+    run first, the first product of dx only writes.
     """
     M, model = shape.M, shape.model
     return {"y of q": _BYTES * M * model.n_q, "y of v": _BYTES * M * model.n_v, "dx": _BYTES * M * model.d}
 
 
 def least_reading_once(shape: ProjectionShape, programs: int) -> int:
-    """Return the least bytes of a grad_bottleneck whose programs compute both products from one read of G.
+    """Return the least bytes of a grad_bottleneck that computes both products (dH and dB) from one read of G.
 
     Program (i, j) of ``row_groups`` x ``column_groups`` owns the rows of group i and the columns of group j. Its dH is
     one of ``column_groups`` partial sums and its dB one of ``row_groups``. Each partial sum is written and read once; a
-    single group needs none. The result is the minimum over all such grids.
+    single group needs no partial sums. The result is the minimum over all such grids.
     """
     M, N, count, r = shape.M, sum(shape.widths), len(shape.widths), shape.r
 
     def partials(row_groups: int, column_groups: int) -> int:
-        # dH of one projection per group of its columns; each group lies within one projection
+        # a group of columns lies within one projection, and gives a partial sum of dH of that projection
         dH = column_groups * M * r if column_groups > count else 0
         dB = row_groups * N * r if row_groups > 1 else 0
         return 2 * _SUM_BYTES * (dH + dB)
@@ -92,13 +100,14 @@ def least_reading_once(shape: ProjectionShape, programs: int) -> int:
 # --- forms ------------------------------------------------------------------------------------------------------------
 
 
-#: Tensors that the row programs and the strip programs of grad_bottleneck read and write.
+#: Tensors that the two kinds of programs of grad_bottleneck read and write: row programs compute dT and dS, strip
+#: programs compute dB.
 _ROWS = {"G_0", "G_1", "G_2", "T", "S", "B_0", "B_1", "B_2", "dT", "dS"}
 _STRIPS = {"G_0", "G_1", "G_2", "T", "S", "out"}
 
 
 def launches(problem: Problem, form: str, **tiles: Any) -> list[Any]:
-    """Return the launches of a step in a form. Tiles default to the general rule's choice for a large GPU."""
+    """Return the launches of a step in one form. Tiles that are not given follow the general rule for a large GPU."""
     from flare_kernels.triton_ops.primitives import tuned
 
     inputs = problem.make(torch.device("cpu"), real=False)

@@ -1,4 +1,8 @@
-"""A case is one shape of one question. Its variants are checked for correctness, counted, and timed in turn."""
+"""Measure a case: check its variants for correctness, count their costs, and time them in turn.
+
+A question is what a benchmark asks, for example the cost of a training step. A case is one question at one shape (a
+model and sizes). A variant is one way to compute the case, for example a method. Its results are one row of a table.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,10 @@ class Variant:
     """One way to compute a case.
 
     Attributes:
-        call: runs it once.
-        check: raises if its results are wrong. Called before counting and timing.
-        count: returns bytes, launches and FLOPs of one call.
-        facts: other entries of its row.
+        call: computes the case once.
+        check: raises an error if the results are wrong. It is called before counting and timing.
+        count: returns bytes, launches and FLOPs of one call, by name.
+        facts: further entries of the variant's row.
     """
 
     call: Callable[[], object]
@@ -32,24 +36,28 @@ class Variant:
 
 
 class CannotRun(Exception):
-    """Raised by a variant's check if the variant cannot run here. The other variants are set up by then."""
+    """Raised by a variant's check if the variant cannot run on this machine.
+
+    It is for reasons that are known only after the other variants have been set up, such as memory. Other reasons are
+    known when the variants are built (see `Variants`).
+    """
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A variant that cannot run here: the reason, and the counters that are known without running it."""
+    """A variant that cannot run on this machine: the reason, and the counters that are known without running it."""
 
     reason: str
     counters: dict[str, Any]
 
 
-#: Variants by name; a string is the reason why a variant cannot run here.
+#: Variants by name. A string in place of a variant is the reason why it cannot run on this machine.
 Variants = Mapping[str, Variant | Skipped | str]
 
 
 @dataclass
 class Measured:
-    """Result of a case: a row per variant, and the samples of the timed ones."""
+    """Result of a case: a row for every variant, and the samples of the variants that were timed."""
 
     case: str
     rows: dict[str, dict[str, Any]]
@@ -100,9 +108,11 @@ def measure(
             if "target_tokens" in rows[name]:
                 rows[name]["tokens_per_s"] = rows[name]["target_tokens"] / variant_samples.median
     times.append(time.perf_counter())
-    took = dict(zip(("build", "gate_and_count", "time"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+    durations = dict(
+        zip(("build", "gate_and_count", "time"), (b - a for a, b in itertools.pairwise(times)), strict=True)
+    )
     for row in rows.values():
-        row["case_took_s"] = took
+        row["case_took_s"] = durations
     return Measured(shape.case, rows, samples)
 
 

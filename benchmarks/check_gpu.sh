@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Run a few calls of every kernel (tests/kernels/odd_calls.py: odd sizes, dropout, decoding) under tools that find errors
-# which a comparison of results does not show. For a GPU machine; takes under 10 minutes.
+# Run a few calls of every kernel (tests/kernels/odd_calls.py: odd sizes, dropout, decoding) under tools. The tools find
+# errors that a comparison of results does not show. The script needs a GPU and takes less than 10 minutes.
 #
-#   calls       the calls without a tool, compared with plain PyTorch; also compiles the kernels for the next two
-#   memcheck    compute-sanitizer: accesses outside an allocation (each tensor is a separate allocation)
-#   racecheck   compute-sanitizer: races on shared memory
-#   fpsan       Triton 3.8 and later: fused and naive kernels are bitwise equal (tests/kernels/exact.py)
+#   calls       run the calls without a tool and compare them with plain PyTorch; this compiles the kernels for memcheck
+#               and racecheck
+#   memcheck    compute-sanitizer finds accesses outside an allocation (each tensor is a separate allocation)
+#   racecheck   compute-sanitizer finds races on shared memory
+#   fpsan       the sanitizer of Triton 3.8 and later checks that fused and naive kernels are bitwise equal
+#               (tests/kernels/exact.py)
 #
 # The log and the tools' reports go to benchmarks/results/<gpu>/checks, or to results.tar.gz in $OUT. Tools that are not
 # installed are listed as skipped. FLARE_BENCH_DRY=1 runs the same steps on a CPU, in Triton's interpreter.

@@ -1,7 +1,8 @@
 """Fixtures and options of all benchmarks: which cases run, how a case is measured, and where its rows are written.
 
-A case (one shape of one question) has several variants, and each variant is a test. The first test of a case measures
-all variants in turn: build, check, count, time. The other tests report their row. `--results FILE` saves the rows.
+A case is one question (such as the cost of a training step) at one shape. It has several variants (ways to compute it),
+and each variant is a test. The first test of a case builds, checks, counts and times all variants. The other tests only
+report the row (the results) of their variant. `--results FILE` saves the rows.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Set the timer of every test; deselect cases outside the part, and skip cases that have results."""
+    """Set the timer of every test. With --part, deselect the cases of other parts and skip cases that have results."""
     part = config.getoption("--part")
     part_cases = None if part is None else sweep.cases_of(part)
     finished = set() if part is None else results.finished_cases(sweep.result_folders())
@@ -56,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if case is not None and part_cases is not None and case.case not in part_cases:
             continue
         if case is not None and case.case in finished:
-            item.add_marker(pytest.mark.skip(reason="a result of these sources exists"))
+            item.add_marker(pytest.mark.skip(reason="this case has results that were measured with the same sources"))
         selected.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected
@@ -75,7 +76,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def ceilings() -> timing.Ceilings:
-    """Return copy bandwidth and matrix-product rate of the device, measured once per run."""
+    """Return the copy bandwidth and the matrix-product rate of the device, which are measured once per run."""
     global _ceilings
     if _ceilings is None:
         _ceilings = timing.ceilings(DEVICE)
@@ -108,7 +109,7 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
                 torch.cuda.empty_cache()
             try:
                 _last = measure(shape, build, conditions, queue_ahead, how, DEVICE)
-            except Exception as error:  # the case could not be built: its other variants report the same
+            except Exception as error:  # the case could not be built, and every variant reports this error
                 _last = failed(shape, variant, conditions, error)
             gc.collect()
             _recorder.add(_last.rows.values())
@@ -128,7 +129,7 @@ def compare(benchmark: Any, ceilings: timing.Ceilings) -> Callable[..., None]:
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the calls on the host, then what each method costs."""
+    """Print the work of the host in a step, then what each method costs."""
     host = [row for row in _recorder.cases if row["question"] == "host"]
     if host:
         terminalreporter.section("host time")

@@ -1,6 +1,8 @@
-"""Tables of what each method costs: one per case, with full names, and a sentence that compares FLARE.
+"""Make tables of what each method costs.
 
-`pytest benchmarks/` prints them, and table.md begins with them. They are Markdown with aligned columns.
+Every case (a question at one shape, see cases.py) has one table with a description of each method. A sentence below it
+compares FLARE with input-level fusion. `pytest benchmarks/` prints the tables, and table.md begins with them. They are
+Markdown with aligned columns.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ Column = tuple[str, Callable[[Row], str]]
 _FAILED = ("failed", "wrong")
 _MIB = 2**20
 
-#: Description of each row for readers who do not know the code. The part before a parenthesis is its label.
+#: From the name of a variant to a description for readers who do not know the code. The part before a parenthesis is
+#: the short label in figures.
 NAMES = {
     "frozen": "frozen model (no adapter)",
     "no-adapters": "frozen model (no adapter)",
@@ -29,9 +32,9 @@ NAMES = {
     "flare-recompute": "FLARE, source states recomputed",
     "flare-warm": "FLARE with cached source states",
     "flare-offset0": "FLARE, source states a block earlier",
-    "flare-shared": "the same, both texts in one pass",
+    "flare-shared": "FLARE, both texts in one pass",
 }
-#: The same for the q and v projections of one block.
+#: Descriptions of the variants of the question "projection": the q and v projections of one block with FLARE adapters.
 PROJECTIONS = {
     "frozen": "frozen products alone",
     "peft-bf16": "on PEFT's layers, bf16 adapters",
@@ -42,18 +45,18 @@ PROJECTIONS = {
     "addmm-joint": "plain PyTorch (addmm), q and v together",
     "flare-separate": "this package, each projection alone",
     "flare-joint": "this package, q and v together",
-    "flare-frozen-first": "the same, frozen products first",
-    "flare-adapter-first": "the same, adapters first",
-    "flare-joint-dropout": "the same, dropout 0.1",
-    "flare-joint-fp32-autocast": "the same, float32 adapters, autocast",
-    "flare-adapter-only": "the same, adapters without the frozen products",
+    "flare-frozen-first": "this package, frozen products first",
+    "flare-adapter-first": "this package, adapters first",
+    "flare-joint-dropout": "this package, dropout 0.1",
+    "flare-joint-fp32-autocast": "this package, float32 adapters, autocast",
+    "flare-adapter-only": "this package, adapters without the frozen products",
 }
-#: Suffixes of row names, and what each adds to the description.
+#: From a suffix of a variant's name to what the suffix adds to the description.
 _ENDINGS = {"-captured": "as a CUDA graph", "-compiled": "under torch.compile", "-liger": "over Liger's kernels"}
 
 
 def name_of(row: Row) -> str:
-    """Return the description of a row; its name if it has no description."""
+    """Return the description of a row's variant, or the variant's name if it has no description."""
     variant: str = row["variant"]
     if row["question"] == "projection":
         return PROJECTIONS.get(variant, variant)
@@ -70,7 +73,8 @@ def label(variant: str) -> str:
     return NAMES.get(variant, variant).partition(" (")[0]
 
 
-#: Questions that compare methods a user chooses from. The most important ones come last: they stay on the screen.
+#: Title and explanation of the questions that compare methods of which a user chooses one. The most important questions
+#: are printed last, so that they stay on the screen.
 _COSTS = {
     "projection": (
         "The query and value projections of one block with FLARE adapters",
@@ -95,7 +99,7 @@ _ON_A_CPU = (
 
 
 def costs(rows: list[Row]) -> str:
-    """Return the tables as Markdown; an empty string if no row belongs to them."""
+    """Return the tables as Markdown, or an empty string if no row belongs in them."""
     parts = []
     for question, (title, text) in _COSTS.items():
         question_rows = [row for row in rows if row["question"] == question]
@@ -119,7 +123,7 @@ def _wrapped(text: str) -> str:
 
 
 def _of_case(rows: list[Row]) -> list[str]:
-    """Return title, table, failures and comparison of one case; an empty list if all its rows were skipped."""
+    """Return title, table, failures and comparison of one case, or an empty list if all its rows were skipped."""
     timed = [row for row in rows if row["status"] == "timed"]
     failed = [f"- {name_of(row)}: {row['status']}, {row['reason']}" for row in rows if row["status"] in _FAILED]
     if not timed and not failed:
@@ -134,7 +138,7 @@ def _of_case(rows: list[Row]) -> list[str]:
 
 
 def _not_run(rows: list[Row]) -> list[str]:
-    """Return the list of rows that could not run here, with one line per reason."""
+    """Return a list of the rows that could not run on this machine, with one line per reason."""
     skipped = [row for row in rows if row["status"] == "skipped"]
     names_by_reason: dict[str, list[str]] = {}
     for row in skipped:

@@ -1,14 +1,16 @@
-"""Training steps captured by `flare.GraphedStep` or compiled by torch.compile (GPU only).
+"""Run training steps that are captured by `flare.GraphedStep` or compiled by torch.compile (GPU only).
+
+A row is one method in the tables of results. Each row of this file computes the same as an eager row of models.py:
 
 =====================  ===============================================================================================
 flare-captured         the row flare as a CUDA graph
-lora-captured          the row lora
-flare-warm-captured    the row flare-warm: cached rows are copied into the graph's buffers before each replay
-peft-lora-captured     PEFT's LoRA
-input-fusion-captured  the row input-fusion
-peft-compiled          PEFT's LoRA, mode="default"
-lora-compiled          the row lora, mode="default"
-flare-compiled         the row flare, mode="default"
+lora-captured          the row lora as a CUDA graph
+flare-warm-captured    the row flare-warm as a CUDA graph: cached states are copied into its buffers before each replay
+peft-lora-captured     the row peft-lora as a CUDA graph
+input-fusion-captured  the row input-fusion as a CUDA graph
+peft-compiled          the row peft-lora under torch.compile (its mode "default")
+lora-compiled          the row lora under torch.compile
+flare-compiled         the row flare under torch.compile
 =====================  ===============================================================================================
 """
 
@@ -30,7 +32,8 @@ from torch import Tensor
 import flare
 from flare.experiments.measure import peak_bytes
 
-#: Row -> the row of models.METHODS that computes the same. Memory is given to the first rows first.
+#: From each captured row to the eager row of models.METHODS that computes the same. The rows are captured in this
+#: order, so if memory does not suffice for all graphs, the first rows get it.
 CAPTURED = {
     "flare-captured": "flare",
     "lora-captured": "lora",
@@ -38,17 +41,22 @@ CAPTURED = {
     "peft-lora-captured": "peft-lora",
     "input-fusion-captured": "input-fusion",
 }
+#: From each compiled row to the eager row that computes the same.
 COMPILED = {"peft-compiled": "peft-lora", "lora-compiled": "lora", "flare-compiled": "flare"}
-#: Captured rows of big models. Their steps are bound by the device: a graph saves little time and holds activations.
+#: Captured rows that are measured on big models. There the device limits the speed of a step, so a graph saves little
+#: time, and it holds activations.
 _OF_BIG_MODELS = ("flare-captured", "lora-captured")
-#: Captured rows of small models on padded texts.
+#: Captured rows that are measured on padded texts, on small models only.
 _PADDED = ("flare-captured", "lora-captured")
-#: Steps of one shape until its graph is replayed.
+#: Number of steps of one shape after which its graph is replayed.
 _UNTIL_REPLAY = 4
 
 
 def methods_of(shape: shapes.StepShape) -> tuple[str, ...]:
-    """Return this file's methods for a shape: compiled ones for a block; also captured ones for a whole step."""
+    """Return the methods of this file for a shape.
+
+    A block has compiled methods. A whole step has captured and compiled methods.
+    """
     big = shape.model.d > 1024
     if shape.padded:
         return () if big else _PADDED
@@ -62,15 +70,15 @@ def is_fast(method: str) -> bool:
 
 
 def eager_form(method: str) -> str:
-    """Return the row of models.METHODS that computes the same."""
+    """Return the eager row of models.METHODS that computes the same as a row of this file."""
     return CAPTURED.get(method) or COMPILED[method]
 
 
 def refusal(method: str, question: str, device: torch.device) -> str | None:
-    """Return why a method cannot run here; None if it can."""
+    """Return why a method cannot run on this machine, or None if it can."""
     if device.type != "cuda":
         return (
-            "CUDA graphs need a CUDA device" if method in CAPTURED else "compiled steps are compared on a CUDA device"
+            "CUDA graphs need a CUDA device" if method in CAPTURED else "compiled steps are timed on a CUDA device only"
         )
     if method in COMPILED and question == "step" and shapes.grid() != "full":
         return "compiling a whole model takes minutes: see the rows of one block, or set FLARE_BENCH_GRID=full"
@@ -81,8 +89,9 @@ class FastSteps:
     """The captured and compiled steps of one set of weights.
 
     Attributes:
-        eager_bytes: peak memory of each eager row's step above its start, set by the caller.
-        graph_bytes: bytes held by the graph of each captured step.
+        eager_bytes: for each eager row, the peak memory of its step minus the memory at the start of the step. The
+            caller sets it.
+        graph_bytes: for each captured row, the bytes that its graph holds.
     """
 
     def __init__(self, models: Models) -> None:
@@ -93,7 +102,10 @@ class FastSteps:
         self._compiled: dict[str, Any] = {}
 
     def gradients(self, method: str, batch: dict[str, Tensor]) -> None:
-        """Run forward and backward of a batch from :meth:`prepare`. Adds to .grad of the adapters."""
+        """Run forward and backward of a batch from :meth:`prepare`.
+
+        The gradients are added to .grad of the adapters.
+        """
         if method in COMPILED:
             if method not in self._compiled:
                 self._compiled[method] = torch.compile(self.models.model_of(COMPILED[method]))
@@ -109,7 +121,7 @@ class FastSteps:
             self._captured[method](batch)
 
     def prepare(self, method: str, batch: Batch) -> dict[str, Tensor]:
-        """Run a batch until its graph is replayed or its code is compiled, and clear the gradients.
+        """Run a batch until later steps replay its graph or run compiled code, and clear the gradients.
 
         Returns:
             The method's arguments, in pinned memory for a captured step.
@@ -130,10 +142,10 @@ class FastSteps:
         return inputs
 
     def _make_room(self, method: str) -> int:
-        """Empty the allocator's cache; return the reserved bytes beyond live tensors, which earlier graphs hold.
+        """Empty the allocator's cache, and return the reserved bytes that no live tensor uses (graphs hold them).
 
         Raises:
-            CannotRun: with the graph's activations, memory would not suffice for the largest eager row.
+            CannotRun: if the graph held its activations, memory would not suffice for the largest eager row.
         """
         torch.cuda.empty_cache()
         needed = self.eager_bytes.get(CAPTURED[method], 0) + max(self.eager_bytes.values(), default=0)
@@ -144,7 +156,7 @@ class FastSteps:
             free, total = torch.cuda.mem_get_info()
         if 1.05 * needed > free:
             raise CannotRun(
-                f"the graph's activations and those of the largest eager row need "
+                f"the activations of the graph and of the largest eager row need "
                 f"{needed / 2**30:.0f} GiB; {free / 2**30:.0f} of {total / 2**30:.0f} GiB are free"
             )
         return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -176,7 +188,7 @@ def variant(
     facts: dict[str, Any],
     restore: Callable[[], None],
 ) -> Variant:
-    """Return a method of this file as a variant.
+    """Return the variant of a captured or compiled method (see cases.py).
 
     Args:
         require: raises if the gradients of the adapters are wrong. Called after ``restore``.

@@ -1,4 +1,4 @@
-"""The comparison with the float64 oracle. A variant that fails it is not timed."""
+"""Compare results with a float64 oracle. A variant (one way to compute a case) whose results are wrong is not timed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def require_correct(
     Args:
         out: name -> result of the variant.
         truth: name -> result of the oracle, in float64.
-        plain: name -> result of plain PyTorch in the same dtype. The largest error may be twice that of plain PyTorch,
-            plus one machine epsilon of the largest value.
+        plain: name -> result of plain PyTorch in the same dtype. The largest error may be twice the largest error of
+            plain PyTorch, plus the machine epsilon times the largest value.
         dtype: dtype of the computation.
 
     Raises:
@@ -60,7 +60,7 @@ def require_correct(
             allowed = 2 * plain_worst + torch.finfo(dtype).eps * float(expected.abs().max())
             if not worst <= allowed:
                 raise WrongResult(
-                    f"{name}: largest error {worst:.3e} > {allowed:.3e} (twice plain PyTorch's, plus one epsilon)"
+                    f"{name}: largest error {worst:.3e} > {allowed:.3e} (twice plain PyTorch, plus one epsilon)"
                 )
 
 

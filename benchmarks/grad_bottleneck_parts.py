@@ -1,10 +1,12 @@
-"""What limits grad_bottleneck: time its row programs and its strip programs alone and together, over tiles and forms.
+"""Time the two kinds of programs of grad_bottleneck, alone and together, to find what limits the kernel.
 
     python benchmarks/grad_bottleneck_parts.py --output parts.json      # a CUDA device; --dry: the interpreter, small
 
-"rows" computes dT and dS, "strips" computes dB, "both" computes all. If Nsight Compute (ncu) is on PATH, the fastest
-case of each part also runs under it, for the L2 hit rate and the memory traffic. --output receives one JSON object with
-the run's conditions and one row per measurement; the file is complete after each measurement.
+The row programs ("rows") compute dT and dS, the strip programs ("strips") compute dB, and "both" computes all. Each
+part is timed with many tile sizes, and "both" also in two forms (ways to launch the programs). If Nsight Compute (ncu)
+is on PATH, the fastest case of each part also runs under it, for the L2 hit rate and the memory traffic. --output
+receives one JSON object with the run's conditions and one row per measurement; the file is complete after each
+measurement.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_sector_hit_rate.pct": "l2_h
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a part of the work, the form of the step, and the tiles of all its kernels."""
+    """One measurement: a part of the work (of `PARTS`), the form of the step, and the tile sizes of all its kernels."""
 
     shape: str
     part: str
@@ -56,13 +58,13 @@ class Case:
 
 
 def cases(shape: str) -> Iterator[Case]:
-    """Yield each part alone over tiles, and both together over tiles and forms."""
+    """Yield the cases of a shape: "rows" and "strips" with many tile sizes, "both" also in two forms."""
     grid = itertools.product((64, 128), (64, 128), (128, 256), (4, 8), (3, 4), (132, 264))
     for m, k, n, warps, stages, programs in grid:
         if k == 128 and (n == 256 or stages == 4):  # exceeds the shared memory of a thread block
             continue
         tiles = TileConfig(m, k, n, R, warps, stages, programs)
-        if n == 128 and programs == 132:  # neither affects the rows
+        if n == 128 and programs == 132:  # n and programs do not affect the row programs
             yield Case(shape, "rows", "triton", tiles)
         if m == 64:
             yield Case(shape, "strips", "triton", tiles)
@@ -88,7 +90,7 @@ def inputs(shape: str, tokens: int, device: torch.device) -> Callable[[], dict[s
 
 
 def run(part: str, t: dict[str, Any]) -> list[Tensor] | None:
-    """Compute a part of the gradients. Returns dB if it is part of them."""
+    """Compute a part of the gradients. Return dB, or None if the part does not include dB."""
     outs: dict[str, Any] = {} if part == "strips" else {"dT": t["dT"], "dS": t["dS"]}
     outs |= {} if part == "rows" else {"B_grad_dtype": torch.float32}
     call = {"scalings": [2.0] * len(t["Gs"]), "fusion": "add_relu"}

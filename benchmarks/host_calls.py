@@ -1,17 +1,17 @@
-"""Host work of a training step: Python and C calls per block, and the files of this project that run.
+"""Count the host work of a training step: Python and C calls per block, and the files of this project that run.
 
 On a CPU the caller enters `flare_kernels.testing.launches_left_out`. A step then makes the same calls as on a GPU, but
 launches no kernels, so its results are meaningless. The counts depend on the versions of Python, torch, transformers
 and PEFT, not on the machine. `sys.setprofile` sees calls of Python functions, and calls of C functions from Python.
-Attribute getters, operators and calls made from C are not counted.
+Attribute getters, operators and calls made from C are not counted. The variants of a step are:
 
 ===============  =====================================================================================================
 frozen           forward of the base model, without gradients
 peft             PEFT's LoRA
 lora             plain LoRA on this package's layers
-flare            source_memory="keep"
-flare-recompute  source_memory="recompute"
-flare-warm       "keep", with the states of all rows in a SourceStateCache in host memory
+flare            FLARE with source_memory="keep"
+flare-recompute  FLARE with source_memory="recompute"
+flare-warm       FLARE with source_memory="keep" and all source states in a SourceStateCache in host memory
 ===============  =====================================================================================================
 """
 
@@ -36,7 +36,8 @@ from torch import Tensor, nn
 import flare
 
 VARIANTS = ("frozen", "peft", "lora", "flare", "flare-recompute", "flare-warm")
-#: Depth of the shallow model, as a share of the depth. Its calls are subtracted, which cancels the calls per step.
+#: Depth of a second, shallower model, as a share of the depth. Its calls are subtracted, which cancels the calls that a
+#: step makes outside the blocks.
 _SHORT = 1 / 3
 _MEMORY = {"flare": "keep", "flare-recompute": "recompute", "flare-warm": "keep"}
 _WARMUP = 3
@@ -44,7 +45,7 @@ _WARMUP = 3
 
 @dataclass
 class HostStep:
-    """A step of one variant on one batch: forward and backward; for the frozen model only forward."""
+    """A step of one variant on one batch: forward and, if ``graded``, backward. The frozen model runs only forward."""
 
     model: Any
     batch: dict[str, Tensor]
@@ -62,7 +63,7 @@ class HostStep:
         self.model.zero_grad()
 
     def warm_up(self) -> HostStep:
-        """Run the step a few times, so that values computed once are cached. Returns itself."""
+        """Run the step a few times, so that values that are computed once are cached. Return the step itself."""
         for _ in range(_WARMUP):
             self.run()
             self.clear()
@@ -70,7 +71,7 @@ class HostStep:
 
 
 def steps_of(shape: HostShape, device: torch.device, variants: tuple[str, ...] = VARIANTS) -> dict[str, HostStep]:
-    """Return the step of each variant. All share one set of frozen weights; B is random."""
+    """Return the step of each variant. All variants share one set of frozen weights. B is random."""
     dtype = PRECISION if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     base = base_model(shape.model, shape.depth, 2 * shape.m, device, dtype).requires_grad_(False)
@@ -121,7 +122,7 @@ class HostCalls:
 
 @contextlib.contextmanager
 def watching_host() -> Iterator[HostCalls]:
-    """Count the calls of the current thread. On a CPU it also runs the backward pass."""
+    """Count the calls of the current thread. On a CPU, this thread also runs the backward pass."""
     seen = HostCalls()
     files: dict[str, None] = {}
 
@@ -147,7 +148,12 @@ def watching_host() -> Iterator[HostCalls]:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """Calls of a step and skipped kernels by name, per block; for an encoder-decoder per pair of blocks."""
+    """Counts of a step, divided by the number of blocks. An encoder block and a decoder block count as one block.
+
+    Attributes:
+        calls: Python and C calls.
+        kernels: skipped launches of each kernel, by the kernel's name.
+    """
 
     calls: float
     kernels: dict[str, float]
@@ -157,8 +163,10 @@ def per_block(variant: str, shape: HostShape, left_out: list[str], whole: HostSt
     """Return the difference between the counts at two depths, divided by the difference of the depths.
 
     Args:
-        left_out: the list that `launches_left_out` yields.
-        whole: the step of ``shape``, if the caller has it.
+        variant: one of `VARIANTS`.
+        shape: sizes of the step.
+        left_out: the list of skipped kernels that `launches_left_out` yields.
+        whole: the step of ``shape``, if the caller has built it already.
     """
     cpu = torch.device("cpu")
     depth = int(_SHORT * shape.depth)

@@ -1,8 +1,9 @@
-"""The methods over Liger's kernels, applied as transformers' ``use_liger_kernel`` does.
+"""Run methods of models.py on Liger's kernels, which are applied in the same way as by ``use_liger_kernel``.
 
 Liger replaces RMSNorm, the gated feed-forward layer, the rotary embedding, and the head with its loss, so that the full
-logits are never in memory. It replaces the rotary embedding for all models of a family. Its rows therefore install the
-replacement only during their calls, and the other rows keep transformers' function.
+logits are never in memory. It replaces the function of the rotary embedding for all models of a family. The methods on
+Liger's kernels therefore install the replacement only during their calls, so that the other methods keep transformers'
+function.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from unittest import mock
 
 import torch
 
-#: Row -> the row of models.METHODS that computes the same.
+#: From each row (method) on Liger's kernels to the row of models.METHODS that computes the same.
 ROWS = {
     "peft-lora-liger": "peft-lora",
     "lora-liger": "lora",
@@ -26,7 +27,7 @@ ROWS = {
 
 
 def refusal(device: torch.device) -> str | None:
-    """Return why the rows cannot run here; None if they can."""
+    """Return why these rows cannot run on this machine, or None if they can."""
     if device.type != "cuda":
         return "Liger's kernels need a CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:

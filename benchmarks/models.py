@@ -1,20 +1,21 @@
-"""Whole models with random weights, and the methods that train them on source and target texts.
+"""Build whole models with random weights, and run the methods that train them on source and target texts.
 
 All methods share one set of weights: copies of the stock PEFT model have separate modules and the same tensors, and get
-this package's layers. The methods can therefore be timed in turn, and the weights of a big model are in memory once.
+this package's layers. The methods can therefore be timed in turn, and the weights of a big model are in memory once. A
+method is one row in the tables of results:
 
 ===============  =====================================================================================================
 frozen           the frozen model: forward, and backward to its embeddings
 peft-lora        plain LoRA on PEFT's layers; no source
-lora             the same on this package's layers
+lora             plain LoRA on this package's layers; no source
 input-fusion     this package's layers on source and target concatenated to one text of 2m tokens
 authors          FLARE as its authors run it: PEFT's layers, eager attention, a source pass through the whole model
                  with its head and all hidden states, x_S = the input of each block
-eager-sdpa       the same with PyTorch's fused attention
+eager-sdpa       the row authors with PyTorch's fused attention
 flare            this package, source states kept on the device (source_memory="keep")
-flare-offload    the same with source_memory="offload": states are kept in host memory (CUDA only)
-flare-recompute  the same with source_memory="recompute": the source pass runs again in backward
-flare-warm       "keep", with every source row in a SourceStateCache on the device: no source pass
+flare-offload    the row flare with source_memory="offload": states are kept in host memory (CUDA only)
+flare-recompute  the row flare with source_memory="recompute": the source pass runs again in backward
+flare-warm       the row flare with all source states in a SourceStateCache on the device: no source pass
 ===============  =====================================================================================================
 """
 
@@ -41,14 +42,14 @@ from flare.tuner.routing import ModelMap
 from flare_kernels import reference
 
 FUSION = "add_relu"
-#: source_memory of this package's rows.
+#: source_memory of the rows that run this package's FLARE.
 MEMORY = {"flare": "keep", "flare-offload": "offload", "flare-recompute": "recompute", "flare-warm": "keep"}
 METHODS = ("frozen", "peft-lora", "lora", "input-fusion", "authors", "eager-sdpa", *MEMORY)
-#: Cost of a step in units of the frozen model's forward pass over m tokens; methods that are not listed: 3. Forward and
-#: backward of the target (no weight gradients) cost 2, each source pass 1. Input-level fusion costs 2 over 2m tokens,
-#: plus the quadratic part of attention.
+#: Cost of a step in units of the frozen model's forward pass over m tokens. Methods that are not listed cost 3 units:
+#: forward and backward of the target (no weight gradients) cost 2, and each source pass costs 1. Input-level fusion has
+#: 2m tokens, so its forward and backward cost 4, plus the quadratic part of attention.
 UNITS = {"frozen": 2, "peft-lora": 2, "lora": 2, "input-fusion": 4, "flare-recompute": 4, "flare-warm": 2}
-#: How often a step runs each block; methods that are not listed: twice.
+#: How often a step runs each block. Methods that are not listed run it twice.
 EXECUTIONS = {"frozen": 1, "peft-lora": 1, "lora": 1, "input-fusion": 1, "flare-recompute": 3, "flare-warm": 1}
 PRECISION = torch.bfloat16
 
@@ -144,7 +145,7 @@ def quantise(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def refusal(precision: str) -> str | None:
-    """Return why a precision cannot run here; None if it can."""
+    """Return why a precision cannot run on this machine, or None if it can."""
     if precision == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     return None
@@ -157,23 +158,23 @@ def lora_config(family: str, r: int, dropout: float = 0.0) -> peft.LoraConfig:
     )
 
 
-# --- models over one set of weights ------------------------------------------------------------------------
+# --- models on one set of weights --------------------------------------------------------------------------
 
 
 @dataclass
 class Models:
-    """The models of all methods, over the same weights.
+    """The models of all methods, which share one set of weights.
 
     Attributes:
-        stock: PEFT's LoRA.
-        eager: PEFT's LoRA with eager attention.
-        lora: plain LoRA on this package's layers.
-        ours: this package's FLARE models by row.
+        stock: model with PEFT's LoRA layers.
+        eager: model with PEFT's LoRA layers and eager attention.
+        lora: model with plain LoRA on this package's layers.
+        ours: this package's FLARE models, by the row's name.
         family: family of the base model.
         cache: the source cache of flare-warm.
         frozen: the model without adapters; gradients reach its embeddings.
-        liger: Liger's kernels, if its rows run.
-        over_liger: the models over Liger's kernels by row.
+        liger: Liger's kernels, or None if the rows of liger.py do not run.
+        over_liger: the models on Liger's kernels, by the row's name.
     """
 
     stock: Any
@@ -187,12 +188,12 @@ class Models:
     over_liger: dict[str, Any] = field(default_factory=dict)
 
     def with_offset(self, offset: int) -> Any:
-        """Return another FLARE model over the same weights, with the given source_layer_offset."""
+        """Return another FLARE model that shares the weights and has the given source_layer_offset."""
         return flare.fast_lora(same_weights(self.stock), fusion=FUSION, source_layer_offset=offset)
 
     @classmethod
     def of(cls, base: Any, family: str, r: int, dtype: torch.dtype) -> Models:
-        """Build all models. LoRA on query and value, adapters in the model's dtype, B not zero."""
+        """Build all models. They have LoRA on query and value, in the model's dtype, with a random B."""
         frozen = same_weights(base).requires_grad_(False)
         frozen.enable_input_require_grads()
         stock = peft.get_peft_model(base, lora_config(family, r), autocast_adapter_dtype=False)
@@ -235,7 +236,7 @@ class Models:
         return [p for p in self.stock.parameters() if p.requires_grad]
 
     def blocks(self, method: str) -> list[nn.Module]:
-        """Return the blocks of a method's model; of an encoder-decoder the encoder's."""
+        """Return the blocks of a method's model; for an encoder-decoder, the blocks of its encoder."""
         return blocks_below(self.transformers_model(method))
 
     def transformers_model(self, method: str) -> Any:
@@ -248,7 +249,7 @@ class Models:
         return {**named, **self.ours, **self.over_liger}.get(method, self.stock)
 
     def refusal(self, method: str) -> str | None:
-        """Return why a method has no row for this model; None if it has one."""
+        """Return why a method is not measured on this model, or None if it is."""
         attention = self.stock.get_base_model().config._attn_implementation
         if method == "eager-sdpa" and attention != "sdpa":
             return f"transformers runs this model with {attention} attention: see the row authors"
@@ -293,13 +294,13 @@ class Models:
         return base.get_encoder() if self.family == "mt5" else base
 
     def eager_loss(self, model: Any, batch: Batch, states: list[Tensor]) -> Tensor:
-        """Return the loss of FLARE over PEFT's own layers. Block i fuses with states[i]."""
+        """Return the loss of FLARE on PEFT's own layers. Block i fuses with states[i]."""
         with _fusing(model, states, _TARGETS[self.family]):
             return model(**batch.target).loss
 
 
 def without_liger(method: str) -> str:
-    """Return the row of METHODS that computes the same as a row over Liger's kernels; any other row unchanged."""
+    """Return the row of METHODS that computes the same as a row on Liger's kernels; return any other row unchanged."""
     return liger.ROWS.get(method, method)
 
 
@@ -310,19 +311,19 @@ def arguments(method: str, batch: Batch) -> dict[str, Tensor]:
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """Return the blocks of a PEFT model; of an encoder-decoder the encoder's."""
+    """Return the blocks of a PEFT model; for an encoder-decoder, the blocks of its encoder."""
     return blocks_below(model.get_base_model())
 
 
 def blocks_below(base: Any) -> list[nn.Module]:
-    """Return the blocks of a transformers model; of an encoder-decoder the encoder's."""
+    """Return the blocks of a transformers model; for an encoder-decoder, the blocks of its encoder."""
     stacks = [stack for stack in ModelMap.of(base).stacks if "decoder" not in stack.split(".")]
     return [block for stack in stacks for block in base.get_submodule(stack)]
 
 
 @contextlib.contextmanager
 def _fusing(model: Any, states: list[Tensor], targets: list[str]) -> Iterator[None]:
-    """Replace the forward of PEFT's layers by FLARE's formula, written as PEFT writes LoRA."""
+    """Replace the forward of PEFT's LoRA layers by FLARE's formula, with one PyTorch operation at a time."""
     patched = []
     for block, state in zip(blocks_below(model.get_base_model()), states, strict=False):
         for path, layer in block.named_modules():
@@ -362,7 +363,7 @@ def gradients(models: Models, loss: Tensor) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, such as those of other libraries about deprecated calls."""
+    """Suppress warnings, for example warnings of other libraries about deprecated calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,12 +1,12 @@
-"""Tables and figures from result files.
+"""Make tables and figures from result files.
 
     python benchmarks/plot.py results.json [more.json ...] [--output FOLDER]
 
-Without --output, the script prints what each method costs. With it, it writes table.md and those figures for which the
-files have rows: steps.png (time and memory of a step), scaling.png (time and memory against m), roofline.png (each
-kernel under the device's ceilings) and parts.png (the parts of a step's time). The table shows every row, including
-those where this package is slower and those that were skipped, with the reason. The caption of a figure gives device,
-versions, commit, date and conditions.
+Without --output, the script prints what each method costs. With it, it writes table.md and the figures for which the
+files have rows: steps.png (time and memory of a step), scaling.png (time and memory for several text lengths m),
+roofline.png (speed of each kernel and limits of the device) and parts.png (time of the parts of a step). The table
+shows every row, including those where this package is slower and those that were skipped, with the reason. The caption
+of a figure gives device, versions, commit, date and conditions.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path, caption_text: str) -> None:
-    """Write a figure with a caption under its axes, wrapped to its width."""
+    """Save a figure with a caption under its axes. The caption is wrapped to the width of the figure."""
     width = int(figure.get_figwidth() * 15.5)
     lines = textwrap.wrap(caption_text, width)
     strip = 0.17 * (len(lines) + 1) / figure.get_figheight()
@@ -72,13 +72,13 @@ def _save(figure: Any, path: Path, caption_text: str) -> None:
 
 
 def along_m(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return for each model the timed scaling rows in which only m varies."""
+    """Return, for each model, the timed rows of the question "scaling" in which only the text length m varies."""
     timed = [row for row in rows if row["status"] == "timed" and row["question"] == "scaling"]
     by_model: dict[str, list[Row]] = {}
     for row in timed:
         by_model.setdefault(row["model"], []).append(row)
     for model, model_rows in by_model.items():
-        first = model_rows[0]  # the first case is the base case
+        first = model_rows[0]  # the first case is the base case, in which nothing is varied
         by_model[model] = [
             r
             for r in model_rows
@@ -89,7 +89,7 @@ def along_m(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """Draw time per step and peak memory against m, with one column per model; return whether there were rows."""
+    """Draw time per step and peak memory against m, with one column per model. Return whether there were rows."""
     models = along_m(rows)
     if not models:
         return False
@@ -99,7 +99,7 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
     )
     for column, (model, model_rows) in enumerate(models.items()):
         first = model_rows[0]
-        for method in reversed(COLOURS):  # drawn last, on top: this package
+        for method in reversed(COLOURS):  # this package is drawn last, so that it is on top
             line = sorted((r for r in model_rows if r["variant"] == method), key=lambda r: r["shape"]["m"])
             if not line:
                 continue
@@ -129,7 +129,10 @@ def draw_scaling(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """Draw FLOP/s against FLOP per byte of each kernel, under the ceilings measured in the same run."""
+    """Draw FLOP/s against FLOP per byte of each kernel, and the device's limits, which the same run measured.
+
+    Return whether there were rows.
+    """
     timed = [r for r in rows if r["question"] == "kernels" and r["status"] == "timed" and r["headline"]]
     if not timed or "ceilings" not in run:
         return False
@@ -183,7 +186,7 @@ def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
         side.set_minor_formatter(lambda value, _: "")
     axis.set_xlabel("FLOP per byte that must move")
     axis.set_ylabel("GFLOP/s")
-    axis.set_title("Each kernel under the device's ceilings")
+    axis.set_title("Speed of each kernel, and the limits of the device")
     axis.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path, caption(run, [*(r["conditions"] for r in timed), run["ceilings"]["conditions"]]))
     plt.close(figure)
@@ -191,13 +194,13 @@ def draw_roofline(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def timed_model(rows: list[Row], llama: bool) -> str:
-    """Return the legend of the models with filled marks (the Llama family) or hollow marks (the others)."""
+    """Return the legend text of the models with filled marks (``llama``) or of the other models, with hollow marks."""
     names = dict.fromkeys(r["model"] for r in rows if (r["family"] == "llama") == llama)
     return f"{', '.join(names) or '-'} ({'filled' if llama else 'hollow'})"
 
 
 def _bars(plt: Any, groups: list[list[Row]]) -> tuple[Any, Any]:
-    """Return a figure with one axis per group of rows and one place for a horizontal bar per row."""
+    """Return a figure with one axis per group of rows. Each row has a label and space for a horizontal bar."""
     heights = [len(group) for group in groups]
     size = (8.0, 1.6 + 0.7 * len(groups) + 0.24 * sum(heights))
     figure, axes = plt.subplots(
@@ -221,7 +224,10 @@ def _label_bar(axis: Any, text: str, end: float, place: int) -> None:
 
 
 def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """Draw wall time of a step of each method, with the device's busy time and peak memory."""
+    """Draw the wall time of each method's step, with the device's busy time and peak memory.
+
+    Return whether there were rows.
+    """
     timed = [r for r in rows if r["question"] == "step" and r["headline"] and r["status"] == "timed"]
     cases = list(dict.fromkeys(r["case"] for r in timed))
     if not cases:
@@ -247,7 +253,10 @@ def draw_steps(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 
 def draw_parts(run: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """Draw source pass, forward, backward and optimizer of each method's step as stacked bars."""
+    """Draw source pass, forward, backward and optimizer of each method's step as stacked bars.
+
+    Return whether there were rows.
+    """
     timed = [r for r in rows if r["question"] == "step" and r["headline"] and "parts_s" in r.get("counters", {})]
     timed = [r for r in timed if r["status"] == "timed"]
     models = list(dict.fromkeys(r["model"] for r in timed))

@@ -4,8 +4,8 @@
 
 A benchmark runs in one process and compiles missing kernels one after the other. Compiling them in advance lets a run
 of all cases start timing minutes earlier. The launches are recorded on the device, so that they follow its launch
-table, and not executed; the frozen products do run. Kernel tests are not included: they compile in their own processes.
-Without a GPU the launches are those of sm_90.
+table, but they are not executed. The frozen products are executed. The kernels of kernel tests are not included,
+because these tests compile in their own processes. Without a GPU, the kernels are compiled for sm_90.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# compiler processes import this module too, so heavy imports are inside the functions
+# Compiler processes also import this module. Imports that take long are therefore inside the functions.
 _CPU_CAPABILITY = 90
 _SHARED_BYTES = 227 * 1024
 
@@ -125,9 +125,10 @@ SOURCES: dict[str, Callable[[Any], None]] = {
 
 
 def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the name of each source and its units to compile, without those of earlier sources.
+    """Yield, for each function in `SOURCES`, its name and its units that no earlier function needs.
 
-    If a source fails, its error is printed and only its own units are lost.
+    A unit is one kernel with one set of compile-time arguments. If a function fails, its error is printed, and the
+    units of the other functions are still yielded.
     """
     from flare_kernels import aot
     from flare_kernels.launch_mode import recording
@@ -143,7 +144,8 @@ def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
         capability, shared_bytes = 10 * major + minor, shared_memory_bytes(device)
     seen: dict[Any, None] = {}
     for name, record in SOURCES.items():
-        # without a GPU, skipping launches selects the kernels' path; they are recorded before they are skipped
+        # without a GPU, skipping the launches lets the kernels' code path run; a launch is recorded before it is
+        # skipped
         with contextlib.nullcontext() if on_gpu else launches_left_out(), recording(shared_bytes) as launches:
             try:
                 record(device)
@@ -155,7 +157,7 @@ def units(device: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _ready() -> None:
-    """Do nothing; submitted to start each process."""
+    """Do nothing. Submitting this function starts a process of the pool."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -172,8 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     def log(text: str) -> None:
         print(f"{time.monotonic() - start:6.1f} s  {text}", flush=True)
 
-    # The fork server imports the compiler once for all processes, while launches are recorded here. It has neither
-    # CUDA nor threads, so it is safe to fork.
+    # The fork server imports the compiler once for all processes, while this process records launches. The server uses
+    # neither CUDA nor threads, so forking it is safe.
     context = get_context("forkserver")
     context.set_forkserver_preload(["flare_kernels.aot", "flare_kernels.triton_ops.primitives"])
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:

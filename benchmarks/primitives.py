@@ -1,8 +1,8 @@
-"""Direct calls of the primitives. The other benchmarks call the public functions.
+"""Call the primitives (the five steps of an adapter) directly. The other benchmarks call the public functions.
 
-A case is one primitive on one projection. ``operands`` makes its inputs, ``run`` calls it in a module of primitives,
-``oracle`` computes the same in float64, and ``flops`` counts its operations (``bytes_moved.step_bytes`` its bytes).
-Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n); A (r, d); B (n, r).
+A case is one primitive on one projection. ``operands`` makes its inputs, ``run`` calls the primitive in a module that
+implements it, ``oracle`` computes the results in float64, and ``flops`` counts the operations. (Its bytes are counted
+by ``bytes_moved.step_bytes``.) Shapes: x, x_source (M, d); T, S, dT, dS (M, r); y, G (M, n); A (r, d); B (n, r).
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ Results = dict[str, Tensor | None]
 
 
 def module(variant: str, device: torch.device) -> ModuleType | str:
-    """Return the primitives of a variant, or the reason why they cannot run here.
+    """Return the module with the primitives of a variant, or the reason why they cannot run on this machine.
 
     Args:
-        variant: "flare": what the package picks at each size. "triton": only the kernels. "peer": the plain BLAS form.
+        variant: "flare": the package chooses at each size. "triton": only Triton kernels. "peer": only PyTorch
+            products.
     """
     if variant == "peer":
         return torch_ops
@@ -43,7 +44,7 @@ def module(variant: str, device: torch.device) -> ModuleType | str:
 
 
 def recorded_launches(shape: KernelShape) -> int | None:
-    """Return the number of Triton kernels that a call launches, without running it; None without Triton."""
+    """Return the number of Triton kernels that a call launches, without running the kernels; None without Triton."""
     try:
         from flare_kernels.launch_mode import recording
         from flare_kernels.triton_ops import primitives as triton_ops
@@ -55,7 +56,7 @@ def recorded_launches(shape: KernelShape) -> int | None:
 
 
 def operands(shape: KernelShape, device: torch.device) -> Operands:
-    """Return random inputs of unit scale. The adapters are in bf16."""
+    """Return random inputs in bf16, scaled so that products have unit scale."""
     M, r, d, n = shape.M, shape.r, shape.model.d, shape.n
 
     def randn(*size: int, scale: float = 1.0) -> Tensor:
@@ -82,7 +83,10 @@ def operands(shape: KernelShape, device: torch.device) -> Operands:
 
 
 def run(primitive: str, ops: ModuleType, t: Operands) -> Results:
-    """Call a primitive once; return its results by name. ``expand`` adds to t["y"] in place, as in training."""
+    """Call a primitive of the module ``ops`` once, and return its results by name.
+
+    ``expand`` adds to t["y"] in place, as in training.
+    """
     call: Any = ops
     if primitive == "shrink":
         T, S = call.shrink(t["x"], t["x_source"], t["A"], compute_dtype=DTYPE)
@@ -101,7 +105,7 @@ def run(primitive: str, ops: ModuleType, t: Operands) -> Results:
 
 
 def oracle(primitive: str, t: Operands) -> dict[str, Tensor]:
-    """Return the results of the written-out formula. ``t`` is in float64."""
+    """Return the results of a primitive's formula in plain PyTorch. The operands ``t`` are in float64."""
     if primitive == "shrink":
         return {"T": t["x"] @ t["A"].T, "S": t["x_source"] @ t["A"].T}
     if primitive == "expand":

@@ -39,10 +39,10 @@ class Method:
         adapters: dtype of A and B.
         dropout: lora_dropout of ``project``.
         autocast: whether the forward pass runs under bf16 autocast.
-        order: the forced order of frozen products and adapters; empty for the package's choice.
-        gated: replaces ``project`` in the comparison with the oracle, with dropout ``gated_p``. That is 0.5, because
-            1 / (1 - p) is then exact in bf16. At 0.1, rounding x / (1 - p) flips the sign of some T near zero, and
-            with it the derivative of relu.
+        order: the forced order of frozen products and adapters. Empty: the package chooses it.
+        gated: replaces ``project`` in the comparison with the float64 result (gate.py). None: ``project`` is compared.
+        gated_p: lora_dropout of ``gated``. It is 0.5, because 1 / (1 - p) is then exact in bf16. With 0.1, rounding
+            x / (1 - p) flips the sign of some elements of T near zero, and thereby the derivative of relu.
     """
 
     project: Project
@@ -58,7 +58,7 @@ class Method:
 
 
 def make_inputs(shape: shapes.ProjectionShape, device: torch.device) -> Inputs:
-    """Return random inputs and output gradients of one block. B is not zero."""
+    """Return random inputs and output gradients for the projections of one block. B is random too."""
     d, n_v = shape.model.d, shape.model.n_v
     widths = {"q": shape.model.n_q, "v": n_v, **({"k": n_v} if shape.key else {})}
 
@@ -101,10 +101,10 @@ def with_gradients(t: Inputs, adapters: torch.dtype) -> Inputs:
 
 
 class Frozen:
-    """Frozen linears of a case: bf16 weights from the inputs, or nf4 weights held by bitsandbytes.
+    """Frozen linears of a case. They have the bf16 weights of the inputs, or nf4 weights in bitsandbytes' layers.
 
     Attributes:
-        layers: bitsandbytes' layers by name; empty for bf16 weights.
+        layers: bitsandbytes' layers by the projection's name; empty for bf16 weights.
     """
 
     def __init__(self, layers: dict[str, nn.Module] | None = None) -> None:
@@ -135,7 +135,7 @@ class Frozen:
         return F.linear(t["x"], t[f"{name}.W"], t.get(f"{name}.b")) if layer is None else layer(t["x"])
 
     def step(self, t: Inputs) -> None:
-        """Compute the frozen products and their dx. Plain weights accumulate dx in one buffer."""
+        """Compute the frozen products and their dx. With bf16 weights, dx is accumulated in one buffer."""
         names = projection_names(t)
         if self.quantised:
             out = [self(t, name) for name in names]
@@ -162,7 +162,10 @@ class _Pair(nn.Module):
 
 
 def peft_layers(shape: shapes.ProjectionShape, frozen: Frozen, t: Inputs, p: float) -> Any:
-    """Return PEFT's LoRA layers over the frozen linears. Their weights are not used: :func:`eager` reads the inputs."""
+    """Return PEFT's LoRA layers around the frozen linears.
+
+    Their weights A and B are not used, because :func:`eager` takes A and B from the inputs.
+    """
     linears: dict[str, Any] = {}
     for name in ("q", "v"):
         W = t[f"{name}.W"]
@@ -176,7 +179,10 @@ def peft_layers(shape: shapes.ProjectionShape, frozen: Frozen, t: Inputs, p: flo
 
 
 def eager(pair: Any, frozen: Frozen) -> Project:
-    """Return the method over PEFT's layers: x cast to the adapters' dtype, and one operation per product and sum."""
+    """Return the method on PEFT's layers.
+
+    It casts x to the adapters' dtype, and every product and sum is one operation.
+    """
 
     def project(t: Inputs) -> dict[str, Tensor]:
         out = {}
@@ -215,8 +221,8 @@ def separate(backend: str, frozen: Frozen) -> Project:
 def joint(backend: str, frozen: Frozen, p: float = 0.0) -> Project:
     """Return the method with one autograd node for all projections.
 
-    With plain weights the node computes dx of the frozen products; with backend "auto" also the products themselves, as
-    a layer of a model does.
+    With bf16 weights, the node also computes dx of the frozen products. With bf16 weights and backend "auto", it
+    computes the frozen products too, as in a layer of a model.
     """
     owns_products = backend == "auto" and not frozen.quantised
 
@@ -248,7 +254,7 @@ def joint(backend: str, frozen: Frozen, p: float = 0.0) -> Project:
 
 
 def step(method: Method, t: Inputs) -> dict[str, Tensor]:
-    """Run forward and backward; return outputs ("q") and gradients ("dq.A") by name."""
+    """Run forward and backward. Return the outputs and the gradients by name, such as "q" and "dq.A"."""
     with forward_mode(method, t["x"].device):
         out = method.project(t)
     with using(_launch_mode(method.order)):

@@ -1,24 +1,25 @@
-"""Memory of the paper's recipes on 1, 4 and 8 GPUs, computed from sizes. No GPU is needed; nothing is measured.
+"""Compute the memory of the paper's recipes on 1, 4 and 8 GPUs from the sizes of the models. Nothing is measured.
 
     python benchmarks/recipe_memory.py
 
-Parameters are counted on models built on the meta device. Bytes of a process (DDP: a whole model on each GPU):
+No GPU is needed: parameters are counted on models that are built on the meta device. The bytes of a process are the sum
+of these parts (with DDP, each GPU has one process and a whole model; d is the width and m the tokens of a text):
 
 =================  ===================================================================================================
-base               4 per weight in float32, 2 in bfloat16; NF4: 1/2 + 1/64 + 1/4096 (per-block scales, double quantised)
-trained weights    4 (weight) + 4 (gradient) + 8 (AdamW; 2 for the 8-bit AdamW), float32
-source states      2 d per token and fusing block: source_memory="keep"
-block              what autograd saves per token of one block, without checkpointing, in bfloat16 autocast:
+base               per weight 4 in float32 and 2 in bfloat16; in NF4 1/2 + 1/64 + 1/4096 (double quantised scales)
+trained weights    per weight, in float32: 4 (weight) + 4 (gradient) + 8 (AdamW's state; 2 for the 8-bit AdamW)
+source states      2 d per token and fusing block, with source_memory="keep"
+block              per token and block, saved by autograd in bfloat16 autocast without checkpointing:
                    2 (6 d) for x, q, k, v, the attention's output and its input; 4 (2 d) for the inputs of two norms;
-                   2 d for dropout masks (not Llama and Gemma 2); 2 f a for the feed-forward layer of width f, a = 1
-                   (one activation) or 3 (gated); mT5, which has no fused attention: 7 m per head (scores)
-checkpointing      2 d per token and block, plus one block as above
-logits             10 per token and vocabulary entry: bfloat16, a float32 copy, its gradient
+                   2 d for dropout masks (not in Llama and Gemma 2); 2 f a for the feed-forward layer of width f,
+                   where a is 1, or 3 if the layer is gated; in mT5, which has no fused attention, 7 m per head (scores)
+checkpointing      2 d per token and block, plus the part "block" for a single block
+logits             10 per token and vocabulary entry: 2 in bfloat16, 4 for a float32 copy, 4 for its gradient
 =================  ===================================================================================================
 
-Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 per trained
-weight), and mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, no dropout, and
-weights and norms in bfloat16, the same formula gives 5.7 GiB. The measured peak on an H200 was 5.8 GiB
+Not counted: the CUDA context and the libraries' workspaces (about 1 GiB), fragmentation, DDP's buckets (4 bytes per
+trained weight), and mT5's decoder (its texts are short). For plain LoRA on XLM-R Large with B = 16, m = 512, no
+dropout, and weights and norms in bfloat16, these formulas give 5.7 GiB. The measured peak on an H200 was 5.8 GiB
 (benchmarks/results/nvidia-h200).
 """
 
@@ -49,7 +50,7 @@ class Need:
     Attributes:
         base: the frozen weights.
         trained: trained weights, their gradients and the optimizer's state.
-        row: memory per row of a batch.
+        row: everything that grows with the batch, per row (text pair) of the batch.
     """
 
     base: float
@@ -57,7 +58,7 @@ class Need:
     row: float
 
     def total(self, rows: int, shards: int = 1) -> float:
-        """Return the bytes for a batch of ``rows``, with the base sharded over ``shards`` processes.
+        """Return the bytes for a batch of ``rows``, if the base is sharded across ``shards`` processes.
 
         The temporary memory for gathering the largest sharded unit is not counted.
         """
@@ -75,7 +76,7 @@ def need(name: str, m: int) -> Need:
         if isinstance(module, torch.nn.Linear) and "head" not in path and "classifier" not in path
     )
     others = sum(parameter.numel() for parameter in base.parameters()) - linears
-    if shape is MT5:  # models.py builds it with a head that is not tied to the embedding
+    if shape is MT5:  # models.py builds mT5 with a head that is not tied to the embedding
         others += shape.vocabulary * shape.d if base.config.tie_word_embeddings else 0
     wide = 4 if recipe.dtype == "float32" else 2
     frozen = linears * NF4 + others * wide if recipe.quantization else (linears + others) * wide

@@ -1,4 +1,8 @@
-"""Result files: one JSON object with the run's conditions and one row per case. Valid after every case."""
+"""Write and read result files.
+
+A file has one JSON object with the conditions of the run, and one row (dict) per case and variant. It is valid JSON
+after every case of the run.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
-#: Files that a measurement depends on, and files of benchmarks/ that only process results.
+#: Files that a measurement depends on, except the files of benchmarks/ that only process results (`_AFTERWARDS`).
 _SOURCES = ("flare_kernels/**/*.py", "flare/**/*.py", "benchmarks/*.py")
 _AFTERWARDS = {"summary.py", "costs.py", "tables.py", "plot.py", "results.py"}
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """Return twelve digits of a hash of the sources.
+    """Return twelve digits of a hash of the source files that a measurement depends on.
 
     Unlike the commit, it does not change when results are committed, and it needs no git repository.
     """
@@ -30,14 +34,14 @@ def fingerprint(root: Path = ROOT) -> str:
 
 def run_conditions(**more: Any) -> dict[str, Any]:
     """Return device, versions, commit, fingerprint of the sources, and date."""
-    # here, because it imports torch, which reading results does not need
+    # imported here, because the module imports torch, and results can be read without torch
     from flare.experiments.utils.environment import environment, now
 
     return {**environment(), "sources": fingerprint(), "date": now(), **more}
 
 
 class Recorder:
-    """Rows of one run, written to a file after each case; without a path they stay in memory."""
+    """Collects the rows of one run and writes them to a file after each case. Without a path, they stay in memory."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -100,7 +104,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def is_result(path: Path) -> bool:
-    """Return whether a file is a result file; the folder may hold other JSON files."""
+    """Return whether a file is a result file of this schema. Folders of results also hold other JSON files."""
     try:
         load(path)
     except (ValueError, OSError):
@@ -109,7 +113,11 @@ def is_result(path: Path) -> bool:
 
 
 def finished_cases(folders: Iterable[Path]) -> set[str]:
-    """Return the cases of which every variant was timed or skipped with the current sources."""
+    """Return the cases whose variants were all timed or skipped with the current source files.
+
+    Args:
+        folders: folders with result files; a folder may be missing.
+    """
     current = fingerprint()
     finished: set[str] = set()
     for folder in folders:

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Tests and benchmarks for a GPU machine:
+# Run tests and benchmarks on a GPU machine:
 #
-#   benchmarks/run_gpu.sh            compile, test, measure every number of summary.json, and tune; under 10 minutes
-#   benchmarks/run_gpu.sh tune       time every candidate launch, for flare_kernels/tables; under 9 minutes
-#   benchmarks/run_gpu.sh sweep N    run part N of the whole grid (python benchmarks/sweep.py lists them); under 9 minutes
+#   benchmarks/run_gpu.sh            compile, test, measure every number of summary.json, and tune (under 10 minutes)
+#   benchmarks/run_gpu.sh tune       time every candidate launch, for flare_kernels/tables (under 9 minutes)
+#   benchmarks/run_gpu.sh sweep N    run part N of the whole grid, which sweep.py splits into parts (under 9 minutes)
 #
-# Results go to benchmarks/results/<gpu>, or to the folder $OUT. The first form writes one file to $OUT, results.tar.gz,
-# and updates it after each step and every 15 seconds. Each step has a time limit; measurements made before the limit are
-# kept. A sweep skips cases that have a result of the same sources in either folder.
+# Results go to benchmarks/results/<gpu>, or to the folder $OUT if it is set. Without an argument, the script writes
+# only results.tar.gz to $OUT, and updates this file after each step and every 15 seconds. Each step has a time limit,
+# and measurements made before the limit are kept. A sweep skips cases that have results of the same source files in
+# benchmarks/results/<gpu> or in $OUT.
 # The script installs nothing. It uses python3 (or $PYTHON) and the installed packages. Without git, set the commit with
-# FLARE_COMMIT. FLARE_BENCH_SECONDS limits the first form as a whole (default 570). FLARE_BENCH_DRY=1 runs the same steps
-# with tiny sizes and without limits, also on a CPU.
+# FLARE_COMMIT. FLARE_BENCH_SECONDS limits the time of a run without an argument (default 570). FLARE_BENCH_DRY=1 runs
+# the steps with tiny sizes and without limits, also on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -19,7 +20,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 if [ -n "$DRY" ]; then
   export FLARE_BENCH_GRID=tiny
 elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "run_gpu.sh needs a CUDA device that torch can see (FLARE_BENCH_DRY=1 runs tiny sizes without)"
+  echo "run_gpu.sh needs a CUDA device that torch can see (FLARE_BENCH_DRY=1 runs tiny sizes without a GPU)"
   exit 2
 fi
 RESULTS=${OUT:-benchmarks/results/$("$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); import sweep; print(sweep.gpu_name())')}
@@ -32,7 +33,7 @@ bench() { # bench SECONDS NAME FILE ARGUMENTS...
     --results "$RESULTS/$file" "$@"
 }
 if [ "${1:-}" = sweep ]; then
-  part=${2:?"which part? python benchmarks/sweep.py lists them"}
+  part=${2:?"name the part to run; python benchmarks/sweep.py lists all parts"}
   [ -n "$DRY" ] || export FLARE_BENCH_GRID=full
   mkdir -p "$RESULTS"
   LOG="$RESULTS/sweep-$part.txt"
@@ -51,7 +52,7 @@ if [ "${1:-}" = tune ]; then
   mkdir -p "$RESULTS"
   LOG="$RESULTS/tune.txt"
   : > "$LOG"
-  # --budget does not include compiling; if the step reaches its limit, the table written so far is kept
+  # the time limit of --budget does not include compiling; a table that is written before the step's limit is kept
   tune 530 --budget 400 "${@:2}"
   exit $status
 fi

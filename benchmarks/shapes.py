@@ -1,8 +1,11 @@
-"""Sizes that the benchmarks run: models from their published configurations, and the grids of cases over them.
+"""Define the sizes that the benchmarks run: shapes of models, from their published configurations, and grids of cases.
 
-Three grids: ``tiny`` (default on a CPU: small models of the same proportions), ``main`` (default on a GPU: everything
-that `summary.json` needs, and a few more sizes) and ``full`` (everything).
-Letters: d width, M tokens, B rows, m tokens per row, r rank, L blocks.
+A case is one shape of one question, for example the cost of a training step. A grid is a list of cases. Every shape
+has: ``question``, the name of its question; ``case``, the name of its case; ``headline``, whether the summary and the
+figures use the case; and ``estimate_s``, the estimated seconds of the case on a data-centre GPU. There are three grids:
+``tiny`` (default on a CPU: small models of the same proportions), ``main`` (default on a GPU: everything that
+`summary.json` needs, and a few more sizes) and ``full`` (everything). The letters are: d width, M
+tokens, B rows, m tokens per row, r rank, L blocks.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ import torch
 GRIDS = ("tiny", "main", "full")
 PRIMITIVES = ("shrink", "expand", "grad_bottleneck", "grad_weight", "grad_input")
 HOST_SETTINGS = ("plain", "dropout", "checkpointing")
-PRECISIONS = ("plain", "nf4")  # of the frozen weights: the dtype in the row, or bitsandbytes' 4 bits
+PRECISIONS = ("plain", "nf4")  # frozen weights in the dtype of the row, or in bitsandbytes' 4 bits
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a transformer. ``inner`` is the width of the feed-forward layer; ``stand_in``: not a published model."""
+    """Sizes of a transformer.
+
+    ``inner`` is the width of the feed-forward layer. ``stand_in`` tells whether it is a small, made-up model that
+    stands in for a published model.
+    """
 
     name: str
     family: str
@@ -55,7 +62,7 @@ TINY_XLMR = ModelShape("XLM-R-like", "xlmr", 128, 512, 2, 2, 2, 64, 256, bias=Tr
 TINY_GEMMA2 = ModelShape("Gemma-2-like", "gemma2", 128, 512, 2, 2, 1, 64, 256, stand_in=True)
 TINY_MT5 = ModelShape("mT5-like", "mt5", 128, 320, 2, 2, 2, 64, 256, stand_in=True)
 
-# tiny, so that nearly all of a step's time on a CPU is host work
+# These models are tiny, so that nearly all of a step's time on a CPU is host work.
 HOST_XLMR = ModelShape("XLM-R-like, d = 64", "xlmr", 64, 64, 6, 2, 2, 32, 128, bias=True, stand_in=True)
 HOST_LLAMA = ModelShape("Llama-like, d = 64", "llama", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
 HOST_MT5 = ModelShape("mT5-like, d = 64", "mt5", 64, 64, 3, 2, 2, 32, 128, stand_in=True)
@@ -102,7 +109,7 @@ class KernelShape:
 
 @dataclass(frozen=True)
 class ProjectionShape:
-    """Query and value projections of one block; with ``key`` also the frozen key projection."""
+    """Query and value projections of one block. With ``key``, the case includes the frozen key projection."""
 
     model: ModelShape
     M: int
@@ -134,9 +141,10 @@ class ProjectionShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """A step on B rows of m tokens through ``depth`` blocks (None: as many as fit into the device's memory).
+    """A training step on B rows of m tokens through ``depth`` blocks (None: as many as fit into the device's memory).
 
-    ``padded``: three eighths of the positions are padding, with masks. Otherwise rows are full and have no mask.
+    If ``padded``, three eighths of the positions are padding, and the batch has masks. Otherwise rows are full and have
+    no mask.
     """
 
     model: ModelShape
@@ -156,7 +164,7 @@ class StepShape:
 
     @property
     def has_liger(self) -> bool:
-        """Return whether the case has rows over Liger's kernels: a causal model's whole step on full rows."""
+        """Return whether methods on Liger's kernels are measured: on whole steps of causal models, on full rows."""
         causal = self.model.family in ("llama", "gemma2")
         return causal and self.question == "step" and self.precision == "plain" and not self.padded
 
@@ -174,9 +182,9 @@ class StepShape:
 
 @dataclass(frozen=True)
 class HostShape:
-    """A step on B rows of m tokens through ``depth`` blocks, for the host's work.
+    """A step on B rows of m tokens through ``depth`` blocks, to measure the work of the host.
 
-    ``setting``: "plain", "dropout" (lora_dropout 0.1) or "checkpointing" (every block, use_reentrant=False).
+    ``setting`` is "plain", "dropout" (lora_dropout 0.1) or "checkpointing" (every block, use_reentrant=False).
     """
 
     model: ModelShape
@@ -203,7 +211,7 @@ class HostShape:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """The adapters of one block on M new tokens; the source's bottleneck S is an input."""
+    """The adapters of one block on M new tokens, while decoding. The source's bottleneck S is an input."""
 
     model: ModelShape
     M: int
@@ -226,7 +234,7 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class GenerateShape:
-    """A call of `generate`: B prompts of m tokens, ``new`` tokens each."""
+    """A call of `generate` that adds ``new`` tokens to each of B prompts of m tokens."""
 
     model: ModelShape
     B: int
@@ -254,7 +262,7 @@ Shape = KernelShape | ProjectionShape | StepShape | HostShape | DecodeShape | Ge
 
 
 def grid() -> str:
-    """Return the name of the grid: FLARE_BENCH_GRID; by default ``main`` with a GPU and ``tiny`` without.
+    """Return the name of the grid: FLARE_BENCH_GRID if it is set, otherwise ``main`` with a GPU and ``tiny`` without.
 
     Raises:
         ValueError: there is no grid of that name.
@@ -266,7 +274,7 @@ def grid() -> str:
 
 
 def kernels(which: str) -> list[KernelShape]:
-    """Return the cases of the five primitives; in ``full`` M from 1 to 32k and r of 8, 64 and 128."""
+    """Return the cases of the five primitives. The grid ``full`` has M from 1 to 32k and r of 8, 64 and 128."""
     if which == "tiny":
         return [KernelShape(m, p, q, 512, 16) for m, q in ((TINY_LLAMA, "v"), (TINY_XLMR, "q")) for p in PRIMITIVES]
     projections = [(LLAMA, "q"), (LLAMA, "v"), (XLMR, "q")]
@@ -278,7 +286,7 @@ def kernels(which: str) -> list[KernelShape]:
 
 
 def projections(which: str) -> list[ProjectionShape]:
-    """Return the cases of q and v; also with the frozen k, and over nf4 weights."""
+    """Return the cases of the q and v projections; some include the frozen k, and some have nf4 weights."""
     if which == "tiny":
         base = [ProjectionShape(TINY_LLAMA, 512, 8), ProjectionShape(TINY_XLMR, 512, 8)]
         return [*base, replace(base[0], key=True), replace(base[0], precision="nf4")]
@@ -324,7 +332,8 @@ def steps(which: str) -> list[StepShape]:
 
 
 def host(which: str) -> list[HostShape]:
-    """Return the training steps for host work. On a CPU they have over 64 tokens: fewer would run the decoding form."""
+    """Return the training steps for host work. On a CPU they have more than 64 tokens, because
+    fewer tokens would run the kernels for decoding."""
     if which == "tiny":
         models = (HOST_XLMR, HOST_LLAMA, HOST_MT5)
         return [HostShape(model, 2, 64, 8, model.layers, setting) for model in models for setting in HOST_SETTINGS]
@@ -341,7 +350,7 @@ def scaling(which: str) -> list[StepShape]:
     if which == "tiny":
         base = StepShape(TINY_LLAMA, 2, 32, 8, depth=2, question="scaling")
         varied = [{"m": 16}, {"m": 64}, {"depth": 1}]
-        # as long as the paper's texts, where a frozen source pass saves most against one text of 2m tokens
+        # texts as long as the paper's: there a source pass saves the most time compared with one text of 2m tokens
         long = StepShape(TINY_XLMR, 1, 512, 8, depth=2, question="scaling")
         return [base, *(replace(base, **change) for change in varied), long]
     cases: dict[str, StepShape] = {}

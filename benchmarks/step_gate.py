@@ -1,8 +1,9 @@
-"""Checks of a training step's gradients, before the step is timed.
+"""Check the gradients of a training step before the step is timed.
 
-Each method is compared with float64 at two blocks and two rows of the full width and length, where float64 is cheap.
-Its error may be at most twice that of PEFT's eager layers. At full size, the first step is compared with PEFT's eager
-layers. Compiled methods are checked at full size only, because they are compiled once.
+The gradients of each method are compared with float64 in a model of two blocks, on two rows of the full width and
+length, where float64 is cheap. The error may be at most twice the error of PEFT's eager layers. At full size, the
+gradients of the first step are compared with PEFT's eager layers. Compiled methods are checked at full size only,
+because they are compiled once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from models import MEMORY, PRECISION, Models, base_model, gradients, without_lig
 from shapes import StepShape
 from torch import Tensor
 
-#: Largest relative error of all adapter gradients by dtype, through some tens of random blocks.
+#: Largest accepted relative error of all adapter gradients of a whole model with random weights, by dtype.
 WHOLE_MODEL = {torch.bfloat16: 0.15, torch.float32: 1e-3}
 #: Vocabulary size for which head and embedding cost almost nothing.
 SMALL_VOCABULARY = 1024
@@ -29,12 +30,12 @@ _BLOCKS, _ROWS = 2, 2
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
-    """Return bf16 for a GPU; float32 for a CPU, where 16-bit timings tell little."""
+    """Return bf16 for a GPU, and float32 for a CPU, where timings in 16 bits tell little."""
     return PRECISION if device.type == "cuda" else torch.float32
 
 
 def models_of(shape: StepShape, depth: int, device: torch.device) -> Models:
-    """Return the models of a shape's methods at a depth, over one set of random weights made on the device."""
+    """Return the models of a shape's methods, with ``depth`` blocks and one set of random weights on the device."""
     dtype = dtype_of(device)
     base = base_model(shape.model, depth, 2 * shape.m, device, dtype, shape.precision)
     base.config.use_cache = False  # as in training: no keys and values are stored for generation
@@ -47,7 +48,7 @@ def models_of(shape: StepShape, depth: int, device: torch.device) -> Models:
 
 
 class Truth:
-    """Gradients of the adapters for a batch over PEFT's eager layers, computed once per formula."""
+    """Gradients of the adapters for a batch on PEFT's eager layers, computed once per formula (see `_formula`)."""
 
     def __init__(self, models: Models, batch: Batch) -> None:
         self.models, self.batch = models, batch
@@ -66,7 +67,9 @@ class Truth:
         return self._cache[formula, exact]
 
     def require(self, method: str, grads: dict[str, Tensor], exact: bool) -> float:
-        """Return the relative error of a method's gradients against float64, or against eager PEFT unless ``exact``.
+        """Return the relative error of a method's gradients.
+
+        They are compared with float64 if ``exact``, otherwise with PEFT's eager layers in the models' dtype.
 
         Raises:
             WrongResult: the error is too large.
@@ -75,7 +78,7 @@ class Truth:
         peer, truth = (self.gradients(formula, wide) for wide in (False, exact))
         error, peer_error = (float((g - truth).norm() / truth.norm()) for g in (flat, peer))
         if not exact:
-            limit *= 2  # both are rounded
+            limit *= 2  # both gradients are rounded
         elif method not in liger.ROWS:  # Liger's layers round differently
             limit = min(limit, 2 * peer_error + torch.finfo(grads[next(iter(grads))].dtype).eps)
         if not error <= limit:
@@ -88,7 +91,8 @@ class Truth:
 def small_errors(shape: StepShape, methods: Iterable[str], device: torch.device) -> dict[str, float | Exception]:
     """Return each method's relative error at two blocks and two rows, or the exception that it raised.
 
-    The error is against float64; with nf4 weights, which have no float64 form, against PEFT's eager layers.
+    The gradients are compared with float64. With nf4 weights, which have no float64 form, they are compared with PEFT's
+    eager layers.
     """
     model = replace(shape.model, vocabulary=min(SMALL_VOCABULARY, shape.model.vocabulary))
     few = replace(shape, model=model, B=min(_ROWS, shape.B))
@@ -111,7 +115,10 @@ def small_errors(shape: StepShape, methods: Iterable[str], device: torch.device)
 
 
 def _formula(method: str) -> str:
-    """Return what a method computes: "lora", "input-fusion", "flare" (block outputs) or "states" (the authors')."""
+    """Return what a method computes: "lora", "input-fusion", "flare" or "states".
+
+    "flare" fuses with the outputs of the source's blocks. "states" fuses with their inputs, as the authors do.
+    """
     if fast_steps.is_fast(method):
         method = fast_steps.eager_form(method)
     method = without_liger(method)
@@ -121,7 +128,7 @@ def _formula(method: str) -> str:
 
 
 def _plain_loss(formula: str, models: Models, batch: Batch) -> Tensor:
-    """Return the loss of a formula over PEFT's own layers, with the stock model's attention."""
+    """Return the loss of a formula on PEFT's own layers, with the attention of `Models.stock`."""
     if formula == "lora":
         return models.stock(**batch.target).loss
     if formula == "input-fusion":

@@ -1,4 +1,4 @@
-"""Cases of a training step: every method of models.py, liger.py and fast_steps.py as a variant."""
+"""Build the cases of a training step. Every method of models.py, liger.py and fast_steps.py is a variant (a row)."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from torch import Tensor
 import flare_kernels
 from flare.experiments.measure import count_calls, count_flops, count_ops, peak_bytes, saved_bytes
 
-#: The rows of a scaling case.
+#: The methods (rows) of a case of the question "scaling".
 SCALED = ("lora", "input-fusion", "authors", "eager-sdpa", "flare", "flare-offload", "flare-recompute", "flare-warm")
-#: The eager rows of a padded step.
+#: The eager methods that are measured on padded texts.
 _PADDED = ("peft-lora", "lora", "input-fusion", "eager-sdpa", "flare", "flare-warm")
-#: The rows that need the most memory.
+#: The methods that need the most memory.
 _MOST_MEMORY = ("input-fusion", "authors")
-#: Rows of PEFT's own layers in eager mode.
+#: The methods on PEFT's own layers, in eager mode.
 _EAGER_PEFT = ("peft-lora", "authors", "eager-sdpa")
-#: Rows whose step has a source pass.
+#: The methods whose step has a source pass.
 _READ_SOURCE = ("authors", "eager-sdpa", "flare", "flare-offload", "flare-recompute")
 
 
 def effort(device: torch.device) -> Effort:
-    """Return fewer rounds than the default for a GPU, where steps are long, and more for a CPU, where times vary."""
+    """Return how long to measure: fewer rounds than the default on a GPU, where steps are long, and more on a CPU."""
     return Effort(6.0, 3, 20, 1) if device.type == "cuda" else Effort(0.6, 11, 20, 1)
 
 
@@ -60,7 +60,7 @@ def depth_that_fits(shape: StepShape, device: torch.device) -> int:
 
 
 def methods_of(shape: StepShape) -> tuple[str, ...]:
-    """Return the rows of a case."""
+    """Return the methods (rows) of a case."""
     if shape.question == "scaling":
         return SCALED
     eager = _PADDED if shape.padded else METHODS
@@ -68,7 +68,10 @@ def methods_of(shape: StepShape) -> tuple[str, ...]:
 
 
 def build(shape: StepShape, device: torch.device) -> Variants:
-    """Return every method on one set of weights. If memory does not suffice, halve the depth and try again."""
+    """Return the variants of all methods, on one set of weights.
+
+    If memory does not suffice, halve the depth and retry.
+    """
     reason = refusal(shape.precision)
     if reason is not None:
         return dict.fromkeys(methods_of(shape), reason)
@@ -76,7 +79,7 @@ def build(shape: StepShape, device: torch.device) -> Variants:
         vocabulary = min(SMALL_VOCABULARY, shape.model.vocabulary)
         shape = replace(shape, model=replace(shape.model, vocabulary=vocabulary))
     refused = {method: _refusal(method, shape, device) for method in methods_of(shape)}
-    unchecked = ("frozen", *fast_steps.COMPILED)  # transformers' own model; compiling twice would take too long
+    unchecked = ("frozen", *fast_steps.COMPILED)  # frozen is transformers' own model; compiling twice takes too long
     runnable = [method for method, why in refused.items() if why is None and method not in unchecked]
     with quiet():
         errors = small_errors(shape, runnable, device)
@@ -114,9 +117,9 @@ def _build(
     models, batch = models_of(shape, depth, device), batch_of(shape, device)
     optimizer = None if shape.question == "block" else torch.optim.AdamW(models.trained, lr=1e-5)
     case = _Case(models, shape, depth, batch, optimizer, errors)
-    for method in ("lora", *_MOST_MEMORY):  # creates the optimizer's state
+    for method in ("lora", *_MOST_MEMORY):  # the first step creates the optimizer's state
         if method in refused and (method == "lora" or device.type == "cuda"):
-            case.step(method)  # runs out of memory here, so that the depth is halved for all methods
+            case.step(method)  # may run out of memory, so that the caller halves the depth for all methods
     variants: dict[str, Variant | str] = {}
     for method, why in refused.items():
         reason = why or models.refusal(method)
@@ -126,7 +129,7 @@ def _build(
 
 
 class _Case:
-    """Builder of the variants of one shape over one set of weights."""
+    """Builds the variants of one case. They share one set of weights."""
 
     def __init__(
         self,
@@ -158,13 +161,13 @@ class _Case:
         torch._foreach_copy_(self.models.trained, self.initial)
 
     def require(self, method: str, grads: dict[str, Tensor]) -> dict[str, float]:
-        """Return a method's gradient errors at two blocks and at full size.
+        """Return the errors of a method's gradients in the model of two blocks and at full size.
 
-        The first is that of the eager form for compiled methods. PEFT's own eager layers are the reference at full size
-        and have no second error.
+        For a compiled method, the first error is the error of its eager form. Methods on PEFT's eager layers have no
+        error at full size, because these layers are the reference there.
 
         Raises:
-            Exception: what the method raised at two blocks.
+            Exception: the exception that the method raised in the model of two blocks.
             WrongResult: the error at full size is too large.
         """
         small = self.errors[fast_steps.COMPILED.get(method, method)]
@@ -185,7 +188,7 @@ class _Case:
         }
 
     def fast_variant(self, method: str) -> Variant:
-        """Return a row of fast_steps.py."""
+        """Return the variant of a method of fast_steps.py."""
         facts = self._facts(fast_steps.eager_form(method))
 
         def require(grads: dict[str, Tensor]) -> None:
@@ -194,7 +197,7 @@ class _Case:
         return fast_steps.variant(self.fast, method, self.batch, require, self.optimizer, facts, self.restore)
 
     def variant(self, method: str) -> Variant:
-        """Return an eager row of models.py or liger.py."""
+        """Return the variant of an eager method of models.py or liger.py."""
         facts = self._facts(liger.ROWS.get(method, method))
 
         def call() -> None:
@@ -202,10 +205,10 @@ class _Case:
                 self.step(method)
 
         def check() -> None:
-            if method == "frozen":  # transformers' own model
+            if method == "frozen":  # transformers' own model needs no check
                 return
             self.restore()
-            with quiet():  # one step is both checked and counted, because steps at full size are slow
+            with quiet():  # the same step is checked and counted, because steps at full size are slow
                 grads, self._counted[method] = self._counted_step(method)
                 self.restore()
                 facts["gradient_error"] = self.require(method, grads)
@@ -217,12 +220,16 @@ class _Case:
         return Variant(call, check, count, facts)
 
     def _counted_step(self, method: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Run a step; return its gradients and counters. On a GPU they include launches and device-busy seconds."""
+        """Run a step and return its gradients and counters.
+
+        On a GPU, counters include launches and device-busy seconds.
+        """
         models, device = self.models, self.device
         if method == "flare-warm":  # fill the cache, so that no source pass runs
             with torch.no_grad():
                 models.loss(method, self.batch)
-        # runs before the measured step, which therefore excludes what only a first forward allocates
+        # This forward runs before the measured step, which therefore excludes memory that only a first forward
+        # allocates.
         with saved_bytes(ignore=[models.stock.parameters(), self.batch.pair, self.batch.joined]) as saved:
             loss = models.loss(method, self.batch)
         del loss
@@ -256,11 +263,11 @@ class _Case:
             with count_ops() as ops, count_flops() as flops:
                 self.step(method)
             counters["launches"] = ops.total
-            # FLOPs inside Triton kernels and bitsandbytes are not counted
+            # FLOPs are reported only if all are counted: those inside Triton kernels and bitsandbytes are not
             if self.shape.precision == "plain" and flare_kernels.select_backend(device, dtype_of(device)) == "torch":
                 counters["flops"] = flops.total
         if method == "flare-warm":
-            counters["cache_bytes"] = models.cache.nbytes  # on the device, included in peak_bytes
+            counters["cache_bytes"] = models.cache.nbytes  # the cache is on the device, so peak_bytes includes it
         if method == "frozen":
             counters["frozen_block_s"] = block_seconds(models.frozen, self.batch, device)
         if method in METHODS and (device.type != "cuda" or shapes.grid() == "full"):
@@ -268,7 +275,10 @@ class _Case:
         return counters
 
     def _parts(self, method: str) -> dict[str, float]:
-        """Return seconds of source pass, forward, backward and optimizer. The device is idle before and after each."""
+        """Return the seconds of source pass, forward, backward and optimizer.
+
+        The device is idle before and after a part.
+        """
         models, device = self.models, self.device
         parts: dict[str, list[float]] = {"source": [], "forward": [], "backward": [], "optimizer": []}
 
@@ -293,7 +303,7 @@ class _Case:
 
 
 def block_seconds(model: Any, batch: Batch, device: torch.device) -> float:
-    """Return device-busy seconds of forward and dx of a frozen model's first block; wall time on a CPU."""
+    """Return the device-busy seconds (wall seconds on a CPU) of forward and dx of the first block of a frozen model."""
     block, inputs = blocks_below(model)[0], {}
 
     def note(block: Any, args: Any, kwargs: Any) -> None:

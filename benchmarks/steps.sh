@@ -1,8 +1,9 @@
-# Functions of run_gpu.sh and check_gpu.sh: steps with time limits, a log, and an archive. This file is sourced.
+# Functions of run_gpu.sh and check_gpu.sh, which source this file: steps with time limits, a log, and an archive.
 #
-# Reads DRY (if set, there are no limits) and RESULTS (a folder). Sets status to 1 if a step fails or is stopped.
+# They read DRY (if it is set, there are no limits) and RESULTS (a folder), and set status to 1 if a step fails or is
+# stopped.
 
-END=1000000 # when the last step must end, in seconds since the start
+END=1000000 # time at which the last step must end, in seconds since the start of the script
 TABLE=()    # one line per step
 status=0
 
@@ -19,8 +20,9 @@ step() {
   fi
   echo "== $name (at most ${limit}s)" | tee -a "$LOG"
   shown=$(wc -l < "$LOG")
-  # At the limit only the command gets an interrupt, so that pytest still prints its failures. Processes that it leaves
-  # are killed with its process group. A pipe would wait for them, so the output goes to the log first.
+  # At the limit, only the command gets an interrupt, so that pytest still prints its failures. Processes that the
+  # command leaves behind are killed with its process group. The output goes to the log and is printed afterwards,
+  # because a pipe would wait for these processes.
   set -m
   timeout --foreground --signal=INT --kill-after=15 "$limit" "$@" >> "$LOG" 2>&1 < /dev/null &
   pid=$!
@@ -56,7 +58,7 @@ begin() {
       tar -czf "$part" -C "$RESULTS" . 2> /dev/null || [ $? -eq 1 ] || return 0 # 1: a file changed while tar read it
       mv "$part" "$OUT/results.tar.gz"
     }
-    (while sleep 15; do pack; done) > /dev/null 2>&1 & # in case the script is killed during a step
+    (while sleep 15; do pack; done) > /dev/null 2>&1 & # keeps the results if the script is killed during a step
     trap "kill $!; pack; rm -rf '$RESULTS'" EXIT
   fi
   mkdir -p "$RESULTS"

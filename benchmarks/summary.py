@@ -1,10 +1,10 @@
-"""Compute one number per target from the result files of one run.
+"""Compute the numbers that have targets, and some others, from the result files of one run.
 
     python benchmarks/summary.py results.json [more.json ...] --output summary.json
 
 Almost every number is a ratio of two rows that were timed in turn on the same device. ``targets`` tells which targets
-are met. With stand-in sizes or without a GPU, none is judged and ``note`` gives the reason. A number with missing rows
-is null.
+are met. If the models are small stand-ins or there is no GPU, no target is judged, and ``note`` gives the reason. A
+number is null if its rows are missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import results
 
 FAMILIES = ("llama", "xlmr")
 _QUESTIONS = ("projection", "step", "decode")
-#: Name of the question about whole steps on padded rows.
+#: Name of whole steps on padded rows in the summary. In result files their question is "step".
 _PADDED = "padded-step"
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
@@ -31,11 +31,11 @@ class Key:
     """One number of the summary.
 
     Attributes:
-        name: its key in the summary.
-        meaning: its description.
-        number: computes it from the rows for a model family.
-        bound: "<=", ">=" or ">".
-        limits: the target of each family; None: no target.
+        name: key of the number in the summary.
+        meaning: description of the number for the reader of the summary.
+        number: computes the number from the rows of a model family.
+        bound: relation of the number to its target: "<=", ">=" or ">".
+        limits: the target of each family in `FAMILIES`, or None for a family without a target.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Key:
     limits: tuple[float | None, float | None] = (None, None)
 
     def limit(self, family: str) -> float | None:
-        """Return the target of a family; None if it has none."""
+        """Return the target of a family, or None if the family has no target."""
         return self.limits[FAMILIES.index(family)]
 
     def met(self, family: str, value: float | None) -> bool | None:
-        """Return whether a value meets its target; None without a target or a value."""
+        """Return whether a value meets the target of a family, or None if the value or the target is missing."""
         limit = self.limit(family)
         if limit is None or value is None:
             return None
@@ -65,7 +65,7 @@ def _row(rows: Rows, family: str, question: str, variant: str) -> Row:
 
 
 def _over(question: str, slow: str, fast: str) -> Callable[[Rows, str], float]:
-    """Return a function that divides the seconds of one row by those of another."""
+    """Return a function that divides the seconds of the row ``slow`` by the seconds of the row ``fast``."""
     return lambda rows, family: _seconds(rows, family, question, slow) / _seconds(rows, family, question, fast)
 
 
@@ -102,13 +102,16 @@ def _wall_over_busy(variant: str) -> Callable[[Rows, str], float]:
 
 
 def _wall_over_device(rows: Rows, family: str) -> float:
-    """Return wall over busy time of the captured step; of the eager step if none was captured."""
+    """Return wall time divided by device-busy time of the captured step, or of the eager step if none was captured."""
     captured = ("step/" + family, "flare-captured") in rows
     return _wall_over_busy("flare-captured" if captured else "flare")(rows, family)
 
 
 def _adapter_share(rows: Rows, family: str) -> float:
-    """Return the ratio, computed per token because the two cases may have different numbers of tokens."""
+    """Return the time of a frozen block with adapters, divided by its time without adapters.
+
+    Both are times per token, because the two cases may have different numbers of tokens.
+    """
     frozen, joint = (_row(rows, family, *which) for which in (("step", "frozen"), ("projection", "flare-joint")))
     block = frozen["counters"]["frozen_block_s"] / (frozen["shape"]["B"] * frozen["shape"]["m"])
     adapters = (joint["median_s"] - _seconds(rows, family, "projection", "frozen")) / joint["shape"]["M"]
@@ -118,82 +121,86 @@ def _adapter_share(rows: Rows, family: str) -> float:
 KEYS = (
     Key(
         "adapter_over_floor",
-        "adapters of q and v, forward + backward (total minus the frozen products), over their DRAM floor",
+        "time of the adapters of q and v, forward + backward (total minus the frozen products), divided by the least "
+        "time in which their bytes can be moved",
         _adapter_over_floor,
         "<=",
         (1.35, 1.3),
     ),
     Key(
         "qv_speedup_vs_peft_bf16",
-        "q and v with frozen products, forward + backward: PEFT eager, bf16 adapters, over ours",
+        "q and v with frozen products, forward + backward: time of PEFT's eager layers with bf16 adapters, divided by "
+        "the time of this package",
         _over("projection", "peft-bf16", "flare-joint"),
         ">=",
         (1.25, 1.6),
     ),
     Key(
         "qv_speedup_vs_peft_fp32",
-        "the same over PEFT's default: float32 adapters under bf16 autocast",
+        "as qv_speedup_vs_peft_bf16, but PEFT and this package have float32 adapters under bf16 autocast (PEFT's "
+        "default)",
         _over("projection", "peft-fp32-autocast", "flare-joint-fp32-autocast"),
         ">=",
         (1.75, 2.5),
     ),
     Key(
         "qv_speedup_vs_peft_dropout",
-        "the same with lora_dropout 0.1 in both",
+        "as qv_speedup_vs_peft_bf16, but PEFT and this package have lora_dropout 0.1",
         _over("projection", "peft-bf16-dropout", "flare-joint-dropout"),
         ">=",
         (1.45, 2.0),
     ),
     Key(
         "qv_speedup_vs_compile",
-        "the same over torch.compile of the eager form",
+        "as qv_speedup_vs_peft_bf16, but PEFT's layers are compiled by torch.compile",
         _over("projection", "peft-bf16-compile", "flare-joint"),
         ">",
         (1.0, 1.0),
     ),
     Key(
         "qv_speedup_vs_addmm",
-        "the same over the faster of the hand-written addmm forms",
+        "q and v with frozen products, forward + backward: time of the faster addmm form in plain PyTorch, divided by "
+        "the time of this package",
         _against_addmm,
         ">",
         (1.0, 1.0),
     ),
     Key(
         "forward_transient_vs_eager",
-        "transient bytes of the adapters' forward over PEFT eager's",
+        "bytes that the adapters' forward allocates and frees again, divided by the same bytes of PEFT's eager layers",
         _counter("projection", "transient_bytes", "flare-joint", "peft-bf16"),
         "<=",
         (0.05, 0.05),
     ),
     Key(
         "step_vs_lora",
-        "a whole step, source states kept, over plain LoRA's",
+        "time of a whole step, source states kept, divided by the time of plain LoRA",
         _over("step", "flare", "lora"),
         "<=",
         (1.5, 1.5),
     ),
     Key(
         "step_vs_input_fusion",
-        "a whole step, m = 512, over input-level fusion's at 2m",
+        "time of a whole step, m = 512, divided by the time of input-level fusion on texts of 2m tokens",
         _over("step", "flare", "input-fusion"),
         "<=",
         (0.76, 0.70),
     ),
     Key(
         "peak_vs_input_fusion",
-        "peak memory of a whole step over input-level fusion's at 2m",
+        "peak memory of a whole step, divided by the peak memory of input-level fusion on texts of 2m tokens",
         _counter("step", "peak_bytes", "flare", "input-fusion"),
     ),
     Key(
         "step_speedup_vs_authors",
-        "FLARE as the authors run it over ours, a whole step",
+        "time of a whole step of FLARE as its authors run it, divided by the time of this package",
         _over("step", "authors", "flare"),
         ">=",
         (1.5, 1.5),
     ),
     Key(
         "step_wall_over_device",
-        "a whole step, source states kept, captured in a CUDA graph (eager if none was captured): wall time over "
+        "a whole step, source states kept, captured in a CUDA graph (eager if none was captured): wall time divided by "
         "device-busy time",
         _wall_over_device,
         "<=",
@@ -201,75 +208,82 @@ KEYS = (
     ),
     Key(
         "adapter_share_of_frozen_step",
-        "one frozen block, forward + dx, with the adapters of q and v (both streams, forward + backward), over the "
-        "frozen block alone; device seconds",
+        "device seconds of one frozen block, forward + dx, with the adapters of q and v (both streams, forward + "
+        "backward), divided by the device seconds of the frozen block alone",
         _adapter_share,
         "<=",
         (1.025, None),
     ),
     Key(
         "padded_step_vs_input_fusion",
-        "a whole step on rows with 3/8 padding and masks, source states kept, over input-level fusion's on the same "
-        "rows, joined without their pads",
+        "time of a whole step on rows with 3/8 padding and masks, source states kept, divided by the time of "
+        "input-level fusion on the same rows, joined without their padding",
         _over(_PADDED, "flare", "input-fusion"),
     ),
     Key(
         "graphed_step_vs_lora",
-        "a whole step in a CUDA graph, source states kept, over plain LoRA's in a CUDA graph",
+        "time of a whole step in a CUDA graph, source states kept, divided by the time of plain LoRA in a CUDA graph",
         _over("step", "flare-captured", "lora-captured"),
     ),
 )
-#: Further numbers, under the key "beside" of the summary.
+#: Further numbers. In the summary they are under the key "beside".
 OTHER_KEYS = (
     Key(
         "warm_step_vs_lora",
-        "a whole step with every source row in a cache on the device, over plain LoRA's",
+        "time of a whole step with all source states in a cache on the device, divided by the time of plain LoRA",
         _over("step", "flare-warm", "lora"),
         "<=",
         (1.05, 1.05),
     ),
     Key(
         "warm_step_vs_input_fusion",
-        "the same over input-level fusion's at 2m",
+        "time of a whole step with all source states in a cache on the device, divided by the time of input-level "
+        "fusion on texts of 2m tokens",
         _over("step", "flare-warm", "input-fusion"),
         "<=",
         (0.55, 0.55),
     ),
     Key(
         "recompute_step_vs_lora",
-        "a whole step with the source recomputed in backward, over plain LoRA's",
+        "time of a whole step with the source states recomputed in backward, divided by the time of plain LoRA",
         _over("step", "flare-recompute", "lora"),
     ),
     Key(
         "recompute_peak_vs_lora",
-        "its peak memory over plain LoRA's",
+        "peak memory of a whole step with the source states recomputed in backward, divided by the peak memory of "
+        "plain LoRA",
         _counter("step", "peak_bytes", "flare-recompute", "lora"),
         "<=",
         (1.1, 1.1),
     ),
     Key(
         "captured_wall_vs_busy",
-        "a captured step, source states kept: wall time over device-busy time",
+        "a captured step, source states kept: wall time divided by device-busy time",
         _wall_over_busy("flare-captured"),
         "<=",
         (1.15, 1.15),
     ),
     Key(
         "step_vs_eager_sdpa",
-        "a whole eager step, source states kept, over FLARE on PEFT's layers with fused attention",
+        "time of a whole eager step, source states kept, divided by the time of FLARE on PEFT's layers with fused "
+        "attention",
         _over("step", "flare", "eager-sdpa"),
         "<=",
         (1.0, 1.0),
     ),
     Key(
         "offload_step_vs_lora",
-        "a whole step with the source states in host memory, over plain LoRA's",
+        "time of a whole step with the source states in host memory, divided by the time of plain LoRA",
         _over("step", "flare-offload", "lora"),
     ),
-    Key("adapter_alone_over_floor", "the adapters' node alone, measured directly, over its own floor", _adapter_alone),
+    Key(
+        "adapter_alone_over_floor",
+        "time of the adapters alone, measured directly, divided by the least time in which their bytes can be moved",
+        _adapter_alone,
+    ),
     Key(
         "decode_launches",
-        "kernels of one block's adapters while decoding",
+        "number of kernels that one block's adapters launch for one new token of each row",
         lambda rows, family: float(_row(rows, family, "decode", "flare")["counters"]["launches"]),
         "<=",
         (2, 2),
@@ -278,7 +292,7 @@ OTHER_KEYS = (
 
 
 def headline_rows(loaded: list[dict[str, Any]]) -> Rows:
-    """Return the rows that the summary uses, by (question/family, variant)."""
+    """Return the rows that the summary uses. The key of a row is ("question/family", variant)."""
     return {
         (f"{_PADDED if _is_padded(row) else row['question']}/{row['family']}", row["variant"]): row
         for result in loaded
@@ -295,14 +309,14 @@ def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the summary of the result files of one run.
 
     Raises:
-        ValueError: there are no files, or they are of different sources or devices.
+        ValueError: there are no files, or they were measured with different sources or on different devices.
     """
     if not loaded:
         raise ValueError("no result files were given")
     for name in ("sources", "device"):
         values = {result["run"][name] for result in loaded}
         if len(values) > 1:
-            raise ValueError(f"the result files are of different runs: {name} {sorted(values)}")
+            raise ValueError(f"the result files are of different runs: they have different {name}, {sorted(values)}")
     rows = headline_rows(loaded)
     numbers: dict[str, dict[str, float | None]] = {}
     targets: dict[str, dict[str, Any]] = {}
@@ -324,7 +338,7 @@ def summarise(loaded: list[dict[str, Any]]) -> dict[str, Any]:
         "beside": {key.name: numbers[key.name] for key in OTHER_KEYS},
         "targets": targets,
         "judged": judged,
-        "note": "" if judged else "stand-in sizes or no GPU: these numbers say nothing about the targets",
+        "note": "" if judged else "small stand-in models or no GPU: these numbers say nothing about the targets",
         "device": run["device"],
         "versions": run["versions"],
         "commit": run["commit"],
@@ -346,7 +360,7 @@ def _number(key: Key, rows: Rows, family: str) -> float | None:
 
 
 def _spread(rows: Rows) -> dict[str, float]:
-    """Return for each case the largest IQR / median of its rows. Smaller differences are noise."""
+    """Return, for each case, the largest IQR / median of its rows. Relative differences below it are noise."""
     spread: dict[str, float] = {}
     for row in rows.values():
         relative = (row["q75_s"] - row["q25_s"]) / row["median_s"]
@@ -355,7 +369,7 @@ def _spread(rows: Rows) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read result files, write the summary, and print which targets are met."""
+    """Read result files, write the summary if --output is given, and print which targets are met."""
     parser = argparse.ArgumentParser(description="Write summary.json from benchmark results.")
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path)

@@ -1,10 +1,10 @@
-"""Split the whole grid into parts of under nine minutes.
+"""Split the grid (the list of all cases) into parts that take less than nine minutes each.
 
     python benchmarks/sweep.py          # list the parts
     benchmarks/run_gpu.sh sweep 3       # run the third part
 
-Parts are balanced by the estimates of their shapes. They depend on the grid only, so a part has the same cases when it
-is run again. Cases that have a result of the same sources are then skipped.
+The parts are balanced by the estimated seconds of their cases. They depend on the grid only, so a part has the same
+cases when it is run again. Then cases that have results of the same source files are skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PART_S = 360.0
 
 
 def all_cases(which: str) -> list[shapes.Shape]:
-    """Return every case of a grid, in the order of the questions."""
+    """Return the shape of every case of a grid, one question after the other."""
     return [
         *shapes.kernels(which),
         *shapes.projections(which),
@@ -36,7 +36,10 @@ def all_cases(which: str) -> list[shapes.Shape]:
 
 @cache
 def parts(which: str) -> tuple[tuple[str, ...], ...]:
-    """Return the case names of each part. The largest cases come first, each into the part with the least load."""
+    """Return the case names of each part.
+
+    Cases are assigned from the largest on, each to the part with the least load.
+    """
     cases = sorted(all_cases(which), key=lambda shape: -shape.estimate_s)
     count = max(1, -(-int(sum(shape.estimate_s for shape in cases)) // int(PART_S)))
     loads = [0.0] * count
@@ -61,7 +64,7 @@ def cases_of(part: int) -> set[str]:
 
 
 def gpu_name() -> str:
-    """Return the device's name in the form of a folder name."""
+    """Return the name of the GPU as a folder name, or "cpu" without a GPU."""
     return torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Tables of every row with every number, and the formatting of durations, sizes and conditions."""
+"""Make tables of all rows (results of variants, see cases.py), and format durations, sizes and conditions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def caption(run: dict[str, Any], conditions: Iterable[str] = ()) -> str:
 
 
 def table(run: dict[str, Any], rows: list[Row]) -> str:
-    """Return Markdown: what each method costs, then all rows with one section per question."""
+    """Return Markdown: first what each method costs, then all rows, with one section per question."""
     parts = [f"Measured on {caption(run)}"]
     if any(row["stand_in"] for row in rows):
         parts.append(
@@ -72,20 +72,20 @@ _TITLES = {
 
 
 def _speed(row: Row, rows: list[Row]) -> str:
-    """Return the time over that of the package's row of the same case."""
+    """Return the time of a row divided by the time of this package's row of the same case."""
     ours = next((r for r in rows if r["case"] == row["case"] and r["variant"] in _OURS and "median_s" in r), None)
     return "-" if ours is None else f"{row['median_s'] / ours['median_s']:.2f}"
 
 
 def _over(row: Row, rows: list[Row], variant: str, number: Callable[[Row], float | None]) -> str:
-    """Return a number over the same number of another variant of the case."""
+    """Return a number of a row divided by the same number of another variant of the same case."""
     other = next((r for r in rows if (r["case"], r["variant"]) == (row["case"], variant)), None)
     value, other_value = number(row), None if other is None else number(other)
     return f"{value / other_value:.2f}" if value and other_value else "-"
 
 
 def _theory(row: Row, rows: list[Row]) -> str:
-    """Return the expected time over plain LoRA's, from the arithmetic of the frozen model (see models.UNITS)."""
+    """Return the expected time divided by the expected time of plain LoRA, both in the units of models.UNITS."""
     if "theory_units" not in row:
         return "-"
     return f"{row['theory_units'] / 2:g}" + (" and attention" if row["variant"] == "input-fusion" else "")
@@ -179,7 +179,7 @@ def section(question: str, rows: list[Row]) -> str:
     for row in _folded(rows):
         case = row["case"].partition("/")[2]
         if row["status"] != "timed":
-            # launches may be known without running the variant
+            # the number of launches may be known although the variant did not run
             counted = [cell(row, rows) if name == "launches" else "" for name, cell in columns[1:]]
             cells = [f"{row['status']}: {row['reason']}", *("" if cell == "-" else cell for cell in counted)]
         else:
@@ -189,7 +189,7 @@ def section(question: str, rows: list[Row]) -> str:
 
 
 def _folded(rows: list[Row]) -> list[Row]:
-    """Replace the rows of a case by one row if none could run and all have the same reason."""
+    """Return the rows, with one row in place of all rows of a case if none was timed, all for the same reason."""
     by_case: dict[str, list[Row]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)

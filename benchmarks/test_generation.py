@@ -1,11 +1,12 @@
 """What do the adapters cost during generation?
 
-``decode``: the adapters of one block's q and v on M new tokens, forward only, with the source's bottleneck S as an
-input: launches and device seconds. On a GPU also a CUDA graph of the call, whose replay must be bitwise equal.
+``decode`` measures launches and device seconds of the adapters of one block's q and v on M new tokens. Only the forward
+pass runs, and the source's bottleneck S is an input. On a GPU, a CUDA graph of the call is also measured; its replay
+must be bitwise equal to the call.
 
-``generate``: tokens per second and block executions of whole `generate` calls (greedy) on models of real width. The
-source has a separate pass (both offsets) or shares one pass with the target (offset 0). A new way to generate is added
-to PROVIDERS.
+``generate`` measures tokens per second and block executions of whole greedy `generate` calls on models of real width.
+The source has a separate pass (with source_layer_offset 0 or 1) or shares one pass with the target (offset 0). To add a
+way to generate, add it to PROVIDERS.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def decode_inputs(shape: shapes.DecodeShape, device: torch.device) -> Inputs:
 
 
 def decode_moved(shape: shapes.DecodeShape) -> int:
-    """Return the least bytes that must move: x, S, A and B are read; both y are read and written."""
+    """Return the least bytes that must be moved: x, S, A and B are read; y of q and of v is read and written."""
     d, n = shape.model.d, shape.model.n_q + shape.model.n_v
     return 2 * (shape.M * d + 2 * shape.M * shape.r + 2 * shape.r * d + n * shape.r + 2 * shape.M * n)
 
@@ -79,7 +80,7 @@ def decode_eager(t: Inputs) -> dict[str, Tensor]:
 
 
 def decode_fused(backend: str) -> Callable[[Inputs], dict[str, Tensor]]:
-    """Return the public joint call with a backend. It adds to y in place."""
+    """Return a function that calls `fused_lora_qkv` with a backend. The call adds to y in place."""
 
     def run(t: Inputs) -> dict[str, Tensor]:
         return fused_lora_qkv(
@@ -96,7 +97,7 @@ def decode_fused(backend: str) -> Callable[[Inputs], dict[str, Tensor]]:
 
 
 def decode_variants(shape: shapes.DecodeShape, device: torch.device, ceilings: Any) -> Variants:
-    """Return the eager formula, the addmm form, what the package picks, and the same in a CUDA graph."""
+    """Return the variants: the eager formula, the addmm form, the package's choice, and its choice as a CUDA graph."""
     rotation = Rotation(lambda: decode_inputs(shape, device), device)
     moved = decode_moved(shape)
     floor = {"floor_bytes": moved, "floor_s": moved / ceilings.copy_bytes_per_s}
@@ -133,7 +134,7 @@ def decode_variants(shape: shapes.DecodeShape, device: torch.device, ceilings: A
 
 
 def _graphed(rotation: Rotation, floor: dict[str, Any]) -> Variant:
-    """Return a variant with one graph per set of inputs. The replay is compared bitwise with the plain call."""
+    """Return a variant with one CUDA graph per set of inputs. A replay is compared bitwise with the call."""
     run = decode_fused("auto")
     sets = rotation.sets
     outputs = ("q.y", "v.y")
@@ -181,9 +182,9 @@ class Provider:
     """A way to generate.
 
     Attributes:
-        name: the row.
-        model: returns the model that is called.
-        source_pass: "separate" or "shared"; None: no source.
+        name: name of the variant.
+        model: returns the model that generates.
+        source_pass: argument of `generate`: "separate" or "shared". None: there is no source.
         adapters: whether the adapters are enabled.
         offset: source_layer_offset of the model.
     """
@@ -214,7 +215,10 @@ GENERATE_CONDITIONS = "greedy, key-value cache, random weights, full rows, promp
 
 
 def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Variants:
-    """Return every provider on one set of weights. A provider that raises ValueError is skipped with its message."""
+    """Return the variants of all providers on one set of weights.
+
+    A provider that raises ValueError is skipped, and the message of the error is the reason.
+    """
     dtype = dtype_of(device)
     with quiet():
         base = base_model(shape.model, shape.depth, shape.m + shape.new, device, dtype)
@@ -266,7 +270,7 @@ def generate_variants(shape: shapes.GenerateShape, device: torch.device) -> Vari
 
 
 def _require_next_token(provider: Provider, models: Models, model: Any, batch: Inputs, token: Tensor) -> None:
-    """Check that the first new token has the largest logit on the prompt, up to rounding."""
+    """Check that the first new token has the largest logit of a forward pass on the prompt, up to rounding."""
     with torch.no_grad(), quiet():
         if provider.source_pass is not None:
             logits = model(**batch).logits[:, -1]

@@ -1,9 +1,10 @@
 """What does the host do in a training step, and does the device wait for it?
 
-On a CPU: Python and C calls per block (host_calls.py) and the time of forward and backward, both compared with PEFT in
-the same run. The kernels' path runs without launching kernels, on models of width 64, so that nearly all of a step is
-host work. For mT5, a block is an encoder block and a decoder block. On a GPU: wall time over device-busy time, and
-launches, of models of real width. "frozen" is a forward pass; the others are forward and backward.
+On a CPU, the benchmark counts Python and C calls per block (host_calls.py) and measures the time of forward and
+backward. Both are compared with PEFT in the same run. The code path of the kernels runs without launching kernels, on
+models of width 64, so that nearly all of a step is host work. For mT5, an encoder block and a decoder block count as
+one block. On a GPU, the benchmark measures wall time divided by device-busy time, and launches, on models of real
+width. The variant "frozen" is a forward pass; all other variants are forward and backward.
 """
 
 from __future__ import annotations
@@ -26,32 +27,33 @@ from timing import Effort, device_work
 from flare_kernels.testing import launches_left_out
 
 CONDITIONS = (
-    "forward + backward, LoRA on query and value, random weights, full rows; on a CPU launches left out, width 64; "
-    "dropout: lora_dropout 0.1; checkpointing: every block, use_reentrant=False; time over PEFT's is the median of the "
-    "rounds' ratios"
+    "forward + backward, LoRA on query and value, random weights, full rows; on a CPU no kernels are launched and the "
+    "width is 64; dropout: lora_dropout 0.1; checkpointing: every block, use_reentrant=False; the ratio to PEFT's "
+    "time is the median of the ratios of all rounds"
 )
-#: Steps with the backward pass on the calling thread instead of autograd's thread; on a GPU only.
+#: From variants whose backward pass runs on the calling thread instead of autograd's thread to variants that are
+#: otherwise equal. They run on a GPU only.
 _ONE_THREAD = {"lora-one-thread": "lora", "flare-one-thread": "flare"}
 _OURS = ("lora", "flare", "flare-recompute", "flare-warm", *_ONE_THREAD)
 
 
 def effort(device: torch.device) -> Effort:
-    """Return few rounds: the ratio to PEFT is taken within each round."""
+    """Return how long to measure. Few rounds suffice, because the ratio to PEFT is taken within each round."""
     return Effort(5.0, 5, 20, 1) if device.type == "cuda" else Effort(0.5, 5, 15, 1)
 
 
 @pytest.fixture
 def left_out(device: torch.device) -> Iterator[list[str] | None]:
-    """Return the list of kernels that a CPU skips; None on a GPU or without Triton."""
+    """Return the list that gets the name of every kernel that is skipped on a CPU; None on a GPU or without Triton."""
     with contextlib.ExitStack() as stack:
         skip_launches = device.type != "cuda" and importlib.util.find_spec("triton") is not None
         yield stack.enter_context(launches_left_out()) if skip_launches else None
 
 
 def build(shape: shapes.HostShape, device: torch.device, left_out: list[str] | None) -> Variants:
-    """Return every variant on one set of weights."""
+    """Return all variants, on one set of weights."""
     if device.type != "cuda" and left_out is None:
-        return dict.fromkeys(VARIANTS, "Triton is not installed, so the kernels' path cannot run on a CPU")
+        return dict.fromkeys(VARIANTS, "Triton is not installed, so the code path of the kernels cannot run on a CPU")
     with quiet():
         steps = steps_of(shape, device)
     if device.type == "cuda":

@@ -1,19 +1,22 @@
 """What do the q and v projections of one block cost with a fusing adapter, forward and backward?
 
-Frozen product + adapter, fusion add_relu, gradients of x, A and B. Each row is compared with the float64 oracle before
-it is timed:
+Every variant computes the frozen products and the adapters with fusion add_relu, and the gradients of x, A and B. It is
+compared with the float64 oracle before it is timed. The variants are:
 
-- ``frozen``: the products alone, forward and dx, into one buffer. The rest of a row's time is the adapters'.
-- ``peft-*``: the formula as an eager user would write it over PEFT's lora.Linear layers, since PEFT has no second
-  stream. Dropout, scaling and input cast are the layers' own. The weights are passed in so that they can rotate (for
-  whole PEFT layers see test_block.py and test_training_step.py). bf16 adapters; with lora_dropout 0.1; float32 adapters
-  under bf16 autocast (PEFT's default); bf16 adapters under torch.compile.
-- ``addmm-*``: the hand-written addmm form (this package's "torch" backend), each projection alone or jointly.
-- ``flare-*``: what the package picks on this device. ``joint`` is fused_lora_qkv with the frozen weights, which also
-  computes the frozen products and their dx, as a layer of a model does. ``frozen-first`` and ``adapter-first`` force
-  the order of product and adapter. ``adapter-only`` is the adapters alone, on frozen outputs that were computed before.
+- ``frozen``: the frozen products alone, forward and dx into one buffer. The other variants take this time plus the time
+  of the adapters.
+- ``peft-*``: the formula as an eager user would write it with PEFT's lora.Linear layers, because PEFT has no second
+  stream. Dropout, scaling and input cast are the layers' own. The weights are inputs, so that they can rotate (whole
+  PEFT layers are measured in test_block.py and test_training_step.py). The four variants have bf16 adapters; bf16
+  adapters and lora_dropout 0.1; float32 adapters under bf16 autocast (PEFT's default); bf16 adapters under
+  torch.compile.
+- ``addmm-*``: the addmm form in plain PyTorch (this package's "torch" backend), each projection alone or both together.
+- ``flare-*``: the form that the package chooses on this device. ``joint`` calls fused_lora_qkv with the frozen weights.
+  This call also computes the frozen products and their dx, as in a layer of a model. ``frozen-first`` and
+  ``adapter-first`` force the order of products and adapters. ``adapter-only`` runs the adapters alone, on frozen
+  outputs that were computed before.
 
-With nf4 weights, bitsandbytes computes the frozen product, and autograd its dx, in every row.
+With nf4 weights, bitsandbytes computes the frozen products, and autograd computes their dx, in every variant.
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ CONDITIONS = (
 
 
 def variants(shape: shapes.ProjectionShape, device: torch.device, ceilings: Ceilings) -> Variants:
-    """Return every row of a case. All rows share one set of inputs."""
+    """Return all variants of a case. They share their inputs."""
     if shape.precision == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
             return dict.fromkeys(VARIANTS, "bitsandbytes is not installed")
@@ -151,7 +154,7 @@ def _variant(
         truth = float64_truth(rotation.sets[0], frozen, method.gated_p)
         no_peer = method.dropout or name.startswith("peft")
         peer = {} if no_peer else step(plain, with_gradients(rotation.sets[0], BF16))
-        # Outputs are compared element by element, gradients by norm: one T near zero flips relu's derivative for a row.
+        # Only outputs are compared element by element: where T is near zero, rounding flips relu's derivative.
         peer = {key: peer.get(key) if key in projection_names(t) else None for key in truth}
         torch.manual_seed(0)
         with poisoned() if "compile" not in name else contextlib.nullcontext():
@@ -161,7 +164,7 @@ def _variant(
 
     def count() -> dict[str, Any]:
         if "compile" in name:
-            return {}  # the hooks and modes that count would change what is compiled
+            return {}  # the hooks and modes that count would change the compiled code
         t = next(turn)
         weights = [tensor for key, tensor in t.items() if key.endswith((".W", ".A", ".B", ".b", ".G"))]
         with forward_mode(method, device):
@@ -203,7 +206,7 @@ def _frozen_variant(rotation: Rotation, frozen: Frozen) -> Variant:
 
 
 def _adapter_only(rotation: Rotation, frozen: Frozen, facts: dict[str, Any]) -> Variant:
-    """Return the adapters alone: they add to frozen outputs "Y" computed before, and dx is their share."""
+    """Return the variant of the adapters alone. They add to frozen outputs "Y", and dx has no frozen part."""
     sets = []
     for t in rotation.sets:
         with torch.no_grad():
@@ -229,7 +232,8 @@ def _adapter_only(rotation: Rotation, frozen: Frozen, facts: dict[str, Any]) -> 
         truth |= gradients(truth, wide)
         plain: dict[str, Tensor | None] = dict.fromkeys(truth)
         first = sets[0]
-        for name in ("q", "v"):  # outputs element by element: in a norm the frozen part would hide a wrong update
+        # Outputs are compared element by element, because in a norm the frozen part would hide a wrong update.
+        for name in ("q", "v"):
             A, up, Y = (first[f"{name}.{key}"] for key in ("A", "B", "Y"))
             plain[name] = reference.fused_lora(
                 first["x"], first["x_source"], Y.clone(), A, up, scaling=SCALING, fusion=FUSION

@@ -1,6 +1,6 @@
 """How does the cost of a step grow with the text's length m, the batch, the rank and the depth?
 
-One of them varies at a time from a base case. The rows are those of test_training_step.py.
+Each case changes one of these sizes of a base case. The methods are described in models.py.
 """
 
 from __future__ import annotations

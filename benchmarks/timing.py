@@ -1,4 +1,6 @@
-"""Timing of calls on the device and on the host, inputs that are not in the device's cache, and the device's ceilings.
+"""Time calls on the device and on the host, with inputs that are not in the device's cache.
+
+The module also measures the ceilings of the device: its copy bandwidth and its matrix-product rate.
 
 *Device* seconds are measured between two events around the call. The launches are queued before the device reaches the
 first event, so that launch gaps are excluded. *Wall* seconds are measured on the host, with the device idle before and
@@ -23,9 +25,9 @@ from torch.utils._pytree import tree_iter
 
 #: Device cycles to sleep before the first event, while the host queues the call's launches (about 4 ms).
 _QUEUE_CYCLES = 8_000_000
-#: More copies make no difference and take long to generate.
+#: Largest number of copies of the inputs. More copies make no difference and take long to generate.
 _MOST_COPIES = 2048
-#: The cache size of a CPU is ignored: its times are reported and never asserted.
+#: Number of copies on a CPU. The size of its cache is ignored, because CPU times are reported but never asserted.
 _CPU_COPIES = 2
 
 
@@ -85,11 +87,11 @@ class Samples:
         return statistics.median(self.device_s)
 
     def over(self, other: Samples) -> float:
-        """Return the median over rounds of the ratio to another variant's device seconds in the same round."""
+        """Return the median ratio of device seconds to another variant's device seconds in the same round."""
         return statistics.median(a / b for a, b in zip(self.device_s, other.device_s, strict=True))
 
     def row(self) -> dict[str, Any]:
-        """Return the entries of the row: medians, quartiles and rounds."""
+        """Return the entries of the variant's row: medians, quartiles and the number of rounds."""
         q25, _, q75 = statistics.quantiles(self.device_s, n=4) if len(self.device_s) > 1 else [self.median] * 3
         return {
             "median_s": self.median,
@@ -109,7 +111,7 @@ class _Series:
     host_s: list[float] = field(default_factory=list)
 
     def run(self, call: Callable[[], object], device: torch.device, queue_ahead: bool) -> None:
-        """Time one round: one call; if launches are queued ahead, a second call for the device seconds."""
+        """Time one round. It has one call, and with ``queue_ahead`` on a GPU a second call for the device seconds."""
         on_gpu = device.type == "cuda"
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         _synchronize(device)
@@ -138,7 +140,7 @@ def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _queued_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return device seconds of a call whose launches are queued before the first event: without launch gaps."""
+    """Return the device seconds of a call without launch gaps: its launches are queued before the first event."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     torch.cuda._sleep(_QUEUE_CYCLES)
@@ -156,7 +158,13 @@ def _synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: seconds for all variants, least and most rounds, and warm-up rounds."""
+    """How long to measure.
+
+    Attributes:
+        budget_s: seconds for all variants together.
+        least, most: bounds on the number of rounds.
+        warmup: number of rounds before the timed rounds.
+    """
 
     budget_s: float
     least: int
@@ -165,7 +173,7 @@ class Effort:
 
 
 def effort(device: torch.device) -> Effort:
-    """Return the default: about half a second for all variants, with bounds on the rounds."""
+    """Return the default: about half a second for all variants together."""
     return Effort(0.5, 10, 100, 3) if device.type == "cuda" else Effort(0.6, 5, 30, 1)
 
 
@@ -178,10 +186,15 @@ def interleave(
 ) -> dict[str, Samples]:
     """Time several variants in turn, so that drift (clocks, heat, other processes) affects all of them.
 
-    Each round runs every variant; the first one rotates. Existing objects are excluded from garbage collection: a
-    benchmark holds many models, which a user's process does not.
+    Each round runs every variant, and each round begins with another variant. Existing objects are excluded from
+    garbage collection, because a benchmark holds many more models than a user's process.
+
+    Args:
+        calls: the call of each variant, by name.
+        queue_ahead: on a GPU, measure device seconds in a second call, whose launches are queued before it starts.
+        how: how long to measure. None: `effort`.
     """
-    # a dry run only shows that everything runs
+    # a dry run only shows that every call works
     how = Effort(0.0, 2, 2, 1) if os.environ.get("FLARE_BENCH_DRY") else how or effort(device)
     for _ in range(how.warmup):
         start_s = time.perf_counter()
@@ -214,7 +227,7 @@ def _frozen_heap() -> Iterator[None]:
 
 
 class Replay:
-    """A timer for pytest-benchmark that replays measured durations, one per pair of readings."""
+    """A timer for pytest-benchmark that replays measured durations: two readings differ by the next duration."""
 
     def __init__(self) -> None:
         self._durations: list[float] = []
@@ -281,7 +294,7 @@ def device_work(call: Callable[[], object], device: torch.device, warmed: bool =
     """Return the device's work in one call, from the profiler; None on a CPU.
 
     Args:
-        warmed: the call has run before. Otherwise it runs once more, without the profiler.
+        warmed: whether the call has run before. If not, it first runs without the profiler.
     """
     if device.type != "cuda":
         return None
@@ -308,6 +321,6 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def device_launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """Return the number of kernels and copies of one call, from the profiler; None on a CPU (see `count_ops`)."""
+    """Return the number of kernels and copies of one call, from the profiler, or None on a CPU (use `count_ops`)."""
     work = device_work(call, device)
     return None if work is None else work.launches

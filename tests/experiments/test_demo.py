@@ -140,7 +140,7 @@ def test_base_is_built_once_and_rebuilt_when_damaged(corpus, tmp_path):
     pretrained_base(CONFIG, corpus, tmp_path, lines.append, progress=False)
     (folder / "manifest.json").write_text("{")
     pretrained_base(CONFIG, corpus, tmp_path, lines.append, progress=False)
-    assert sum("built again" in line for line in lines) == 3
+    assert sum("pre-trained again" in line for line in lines) == 3
     assert [path.name for path in tmp_path.iterdir()] == [folder.name], "no temporary folder is left"
 
 

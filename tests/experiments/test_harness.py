@@ -200,7 +200,7 @@ def test_texts_of_the_document_are_replaced() -> None:
     doc = {"text": "a {b} c", "source_text": "x", "options": ["ja", "nee"], "source_options": ["yes", "no"], "tag": 3}
     assert SourcePrompts().of(request(doc, "Q: a {b} c\nja, nee?", " nee")) == ("Q: x\nyes, no?", " no")
     assert SourcePrompts().of(request(doc, "Q: a {b} c\nA:", {"until": []})) == ("Q: x\nA:", "")
-    for prompt, complaint in (("a {b} c a {b} c", "occurs 2 times"), ("nothing of it", "in the prompt as")):
+    for prompt, complaint in (("a {b} c a {b} c", "occurs 2 times"), ("nothing of it", "does not contain the text")):
         with pytest.raises(UserError, match=complaint):
             SourcePrompts(columns=["text"]).of(request(doc, prompt))
     with pytest.raises(UserError, match="no_source=True"):

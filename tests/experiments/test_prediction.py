@@ -192,7 +192,7 @@ def test_csv_with_labels_is_scored(place, tmp_path, capsys):
         ([{"sentence": "a"}], (), "no column text; it has sentence"),
         ([{"text": 3}], (), "holds a int"),
         ([{"text": "a", "prediction": 1}], ("--no-source",), "has a column prediction"),
-        ([{"text": "a"}], ("--source-input", "english.jsonl"), "20 rows and --input 1"),
+        ([{"text": "a"}], ("--source-input", "english.jsonl"), "20 rows and --input has 1 row"),
         ([{"text": "a"}], ("--labels", "a", "b"), "this is saved in .*run.json"),
         ([{"text": "a"}], ("--translator", "mt"), "vemari"),
         ([{"text": "a"}], ("--translator", "mt", "--no-source"), "exclude each other"),

@@ -1,4 +1,7 @@
-"""`flare demo`: cross-lingual transfer in a few minutes on a CPU, on a generated corpus or on real data.
+"""`flare demo`: cross-lingual transfer in a few minutes on a CPU.
+
+The demo trains and evaluates zero-shot transfer, plain LoRA, input-level fusion and FLARE. Its data are either the
+embedded corpus, which `.corpus` generates, or real parallel data.
 
 from flare.experiments.demo import DemoSettings, run_demo
 
@@ -24,14 +27,14 @@ __all__ = ["DemoError", "DemoSettings", "run_demo"]
 
 
 def run_demo(settings: DemoSettings, print_fn: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Run the comparison and write results.json, run.json, table.md and results.png.
+    """Compare the methods, and write results.json, run.json, table.md and results.png into the output folder.
 
     Args:
-        settings: options; a value of None stands for the default of the embedded corpus or of real data.
+        settings: options of the demo. See `DemoSettings` for fields that are None.
         print_fn: prints a line for the user.
 
     Returns:
-        The rows of results.json.
+        The rows of results.json: one dict for each seed, method and source, with the macro F1 and the costs.
 
     Raises:
         DemoError: an option or a file is wrong.
@@ -56,8 +59,8 @@ def _run(settings: DemoSettings, print_fn: Callable[[str], None]) -> list[dict[s
     start, date = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     task = (experiment.embedded_task if settings.embedded else experiment.real_task)(settings, print_fn)
     print_fn(
-        f"Data: {len(task.finetune)} {task.source} sentences to fine-tune the base, {len(task.train)} pairs "
-        f"{task.source}-{task.target} to train adapters, {len(task.test)} pairs to test"
+        f"Data: {len(task.finetune)} {task.source} sentences to fine-tune the base model, {len(task.train)} "
+        f"{task.source}-{task.target} sentence pairs to train the adapters, and {len(task.test)} pairs to test them"
     )
     run = experiment.Experiment(task, settings, print_fn)
     rows: list[dict[str, Any]] = []

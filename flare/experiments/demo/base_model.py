@@ -1,7 +1,8 @@
 """The demo's base model: a tiny BERT, pre-trained once on the embedded corpus and kept in the user's cache folder.
 
-Real multilingual models have read very little text in most of their languages. The same holds for this one: 95 % of its
-pre-training text is English. Pre-training takes less than a minute on one CPU core.
+Real multilingual models have read very little text in most of their languages. To imitate this, 95 % of the
+pre-training text is English, and 5 % is in the made-up second language of the corpus (`.corpus`). Pre-training takes
+less than a minute on one CPU core.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, s
 from ..utils.progress import counter
 from .corpus import CORPUS_VERSION, SUFFIXES, Corpus, english_words, vemari_word
 
-# Increase it if the pre-training below changes in a way that BaseConfig does not show.
+# Part of the cache key. Increase this number when the code of the pre-training changes, so that old copies are not
+# used.
 RECIPE_VERSION = 1
 _MANIFEST = "manifest.json"
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -31,7 +33,15 @@ _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Size of the tiny BERT and of its pre-training."""
+    """Size of the tiny BERT, and hyper-parameters of its pre-training.
+
+    Attributes:
+        layers, width, heads, positions: number of blocks, hidden size, attention heads and position embeddings.
+        steps, batch_size, lr: number of optimizer steps, sentences per step and peak learning rate.
+        masked_share: share of the tokens that the model must predict.
+        init_range: standard deviation of the initial weights.
+        seed: seed of the initial weights, of the order of the sentences and of the masking.
+    """
 
     layers: int = 4
     width: int = 96
@@ -46,7 +56,10 @@ class BaseConfig:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a sub-word tokenizer for both languages. Its vocabulary is given, not trained: stems and ##suffixes."""
+    """Return a WordPiece tokenizer for both languages.
+
+    Its vocabulary lists all stems, and the suffixes as ``##suffix``.
+    """
     words = english_words()
     pieces = [*_SPECIAL_TOKENS, ".", *words, *map(vemari_word, words), *(f"##{suffix}" for suffix in SUFFIXES)]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
@@ -66,7 +79,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of the bases: `cache_dir`, or $XDG_CACHE_HOME/flare-kernels, or ~/.cache/flare-kernels."""
+    """Return the folder that keeps base models.
+
+    It is `cache_dir` if given, otherwise $XDG_CACHE_HOME/flare-kernels, or ~/.cache/flare-kernels without that
+    variable.
+    """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -74,7 +91,7 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def base_key(config: BaseConfig, corpus: Corpus) -> str:
-    """Return a hash of everything that determines the base."""
+    """Return a hash of everything that determines the weights of the base model."""
     ingredients = {
         "recipe": RECIPE_VERSION,
         "corpus": CORPUS_VERSION,
@@ -93,12 +110,12 @@ def pretrained_base(
     print_fn: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Path:
-    """Return the folder of the pre-trained base. Build the base if it is missing or damaged.
+    """Return the folder of the pre-trained base model. Pre-train the model if the folder is missing or damaged.
 
     Args:
         config: size and pre-training of the model.
-        corpus: the model is pre-trained on its `pretrain_source` and `pretrain_target`.
-        cache_dir: see `cache_folder`.
+        corpus: corpus whose `pretrain_source` and `pretrain_target` the model is pre-trained on.
+        cache_dir: folder that keeps base models, or None for the default of `cache_folder`.
         print_fn: prints a line for the user.
         progress: show a progress bar while pre-training.
     """
@@ -108,9 +125,9 @@ def pretrained_base(
         if damage is None:
             print_fn(f"Base model: taken from {folder}")
             return folder
-        print_fn(f"Base model: the copy in {folder} is damaged ({damage}); it will be built again.")
+        print_fn(f"Base model: the copy in {folder} is damaged ({damage}); the model will be pre-trained again.")
         shutil.rmtree(folder)
-    print_fn(f"Base model: pre-training a {config.layers}-layer BERT of width {config.width}, kept in {folder}")
+    print_fn(f"Base model: pre-training a {config.layers}-layer BERT of width {config.width}, to be saved in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Build in a temporary folder and rename it, so that an interrupted run leaves nothing that looks finished.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as building:
@@ -123,7 +140,7 @@ def pretrained_base(
         try:
             inner.rename(folder)
         except OSError:
-            # Another process has finished the same base in the meantime; it is identical.
+            # Another process may have saved the same model in the meantime. Use its copy, if that is not damaged.
             if _damage(folder) is not None:
                 raise
     return folder
@@ -134,7 +151,7 @@ def _digest(path: Path) -> str:
 
 
 def _damage(folder: Path) -> str | None:
-    """Return what is wrong with a cached base, or None."""
+    """Return what is wrong with the base model in a folder, or None if nothing is."""
     try:
         digests = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         changed = [name for name, digest in digests.items() if _digest(folder / name) != digest]
@@ -190,7 +207,11 @@ def pretrain(
 def _mask(
     input_ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast, share: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply BERT's masking: of the chosen tokens, 80 % become [MASK], 10 % a random token, and 10 % stay."""
+    """Return the masked input ids, and the labels, of masked-language modelling.
+
+    A random `share` of the tokens is chosen. As in BERT, 80 % of the chosen tokens become [MASK], 10 % become a random
+    token, and 10 % stay. The label of a token that is not chosen is -100.
+    """
     special = torch.tensor(tokenizer.all_special_ids)
     draw = torch.rand(input_ids.shape, generator=generator)
     chosen = (draw < share) & ~torch.isin(input_ids, special)

@@ -1,13 +1,16 @@
 """A small generated parallel corpus: English and a made-up second language, three labels, no download.
 
-**English.** A grammar of about sixty words on guests, cooks, hotels and films. A clause describes either an action ("my
-friend praised the old hotel") or a property ("the soup was really awful"). The verb or the adjective determines the
-label: negative, neutral or positive. 12 % of the clauses are negated, which inverts the polarity ("the soup was not
-awful" is positive; a neutral clause stays neutral). 15 % of the sentences contrast two clauses of different labels with
-"but"; the second clause determines the label. Another 15 % join two clauses of the same label with "and".
+**English.** The grammar has about sixty words for guests, cooks, hotels, films and the like. A clause describes either
+an action ("my friend praised the old hotel") or a property ("the soup was really awful"). Its verb or adjective has a
+polarity: negative, neutral or positive. The polarity is the label of the clause. 12 % of the clauses are negated, and
+then negative and positive are swapped ("the soup was not awful" is positive). A negated neutral clause stays neutral.
+15 % of the
+sentences contrast two clauses of different labels with "but", and the second clause determines the label of the
+sentence. Another 15 % join two clauses of the same label with "and".
 
-**The second language ("Vemari").** Every English stem has a made-up word (`vemari_word`: three syllables derived from a
-hash of the stem). The two languages share only the full stop. Rules of the grammar:
+**The second language ("Vemari").** Every English word is translated by one made-up word (`vemari_word`: three syllables
+derived from a hash of the English word), except "was", "not" and "never". The two languages share only the full stop.
+Rules of the grammar:
 
 * The verb comes last: subject, object, adverb, verb.
 * The adjective follows its noun, and the determiner comes last in its phrase.
@@ -65,7 +68,10 @@ _VOWELS = "aeiou"
 
 
 class SentencePair(NamedTuple):
-    """A sentence in both languages, and its label."""
+    """A sentence in English (`source`) and in the second language (`target`), and its label.
+
+    `..real_data` uses the same class for other languages.
+    """
 
     id: str
     source: str
@@ -84,7 +90,11 @@ class NounPhrase:
 
 @dataclass(frozen=True)
 class Clause:
-    """The meaning of a clause, from which both languages are generated. ``item`` is the object of an action."""
+    """The meaning of a clause, from which the clause is generated in both languages.
+
+    ``predicate`` is the verb of an action, or the adjective of a property. ``item`` is the object of an action, and
+    None for a property.
+    """
 
     subject: NounPhrase
     predicate: str
@@ -95,7 +105,7 @@ class Clause:
 
     @property
     def label(self) -> str:
-        """The polarity of the predicate, inverted by a negation."""
+        """The polarity of the predicate, with negative and positive swapped if the clause is negated."""
         return _FLIPPED[self.polarity] if self.negated else self.polarity
 
 
@@ -106,7 +116,7 @@ def english_words() -> tuple[str, ...]:
 
 
 def vemari_word(stem: str) -> str:
-    """Return the second language's word for an English stem: three syllables derived from the stem's hash.
+    """Return the second language's word for an English word: three syllables derived from a hash of the English word.
 
     >>> vemari_word("soup") == vemari_word("soup")
     True
@@ -124,7 +134,7 @@ def _english_phrase(phrase: NounPhrase) -> list[str]:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One clause, or two joined by "but" or "and"; the last one determines the label."""
+    """One clause, or two clauses joined by "but" or "and"; the last clause determines the label."""
 
     clauses: tuple[Clause, ...]
     joint: str = ""
@@ -197,7 +207,15 @@ def _sentence(rng: random.Random, label: str) -> Sentence:
 
 
 class Corpus(NamedTuple):
-    """The parts of the embedded corpus; no sentence occurs in two of them."""
+    """The parts of the embedded corpus. No sentence occurs in two parts.
+
+    Attributes:
+        finetune: labelled sentences to fine-tune the base model on; only their English side is used.
+        train: labelled pairs to train the adapters on.
+        test: labelled pairs to evaluate on.
+        pretrain_source: unlabelled English sentences to pre-train the base model on.
+        pretrain_target: unlabelled sentences in the second language, also for the pre-training.
+    """
 
     finetune: list[SentencePair]
     train: list[SentencePair]
@@ -217,15 +235,13 @@ def make_corpus(
     """Generate the corpus.
 
     Args:
-        finetune: labelled sentences to fine-tune the base on; only their English side is used.
-        train: labelled pairs to train the adapters on.
-        test: labelled pairs for the evaluation.
-        pretrain: unlabelled sentences for masked-language modelling, each in one language.
+        finetune, train, test: number of pairs in these parts of :class:`Corpus`.
+        pretrain: number of sentences for the pre-training, each of which is in one language only.
         target_share: share of `pretrain` that is in the second language.
         seed: seed of the grammar's choices.
 
-    The three labels are equally frequent in every labelled part; if its size is not a multiple of three, their counts
-    differ by one.
+    The three labels are equally frequent in every labelled part. If the size of a part is not a multiple of three, the
+    counts of the labels differ by one.
     """
     for name, size in (("finetune", finetune), ("train", train), ("test", test), ("pretrain", pretrain)):
         if size < 0:
@@ -247,7 +263,7 @@ def make_corpus(
         rng.shuffle(rows)
         return rows
 
-    # The test part comes first, so that it does not depend on the sizes of the others.
+    # The test part is drawn first, so that it does not depend on the sizes of the other parts.
     held_out = pairs("test", test)
     labelled = pairs("train", train)
     english_only = pairs("finetune", finetune)
@@ -266,7 +282,8 @@ def add_noise(texts: list[str], rate: float, seed: int) -> list[str]:
     """Damage texts as machine translation does: some words are lost, some are replaced.
 
     Each word is damaged with probability `rate`: one half of the damaged words is dropped, the other half is replaced
-    with a word drawn from `texts` by its frequency. A text that would become empty is left unchanged.
+    with a word drawn at random from all words of `texts`, where frequent words are drawn more often. A text that would
+    become empty is left unchanged.
     """
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"noise must be a share of words from 0 up to, but not including, 1; got {rate}")

@@ -18,22 +18,27 @@ class DemoError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Options of the demo. None stands for the default of the embedded corpus (`EMBEDDED`) or of real data (`REAL`).
+    """Options of the demo.
+
+    A field that is None gets its default from `EMBEDDED` if the demo runs on the embedded corpus, which it generates,
+    and from `REAL` if it runs on real data.
 
     Attributes:
         output: folder for results.json, run.json, table.md and results.png.
         seeds: number of seeds, counted from 0.
-        model: folder or hub id of a transformers model; None: the tiny embedded one.
-        data: folder or hub id of parallel data; None: the embedded corpus.
-        source, target: languages of `data`.
+        model: folder or hub id of a transformers model. None: a tiny BERT that the demo pre-trains (the embedded base).
+        data: folder or hub id of parallel data. None: the embedded corpus.
+        source, target: two languages of `data`: the base model is fine-tuned on `source`, and the adapters are trained
+            for `target`. None for the embedded corpus.
         fusion: FLARE's fusion function.
         r, alpha, epochs, batch_size, lr, max_length: hyper-parameters of the adapters, the same for every method.
-        finetune_epochs, finetune_lr, finetune_batch_size: for the full fine-tuning on the source language.
-        noise: share of damaged words in the noisy source; 0: no rows with a noisy source.
-        rows: use at most this many rows of every part, for a quick look.
-        pretrain_steps: masked-language modelling steps of the embedded base.
+        finetune_epochs, finetune_lr, finetune_batch_size: hyper-parameters of the fine-tuning of all weights of the
+            base model on the source language.
+        noise: share of damaged words in the noisy source. 0: no method is run with a noisy source.
+        rows: use at most this many rows of every part of the data, for a quick run. None: all rows.
+        pretrain_steps: number of steps of masked-language modelling that pre-train the embedded base.
         cache_dir: folder that keeps the embedded base.
-        threads: CPU threads; None: one for the embedded model, PyTorch's choice for a real one.
+        threads: number of CPU threads. None: one for the embedded base, and PyTorch's choice for a real model.
         overwrite: replace earlier results in `output` instead of moving them to a sub-folder.
         progress: show progress bars.
     """
@@ -68,7 +73,7 @@ class DemoSettings:
         return self.data is None
 
     def resolved(self) -> DemoSettings:
-        """Check every value and fill in the defaults.
+        """Check every value, and return the settings with the defaults filled in.
 
         Raises:
             DemoError: a value is not accepted; the message names the option.
@@ -124,14 +129,15 @@ class DemoSettings:
             raise DemoError(f"--source and --target are both {self.source!r}; name two languages")
 
 
-# Defaults for the embedded corpus. Its longest sentence has 23 tokens; its model is too small for two threads.
+# Defaults for the embedded corpus. Its longest sentence has 23 tokens. The embedded base is too small to run faster
+# with two threads.
 EMBEDDED = {
     "threads": 1,
     "r": 16,
     "alpha": 32,
     "epochs": 10,
     "batch_size": 32,
-    "lr": 5e-3,  # the best one for plain LoRA
+    "lr": 5e-3,  # the best learning rate for plain LoRA
     "max_length": 24,
     "finetune_epochs": 15,
     "finetune_lr": 1e-3,

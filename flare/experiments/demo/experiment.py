@@ -1,8 +1,10 @@
-"""The comparison of zero-shot, plain LoRA, input-level fusion and FLARE on one fine-tuned base.
+"""Compare zero-shot, plain LoRA, input-level fusion and FLARE, all from the same fine-tuned base model.
 
 Every method has the same rows, seeds, rank, learning rate, schedule, epochs, batch size, trained head, trainer and
-kernels. The methods differ in what they read. FLARE and input-level fusion also read the source text: once unchanged
-("gold"), and once damaged as by machine translation ("noisy", in training and at test time).
+kernels. The methods differ in what they read. Zero-shot is the base model without an adapter. Zero-shot and plain
+LoRA read only the target text. FLARE and input-level fusion also read the source text. They run twice: with the
+unchanged source text ("gold"), and with a source text in which some words are lost or replaced ("noisy"), in training
+and at test time.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from .real_data import load_parallel
 __all__ = ["Experiment", "embedded_task", "measure_step", "quiet_libraries", "real_task"]
 
 METHODS = ("zero-shot", "lora", "input-fusion", "flare")
-WARM_UP = 0.1
-TIMER_WARM_UP = 3
+WARM_UP = 0.1  # share of the training steps
+TIMER_WARM_UP = 3  # first steps, which seconds_per_step leaves out
 EVAL_BATCH = 100
 # Seeds of the noise. They differ, so that training and test sources are damaged differently.
 _NOISE_TRAIN, _NOISE_TEST = 1_000, 2_000
@@ -49,14 +51,16 @@ _NOISE_TRAIN, _NOISE_TEST = 1_000, 2_000
 
 @dataclass
 class DemoTask:
-    """Data, tokenizer and base of a run.
+    """Data, tokenizer and base model of a run.
 
     Attributes:
         source, target: names of the languages.
         labels: names of the classes.
         finetune: source texts with their labels, to fine-tune the base on.
-        train, test: pairs to train the adapters on, and to evaluate on.
-        base: folder or hub id of the base, for `AutoModelForSequenceClassification`.
+        train: pairs of texts with a label, to train the adapters on.
+        test: pairs of texts with a label, to evaluate on.
+        base: folder or hub id of the base model, for `AutoModelForSequenceClassification`.
+        tokenizer: tokenizer of the base model.
         notes: lines to print and to save with the results, such as the number of dropped rows.
     """
 
@@ -72,7 +76,7 @@ class DemoTask:
 
 
 def embedded_task(settings: DemoSettings, print_fn: Callable[[str], None] = print) -> DemoTask:
-    """Return the task on the embedded corpus, with the tiny BERT."""
+    """Return the task on the embedded corpus (see `.corpus`), with the tiny BERT as the base model."""
     corpus = make_corpus()
     config = BaseConfig() if settings.pretrain_steps is None else BaseConfig(steps=settings.pretrain_steps)
     folder = pretrained_base(config, corpus, settings.cache_dir, print_fn, settings.progress)
@@ -117,11 +121,11 @@ def real_task(settings: DemoSettings, print_fn: Callable[[str], None] = print) -
 
 
 class Experiment:
-    """All methods over all seeds; `rows` yields their results.
+    """Run all methods with all seeds; `rows` yields their results.
 
     Args:
-        task: data and base.
-        settings: resolved settings.
+        task: data, tokenizer and base model.
+        settings: settings with the defaults filled in (`DemoSettings.resolved`).
         print_fn: prints a line for the user.
     """
 
@@ -138,7 +142,7 @@ class Experiment:
         for seed in range(self.settings.seeds):
             base = self.finetuned_base(seed)
             self.source_f1.append(self._source_f1(base, seed))
-            base.to("cpu")  # on a GPU, leave the memory to the method that is measured
+            base.to("cpu")  # leaves the memory of a GPU to the method that is measured
             self.print_fn(
                 f"Seed {seed}: base fine-tuned and tested on {self.task.source}: macro F1 {self.source_f1[-1]:.1f}"
             )
@@ -151,7 +155,7 @@ class Experiment:
                 yield row
 
     def finetuned_base(self, seed: int) -> Any:
-        """Return the base with all weights fine-tuned on the source language."""
+        """Return the base model, with all weights fine-tuned on the source language."""
         set_seed(seed)
         with library_errors(f"--model {self.task.base}: it cannot be loaded for classification", DemoError):
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -183,7 +187,17 @@ class Experiment:
         return trainer.model.eval()
 
     def run(self, method: str, source: str | None, seed: int, base: Any) -> dict[str, Any]:
-        """Train a method from the fine-tuned base, evaluate it on the target language, and measure one more step."""
+        """Train a method from the fine-tuned base, evaluate it on the target language, and measure one more step.
+
+        Args:
+            method: one of `METHODS`. "zero-shot" is only evaluated.
+            source: "gold", "noisy", or None for a method that reads no source text.
+            seed: seed of the training and of the noise.
+            base: the fine-tuned base model, which is copied.
+
+        Returns:
+            The row of results.json.
+        """
         settings = self.settings
         row: dict[str, Any] = {
             "method": method,
@@ -284,8 +298,8 @@ class Experiment:
         limit, width = max_positions(model), self.settings.max_length
         if limit is not None and width is not None and 2 * width > limit:
             raise DemoError(
-                f"--max-length {width} is too long: input-level fusion reads two texts as one of {2 * width} tokens "
-                f"and {type(model).__name__} has positions for {limit}; give --max-length {limit // 2} or less"
+                f"--max-length {width} is too long: input-level fusion reads both texts as one text of {2 * width} "
+                f"tokens, but {type(model).__name__} has positions for {limit}; give --max-length {limit // 2} or less"
             )
 
 

@@ -1,9 +1,9 @@
-"""Parallel data for the demo, from a folder or the Hugging Face hub.
+"""Read parallel data for the demo from a folder or from the Hugging Face hub.
 
 A folder has one sub-folder per language, each with a train and a test split with the columns id, text and label (the
 layout of NusaX-Senti; see `..tasks.files`). On the hub, `datasets.load_dataset(id, language)` must return the same
 splits and columns; the languages are the names of the data set's configurations (NusaX-Senti: "eng", "ace"). Rows of
-two languages are paired by id. Rows without a counterpart are dropped and counted.
+two languages are paired by id. Rows whose id is missing in the other language are dropped and counted.
 """
 
 from __future__ import annotations
@@ -33,14 +33,23 @@ class LabelledText(NamedTuple):
 
 @dataclass(frozen=True)
 class ParallelData:
-    """Source rows for fine-tuning, pairs for training and evaluation, and notes on what was dropped."""
+    """Rows of two languages.
+
+    Attributes:
+        labels: all labels of the training rows in the source language.
+        finetune: training rows in the source language, to fine-tune the base model on.
+        train: pairs to train the adapters on.
+        test: pairs to evaluate on.
+        notes: lines that say how many rows were dropped, and why.
+        table: lines that list the labels and how often each occurs in `finetune`.
+    """
 
     labels: tuple[str, ...]
     finetune: list[LabelledText]
     train: list[SentencePair]
     test: list[SentencePair]
     notes: list[str]
-    table: list[str]  # lines with labels and their counts
+    table: list[str]
 
 
 def load_parallel(data: str, source: str, target: str) -> ParallelData:
@@ -48,7 +57,7 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
 
     Args:
         data: a folder (see the module's docstring) or a hub id.
-        source: language that the base is fine-tuned on.
+        source: language that the base model is fine-tuned on.
         target: language that the adapters are trained for.
 
     Raises:
@@ -79,16 +88,18 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
     if unknown:
         raise DemoError(f"--data {data}: {target} has labels that {source}/train lacks: {', '.join(unknown)}")
     if len(labels) < 2:
-        raise DemoError(f"--data {data}: {source}/train has only the label {labels}; two or more are needed")
+        raise DemoError(
+            f"--data {data}: {source}/train has only the label {labels[0]!r}; two or more labels are needed"
+        )
     return ParallelData(labels, finetune, splits["train"], splits["test"], notes, label_table(counts))
 
 
 def _without_options(error: UserError) -> str:
-    """Return an error's text. If it advises options that the demo does not have, add a remark."""
+    """Return the text of an error. If the text names options that the demo does not have, add that they are missing."""
     options = [name for name in ("--text-columns", "--label-column", "--labels") if name in str(error)]
     if not options:
         return str(error)
-    return f"{error} ({' and '.join(options)}: options of flare finetune and train, which the demo does not have)"
+    return f"{error} (the demo does not have {' and '.join(options)}: only flare finetune and flare train do)"
 
 
 def align(
@@ -98,10 +109,13 @@ def align(
     target: str = "target",
     split: str = "rows",
 ) -> tuple[list[SentencePair], list[str]]:
-    """Pair rows by id, in the target's order; return the pairs and one line per reason for dropping rows.
+    """Pair rows by id, in the order of the target rows.
 
-    Dropped are ids without a counterpart, ids that occur twice in a language (their texts cannot be assigned), pairs
-    whose labels differ, and pairs with an empty text.
+    These rows are dropped: rows whose id is missing in the other language, rows whose id occurs twice in one language
+    (it is not clear which texts belong together), pairs with two different labels, and pairs with an empty text.
+
+    Returns:
+        The pairs, and one line per reason for dropping rows.
     """
     matched, drops = match(_examples(target_rows), _examples(source_rows), target, source, split)
     pairs = [
@@ -122,5 +136,7 @@ def _read(data: str, language: str, split: str) -> list[LabelledText]:
     except UserError as error:
         raise DemoError(_without_options(error)) from error
     if examples[0].id.startswith(POSITION_PREFIX):
-        raise DemoError(f"--data {data}: {language}/{split} has no column id, which rows are paired by")
+        raise DemoError(
+            f"--data {data}: {language}/{split} has no column id; the demo pairs rows of two languages by this column"
+        )
     return [LabelledText(row.id, row.texts["text"], row.label or "") for row in examples]

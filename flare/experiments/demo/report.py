@@ -1,4 +1,4 @@
-"""The output of a demo run: results.json, run.json, a table (printed and as Markdown) and a figure."""
+"""Write the output of a demo run: results.json, run.json, a table (printed and as Markdown) and a figure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def move_earlier_results(folder: Path, overwrite: bool, print_fn: Callable[[str]
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one entry per method and source: mean and standard deviation of macro F1, and medians of the costs."""
+    """Return a dict per method and source, with the mean and standard deviation of macro F1 and the median costs."""
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row.get("source")), []).append(row)
@@ -175,7 +175,7 @@ def finish(
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], run_info: dict[str, Any]) -> None:
-    """Draw a figure of quality and costs.
+    """Draw macro F1 and costs of all methods, and save the figure as `path`.
 
     Raises:
         ImportError: matplotlib is not installed.

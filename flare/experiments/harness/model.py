@@ -1,4 +1,7 @@
-"""FlareLM: the HFLM of lm-evaluation-harness, with the source text of every request for a fusing adapter."""
+"""FlareLM extends HFLM (lm-evaluation-harness's class for transformers models) for adapters that fuse two texts.
+
+Such an adapter reads the prompt of a request and a source prompt, which is the prompt in English, for example.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ _SOURCE = ("source_input_ids", "source_attention_mask")
 
 
 class _Prompt(str):
-    """A prompt with its source as an attribute, which survives HFLM's sorting and batching."""
+    """A prompt with its source prompt as an attribute.
+
+    HFLM sorts and batches prompts, and the attribute stays with them.
+    """
 
     source: str
 
@@ -35,11 +41,12 @@ class _Prompt(str):
 class FlareLM(HFLM):  # type: ignore[misc]
     """A causal language model with a FLARE adapter: the model ``flare`` of lm-evaluation-harness.
 
-    With an adapter that fuses, every request is scored or continued with its source (see
-    :class:`.source_prompts.SourcePrompts`). Both texts have the layout of :class:`flare.FlareDataCollator` in training:
-    prompts are padded on the left, continuations on the right. A scored continuation is appended to the source too; if
-    it is a text of the document, its source is. Without an adapter, with one that does not fuse, or with
-    ``no_source``, this class behaves as HFLM.
+    If the adapter fuses two texts, it reads the prompt of each request together with a source prompt (see
+    :class:`.source_prompts.SourcePrompts`). Both prompts have the layout of :class:`flare.FlareDataCollator` in
+    training: they are padded on the left, and continuations are padded on the right. A continuation that is scored is
+    also appended to the source prompt. If the continuation is one of the document's texts, the source of that text is
+    appended instead. Without an adapter, with an adapter that does not fuse, or with ``no_source``, this class behaves
+    as HFLM.
 
     Args:
         pretrained: folder or hub id of the base model, or a loaded model (also a ``PeftModel``).
@@ -65,9 +72,12 @@ class FlareLM(HFLM):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         options = {"source_file": source_file, "source_columns": source_columns, "doc_to_source": doc_to_source}
-        given = [name for name, value in options.items() if value is not None]
-        if no_source and given:
-            raise UserError(f"no_source=True and {', '.join(given)} exclude each other; leave one out")
+        source_options = [name for name, value in options.items() if value is not None]
+        if no_source and source_options:
+            raise UserError(
+                f"no_source=True and {', '.join(source_options)} exclude each other: with no_source, no source "
+                "text is read. Leave out one of them"
+            )
         columns = source_columns.split("+") if isinstance(source_columns, str) else source_columns
         sources = None if no_source else SourcePrompts(source_file, columns, doc_to_source, source_id)
         self.sources: SourcePrompts | None = None
@@ -78,10 +88,13 @@ class FlareLM(HFLM):  # type: ignore[misc]
             self.sources = sources
             if not isinstance(self.batch_size, int):
                 raise UserError(
-                    f"batch_size={self.batch_size}: lm_eval measures the batch size without a source; give a number"
+                    f"batch_size={self.batch_size}: lm_eval would measure the batch size without source texts, and "
+                    "it would be too large; give a number"
                 )
-        elif given:
-            logger.warning("%s: not read, because the model has no adapter that fuses two texts", ", ".join(given))
+        elif source_options:
+            logger.warning(
+                "%s: not read, because the model has no adapter that fuses two texts", ", ".join(source_options)
+            )
 
     def _fuses(self) -> bool:
         """Return whether an active adapter fuses. Raise UserError for adapters that this class cannot evaluate."""
@@ -118,9 +131,11 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return [scores[index] for index in range(len(rows))]
 
     def _equal_inputs(self, rows: list[dict[str, list[int]]]) -> list[list[int]]:
-        """Group the indices of rows that share a forward pass: equal except for an answer of one token.
+        """Group the indices of rows that can share one forward pass.
 
-        No logit that is used depends on such an answer.
+        These are rows with equal prompts whose answers have one token each, because the logits that score an answer of
+        one token do not depend on this token. Every other row, and every row with ``logits_cache=False``, is a group of
+        its own.
         """
         groups: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):
@@ -139,7 +154,7 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return row
 
     def _token_ids(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the token ids of both texts, as HFLM computes them."""
+        """Return the token ids of the context and of the continuation, computed in the same way as in HFLM."""
         if context:
             prompt, answer = self._encode_pair(context, continuation)
             return prompt, answer
@@ -165,19 +180,27 @@ class FlareLM(HFLM):  # type: ignore[misc]
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Call HFLM without a source. Raise UserError with one, because the windows of a text have no source."""
+        """Return the log-likelihood of each text, computed by HFLM.
+
+        Raises:
+            UserError: sources are read. HFLM splits a long text into windows, and a window has no source text.
+        """
         if self.sources is not None:
             tasks = sorted({str(request.task_name) for request in requests})
             raise UserError(
                 f"task {', '.join(tasks)}: perplexity of running text (loglikelihood_rolling) is not defined with a "
-                "source, because the source has no such windows; no_source=True measures the adapter as plain LoRA"
+                "source, because lm_eval splits the text into windows and a window has no source text; no_source=True "
+                "measures the adapter as plain LoRA"
             )
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
 
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the generated text after each context, with the context's source if sources are read."""
+        """Return the text generated after each context.
+
+        If sources are read, the model also reads the context's source.
+        """
         if self.sources is not None:
             requests = [self._with_source(request) for request in requests]
         return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
@@ -195,12 +218,16 @@ class FlareLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Encode a batch as HFLM does. With sources, pad both prompts together and keep the source for generation."""
+        """Return the input ids and the attention mask of a batch, as HFLM does.
+
+        If sources are read, pad prompts and source prompts to one length, and store the source ids and their mask for
+        :meth:`_model_generate`.
+        """
         if self.sources is None:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)  # type: ignore[no-any-return]
         rows = [
-            {"input_ids": self.tok_encode(one), "source_input_ids": self.tok_encode(one.source)}  # type: ignore[attr-defined]
-            for one in strings
+            {"input_ids": self.tok_encode(text), "source_input_ids": self.tok_encode(text.source)}  # type: ignore[attr-defined]
+            for text in strings
         ]
         limit = left_truncate_len or self.max_length
         self._warn_if_cut(rows, limit)
@@ -223,10 +250,15 @@ class FlareLM(HFLM):  # type: ignore[misc]
             logger.warning("%d of %d prompts or their sources are cut on the left to %d tokens", cut, len(rows), limit)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Call HFLM without a source. Raise UserError with one."""
+        """Set lm_eval's cache of answers (``--use_cache``).
+
+        Raises:
+            UserError: sources are read. The cache does not distinguish requests with different sources.
+        """
         if self.sources is not None:
             raise UserError(
-                "--use_cache stores answers by the text only and would return those of another source; leave it out"
+                "--use_cache: the cache finds answers by the prompt only, so it would return answers that were "
+                "computed with another source; leave --use_cache out"
             )
         super().set_cache_hook(cache_hook)
 

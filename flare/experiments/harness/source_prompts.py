@@ -1,4 +1,7 @@
-"""The source prompt of a request: the request's prompt with the document's texts in the source language."""
+"""Build the source prompt of an lm_eval request: its prompt, with the document's texts in the source language.
+
+lm_eval makes the requests of a task from documents (rows of the data set), with a prompt template.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,23 @@ Row = dict[str, Any]
 
 
 class SourcePrompts:
-    """Prompts and continuations of requests in the source language.
+    """Builds the prompts and continuations of requests in the source language.
 
-    The source texts of a document are its columns ``source_<column>``. With ``file``, they are the columns of a row of
-    the file: the row with the document's id if both have ids, otherwise the row at the document's position.
+    The source texts of a document are its columns ``source_<column>``. With ``file``, they are the columns of one row
+    of the file. This is the row with the document's id if the documents and the file have ids, otherwise the row at the
+    document's position.
 
     The source prompt is ``template``, rendered with these texts. Without a template, it is the request's prompt with
-    each text of the document replaced by its source. A continuation that is a text of the document is replaced too.
+    each text of the document replaced by its source text. A continuation that is a text of the document is also
+    replaced by its source text.
 
     Args:
         file: rows in the source language (.jsonl, .json, .csv, .tsv, .parquet); ``{task}`` stands for the task's name.
-        columns: columns to replace; None: all texts that both the document and its source have.
+        columns: names of the columns whose texts are replaced. None: all columns with texts that both the document and
+            its source have.
         template: Jinja template of the source prompt, or a file with one. Its variables are the document's columns,
-            with the source texts in place of the document's.
-        id_column: column of the ids in the documents and in the file.
+            with the source texts in place of the document's texts.
+        id_column: name of the column with the ids, in the documents and in the file.
 
     Raises:
         UserError: the template's file or the rows cannot be read.
@@ -57,13 +63,13 @@ class SourcePrompts:
         self._tables: dict[str, tuple[list[Row], dict[str, Row]]] = {}
         self._logged: set[str] = set()
         if file is not None and "{task}" not in file:
-            self._table(file)  # a wrong name fails before anything is computed
+            self._table(file)  # raises for a wrong name before anything is computed
 
     def of(self, request: Any) -> tuple[str, str]:
         """Return the source prompt and the source continuation of a request; the continuation is empty for generation.
 
         Raises:
-            UserError: the document has no source, or its texts are not in the prompt exactly once.
+            UserError: the document has no source, or a text to replace does not occur in the prompt exactly once.
         """
         where = f"task {request.task_name}, document {request.doc_id}"
         context = str(request.args[0])
@@ -87,8 +93,8 @@ class SourcePrompts:
             }
             if not row and self.template is None:
                 raise UserError(
-                    f"{where}: there is no source, and the adapter was trained with one. Give source_file=FILE, "
-                    f"columns {PREFIX}<column> in the documents (this one has {', '.join(doc)}), or "
+                    f"{where}: the document has no source text, and the adapter was trained with source texts. Give "
+                    f"source_file=FILE, columns {PREFIX}<column> in the documents (they have {', '.join(doc)}), or "
                     "doc_to_source=TEMPLATE; no_source=True runs the adapter as plain LoRA, which predicts worse"
                 )
             return row
@@ -101,13 +107,13 @@ class SourcePrompts:
             return by_id[key]
         if request.doc_id >= len(rows):
             raise UserError(
-                f"{where}: source_file={name} has {len(rows)} rows, matched by position because documents and rows do "
-                f"not both have a column {self.id_column} (source_id names another)"
+                f"{where}: source_file={name} has {len(rows)} rows, matched by position, because documents and file do "
+                f"not both have a column {self.id_column}. Name the column of ids with source_id, or add missing rows"
             )
         return rows[request.doc_id]
 
     def _table(self, name: str) -> tuple[list[Row], dict[str, Row]]:
-        """Return the rows of a file, and a dict of id -> row, which is empty unless every row has an id."""
+        """Return the rows of a file, and a dict from id to row. The dict is empty if a row has no id."""
         if name not in self._tables:
             path = Path(name).expanduser()
             if not path.exists():
@@ -121,14 +127,14 @@ class SourcePrompts:
         return self._tables[name]
 
     def _pairs(self, doc: Mapping[str, Any], row: Row, where: str) -> dict[str, dict[str, str]]:
-        """Return column -> {text of the document: its source}."""
+        """Return, for each column to replace, a dict from the document's text to its source text."""
         names = [name for name in row if name in doc and name != self.id_column]
         if self.columns is not None:
             missing = [name for name in self.columns if name not in names]
             if missing:
                 raise UserError(
                     f"{where}: source_columns={'+'.join(self.columns)}: the document or its source has no "
-                    f"{', '.join(missing)}; both have {', '.join(names) or 'none'}"
+                    f"column {', '.join(missing)}; both have {', '.join(names) or 'no common column'}"
                 )
             names = list(self.columns)
         pairs = {}
@@ -137,8 +143,8 @@ class SourcePrompts:
             if not targets or len(targets) != len(sources):
                 if self.columns is not None:
                     raise UserError(
-                        f"{where}: column {name} holds {len(targets)} texts and its source {len(sources)}; both must "
-                        "hold one text, or lists of the same length"
+                        f"{where}: column {name} holds {len(targets)} texts and its source holds {len(sources)}; "
+                        "both must hold one text, or lists of the same length"
                     )
                 continue
             texts = {a.strip(): b.strip() for a, b in zip(targets, sources, strict=True) if a.strip()}
@@ -168,8 +174,7 @@ class SourcePrompts:
             replacements |= {text: source for text, source in present.items() if text in changed}
         if absent and (self.columns is not None or len(absent) == len(pairs)):
             raise UserError(
-                f"{where}: {_of_columns(absent)} not in the prompt as in the document; give the source prompt with "
-                "doc_to_source=TEMPLATE"
+                f"{where}: {_nothing_to_replace(absent)}; give the source prompt with doc_to_source=TEMPLATE"
             )
         used = [name for name in pairs if name not in absent]
         self._log_once(
@@ -190,13 +195,13 @@ class SourcePrompts:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the texts in a column: one, several, or none."""
+    """Return the texts in a column's value: a text itself, the items of a list of texts, none for other values."""
     values = [value] if isinstance(value, str) else value
     return list(values) if isinstance(values, list) and all(isinstance(one, str) for one in values) else []
 
 
 def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
-    """Return the continuation, or its source if it is a text of the document; keep the surrounding white space."""
+    """Return the continuation. If it is a text of the document, replace it by its source and keep the white space."""
     text = continuation.strip()
     for texts in pairs.values():
         if text in texts:
@@ -204,7 +209,9 @@ def _in_source(continuation: str, pairs: dict[str, dict[str, str]]) -> str:
     return continuation
 
 
-def _of_columns(names: Sequence[str]) -> str:
-    if not names:
-        return "the document and its source share no column with texts, so there is nothing"
-    return f"the text of column {names[0]} is" if len(names) == 1 else f"the texts of columns {', '.join(names)} are"
+def _nothing_to_replace(absent: Sequence[str]) -> str:
+    """Return why a prompt has no text to replace, given the columns whose texts are absent from it."""
+    if not absent:
+        return "the document and its source share no column with texts, so nothing in the prompt can be replaced"
+    texts = f"text of column {absent[0]}" if len(absent) == 1 else f"texts of columns {', '.join(absent)}"
+    return f"the prompt does not contain the {texts} exactly as in the document"

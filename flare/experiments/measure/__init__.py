@@ -9,8 +9,8 @@
 - :mod:`.counts`: ``count_ops`` (launches) and ``count_calls`` (module calls).
 - :mod:`.timing`: ``StepTimer``.
 
-Bytes, FLOPs and counts are the same on every machine, so tests can assert them. Counting slows a step down: measure
-memory and seconds in different steps.
+Bytes on a CPU, FLOPs and counts are the same on every machine, so tests can assert them. Counting slows a step down, so
+measure memory and seconds in different steps.
 """
 
 from .counts import count_calls, count_ops

@@ -1,4 +1,4 @@
-"""Counts of a training step: the operators and kernels that it launches, and the modules that it calls."""
+"""Count the operators and kernels that a training step launches, and the modules that it calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from flare_kernels.launch_mode import counting
 
 from .storages import iter_tensors
 
-#: Operators that set a tensor's shape, memory or name and compute nothing. Views are recognised by their schema.
+#: Operators that compute no elements: they allocate memory, change a shape, copy a reference or read one value. Views
+#: are not in this list, because PyTorch marks them (`is_view`).
 _NO_WORK = {
     *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),
     *("detach", "detach_", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_"),
@@ -67,10 +68,12 @@ class _OpMode(TorchDispatchMode):
 
 @contextmanager
 def count_ops() -> Iterator[OpCount]:
-    """Count the operators inside the block that compute. Views, bare allocations and empty results do not count.
+    """Count the operators and this package's Triton kernels that run inside the ``with`` block.
+
+    Views, allocations without a computation, and operators whose results have no elements are not counted.
 
     Yields:
-        An :class:`OpCount`, complete when the block ends.
+        An :class:`OpCount`, which is complete when the block ends.
     """
     result = OpCount()
     with counting() as names, _OpMode(result.ops):
@@ -83,7 +86,8 @@ class CallCount:
     """Result of :func:`count_calls`.
 
     Attributes:
-        total: forward calls of the modules, including the recomputation of a checkpoint.
+        total: number of forward calls of the modules. If gradient checkpointing computes a module again, this counts as
+            another call.
     """
 
     total: int = 0
@@ -91,7 +95,10 @@ class CallCount:
 
 @contextmanager
 def count_calls(modules: Iterable[nn.Module]) -> Iterator[CallCount]:
-    """Count forward calls of modules inside the block, such as those of a model's blocks.
+    """Count the forward calls of the given modules inside the ``with`` block.
+
+    Args:
+        modules: the modules, for example the transformer blocks of a model.
 
     Yields:
         A :class:`CallCount`, which grows while the block runs.

@@ -1,4 +1,7 @@
-"""FLOPs of matrix products and attention: PyTorch's FlopCounterMode, with formulas for operators it does not count."""
+"""Count the FLOPs of matrix products and attention.
+
+PyTorch's FlopCounterMode counts them. This module adds formulas for operators that FlopCounterMode does not know.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def _attention_backward_flops(grad: _Shape, query: _Shape, key: _Shape, value: _
     return 2 * scores * (3 * query[3] + 2 * value[3])
 
 
-#: Products without a formula in PyTorch: the in-place ones, and attention on a CPU.
+#: Operators without a formula in PyTorch: in-place matrix products, and attention on a CPU.
 _MORE_FLOPS: dict[Any, Any] = {
     _aten.addmm_: _addmm_flops,
     _aten.baddbmm_: _addmm_flops,
@@ -42,7 +45,10 @@ _MORE_FLOPS: dict[Any, Any] = {
 
 
 class _NoModuleTracker(ModuleTracker):
-    """Track no modules. ModuleTracker's hooks raise in ``torch.autograd.grad`` with respect to a module's input."""
+    """A ModuleTracker that tracks no modules.
+
+    The hooks of ModuleTracker raise an error in ``torch.autograd.grad`` with respect to a module's input.
+    """
 
     def __enter__(self) -> _NoModuleTracker:
         return self
@@ -57,7 +63,7 @@ class FlopCount:
 
     Attributes:
         total: floating-point operations of all products, 2 per multiply-add.
-        by_op: the same, by operator.
+        by_op: floating-point operations of each operator, by the operator's name.
     """
 
     total: int = 0
@@ -66,13 +72,13 @@ class FlopCount:
 
 @contextmanager
 def count_flops() -> Iterator[FlopCount]:
-    """Count the FLOPs of matrix products and attention inside the block, forward and backward.
+    """Count the FLOPs of matrix products and attention inside the ``with`` block, in forward and backward passes.
 
-    Element-wise operations and Triton kernels are not counted. An attention operator counts as its products: 2 forward,
-    and 5 backward if it computes the scores again.
+    Element-wise operations and Triton kernels are not counted. An attention operator counts as the matrix products
+    that it computes: 2 in the forward pass, and 5 in the backward pass if it computes the scores again.
 
     Yields:
-        A :class:`FlopCount`, complete when the block ends.
+        A :class:`FlopCount`, which is complete when the block ends.
     """
     result = FlopCount()
     counter = FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)

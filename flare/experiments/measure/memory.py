@@ -1,7 +1,8 @@
-"""Memory of a training step, counted in tensor storages: the peak, and what autograd saves for the backward pass.
+"""Measure the memory of a training step: its peak, and the bytes that autograd saves for the backward pass.
 
-The memory of the process says little about a step, because allocators keep what was freed. On the CPU the counts are
-exact for tensors that PyTorch operators return. Scratch memory inside one operator is not seen.
+The memory of the process says little about a step, because allocators keep memory that was freed. On the CPU, this
+module therefore adds up the sizes of tensor storages. The sums are exact for tensors that PyTorch operators return.
+Scratch memory inside one operator is not counted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class PeakBytes:
     """Result of :func:`peak_bytes`.
 
     Attributes:
-        at_start: bytes of the storages passed as ``live`` (CUDA: allocated bytes on entry).
+        at_start: bytes of the storages passed as ``live`` (CUDA: bytes that are allocated when the block starts).
         current: bytes that are alive now (CUDA: set when the block ends).
         peak: the highest value of ``current`` inside the block.
     """
@@ -40,7 +41,7 @@ class PeakBytes:
 
     @property
     def transient(self) -> int:
-        """Bytes of the peak above ``current``: memory that was needed for a while only."""
+        """Bytes of the peak above ``current``: memory that was freed again after the peak."""
         return self.peak - self.current
 
     def _change(self, by: int) -> None:
@@ -49,7 +50,7 @@ class PeakBytes:
 
 
 class _AllocationMode(TorchDispatchMode):
-    """Add the storages that operators return to a count, and subtract them when they are freed."""
+    """Count the bytes of the storages that operators return, and subtract them when a storage is freed."""
 
     def __init__(self, result: PeakBytes, live: Iterable[Any]) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class _AllocationMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # An input that no operator returned existed before the block and is not in `live`: it counts 0.
+        # An input that is not counted yet existed before the block and is not in `live`, so it counts 0.
         for tensor in iter_tensors([args, kwargs]):
             self._storages.add(tensor, count_as=0)
         result = func(*args, **kwargs)
@@ -72,22 +73,22 @@ class _AllocationMode(TorchDispatchMode):
         return result
 
     def stop(self) -> None:
-        """Freeze the counts: what is freed after the block does not change them."""
+        """Stop counting, so that tensors that are freed after the block do not change the result."""
         self._storages.clear()
 
 
 @contextmanager
 def peak_bytes(live: Iterable[Any] = (), device: torch.device | str | None = None) -> Iterator[PeakBytes]:
-    """Measure the largest number of tensor bytes alive at one time inside the block.
+    """Measure the largest number of tensor bytes that are alive at one time inside the ``with`` block.
 
     Args:
         live: existing tensors to count (or nested containers of them), such as parameters and optimizer state. Without
-            a CUDA device, all other tensors from before the block count 0, while they live and when they are freed.
+            a CUDA device, all other tensors from before the block count 0 bytes: freeing them changes nothing.
         device: a CUDA device, to read its allocator (``torch.cuda.max_memory_allocated``) instead of counting storages.
             The allocator counts everything on that device, and ``live`` is not used.
 
     Yields:
-        A :class:`PeakBytes`, complete when the block ends.
+        A :class:`PeakBytes`, which is complete when the block ends.
     """
     result = PeakBytes()
     if device is not None and torch.device(device).type == "cuda":
@@ -125,10 +126,10 @@ class SavedBytes:
 
 @contextmanager
 def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
-    """Count the bytes that autograd saves for the backward pass inside the block.
+    """Count the bytes that autograd saves for the backward pass inside the ``with`` block.
 
-    A storage counts once and in full, even if only a view of it was saved, because all of it stays alive. What a
-    function keeps outside ``save_for_backward`` is not seen.
+    A storage counts once and in full, even if only a view of it was saved, because all of it stays alive. Tensors that
+    an autograd function keeps without ``save_for_backward`` are not counted.
 
     Args:
         ignore: tensors whose storages do not count (or nested containers of them), such as parameters and inputs.
@@ -138,7 +139,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
     """
     result = SavedBytes()
     storages = Storages()
-    # Kept until the block ends: the storage of a freed tensor could be reused for a new one.
+    # This list holds the tensors until the block ends, because the storage of a freed tensor could be reused.
     ignored = list(iter_tensors(ignore))
     for tensor in ignored:
         storages.add(tensor, count_as=0)
@@ -147,7 +148,7 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
         new = storages.add(tensor)
         result.total += new
         result.storages += new > 0
-        # A node that holds its own output together with its graph would never be freed.
+        # An autograd node must not hold its own output with its graph: the two would never be freed.
         return tensor.detach()
 
     try:
@@ -158,11 +159,14 @@ def saved_bytes(ignore: Iterable[Any] = ()) -> Iterator[SavedBytes]:
 
 
 def transient_bytes(call: Callable[[], object], *, device: torch.device | str | None = None) -> int:
-    """Return the bytes that a call frees again: its peak, without its result and what is saved for backward.
+    """Return the bytes that a call needs for a while only.
+
+    This is the peak during the call minus the bytes that are still alive when it returns: its result, and the tensors
+    saved for the backward pass.
 
     Args:
         call: must create the tensors that it frees, because freeing tensors from before the call is not counted.
-        device: as for :func:`peak_bytes`.
+        device: a CUDA device, to read its allocator instead of counting storages (see :func:`peak_bytes`).
     """
     with peak_bytes(device=device) as peak:
         result = call()

@@ -26,9 +26,9 @@ def iter_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 class Storages:
     """The live storages seen so far, with their sizes in bytes.
 
-    The key is the identity of the storage object, next to a weak reference. An address would not do: it is reused as
-    soon as its storage is freed. PyTorch keeps one Python object per storage for as long as the storage lives, so the
-    weak reference reports when the storage is freed.
+    A storage is identified by the ``id`` of its Python object, which is held by a weak reference. The memory address
+    cannot identify a storage, because it is reused after the storage is freed. PyTorch keeps one Python object per
+    storage for as long as the storage lives, so the weak reference reports when the storage is freed.
 
     Args:
         on_free: called with the counted bytes of a storage when it is freed.
@@ -43,10 +43,10 @@ class Storages:
 
         Args:
             tensor: any view of the storage.
-            count_as: bytes to count in place of the storage's own size.
+            count_as: bytes to count instead of the size of the storage. None: the size.
 
         Returns:
-            The size of a new storage, the growth of a resized one, 0 otherwise.
+            The counted bytes of a new storage, the growth of a storage that was resized, 0 otherwise.
         """
         storage = tensor.untyped_storage()
         key = id(storage)
@@ -69,5 +69,5 @@ class Storages:
             self._on_free(size)
 
     def clear(self) -> None:
-        """Forget all storages, so that ``on_free`` is not called any more."""
+        """Forget all storages, so that ``on_free`` is no longer called for them."""
         self._entries.clear()

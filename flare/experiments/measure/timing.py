@@ -1,4 +1,4 @@
-"""Seconds per training step."""
+"""Measure the seconds per training step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass
 class StepTimer:
-    """Seconds per step, with a median that leaves out the warm-up.
+    """Measure the seconds of each step, and their median without the warm-up.
 
         timer = StepTimer(warmup=3)
         for batch in batches:
@@ -22,7 +22,8 @@ class StepTimer:
         print(timer.median)
 
     Attributes:
-        warmup: number of first steps that the median leaves out. If there are no others, all steps count.
+        warmup: number of first steps that the median leaves out. If all steps belong to the warm-up, the median is of
+            all of them.
         device: a CUDA device to synchronise before the clock is read.
         seconds: duration of each step, including the warm-up.
 

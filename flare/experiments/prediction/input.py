@@ -28,13 +28,15 @@ class Input:
     """Rows to predict.
 
     Attributes:
-        rows: the rows of the file, with all columns.
-        texts, sources: texts of each row by the task's column; a source is None if the row has none.
-        where: where the sources come from, for messages.
-        columns: the task's column -> name of the source's column in the output.
-        ids: id of each row, or its position.
-        truth: the rows with label or answers, if all rows have them.
-        notes: why the rows cannot be scored, if they have labels.
+        rows: the rows of the input, with all columns.
+        texts: for each row, a dict from the task's text column to the text.
+        sources: for each row, a dict from the task's text column to the source text, or None for a row without source.
+        where: the file or the columns that the sources come from, for messages.
+        columns: dict from the task's text column to the column that holds its source text in the output.
+        ids: id of each row. A row without an id is named by its position.
+        truth: the rows with their label or answers, to score the predictions. None if a row has no label or answers, or
+            if these cannot be used.
+        notes: lines that say why the labels or answers cannot be used.
     """
 
     rows: list[Row]
@@ -48,7 +50,7 @@ class Input:
 
 
 def read_input(settings: PredictSettings, task: Task) -> Input:
-    """Read the texts, and their sources if there are any.
+    """Read the texts of the input, and their source texts if the input or a second file has them.
 
     Raises:
         DataError: a file, a column or a text is missing or wrong, or the two files do not match.
@@ -101,7 +103,7 @@ def _read(name: str, option: str) -> tuple[list[Row], list[str], str]:
 
 
 def _by_task_column(task: Task, columns: tuple[str, ...] | None, option: str) -> dict[str, str]:
-    """Return the task's text column -> the input's column."""
+    """Return a dict from each text column of the task to the column of the input that holds its text."""
     names = task.text_columns if columns is None else columns
     if len(names) != len(task.text_columns):
         raise UserError(
@@ -119,7 +121,7 @@ def _require_columns(names: Sequence[str], columns: Sequence[str], where: str, o
 
 
 def _texts(row: Row, names: dict[str, str], where: str) -> Texts:
-    """Return the texts of a row by the task's column; a missing text is empty, and a list of words is joined."""
+    """Return a dict from the task's column to the text of a row. A missing text is empty; a list of words is joined."""
     return {
         column: text_of(row.get(name), f"{where}: {name}", numbers=False, word_lists=True)
         for column, name in names.items()
@@ -139,12 +141,12 @@ def _read_sources(rows: Sequence[Row], ids: Sequence[str], name: str, columns: d
             by_id[str(row.get("id"))] = source
         sources = [by_id.get(one) for one in ids]
         if not any(sources):
-            raise DataError(f"{where}: none of its ids is an id of --input {some_ids(ids)}")
+            raise DataError(f"{where}: none of its ids occurs in --input, which has {some_ids(ids)[1:-1]}")
         return sources
     if len(source_rows) != len(rows):
         raise DataError(
-            f"{where} has {len(source_rows)} rows and --input {len(rows)}: unless both have an id column, they must "
-            "have the same number of rows, in the same order"
+            f"{where} has {len(source_rows)} rows and --input has {len(rows)} rows. Give both an id column, or the "
+            "same number of rows in the same order"
         )
     return list(texts)
 
@@ -152,7 +154,7 @@ def _read_sources(rows: Sequence[Row], ids: Sequence[str], name: str, columns: d
 def _truth(
     rows: Sequence[Row], columns: Sequence[str], task: Task, names: dict[str, str], label_column: str | None, where: str
 ) -> tuple[list[Example] | None, list[str]]:
-    """Return the rows with their labels or answers (None if some row has none, or a wrong one), and notes."""
+    """Return `Input.truth` and `Input.notes`: the rows with their labels or answers, or why they cannot be scored."""
     label = label_column or task.label_column
     if label_column is not None and label_column not in columns:
         raise DataError(f"{where} has no column {label_column} (--label-column); it has {', '.join(columns)}")

@@ -32,12 +32,17 @@ class TrainedAdapter:
 
     Attributes:
         task: the task, with its labels.
-        record: record of the run; for an adapter without a run, a record made from its folder and the options.
+        record: record of the run. For an adapter without a run, a record made from its folder and the options.
         folder: folder of the adapter.
-        base: folder or hub id of the base.
-        reads: the kind of source it reads: "text", "states" (FLARE MT) or "nothing".
-        batch_size, autocast: the same as in `flare evaluate`.
-        notes: lines for the user.
+        base: folder or hub id of the base model.
+        setup: the tokenizer of the base, its data types, and the form (which turns texts into model inputs).
+        model: the base with the adapter, in eval mode on its device.
+        collate: collator that makes the batches of the model.
+        reads: the kind of source that the adapter reads: "text", "states" (FLARE MT) or "nothing".
+        batch_size: rows per step, chosen as in `flare evaluate`.
+        autocast: dtype for autocast, chosen as in `flare evaluate`. None: no autocast.
+        latent: encoder of the MT model whose states a FLARE MT adapter reads. None for other adapters.
+        notes: lines for the user, such as what was assumed about the adapter.
     """
 
     task: Task
@@ -55,10 +60,11 @@ class TrainedAdapter:
 
 
 def load_trained(settings: PipelineSettings) -> TrainedAdapter:
-    """Load the adapter that the settings name.
+    """Load the adapter and its base model, which the settings name.
 
     Raises:
-        UserError: there is no adapter, its run is not finished, information is missing, or it cannot be loaded.
+        UserError: the folder holds no adapter, its run is not finished, information about the adapter is missing, or
+            the adapter or its base cannot be loaded.
     """
     record, folder, base, notes = _described(settings)
     device = resolve_device(settings.device)
@@ -70,13 +76,13 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
         setup = prepare(with_run_settings(evaluate, record), task, base)
     except UserError as error:
         raise UserError(
-            f"{error} (--base names the base model of {folder})" if settings.base is None else error
+            f"{error} (with --base, name the base model of {folder})" if settings.base is None else error
         ) from error
     setup = for_method(record.method, setup)
     if isinstance(setup.form, JoinedForm) and record.settings.get("prompt") not in (None, setup.form.prompt):
         raise UserError(
-            f"{folder}: this input-fusion adapter was trained on other prompts ({record.settings['prompt']}) than "
-            f"{setup.form.prompt!r}; train it again"
+            f"{folder}: this input-fusion adapter was trained with the prompt "
+            f"{record.settings['prompt']!r}, and the prompt is {setup.form.prompt!r} now; train the adapter again"
         )
     with torch.random.fork_rng(devices=[]):
         # weights that the base lacks get the same random values as in training
@@ -91,7 +97,8 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
         latent = latent_encoder(name, str(record.target_language), language, setup.max_length, device)
         if latent.latent_dim != (width := model.peft_config["default"].latent_dim):
             raise UserError(
-                f"--mt-model {name}: its states have width {latent.latent_dim}, and the adapter was trained on {width}"
+                f"--mt-model {name}: its states have width {latent.latent_dim}, and the adapter was trained on states "
+                f"of width {width}; name the encoder that the adapter was trained with"
             )
     reads = "nothing"
     if latent is not None:
@@ -103,7 +110,7 @@ def load_trained(settings: PipelineSettings) -> TrainedAdapter:
 
 
 def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[str]]:
-    """Return the record of the adapter, its folder, its base, and notes."""
+    """Return the record of the adapter, the folder of its weights, its base model, and notes for the user."""
     assert settings.adapter is not None
     folder = Path(settings.adapter).expanduser()
     if not folder.is_dir():
@@ -130,7 +137,7 @@ def _described(settings: PipelineSettings) -> tuple[RunRecord, Path, str, list[s
         raise UserError(f"--adapter {run}: its training is not finished; repeat flare train to resume it")
     flags = [f"--{name}" for name in _SAVED_IN_RUN if getattr(settings, name) is not None]
     if flags:
-        raise UserError(f"{', '.join(flags)}: this is saved in {run / RUN_FILE}; leave it out")
+        raise UserError(f"{', '.join(flags)}: this is saved in {run / RUN_FILE}; leave out the option")
     base = settings.base or base_of_run(record, (run / ".." / ".." / "..").resolve()).model
     record = replace(record, target_language=settings.target or record.target_language)
     if settings.source is not None:

@@ -1,4 +1,7 @@
-"""Write the output of `flare predict` at the end; until then, finished batches are kept in a file next to it."""
+"""Write the output of `flare predict` after the last batch.
+
+Until then, finished batches are saved in a second file, so that an interrupted command can resume.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ class FinishedBatches:
 
     Args:
         output: the file that is written at the end.
-        header: everything that determines the predictions; JSON.
+        header: everything that determines the predictions, as JSON values. A call resumes if its header is equal.
 
     Attributes:
-        done: predictions of the finished batches, in order.
+        done: the finished batches, in order. A batch is the list of its predictions.
         translations: path of the file for finished translations.
 
     Raises:
@@ -46,7 +49,7 @@ class FinishedBatches:
         except BlockingIOError:
             self._file.close()
             raise UserError(
-                f"{self.path}: another process is writing it; wait for it, or name another --output"
+                f"{self.path}: another process is writing this file; wait until it has ended, or name another --output"
             ) from None
         except OSError:  # a file system without locks
             pass
@@ -57,7 +60,7 @@ class FinishedBatches:
             self._write(header)
 
     def add(self, batch: list[Prediction]) -> None:
-        """Append the predictions of the next batch; they are on disk when this returns."""
+        """Append the predictions of the next batch. They are on disk when this method returns."""
         self._write(batch)
         self.done.append(batch)
 
@@ -82,13 +85,20 @@ class FinishedBatches:
         os.fsync(self._file.fileno())
 
     def _read(self, header: dict[str, Any]) -> int:
-        """Read the complete lines; return their size in bytes."""
+        """Compare the header and read the finished batches into `done`.
+
+        Returns:
+            The size of the complete lines in bytes; 0 if there is nothing to resume.
+
+        Raises:
+            UserError: the header of the file differs.
+        """
         size = 0
         self._file.seek(0)
         for line in self._file:
             try:
                 content = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:  # cut off by a kill
+            except ValueError:  # the process was killed while it wrote this line
                 content = None
             if content is None:
                 break
@@ -115,7 +125,7 @@ def check_output(name: str, overwrite: bool) -> Path | None:
     """Return the file to write, or None for standard output.
 
     Raises:
-        UserError: the file exists, is a folder, or has another suffix.
+        UserError: the file exists, is a folder, or its name ends in neither .jsonl nor .csv.
     """
     if name == "-":
         return None
@@ -125,9 +135,7 @@ def check_output(name: str, overwrite: bool) -> Path | None:
     if path.is_dir():
         raise UserError(f"--output {name} is a folder; name a file")
     if path.exists() and not overwrite:
-        raise UserError(
-            f"--output {name} is there already and was left unchanged; name another file, or add --overwrite"
-        )
+        raise UserError(f"--output {name} is there already and was not changed; name another file, or add --overwrite")
     return path
 
 
@@ -139,7 +147,7 @@ def write_lines(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_file(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV if the path ends in .csv, otherwise as JSON lines; completely or not at all."""
+    """Write rows as CSV if the path ends in .csv, otherwise as JSON lines. An error leaves no partial file."""
     with replacing(path) as file:
         if path.suffix == ".csv":
             flat = [_flat(row) for row in rows]

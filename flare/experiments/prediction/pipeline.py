@@ -1,4 +1,4 @@
-"""FlarePipeline: predict texts, with source texts that are given or translated first."""
+"""FlarePipeline predicts texts. It reads their source texts, which the caller passes or the pipeline translates."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ Prediction = dict[str, Any]
 
 
 class FlarePipeline:
-    """A trained adapter that predicts, with the options of `flare predict` and the scores of `flare evaluate`.
+    """A trained adapter that predicts, with the options of `flare predict`.
+
+    It gives the same predictions as `flare evaluate`.
 
         predict = flare.FlarePipeline.from_pretrained("runs/acehnese/flare/seed-0")
         predict("Nyan hana got.", "That is not good.")      # {"prediction": "negative", "probability": ..., ...}
         predict(texts, source_texts)                        # a list, one dict for each text
 
     Args:
-        base_or_run: a run's folder (of `flare train`), an adapter's folder, or, with ``adapter``, the base model.
-        adapter: a run's or an adapter's folder.
-        translator: encoder-decoder that translates texts without a source; its weights are loaded on first use.
+        base_or_run: folder of a run of `flare train`, or of a saved adapter. If ``adapter`` is given, the base model.
+        adapter: folder of a run or of a saved adapter. None: ``base_or_run`` is this folder.
+        translator: encoder-decoder that translates texts without a source text. Its weights are loaded on first use.
         print_fn: prints a line for the user, such as what is read as the source.
         **options: options of `flare predict`, with underscores: ``no_source``, ``source``, ``target``, ``task``,
             ``labels``, ``max_length``, ``batch_size``, ``device``, ...
@@ -63,7 +65,10 @@ class FlarePipeline:
     def from_pretrained(
         cls, adapter: str | Path, base: str | Path | None = None, translator: str | None = None, **options: Any
     ) -> FlarePipeline:
-        """Return a pipeline for a run's or an adapter's folder; the arguments are those of the class."""
+        """Return a pipeline for ``adapter``, the folder of a run or of a saved adapter.
+
+        See the class for the arguments.
+        """
         if base is None:
             return cls(adapter, None, translator, **options)
         return cls(base, adapter, translator, **options)
@@ -89,31 +94,33 @@ class FlarePipeline:
         Args:
             texts: one text or a list of texts. For a task with several columns, a text is a dict such as
                 ``{"question": ..., "context": ...}``.
-            source_texts: the same texts in the source language. None, or an item None, means that a text is missing.
+            source_texts: the same texts in the source language. An item is None if its text has no source text. The
+                argument is None if no text has one.
 
         Returns:
-            A dict per text; for a single text, the dict itself. ``prediction`` is the label or the answer, None for an
-            empty text. Further keys are ``probability`` and ``probabilities`` (of all labels) for a classification
-            head, ``start`` and ``end`` (characters of the context) and ``probability`` for a span head, ``generated``
-            (the text) for a generative model, and ``source`` if the source was translated.
+            A list with one dict per text; for a single text, its dict. ``prediction`` is the label or the answer, None
+            for an empty text. Further keys are ``probability`` and ``probabilities`` (of all labels) for a
+            classification head, ``start`` and ``end`` (characters of the context) and ``probability`` for a span head,
+            ``generated`` (the text) for a generative model, and ``source`` if the source was translated.
 
         Raises:
             UserError: a text has no source, the adapter was trained with sources, and there is neither a translator
                 nor ``no_source=True``.
-            TypeError, ValueError: the texts have a wrong form, or the number of sources differs.
+            TypeError, ValueError: the texts have a wrong form, or the numbers of texts and source texts differ.
         """
         single = isinstance(texts, str | dict)
         rows = [self._texts(one, f"text {n}") for n, one in enumerate(_listed([texts] if single else texts, "texts"))]
-        given: list[Texts | None] = [None] * len(rows)
+        given_sources: list[Texts | None] = [None] * len(rows)
         if source_texts is not None:
             listed = _listed([source_texts] if single else source_texts, "source_texts")
-            given = [None if s is None else self._texts(s, f"source text {n}") for n, s in enumerate(listed)]
-        if len(given) != len(rows):
+            given_sources = [None if s is None else self._texts(s, f"source text {n}") for n, s in enumerate(listed)]
+        if len(given_sources) != len(rows):
             raise ValueError(
-                f"{len(given)} source texts were given for {len(rows)} texts; pass None for a missing source text"
+                f"{len(given_sources)} source texts were given for {len(rows)} texts; pass None for a missing "
+                "source text"
             )
         with self._lock:
-            sources, translated = self.sources(rows, given)
+            sources, translated = self.sources(rows, given_sources)
             predictions = self._predict(self.pairs(rows, sources))
         for index in translated:
             source = list((sources[index] or {}).values())
@@ -136,13 +143,13 @@ class FlarePipeline:
         on_progress: Callable[[int, int], Any] = lambda done, total: None,
         share: bool = False,
     ) -> tuple[list[Texts | None], list[int]]:
-        """Return the source of every row, None if it is not read, and the indices of rows whose source was translated.
+        """Return the source of every row (None if it has none), and the indices of rows with a translated source.
 
         Args:
             rows: the texts.
-            given: their sources; None for a missing one.
-            where: where the given sources come from, for messages. If it is None, a line about the source is printed
-                only if given sources are not read.
+            given: for each row, the source texts that the user passed, or None.
+            where: the file or the columns that the given sources come from, for messages. If it is None, a line about
+                the source is printed only if given sources are not read.
             progress_file, on_progress, share: see :func:`.source_texts.translate`.
         """
         with_text = [index for index, row in enumerate(rows) if has_text(row)]
@@ -171,9 +178,9 @@ class FlarePipeline:
     def pairs(
         self, rows: Sequence[Texts], sources: Sequence[Texts | None], ids: Sequence[str] | None = None
     ) -> list[Pair]:
-        """Return the rows as pairs of the task."""
+        """Return one pair per row: an example with the row's texts, and one with its source texts or None."""
         names = [str(index) for index in range(len(rows))] if ids is None else ids
-        tagged = self.trained.task.kind == "token-classification"  # words are separated by spaces
+        tagged = self.trained.task.kind == "token-classification"  # the words to tag are separated by spaces
         return [
             Pair(
                 Example(name, row, words=tuple(" ".join(row.values()).split()) if tagged else ()),
@@ -183,12 +190,12 @@ class FlarePipeline:
         ]
 
     def batches(self, pairs: Sequence[Pair], first: int = 0, share: bool = False) -> Iterator[list[Prediction]]:
-        """Predict pairs batch by batch, as `flare evaluate` does.
+        """Yield the predictions of pairs, batch by batch. `flare evaluate` makes the same predictions.
 
         Args:
             pairs: pairs whose target texts are not empty.
             first: index of the first pair to predict, a multiple of the batch size.
-            share: whether the processes of this run, which all pass the same pairs, share the batches.
+            share: whether the processes of this run divide the batches among themselves. All must pass the same pairs.
         """
         trained = self.trained
         reads = trained.reads == "text" and not self.settings.no_source
@@ -231,7 +238,10 @@ class FlarePipeline:
 
 
 class _DetailedForm:
-    """A task's form whose predictions are dicts with details, such as probabilities."""
+    """A wrapper of a task's form (which makes model inputs and reads model outputs) that adds details to predictions.
+
+    A prediction is then a dict with ``prediction`` and details such as probabilities.
+    """
 
     def __init__(self, form: Any) -> None:
         self._form = form
@@ -246,7 +256,7 @@ class _DetailedForm:
 
 
 def has_text(row: Texts) -> bool:
-    """Return whether no text of a row is empty or white space."""
+    """Return whether every text of a row has characters that are not white space."""
     return all(text.strip() for text in row.values())
 
 

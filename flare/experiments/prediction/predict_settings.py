@@ -17,41 +17,53 @@ class PipelineSettings:
     """Options that the command and the pipeline share."""
 
     adapter: str | None = option("str", "folder of a run of flare train, or of a saved adapter")
-    base: str | None = option("str", "base model, if it is not where the adapter says", metavar="MODEL")
+    base: str | None = option("str", "base model (default: the one that the adapter names)", metavar="MODEL")
     translator: str | None = option(
         "str", "encoder-decoder that translates texts without a source (see flare translate --model)", metavar="MODEL"
     )
     no_source: bool = option(
         "bool", "predict without a source: the adapter is then plain LoRA and predicts worse", False
     )
-    source: str | None = option("str", "language to translate into (default: the run's)", metavar="LANGUAGE")
-    target: str | None = option("str", "language of the texts (default: the run's)", metavar="LANGUAGE")
+    source: str | None = option(
+        "str", "language to translate into (default: source language of the run)", metavar="LANGUAGE"
+    )
+    target: str | None = option(
+        "str", "language of the texts (default: target language of the run)", metavar="LANGUAGE"
+    )
     source_code: str | None = option("str", "the translator's tag for the source language", metavar="TAG")
     target_code: str | None = option("str", "the translator's tag for the language of the texts", metavar="TAG")
-    prefix: str = option("str", "text before every text to translate, with {source} and {target} (T5, MADLAD)", "")
+    prefix: str = option(
+        "str", "text put before every text to translate; {source} and {target} stand for the languages (T5, MADLAD)", ""
+    )
     beams: int = option("int", "beams of the translator (default: 1, greedy)", 1)
     batch_tokens: int = option("int", "tokens per batch of the translator (default: 2048)", 2048)
     task: str | None = option("str", "task of an adapter without a run: nusax, xnli, tydiqa, classification, qa, ...")
     labels: tuple[str, ...] | None = option("strs", "labels of an adapter without a run, in the order of their indices")
     method: str | None = option(
         "str",
-        "method of an adapter without fusion and without a run (default: lora)",
+        "method of an adapter that does not fuse and belongs to no run (default: lora)",
         choices=("lora", "input-fusion"),
     )
-    prompt: str | None = option("str", "prompt of a decoder's adapter without a run, with {column} for every text")
-    text_columns: tuple[str, ...] | None = option("strs", "text columns of the input (default: the task's)")
-    max_length: int | None = option("int", "tokens per text (default: the run's)")
+    prompt: str | None = option(
+        "str", "prompt of an adapter of a decoder without a run; {column} stands for the text of a column"
+    )
+    text_columns: tuple[str, ...] | None = option(
+        "strs", "text columns of the input (default: text columns of the task)"
+    )
+    max_length: int | None = option("int", "tokens per text (default: as in the run)")
     padding: str | None = option(
         "str",
-        "pad to --max-length, or to the longest text of a batch (default: the run's, else longest)",
+        "pad to --max-length, or to the longest text of a batch (default: as in the run, or longest without a run)",
         choices=PADDINGS,
     )
-    mt_model: str | None = option("str", "encoder of a flare-mt adapter (default: the run's)", metavar="MODEL")
+    mt_model: str | None = option(
+        "str", "MT model whose encoder states a flare-mt adapter reads (default: as in the run)", metavar="MODEL"
+    )
     mt_language: str | None = option(
-        "str", "the encoder's tag for the language of the texts (default: the run's)", metavar="TAG"
+        "str", "the MT model's tag for the language of the texts (default: as in the run)", metavar="TAG"
     )
     quantization: str | None = option(
-        "str", "quantization of the base (default: the run's, else none)", choices=QUANTIZATIONS
+        "str", "quantization of the base (default: as in the run, or none without a run)", choices=QUANTIZATIONS
     )
     batch_size: int | None = option("int", "rows per step (default: as in flare evaluate)")
     device: str | None = option("str", "cuda, cuda:1, cpu (default: the GPU if there is one)")
@@ -78,14 +90,16 @@ class PredictSettings(PipelineSettings):
         "str", "file of texts: .jsonl, .csv or .parquet; - reads JSON lines from standard input", metavar="FILE"
     )
     source_input: str | None = option(
-        "str", "file of the source texts, with the same columns; matched by id, else by position", metavar="FILE"
+        "str",
+        "file of the source texts, with the same columns as --input; rows are matched by id, else by position",
+        metavar="FILE",
     )
     source_columns: tuple[str, ...] | None = option(
         "strs",
-        "columns of the source texts (default: source_<column>; with --source-input, the text columns)",
+        "columns of the source texts (default: source_<column>, or the text columns of a --source-input)",
         metavar="COLUMN",
     )
-    label_column: str | None = option("str", "label column, if the rows have labels (default: the run's)")
+    label_column: str | None = option("str", "label column, if the rows have labels (default: as in the run)")
     output: str = option(
         "str", ".jsonl or .csv file; - (default) writes JSON lines to standard output", "-", None, "FILE"
     )
@@ -102,7 +116,7 @@ class PredictSettings(PipelineSettings):
 
 
 def options_of(values: dict[str, Any]) -> PipelineSettings:
-    """Return the settings of a pipeline's keyword arguments; lists become tuples.
+    """Return checked settings from the keyword arguments of a pipeline. Lists become tuples.
 
     Raises:
         TypeError: an unknown name.

@@ -21,7 +21,9 @@ from .source_texts import Texts
 
 
 def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> None:
-    """Predict every row of the input and write the output. Several processes share the rows; one reads and writes.
+    """Predict every row of the input and write the output.
+
+    Several processes of one run divide the rows among themselves, and the main process reads and writes the files.
 
     Args:
         settings: the options.
@@ -29,7 +31,7 @@ def run_predict(settings: PredictSettings, print_fn: Callable[[str], None]) -> N
             rows have labels. If predictions are written to standard output, it must print elsewhere.
 
     Raises:
-        UserError: an error the user can fix; finished batches are kept for the next call.
+        UserError: an error that the user can fix. Finished batches are saved, and the next call resumes after them.
     """
     settings.check()
     print_fn = only_main(print_fn)
@@ -111,7 +113,10 @@ def _predict(
 def _rows(
     data: Input, sources: list[Texts | None], with_text: list[int], done: list[dict[str, Any]], first: int, until: int
 ) -> list[dict[str, Any]]:
-    """Return rows of the output: the input's columns, the source that was read, and the prediction."""
+    """Return the rows `first` to `until` - 1 of the output.
+
+    A row has the columns of the input, the source text that was read, and the prediction.
+    """
     predictions = dict(zip(with_text, done, strict=False))
     rows = []
     for index in range(first, until):
@@ -122,7 +127,7 @@ def _rows(
 
 
 def _header(pipeline: FlarePipeline, data: Input) -> dict[str, Any]:
-    """Return everything that determines the predictions; a call that resumes compares it."""
+    """Return everything that determines the predictions. A call that resumes compares it with the saved header."""
     trained, settings = pipeline.trained, pipeline.settings
     weights = sorted(trained.folder.glob("adapter_model.*"))
     return {

@@ -13,7 +13,7 @@ from ..utils.errors import UserError, library_errors
 from .predict_settings import PipelineSettings
 
 CONFIG_FILE = "adapter_config.json"
-# PEFT's task_type -> the default task, and the kind of model
+# From PEFT's task_type to the default task and the kind of model. None: the user must name the task.
 _TASKS = {
     "SEQ_CLS": ("classification", "encoder"),
     "QUESTION_ANS": ("qa", "encoder"),
@@ -40,12 +40,12 @@ def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list
     name = settings.task or default_task
     if name is None:
         raise UserError(
-            f"--adapter {folder}: its folder does not say which task it was trained on; name it with --task (and with "
-            "--prompt, if it was not trained on the task's prompts)"
+            f"--adapter {folder}: the folder does not say which task the adapter was trained on; name the task with "
+            "--task (and the prompt with --prompt, if the adapter was trained with another prompt than the task's)"
         )
     base = settings.base or config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"--adapter {folder}: its folder does not say which base model it is for; name it with --base")
+        raise UserError(f"--adapter {folder}: the folder does not name the base model; name it with --base")
     task = get_task(name, text_columns=settings.text_columns, labels=settings.labels, max_length=settings.max_length)
     labels = task.labels
     if task.kind == "classification" and labels is None:
@@ -54,11 +54,13 @@ def record_of(folder: Path, settings: PipelineSettings) -> tuple[RunRecord, list
             size = _head_size(folder)
             count = f" {size}" if size else ""
             raise UserError(
-                f"--adapter {folder}: its folder does not name its{count} labels; give them with --labels, in the "
+                f"--adapter {folder}: the folder does not name its{count} labels; give them with --labels, in the "
                 "order of their indices (or name a task with known labels by --task)"
             )
     if method == "flare-mt" and settings.mt_model is None:
-        raise UserError(f"--adapter {folder}: it reads states of an MT encoder (latent_dim); name it with --mt-model")
+        raise UserError(
+            f"--adapter {folder}: it reads states of an MT encoder (latent_dim); name the MT model with --mt-model"
+        )
     if method == "flare-mt" and settings.target is None and settings.mt_language is None:
         raise UserError(f"--adapter {folder}: name the language of the texts with --target (or --mt-language)")
     padding = settings.padding or "longest"
@@ -112,12 +114,15 @@ def _method(folder: Path, config: dict[str, Any], settings: PipelineSettings) ->
             "adapters read no source: use them with transformers.pipeline"
         )
     if settings.method is not None:
-        raise UserError(f"--method {settings.method}: {folder} is a {method} adapter; leave it out")
+        raise UserError(f"--method {settings.method}: {folder} is a {method} adapter; leave --method out")
     return method
 
 
 def _labels_of(folder: Path, base: str) -> tuple[str, ...] | None:
-    """Return the labels in the base's configuration, if they have names and as many as the head has classes."""
+    """Return the labels in the base's configuration.
+
+    Return None if they are not named, or if their number differs from the number of classes of the adapter's head.
+    """
     from transformers import AutoConfig
 
     try:
@@ -130,7 +135,7 @@ def _labels_of(folder: Path, base: str) -> tuple[str, ...] | None:
 
 
 def _head_size(folder: Path) -> int | None:
-    """Return the number of classes of the saved head; None: there is no head."""
+    """Return the number of classes of the saved head, or None if the adapter has no head."""
     from peft.utils import load_peft_weights
 
     with library_errors(f"--adapter {folder}: its weights cannot be read"):

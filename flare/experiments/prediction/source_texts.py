@@ -1,4 +1,4 @@
-"""The source text of every row: given, or translated from the row's text."""
+"""Find the source text of every row: the user gives it, or it is translated from the row's text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..utils.processes import on_main, shared
 from .loading import TrainedAdapter
 from .predict_settings import PipelineSettings
 
-#: The texts of a row by the task's column.
+#: The texts of a row: a dict from the task's text column to the text.
 Texts = dict[str, str]
 
 
@@ -55,18 +55,18 @@ def translate(
     on_progress: Callable[[int, int], Any] = lambda done, total: None,
     share: bool = False,
 ) -> tuple[list[Texts], list[str]]:
-    """Translate all texts of the rows in batches of similar length; equal texts are translated once.
+    """Translate all texts of the rows in batches of similar length. Equal texts are translated once.
 
     Args:
-        translator: the translator.
-        rows: the rows.
-        progress_file: file that keeps finished batches, so that a later call skips them; None except in the main
-            process.
-        on_progress: called with the number of translated texts and their total.
-        share: whether the processes of this run, which all pass the same rows, share the batches.
+        translator: the translator into the source language.
+        rows: the texts of each row.
+        progress_file: file that saves finished batches, so that a later call skips them. None in all processes except
+            the main process.
+        on_progress: called with the number of texts that are translated and the number of all texts.
+        share: whether the processes of this run divide the batches among themselves. All must pass the same rows.
 
     Returns:
-        The translated rows, and notes on what was cut.
+        The translated texts of each row, and notes on how many texts were cut.
     """
     plan = translator.plan([text for row in rows for text in row.values()])
     file = None if progress_file is None else ProgressFile(progress_file, plan)
@@ -116,9 +116,9 @@ def describe_source(trained: TrainedAdapter, settings: PipelineSettings, given: 
     Args:
         trained: the adapter.
         settings: the options.
-        given: number of rows with a given source.
+        given: number of rows whose source the user gave.
         total: number of rows.
-        where: where the given sources come from.
+        where: the file or the columns that the given sources come from.
 
     Raises:
         UserError: the adapter was trained with sources, and some rows have none.
@@ -135,23 +135,23 @@ def describe_source(trained: TrainedAdapter, settings: PipelineSettings, given: 
         if record.method == "input-fusion":
             raise UserError("--no-source: an input-fusion adapter reads both texts as one input; give the source texts")
         return "source: left out (--no-source): the adapter is plain LoRA and predicts worse than with a source"
-    trained_on = " (machine-translated in training)" if record.source_text == "mt" else ""
+    trained_on = " (in training, the source was machine-translated)" if record.source_text == "mt" else ""
     if not missing:
         return f"source: {where} for all {total} texts{trained_on}"
     if settings.translator is None:
         trained_with = _translator_of(record.data)
         raise UserError(
-            f"{missing} of {total} texts have no source, and this adapter ({record.method}) was trained with one: give "
-            f"texts in {record.source_language} (--source-input or columns source_<column>; in Python source_texts), "
-            f"translate them (--translator{f' {trained_with}' if trained_with else ''}), or predict without a source "
-            "(--no-source)"
+            f"{missing} of {total} texts have no source, and this adapter ({record.method}) was trained with source "
+            f"texts: give texts in {record.source_language} (--source-input or columns source_<column>; in Python "
+            f"source_texts), translate them (--translator{f' {trained_with}' if trained_with else ''}), or predict "
+            "without a source (--no-source)"
         )
     first = f"{where} for {given} of {total} texts, " if given else ""
     return f"source: {first}translated with {settings.translator} for {missing} of {total}{trained_on}"
 
 
 def by_column(task: Task, texts: Any, what: str) -> Texts:
-    """Return the texts of one row by the task's columns.
+    """Return a dict from the task's text columns to the texts of one row.
 
     Args:
         task: the task.
@@ -159,7 +159,7 @@ def by_column(task: Task, texts: Any, what: str) -> Texts:
         what: name of the row, for messages.
 
     Raises:
-        TypeError: the texts are neither.
+        TypeError: ``texts`` is neither a text nor a dict.
         ValueError: a column is missing.
     """
     columns = task.text_columns
@@ -177,7 +177,7 @@ def by_column(task: Task, texts: Any, what: str) -> Texts:
 
 
 def _translator_of(data: dict[str, Any]) -> str | None:
-    """Return the model that translated the sources of the run, if its record names one."""
+    """Return the model that translated the source texts of the run, or None if the record names no model."""
     for provenance in (data.get("translation") or {}).values():
         name = ((provenance.get("settings") or {}).get("model") or {}).get("name")
         if name:
