@@ -2,7 +2,7 @@
 # later calls reuse it. `make help` lists the targets. Set variables as in `make test VENV=/tmp/env`.
 
 ifndef PYTHON
-# The first one that runs and is new enough. Otherwise `python3`, so that the error message below names it.
+# The first interpreter that runs and is new enough. If there is none: `python3`, so that the error message below names it.
 PYTHON := $(shell for p in python3 python3.12 python3.13 python3.11; do \
   $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; \
   done; command -v python3)
@@ -10,13 +10,14 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# The torch to install first. With an NVIDIA GPU: the default (CUDA) build. Without one: the CPU build of one release,
-# because a plain `torch` downloads gigabytes of CUDA. pip looks in its default index, then in PyTorch's index.
+# The torch to install first. On a machine with an NVIDIA GPU this is the default (CUDA) build. On other machines it is the
+# CPU build of one release, because the default build downloads gigabytes of CUDA libraries. For the CPU build, pip looks
+# in its default index first, then in PyTorch's index.
 GPU := $(shell if [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; then echo yes; fi)
 TORCH ?= $(if $(GPU),torch>=2.11$(comma)<2.14,torch==2.13.0)
-# Additional pip arguments for torch, such as `--index-url URL`. If set, they replace the search described above.
+# Additional pip arguments for torch, such as `--index-url URL`. If set, pip does not search the two indexes.
 PIP_TORCH_ARGS ?=
-# Tested versions. CONSTRAINTS= (empty) installs the newest ones.
+# File with the tested versions. `make CONSTRAINTS=` (empty) installs the newest versions.
 CONSTRAINTS ?= constraints/newest.txt
 # Number of test processes. Each runs torch on one thread, which is enough for tiny models.
 WORKERS ?= 2
@@ -27,7 +28,7 @@ BENCH_OUTPUT ?= bench-output
 
 comma := ,
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# The name of the stamp file depends on everything that decides what is installed.
+# The stamp file marks an up-to-date environment. Its name depends on everything that decides what is installed.
 KEY := $(shell (cat pyproject.toml setup.py $(CONSTRAINTS); echo '$(CURDIR) $(VENV) $(TORCH) $(PIP_TORCH_ARGS)') | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.flare-made-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -45,14 +46,14 @@ help: ## show this list
 	@echo "  VENV            $(VENV)"
 	@echo "  TORCH           $(TORCH) $(if $(GPU),(GPU found),(no GPU found: CPU build))"
 	@echo "  PIP_TORCH_ARGS  additional pip arguments for torch, such as --index-url $(CPU_INDEX)"
-	@echo "  CONSTRAINTS     tested versions ($(CONSTRAINTS)); empty: the newest ones"
+	@echo "  CONSTRAINTS     file with the tested versions ($(CONSTRAINTS)); if empty, the newest versions are installed"
 	@echo "  WORKERS         number of test processes ($(WORKERS))"
 	@echo "  PYTEST_ARGS     additional arguments for pytest"
 	@echo "  DEMO_OUTPUT     output folder of make demo ($(DEMO_OUTPUT))"
 	@echo "  DEMO_ARGS       additional arguments for flare demo, such as --seeds 1"
 	@echo "  BENCH_OUTPUT    output folder of make bench: rows, table and figures ($(BENCH_OUTPUT))"
 	@echo "  HUB_OUTPUT      output folder of make hub-kernel ($(HUB_OUTPUT))"
-	@echo "  HUB_REPO        its repository on the hub ($(HUB_REPO))"
+	@echo "  HUB_REPO        repository on the hub for the output of make hub-kernel ($(HUB_REPO))"
 
 env: $(STAMP) ## create the environment only
 
@@ -60,7 +61,7 @@ $(STAMP):
 	@if [ -z "$(PYTHON)" ]; then \
 	  echo "No python3 was found. Install Python 3.11 or newer, or pass its path: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; fi
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is required; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Pass another: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	  echo "Python 3.11 or newer is required; $(PYTHON) is $$("$(PYTHON)" -V 2>&1). Pass another Python: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot create environments (no venv or ensurepip). On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
 	@if [ -x "$(BIN)/python" ] && "$(BIN)/python" -m pip --version >/dev/null 2>&1; then \
@@ -76,7 +77,7 @@ $(STAMP):
 	else \
 	  echo "==> no GPU found: installing the CPU build of $(TORCH) (make help: TORCH, PIP_TORCH_ARGS)"; \
 	  $(INSTALL) "$(TORCH)+cpu" 2>/dev/null \
-	  || { echo "    not in pip's default index; trying $(CPU_INDEX)"; \
+	  || { echo "    pip's default index has no CPU build; trying $(CPU_INDEX)"; \
 	       $(INSTALL) "$(TORCH)+cpu" --extra-index-url $(CPU_INDEX) --timeout 30 --retries 1 2>/dev/null; } \
 	  || { echo "    no CPU build available; installing pip's default $(TORCH), which may be large"; $(INSTALL) "$(TORCH)"; }; fi
 	@echo "==> installing flare-kernels (editable) with the dependencies of its tests and demo (a few minutes)"
@@ -103,7 +104,7 @@ format: $(STAMP) ## fix and format with ruff
 types: $(STAMP) ## check types with mypy
 	$(BIN)/mypy
 
-bench: $(STAMP) ## run the benchmarks: real sizes on a GPU, small ones on a CPU (four minutes)
+bench: $(STAMP) ## run the benchmarks: real model sizes on a GPU, small models on a CPU (four minutes)
 	@echo "==> pytest benchmarks/: rows are written to $(BENCH_OUTPUT)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest benchmarks/ -q --benchmark-columns=median,iqr,rounds \
 	  --results "$(BENCH_OUTPUT)/results.json" $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""Adapters over bitsandbytes' 4-bit and 8-bit linears, on the CPU. bitsandbytes computes the quantised products."""
+"""Test adapters on 4-bit and 8-bit linear layers of bitsandbytes, which computes the quantised products on a CPU."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def quantized(checkpoint, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantised_base(kind, checkpoint, tmp_path) -> None:
-    """The numbers match the formula over PEFT's quantised layers. The model can be trained, saved and loaded."""
+def test_a_quantised_base_matches_the_formula_and_can_be_trained_and_reloaded(kind, checkpoint, tmp_path) -> None:
+    """Logits match the FLARE formula on PEFT's quantised layers. The model can be trained, saved and loaded."""
     inputs = tiny.batch("llama")
     plain = {k: v for k, v in inputs.items() if not k.startswith("source_")}
     lora = {"r": 4, "lora_alpha": 8}
@@ -62,46 +62,46 @@ def test_quantised_base(kind, checkpoint, tmp_path) -> None:
         torch.no_grad(),
         tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), ("q_proj", "v_proj")),
     ):
-        want = stock(**plain).logits
-    got = model(**inputs)
-    scale = want.abs().max().item()
-    assert (got.logits - want).abs().max() <= 0.05 * scale
+        expected = stock(**plain).logits
+    actual = model(**inputs)
+    scale = expected.abs().max().item()
+    assert (actual.logits - expected).abs().max() <= 0.05 * scale
     with torch.no_grad():
-        assert (model(**plain).logits - got.logits).abs().max() > 0.05 * scale, "the source must matter"
-    got.loss.backward()
+        assert (model(**plain).logits - actual.logits).abs().max() > 0.05 * scale, "the source must matter"
+    actual.loss.backward()
     grads = tiny.gradients(model)
     assert grads and all(torch.isfinite(g).all() and g.any() for g in grads.values())
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(quantized(checkpoint, kind), tmp_path).train()
     with torch.no_grad():
-        torch.testing.assert_close(again(**inputs).logits, got.logits.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(again(**inputs).logits, actual.logits.detach(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_over_a_quantised_base(kind, checkpoint) -> None:
-    """Cached steps match one forward of the finished prompt, and the source changes them."""
+def test_generation_with_a_quantised_base_uses_the_source(kind, checkpoint) -> None:
+    """The logits of the first new token match a forward pass over the prompt, and the source changes them."""
     model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_padding="zero").eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     first = model.generate(**inputs, **options).logits[0]
-    want = model(**inputs).logits[:, -1].float()
+    expected = model(**inputs).logits[:, -1].float()
     plain = model.generate(**{k: v for k, v in inputs.items() if not k.startswith("source")}, **options).logits[0]
-    assert (first - want).abs().max() < 0.02 < (first - plain).abs().max()
+    assert (first - expected).abs().max() < 0.02 < (first - plain).abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shared_pass_over_a_quantised_base(kind, checkpoint) -> None:
-    """4-bit linears support it. int8 linears select outlier columns over all rows, so "shared" raises."""
+def test_a_shared_pass_needs_a_base_whose_rows_are_independent(kind, checkpoint) -> None:
+    """With 4-bit layers, source and target can share a pass. int8 layers select columns over all rows, so it raises."""
     model = flare.fast_lora(quantized(checkpoint, kind), r=4, source_layer_offset=0, target_modules="all-linear").eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
-    want = model.generate(**inputs, **options, source_pass="separate")
+    expected = model.generate(**inputs, **options, source_pass="separate")
     if kind == "int8":
         with pytest.raises(ValueError, match=r"selects its 16-bit columns .* \(llm_int8_threshold\)"):
             model.generate(**inputs, **options, source_pass="shared")
         return
-    got = model.generate(**inputs, **options, source_pass="shared")
-    assert got.past_key_values.layers[0].keys.shape[0] == 6
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=0, atol=0.02)
+    actual = model.generate(**inputs, **options, source_pass="shared")
+    assert actual.past_key_values.layers[0].keys.shape[0] == 6
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=0, atol=0.02)

@@ -1,7 +1,7 @@
-"""Adapters over every quantised linear that PEFT has a LoRA layer for. The frozen layer is called in each format.
+"""Test adapters on every quantised linear layer that PEFT has a LoRA layer for.
 
-HQQ and torchao run on a CPU if they are installed. The others need a GPU: here, PEFT's layers run over a stand-in with
-an int8 weight and no floating-point parameter.
+HQQ and torchao run on a CPU if they are installed. The other libraries need a GPU. For these, PEFT's
+layer for the library wraps a replacement of the frozen layer, which has an int8 weight and no floating-point parameter.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LORA = {"r": 4, "lora_alpha": 8}
 NAMES = ["q_proj", "v_proj"]
 
 
-# --- a base whose linears are exchanged, and the method written out over PEFT's own layers ----------------------------
+# --- a base with replaced linear layers, and the FLARE formula on PEFT's layers ---------------------------------------
 
 
 def base_with(exchange: Callable[[nn.Linear], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return a tiny Llama whose blocks' linears are replaced."""
+    """Return a tiny Llama in which `exchange` replaces every linear layer of the blocks."""
     model = tiny.model("llama", hidden_size=64, intermediate_size=64, dtype=dtype)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and ".layers." in path:
@@ -47,19 +47,19 @@ def without_source(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps(stock: Any, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    """Run forward and backward of the formula over PEFT's layers and of the model, and return both outputs."""
+    """Run forward and backward of PEFT's model with the FLARE formula, and of the FLARE model. Return both outputs."""
     plain = without_source(inputs)
     states = tiny.source_hidden_states(stock, inputs, offset=1)
     with tiny.eager_fusion(stock, states, lambda S, T: reference.fuse(S, T, "add_relu"), tuple(NAMES)):
-        want = stock(**plain)
-        want.loss.backward()
-    got = model(**inputs)
-    got.loss.backward()
-    return want, got
+        expected = stock(**plain)
+        expected.loss.backward()
+    actual = model(**inputs)
+    actual.loss.backward()
+    return expected, actual
 
 
 def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
-    """Compare logits and gradients of fast_lora with the formula over PEFT's layers, and return the FLARE model."""
+    """Compare logits and gradients of fast_lora with the FLARE formula on PEFT's layers. Return the FLARE model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about layers that it does not know
         stock = peft.get_peft_model(make(), peft.LoraConfig(**LORA, target_modules=NAMES, task_type="CAUSAL_LM"))
@@ -70,19 +70,19 @@ def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
             if "lora_" in name:
                 parameter.data = parameter.data.to(torch.float64)
     inputs = tiny.batch("llama")
-    want, got = steps(stock, model, inputs)
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-9, atol=1e-9)
-    want_grads, grads = tiny.gradients(stock), tiny.gradients(model)
-    assert want_grads.keys() == grads.keys() and len(grads) == 4 * tiny.LAYERS
+    expected, actual = steps(stock, model, inputs)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-9, atol=1e-9)
+    expected_grads, grads = tiny.gradients(stock), tiny.gradients(model)
+    assert expected_grads.keys() == grads.keys() and len(grads) == 4 * tiny.LAYERS
     for name, grad in grads.items():
         torch.testing.assert_close(
-            grad, want_grads[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            grad, expected_grads[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
     with torch.no_grad():
-        assert (model(**without_source(inputs)).logits - got.logits).abs().max() > 1e-3, "the source must matter"
+        assert (model(**without_source(inputs)).logits - actual.logits).abs().max() > 1e-3, "the source must matter"
         model.set_source_cache(flare.SourceStateCache(10**7))
-        for _ in ("fills the cache", "reads it"):
-            torch.testing.assert_close(model(**inputs).logits, got.logits, rtol=1e-9, atol=1e-9)
+        for _ in ("fills the cache", "reads the cache"):
+            torch.testing.assert_close(model(**inputs).logits, actual.logits, rtol=1e-9, atol=1e-9)
         model.set_source_cache(None)
     return model
 
@@ -91,7 +91,7 @@ def compare_with_eager(make: Callable[[], nn.Module]) -> Any:
 
 
 class Int8Linear(nn.Module):
-    """Stand-in for another library's linear: an int8 weight, no floating-point parameter, dx by autograd."""
+    """Replacement for a library's linear layer: an int8 weight, no floating-point parameter, and dx by autograd."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -105,14 +105,14 @@ class Int8Linear(nn.Module):
 
 
 class NoGradient(Int8Linear):
-    """Stand-in whose product passes no gradient to its input."""
+    """Replacement whose output passes no gradient to its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.detach())
 
 
 def dispatch_to(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make PEFT use a layer class for the stand-in, as its dispatchers do if the library is installed."""
+    """Make PEFT wrap Int8Linear in `cls`, as its dispatchers wrap the library's layer if the library is installed."""
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         return cls(target, adapter_name, config=config, **kwargs) if isinstance(target, Int8Linear) else None
@@ -121,7 +121,7 @@ def dispatch_to(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gated(name: str, package: str, **symbols: Any) -> types.ModuleType:
-    """Return a module of PEFT whose classes need an installed package, imported with a stand-in for that package."""
+    """Return PEFT's module `name`, imported with a replacement for the `package` that it needs."""
     fakes = {}
     for depth in range(package.count(".") + 1):
         path = ".".join(package.split(".")[: depth + 1])
@@ -130,7 +130,7 @@ def gated(name: str, package: str, **symbols: Any) -> types.ModuleType:
     import peft.import_utils as gates
 
     gate = f"is_{name}_available"
-    before, there = getattr(gates, gate), {path: sys.modules.get(path) for path in fakes}
+    before, modules_before = getattr(gates, gate), {path: sys.modules.get(path) for path in fakes}
     spec = importlib.util.spec_from_file_location(
         f"peft.tuners.lora.{name}", Path(peft.__file__).parent / "tuners" / "lora" / f"{name}.py"
     )
@@ -142,11 +142,11 @@ def gated(name: str, package: str, **symbols: Any) -> types.ModuleType:
         spec.loader.exec_module(module)
     finally:
         setattr(gates, gate, before)
-        for path, known in there.items():
-            if known is None:
+        for path, module_before in modules_before.items():
+            if module_before is None:
                 del sys.modules[path]
             else:
-                sys.modules[path] = known
+                sys.modules[path] = module_before
     return module
 
 
@@ -182,7 +182,7 @@ def test_a_format_that_peft_cannot_merge_is_refused_as_in_peft(monkeypatch: pyte
 
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention"])
 def test_a_frozen_layer_without_a_gradient_is_refused_in_training(fusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This holds for the joint call of query and value, and for separate calls."""
+    """add_relu computes query and value in one call, cross_attention in separate calls. Both raise the error."""
     dispatch_to(gptq.GPTQLoraLinear, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -246,7 +246,7 @@ def test_hqq_fuses() -> None:
 
 
 def test_hqq_merges_and_unmerges_as_in_peft() -> None:
-    """With fusion=None, PEFT quantises the sum again, and FLARE's layer does the same."""
+    """Merging quantises the sum of weight and update again, in PEFT and in FLARE's layer with fusion=None."""
     stock = peft.get_peft_model(hqq_base(torch.float32), peft.LoraConfig(**LORA, target_modules=NAMES))
     model = flare.fast_lora(hqq_base(torch.float32), **LORA, fusion=None, target_modules=NAMES)
     inputs = tiny.batch("llama", source=False)
@@ -259,7 +259,7 @@ def test_hqq_merges_and_unmerges_as_in_peft() -> None:
             torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_cache_distinguishes_hqq_bases_with_other_scales() -> None:
+def test_hqq_bases_with_different_scales_have_different_fingerprints() -> None:
     first, second = hqq_base(torch.float32), hqq_base(torch.float32)
     from flare.source_cache.fingerprint import fingerprint
 
@@ -273,7 +273,7 @@ def test_cache_distinguishes_hqq_bases_with_other_scales() -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
 def test_torchao_fuses(kind: str) -> None:
-    """Compare with the eager form in float32, the only dtype of torchao's products."""
+    """Compare with the FLARE formula on PEFT's layers, in float32, because torchao's products have no other dtype."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns that such a base cannot be merged
         stock = peft.get_peft_model(torchao_base(kind), peft.LoraConfig(**LORA, target_modules=NAMES))
@@ -281,16 +281,16 @@ def test_torchao_fuses(kind: str) -> None:
     for each in (stock, model):
         tiny.randomize_lora(each)
     inputs = tiny.batch("llama")
-    want, got = steps(stock, model, inputs)
+    expected, actual = steps(stock, model, inputs)
     assert {row.backend_layer for row in model.fast_lora_report().fused} == {"FlareTorchaoLoraLinear"}
-    torch.testing.assert_close(got.logits, want.logits, rtol=1e-5, atol=1e-5)
-    want_grads = tiny.gradients(stock)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    expected_grads = tiny.gradients(stock)
     for name, grad in tiny.gradients(model).items():
-        torch.testing.assert_close(grad, want_grads[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         model.set_source_cache(flare.SourceStateCache(10**7))
-        for _ in ("fills the cache", "reads it"):
-            torch.testing.assert_close(model(**inputs).logits, got.logits, rtol=1e-5, atol=1e-5)
+        for _ in ("fills the cache", "reads the cache"):
+            torch.testing.assert_close(model(**inputs).logits, actual.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_torchao_dynamic_activations_support_only_inference() -> None:
@@ -306,18 +306,18 @@ def test_torchao_dynamic_activations_support_only_inference() -> None:
         model(**inputs)
 
 
-def test_generation_over_hqq_shares_a_pass() -> None:
+def test_generation_with_hqq_can_read_source_and_target_in_one_pass() -> None:
     model = flare.fast_lora(hqq_base(torch.float32), **LORA, source_layer_offset=0).eval()
     tiny.randomize_lora(model)
     inputs = {k: v for k, v in tiny.batch("llama").items() if k != "labels"}
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
-    want = model.generate(**inputs, **options, source_pass="separate")
-    got = model.generate(**inputs, **options, source_pass="shared")
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-5, atol=1e-5)
+    expected = model.generate(**inputs, **options, source_pass="separate")
+    actual = model.generate(**inputs, **options, source_pass="shared")
+    torch.testing.assert_close(torch.stack(actual.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-5)
 
 
 def test_transformers_loads_and_merges_torchao(tmp_path: Path) -> None:
-    """It is loaded with transformers' TorchAoConfig, as users do. With fusion=None it merges as in PEFT."""
+    """Load the base with transformers' TorchAoConfig, as users do. An adapter with fusion=None is merged as in PEFT."""
     ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed", exc_type=ImportError)
     tiny.model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
 

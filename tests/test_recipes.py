@@ -73,7 +73,7 @@ def test_packaged_recipes_can_be_read_and_used(name, tmp_path) -> None:
         transformers.BitsAndBytesConfig(**recipe.quantization)
 
 
-def test_the_papers_settings() -> None:
+def test_paper_recipes_have_the_papers_settings() -> None:
     epochs = {"xlmr": (10, 10, 20), "mt5": (10, 10, 20), "llama": (3, 3, 5), "gemma2": (3, 3, 5)}
     for model, expected in epochs.items():
         recipes = [Recipe.read(f"paper-{model}/{task}") for task in ("xnli", "tydiqa", "nusax")]
@@ -93,9 +93,9 @@ def test_the_papers_settings() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
     recipe = Recipe.read(name)
-    model, own = recipe.load(bases["CAUSAL_LM"], r=4, lora_alpha=8)
+    model, saved_tokenizer = recipe.load(bases["CAUSAL_LM"], r=4, lora_alpha=8)
     base = model.get_base_model()
-    assert own.pad_token == "[SEP]" and own.padding_side == "left"
+    assert saved_tokenizer.pad_token == "[SEP]" and saved_tokenizer.padding_side == "left"
     report = model.fast_lora_report()
     assert {row.backend_layer for row in report} == {KINDS[name]}
     assert {row.module.rpartition(".")[2] for row in report.fused} == {"q_proj", "v_proj"}
@@ -110,13 +110,16 @@ def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = flare.FlareTrainer(
-        model, arguments, train_dataset=Dataset.from_list(rows("llama", 12)), data_collator=recipe.collator(own)
+        model,
+        arguments,
+        train_dataset=Dataset.from_list(rows("llama", 12)),
+        data_collator=recipe.collator(saved_tokenizer),
     )
     trainer.train()
     moved = [name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])]
     assert len(moved) == len(before), "every A and B is trained"
     model.save_pretrained(tmp_path / "adapter")
-    inputs = recipe.collator(own)(rows("llama", 3, seed=4))
+    inputs = recipe.collator(saved_tokenizer)(rows("llama", 3, seed=4))
     again, _ = recipe.load(bases["CAUSAL_LM"], trained=tmp_path / "adapter")
     assert {n for n, p in again.named_parameters() if p.requires_grad} == before.keys()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # under autocast, as the trainer ran the first model
@@ -129,11 +132,14 @@ def test_qlora_trains_saves_and_reloads(name, bases, tmp_path) -> None:
 @pytest.mark.parametrize("mode", ["non-reentrant", "reentrant", "peft's default"])
 @pytest.mark.parametrize("name", KINDS)
 def test_checkpointing_over_a_quantised_base_keeps_the_fusion(name, mode, bases) -> None:
-    """The authors' release trained plain LoRA in this combination. Logits and gradients must be fused here."""
+    """Logits and gradients equal those without checkpointing, and differ from plain LoRA.
+
+    The authors' release trains plain LoRA if a quantised base is combined with checkpointing.
+    """
     inputs = tiny.batch("llama")
     plain = {key: value for key, value in inputs.items() if not key.startswith("source_")}
     base = bases["CAUSAL_LM"]
-    want = loaded(name, base, gradient_checkpointing=False)
+    expected = loaded(name, base, gradient_checkpointing=False)
     if mode == "peft's default":
         bare = loaded(name, base, gradient_checkpointing=False, fusion=None).unload()
         model = flare.fast_lora(
@@ -147,27 +153,27 @@ def test_checkpointing_over_a_quantised_base_keeps_the_fusion(name, mode, bases)
     attention = tiny.block_list(model.get_base_model())[0].self_attn
     attention.register_forward_pre_hook(lambda *_: runs.append(1))
     results = {}
-    for key, one, batch in (("want", want, inputs), ("got", model, inputs), ("plain", model, plain)):
+    for key, one, batch in (("expected", expected, inputs), ("actual", model, inputs), ("plain", model, plain)):
         one.train().zero_grad()
         out = one(**batch)
-        if key == "got":
+        if key == "actual":
             before = len(runs)
         out.loss.backward()
         results[key] = (out.logits.detach(), tiny.gradients(one))
-        if key == "got":
+        if key == "actual":
             assert len(runs) > before, "the block was computed again: checkpointing is on"
-    (logits, grads), (lora_logits, lora_grads) = results["got"], results["plain"]
-    torch.testing.assert_close(logits, results["want"][0], rtol=1e-5, atol=1e-5)
+    (logits, grads), (lora_logits, lora_grads) = results["actual"], results["plain"]
+    torch.testing.assert_close(logits, results["expected"][0], rtol=1e-5, atol=1e-5)
     assert (logits - lora_logits).abs().max() > 0.05 * logits.abs().max()
-    assert grads.keys() == results["want"][1].keys()
-    for key, grad in results["want"][1].items():
+    assert grads.keys() == results["expected"][1].keys()
+    for key, grad in results["expected"][1].items():
         torch.testing.assert_close(grads[key], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item(), msg=key)
     assert any((grads[key] - lora_grads[key]).norm() > 0.05 * grads[key].norm() for key in grads)
 
 
 @needs_bnb
 @pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS", "TOKEN_CLS"])
-def test_heads_stay_in_full_precision_and_are_trained(task, bases) -> None:
+def test_heads_are_not_quantised_and_are_trained(task, bases) -> None:
     changes = {} if task == "QUESTION_ANS" else {"num_labels": 3}
     model = loaded("qlora", bases[task], task=task, **changes)
     heads = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
@@ -179,7 +185,7 @@ def test_heads_stay_in_full_precision_and_are_trained(task, bases) -> None:
 
 
 def test_all_linear_excludes_a_trained_head(bases) -> None:
-    """PEFT excludes only the head of sequence classification, and fails on these heads."""
+    """PEFT's "all-linear" excludes only the head of sequence classification, and fails on the two heads tested here."""
     for task in ("QUESTION_ANS", "TOKEN_CLS"):
         model = flare.fast_lora(CLASSES[task].from_pretrained(bases[task]), r=4, target_modules="all-linear")
         assert len(model.fast_lora_report()) == 7 * tiny.LAYERS
@@ -188,7 +194,7 @@ def test_all_linear_excludes_a_trained_head(bases) -> None:
 # --- user files, and refused recipes ----------------------------------------------------------------------------------
 
 
-def test_a_users_recipe_file(bases, tmp_path) -> None:
+def test_a_users_recipe_file_is_read_and_used(bases, tmp_path) -> None:
     content = {
         "base": str(bases["SEQ_CLS"]),
         "task": "SEQ_CLS",
@@ -197,11 +203,13 @@ def test_a_users_recipe_file(bases, tmp_path) -> None:
         "tasks": {"one": {"adapter": {"fusion": "add"}, "training": {"learning_rate": 1e-3}}, "two": {}},
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content).replace("0.001", "1e-3"))
-    model, own = flare.from_recipe(f"{tmp_path / 'mine.yaml'}/one", source_padding="zero", attn_implementation="eager")
+    model, saved_tokenizer = flare.from_recipe(
+        f"{tmp_path / 'mine.yaml'}/one", source_padding="zero", attn_implementation="eager"
+    )
     config = model.peft_config["default"]
     assert (config.fusion, config.r, config.source_padding) == ("add", 4, "zero")
     assert model.get_base_model().config._attn_implementation == "eager"
-    assert model.get_base_model().config.pad_token_id == 1 and own.pad_token_id is not None
+    assert model.get_base_model().config.pad_token_id == 1 and saved_tokenizer.pad_token_id is not None
     assert Recipe.read(f"{tmp_path / 'mine.yaml'}/one").training["learning_rate"] == 1e-3
     del content["tasks"]
     checked, _ = flare.from_recipe(content, gradient_checkpointing="reentrant", r=2)
@@ -234,7 +242,7 @@ def test_an_unknown_argument_is_named(bases) -> None:
         flare.from_recipe(recipe, fusoin="mul")
 
 
-def test_without_bitsandbytes(bases, monkeypatch) -> None:
+def test_missing_bitsandbytes_raises(bases, monkeypatch) -> None:
     monkeypatch.setattr("flare.recipes.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install bitsandbytes, or pass quantization=None"):
         flare.from_recipe("qlora", bases["CAUSAL_LM"])
@@ -259,7 +267,7 @@ def test_a_recipe_runs_no_code_of_a_model_folder(content, tmp_path) -> None:
 
 
 def test_code_of_a_model_folder_runs_only_if_the_call_allows_it(bases, tmp_path, monkeypatch) -> None:
-    """Recipes and commands do not ask at the terminal. The folder's module records that it was imported."""
+    """Recipes and commands do not ask at the terminal. The folder's module writes the file `ran` if it is imported."""
     folder = tmp_path / "model"
     shutil.copytree(bases["SEQ_CLS"], folder)
     config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The map of a model, and the checks of source arguments."""
+"""Test ModelMap, which finds the blocks and projections of a model, and the checks of source arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import flare
 from flare.tuner.routing import ModelMap
 
 
-def test_paths_of_a_block() -> None:
+def test_the_map_gives_block_and_attention_of_each_projection() -> None:
     model_map = ModelMap.of(tiny.model("llama"))
     assert model_map.stacks == {"model.layers": tiny.LAYERS}
     place = model_map.places["model.layers.1.self_attn.v_proj"]
@@ -24,14 +24,14 @@ def test_paths_of_a_block() -> None:
     assert "model.layers.0.mlp.up_proj" not in model_map.places
 
 
-def test_cross_attention_and_both_stacks_of_an_encoder_decoder() -> None:
+def test_the_map_marks_cross_attention_and_has_both_stacks_of_an_encoder_decoder() -> None:
     model_map = ModelMap.of(tiny.model("mt5"))
     assert model_map.stacks == {"encoder.block": tiny.LAYERS, "decoder.block": 2}
     assert model_map.places["decoder.block.0.layer.1.EncDecAttention.q"].is_cross_attention
     assert not any("EncDecAttention" in path for path in model_map.query_and_value)
 
 
-def test_source_arguments_of_wrong_shape_or_type() -> None:
+def test_source_arguments_of_wrong_shape_or_type_raise() -> None:
     model = flare.fast_lora(tiny.model("bert"), r=4)
     inputs = tiny.batch("bert")
     with pytest.raises(ValueError, match=r"source_token_type_ids has shape \(3, 4\)"):

@@ -51,7 +51,7 @@ def test_invalid_rows_raise(tmp_path, change, message):
                 FlareDataCollator(tokenizer())([{**row, name: "positive"}])
 
 
-def test_a_trainer_without_a_tokenizer(tmp_path):
+def test_a_trainer_without_a_tokenizer_accepts_only_rows_of_one_length(tmp_path):
     ragged = [{"input_ids": [5] * n, "source_input_ids": [6] * n, "labels": 0} for n in (2, 3, 4, 5)]
     with pytest.raises(ValueError, match="pass processing_class=tokenizer to FlareTrainer"):
         train(tmp_path, ragged)
@@ -63,19 +63,24 @@ def test_a_trainer_without_a_tokenizer(tmp_path):
 def test_a_tokenizer_of_another_model_warns(tmp_path):
     model = flare_model("bert")
     assert vocabulary_of(model) == model.config.vocab_size
-    own = tokenizer()
-    model.config.pad_token_id = own.pad_token_id
-    assert wrong_tokenizer(own, model) is None
-    model.config.eos_token_id, own.eos_token = [own.pad_token_id, own.unk_token_id], own.unk_token
-    assert wrong_tokenizer(own, model) is None, "a list holds the ids that are accepted"
-    model.config.pad_token_id = own.pad_token_id + 1
+    word_tokenizer = tokenizer()
+    model.config.pad_token_id = word_tokenizer.pad_token_id
+    assert wrong_tokenizer(word_tokenizer, model) is None
+    model.config.eos_token_id, word_tokenizer.eos_token = (
+        [word_tokenizer.pad_token_id, word_tokenizer.unk_token_id],
+        word_tokenizer.unk_token,
+    )
+    assert wrong_tokenizer(word_tokenizer, model) is None, (
+        "eos_token_id may be a list; the tokenizer's end token must be in it"
+    )
+    model.config.pad_token_id = word_tokenizer.pad_token_id + 1
     with pytest.warns(UserWarning, match=r"has pad_token_id \d+ \(the model has \d+\), so it may belong to"):
-        FlareTrainer(model, arguments(tmp_path), processing_class=own)
-    own.add_special_tokens({"pad_token": "<new>"})
-    while len(own) <= model.config.vocab_size:
-        own.add_special_tokens({"pad_token": f"<new {len(own)}>"})
+        FlareTrainer(model, arguments(tmp_path), processing_class=word_tokenizer)
+    word_tokenizer.add_special_tokens({"pad_token": "<new>"})
+    while len(word_tokenizer) <= model.config.vocab_size:
+        word_tokenizer.add_special_tokens({"pad_token": f"<new {len(word_tokenizer)}>"})
     with pytest.warns(UserWarning, match=r"pad_token_id \d+, and the model.s vocabulary has .*resize_token_embeddings"):
-        FlareTrainer(model, arguments(tmp_path), processing_class=own)
+        FlareTrainer(model, arguments(tmp_path), processing_class=word_tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         good = rows("bert", 4)
@@ -85,26 +90,30 @@ def test_a_tokenizer_of_another_model_warns(tmp_path):
 @pytest.mark.parametrize(("family", "kind"), [("xlmr", "pad"), ("llama", "eos"), ("mt5", "eos")])
 def test_special_tokens_that_change_results_raise(family, kind):
     """Refuse a tokenizer if its pad token shifts the model's positions, or if its end token is not the model's."""
-    model, own = tiny.model(family), tokenizer()
+    model, word_tokenizer = tiny.model(family), tokenizer()
     for name in ("pad", "eos"):
-        own_id = getattr(model.config, f"{name}_token_id") or 0
-        setattr(own, f"{name}_token", own.convert_ids_to_tokens(own_id))
-    assert broken_by(own, model) is None
-    setattr(own, f"{kind}_token", own.convert_ids_to_tokens(getattr(model.config, f"{kind}_token_id") + 1))
-    assert f"belongs to another model: its {kind}_token_id is" in str(broken_by(own, model))
+        token_id = getattr(model.config, f"{name}_token_id") or 0
+        setattr(word_tokenizer, f"{name}_token", word_tokenizer.convert_ids_to_tokens(token_id))
+    assert broken_by(word_tokenizer, model) is None
+    setattr(
+        word_tokenizer,
+        f"{kind}_token",
+        word_tokenizer.convert_ids_to_tokens(getattr(model.config, f"{kind}_token_id") + 1),
+    )
+    assert f"belongs to another model: its {kind}_token_id is" in str(broken_by(word_tokenizer, model))
     if kind == "eos":
-        model.generation_config.eos_token_id = [own.eos_token_id]
-        assert broken_by(own, model) is None and "eos" not in str(wrong_tokenizer(own, model))
+        model.generation_config.eos_token_id = [word_tokenizer.eos_token_id]
+        assert broken_by(word_tokenizer, model) is None and "eos" not in str(wrong_tokenizer(word_tokenizer, model))
     bert = tiny.model("bert")
     bert.config.eos_token_id = 0
-    assert broken_by(own, bert) is None, "BERT masks its padding, counts from 0, and does not write"
+    assert broken_by(word_tokenizer, bert) is None, "BERT masks padding, counts positions from 0, and does not generate"
 
 
 def test_a_source_from_another_tokenizer_warns():
-    own = small_tasks.word_tokenizer("a b c d")
-    first = own("a")["input_ids"][0]
-    good = {"input_ids": own("a b")["input_ids"], "source_input_ids": own("c d")["input_ids"]}
-    collate = FlareDataCollator(own)
+    word_tokenizer = small_tasks.word_tokenizer("a b c d")
+    first = word_tokenizer("a")["input_ids"][0]
+    good = {"input_ids": word_tokenizer("a b")["input_ids"], "source_input_ids": word_tokenizer("c d")["input_ids"]}
+    collate = FlareDataCollator(word_tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collate([good, {**good, "input_ids": [4, 5]}])  # a target without special tokens does not cause a warning
@@ -115,7 +124,7 @@ def test_a_source_from_another_tokenizer_warns():
         collate([{**good, "source_input_ids": [5, 6]}])  # warned only once
 
 
-def test_a_folder_with_another_models_tokenizer(tmp_path, capsys):
+def test_a_model_folder_with_another_models_tokenizer_is_refused(tmp_path, capsys):
     write_data(tmp_path / "data")
     write_bert(tmp_path / "bert")
     large = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert")

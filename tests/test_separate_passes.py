@@ -1,4 +1,8 @@
-"""Cases in which source and target need two passes: reasons, warnings, and errors."""
+"""Test the cases in which generation cannot read source and target in one shared pass and needs two.
+
+With ``source_pass="auto"`` generation then uses two passes, in some cases with a warning. With
+``source_pass="shared"`` it raises an error with the reason.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ def compiled() -> Any:
     ids=["offset", "train", "compiled", "release"],
 )
 def test_expected_reasons_for_two_passes_do_not_warn(make, options, message) -> None:
-    """source_pass="auto" does not warn; source_pass="shared" raises."""
+    """The model or an argument makes two passes necessary. "auto" does not warn about it; "shared" raises."""
     model, inputs = make(), prompts()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -112,7 +116,7 @@ def test_merged_adapter_prevents_a_shared_pass() -> None:
         assert executions(model, prompts()) == 2 * 3 * L
 
 
-def test_other_caches(monkeypatch) -> None:
+def test_unknown_kv_caches_prevent_a_shared_pass(monkeypatch) -> None:
     class Another(transformers.cache_utils.DynamicLayer):
         """A cache layer of an unknown class."""
 
@@ -123,7 +127,7 @@ def test_other_caches(monkeypatch) -> None:
 
 
 def test_four_dimensional_mask_needs_two_passes() -> None:
-    """A step with such a mask of the target takes two passes and warns."""
+    """A decoding step in which the mask of the target has four dimensions takes two passes and warns."""
     model, inputs = zero_offset(), prompts()
     sequences, logits = generated(model, inputs, 4, source_pass="separate")
     out = model.generate(**inputs, max_new_tokens=3, pad_token_id=1, return_dict_in_generate=True)
@@ -138,14 +142,13 @@ def test_four_dimensional_mask_needs_two_passes() -> None:
     torch.testing.assert_close(last.float(), logits[:, 3:], **TOLERANCE)
 
 
-def test_wrong_names() -> None:
+def test_an_unknown_source_pass_raises() -> None:
     with pytest.raises(ValueError, match="source_pass='both' is not accepted; one of: auto, shared, separate"):
         generated(zero_offset(), prompts(), source_pass="both")
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["one call", "by itself"])
-def test_error_for_a_layer_called_with_other_rows(together) -> None:
-    """A layer that is called with a part of the batch raises."""
+@pytest.mark.parametrize("together", [True, False], ids=["one call for q and v", "a separate call"])
+def test_a_layer_that_is_called_with_part_of_the_batch_raises(together) -> None:
     model, inputs = zero_offset(), prompts()
     q_proj = model.get_base_model().model.layers[1].self_attn.q_proj
     if not together:
@@ -162,7 +165,7 @@ def test_error_for_a_layer_called_with_other_rows(together) -> None:
 
 @pytest.mark.parametrize("where", ["one attention", "every attention"])
 def test_error_names_layers_that_the_source_does_not_reach(where) -> None:
-    """Attention modules are called without their keyword arguments in a decoding step."""
+    """A hook removes the source's keyword argument from calls of attention modules in a shared decoding step."""
 
     def lose(module: Any, args: Any, kwargs: Any) -> None:
         if len(kwargs["hidden_states"]) == 6:

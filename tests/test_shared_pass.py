@@ -1,7 +1,7 @@
-"""Decoding with one pass for source and target: same numbers and half the weight reads.
+"""Test decoding with one shared pass for source and target, which gives the same numbers and halves the weight reads.
 
-It needs ``source_layer_offset=0``. The reference is ``source_pass="separate"``, which tests/test_generation.py compares
-with one forward without a cache.
+A shared pass needs ``source_layer_offset=0``. It is compared with ``source_pass="separate"``, which
+tests/test_generation.py compares with a forward pass without a KV cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flare.source.context import THREAD
 
 
 def of_family(name: str) -> Any:
-    """Return a model whose sliding windows, in some of the blocks, are shorter than the text."""
+    """Return a model in which some blocks have a sliding window that is shorter than the text."""
     torch.manual_seed(0)
     values = {**tiny._DECODER, "head_dim": 8, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
     base = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**values))
@@ -34,13 +34,13 @@ def of_family(name: str) -> Any:
     return model.double().eval()
 
 
-# --- the numbers of two passes, in half the executions ----------------------------------------------------------------
+# --- the same numbers as two passes, with half the block executions ---------------------------------------------------
 
 
 @pytest.mark.parametrize("fusion", ["add_relu", "mul"])
 @pytest.mark.parametrize("padding", ["zero", "keep"])
 @pytest.mark.filterwarnings("ignore:source_padding='keep'")
-def test_greedy(fusion, padding) -> None:
+def test_greedy_decoding_matches_two_passes(fusion, padding) -> None:
     model, inputs = zero_offset(fusion=fusion), prompts()
     results = both_ways(model, inputs, source_padding=padding)
     assert results["separate"][2] == 2 * 6 * L
@@ -52,11 +52,11 @@ def test_greedy(fusion, padding) -> None:
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma2", "Gemma3", "Qwen2"])
-def test_families_with_sliding_windows(name) -> None:
+def test_sliding_windows_match_two_passes(name) -> None:
     model = of_family(name) if name != "Gemma3" else zero_offset("gemma3", base={"sliding_window": 4})
-    inputs = prompts(pads=name != "Gemma2")  # it only runs eager attention, which gives NaN on padding in float64
+    inputs = prompts(pads=name != "Gemma2")  # Gemma 2 has eager attention only, which gives NaN on padding in float64
     if name == "Gemma2":
-        assert len(set(model.config.layer_types)) == 2, "windows in every block"
+        assert len(set(model.config.layer_types)) == 2, "some blocks of Gemma 2 must have no window"
     results = both_ways(model, inputs)
     assert results["shared"][2] == (2 + 5) * L
 
@@ -81,7 +81,7 @@ class _WeightReads(TorchDispatchMode):
 def test_each_frozen_weight_is_read_once_per_token(way, reads, targets) -> None:
     model, inputs = zero_offset(target_modules=targets), prompts()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n}
-    assert len(linears) == 7 * L + 1, "seven per block, and the head"
+    assert len(linears) == 7 * L + 1, "each block has seven linear layers, and the model one head"
     counted = []
     for new in (3, 7):
         with _WeightReads({m.weight.data_ptr(): n for n, m in linears.items()}) as mode:
@@ -90,14 +90,14 @@ def test_each_frozen_weight_is_read_once_per_token(way, reads, targets) -> None:
     assert {name: counted[1][name] - counted[0][name] for name in linears} == dict.fromkeys(linears, 4 * reads)
 
 
-def test_samples_share_their_prompts_source_row() -> None:
+def test_samples_of_a_prompt_share_its_source_row() -> None:
     results = both_ways(zero_offset(), prompts(), do_sample=True, top_k=0, num_return_sequences=3)
     assert len({tuple(row) for row in results["shared"][0].tolist()}) > 3, "nothing was sampled"
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_beams(sample) -> None:
-    """Only the target's rows are reordered. The source has one row per prompt, which keeps its place."""
+def test_beam_search_matches_two_passes(sample) -> None:
+    """Beam search reorders only the target's rows. The source has one row per prompt, which is not moved."""
     model, inputs = zero_offset(), prompts()
     out = {}
     for way in ("separate", "shared"):
@@ -125,9 +125,9 @@ def test_beams(sample) -> None:
 def test_ended_source_stays_at_its_end_token(padded) -> None:
     model, inputs = zero_offset(), prompts(seed=ENDING, pads=padded)
     ends = ends_of(model, inputs, 7)
-    going_on = generated(model, inputs, 7)[1]
+    without_end = generated(model, inputs, 7)[1]
     results = both_ways(model, inputs, 7, eos_token_id=ends, min_new_tokens=7)
-    assert not torch.allclose(results["shared"][1][0], going_on[0], atol=1e-4), "the end token made no difference"
+    assert not torch.allclose(results["shared"][1][0], without_end[0], atol=1e-4), "the end token made no difference"
 
 
 def test_sources_leave_the_batch_when_all_have_ended() -> None:
@@ -156,7 +156,7 @@ def test_adapters_that_do_not_fuse_are_not_applied_to_the_source(options) -> Non
     both_ways(model, prompts())
 
 
-def test_several_adapters() -> None:
+def test_several_active_adapters_match_two_passes() -> None:
     model = zero_offset()
     model.add_adapter("second", flare.FlareConfig(r=4, fusion="mul", source_layer_offset=0, task_type="CAUSAL_LM"))
     tiny.randomize_lora(model, seed=4)
@@ -165,7 +165,7 @@ def test_several_adapters() -> None:
     both_ways(model, prompts())
 
 
-def test_chunks_embeddings_and_hooked_projections() -> None:
+def test_chunks_embeddings_and_hooked_projections_match_two_passes() -> None:
     """Chunked prompts, embeddings as inputs, and a base model with hooks on its projections."""
     model, inputs = zero_offset(), prompts()
     for chunk in (1, 3):
@@ -189,19 +189,19 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes_and_autocast(dtype) -> None:
-    """The error against float64 is at most that of two passes, up to rounding. Both read the same tokens."""
+def test_other_dtypes_and_autocast_are_close_to_float64(dtype) -> None:
+    """Logits of a shared pass in the dtype, with and without autocast, are close to logits of the float64 model."""
     model, inputs = zero_offset(fusion="add"), prompts()
-    want = generated(model, inputs, 2)[1]
+    expected = generated(model, inputs, 2)[1]
     model = model.to(dtype)
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             _, close = generated(model, inputs, 2, source_pass="shared")
         tolerance = 1e-4 if dtype == torch.float32 and not autocast else 0.05
-        assert (close - want).abs().max() < tolerance
+        assert (close - expected).abs().max() < tolerance
 
 
-# --- what a caller gets to see ----------------------------------------------------------------------------------------
+# --- outputs, KV caches and hooks that a caller sees ------------------------------------------------------------------
 
 
 def test_hidden_states_and_attentions_have_the_targets_rows() -> None:
@@ -214,12 +214,16 @@ def test_hidden_states_and_attentions_have_the_targets_rows() -> None:
         for way in ("separate", "shared")
     }
     for name in ("hidden_states", "attentions"):
-        for got, want in zip(out["shared"][name][-1], out["separate"][name][-1], strict=True):
-            torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+        for actual, expected in zip(out["shared"][name][-1], out["separate"][name][-1], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
 def test_generation_continues_from_a_cache() -> None:
-    """Continue token by token, and with several tokens at once, for which the caches are split and joined again."""
+    """Continue token by token, and with two tokens in one call.
+
+    The KV cache holds the rows of the target and of the source. A call with several tokens splits it, and the next call
+    joins it again.
+    """
     model, inputs = zero_offset(), prompts()
     sequences, logits = generated(model, inputs, 7, source_pass="separate")
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1, "return_dict_in_generate": True}
@@ -227,15 +231,17 @@ def test_generation_continues_from_a_cache() -> None:
     cache = copy.deepcopy(first.past_key_values)
     assert cache.layers[0].keys.shape[0] == 6
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 4, dtype=torch.long)], dim=1)
-    go_on = {"attention_mask": mask[:, :-1], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
-    assert torch.equal(model.generate(input_ids=first.sequences, past_key_values=cache, **go_on), sequences)
+    options = {"attention_mask": mask[:, :-1], "max_new_tokens": 4, "do_sample": False, "pad_token_id": 1}
+    assert torch.equal(model.generate(input_ids=first.sequences, past_key_values=cache, **options), sequences)
     cache = first.past_key_values
     with torch.no_grad(), count_calls(tiny.block_list(model.get_base_model())) as calls:
         positions = (mask.cumsum(1) - 1)[:, 9:]
         out = model(
             input_ids=sequences[:, 9:11], attention_mask=mask, position_ids=positions[:, :2], past_key_values=cache
         )
-        assert cache.layers[0].keys.shape[0] == 3 and calls.total == 3 * L, "the source reads its two tokens one by one"
+        assert cache.layers[0].keys.shape[0] == 3 and calls.total == 3 * L, (
+            "the source reads its two tokens in two passes"
+        )
         torch.testing.assert_close(out.logits.float(), logits[:, 3:5], **TOLERANCE)
         longer = torch.cat([mask, mask[:, -1:]], dim=1)
         out = model(
@@ -251,18 +257,18 @@ def test_generation_continues_from_a_cache() -> None:
 
 def test_generation_leaves_no_hooks_or_state_even_if_it_fails() -> None:
     model, inputs = zero_offset(), prompts()
-    want = generated(model, inputs, source_pass="shared")
+    expected = generated(model, inputs, source_pass="shared")
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     def fail(module: Any, args: Any, kwargs: Any) -> None:
         if len(args[0]) == 6 and kwargs["past_key_values"].get_seq_length() > 8:
-            raise RuntimeError("out of memory, say")
+            raise RuntimeError("simulated failure")
 
     handle = model.get_base_model().model.layers[1].register_forward_pre_hook(fail, with_kwargs=True)
-    with pytest.raises(RuntimeError, match="out of memory, say"):
+    with pytest.raises(RuntimeError, match="simulated failure"):
         generated(model, inputs, source_pass="shared")
     handle.remove()
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
     assert THREAD.slot.rows is None and THREAD.slot.forward is None and THREAD.slot.context is None
     again = generated(copy.deepcopy(model), inputs, source_pass="shared")
-    torch.testing.assert_close(again, want, rtol=0, atol=0)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)

@@ -1,4 +1,7 @@
-"""A site computes the projections of an attention module in one call, with one dx buffer and unchanged numbers."""
+"""Test sites. A site computes all projections of an attention module in one call, with one buffer for dx.
+
+The numbers must equal those of separate calls, in which every projection is computed alone (`site_models.alone`).
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,25 @@ def test_one_call_per_attention_matches_separate_calls(family, subset, source, c
     exact = family != "gemma2"  # in float64 its left-padded rows are NaN
     model = fused(family, subset, dtype=torch.float64 if exact else torch.float32)
     twin = alone(model)
-    got = step(model, inputs)
+    actual = step(model, inputs)
     attentions, cross = (tiny.LAYERS + 2, 2) if family == "mt5" else (tiny.LAYERS, 0)
     assert calls["joint"] == attentions and set(calls.names) == {frozenset(NAMES[family])}
     assert calls["lone"] == cross * len(SUBSETS[subset]), "in cross-attention, q reads another sequence than k and v"
     assert calls["owned"] == attentions + calls["lone"] and not calls["single"]
     forget(calls)
-    assert_same(got, step(twin, inputs), **({} if exact else {"rtol": 1e-5, "atol": 1e-7}))
+    assert_same(actual, step(twin, inputs), **({} if exact else {"rtol": 1e-5, "atol": 1e-7}))
     assert (calls["joint"], calls["single"]) == (0, (attentions + cross) * len(SUBSETS[subset]))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_float32_matches_up_to_rounding(family) -> None:
+def test_one_call_matches_separate_calls_in_float32_up_to_rounding(family) -> None:
     inputs, model = tiny.batch(family), fused(family)
     twin = alone(model)
     assert_same(step(model, inputs), step(twin, inputs), rtol=1e-5, atol=1e-7)
 
 
 class _Buffers(TorchDispatchMode):
-    """Count operations whose result has the size of the hidden state: sums of two tensors, and matrix products."""
+    """Count sums of two tensors and matrix products whose result has as many numbers as the hidden state."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -60,7 +63,10 @@ class _Buffers(TorchDispatchMode):
 
 @pytest.mark.parametrize(("subset", "apart"), [("qv", 5), ("qkv", 6), ("q", 4)])
 def test_backward_accumulates_dx_in_one_buffer(subset, apart, calls) -> None:
-    """In separate calls, each frozen product and each adapter has its own dx, and autograd adds them."""
+    """In separate calls, each frozen layer and each adapter computes a dx of its own, and autograd adds all of them.
+
+    apart: number of dx tensors of a block in separate calls.
+    """
     inputs = tiny.batch("llama", B=2, m=7)
     model = fused("llama", subset)
     operations = {}
@@ -77,7 +83,7 @@ def test_backward_accumulates_dx_in_one_buffer(subset, apart, calls) -> None:
 
 
 class _Copies(TorchDispatchMode):
-    """Count copies of tensors, and products of frozen weights."""
+    """Count all operations by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +96,7 @@ class _Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("train", [True, False])
-def test_no_output_is_copied(family, train) -> None:
+def test_adapters_add_no_copies_to_the_frozen_model(family, train) -> None:
     model, seen = fused(family, fusion=None), {}
     inputs = plain(tiny.batch(family))
     for name in ("adapter", "frozen"):
@@ -102,20 +108,20 @@ def test_no_output_is_copied(family, train) -> None:
         assert seen["adapter"][name] == seen["frozen"][name], name
 
 
-def test_autocast_error_is_at_most_that_of_separate_calls() -> None:
+def test_autocast_error_is_at_most_twice_the_error_of_separate_calls() -> None:
     for family in ("bert", "llama"):
         inputs = tiny.batch(family)
         model = fused(family)
         twin, truth = alone(model), step(alone(model).double(), inputs)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got, plain = step(model, inputs), step(twin, inputs)
+            actual, plain = step(model, inputs), step(twin, inputs)
         for name, value in truth.items():
             allowed = 2 * (plain[name] - value).abs().max() + torch.finfo(torch.bfloat16).eps * value.abs().max()
-            assert (got[name] - value).abs().max() <= allowed, name
+            assert (actual[name] - value).abs().max() <= allowed, name
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inference(mode, calls) -> None:
+def test_inference_matches_separate_calls(mode, calls) -> None:
     inputs = tiny.batch("llama")
     model = fused("llama").eval()
     twin = alone(model)
@@ -130,7 +136,7 @@ def test_inference(mode, calls) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_adding_adapters_before_the_frozen_products_gives_the_same_step(family, dropout) -> None:
-    """A whole model, with the biases of XLM-R and a key without an adapter."""
+    """Compare both orders on whole models. XLM-R has biases; the key has no adapter."""
     model, inputs, results = fused(family, dtype=torch.float64, lora_dropout=dropout), tiny.batch(family), []
     for form in ("frozen_first", "adapter_first"):
         with launch_mode.forcing(form=form):
@@ -142,7 +148,7 @@ def test_adding_adapters_before_the_frozen_products_gives_the_same_step(family, 
 
 
 def apply_reference(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, biases) -> tuple[torch.Tensor, ...]:
-    """Compute apply_with_products by the reference, with the same seeds."""
+    """Replacement of apply_with_products that computes its outputs with the reference, with the same dropout seeds."""
     x = x.flatten(0, -2)
     dropped = reference.drop(x, call.p, kernel_dropout.draw_seed(x.device), kernel_dropout.TARGET_STREAM)
     if x_source is not None:
@@ -164,29 +170,29 @@ def apply_reference(call, sizes, x, x_source, source_seed, Ss, A, As, Bs, Ws, bi
 
 
 def test_dropout_uses_one_mask_for_all_projections(monkeypatch) -> None:
-    """With equal seeds, the numbers are the reference's, which applies dropout to x once for all projections."""
+    """With equal seeds, a step equals a step of the reference, which applies dropout to x once for all projections."""
     inputs = tiny.batch("llama")
     model = fused("llama", "qkv", dtype=torch.float64, lora_dropout=0.4)
     torch.manual_seed(3)
-    got = step(model, inputs)
+    actual = step(model, inputs)
     monkeypatch.setattr(sites, "apply_with_products", apply_reference)
     torch.manual_seed(3)
-    assert_same(got, step(model, inputs))
+    assert_same(actual, step(model, inputs))
     torch.manual_seed(4)
-    assert not torch.equal(step(model, inputs)["loss"], got["loss"])
+    assert not torch.equal(step(model, inputs)["loss"], actual["loss"])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("subset", ["qv", "qkv"])
-def test_gradient_checkpointing(family, use_reentrant, subset, calls) -> None:
+def test_gradient_checkpointing_matches_separate_calls(family, use_reentrant, subset, calls) -> None:
     inputs = tiny.batch(family)
     model = fused(family, subset, dtype=torch.float64)
-    want = step(alone(model), inputs)
+    expected = step(alone(model), inputs)
     forget(calls)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    assert_same(step(model, inputs), want)
+    assert_same(step(model, inputs), expected)
     assert (calls["joint"], calls["single"]) == (2 * tiny.LAYERS, 0)
 
 
@@ -194,9 +200,9 @@ def test_gradient_checkpointing(family, use_reentrant, subset, calls) -> None:
 def test_compiled_site_matches_separate_calls(backend) -> None:
     inputs = tiny.batch("llama")
     model = fused("llama")
-    want = step(alone(model), inputs)
+    expected = step(alone(model), inputs)
     torch._dynamo.reset()
-    assert_same(step(torch.compile(model, backend=backend), inputs), _compiled(want), rtol=1e-5, atol=1e-7)
+    assert_same(step(torch.compile(model, backend=backend), inputs), _compiled(expected), rtol=1e-5, atol=1e-7)
 
 
 def _compiled(values: dict) -> dict:
@@ -205,7 +211,7 @@ def _compiled(values: dict) -> dict:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_base_computes_its_own_dx(kind, tmp_path, calls) -> None:
-    """q and v are computed in one call without their weights; bitsandbytes computes k."""
+    """q and v share a call, which does not get their weights. bitsandbytes computes the frozen products and k."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: bnb)")
     from test_quantized import quantized
 
@@ -214,8 +220,8 @@ def test_quantised_base_computes_its_own_dx(kind, tmp_path, calls) -> None:
     tiny.randomize_lora(model)
     model.train()
     inputs, twin = tiny.batch("llama"), alone(model)
-    got = step(model, inputs)
+    actual = step(model, inputs)
     assert (calls["joint"], calls["single"]) == (tiny.LAYERS, 0) and not siblings(model)
     assert set(calls.names) == {frozenset({"q_proj", "v_proj"})} and not calls["owned"]
     for name, value in step(twin, inputs).items():  # dx is summed in bf16, in another order
-        assert (got[name] - value).abs().max() <= 0.02 * value.abs().max(), name
+        assert (actual[name] - value).abs().max() <= 0.02 * value.abs().max(), name

@@ -1,4 +1,7 @@
-"""Sites with several adapters, and with adapters that are switched, merged, scaled or disabled."""
+"""Test sites with several adapters, and with adapters that are switched, merged, scaled or disabled.
+
+A site computes all projections of an attention module in one call.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from flare.source.context import THREAD
 
 
 def stock_twin(model: peft.PeftModel, adapters: dict[str, dict]) -> peft.PeftModel:
-    """Return PEFT's LoRA model with the same weights."""
+    """Return PEFT's LoRA model with the weights of `model`; `adapters` maps their names to fields of LoraConfig."""
     first, *others = (peft.LoraConfig(task_type="CAUSAL_LM", **fields) for fields in adapters.values())
     twin = peft.get_peft_model(tiny.model("llama"), first, adapter_name=next(iter(adapters)))
     for name, config in zip(list(adapters)[1:], others, strict=True):
@@ -77,7 +80,7 @@ STATES: dict[str, Callable[[Any], Any]] = {
 
 
 def test_switched_merged_and_scaled_adapters_match_peft() -> None:
-    """Take one model through all states, so that a plan that outlives its state would be detected."""
+    """Bring one model into all STATES in turn. A site caches a plan for its call and must not reuse it later."""
     inputs = plain(tiny.batch("llama"))
     model = fused("llama", fusion=None, **{k: v for k, v in TWO["default"].items() if k not in ("r", "lora_alpha")})
     model.add_adapter("second", flare.FlareConfig(fusion=None, task_type="CAUSAL_LM", **TWO["second"]))
@@ -86,15 +89,17 @@ def test_switched_merged_and_scaled_adapters_match_peft() -> None:
     logits: list[torch.Tensor] = []
     for name, state in STATES.items():
         with state(model), state(twin):
-            got, want = model(**inputs), twin(**inputs)
-            torch.testing.assert_close(got.logits, want.logits, rtol=1e-9, atol=1e-10, msg=name)
-            assert all(not torch.equal(got.logits, one) for one in logits[-1:]) or "again" in name or "merged" in name
-            logits.append(got.logits)
+            actual, expected = model(**inputs), twin(**inputs)
+            torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-9, atol=1e-10, msg=name)
+            assert (
+                all(not torch.equal(actual.logits, one) for one in logits[-1:]) or "again" in name or "merged" in name
+            )
+            logits.append(actual.logits)
             if "merged" not in name and "off" not in name:
                 assert_same(step(model, inputs), step(twin, inputs))
 
 
-def test_batch_with_several_adapter_names(calls) -> None:
+def test_a_batch_with_several_adapter_names_matches_peft(calls) -> None:
     model = fused("llama", fusion=None, target_modules=TWO["default"]["target_modules"])
     model.add_adapter("second", flare.FlareConfig(fusion=None, task_type="CAUSAL_LM", **TWO["second"]))
     tiny.randomize_lora(model)
@@ -102,34 +107,34 @@ def test_batch_with_several_adapter_names(calls) -> None:
     model.eval()
     forget(calls)
     names = ["default", "second", "__base__"]
-    got = model(**inputs, adapter_names=names).logits
-    torch.testing.assert_close(got, twin(**inputs, adapter_names=names).logits, rtol=1e-9, atol=1e-10)
+    actual = model(**inputs, adapter_names=names).logits
+    torch.testing.assert_close(actual, twin(**inputs, adapter_names=names).logits, rtol=1e-9, atol=1e-10)
     assert not calls
 
 
 def test_weights_are_read_at_each_call() -> None:
-    """A call uses weights that were written to .data, passed by functional_call, loaded or hot-swapped before it."""
+    """A call uses the current weights, after writing to .data, with functional_call, and after copying new values."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     step(model, inputs)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data * 1.5
-    want = step(alone(model), inputs)
-    assert_same(step(model, inputs), want)
+    expected = step(alone(model), inputs)
+    assert_same(step(model, inputs), expected)
     swapped = {n: p.detach().flip(0).requires_grad_() for n, p in model.named_parameters() if "lora_" in n}
     loss = torch.func.functional_call(model, swapped, (), inputs).loss
     grads = torch.autograd.grad(loss, list(swapped.values()))
     with torch.no_grad():
         for name, value in swapped.items():
             model.get_parameter(name).copy_(value)
-    want = step(alone(model), inputs)
-    assert_same({"loss": loss.detach(), **dict(zip(swapped, grads, strict=True))}, want)
-    assert_same(step(model, inputs), want)
+    expected = step(alone(model), inputs)
+    assert_same({"loss": loss.detach(), **dict(zip(swapped, grads, strict=True))}, expected)
+    assert_same(step(model, inputs), expected)
 
 
-def test_dropout_and_requires_grad_differ_between_projections(calls) -> None:
-    """Each call reads both: a changed p, a dropout in eval mode, a frozen A."""
+def test_dropout_and_requires_grad_are_read_at_each_call(calls) -> None:
+    """The changes are: another dropout probability, a dropout module in eval mode, and a frozen A."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64, lora_dropout=0.5)
     attention = first_attention(model)
@@ -140,12 +145,12 @@ def test_dropout_and_requires_grad_differ_between_projections(calls) -> None:
     assert (calls["joint"], calls["single"]) == (tiny.LAYERS - 1, 2)
     attention.v_proj.lora_dropout["default"].eval()
     attention.q_proj.lora_A["default"].weight.requires_grad_(False)
-    want = step(alone(model), inputs)
+    expected = step(alone(model), inputs)
     forget(calls)
-    got = step(model, inputs)
+    actual = step(model, inputs)
     assert (calls["joint"], calls["single"]) == (tiny.LAYERS, 0)
-    assert not any("layers.0.self_attn.q_proj.lora_A" in name for name in got)
-    assert_same(got, want)
+    assert not any("layers.0.self_attn.q_proj.lora_A" in name for name in actual)
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])

@@ -1,4 +1,8 @@
-"""Inputs of a site's projections, and the state that a forward leaves on the modules."""
+"""Test the inputs of a site, and that a forward pass leaves no state on the modules.
+
+A site computes all projections of an attention module in one call. A sibling is a projection of the site without an
+adapter, such as k_proj.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,11 @@ from flare.tuner.site import Site
 
 
 class Attention(nn.Module):
-    """Attention whose projections read one or two inputs, or an input that is written to between two calls."""
+    """Attention with a choice of inputs.
+
+    how: "same": all projections read one tensor; "another": q reads another tensor than k and v; "written to": the
+    tensor is changed in place before q reads it. order: the order in which the projections are called.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +71,8 @@ class Model(nn.Module):
         return x
 
 
-def of_any_input(how: str, order: str, checkpointed: bool = False) -> peft.PeftModel:
+def model_with_inputs(how: str, order: str, checkpointed: bool = False) -> peft.PeftModel:
+    """Return two blocks with adapters on q and v; see Attention for the arguments."""
     torch.manual_seed(0)
     model = flare.fast_lora(Model(checkpointed), fusion=None, r=2, target_modules=["q_proj", "v_proj"]).double()
     tiny.randomize_lora(model)
@@ -87,15 +96,15 @@ def forward_and_back(model: nn.Module, graph: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("order", ["kvq", "qkv", "vqk"])
 @pytest.mark.parametrize("how", ["same", "another", "written to"])
 def test_outputs_belong_to_the_input_of_the_call(how, order, calls) -> None:
-    """Any projection may be called first, a sibling too. The site then separates projections that read two inputs."""
-    model = of_any_input(how, order)
+    """Any projection may be called first. If they read two inputs, the site computes them separately."""
+    model = model_with_inputs(how, order)
     twin = alone(model)
     assert siblings(model) == {"k_proj"}
     for _ in range(2):
         forget(calls)
-        got = forward_and_back(model, how != "written to")
+        actual = forward_and_back(model, how != "written to")
         joint = calls["joint"]
-        assert_same(got, forward_and_back(twin, how != "written to"))
+        assert_same(actual, forward_and_back(twin, how != "written to"))
     two_inputs = how == "another" or (how == "written to" and order != "qkv")
     assert joint == (0 if two_inputs else 2)
     shared = [site for site in all_sites(model) if len(site.names) > 1]
@@ -104,9 +113,9 @@ def test_outputs_belong_to_the_input_of_the_call(how, order, calls) -> None:
 
 
 @pytest.mark.parametrize("how", ["same", "another"])
-def test_recompute_runs_as_its_forward_did(how) -> None:
-    """This also holds if projections read two inputs, which a site detects in the first forward."""
-    model = of_any_input(how, "qkv", checkpointed=True)
+def test_recomputation_gives_the_numbers_of_the_forward_pass(how) -> None:
+    """Also if the projections read two inputs, which the site detects only in the first forward pass."""
+    model = model_with_inputs(how, "qkv", checkpointed=True)
     twin = alone(model)
     for _ in range(2):
         assert_same(forward_and_back(model, True), forward_and_back(twin, True))
@@ -114,7 +123,7 @@ def test_recompute_runs_as_its_forward_did(how) -> None:
 
 def test_outputs_do_not_outlive_the_models_forward(calls) -> None:
     """Projections that are called directly with one tensor use the adapters that are active at each call."""
-    model = of_any_input("same", "qkv").eval()
+    model = model_with_inputs("same", "qkv").eval()
     attention, x = model.get_submodule("base_model.model.first"), torch.randn(2, 3, 8, dtype=torch.float64)
     with torch.no_grad():
         adapted = attention.v_proj(x)
@@ -128,16 +137,16 @@ def test_outputs_do_not_outlive_the_models_forward(calls) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (0, 8), (2, 0, 8), (2, 3, 4, 8)])
-def test_inputs_of_any_rank_and_without_rows(shape) -> None:
-    model = of_any_input("same", "qkv")
+def test_inputs_of_any_rank_and_without_rows_match_separate_calls(shape) -> None:
+    model = model_with_inputs("same", "qkv")
     twin = alone(model)
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(model(x), twin(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inputs_made_in_inference_mode(mode) -> None:
-    model = of_any_input("same", "qkv").eval()
+def test_inputs_made_in_inference_mode_match_separate_calls(mode) -> None:
+    model = model_with_inputs("same", "qkv").eval()
     twin = alone(model)
     with torch.inference_mode():
         x = torch.randn(2, 3, 8, dtype=torch.float64)
@@ -145,7 +154,7 @@ def test_inputs_made_in_inference_mode(mode) -> None:
         torch.testing.assert_close(model(x), twin(x), rtol=1e-12, atol=1e-12)
 
 
-# --- what a forward leaves behind -------------------------------------------------------------------------------------
+# --- state on the modules after a forward pass ------------------------------------------------------------------------
 
 
 def attributes(model: nn.Module) -> dict[str, set[str]]:
@@ -186,22 +195,22 @@ RUNS: dict[str, Callable[[Any, dict], Any]] = {
 def test_forward_leaves_no_state_on_modules(run, fusion) -> None:
     inputs = tiny.batch("llama", source=fusion is not None)
     model = fused("llama", fusion=fusion)
-    want = step(model, inputs)  # the first step caches its plans on the model
+    expected = step(model, inputs)  # the first step caches its plans on the model
     model.gradient_checkpointing_enable()
     model.gradient_checkpointing_disable()
     before, state = attributes(model), {path: module.training for path, module in model.named_modules()}
     RUNS[run](model, inputs)
     assert is_empty(THREAD.slot)
-    if "checkpointing" not in run:  # transformers adds attributes; FLARE's were compared before
+    if "checkpointing" not in run:  # transformers adds attributes; checkpointed_step has compared them
         assert attributes(model) == before
     assert {path: module.training for path, module in model.named_modules()} == state
     assert not any(getattr(module, "_disable_adapters", False) for module in model.modules())
-    assert_same(step(model, inputs), want, rtol=0, atol=0)
+    assert_same(step(model, inputs), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mt5"])
 def test_plan_is_reused_until_something_changes(family, monkeypatch) -> None:
-    """This includes models that slice their list of blocks in each forward, which registers modules."""
+    """This also holds for models that slice their list of blocks in each forward pass, which registers modules."""
     planned: list[str] = []
     find = Site._find
     monkeypatch.setattr(Site, "_find", lambda site, kind: planned.append(site.path) or find(site, kind))

@@ -1,4 +1,8 @@
-"""Sites of copies and pickles, with added and removed adapters, and in sharded blocks."""
+"""Test sites after copying and pickling, after adding and removing adapters, and in sharded blocks.
+
+A site computes all projections of an attention module in one call. A sibling is a projection of the site without an
+adapter, such as k_proj; its class is replaced so that it takes its output from the site.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ import flare
 def test_deep_copy_and_pickle_have_their_own_sites(family, calls) -> None:
     inputs = tiny.batch(family)
     model = fused(family)
-    want = step(model, inputs)
+    expected = step(model, inputs)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         tiny.randomize_lora(model, seed=5)
         forget(calls)
-        assert_same(step(twin, inputs), want, rtol=0, atol=0)
+        assert_same(step(twin, inputs), expected, rtol=0, atol=0)
         assert (calls["joint"], calls["single"]) == (tiny.LAYERS, 0)
         tiny.randomize_lora(model)
 
@@ -48,7 +52,7 @@ def test_siblings_are_set_and_removed_with_the_adapters() -> None:
     model.delete_adapter("default")
     assert siblings(model) == {"k_proj"}
     model.delete_adapter("second")
-    assert not siblings(model), "no projection next to it has an adapter"
+    assert not siblings(model), "no other projection of the attention has an adapter"
 
 
 def test_parametrised_sibling_works_without_its_site() -> None:
@@ -67,8 +71,8 @@ def test_refused_call_restores_the_class_of_siblings() -> None:
     assert not siblings(stock)
 
 
-def test_adapter_is_added_to_k_later(calls) -> None:
-    """k takes part in its current state: frozen, adapted, or with an adapter that is not active."""
+def test_a_later_adapter_on_k_is_computed_in_the_joint_call(calls) -> None:
+    """The joint call computes k as it is: frozen, with an active adapter, or with an adapter that is not active."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     first = step(model, inputs)
@@ -82,9 +86,9 @@ def test_adapter_is_added_to_k_later(calls) -> None:
         model.set_adapter(adapter)
         twin = alone(model)
         forget(calls)
-        got = step(model, inputs)
+        actual = step(model, inputs)
         assert calls.names == [frozenset(targets)] * tiny.LAYERS and calls["owned"] == tiny.LAYERS
-        assert_same(got, step(twin, inputs))
+        assert_same(actual, step(twin, inputs))
     model.delete_adapter("second")
     tiny.randomize_lora(model)
     assert_same(step(model, inputs), first)
@@ -103,14 +107,14 @@ def process_group() -> Iterator[None]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("checkpointing", [None, False, True])
-def test_fully_sharded_blocks(checkpointing, calls) -> None:
-    """FSDP2 frees the weights that the node saves after forward, and gathers them again before backward."""
+def test_fully_sharded_blocks_give_the_same_step(checkpointing, calls) -> None:
+    """The autograd node saves frozen weights. FSDP2 frees them after forward and gathers them again before backward."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     inputs = tiny.batch("llama")
     model = fused("llama")
-    want = step(model, inputs)
+    expected = step(model, inputs)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
         model.enable_input_require_grads()
@@ -121,5 +125,5 @@ def test_fully_sharded_blocks(checkpointing, calls) -> None:
             fully_shard(block, mesh=mesh, ignored_params=adapters)
         fully_shard(model, mesh=mesh, ignored_params=adapters)
         forget(calls)
-        assert_same(step(model, inputs), want, rtol=1e-5, atol=1e-7)
+        assert_same(step(model, inputs), expected, rtol=1e-5, atol=1e-7)
     assert (calls["joint"], calls["single"]) == (tiny.LAYERS * (1 if checkpointing is None else 2), 0)

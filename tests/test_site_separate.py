@@ -1,4 +1,7 @@
-"""Projections that are computed separately: hooked, patched, parametrised or trained ones."""
+"""Test projections that a site computes separately, because they are hooked, patched, parametrised or trained.
+
+A site computes the other projections of an attention module in one joint call.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ SPOILERS = {
     "a pre-hook": lambda m: m.register_forward_pre_hook(lambda *_: None),
     "a hook": lambda m: m.register_forward_hook(lambda *_: None),
     "a backward hook": lambda m: m.register_full_backward_hook(lambda *_: None),
-    "a forward of its own": _patch_forward,
+    "a patched forward": _patch_forward,
     "accelerate": lambda m: setattr(m, "_hf_hook", object()),
     "a tensor subclass": _subclass_weight,
     "a parametrisation": parametrized,
@@ -42,15 +45,15 @@ SPOILERS = {
 @pytest.mark.parametrize("spoiler", SPOILERS)
 @pytest.mark.parametrize("whom", ["q_proj.base_layer", "k_proj"])
 def test_hooked_or_patched_projection_is_called_as_a_module(spoiler, whom, calls) -> None:
-    """It is not part of the joint call, even if a plan exists. The others are still computed together."""
+    """It is not part of the joint call, even if the site has cached a plan with it. The other projections still are."""
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
-    want = step(alone(model), inputs)
-    assert_same(step(model, inputs), want)
+    expected = step(alone(model), inputs)
+    assert_same(step(model, inputs), expected)
     forget(calls)
     attention = first_attention(model)
     SPOILERS[spoiler](attention.get_submodule(whom))
-    assert_same(step(model, inputs), want)
+    assert_same(step(model, inputs), expected)
     if spoiler == "a tensor subclass" or (spoiler, whom[0]) == ("a parametrisation", "q"):
         # the frozen products have separate graphs, and the adapters share a call
         assert calls.names[0] == {"q_proj", "v_proj"} and not calls["single"]
@@ -63,7 +66,7 @@ def test_hooked_or_patched_projection_is_called_as_a_module(spoiler, whom, calls
 @pytest.mark.parametrize("how", ["hook", "scaled by a hook", "pruning", "parametrisation", "scaled forward"])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_hooks_and_patches_of_lora_A_and_lora_B_act_as_in_peft(how, part) -> None:
-    """Two steps of SGD after one without the hook. When it is removed, all projections are computed together again."""
+    """Compare a step without the change and two SGD steps with it to the same steps of PEFT's model."""
     seen: collections.Counter[str] = collections.Counter()
     handles: list[Any] = []
     inputs = plain(tiny.batch("llama"))
@@ -110,7 +113,7 @@ class _Doubled(nn.Module):
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_pruned_A_projects_both_streams(memory) -> None:
-    """Pruning recomputes the weight in each step. The source's projection uses it too."""
+    """Pruning recomputes A in each step. The projection of the source uses the pruned A too."""
     inputs, losses = tiny.batch("llama"), []
     for pruned in (True, False):
         model = fused("llama", dtype=torch.float64, source_memory=memory).double()
@@ -127,22 +130,22 @@ def test_pruned_A_projects_both_streams(memory) -> None:
     torch.testing.assert_close(torch.stack(losses), losses[-1].expand(4), rtol=1e-12, atol=0)
 
 
-def test_trained_base_weight_has_a_separate_graph(calls) -> None:
+def test_a_projection_with_a_trained_base_weight_is_differentiated_by_autograd(calls) -> None:
     inputs = tiny.batch("llama")
     model = fused("llama", dtype=torch.float64)
     attention = first_attention(model)
     attention.q_proj.base_layer.weight.requires_grad_(True)
-    want = step(alone(model), inputs)
+    expected = step(alone(model), inputs)
     forget(calls)
-    got = step(model, inputs)
-    assert any(name.endswith("base_layer.weight") for name in got)
-    assert_same(got, want)
+    actual = step(model, inputs)
+    assert any(name.endswith("base_layer.weight") for name in actual)
+    assert_same(actual, expected)
     assert calls.names == [{"q_proj", "v_proj"}, *[{"q_proj", "k_proj", "v_proj"}] * (tiny.LAYERS - 1)]
     assert calls["owned"] == tiny.LAYERS - 1
     attention.q_proj.base_layer.weight.requires_grad_(False)
     forget(calls)
     step(model, inputs)
-    assert calls["owned"] == tiny.LAYERS, "frozen again"
+    assert calls["owned"] == tiny.LAYERS, "all base weights are frozen again"
 
 
 def test_eager_fusions_and_different_dropouts_are_computed_separately(calls) -> None:

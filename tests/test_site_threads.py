@@ -1,4 +1,4 @@
-"""Several threads that use one model."""
+"""Test that several threads can use one model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def frequent_switches(monkeypatch) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("fusion", [None, "add_relu"])
 def test_threads_share_a_model_in_eval_mode(family, fusion, frequent_switches) -> None:
-    """Each thread has two batches, with and without a source. BERT also has a trained head."""
+    """Each thread has two batches, and the first one again without its source. BERT also has a trained head."""
     model = fused(family, fusion=fusion, dtype=torch.float64).eval()
     if family == "bert":
         assert any(type(m).__name__ == "ModulesToSaveWrapper" for m in model.modules())
@@ -60,12 +60,12 @@ def test_threads_share_a_model_in_eval_mode(family, fusion, frequent_switches) -
         batches = [tiny.batch(family, m=9 + seed, seed=10 * seed + i, source=fusion is not None) for i in range(2)]
         batches.append(plain(batches[0]))
         with torch.no_grad():
-            want = [model(**inputs).logits for inputs in batches]
+            expected = [model(**inputs).logits for inputs in batches]
 
         def run() -> None:
             with torch.no_grad():
                 for _ in range(21):
-                    for inputs, logits in zip(batches, want, strict=True):
+                    for inputs, logits in zip(batches, expected, strict=True):
                         assert torch.equal(model(**inputs).logits, logits)
 
         return run
@@ -84,12 +84,12 @@ def test_threads_compute_gradients_in_train_mode(fusion, frequent_switches) -> N
 
     def steps(seed: int) -> Callable[[], None]:
         inputs = tiny.batch("llama", m=9 + seed, seed=seed, source=fusion is not None)
-        want = torch.autograd.grad(model(**inputs).loss, parameters)
+        expected = torch.autograd.grad(model(**inputs).loss, parameters)
 
         def run() -> None:
             for _ in range(20):
-                got = torch.autograd.grad(model(**inputs).loss, parameters)
-                assert all(map(torch.equal, got, want))
+                actual = torch.autograd.grad(model(**inputs).loss, parameters)
+                assert all(map(torch.equal, actual, expected))
 
         return run
 

@@ -1,4 +1,4 @@
-"""SourceStateCache: the results are the same as without it, and each source block runs once per example."""
+"""Test that SourceStateCache does not change results, and that each source block runs once per example."""
 
 from __future__ import annotations
 
@@ -32,69 +32,69 @@ from flare.source_cache.row_keys import counts_relatively
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
-def test_a_second_pass_reads_what_the_first_computed(family, padding, tier, tmp_path) -> None:
+def test_a_second_step_reads_the_states_that_the_first_computed(family, padding, tier, tmp_path) -> None:
     model, batch = fused(family, source_padding=padding), batch_of(family)
-    want = step(model, batch)
+    expected = step(model, batch)
     ran = SourceBlocks(model)
     cache = cache_in(tier, tmp_path)
     model.set_source_cache(cache)
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
     assert ran.since() == {3}
     cache.flush()
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
     assert ran.since() == {0}
     stats = cache.stats()
     assert (stats.rows, stats.hits, stats.hit_rate, stats.entries) == (6, 3, 0.5, {tier: 3})
     assert 0 < stats.nbytes[tier] <= MB
     model.set_source_cache(None)
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
     assert ran.since() == {3}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padding", ["keep", "zero"])
-def test_rows_that_miss_are_computed_in_a_smaller_pass(family, padding) -> None:
+def test_rows_that_are_not_cached_are_computed_in_a_smaller_pass(family, padding) -> None:
     model, batch = fused(family, source_padding=padding), batch_of(family)
-    want = step(model, batch)
+    expected = step(model, batch)
     model.set_source_cache(flare.SourceStateCache(MB))
     step(model, take(batch, 1))
     ran = SourceBlocks(model)
-    assert_same(step(model, batch), want, exact=False)
+    assert_same(step(model, batch), expected, exact=False)
     assert ran.since() == {2}
-    assert_same(step(model, batch), want, exact=False)
+    assert_same(step(model, batch), expected, exact=False)
     twice = take(batch, 2, 0, 2, 0)
     model.set_source_cache(None)
-    want = step(model, twice)
+    expected = step(model, twice)
     ran.since()
     model.set_source_cache(flare.SourceStateCache(MB))
-    assert_same(step(model, twice), want, exact=False)
-    assert ran.since() == {2}, "equal rows of one batch are one row"
+    assert_same(step(model, twice), expected, exact=False)
+    assert ran.since() == {2}, "rows that occur twice in a batch are computed once"
 
 
 def test_rows_of_the_encoder_and_of_both_stacks_have_different_keys() -> None:
     model, batch = fused("mt5"), batch_of("mt5")
     encoder = {name: value for name, value in batch.items() if name != "source_labels"}
-    want = step(model, encoder)
+    expected = step(model, encoder)
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     step(model, batch)
-    assert_same(step(model, encoder), want)
+    assert_same(step(model, encoder), expected)
     assert cache.stats().hits == 0
-    assert_same(step(model, encoder), want)
+    assert_same(step(model, encoder), expected)
     assert cache.stats().hits == 3
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_layer_offsets_have_different_rows(offset) -> None:
-    """Two adapters with different offsets share a cache but no row."""
+def test_rows_of_different_layer_offsets_have_different_keys(offset) -> None:
+    """Two models whose adapters have different offsets share a cache, but no row of it."""
     model, batch = fused("bert", source_layer_offset=offset), batch_of("bert")
     other = fused("bert", source_layer_offset=1 - offset)
-    want = step(other, batch)
+    expected = step(other, batch)
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     other.set_source_cache(cache)
     step(model, batch)
-    assert_same(step(other, batch), want)
+    assert_same(step(other, batch), expected)
     assert cache.stats().hits == 0
 
 
@@ -110,7 +110,7 @@ def test_the_key_covers_all_inputs_of_a_state() -> None:
     words = {**row, "source_input_ids": row["source_input_ids"].clone()}
     words["source_input_ids"][0, 1] += 1
     variants = {
-        "as it is": row,
+        "unchanged": row,
         "types": {**row, "source_token_type_ids": types},
         "other types": {**row, "source_token_type_ids": types + 1},
         "mask": masked,
@@ -125,14 +125,14 @@ def test_the_key_covers_all_inputs_of_a_state() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(**row)
         assert cache.stats().entries["device"] == count + 1
-        want = model(**row).loss
+        expected = model(**row).loss
         model.set_source_cache(None)
-        assert torch.equal(model(**row).loss, want)
+        assert torch.equal(model(**row).loss, expected)
     assert cache.stats().hits == 1
 
 
 def widened(family: str, batch: dict[str, torch.Tensor], by: int = 3) -> dict[str, torch.Tensor]:
-    """Return the same texts with more padding, on the family's side."""
+    """Return the batch with `by` more columns of padding, on the left for Llama and on the right for other families."""
     where = (by, 0) if family == "llama" else (0, by)
     fills = {"input_ids": 1, "source_input_ids": 1}
     texts = {n: v for n, v in batch.items() if n.removeprefix("source_") in ("input_ids", "attention_mask")}
@@ -146,12 +146,12 @@ def widened(family: str, batch: dict[str, torch.Tensor], by: int = 3) -> dict[st
 def test_without_padding_the_width_is_not_part_of_the_key(family) -> None:
     model, batch = fused(family, source_padding="zero"), batch_of(family)
     wide = widened(family, batch)
-    want = step(model, wide)
+    expected = step(model, wide)
     ran, cache = SourceBlocks(model), flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     step(model, batch)
     ran.since()
-    assert_same(step(model, wide), want, exact=False)
+    assert_same(step(model, wide), expected, exact=False)
     assert ran.since() == {0}
     tokens = int(batch["source_attention_mask"].sum())
     decoder = 2 * 3 * 5 if family == "mt5" else 0
@@ -160,15 +160,15 @@ def test_without_padding_the_width_is_not_part_of_the_key(family) -> None:
 
 
 def test_learned_positions_are_part_of_the_key() -> None:
-    """BERT padded on the left: the same words at other positions have other states."""
+    """With padding on the left, the same words of BERT can be at other positions, where they have other states."""
     model, batch = fused("bert", source_padding="zero"), batch_of("llama")
     batch["labels"] = torch.tensor([0, 1, 2])
     wide = widened("llama", {**batch, "labels": batch["input_ids"]}) | {"labels": batch["labels"]}
-    want = step(model, wide)
+    expected = step(model, wide)
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     step(model, batch)
-    assert_same(step(model, wide), want, exact=False)
+    assert_same(step(model, wide), expected, exact=False)
     assert cache.stats().hits == 0
 
 
@@ -190,15 +190,15 @@ def test_left_padding_is_part_of_the_key_with_chunked_attention() -> None:
 
 
 @pytest.mark.parametrize("tier", ["device", "disk"])
-def test_a_row_without_tokens_and_a_mask_with_a_gap(tier, tmp_path) -> None:
+def test_a_row_without_tokens_and_a_mask_with_a_gap_are_cached(tier, tmp_path) -> None:
     model, batch = fused("bert", source_padding="zero"), batch_of("bert")
     batch["source_attention_mask"][1] = 0
     batch["source_attention_mask"][2] = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 0])
-    want = step(model, batch)
+    expected = step(model, batch)
     cache = cache_in(tier, tmp_path)
     model.set_source_cache(cache)
     for _ in range(2):
-        assert_same(step(model, batch), want)
+        assert_same(step(model, batch), expected)
         cache.flush()
     assert cache.stats().hits == 3
     assert_same(step(model, take(batch, 2, 1)), (step(model, take(batch, 2, 1))), exact=False)
@@ -207,26 +207,26 @@ def test_a_row_without_tokens_and_a_mask_with_a_gap(tier, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant) -> None:
+def test_gradient_checkpointing_reads_the_cache(use_reentrant) -> None:
     model, batch = fused("llama"), batch_of("llama")
-    want = step(model, batch)
+    expected = step(model, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     for _ in range(2):
-        assert_same(step(model, batch), want, exact=False)
+        assert_same(step(model, batch), expected, exact=False)
     assert (cache.stats().rows, cache.stats().hits) == (6, 3)
 
 
 def test_another_width_warns_once_with_kept_padding() -> None:
     model, batch = fused("bert"), batch_of("bert")
-    want = step(model, widened("bert", batch))
+    expected = step(model, widened("bert", batch))
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     step(model, batch)
     with pytest.warns(UserWarning, match="padded to another width.*max_length") as caught:
-        assert_same(step(model, widened("bert", batch)), want)
+        assert_same(step(model, widened("bert", batch)), expected)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -236,12 +236,12 @@ def test_another_width_warns_once_with_kept_padding() -> None:
 
 
 def test_a_reader_can_be_called_again_in_backward() -> None:
-    """The second call of a reader gives the same states and does not change the counts."""
+    """A reader passes a batch's states to a visitor. A second call passes the same states, and is not counted."""
     from flare.source.source_pass import Preparation
 
     model, batch = fused("bert"), batch_of("bert")
     base = model.get_base_model()
-    cache = flare.SourceStateCache(3500, tiers=("device",))  # room for one row of three
+    cache = flare.SourceStateCache(3500, tiers=("device",))  # room for one of the three rows
     model.set_source_cache(cache)
     keys_read = {key for key, _, _ in runtime_of(base).state_uses()}
     inputs = {"input_ids": batch["source_input_ids"], "attention_mask": batch["source_attention_mask"]}
@@ -257,30 +257,30 @@ def test_a_reader_can_be_called_again_in_backward() -> None:
 
 def test_states_cached_in_inference_mode_can_be_saved_for_backward() -> None:
     model, batch = fused("llama"), batch_of("llama")
-    want = step(model, batch)
+    expected = step(model, batch)
     model.set_source_cache(flare.SourceStateCache(MB))
     with torch.inference_mode():
         model(**batch)
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
 
 
 def test_a_failing_pass_leaves_cache_and_model_usable() -> None:
     model, batch = fused("llama"), batch_of("llama")
-    want = step(model, batch)
+    expected = step(model, batch)
     cache = flare.SourceStateCache(11_000, tiers=("device",))  # room for these three rows and no more
     model.set_source_cache(cache)
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory, say")
+        raise RuntimeError("simulated failure")
 
     handle = tiny.block_list(model.get_base_model())[1].register_forward_hook(fail)
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="out of memory, say"):
+        with pytest.raises(RuntimeError, match="simulated failure"):
             model(**batch)
     handle.remove()
     assert cache.stats().entries == {"device": 0}
-    assert_same(step(model, batch), want)
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
+    assert_same(step(model, batch), expected)
     assert cache.stats().entries == {"device": 3}, "the failed passes have released their memory"
 
 

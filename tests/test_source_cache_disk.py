@@ -1,4 +1,4 @@
-"""SourceStateCache on disk: damaged, foreign and shared files. Each test causes the fault."""
+"""Test SourceStateCache on disk with damaged files, files of other programs, and files of other base models."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_a_shard_is_an_ordinary_safetensors_file(tmp_path) -> None:
     published(tmp_path, model, 0)
     (path,) = shards(tmp_path)
     with safetensors.safe_open(path, "pt") as file:
-        about = file.metadata()
-        assert about["format"] == FORMAT and about["base"] == fingerprint(model.get_base_model())
+        metadata = file.metadata()
+        assert metadata["format"] == FORMAT and metadata["base"] == fingerprint(model.get_base_model())
         assert len(list(file.keys())) == 3
         for key in file.keys():  # noqa: SIM118
-            assert file.get_tensor(key).numel() == one_row_bytes() and about[key].startswith("float32 32 ")
+            assert file.get_tensor(key).numel() == one_row_bytes() and metadata[key].startswith("float32 32 ")
     with silence():
         assert reopened(tmp_path, model, 0).stats().hits == 3
 
@@ -47,24 +47,24 @@ def test_without_host_memory_waiting_rows_are_written_and_no_more_rows_are_store
 
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(3)]
-    wants = [step(model, batch) for batch in batches]
-    free, room = [5], module._host_buffer
+    expected_results = [step(model, batch) for batch in batches]
+    free_buffers, host_buffer = [5], module._host_buffer
 
     def scarce(nbytes: int, device: torch.device) -> torch.Tensor:
-        if not free[0]:
+        if not free_buffers[0]:
             raise RuntimeError("CUDA error: out of memory")
-        free[0] -= 1
-        return room(nbytes, device)
+        free_buffers[0] -= 1
+        return host_buffer(nbytes, device)
 
     monkeypatch.setattr(module, "_host_buffer", scarce)
     cache = cache_in("disk", tmp_path)
     model.set_source_cache(cache)
     with pytest.warns(UserWarning, match="no memory to write to") as caught:
         for _ in range(2):
-            for batch, want in zip(batches, wants, strict=True):
-                assert_same(step(model, batch), want, exact=False)
+            for batch, expected in zip(batches, expected_results, strict=True):
+                assert_same(step(model, batch), expected, exact=False)
     assert len([one for one in caught if "source_cache" in str(one.message)]) == 1
-    assert len(shards(tmp_path)) == 1, "written to free memory"
+    assert len(shards(tmp_path)) == 1, "waiting rows were not written to free their memory"
     cache.flush()
     assert len(shards(tmp_path)) == 2 and cache.stats().entries == {"disk": 5}
     assert cache.stats().hits == 5
@@ -75,19 +75,19 @@ def test_rows_of_different_sizes_and_dtypes_share_a_shard(tmp_path) -> None:
     batch = batch_of("bert", m=7)
     cache = cache_in("disk", tmp_path)
     model.set_source_cache(cache)
-    wants = []
+    expected_results = []
     for dtype in (torch.bfloat16, None):
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            wants.append(model(**batch).loss)
+            expected_results.append(model(**batch).loss)
     cache.flush()
     (path,) = shards(tmp_path)
     safetensors.safe_open(path, "pt")
-    again = cache_in("disk", tmp_path)
-    model.set_source_cache(again)
-    for dtype, want in zip((torch.bfloat16, None), wants, strict=True):
+    reopened_cache = cache_in("disk", tmp_path)
+    model.set_source_cache(reopened_cache)
+    for dtype, expected in zip((torch.bfloat16, None), expected_results, strict=True):
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            assert torch.equal(model(**batch).loss, want)
-    assert again.stats().hits == 6
+            assert torch.equal(model(**batch).loss, expected)
+    assert reopened_cache.stats().hits == 6
 
 
 def truncated(path: Path) -> None:
@@ -120,7 +120,7 @@ def of_another_format(path: Path) -> None:
     "damage",
     [truncated, truncated_in_its_header, emptied, flipped_in_its_header, with_missing_fields, of_another_format],
 )
-def test_a_damaged_file_is_reported_left_alone_and_recomputed(damage, tmp_path) -> None:
+def test_a_damaged_file_is_reported_and_unchanged_and_its_rows_are_recomputed(damage, tmp_path) -> None:
     model = fused("bert")
     published(tmp_path, model, 0, 1)
     intact, broken = shards(tmp_path)
@@ -144,7 +144,7 @@ def test_flipped_bytes_of_entries_are_detected(tmp_path) -> None:
     published(tmp_path, model, 0)
     (path,) = shards(tmp_path)
     intact = path.read_bytes()
-    start = 8 + int.from_bytes(intact[:8], "little")
+    start = 8 + int.from_bytes(intact[:8], "little")  # of the entries, after the header
     header = json.loads(intact[8:start])
     header.pop("__metadata__")
     for place in header.values():
@@ -189,7 +189,7 @@ def test_a_fifo_in_the_folder_is_not_opened(tmp_path) -> None:
     fifo = tmp_path / "source-states-0.unfinished"
     os.mkfifo(fifo)
     os.utime(fifo, (1, 1))
-    writer = os.open(fifo, os.O_RDWR)  # without one, an open for reading would block and no test would end
+    writer = os.open(fifo, os.O_RDWR)  # without a writer, opening the FIFO for reading would block for ever
     try:
         published(tmp_path, fused("bert"), 0)
     finally:
@@ -209,27 +209,27 @@ def test_a_file_truncated_while_in_use_does_not_kill_the_process(tmp_path) -> No
     cache = reopened(tmp_path, model, 0)
     assert cache.stats().hits == 3
     os.truncate(shards(tmp_path)[0], 100)
-    want = step(model, batch_of("bert", seed=1))
+    expected = step(model, batch_of("bert", seed=1))
     with pytest.warns(UserWarning, match="truncated"):
         step(model, batch_of("bert", seed=0))
     assert cache.stats().hits == 3
-    assert_same(step(model, batch_of("bert", seed=1)), want)
+    assert_same(step(model, batch_of("bert", seed=1)), expected)
 
 
-def test_foreign_files_and_shards_of_another_model_are_left_alone(tmp_path) -> None:
+def test_other_files_and_shards_of_another_model_are_not_changed(tmp_path) -> None:
     model, other = fused("bert"), fused("bert", seed=1)
     published(tmp_path, other, 0)
-    mine = {"notes.txt": b"my notes", "model.safetensors": b"\x02\0\0\0\0\0\0\0{}", "huge.bin": b"\xff" * 64}
-    for name, content in mine.items():
+    other_files = {"notes.txt": b"my notes", "model.safetensors": b"\x02\0\0\0\0\0\0\0{}", "huge.bin": b"\xff" * 64}
+    for name, content in other_files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
     with pytest.warns(UserWarning) as caught:
         cache = reopened(tmp_path, model, 0)
     texts = " ".join(str(one.message) for one in caught)
-    assert all(name in texts for name in mine) and "of another base model" in texts
+    assert all(name in texts for name in other_files) and "of another base model" in texts
     assert cache.stats().hits == 0
     cache.flush()
-    assert all((tmp_path / name).read_bytes() == content for name, content in mine.items())
+    assert all((tmp_path / name).read_bytes() == content for name, content in other_files.items())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert reopened(tmp_path, model, 0).stats().hits == 3

@@ -1,4 +1,4 @@
-"""SourceStateCache: changes of the base model, its fingerprint, and checksums."""
+"""Test that SourceStateCache detects changes of the base model, and test its fingerprints and checksums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_another_base_model_is_refused() -> None:
     for other in (fused("bert", seed=1), fused("xlmr"), fused("bert", base={"hidden_act": "relu"})):
         with pytest.raises(ValueError, match="source_cache is bound to another base model"):
             other.set_source_cache(cache)
-    fused("bert", r=3, fusion="mul").set_source_cache(cache)  # another adapter is none of its business
+    fused("bert", r=3, fusion="mul").set_source_cache(cache)  # another adapter on the same base is accepted
 
 
 @pytest.mark.parametrize("change", ["in place", "requires_grad", "another tensor"])
@@ -52,7 +52,10 @@ def test_a_changed_base_model_is_detected_in_the_next_pass(change) -> None:
 )
 @pytest.mark.parametrize("again", [False, True])
 def test_attributes_and_unsaved_buffers_are_watched(family, name, value, again) -> None:
-    """Set after binding; detected in the next pass, or when the cache is bound again."""
+    """A value is changed after the cache was set on the model.
+
+    again: the change is detected when the cache is set again; otherwise, in the next pass.
+    """
     model, batch = fused(family), batch_of(family)
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
@@ -74,7 +77,7 @@ def test_attributes_and_unsaved_buffers_are_watched(family, name, value, again) 
 
 
 def test_irrelevant_attributes_are_not_watched() -> None:
-    """Train mode, checkpointing, a round trip through another dtype, and rotary frequencies that are recomputed."""
+    """The changes are: train mode, gradient checkpointing, and rotary frequencies that are computed again."""
     model, batch = (
         fused("llama", base={"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
         (batch_of("llama")),
@@ -99,20 +102,20 @@ def test_a_write_through_data_is_detected_when_the_cache_is_set_again() -> None:
         model.set_source_cache(cache)
 
 
-def test_a_copy_with_the_same_weights_is_the_same_model() -> None:
+def test_a_weight_that_is_replaced_by_an_equal_copy_is_accepted() -> None:
     model, batch = fused("bert"), batch_of("bert")
-    want = step(model, batch)
+    expected = step(model, batch)
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     step(model, batch)
     dense = model.get_base_model().bert.encoder.layer[1].output.dense
     dense.weight = torch.nn.Parameter(dense.weight.clone(), requires_grad=False)
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
     assert cache.stats().hits == 3
 
 
 def test_the_fingerprint_covers_the_frozen_backbone() -> None:
-    """It covers every weight, also below wrappers, but no adapters, heads, trained copies or poolers."""
+    """It covers every weight, also in wrapped layers, but no adapters, heads, trained copies or poolers."""
     plain = fingerprint(tiny.model("bert").requires_grad_(False))
     assert fingerprint(fused("bert").get_base_model()) == plain
     wrapped = fused("bert", target_modules="all-linear", modules_to_save=["classifier", "word_embeddings"])
@@ -162,7 +165,7 @@ def test_quantised_weights_are_part_of_the_fingerprint() -> None:
 
 
 def test_checking_quantised_weights_computes_nothing() -> None:
-    """The check runs before every pass. If a stamp differed from itself, the whole base would be read each time."""
+    """The check runs before every pass. If the stamp of an unchanged base differed, it would read all weights."""
     bnb = pytest.importorskip("bitsandbytes")
     linear = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(torch.randn(64, 64), False, quant_type="nf4", compress_statistics=True)
@@ -186,34 +189,36 @@ def test_a_quantised_model_trains_with_a_cache_and_a_repacked_one_is_refused() -
     base.is_loaded_in_4bit = True
     model, batch = flare.fast_lora(base, r=4), batch_of("llama")
     tiny.randomize_lora(model)
-    want = step(model, batch)
+    expected = step(model, batch)
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
     for _ in range(2):
-        assert_same(step(model, batch), want)
+        assert_same(step(model, batch), expected)
     assert cache.stats().hits == 3
     model.eval()
     with torch.no_grad():
-        model(**batch)  # bitsandbytes repacks what it runs, where this CPU has the instructions for it
+        model(
+            **batch
+        )  # in eval mode bitsandbytes repacks the weights that it uses, if this CPU has the instructions for it
     if not getattr(new.weight.quant_state, "packing_format_for_cpu", False):
-        assert_same(step(model.train(), batch), want)
+        assert_same(step(model.train(), batch), expected)
         return
     with pytest.raises(ValueError, match="bitsandbytes has repacked"):
         model(**batch)
 
 
-def test_every_word_changes_the_checksum() -> None:
+def test_a_flipped_bit_at_any_position_changes_the_checksum() -> None:
     torch.manual_seed(0)
     data = torch.randint(0, 256, (300_001,), dtype=torch.uint8)
-    want = checksum(data)
-    assert checksum(data.clone()) == want and checksum(data[:-1]) != want
+    expected = checksum(data)
+    assert checksum(data.clone()) == expected and checksum(data[:-1]) != expected
     for position in (0, 1, 131_071, 131_072, 262_144, 300_000):
         for bit in (0, 7):
             data[position] ^= 1 << bit
-            assert checksum(data) != want
+            assert checksum(data) != expected
             data[position] ^= 1 << bit
     data[:8], data[8:16] = data[8:16].clone(), data[:8].clone()
-    assert checksum(data) != want, "swapped words change the checksum"
+    assert checksum(data) != expected, "swapped words change the checksum"
     misaligned = torch.arange(100, dtype=torch.uint8)
     assert checksum(misaligned[3:67]) == checksum(misaligned[3:67].clone())
 
@@ -222,17 +227,17 @@ def test_every_word_changes_the_checksum() -> None:
 def test_an_even_number_of_flipped_bits_changes_a_checksum(bit) -> None:
     torch.manual_seed(0)
     words = torch.randint(-(2**62), 2**62, (20_000,))
-    want = checksum(words)
+    expected = checksum(words)
     flip = torch.tensor(1 << bit if bit < 63 else -(2**63))
     for count in (2, 4, 100):
         for _ in range(100):
             changed = words.clone()
             changed[torch.randperm(len(words))[:count]] ^= flip
-            assert checksum(changed) != want, (bit, count)
+            assert checksum(changed) != expected, (bit, count)
 
 
 def test_two_flipped_signs_never_cancel_in_a_checksum() -> None:
-    """In zeros, where a flipped sign changes the sum by a power of two times the weight of its position."""
+    """No two flipped signs change the sum by opposite amounts, in zeros and in the numbers from 0."""
     for data in (torch.zeros(1 << 14, dtype=torch.int64), torch.arange(1 << 14)):
         flipped = data ^ torch.tensor(-(2**63))
         changes = _mixed(flipped, _weights(data.device)) - _mixed(data, _weights(data.device))
@@ -242,13 +247,13 @@ def test_two_flipped_signs_never_cancel_in_a_checksum() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_negated_weights_are_another_model(dtype) -> None:
     model = tiny.model("bert", dtype=dtype).requires_grad_(False)
-    want = fingerprint(model)
+    expected = fingerprint(model)
     weight = model.bert.encoder.layer[1].output.dense.weight
     for part in (weight[:, 1], weight[:, :2], weight[3], weight.view(-1)[3:12:8]):
         part.data.neg_()
-        assert fingerprint(model) != want
+        assert fingerprint(model) != expected
         part.data.neg_()
-    assert fingerprint(model) == want
+    assert fingerprint(model) == expected
 
 
 @pytest.mark.parametrize(
@@ -260,14 +265,14 @@ def test_a_changed_config_is_detected_in_every_pass(family, name, value) -> None
     config = model.get_base_model().config
     cache = flare.SourceStateCache(MB)
     model.set_source_cache(cache)
-    want = step(model, batch)
+    expected = step(model, batch)
     before = getattr(config, name)
     setattr(config, name, value)
     for _ in range(3):
         with pytest.raises(ValueError, match="another base model"):
             step(model, batch)
     setattr(config, name, before)
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
     assert cache.stats().hits == 3
 
 

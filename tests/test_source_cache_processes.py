@@ -1,4 +1,4 @@
-"""SourceStateCache and processes: full disks, processes killed at every step, shared directories."""
+"""Test SourceStateCache with full disks, with processes that are killed at any step, and with shared directories."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def succeeded(pid: int) -> bool:
 
 
 def test_a_full_disk_warns_once_and_training_continues(tmp_path) -> None:
-    """Files are limited to 12 KiB: one row fits, a shard of three rows does not."""
+    """Files are limited to 8 KiB: one row fits, a shard of three rows does not."""
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
-    wants = [step(model, batch) for batch in batches]
+    expected_results = [step(model, batch) for batch in batches]
     published(tmp_path, model, 7)
     before = shards(tmp_path)
 
@@ -66,8 +66,8 @@ def test_a_full_disk_warns_once_and_training_continues(tmp_path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
-                for batch, want in zip(batches, wants, strict=True):
-                    assert_same(step(model, batch), want, exact=False)
+                for batch, expected in zip(batches, expected_results, strict=True):
+                    assert_same(step(model, batch), expected, exact=False)
                 cache.flush()
             model(**batch_of("bert", seed=7))
         messages = [str(one.message) for one in caught if "source_cache" in str(one.message)]
@@ -85,12 +85,12 @@ def test_a_full_disk_warns_once_and_training_continues(tmp_path) -> None:
 def mounted(folder: Path, nbytes: int) -> str:
     """Mount a small file system in a user namespace of this process; return the reason if that fails."""
     libc = ctypes.CDLL(None, use_errno=True)
-    user, mounts, own = 0x10000000, 0x00020000, {"uid_map": os.getuid(), "gid_map": os.getgid()}
+    user, mounts, own_seeds = 0x10000000, 0x00020000, {"uid_map": os.getuid(), "gid_map": os.getgid()}
     if libc.unshare(user | mounts):
         return f"no user namespace: {os.strerror(ctypes.get_errno())}"
     try:
         Path("/proc/self/setgroups").write_text("deny")
-        for name, value in own.items():  # files cannot be made there by somebody it does not know
+        for name, value in own_seeds.items():  # a user that is not mapped cannot create files in the namespace
             Path("/proc/self", name).write_text(f"0 {value} 1")
     except OSError as error:
         return f"no user namespace: {error}"
@@ -103,21 +103,21 @@ def test_a_full_filesystem_warns_once_and_stored_rows_are_read(tmp_path) -> None
     """A tmpfs of 16 KiB: one shard of three rows fits, a second one does not."""
     model, folder = fused("bert"), tmp_path / "small"
     folder.mkdir()
-    why = tmp_path / "why"
+    reason_file = tmp_path / "reason"
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
-    wants = [step(model, batch) for batch in batches]
+    expected_results = [step(model, batch) for batch in batches]
 
     def train() -> None:
-        why.write_text(mounted(folder, 16 * 1024))
-        if why.read_text():
+        reason_file.write_text(mounted(folder, 16 * 1024))
+        if reason_file.read_text():
             return
         cache = cache_in("disk", folder)
         model.set_source_cache(cache)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):
-                for batch, want in zip(batches, wants, strict=True):
-                    assert_same(step(model, batch), want, exact=False)
+                for batch, expected in zip(batches, expected_results, strict=True):
+                    assert_same(step(model, batch), expected, exact=False)
                     cache.flush()
         messages = [str(one.message) for one in caught if "source_cache" in str(one.message)]
         assert len(messages) == 1 and "No space left on device" in messages[0], messages
@@ -127,9 +127,9 @@ def test_a_full_filesystem_warns_once_and_stored_rows_are_read(tmp_path) -> None
             assert reopened(folder, model, 0).stats().hits == 3
 
     assert succeeded(in_child(train))
-    if why.read_text():
-        pytest.skip(why.read_text())
-    assert not list(folder.iterdir()), "the mount was visible in that process only"
+    if reason_file.read_text():
+        pytest.skip(reason_file.read_text())
+    assert not list(folder.iterdir()), "the file system must be visible only in the child process"
 
 
 def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
@@ -146,7 +146,7 @@ def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
                 cache.flush()
             time.sleep(10)
 
-    found, last = [], 0
+    entry_counts, last = [], 0
     for attempt in range(12):
         pid = in_child(write)
         time.sleep(0.03 + 0.017 * attempt)
@@ -159,15 +159,15 @@ def test_a_directory_opens_after_a_kill_at_any_time(tmp_path) -> None:
             cache.bind(model.get_base_model())
         entries = cache.stats().entries["disk"]
         assert entries >= last and entries % 3 == 0, "published rows are never lost or incomplete"
-        found.append(entries)
+        entry_counts.append(entries)
         last = entries
-    assert found[-1] > 0
+    assert entry_counts[-1] > 0
     with silence():
-        done = found[-1] // 3
+        done = entry_counts[-1] // 3
         assert reopened(tmp_path, model, *range(min(done, 5))).stats().hits == 3 * min(done, 5)
 
 
-@pytest.mark.parametrize("stage", ["begun", "half written", "not synced", "not named"])
+@pytest.mark.parametrize("stage", ["just created", "half written", "not synced", "not renamed"])
 def test_a_directory_opens_after_a_kill_at_each_step_of_writing(stage, tmp_path, monkeypatch) -> None:
     from flare.source_cache import shards as module
 
@@ -178,7 +178,7 @@ def test_a_directory_opens_after_a_kill_at_each_step_of_writing(stage, tmp_path,
         os.kill(os.getpid(), signal.SIGKILL)
 
     def write() -> None:
-        if stage == "begun":
+        if stage == "just created":
             monkeypatch.setattr(module.fcntl, "flock", die)
         elif stage == "half written":
             monkeypatch.setattr(module, "bytes", die, raising=False)  # the padding of the first entry
@@ -211,20 +211,20 @@ def test_unfinished_files_of_killed_processes_are_removed(tmp_path) -> None:
 
 def test_two_processes_share_a_directory(tmp_path) -> None:
     model = fused("bert")
-    shared, own = range(3), {"a": range(3, 8), "b": range(8, 13)}
+    shared, own_seeds = range(3), {"a": range(3, 8), "b": range(8, 13)}
 
     def worker(name: str) -> Any:
         def work() -> None:
             cache = cache_in("disk", tmp_path, 10 * MB)
             model.set_source_cache(cache)
             with silence():
-                for seed in (*shared, *own[name]):
+                for seed in (*shared, *own_seeds[name]):
                     model(**batch_of("bert", seed=seed))
                     cache.flush()
 
         return work
 
-    pids = [in_child(worker(name)) for name in own]
+    pids = [in_child(worker(name)) for name in own_seeds]
     assert [succeeded(pid) for pid in pids] == [True, True]
     with silence():
         cache = reopened(tmp_path, model, *range(13), budget=10 * MB)
@@ -244,19 +244,19 @@ def test_refresh_finds_rows_of_another_process(tmp_path) -> None:
     assert ran.since() == {0} and here.stats().hits == 3
 
 
-@pytest.mark.parametrize("budget", [MB, 30_000])  # of the smaller one, each row is a file
+@pytest.mark.parametrize("budget", [MB, 30_000])  # with the smaller budget, each row is written to its own file
 def test_a_deleted_directory_warns_once(budget, tmp_path) -> None:
     import shutil
 
     model, folder = fused("bert"), tmp_path / "states"
-    want = step(model, batch_of("bert"))
+    expected = step(model, batch_of("bert"))
     cache = cache_in("disk", folder, budget)
     model.set_source_cache(cache)
     shutil.rmtree(folder)
     with pytest.warns(UserWarning, match="takes no more source states") as caught:
-        assert_same(step(model, batch_of("bert")), want)
+        assert_same(step(model, batch_of("bert")), expected)
         cache.flush()
-        assert_same(step(model, batch_of("bert")), want)
+        assert_same(step(model, batch_of("bert")), expected)
         cache.flush()
     assert len(caught) == 1
 

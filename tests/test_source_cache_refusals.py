@@ -1,4 +1,4 @@
-"""SourceStateCache: arguments and adapters that raise errors with their names."""
+"""Test that SourceStateCache refuses wrong arguments and adapters with errors that name them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import flare
 
 def test_wrong_arguments_are_named(tmp_path) -> None:
     file = tmp_path / "file"
-    file.write_text("mine")
-    for match, error, arguments_ in [
+    file.write_text("unchanged")
+    for match, error, keywords in [
         (r"budget=1.5 must be bytes", TypeError, {"budget": 1.5}),
         (r"budget=True must be bytes", TypeError, {"budget": True}),
         (r"tiers=\(\) is not accepted", ValueError, {"budget": 1, "tiers": ()}),
@@ -26,9 +26,9 @@ def test_wrong_arguments_are_named(tmp_path) -> None:
         (r"directory=.* cannot be created", ValueError, {"budget": 1, "directory": file}),
     ]:
         with pytest.raises(error, match=match):
-            flare.SourceStateCache(**arguments_)
+            flare.SourceStateCache(**keywords)
     assert flare.SourceStateCache(1).tiers == ("device", "host")
-    assert file.read_text() == "mine"
+    assert file.read_text() == "unchanged"
 
 
 def test_adapters_and_models_that_cannot_be_cached_are_refused() -> None:

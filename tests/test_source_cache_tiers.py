@@ -1,4 +1,4 @@
-"""SourceStateCache: budgets, the order in which tiers fill, and the choice of ``tiers="auto"``."""
+"""Test the budgets of SourceStateCache, the order in which its tiers fill, and ``tiers="auto"``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from flare.source_cache.shards import UNFINISHED
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
-def test_a_full_cache_does_not_change(tier, tmp_path) -> None:
-    """Two epochs in order over more rows than fit: the first rows are found, and no row is evicted."""
+def test_a_full_cache_keeps_its_rows(tier, tmp_path) -> None:
+    """Three epochs over more rows than the budget allows: the first rows stay in the cache, and no row is evicted."""
     model = fused("bert")
     batches = [batch_of("bert", seed=seed) for seed in range(4)]
     budget = 5 * (one_row_bytes() + (600 if tier == "disk" else 0))
     cache = cache_in(tier, tmp_path, budget)
-    wants = [step(model, batch) for batch in batches]
+    expected_results = [step(model, batch) for batch in batches]
     model.set_source_cache(cache)
     with pytest.warns(UserWarning, match="the budget is spent") as caught:
         for _ in range(3):
-            for batch, want in zip(batches, wants, strict=True):
-                assert_same(step(model, batch), want, exact=False)
+            for batch, expected in zip(batches, expected_results, strict=True):
+                assert_same(step(model, batch), expected, exact=False)
             cache.flush()
             assert cache.nbytes <= budget
     assert len([one for one in caught if "source_cache" in str(one.message)]) == 1
@@ -36,18 +36,18 @@ def test_a_full_cache_does_not_change(tier, tmp_path) -> None:
 
 
 def test_pinned_slabs_are_powers_of_two_within_the_budget() -> None:
-    for size, left, want in [
+    for size, left, expected in [
         (MB, 1 << 40, 64 * MB),
-        (100 * MB, 1 << 40, 512 * MB),  # five rows, and 12 MB left over
+        (100 * MB, 1 << 40, 512 * MB),  # room for five rows, 12 MB are not used
         (128 * MB, 1 << 40, 512 * MB),
         (100 * MB, 300 * MB, 256 * MB),
-        (100 * MB, 127 * MB, 0),  # 128 would be taken
+        (100 * MB, 127 * MB, 0),  # the next power of two, 128 MB, is more than the budget
         (100, 100, 0),
         (64, 100, 64),
         (MB, 0, 0),
         (MB, -5, 0),
     ]:
-        assert pinned_slab(size, left) == want, (size, left)
+        assert pinned_slab(size, left) == expected, (size, left)
 
 
 def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
@@ -57,21 +57,21 @@ def test_tiers_fill_in_order_each_within_its_budget(tmp_path) -> None:
     cache = flare.SourceStateCache(budget, directory=tmp_path)
     model.set_source_cache(cache)
     batches = [batch_of("bert", seed=seed) for seed in (0, 1)]
-    wants = []
+    expected_results = []
     for batch in batches:
-        wants.append(step(model, batch))
+        expected_results.append(step(model, batch))
     cache.flush()
     assert cache.tiers == ("device", "host", "disk")
     assert cache.stats().entries == {"device": 1, "host": 2, "disk": 3}
-    for batch, want in zip(batches, wants, strict=True):
-        assert_same(step(model, batch), want)
+    for batch, expected in zip(batches, expected_results, strict=True):
+        assert_same(step(model, batch), expected)
     assert cache.stats().hits == 6
-    over_all = flare.SourceStateCache(4 * row, tiers=("host", "device"))
-    model.set_source_cache(over_all)
+    shared_budget = flare.SourceStateCache(4 * row, tiers=("host", "device"))
+    model.set_source_cache(shared_budget)
     for batch in batches:
         step(model, batch)
-    assert over_all.tiers == ("device", "host") and over_all.nbytes == 4 * row
-    assert sum(over_all.stats().entries.values()) == 4
+    assert shared_budget.tiers == ("device", "host") and shared_budget.nbytes == 4 * row
+    assert sum(shared_budget.stats().entries.values()) == 4
 
 
 def test_a_shared_budget_leaves_memory_free_unless_the_tier_has_its_own_budget(monkeypatch) -> None:
@@ -90,35 +90,37 @@ def test_a_shared_budget_leaves_memory_free_unless_the_tier_has_its_own_budget(m
             warnings.simplefilter("always")
             for seed in range(3):
                 model(**batch_of("bert", seed=seed))
-                free[0] = 1 << 20  # the training itself has taken the rest
+                free[0] = 1 << 20  # as if the training had taken the rest of the memory
         assert cache.stats().entries["device"] == entries
-        assert sum("little is free" in str(one.message) for one in caught) == (2 if entries == 3 else 0), "one per tier"
+        assert sum("little is free" in str(one.message) for one in caught) == (2 if entries == 3 else 0), (
+            "one warning per tier"
+        )
 
 
 def test_rows_on_disk_are_copied_into_faster_tiers(tmp_path) -> None:
     model, batch = fused("bert"), batch_of("bert")
     first = cache_in("disk", tmp_path)
     model.set_source_cache(first)
-    want = step(model, batch)
+    expected = step(model, batch)
     first.flush()
     second = flare.SourceStateCache({"host": 2 * one_row_bytes(), "disk": MB}, directory=tmp_path)
     model.set_source_cache(second)
     ran = SourceBlocks(model)
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
     assert ran.since() == {0} and second.stats().entries == {"host": 2, "disk": 3}
     for path in shards(tmp_path):
         path.unlink()
-    assert_same(step(model, batch), want)
+    assert_same(step(model, batch), expected)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_uses_a_tier_only_if_reading_is_faster_than_computing(fast, tmp_path, monkeypatch) -> None:
     from flare.source_cache import store as module
 
-    asked = []
+    measured = []
 
     def seconds_to_read(tier: str, nbytes: int, device: Any, directory: Any) -> float:
-        asked.append((tier, nbytes))
+        measured.append((tier, nbytes))
         return 0.0 if fast and tier != "disk" else 1e9
 
     monkeypatch.setattr(module, "seconds_to_read", seconds_to_read)
@@ -126,11 +128,11 @@ def test_auto_uses_a_tier_only_if_reading_is_faster_than_computing(fast, tmp_pat
     cache = flare.SourceStateCache(MB, tiers="auto", directory=tmp_path)
     model.set_source_cache(cache)
     batches = [batch_of("bert", seed=seed) for seed in range(3)]
-    wants = [step(model, batch) for batch in batches]
-    assert asked == [(tier, one_row_bytes()) for tier in ("device", "host", "disk")]
+    expected_results = [step(model, batch) for batch in batches]
+    assert measured == [(tier, one_row_bytes()) for tier in ("device", "host", "disk")]
     ran = SourceBlocks(model)
-    for batch, want in zip(batches, wants, strict=True):
-        assert_same(step(model, batch), want)
+    for batch, expected in zip(batches, expected_results, strict=True):
+        assert_same(step(model, batch), expected)
     assert cache.tiers == (("device", "host") if fast else ())
     assert ran.since() == ({0} if fast else {9}), "rows of the trial passes are stored too"
     assert "reading a row" in cache.decisions["disk"] and "disk not used" in cache.summary()

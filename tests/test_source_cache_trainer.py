@@ -1,4 +1,4 @@
-"""FlareTrainer with a source cache: epochs, resuming, logged rates, evaluation."""
+"""Test FlareTrainer with a source cache: several epochs, resuming, logged hit rates, and evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trained(
     args = arguments(folder, **{**defaults, "logging_steps": 1, **options})
     if task == "mt5":
         args = Seq2SeqTrainingArguments(**{**args.to_dict(), "output_dir": str(folder)})
-    # for a run without a cache: the same padded length
+    # a trainer with a cache pads all batches to one length; without a cache, the collator does the same
     collator = FlareDataCollator(tokenizer(), layout=layout).fitted(data)
     trainer = SEQ2SEQ.get(task, FlareTrainer)(
         model=model,
@@ -134,7 +134,7 @@ def test_special_tokens_from_the_tokenizer_do_not_change_the_base_model(task, tm
     )
     trainer.train()
     config = model.get_base_model().config
-    assert (config.pad_token_id, config.bos_token_id) == (0, 4)  # the Trainer did take them
+    assert (config.pad_token_id, config.bos_token_id) == (0, 4)  # the Trainer has copied the ids from the tokenizer
     assert trainer.source_cache.stats().hit_rate == 0.5
 
 

@@ -1,4 +1,8 @@
-"""SourceStateCache: reading a batch at once if all its rows are cached."""
+"""Test the warm read of SourceStateCache: if all rows of a batch are cached, their states are read in one call.
+
+A reader passes the states of a batch to a visitor one by one. Its method ``warm`` returns all states, or None if a row
+is missing.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +63,8 @@ def filled(model: Any, cache: flare.SourceStateCache, *batches: Any) -> flare.So
     return cache
 
 
-def asked(model: Any) -> Any:
-    """Return the model in the form that ``lookup`` needs."""
+def lookup_model(model: Any) -> Any:
+    """Return an object with the only method of the model that ``lookup`` calls."""
     return types.SimpleNamespace(source_request=lambda: request_of(model))
 
 
@@ -82,12 +86,12 @@ def with_holes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill new memory with NaN, so that a position that is not written shows."""
+    """Fill new memory with NaN, so that positions that are never written are detected."""
     plain = torch.empty
 
     def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = plain(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        tensor = plain(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", empty)
 
@@ -97,22 +101,22 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.usefixtures("poisoned")
 def test_a_warm_batch_equals_the_visited_states_bit_for_bit(family, padding, tier, tmp_path) -> None:
-    """Rows of other batches in another order, one of them twice; different lengths, gaps, and a row without tokens."""
+    """The batch has rows of two other batches in another order, one row twice, gaps, and a row without tokens."""
     model = fused(family, source_padding=padding)
     first, second = batch_of(family), with_holes(batch_of(family, seed=4))
     cache = filled(model, cache_in(tier, tmp_path), first, second)
     batch = {n: torch.cat([first[n][[2, 0]], second[n][[2, 0, 1, 2]]]) for n in SOURCE if n in first}
     reader = reader_of(model, cache, batch)
     rows = cache.stats().rows
-    got = reader.warm()
-    assert got is not None and cache.stats().rows == rows + 6
-    want = visited(model, reader)
-    assert cache.stats().rows == rows + 6, "read twice, as a backward pass does"
-    assert list(got) == list(want)
-    for key, state in got.items():
+    actual = reader.warm()
+    assert actual is not None and cache.stats().rows == rows + 6
+    expected = visited(model, reader)
+    assert cache.stats().rows == rows + 6, "a second read, as in a backward pass, is not counted"
+    assert list(actual) == list(expected)
+    for key, state in actual.items():
         where = stored(model, key, batch)
-        assert state.shape == want[key].shape and state.dtype == want[key].dtype and state.is_contiguous()
-        assert torch.equal(state[where], want[key][where]) and not state[~where].any()
+        assert state.shape == expected[key].shape and state.dtype == expected[key].dtype and state.is_contiguous()
+        assert torch.equal(state[where], expected[key][where]) and not state[~where].any()
 
 
 def test_a_batch_may_have_rows_of_several_tiers(tmp_path) -> None:
@@ -120,9 +124,9 @@ def test_a_batch_may_have_rows_of_several_tiers(tmp_path) -> None:
     budget = {"device": one_row_bytes(), "host": one_row_bytes(), "disk": MB}
     cache = filled(model, flare.SourceStateCache(budget, directory=tmp_path), batch)
     assert cache.stats().entries == {"device": 1, "host": 1, "disk": 1}
-    got = reader_of(model, cache, batch).warm()
-    want = visited(model, reader_of(model, cache, batch))
-    assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
+    actual = reader_of(model, cache, batch).warm()
+    expected = visited(model, reader_of(model, cache, batch))
+    assert actual is not None and all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_columns_on_the_host_replace_those_on_the_device() -> None:
@@ -132,9 +136,9 @@ def test_columns_on_the_host_replace_those_on_the_device() -> None:
     request = request_of(model)
     columns, keys = request.columns(batch, types=True)
     inputs = {name: column.to("meta") for name, column in columns.items()}
-    got = cache.reader(request.model, inputs, keys, Preparation(), host=columns).warm()
-    want = reader_of(model, cache, batch).warm()
-    assert got is not None and all(torch.equal(got[key], want[key]) for key in want)
+    actual = cache.reader(request.model, inputs, keys, Preparation(), host=columns).warm()
+    expected = reader_of(model, cache, batch).warm()
+    assert actual is not None and all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_a_batch_with_a_missing_row_is_not_warm(monkeypatch) -> None:
@@ -142,8 +146,8 @@ def test_a_batch_with_a_missing_row_is_not_warm(monkeypatch) -> None:
     cache = filled(model, flare.SourceStateCache(MB), take(batch, 0, 2))
     reader = reader_of(model, cache, batch)
     before = cache.stats()
-    assert reader.warm() is None and cache.lookup(asked(model), batch) is None
-    assert cache.stats() == before, "counted when the caller computes the row"
+    assert reader.warm() is None and cache.lookup(lookup_model(model), batch) is None
+    assert cache.stats() == before, "rows are counted only when the missing row is computed"
     visited(model, reader)
     assert (cache.stats().rows, cache.stats().hits) == (before.rows + 3, before.hits + 2)
     assert reader_of(model, cache, batch).warm() is not None
@@ -203,7 +207,7 @@ def calls_of(layers: int) -> int:
 
 
 def test_calls_of_a_warm_read_hardly_grow_with_depth() -> None:
-    """The number of calls that compare the weights, and look up and copy the rows, does not depend on the depth."""
+    """The number of calls that compare weights, and look up and copy rows, does not depend on the depth."""
     few, many = calls_of(4), calls_of(12)
     assert (many - few) / 8 <= 3, (few, many)
 
@@ -216,7 +220,7 @@ def test_a_warm_read_of_a_batch_on_the_host_does_not_wait_for_a_device(family, p
     for name in ("item", "tolist", "nonzero", "cpu", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} was called"))
     assert reader_of(model, cache, batch).warm() is not None
-    assert cache.lookup(asked(model), batch) is not None
+    assert cache.lookup(lookup_model(model), batch) is not None
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -226,37 +230,37 @@ def test_looked_up_states_replace_a_source(family, padding, autocast) -> None:
     model, batch = fused(family, source_padding=padding), batch_of(family)
     bf16 = torch.bfloat16
     with torch.autocast("cpu", bf16, enabled=autocast):
-        want = step(model, batch)
+        expected = step(model, batch)
         cache = filled(model, flare.SourceStateCache(MB), batch)
     if autocast:
-        assert cache.lookup(asked(model), batch) is None, "rows in float32 have other keys"
+        assert cache.lookup(lookup_model(model), batch) is None, "without autocast, rows have other keys"
     with torch.inference_mode():
-        states = cache.lookup(asked(model), batch, dtype=bf16 if autocast else None)
+        states = cache.lookup(lookup_model(model), batch, dtype=bf16 if autocast else None)
     assert states is not None and cache.stats().hits == 3
     assert states.attention_mask is batch["source_attention_mask"]
     target = {name: value for name, value in batch.items() if not name.startswith("source_")}
     with torch.autocast("cpu", bf16, enabled=autocast):
-        assert_same(step(model, {**target, "source_states": states}), want)
-        assert cache.lookup(asked(model), batch) is not None
+        assert_same(step(model, {**target, "source_states": states}), expected)
+        assert cache.lookup(lookup_model(model), batch) is not None
 
 
 def test_looked_up_states_of_an_encoder_alone_and_with_its_decoder() -> None:
     model, batch = fused("mt5"), batch_of("mt5")
     encoder = {name: value for name, value in batch.items() if name != "source_labels"}
     cache = filled(model, flare.SourceStateCache(MB), batch, encoder)
-    for given, count in ((encoder, tiny.LAYERS), (batch, tiny.LAYERS + 2)):
-        states = cache.lookup(asked(model), given)
-        want = visited(model, reader_of(model, cache, given))
-        assert states is not None and len(states) == count and states.shape == given["source_input_ids"].shape
-        assert all(torch.equal(states.states[key], want[key]) for key in want)
+    for columns, count in ((encoder, tiny.LAYERS), (batch, tiny.LAYERS + 2)):
+        states = cache.lookup(lookup_model(model), columns)
+        expected = visited(model, reader_of(model, cache, columns))
+        assert states is not None and len(states) == count and states.shape == columns["source_input_ids"].shape
+        assert all(torch.equal(states.states[key], expected[key]) for key in expected)
 
 
 def test_a_mask_of_ones_and_no_mask_give_the_same_keys() -> None:
     model, batch = fused("bert"), batch_of("bert")
     whole = {**batch, "source_attention_mask": torch.ones_like(batch["source_input_ids"])}
     cache = filled(model, flare.SourceStateCache(MB), whole)
-    for given in (whole, {**whole, "source_attention_mask": None}):
-        states = cache.lookup(asked(model), given)
+    for columns in (whole, {**whole, "source_attention_mask": None}):
+        states = cache.lookup(lookup_model(model), columns)
         assert states is not None and states.attention_mask is None
 
 
@@ -266,17 +270,17 @@ def test_errors_of_lookup_name_the_argument(monkeypatch) -> None:
     with pytest.raises(TypeError, match=r"model must have FLARE adapters.*got BertForSequenceClassification"):
         cache.lookup(tiny.model("bert"), batch)
     with pytest.raises(TypeError, match=r"source_input_ids must be an integer tensor \(B, m\), got NoneType"):
-        cache.lookup(asked(model), {"input_ids": batch["input_ids"]})
+        cache.lookup(lookup_model(model), {"input_ids": batch["input_ids"]})
     for name in ("source_attention_mask", "source_token_type_ids"):
         with pytest.raises(ValueError, match=rf"{name} has shape \(3, 4\), expected.*\(3, 9\)"):
-            cache.lookup(asked(model), {**batch, name: batch["source_input_ids"][:, :4]})
+            cache.lookup(lookup_model(model), {**batch, name: batch["source_input_ids"][:, :4]})
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured.*SourceStateCache.lookup before"):
-        cache.lookup(asked(model), batch)
+        cache.lookup(lookup_model(model), batch)
 
 
-# --- the base model is watched ----------------------------------------------------------------------------------------
+# --- changes of the base model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["window", "rope", "another config", "module", "merged", "buffer"])
@@ -324,17 +328,17 @@ def test_irrelevant_changes_do_not_read_the_weights_again(monkeypatch) -> None:
 def test_a_cache_keeps_no_model_alive() -> None:
     model = fused("bert")
     cache = filled(model, flare.SourceStateCache(MB), batch_of("bert"))
-    gone = weakref.ref(model.get_base_model())
+    reference = weakref.ref(model.get_base_model())
     del model
     gc.collect()
-    assert gone() is None and cache.stats().entries["device"] == 3
+    assert reference() is None and cache.stats().entries["device"] == 3
 
 
-# --- streams ----------------------------------------------------------------------------------------------------------
+# --- CUDA streams, replaced by logging objects ------------------------------------------------------------------------
 
 
 class FakeStream:
-    """Logs the operations of all streams in order."""
+    """A stream that logs its operations; all streams share one log."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -353,11 +357,11 @@ class FakeStream:
 
 
 def test_rows_in_host_memory_are_copied_on_a_separate_stream(monkeypatch) -> None:
-    """On a CPU with logging streams: the operations per stream, and that the host waits from the third read on."""
+    """Runs on a CPU with FakeStream. Checks the order of operations. From the third read on, the host waits."""
     model, batch = fused("mt5", source_padding="zero"), batch_of("mt5")
     cache = filled(model, cache_in("host", None), batch)
     reader, log = reader_of(model, cache, batch), []
-    want = reader.warm()
+    expected = reader.warm()
     computing, copying = FakeStream("computing", log), FakeStream("copying", log)
     copy = reader_module.copy_each
     monkeypatch.setattr(reader_module, "_fill_on_cpu", reader_module._fill_on_cuda)
@@ -369,9 +373,9 @@ def test_rows_in_host_memory_are_copied_on_a_separate_stream(monkeypatch) -> Non
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(f"kept for {stream.name}"))
     one = ["on copying", "6 copies", "off", "computing waits for copying", "kept for computing", "kept for computing"]
     for wait in ([], [], ["the host waits"], ["the host waits"]):
-        got = reader.warm()
-        assert log == wait + one and got.keys() == want.keys()
-        assert all(torch.equal(got[key], want[key]) for key in want)
+        actual = reader.warm()
+        assert log == wait + one and actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
         log.clear()
 
 
@@ -382,18 +386,18 @@ def test_rows_in_host_memory_are_copied_on_a_separate_stream(monkeypatch) -> Non
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 def test_rows_are_copied_on_a_separate_stream_without_a_wait(tier, padding, tmp_path) -> None:
-    """Looked up while the device is busy: the states are correct, and the host does not wait."""
+    """States that are looked up while the device is busy are correct, and the host does not wait for the device."""
     device = torch.device("cuda", torch.cuda.current_device())
     model, batch = fused("llama", source_padding=padding).to(device), with_holes(batch_of("llama"))
     moved = {name: value.to(device) for name, value in batch.items()}
     cache = filled(model, cache_in(tier, tmp_path), moved)
-    want = {key: state.clone() for key, state in visited(model, reader_of(model, cache, moved)).items()}
+    expected = {key: state.clone() for key, state in visited(model, reader_of(model, cache, moved)).items()}
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):  # buffers are freed and allocated again behind work that is still queued
             torch.cuda._sleep(10_000_000)
-            states = cache.lookup(asked(model), batch)
+            states = cache.lookup(lookup_model(model), batch)
             assert states is not None
             sums = {key: state.double().sum() for key, state in states.states.items()}
             copies = {key: state.clone() for key, state in states.states.items()}
@@ -402,7 +406,7 @@ def test_rows_are_copied_on_a_separate_stream_without_a_wait(tier, padding, tmp_
         torch.cuda.set_sync_debug_mode("default")
     for key, state in copies.items():
         where = stored(model, key, batch).to(device)
-        assert state.device == device and torch.equal(state[where], want[key][where]) and not state[~where].any()
+        assert state.device == device and torch.equal(state[where], expected[key][where]) and not state[~where].any()
         assert torch.equal(sums[key], state.double().sum())
 
 
@@ -412,6 +416,6 @@ def test_ids_on_the_device_give_the_same_keys() -> None:
     model, batch = fused("mt5", source_padding="zero").to(device), batch_of("mt5")
     moved = {name: value.to(device) for name, value in batch.items()}
     cache = filled(model, flare.SourceStateCache(MB), moved)
-    on_host, on_device = cache.lookup(asked(model), batch), cache.lookup(asked(model), moved)
+    on_host, on_device = cache.lookup(lookup_model(model), batch), cache.lookup(lookup_model(model), moved)
     assert on_host is not None and on_device is not None
     assert all(torch.equal(one, other) for one, other in zip(on_host, on_device, strict=True))

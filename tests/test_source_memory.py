@@ -1,4 +1,4 @@
-"""source_memory: every mode gives the gradients of "keep", at the documented cost."""
+"""Test that every mode of source_memory gives the gradients of "keep", at the documented cost."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def gradients(model, *batches, seed: int = 7) -> dict[str, torch.Tensor]:
     return tiny.gradients(model)
 
 
-def assert_same(got, want) -> None:
-    assert got.keys() == want.keys() and any(grad.any() for grad in want.values())
-    for name, grad in want.items():
-        torch.testing.assert_close(got[name], grad, rtol=0, atol=0, msg=name)
+def assert_same(actual, expected) -> None:
+    assert actual.keys() == expected.keys() and any(grad.any() for grad in expected.values())
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=0, atol=0, msg=name)
 
 
-def assert_close(got, want) -> None:
-    """Compare sums over several forward passes. Their order depends on the mode, so they differ by rounding."""
-    assert got.keys() == want.keys()
-    for name, grad in want.items():
-        torch.testing.assert_close(got[name], grad, msg=name)
+def assert_close(actual, expected) -> None:
+    """Compare gradients that are sums over several forward passes. Each mode has another order, so roundings differ."""
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=name)
 
 
 @pytest.fixture
 def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use "offload" on a CPU, where "keep" would replace it."""
+    """Make "offload" work on a CPU, where the package would use "keep" instead."""
     plain = source_memory.choose_memory
 
     def choose(setting: str, *args, **kwargs):
@@ -79,7 +79,7 @@ def offload_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("offload_anywhere")
 def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options: dict) -> None:
-    """Bit for bit, also with non-reentrant checkpointing. After two forward passes the sums have another order."""
+    """They are equal bit for bit, also with non-reentrant checkpointing. After two forward passes, rounding differs."""
     first, second = inputs_of(family), inputs_of(family, seed=1)
     keep, other = model_of(family, "keep", **options), model_of(family, memory, **options)
     for model in (keep, other):
@@ -95,14 +95,14 @@ def test_every_mode_has_the_gradients_of_keep(family: str, memory: str, options:
 @pytest.mark.parametrize("memory", ["recompute", "offload"])
 @pytest.mark.usefixtures("offload_anywhere")
 def test_the_second_pass_runs_under_the_autocast_state_of_the_first(memory: str, monkeypatch) -> None:
-    """Backward runs outside of the forward's autocast; the states are the same bit for bit."""
+    """Backward runs outside of autocast. The states that it computes equal those of forward bit for bit."""
     seen: list[list[torch.Tensor]] = []
     plain = Preparation.__call__
 
     def prepared(self, key, hidden):
-        found = plain(self, key, hidden)
-        seen[-1].append(found.clone())
-        return found
+        hidden_state = plain(self, key, hidden)
+        seen[-1].append(hidden_state.clone())
+        return hidden_state
 
     monkeypatch.setattr(Preparation, "__call__", prepared)
     results = []
@@ -127,7 +127,7 @@ EXECUTIONS = {"keep": 2, "offload": 2, "recompute": 3}
 @pytest.mark.parametrize("memory", EXECUTIONS)
 @pytest.mark.usefixtures("offload_anywhere")
 def test_block_executions_of_a_step(memory: str) -> None:
-    """Target and source once each; "recompute" runs the source again. The source pass ends with the last state."""
+    """Target and source run each block once; "recompute" runs the source's blocks once more."""
     model = model_of("llama", memory)
     blocks = tiny.block_list(model.get_base_model())
     with count_calls(blocks) as calls:
@@ -167,9 +167,9 @@ def test_states_alive_do_not_grow_with_depth(family: str, memory: str, monkeypat
 
 @pytest.mark.parametrize(("offset", "way"), [(1, "separate"), (0, "separate"), (0, "shared")])
 def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: str, monkeypatch) -> None:
-    """At most two at any time, for the prompt and for new tokens; kept tensors have the width of the rank.
+    """At most two states exist at any time, for the prompt and for new tokens. Kept tensors have the width of the rank.
 
-    Offset 0 reads the embeddings too, which transformers' own forward holds on to until it ends: not counted here.
+    With offset 0 the embeddings are a state too. They are not counted, because transformers' forward keeps them anyway.
     """
     alive, plain = StatesAlive(), Preparation.rows
 
@@ -189,10 +189,14 @@ def test_states_alive_while_generating_do_not_grow_with_depth(offset: int, way: 
         )
         assert len(alive.counts) == 4 * layers and max(alive.counts) <= 2
         assert alive.now == 0
-        held = out.past_key_values.flare_decoding.last_states
-        assert len(held) == 2 * layers
-        assert {tuple(S.shape) for own in held.values() for S in own.values()} == {(3, 1, 5)}
-        assert all(S.untyped_storage().nbytes() <= 3 * 2 * 5 * 4 for own in held.values() for S in own.values())
+        last_states = out.past_key_values.flare_decoding.last_states
+        assert len(last_states) == 2 * layers
+        assert {tuple(S.shape) for by_adapter in last_states.values() for S in by_adapter.values()} == {(3, 1, 5)}
+        assert all(
+            S.untyped_storage().nbytes() <= 3 * 2 * 5 * 4
+            for by_adapter in last_states.values()
+            for S in by_adapter.values()
+        )
 
 
 def test_overwritten_inputs_raise_an_error() -> None:
@@ -207,15 +211,15 @@ def test_overwritten_inputs_raise_an_error() -> None:
 
 def test_reentrant_checkpointing_uses_keep_and_warns_once() -> None:
     inputs = inputs_of("llama")
-    want = gradients(model_of("llama", "keep"), inputs)
+    expected = gradients(model_of("llama", "keep"), inputs)
     model = model_of("llama", "recompute")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     model.train()
     with pytest.warns(UserWarning, match="'recompute' is 'keep' here: reentrant"):
-        got = gradients(model, inputs)
-    for name, grad in want.items():
-        torch.testing.assert_close(got[name], grad, msg=name)
+        actual = gradients(model, inputs)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=name)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*source_memory.*")
         gradients(model, inputs)
@@ -231,37 +235,37 @@ def test_reentrant_checkpointing_by_the_user_raises_an_error() -> None:
         model(**inputs_of("llama"))
 
 
-def test_auto_decides_from_sizes_and_warns(monkeypatch) -> None:
+def test_auto_decides_by_the_size_of_the_states_and_warns_about_recompute(monkeypatch) -> None:
     model, inputs = model_of("llama", "auto"), inputs_of("llama")
     blocks = tiny.block_list(model.get_base_model())
-    want = gradients(model, inputs)
+    expected = gradients(model, inputs)
     states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
     for total, executions in ((8 * states, 2), (8 * states - 8, 3)):
         monkeypatch.setattr(source_memory, "memory_of", lambda device, total=total: total)
         with warnings.catch_warnings(record=True) as caught, count_calls(blocks) as calls:
             warnings.simplefilter("always")
-            assert_same(gradients(model, inputs), want)
-        assert calls.total == executions * tiny.LAYERS, "the model is not run to decide"
-        picked = [str(one.message) for one in caught if "source_memory" in str(one.message)]
-        assert len(picked) == (executions == 3)
-        assert all("'auto' chose 'recompute'" in one and "to override" in one for one in picked)
+            assert_same(gradients(model, inputs), expected)
+        assert calls.total == executions * tiny.LAYERS, "the choice does not run the model"
+        warned = [str(one.message) for one in caught if "source_memory" in str(one.message)]
+        assert len(warned) == (executions == 3)
+        assert all("'auto' chose 'recompute'" in one and "to override" in one for one in warned)
 
 
 def test_offload_on_a_cpu_uses_keep_and_warns_once() -> None:
     model, inputs = model_of("bert", "offload"), inputs_of("bert")
     with pytest.warns(UserWarning, match=ON_CPU):
-        got = gradients(model, inputs)
-    assert_same(got, gradients(model_of("bert", "keep"), inputs))
+        actual = gradients(model, inputs)
+    assert_same(actual, gradients(model_of("bert", "keep"), inputs))
 
 
-def test_given_states_are_kept() -> None:
-    """The caller holds them anyway, so no mode runs a second pass."""
+def test_states_passed_by_the_caller_are_kept() -> None:
+    """The caller keeps the states in memory, so no mode runs a source pass."""
     model, inputs = model_of("llama", "recompute"), inputs_of("llama")
-    want = gradients(model, inputs)
+    expected = gradients(model, inputs)
     source = {name: inputs.pop(name) for name in list(inputs) if name.startswith("source")}
     states = model.encode_source(**source)
     with count_calls(tiny.block_list(model.get_base_model())) as calls:
-        assert_same(gradients(model, {**inputs, "source_states": states}), want)
+        assert_same(gradients(model, {**inputs, "source_states": states}), expected)
     assert calls.total == tiny.LAYERS
 
 
@@ -280,11 +284,11 @@ def test_padding_is_neither_kept_nor_read(monkeypatch) -> None:
         "rows",
         lambda self, key, hidden: seen.append((hidden.shape[1], len(x := plain(self, key, hidden)))) or x,
     )
-    got = gradients(model, inputs)
+    actual = gradients(model, inputs)
     assert seen == [(mask.shape[1] - 3, int(mask.sum()))] * tiny.LAYERS
     # token ids at padding have no effect
     changed = {**inputs, "source_input_ids": torch.where(mask == 0, 5, inputs["source_input_ids"])}
-    assert_same(gradients(model, changed), got)
+    assert_same(gradients(model, changed), actual)
     # rows without padding give the same as "keep"
     inputs["source_attention_mask"] = torch.ones_like(mask)
     assert_same(gradients(model, inputs), gradients(model_of("llama", "keep"), inputs))
@@ -299,14 +303,14 @@ def test_padding_is_neither_kept_nor_read(monkeypatch) -> None:
     ],
     ids=["name", "dropout", "latent"],
 )
-def test_wrong_settings(options: dict, message: str) -> None:
+def test_wrong_settings_raise(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         flare.FlareConfig(**options)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_states_are_freed_after_backward_even_if_the_loss_is_held(checkpointing: bool, monkeypatch) -> None:
-    """A loop that holds its last output during the next forward pass has the states of one batch, not of two."""
+    """A loop may keep its last output during the next forward pass; the last batch's states must be freed anyway."""
     alive: list[weakref.ref] = []
     plain = FrozenPass.record
 

@@ -1,4 +1,4 @@
-"""The source pass: which blocks run, its cost, that it restores the model's state, and that gradients are exact."""
+"""Test the source pass: which blocks run, that it restores the model's state, and that gradients are exact."""
 
 from __future__ import annotations
 
@@ -27,50 +27,50 @@ def loss_and_gradients(model, *batches) -> tuple[torch.Tensor, dict[str, torch.T
     return torch.stack(losses).detach(), tiny.gradients(model)
 
 
-def assert_same_gradients(got, want, *, exact: bool = False) -> None:
-    assert got.keys() == want.keys()
-    for name, grad in want.items():
+def assert_same_gradients(actual, expected, *, exact: bool = False) -> None:
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
         tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-7}
-        torch.testing.assert_close(got[name], grad, msg=name, **tolerance)
+        torch.testing.assert_close(actual[name], grad, msg=name, **tolerance)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing(family, use_reentrant, dropout) -> None:
-    """The recompute fuses too: loss and gradients are those without checkpointing, and not those of plain LoRA."""
+def test_gradient_checkpointing_keeps_the_fusion(family, use_reentrant, dropout) -> None:
+    """Loss and gradients equal those without checkpointing, and differ from the gradients of plain LoRA."""
     inputs = tiny.batch(family)
     model = fused(family, lora_dropout=dropout)
     torch.manual_seed(11)
-    want_loss, want = loss_and_gradients(model, inputs)
+    expected_loss, expected = loss_and_gradients(model, inputs)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     torch.manual_seed(11)
-    loss, got = loss_and_gradients(model, inputs)
-    if use_reentrant and dropout:  # S is drawn in the block there, not before it: another mask, as valid
-        assert not torch.allclose(got[next(iter(got))], torch.zeros(()))
+    loss, actual = loss_and_gradients(model, inputs)
+    if use_reentrant and dropout:  # the source's dropout mask is drawn in another order, so it differs
+        assert not torch.allclose(actual[next(iter(actual))], torch.zeros(()))
         return
-    torch.testing.assert_close(loss, want_loss)
-    assert_same_gradients(got, want)
+    torch.testing.assert_close(loss, expected_loss)
+    assert_same_gradients(actual, expected)
     _, plain = loss_and_gradients(model, {k: v for k, v in inputs.items() if not k.startswith("source")})
-    assert any(not torch.allclose(plain[name], want[name], rtol=1e-2) for name in want)
+    assert any(not torch.allclose(plain[name], expected[name], rtol=1e-2) for name in expected)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("fusion", ["cross_attention", "matmul"])
-def test_gradient_checkpointing_of_fusions_that_mix_positions(family, use_reentrant, fusion) -> None:
+def test_gradient_checkpointing_matches_for_fusions_that_mix_positions(family, use_reentrant, fusion) -> None:
     inputs, model = tiny.batch(family), fused(family, fusion=fusion)
-    want_loss, want = loss_and_gradients(model, inputs)
+    expected_loss, expected = loss_and_gradients(model, inputs)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    loss, got = loss_and_gradients(model, inputs)
-    torch.testing.assert_close(loss, want_loss)
-    assert_same_gradients(got, want)
+    loss, actual = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(loss, expected_loss)
+    assert_same_gradients(actual, expected)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_two_forwards_before_one_backward(family) -> None:
+def test_two_forwards_before_one_backward_add_their_gradients(family) -> None:
     first, second = tiny.batch(family, seed=3), tiny.batch(family, seed=4)
     model = fused(family)
     (_, a), (_, b) = loss_and_gradients(model, first), loss_and_gradients(model, second)
@@ -105,7 +105,7 @@ def test_only_the_required_blocks_run(family, head, offset) -> None:
 
 
 def test_dropout_is_off_and_the_state_is_restored() -> None:
-    """Train mode with dropout: the source states are deterministic; the random state and all flags do not change."""
+    """In train mode with dropout, source states are deterministic, and the random state and all flags do not change."""
     model = fused("bert", base={"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3})
     assert model.training
     inputs = tiny.batch("bert")
@@ -127,21 +127,21 @@ def test_dropout_is_off_and_the_state_is_restored() -> None:
 def test_a_failing_pass_leaves_the_model_usable() -> None:
     model = fused("llama")
     inputs = tiny.batch("llama")
-    want, _ = loss_and_gradients(model, inputs)
+    expected, _ = loss_and_gradients(model, inputs)
 
     def fail(*_) -> None:
-        raise RuntimeError("out of memory, say")
+        raise RuntimeError("simulated failure")
 
     handle = tiny.block_list(model.get_base_model())[1].register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory, say"):
+    with pytest.raises(RuntimeError, match="simulated failure"):
         model(**inputs)
     handle.remove()
     assert all(module.training for module in model.modules())
-    torch.testing.assert_close(loss_and_gradients(model, inputs)[0], want)
+    torch.testing.assert_close(loss_and_gradients(model, inputs)[0], expected)
 
 
 def test_trained_weights_do_not_change_source_states() -> None:
-    """Other adapters, another head: the same source states."""
+    """Source states do not change if the weights of the adapters and of the head change."""
     model = fused("bert")
     inputs = tiny.batch("bert")
     ids, mask = inputs["source_input_ids"], inputs["source_attention_mask"]
@@ -168,40 +168,40 @@ def test_encode_source_returns_the_states_that_the_blocks_read(offset) -> None:
     inputs = tiny.batch("llama")
     model = fused("llama", source_layer_offset=offset)
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
-    want = tiny.source_hidden_states(model, inputs, offset)
+    expected = tiny.source_hidden_states(model, inputs, offset)
     assert (len(states), states.offset, states.shape) == (tiny.LAYERS, offset, (3, 9))
     assert states.nbytes == tiny.LAYERS * 3 * 9 * tiny.HIDDEN * 4
-    for got, x in zip(states, want, strict=True):
-        torch.testing.assert_close(got, x, rtol=0, atol=0)
-    want_loss, want_grads = loss_and_gradients(model, inputs)
+    for actual, x in zip(states, expected, strict=True):
+        torch.testing.assert_close(actual, x, rtol=0, atol=0)
+    expected_loss, expected_grads = loss_and_gradients(model, inputs)
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
     loss, grads = loss_and_gradients(model, {**rest, "source_states": states})
-    assert torch.equal(loss, want_loss)
-    assert_same_gradients(grads, want_grads, exact=True)
+    assert torch.equal(loss, expected_loss)
+    assert_same_gradients(grads, expected_grads, exact=True)
 
 
 def test_a_missing_mask_means_all_ones() -> None:
     inputs = tiny.batch("bert")
     inputs["source_attention_mask"] = torch.ones_like(inputs["source_input_ids"])
     model = fused("bert").eval()
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     del inputs["source_attention_mask"]
-    assert torch.equal(model(**inputs).logits, want)
+    assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_token_types_of_a_pair_reach_the_source_pass() -> None:
     inputs = tiny.batch("bert")
     model = fused("bert").eval()
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     types = torch.zeros_like(inputs["source_input_ids"])
-    assert torch.equal(model(**inputs, source_token_type_ids=types).logits, want)
+    assert torch.equal(model(**inputs, source_token_type_ids=types).logits, expected)
     types[:, 4:] = 1
-    assert not torch.allclose(model(**inputs, source_token_type_ids=types).logits, want)
+    assert not torch.allclose(model(**inputs, source_token_type_ids=types).logits, expected)
 
 
 @pytest.mark.parametrize("fusion", ["add", "add_relu", "mul"])
-def test_zero_padding(fusion) -> None:
-    """source_padding="zero": without a source token, add gives T, add_relu gives relu(T), and mul gives 0."""
+def test_zero_padding_sets_S_to_zero(fusion) -> None:
+    """At positions without a source token, add gives T, add_relu gives relu(T), and mul gives 0."""
     inputs = tiny.batch("bert")
     inputs["source_attention_mask"] = torch.zeros_like(inputs["source_attention_mask"])
     inputs["source_attention_mask"][:, 0] = 1  # one token, so that the source pass itself is defined
@@ -219,10 +219,10 @@ def test_zero_padding(fusion) -> None:
     layer, x = outputs["layer"], outputs["x"]
     T = x @ layer.lora_A["default"].weight.T
     H = {"add": T, "add_relu": T.relu(), "mul": torch.zeros_like(T)}[fusion]
-    want = layer.base_layer(x) + layer.scaling["default"] * H @ layer.lora_B["default"].weight.T
-    torch.testing.assert_close(y[:, 1:], want[:, 1:])
-    assert not torch.allclose(y[:, 0], want[:, 0])
-    assert not torch.allclose(run(fusion=fusion, source_padding="keep")[:, 1:], want[:, 1:])
+    expected = layer.base_layer(x) + layer.scaling["default"] * H @ layer.lora_B["default"].weight.T
+    torch.testing.assert_close(y[:, 1:], expected[:, 1:])
+    assert not torch.allclose(y[:, 0], expected[:, 0])
+    assert not torch.allclose(run(fusion=fusion, source_padding="keep")[:, 1:], expected[:, 1:])
 
 
 def test_states_are_kept_once_and_only_if_a_gradient_needs_them() -> None:
@@ -244,7 +244,7 @@ def test_states_are_kept_once_and_only_if_a_gradient_needs_them() -> None:
         if "lora_A" in name:
             parameter.requires_grad_(False)
     model(**inputs)
-    assert not kept(), "a frozen A needs no x_S"
+    assert not kept(), "a frozen A needs no source states for backward"
 
 
 def test_autocast_keeps_one_copy_in_the_compute_dtype() -> None:
@@ -262,7 +262,7 @@ def test_autocast_keeps_one_copy_in_the_compute_dtype() -> None:
 
 
 def test_the_pass_ends_with_the_last_required_state() -> None:
-    """With adapters on the first block only, the source pass ends after it."""
+    """With adapters on the first block only, the source pass ends after the first block."""
     model = fused("llama", layers_to_transform=[0], target_modules=["q_proj", "v_proj"])
     runs = []
     for index, block in enumerate(tiny.block_list(model.get_base_model())):
@@ -337,13 +337,13 @@ def test_dropout_of_a_replaced_module_is_off_too() -> None:
 def test_states_encoded_in_inference_mode_can_be_trained_on() -> None:
     model = fused("llama")
     inputs = tiny.batch("llama")
-    want_loss, want = loss_and_gradients(model, inputs)
+    expected_loss, expected = loss_and_gradients(model, inputs)
     with torch.inference_mode():
         states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     rest = {k: v for k, v in inputs.items() if not k.startswith("source")}
-    loss, got = loss_and_gradients(model, {**rest, "source_states": states})
-    assert torch.equal(loss, want_loss)
-    assert_same_gradients(got, want, exact=True)
+    loss, actual = loss_and_gradients(model, {**rest, "source_states": states})
+    assert torch.equal(loss, expected_loss)
+    assert_same_gradients(actual, expected, exact=True)
 
 
 def test_zeroed_padding_replaces_nan_and_inf() -> None:
@@ -353,7 +353,7 @@ def test_zeroed_padding_replaces_nan_and_inf() -> None:
     assert zero_pads(hidden, torch.tensor([[0, 0, 1]])).tolist() == [[[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]]]
 
 
-def test_dropout_of_the_source_is_the_same_in_both_directions() -> None:
+def test_forward_and_backward_apply_the_same_dropout_to_the_source() -> None:
     """S is linear in A, so <dA, A> = <G, S> holds only if backward drops what forward dropped."""
     from flare.source.projected import project_states
     from flare.source.source_pass import Preparation, read_from_states

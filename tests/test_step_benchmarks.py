@@ -1,4 +1,4 @@
-"""Tests of the benchmarks of whole steps: batches, checks, rows that cannot run, Liger's kernels, and the summary."""
+"""Test the benchmarks of whole training steps: batches, checks, rows that cannot run, Liger's kernels, the summary."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_joined_rows_are_source_then_target_without_padding() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-def test_a_wrong_kernel_is_found_at_two_blocks(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_on_two_blocks_detects_a_wrong_kernel(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch_ops.grad_weight
     monkeypatch.setattr(torch_ops, "grad_weight", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     shape = step_shape("llama", depth=3, padded=padded)
@@ -89,7 +89,7 @@ def test_a_wrong_kernel_is_found_at_two_blocks(padded: bool, monkeypatch: pytest
 
 
 def test_a_step_is_checked_at_full_size_with_the_initial_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting a row runs optimizer steps, after which the expected gradients would differ."""
+    """Counting runs optimizer steps, which change the adapters. A later check must use the initial adapters."""
     steps = module("steps")
     monkeypatch.setattr(steps, "methods_of", lambda shape: ("frozen", "lora", "flare"))
     variants = steps.build(step_shape("xlmr"), CPU)
@@ -109,13 +109,13 @@ def test_a_step_is_checked_at_full_size_with_the_initial_adapters(monkeypatch: p
 def test_a_row_whose_check_raises_cannot_run_is_skipped() -> None:
     cases, timing = module("cases"), module("timing")
 
-    def no_room() -> None:
-        raise cases.CannotRun("no room")
+    def too_large() -> None:
+        raise cases.CannotRun("not enough memory")
 
-    variants = {"a": cases.Variant(lambda: None, no_room), "b": cases.Variant(lambda: None, lambda: None)}
+    variants = {"a": cases.Variant(lambda: None, too_large), "b": cases.Variant(lambda: None, lambda: None)}
     how = timing.Effort(budget_s=0.0, least=2, most=2, warmup=1)
     rows = cases.measure(step_shape("xlmr"), lambda: variants, "", False, how, CPU).rows
-    assert (rows["a"]["status"], rows["a"]["reason"]) == ("skipped", "no room")
+    assert (rows["a"]["status"], rows["a"]["reason"]) == ("skipped", "not enough memory")
     assert rows["b"]["status"] == "timed" and 0 < rows["b"]["host_median_s"] <= rows["b"]["wall_median_s"]
 
 
@@ -135,7 +135,7 @@ def test_a_graph_is_captured_only_if_the_largest_eager_row_still_fits(monkeypatc
 
 
 def test_ligers_functions_are_installed_only_during_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Liger replaces functions of a model family for the whole process; other rows must keep those of transformers."""
+    """Liger replaces functions of transformers in the whole process. Other rows must call the original functions."""
     from transformers.models.llama import modeling_llama
 
     original, calls = modeling_llama.apply_rotary_pos_emb, []
@@ -175,7 +175,7 @@ def test_the_main_grid_has_the_rows_that_the_summary_reads() -> None:
         assert ("flare-liger" in methods) == (family == "llama" and not padded)
 
 
-# --- the summary's numbers --------------------------------------------------------------------------------------------
+# --- numbers of the summary -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def row_of(result: dict[str, Any], question: str, variant: str, padded: bool = F
     return row
 
 
-def test_the_adapters_share_of_a_frozen_step(recorded: dict[str, Any]) -> None:
+def test_adapter_share_is_computed_per_token(recorded: dict[str, Any]) -> None:
     block = row_of(recorded, "step", "frozen")["counters"]["frozen_block_s"] / (4 * 32)  # tokens of the recorded step
     joint, frozen = (row_of(recorded, "projection", name)["median_s"] for name in ("flare-joint", "frozen"))
     share = (block + (joint - frozen) / 512) / block  # tokens of the recorded projection
@@ -217,7 +217,7 @@ def test_a_padded_step_is_compared_with_padded_steps(recorded: dict[str, Any]) -
     assert summary["step_vs_input_fusion"]["xlmr"] == pytest.approx(ratios[False], rel=1e-3)
 
 
-def test_wall_over_device_is_the_captured_steps_or_without_one_the_eager_steps(recorded: dict[str, Any]) -> None:
+def test_wall_over_device_is_of_the_captured_step_or_else_of_the_eager_step(recorded: dict[str, Any]) -> None:
     summarise = module("summary").summarise
     assert summarise([recorded])["step_wall_over_device"]["xlmr"] is None, "a CPU has no device-busy time"
     result = copy.deepcopy(recorded)
@@ -241,7 +241,7 @@ def test_wall_over_device_is_the_captured_steps_or_without_one_the_eager_steps(r
     assert summarise([result])["targets"]["step_wall_over_device"]["xlmr"]["met"] is False
 
 
-def test_numbers_have_a_meaning(recorded: dict[str, Any]) -> None:
+def test_each_number_has_an_explanation(recorded: dict[str, Any]) -> None:
     summary = module("summary").summarise([recorded])
     names = {"step_wall_over_device", "adapter_share_of_frozen_step", "padded_step_vs_input_fusion"}
     for name in names | {"graphed_step_vs_lora"}:
