@@ -1,4 +1,4 @@
-"""`pip install flare-kernels` without the extra `experiments`: what works, and the message of what does not."""
+"""Without the extra `experiments`, training and prediction work, and the other commands say what to install."""
 
 from __future__ import annotations
 
