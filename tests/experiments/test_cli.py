@@ -32,7 +32,7 @@ def test_help_lists_the_commands(capsys):
         assert re.search(rf"^    {command}\s", out, re.MULTILINE), command
 
 
-def test_version(capsys):
+def test_version_option_prints_the_version(capsys):
     status, out, _ = run(capsys, "--version")
     assert status == 0 and out == f"flare-kernels {flare_kernels.__version__}\n"
 
@@ -65,7 +65,7 @@ def test_info_prints_versions_device_and_backends(capsys):
     ],
     ids=["shape", "tokens", "pytest", "no-tune", "no-gpu"],
 )
-def test_bench_error_messages(capsys, tmp_path, arguments, words):
+def test_bench_errors_name_the_option(capsys, tmp_path, arguments, words):
     status, _, err = run(capsys, "bench", *arguments)
     assert status == 2
     for word in ("flare bench: error:", *words):

@@ -93,7 +93,7 @@ def phrase(determiner: str, noun: str, attribute: str | None = None) -> NounPhra
     return NounPhrase(determiner, noun, attribute)
 
 
-def test_rules_of_the_second_language():
+def test_sentences_follow_the_grammar_of_each_language():
     w = vemari_word
     act = Clause(phrase("my", "friend"), "praised", "positive", phrase("the", "hotel", "old"), "yesterday")
     assert english(Sentence((act,))) == "my friend praised the old hotel yesterday ."

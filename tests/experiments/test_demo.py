@@ -69,7 +69,7 @@ def test_run_json_holds_settings_and_environment(demo):
     assert {"date", "duration_s", "source_macro_f1", "sizes", "languages", "units"} <= set(run)
 
 
-def test_figure_and_table(demo):
+def test_figure_and_table_are_written(demo):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: the demo draws no figure")
     from matplotlib.image import imread
 
@@ -144,7 +144,7 @@ def test_base_is_built_once_and_rebuilt_when_damaged(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name], "no temporary folder is left"
 
 
-def test_an_interrupted_build_leaves_nothing(corpus, tmp_path, monkeypatch):
+def test_an_interrupted_build_of_the_base_leaves_no_file(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "flare.experiments.demo.base_model.pretrain", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
@@ -183,7 +183,7 @@ RUN_INFO = {
 }
 
 
-def test_macro_f1():
+def test_macro_f1_equals_values_computed_by_hand():
     truth = torch.tensor([0, 0, 1, 1, 2, 2])
     assert macro_f1(truth, truth, 3) == 100
     assert math.isclose(macro_f1(torch.zeros(6, dtype=torch.long), truth, 3), 100 * 0.5 / 3)

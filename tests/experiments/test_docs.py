@@ -206,7 +206,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
-def test_python_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after the other, in one namespace."""
     if page.name == "README.md":
         pytest.skip("tests/test_readme.py runs the README")

@@ -105,13 +105,13 @@ def test_evaluate_scores_all_settings_with_gold_and_translated_sources(place, ru
     assert flare(*train_words(place, runs, "--r", 4)) == 0
     translations = tmp_path / "mt"
     shutil.copytree(place / "data" / "english", translations / "vemari-english")
-    shuffled = translations / "vemari-english" / "test.csv"
-    shuffled.write_text("\n".join(line.replace("not", "") for line in shuffled.read_text().splitlines()))
+    translated = translations / "vemari-english" / "test.csv"  # the English rows without every "not"
+    translated.write_text("\n".join(line.replace("not", "") for line in translated.read_text().splitlines()))
     words = ("evaluate", "--output", runs, "--translations", translations, "--no-progress")
     assert flare(*words, "--source-text", "gold", "mt") == 0
     runs_by_variant = {run.record.variant: run for run in find_runs(runs)}
     base = runs_by_variant["base"].metrics.test["source-language"]
-    # both languages have the same test rows, so translate-test equals the base's score on its own language
+    # the gold source texts are the English test rows, so translate-test equals the score of the base on English
     assert runs_by_variant["translate-test"].metrics.test == {"translate-test": base}
     assert runs_by_variant["translate-test-mt-source"].record.source_text == "mt"
     assert set(runs_by_variant["zero-shot"].metrics.test) == {"zero-shot"}
@@ -125,7 +125,7 @@ def test_evaluate_scores_all_settings_with_gold_and_translated_sources(place, ru
     assert read_metrics(adapter.folder).test == adapter.metrics.test
 
 
-def test_machine_translated_training_text(place, runs, tmp_path):
+def test_training_reads_machine_translated_text(place, runs, tmp_path):
     """The training rows have a machine-translated target text, and the test rows a machine-translated source text."""
     translations = tmp_path / "mt"
     shutil.copytree(place / "data" / "vemari", translations / "english-vemari")
@@ -141,13 +141,14 @@ def test_machine_translated_training_text(place, runs, tmp_path):
     # without --translations, evaluate takes the folder of translations from run.json
     again = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
     assert flare(*again) == 0
-    # another path to the same translations does not count as another setting
+    # the other path leads to the same translations, so the run counts as finished with these settings
     (tmp_path / "other").symlink_to(translations)
     words[words.index(str(translations))] = str(tmp_path / "other")
     assert flare(*words, "--target-text", "mt") == 0
 
 
-def test_train_only_fusion_and_flare_mt(place, runs):
+def test_train_only_fusion_and_flare_mt_train_and_predict(place, runs):
+    """With --train-only-fusion, half of the training rows have a source, and no test row needs one."""
     assert flare(*train_words(place, runs, "--r", 4, "--train-only-fusion")) == 0
     record = read_record(runs / "vemari" / "flare-r4-train-only" / "seed-0")
     assert "vemari: 24 of 48 training rows have a source" in record.data["notes"]
@@ -287,7 +288,7 @@ def test_a_run_killed_after_its_last_step_can_be_finished(place, runs):
     assert len((folder / "log.jsonl").read_text().splitlines()) == len(log)
 
 
-def test_no_resume_keeps_the_old_run(place, runs):
+def test_no_resume_moves_the_old_run_to_another_folder(place, runs):
     words = train_words(place, runs, "--r", 4, "--method", "lora")
     assert flare(*words) == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"

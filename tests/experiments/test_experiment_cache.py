@@ -74,7 +74,8 @@ def test_an_encoder_decoder_caches_the_states_of_both_stacks(place, tmp_path):
     words = ("--base", tmp_path / "t5", "--rows", 8, "--epochs", 2, "--max-length", 40)
     folders = [train(place, tmp_path / mode, *words, "--source-cache", mode) for mode in ("auto", "off")]
     facts, metrics = read_record(folders[0]).data["source_cache"], read_metrics(folders[0])
-    assert facts["on"] and metrics.source_cache["hits"] == 8  # only training rows: generation does not use the cache
+    # hits are training rows only, because generation does not use the cache
+    assert facts["on"] and metrics.source_cache["hits"] == 8
     assert metrics.source_cache["bytes"] == facts["bytes_needed"]
     assert metrics.test == read_metrics(folders[1]).test
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
@@ -91,7 +92,7 @@ def test_an_encoder_decoder_caches_the_states_of_both_stacks(place, tmp_path):
         (("--epochs", 2, "--source-cache-budget", "50KB"), "--source-cache-budget is 48.8 KiB"),
     ],
 )
-def test_auto_is_off_with_a_reason(place, tmp_path, capsys, words, reason):
+def test_source_cache_auto_is_off_with_a_reason(place, tmp_path, capsys, words, reason):
     folder = train(place, tmp_path / "runs", "--rows", 8, "--no-test", *words)
     facts = read_record(folder).data["source_cache"]
     assert not facts["on"] and reason in facts["reason"]

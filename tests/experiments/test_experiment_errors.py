@@ -140,7 +140,7 @@ def test_a_lock_whose_holder_was_killed_is_free(tmp_path):
         pass
 
 
-def test_a_lock_file_that_its_holder_just_removed_does_not_count(tmp_path, monkeypatch):
+def test_locking_is_repeated_if_the_lock_file_was_removed_meanwhile(tmp_path, monkeypatch):
     import fcntl
 
     from flare.experiments.runs import run_folder

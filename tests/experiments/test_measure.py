@@ -152,7 +152,7 @@ def test_counting_does_not_change_gradients():
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=True))
 
 
-def test_checkpointing_saves_less():
+def test_checkpointing_saves_fewer_bytes():
     net = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(4)])
     x = torch.ones(32, 64)
     with saved_bytes(ignore=[net.parameters(), x]) as plain:
@@ -181,7 +181,7 @@ def test_all_steps_count_if_there_are_only_warm_up_steps():
     assert timer.median == timer.seconds[0]
 
 
-def test_timer_errors():
+def test_invalid_use_of_the_timer_raises():
     with pytest.raises(ValueError, match="warmup"):
         StepTimer(warmup=-1)
     timer = StepTimer()

@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_lines(monkeypatch, capsys):
+def test_a_log_file_gets_a_line_every_30_seconds(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with progress.counter("acehnese flare", 100, "step", initial=20) as bar:

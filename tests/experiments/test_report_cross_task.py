@@ -112,7 +112,7 @@ def test_ablation_table_over_ranks(tasks: Path, tmp_path: Path) -> None:
     assert table.best == {(1, 3), (1, 4)}
 
 
-def test_display_names() -> None:
+def test_display_names_of_tasks_models_and_languages() -> None:
     assert task_name("nusax") == "NusaX" and task_name("my-task") == "my-task"
     assert [
         model_name(name) for name in ("FacebookAI/xlm-roberta-large", "google/mt5-xl", "meta-llama/Llama-3.1-8B")
@@ -144,7 +144,7 @@ def made_activations() -> tuple[Activations, list[np.ndarray]]:
     return Activations("layer.0.query", "add_relu", sums.averages(), sums.averages(), (instance,)), rows
 
 
-def test_averages_by_position_and_their_file(tmp_path: Path) -> None:
+def test_averages_by_position_are_computed_written_and_read(tmp_path: Path) -> None:
     activations, rows = made_activations()
     padded = np.full((3, 5, 4), np.nan)
     for index, row in enumerate(rows):

@@ -116,7 +116,7 @@ def test_only_the_context_is_truncated(family):
         form.eval_rows([Pair(question("9", "who? " * 20, "me"))], with_source=False)
 
 
-def test_a_short_length_and_missing_end_and_pad_tokens():
+def test_too_short_lengths_and_missing_special_tokens_are_reported():
     with pytest.raises(UserError, match="--max-length 10 leaves no room for a prompt: an answer may have 12 tokens"):
         make_form(NUSAX, byte_tokenizer(), "causal", 10)
     tokenizer = byte_tokenizer(eos_token=None)

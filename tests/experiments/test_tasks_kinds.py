@@ -104,7 +104,7 @@ def test_inferred_tags_are_completed_to_iob2(tmp_path):
         get_task("token-classification", labels=["B-PER", "I-PER"])
 
 
-def test_choices_and_their_labels():
+def test_choices_and_their_labels_are_read():
     task = get_task("multiple-choice", **CHOICES, label_column="answer")
     row = {"passage": "p", "question": "q", "c1": "x", "c2": "y", "c3": "z", "answer": "b"}
     listed = {"passage": "p", "question": "q", "choices": ["x", "y", "z"], "answer": 1}
@@ -285,7 +285,7 @@ def test_a_generated_choice_is_one_of_the_letters():
     assert both.next_tokens([]) == sorted(letters)
 
 
-def test_multi_label_and_regression_forms():
+def test_multi_label_and_regression_forms_make_rows_and_predictions():
     tokenizer = word_tokenizer("a b")
     several = make_form(get_task("multi-label", labels=["joy", "anger"]), tokenizer, "encoder")
     pairs = [Pair(Example("1", {"text": "a"}, ("anger",))), Pair(Example("2", {"text": "b"}, ()))]
@@ -313,7 +313,7 @@ def test_generative_models_have_no_form_for_these_kinds(kind):
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_entity_scores_equal_seqevals():
+def test_entity_scores_equal_values_computed_by_hand():
     pytest.importorskip("seqeval.metrics", exc_type=ImportError)
     task = get_task("token-classification", labels=TAGS)
     truth = [Example("1", label=("B-PER", "I-PER", "O", "B-LOC")), Example("2", label=("B-LOC", "O"))]

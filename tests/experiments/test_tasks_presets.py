@@ -114,7 +114,7 @@ def second_row(task: str, name: str, split: str = "test") -> Example:
     return read_split(get_task(task), None, name, split)[1]
 
 
-def test_rows_of_classifications(hub):
+def test_rows_of_classification_data_sets_are_read(hub):
     assert second_row("sib200", "acehnese", "train") == Example("101", {"text": "text ace_Latn 1"}, "travel")
     assert second_row("sib200", "min_Arab").texts == {"text": "text min_Arab 1"}, (
         "a tag of FLORES-200 that NLLB does not have"
@@ -132,7 +132,7 @@ def test_rows_of_classifications(hub):
     assert hub[-1] == ("facebook/xnli", "zh", "test")
 
 
-def test_rows_of_multiple_choice_and_token_classification(hub):
+def test_rows_of_multiple_choice_and_token_classification_are_read(hub):
     example = second_row("belebele", "yoruba")
     assert example.id == "https://w/1-2" and example.label == "C"
     assert list(example.texts) == ["flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4))]

@@ -192,7 +192,7 @@ TASK = get_task("classification", id_columns=["key"], label_column="topic", labe
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_columns_of_both_languages_in_one_table(tmp_path, form):
+def test_columns_of_both_languages_are_read_from_one_table(tmp_path, form):
     path = write_as(tmp_path, BOTH, form, name="all")
     data = ParallelColumns(path, "english", ("en",), ("{language}",))
     pairs, notes = load_pairs(TASK, data, "english", "jav", "test")
@@ -210,7 +210,7 @@ def test_columns_of_both_languages_in_one_table(tmp_path, form):
     assert not has_split(TASK, again, "javanese", "valid")
 
 
-def test_columns_of_a_pair_of_texts_in_both_languages(tmp_path):
+def test_columns_of_a_pair_of_texts_are_read_in_both_languages(tmp_path):
     rows = [{"p_en": "p", "h_en": "h", "p_sw": "P", "h_sw": "H", "label": "neutral"}]
     write_as(tmp_path, rows, "tsv", name="test")
     data = ParallelColumns(tmp_path, "english", ("p_en", "h_en"), ("p_sw", "h_sw"))

@@ -130,7 +130,7 @@ def test_provenance_records_settings_and_counts(data, nllb, tmp_path):
     assert {"torch", "transformers"} <= set(entry["environment"]["versions"])
 
 
-def test_direction_to_source(data, nllb, tmp_path):
+def test_direction_to_source_translates_the_target_rows(data, nllb, tmp_path):
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--splits", "train", "--direction", "to-source", "--limit", "3")) == 0
     assert [row["id"] for row in rows_of(out / "acehnese-english" / "train.jsonl")] == ["train0", "train1", "train2"]
