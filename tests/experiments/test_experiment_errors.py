@@ -25,6 +25,7 @@ QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progre
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with data/, a pretrained model in bert/, and a base fine-tuned from it in runs/."""
     root = tmp_path_factory.mktemp("experiment")
     write_data(root / "data", valid=False)
     write_bert(root / "bert")
@@ -35,6 +36,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(place, tmp_path) -> Path:
+    """Return a folder of runs that holds only the fine-tuned base."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 

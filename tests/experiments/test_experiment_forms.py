@@ -19,6 +19,7 @@ QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with texts in data/, questions in qa/, and tiny models in bert/, llama/ and t5/."""
     root = tmp_path_factory.mktemp("forms")
     write_data(root / "data", rows={"train": (0, 16), "valid": (16, 24), "test": (24, 32)})
     questions = {"train": 16, "valid": 8, "test": 8}

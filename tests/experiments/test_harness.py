@@ -118,9 +118,8 @@ def evaluated(tasks: Path, task: str, model: str, **options: Any) -> tuple[dict[
         batch_size=size,
         bootstrap_iters=0,
     )
-    return results["results"][f"tiny_{task}"], sorted(
-        results["samples"][f"tiny_{task}"], key=lambda sample: sample["doc_id"]
-    )
+    samples = results["samples"][f"tiny_{task}"]
+    return results["results"][f"tiny_{task}"], sorted(samples, key=lambda sample: sample["doc_id"])
 
 
 def answers(samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:

@@ -34,6 +34,7 @@ ROOT = Path(flare.cli.__file__).parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with data/ and a pretrained model in bert/."""
     root = tmp_path_factory.mktemp("hostile")
     write_data(root / "data", valid=False)
     write_bert(root / "bert")
@@ -257,10 +258,8 @@ def test_messages_name_existing_flags():
                     accepted = flags[word.removeprefix("flare ")] | (flags_here if part == "runs" else set())
                     continue
                 seen += 1
-                if word not in accepted and text not in (
-                    word,
-                    "--source-code or --target-code",
-                ):  # a text that is only a flag, or a pair of flags, gives no advice
+                # a text that is only a flag, or a pair of flags, gives no advice
+                if word not in accepted and text not in (word, "--source-code or --target-code"):
                     wrong.append(f"{path}:{line}: {word} in {text[:80]!r}")
     assert seen > 150 and not wrong, "\n".join(wrong)
 

@@ -25,6 +25,7 @@ QUICK = ("--max-length", "24", "--batch-size", "8", "--no-progress", "--epochs",
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with data/, a pretrained model in bert/, and a base fine-tuned from it in runs/."""
     root = tmp_path_factory.mktemp("messages")
     write_data(root / "data", valid=False)
     write_bert(root / "bert")

@@ -268,8 +268,11 @@ def test_figures_show_whole_curves_and_fit_a_column_or_a_page(runs: Path) -> Non
 # --- the whole report -------------------------------------------------------------------------------------------------
 
 
-def test_with_many_lines_the_comparison_shows_one_line_per_method(tmp_path: Path) -> None:
-    """Every variant is named after its rank or by --name, so no line has only the name of its method."""
+def test_with_many_lines_the_comparison_shows_only_the_main_lines(tmp_path: Path) -> None:
+    """The main lines are, for each method, the line closest to its defaults, and all lines that the user named.
+
+    Here every variant has its rank in its name or is named by the user, so no line has only the name of its method.
+    """
     for language in ("ace", "jav"):
         for method in ("lora", "input-fusion", "x-mixup"):
             make_run(tmp_path, language, method, 0, 50, variant=f"{method}-r8", r=8)
