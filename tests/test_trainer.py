@@ -292,6 +292,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def training(folder: Path, model: Any, **options: Any) -> FlareTrainer:
+    """Return a trainer for six steps that evaluates and saves a checkpoint after every second step."""
     args = arguments(
         folder,
         per_device_train_batch_size=4,

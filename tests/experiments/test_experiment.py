@@ -52,6 +52,7 @@ def flare(*words: object) -> int:
 
 
 def train_words(place: Path, runs: Path, *more: object) -> list[str]:
+    """Return the arguments of a flare train command."""
     words = ("train", *TASK, "--data", place / "data", "--output", runs, "--target", "vemari", *QUICK)
     return [str(word) for word in (*words, "--epochs", 2, *more)]
 

@@ -28,6 +28,7 @@ def flare(*words: object) -> int:
 
 
 def train_words(place: Path, runs: Path) -> tuple[object, ...]:
+    """Return the arguments of a flare train command that keeps its checkpoints."""
     options = ("--data", place / "data", "--output", runs, "--target", "vemari", "--save_total_limit", 5)
     return ("train", *TASK, *options, *QUICK, "--keep-checkpoints")
 

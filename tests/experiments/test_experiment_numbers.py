@@ -42,6 +42,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def write_questions(folder: Path, word: str, unanswered: tuple[int, ...] = ()) -> None:
+    """Write question data of one language. The test rows with the numbers in `unanswered` have no answer."""
     folder.mkdir(parents=True)
     for split, count in {"train": 16, "valid": 8, "test": 8}.items():
         lines = []

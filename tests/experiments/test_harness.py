@@ -30,6 +30,7 @@ from flare.experiments.harness.source_prompts import SourcePrompts
 LABELS = ("negative", "neutral", "positive")
 TARGET = ("Hana mangat", "Cukop get that", "Ibu tom geukereuja bak Grab", "Nyan")
 ENGLISH = ("Not tasty", "It is really good", "Mom once worked for Grab", "That one over there")
+#: Definition of a task that compares the likelihoods of the labels.
 SCORED = """\
 task: {name}
 dataset_path: json
@@ -41,6 +42,7 @@ doc_to_choice: [negative, neutral, positive]
 doc_to_target: label
 metric_list: [{{metric: acc}}]
 """
+#: Definition of a task that generates text.
 WRITTEN = """\
 task: {name}
 dataset_path: json
@@ -90,8 +92,8 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with three tasks and their data.
 
-    `scored` and `written` have a source in each row, and `lonely` has none. `written` generates text; the other two
-    score the choices. english.jsonl holds the sources, in reverse order.
+    The tasks are tiny_scored and tiny_written, whose rows have a source, and tiny_lonely, whose rows have none.
+    english.jsonl holds the sources in reverse order.
     """
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"id": f"n{i}", "text": text, "label": LABELS[i % 3]} for i, text in enumerate(TARGET)]

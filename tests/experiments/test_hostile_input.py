@@ -63,10 +63,13 @@ def run(place, tmp_path, capsys):
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    """Return a function that writes a file of this name into the copy."""
     return lambda root: (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a function that replaces a file of the copy by what `make` creates at its path."""
+
     def spoil(root: Path) -> None:
         (root / name).unlink()
         make(root / name)
@@ -75,6 +78,8 @@ def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], o
 
 
 def jsonl(line: str) -> Callable[[Path], object]:
+    """Return a function that replaces the English training rows by a JSON lines file with one line."""
+
     def spoil(root: Path) -> None:
         (root / "data/english/train.csv").unlink()
         (root / "data/english/train.jsonl").write_text(line + "\n")
@@ -83,6 +88,8 @@ def jsonl(line: str) -> Callable[[Path], object]:
 
 
 def config(**changes: object) -> Callable[[Path], object]:
+    """Return a function that changes fields of the model's config.json."""
+
     def spoil(root: Path) -> None:
         path = root / "bert/config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -97,6 +104,7 @@ DEEP = "[" * 100_000
 _TRAIN = "data/english/train.csv"
 
 #: By name of the case: a function that damages the copy, the command, and a pattern that its message must match.
+#: Half a character is a lone surrogate, which UTF-8 cannot encode.
 CASES = {
     "a folder": (in_place_of(_TRAIN, Path.mkdir), FINETUNE, "train.csv is not a file"),
     "a FIFO": (in_place_of(_TRAIN, os.mkfifo), FINETUNE, "train.csv is not a file"),

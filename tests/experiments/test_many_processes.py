@@ -45,6 +45,7 @@ def flare(*words: object) -> int:
 
 
 def translate(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare translate command."""
     words = ("--data", root / "texts", "--source", "english", "--target", "acehnese", "--splits", "train")
     return (
         *("translate", "--task", "nusax", *words, "--model", root / "nllb", "--output", root / output),
@@ -53,16 +54,19 @@ def translate(root: Path, output: str, *more: object) -> tuple[object, ...]:
 
 
 def train(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare train command."""
     words = ("--data", root / "data", "--output", root / output, "--target", "vemari", "--seeds", 0, "--r", 4)
     return ("train", "--task", "classification", *words, *QUICK, "--epochs", 2, "--keep-checkpoints", *more)
 
 
 def evaluate(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare evaluate command."""
     words = ("--output", root / output, "--translations", root / "mt", "--eval-batch-size", 8)
     return ("evaluate", *words, "--threads", 1, "--no-progress", *more)
 
 
 def predict(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare predict command that also translates."""
     adapter = root / "one" / "vemari" / "flare-r4" / "seed-0"
     codes = ("--translator", root / "nllb", "--source-code", "eng_Latn", "--target-code", "ace_Latn")
     words = ("--adapter", adapter, "--input", root / "new.jsonl", "--output", root / output, *codes)

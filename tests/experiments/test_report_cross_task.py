@@ -55,6 +55,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def overview_of(root: Path):
+    """Return one overview for each base model: its methods with their scores on all tasks."""
     groups = collect([root]).groups
     return overviews(groups, {group.slug: "macro_f1" for group in groups})
 

@@ -130,7 +130,7 @@ def test_out_of_memory_halves_the_batch(nllb, monkeypatch):
         translator.translate_batch(texts)
 
 
-# --- errors, identity -------------------------------------------------------------------------------------------------
+# --- errors and fingerprints ------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_tag_is_an_error_before_weights_are_loaded(tmp_path):

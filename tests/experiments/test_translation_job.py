@@ -41,6 +41,7 @@ def data(tmp_path) -> Path:
 
 
 def options(data: Path, nllb: Path, output: Path, *more: str) -> list[str]:
+    """Return the arguments of a flare translate command. The options in `more` replace the defaults set here."""
     chosen = {
         "--task": "nusax",
         "--data": str(data),
