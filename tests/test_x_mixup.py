@@ -33,9 +33,9 @@ def attend(scores: Tensor, value: Tensor) -> Tensor:
 
 
 def ratio_by_hand(scores: Tensor, target: Tensor, source: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Return lambda, the weight of the attention over the source, for each text. Padding is removed first.
+    """Return lambda, the weight of the attention over the source, for each text, as [B, 1, 1].
 
-    The shape is [B, 1, 1].
+    Each text is computed alone, from its attention scores without padding.
     """
     ratios = []
     for s, t, u in zip(scores, target.bool(), source.bool(), strict=True):

@@ -147,8 +147,8 @@ def test_logits_at_the_answer_positions_give_the_answers(side, joined):
     rows, notes = form.train_rows(PAIRS, with_source=True)
     assert notes == [] and len(rows) == 3
     assert tokenizer.decode(rows[0]["input_ids"]) == "<s> who lives in the north ? </s> Ana lives in the north . </s>"
-    kind = InputFusionCollator if joined else flare.FlareDataCollator
-    collator = kind(tokenizer, layout="encoder", padding="longest")
+    collator_class = InputFusionCollator if joined else flare.FlareDataCollator
+    collator = collator_class(tokenizer, layout="encoder", padding="longest")
     batch = collator(rows)
     width = batch["input_ids"].shape[1]
     # Logits are 1.5 at the answer, 1 at other tokens, and 2 at padding. Before the target of a joined row they are 9.
