@@ -232,8 +232,8 @@ def test_training_steps_equal_those_of_one_process(root, two) -> None:
     for name in ("two", "resumed", "sharded"):
         for parameter, weight in weights(root / name).items():
             torch.testing.assert_close(weight, expected[parameter], rtol=1e-4, atol=1e-6, msg=f"{name}: {parameter}")
-        one, two_processes = (root / runs / "vemari/flare-r4/seed-0/predictions-test.jsonl" for runs in ("one", name))
-        assert two_processes.read_bytes() == one.read_bytes()
+        from_one, from_two = (root / runs / "vemari/flare-r4/seed-0/predictions-test.jsonl" for runs in ("one", name))
+        assert from_two.read_bytes() == from_one.read_bytes()
     records = {
         name: read_record(root / name / "vemari" / "flare-r4" / "seed-0")
         for name in ("one", "two", "resumed", "sharded")
