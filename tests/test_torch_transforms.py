@@ -1,4 +1,4 @@
-"""Whole models on the meta device, under tracers and torch.func, and with second derivatives."""
+"""Tests of whole models on the meta device, with torch.export, torch.jit.trace and torch.func, and twice derived."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fused(family: str, **fields: Any) -> Any:
 
 
 def stock(family: str, model: Any) -> Any:
-    """Return PEFT's model with the same weights."""
+    """Return PEFT's LoRA model with the weights of a plain LoRA model of this package."""
     config = peft.LoraConfig(
         r=4, lora_alpha=128, target_modules=QV[family], task_type=model.peft_config["default"].task_type
     )
@@ -59,8 +59,8 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("source_memory", [None, "recompute"])
 @pytest.mark.parametrize("family", QV)
-def test_the_meta_device(family, source_memory) -> None:
-    """Masks are left out because transformers reads their values, except in llama with eager attention."""
+def test_forward_and_backward_run_on_the_meta_device(family, source_memory) -> None:
+    """Only llama gets masks, because transformers reads a mask's values in the other models, and meta has none."""
     fields = {} if source_memory is None else {"source_memory": source_memory}
     model = fused(family, lora_dropout=0.1, target_modules="all-linear", **fields).to("meta")
     batch = {name: value.to("meta") for name, value in tiny.batch(family, source=source_memory is not None).items()}
@@ -74,7 +74,7 @@ def test_the_meta_device(family, source_memory) -> None:
 
 @pytest.mark.parametrize(("family", "source"), [("bert", False), ("llama", True), ("mt5", True)])
 def test_export_contains_only_plain_operators(family, source) -> None:
-    """The graph has no operator of flare_kernels, and it matches the model also on other values."""
+    """The exported graph has no operator of flare_kernels, and it gives the model's logits for other inputs too."""
     model, batch = fused(family), inputs_of(family, source)
     labels = batch.pop("labels")
     if family == "mt5":
@@ -82,11 +82,11 @@ def test_export_contains_only_plain_operators(family, source) -> None:
     other = {name: value.roll(1, 0) for name, value in batch.items()}
     with torch.no_grad():
         exported = torch.export.export(model, (), {**batch, "use_cache": False} if family != "bert" else batch)
-        got = exported.module()(**other, **({"use_cache": False} if family != "bert" else {}))["logits"]
-        want = model(**other).logits
+        logits = exported.module()(**other, **({"use_cache": False} if family != "bert" else {}))["logits"]
+        expected = model(**other).logits
     assert not [node for node in exported.graph.nodes if "flare" in str(node.target)]
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(want, model(**batch).logits)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, model(**batch).logits)
 
 
 def test_export_of_encode_source_is_refused() -> None:
@@ -119,8 +119,11 @@ def test_a_traced_model_is_saved_and_loaded(source) -> None:
 
 @pytest.mark.parametrize("fusion", ["add_relu", "cross_attention", None])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_the_transforms_of_torch_func(family, fusion) -> None:
-    """Compare grad, and per-row gradients by vmap, with the fused backward. transformers would read masks."""
+def test_gradients_by_torch_func_equal_the_fused_backward(family, fusion) -> None:
+    """Compare grad, and the gradients of each row by vmap, with the fused backward.
+
+    No masks are passed, because transformers would read their values.
+    """
     model, batch = fused(family, fusion=fusion).double(), inputs_of(family, fusion is not None, masks=False)
 
     def loss(weights: dict, batch: dict) -> torch.Tensor:
@@ -133,8 +136,8 @@ def test_the_transforms_of_torch_func(family, fusion) -> None:
     torch.testing.assert_close({name: value[0] for name, value in rows.items()}, first, **close)
 
 
-def test_second_derivatives_by_torch_func() -> None:
-    """Compare a Hessian-vector product with differences of the fused backward."""
+def test_second_derivatives_by_torch_func_equal_finite_differences() -> None:
+    """Compare a Hessian-vector product with finite differences of the gradients from the fused backward."""
     model, batch = fused("bert").double(), inputs_of("bert", True, masks=False)
     direction = {name: torch.randn_like(value) for name, value in trained(model).items()}
 
@@ -154,11 +157,11 @@ def test_second_derivatives_by_torch_func() -> None:
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("ask", ["grad", "backward"])
 def test_gradients_of_gradients_are_refused(source, ask) -> None:
-    """Second derivatives raise instead of being zero. First derivatives do not change with create_graph=True."""
+    """Asking for second derivatives raises an error. First derivatives do not change with create_graph=True."""
     model, batch = fused("llama", source_memory="recompute"), inputs_of("llama", source)
-    want, parameters = fused_gradients(model, batch), [p for p in model.parameters() if p.requires_grad]
+    expected, parameters = fused_gradients(model, batch), [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(model(**batch).loss, parameters, create_graph=True)
-    torch.testing.assert_close(list(grads), list(want.values()), rtol=0, atol=0)
+    torch.testing.assert_close(list(grads), list(expected.values()), rtol=0, atol=0)
     penalty = sum(one.square().sum() for one in grads)
     with pytest.raises(RuntimeError, match=r"differentiated again \(create_graph=True\).*torch.func"):
         if ask == "grad":

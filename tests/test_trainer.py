@@ -52,7 +52,7 @@ def gradients(
             **options,
         ),
         train_dataset=Dataset.from_list(data),
-        # all batches have one width, because the softmax over positions (spans) and fused padding depend on it
+        # all batches have one width, because it affects the softmax over positions (spans) and the fusion of padding
         data_collator=FlareDataCollator(
             tokenizer(), "max_length", 16, require_source=False, layout=layout or layout_of(model)
         ),
@@ -92,9 +92,9 @@ def test_accumulation_gives_the_gradient_of_the_large_batch(family: str, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "xlmr", "llama-classes", "mt5"])
-def test_stock_trainer_gradients_are_four_times_too_large(family: str, tmp_path: Path):
-    """If this fails, transformers has fixed it, and FlareTrainer.compute_loss may be redundant."""
-    data = rows(family, 8, source=False)  # micro-batches have equal sizes, so nothing else differs
+def test_stock_trainer_gradients_of_four_micro_batches_are_four_times_too_large(family: str, tmp_path: Path):
+    """If this test fails, transformers scales accumulated gradients correctly, and FlareTrainer may not need to."""
+    data = rows(family, 8, source=False)  # micro-batches of equal sizes, so that only the scale differs
     whole, _ = gradients(Trainer, lora(family), data, tmp_path, micro=8, steps=1)
     parts, _ = gradients(Trainer, lora(family), data, tmp_path, micro=2, steps=4)
     assert 3.0 < norm(parts) / norm(whole) < 5.0
@@ -107,18 +107,18 @@ def test_accumulation_with_fusing_adapters(family: str, tmp_path: Path):
     parts, _ = gradients(FlareTrainer, flare_model(family), data, tmp_path, micro=2, steps=4)
     assert distance(parts, whole) < 1e-5
     plain, _ = gradients(FlareTrainer, flare_model(family, fusion=None), data, tmp_path, micro=7, steps=1)
-    assert distance(whole, plain) > 0.1  # the source was used
+    assert distance(whole, plain) > 0.1  # FLARE reads the source, plain LoRA does not
 
 
-def test_accumulation_for_a_causal_model_that_ignores_the_count(tmp_path: Path):
-    """The loss does not predict the first token of a row, so its label must not be counted."""
+def test_accumulation_for_a_causal_model_that_ignores_num_items_in_batch(tmp_path: Path):
+    """The loss does not predict the first token of a row, so the label of this token must not be counted."""
     data = rows("llama-text", 7, source=False)
 
     def model() -> Any:
-        made = lora("llama-text")
-        stock = made.get_base_model().loss_function
-        made.get_base_model().loss_function = lambda num_items_in_batch=None, **kwargs: stock(**kwargs)
-        return made
+        causal_model = lora("llama-text")
+        stock = causal_model.get_base_model().loss_function
+        causal_model.get_base_model().loss_function = lambda num_items_in_batch=None, **kwargs: stock(**kwargs)
+        return causal_model
 
     whole, _ = gradients(FlareTrainer, model(), data, tmp_path, micro=7, steps=1, layout="encoder")
     parts, _ = gradients(FlareTrainer, model(), data, tmp_path, micro=2, steps=4, layout="encoder")
@@ -154,7 +154,7 @@ def test_the_users_loss_function_is_not_normalised(tmp_path: Path):
     assert counts == [8] * 4
 
 
-def test_label_smoothing_with_accumulation(tmp_path: Path):
+def test_label_smoothing_with_accumulation_gives_the_gradient_of_the_large_batch(tmp_path: Path):
     data = rows("bert", 7, source=False)
     smooth = {"label_smoothing_factor": 0.2}
     whole, _ = gradients(FlareTrainer, lora("bert"), data, tmp_path, micro=7, steps=1, **smooth)
@@ -167,7 +167,7 @@ def test_label_smoothing_with_accumulation(tmp_path: Path):
 
 
 def spy(model: Any) -> list[dict[str, torch.Tensor]]:
-    """Record the keyword arguments of every call of a model."""
+    """Return a list that receives the keyword arguments of every call of a model."""
     calls: list[dict[str, torch.Tensor]] = []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True)
     return calls
@@ -187,7 +187,7 @@ def test_source_columns_reach_the_model(trainer_class: type, tmp_path: Path):
     trainer.train()
     names = {name for name in calls[0] if name.startswith("source_")}
     if trainer_class is Trainer:
-        assert names == set()  # the stock Trainer drops them
+        assert names == set()  # the stock Trainer removes the source columns
         return
     assert names == {"source_input_ids", "source_attention_mask"}
     assert calls[0]["source_input_ids"].shape == calls[0]["input_ids"].shape
@@ -198,7 +198,7 @@ def plain_collator() -> FlareDataCollator:
     return FlareDataCollator(tokenizer(), require_source=False)
 
 
-def test_the_default_collator_and_its_layout(tmp_path: Path):
+def test_the_default_collator_and_the_users_collator(tmp_path: Path):
     args = arguments(tmp_path)
     default = FlareTrainer(model=flare_model("llama"), args=args, processing_class=tokenizer()).data_collator
     assert isinstance(default, FlareDataCollator)
@@ -206,9 +206,9 @@ def test_the_default_collator_and_its_layout(tmp_path: Path):
     plain = FlareTrainer(model=lora("bert"), args=args, processing_class=tokenizer()).data_collator
     assert (plain.layout, plain.require_source) == ("encoder", False)
 
-    own = FlareDataCollator(tokenizer(), max_length=16, padding="max_length")
-    kept = FlareTrainer(flare_model("bert"), args, own, processing_class=tokenizer()).data_collator
-    assert (kept.max_length, kept.layout, own.layout) == (16, "encoder", "auto")
+    user_collator = FlareDataCollator(tokenizer(), max_length=16, padding="max_length")
+    used_collator = FlareTrainer(flare_model("bert"), args, user_collator, processing_class=tokenizer()).data_collator
+    assert (used_collator.max_length, used_collator.layout, user_collator.layout) == (16, "encoder", "auto")
 
     def function(rows):
         return rows
@@ -237,7 +237,7 @@ def test_source_cache_of_another_type_raises(tmp_path: Path):
             FlareTrainer(model=lora("bert"), args=arguments(tmp_path), source_cache=cache)
 
 
-def test_the_extended_private_methods_exist():
+def test_the_private_methods_of_the_trainer_that_flare_extends_exist():
     for name in _compat.TRAINER_METHODS:
         assert callable(getattr(Trainer, name)), name
     _compat.check_trainer(Trainer)
@@ -280,7 +280,8 @@ def test_operations_of_the_source_pass_are_counted(tmp_path: Path):
     batch = trainer.data_collator(rows("bert", 4))
     plain = {name: tensor for name, tensor in batch.items() if not name.startswith("source_")}
     both, target = trainer.floating_point_ops(batch), trainer.floating_point_ops(plain)
-    assert both * 6 == target * 8 > 0  # forward and backward are 6, a forward pass alone is 2
+    # per token and weight, the target counts 6 (forward and backward), and the source 2 (forward)
+    assert both * 6 == target * 8 > 0
 
 
 # --- features of the Trainer ---------------------------------------------------------------------------------------
@@ -291,6 +292,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def training(folder: Path, model: Any, **options: Any) -> FlareTrainer:
+    """Return a trainer for six steps that evaluates and saves a checkpoint after every second step."""
     args = arguments(
         folder,
         per_device_train_batch_size=4,
@@ -308,18 +310,18 @@ def training(folder: Path, model: Any, **options: Any) -> FlareTrainer:
         train_dataset=Dataset.from_list(rows("bert", 16)),
         eval_dataset=Dataset.from_list(rows("bert", 8, seed=1)),
         data_collator=FlareDataCollator(tokenizer(), padding="max_length", max_length=12),
-        compute_metrics=lambda result: {"right": float((result.predictions.argmax(-1) == result.label_ids).mean())},
+        compute_metrics=lambda result: {"accuracy": float((result.predictions.argmax(-1) == result.label_ids).mean())},
     )
 
 
-def test_training_evaluation_and_resuming(tmp_path: Path):
-    straight = training(tmp_path / "a", flare_model("bert", lora_dropout=0.2))
-    before = weights(straight.model)
-    straight.train()
-    expected, tokens = weights(straight.model), straight.num_source_input_tokens_seen
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path):
+    uninterrupted = training(tmp_path / "a", flare_model("bert", lora_dropout=0.2))
+    before = weights(uninterrupted.model)
+    uninterrupted.train()
+    expected, tokens = weights(uninterrupted.model), uninterrupted.num_source_input_tokens_seen
     assert any(not torch.equal(before[n], expected[n]) for n in expected if "lora_A" in n)
     assert tokens == 6 * 4 * 12
-    assert {"eval_loss", "eval_right"} <= straight.evaluate().keys()
+    assert {"eval_loss", "eval_accuracy"} <= uninterrupted.evaluate().keys()
 
     state = json.loads((tmp_path / "a/checkpoint-2/trainer_state.json").read_text())
     assert state["num_input_tokens_seen"] == 2 * 2 * 4 * 12
@@ -330,11 +332,11 @@ def test_training_evaluation_and_resuming(tmp_path: Path):
     for name, value in weights(resumed.model).items():
         torch.testing.assert_close(value, expected[name], msg=name, rtol=0, atol=0)
 
-    resumed.train()  # a second training starts counting from zero
+    resumed.train()  # another training starts counting from zero
     assert resumed.num_source_input_tokens_seen == tokens
 
 
-def test_resuming_a_checkpoint_of_the_stock_trainer(tmp_path: Path):
+def test_a_resumed_checkpoint_without_source_tokens_counts_from_zero(tmp_path: Path):
     first = training(tmp_path, flare_model("bert"))
     first.train()
     file = tmp_path / "checkpoint-4/trainer_state.json"
@@ -346,7 +348,7 @@ def test_resuming_a_checkpoint_of_the_stock_trainer(tmp_path: Path):
     assert again.num_source_input_tokens_seen == 2 * 4 * 12
 
 
-def test_load_best_model_at_end(tmp_path: Path):
+def test_load_best_model_at_end_restores_the_best_weights(tmp_path: Path):
     class Spoil(TrainerCallback):
         """Make the model worse at every evaluation after the first."""
 
@@ -368,7 +370,7 @@ def test_load_best_model_at_end(tmp_path: Path):
         torch.testing.assert_close(value, spoil.best[name], msg=name)
 
 
-def test_seq2seq_trainer(tmp_path: Path):
+def test_seq2seq_trainer_passes_source_labels_to_the_model(tmp_path: Path):
     model = lora("mt5")
     calls = spy(model)
     args = Seq2SeqTrainingArguments(
@@ -393,7 +395,7 @@ def test_seq2seq_trainer(tmp_path: Path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_seq2seq_trainer_generates(tmp_path: Path):
+def test_seq2seq_trainer_generates_without_a_source(tmp_path: Path):
     args = Seq2SeqTrainingArguments(
         output_dir=str(tmp_path),
         report_to=[],
@@ -409,7 +411,7 @@ def test_seq2seq_trainer_generates(tmp_path: Path):
 
 @pytest.mark.parametrize("decoder", [True, False])
 def test_seq2seq_trainer_generates_with_the_source(tmp_path: Path, decoder: bool):
-    """Predictions equal those of model.generate on the same batch. Both stacks fuse if rows have source_labels."""
+    """Predictions equal the output of model.generate. If the rows have source_labels, the decoder fuses too."""
     model = flare_model("mt5")
     args = Seq2SeqTrainingArguments(
         output_dir=str(tmp_path),
@@ -420,18 +422,18 @@ def test_seq2seq_trainer_generates_with_the_source(tmp_path: Path, decoder: bool
         predict_with_generate=True,
         generation_max_length=5,
     )
-    kept = rows("mt5", 3)
-    given = kept if decoder else [{k: v for k, v in row.items() if k != "source_labels"} for row in kept]
+    all_rows = rows("mt5", 3)
+    given_rows = all_rows if decoder else [{k: v for k, v in row.items() if k != "source_labels"} for row in all_rows]
     trainer = FlareSeq2SeqTrainer(model=model, args=args, processing_class=tokenizer())
-    predictions = trainer.predict(Dataset.from_list(given)).predictions
-    batch = trainer.data_collator(given)
+    predictions = trainer.predict(Dataset.from_list(given_rows)).predictions
+    batch = trainer.data_collator(given_rows)
     assert ("source_labels" in batch) == decoder
     text = {name: batch[name] for name in batch if name != "labels"}
-    want = model.eval().generate(**text, max_length=5)
-    assert torch.equal(torch.as_tensor(predictions)[:, : want.shape[1]], want)
+    expected = model.eval().generate(**text, max_length=5)
+    assert torch.equal(torch.as_tensor(predictions)[:, : expected.shape[1]], expected)
     if decoder:
         start = torch.zeros(3, 1, dtype=torch.long)
         text = {name: value for name, value in text.items() if name != "source_labels"}
-        assert torch.equal(model.generate(**text, source_decoder_input_ids=start, max_length=5), want)
+        assert torch.equal(model.generate(**text, source_decoder_input_ids=start, max_length=5), expected)
     plain = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_length=5)
-    assert not torch.equal(plain, want)
+    assert not torch.equal(plain, expected)

@@ -1,4 +1,4 @@
-"""Test mixed precision with and without a GradScaler, checkpointing, accumulation, and Liger kernels."""
+"""Test mixed precision with and without a GradScaler, checkpointing, accumulation, Liger kernels, label smoothing."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def gradients(model: Any, inputs: dict, dtype: torch.dtype | None, scaler: Any =
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision(family, checkpointing, dtype) -> None:
-    """Gradients are close to float32. A GradScaler changes only the scale, and a step with infinities is skipped."""
+def test_mixed_precision_gradients_are_close_to_float32(family, checkpointing, dtype) -> None:
+    """A GradScaler changes only the scale of the gradients, and it skips a step with an infinite gradient."""
     inputs, model = tiny.batch(family), fused(family)
     exact = gradients(model, inputs, None)
     if checkpointing is not None:
@@ -66,6 +66,7 @@ def test_mixed_precision(family, checkpointing, dtype) -> None:
 
 
 def trained(folder: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """Train a model for three steps with gradient accumulation, and return its trained parameters."""
     trainer = flare.FlareTrainer(
         model=model,
         args=arguments(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, **options),
@@ -78,13 +79,13 @@ def trained(folder: Path, model: Any, **options: Any) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_trainers_checkpointing_changes_nothing(use_reentrant, bf16, tmp_path) -> None:
-    """Accumulate in both modes and precisions. Training without the source must give other weights."""
+def test_checkpointing_by_the_trainer_does_not_change_the_training(use_reentrant, bf16, tmp_path) -> None:
+    """Training with checkpointing gives the same weights, and training without the source gives other weights."""
     start = {name: p.detach().clone() for name, p in flare_model("bert").named_parameters()}
     model = flare_model("bert")
     parameters = {
-        "want": trained(tmp_path / "a", flare_model("bert"), bf16=bf16),
-        "got": trained(
+        "expected": trained(tmp_path / "a", flare_model("bert"), bf16=bf16),
+        "checkpointed": trained(
             tmp_path / "b",
             model,
             bf16=bf16,
@@ -97,19 +98,19 @@ def test_the_trainers_checkpointing_changes_nothing(use_reentrant, bf16, tmp_pat
     moved = {which: {name: p - start[name] for name, p in one.items()} for which, one in parameters.items()}
     # reentrant checkpointing computes S in the block together with T, which rounds differently in 16 bits
     bound = 0.01 if bf16 and use_reentrant else 1e-4
-    assert distance(moved["got"], moved["want"]) < bound
-    assert distance(moved["plain"], moved["want"]) > 0.1
+    assert distance(moved["checkpointed"], moved["expected"]) < bound
+    assert distance(moved["plain"], moved["expected"]) > 0.1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a CUDA device")
-def test_liger_kernels(device) -> None:
+def test_liger_kernels_and_the_adapters_work_together(device) -> None:
     """Liger computes norms, rotary embeddings, MLP and loss; flare_kernels computes the adapters."""
     liger = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is not installed")
     inputs = {name: value.to(device) for name, value in tiny.batch("llama").items()}
-    want_model = fused().to(device)
-    want = want_model(**inputs)
-    want.loss.backward()
+    expected_model = fused().to(device)
+    expected = expected_model(**inputs)
+    expected.loss.backward()
     base = tiny.model("llama")
     liger.apply_liger_kernel_to_llama(model=base)
     model = flare.fast_lora(base, r=5, lora_alpha=7)
@@ -117,24 +118,24 @@ def test_liger_kernels(device) -> None:
     model.to(device)
     loss = model(**inputs).loss
     loss.backward()
-    torch.testing.assert_close(loss, want.loss, rtol=1e-4, atol=1e-4)
-    assert distance(tiny.gradients(model), tiny.gradients(want_model)) < 1e-2
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-4, atol=1e-4)
+    assert distance(tiny.gradients(model), tiny.gradients(expected_model)) < 1e-2
 
 
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("trainer_class", [flare.FlareTrainer, flare.FlareSeq2SeqTrainer, Seq2SeqTrainer])
 def test_label_smoothing_of_an_encoder_decoder(trainer_class, source, tmp_path) -> None:
-    """The Trainer removes the labels from the inputs, so the collator makes the decoder's input from them."""
+    """With smoothing, the Trainer removes the labels, so the collator must make the decoder's input from the labels."""
     model = flare_model("mt5").eval()
     kind = TrainingArguments if trainer_class is flare.FlareTrainer else Seq2SeqTrainingArguments
     args = kind(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[], remove_unused_columns=False)
-    given = model if trainer_class is Seq2SeqTrainer else None
-    collator = flare.FlareDataCollator(tokenizer(), layout="seq2seq", require_source=source, model=given)
+    collator_model = model if trainer_class is Seq2SeqTrainer else None
+    collator = flare.FlareDataCollator(tokenizer(), layout="seq2seq", require_source=source, model=collator_model)
     trainer = trainer_class(model, args, data_collator=collator)
     batch = trainer.data_collator(rows("mt5", 3, source=source))
     labels = batch["labels"]
     plain = {name: value for name, value in batch.items() if name != "decoder_input_ids"}
-    want = LabelSmoother(0.1)(model(**plain), labels)
-    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), want)
+    expected = LabelSmoother(0.1)(model(**plain), labels)
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected)
     trainer.compute_loss(model, dict(batch)).backward()
     assert len(tiny.gradients(model)) == len([p for p in model.parameters() if p.requires_grad])

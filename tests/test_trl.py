@@ -1,4 +1,4 @@
-"""Test fast_lora with TRL's SFTTrainer and the arguments that the README names."""
+"""Test fast_lora with TRL's SFTTrainer and the arguments that docs/index.md names."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_sft_trainer_feeds_both_streams(gradient_checkpointing, tmp_path) -> Non
     ]
     model = flare.fast_lora(tiny.model("llama"), r=4)
     base = model.get_base_model()
-    carried = []
-    tiny.block_list(base)[0].register_forward_hook(lambda *_: carried.append(THREAD.slot.forward is not None))
+    has_source = []
+    tiny.block_list(base)[0].register_forward_hook(lambda *_: has_source.append(THREAD.slot.forward is not None))
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path),
         max_steps=2,
@@ -46,6 +46,6 @@ def test_sft_trainer_feeds_both_streams(gradient_checkpointing, tmp_path) -> Non
         processing_class=tokenizer,
         data_collator=flare.FlareDataCollator(tokenizer, layout="causal"),
     ).train()
-    assert carried[:2] == [False, True], "a source pass, then the target pass that carries its result"
+    assert has_source[:2] == [False, True], "the source pass runs first, then the target pass with its states"
     moved = {name for name, p in model.named_parameters() if "lora_B" in name and p.any()}
     assert moved, "B started at zero and must have been trained"

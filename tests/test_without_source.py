@@ -1,4 +1,4 @@
-"""A fusing adapter without a source is plain LoRA; it warns once in training and once in prediction."""
+"""Tests of a fusing adapter that gets no source: it is plain LoRA, and warns once in training, once in prediction."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ MESSAGE = "predicts without a source and is plain LoRA"
 
 
 def text(family: str) -> dict[str, Any]:
+    """Return a batch without a source and without labels. mt5 keeps its labels, from which its decoder starts."""
     inputs = tiny.batch(family, source=False)
     return {name: value for name, value in inputs.items() if name != "labels" or family == "mt5"}
 
@@ -31,7 +32,7 @@ def test_predicting_without_a_source_warns_once(family, grad) -> None:
             model(**text(family))
 
 
-def test_a_loaded_adapter_warns_too(tmp_path) -> None:
+def test_a_loaded_adapter_without_a_source_warns(tmp_path) -> None:
     fused("llama").save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path).eval()
     with pytest.warns(UserWarning, match=MESSAGE):
@@ -39,8 +40,8 @@ def test_a_loaded_adapter_warns_too(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mt5"])
-def test_generating_without_a_source(family) -> None:
-    """There is no warning with a source, also if only the decoder of an encoder-decoder has none."""
+def test_generating_without_a_source_warns_once(family) -> None:
+    """There is no warning with a source, even if only the encoder of an encoder-decoder gets it."""
     model, inputs = fused(family).eval(), tiny.batch(family)
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     with silence():
@@ -62,7 +63,7 @@ def test_no_warning_if_the_missing_source_is_intended() -> None:
     model = fused("llama")
     with pytest.warns(UserWarning, match="was trained without a source"):
         model(**text("llama"))
-    with silence():  # it predicts as it was trained
+    with silence():  # the model was trained without a source, so predicting without one is intended
         model.eval()(**text("llama"))
 
 
@@ -72,10 +73,10 @@ def test_a_compiled_model_warns_without_a_graph_break() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         with pytest.warns(UserWarning, match=MESSAGE):
-            got = compiled(**text("llama")).logits
+            logits = compiled(**text("llama")).logits
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            torch.testing.assert_close(got, model(**text("llama")).logits)
+            torch.testing.assert_close(logits, model(**text("llama")).logits)
         with silence():
             compiled(**text("llama"))
     torch._dynamo.reset()

@@ -1,4 +1,7 @@
-"""X-Mixup: the mixed block and the losses by hand, independence of padding and of other rows."""
+"""Tests of X-Mixup: one block mixes attention of the target over the source into the target's states.
+
+The mixed states and the losses equal an implementation by hand, and do not depend on padding and on other rows.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from flare.baselines import plain_lora
 from flare.baselines.mixup_layer import pair_entropy
 from flare.training.collator import FlareDataCollator
 
-# --- X-Mixup as one would write it by hand ----------------------------------------------------------------------------
+# --- an implementation by hand ----------------------------------------------------------------------------------------
 
 
 def heads(x: Tensor, count: int) -> Tensor:
@@ -30,18 +33,28 @@ def attend(scores: Tensor, value: Tensor) -> Tensor:
 
 
 def ratio_by_hand(scores: Tensor, target: Tensor, source: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """One text after the other, over its own tokens alone."""
-    found = []
+    """Return lambda, the weight of the attention over the source, for each text, as [B, 1, 1].
+
+    Each text is computed alone, from its attention scores without padding.
+    """
+    ratios = []
     for s, t, u in zip(scores, target.bool(), source.bool(), strict=True):
-        own = s[:, t][:, :, u]
-        forth, back = own.softmax(-1), own.transpose(1, 2).softmax(-1)
+        unpadded = s[:, t][:, :, u]
+        forth, back = unpadded.softmax(-1), unpadded.transpose(1, 2).softmax(-1)
         H = sum(-(p * p.log()).sum(-1).mean() for p in (forth, back))
-        found.append(0.5 * torch.sigmoid(w * H + b))
-    return torch.stack(found)[:, None, None]
+        ratios.append(0.5 * torch.sigmoid(w * H + b))
+    return torch.stack(ratios)[:, None, None]
 
 
 def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tensor], norm: bool) -> dict[str, Tensor]:
-    """BERT's and XLM-R's blocks on both streams; base is the bare encoder, whose linear layers carry LoRA."""
+    """Run the blocks of BERT or XLM-R on source and target, and return the last hidden states of both.
+
+    Args:
+        base: the model without its head. Its linear layers have LoRA.
+        states: the embeddings, under "source" and "target".
+        masks: the attention masks, under the same names.
+        norm: whether a layer norm follows the mixture.
+    """
     for index, block in enumerate(base.encoder.layer):
         attention, output = block.attention.self, block.attention.output
 
@@ -57,8 +70,10 @@ def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tenso
         if index == LAYER:
             (q,), (k, v) = split(after["target"], "query"), split(after["source"], "key value")
             scores = q @ k.mT / 8**0.5
-            held = attention.query.lora_x_mixup["default"]
-            ratio = ratio_by_hand(scores, masks["target"], masks["source"], held.weight.squeeze(), held.bias.squeeze())
+            mixup = attention.query.lora_x_mixup["default"]
+            ratio = ratio_by_hand(
+                scores, masks["target"], masks["source"], mixup.weight.squeeze(), mixup.bias.squeeze()
+            )
             scores = scores.masked_fill(masks["source"][:, None, None] == 0, -1e300)
             mixed = ratio * output.dense(attend(scores, v)) + (1 - ratio) * after["target"]
             after["target"] = output.LayerNorm(mixed) if norm else mixed
@@ -69,7 +84,7 @@ def encoder_by_hand(base: Any, states: dict[str, Tensor], masks: dict[str, Tenso
 
 
 def classifier_by_hand(model: Any, inputs: dict[str, Tensor], norm: bool = True) -> tuple[Tensor, Tensor]:
-    """The target's logits and the loss, alpha = 0.4."""
+    """Return the target's logits and the loss with alpha = 0.4, which weights the source's cross-entropy."""
     task = model.get_base_model()
     base = task.base_model
     masks = {"source": inputs["source_attention_mask"], "target": inputs["attention_mask"]}
@@ -85,26 +100,26 @@ def classifier_by_hand(model: Any, inputs: dict[str, Tensor], norm: bool = True)
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("task", ["bert", "xlmr"])
-def test_logits_loss_and_gradients_are_those_of_the_formula_written_by_hand(task: str, norm: bool):
+def test_logits_loss_and_gradients_equal_the_implementation_by_hand(task: str, norm: bool):
     model, inputs = mixup_model(task, layer_norm=norm), batch(task)
     assert not torch.equal(inputs["attention_mask"], inputs["source_attention_mask"])
     out = model(**inputs)
     out.loss.backward()
-    found = tiny.gradients(model)
+    grads = tiny.gradients(model)
     model.zero_grad()
     logits, loss = classifier_by_hand(model, inputs, norm)
     loss.backward()
     torch.testing.assert_close(out.logits, logits, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
     expected = tiny.gradients(model)
-    assert len([name for name in found if "lora_x_mixup" in name]) == 2
-    assert all(value.abs().max() > 1e-8 for name, value in found.items() if "lora_" in name)
+    assert len([name for name in grads if "lora_x_mixup" in name]) == 2
+    assert all(value.abs().max() > 1e-8 for name, value in grads.items() if "lora_" in name)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-12, msg=name)
+        torch.testing.assert_close(grads[name], value, rtol=1e-8, atol=1e-12, msg=name)
 
 
 def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, loss and lambda of a causal model whose answers start at index ``split``, alpha = 0.4."""
+    """Return the logits, the loss with alpha = 0.4, and lambda of a causal model. Answers start at index ``split``."""
     task = model.get_base_model()
     base, m = task.model, inputs["input_ids"].shape[1]
     causal = torch.ones(m, m).tril().bool()
@@ -129,8 +144,8 @@ def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Te
             after[name] = h + attention.o_proj(attend((q @ k.mT / 8**0.5).masked_fill(~seen, -1e300), v))
         if index == LAYER:
             q, (_, k, v) = project(after["target"])[0], project(after["source"])
-            scores, held = q @ k.mT / 8**0.5, attention.q_proj.lora_x_mixup["default"]
-            ratio = ratio_by_hand(scores, prompts["target"], prompts["source"], held.weight[0, 0], held.bias[0])
+            scores, mixup = q @ k.mT / 8**0.5, attention.q_proj.lora_x_mixup["default"]
+            ratio = ratio_by_hand(scores, prompts["target"], prompts["source"], mixup.weight[0, 0], mixup.bias[0])
             scores = scores.masked_fill(prompts["source"][:, None, None] == 0, -1e300)
             after["target"] = ratio * attention.o_proj(attend(scores, v)) + (1 - ratio) * after["target"]
         states = {name: h + block.mlp(block.post_attention_layernorm(h)) for name, h in after.items()}
@@ -143,7 +158,7 @@ def llama_by_hand(model: Any, inputs: dict[str, Tensor], split: int) -> tuple[Te
     return logits["target"], loss, ratio.flatten()
 
 
-def test_a_decoder_by_hand_and_neither_answer_is_visible():
+def test_a_decoder_equals_the_implementation_by_hand_and_mixes_no_answer():
     model, inputs = mixup_model("llama"), batch("llama")
     split = int(inputs["labels"].ne(-100).int().argmax(1)[0])
     out = model(**inputs)
@@ -157,28 +172,29 @@ def test_a_decoder_by_hand_and_neither_answer_is_visible():
     torch.testing.assert_close(model(**other).logits, out.logits)
     other["source_input_ids"][:, split - 1] = 7
     assert not torch.allclose(model(**other).logits[real], out.logits[real])
-    # the target's answer does not reach lambda, so not what is predicted before it
+    # lambda does not depend on the target's answer, so neither do the logits before the answer
     later = {**inputs, "input_ids": inputs["input_ids"].clone()}
     later["input_ids"][:, split:] = 11
     torch.testing.assert_close(model(**later).logits[:, :split], out.logits[:, :split])
 
 
-def test_lambda_is_half_a_sigmoid_of_the_entropy():
+def test_the_entropy_of_a_pair_ignores_padding():
     scores = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     target, source = torch.ones(2, 5).bool(), torch.ones(2, 4).bool()
     target[0, 3:], source[0, 2:], source[1, :3] = False, False, False
     p, back = scores[0, :, :3, :2].softmax(-1), scores[0, :, :3, :2].transpose(1, 2).softmax(-1)
     expected = sum(-(x * x.log()).sum(-1).mean() for x in (p, back))
-    found = pair_entropy(scores, target, source)
-    torch.testing.assert_close(found[0], expected)
-    # one source token: nothing to choose from in one direction, five tokens in the other
+    entropy = pair_entropy(scores, target, source)
+    torch.testing.assert_close(entropy[0], expected)
+    # The second text has one source token, so attention over the source has entropy 0. Attention of this token over the
+    # five target tokens gives the whole entropy.
     back = scores[1, :, :, 3].softmax(-1)
-    torch.testing.assert_close(found[1], -(back * back.log()).sum(-1).mean())
-    found.sum().backward()
+    torch.testing.assert_close(entropy[1], -(back * back.log()).sum(-1).mean())
+    entropy.sum().backward()
     assert scores.grad.isfinite().all()
 
 
-# --- what may not matter ----------------------------------------------------------------------------------------------
+# --- invariance -------------------------------------------------------------------------------------------------------
 
 
 TASKS = ("bert", "xlmr", "bert-spans", "bert-tokens", "llama", "llama-classes", "mt5")
@@ -189,27 +205,27 @@ def logits_of(out: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_without_mixup_it_is_plain_lora_and_with_mixup_the_source_matters(task: str):
+def test_lambda_0_is_plain_lora_and_otherwise_the_source_changes_the_logits(task: str):
     model, inputs = mixup_model(task), batch(task)
-    none, plain = mixup_model(task, lambda0=0), randomised(plain_lora(task_model(task).double(), r=4))
-    for other in (none, plain):
+    without_mixing, plain = mixup_model(task, lambda0=0), randomised(plain_lora(task_model(task).double(), r=4))
+    for other in (without_mixing, plain):
         other.load_state_dict({n: v for n, v in model.state_dict().items() if n in other.state_dict()})
     alone = {name: value for name, value in inputs.items() if not name.startswith("source_")}
-    expected, found = plain(**alone), none(**inputs)
-    torch.testing.assert_close(logits_of(found), logits_of(expected))
-    assert found.loss > 0 and abs(float(found.loss) - float(expected.loss)) > 1e-4
+    expected, actual = plain(**alone), without_mixing(**inputs)
+    torch.testing.assert_close(logits_of(actual), logits_of(expected))
+    assert actual.loss > 0 and abs(float(actual.loss) - float(expected.loss)) > 1e-4
     assert (logits_of(model(**inputs)) - logits_of(expected)).abs().max() > 1e-4
     with model.disable_adapter(), plain.disable_adapter():
         torch.testing.assert_close(logits_of(model(**inputs)), logits_of(plain(**alone)))
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_padding_and_other_rows_do_not_matter(task: str):
+def test_padding_and_other_rows_do_not_change_the_results(task: str):
     model = mixup_model(task).eval()
-    made = with_source_labels(task, rows(task, 4, 5))
+    data = with_source_labels(task, rows(task, 4, 5))
     collate = FlareDataCollator(tokenizer(), layout="seq2seq" if task == "mt5" else "auto")
-    many, few = collate(made), collate(made[:2])
-    wide = FlareDataCollator(tokenizer(), padding="max_length", max_length=40, layout=collate.layout)(made[:2])
+    many, few = collate(data), collate(data[:2])
+    wide = FlareDataCollator(tokenizer(), padding="max_length", max_length=40, layout=collate.layout)(data[:2])
     outs = [model(**inputs) for inputs in (few, wide, many)]
     values = []
     for inputs, out in zip((few, wide, many), outs, strict=True):
@@ -220,20 +236,20 @@ def test_padding_and_other_rows_do_not_matter(task: str):
         values.append(value)
     for value in values[1:]:
         torch.testing.assert_close(value, values[0], rtol=1e-5, atol=1e-5)
-    if task != "bert-spans":  # BERT's span loss counts padding as places
+    if task != "bert-spans":  # the softmax of BERT's span loss includes padding positions
         torch.testing.assert_close(outs[0].loss, outs[1].loss, rtol=1e-5, atol=1e-5)
 
 
-def test_the_terms_of_spans_and_tokens():
+def test_the_loss_of_spans_is_the_sum_of_its_terms():
     model, inputs = mixup_model("bert-spans"), batch("bert-spans")
     assert model.peft_config["default"].x_mixup_alpha == 0.2
     out = model(**inputs)
-    seen: list[Tensor] = []
+    hidden_states: list[Tensor] = []
     base = model.get_base_model()
-    handle = base.bert.encoder.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    handle = base.bert.encoder.register_forward_hook(lambda module, args, output: hidden_states.append(output[0]))
     model(**inputs)
     handle.remove()
-    source, target = seen
+    source, target = hidden_states
 
     def spans(hidden: Tensor, prefix: str) -> Tensor:
         start, end = base.qa_outputs(hidden).unbind(-1)
@@ -244,7 +260,7 @@ def test_the_terms_of_spans_and_tokens():
     means = [(h * k).sum(1) / k.sum(1) for h, k in zip((source, target), masks, strict=True)]
     mse = F.mse_loss(*means)
     torch.testing.assert_close(out.loss, 0.2 * spans(source, "source_") + 0.8 * spans(target, "") + mse)
-    # without the source's own places the target's loss counts whole, and that is said once
+    # without the positions in the source, the target's loss has weight 1, and there is one warning
     bare = {name: value for name, value in inputs.items() if not name.startswith(("source_start", "source_end"))}
     with pytest.warns(UserWarning, match=r"no labels of its own \(source_start_positions"):
         loss = model(**bare).loss
@@ -255,11 +271,11 @@ def test_the_terms_of_spans_and_tokens():
 
 
 def test_source_spans_follow_their_tokens_with_padding_on_the_left():
-    made = with_source_labels("bert-spans", rows("bert-spans", 3, 5))
-    out = FlareDataCollator(tokenizer("left"))(made)
+    data = with_source_labels("bert-spans", rows("bert-spans", 3, 5))
+    out = FlareDataCollator(tokenizer("left"))(data)
     at = torch.arange(3)
     first = out["source_input_ids"][at, out["source_start_positions"]]
-    assert first.tolist() == [row["source_input_ids"][1] for row in made]
-    made[0]["source_end_positions"] = 40
+    assert first.tolist() == [row["source_input_ids"][1] for row in data]
+    data[0]["source_end_positions"] = 40
     with pytest.raises(ValueError, match=r"row 0: source_end_positions=40 is outside its \d+ source_input_ids"):
-        FlareDataCollator(tokenizer())(made)
+        FlareDataCollator(tokenizer())(data)

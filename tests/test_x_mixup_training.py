@@ -1,4 +1,4 @@
-"""X-Mixup: families, generation, checkpointing, saving, training, and invalid arguments."""
+"""Tests of X-Mixup: model families, generation, checkpointing, saving, training, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -44,23 +44,25 @@ def test_every_family_mixes_and_copies_are_independent(family: str):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mt5"])
 def test_generation_matches_teacher_forcing(family: str):
-    """Every generated token is the best one of a teacher-forced forward; texts of a batch have unequal padding."""
+    """Every generated token has the largest logit in a teacher-forced forward pass. Rows have unequal padding."""
     model = randomised(x_mixup(tiny.model(family, eos_token_id=None), r=4)).eval()
     inputs = {k: v for k, v in tiny.batch(family, B=3, m=9).items() if k != "labels"}
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
-    found = model.generate(**inputs, **options)
-    assert not torch.equal(found, model.generate(**{k: v for k, v in inputs.items() if "source" not in k}, **options))
+    generated = model.generate(**inputs, **options)
+    assert not torch.equal(
+        generated, model.generate(**{k: v for k, v in inputs.items() if "source" not in k}, **options)
+    )
     beams = model.generate(**inputs, num_beams=3, **options)
-    assert beams.shape == found.shape
+    assert beams.shape == generated.shape
     if family == "mt5":
-        forced = model(**inputs, decoder_input_ids=found[:, :-1]).logits.argmax(-1)
-        assert torch.equal(forced, found[:, 1:])
+        forced = model(**inputs, decoder_input_ids=generated[:, :-1]).logits.argmax(-1)
+        assert torch.equal(forced, generated[:, 1:])
         return
-    new = found[:, 9:]
+    new = generated[:, 9:]
     grown = {k: torch.cat([v, torch.ones_like(new)], 1) for k, v in inputs.items() if k != "input_ids"}
     grown["source_attention_mask"][:, 9:] = 0
     labels = torch.cat([torch.full((3, 9), -100), new], 1)
-    out = model(input_ids=found, labels=labels, **grown)
+    out = model(input_ids=generated, labels=labels, **grown)
     assert torch.equal(out.logits[:, 8:-1].argmax(-1), new)
     with pytest.raises(ValueError, match="prefill_chunk_size cannot be combined with a source"):
         model.generate(**inputs, prefill_chunk_size=4, **options)
@@ -68,33 +70,34 @@ def test_generation_matches_teacher_forcing(family: str):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool):
-    found = []
+    grads = []
     for checkpointing in (False, True):
         model = mixup_model("bert")
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         model(**batch("bert")).loss.backward()
-        found.append(tiny.gradients(model))
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value)
-    assert model.get_base_model().bert.encoder.layer[LAYER].gradient_checkpointing  # given back after the forward
+        grads.append(tiny.gradients(model))
+    assert grads[0].keys() == grads[1].keys()
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value)
+    # the forward pass turns checkpointing off in the mixed block, and then on again
+    assert model.get_base_model().bert.encoder.layer[LAYER].gradient_checkpointing
 
 
 # --- saving and training ----------------------------------------------------------------------------------------------
 
 
-def test_saving_and_loading(tmp_path: Path):
+def test_a_loaded_adapter_equals_the_saved_one(tmp_path: Path):
     model = mixup_model("xlmr", lambda0=0.4, alpha=0.3, layer_norm=False).eval()
     model.save_pretrained(tmp_path)
     inputs = batch("xlmr")
     for load in (load_x_mixup, peft.PeftModel.from_pretrained):
-        back = load(task_model("xlmr").double(), tmp_path).eval()
-        assert torch.equal(back(**inputs).logits, model(**inputs).logits)
-        assert torch.equal(back(**inputs).loss, model(**inputs).loss)
-        config = back.peft_config["default"]
+        loaded = load(task_model("xlmr").double(), tmp_path).eval()
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+        config = loaded.peft_config["default"]
         assert (config.x_mixup_layer, config.x_mixup_lambda0, config.x_mixup_alpha) == (LAYER, 0.4, 0.3)
-        assert not any(p.requires_grad for p in back.parameters())
+        assert not any(p.requires_grad for p in loaded.parameters())
     assert sum(p.requires_grad for n, p in model.named_parameters() if "x_mixup" in n) == 2
     card = (tmp_path / "README.md").read_text()
     assert "An X-Mixup adapter" in card and "A FLARE adapter" not in card
@@ -104,7 +107,7 @@ def test_saving_and_loading(tmp_path: Path):
 
 
 @pytest.mark.parametrize("task", ["bert", "bert-spans", "llama"])
-def test_training_resuming_and_loading_the_best(task: str, tmp_path: Path):
+def test_a_resumed_training_is_equal_and_loads_the_best_weights(task: str, tmp_path: Path):
     data = Dataset.from_list(with_source_labels(task, rows(task, 12)))
 
     def run(folder: str, resume: bool = False) -> Any:
@@ -176,7 +179,7 @@ def test_invalid_arguments_raise():
         model.merge_and_unload()
     with pytest.raises(ValueError, match="a model holds one X-Mixup adapter"):
         model.add_adapter("second", model.peft_config["default"])
-    assert model(**inputs).loss.isfinite()  # nothing of a refused call stays behind
+    assert model(**inputs).loss.isfinite()  # the refused calls left the model as it was
     base = model.unload()
     names = {name: value for name, value in inputs.items() if not name.startswith("source_")}
     torch.testing.assert_close(base(**names).logits, task_model("bert")(**names).logits)

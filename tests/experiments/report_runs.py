@@ -1,4 +1,4 @@
-"""Folders of finished runs for the tests of flare report."""
+"""Helpers for the tests of `flare report`: they write folders of runs and check figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flare.experiments.runs.records import (
     write_record,
 )
 
-COMMITS = {"commit": "c0ffee", "device": "cpu", "cpu": "some", "threads": 1, "versions": {"torch": "2.13.0"}}
+ENVIRONMENT = {"commit": "c0ffee", "device": "cpu", "cpu": "some", "threads": 1, "versions": {"torch": "2.13.0"}}
 
 
 def make_run(
@@ -30,11 +30,29 @@ def make_run(
     measured: dict | None = None,
     **record,
 ) -> Path:
-    """Write a run's folder as flare finetune, train and evaluate do."""
+    """Write run.json and metrics.json of one run into the folder where the `flare` commands would write them.
+
+    Args:
+        root: folder of all runs.
+        language: target language, or None for a fine-tuned base.
+        method: adapter method, "finetune" or "zero-shot".
+        seed: seed of the run.
+        score: macro F1 on the test rows, in percent, or None for a run without test scores.
+        variant: name of the run's folder; None means the method.
+        status: status in run.json.
+        task: name of the task.
+        settings: settings in run.json.
+        setting: evaluation setting of the score; None means the usual setting of the method.
+        measured: further fields of `Metrics`.
+        record: further fields of `RunRecord`.
+
+    Returns:
+        The folder of the run.
+    """
     variant = variant or method
     kind = {"finetune": "finetune", "zero-shot": "evaluate"}.get(method, "train")
     folder = root / (language or "base") / (variant if language else "") / f"seed-{seed}"
-    made = RunRecord(
+    run_record = RunRecord(
         kind=kind,
         status=status,
         task=task,
@@ -45,12 +63,12 @@ def make_run(
         seed=seed,
         settings=settings or {},
         base="tiny-bert" if kind == "finetune" else str(root / "base" / f"seed-{seed}"),
-        environment=COMMITS,
+        environment=ENVIRONMENT,
         date="2026-11-21T10:00:00",
         data={"train": 10, "test": 5},
         **record,
     )
-    write_record(folder, made)
+    write_record(folder, run_record)
     name = setting or {"finetune": "source-language", "zero-shot": "zero-shot"}.get(method, "translate-train")
     test = {} if score is None else {name: {"macro_f1": score}}
     write_metrics(folder, Metrics(test=test, **(measured or {})))
@@ -58,6 +76,7 @@ def make_run(
 
 
 def group_of(root: Path):
+    """Return the only group of comparable runs below a folder: equal task, source language and base model."""
     (group,) = collect([root]).groups
     return group
 

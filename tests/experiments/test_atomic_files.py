@@ -1,4 +1,4 @@
-"""flare.experiments.utils.atomic_files: which temporary files of killed processes are removed, and which files stay."""
+"""Tests of atomic_files: a write removes the temporary files of killed processes and leaves all other files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flare.experiments.utils.atomic_files import replacing, write_json
 
 
 def make_old(path: Path) -> Path:
+    """Set the modification time to 1970, so that the file counts as abandoned."""
     os.utime(path, (1, 1))
     return path
 
@@ -22,10 +23,10 @@ def test_a_later_write_removes_temporary_files_of_killed_processes(tmp_path) -> 
     for number in (3, 99999):
         (tmp_path / f".run.json.{number}").write_text("{")
         abandoned.append(make_old(tmp_path / f".run.json.{number}"))
-    kept = [tmp_path / ".run.json.notes", tmp_path / ".metrics.json.3", tmp_path / ".run.json.4"]
-    for path in kept:
+    remaining = [tmp_path / ".run.json.notes", tmp_path / ".metrics.json.3", tmp_path / ".run.json.4"]
+    for path in remaining:
         path.write_text("mine")
-    for path in kept[:2]:
+    for path in remaining[:2]:
         make_old(path)
     os.mkfifo(tmp_path / ".run.json.5")
     with (tmp_path / ".run.json.6").open("w") as being_written:
@@ -33,8 +34,9 @@ def test_a_later_write_removes_temporary_files_of_killed_processes(tmp_path) -> 
         make_old(tmp_path / ".run.json.6")
         write_json(run, {"status": "done"})
     assert not any(path.exists() for path in abandoned)
-    assert all(path.read_text() == "mine" for path in kept), "not a temporary file, another file's, and a new one"
-    assert (tmp_path / ".run.json.6").exists(), "another process writes it"
+    reason = "the first has no process number, the second belongs to metrics.json, the third was just written"
+    assert all(path.read_text() == "mine" for path in remaining), reason
+    assert (tmp_path / ".run.json.6").exists(), "a locked file is still being written"
     assert run.read_text() == '{\n  "status": "done"\n}\n'
 
 

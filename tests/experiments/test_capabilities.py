@@ -1,4 +1,4 @@
-"""flare info: what this machine can run, and the reasons for what it cannot run."""
+"""Tests of `flare info`, which lists what this machine can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flare.experiments.commands import capabilities
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> dict[str, capabilities.Capability]:
-    """Return the capabilities if some packages are not installed and there is no CUDA device."""
+    """Return the capabilities by name, as if the hidden packages were not installed and there were no CUDA device."""
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in hidden else find_spec(name, *a))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return {one.name: one for one in capabilities.capabilities()}
+    return {capability.name: capability for capability in capabilities.capabilities()}
 
 
 @pytest.mark.parametrize(
@@ -44,35 +44,36 @@ def without(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> dict[str, capabili
     ],
 )
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch, package: str, name: str, words: str) -> None:
-    one = without(monkeypatch, package)[name]
-    assert not one.available and words in one.reason
-    assert str(one).startswith("no: ")
+    capability = without(monkeypatch, package)[name]
+    assert not capability.available and words in capability.reason
+    assert str(capability).startswith("no: ")
     if package in capabilities.OPTIONAL:
         assert capabilities.optional_versions()[package] == "not installed"
 
 
-def test_without_a_device_the_plain_form_runs(monkeypatch) -> None:
+def test_without_a_cuda_device_the_pytorch_form_runs(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    found = without(monkeypatch)
-    assert "no CUDA device" in found["Triton kernels"].reason and "plain PyTorch runs" in found["Triton kernels"].reason
-    assert not found["flare bench --tune"].available
-    assert "small models" in found["flare-mt"].reason
+    by_name = without(monkeypatch)
+    reason = by_name["Triton kernels"].reason
+    assert "no CUDA device" in reason and "plain PyTorch runs" in reason
+    assert not by_name["flare bench --tune"].available
+    assert "small models" in by_name["flare-mt"].reason
 
 
-def test_a_missing_sentencepiece_is_only_a_remark(monkeypatch) -> None:
-    one = without(monkeypatch, "sentencepiece")["flare-mt"]
-    assert one.available and "pip install sentencepiece" in one.reason
+def test_flare_mt_is_available_without_sentencepiece(monkeypatch) -> None:
+    capability = without(monkeypatch, "sentencepiece")["flare-mt"]
+    assert capability.available and "pip install sentencepiece" in capability.reason
 
 
-def test_caches_follow_the_environment(monkeypatch, tmp_path) -> None:
+def test_cache_folders_follow_environment_variables(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = capabilities.caches()
-    assert found["hub models and data"] == str(tmp_path)
-    assert found["demo base, launch tables"] == f"{tmp_path / 'cache' / 'flare-kernels'} (does not exist yet)"
+    folders = capabilities.caches()
+    assert folders["hub models and data"] == str(tmp_path)
+    assert folders["demo base, launch tables"] == f"{tmp_path / 'cache' / 'flare-kernels'} (does not exist yet)"
 
 
-def test_info_prints_all_of_it(capsys) -> None:
+def test_info_prints_packages_capabilities_and_cache_folders(capsys) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     for words in ("bitsandbytes", "liger-kernel", "what runs here", "qlora", "flare bench --tune", "caches"):

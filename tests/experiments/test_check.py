@@ -1,4 +1,4 @@
-"""flare check predicts the numbers of the training that follows, and writes nothing."""
+"""Tests of `flare check`: it predicts the steps, memory and base score of a training, and does not change any run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def flare(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Folder with data/, bert/ and the base of one fine-tuning in runs/."""
+    """Return a folder with data/, a pretrained model in bert/, and a base fine-tuned from it in runs/."""
     root = tmp_path_factory.mktemp("check")
     write_data(root / "data", rows=SIZES)
     write_bert(root / "bert")
@@ -33,19 +33,20 @@ def place(tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> dict[Path, int]:
+    """Return the modification time, in nanoseconds, of each file."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_numbers_match_the_run(place, tmp_path, capsys):
+def test_predicted_numbers_match_the_training(place, tmp_path, capsys):
     words = (*COMMON, "--data", place / "data", "--output", place / "runs", "--target", "vemari", "--r", 4)
     words = (*words, "--method", "lora", "flare")
     before = files(place)
     assert flare("check", *words, "--steps", 1, "--json", tmp_path / "check.json") == 0
-    assert files(place) == before, "nothing is written"
-    found, shown = json.loads((tmp_path / "check.json").read_text()), capsys.readouterr().out
+    assert files(place) == before, "flare check adds and changes no file of data/, bert/ and runs/"
+    checked, shown = json.loads((tmp_path / "check.json").read_text()), capsys.readouterr().out
     base = read_metrics(place / "runs" / "base" / "seed-0")
-    assert found["score"]["scores"] == pytest.approx(base.valid) and found["score"]["rows"] == 10
-    data = found["data"][0]
+    assert checked["score"]["scores"] == pytest.approx(base.valid) and checked["score"]["rows"] == 10
+    data = checked["data"][0]
     assert data["pairs"] == {"train": 20, "valid": 10, "test": 12} and data["left_out"] == []
     first = read_table(place / "data" / "vemari" / "train.csv").rows[0]
     assert data["examples"][0]["id"] == first["id"] and data["examples"][0]["target"]["text"] == first["text"]
@@ -53,45 +54,44 @@ def test_numbers_match_the_run(place, tmp_path, capsys):
     labels = [row["label"] for row in read_table(place / "data" / "vemari" / "test.csv").rows]
     assert data["labels"]["test"] == {name: labels.count(name) for name in data["labels"]["train"]}
     assert flare("train", *words) == 0
-    for cost in found["costs"]:
+    for cost in checked["costs"]:
         run = read_metrics(place / "runs" / "vemari" / cost["method"] / "seed-0")
         assert cost["steps"] == run.steps and cost["error"] is None
-        assert cost["peak_bytes"] == pytest.approx(run.peak_bytes, rel=0.02), "of one step, by the same count"
+        assert cost["peak_bytes"] == pytest.approx(run.peak_bytes, rel=0.02), "both are the peak of a training step"
         assert cost["step_seconds"] > 0 and cost["other_seconds"] > 0
         assert cost["train_seconds"] == pytest.approx(cost["steps"] * cost["step_seconds"])
-    assert [cost["method"] for cost in found["costs"]] == ["lora-r4", "flare-r4"] and found["runs"] == 1
+    assert [cost["method"] for cost in checked["costs"]] == ["lora-r4", "flare-r4"] and checked["runs"] == 1
     capsys.readouterr()
     assert flare("check", *words, "--json", tmp_path / "check.json") == 2
     assert "check.json already exists; name another file" in capsys.readouterr().err
 
 
-def test_lengths_and_vocabulary(place, tmp_path, capsys):
+def test_reported_lengths_and_vocabulary_match_the_tokenizer(place, tmp_path, capsys):
     from transformers import AutoTokenizer
 
     words = ("--data", place / "data", "--output", tmp_path, "--model", place / "bert", "--target", "vemari")
     words = (*words, "--steps", 0, "--max-length", 10, "--json", tmp_path / "c.json")
     assert flare("check", *COMMON[:2], "--no-progress", *words) == 0
-    found, shown = json.loads((tmp_path / "c.json").read_text()), capsys.readouterr().out
+    checked, shown = json.loads((tmp_path / "c.json").read_text()), capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(place / "bert")
-    for row in found["data"][0]["lengths"]:
+    for row in checked["data"][0]["lengths"]:
         texts = [one["text"] for one in read_table(place / "data" / row["language"] / f"{row['split']}.csv").rows]
         sizes = [len(ids) for ids in tokenizer(texts)["input_ids"]]
         assert (row["texts"], row["longest"], row["cut"]) == (len(texts), max(sizes), sum(n > 10 for n in sizes))
         assert row["mean"] == pytest.approx(sum(sizes) / len(sizes)) and row["limit"] == 10
-    for row in found["data"][0]["vocabulary"]:
+    for row in checked["data"][0]["vocabulary"]:
         folder = place / "data" / row["language"]
         texts = [one["text"] for split in SIZES for one in read_table(folder / f"{split}.csv").rows]
         tokens = [token for text in texts for token in tokenizer.tokenize(text)]
         assert row["words"] == sum(len(text.split()) for text in texts) and row["tokens"] == len(tokens)
         assert row["unknown"] == tokens.count(tokenizer.unk_token)
-    assert (
-        "is not fine-tuned, so its head has random weights" in shown and found["costs"] == [] and found["score"] is None
-    )
+    assert "is not fine-tuned, so its head has random weights" in shown
+    assert checked["costs"] == [] and checked["score"] is None
     assert "% of the texts are cut to 10 tokens" in shown
 
 
-def test_warnings(place, tmp_path, capsys):
-    """Unpaired rows, texts in the wrong language, test texts seen in training, rare labels and unknown words."""
+def test_each_problem_in_the_data_is_warned_about(place, tmp_path, capsys):
+    """The data have unpaired rows, equal texts in both languages, repeated texts, rare labels and unknown words."""
     for language in ("english", "vemari"):
         for split, (start, end) in {"train": (0, 14), "test": (9, 21)}.items():
             rows = [(i, f"the same {i}", "bad" if i == 20 else "good") for i in range(start, end)]
@@ -113,7 +113,7 @@ def test_warnings(place, tmp_path, capsys):
         assert line in shown, shown
 
 
-def test_reports_what_cannot_be_checked(place, tmp_path, capsys):
+def test_check_reports_what_it_cannot_measure(place, tmp_path, capsys):
     words = ("--data", place / "data", "--output", tmp_path, "--target", "vemari", *COMMON)
     assert flare("check", *words) == 2
     assert "To check without a base, name the pretrained model with --model" in capsys.readouterr().err

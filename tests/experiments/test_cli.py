@@ -1,4 +1,4 @@
-"""The command line: its options and its errors."""
+"""Tests of the `flare` command line: help, options and error messages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from flare.experiments.demo.demo_settings import DemoError, DemoSettings
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Run `flare` and return its exit status, standard output and standard error."""
     try:
         status = main(arguments)
     except SystemExit as exit:  # argparse
@@ -31,7 +32,7 @@ def test_help_lists_the_commands(capsys):
         assert re.search(rf"^    {command}\s", out, re.MULTILINE), command
 
 
-def test_version(capsys):
+def test_version_option_prints_the_version(capsys):
     status, out, _ = run(capsys, "--version")
     assert status == 0 and out == f"flare-kernels {flare_kernels.__version__}\n"
 
@@ -59,12 +60,12 @@ def test_info_prints_versions_device_and_backends(capsys):
         pytest.param(
             ["--tune"],
             ["CUDA device", "general rule"],
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="would tune"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device, this starts tuning"),
         ),
     ],
     ids=["shape", "tokens", "pytest", "no-tune", "no-gpu"],
 )
-def test_bench_error_messages(capsys, tmp_path, arguments, words):
+def test_bench_errors_name_the_option(capsys, tmp_path, arguments, words):
     status, _, err = run(capsys, "bench", *arguments)
     assert status == 2
     for word in ("flare bench: error:", *words):
@@ -77,8 +78,7 @@ def test_bench_runs_the_benchmarks_of_the_checkout(capfd):
     assert "test_projection.py" in out
 
 
-def test_bench_tune_keeps_an_existing_table(capsys, tmp_path, monkeypatch):
-    """An existing table is kept without --overwrite."""
+def test_bench_tune_keeps_an_existing_table_without_overwrite(capsys, tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     path.write_text("mine")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -89,7 +89,7 @@ def test_bench_tune_keeps_an_existing_table(capsys, tmp_path, monkeypatch):
     assert path.read_text() == "mine"
 
 
-def test_python_m_flare_is_the_same():
+def test_python_m_flare_runs_the_command():
     done = subprocess.run(
         [sys.executable, "-m", "flare", "demo", "--help"],
         capture_output=True,
@@ -136,7 +136,7 @@ def test_python_m_flare_is_the_same():
         (["--colour", "red"], ["--colour"]),
     ],
 )
-def test_errors_name_the_option(capsys, tmp_path, arguments, words):
+def test_demo_errors_name_the_option(capsys, tmp_path, arguments, words):
     status, _, err = run(
         capsys,
         "demo",
@@ -153,7 +153,7 @@ def test_errors_name_the_option(capsys, tmp_path, arguments, words):
     assert "Traceback" not in err
 
 
-def test_output_is_a_file(capsys, tmp_path):
+def test_demo_refuses_an_output_that_is_a_file(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     status, _, err = run(capsys, "demo", "--output", str(tmp_path / "file"))
     assert status == 2
@@ -161,7 +161,7 @@ def test_output_is_a_file(capsys, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_every_option_reaches_the_settings(monkeypatch):
+def test_every_option_of_demo_reaches_its_settings(monkeypatch):
     seen = {}
     monkeypatch.setattr("flare.experiments.demo.run_demo", lambda settings, print_fn: seen.update(settings=settings))
     text = (
@@ -173,12 +173,12 @@ def test_every_option_reaches_the_settings(monkeypatch):
     assert main(["demo", "--overwrite", "--no-progress", *words]) == 0
     settings = seen["settings"]
     for flag, value in zip(words[::2], words[1::2], strict=True):
-        given = getattr(settings, flag[2:].replace("-", "_"))
-        assert str(given) in (value, f"{value}.0"), flag
+        setting = getattr(settings, flag[2:].replace("-", "_"))
+        assert str(setting) in (value, f"{value}.0"), flag
     assert settings.overwrite is True and settings.progress is False
 
 
-def test_defaults():
+def test_demo_defaults():
     embedded = DemoSettings().resolved()
     assert (embedded.r, embedded.epochs, embedded.seeds) == (16, 10, 3)
     real = DemoSettings(model="m", data="d", source="english", target="acehnese").resolved()

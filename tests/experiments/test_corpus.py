@@ -1,4 +1,7 @@
-"""The embedded corpus: deterministic, aligned, balanced, and consistent with its grammar."""
+"""Tests of the demo's corpus of English and Vemari, a made-up language.
+
+The corpus is deterministic and balanced, its sentences are aligned, and they follow the grammar.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def corpus():
     return make_corpus()
 
 
-def test_same_arguments_same_sentences(corpus):
+def test_equal_arguments_give_equal_sentences(corpus):
     assert make_corpus() == corpus
     assert make_corpus(seed=1) != corpus
 
@@ -38,7 +41,7 @@ def test_known_words_do_not_change(corpus):
     assert [vemari_word(word) for word in ("soup", "hated", "but")] == ["kenabo", "gonune", "zovora"]
 
 
-def test_sizes_and_shares(corpus):
+def test_sizes_and_shares_of_conjunctions_and_negations(corpus):
     assert [len(part) for part in corpus] == [900, 300, 300, 3800, 200]
     labelled = [*corpus.finetune, *corpus.train, *corpus.test]
     words = [row.source.split() for row in labelled]
@@ -61,11 +64,11 @@ def test_no_sentence_is_in_two_parts(corpus):
     assert not set(targets) & set(corpus.pretrain_target)
 
 
-def test_test_sentences_do_not_depend_on_the_other_sizes(corpus):
+def test_test_sentences_do_not_depend_on_the_sizes_of_other_parts(corpus):
     assert make_corpus(train=30, finetune=0, pretrain=10).test == corpus.test
 
 
-def test_the_two_languages_share_the_full_stop_only():
+def test_the_two_languages_share_only_the_full_stop():
     words = english_words()
     other = {vemari_word(word) for word in words}
     assert len(other) == len(words) == len(set(words))
@@ -74,7 +77,7 @@ def test_the_two_languages_share_the_full_stop_only():
 
 
 def test_both_languages_have_the_same_content_words(corpus):
-    """The translation has one word for every English word, except for was, not and never."""
+    """The Vemari sentence has one word for each English word except "was", "not" and "never"."""
     ending = ("ul", "ik", "em")
     for row in corpus.train:
         stems = Counter(vemari_word(word) for word in row.source.split() if word not in ("was", "not", "never", "."))
@@ -90,7 +93,7 @@ def phrase(determiner: str, noun: str, attribute: str | None = None) -> NounPhra
     return NounPhrase(determiner, noun, attribute)
 
 
-def test_rules_of_the_second_language():
+def test_sentences_follow_the_grammar_of_each_language():
     w = vemari_word
     act = Clause(phrase("my", "friend"), "praised", "positive", phrase("the", "hotel", "old"), "yesterday")
     assert english(Sentence((act,))) == "my friend praised the old hotel yesterday ."
@@ -108,7 +111,7 @@ def test_rules_of_the_second_language():
     assert f"{w('praised')} {w('soup')} {w('but')} {w('the')} " in vemari(joined)
 
 
-def test_labels_follow_the_words(corpus):
+def test_labels_follow_the_polarity_of_the_last_clause(corpus):
     polarity = {word: label for group in (VERBS, ADJECTIVES) for label, words in group.items() for word in words}
     flipped = {"negative": "positive", "neutral": "neutral", "positive": "negative"}
     for row in corpus.test:
@@ -129,7 +132,7 @@ def test_the_tokenizer_encodes_and_decodes_every_word(corpus):
             assert len(ids) <= 24, "the demo pads to 24 tokens"
 
 
-def test_noise(corpus):
+def test_noise_damages_the_given_share_of_words(corpus):
     texts = [row.source for row in corpus.train]
     noisy = add_noise(texts, 0.2, seed=3)
     assert noisy == add_noise(texts, 0.2, seed=3) != add_noise(texts, 0.2, seed=4)
@@ -141,7 +144,7 @@ def test_noise(corpus):
     assert all(add_noise(["one two"] * 200, 0.99, seed=0)), "no text becomes empty"
 
 
-def test_bad_arguments():
+def test_values_out_of_range_raise():
     with pytest.raises(ValueError, match="noise"):
         add_noise(["a"], 1.0, 0)
     with pytest.raises(ValueError, match="target_share"):

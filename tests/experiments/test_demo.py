@@ -1,4 +1,4 @@
-"""`flare demo`, end to end on a few sentences, and its parts."""
+"""Tests of `flare demo`: a whole run on a few sentences, its base model, its scores, and data of the user."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = BaseConfig(layers=1, width=16, heads=2, steps=2, batch_size=4)
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Output folder and cache folder of one tiny run."""
+    """Return the output folder and the cache folder of one tiny run."""
     folder = tmp_path_factory.mktemp("demo")
     status = main(["demo", "--output", str(folder / "out"), "--cache-dir", str(folder / "cache"), *TINY])
     assert status == 0
@@ -57,7 +57,7 @@ def test_results_are_a_list_of_rows(demo):
 def test_saved_bytes_are_deterministic_and_in_the_expected_order(demo):
     rows = json.loads((demo[0] / "results.json").read_text())
     saved = {(row["method"], row["source"]): row["saved_bytes"] for row in rows}
-    assert saved["flare", "gold"] == saved["flare", "noisy"], "the same shapes keep the same bytes"
+    assert saved["flare", "gold"] == saved["flare", "noisy"], "both sources have equal shapes"
     assert saved["lora", None] < saved["flare", "gold"] < saved["input-fusion", "gold"]
 
 
@@ -69,7 +69,7 @@ def test_run_json_holds_settings_and_environment(demo):
     assert {"date", "duration_s", "source_macro_f1", "sizes", "languages", "units"} <= set(run)
 
 
-def test_figure_and_table(demo):
+def test_figure_and_table_are_written(demo):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: the demo draws no figure")
     from matplotlib.image import imread
 
@@ -95,7 +95,7 @@ def test_second_run_takes_the_base_from_the_cache_and_keeps_earlier_results(demo
     assert scores[0] == scores[1], "the same seed gives the same numbers"
 
 
-def test_overwrite_and_no_noise(demo, tmp_path):
+def test_overwrite_replaces_results_and_zero_noise_skips_the_noisy_source(demo, tmp_path):
     (tmp_path / "results.json").write_text("[]")
     rows = run_demo(
         DemoSettings(output=tmp_path, cache_dir=demo[1], seeds=1, rows=3, epochs=1, finetune_epochs=0, pretrain_steps=2,
@@ -107,7 +107,7 @@ def test_overwrite_and_no_noise(demo, tmp_path):
     assert not (tmp_path / "earlier-1").exists()
 
 
-def test_without_matplotlib_it_names_the_extra(tmp_path, monkeypatch):
+def test_without_matplotlib_the_install_command_is_printed(tmp_path, monkeypatch):
     def missing(*_):
         raise ImportError("No module named 'matplotlib'")
 
@@ -144,7 +144,7 @@ def test_base_is_built_once_and_rebuilt_when_damaged(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name], "no temporary folder is left"
 
 
-def test_an_interrupted_build_leaves_nothing(corpus, tmp_path, monkeypatch):
+def test_an_interrupted_build_of_the_base_leaves_no_file(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "flare.experiments.demo.base_model.pretrain", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
@@ -153,14 +153,14 @@ def test_an_interrupted_build_leaves_nothing(corpus, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_key_depends_on_config_and_text(corpus):
+def test_the_cache_key_depends_on_config_and_text(corpus):
     other = make_corpus(finetune=0, train=0, test=0, pretrain=40, seed=1)
     keys = {base_key(CONFIG, corpus), base_key(BaseConfig(), corpus), base_key(CONFIG, other)}
     assert len(keys) == 3
     assert base_key(CONFIG, corpus) in keys
 
 
-def test_cache_folder(monkeypatch, tmp_path):
+def test_cache_folder_follows_xdg_cache_home_and_the_argument(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "flare-kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -183,7 +183,7 @@ RUN_INFO = {
 }
 
 
-def test_macro_f1():
+def test_macro_f1_equals_values_computed_by_hand():
     truth = torch.tensor([0, 0, 1, 1, 2, 2])
     assert macro_f1(truth, truth, 3) == 100
     assert math.isclose(macro_f1(torch.zeros(6, dtype=torch.long), truth, 3), 100 * 0.5 / 3)
@@ -226,7 +226,7 @@ def test_rows_are_aligned_by_id_and_drops_are_counted(folder):
     assert [pair.id for pair in data.train] == ["7", "5", "3", "1", "0", "2", "4"]
     assert data.train[0] == ("7", "good, text 7\nsecond line", "vema 7", "good")
     assert data.labels == ("bad", "good")
-    assert len(data.finetune) == 8, "the base may read source rows that have no counterpart"
+    assert len(data.finetune) == 8, "the base is fine-tuned on all source rows, also those without a target row"
     assert data.notes == [
         f"{split}: 1 rows of {one} dropped because no row of {two} has their id"
         for split in ("train", "test")
@@ -257,7 +257,7 @@ def test_rows_that_do_not_match_are_dropped_with_a_reason():
     assert "1 pairs dropped because a text is empty" in text
 
 
-def test_errors_in_the_data(folder):
+def test_errors_in_the_data_are_explained(folder):
     with pytest.raises(DemoError, match=r"no folder 'klingon'; its folders: english, vemari"):
         load_parallel(str(folder), "english", "klingon")
     (folder / "vemari" / "test.csv").unlink()
@@ -275,7 +275,7 @@ def test_errors_in_the_data(folder):
         load_parallel(str(folder), "english", "vemari")
 
 
-def test_from_the_hub(folder, monkeypatch):
+def test_data_sets_are_loaded_from_the_hub(folder, monkeypatch):
     datasets = pytest.importorskip("datasets")
     calls = []
 
@@ -308,7 +308,7 @@ def test_from_the_hub(folder, monkeypatch):
         load_parallel("someone/parallel", "english", "vemari")
 
 
-def test_the_users_model_on_the_users_data(folder, corpus, tmp_path, capsys):
+def test_demo_runs_with_the_users_model_and_data(folder, corpus, tmp_path, capsys):
     model = pretrained_base(CONFIG, corpus, tmp_path / "cache", lambda line: None, progress=False)
     arguments = ["--model", str(model), "--data", str(folder), "--source", "english", "--target", "vemari"]
     tiny = ["--seeds", "1", "--epochs", "1", "--finetune-epochs", "1", "--max-length", "16", "--no-progress"]
@@ -320,7 +320,7 @@ def test_the_users_model_on_the_users_data(folder, corpus, tmp_path, capsys):
     assert run["languages"] == {"source": "english", "target": "vemari"} and len(run["notes"]) == 4
 
 
-def test_a_missing_model(folder, tmp_path, capsys):
+def test_a_missing_model_is_an_error_of_the_option(folder, tmp_path, capsys):
     arguments = [
         "--model",
         str(tmp_path / "nothing"),

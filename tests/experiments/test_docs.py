@@ -1,4 +1,7 @@
-"""Every code block of the documentation works: Python and YAML run, commands are parsed with their settings read."""
+"""Tests of every code block in the documentation.
+
+Python blocks are run. Commands and YAML configurations are parsed into settings, but not run.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sort
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _TEXTS = {"text": ["mangat that", "hana mangat"]}
 _SMALL = {"optim": "adamw_torch", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-#: What "..." in a command stands for.
-LEFT_OUT = {"finetune": "--task nusax --source english", "train": "--task nusax --source english --target acehnese"}
+#: Options that replace "..." in a command, by the name of the command.
+OPTIONS_FOR_DOTS = {
+    "finetune": "--task nusax --source english",
+    "train": "--task nusax --source english --target acehnese",
+}
 NLLB, LLAMA = "facebook/nllb-200-distilled-600M", "meta-llama/Llama-3.1-8B"
 
 
@@ -55,7 +61,7 @@ def test_every_block_has_a_language_that_is_tested_here() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models under the names that the pages use, data, and one finished experiment."""
+    """Return a folder with data, one finished experiment, and tiny models under the names that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
     data = write_data(folder / "DATA")
     (data / "vemari").rename(data / "acehnese")
@@ -178,7 +184,7 @@ def _check_tasks(names: dict[str, Any]) -> None:
     assert names["rows"] and all("source_input_ids" in row for row in names["rows"])
 
 
-#: Page -> what holds after its blocks ran.
+#: For each page, the function that checks the results of its blocks, given the variables they defined.
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "distributed.md": _check_distributed,
     "kernels.md": _check_kernels,
@@ -186,7 +192,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "report.md": _check_report,
     "tasks.md": _check_tasks,
 }
-#: Page -> what its blocks take for granted.
+#: For each page, the function that returns the variables that its blocks use but do not define.
 SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "distributed.md": _distributed,
     "generation.md": _generation,
@@ -200,15 +206,15 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
-def test_python_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run one after the other, in one namespace."""
     if page.name == "README.md":
-        pytest.skip("tests/test_readme.py runs it")
+        pytest.skip("tests/test_readme.py runs the README")
     if page.name == "kernels-hub.md":
-        pytest.skip("needs the hub; tests/kernels/test_hub.py loads what the page builds")
+        pytest.skip("the page needs the hub; tests/kernels/test_hub.py loads the kernels that the page builds")
     if page.name == "harness.md":
         pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the extra `harness`)")
-        pytest.skip("tests/experiments/test_harness.py runs such a call on a tiny task")
+        pytest.skip("tests/experiments/test_harness.py calls lm_eval on a tiny task instead")
     monkeypatch.chdir(place)
     if not torch.cuda.is_available():
         on_cpu = partialmethod(flare.Recipe.training_arguments, use_cpu=True, bf16=False, **_SMALL)
@@ -223,8 +229,8 @@ def test_python_runs(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("page", pages_with("diff"), ids=lambda page: page.name)
 def test_both_sides_of_a_diff_are_python(page: Path) -> None:
     for code in blocks(page, "diff"):
-        for left_out in "+-":
-            lines = [line[2:] for line in code.splitlines() if not line.startswith(left_out)]
+        for other_side in "+-":
+            lines = [line[2:] for line in code.splitlines() if not line.startswith(other_side)]
             assert lines and ast.parse("\n".join(lines))
 
 
@@ -232,21 +238,21 @@ def test_both_sides_of_a_diff_are_python(page: Path) -> None:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The command lines of a page, without comments; "..." is filled in."""
-    found = []
+    """Return each command of a page as a list of words, without comments and with "..." replaced by options."""
+    lines_of_words = []
     for code in blocks(page, "bash"):
         for line in re.sub(r"\\\n", " ", code).splitlines():
-            for name, options in LEFT_OUT.items():
+            for name, options in OPTIONS_FOR_DOTS.items():
                 line = re.sub(rf"^(flare {name} .*?)\.\.\.", rf"\1{options}", line)
             words = shlex.split(line, comments=True)
             if words:
-                found.append(words)
-    return found
+                lines_of_words.append(words)
+    return lines_of_words
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The settings that commands were called with; nothing is run."""
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list to which each called command appends its settings. The commands do not run."""
     seen: list[Any] = []
     for name in ("runs.train.run_train", "runs.finetune.run_finetune", "runs.evaluate.run_evaluate"):
         monkeypatch.setattr(f"flare.experiments.{name}", lambda settings, print_fn: seen.append(settings))
@@ -259,17 +265,17 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def check_command(words: list[str], read: list[Any]) -> None:
-    while "=" in words[0]:  # variables of the environment
+def check_command(words: list[str], called: list[Any]) -> None:
+    while "=" in words[0]:  # environment variables before the command
         words = words[1:]
     if words[:2] == ["accelerate", "launch"]:
         if "--config_file" in words:
             assert (ROOT / words[words.index("--config_file") + 1]).is_file() and (ROOT / words[-1]).is_file()
             return
         words = words[words.index("-m") + 1 :]
-    if words[0] == "flare" and words[1] != "bench" and "news.yaml" not in words:  # test_own_data_page.py runs those
-        before = len(read)
-        assert main(words[1:]) == 0 and len(read) == before + 1, words
+    if words[0] == "flare" and words[1] != "bench" and "news.yaml" not in words:  # test_own_data_page.py runs news.yaml
+        before = len(called)
+        assert main(words[1:]) == 0 and len(called) == before + 1, words
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
     elif words[:2] == ["pip", "install"] or words[:3] == ["python", "-m", "pip"]:
@@ -284,20 +290,20 @@ def check_command(words: list[str], read: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("page", pages_with("bash"), ids=lambda page: page.name)
-def test_commands_are_accepted(page: Path, read: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_accepted(page: Path, called: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for words in commands(page):
-        check_command(words, read)
+        check_command(words, called)
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=lambda page: page.name)
-def test_configurations_are_accepted(page: Path, read: list[Any], tmp_path: Path, monkeypatch) -> None:
+def test_configurations_are_accepted(page: Path, called: list[Any], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for code in blocks(page, "yaml"):
         values = yaml.safe_load(code)
-        if page.name == "harness.md":  # lm-evaluation-harness reads it, which is not installed here
+        if page.name == "harness.md":  # a task of lm-evaluation-harness, which may be missing here
             assert {"task", "dataset_path", "output_type"} <= set(values)
             continue
         Path("config.yaml").write_text(code, encoding="utf-8")
         assert main(["train", "--config", "config.yaml"]) == 0
-        assert read[-1].task == values["task"]
+        assert called[-1].task == values["task"]

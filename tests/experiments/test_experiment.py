@@ -1,4 +1,4 @@
-"""flare finetune, train and evaluate on tiny data: their files, resuming, and errors."""
+"""Tests of flare finetune, train and evaluate on tiny data: the files they write, and how they resume a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progre
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Folder with data/, bert/ and the base of one fine-tuning in runs/."""
+    """Return a folder with data/, a pretrained model in bert/, and a base fine-tuned from it in runs/."""
     root = tmp_path_factory.mktemp("experiment")
     write_data(root / "data")
     write_bert(root / "bert")
@@ -39,7 +39,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(place, tmp_path) -> Path:
-    """Folder of runs with only the fine-tuned base."""
+    """Return a folder of runs that holds only the fine-tuned base."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -52,11 +52,12 @@ def flare(*words: object) -> int:
 
 
 def train_words(place: Path, runs: Path, *more: object) -> list[str]:
+    """Return the arguments of a flare train command."""
     words = ("train", *TASK, "--data", place / "data", "--output", runs, "--target", "vemari", *QUICK)
     return [str(word) for word in (*words, "--epochs", 2, *more)]
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- files and scores -------------------------------------------------------------------------------------------------
 
 
 def test_finetune_saves_an_ordinary_model(place):
@@ -73,27 +74,27 @@ def test_finetune_saves_an_ordinary_model(place):
     assert not (folder / "checkpoints").exists()
 
 
-def test_grid_writes_its_files_and_numbers(place, runs, capsys):
+def test_train_writes_files_and_scores_for_each_method_and_fusion(place, runs, capsys):
     words = train_words(
         place, runs, "--method", "lora", "input-fusion", "flare", "--r", 4, "--fusion", "add_relu", "mul"
     )
     assert flare(*words) == 0
-    found = {run.record.variant: run for run in find_runs(runs) if run.record.kind == "train"}
-    assert set(found) == {"lora-r4", "input-fusion-r4", "flare-r4", "flare-mul-r4"}
-    for run in found.values():
+    trained = {run.record.variant: run for run in find_runs(runs) if run.record.kind == "train"}
+    assert set(trained) == {"lora-r4", "input-fusion-r4", "flare-r4", "flare-mul-r4"}
+    for run in trained.values():
         metrics, record = run.metrics, run.record
         assert record.done and record.trainable_parameters and record.base == "base/seed-0"
         assert metrics.steps == 12 and metrics.best_checkpoint in (6, 12)
         assert metrics.seconds_per_step and metrics.train_seconds and metrics.peak_bytes
         lines = [json.loads(line) for line in (run.folder / "predictions-test.jsonl").read_text().splitlines()]
-        right = sum(line["truth"] == line["prediction"] for line in lines)
-        assert len(lines) == 20 and metrics.test["translate-train"]["accuracy"] == pytest.approx(5 * right)
+        correct = sum(line["truth"] == line["prediction"] for line in lines)
+        assert len(lines) == 20 and metrics.test["translate-train"]["accuracy"] == pytest.approx(5 * correct)
         assert (run.folder / "log.jsonl").read_text().count("eval_accuracy") == 2
         assert (metrics.bottleneck is not None) == record.variant.startswith("flare")
-    flare_run = found["flare-r4"]
+    flare_run = trained["flare-r4"]
     sizes = flare_run.metrics.bottleneck
     assert len(sizes["layers"]) == len(sizes["S"]) == len(sizes["T"]) == 4 and min(sizes["S"] + sizes["T"]) > 0
-    assert found["lora-r4"].record.source_text is None and flare_run.record.source_text == "gold"
+    assert trained["lora-r4"].record.source_text is None and flare_run.record.source_text == "gold"
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert flare(*words) == 0
@@ -101,32 +102,32 @@ def test_grid_writes_its_files_and_numbers(place, runs, capsys):
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
 
 
-def test_evaluate_in_all_settings_and_with_the_other_source_text(place, runs, tmp_path, capsys):
+def test_evaluate_scores_all_settings_with_gold_and_translated_sources(place, runs, tmp_path, capsys):
     assert flare(*train_words(place, runs, "--r", 4)) == 0
     translations = tmp_path / "mt"
     shutil.copytree(place / "data" / "english", translations / "vemari-english")
-    shuffled = translations / "vemari-english" / "test.csv"
-    shuffled.write_text("\n".join(line.replace("not", "") for line in shuffled.read_text().splitlines()))
+    translated = translations / "vemari-english" / "test.csv"  # the English rows without every "not"
+    translated.write_text("\n".join(line.replace("not", "") for line in translated.read_text().splitlines()))
     words = ("evaluate", "--output", runs, "--translations", translations, "--no-progress")
     assert flare(*words, "--source-text", "gold", "mt") == 0
-    there = {run.record.variant: run for run in find_runs(runs)}
-    base = there["base"].metrics.test["source-language"]
-    # both languages have the same test rows, so translate-test equals the base's score on its own language
-    assert there["translate-test"].metrics.test == {"translate-test": base}
-    assert there["translate-test-mt-source"].record.source_text == "mt"
-    assert set(there["zero-shot"].metrics.test) == {"zero-shot"}
-    adapter = there["flare-r4"]
+    runs_by_variant = {run.record.variant: run for run in find_runs(runs)}
+    base = runs_by_variant["base"].metrics.test["source-language"]
+    # the gold source texts are the English test rows, so translate-test equals the score of the base on English
+    assert runs_by_variant["translate-test"].metrics.test == {"translate-test": base}
+    assert runs_by_variant["translate-test-mt-source"].record.source_text == "mt"
+    assert set(runs_by_variant["zero-shot"].metrics.test) == {"zero-shot"}
+    adapter = runs_by_variant["flare-r4"]
     assert set(adapter.metrics.test) == {"translate-train", "translate-train/mt"}
     assert (adapter.folder / "predictions-test-mt.jsonl").is_file()
-    # a reloaded adapter makes the same predictions as at the end of its training
+    # after the adapter is reloaded, its predictions equal those from the end of its training
     first = (adapter.folder / "predictions-test.jsonl").read_bytes()
     assert flare(*words, "--setting", "translate-train", "--no-resume") == 0
     assert (adapter.folder / "predictions-test.jsonl").read_bytes() == first
     assert read_metrics(adapter.folder).test == adapter.metrics.test
 
 
-def test_machine_translated_training_text(place, runs, tmp_path):
-    """In training, the target is translated from the gold source; at test time, the source from the target."""
+def test_training_reads_machine_translated_text(place, runs, tmp_path):
+    """The training rows have a machine-translated target text, and the test rows a machine-translated source text."""
     translations = tmp_path / "mt"
     shutil.copytree(place / "data" / "vemari", translations / "english-vemari")
     shutil.copytree(place / "data" / "english", translations / "vemari-english")
@@ -137,16 +138,18 @@ def test_machine_translated_training_text(place, runs, tmp_path):
     folder = runs / "vemari" / "flare-r4-mt-source-mt-target" / "seed-0"
     record = read_record(folder)
     assert record.data["translation"] == {"english-vemari": {"model": "some"}}
-    assert flare(*words) == 2  # gold target text needs a translated training source, which is missing
-    # the folder of translations is read from the run, independent of the working directory
+    assert flare(*words) == 2  # gold target text needs translated training sources, and their file was removed
+    # without --translations, evaluate takes the folder of translations from run.json
     again = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-resume", "--no-progress")
     assert flare(*again) == 0
+    # the other path leads to the same translations, so the run counts as finished with these settings
     (tmp_path / "other").symlink_to(translations)
     words[words.index(str(translations))] = str(tmp_path / "other")
     assert flare(*words, "--target-text", "mt") == 0
 
 
-def test_train_only_fusion_and_flare_mt(place, runs):
+def test_train_only_fusion_and_flare_mt_train_and_predict(place, runs):
+    """With --train-only-fusion, half of the training rows have a source, and no test row needs one."""
     assert flare(*train_words(place, runs, "--r", 4, "--train-only-fusion")) == 0
     record = read_record(runs / "vemari" / "flare-r4-train-only" / "seed-0")
     assert "vemari: 24 of 48 training rows have a source" in record.data["notes"]
@@ -158,17 +161,17 @@ def test_train_only_fusion_and_flare_mt(place, runs):
     words = ("evaluate", "--output", runs, "--variant", "flare-mt-r4", "--setting", "translate-train", "--no-resume")
     assert flare(*words, "--no-progress") == 0
     assert (folder / "predictions-test.jsonl").read_bytes() == before
-    for name in ("flare-r4-train-only", "flare-mt-r4"):  # neither reads the source texts
+    for name in ("flare-r4-train-only", "flare-mt-r4"):  # both predict without source texts
         predicts_as_evaluated(read_run(runs / "vemari" / name / "seed-0"), place / "data", runs)
 
 
-def test_batches_of_one_kind():
-    groups = [True] * 8 + [False] * 9
-    sampler = OneKindSampler(groups, 4, seed=3)
+def test_all_rows_of_a_batch_have_a_source_or_none_has():
+    has_source = [True] * 8 + [False] * 9
+    sampler = OneKindSampler(has_source, 4, seed=3)
     first = list(sampler)
     assert sorted(first) == list(range(17)) and list(sampler) == first
     for start in range(0, 17, 4):
-        assert len({groups[row] for row in first[start : start + 4]}) == 1
+        assert len({has_source[row] for row in first[start : start + 4]}) == 1
     sampler.set_epoch(1)
     assert list(sampler) != first
 
@@ -193,7 +196,7 @@ def test_peak_on_a_gpu_covers_only_training_steps(monkeypatch):
 
 
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place, tmp_path):
-    """After two SIGKILLs during training; weights, scores and predictions are compared."""
+    """The run is killed (SIGKILL) twice during training. Weights, scores and predictions are compared."""
     for name in ("whole", "killed"):
         shutil.copytree(place / "runs", tmp_path / name)
     more = ("--r", 4, "--dropout", 0.1, "--epochs", 6, "--save-steps", 4, "--fusion", "add")
@@ -231,7 +234,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place, tmp_path):
 
 
 def test_an_incomplete_checkpoint_is_skipped(place, runs, capsys):
-    """A checkpoint whose writing was interrupted is removed, and the one before it is used."""
+    """A checkpoint whose writing was interrupted is removed, and training resumes from the previous checkpoint."""
     words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints")
     assert flare(*words) == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
@@ -243,13 +246,13 @@ def test_an_incomplete_checkpoint_is_skipped(place, runs, capsys):
     write_record(folder, record)
     capsys.readouterr()
     assert flare(*words) == 0
-    said = capsys.readouterr().out
-    assert "checkpoint-12 was cut off" in said and "resumes from step 6" in said
+    out = capsys.readouterr().out
+    assert "checkpoint-12 was cut off" in out and "resumes from step 6" in out
     assert adapter.read_bytes() == before
 
 
 def test_a_resumed_run_logs_the_loss_of_all_steps(place, runs):
-    """Also if the checkpoint lies between two lines of the log."""
+    """The logged mean loss covers all steps even if the checkpoint lies between two lines of the log."""
     words = train_words(place, runs, "--r", 4, "--method", "lora", "--keep-checkpoints", "--save_steps", 4)
     assert flare(*words) == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
@@ -267,7 +270,7 @@ def test_a_resumed_run_logs_the_loss_of_all_steps(place, runs):
 
 
 def test_a_run_killed_after_its_last_step_can_be_finished(place, runs):
-    """All steps are done but the scores are not written. Nothing is left to train, and the cost is still measured."""
+    """All steps are done, but the scores are missing. Resuming trains no step, and still reports the peak memory."""
     words = train_words(place, runs, "--r", 4, "--keep-checkpoints")
     assert flare(*words) == 0
     folder = runs / "vemari" / "flare-r4" / "seed-0"
@@ -286,13 +289,14 @@ def test_a_run_killed_after_its_last_step_can_be_finished(place, runs):
     assert len((folder / "log.jsonl").read_text().splitlines()) == len(log)
 
 
-def test_no_resume_keeps_the_old_run(place, runs):
+def test_no_resume_moves_the_old_run_to_another_folder(place, runs):
     words = train_words(place, runs, "--r", 4, "--method", "lora")
     assert flare(*words) == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
     before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     assert flare(*words, "--no-resume") == 0
-    kept = runs / "vemari" / "lora-r4" / "earlier-1" / "seed-0"
-    assert (kept / "adapter" / "adapter_model.safetensors").read_bytes() == before
-    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before  # the same settings and seed
+    earlier = runs / "vemari" / "lora-r4" / "earlier-1" / "seed-0"
+    assert (earlier / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    # the new run has the same settings and seed, so its weights are equal
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
     assert [run.folder for run in find_runs(runs) if run.record.kind == "train"] == [folder]

@@ -1,4 +1,4 @@
-"""flare train --source-cache: equal scores with and without it, its estimated size, and when it is off."""
+"""Tests of `flare train --source-cache`: scores do not depend on it, its size is predicted, and it can be off."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flare.source_cache.memory import _group_bytes
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Folder with data/ and bert/."""
+    """Return a folder with data/ and a pretrained model in bert/."""
     root = tmp_path_factory.mktemp("cache")
     write_data(root / "data", rows={"train": (0, 24), "valid": (24, 32), "test": (32, 44)})
     write_bert(root / "bert")
@@ -36,18 +36,18 @@ def train(place: Path, name: str, *more: object) -> Path:
 
 
 def test_scores_are_equal_with_and_without_the_cache(place, capsys):
-    kept, without = train(place, "auto", "--epochs", 3), train(place, "off", "--epochs", 3, "--source-cache", "off")
-    facts, metrics = read_record(kept).data["source_cache"], read_metrics(kept)
+    cached, uncached = train(place, "auto", "--epochs", 3), train(place, "off", "--epochs", 3, "--source-cache", "off")
+    facts, metrics = read_record(cached).data["source_cache"], read_metrics(cached)
     assert facts["on"] and facts["mode"] == "auto" and facts["rows"] == 32
-    # two epochs after the first, in training and validation, and the validation of the selected weights
+    # hits: all 24 training and 8 validation rows in epochs 2 and 3, then the 8 validation rows with the best weights
     assert metrics.source_cache["hits"] == 2 * 32 + 8 and metrics.source_cache["rows"] == 3 * 32 + 8
-    assert read_record(without).data["source_cache"] == {"mode": "off", "on": False}
-    assert read_metrics(without).source_cache is None
-    assert (metrics.test, metrics.valid) == (read_metrics(without).test, read_metrics(without).valid)
-    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (kept, without))
+    assert read_record(uncached).data["source_cache"] == {"mode": "off", "on": False}
+    assert read_metrics(uncached).source_cache is None
+    assert (metrics.test, metrics.valid) == (read_metrics(uncached).test, read_metrics(uncached).valid)
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (cached, uncached))
     for name in one:
         np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
-    texts = [(folder / "predictions-test.jsonl").read_text() for folder in (kept, without)]
+    texts = [(folder / "predictions-test.jsonl").read_text() for folder in (cached, uncached)]
     assert texts[0] == texts[1]
     out = capsys.readouterr().out
     assert "source cache on: " in out and "rows, in host memory" in out
@@ -56,8 +56,8 @@ def test_scores_are_equal_with_and_without_the_cache(place, capsys):
     assert facts["bytes_needed"] == 32 * 2 * 24 * 32 * 4
     assert metrics.source_cache["bytes"] == facts["bytes_needed"]
 
-    # because |x| = 2 relu(x) - x, the averages by position give the layer's mean |S|
-    positions, sizes = read_activations(kept), metrics.bottleneck
+    # |x| = 2 relu(x) - x, so the averages per position before and after the ReLU give the layer's mean |S| and mean |T|
+    positions, sizes = read_activations(cached), metrics.bottleneck
     assert positions.layer == sizes["layers"][0] and positions.layer.endswith("query")
     for stream in ("S", "T"):
         averages = getattr(positions, stream)
@@ -73,10 +73,11 @@ def test_an_encoder_decoder_caches_the_states_of_both_stacks(place, tmp_path):
     write_t5(tmp_path / "t5")
     words = ("--base", tmp_path / "t5", "--rows", 8, "--epochs", 2, "--max-length", 40)
     folders = [train(place, tmp_path / mode, *words, "--source-cache", mode) for mode in ("auto", "off")]
-    facts, found = read_record(folders[0]).data["source_cache"], read_metrics(folders[0])
-    assert facts["on"] and found.source_cache["hits"] == 8  # only training rows: generation does not use the cache
-    assert found.source_cache["bytes"] == facts["bytes_needed"]
-    assert found.test == read_metrics(folders[1]).test
+    facts, metrics = read_record(folders[0]).data["source_cache"], read_metrics(folders[0])
+    # hits are training rows only, because generation does not use the cache
+    assert facts["on"] and metrics.source_cache["hits"] == 8
+    assert metrics.source_cache["bytes"] == facts["bytes_needed"]
+    assert metrics.test == read_metrics(folders[1]).test
     one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
     for name in one:
         np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
@@ -91,33 +92,33 @@ def test_an_encoder_decoder_caches_the_states_of_both_stacks(place, tmp_path):
         (("--epochs", 2, "--source-cache-budget", "50KB"), "--source-cache-budget is 48.8 KiB"),
     ],
 )
-def test_auto_is_off_with_a_reason(place, tmp_path, capsys, words, reason):
+def test_source_cache_auto_is_off_with_a_reason(place, tmp_path, capsys, words, reason):
     folder = train(place, tmp_path / "runs", "--rows", 8, "--no-test", *words)
     facts = read_record(folder).data["source_cache"]
     assert not facts["on"] and reason in facts["reason"]
     assert "source cache off: " in capsys.readouterr().out
 
 
-def test_on_is_an_error_if_states_change(place, tmp_path, capsys):
+def test_source_cache_on_is_an_error_if_source_states_change(place, tmp_path, capsys):
     words = ("train", "--task", "classification", "--data", place / "data", "--output", tmp_path, "--target", "vemari")
     words += ("--base", place / "bert", "--max-length", 24, "--epochs", 2, "--source-cache", "on", "--no-progress")
     assert main([str(word) for word in (*words, "--adapter", "source_dropout=true")]) == 2
     assert "--source-cache on: " in capsys.readouterr().err
 
 
-def test_options_as_flags_and_in_yaml(tmp_path):
+def test_cache_options_are_read_from_flags_and_yaml(tmp_path):
     file = tmp_path / "train.yaml"
-    given = {"task": "nusax", "target": "ace"}
+    options = {"task": "nusax", "target": "ace"}
     for text, mode in (("off", "off"), ("on", "on"), ("auto", "auto")):
         file.write_text(f"source_cache: {text}\n")
-        assert read_settings(TrainSettings, {"config": str(file), **given}).source_cache == mode
+        assert read_settings(TrainSettings, {"config": str(file), **options}).source_cache == mode
     assert parse_bytes("8GiB", "--x") == 8 << 30 and parse_bytes("1.5 mb", "--x") == 1_500_000
     assert parse_bytes("1000", "--x") == 1000 and parse_bytes(None, "--x") is None
     for wrong in ("lots", "8XiB", "0", "-1GiB", "1.2.3MB"):
         with pytest.raises(UserError, match="--source-cache-budget"):
-            read_settings(TrainSettings, {"source_cache_budget": wrong, **given}).check()
+            read_settings(TrainSettings, {"source_cache_budget": wrong, **options}).check()
     with pytest.raises(UserError, match="--source-cache off"):
-        read_settings(TrainSettings, {"source_cache_budget": "1GB", "source_cache": "off", **given}).check()
+        read_settings(TrainSettings, {"source_cache_budget": "1GB", "source_cache": "off", **options}).check()
 
 
 def test_free_memory_respects_control_group_limits(tmp_path):
@@ -127,6 +128,7 @@ def test_free_memory_respects_control_group_limits(tmp_path):
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 1\ninactive_file {pages}\n")
-    (tmp_path / "own").write_text("0::/slurm/job\n")
-    assert _group_bytes(tmp_path / "cgroup", tmp_path / "own") == [500]
+    (tmp_path / "self").write_text("0::/slurm/job\n")
+    # limit 1000, 700 in use, and 200 of these can be reclaimed
+    assert _group_bytes(tmp_path / "cgroup", tmp_path / "self") == [500]
     assert _group_bytes(tmp_path / "cgroup", tmp_path / "nothing") == []

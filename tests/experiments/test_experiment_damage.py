@@ -1,4 +1,7 @@
-"""Damaged adapters and checkpoints cause an error or fall back to an older checkpoint; they are never scored."""
+"""Tests with damaged files, which are never scored.
+
+A damaged adapter or base is an error. Training resumes from an older checkpoint if the newest one is damaged.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,17 @@ def flare(*words: object) -> int:
 
 
 def train_words(place: Path, runs: Path) -> tuple[object, ...]:
-    given = ("--data", place / "data", "--output", runs, "--target", "vemari", "--save_total_limit", 5)
-    return ("train", *TASK, *given, *QUICK, "--keep-checkpoints")
+    """Return the arguments of a flare train command that keeps its checkpoints."""
+    options = ("--data", place / "data", "--output", runs, "--target", "vemari", "--save_total_limit", 5)
+    return ("train", *TASK, *options, *QUICK, "--keep-checkpoints")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Folder with data/, bert/ and runs/: a fine-tuned base and one trained adapter with its three checkpoints."""
+    """Return a folder with data/, a pretrained model in bert/, and a base and an adapter in runs/.
+
+    The adapter's run has three checkpoints.
+    """
     root = tmp_path_factory.mktemp("experiment")
     write_data(root / "data")
     write_bert(root / "bert")
@@ -43,7 +50,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(place, tmp_path) -> Path:
-    """Folder of the trained adapter in a copy of the runs."""
+    """Copy the runs, and return the folder of the adapter's run in the copy."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     folder = tmp_path / "runs" / "vemari" / "flare-r4" / "seed-0"
     for state in folder.glob("checkpoints/*/trainer_state.json"):
@@ -118,7 +125,8 @@ def test_a_damaged_adapter_is_not_scored(damage, message, run, capsys):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def begin_again(place: Path, run: Path) -> int:
+def resume(place: Path, run: Path) -> int:
+    """Mark the run as unfinished, run flare train again, and return its exit status."""
     record = read_record(run)
     record.status = "running"
     write_record(run, record)
@@ -126,7 +134,7 @@ def begin_again(place: Path, run: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "cut", "why"),
+    ("name", "cut", "reason"),
     [
         ("optimizer.pt", None, "it has no optimizer state"),
         ("optimizer.pt", -100, "optimizer.pt is damaged"),
@@ -136,7 +144,7 @@ def begin_again(place: Path, run: Path) -> int:
         ("adapter_model.safetensors", None, "it has no weights"),
     ],
 )
-def test_an_older_checkpoint_is_used_if_the_newest_is_damaged(name, cut, why, place, run, capsys):
+def test_an_older_checkpoint_is_used_if_the_newest_is_damaged(name, cut, reason, place, run, capsys):
     whole = load_file(run / "adapter" / "adapter_model.safetensors")
     newest = run / "checkpoints" / "checkpoint-18"
     file = newest / name
@@ -144,15 +152,15 @@ def test_an_older_checkpoint_is_used_if_the_newest_is_damaged(name, cut, why, pl
         file.unlink()
     else:
         os.truncate(file, cut if cut > 0 else file.stat().st_size + cut)
-    assert begin_again(place, run) == 0
-    said = capsys.readouterr().out
-    assert f"checkpoint-18 is damaged ({why}" in said and "kept as damaged-checkpoint-18" in said
-    assert "resumes from step 12" in said
+    assert resume(place, run) == 0
+    out = capsys.readouterr().out
+    assert f"checkpoint-18 is damaged ({reason}" in out and "kept as damaged-checkpoint-18" in out
+    assert "resumes from step 12" in out
     again = load_file(run / "adapter" / "adapter_model.safetensors")
     assert again.keys() == whole.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
 
 
-def test_a_checkpoint_whose_best_is_lost_is_skipped(place, run, capsys):
+def test_a_checkpoint_is_skipped_if_the_best_checkpoint_so_far_is_lost(place, run, capsys):
     checkpoints = run / "checkpoints"
     for step, best in ((12, 6), (18, 12)):
         state = checkpoints / f"checkpoint-{step}" / "trainer_state.json"
@@ -161,11 +169,11 @@ def test_a_checkpoint_whose_best_is_lost_is_skipped(place, run, capsys):
         state.write_text(json.dumps(content))
     os.truncate(checkpoints / "checkpoint-6" / "adapter_model.safetensors", 100)
     shutil.rmtree(checkpoints / "checkpoint-12")
-    assert begin_again(place, run) == 0
-    said = capsys.readouterr().out
-    assert "checkpoint-6 is damaged" in said
-    assert "checkpoint-18 is not used: checkpoint-12, the best checkpoint so far, is damaged or missing" in said
-    assert "the training starts from the beginning" in said and "resumes" not in said
+    assert resume(place, run) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint-6 is damaged" in out
+    assert "checkpoint-18 is not used: checkpoint-12, the best checkpoint so far, is damaged or missing" in out
+    assert "the training starts from the beginning" in out and "resumes" not in out
 
 
 def test_a_damaged_base_is_not_scored(place, tmp_path, capsys):

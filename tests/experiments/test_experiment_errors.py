@@ -25,6 +25,7 @@ QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progre
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with data/, a pretrained model in bert/, and a base fine-tuned from it in runs/."""
     root = tmp_path_factory.mktemp("experiment")
     write_data(root / "data", valid=False)
     write_bert(root / "bert")
@@ -35,6 +36,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(place, tmp_path) -> Path:
+    """Return a folder of runs that holds only the fine-tuned base."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -44,10 +46,10 @@ def train(place, runs, capsys):
     """Function that runs flare train and returns (status, stdout, stderr)."""
 
     def call(*words: object, data: Path | None = None, target: str = "vemari"):
-        given = ("--data", data or place / "data", "--output", runs, "--target", target)
+        options = ("--data", data or place / "data", "--output", runs, "--target", target)
         capsys.readouterr()
         try:
-            status = main([str(word) for word in ("train", *TASK, *given, *QUICK, *words)])
+            status = main([str(word) for word in ("train", *TASK, *options, *QUICK, *words)])
         except SystemExit as exit:
             status = exit.code
         out, err = capsys.readouterr()
@@ -84,7 +86,7 @@ def test_a_run_that_never_started_does_not_block_the_folder(train, runs, place, 
     shutil.copytree(place / "data", broken)
     (broken / "vemari" / "train.csv").write_text("id,text\n1,a\n")
     assert train("--method", "lora", data=broken)[0] == 2
-    assert not list(folder.iterdir())  # nothing looks like a run in progress
+    assert not list(folder.iterdir())  # the failed run leaves no file
     assert train("--method", "lora")[0] == 0
     # a run killed before its first checkpoint has nothing to keep
     record = read_record(folder)
@@ -111,13 +113,13 @@ def test_foreign_files_are_not_touched(train, runs):
     assert {path: text for path, text in files(runs).items() if path.name != ".lock"} == before
 
 
-def test_a_file_in_place_of_a_folder(train, runs):
+def test_a_file_in_place_of_a_run_folder_is_refused(train, runs):
     (runs / "vemari").write_text("mine")
     status, _, err = train("--method", "lora")
     assert status == 2 and "cannot be written to" in err and (runs / "vemari").read_text() == "mine"
 
 
-def test_a_run_that_another_process_works_on(train, runs):
+def test_a_run_that_another_process_works_on_is_refused(train, runs):
     from flare.experiments.runs.run_folder import locked
 
     with locked(runs / "vemari" / "lora-r4" / "seed-0"):
@@ -140,7 +142,7 @@ def test_a_lock_whose_holder_was_killed_is_free(tmp_path):
         pass
 
 
-def test_a_lock_file_that_its_holder_just_removed_does_not_count(tmp_path, monkeypatch):
+def test_locking_is_repeated_if_the_lock_file_was_removed_meanwhile(tmp_path, monkeypatch):
     import fcntl
 
     from flare.experiments.runs import run_folder
@@ -152,7 +154,8 @@ def test_a_lock_file_that_its_holder_just_removed_does_not_count(tmp_path, monke
         if operation == fcntl.LOCK_UN:
             return
         calls.append(path.stat().st_ino)
-        if len(calls) < 3:  # removed, then removed and created again by another process
+        # the first lock file is removed by its holder; the second is removed and created again by another process
+        if len(calls) < 3:
             path.unlink()
         if len(calls) == 2:
             path.touch()
@@ -165,7 +168,7 @@ def test_a_lock_file_that_its_holder_just_removed_does_not_count(tmp_path, monke
     assert not path.exists()
 
 
-def test_damaged_run_json(train, runs):
+def test_a_damaged_run_json_is_refused(train, runs):
     assert train("--method", "lora")[0] == 0
     path = runs / "vemari" / "lora-r4" / "seed-0" / "run.json"
     path.write_text('{"kind": "tra')
@@ -173,7 +176,7 @@ def test_damaged_run_json(train, runs):
     assert status == 2 and str(path) in err and "cannot be read" in err
 
 
-def test_bases_that_are_missing_unfinished_or_of_another_task(train, runs, place):
+def test_bases_that_are_missing_unfinished_or_of_another_task_are_refused(train, runs, place):
     status, _, err = train("--seeds", "0", "3")
     assert status == 2 and "no base for seed 3, only seed-0" in err and "--base" in err
     status, _, err = train("--base", runs / "nowhere")
@@ -193,7 +196,7 @@ def test_bases_that_are_missing_unfinished_or_of_another_task(train, runs, place
     assert status == 2 and "flare finetune" in err and "--base" in err
 
 
-def test_a_base_that_was_fine_tuned_again(train, runs):
+def test_an_adapter_is_refused_if_its_base_was_fine_tuned_again(train, runs):
     assert train("--method", "lora")[0] == 0
     record = read_record(runs / "base" / "seed-0")
     record.date = "2001-01-01T00:00:00+00:00"
@@ -205,7 +208,7 @@ def test_a_base_that_was_fine_tuned_again(train, runs):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (("--output_dir", "x"), ("--output-dir cannot be given", "--output")),
         (("--seed", "3"), ("--seed", "--seeds")),
@@ -242,10 +245,10 @@ def test_a_base_that_was_fine_tuned_again(train, runs):
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
-def test_wrong_values(train, runs, words, said):
+def test_wrong_option_values_are_explained(train, runs, words, expected):
     status, _, err = train(*words)
     assert status == 2, err
-    for word in said:
+    for word in expected:
         assert word in err, err
     assert not [run for run in find_runs(runs) if run.record.done and run.record.kind == "train"]
 
@@ -255,17 +258,17 @@ def test_a_score_with_other_settings_is_noted(train, runs, capsys):
     folder = runs / "vemari" / "flare-r4" / "seed-0"
 
     def evaluate(*words: str) -> list[str]:
-        given = ("evaluate", "--output", str(runs), "--setting", "translate-train", "--no-progress", *words)
-        assert main(list(given)) == 0
+        options = ("evaluate", "--output", str(runs), "--setting", "translate-train", "--no-progress", *words)
+        assert main(list(options)) == 0
         return [note for note in read_record(folder).data["notes"] if "scored with" in note]
 
-    said = "vemari flare-r4 seed 0: scored with max_length 8 (trained with 24)"
-    assert evaluate("--max-length", "8") == [said] and said in capsys.readouterr().out
+    note = "vemari flare-r4 seed 0: scored with max_length 8 (trained with 24)"
+    assert evaluate("--max-length", "8") == [note] and note in capsys.readouterr().out
     assert evaluate("--no-resume") == []
 
 
 def test_an_adapter_trained_on_a_gpu_can_be_scored_on_a_cpu(train, runs, monkeypatch):
-    """Its run.json requests bfloat16, which the trainer rejects on this machine."""
+    """The run.json of such an adapter has bf16=True, which TrainingArguments rejects without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train("--method", "lora")[0] == 0
     folder = runs / "vemari" / "lora-r4" / "seed-0"
@@ -296,8 +299,8 @@ def test_one_failed_evaluation_does_not_stop_the_others(place, train, runs, tmp_
     assert done >= {"zero-shot", "lora-r4"} and "translate-test" not in done
 
 
-def test_commands_need_their_options(capsys):
-    for words, said in (
+def test_missing_and_unknown_options_of_commands_are_named(capsys):
+    for words, expected in (
         (("finetune", "--model", "m"), "--task is missing"),
         (("finetune", *TASK), "--model is missing"),
         (("finetune", *TASK, "--model", "m", "--full", "--r", "3"), "--full"),
@@ -306,29 +309,34 @@ def test_commands_need_their_options(capsys):
         (("evaluate", "--colour", "red"), "--colour is not known"),
     ):
         assert main(list(words)) == 2
-        assert said in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
 
 
-def test_yaml_and_flags(tmp_path):
+def test_flags_override_the_yaml_file(tmp_path):
     file = tmp_path / "experiment.yaml"
     file.write_text(
         "task: nusax\ntarget: [acehnese, javanese]\nmethod: lora\nseeds: [0, 1]\nmax-length: 64\nlr: 2e-5\n"
         "epochs: 3\nweight_decay: 0.1\nadapter: {source_layer_offset: 0}\nprogress: false\n"
     )
-    given = {"config": str(file), "target": ["javanese"], "epochs": 5.0, "adapter": ["source_dropout=true"]}
-    made = read_settings(TrainSettings, given, ["--warmup_steps", "7", "--weight-decay", "0.3"])
-    assert (made.task, made.target, made.method, made.seeds) == ("nusax", ("javanese",), ("lora",), (0, 1))
-    assert made.max_length == 64 and made.progress is False
-    assert made.adapter == {"source_layer_offset": 0, "source_dropout": True}
-    wanted = {"learning_rate": 2e-5, "num_train_epochs": 5.0, "weight_decay": 0.3, "warmup_steps": 7}
-    assert made.training == wanted
+    options = {"config": str(file), "target": ["javanese"], "epochs": 5.0, "adapter": ["source_dropout=true"]}
+    settings = read_settings(TrainSettings, options, ["--warmup_steps", "7", "--weight-decay", "0.3"])
+    assert (settings.task, settings.target, settings.method, settings.seeds) == (
+        "nusax",
+        ("javanese",),
+        ("lora",),
+        (0, 1),
+    )
+    assert settings.max_length == 64 and settings.progress is False
+    assert settings.adapter == {"source_layer_offset": 0, "source_dropout": True}
+    expected = {"learning_rate": 2e-5, "num_train_epochs": 5.0, "weight_decay": 0.3, "warmup_steps": 7}
+    assert settings.training == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("taks: nusax", "taks is not known; did you mean task"),
         ("seeds: many", "seeds must be a whole number; got 'many'"),
@@ -340,22 +348,22 @@ def test_yaml_and_flags(tmp_path):
         ("task: [", "cannot be read"),
     ],
 )
-def test_wrong_yaml(tmp_path, text, said):
+def test_wrong_yaml_is_explained(tmp_path, text, expected):
     file = tmp_path / "experiment.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=r"experiment\.yaml") as error:
         read_settings(TrainSettings, {"config": str(file)})
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_paper_sets_the_papers_values_and_given_options_override_them(tmp_path):
-    made = read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"], "translations": "mt"})
-    assert (made.seeds, made.source_text, made.target_text) == ((0, 1, 2, 3, 4), "mt", "mt")
-    assert made.padding == "max_length"
+    settings = read_settings(TrainSettings, {"paper": True, "task": "nusax", "target": ["a"], "translations": "mt"})
+    assert (settings.seeds, settings.source_text, settings.target_text) == ((0, 1, 2, 3, 4), "mt", "mt")
+    assert settings.padding == "max_length"
     file = tmp_path / "paper.yaml"
     file.write_text("paper: true\nseeds: [3]\n")
-    kept = read_settings(TrainSettings, {"config": str(file), "target_text": "gold"})
-    assert (kept.seeds, kept.source_text, kept.target_text) == ((3,), "mt", "gold")
+    overridden = read_settings(TrainSettings, {"config": str(file), "target_text": "gold"})
+    assert (overridden.seeds, overridden.source_text, overridden.target_text) == ((3,), "mt", "gold")
     assert read_settings(FinetuneSettings, {"paper": True}).seeds == (0, 1, 2, 3, 4)
     assert read_settings(EvaluateSettings, {"paper": True}).source_text == ("mt",)
     with pytest.raises(UserError, match=r"which --paper sets\) need --translations"):

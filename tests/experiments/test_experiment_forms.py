@@ -1,4 +1,4 @@
-"""finetune, train and evaluate on decoders, encoder-decoders and questions, and with X-Mixup."""
+"""Tests of flare finetune, train, evaluate and predict with each model family, on questions, and with X-Mixup."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ QUICK = ("--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with texts in data/, questions in qa/, and tiny models in bert/, llama/ and t5/."""
     root = tmp_path_factory.mktemp("forms")
     write_data(root / "data", rows={"train": (0, 16), "valid": (16, 24), "test": (24, 32)})
     questions = {"train": 16, "valid": 8, "test": 8}
@@ -55,7 +56,7 @@ def flare(*words: object) -> int:
     ],
 )
 @pytest.mark.filterwarnings("error:The source has no labels")
-def test_every_family_and_task(place, tmp_path, model, task, methods, length):
+def test_every_model_family_and_task_is_trained_and_scored(place, tmp_path, model, task, methods, length):
     data = place / ("qa" if task == "qa" else "data")
     words = ("--task", task, "--data", data, "--output", tmp_path / "runs", "--max-length", length, *QUICK)
     assert flare("finetune", "--model", place / model, *words) == 0
@@ -72,7 +73,7 @@ def test_every_family_and_task(place, tmp_path, model, task, methods, length):
     # a reloaded adapter makes the same predictions as after training
     assert flare("evaluate", "--output", tmp_path / "runs", "--no-resume", "--no-progress") == 0
     assert {folder: (folder / "predictions-test.jsonl").read_text() for folder in first} == first
-    # and so does flare predict, from texts without labels
+    # flare predict also makes these predictions, from texts without labels
     for run in find_runs(tmp_path / "runs"):
         if run.record.kind == "train":
             names = predicts_as_evaluated(run, data, tmp_path)[0].keys()
@@ -98,7 +99,7 @@ def test_a_classifier_can_become_a_span_model(place, tmp_path):
 
 
 def test_missing_backbone_weights_are_initialised_once(place, tmp_path):
-    """A masked language model has no pooler; the merged base must have the pooler its adapter was trained with."""
+    """A masked language model has no pooler. The saved base must have the random pooler that was used in training."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "bert")
     config = transformers.AutoConfig.from_pretrained(place / "bert")
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "mlm")
@@ -130,7 +131,7 @@ def test_full_fine_tuning_changes_every_weight(place, tmp_path):
     assert run.record.r is None and run.record.trainable_parameters > 10_000 and run.metrics.test["source-language"]
 
 
-def test_kinds_of_models_and_the_papers_settings(place):
+def test_the_papers_settings_depend_on_the_model_family(place):
     kinds = {name: kind_of(str(place / name)).family for name in ("bert", "llama", "t5")}
     assert kinds == {"bert": "encoder", "llama": "causal", "t5": "seq2seq"}
     llama = kind_of(str(place / "llama"))
@@ -144,16 +145,16 @@ def test_kinds_of_models_and_the_papers_settings(place):
 def test_settings_that_need_a_gpu_are_turned_off_without_one(place, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = paper_recipe(kind_of(str(place / "llama")), "nusax")
-    here, notes = adapt_to_machine(recipe, None, {})
-    assert here.quantization is None and here.dtype == "float32"
-    assert here.training["bf16"] is False and here.training["optim"] == "adamw_torch"
+    adapted, notes = adapt_to_machine(recipe, None, {})
+    assert adapted.quantization is None and adapted.dtype == "float32"
+    assert adapted.training["bf16"] is False and adapted.training["optim"] == "adamw_torch"
     assert len(notes) == 3 and all("GPU" in note or "CUDA" in note for note in notes)
-    kept, _ = adapt_to_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
-    assert kept.training["bf16"] is True  # a value given by the user is kept
+    adapted_to_user, _ = adapt_to_machine(recipe, None, {"bf16": True, "optim": "adafactor"})
+    assert adapted_to_user.training["bf16"] is True  # a value given by the user is kept
 
 
 def test_decoders_can_be_padded_to_the_full_length(place, tmp_path):
-    """As in the paper: with --paper or --padding max_length."""
+    """The paper pads every text to the full length. Here --padding max_length does this; --paper sets it."""
     words = ("--task", "classification", "--data", place / "data", "--output", tmp_path, "--max-length", 40, *QUICK)
     words += ("--padding", "max_length")
     assert flare("finetune", "--model", place / "llama", *words) == 0

@@ -1,4 +1,4 @@
-"""Token classification, multiple choice, multi-label and regression through finetune, train, evaluate and report."""
+"""Tests of token classification, multiple choice, multi-label classification and regression in all commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHOICES = ("--choice-columns", *LABELS)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Folder with data of every kind, from the demo's corpus, and tiny models."""
+    """Return a folder with tiny models and, for each kind of task, data made from the demo's corpus."""
     root = tmp_path_factory.mktemp("kinds")
     pairs = make_corpus(train=42).train
     for language, side in (("english", "source"), ("vemari", "target")):
@@ -42,29 +42,30 @@ def place(tmp_path_factory) -> Path:
 
 
 def row_of(kind: str, name: str, text: str, label: str) -> dict[str, object]:
+    """Return one row of data for a kind of task, with `name` as its id."""
     words = text.split()
-    own = {
+    columns = {
         "token-classification": {"tokens": words, "ner_tags": ["B-X", "I-X", *["O"] * (len(words) - 2)]},
         "multiple-choice": {"question": text, **dict.fromkeys(LABELS, "good"), "label": LABELS.index(label)},
         "multi-label": {"text": text, "labels": [label] if len(words) % 2 else [label, "even"]},
         "regression": {"text": text, "label": LABELS.index(label) / 2},
     }
-    return {"id": name, **own[kind]}
+    return {"id": name, **columns[kind]}
 
 
 @pytest.fixture(autouse=True)
 def stand_in_for_seqeval(monkeypatch):
-    """Replace seqeval's numbers by the share of correct tags if seqeval is not installed."""
+    """If seqeval is not installed, replace its scores by the share of correct tags."""
     if importlib.util.find_spec("seqeval") is not None:
         return
 
-    def right(said, truth):
-        share = [float(a == b) for p, t in zip(said, truth, strict=True) for a, b in zip(p, t, strict=True)]
-        return dict.fromkeys(("entity_f1", "entity_precision", "entity_recall"), 100 * sum(share) / len(share))
+    def share_of_correct_tags(predicted, truth):
+        correct = [float(a == b) for p, t in zip(predicted, truth, strict=True) for a, b in zip(p, t, strict=True)]
+        return dict.fromkeys(("entity_f1", "entity_precision", "entity_recall"), 100 * sum(correct) / len(correct))
 
     monkeypatch.setattr(metrics, "check_metric_packages", lambda task: None)
     monkeypatch.setattr("flare.experiments.runs.setup.check_metric_packages", lambda task: None)
-    monkeypatch.setattr(metrics, "entity_scores", right)
+    monkeypatch.setattr(metrics, "entity_scores", share_of_correct_tags)
 
 
 def flare(*words: object) -> int:
@@ -91,7 +92,7 @@ def test_every_kind_is_trained_scored_and_reported(place, tmp_path, capsys, kind
     assert flare("train", "--target", "vemari", "--method", *methods, *words) == 0
     trained = {run.record.method: run for run in find_runs(runs) if run.record.kind == "train"}
     before = {method: run.metrics.test["translate-train"] for method, run in trained.items()}
-    assert trained["flare"].metrics.bottleneck  # the source was read
+    assert trained["flare"].metrics.bottleneck  # FLARE read the source texts
     lines = (trained["flare"].folder / "predictions-test.jsonl").read_text()
     assert flare("evaluate", "--setting", "translate-train", "--output", runs, "--no-progress", "--no-resume") == 0
     again = {run.record.method: run.metrics.test for run in find_runs(runs) if run.record.kind == "train"}
@@ -122,8 +123,8 @@ def test_tags_are_trained_and_predicted_at_the_same_tokens(place):
     batch = collate(form.eval_rows(pairs, with_source=True)[0])
     marks = batch.pop("labels")
     assert set(marks.unique().tolist()) == {-100, 0}
-    found = form.predictions(model.eval()(**batch).logits, pairs, marks)
-    assert found == [pair.target.label for pair in pairs]
+    predictions = form.predictions(model.eval()(**batch).logits, pairs, marks)
+    assert predictions == [pair.target.label for pair in pairs]
 
 
 def test_unsupported_combinations_of_kind_and_method_are_refused(place, tmp_path, capsys):
@@ -152,7 +153,7 @@ def test_unsupported_combinations_of_kind_and_method_are_refused(place, tmp_path
     [
         ({"entity_f1": 0.0}, [], True),
         ({"entity_f1": 0.5}, [], False),
-        # always predicting "a" gives 2 correct of 3 predicted and 3 true labels
+        # always predicting "a" gives 2 correct labels of 3 predicted and 3 true labels: micro F1 is 66.67
         ({"micro_f1": 66.6}, [["a"], ["a"], ["b"]], True),
         ({"micro_f1": 66.7}, [["a"], ["a"], ["b"]], False),
         ({"pearson": 9.0}, [0.5] * 101, True),
@@ -160,5 +161,5 @@ def test_unsupported_combinations_of_kind_and_method_are_refused(place, tmp_path
         ({"accuracy": 50.0}, ["A", "B"], True),
     ],
 )
-def test_chance_levels(scores, truths, chance):
+def test_scores_at_chance_level_are_recognised(scores, truths, chance):
     assert (_at_chance(scores, truths, len(truths), 2) is not None) == chance

@@ -1,4 +1,4 @@
-"""The meaning of scores: which rows and data were scored, and runs that cannot be scored."""
+"""Tests of the rows and data on which scores are computed, and of runs that get no score."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ LENGTH = ("--max-length", 28)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Folder with qa/ and data/ in two languages, bert/, and a fine-tuned base of each in qa-runs/ and runs/."""
+    """Return a folder with a model in bert/, questions in qa/, texts with labels in data/, and two fine-tuned bases.
+
+    The base in qa-runs/ is fine-tuned on the questions, the base in runs/ on the texts with labels.
+    """
     root = tmp_path_factory.mktemp("numbers")
     write_data(root / "data", rows={"train": (0, 16), "valid": (16, 24), "test": (24, 36)})
     for language, word in (("english", "river"), ("vemari", "goats")):
@@ -39,6 +42,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def write_questions(folder: Path, word: str, unanswered: tuple[int, ...] = ()) -> None:
+    """Write question data of one language. The test rows with the numbers in `unanswered` have no answer."""
     folder.mkdir(parents=True)
     for split, count in {"train": 16, "valid": 8, "test": 8}.items():
         lines = []
@@ -52,7 +56,7 @@ def write_questions(folder: Path, word: str, unanswered: tuple[int, ...] = ()) -
 
 @pytest.fixture
 def runs(place, tmp_path) -> Path:
-    """Folder of runs with only the fine-tuned classifier."""
+    """Return a folder of runs that holds only the fine-tuned classifier."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 
@@ -70,7 +74,7 @@ def train(place: Path, runs: Path, *more: object) -> int:
 
 
 def test_translate_test_compares_only_with_answers_in_the_source_language(place, tmp_path, capsys):
-    """Rows whose translation lost the marks around its answer are left out and counted."""
+    """Translation can lose the marks around an answer. Such rows are not scored, and a note counts them."""
     shutil.copytree(place / "qa-runs", tmp_path / "runs")
     write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=(2, 5))
     words = ("evaluate", "--output", tmp_path / "runs", "--target", "vemari", "--setting", "translate-test")
@@ -82,8 +86,8 @@ def test_translate_test_compares_only_with_answers_in_the_source_language(place,
     record = read_record(folder)
     assert record.data["test"] == 6
     assert any("2 of 8 test questions have no answer in english" in note for note in record.data["notes"])
-    right = sum(line["prediction"] in line["truth"] for line in lines)
-    assert read_metrics(folder).test["translate-test"]["exact_match"] == pytest.approx(100 * right / 6)
+    correct = sum(line["prediction"] in line["truth"] for line in lines)
+    assert read_metrics(folder).test["translate-test"]["exact_match"] == pytest.approx(100 * correct / 6)
 
     shutil.rmtree(tmp_path / "mt")
     write_questions(tmp_path / "mt" / "vemari-english", "river", unanswered=tuple(range(8)))
@@ -92,7 +96,7 @@ def test_translate_test_compares_only_with_answers_in_the_source_language(place,
     assert "8 of 8 test questions have no answer in english" in capsys.readouterr().err
 
 
-# --- what has no score ------------------------------------------------------------------------------------------------
+# --- runs without a score ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "flare"])
@@ -113,10 +117,10 @@ def test_damaged_weights_are_an_error_in_evaluate_and_in_the_report(place, runs,
     capsys.readouterr()
     assert flare(*words) != 0
     assert "logits of 12 rows are NaN or infinite" in capsys.readouterr().err
-    found = collect([runs])
-    assert [entry.label for entry in found.groups[0].entries] == ["lora-r4"]
-    assert any("diverged" in line and str(folder) in line for line in found.unfinished)
-    # in a run of an older version, only the log shows it
+    collected = collect([runs])
+    assert [entry.label for entry in collected.groups[0].entries] == ["lora-r4"]
+    assert any("diverged" in line and str(folder) in line for line in collected.unfinished)
+    # a run of an older version may have a score, and only its log shows that it diverged
     log = runs / "vemari" / "lora-r4" / "seed-0" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 2, "loss": 0.0, "grad_norm": NaN}\n')
     with pytest.raises(ReportError, match="diverged, its gradient is not finite"):
@@ -143,12 +147,12 @@ def test_a_base_at_chance_level_is_noted_before_training_adapters(place, runs, c
     write_metrics(base, metrics)
     capsys.readouterr()
     assert train(place, runs, "--method", "lora") == 0
-    said = capsys.readouterr().out
-    assert "is at chance level on english" in said and said.index("chance level") < said.index("lora-r4 seed 0:")
+    out = capsys.readouterr().out
+    assert "is at chance level on english" in out and out.index("chance level") < out.index("lora-r4 seed 0:")
     assert any("chance level" in line for line in warnings(collect([runs]).groups[0]))
 
 
-# --- data known by content --------------------------------------------------------------------------------------------
+# --- data that change after a run -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,14 +162,14 @@ def data(place, tmp_path) -> Path:
 
 
 def change(path: Path) -> None:
-    """Change a word in one row; ids and number of rows stay the same."""
+    """Add a word to the text of one row. The ids and the number of rows do not change."""
     lines = path.read_text().splitlines()
     row = lines[3].split(",")
     row[1] += " goats"
     path.write_text("\n".join([*lines[:3], ",".join(row), *lines[4:]]) + "\n")
 
 
-def test_changed_rows_stop_a_resume_and_mark_an_old_score(place, runs, data, capsys):
+def test_changed_rows_prevent_resuming_and_are_noted_at_existing_scores(place, runs, data, capsys):
     words = ("--data", data, "--method", "flare", "--keep-checkpoints")
     assert train(place, runs, *words) == 0
     folder = runs / "vemari" / "flare-r4" / "seed-0"
@@ -179,15 +183,15 @@ def test_changed_rows_stop_a_resume_and_mark_an_old_score(place, runs, data, cap
     change(data / "english" / "test.csv")
     capsys.readouterr()
     assert train(place, runs, *words) == 0
-    said = "vemari flare-r4 seed 0: its results are of other data: the test/gold rows have changed since"
-    assert said in capsys.readouterr().out and said in read_record(folder).data["notes"]
-    assert said in warnings(collect([runs]).groups[0])
+    note = "vemari flare-r4 seed 0: its results are of other data: the test/gold rows have changed since"
+    assert note in capsys.readouterr().out and note in read_record(folder).data["notes"]
+    assert note in warnings(collect([runs]).groups[0])
     evaluate = ("evaluate", "--output", runs, "--setting", "translate-train", "--no-progress")
-    assert flare(*evaluate) == 0 and said in capsys.readouterr().out
+    assert flare(*evaluate) == 0 and note in capsys.readouterr().out
     assert flare(*evaluate, "--no-resume") == 0
-    assert said not in read_record(folder).data["notes"]
+    assert note not in read_record(folder).data["notes"]
     (data / "english" / "test.csv").write_text(before)
-    assert flare(*evaluate) == 0 and said in read_record(folder).data["notes"]
+    assert flare(*evaluate) == 0 and note in read_record(folder).data["notes"]
     assert flare(*evaluate, "--no-resume") == 0
 
     record = read_record(folder)
@@ -203,11 +207,11 @@ def test_changed_rows_stop_a_resume_and_mark_an_old_score(place, runs, data, cap
     assert train(place, runs, *words, "--no-resume") == 0
 
 
-# --- the same rows for all --------------------------------------------------------------------------------------------
+# --- base and adapters on equal rows ----------------------------------------------------------------------------------
 
 
 def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsys):
-    """Two rows have no source, so FLARE has 10 of 12 test rows; zero-shot without adapters would use all 12."""
+    """Two of 12 test rows have no source, so FLARE is scored on 10. Before FLARE is trained, zero-shot uses all 12."""
     lines = (data / "english" / "test.csv").read_text().splitlines()
     (data / "english" / "test.csv").write_text("\n".join(lines[:-2]) + "\n")
     words = ("evaluate", "--output", runs, "--target", "vemari", "--data", data, "--no-progress")
@@ -215,9 +219,12 @@ def test_the_base_is_scored_on_the_rows_of_the_adapters(place, runs, data, capsy
     folder = runs / "vemari" / "zero-shot" / "seed-0"
     assert read_record(folder).data["test"] == 12
     assert train(place, runs, "--data", data, "--method", "flare") == 0
-    # the earlier score has a separate table
-    found = {group.rows: [entry.label for entry in group.entries] for group in collect([runs]).groups}
-    assert found == {"": ["flare-r4"], "scores of the base on test rows on which no adapter was scored": ["zero-shot"]}
+    # the zero-shot score on 12 rows is shown in a separate table
+    labels_by_rows = {group.rows: [entry.label for entry in group.entries] for group in collect([runs]).groups}
+    assert labels_by_rows == {
+        "": ["flare-r4"],
+        "scores of the base on test rows on which no adapter was scored": ["zero-shot"],
+    }
     assert (
         write_report([runs], runs / "report", print_fn=lambda line: None)
         .read_text()

@@ -1,4 +1,4 @@
-"""`pip install flare-kernels` without the extra `experiments`: what works, and the message of what does not."""
+"""Without the extra `experiments`, training and prediction work, and the other commands say what to install."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ print(json.dumps(outcomes))
 
 
 @pytest.mark.slow
-def test_without_the_extra_training_works_and_commands_name_it(tmp_path: Path) -> None:
+def test_without_the_extra_training_works_and_commands_name_the_extra(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, cwd=tmp_path, capture_output=True, text=True

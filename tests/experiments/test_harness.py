@@ -1,4 +1,4 @@
-"""FLARE adapters in lm-evaluation-harness: the real harness, a tiny Llama, tasks from a folder."""
+"""Tests of FLARE adapters in lm-evaluation-harness, which evaluates a tiny Llama on tasks defined in a folder."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from flare.experiments.harness.source_prompts import SourcePrompts
 LABELS = ("negative", "neutral", "positive")
 TARGET = ("Hana mangat", "Cukop get that", "Ibu tom geukereuja bak Grab", "Nyan")
 ENGLISH = ("Not tasty", "It is really good", "Mom once worked for Grab", "That one over there")
+#: Definition of a task that compares the likelihoods of the labels.
 SCORED = """\
 task: {name}
 dataset_path: json
@@ -41,6 +42,7 @@ doc_to_choice: [negative, neutral, positive]
 doc_to_target: label
 metric_list: [{{metric: acc}}]
 """
+#: Definition of a task that generates text.
 WRITTEN = """\
 task: {name}
 dataset_path: json
@@ -56,7 +58,7 @@ metric_list: [{{metric: bypass}}]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a byte tokenizer."""
+    """Return the folder of a tiny random Llama with a byte tokenizer."""
     folder, tokenizer = tmp_path_factory.mktemp("base"), small_tasks.byte_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # no token is dropped in decoding
     torch.manual_seed(0)
@@ -68,7 +70,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter(base: Path, folder: Path, fusion: str | None) -> Path:
-    """A random adapter, saved."""
+    """Save a random adapter with this fusion, and return its folder."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     model = flare.fast_lora(model, r=4, lora_alpha=64, fusion=fusion, source_padding="zero")
     tiny.randomize_lora(model)
@@ -88,7 +90,11 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks with and without a source in the rows, and one that generates; english.jsonl has another order."""
+    """Return a folder with three tasks and their data.
+
+    The tasks are tiny_scored and tiny_written, whose rows have a source, and tiny_lonely, whose rows have none.
+    english.jsonl holds the sources in reverse order.
+    """
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"id": f"n{i}", "text": text, "label": LABELS[i % 3]} for i, text in enumerate(TARGET)]
     small_tasks.write_jsonl(folder / "alone.jsonl", rows)
@@ -106,7 +112,7 @@ def evaluated(tasks: Path, task: str, model: str, **options: Any) -> tuple[dict[
     """Return metrics and samples of the harness; the samples are in the order of the documents."""
     size = options.pop("batch_size", 4)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=model,
         model_args={"device": "cpu", **options},
         tasks=[f"tiny_{task}"],
@@ -114,7 +120,8 @@ def evaluated(tasks: Path, task: str, model: str, **options: Any) -> tuple[dict[
         batch_size=size,
         bootstrap_iters=0,
     )
-    return found["results"][f"tiny_{task}"], sorted(found["samples"][f"tiny_{task}"], key=lambda one: one["doc_id"])
+    samples = results["samples"][f"tiny_{task}"]
+    return results["results"][f"tiny_{task}"], sorted(samples, key=lambda sample: sample["doc_id"])
 
 
 def answers(samples: list[dict[str, Any]]) -> list[list[tuple[float, bool]]]:
@@ -141,6 +148,7 @@ def by_hand(base: Path, fusing: Path, text: str, english: str, label: str) -> tu
 
 
 def same(left: list[list[tuple[float, bool]]], right: list[list[tuple[float, bool]]]) -> bool:
+    """Return whether log-likelihoods are close, and whether the greedy choices are equal."""
     return all(
         math.isclose(a, b, rel_tol=1e-5) and greedy == other
         for one, two in zip(left, right, strict=True)
@@ -148,7 +156,7 @@ def same(left: list[list[tuple[float, bool]]], right: list[list[tuple[float, boo
     )
 
 
-def test_log_likelihoods_equal_the_models(base, fusing, tasks) -> None:
+def test_log_likelihoods_equal_those_computed_with_the_model(base, fusing, tasks) -> None:
     metrics, samples = evaluated(tasks, "scored", "flare", pretrained=str(base), peft=str(fusing))
     expected = [
         [by_hand(base, fusing, text, english, label) for label in LABELS]
@@ -157,7 +165,7 @@ def test_log_likelihoods_equal_the_models(base, fusing, tasks) -> None:
     assert same(answers(samples), expected)
     best = [max(range(3), key=lambda k: one[k][0]) for one in expected]
     assert metrics["acc,none"] == sum(choice == i % 3 for i, choice in enumerate(best)) / len(TARGET)
-    # a file in another order is matched by id; as a template it is the same prompt
+    # the sources of a file are matched by id; with or without a template, the source prompts are the same
     for options in ({}, {"doc_to_source": "Text: {{text}}\nSentiment:", "source_columns": "text"}):
         file = str(tasks / "english.jsonl")
         _, others = evaluated(
@@ -172,7 +180,7 @@ def test_without_fusion_the_results_equal_hflm(base, plain, fusing, tasks) -> No
     assert ours == hflm
     with pytest.warns(UserWarning, match="without a source"):
         without = evaluated(tasks, "lonely", "flare", pretrained=str(base), peft=str(fusing), no_source=True)[1]
-    assert same(answers(without), ours), "the same weights as plain LoRA"
+    assert same(answers(without), ours), "both adapters have equal weights, and without a source both are plain LoRA"
     _, samples = evaluated(tasks, "scored", "flare", pretrained=str(base), peft=str(fusing))
     assert not same(answers(samples), ours)
 
@@ -182,21 +190,21 @@ def test_generation_reads_the_source(base, fusing, tasks) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(fusing)).eval()
     collate = flare.FlareDataCollator(tokenizer, layout="causal")
-    expected, alone = [], []
+    expected, with_target_as_source = [], []
     for text, english in zip(TARGET, ENGLISH, strict=True):
         prompts = [tokenizer(f"Text: {one}\nSentiment:")["input_ids"] for one in (text, english)]
-        for found, second in ((expected, prompts[1]), (alone, prompts[0])):
+        for outputs, second in ((expected, prompts[1]), (with_target_as_source, prompts[0])):
             batch = collate([{"input_ids": prompts[0], "source_input_ids": second}])
             new = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
-            found.append(tokenizer.decode(new, skip_special_tokens=True))
-    assert [sample["resps"][0][0] for sample in samples] == expected != alone
+            outputs.append(tokenizer.decode(new, skip_special_tokens=True))
+    assert [sample["resps"][0][0] for sample in samples] == expected != with_target_as_source
 
 
 def request(doc: dict[str, Any], prompt: str, answer: Any = " yes") -> Instance:
     return Instance("loglikelihood", doc, (prompt, answer), 0, ("tiny", 0, 1))
 
 
-def test_texts_of_the_document_are_replaced() -> None:
+def test_texts_of_the_document_are_replaced_by_their_sources_in_the_prompt() -> None:
     doc = {"text": "a {b} c", "source_text": "x", "options": ["ja", "nee"], "source_options": ["yes", "no"], "tag": 3}
     assert SourcePrompts().of(request(doc, "Q: a {b} c\nja, nee?", " nee")) == ("Q: x\nyes, no?", " no")
     assert SourcePrompts().of(request(doc, "Q: a {b} c\nA:", {"until": []})) == ("Q: x\nA:", "")
@@ -209,7 +217,7 @@ def test_texts_of_the_document_are_replaced() -> None:
         SourcePrompts(columns=["text"]).of(request({"text": "a", "other": "b", "source_other": "c"}, "a"))
 
 
-def test_rows_of_a_file_by_position_and_by_id(tmp_path: Path) -> None:
+def test_sources_of_a_file_are_matched_by_position_or_id(tmp_path: Path) -> None:
     file = str(small_tasks.write_jsonl(tmp_path / "tiny.jsonl", [{"text": "x", "id": 5}]))
     assert SourcePrompts(str(tmp_path / "{task}.jsonl")).of(request({"text": "a"}, "Q a"))[0] == "Q x"  # by position
     with pytest.raises(UserError, match="no row with id=6"):
@@ -223,7 +231,7 @@ def test_rows_of_a_file_by_position_and_by_id(tmp_path: Path) -> None:
         SourcePrompts(template="gone.txt")
 
 
-def test_errors_say_what_to_do(base, fusing, plain, caplog) -> None:
+def test_unsupported_options_are_refused(base, fusing, plain, caplog) -> None:
     options = {"pretrained": str(base), "peft": str(fusing), "device": "cpu"}
     with pytest.raises(UserError, match="exclude each other"):
         FlareLM(**options, no_source=True, doc_to_source="{{text}}")
@@ -245,13 +253,13 @@ def test_errors_say_what_to_do(base, fusing, plain, caplog) -> None:
 def test_answers_of_one_token_share_a_forward_pass(base, fusing) -> None:
     docs = [{"text": "ja", "source_text": english} for english in ("yes", "no", "yes")]
     requests = [request(doc, "ja?", answer) for doc in docs for answer in "AB"]
-    found = []
+    scores = []
     for shares, forwards in ((True, 2), (False, 6)):
         model, calls = FlareLM(str(base), str(fusing), device="cpu", logits_cache=shares), []
         model.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        found.append([score for score, _ in model.loglikelihood(requests, disable_tqdm=True)])
+        scores.append([score for score, _ in model.loglikelihood(requests, disable_tqdm=True)])
         assert len(calls) == forwards
-    assert found[0] == pytest.approx(found[1]) and len({round(score, 3) for score in found[0]}) == 4
+    assert scores[0] == pytest.approx(scores[1]) and len({round(score, 3) for score in scores[0]}) == 4
 
 
 def test_long_prompts_are_cut_on_the_left_in_both_texts(base, fusing, caplog) -> None:
@@ -262,7 +270,7 @@ def test_long_prompts_are_cut_on_the_left_in_both_texts(base, fusing, caplog) ->
 
 
 def test_the_command_prints_user_errors(monkeypatch, capsys) -> None:
-    """The real parser is not run: it reads all tasks of lm_eval, which takes tens of seconds."""
+    """lm_eval's parser is replaced, because it reads all tasks of lm_eval, which takes tens of seconds."""
 
     def refuse() -> None:
         raise UserError("what to do")

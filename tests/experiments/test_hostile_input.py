@@ -1,4 +1,7 @@
-"""Hostile input on the command line ends in a message, never in a traceback; messages name flags that exist."""
+"""Tests that hostile input on the command line gives a message without a traceback.
+
+Messages may name only flags that exist.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ ROOT = Path(flare.cli.__file__).parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with data/ and a pretrained model in bert/."""
     root = tmp_path_factory.mktemp("hostile")
     write_data(root / "data", valid=False)
     write_bert(root / "bert")
@@ -39,7 +43,10 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(place, tmp_path, capsys):
-    """Run a command on a copy of data and model, which {0} stands for; return (exit status, standard error)."""
+    """Return a function that runs a command on a copy of data and model, after another function damaged the copy.
+
+    In the command, {0} stands for the folder of the copy. The exit status and standard error are returned.
+    """
 
     def call(spoil: Callable[[Path], object], command: str) -> tuple[object, str]:
         shutil.copytree(place, tmp_path, dirs_exist_ok=True)
@@ -56,10 +63,13 @@ def run(place, tmp_path, capsys):
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    """Return a function that writes a file of this name into the copy."""
     return lambda root: (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a function that replaces a file of the copy by what `make` creates at its path."""
+
     def spoil(root: Path) -> None:
         (root / name).unlink()
         make(root / name)
@@ -68,6 +78,8 @@ def in_place_of(name: str, make: Callable[[Path], object]) -> Callable[[Path], o
 
 
 def jsonl(line: str) -> Callable[[Path], object]:
+    """Return a function that replaces the English training rows by a JSON lines file with one line."""
+
     def spoil(root: Path) -> None:
         (root / "data/english/train.csv").unlink()
         (root / "data/english/train.jsonl").write_text(line + "\n")
@@ -76,6 +88,8 @@ def jsonl(line: str) -> Callable[[Path], object]:
 
 
 def config(**changes: object) -> Callable[[Path], object]:
+    """Return a function that changes fields of the model's config.json."""
+
     def spoil(root: Path) -> None:
         path = root / "bert/config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -89,6 +103,8 @@ TRANSLATE = "translate --task classification --model {0}/bert --data {0}/data --
 DEEP = "[" * 100_000
 _TRAIN = "data/english/train.csv"
 
+#: By name of the case: a function that damages the copy, the command, and a pattern that its message must match.
+#: Half a character is a lone surrogate, which UTF-8 cannot encode.
 CASES = {
     "a folder": (in_place_of(_TRAIN, Path.mkdir), FINETUNE, "train.csv is not a file"),
     "a FIFO": (in_place_of(_TRAIN, os.mkfifo), FINETUNE, "train.csv is not a file"),
@@ -103,12 +119,16 @@ CASES = {
     "a configuration that is a list": (write("bert/config.json", "[]"), DEMO, "--model .*bert: its tokenizer"),
     "sizes that are texts": (config(hidden_size="x"), FINETUNE, "configuration cannot be read .*'hidden_size'"),
     "other sizes": (config(hidden_size=64), FINETUNE, "other shapes than its config.json says"),
-    "code of the folder": (config(auto_map={"AutoConfig": "x.Y"}, model_type="x"), TRANSLATE, "its own code"),
+    "a model folder with code": (config(auto_map={"AutoConfig": "x.Y"}, model_type="x"), TRANSLATE, "its own code"),
     "a deep tokenizer": (write("bert/tokenizer.json", DEEP), DEMO, "its tokenizer cannot be loaded .Recursion"),
     "a tokenizer that is null": (write("bert/tokenizer.json", "null"), FINETUNE, "its tokenizer cannot be loaded"),
-    "its settings a list": (write("bert/tokenizer_config.json", "[]"), FINETUNE, "its tokenizer cannot be loaded"),
+    "tokenizer settings that are a list": (
+        write("bert/tokenizer_config.json", "[]"),
+        FINETUNE,
+        "its tokenizer cannot be loaded",
+    ),
     "weights cut off": (write("bert/model.safetensors", b"abc"), DEMO, "it cannot be loaded for classification"),
-    "no encoder-decoder": (write("x", ""), TRANSLATE, "not an encoder-decoder"),
+    "a translator without a decoder": (write("x", ""), TRANSLATE, "not an encoder-decoder"),
     "an empty model": (write("x", ""), FINETUNE.replace("{0}/bert", ""), "--model is empty"),
     "an empty output": (write("x", ""), FINETUNE.replace("{0}/runs", ""), "--output is empty"),
     "an empty model of the demo": (write("x", ""), DEMO.replace("{0}/bert", ""), "--model is empty"),
@@ -118,12 +138,16 @@ CASES = {
     "too many threads": (write("x", ""), f"{DEMO} --threads 9999999", "--threads must be from 1 to 1024"),
     "a prefix of half a character": (write("x", ""), f"{TRANSLATE} --prefix \udcff", "--prefix .*lone surrogate"),
     "a mistyped path": (write("x", ""), FINETUNE.replace("{0}/bert", "models/xlmr/base"), "no such folder"),
-    "a column that only others can name": (write(_TRAIN, "id,sentence,label\n1,a,x\n"), DEMO, "the demo does not have"),
+    "a column name that the demo cannot be told": (
+        write(_TRAIN, "id,sentence,label\n1,a,x\n"),
+        DEMO,
+        "the demo does not have",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_damaged_and_odd_input(run, name):
+def test_damaged_and_odd_input_is_explained(run, name):
     spoil, command, words = CASES[name]
     status, err = run(spoil, command)
     assert status == 2 and re.search(words, err), err
@@ -145,7 +169,7 @@ UNEXPECTED = [
 
 
 @pytest.mark.parametrize(("error", "status", "words"), UNEXPECTED, ids=lambda value: type(value).__name__)
-def test_an_unexpected_error(monkeypatch, capsys, tmp_path, error, status, words):
+def test_an_unexpected_error_is_explained(monkeypatch, capsys, tmp_path, error, status, words):
     def fails(settings, print_fn):
         raise error
 
@@ -161,7 +185,7 @@ def test_an_unexpected_error(monkeypatch, capsys, tmp_path, error, status, words
         assert not list(tmp_path.iterdir())
 
 
-def test_a_closed_standard_output(monkeypatch):
+def test_a_closed_standard_output_is_not_reported_as_an_error(monkeypatch):
     """`flare info | head -1` prints no error."""
 
     def closed() -> int:
@@ -177,10 +201,10 @@ def test_a_closed_standard_output(monkeypatch):
 # --- damaged files of flare -------------------------------------------------------------------------------------------
 
 
-def test_damaged_predictions_and_provenance(tmp_path):
+def test_damaged_predictions_and_provenance_are_refused(tmp_path):
     path = tmp_path / PREDICTIONS
     assert read_predictions(path) == []
-    line = {"id": "1", "truth": "a\u2028b", "prediction": "x"}  # U+2028 ends no line of JSON
+    line = {"id": "1", "truth": "a\u2028b", "prediction": "x"}  # U+2028 does not end a line of JSON
     path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_predictions(path) == [line]
     for damage in ("[]", "{}", "[" * 100_000, '{"id": 1'):
@@ -197,9 +221,11 @@ def test_damaged_predictions_and_provenance(tmp_path):
 
 
 def _flags() -> dict[str, set[str]]:
-    """Return command -> its flags, including TrainingArguments' flags for the commands that train."""
-    found = next(one for one in flare.cli._parser()._actions if isinstance(one, argparse._SubParsersAction))
-    flags = {name: set(parser._option_string_actions) for name, parser in found.choices.items()}
+    """Return the flags of each command. Those of the commands that train include the flags of TrainingArguments."""
+    subparsers = next(
+        action for action in flare.cli._parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    flags = {name: set(parser._option_string_actions) for name, parser in subparsers.choices.items()}
     training = set(HfArgumentParser(TrainingArguments)._option_string_actions)
     return {name: flags[name] | (training if name in ("finetune", "train") else set()) for name in flags}
 
@@ -218,29 +244,30 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_messages_name_existing_flags():
-    """A flag after `flare COMMAND` must be that command's. Otherwise it must be a flag of the package's commands."""
+    """A flag after `flare COMMAND` must be a flag of that command.
+
+    Any other flag must belong to one of the commands that use the module.
+    """
     flags = _flags()
     every = set().union(*flags.values())
-    homes = {"translation": ("translate",), "demo": ("demo",), "report": ("report",)}
-    homes |= {"runs": ("finetune", "train", "evaluate", "check"), "prediction": ("predict",)}
+    commands = {"translation": ("translate",), "demo": ("demo",), "report": ("report",)}
+    commands |= {"runs": ("finetune", "train", "evaluate", "check"), "prediction": ("predict",)}
     wrong, seen = [], 0
     for path in sorted(ROOT.rglob("*.py")):
-        if path.name == "environment.py":  # git's
+        if path.name == "environment.py":  # its flags are options of git
             continue
         parts = path.relative_to(ROOT).parts
         part = parts[1] if parts[0] == "experiments" else ""
-        here = set().union(*(flags[name] for name in homes[part])) if part in homes else every
+        flags_here = set().union(*(flags[name] for name in commands[part])) if part in commands else every
         for line, text in _texts(path):
-            accepted = here
+            accepted = flags_here
             for word in re.findall(rf"flare (?:{'|'.join(flags)})\b|(?<![\w-])--[a-z][\w-]*", text):
                 if word.startswith("flare"):
-                    accepted = flags[word.removeprefix("flare ")] | (here if part == "runs" else set())
+                    accepted = flags[word.removeprefix("flare ")] | (flags_here if part == "runs" else set())
                     continue
                 seen += 1
-                if word not in accepted and text not in (
-                    word,
-                    "--source-code or --target-code",
-                ):  # no advice
+                # a text that is only a flag, or a pair of flags, gives no advice
+                if word not in accepted and text not in (word, "--source-code or --target-code"):
                     wrong.append(f"{path}:{line}: {word} in {text[:80]!r}")
     assert seen > 150 and not wrong, "\n".join(wrong)
 

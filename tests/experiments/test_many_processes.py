@@ -1,4 +1,7 @@
-"""The commands on two processes (accelerate launch): files and numbers as with one, shared work, shared errors."""
+"""Tests of the commands on two processes, as `accelerate launch` starts them.
+
+Files and scores equal those of one process, the processes share the work, and an error of one process stops both.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ def flare(*words: object) -> int:
 
 
 def translate(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare translate command."""
     words = ("--data", root / "texts", "--source", "english", "--target", "acehnese", "--splits", "train")
     return (
         *("translate", "--task", "nusax", *words, "--model", root / "nllb", "--output", root / output),
@@ -50,16 +54,19 @@ def translate(root: Path, output: str, *more: object) -> tuple[object, ...]:
 
 
 def train(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare train command."""
     words = ("--data", root / "data", "--output", root / output, "--target", "vemari", "--seeds", 0, "--r", 4)
     return ("train", "--task", "classification", *words, *QUICK, "--epochs", 2, "--keep-checkpoints", *more)
 
 
 def evaluate(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare evaluate command."""
     words = ("--output", root / output, "--translations", root / "mt", "--eval-batch-size", 8)
     return ("evaluate", *words, "--threads", 1, "--no-progress", *more)
 
 
 def predict(root: Path, output: str, *more: object) -> tuple[object, ...]:
+    """Return the arguments of a flare predict command that also translates."""
     adapter = root / "one" / "vemari" / "flare-r4" / "seed-0"
     codes = ("--translator", root / "nllb", "--source-code", "eng_Latn", "--target-code", "ace_Latn")
     words = ("--adapter", adapter, "--input", root / "new.jsonl", "--output", root / output, *codes)
@@ -68,25 +75,32 @@ def predict(root: Path, output: str, *more: object) -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def after(calls: int, owner: Any, name: str, error: BaseException) -> Any:
-    """Within the context, raise an error in every call of a method after the first `calls`."""
-    whole, seen = getattr(owner, name), []
+    """Within the context, let the first `calls` calls of a method run, and raise an error in every later call.
+
+    Yields a list that gets one item per call.
+    """
+    original, seen = getattr(owner, name), []
 
     def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
         seen.append(1)
         if len(seen) > calls:
             raise error
-        return whole(self, *arguments, **keywords)
+        return original(self, *arguments, **keywords)
 
     setattr(owner, name, counted)
     try:
         yield seen
     finally:
-        setattr(owner, name, whole)
+        setattr(owner, name, original)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Folder with texts, a translator, data and a base without dropout; results of one process in one/ and one-mt/."""
+    """Return a folder with texts, a translator, data, a base without dropout, and results of one process.
+
+    Finished results are in one/ (runs), one-mt/ (translations) and one.jsonl (predictions). Unfinished results are in
+    resumed/, stopped-by-one/ and stopped.jsonl.partial.
+    """
     root = tmp_path_factory.mktemp("processes")
     tiny_mt.save_nllb(root / "nllb")
     (root / "texts" / "english").mkdir(parents=True)
@@ -108,7 +122,7 @@ def root(tmp_path_factory) -> Path:
     assert flare(*translate(root, "one-mt")) == 0
     write_jsonl(root / "new.jsonl", texts_alone(rows_of(root / "data", "vemari")))
     assert flare(*predict(root, "one.jsonl")) == 0
-    # and unfinished results of one process that was stopped
+    # interrupt one process in each command, so that it leaves unfinished results
     with after(2, Predictor, "_read", KeyboardInterrupt()):
         assert flare(*predict(root, "stopped.jsonl")) == 130
     with after(8, ExperimentTrainer, "training_step", KeyboardInterrupt()):
@@ -126,19 +140,19 @@ def files(folder: Path, pattern: str) -> dict[str, bytes]:
 
 
 def on_two(rank: int, root: Path) -> dict[str, Any]:
-    """Return the result and output of every command in one of two processes, by name."""
+    """Run all commands in one of two processes; return, by name, their exit status and output, and counts of calls."""
     world = str(two_processes.WORLD)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def run(name: str, *words: object) -> None:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            found[name] = (flare(*words), out.getvalue(), err.getvalue())
+            results[name] = (flare(*words), out.getvalue(), err.getvalue())
 
     with after(99, Translator, "translate_batch", KeyboardInterrupt()) as calls:
         run("translate", *translate(root, "two-mt"))
-    found["batches"] = len(calls)
+    results["batches"] = len(calls)
     with after(2, Translator, "translate_batch", KeyboardInterrupt()):
         run("stopped", *translate(root, "stopped-by-two"))
     run("continued", *translate(root, "stopped-by-one"))
@@ -148,33 +162,34 @@ def on_two(rank: int, root: Path) -> dict[str, Any]:
     run("not shared", *train(root, "two", "--name", "nine", "--batch-size", 9))
     with after(99, Predictor, "_read", UserError("")) as calls:
         run("predict", *predict(root, "two.jsonl"))
-    found["predicted"] = len(calls)
+    results["predicted"] = len(calls)
     run("predict on", *predict(root, "stopped.jsonl"))
-    # raised in one process: its share of the zero-shot rows, and a failure before translate-test's rows are shared
+    # The second process fails twice: on its share of the zero-shot rows, and before the rows of translate-test are
+    # shared.
     unread = after(0 if rank else 99, Predictor, "_read", UserError("no zero-shot"))
     with unread, after(1 if rank else 99, Evaluation, "_base_pairs", UserError("no rows")):
         run("failing", *evaluate(root, "two", "--setting", "zero-shot", "translate-test"))
     with after(99, Predictor, "_read", UserError("")) as calls:
         run("evaluate", *evaluate(root, "two", "--source-text", "gold", "mt"))
-    found["read"] = len(calls)
-    # accelerate does not shard on a CPU unless it takes it for a GPU
+    results["read"] = len(calls)
+    # accelerate shards only on GPUs, so it is made to treat the CPU processes as GPU processes
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState._reset_state()
-    whole = ExperimentTrainer.train
+    original_train = ExperimentTrainer.train
 
     def counts(self: ExperimentTrainer, *arguments: Any, **keywords: Any) -> Any:
-        result = whole(self, *arguments, **keywords)
+        result = original_train(self, *arguments, **keywords)
         weights = list(self.model.parameters())
-        found["shards"] = [
-            sum(isinstance(p, DTensor) for p in weights if p.requires_grad == one) for one in (True, False)
+        results["shards"] = [
+            sum(isinstance(p, DTensor) for p in weights if p.requires_grad == trainable) for trainable in (True, False)
         ]
         return result
 
     ExperimentTrainer.train = counts
     run("sharded", *train(root, "sharded"))
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +197,7 @@ def two(root, tmp_path_factory) -> list[dict[str, Any]]:
     return two_processes.run(tmp_path_factory.mktemp("two"), on_two, root, timeout=240)
 
 
-def test_one_process_prints(two) -> None:
+def test_only_the_first_process_prints(two) -> None:
     first, second = two
     for name in ("translate", "continued", "train", "train again", "resumed", "evaluate", "predict", "sharded"):
         assert first[name][0] == second[name][0] == 0, (name, first[name], second[name])
@@ -190,17 +205,20 @@ def test_one_process_prints(two) -> None:
 
 
 def test_translations_are_shared_and_equal_those_of_one_process(root, two) -> None:
-    want = files(root / "one-mt", "*.jsonl")
+    expected = files(root / "one-mt", "*.jsonl")
     batches = [one["batches"] for one in two]
     assert sum(batches) == 7 and max(batches) == 4  # 13 texts, two per batch
-    assert files(root / "two-mt", "*.jsonl") == want
-    assert files(root / "stopped-by-one", "*.jsonl") == want and "after 3 of 7 batches" in two[0]["continued"][1]
+    assert files(root / "two-mt", "*.jsonl") == expected
+    assert files(root / "stopped-by-one", "*.jsonl") == expected and "after 3 of 7 batches" in two[0]["continued"][1]
     assert [one["stopped"][0] for one in two] == [130, 130]
-    begun = files(root / "stopped-by-two", "*.jsonl")
-    assert list(begun) == ["english-acehnese/train.partial.jsonl"] and next(iter(begun.values())).count(b"batch") == 4
+    unfinished = files(root / "stopped-by-two", "*.jsonl")
+    assert (
+        list(unfinished) == ["english-acehnese/train.partial.jsonl"]
+        and next(iter(unfinished.values())).count(b"batch") == 4
+    )
     with after(99, Translator, "translate_batch", KeyboardInterrupt()) as calls:
         assert flare(*translate(root, "stopped-by-two")) == 0
-    assert len(calls) == 3 and files(root / "stopped-by-two", "*.jsonl") == want
+    assert len(calls) == 3 and files(root / "stopped-by-two", "*.jsonl") == expected
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -208,14 +226,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_training_steps_equal_those_of_one_process(root, two) -> None:
-    """Also for a training that two processes resume, and with FSDP2, which shards the base but not the adapters."""
+    """This includes a training that two processes resume, and FSDP2, which shards the base but not the adapters."""
     assert [one["shards"][0] for one in two] == [0, 0] and min(one["shards"][1] for one in two) > 20
-    want = weights(root / "one")
+    expected = weights(root / "one")
     for name in ("two", "resumed", "sharded"):
         for parameter, weight in weights(root / name).items():
-            torch.testing.assert_close(weight, want[parameter], rtol=1e-4, atol=1e-6, msg=f"{name}: {parameter}")
-        there, here = (root / one / "vemari/flare-r4/seed-0/predictions-test.jsonl" for one in ("one", name))
-        assert here.read_bytes() == there.read_bytes()
+            torch.testing.assert_close(weight, expected[parameter], rtol=1e-4, atol=1e-6, msg=f"{name}: {parameter}")
+        from_one, from_two = (root / runs / "vemari/flare-r4/seed-0/predictions-test.jsonl" for runs in ("one", name))
+        assert from_two.read_bytes() == from_one.read_bytes()
     records = {
         name: read_record(root / name / "vemari" / "flare-r4" / "seed-0")
         for name in ("one", "two", "resumed", "sharded")
@@ -230,11 +248,12 @@ def test_scores_equal_those_of_one_process(root, two) -> None:
     assert flare(*evaluate(root, "one", "--source-text", "gold", "mt")) == 0
     pattern = "predictions-*.jsonl"
     assert files(root / "two" / "vemari", pattern) == files(root / "one" / "vemari", pattern)
-    found = {name: {run.record.variant: run.metrics.test for run in find_runs(root / name)} for name in ("one", "two")}
-    assert found["one"] == found["two"] and len(found["one"]) == 5
-    # 20 rows, 8 per batch: zero-shot, translate-test with two texts, the adapter with the other text
+    scores = {name: {run.record.variant: run.metrics.test for run in find_runs(root / name)} for name in ("one", "two")}
+    assert scores["one"] == scores["two"] and len(scores["one"]) == 5
+    # 20 rows make 3 batches, which the processes share as 2 and 1. There are 4 evaluations: zero-shot, translate-test
+    # with two kinds of source text, and the adapter with the translated source text.
     assert [one["read"] for one in two] == [4 * 2, 4 * 1]
-    # the number of processes does not affect the result
+    # one process finds all evaluations of the two processes finished, and changes no file
     before = files(root / "two", "*.json*")
     assert flare(*evaluate(root, "two", "--source-text", "gold", "mt")) == 0
     assert files(root / "two", "*.json*") == before
@@ -243,8 +262,8 @@ def test_scores_equal_those_of_one_process(root, two) -> None:
 def test_predictions_are_shared_and_equal_those_of_one_process(root, two) -> None:
     assert [one["predict"][0] for one in two] == [one["predict on"][0] for one in two] == [0, 0]
     assert [one["predicted"] for one in two] == [3, 2]  # 20 rows, 4 per batch
-    want = (root / "one.jsonl").read_bytes()
-    assert (root / "two.jsonl").read_bytes() == want and (root / "stopped.jsonl").read_bytes() == want
+    expected = (root / "one.jsonl").read_bytes()
+    assert (root / "two.jsonl").read_bytes() == expected and (root / "stopped.jsonl").read_bytes() == expected
     assert "resuming after 8 of 20 rows" in two[0]["predict on"][1]
     assert not list(root.glob("*.partial"))
 
@@ -266,7 +285,7 @@ def test_an_error_of_one_process_is_raised_in_all(two) -> None:
         (8, 1, 1, (8, 1)),
     ],
 )
-def test_a_step_is_divided(size, batches, processes, share) -> None:
+def test_the_rows_of_a_step_are_divided_among_processes(size, batches, processes, share) -> None:
     values = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches}
     assert per_process_batch(values, processes) == share and share[0] * share[1] * processes == size * batches
 
@@ -277,7 +296,7 @@ from flare.cli import main
 from flare.experiments.translation import TranslationError, Translator
 
 status = main(sys.argv[1:])
-if os.environ["RANK"] == "1":  # while the other process waits
+if os.environ["RANK"] == "1":  # fail in the second process, while the first waits for it
     def fails(self, texts):
         raise TranslationError("only here")
     Translator.plan = fails
@@ -286,7 +305,10 @@ sys.exit(status or main([*sys.argv[1:], "--splits", "valid"]))
 
 
 def test_a_process_that_fails_ends_the_others(root, tmp_path) -> None:
-    """Under accelerate launch, one split is translated and the next fails in one process: one error, no waiting."""
+    """Under accelerate launch, the first split is translated, and the second fails in one process.
+
+    One error is printed, and no process waits for another.
+    """
     shutil.copy(root / "texts" / "english" / "train.csv", root / "texts" / "english" / "valid.csv")
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

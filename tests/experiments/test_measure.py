@@ -1,4 +1,4 @@
-"""Memory and time measurement: examples whose sizes are known."""
+"""Tests of the measurement of memory and time, on examples whose sizes are known."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_peak_is_the_largest_live_size():
         d = torch.empty(256)
     assert (peak.at_start, peak.peak, peak.current) == (0, 3 * KIB, KIB)
     del d
-    assert peak.current == KIB, "the count stops with the block"
+    assert peak.current == KIB, "counting stops when the block ends"
 
 
 def test_views_and_in_place_results_count_once():
@@ -64,7 +64,7 @@ def test_freeing_a_live_tensor_is_counted():
     del new
 
 
-def test_freeing_another_tensor_changes_nothing():
+def test_freeing_a_tensor_not_passed_as_live_changes_nothing():
     before = numbers()
     with peak_bytes() as peak:
         total = before.sum()
@@ -86,10 +86,11 @@ def test_growing_a_tensor_is_counted():
     assert peak.peak == 4 * KIB
 
 
-def test_peak_sees_the_backward_pass():
+def test_peak_includes_the_backward_pass():
     weight = torch.ones(256, requires_grad=True)
     with peak_bytes(live=[weight]) as peak:
-        # While exp's gradient is made: its output, the incoming gradient (4 bytes, expanded) and the result live.
+        # While the gradient of exp is computed, these are live: the weight, the output of exp, the gradient of that
+        # output (4 bytes, expanded), and the result.
         loss = weight.exp().sum()
         loss.backward()
     assert weight.grad is not None
@@ -104,11 +105,11 @@ def test_saved_bytes_of_known_functions():
     assert (saved.total, saved.storages) == (KIB, 1)
     with saved_bytes() as saved:
         x * 2.0
-    assert saved.total == 0, "a product with a constant keeps nothing"
+    assert saved.total == 0, "a product with a constant saves nothing"
     with saved_bytes() as saved:
         y = x.exp()
         (y * y).sin()
-    # exp keeps y, the product keeps y twice, the sine keeps the product
+    # exp saves y, the product saves y twice, and the sine saves the product
     assert (saved.total, saved.storages) == (2 * KIB, 2)
 
 
@@ -126,7 +127,9 @@ def test_parameters_and_inputs_can_be_ignored():
     with saved_bytes(ignore=[linear.parameters(), {"x": x}]) as saved:
         linear(x).exp()
     assert saved.total == 4
-    assert everything.total - saved.total in (KIB, 2 * KIB), "the input, and the weight where PyTorch keeps it"
+    assert everything.total - saved.total in (KIB, 2 * KIB), (
+        "the ignored bytes are the input, and the weight if PyTorch saves it"
+    )
 
 
 def test_a_loop_with_backward_counts_every_step():
@@ -149,7 +152,7 @@ def test_counting_does_not_change_gradients():
     assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=True))
 
 
-def test_checkpointing_saves_less():
+def test_checkpointing_saves_fewer_bytes():
     net = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(4)])
     x = torch.ones(32, 64)
     with saved_bytes(ignore=[net.parameters(), x]) as plain:
@@ -178,7 +181,7 @@ def test_all_steps_count_if_there_are_only_warm_up_steps():
     assert timer.median == timer.seconds[0]
 
 
-def test_timer_errors():
+def test_invalid_use_of_the_timer_raises():
     with pytest.raises(ValueError, match="warmup"):
         StepTimer(warmup=-1)
     timer = StepTimer()
@@ -191,7 +194,7 @@ def test_timer_errors():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_on_a_gpu_is_that_of_the_allocator():
+def test_peak_on_a_gpu_is_the_peak_of_the_allocator():
     with peak_bytes(device="cuda") as peak:
         a = torch.empty(1 << 20, device="cuda")
     assert peak.above_start == 4 << 20
@@ -199,7 +202,7 @@ def test_peak_on_a_gpu_is_that_of_the_allocator():
 
 
 def test_iterators_inside_containers_are_read() -> None:
-    """`ignore=[model.parameters(), batch]` must not count the parameters, nor `live=[...]` forget them."""
+    """`ignore=[model.parameters()]` leaves the parameters out, and `live=[model.parameters()]` counts them."""
     layer = torch.nn.Linear(8, 8)
     size = sum(p.nbytes for p in layer.parameters())
     x = torch.randn(4, 8, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Errors outside of flare's own checks end in one message that says what to do, never in a traceback."""
+"""Tests that damaged files and errors of other libraries give one message that says what to do, without a traceback."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ QUICK = ("--max-length", "24", "--batch-size", "8", "--no-progress", "--epochs",
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    """Return a folder with data/, a pretrained model in bert/, and a base fine-tuned from it in runs/."""
     root = tmp_path_factory.mktemp("messages")
     write_data(root / "data", valid=False)
     write_bert(root / "bert")
@@ -49,7 +50,7 @@ def test_advice_names_flags_that_the_command_has(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"settings": []}, {"seed": "x"}, {"data": 3}, {"task": None}, {"r": True}], ids=str)
-def test_a_run_json_with_values_of_wrong_types(tmp_path, change):
+def test_a_run_json_with_values_of_wrong_types_is_refused(tmp_path, change):
     write_record(tmp_path, record())
     content = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**content, **change}))
@@ -65,7 +66,7 @@ def test_a_run_json_with_values_of_wrong_types(tmp_path, change):
         read_run(tmp_path)
 
 
-def test_yaml_that_is_nested_too_deeply_or_invalid(tmp_path, capsys):
+def test_yaml_that_is_nested_too_deeply_or_invalid_is_refused(tmp_path, capsys):
     file = tmp_path / "x.yaml"
     for text in ("[" * 5000, "a: \x00", "\ud800", "a: 2001-99-99"):
         file.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -88,7 +89,7 @@ def test_yaml_that_is_nested_too_deeply_or_invalid(tmp_path, capsys):
         flare.recipes.Recipe.read(f"{file}/a")
 
 
-def test_a_reporter_that_is_not_installed(place, tmp_path, capsys, monkeypatch):
+def test_a_reporter_that_is_not_installed_is_named(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     shutil.copytree(place / "runs", tmp_path / "runs")
     words = ("train", "--task", "classification", "--target", "vemari", "--data", place / "data", "--method", "lora")
@@ -96,7 +97,7 @@ def test_a_reporter_that_is_not_installed(place, tmp_path, capsys, monkeypatch):
     assert "wandb" in capsys.readouterr().err
 
 
-def test_a_truncated_adapter_file(place, tmp_path, capsys):
+def test_a_truncated_adapter_file_is_refused(place, tmp_path, capsys):
     shutil.copytree(place / "runs", tmp_path / "runs")
     words = ("--output", tmp_path / "runs", "--no-progress")
     train = ("train", "--task", "classification", "--target", "vemari", "--data", place / "data", "--method", "lora")

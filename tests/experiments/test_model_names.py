@@ -1,4 +1,4 @@
-"""Names of models: a name that is neither a folder nor a hub id fails at once, without minutes of requests."""
+"""Tests of model names: a name that is neither a folder nor a hub id is refused without minutes of requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flare.experiments.utils.model_names import find_model
 
 @pytest.fixture
 def requests(monkeypatch):
-    """A hub that answers no request, and the requests."""
+    """Make every request to the hub fail, and return the list of requests as (name, timeout)."""
     queried = []
 
     def model_info(self, name, timeout):

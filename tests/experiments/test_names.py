@@ -1,4 +1,4 @@
-"""Names that become folders, and foreign text in Markdown, LaTeX, CSV and figures."""
+"""Tests of names that become folders, and of escaping arbitrary text in Markdown, LaTeX, CSV and figures."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_invalid_folder_name_is_refused_everywhere(name, tmp_path):
         with pytest.raises(UserError) as error:
             call()
         assert "name of one folder" in str(error.value) and str(error.value).isprintable()
-    if name:  # "" counts as missing there
+    if name:  # the demo treats "" as a missing target
         with pytest.raises(DemoError, match="name of one folder"):
             DemoSettings(model="m", data="d", source="english", target=name).resolved()
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -93,7 +93,7 @@ def test_names_of_earlier_runs_are_reserved():
         ("output: ~nobody-of-this-name/x", "give the full path"),
     ],
 )
-def test_values_that_the_operating_system_rejects(tmp_path, text, message):
+def test_values_that_the_operating_system_rejects_are_refused(tmp_path, text, message):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_settings(FinetuneSettings, {"config": str(tmp_path / "x.yaml")})

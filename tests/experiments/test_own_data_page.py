@@ -17,9 +17,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "own-data.md"
 
 
 def block(name: str) -> str:
-    found = re.search(rf"<!-- tested: {name} -->\n```\w*\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert found, f"the page has no tested {name}"
-    return found[1]
+    """Return the code block of the page that follows the comment `<!-- tested: NAME -->`."""
+    match = re.search(rf"<!-- tested: {name} -->\n```\w*\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert match, f"the page has no code block after <!-- tested: {name} -->"
+    return match[1]
 
 
 def test_recipe_and_commands_run(tmp_path, monkeypatch, capsys):
@@ -54,7 +55,7 @@ def test_recipe_and_commands_run(tmp_path, monkeypatch, capsys):
     settings, recipe_options = runs["hausa/flare-r16/seed-0"].record.settings, yaml.safe_load(recipe)
     assert settings["metric"] == recipe_options["metric"] and settings["task_prompt"] == recipe_options["prompt"]
     assert settings["labels"] == ["health", "politics", "sport"] and settings["verbalizer"] == {"sport": "sports"}
-    # an unknown option is an error in the file, as on the command line
+    # an unknown option in the recipe file is an error
     Path("odd.yaml").write_text(recipe + "lable_column: topic\n", encoding="utf-8")
     for name in ("finetune", "evaluate"):
         assert main([name, "--config", "odd.yaml"]) == 2

@@ -1,4 +1,4 @@
-"""`flare predict` and FlarePipeline: sources, resuming, formats, adapters outside of runs, and threads."""
+"""Tests of `flare predict` and FlarePipeline: sources, resuming, formats, adapters outside of runs, and threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CODES = ("--source-code", "eng_Latn", "--target-code", "ace_Latn")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a run of flare in runs/vemari/flare-r4/seed-0, its data, and a translation model."""
+    """Return a folder with a FLARE run in runs/vemari/flare-r4/seed-0, its data, and a translation model in mt/."""
     root = tmp_path_factory.mktemp("prediction")
     write_data(root / "data", valid=False, rows={"train": (0, 16), "test": (16, 36)})
     write_bert(root / "bert")
@@ -48,6 +48,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(place) -> list[str]:
+    """Return the predictions that the run saved for its test rows."""
     return [row["prediction"] for row in read_jsonl(adapter(place) / "predictions-test.jsonl")]
 
 
@@ -64,6 +65,7 @@ def predict(place: Path, *words: object) -> int:
 
 
 def pairs(place: Path) -> tuple[list[str], list[str]]:
+    """Return the test texts in the target language, and the same texts in English."""
     return tuple([row["text"] for row in read_jsonl(place / name)] for name in ("texts.jsonl", "english.jsonl"))
 
 
@@ -73,8 +75,8 @@ def pairs(place: Path) -> tuple[list[str], list[str]]:
 def test_a_source_is_required_without_no_source(place, tmp_path, capsys):
     words = ("--input", place / "texts.jsonl", "--output", tmp_path / "out.jsonl")
     assert predict(place, *words) == 2
-    said = capsys.readouterr().err
-    assert "20 of 20 texts have no source" in said and "--translator" in said and "--no-source" in said
+    err = capsys.readouterr().err
+    assert "20 of 20 texts have no source" in err and "--translator" in err and "--no-source" in err
     assert not list(tmp_path.iterdir())
     assert predict(place, *words, "--no-source") == 0
     assert "left out (--no-source)" in capsys.readouterr().out
@@ -91,15 +93,15 @@ def test_texts_without_a_source_are_translated(place, tmp_path, capsys):
     file = write_jsonl(tmp_path / "mixed.jsonl", rows)
     words = ("--translator", place / "mt", *CODES)
     assert predict(place, "--input", file, "--output", tmp_path / "out.jsonl", *words) == 0
-    said = capsys.readouterr().out
-    assert f"column source_text for 10 of 20 texts, translated with {place / 'mt'} for 10 of 20" in said
-    found = read_jsonl(tmp_path / "out.jsonl")
-    assert [row["source_text"] for row in found[1::2]] == english[1::2]
+    out = capsys.readouterr().out
+    assert f"column source_text for 10 of 20 texts, translated with {place / 'mt'} for 10 of 20" in out
+    predictions = read_jsonl(tmp_path / "out.jsonl")
+    assert [row["source_text"] for row in predictions[1::2]] == english[1::2]
     translator = Translator(str(place / "mt"), "ace_Latn", "eng_Latn")
-    assert [row["source_text"] for row in found[::2]] == translator.translate(texts[::2])
-    # the translations given as sources predict the same
-    assert FlarePipeline(adapter(place))(texts, [row["source_text"] for row in found]) == [
-        {name: row[name] for name in ("prediction", "probability", "probabilities")} for row in found
+    assert [row["source_text"] for row in predictions[::2]] == translator.translate(texts[::2])
+    # given these sources, the pipeline makes the same predictions
+    assert FlarePipeline(adapter(place))(texts, [row["source_text"] for row in predictions]) == [
+        {name: row[name] for name in ("prediction", "probability", "probabilities")} for row in predictions
     ]
 
 
@@ -129,16 +131,16 @@ def test_an_interrupted_command_resumes(place, tmp_path, monkeypatch):
     monkeypatch.setattr(Translator, "translate_batch", translate_batch)
     monkeypatch.setattr(FlarePipeline, "batches", batches)
     out = ("--output", tmp_path / "out.jsonl")
-    assert predict(place, *words, *out) == 130  # in the translation
+    assert predict(place, *words, *out) == 130  # interrupted during translation
     stop = {"predicted": 2}
-    assert predict(place, *words, *out) == 130  # in the prediction
+    assert predict(place, *words, *out) == 130  # interrupted during prediction
     total = counts["translated"]
-    assert predict(place, *words, *out, "--max-length", 20) == 2  # other settings
+    assert predict(place, *words, *out, "--max-length", 20) == 2  # resuming with other settings is refused
     stop = {}
     with (tmp_path / "out.jsonl.partial").open("ab") as file:
         file.write(b'[{"torn')
     assert predict(place, *words, *out) == 0
-    assert total > 2 and counts == {"translated": total, "predicted": 3}  # 10 rows by 4
+    assert total > 2 and counts == {"translated": total, "predicted": 3}  # 10 rows, 4 per batch
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "texts.jsonl", "whole.jsonl"]
 
@@ -156,14 +158,14 @@ def test_an_existing_output_is_not_replaced(place, tmp_path, capsys):
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def test_standard_input_and_output(place, scored, monkeypatch, capsys):
+def test_standard_input_and_output_are_json_lines(place, scored, monkeypatch, capsys):
     texts, english = pairs(place)
     lines = [json.dumps({"text": t, "source_text": e}) for t, e in zip(texts, english, strict=True)]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "", '{"text": " "}'])))
     assert predict(place, "--input", "-") == 0
     out, err = capsys.readouterr()
-    found = [json.loads(line) for line in out.splitlines()]
-    assert [row["prediction"] for row in found] == [*scored, None]
+    predictions = [json.loads(line) for line in out.splitlines()]
+    assert [row["prediction"] for row in predictions] == [*scored, None]
     assert "source: column source_text for all 20 texts" in err and "1 of 21 rows have an empty text" in err
 
 
@@ -179,9 +181,9 @@ def test_csv_with_labels_is_scored(place, tmp_path, capsys):
     scores = read_metrics(adapter(place)).test["translate-train"]
     assert f"accuracy {scores['accuracy']:.1f}, macro_f1 {scores['macro_f1']:.1f}" in capsys.readouterr().out
     with (tmp_path / "out.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
+        predictions = list(csv.DictReader(file))
     labels = sorted({row["label"] for row in rows})
-    for row in found:
+    for row in predictions:
         shares = {label: float(row[f"probability_{label}"]) for label in labels}
         assert sum(shares.values()) == pytest.approx(1) and max(shares, key=shares.get) == row["prediction"]
 
@@ -210,7 +212,7 @@ def test_errors_name_the_cause(place, tmp_path, monkeypatch, capsys, rows, words
 # --- adapters outside of runs -----------------------------------------------------------------------------------------
 
 
-def test_the_adapter_folder_of_a_run_without_the_run(place, scored, tmp_path):
+def test_an_adapter_without_its_run_json_predicts(place, scored, tmp_path):
     """The adapter is copied without its run.json; the labels come from the base's configuration."""
     shutil.copytree(adapter(place) / "adapter", tmp_path / "adapter")
     shutil.copytree(place / "runs" / "base" / "seed-0", tmp_path / "base")
@@ -223,7 +225,7 @@ def test_the_adapter_folder_of_a_run_without_the_run(place, scored, tmp_path):
     assert [one["prediction"] for one in moved(*pairs(place))] == scored
 
 
-def test_an_adapter_saved_by_a_script(place, tmp_path):
+def test_an_adapter_saved_by_a_script_predicts(place, tmp_path):
     torch.manual_seed(0)
     base = transformers.BertForSequenceClassification.from_pretrained(place / "bert", num_labels=3)
     model = flare.fast_lora(base, r=4).eval()
@@ -245,11 +247,11 @@ def test_an_adapter_saved_by_a_script(place, tmp_path):
     ]
     with torch.no_grad():
         expected = model(**flare.FlareDataCollator(tokenizer)(rows)).logits.softmax(-1)
-    found = predict(texts[:4], english[:4])
-    torch.testing.assert_close(torch.tensor([list(one["probabilities"].values()) for one in found]), expected)
+    predictions = predict(texts[:4], english[:4])
+    torch.testing.assert_close(torch.tensor([list(one["probabilities"].values()) for one in predictions]), expected)
 
 
-def test_runs_that_cannot_predict(place, tmp_path):
+def test_folders_that_cannot_predict_are_refused(place, tmp_path):
     for folder, message in (
         (place / "runs", "name one of the runs in it: .*flare-r4"),
         (place / "runs" / "base" / "seed-0", "a run of flare finetune"),
@@ -263,7 +265,7 @@ def test_runs_that_cannot_predict(place, tmp_path):
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_pipeline_in_python(place, scored):
+def test_the_pipeline_predicts_in_python(place, scored):
     predict = FlarePipeline.from_pretrained(adapter(place), print_fn=lambda line: None)
     texts, english = pairs(place)
     assert [one["prediction"] for one in predict(texts, english)] == scored
@@ -283,8 +285,8 @@ def test_a_translating_pipeline_returns_the_source(place):
     codes = {"source_code": "eng_Latn", "target_code": "ace_Latn"}
     predict = FlarePipeline(adapter(place), translator=str(place / "mt"), print_fn=lambda line: None, **codes)
     texts, english = pairs(place)
-    found = predict(texts[:2], [english[0], None])
-    assert "source" not in found[0] and found[1]["source"] == predict.translator.translate([texts[1]])[0]
+    predictions = predict(texts[:2], [english[0], None])
+    assert "source" not in predictions[0] and predictions[1]["source"] == predict.translator.translate([texts[1]])[0]
 
 
 def test_threads_share_a_pipeline(place):

@@ -1,4 +1,4 @@
-"""Progress in log files and on a terminal, and the messages of interrupted commands."""
+"""Tests of the progress shown in log files and on a terminal, and of the messages of interrupted commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_lines(monkeypatch, capsys):
+def test_a_log_file_gets_a_line_every_30_seconds(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with progress.counter("acehnese flare", 100, "step", initial=20) as bar:
@@ -24,14 +24,14 @@ def test_a_log_file_gets_lines(monkeypatch, capsys):
             bar.update(1)
     err = capsys.readouterr().err
     assert "\r" not in err
-    # 31 updates by second 30, from 20: 51 done, 49 left at 30 / 31 s each
+    # At second 30, 31 updates after the initial 20 steps make 51. The other 49 steps take 30 / 31 s each.
     assert err.splitlines() == [
         "acehnese flare: 51 of 100 steps, 47 s left",
         "acehnese flare: 81 of 100 steps, 19 s left",
     ]
 
 
-def test_a_terminal_gets_a_bar_and_a_counter_without_a_name_nothing(monkeypatch):
+def test_a_terminal_gets_a_bar_and_a_counter_without_a_name_prints_nothing(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     with progress.counter("shown", 2, "row") as bar:
@@ -58,7 +58,7 @@ def test_a_terminal_gets_a_bar_and_a_counter_without_a_name_nothing(monkeypatch)
         ("flare.experiments.demo.run_demo", ["demo"], "starts again"),
     ],
 )
-def test_message_of_an_interrupted_command(work, words, message, monkeypatch, capsys):
+def test_an_interrupted_command_says_how_to_continue(work, words, message, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

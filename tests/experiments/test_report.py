@@ -1,4 +1,7 @@
-"""flare report: numbers computed by hand, texts, figures, and errors."""
+"""Tests of `flare report`: numbers computed by hand, tables, figures and errors.
+
+A group holds the runs that one table compares. A line of the table shows one variant, such as `flare-r8`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ from flare.experiments.runs.records import (
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Runs in two languages: LoRA and FLARE with two seeds, X-Mixup with one seed in one language, zero-shot."""
+    """Return a folder of runs in the languages ace and jav.
+
+    Zero-shot, LoRA and FLARE have two seeds in each language. X-Mixup has one seed, in ace only.
+    """
     root = tmp_path / "runs"
     scores = {
         ("ace", "zero-shot"): [20.0, 30.0],
@@ -79,7 +85,7 @@ def test_means_spreads_averages_and_ranks(runs: Path) -> None:
     assert (lora.cells["ace"].mean, lora.cells["jav"].mean) == (62.0, 71.0)
     assert lora.cells["ace"].spread == pytest.approx(8**0.5)  # sqrt((2² + 2²) / 1)
     assert lora.average.mean == pytest.approx(66.5)
-    assert lora.average.values == (65.0, 68.0)  # the seeds' own averages
+    assert lora.average.values == (65.0, 68.0)  # one average over the languages per seed
     assert lora.average.spread == pytest.approx(4.5**0.5)
     # in jav, LoRA and FLARE both have 71 and share the ranks 1 and 2
     assert (flare.rank, lora.rank, table.line("zero-shot").rank) == (1.25, 1.75, 3.0)
@@ -88,7 +94,7 @@ def test_means_spreads_averages_and_ranks(runs: Path) -> None:
     assert (lora.common.mean, lora.common.languages) == (62.0, 1)
 
 
-def test_the_spread_of_an_average_is_over_the_seeds_of_all_languages(tmp_path: Path) -> None:
+def test_the_spread_of_an_average_is_over_the_seeds_that_all_languages_have(tmp_path: Path) -> None:
     for language, seeds in (("ace", (0, 1, 2)), ("jav", (1, 2, 7))):
         for seed in seeds:
             make_run(tmp_path, language, "lora", seed, 50.0 + seed)
@@ -98,7 +104,7 @@ def test_the_spread_of_an_average_is_over_the_seeds_of_all_languages(tmp_path: P
     assert line.seeds == "3"
 
 
-def test_table_texts(runs: Path) -> None:
+def test_quality_table_in_markdown_and_csv(runs: Path) -> None:
     group = group_of(runs)
     table = quality_table(group, quality(group, "macro_f1"))
     lines = table.markdown().splitlines()
@@ -116,7 +122,7 @@ def test_table_texts(runs: Path) -> None:
 
 def test_costs_are_medians(runs: Path) -> None:
     rows = {row[0]: row for row in cost_table(group_of(runs)).rows}
-    assert "zero-shot" not in rows  # nothing was trained
+    assert "zero-shot" not in rows  # zero-shot trains nothing
     assert rows["LoRA"] == ("LoRA", "105.0 (100.0 to 110.0)", "100.0 MiB", "1 min 0 s", "500", "-", "4")
     assert rows["X-Mixup"][1:4] == ("300.0", "300.0 MiB", "3 min 0 s")
 
@@ -181,7 +187,7 @@ def test_mixed_settings_under_one_name_cause_a_warning(runs: Path, tmp_path: Pat
     ]
 
 
-def test_lines_with_different_rows_cause_a_warning(runs: Path) -> None:
+def test_lines_scored_on_different_rows_cause_a_warning(runs: Path) -> None:
     for seed in (0, 1):
         folder = runs / "ace" / "flare" / f"seed-{seed}"
         record = read_record(folder)
@@ -217,7 +223,7 @@ def test_source_texts_are_named_by_their_translator(tmp_path: Path) -> None:
     assert (entry.name, source_kind(entry)) == ("FLARE (mt source)", "mt: NLLB 3.3B")
 
 
-def test_groups_are_tasks_and_models(runs: Path, tmp_path: Path) -> None:
+def test_runs_are_grouped_by_task_and_model(runs: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "xnli", "swahili", "lora", 0, 50.0, task="xnli")
     other = tmp_path / "big"
     make_run(other, None, "finetune", 0, 90.0)
@@ -227,24 +233,24 @@ def test_groups_are_tasks_and_models(runs: Path, tmp_path: Path) -> None:
     collection = collect([tmp_path, runs])  # the folders overlap, but no run counts twice
     assert [group.slug for group in collection.groups] == ["nusax-big-bert", "nusax-tiny-bert", "xnli"]
     assert collection.runs == 13 + 2 + 1 + 2
-    # after a move, a run finds its base in the same folder
+    # after its folder was moved, a run still finds its base in this folder
     moved = tmp_path / "moved"
     (tmp_path / "big").rename(moved)
     assert "org/big-bert" in {group.model for group in collect([moved]).groups}
 
 
-def test_bottleneck_by_block_and_projection(runs: Path) -> None:
-    found = curves(group_of(runs).of("flare", "ace")[0])
-    assert list(found) == ["query", "value"]
-    assert found["query"]["S"] == pytest.approx({1: 0.1, 2: 0.3, 3: 0.5})
-    assert found["value"]["S"] == pytest.approx({1: 0.2, 2: 0.4, 3: 0.6})
+def test_bottleneck_curves_are_by_projection_and_block(runs: Path) -> None:
+    curves_by_projection = curves(group_of(runs).of("flare", "ace")[0])
+    assert list(curves_by_projection) == ["query", "value"]
+    assert curves_by_projection["query"]["S"] == pytest.approx({1: 0.1, 2: 0.3, 3: 0.5})
+    assert curves_by_projection["value"]["S"] == pytest.approx({1: 0.2, 2: 0.4, 3: 0.6})
 
 
 def test_figures_show_whole_curves_and_fit_a_column_or_a_page(runs: Path) -> None:
     pytest.importorskip("matplotlib")
     path = runs / "jav" / "flare" / "seed-0"
     metrics = read_metrics(path)
-    metrics.bottleneck["S"] = [10.0] * 6  # the second panel is the higher one
+    metrics.bottleneck["S"] = [10.0] * 6  # the curve in the second panel is higher than the curve in the first
     write_metrics(path, metrics)
     group = group_of(runs)
     figure = draw_layers(group, "flare")
@@ -262,8 +268,11 @@ def test_figures_show_whole_curves_and_fit_a_column_or_a_page(runs: Path) -> Non
 # --- the whole report -------------------------------------------------------------------------------------------------
 
 
-def test_with_many_lines_the_comparison_shows_the_representative_ones(tmp_path: Path) -> None:
-    """With --r 8 everywhere, no line has the bare name of its method."""
+def test_with_many_lines_the_comparison_shows_only_the_main_lines(tmp_path: Path) -> None:
+    """The main lines are, for each method, the line closest to its defaults, and all lines that the user named.
+
+    Here every variant has its rank in its name or is named by the user, so no line has only the name of its method.
+    """
     for language in ("ace", "jav"):
         for method in ("lora", "input-fusion", "x-mixup"):
             make_run(tmp_path, language, method, 0, 50, variant=f"{method}-r8", r=8)
@@ -278,7 +287,7 @@ def test_with_many_lines_the_comparison_shows_the_representative_ones(tmp_path: 
     assert shown == {"lora-r8", "input-fusion-r8", "x-mixup-r8", "flare-r8", "mine"}
 
 
-def test_a_report_from_the_command_line(runs: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_writes_tables_figures_and_a_list_of_files(runs: Path, tmp_path: Path, capsys) -> None:
     pytest.importorskip("matplotlib")
     for r, score in ((8, 78.0), (16, 79.0)):
         for language in ("ace", "jav"):
@@ -292,14 +301,14 @@ def test_a_report_from_the_command_line(runs: Path, tmp_path: Path, capsys) -> N
     assert main(["report", str(runs), "--output", str(output), "--title", "Mine", "--formats", "svg"]) == 0
     out = capsys.readouterr().out
     assert "FLARE (r8)" in out and "Not in the tables" in out and "'running'" in out
-    made = json.loads((output / "report.json").read_text())
-    assert sorted(made["files"]) == sorted(
+    report = json.loads((output / "report.json").read_text())
+    assert sorted(report["files"]) == sorted(
         str(path.relative_to(output)) for path in output.rglob("*") if path.is_file() and path.name != "report.json"
     )
     for name in ("comparison", "costs", "layers", "rank", "fusion"):
         assert is_drawn(output / "pictures" / f"nusax-{name}.png"), name
         assert (output / "pictures" / f"nusax-{name}.svg").stat().st_size > 2000
-    (group,) = made["groups"]
+    (group,) = report["groups"]
     assert list(group["pictures_left_out"]) == ["activations", "source-text", "translators"]
     text = (output / "report.md").read_text()
     assert text.startswith("# Mine\n")
@@ -326,31 +335,31 @@ def test_without_matplotlib_the_tables_are_written(runs: Path, tmp_path: Path, m
         raise ImportError("matplotlib")
 
     monkeypatch.setattr("flare.experiments.report.figures.bars.new_figure", missing)
-    said: list[str] = []
-    write_report([runs], tmp_path / "report", print_fn=said.append)
-    assert any("flare-kernels[experiments]" in line for line in said)
+    messages: list[str] = []
+    write_report([runs], tmp_path / "report", print_fn=messages.append)
+    assert any("flare-kernels[experiments]" in line for line in messages)
     assert (tmp_path / "report" / "tables" / "nusax-macro_f1.tex").is_file()
     assert not (tmp_path / "report" / "pictures").exists()
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch) -> Path:
-    """Folder with one run; figures are not drawn."""
+    """Return a folder with one run, and turn off the drawing of figures."""
     monkeypatch.setattr("flare.experiments.report.write.draw_figures", lambda *_: [])
     make_run(tmp_path / "small", "ace", "lora", 0, 50.0)
     return tmp_path / "small"
 
 
 def test_an_earlier_report_is_kept_without_overwrite(small: Path, tmp_path: Path) -> None:
-    output, said = tmp_path / "report", []
-    write_report([small], output, title="first", print_fn=said.append)
+    output, messages = tmp_path / "report", []
+    write_report([small], output, title="first", print_fn=messages.append)
     (output / "tables" / "mine.txt").write_text("mine")
-    write_report([small], output, title="second", print_fn=said.append)
+    write_report([small], output, title="second", print_fn=messages.append)
     assert (output / "earlier-1" / "report.md").read_text().startswith("# first")
     assert (output / "earlier-1" / "tables" / "mine.txt").read_text() == "mine"
-    assert any("earlier-1" in line for line in said)
+    assert any("earlier-1" in line for line in messages)
     (output / "notes.txt").write_text("mine")
-    write_report([small], output, title="third", overwrite=True, print_fn=said.append)
+    write_report([small], output, title="third", overwrite=True, print_fn=messages.append)
     assert (output / "report.md").read_text().startswith("# third")
     assert (output / "notes.txt").read_text() == "mine" and not (output / "earlier-2").exists()
 
@@ -394,7 +403,7 @@ def test_errors_name_what_cannot_be_reported(small: Path, tmp_path: Path) -> Non
     refused("--formats gif", "png", runs=[small], formats=["gif"])
     make_run(tmp_path / "again", "ace", "lora", 0, 51.0)
     (tmp_path / "again").rename(tmp_path / "copy")
-    for folder in (small, tmp_path / "copy"):  # the same base, so the same table
+    for folder in (small, tmp_path / "copy"):  # runs with the same base belong in one table
         path = folder / "ace" / "lora" / "seed-0" / "run.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "base": "org/model"}))
     refused("two runs of lora on ace with seed 0", "--name", runs=[small, tmp_path / "copy"])

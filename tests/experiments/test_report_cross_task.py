@@ -1,4 +1,4 @@
-"""flare report over tasks and models: averages, average ranks, ablations; activations by position."""
+"""Tests of `flare report` over several tasks and models: averages, ranks, ablations, and activations by position."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from flare.experiments.runs.records import RecordError
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """Runs with two seeds on NusaX (two languages) and XNLI (one); X-Mixup lacks a language, zero-shot is untrained."""
+    """Return a folder of runs with two seeds, on NusaX in two languages and on XNLI in one language.
+
+    X-Mixup has no run in the second language of NusaX.
+    """
     scores = {
         "nusax": {
             "zero-shot": (20, 30),
@@ -52,15 +55,17 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def overview_of(root: Path):
+    """Return one overview for each base model: its methods with their scores on all tasks."""
     groups = collect([root]).groups
     return overviews(groups, {group.slug: "macro_f1" for group in groups})
 
 
 def test_averages_and_ranks_over_tasks(tasks: Path) -> None:
-    (one,) = overview_of(tasks)
-    assert one.model == "tiny-bert" and list(one.tasks) == ["NusaX", "XNLI"]
-    lines = {line.label: line for line in one.lines}
-    # NusaX 65, 80, 85 and XNLI 82, 70, 80: the ranks among the three methods that have every language
+    (overview,) = overview_of(tasks)
+    assert overview.model == "tiny-bert" and list(overview.tasks) == ["NusaX", "XNLI"]
+    lines = {line.label: line for line in overview.lines}
+    # Only LoRA, input-level fusion and FLARE are trained in every language. Their scores, in this order, are 65, 80 and
+    # 85 on NusaX, and 82, 70 and 80 on XNLI.
     assert {label: line.rank for label, line in lines.items()} == {
         "zero-shot": None,
         "lora": (3 + 1) / 2,
@@ -69,26 +74,31 @@ def test_averages_and_ranks_over_tasks(tasks: Path) -> None:
         "flare": (1 + 2) / 2,
     }
     assert lines["lora"].average.mean == pytest.approx((65 + 82) / 2)
-    assert lines["lora"].average.values == pytest.approx((72.5, 74.5))  # each seed's own average
+    assert lines["lora"].average.values == pytest.approx((72.5, 74.5))  # one average over the tasks per seed
     assert lines["zero-shot"].average.mean == pytest.approx((25 + 50) / 2)
     assert lines["x-mixup"].average is None and lines["x-mixup"].cells["NusaX"] is None
-    table = overview_table([one])
+    table = overview_table([overview])
     assert table.head == ("model", "method", "NusaX (macro F1)", "XNLI (macro F1)", "average", "rank")
     assert table.rows[-1] == ("", "FLARE", "85.0 ± 1.4", "80.0 ± 1.4", "82.5 ± 1.4", "1.50")
-    assert {(len(one.lines) - 1, 2), (len(one.lines) - 1, 4), (len(one.lines) - 1, 5), (1, 3)} == table.best
-    assert "tiny-bert,flare,FLARE,average,,82.5," in overview_csv([one])
+    assert {
+        (len(overview.lines) - 1, 2),
+        (len(overview.lines) - 1, 4),
+        (len(overview.lines) - 1, 5),
+        (1, 3),
+    } == table.best
+    assert "tiny-bert,flare,FLARE,average,,82.5," in overview_csv([overview])
 
 
-def test_own_data_sets_are_separate_groups(tmp_path: Path) -> None:
+def test_data_sets_of_the_user_are_separate_groups(tmp_path: Path) -> None:
     for data, score in (("polarity", 70.0), ("topics", 50.0)):
         settings = {"data": f"/data/{data}"}
         make_run(tmp_path / data, "ace", "lora", 0, score, task="classification", settings=settings)
         make_run(tmp_path / data, None, "finetune", 0, 90.0, task="classification", settings=settings)
-    found = collect([tmp_path]).groups
-    assert [(group.slug, group.shown_task) for group in found] == [("polarity", "polarity"), ("topics", "topics")]
+    groups = collect([tmp_path]).groups
+    assert [(group.slug, group.shown_task) for group in groups] == [("polarity", "polarity"), ("topics", "topics")]
 
 
-def test_ablation_table(tasks: Path, tmp_path: Path) -> None:
+def test_ablation_table_over_ranks(tasks: Path, tmp_path: Path) -> None:
     for task, languages in (("nusax", ("acehnese", "javanese")), ("xnli", ("swahili",))):
         for r, score in ((8, 60.0), (16, 66.0)):
             for language in languages:
@@ -103,7 +113,7 @@ def test_ablation_table(tasks: Path, tmp_path: Path) -> None:
     assert table.best == {(1, 3), (1, 4)}
 
 
-def test_display_names() -> None:
+def test_display_names_of_tasks_models_and_languages() -> None:
     assert task_name("nusax") == "NusaX" and task_name("my-task") == "my-task"
     assert [
         model_name(name) for name in ("FacebookAI/xlm-roberta-large", "google/mt5-xl", "meta-llama/Llama-3.1-8B")
@@ -125,30 +135,32 @@ def test_display_names() -> None:
 
 
 def made_activations() -> tuple[Activations, list[np.ndarray]]:
+    """Return the activations of three random rows, which serve as S and as T, and these rows."""
     generator = np.random.default_rng(0)
     rows = [generator.standard_normal((length, 4)).astype(np.float32) for length in (3, 5, 2)]
     sums = RowCollector()
     for row in rows:
         sums.add(row)
-    one = Instance("7", ("a", "b", "c"), ("x", "y"), rows[0], rows[2])
-    return Activations("layer.0.query", "add_relu", sums.averages(), sums.averages(), (one,)), rows
+    instance = Instance("7", ("a", "b", "c"), ("x", "y"), rows[0], rows[2])
+    return Activations("layer.0.query", "add_relu", sums.averages(), sums.averages(), (instance,)), rows
 
 
-def test_averages_by_position_and_their_file(tmp_path: Path) -> None:
-    found, rows = made_activations()
+def test_averages_by_position_are_computed_written_and_read(tmp_path: Path) -> None:
+    activations, rows = made_activations()
     padded = np.full((3, 5, 4), np.nan)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
-    np.testing.assert_allclose(found.S.before, np.nanmean(padded, axis=0), rtol=1e-6)
-    np.testing.assert_allclose(found.S.after, np.nanmean(np.maximum(padded, 0), axis=0), rtol=1e-6)
-    np.testing.assert_allclose(found.S.before_spread, np.nanstd(padded.mean(axis=2), axis=0), rtol=1e-5, atol=1e-7)
-    assert found.S.counts.tolist() == [3, 3, 2, 1, 1]
-    write_activations(tmp_path, found)
-    back = read_activations(tmp_path)
-    assert (back.layer, back.fusion, back.instances[0].id) == ("layer.0.query", "add_relu", "7")
-    assert back.instances[0].source_tokens == ("a", "b", "c")
-    np.testing.assert_array_equal(back.instances[0].T, rows[2])
-    np.testing.assert_allclose(back.T.after, found.T.after, rtol=1e-6)
+    source = activations.S
+    np.testing.assert_allclose(source.before, np.nanmean(padded, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(source.after, np.nanmean(np.maximum(padded, 0), axis=0), rtol=1e-6)
+    np.testing.assert_allclose(source.before_spread, np.nanstd(padded.mean(axis=2), axis=0), rtol=1e-5, atol=1e-7)
+    assert source.counts.tolist() == [3, 3, 2, 1, 1]
+    write_activations(tmp_path, activations)
+    loaded = read_activations(tmp_path)
+    assert (loaded.layer, loaded.fusion, loaded.instances[0].id) == ("layer.0.query", "add_relu", "7")
+    assert loaded.instances[0].source_tokens == ("a", "b", "c")
+    np.testing.assert_array_equal(loaded.instances[0].T, rows[2])
+    np.testing.assert_allclose(loaded.T.after, activations.T.after, rtol=1e-6)
     path = tmp_path / ACTIVATIONS_FILE
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(RecordError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""examples/service.py: its answers equal the pipeline's, and do not depend on concurrent requests."""
+"""Tests of examples/service.py: it answers with the pipeline's predictions, even if requests run concurrently."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_concurrent_requests_get_the_answers_of_single_requests(pipeline) -> Non
         assert list(pool.map(ask, bodies)) == [one.json() for one in alone]
 
 
-def test_errors_are_responses(pipeline) -> None:
+def test_user_errors_are_responses_with_status_422(pipeline) -> None:
     from fastapi.testclient import TestClient
 
     client = TestClient(runpy.run_path(str(SERVICE))["make_app"](pipeline))

@@ -1,4 +1,4 @@
-"""Read, write and pair the rows of a task; errors for data that does not fit."""
+"""Tests of reading, writing and pairing the rows of a task, and of the errors for unsuitable data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def raises_text(kind: type[Exception], text: str):
 # --- the layout -------------------------------------------------------------------------------------------------------
 
 
-def test_csv_jsonl_and_parquet_read_alike(tmp_path):
+def test_csv_jsonl_and_parquet_give_equal_rows(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     pa = pytest.importorskip("pyarrow")
     rows = [("7", 'ein "Satz",\nzwei Zeilen', "good"), ("8", "žluťoučký", "bad")]
@@ -51,7 +51,7 @@ def test_csv_jsonl_and_parquet_read_alike(tmp_path):
     assert a == b == c == [Example(i, {"text": text}, label) for i, text, label in rows]
 
 
-def test_answers_in_every_form(tmp_path):
+def test_answers_are_read_from_every_accepted_format(tmp_path):
     context = "Lake Toba is in Sumatra."
     expected = [Example("1", {"question": "Where?", "context": context}, None, (Answer("Sumatra", 16),))]
     squad = {"text": ["Sumatra"], "answer_start": [16]}
@@ -81,7 +81,7 @@ def test_labels_are_inferred_from_the_training_rows(tmp_path):
     write_csv(tmp_path / "en" / "train.csv", [(i, "a", label) for i, label in enumerate(("10", "9", "9"))], HEAD)
     assert resolve_labels(OWN, tmp_path, "en").labels == ("9", "10")
     assert resolve_labels(NUSAX, tmp_path, "en") is NUSAX
-    # if labels are numbers, a number is never an index
+    # if the labels are numbers, a number in the data is a label and never an index
     write_csv(tmp_path / "ace" / "train.csv", [("1", "a", "9"), ("2", "a", "1")], HEAD)
     with raises_text(
         DataError, "1 of 2 rows have a label that is not a label of task classification: '1' (id 2); accepted: 9, 10"
@@ -103,7 +103,7 @@ def test_a_written_split_reads_back_equal(tmp_path):
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["train.jsonl"], "no partial file is left"
 
 
-# --- what is wrong with a file ----------------------------------------------------------------------------------------
+# --- errors in files --------------------------------------------------------------------------------------------------
 
 
 def test_errors_name_what_is_missing(tmp_path):
@@ -174,7 +174,9 @@ def test_rows_without_ids_are_aligned_by_position():
     with raises_text(DataError, "train: rows of ace (2) and en (1) cannot be aligned: without an id column"):
         align(targets, sources[:1], target_name="ace", source_name="en", split="train")
     pairs, notes = align(targets, sources[1:], translated=True)
-    assert [(p.target.id, p.source.texts["text"]) for p in pairs] == [("#1", "B")], "a translation keeps position ids"
+    assert [(p.target.id, p.source.texts["text"]) for p in pairs] == [("#1", "B")], (
+        "in a translation, ids such as #1 are the positions in the original"
+    )
 
 
 def test_rows_without_counterpart_are_counted():
@@ -188,7 +190,7 @@ def test_rows_without_counterpart_are_counted():
         *map(example, "6789"),
     ]
     pairs, notes = align(targets, sources, target_name="ace", source_name="en", split="test")
-    assert [pair.target.id for pair in pairs] == ["5", "1"], "in the target's order"
+    assert [pair.target.id for pair in pairs] == ["5", "1"], "pairs are in the order of the target rows"
     assert notes == [
         "test: 2 rows of ace dropped because their ids occur more than once (ids 2, 2)",
         "test: 5 rows of en dropped because no row of ace has their id (ids 2, 6, 7, ...)",
@@ -263,8 +265,8 @@ def test_error_for_a_missing_translation_gives_the_command(folders):
 def test_tasks_have_the_papers_metrics_and_lengths():
     first = {name: (get_task(name).metrics[0], get_task(name).max_length) for name in ("xnli", "tydiqa", "nusax")}
     assert first == {"xnli": ("accuracy", 128), "tydiqa": ("exact_match", 512), "nusax": ("macro_f1", 128)}
-    own = get_task("classification", text_columns=["title", "body"], metric="macro_f1")
-    assert own.prompt == "Title: {title}\nBody: {body}\nLabel:" and own.metrics == ("macro_f1", "accuracy")
+    task = get_task("classification", text_columns=["title", "body"], metric="macro_f1")
+    assert task.prompt == "Title: {title}\nBody: {body}\nLabel:" and task.metrics == ("macro_f1", "accuracy")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_tasks_have_the_papers_metrics_and_lengths():
         ({"name": "nusax", "max_length": 2}, "--max-length must be 4 or more; got 2"),
     ],
 )
-def test_invalid_task_options(options, text):
+def test_invalid_task_options_are_refused(options, text):
     with raises_text(UserError, text):
         get_task(**options)
 
@@ -294,7 +296,7 @@ def test_invalid_task_options(options, text):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_papers_data_sets_on_the_hub(monkeypatch):
+def test_the_papers_data_sets_are_read_from_the_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     calls = []
 

@@ -1,4 +1,7 @@
-"""Encoders: rows of classification and question answering, and predictions from logits."""
+"""Tests of the forms for encoders, on classification and question answering.
+
+A form turns pairs of texts into rows for a model, and the model's output into predictions.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def test_a_pair_of_texts_is_one_sequence_in_both_streams():
         form.eval_rows([Pair(nli("1", "a", "b"))], with_source=True)
 
 
-def test_labels_from_logits():
+def test_labels_are_predicted_from_logits():
     form = make_form(NUSAX, word_tokenizer("a"), "encoder")
     assert (form.layout, form.auto_class) == ("encoder", "AutoModelForSequenceClassification")
     assert form.model_options["id2label"] == {0: "negative", 1: "neutral", 2: "positive"}
@@ -60,7 +63,7 @@ def test_labels_from_logits():
         form.predictions(logits, pairs[:1])
 
 
-def test_a_tokenizer_without_pad_token():
+def test_a_tokenizer_without_pad_token_pads_with_its_end_token():
     tokenizer = word_tokenizer("a", pad_token=None, eos_token="</s>")
     form = make_form(NUSAX, tokenizer, "encoder")
     assert tokenizer.pad_token == "</s>" and form.model_options["pad_token_id"] == 2
@@ -107,8 +110,8 @@ def test_best_span_equals_brute_force():
     generator = np.random.default_rng(0)
     for _ in range(20):
         start, end = generator.normal(size=(2, 12))
-        every = [(start[i] + end[j], i, j) for i in range(12) for j in range(i, min(i + 4, 12))]
-        assert best_span(start, end, 4) == max(every)[1:]
+        candidates = [(start[i] + end[j], i, j) for i in range(12) for j in range(i, min(i + 4, 12))]
+        assert best_span(start, end, 4) == max(candidates)[1:]
     assert best_span(start[:0], end[:0], 4) is None
 
 
@@ -134,18 +137,21 @@ PAIRS = [
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("joined", [False, True])
-def test_answer_positions_round_trip(side, joined):
-    """Logits made from the collated start and end positions give the answers, for both paddings and joined rows."""
+def test_logits_at_the_answer_positions_give_the_answers(side, joined):
+    """Logits with a peak at the collated start and end positions give the answers.
+
+    Both padding sides are tested, and `joined` rows, in which input-level fusion puts the source before the target.
+    """
     tokenizer = word_tokenizer(WORDS, padding_side=side)
     form = make_form(QA, tokenizer, "encoder", 32)
     rows, notes = form.train_rows(PAIRS, with_source=True)
     assert notes == [] and len(rows) == 3
     assert tokenizer.decode(rows[0]["input_ids"]) == "<s> who lives in the north ? </s> Ana lives in the north . </s>"
-    kind = InputFusionCollator if joined else flare.FlareDataCollator
-    collator = kind(tokenizer, layout="encoder", padding="longest")
+    collator_class = InputFusionCollator if joined else flare.FlareDataCollator
+    collator = collator_class(tokenizer, layout="encoder", padding="longest")
     batch = collator(rows)
     width = batch["input_ids"].shape[1]
-    # special tokens and sources get higher logits than the answer
+    # Logits are 1.5 at the answer, 1 at other tokens, and 2 at padding. Before the target of a joined row they are 9.
     output = [2.0 - batch["attention_mask"] + torch.nn.functional.one_hot(batch[name], width) / 2
               for name in ("start_positions", "end_positions")]  # fmt: skip
     starts = collator([{**row, "start_positions": 0, "end_positions": 0} for row in rows])["start_positions"]
@@ -158,7 +164,7 @@ def test_answer_positions_round_trip(side, joined):
     assert form.scores(predicted, PAIRS) == {"exact_match": 100, "f1": 100}
 
 
-def test_truncated_rows_are_counted():
+def test_truncated_and_left_out_rows_are_counted():
     tokenizer = word_tokenizer(WORDS)
     form = make_form(QA, tokenizer, "encoder", 12)
     long = "who lives in the north of Sumatra near a lake with Ana ?"
@@ -183,7 +189,7 @@ def test_truncated_rows_are_counted():
     assert tokenizer.decode(everything[3]["input_ids"]) == "<s> who lives in the north of </s> Budi . </s>"
 
 
-def test_logits_of_other_rows_are_refused():
+def test_logits_narrower_than_the_rows_are_refused():
     form = make_form(QA, word_tokenizer(WORDS), "encoder", 32)
     with pytest.raises(
         ValueError, match=re.escape("row 0 has 15 tokens from position 0 on, but the logits are 5 wide")
@@ -191,7 +197,7 @@ def test_logits_of_other_rows_are_refused():
         form.predictions((torch.zeros(3, 5), torch.zeros(3, 5)), PAIRS)
 
 
-def test_span_form_with_a_decoders_tokenizer():
+def test_spans_work_with_the_byte_tokenizer_of_a_decoder():
     form = make_form(QA, byte_tokenizer(), "encoder", 64)
     (row,), notes = form.train_rows([Pair(qa("1", "who?", "Ana é here", "é"))], with_source=False)
     assert notes == [] and row["input_ids"][0] == 1

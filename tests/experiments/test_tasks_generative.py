@@ -1,4 +1,7 @@
-"""Forms of decoders and encoder-decoders: prompts, verbalized answers, predictions from generated tokens."""
+"""Tests of the forms for decoders and encoder-decoders.
+
+A form turns pairs of texts into prompts with their answers as text, and generated tokens into predictions.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +62,11 @@ def test_evaluation_rows_contain_no_answer():
                    (("input_ids", "x\nis:"), ("source_input_ids", "yz\nis:"))}  # fmt: skip
     form = make_form(NUSAX, byte_tokenizer(ends=True), "seq2seq")
     (row,), _ = form.eval_rows([Pair(sentiment("1", "x"), sentiment("1", "yz"))], with_source=True)
-    assert row["source_labels"] == [2], "its presence makes the decoder fuse; its content is not read"
+    assert row["source_labels"] == [2], "the decoder fuses if source_labels are present; their content is not read"
     assert "labels" not in row
 
 
-def test_seq2seq_rows():
+def test_seq2seq_rows_hold_the_prompts_and_the_answers():
     tokenizer = byte_tokenizer(ends=True)
     form = make_form(NUSAX, tokenizer, "seq2seq")
     assert (form.layout, form.auto_class) == ("seq2seq", "AutoModelForSeq2SeqLM")
@@ -73,7 +76,7 @@ def test_seq2seq_rows():
     }  # fmt: skip
 
 
-# --- too long ---------------------------------------------------------------------------------------------------------
+# --- texts that are too long ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["causal", "seq2seq"])
@@ -111,7 +114,7 @@ def test_only_the_context_is_truncated(family):
         form.eval_rows([Pair(question("9", "who? " * 20, "me"))], with_source=False)
 
 
-def test_settings_that_leave_no_room():
+def test_too_short_lengths_and_missing_special_tokens_are_reported():
     with pytest.raises(UserError, match="--max-length 10 leaves no room for a prompt: an answer may have 12 tokens"):
         make_form(NUSAX, byte_tokenizer(), "causal", 10)
     tokenizer = byte_tokenizer(eos_token=None)
@@ -125,7 +128,7 @@ def test_settings_that_leave_no_room():
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def test_labels_from_generated_text():
+def test_labels_are_predicted_from_generated_text():
     tokenizer = byte_tokenizer()
     form = make_form(NUSAX, tokenizer, "causal")
     texts = ["badly good", "bad", "Bad!", "badly good it is", "neutral", "positive", "so-so", ""]
@@ -209,7 +212,7 @@ def test_generation_reproduces_the_training_rows(family):
 # --- input-level fusion -----------------------------------------------------------------------------------------------
 
 
-def test_joined_prompts():
+def test_joined_prompts_hold_both_texts_and_ask_once():
     prompts = {name: joined_task(get_task(name)).prompt for name in ("nusax", "xnli", "qa")}
     assert prompts["nusax"] == "Text: {source:text}\nText: {text}\nSentiment:"
     assert prompts["xnli"].count("Relation (") == 1 and prompts["qa"].count("Answer:") == 1

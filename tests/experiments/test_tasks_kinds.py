@@ -1,4 +1,7 @@
-"""Token classification, multiple choice, multi-label and regression: rows, pairs, forms and metrics."""
+"""Tests of token classification, multiple choice, multi-label classification and regression.
+
+They cover rows, pairs, metrics and forms. A form turns pairs into rows for a model, and its output into predictions.
+"""
 
 import importlib.util
 import math
@@ -77,7 +80,7 @@ def test_invalid_tags_are_errors(row, error):
         examples_from([row], list(row), get_task("token-classification"), "FILE")
 
 
-def test_conll_files(tmp_path):
+def test_conll_files_are_read(tmp_path):
     (tmp_path / "hausa").mkdir()
     path = tmp_path / "hausa" / "train.txt"
     path.write_text("-DOCSTART- -X- O O\n\nNelson NNP B-PER\nMandela NNP I-PER\n\n\nLagos\tB-LOC\n", encoding="utf-8")
@@ -101,7 +104,7 @@ def test_inferred_tags_are_completed_to_iob2(tmp_path):
         get_task("token-classification", labels=["B-PER", "I-PER"])
 
 
-def test_choices_and_their_labels():
+def test_choices_and_their_labels_are_read():
     task = get_task("multiple-choice", **CHOICES, label_column="answer")
     row = {"passage": "p", "question": "q", "c1": "x", "c2": "y", "c3": "z", "answer": "b"}
     listed = {"passage": "p", "question": "q", "choices": ["x", "y", "z"], "answer": 1}
@@ -116,7 +119,7 @@ def test_choices_and_their_labels():
         labels_of([{**listed, "choices": ["x", "y"]}], task)
 
 
-def test_sets_of_labels():
+def test_sets_of_labels_are_read_from_every_format():
     task = get_task("multi-label", labels=["joy", "anger", "fear"])
     values = ["anger;joy", ["fear"], [0, 2], [0, 1, 0], "[]", ""]
     assert labels_of([{"text": "t", "labels": value} for value in values], task) == [
@@ -209,8 +212,8 @@ def test_only_a_words_first_token_is_labelled():
     assert "words without a token" in notes[-1]
 
 
-def test_first_tokens():
-    # a token with the space before a word belongs to the word; a token of the space alone does not
+def test_first_tokens_of_words():
+    # a token that holds a word and the space before it belongs to the word; a token that is only the space does not
     assert first_tokens_of(["ab", "cd"], [(0, 0), (0, 2), (2, 5), (0, 0)]) == [1, 2]
     assert first_tokens_of(["ab", "cd"], [(0, 2), (2, 3), (3, 4), (4, 5)]) == [0, 2]
     # a word that the tokenizer drops, and a token that spans two words
@@ -282,7 +285,7 @@ def test_a_generated_choice_is_one_of_the_letters():
     assert both.next_tokens([]) == sorted(letters)
 
 
-def test_multi_label_and_regression_forms():
+def test_multi_label_and_regression_forms_make_rows_and_predictions():
     tokenizer = word_tokenizer("a b")
     several = make_form(get_task("multi-label", labels=["joy", "anger"]), tokenizer, "encoder")
     pairs = [Pair(Example("1", {"text": "a"}, ("anger",))), Pair(Example("2", {"text": "b"}, ()))]
@@ -310,12 +313,12 @@ def test_generative_models_have_no_form_for_these_kinds(kind):
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_entity_scores_equal_seqevals():
+def test_entity_scores_equal_values_computed_by_hand():
     pytest.importorskip("seqeval.metrics", exc_type=ImportError)
     task = get_task("token-classification", labels=TAGS)
     truth = [Example("1", label=("B-PER", "I-PER", "O", "B-LOC")), Example("2", label=("B-LOC", "O"))]
     predictions = [("B-PER", "I-PER", "O", "O"), ("B-LOC", "I-LOC")]
-    # correct: 1 of 2 predicted and 3 true entities
+    # one entity is correct, two are predicted, and three are true
     assert score_of(task, predictions, truth) == pytest.approx(
         {"entity_f1": 40.0, "entity_precision": 50.0, "entity_recall": 100 / 3}
     )
@@ -335,28 +338,29 @@ def test_error_for_a_missing_metric_package(monkeypatch, kind, package):
     with pytest.raises(UserError, match=f"pip install {package}"):
         score_of(get_task(kind), ["x"], [Example("1", label="x")])
     with pytest.raises(UserError, match=f"pip install {package}"):
-        task_of(Settings(task=kind))  # before anything is trained
+        task_of(Settings(task=kind))  # this error comes before training
     assert score_of(get_task("qa"), ["x"], [Example("1", answers=(Answer("x"),))])["f1"] == 100, (
         "QA metrics need no package"
     )
 
 
-def test_f1_of_several_labels_by_hand():
+def test_multi_label_f1_equals_values_computed_by_hand():
     task = get_task("multi-label", labels=["a", "b", "c"])
     truth = [Example("1", label=("a",)), Example("2", label=("a", "b")), Example("3", label=())]
     predictions = [("a", "b"), ("a",), ("c",)]
-    # a: 2 correct of 2 predicted and 2 true; b: 0 of 1 and 1; c: 0 of 1 and 0. In total 2 correct of 4 and 3
+    # a: 2 correct, 2 predicted, 2 true. b: 0 correct, 1 predicted, 1 true. c: 0 correct, 1 predicted, 0 true.
+    # In total: 2 correct, 4 predicted, 3 true.
     assert score_of(task, predictions, truth) == pytest.approx({"micro_f1": 100 * 4 / 7, "macro_f1": 100 / 3})
 
 
-def test_correlations_by_hand():
+def test_correlations_equal_values_computed_by_hand():
     assert metrics.pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(100)
     assert metrics.pearson([1, 2, 4], [3, 1, 2]) == pytest.approx(100 * -1 / math.sqrt(14 / 3 * 2))
     assert metrics.spearman([1, 10, 100, 1000], [0.1, 0.2, 0.4, 0.3]) == pytest.approx(80)
-    assert metrics.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(100 * 1.5 / math.sqrt(1.5 * 2))  # ties: 1.5, 1.5, 3
+    assert metrics.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(100 * 1.5 / math.sqrt(1.5 * 2))  # ranks 1.5, 1.5, 3
     assert metrics.pearson([1, 1], [1, 2]) == 0
 
 
-def test_a_number_in_a_csv_file(tmp_path):
+def test_a_number_is_read_from_a_csv_file(tmp_path):
     write_csv(tmp_path / "english" / "test.csv", [["1", "t", "-0.5"]], ["id", "text", "label"])
     assert read_split(get_task("regression"), tmp_path, "english", "test")[0].label == -0.5

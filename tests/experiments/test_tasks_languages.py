@@ -26,7 +26,7 @@ def test_table_has_every_tag_of_nllb():
      ("madurese", "ind_Latn"), ("nij", "ind_Latn"), ("bjn", "bjn_Latn"), ("ind", "ind_Latn"), ("mt", "mlt_Latn"),
      ("id", "ind_Latn"), ("arabic", "arb_Arab")],
 )  # fmt: skip
-def test_names_and_codes(name, tag):
+def test_names_and_codes_give_the_nllb_tag(name, tag):
     assert nllb_code(name) == tag
 
 
@@ -50,5 +50,5 @@ def test_error_for_an_unknown_language_has_suggestions(arguments, text):
         nllb_code(*arguments)
 
 
-def test_override():
+def test_a_given_nllb_tag_overrides_the_table():
     assert nllb_code("my own folder", "ban_Latn") == "ban_Latn"

@@ -1,4 +1,4 @@
-"""Metrics compared with values computed by hand."""
+"""Tests that compare metrics with values computed by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_macro_f1_is_over_all_labels():
     assert accuracy(list("abc?"), list("abab")) == 50
 
 
-def test_macro_f1_equals_the_demos():
+def test_macro_f1_equals_macro_f1_of_the_demo():
     import torch
 
     from flare.experiments.demo.experiment import macro_f1 as demo_macro_f1
@@ -29,11 +29,11 @@ def test_macro_f1_equals_the_demos():
     assert macro_f1(names[0], names[1], ABC) == pytest.approx(demo_macro_f1(predicted, true, 3))
 
 
-def test_squad_metrics():
+def test_squad_metrics_equal_values_computed_by_hand():
     assert normalize_answer("The  U.S., a land") == "us land"
     assert exact_match(["the Nile!", "Nile"], [["Nile"], ["Amazon", "nile"]]) == 100
     assert exact_match(["Nile river"], [["Nile"]]) == 0
-    # two of three predicted words are in the accepted answer of two: precision 2/3, recall 1
+    # of three predicted words, two are the words of the accepted answer: precision 2/3, recall 1
     assert f1(["blue Nile river"], [["Amazon", "Nile river"]]) == pytest.approx(80)
     assert f1(["x x"], [["x"]]) == pytest.approx(100 * 2 * 1 / 3), (
         "a repeated word counts only as often as in the accepted answer"
@@ -42,7 +42,7 @@ def test_squad_metrics():
     assert exact_match(["کتاب"], [["کتاب"]]) == 100
 
 
-def test_score():
+def test_score_returns_all_metrics_and_leaves_out_rows_without_answers():
     rows = [Example("1", {}, "negative"), Example("2", {}, "neutral")]
     scores = score(get_task("nusax"), ["negative", "positive"], rows)
     assert list(scores) == ["macro_f1", "accuracy"]

@@ -1,4 +1,4 @@
-"""Data sets of the tasks on the hub, tested on fakes with the hub's columns and feature types."""
+"""Tests of the tasks whose data are on the hub, with fake data sets that have the hub's columns and feature types."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TAGS = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-DATE", "I-
 CONLL_TAGS = [*TAGS[:7], "B-MISC", "I-MISC"]
 WORDS = {"id": TEXT, "tokens": Sequence(TEXT)}
 
-#: Data set -> features, in the hub's order.
+#: Features of each data set by its hub id, in the order that the data set has on the hub.
 HUB: dict[str, dict[str, Any]] = {
     "indonlp/NusaX-senti": {"id": TEXT, "text": TEXT, "lang": TEXT, "label": SENTIMENT},
     "facebook/xnli": {"premise": TEXT, "hypothesis": TEXT, "label": NLI},
@@ -72,7 +72,7 @@ SPLITS = {"masakhane/afrixnli": {"validation", "test"}, "facebook/belebele": {"t
 
 
 def row_of(hub_id: str, configuration: str, number: int) -> dict[str, Any]:
-    """Return one row; each text names its column, configuration and row."""
+    """Return one row of a fake data set. Each text names its column, configuration and row."""
 
     def value(name: str, feature: Any) -> Any:
         fixed = {"category": "travel", "correct_answer_num": "3", "index_id": number + 100, "link": "https://w/1"}
@@ -110,39 +110,44 @@ def raises_text(kind: type[Exception], text: str):
     return pytest.raises(kind, match=re.escape(text))
 
 
-def one(task: str, name: str, split: str = "test") -> Example:
+def second_row(task: str, name: str, split: str = "test") -> Example:
     return read_split(get_task(task), None, name, split)[1]
 
 
-def test_rows_of_classifications(hub):
-    assert one("sib200", "acehnese", "train") == Example("101", {"text": "text ace_Latn 1"}, "travel")
-    assert one("sib200", "min_Arab").texts == {"text": "text min_Arab 1"}, "a tag of FLORES-200 that NLLB does not have"
-    assert one("masakhanews", "swahili", "valid") == Example(
+def test_rows_of_classification_data_sets_are_read(hub):
+    assert second_row("sib200", "acehnese", "train") == Example("101", {"text": "text ace_Latn 1"}, "travel")
+    assert second_row("sib200", "min_Arab").texts == {"text": "text min_Arab 1"}, (
+        "a tag of FLORES-200 that NLLB does not have"
+    )
+    assert second_row("masakhanews", "swahili", "valid") == Example(
         "#1", {"headline": "headline swa 1", "text": "text swa 1"}, "health"
     )
-    assert one("afrixnli", "oromo") == Example(
+    assert second_row("afrixnli", "oromo") == Example(
         "#1", {"premise": "premise orm 1", "hypothesis": "hypothesis orm 1"}, "contradiction"
     )
-    assert one("nusax", "madurese").texts == {"text": "text mad 1"} and one("xnli", "chinese").label == "contradiction"
+    assert (
+        second_row("nusax", "madurese").texts == {"text": "text mad 1"}
+        and second_row("xnli", "chinese").label == "contradiction"
+    )
     assert hub[-1] == ("facebook/xnli", "zh", "test")
 
 
-def test_rows_of_multiple_choice_and_token_classification(hub):
-    example = one("belebele", "yoruba")
+def test_rows_of_multiple_choice_and_token_classification_are_read(hub):
+    example = second_row("belebele", "yoruba")
     assert example.id == "https://w/1-2" and example.label == "C"
     assert list(example.texts) == ["flores_passage", "question", *(f"mc_answer{i}" for i in (1, 2, 3, 4))]
     assert example.texts["mc_answer3"] == "mc_answer3 yor_Latn 1"
-    example = one("masakhaner2", "kiswahili", "train")
+    example = second_row("masakhaner2", "kiswahili", "train")
     assert example == Example(
         "1", {"tokens": "swa Mandela ran"}, ("O", "B-PER", "B-DATE"), (), ("swa", "Mandela", "ran")
     )
 
 
-def test_english_rows_of_other_data_sets(hub):
-    assert one("afrixnli", "english", "train").texts["premise"] == "premise en 1"
-    assert one("afrixnli", "english", "test").texts["premise"] == "premise eng 1"
-    conll = one("masakhaner2", "english", "train")
-    assert conll.label == ("O", "B-PER", "O"), "its MISC counts as O"
+def test_english_rows_can_come_from_another_data_set(hub):
+    assert second_row("afrixnli", "english", "train").texts["premise"] == "premise en 1"
+    assert second_row("afrixnli", "english", "test").texts["premise"] == "premise eng 1"
+    conll = second_row("masakhaner2", "english", "train")
+    assert conll.label == ("O", "B-PER", "O"), "the tags of type MISC become O"
     assert hub == [
         ("facebook/xnli", "en", "train"),
         ("masakhane/afrixnli", "eng", "test"),
@@ -156,9 +161,9 @@ def test_english_rows_of_other_data_sets(hub):
 
 def test_missing_splits_are_errors(hub):
     with raises_text(DataError, "masakhane/afrixnli has no train split, only valid, test: translate the English rows"):
-        one("afrixnli", "hausa", "train")
+        second_row("afrixnli", "hausa", "train")
     with raises_text(DataError, "facebook/belebele has no train split, only test: put your own rows"):
-        one("belebele", "english", "train")
+        second_row("belebele", "english", "train")
     assert not has_split(get_task("belebele"), None, "english", "valid") and has_split(
         get_task("sib200"), None, "en", "valid"
     )
@@ -189,12 +194,12 @@ def test_every_language_is_in_the_table(hub):
     ]
     assert {task.hub_id for task in TASKS.values() if task.hub_id} == set(DATA_SETS)
     with raises_text(UserError, "masakhane/masakhanews has no Wolof; it has Amharic (amh), English (eng), "):
-        one("masakhanews", "wolof")
+        second_row("masakhanews", "wolof")
     with raises_text(UserError, "Davlan/sib200 names its languages by FLORES-200 tags, and Madurese has no tag"):
-        one("sib200", "madurese")
+        second_row("sib200", "madurese")
 
 
-def test_metrics_lengths_and_rates():
+def test_tasks_have_their_metrics_lengths_and_learning_rates():
     first = {name: (TASKS[name].metrics[0], TASKS[name].max_length) for name in TASKS if TASKS[name].hub_id}
     assert first == {
         "nusax": ("macro_f1", 128),
@@ -215,7 +220,7 @@ def test_metrics_lengths_and_rates():
 
 @pytest.mark.parametrize("task", ["sib200", "masakhanews", "afrixnli", "belebele", "masakhaner2"])
 def test_forms_accept_the_rows(hub, task):
-    """A form accepts rows of every data set, for target and source."""
+    """A form accepts the rows of each data set, both as target and as source."""
     if task == "masakhaner2":
         pytest.importorskip("seqeval")
     definition = get_task(task)
@@ -225,7 +230,7 @@ def test_forms_accept_the_rows(hub, task):
     assert len(model_rows) == 2 and {"input_ids", "source_input_ids", "labels"} <= set(model_rows[0])
 
 
-def test_all_targets(hub, tmp_path):
+def test_target_all_selects_the_languages_of_the_data(hub, tmp_path):
     targets, notes = all_targets(get_task("nusax"), None, "english")
     assert len(targets) == 10 and "toba_batak" not in targets and "madurese" in targets
     assert notes[0] == "--target all leaves out languages without an NLLB tag: toba_batak"

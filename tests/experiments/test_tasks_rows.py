@@ -1,4 +1,4 @@
-"""Invalid rows are errors that name the row and the reason, before any training."""
+"""Tests that invalid rows are errors that name the row and the reason before training starts."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def write(folder: Path, text: str, language: str = "ace", name: str = "train.csv
         ("row_id,text,label\n1,a,x\n", "its column 'row_id' looks like an id column"),
     ],
 )  # fmt: skip
-def test_invalid_csv_rows(tmp_path, text, message):
+def test_invalid_csv_rows_are_refused(tmp_path, text, message):
     write(tmp_path, text)
     with pytest.raises(DataError) as error:
         read_split(OWN, tmp_path, "ace", "train")
     assert message in str(error.value), error.value
 
 
-def test_values_of_the_wrong_type(tmp_path):
+def test_values_of_the_wrong_type_are_refused(tmp_path):
     for row, message in (
         ({"text": "a", "label": ["x", "y"]}, "row 1: label holds a list (['x', 'y']); a row has one label"),
         ({"text": ["a", "b"], "label": "x"}, "row 1: text holds a list (['a', 'b']); it must be a text"),
@@ -68,19 +68,19 @@ def test_values_of_the_wrong_type(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "text"), [(3, "3"), (-0.5, "-0.5"), (1e20, "1e+20"), (True, "True"), (float("nan"), "")]
 )
-def test_numbers_are_texts_in_data_but_not_in_prediction(cell, text):
+def test_numbers_are_texts_in_task_data_but_not_in_prediction_input(cell, text):
     assert text_of(cell, "FILE, row 0: title") == text
     with pytest.raises(DataError, match=rf"FILE, row 0: title holds a {type(cell).__name__} .*; it must be a text"):
         prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0")
 
 
-def test_word_lists_are_texts_in_prediction_but_not_in_data():
+def test_word_lists_are_texts_in_prediction_input_but_not_in_task_data():
     assert prediction_texts({"tokens": ["a", "b"]}, {"tokens": "tokens"}, "FILE, row 0") == {"tokens": "a b"}
     with pytest.raises(DataError, match="FILE, row 0: text holds a list"):
         text_of(["a", "b"], "FILE, row 0: text")
 
 
-def test_cells_that_data_and_prediction_read_alike():
+def test_other_cells_are_read_equally_in_task_data_and_prediction_input():
     for cell, text in (("NA", "NA"), ("3", "3"), (None, "")):
         assert text_of(cell, "FILE, row 0: title") == text
         assert prediction_texts({"title": cell}, {"text": "title"}, "FILE, row 0") == {"text": text}
@@ -118,8 +118,8 @@ def test_suspicious_inferred_labels_are_errors(tmp_path, labels, message):
     with pytest.raises(DemoError) as demo_error:
         load_parallel(str(tmp_path), "english", "ace")
     assert message in str(demo_error.value)
-    given = get_task("classification", labels=list(dict.fromkeys(labels)))
-    assert len(read_split(given, tmp_path, "english", "train")) == len(labels), "labels that are listed are accepted"
+    task = get_task("classification", labels=list(dict.fromkeys(labels)))
+    assert len(read_split(task, tmp_path, "english", "train")) == len(labels), "labels given by the user are accepted"
 
 
 def test_inferred_labels_are_shown_before_training(tmp_path, capsys):
@@ -142,7 +142,9 @@ def test_inferred_labels_are_shown_before_training(tmp_path, capsys):
     head = next(i for i, line in enumerate(lines) if line.startswith("labels, taken from the english training rows"))
     shown = [line.split() for line in lines[head + 2 : head + 5]]
     assert [row[0] for row in shown] == ["0", "1", "2"] and sum(int(row[2]) for row in shown) == 48
-    assert not any("english train" in line or "seconds" in line for line in lines[:head]), "before anything is trained"
+    assert not any("english train" in line or "seconds" in line for line in lines[:head]), (
+        "the labels are shown before training"
+    )
 
 
 def test_ids_that_look_like_positions_are_ids():

@@ -1,4 +1,4 @@
-"""File formats: all of them give the same rows and the same errors."""
+"""Tests of the file formats, which all give the same rows and the same errors."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ ROWS = [
     {"id": "7", "text": 'ein "Satz",\nzwei\tZeilen', "label": "good"},
     {"id": "8", "text": "žluťoučký", "label": "bad"},
 ]
+#: data.json holds {"data": rows}, lines.json one row per line, shards are two Parquet files, saved is by save_to_disk.
 FORMATS = ("csv", "tsv", "json", "data.json", "lines.json", "jsonl", "parquet", "shards", "saved")
 
 
@@ -80,7 +81,7 @@ def test_every_format_gives_the_same_rows(tmp_path, form):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_has_the_same_checks(tmp_path, form):
-    """Error messages name the row and the reason."""
+    """In every format, the error messages name the row and the reason."""
     good = [{"id": str(i), "text": "a", "label": "xy"[i % 2]} for i in range(12)]
     cases = {
         "row 2 (counted from 0): row 0 has the same id '0'": [*good[:2], {**good[2], "id": "0"}],
@@ -104,8 +105,8 @@ def test_every_format_has_the_same_checks(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "json", "data.json", "lines.json", "jsonl"])
-def test_a_row_with_a_missing_field(tmp_path, form):
-    """Parquet and saved data sets have every column in every row."""
+def test_a_row_with_a_missing_field_is_refused(tmp_path, form):
+    """Parquet files and saved data sets are not tested, because their rows always have every column."""
     rows = [ROWS[1], {"id": "9", "text": "b"}, {"id": "10", "text": "c"}]
     write_as(tmp_path / "ace", rows, form)
     message = (
@@ -147,7 +148,7 @@ def test_unreadable_files_are_errors(tmp_path, name, text, message):
         read_split(OWN, tmp_path, "ace", "train")
 
 
-def test_a_tsv_file_with_unbalanced_quotation_marks(tmp_path):
+def test_unbalanced_quotation_marks_in_a_tsv_file_are_text(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text('id\ttext\n1\t"Good" he said\n2\t"so\n3\tb\n')
     with pytest.warns(UserWarning, match="quotation marks are read as text, because they are not balanced"):
@@ -159,7 +160,9 @@ def test_class_numbers_are_read_by_name(tmp_path, form):
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})
-    rows = rows.cast_column("label", datasets.ClassLabel(names=["positive", "negative"]))  # not the task's order
+    rows = rows.cast_column(
+        "label", datasets.ClassLabel(names=["positive", "negative"])
+    )  # another order than in the task
     folder = tmp_path / "ace"
     folder.mkdir()
     rows.to_parquet(folder / "train.parquet") if form == "parquet" else rows.save_to_disk(folder / "train")
@@ -167,7 +170,7 @@ def test_class_numbers_are_read_by_name(tmp_path, form):
     assert [row.label for row in examples] == ["negative", "positive"]
 
 
-def test_id_column_with_another_name(tmp_path):
+def test_the_id_column_can_have_another_name(tmp_path):
     for language in ("en", "ace"):
         write_csv(
             tmp_path / language / "train.csv", [("b", language, "x"), ("a", language, "y")], ("uid", "text", "label")
@@ -189,7 +192,7 @@ TASK = get_task("classification", id_columns=["key"], label_column="topic", labe
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_columns_of_both_languages(tmp_path, form):
+def test_columns_of_both_languages_are_read_from_one_table(tmp_path, form):
     path = write_as(tmp_path, BOTH, form, name="all")
     data = ParallelColumns(path, "english", ("en",), ("{language}",))
     pairs, notes = load_pairs(TASK, data, "english", "jav", "test")
@@ -198,7 +201,7 @@ def test_columns_of_both_languages(tmp_path, form):
         ("4", {"text": "jav 4"}, {"text": "en 4"}, "x"),
     ]
     assert notes == [] and has_split(TASK, data, "ace", "valid") and len(read_split(TASK, data, "ace", "train")) == 2
-    # the same rows with one file per split
+    # one file per split gives the same rows
     for split in ("train", "test"):
         rows = [{k: v for k, v in row.items() if k != "split"} for row in BOTH if row["split"].lower() == split]
         write_as(tmp_path / "splits", rows, form, name=split)
@@ -207,7 +210,7 @@ def test_columns_of_both_languages(tmp_path, form):
     assert not has_split(TASK, again, "javanese", "valid")
 
 
-def test_columns_of_two_texts(tmp_path):
+def test_columns_of_a_pair_of_texts_are_read_in_both_languages(tmp_path):
     rows = [{"p_en": "p", "h_en": "h", "p_sw": "P", "h_sw": "H", "label": "neutral"}]
     write_as(tmp_path, rows, "tsv", name="test")
     data = ParallelColumns(tmp_path, "english", ("p_en", "h_en"), ("p_sw", "h_sw"))

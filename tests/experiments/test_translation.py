@@ -1,4 +1,7 @@
-"""Translator, batch plans and translation models."""
+"""Tests of Translator, of translation models, and of batch plans.
+
+A batch plan splits long texts into pieces and sorts the pieces into batches.
+"""
 
 from pathlib import Path
 
@@ -25,7 +28,7 @@ def nllb(tmp_path_factory) -> TranslationModel:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_plan():
+def test_a_plan_makes_batches_by_length_and_joins_the_pieces():
     texts = ["a b c", "a", "", "a b c d e f", "a b", "a", "c b a"]
     plan = make_plan(texts, words, limit=None, batch_tokens=6)
     assert [[plan.pieces[i] for i in batch] for batch in plan.batches] == [
@@ -50,12 +53,12 @@ def test_a_long_text_is_split_at_sentence_ends():
     ]
     assert "".join(sentence + space for sentence, space in sentences(text)) == text
     plan = make_plan([text, "short"], words, limit=5, batch_tokens=100)
-    # as many sentences as fit; a space is added at a split if the script has none
+    # a piece holds as many sentences as fit; if no space follows the sentence before a split, a space is added
     assert plan.pieces == ('One two three. "Four five!"', "Six seven eight nine? 十。", "十一。Ten", "short")
     assert plan.join(plan.pieces) == [text.replace("十。十", "十。 十"), "short"]
 
 
-def test_a_sentence_over_the_limit_is_not_split():
+def test_a_sentence_longer_than_the_limit_is_not_split():
     plan = make_plan(["a b c d e f. g h"], words, limit=4, batch_tokens=100)
     assert plan.pieces == ("a b c d e f.", "g h")
 
@@ -71,8 +74,8 @@ def test_translations_keep_the_order_and_blank_texts(nllb):
     assert all(together[index] for index in (0, 2, 4))
 
 
-def test_greedy_decoding_regardless_of_generation_config(nllb):
-    """The folder's generation_config asks for sampling, four beams and five tokens."""
+def test_decoding_is_greedy_regardless_of_generation_config(nllb):
+    """The generation_config in the model's folder asks for sampling, four beams and five tokens."""
     translator = Translator(nllb, "eng_Latn", "ace_Latn", max_new_tokens=9)
     tokens = nllb.tokenizer(TEXTS[0], return_tensors="pt")
     ids = [nllb.model.config.decoder_start_token_id, nllb.tokenizer.convert_tokens_to_ids("ace_Latn")]
@@ -127,7 +130,7 @@ def test_out_of_memory_halves_the_batch(nllb, monkeypatch):
         translator.translate_batch(texts)
 
 
-# --- errors, identity -------------------------------------------------------------------------------------------------
+# --- errors and fingerprints ------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_tag_is_an_error_before_weights_are_loaded(tmp_path):
@@ -143,7 +146,7 @@ def test_an_unknown_tag_is_an_error_before_weights_are_loaded(tmp_path):
         Translator(model, "eng_Latn", "ace_Latn").translate(["the sea"])
 
 
-def test_invalid_models_dtypes_and_limits(tmp_path, nllb, minilm):
+def test_invalid_models_dtypes_and_limits_are_refused(tmp_path, nllb, minilm):
     with pytest.raises(TranslationError, match="no such folder"):
         TranslationModel(str(tmp_path / "absent"))
     with pytest.raises(TranslationError, match="bert is not an encoder-decoder"):
@@ -154,7 +157,7 @@ def test_invalid_models_dtypes_and_limits(tmp_path, nllb, minilm):
         Translator(nllb, "eng_Latn", "ace_Latn", max_length=500)
 
 
-def test_fingerprint_depends_on_content_only(tmp_path):
+def test_fingerprint_depends_only_on_the_model_files(tmp_path):
     one, two = tiny_mt.save_nllb(tmp_path / "one"), tiny_mt.save_nllb(tmp_path / "two")
     other = tiny_mt.save_nllb(tmp_path / "other", seed=1)
     (two / "README.md").write_text("made twice")

@@ -1,4 +1,4 @@
-"""`flare translate`: files, directions, resuming after a kill, provenance, messages."""
+"""Tests of `flare translate`: files, directions, resuming after a kill, provenance and messages."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def nllb(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """English, Acehnese and Javanese rows of a sentiment task."""
+    """Return a folder with English, Acehnese and Javanese rows of a sentiment task."""
     for language in ("english", "acehnese", "javanese"):
         for split, count in (("train", 12), ("valid", 4), ("test", 5)):
             path = tmp_path / "data" / language / f"{split}.csv"
@@ -41,6 +41,7 @@ def data(tmp_path) -> Path:
 
 
 def options(data: Path, nllb: Path, output: Path, *more: str) -> list[str]:
+    """Return the arguments of a flare translate command. The options in `more` replace the defaults set here."""
     chosen = {
         "--task": "nusax",
         "--data": str(data),
@@ -59,6 +60,7 @@ def options(data: Path, nllb: Path, output: Path, *more: str) -> list[str]:
 
 
 def fails(arguments: list[str], capsys) -> str:
+    """Run a command that must fail, and return its one line of error."""
     assert main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flare translate: error: ")]
     assert len(lines) == 1
@@ -72,17 +74,17 @@ def rows_of(path: Path) -> list[dict]:
 def counted(monkeypatch) -> list[int]:
     """Return a list that collects the sizes of the batches translated from now on."""
     sizes: list[int] = []
-    whole = Translator.translate_batch
+    original = Translator.translate_batch
     monkeypatch.setattr(
-        Translator, "translate_batch", lambda self, pieces: (sizes.append(len(pieces)), whole(self, pieces))[1]
+        Translator, "translate_batch", lambda self, pieces: (sizes.append(len(pieces)), original(self, pieces))[1]
     )
     return sizes
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- written files ----------------------------------------------------------------------------------------------------
 
 
-def test_default_directions(data, nllb, tmp_path, capsys):
+def test_train_and_valid_are_translated_to_the_target_and_test_to_the_source(data, nllb, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--target", "acehnese", "javanese")) == 0
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == sorted(
@@ -107,26 +109,29 @@ def test_default_directions(data, nllb, tmp_path, capsys):
     assert "english-acehnese/train: 12 of 12 rows in" in capsys.readouterr().out
 
 
-def test_provenance(data, nllb, tmp_path):
+def test_provenance_records_settings_and_counts(data, nllb, tmp_path):
     import hashlib
 
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--splits", "train")) == 0
-    found = json.loads((out / "english-acehnese" / FILE).read_text())
-    assert (found["task"], found["from"], found["to"]) == ("nusax", "english", "acehnese")
-    assert (found["settings"]["source_tag"], found["settings"]["target_tag"]) == ("eng_Latn", "ace_Latn")
-    assert found["settings"]["decoding"] == {"num_beams": 1, "do_sample": False, "max_new_tokens": 6}
-    assert found["settings"]["model"]["name"] == str(nllb) and len(found["settings"]["model"]["fingerprint"]) == 64
-    entry = found["splits"]["train"]
+    provenance = json.loads((out / "english-acehnese" / FILE).read_text())
+    assert (provenance["task"], provenance["from"], provenance["to"]) == ("nusax", "english", "acehnese")
+    assert (provenance["settings"]["source_tag"], provenance["settings"]["target_tag"]) == ("eng_Latn", "ace_Latn")
+    assert provenance["settings"]["decoding"] == {"num_beams": 1, "do_sample": False, "max_new_tokens": 6}
+    assert (
+        provenance["settings"]["model"]["name"] == str(nllb)
+        and len(provenance["settings"]["model"]["fingerprint"]) == 64
+    )
+    entry = provenance["splits"]["train"]
     written = (out / "english-acehnese" / "train.jsonl").read_bytes()
     assert entry["output_sha256"] == hashlib.sha256(written).hexdigest()
     assert entry["status"] == "done" and entry["data"] == str(data)
     assert (entry["counts"]["rows"], entry["counts"]["written"], entry["counts"]["dropped"]) == (12, 12, {})
-    assert entry["counts"]["unfinished"] > 0  # a random model does not end
+    assert entry["counts"]["unfinished"] > 0  # a random model rarely generates the end token
     assert {"torch", "transformers"} <= set(entry["environment"]["versions"])
 
 
-def test_direction_to_source(data, nllb, tmp_path):
+def test_direction_to_source_translates_the_target_rows(data, nllb, tmp_path):
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--splits", "train", "--direction", "to-source", "--limit", "3")) == 0
     assert [row["id"] for row in rows_of(out / "acehnese-english" / "train.jsonl")] == ["train0", "train1", "train2"]
@@ -141,8 +146,8 @@ def test_equal_texts_are_translated_once(nllb, tmp_path, monkeypatch):
     ]
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sizes = counted(monkeypatch)
-    own = ["--task", "classification", "--text-columns", "premise", "hypothesis", "--splits", "train"]
-    assert main(options(folder.parent, nllb, tmp_path / "out", *own)) == 0
+    two_columns = ["--task", "classification", "--text-columns", "premise", "hypothesis", "--splits", "train"]
+    assert main(options(folder.parent, nllb, tmp_path / "out", *two_columns)) == 0
     assert sum(sizes) == 4
     rows = rows_of(tmp_path / "out" / "english-acehnese" / "train.jsonl")
     assert len({row["premise"] for row in rows}) == 1 and len({row["hypothesis"] for row in rows}) == 3
@@ -152,7 +157,7 @@ def test_equal_texts_are_translated_once(nllb, tmp_path, monkeypatch):
 
 
 def kill_midway(arguments: list[str], partial: Path, lines: int) -> None:
-    """Start the command in its own process and kill it when its progress file has this many lines."""
+    """Start the command in its own process, and kill the process when the progress file has this many lines."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "flare", *arguments],
@@ -183,17 +188,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(data, nllb, tmp_path, capsys, mo
     done = partial.read_bytes().count(b"\n") - 1
     assert 3 <= done < 12 and not finished.exists()
     with partial.open("ab") as file:
-        file.write(b'{"batch": 11, "transl')  # as left by a kill during a write
+        file.write(b'{"batch": 11, "transl')  # a line that a kill interrupted
     sizes = counted(monkeypatch)
     assert main(options(data, nllb, broken, *slow)) == 0
     assert f"resuming after {done} of 12 batches" in capsys.readouterr().out
     assert len(sizes) == 12 - done
     assert main(options(data, nllb, whole, *slow)) == 0
     assert finished.read_bytes() == (whole / "english-acehnese" / "train.jsonl").read_bytes()
-    kept = [json.loads((out / "english-acehnese" / FILE).read_text()) for out in (whole, broken)]
-    for one in kept:
+    provenances = [json.loads((out / "english-acehnese" / FILE).read_text()) for out in (whole, broken)]
+    for one in provenances:
         one["splits"]["train"].pop("date")
-    assert kept[0] == kept[1]
+    assert provenances[0] == provenances[1]
     assert not partial.exists() and not list(finished.parent.glob(".*"))
 
 
@@ -205,19 +210,19 @@ def test_a_kill_between_the_last_steps_loses_nothing(data, nllb, tmp_path, monke
     arguments = options(data, nllb, out, "--splits", "valid")
     finished = out / "english-acehnese" / "valid.jsonl"
     expected = None
-    whole = job.write_provenance
+    original = job.write_provenance
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    def only_the_beginning(folder, content):
+    def stop_at_the_final_record(folder, content):
         if content["splits"]["valid"]["status"] == "done":
             raise KeyboardInterrupt
-        whole(folder, content)
+        original(folder, content)
 
     for place, name, broken in (
         (job, "write_split", stop),
-        (job, "write_provenance", only_the_beginning),
+        (job, "write_provenance", stop_at_the_final_record),
         (Path, "unlink", stop),
     ):
         with monkeypatch.context() as patch:
@@ -245,10 +250,10 @@ def test_a_finished_split_is_not_changed(data, nllb, tmp_path, capsys, monkeypat
     assert "mended" in path.read_text() and "was changed after it was translated" in capsys.readouterr().out
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused commands -------------------------------------------------------------------------------------------------
 
 
-def test_other_settings_are_refused_and_named(data, nllb, tmp_path, capsys):
+def test_changed_settings_are_refused_and_named(data, nllb, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--splits", "valid")) == 0
     error = fails(options(data, nllb, out, "--splits", "valid", "--beams", "2", "--max-new-tokens", "7"), capsys)
@@ -258,7 +263,7 @@ def test_other_settings_are_refused_and_named(data, nllb, tmp_path, capsys):
     assert "settings.model.fingerprint" in fails(options(data, other, out, "--splits", "valid"), capsys)
 
 
-def test_other_rows_are_refused(data, nllb, tmp_path, capsys):
+def test_changed_rows_are_refused(data, nllb, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(options(data, nllb, out, "--splits", "valid")) == 0
     assert "finished with other rows" in fails(options(data, nllb, out, "--splits", "valid", "--limit", "2"), capsys)
@@ -267,15 +272,15 @@ def test_other_rows_are_refused(data, nllb, tmp_path, capsys):
     assert "english/valid has changed" in fails(options(data, nllb, out, "--splits", "valid"), capsys)
 
 
-def test_other_files_are_not_overwritten(data, nllb, tmp_path, capsys):
-    own = tmp_path / "out" / "english-acehnese" / "valid.csv"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
+def test_files_of_other_programs_are_not_overwritten(data, nllb, tmp_path, capsys):
+    file = tmp_path / "out" / "english-acehnese" / "valid.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
     assert "has no record that this command wrote it" in fails(
         options(data, nllb, tmp_path / "out", "--splits", "valid"), capsys
     )
-    assert own.read_text() == "mine" and list(own.parent.iterdir()) == [own]
-    assert "cannot be written to" in fails(options(data, nllb, own, "--splits", "valid"), capsys)
+    assert file.read_text() == "mine" and list(file.parent.iterdir()) == [file]
+    assert "cannot be written to" in fails(options(data, nllb, file, "--splits", "valid"), capsys)
 
 
 def test_a_folder_in_use_is_refused(data, nllb, tmp_path, capsys):
@@ -295,7 +300,7 @@ def test_unknown_names_are_errors_before_weights_are_loaded(data, tmp_path, caps
     (model / "model.safetensors").unlink()
     out = tmp_path / "out"
     wrong = fails(options(data, model, out, "--target", "acehnes"), capsys)
-    assert "Acehnese (ace_Latn)" in wrong and "--target-code" in wrong  # from the table of languages
+    assert "Acehnese (ace_Latn)" in wrong and "--target-code" in wrong  # this error is from the table of languages
     assert "did you mean ace_Latn" in fails(options(data, model, out, "--target-code", "ace_Lat"), capsys)
     unknown_tag = fails(
         options(data, model, out, "--target", "swahili"), capsys

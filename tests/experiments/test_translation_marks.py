@@ -1,4 +1,7 @@
-"""Answer spans carried through a translation by marks, with translators that keep, lose and mangle the marks."""
+"""Tests of the marks, such as square brackets, that carry an answer through a translation.
+
+The translations keep the marks, lose them, or change them.
+"""
 
 import json
 
@@ -16,7 +19,7 @@ PARIS = Answer("Paris", 20)
 def test_marks_differ_from_the_characters_of_the_text():
     assert mark(CONTEXT, PARIS).text == "The tower stands in [ Paris ]."
     assert mark("[1] in Paris", Answer("Paris", 7)).text == "[1] in { Paris }"
-    assert mark("《a》 Paris", Answer("Paris", 4)).pair == ("{", "}")  # a variant of square brackets
+    assert mark("《a》 Paris", Answer("Paris", 4)).pair == ("{", "}")  # 《》 count as square brackets
     assert mark(CONTEXT, Answer("Paris")).text == "The tower stands in [ Paris ]."  # a single occurrence needs no start
 
 
@@ -29,7 +32,7 @@ def test_marks_differ_from_the_characters_of_the_text():
         ("[]{}<>«» Paris", Answer("Paris", 9), "every kind of mark"),
     ],
 )
-def test_answers_that_cannot_be_marked(context, answer, reason):
+def test_answers_that_cannot_be_marked_have_a_reason(context, answer, reason):
     with pytest.raises(MarksLost, match=reason):
         mark(context, answer)
 
@@ -47,10 +50,10 @@ def test_answers_that_cannot_be_marked(context, answer, reason):
         ("e l'[Hôtel de ville], là", "e l'Hôtel de ville, là", "Hôtel de ville"),
     ],
 )
-def test_recover(translation, plain, answer):
-    text, found = recover(translation, ("[", "]"))
-    assert (text, found.text) == (plain, answer)
-    assert text[found.start : found.start + len(found.text)] == answer
+def test_the_answer_is_recovered_from_its_marks(translation, plain, answer):
+    text, recovered = recover(translation, ("[", "]"))
+    assert (text, recovered.text) == (plain, answer)
+    assert text[recovered.start : recovered.start + len(recovered.text)] == answer
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,10 @@ def test_lost_marks_have_a_reason_and_are_removed(translation, reason, left):
 
 
 class Mangling:
-    """Fake translator: upper case; a word in the text makes it lose, double or reorder the marks."""
+    """Fake translator that returns a text in upper case.
+
+    The word "lose", "double" or "turn" in the text makes it lose, double or reorder the marks.
+    """
 
     def settings(self):
         return {"model": "mangling"}

@@ -1,9 +1,14 @@
-"""Pytest plugin for PEFT's own tests: select the LoRA tests, and run them with LoraConfig or a plain FlareConfig.
+"""Pytest plugin for PEFT's own tests: select the LoRA tests, and run them with LoraConfig or with FlareConfig.
 
-``FLARE_PEFT_ADAPTER=lora`` does not change PEFT. ``FLARE_PEFT_ADAPTER=flare`` replaces LoraConfig by
-``FlareConfig(fusion=None)`` with LoraConfig's defaults, before PEFT's tests import it. Outcomes are written to the file
-``FLARE_PEFT_OUTCOMES``, under the tests' names with LoraConfig. ``FLARE_PEFT_ONLY`` is a JSON file with a list of such
-names; other tests are not run.
+The plugin reads three environment variables:
+
+``FLARE_PEFT_ADAPTER``
+    "lora" runs the tests unchanged. "flare" replaces ``peft.LoraConfig`` by ``FlareConfig(fusion=None)`` with the
+    defaults of LoraConfig, before PEFT's tests import LoraConfig.
+``FLARE_PEFT_OUTCOMES``
+    JSON file that receives the outcome of each test, under the name that the test has with LoraConfig.
+``FLARE_PEFT_ONLY``
+    JSON file with a list of such names; only these tests run. If empty, all LoRA tests run.
 """
 
 from __future__ import annotations
@@ -50,7 +55,8 @@ def _use_flare() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if importlib.util.find_spec("diffusers") is None:  # PEFT's tests only check for instances of its pipeline
+    # PEFT's tests use diffusers only to check for instances of its pipeline
+    if importlib.util.find_spec("diffusers") is None:
         diffusers = types.ModuleType("diffusers")
         diffusers.__spec__ = importlib.machinery.ModuleSpec("diffusers", None)
         diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
@@ -72,7 +78,7 @@ def _uses_lora(item: Any) -> bool:
 
 
 def _name(nodeid: str) -> str:
-    """Return the name of a test with LoraConfig, without its folder."""
+    """Return the name that a test has with LoraConfig, without its folder."""
     file, _, test = nodeid.partition("::")
     return f"{Path(file).name}::{re.sub('FlareConfig', 'LoraConfig', test)}"
 

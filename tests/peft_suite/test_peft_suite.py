@@ -1,7 +1,7 @@
-"""PEFT's own tests with FlareConfig(fusion=None) instead of LoraConfig; CONTRIBUTING.md tells how to run them.
+"""Run PEFT's own tests with FlareConfig(fusion=None) instead of LoraConfig. CONTRIBUTING.md says how to start this.
 
-Failed tests run again with LoraConfig. Tests that fail there too are ignored: they need the hub's model, a network or a
-GPU. The remaining failures must be those in `KNOWN`.
+Failed tests run again with LoraConfig. A test that also fails with LoraConfig is ignored, because it needs a model from
+the hub, a network or a GPU. The remaining failures must be the ones listed in `KNOWN`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import tiny_hub
 
 HERE = Path(__file__).parent
-FILES = {  # file: least number of tests that pass, to detect a run that collects too few
+FILES = {  # by file: how many tests must pass at least, which detects a run that collects too few
     "test_feature_extraction_models.py": 100,
     "test_token_classification_qa.py": 6,
     "test_seq_classifier.py": 50,
@@ -25,13 +25,13 @@ FILES = {  # file: least number of tests that pass, to detect a run that collect
     "test_decoder_models.py": 500,
     "test_custom_models.py": 2000,
 }
-# Intended differences, by the tests' names with LoraConfig.
+# Intended failures and their reasons, by the names that the tests have with LoraConfig.
 KNOWN = {
     "test_custom_models.py::TestPeftCustomModel::test_add_adapter_rejects_duplicate_name_without_mutation[True]": (
         "PeftMixedModel refuses types that are not PEFT's (docs/peft.md)"
     ),
     "test_custom_models.py::TestPeftCustomModel::test_non_existing_model_card": (
-        "the card is filled in and shorter than PEFT's template of 1,000 characters"
+        "the model card is filled in, so it is shorter than PEFT's template of 1,000 characters"
     ),
     "test_custom_models.py::TestLayerRepr::test_repr_lora_linear": "the layer is printed as lora.FlareLinear",
     "test_custom_models.py::TestLayerRepr::test_repr_lora_conv1d": "the layer is printed as lora.FlareLinear",
@@ -66,7 +66,7 @@ def run(place: Path, file: str, adapter: str, only: list[str] | None = None) -> 
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    # without a configuration file: PEFT's requires coverage
+    # no configuration file is used, because PEFT's configuration file requires coverage
     options = ("-p", "peft_plugin", "-c", os.devnull, "--rootdir", str(place), "-q", "-W", "ignore", f"tests/{file}")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options],
@@ -81,7 +81,7 @@ def run(place: Path, file: str, adapter: str, only: list[str] | None = None) -> 
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_no_new_failure(place, file) -> None:
+def test_only_known_tests_fail(place, file) -> None:
     outcomes = run(place, file, "flare")
     failed = [name for name, (outcome, _) in outcomes.items() if outcome == "failed"]
     stock = run(place, file, "lora", failed) if failed else {}

@@ -1,4 +1,4 @@
-"""A hub cache with tiny random models under the names that PEFT's tests use."""
+"""Build a cache of the hub with tiny random models under the names that PEFT's tests use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _T5 = {"vocab_size": _VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers":
 _BART = {"vocab_size": _VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 512}
 _BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37}
 
-# hub name: (class, class of its configuration, fields)
+# hub name: (class of the model, class of its configuration, fields of the configuration)
 _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", "OPTConfig", _OPT),
     "peft-internal-testing/opt-125m": ("OPTForCausalLM", "OPTConfig", _OPT),
