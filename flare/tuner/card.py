@@ -29,7 +29,7 @@ _PHI = {
     "add": "S + T",
     "mul": "S * T",
     "mul_relu": "relu(S) * relu(T)",
-    "cross_attention": "attention of S over T",
+    "cross_attention": "attention with queries from S, keys and values from T",
 }
 _OFFSETS = {
     1: "block i fuses with the source's output of block i, as in the paper",

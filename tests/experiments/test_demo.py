@@ -266,9 +266,11 @@ def test_errors_in_the_data_are_explained(folder):
     write(folder, "vemari", "test", [("0", "a")], head=("id", "text"))
     with pytest.raises(DemoError, match="no column label; it has id, text"):
         load_parallel(str(folder), "english", "vemari")
-    write(folder, "vemari", "test", [("x", "a", "bad")])
-    with pytest.raises(DemoError, match=r"no id of test occurs in both english \(8 rows\) and vemari \(1 rows\)"):
-        load_parallel(str(folder), "english", "vemari")
+    message = r"no row of english/test \(8 rows\) can be paired with a row of vemari/test \(1 rows\)"
+    for row, reason in ((("x", "a", "bad"), "no row of english has their id"), (("0", "a", "good"), "labels differ")):
+        write(folder, "vemari", "test", [row])
+        with pytest.raises(DemoError, match=f"{message}.*{reason}"):
+            load_parallel(str(folder), "english", "vemari")
     write(folder, "vemari", "test", [("0", "a", "so-so"), ("1", "b", "good")])
     write(folder, "english", "test", [("0", "a", "so-so"), ("1", "b", "good")])
     with pytest.raises(DemoError, match="labels that english/train lacks: so-so"):

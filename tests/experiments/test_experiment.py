@@ -179,7 +179,6 @@ def test_all_rows_of_a_batch_have_a_source_or_none_has():
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_peak_on_a_gpu_covers_only_training_steps(monkeypatch):
     from flare.experiments.runs.callbacks import PeakMemory
 
@@ -195,6 +194,7 @@ def test_peak_on_a_gpu_covers_only_training_steps(monkeypatch):
     assert peak.bytes == 40
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(place, tmp_path):
     """The run is killed (SIGKILL) twice during training. Weights, scores and predictions are compared."""
     for name in ("whole", "killed"):

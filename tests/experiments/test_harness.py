@@ -225,6 +225,8 @@ def test_sources_of_a_file_are_matched_by_position_or_id(tmp_path: Path) -> None
     late = Instance("loglikelihood", {"text": "a"}, ("Q a", " b"), 0, ("tiny", 1, 1))
     with pytest.raises(UserError, match="has 1 rows, matched by position"):
         SourcePrompts(file).of(late)
+    with pytest.raises(UserError, match="share no column with texts"):
+        SourcePrompts(file).of(request({"question": "a"}, "Q a"))
     with pytest.raises(UserError, match="no such file"):
         SourcePrompts(str(tmp_path / "gone.jsonl"))
     with pytest.raises(UserError, match="neither a template"):

@@ -74,8 +74,9 @@ def load_parallel(data: str, source: str, target: str) -> ParallelData:
         notes += dropped
         if not splits[split]:
             raise DemoError(
-                f"--data {data}: no id of {split} occurs in both {source} ({len(source_rows)} rows) and {target} "
-                f"({len(target_rows)} rows); rows are paired by their id column"
+                f"--data {data}: no row of {source}/{split} ({len(source_rows)} rows) can be paired with a row of "
+                f"{target}/{split} ({len(target_rows)} rows); rows with the same id, the same label and non-empty "
+                f"texts are paired. {'; '.join(dropped)}"
             )
     try:
         counts = inferred_labels(

@@ -172,7 +172,7 @@ class SourcePrompts:
                         "name the columns to replace with source_columns"
                     )
             replacements |= {text: source for text, source in present.items() if text in changed}
-        if absent and (self.columns is not None or len(absent) == len(pairs)):
+        if len(absent) == len(pairs) or (absent and self.columns is not None):
             raise UserError(
                 f"{where}: {_nothing_to_replace(absent)}; give the source prompt with doc_to_source=TEMPLATE"
             )
