@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from flare_kernels import __version__
 
-from .experiments.commands import bench, demo, error_messages, info, report, translate
-from .experiments.commands.experiment import CHECK, EVALUATE, FINETUNE, PREDICT, TRAIN
+from .experiments.commands import bench, demo, error_messages, info, report
+from .experiments.commands.experiment import CHECK, EVALUATE, FINETUNE, PREDICT, TRAIN, TRANSLATE
 from .experiments.utils import extra
 from .experiments.utils.processes import is_main, prints_errors
 from .experiments.utils.progress import quiet_libraries_in_log_files
@@ -21,7 +21,7 @@ from .experiments.utils.progress import quiet_libraries_in_log_files
 #: The commands, in the order of the help text.
 _ADD_PARSERS = (
     FINETUNE.add_parser,
-    translate.add_parser,
+    TRANSLATE.add_parser,
     CHECK.add_parser,
     TRAIN.add_parser,
     EVALUATE.add_parser,

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from flare.cli import main
 from flare.experiments.runs.activations import read_activations
-from flare.experiments.runs.options import parse_bytes, read_settings
 from flare.experiments.runs.records import read_metrics, read_record
 from flare.experiments.runs.run_settings import TrainSettings
 from flare.experiments.utils.errors import UserError
+from flare.experiments.utils.options import parse_bytes, read_settings
 from flare.source_cache.memory import _group_bytes
 
 

@@ -14,10 +14,10 @@ import torch
 from experiment_data import write_bert, write_data
 
 from flare.cli import main
-from flare.experiments.runs.options import read_settings
 from flare.experiments.runs.records import find_runs, read_record, write_record
 from flare.experiments.runs.run_settings import EvaluateSettings, FinetuneSettings, TrainSettings
 from flare.experiments.utils.errors import UserError
+from flare.experiments.utils.options import read_settings
 
 TASK = ("--task", "classification")
 QUICK = ("--max-length", "24", "--batch-size", "8", "--lr", "1e-2", "--no-progress", "--epochs", "1", "--r", "4")

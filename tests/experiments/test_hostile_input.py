@@ -23,11 +23,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import flare.cli
 from flare.cli import main
-from flare.experiments.runs.options import REFUSED, read_settings
 from flare.experiments.runs.predictor import PREDICTIONS, read_predictions
 from flare.experiments.runs.run_settings import TrainSettings
 from flare.experiments.translation.provenance import read_provenance
 from flare.experiments.utils.errors import UserError
+from flare.experiments.utils.options import REFUSED, read_settings
 
 ROOT = Path(flare.cli.__file__).parent
 

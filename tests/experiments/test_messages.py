@@ -12,13 +12,13 @@ from experiment_data import write_bert, write_data
 
 import flare
 from flare.cli import main
-from flare.experiments.runs.options import read_settings
 from flare.experiments.runs.records import Metrics, RecordError, RunRecord, read_run, write_metrics, write_record
 from flare.experiments.runs.run_folder import open_run
 from flare.experiments.runs.run_settings import FinetuneSettings, TrainSettings
 from flare.experiments.tasks import DataError, get_task, read_split
 from flare.experiments.translation.model import TranslationError, TranslationModel
 from flare.experiments.utils.errors import UserError
+from flare.experiments.utils.options import read_settings
 
 QUICK = ("--max-length", "24", "--batch-size", "8", "--no-progress", "--epochs", "1", "--r", "4", "--rows", "8")
 

@@ -11,7 +11,6 @@ import pytest
 from flare.experiments.demo import DemoError, DemoSettings
 from flare.experiments.report.tables import Table, csv_text
 from flare.experiments.runs.evaluate import _Evaluation
-from flare.experiments.runs.options import read_settings
 from flare.experiments.runs.records import RunRecord, write_record
 from flare.experiments.runs.run_settings import EvaluateSettings, FinetuneSettings, TrainSettings
 from flare.experiments.tasks import get_task
@@ -20,6 +19,7 @@ from flare.experiments.translation.job import Job
 from flare.experiments.translation.translate_settings import TranslateSettings
 from flare.experiments.utils.errors import UserError
 from flare.experiments.utils.escape import csv_cell, latex, markdown
+from flare.experiments.utils.options import read_settings
 
 WRONG = (
     "../x",

@@ -342,7 +342,7 @@ def test_flags_override_the_config_file(data, nllb, tmp_path, capsys):
     settings = json.loads((tmp_path / "out" / "english-acehnese" / FILE).read_text())["settings"]
     assert settings["decoding"]["max_new_tokens"] == 5 and settings["batch"]["rows"] == 2
     config.write_text("tsak: nusax\n")
-    assert "'tsak' is not an option" in fails(["translate", "--config", str(config)], capsys)
+    assert "tsak is not known; did you mean task?" in fails(["translate", "--config", str(config)], capsys)
     config.write_text("beams: two\n")
-    assert "beams must be int; got 'two'" in fails(["translate", "--config", str(config)], capsys)
+    assert "beams must be a whole number; got 'two'" in fails(["translate", "--config", str(config)], capsys)
     assert "--source, --target, --model must be given" in fails(["translate", "--task", "nusax"], capsys)

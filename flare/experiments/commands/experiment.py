@@ -1,4 +1,4 @@
-"""Define the commands that have a settings class: `flare finetune`, `check`, `train`, `evaluate` and `predict`."""
+"""Define the commands that have a settings class: finetune, translate, check, train, evaluate and predict."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import functools
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..prediction.predict_settings import PredictSettings
-from ..runs.options import add_options, read_settings
 from ..runs.run_settings import NAMES, CheckSettings, EvaluateSettings, FinetuneSettings, TrainSettings
+from ..translation.translate_settings import TranslateSettings
 from ..utils.environment import use_threads
+from ..utils.options import add_options, read_settings
+from ..utils.processes import is_main
 from ..utils.progress import print_line
 
 
@@ -25,11 +27,12 @@ class SettingsCommand:
         name: name of the command.
         help: one line about the command in `flare --help`.
         description: text about the command in its own --help.
-        settings: class with :func:`flare.experiments.runs.options.option` fields. If it has a field ``training``, the
+        settings: class with :func:`flare.experiments.utils.options.option` fields. If it has a field ``training``, the
             command also takes the flags of transformers.TrainingArguments.
         work: function that runs the command, called with an object of the settings class.
         after_interrupt: message after Ctrl-C, which says what is kept and how to resume. The command line replaces
             ``{command}`` in it.
+        shared: names of the options that the --config file may hold for other commands; this command skips them.
     """
 
     name: str
@@ -38,6 +41,7 @@ class SettingsCommand:
     help: str
     description: str
     after_interrupt: str
+    shared: Collection[str] = NAMES
 
     def add_parser(self, commands: Any) -> None:
         """Add the command to the sub-parsers of `flare`."""
@@ -51,16 +55,13 @@ class SettingsCommand:
         )
         add_options(parser, self.settings, training=any(one.name == "training" for one in fields(self.settings)))
         # cli.main passes flags that the parser does not know as `rest`, because they may belong to TrainingArguments
-        parser.set_defaults(
-            command=functools.partial(_run, self.settings, self.work), rest=[], after_interrupt=self.after_interrupt
-        )
+        parser.set_defaults(command=self._run, rest=[], after_interrupt=self.after_interrupt)
 
-
-def _run(kind: type[Any], work: Callable[[Any], None], rest: Sequence[str], **options: Any) -> None:
-    settings = read_settings(kind, options, rest, NAMES)
-    if settings.threads is not None:
-        use_threads(settings.threads)
-    work(settings)
+    def _run(self, rest: Sequence[str], **options: Any) -> None:
+        settings = read_settings(self.settings, options, rest, self.shared)
+        if settings.threads is not None:
+            use_threads(settings.threads)
+        self.work(settings)
 
 
 def task_list() -> str:
@@ -90,6 +91,16 @@ def _finetune(settings: FinetuneSettings) -> None:
     from ..runs.finetune import run_finetune
 
     run_finetune(settings, print_line)
+
+
+def _translate(settings: TranslateSettings) -> None:
+    from ..translation import run_translate
+
+    if not settings.progress or not is_main():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # the bar that transformers shows while it loads weights
+    run_translate(settings, print_line)
 
 
 def _check(settings: CheckSettings) -> None:
@@ -135,6 +146,24 @@ OUTPUT/base/seed-N, one per seed. Learning rates, epochs, ranks and lengths defa
 also sets the paper's other values (5 seeds, fixed length). Finished runs are skipped; unfinished runs resume from
 their last checkpoint.""",
     after_interrupt=_RUNS_ARE_KEPT,
+)
+
+TRANSLATE = SettingsCommand(
+    name="translate",
+    settings=TranslateSettings,
+    work=_translate,
+    help="translate a task's data",
+    description="""\
+Translate the train and valid splits into the target languages, and the test split into the source language, with
+NLLB or another encoder-decoder model. An interrupted command resumes if it is repeated. See docs/translation.md.
+
+example:
+  flare translate --task nusax --data DATA --source english --target acehnese javanese \\
+      --model facebook/nllb-200-distilled-600M --output translations""",
+    after_interrupt="""\
+Translations made so far are kept in the output folder. Resume with the same command:
+  {command}""",
+    shared=(),
 )
 
 CHECK = SettingsCommand(

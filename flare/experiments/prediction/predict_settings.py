@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..runs.options import flag, option
 from ..runs.run_settings import QUANTIZATIONS
 from ..utils.errors import UserError
+from ..utils.options import flag, option
 
 PADDINGS = ("max_length", "longest")
 

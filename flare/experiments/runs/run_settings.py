@@ -12,8 +12,8 @@ from flare_kernels.fusion import ALL_FUSIONS
 from ..tasks.registry import OWN, TASKS
 from ..utils.errors import UserError
 from ..utils.names import folder_name
+from ..utils.options import flag, option, parse_bytes
 from ..utils.result_folders import EARLIER
-from .options import flag, option, parse_bytes
 
 METHODS = ("lora", "input-fusion", "x-mixup", "flare", "flare-mt")
 SETTINGS = ("zero-shot", "translate-test", "translate-train")

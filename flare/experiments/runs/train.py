@@ -19,6 +19,7 @@ from ..tasks import JoinedForm, Pair
 from ..tasks.digest import digests_of_pairs
 from ..utils.environment import environment, now
 from ..utils.errors import UserError
+from ..utils.options import parse_bytes
 from ..utils.processes import is_main, on_main, only_main, process_count, wait
 from .activations import write_activations
 from .adapter_card import fill_run_card
@@ -41,7 +42,6 @@ from .fitting import (
 from .grid import Plan, read_grid
 from .latent_rows import add_states, latent_encoder, target_texts
 from .methods import build, for_method
-from .options import parse_bytes
 from .predictor import PREDICTIONS, Predictor, write_predictions
 from .provenance import read_provenance
 from .recorded_settings import adapter_fields, common_settings, location

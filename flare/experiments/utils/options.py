@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from ...recipes.yaml_loader import YamlLoader
-from ..utils.errors import UserError
-from ..utils.names import checked_text
+from .errors import UserError
+from .names import checked_text
 
 #: Short name of an option -> the field of TrainingArguments that it sets.
 SHORT = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "lr": "learning_rate"}
