@@ -158,7 +158,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             return (), step.inputs
         shape = (decoder_shape if runtime.map.decoders else target_shape)(args, kwargs)
         slot.forward = source_of.carry(model, runtime, shape, cache.get_seq_length())
-    elif uses and kwargs.get("encoder_outputs") is None:  # otherwise the encoder has run, with or without its source
+    elif uses and kwargs.get("encoder_outputs") is None:  # with encoder_outputs, the encoder ran earlier
         warn_without_source(runtime, model.training and torch.is_grad_enabled())
     elif source and runtime.layers and not any(layer.flare_fusion for layer in runtime.layers):
         raise ValueError(  # transformers' delete_adapter does not remove the hooks
@@ -243,7 +243,10 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def check_reached(model: nn.Module, context: SourceContext) -> None:
-    """Raise ValueError if a fusing layer did not receive its source, whether it ran or not."""
+    """Raise ValueError if the source did not reach a fusing layer, for example because the layer did not run.
+
+    Models that skip blocks at random in training (LayerDrop) are not checked.
+    """
     if context.missed and not drops_blocks(model):
         runtime = runtime_of(model)
         layers = {} if runtime is None else runtime.active_uses().sites

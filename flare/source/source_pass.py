@@ -143,7 +143,7 @@ class ModuleSwitches:
                     self.tuners.append(module)
             if isinstance(module, nn.ModuleList):
                 self.lists.append((module, len(module)))
-            # some quantised linears repack their weights in eval mode
+            # the flag of quantised linears is not changed, because some repack their weights in eval mode
             if (
                 type(module) not in _SAME_IN_TRAINING
                 and "training" in module.__dict__

@@ -19,7 +19,8 @@ from .card import fill_card
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")
 
-# Fields of LoraConfig that replace the forward scaling * phi(S, T) B^T, so that a fusion would have no effect.
+# Fields of LoraConfig that select a LoRA variant. A variant does not compute scaling * phi(S, T) B^T, so a fusion would
+# have no effect.
 _VARIANTS = (
     "use_dora",
     "use_bdlora",
