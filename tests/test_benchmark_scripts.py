@@ -144,7 +144,7 @@ def test_check_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_part_of_a_sweep_is_not_measured_twice(tmp_path: Path) -> None:
-    """A sweep is split into numbered parts. A second run of a part finds the results of the first."""
+    """A sweep is split into numbered parts. A second run of a part uses the results of the first run."""
     dry = {"FLARE_BENCH_DRY": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
     few = "-rs -k decode/xlmr"
     of_parts = importlib.import_module("sweep").parts("tiny")

@@ -41,7 +41,7 @@ def test_padding_on_the_left_by_tokenizer_or_by_argument():
         assert batch["source_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 
-def test_fixed_width_and_multiples():
+def test_width_is_fixed_or_a_multiple():
     fixed = FlareDataCollator(tokenizer(), padding="max_length", max_length=9)(classes())
     rounded = FlareDataCollator(tokenizer(), pad_to_multiple_of=4)(classes())
     for batch, width in ((fixed, 9), (rounded, 8)):

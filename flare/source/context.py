@@ -26,8 +26,8 @@ class Slot:
     """State of one thread that hooks and adapter layers share during a forward pass.
 
     Attributes:
-        frozen_pass: the running source pass (flare.source.source_pass), or None. In a source pass, adapter layers act as
-            base layers.
+        frozen_pass: the running source pass (flare.source.source_pass), or None. During it, adapter layers act as base
+            layers.
         forward: the context of the model's running forward pass. A hook passes it to the blocks.
         context: the context of the running block, which its adapter layers read.
         pending: outputs that the call of one projection has computed for other projections (flare.tuner.site).

@@ -35,7 +35,7 @@ class SourcePass(torch.autograd.Function):
     """Compute S of every group, and in backward the source's share of every dA. See the module's docstring.
 
     ``memory`` stores the states' rows and yields them again in backward; it is None if no A requires a gradient. The
-    forward pass fills ``sizes`` (path of a stack of blocks -> size (B, m) of its states) and ``stacked`` (the layers of a
+    forward pass fills ``sizes`` (path of a stack of blocks -> size (B, m) of its states) and ``stacked`` (layers of a
     group -> their stacked A).
     """
 

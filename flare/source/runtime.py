@@ -64,7 +64,7 @@ class ActiveUses:
         )
 
     def is_current(self) -> bool:
-        """Return whether the uses are valid: no change of modules, of active or merged adapters, or of source_layer_offset."""
+        """Return whether modules, active adapters, merged adapters and source_layer_offset have not changed."""
         return self.registrations == registrations.count and self._state() == (
             self.switches,
             self.merged,
