@@ -49,7 +49,7 @@ def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ..
 
 
 def decoder_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """Return (B, u) of the target's decoder input. Default: the shape of input_ids, from which it is derived."""
+    """Return (B, u) of the target's decoder input. If the call has none, the model derives it from input_ids (B, m)."""
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.dim() > 1:

@@ -123,7 +123,7 @@ class Reads:
 
 @dataclass
 class Runtime:
-    """State that the hooks of one transformers model share. It is an attribute of the model, and copied with it.
+    """State that the hooks of one transformers model share. It is stored on the model, and copied and pickled with it.
 
     It holds no state of a forward pass, because two threads may call one model at the same time.
 

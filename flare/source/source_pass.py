@@ -215,7 +215,7 @@ class _AllStatesRead(Exception):
 
 
 class FrozenPass:
-    """A run of the frozen model. The hooks of its blocks (flare.source.hooks) record their states here."""
+    """A run of the frozen model. The hooks of the blocks (flare.source.hooks) call :meth:`record` with each state."""
 
     def __init__(self, keys: Iterable[StateKey], visit: Visitor, to_the_end: bool) -> None:
         self.missing = dict.fromkeys(keys)

@@ -371,7 +371,8 @@ def convert_layer(module: nn.Module, key: str) -> str:
     module.flare_fusion, module.flare_unmergeable = {}, {}
     module.flare_key, module.flare_rows = key, None
     module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
-    module.lora_cross_attention.scaling = module.scaling  # PEFT's hotswap looks for scaling next to each weight
+    # PEFT's hotswap removes three parts of a weight's path to find scaling, which for cross-attention leads here
+    module.lora_cross_attention.scaling = module.scaling
     return ""
 
 
