@@ -135,7 +135,7 @@ def every_module(model: nn.Module) -> list[nn.Module]:
 
 #: The attribute with the compiled call of a module that was compiled in place (``block.compile()``).
 COMPILED_CALL = "_compiled_call_impl"
-#: Copies the tensors of the second list into those of the first, in one call.
+#: Copies each tensor of the second list into the tensor of the first list at the same index, in one call.
 copy_each = torch._foreach_copy_
 #: Context manager in which reading an attribute of a tensor subclass does not run the subclass's Python code.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
@@ -193,7 +193,7 @@ def find_lora_class(name: str) -> type | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module's attributes are those of a linear layer: plain, quantised or with adapters."""
+    """Return whether a module has the attributes of a linear layer (plain, quantised or with adapters)."""
     if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
         return True
     # these two classes have no attribute for their input width

@@ -319,7 +319,7 @@ def test_generation_with_a_fused_projection_matches_a_forward_pass(family: str, 
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "mul"])
-def test_fused_projection_with_hooks_and_with_other_fusions(fusion: str) -> None:
+def test_key_of_a_fused_projection_is_plain_lora(fusion: str) -> None:
     """Only the key's outputs equal plain LoRA. A hook on lora_A makes the layer call lora_A, with the same result."""
     base = BASES["modernbert"]
     inputs = base.batch()

@@ -52,7 +52,7 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.usefixtures("offload_anywhere")
-def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, padding, memory) -> None:
+def test_gradients_with_a_cache_equal_keep_without_a_cache(family, padding, memory) -> None:
     """Gradients are equal bit for bit while the cache is filled and read, with and without checkpointing.
 
     With two forward passes before one backward pass, gradients are equal up to the order of sums.
@@ -83,7 +83,7 @@ def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, p
     [("keep", 3 * ROW, (2, 1)), ("recompute", 3 * ROW, (2, 1)), ("keep", 0, (2, 2)), ("recompute", 0, (3, 3))],
     ids=str,
 )
-def test_block_executions_of_the_first_and_of_later_steps(memory, budget, executions) -> None:
+def test_block_executions_depend_on_the_cached_rows(memory, budget, executions) -> None:
     """ "recompute" reads cached rows from the cache, and computes only the other rows again."""
     inputs = inputs_of("llama")
     model, expected = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
@@ -154,7 +154,7 @@ def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tm
         assert cache.stats().hits == 3
 
 
-def test_saved_bytes_of_a_forward_pass() -> None:
+def test_a_cache_does_not_change_the_saved_bytes() -> None:
     """ "keep" saves the states of all blocks, and "recompute" the token ids. A cache does not change this."""
     inputs = inputs_of("llama")
     states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
@@ -194,7 +194,7 @@ def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[lis
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
-    """Each rank reads rows that the other rank has stored. Gradients equal those of one process over both batches."""
+    """Each rank reads rows that the other rank has stored. Gradients equal one process that trains on both."""
     (tmp_path / "run").mkdir()
     folder = tmp_path / "states"
     expected = distributed_training.train(None, "none", "llama")

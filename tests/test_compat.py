@@ -76,7 +76,7 @@ def test_lora_layer_has_the_attributes_that_flare_reads() -> None:
     assert issubclass(LoraLayer, BaseTunerLayer)
 
 
-def test_modules_to_save_wrapper_has_the_same_switch() -> None:
+def test_modules_to_save_wrapper_can_be_disabled() -> None:
     model = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     wrapper = model.get_base_model().classifier
     assert isinstance(wrapper, _compat.AuxiliaryTrainingWrapper)

@@ -46,7 +46,7 @@ def test_flops_of_attention_do_not_depend_on_its_implementation() -> None:
     assert fused.total == eager.total == 2 * (2 * 2 * 4 * 16 * 16 * 8)
 
 
-def test_ops_that_compute_count_and_views_do_not() -> None:
+def test_only_ops_that_compute_are_counted() -> None:
     x = torch.randn(4, 6)
     with count_ops() as ops:
         x.view(6, 4).t()[1:].detach()
@@ -240,7 +240,7 @@ def test_saved_bytes_are_the_streams_and_their_bottlenecks() -> None:
             assert saved.total > 2 * 2 * TOKENS * WIDTH * BF16, "eager PyTorch must save float32 copies"
 
 
-def test_ops_of_one_adapter_call() -> None:
+def test_one_adapter_call_computes_each_product_once() -> None:
     """The fallback in PyTorch computes every product once, and its only operation on y is the addition."""
     t, dtype = tensors(), torch.bfloat16
     G = torch.randn(TOKENS, WIDTH).to(dtype)
@@ -277,7 +277,7 @@ def test_joint_call_projects_each_input_once() -> None:
 
 
 @pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 5), ("joint", 3, 5)])
-def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None:
+def test_kernel_launches_stay_within_their_limits(name: str, forward: int, backward: int) -> None:
     """The call launches at most these numbers of Triton kernels (recorded, not run), and no product in PyTorch."""
     pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()

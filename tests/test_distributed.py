@@ -116,7 +116,7 @@ def test_a_gradient_without_the_sources_part_is_detected(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("latent", [False, True])
-def test_gradients_under_fsdp2_with_mixed_precision(latent, tmp_path) -> None:
+def test_gradients_under_fsdp2_with_mixed_precision_are_exact(latent, tmp_path) -> None:
     """Shards are float32 and computation is float64: gradients are exact only if source states are float64 too."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)
     case = {"engine": "fsdp2", "family": "llama", "latent": latent}

@@ -87,7 +87,7 @@ def test_the_decoders_source_can_be_ids_or_labels() -> None:
     )
 
 
-def test_source_padding_zero_in_both_stacks() -> None:
+def test_source_padding_zero_acts_in_both_stacks() -> None:
     """S is zero at padding only, and not at the start token, whether the decoder's source is given as labels or ids."""
     model, inputs = fused(source_padding="zero"), batch()
     states = states_of(model, inputs, 1)

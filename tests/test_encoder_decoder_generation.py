@@ -111,7 +111,7 @@ def states_of_decoder(model: Any, inputs: dict, text: torch.Tensor) -> list[torc
 
 
 @pytest.mark.parametrize("started", [True, False])
-def test_decoder_prompts_of_source_and_target(started) -> None:
+def test_decoder_prompts_of_source_and_target_can_differ(started) -> None:
     """The decoder starts with different prompts on source and target. generate adds a missing start token."""
     model, inputs = fused().eval(), texts()
     begin = {name: torch.randint(3, tiny.VOCAB, (3, 3)) for name in ("decoder_input_ids", "source_decoder_input_ids")}

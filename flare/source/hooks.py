@@ -117,7 +117,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
     slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
-    # needs_plain_operators, inlined: this runs in every step
+    # the next two lines are needs_plain_operators, inlined to save a call in every step
     compiles = torch.compiler.is_compiling()
     slot.plain = torch.compiler.is_exporting() if compiles else functorch_is_active() or torch.jit.is_tracing()
     source = take_source(model, kwargs, SOURCE_ARGUMENTS)
@@ -283,8 +283,8 @@ def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     slot = THREAD.slot
     if slot.frozen_pass is not None:
-        # _after_last_block must be the last hook, because it may end the source pass by an exception. It is moved only
-        # if necessary, because torch.compile cannot trace the move.
+        # _after_last_block must be the last hook, because it may end the source pass by an exception. The hook is moved
+        # only if necessary, because torch.compile cannot trace the move.
         if _LAST in block.__dict__ and [*block._forward_hooks][-1] != block.__dict__[_LAST][1]:
             block._forward_hooks.move_to_end(block.__dict__[_LAST][1])  # type: ignore[attr-defined]
         slot.frozen_pass.record(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])
@@ -318,7 +318,7 @@ _LIBRARIES = {"flare", "torch", "peft", "transformers", "accelerate", "trl", "co
 
 @torch.compiler.disable
 def warn_user(message: str) -> None:
-    """Warn at the innermost line outside of libraries, which is the one that the user can change."""
+    """Warn at the innermost line outside of libraries, because the user can change this line."""
     level = 1
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:

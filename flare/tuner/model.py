@@ -223,10 +223,10 @@ class FlareModel(LoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: FlareConfig, path: str, state_dict: dict[str, Tensor], kwargs: Any
     ) -> dict[str, Tensor]:
-        """Convert an adapter of PiSSA, CorDA or OLoRA, which change the base weights, to one for the original base.
+        """Convert an adapter whose initialisation changed the base weights into an adapter of the original base.
 
-        Such an adapter has fusion=None. PEFT resets ``init_lora_weights`` in the saved config of the initial adapter
-        only if the type is LORA, so it is reset here.
+        Such an adapter (PiSSA, CorDA, OLoRA) has fusion=None. PEFT resets ``init_lora_weights`` in the saved config of
+        the initial adapter only if the type is LORA, so this method resets it.
         """
         peft_config.init_lora_weights = True
         peft_config.save_pretrained(path)
