@@ -98,7 +98,7 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
 
 
 class Registrations:
-    """Counter of the submodules registered in this process, except those appended to a ModuleList.
+    """Counter of the submodules registered in this process, without submodules appended to a ModuleList.
 
     A result computed from a module tree is valid as long as ``count`` has not changed.
     """

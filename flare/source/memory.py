@@ -74,7 +74,7 @@ class Keep:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the copy stream of a device. All passes share it, because the allocator reuses memory only per stream."""
+    """Return the copy stream of a device. All passes share it, because the allocator has a separate pool per stream."""
     return torch.cuda.Stream(device)
 
 

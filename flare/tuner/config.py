@@ -75,8 +75,8 @@ def _help_from_docstring(cls: type[_Config]) -> type[_Config]:
 class FlareConfig(LoraConfig):
     """Configuration of a FLARE adapter: every field of :class:`peft.LoraConfig`, and how the two streams are fused.
 
-    ``save_pretrained`` writes all fields to ``adapter_config.json``. The fields below are FLARE's own, or have another
-    default than in PEFT::
+    ``save_pretrained`` writes all fields to ``adapter_config.json``. The fields below are added by FLARE, or
+    have a default that differs from PEFT's. Example::
 
         config = flare.FlareConfig(r=16, lora_alpha=32, fusion="mul", lora_dropout=0.1)
         model = flare.fast_lora(model, config)
