@@ -1,6 +1,7 @@
-"""The private symbols of torch, PEFT and transformers that this package uses, all in this module.
+"""Collect the private symbols of torch, PEFT and transformers that this package uses.
 
-Other modules import them from here. If an upgrade moves one, ``tests/test_compat.py`` fails and names it.
+Other modules import these symbols from here. If an upgrade moves or removes a symbol, ``tests/test_compat.py`` fails
+and names it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from ._versions import check_versions
 
 check_versions()  # before any symbol below is looked up
 
-# PEFT imports bitsandbytes if it is installed, and on a CPU bitsandbytes then warns about another optional package. Its
-# logger is silent during this import.
+# PEFT imports bitsandbytes if it is installed. On a CPU, bitsandbytes then warns about another optional package, so the
+# logger of bitsandbytes is silenced during this import.
 _BNB_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
 _BNB_LEVEL = _BNB_LOGGER.level
 _BNB_LOGGER.setLevel(logging.ERROR)
 
 # --- PEFT: registering a tuner type -----------------------------------------------------------------------------------
-# register_peft_method accepts only members of the enum PeftType, so register_tuner fills its mappings directly.
+# register_peft_method accepts only members of the enum PeftType, so register_tuner fills PEFT's mappings directly.
 from peft.mapping import (  # noqa: E402
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -65,7 +66,7 @@ X_MIXUP = FlareType("FLARE_X_MIXUP")
 
 
 def register_tuner(config: type, tuner: type, hotswap_keys: list[str], name: FlareType = FLARE) -> None:
-    """Register a config and a tuner class with PEFT under a ``peft_type``. Weight names keep LoRA's prefix.
+    """Register a config and a tuner class with PEFT under a ``peft_type``. Weight names have LoRA's prefix ``lora_``.
 
     Args:
         config: the config class.
@@ -79,7 +80,7 @@ def register_tuner(config: type, tuner: type, hotswap_keys: list[str], name: Fla
     CONFIG_KEYS_TO_CHECK[name] = [*CONFIG_KEYS_TO_CHECK["LORA"], *hotswap_keys]  # type: ignore[index]
 
 
-#: Attributes that PEFT sets on a transformers model when it wraps the model, with and without gradient checkpointing.
+#: Attributes that PEFT sets on a transformers model when it wraps the model. The last two are for checkpointing.
 SET_BY_PEFT = ("peft_config", "_require_grads_hook", "_require_grads_hooks")
 
 
@@ -97,7 +98,7 @@ def set_adapters_disabled(module: nn.Module, disabled: bool) -> bool:
 
 
 class Registrations:
-    """Counter of the submodules registered in this process, except those appended to a ModuleList.
+    """Counter of the submodules registered in this process, without submodules appended to a ModuleList.
 
     A result computed from a module tree is valid as long as ``count`` has not changed.
     """
@@ -111,7 +112,8 @@ registrations = Registrations()
 def _note_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
     if torch.compiler.is_compiling():  # otherwise a graph that slices a ModuleList would guard on the count
         return
-    # not counted: the decoders of transformers slice their list of blocks in each forward, which fills a new ModuleList
+    # Appending to a ModuleList is not counted. The decoders of transformers slice their list of blocks in each forward,
+    # and this appends the blocks to a new ModuleList.
     if type(module) is not nn.ModuleList or name != str(len(module._modules)):
         registrations.count += 1
 
@@ -133,14 +135,14 @@ def every_module(model: nn.Module) -> list[nn.Module]:
 
 #: The attribute with the compiled call of a module that was compiled in place (``block.compile()``).
 COMPILED_CALL = "_compiled_call_impl"
-#: Copies the tensors of the second list into those of the first, in one call.
+#: Copies each tensor of the second list into the tensor of the first list at the same index, in one call.
 copy_each = torch._foreach_copy_
 #: Context manager in which reading an attribute of a tensor subclass does not run the subclass's Python code.
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 
 
 def in_backward() -> bool:
-    """Return whether a backward pass runs in this thread, for example around a checkpoint's recompute."""
+    """Return whether a backward pass runs in this thread, for example to recompute a checkpointed block."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -156,7 +158,8 @@ def is_compiled(model: nn.Module) -> bool:
 
 # --- quantised linears ------------------------------------------------------------------------------------------------
 
-#: Packages whose linears hold a quantised weight. Some of these read ``training``, or change their weight with it.
+#: Packages whose linears hold a quantised weight. Some of these linears read their ``training`` flag, or change their
+#: weight when the flag changes.
 QUANTIZERS = (
     "bitsandbytes",
     "hqq",
@@ -190,7 +193,7 @@ def find_lora_class(name: str) -> type | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module's attributes are those of a linear layer: plain, quantised or with adapters."""
+    """Return whether a module has the attributes of a linear layer (plain, quantised or with adapters)."""
     if isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
         return True
     # these two classes have no attribute for their input width
@@ -388,7 +391,7 @@ def eager_attention_masks() -> Iterator[None]:
     transformers treats a capture like tracing, and creates a mask if none is given. Release 5.17 does this for every
     model; later releases do it for a causal model without a KV cache, because a row might hold packed texts. With a
     mask, attention does not use its fast kernel. A given mask is processed as usual. If ``position_ids`` are given, a
-    mask must be given too.
+    mask must be given too, because this function also switches off the search for packed texts.
     """
     from transformers import masking_utils
     from transformers.utils import import_utils

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parsed)
     name, command = arguments.pop("subcommand"), arguments.pop("command")
     after_interrupt = arguments.pop("after_interrupt", "")
-    if "rest" in arguments:
+    if "rest" in arguments:  # the command reads flags that this parser does not know
         arguments["rest"] = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

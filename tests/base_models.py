@@ -1,4 +1,4 @@
-"""Tiny random models of the tested families: model, config, stack of blocks, projections, and fused key rows."""
+"""Tiny random models of the tested families. ``BASES`` describes the classes, blocks and projections of each family."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def by_head(n: int) -> Tensor:
 def last_but_one(width: int, group: int) -> Callable[[int], Tensor]:
     """Return a function of n that returns a mask (n,) of the key's rows, for a weight that consists of groups.
 
-    A group has ``group`` parts of ``width`` rows: several of the query, one of the key, and last one of the value.
+    A group has ``group`` parts of ``width`` rows each: first all parts of the query, then one of the key, then one of
+    the value.
     """
     return lambda n: (torch.arange(n) // width) % group == group - 2
 
@@ -55,7 +56,8 @@ class Base:
         stack: path of the stack of blocks.
         names: names of the query and value projections, or of the layer that computes query, key and value.
         changes: fields of the config that differ from the common ones.
-        key_rows: function of n that returns a mask (n,) of the key's rows, if one layer computes query, key and value.
+        key_rows: function that returns a mask (n,) of the key's rows in a layer with n outputs that computes query, key
+            and value; None if the family has no such layer.
         causal: whether the model is a causal language model.
     """
 

@@ -45,7 +45,7 @@ def folder_from_environment(variable: str, what: str) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch):
-    """Return a counter of the calls of sites and layers during a test (tests/site_models.py)."""
+    """Return a counter of the calls of adapter layers and of sites (tests/site_models.py) during a test."""
     from site_models import counted_calls
 
     return counted_calls(monkeypatch)

@@ -1,4 +1,4 @@
-"""Encoder-decoders, batches, the formula by hand, and generation for the tests of both stacks."""
+"""Helpers for tests of encoder-decoders: models, batches, FLARE's formula in plain PyTorch, and generation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 
 
 def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return the inputs without those named."""
+    """Return the inputs except the named ones."""
     return {name: value for name, value in inputs.items() if name not in names}
 
 
@@ -82,7 +82,7 @@ def states_of(model: Any, inputs: dict, offset: int) -> dict[str, list[torch.Ten
 
 @contextlib.contextmanager
 def by_hand(model: Any, states: dict[str, list[torch.Tensor]], phi: Any) -> Iterator[None]:
-    """Replace the self-attention's q and v of the given stacks by the formula, with PEFT's eager layers."""
+    """In the given stacks, compute self-attention's q and v by FLARE's formula, calling PEFT's lora_A and lora_B."""
     base, patched = model.get_base_model(), []
     for name, stack_states in states.items():
         for block, state in zip(getattr(base, name).block, stack_states, strict=True):
@@ -123,7 +123,7 @@ def generated(model: Any, inputs: dict, new: int = 6, **options: Any) -> tuple[t
 def frozen_text(model: Any, inputs: dict, new: int, ends: list[int], prompt: torch.Tensor | None = None) -> Any:
     """Return the frozen decoder's greedy text for the source, without its last token.
 
-    A text that ends early is padded with token 1 to the length of ``new`` tokens after the prompt.
+    A text that ends early is padded with token 1, as if it had ``new`` tokens after the prompt.
     """
     with model.disable_adapter():
         text = model.generate(

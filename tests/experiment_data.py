@@ -16,7 +16,7 @@ ROWS = {"train": (0, 48), "valid": (48, 64), "test": (64, 84)}
 
 
 def write_data(folder: Path, valid: bool = True, rows: dict[str, tuple[int, int]] = ROWS) -> Path:
-    """Write train, (valid) and test splits, aligned by id, to folder/english and folder/vemari."""
+    """Write a CSV file per split: the same rows in folder/english and folder/vemari (the demo's made-up language)."""
     pairs = make_corpus(train=90).train
     for language, text in (("english", "source"), ("vemari", "target")):
         (folder / language).mkdir(parents=True)

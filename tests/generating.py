@@ -66,8 +66,8 @@ def source_text(model: Any, inputs: dict[str, torch.Tensor], new: int, ends: lis
 def teacher_forced(model: Any, inputs: dict, sequences: torch.Tensor, ends: list[int]) -> torch.Tensor:
     """Return logits (B, new, V) of one forward pass without a KV cache.
 
-    New position t of the target fuses with new position t of the source. After the source's end token, it fuses with
-    the state of the end token.
+    New position t of the target fuses with new position t of the source. After the source's end token, the
+    target fuses with the state of the end token.
     """
     B, m = inputs["input_ids"].shape
     new = sequences.shape[1] - m

@@ -21,7 +21,7 @@ def mixup_model(task: str, *, dtype: torch.dtype = torch.float64, **options: Any
 
 
 def randomised(model: Any) -> Any:
-    """Set A and B to random values, and X-Mixup's w and b to constants."""
+    """Set A and B to random values, and X-Mixup's parameters w and b to constants."""
     tiny.randomize_lora(model)
     for name, parameter in model.named_parameters():
         if "x_mixup" in name:

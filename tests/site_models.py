@@ -1,4 +1,7 @@
-"""Models with sites (flare.tuner.site), and functions that count calls and compare steps."""
+"""Models with sites, and functions that count calls and compare steps.
+
+A site is a group of projections that read the same input and are computed in one call (flare.tuner.site).
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from torch import nn
 def offloaded(model: Any, how: str, folder: Path) -> Any:
     """Return a copy of a model whose weights accelerate keeps on the meta device between calls.
 
-    ``how`` names accelerate's function. dispatch_model offloads only the weights of block 1, the others all weights.
+    ``how`` names accelerate's function. dispatch_model offloads only the weights of block 1; the other
+    functions offload all weights.
     """
     model = copy.deepcopy(model)
     if how == "cpu_offload":

@@ -1,7 +1,7 @@
-"""Families of models and attention implementations match the formula, or are refused with the reason.
+"""Test that families of models match FLARE's formula under every attention implementation, or are refused.
 
-The reference is the formula over PEFT's eager layers, on the model with eager attention. Texts are padded on the right,
-so that every query can attend to a key. Without any key, the attention implementations give different outputs.
+The reference computes the formula with PEFT's layers, on the model with eager attention. Texts are padded on the right,
+so that every query can attend to a key. For a query without a key, attention implementations give different outputs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def base(family: str, attention: str) -> Any:
 
 
 def reference_step(family: str, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return logits and gradients of the formula over PEFT's layers and eager attention."""
+    """Return logits and gradients of the formula, computed with PEFT's layers and eager attention."""
     names = QUERY_AND_VALUE[family]
     task = "SEQ_CLS" if inputs["labels"].dim() == 1 else "CAUSAL_LM"
     stock = peft.get_peft_model(

@@ -130,7 +130,7 @@ def test_rows_without_a_source_raise_if_a_source_is_required():
 
 
 @pytest.mark.parametrize(("family", "limit"), [("bert", 64), ("xlmr", 63), ("llama", 64), ("mt5", None)])
-def test_max_positions_of_a_model(family: str, limit: int | None):
+def test_max_positions_are_the_longest_text_of_a_model(family: str, limit: int | None):
     """This XLM-R has a table of 64 positions, of which one is reserved for padding."""
     model = task_model(family)
     assert max_positions(model) == limit

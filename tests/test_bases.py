@@ -1,4 +1,4 @@
-"""Base models other than the authors': logits and gradients in float64 match the formula.
+"""Test base models that the authors did not use: logits and gradients in float64 match FLARE's formula.
 
 The reference runs PEFT's layers on the same tiny random model: hooks read the source's states, and each projection's
 forward is the formula. The reference does not use flare's code that finds blocks, projections and the rows of fused
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import flare
 
-# --- the method by hand -----------------------------------------------------------------------------------------------
+# --- the formula in plain PyTorch -------------------------------------------------------------------------------------
 
 
 def add_relu(S: Tensor, T: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Return each block's output on the source, read as the next block's input (the last block: as its output)."""
+    """Return each block's output on the source. Hooks read it as the next block's input, or at the end as output."""
     blocks = model.get_base_model().get_submodule(base.stack)
     states: dict[int, Tensor] = {}
     handles = []
@@ -68,7 +68,7 @@ def read_states(base: Base, model: Any, inputs: dict[str, Tensor]) -> list[Tenso
 
 
 def reference_step(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return logits and gradients of the formula over PEFT's layers."""
+    """Return logits and gradients of the formula, computed with PEFT's layers."""
     task = "CAUSAL_LM" if base.causal else "SEQ_CLS"
     stock = peft.get_peft_model(base.make(), peft.LoraConfig(**LORA, target_modules=list(base.names), task_type=task))
     randomize(stock)
@@ -114,7 +114,7 @@ def check(model: Any, inputs: dict[str, Tensor], logits: Tensor, grads: dict[str
 
 @pytest.mark.parametrize("family", BASES)
 def test_training_step_matches_the_formula(family: str) -> None:
-    """With and without a source, with checkpointing, recomputed or cached states, and in a copy."""
+    """The step also matches in a copy, with cached states, and with checkpointing and recomputed states."""
     base = BASES[family]
     inputs = base.batch()
     logits, grads = reference_step(base, inputs)
@@ -319,8 +319,8 @@ def test_generation_with_a_fused_projection_matches_a_forward_pass(family: str, 
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "mul"])
-def test_fused_projection_with_hooks_and_with_other_fusions(fusion: str) -> None:
-    """Only the key's outputs equal plain LoRA's. A hook on lora_A, which is then called, changes nothing."""
+def test_key_of_a_fused_projection_is_plain_lora(fusion: str) -> None:
+    """Only the key's outputs equal plain LoRA. A hook on lora_A makes the layer call lora_A, with the same result."""
     base = BASES["modernbert"]
     inputs = base.batch()
     model = flare.fast_lora(base.make(), **LORA, fusion=fusion).eval()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("benchmarks_on_path")
 
 
 @pytest.mark.slow
-def test_run_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
+def test_run_gpu_measures_everything_without_a_gpu(tmp_path: Path) -> None:
     """The archive contains the log, and the summary has a number for every key."""
     out, unpacked = tmp_path / "out", tmp_path / "unpacked"
     done = run("bash", "benchmarks/run_gpu.sh", FLARE_BENCH_DRY="1", PYTHON=sys.executable, OUT=str(out))
@@ -111,7 +111,7 @@ done
 
 
 @pytest.mark.slow
-def test_check_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
+def test_check_gpu_compares_every_kernel_without_a_gpu(tmp_path: Path) -> None:
     """Every kernel is called and compared. A sanitizer that reports an error fails only its own step."""
     pytest.importorskip("triton", reason="Triton is not installed")
     (tmp_path / "compute-sanitizer").write_text(SANITIZER)
@@ -144,7 +144,7 @@ def test_check_gpu_end_to_end_without_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_part_of_a_sweep_is_not_measured_twice(tmp_path: Path) -> None:
-    """A sweep is split into numbered parts. A second run of a part finds the results of the first."""
+    """A sweep is split into numbered parts. A second run of a part uses the results of the first run."""
     dry = {"FLARE_BENCH_DRY": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
     few = "-rs -k decode/xlmr"
     of_parts = importlib.import_module("sweep").parts("tiny")

@@ -96,7 +96,7 @@ def test_overlapping_kernels_count_once_in_busy_time() -> None:
 
 
 def wrong(y: torch.Tensor, how: str) -> torch.Tensor | None:
-    """Return a copy of y with one kind of error; None if the result is missing."""
+    """Return a copy of y with the error that ``how`` names; None for "missing"."""
     y = y.clone()
     if how == "scaled":
         return y * 1.1
@@ -185,8 +185,8 @@ def test_the_adapters_floor_is_the_sum_of_its_steps(model: str, megabytes: float
     assert floor(shape, accumulate_dx=True) - floor(shape, accumulate_dx=False) == 2 * 8192 * shape.model.d
 
 
-def test_the_adapters_move_a_fifth_less_if_they_run_first() -> None:
-    """Llama 8B, M = 8192, r = 64, bf16. The difference equals the additional reads of the frozen layers' outputs."""
+def test_adapters_that_run_first_move_a_fifth_fewer_bytes() -> None:
+    """Adapters that run last must also read the frozen layers' outputs (Llama 8B, M = 8192, r = 64, bf16)."""
     shapes, bytes_moved = module("shapes"), module("bytes_moved")
     shape = shapes.ProjectionShape(shapes.LLAMA, 8192, 64)
     steps = {order: bytes_moved.step_bytes(shape, order) for order in bytes_moved.ORDERS}

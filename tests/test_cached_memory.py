@@ -1,6 +1,6 @@
 """Tests of a source cache in every source_memory mode.
 
-Gradients equal those of "keep" without a cache, and no source pass runs that is not needed.
+Gradients equal the gradients of source_memory="keep" without a cache, and no unnecessary source pass runs.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 @pytest.mark.parametrize("padding", ["keep", "zero"])
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.usefixtures("offload_anywhere")
-def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, padding, memory) -> None:
-    """They are equal bit for bit while the cache is filled and read, with and without checkpointing.
+def test_gradients_with_a_cache_equal_keep_without_a_cache(family, padding, memory) -> None:
+    """Gradients are equal bit for bit while the cache is filled and read, with and without checkpointing.
 
-    With two forward passes before one backward pass, they are equal up to the order of sums.
+    With two forward passes before one backward pass, gradients are equal up to the order of sums.
     """
     options = {"source_padding": padding, "lora_dropout": 0.3}
     first, second = inputs_of(family), inputs_of(family, seed=1)
@@ -69,7 +69,7 @@ def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, p
     for one in (first, second):
         assert_same(gradients(other, one), gradients(keep, one))
     assert_close(accumulated(other, first, second), accumulated(keep, first, second))
-    # under reentrant checkpointing every mode is "keep", except the one that this test forces
+    # under reentrant checkpointing every mode becomes "keep", except "offload", which offload_anywhere forces
     for reentrant in (False,) if memory == "offload" else (False, True):
         for model in (keep, other):
             checkpointed(model, reentrant)
@@ -83,8 +83,8 @@ def test_every_mode_with_a_cache_has_the_gradients_of_keep_without_one(family, p
     [("keep", 3 * ROW, (2, 1)), ("recompute", 3 * ROW, (2, 1)), ("keep", 0, (2, 2)), ("recompute", 0, (3, 3))],
     ids=str,
 )
-def test_block_executions_of_the_first_and_of_later_steps(memory, budget, executions) -> None:
-    """ "recompute" reads the rows that its forward pass has stored, and computes only the other rows again."""
+def test_block_executions_depend_on_the_cached_rows(memory, budget, executions) -> None:
+    """ "recompute" reads cached rows from the cache, and computes only the other rows again."""
     inputs = inputs_of("llama")
     model, expected = model_of("llama", memory), gradients(model_of("llama", "keep"), inputs)
     model.set_source_cache(cache_of(budget))
@@ -154,8 +154,8 @@ def test_states_alive_under_a_warm_cache_do_not_grow_with_depth(memory, tier, tm
         assert cache.stats().hits == 3
 
 
-def test_saved_bytes_of_a_forward_pass() -> None:
-    """ "keep" saves L M d numbers more than "recompute", which saves the ids instead. A cache does not change this."""
+def test_a_cache_does_not_change_the_saved_bytes() -> None:
+    """ "keep" saves the states of all blocks, and "recompute" the token ids. A cache does not change this."""
     inputs = inputs_of("llama")
     states = tiny.LAYERS * inputs["source_input_ids"].numel() * tiny.HIDDEN * 4
     saved: dict[tuple[str, bool], int] = {}
@@ -194,7 +194,7 @@ def train_with_a_shared_cache(rank: int, folder: Path, memory: str) -> tuple[lis
 
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_two_ranks_share_a_directory(memory, tmp_path) -> None:
-    """Each rank reads rows that the other rank has stored. Gradients equal those of one process over both batches."""
+    """Each rank reads rows that the other rank has stored. Gradients equal one process that trains on both."""
     (tmp_path / "run").mkdir()
     folder = tmp_path / "states"
     expected = distributed_training.train(None, "none", "llama")

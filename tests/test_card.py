@@ -1,4 +1,4 @@
-"""The model card: save_pretrained fills it in, rewrites it unless it was edited, and never replaces a user's card."""
+"""The model card: save_pretrained fills it in, rewrites its own unedited card, and never replaces a user's card."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ def test_types_are_registered_with_peft() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_signatures_of_methods_that_flare_overrides_or_calls(owner, name, parameters) -> None:
+def test_methods_that_flare_overrides_or_calls_have_these_parameters(owner, name, parameters) -> None:
     assert list(inspect.signature(getattr(owner, name)).parameters)[1 : 1 + len(parameters)] == parameters
 
 
-def test_attributes_of_a_lora_layer() -> None:
+def test_lora_layer_has_the_attributes_that_flare_reads() -> None:
     model = peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
     for name in (
@@ -76,7 +76,7 @@ def test_attributes_of_a_lora_layer() -> None:
     assert issubclass(LoraLayer, BaseTunerLayer)
 
 
-def test_modules_to_save_wrapper_has_the_same_switch() -> None:
+def test_modules_to_save_wrapper_can_be_disabled() -> None:
     model = peft.get_peft_model(tiny.model("bert"), peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     wrapper = model.get_base_model().classifier
     assert isinstance(wrapper, _compat.AuxiliaryTrainingWrapper)
@@ -207,7 +207,7 @@ def test_bitsandbytes_layers_are_recognised() -> None:
     assert not _compat.is_quantized_linear(tiny.torch.nn.Linear(4, 4))
 
 
-def test_pefts_layers_for_linears_of_other_libraries() -> None:
+def test_only_pefts_layers_for_linears_of_other_libraries_are_accepted() -> None:
     from peft.tuners.lora import awq, gptq, layer, te, torchao, tp_layer
 
     over_linears = (gptq.GPTQLoraLinear, awq.AwqLoraLinear, torchao.TorchaoLoraLinear, te.TeLinear)
@@ -323,7 +323,7 @@ def test_slice_of_a_module_list_is_not_a_registration() -> None:
 
 
 @pytest.mark.parametrize(("options", "saved"), [({}, True), ({"preserve_rng_state": False}, False)])
-def test_checkpointing_that_saves_the_random_state(options: dict, saved: bool) -> None:
+def test_checkpointing_that_saves_the_random_state_is_recognised(options: dict, saved: bool) -> None:
     model = tiny.model("bert")
     assert not _compat.checkpoints_save_random_state(model)
     _compat.enable_checkpointing(model, {"use_reentrant": False, **options})

@@ -85,7 +85,7 @@ def wrapped(model: nn.Module, backend: str) -> nn.Module:
     ],
 )
 def test_compiled_training_steps_match_eager_steps(family, how, checkpointing) -> None:
-    """The two batches have different widths. ``checkpointing``: None for none, True for reentrant."""
+    """The two batches have different widths. ``checkpointing`` is use_reentrant, or None without checkpointing."""
     backend = "aot_eager" if family == "bert" else "eager"
     model, reference = how(fused(family, checkpointing), backend), fused(family)
     for inputs in (tiny.batch(family), tiny.batch(family, m=11, seed=5)):
@@ -111,7 +111,7 @@ class Graphs:
 
 @pytest.mark.parametrize(("family", "offset", "sites"), [("xlmr", 0, 3), ("llama", 1, 3), ("mt5", 0, 3 + 2)])
 def test_source_and_target_are_one_graph_with_one_operator_per_site(family, offset, sites) -> None:
-    """Dropout is off in the source pass, and draws eager mode's masks in the target pass. In float64."""
+    """Dropout is off in the source pass. In the target pass it draws the same masks as in eager mode."""
     changes = {} if family == "llama" else {"dropout_rate" if family == "mt5" else "hidden_dropout_prob": 0.2}
     base = tiny.model(family, dtype=torch.float64, **changes)
     model = flare.fast_lora(base, r=5, lora_alpha=7, source_layer_offset=offset).to(torch.float64)

@@ -46,7 +46,7 @@ def test_flops_of_attention_do_not_depend_on_its_implementation() -> None:
     assert fused.total == eager.total == 2 * (2 * 2 * 4 * 16 * 16 * 8)
 
 
-def test_ops_that_compute_count_and_views_do_not() -> None:
+def test_only_ops_that_compute_are_counted() -> None:
     x = torch.randn(4, 6)
     with count_ops() as ops:
         x.view(6, 4).t()[1:].detach()
@@ -102,7 +102,7 @@ def batch(width: int, source: bool) -> dict[str, Tensor]:
 
 
 def block_forward(width: int) -> int:
-    """Return the FLOPs of a frozen block on B rows: four (d, d) linears, two (d, f) linears, attention's products."""
+    """Return the FLOPs of a frozen block on B rows: four (d, d) linears, two (d, f) linears, attention."""
     return 2 * B * width * (4 * d * d + 2 * d * f) + 4 * B * width**2 * d
 
 
@@ -111,14 +111,14 @@ def lora_step(width: int) -> int:
     tokens = B * width
     head = 3 * 2 * B * (d * d + d * CLASSES)  # forward, weight and input gradient
     frozen = 3 * L * block_forward(width) - L * 2 * tokens * (4 * d * d + 2 * d * f)  # no gradient of frozen weights
-    adapter = 2 * tokens * r * (3 * d + 3 * d)  # down, dA, dx; up, dH, dB
-    first = 2 * tokens * 3 * d * d + 2 * 2 * tokens * r * d  # no gradient of the first block's input and key
+    adapter = 2 * tokens * r * (3 * d + 3 * d)  # T, dA and dx; B H, dH and dB
+    first = 2 * tokens * 3 * d * d + 2 * 2 * tokens * r * d  # the first block needs no gradient of its input or key
     first += 2 * B * width**2 * d
     return head + frozen + 2 * L * adapter - first
 
 
 def flare_step(width: int) -> int:
-    """Return the FLOPs of a FLARE step: plain LoRA's, the source's forward pass, and each adapter's S and dA from S."""
+    """Return the FLOPs of plain LoRA, the source's forward pass, and each adapter's S and its contribution to dA."""
     return lora_step(width) + L * block_forward(width) + 2 * L * 2 * (2 * B * width * r * d)
 
 
@@ -206,11 +206,11 @@ def joint(t: dict[str, Tensor]) -> dict[str, Tensor]:
     return fused_lora_qkv(t["x"], t["x_source"], base, adapters, backend="torch")
 
 
-def test_transient_memory_of_the_adapters_forward() -> None:
-    """The fallback's is at most 5 % of eager PyTorch's.
+def test_transient_memory_is_at_most_a_twentieth_of_eager_pytorch() -> None:
+    """Compare an adapter's forward pass, with the fallback in PyTorch, and the same formula in eager PyTorch.
 
-    Eager PyTorch writes B H and s B H to memory. The fallback in PyTorch writes phi(S, T) and its two terms, and the
-    kernels compute phi in registers. Here r / n = 1 / 32; the models have 1 / 64 to 1 / 16.
+    Eager PyTorch writes B H and s B H to memory. The fallback writes only phi(S, T) and its two terms (the kernels
+    compute phi in registers). Here r / n = 1 / 32; the models have 1 / 64 to 1 / 16.
     """
     t = tensors()
     y = TOKENS * WIDTH * BF16
@@ -240,8 +240,8 @@ def test_saved_bytes_are_the_streams_and_their_bottlenecks() -> None:
             assert saved.total > 2 * 2 * TOKENS * WIDTH * BF16, "eager PyTorch must save float32 copies"
 
 
-def test_ops_of_one_adapter_call() -> None:
-    """The fallback in PyTorch computes every product once, and has no other operation on y than the addition."""
+def test_one_adapter_call_computes_each_product_once() -> None:
+    """The fallback in PyTorch computes every product once, and its only operation on y is the addition."""
     t, dtype = tensors(), torch.bfloat16
     G = torch.randn(TOKENS, WIDTH).to(dtype)
     inputs = [t["x"], t["q.A"], t["q.B"]]
@@ -277,7 +277,7 @@ def test_joint_call_projects_each_input_once() -> None:
 
 
 @pytest.mark.parametrize(("name", "forward", "backward"), [("one", 2, 5), ("joint", 3, 5)])
-def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None:
+def test_kernel_launches_stay_within_their_limits(name: str, forward: int, backward: int) -> None:
     """The call launches at most these numbers of Triton kernels (recorded, not run), and no product in PyTorch."""
     pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()
@@ -302,7 +302,7 @@ def test_launches_of_the_kernels(name: str, forward: int, backward: int) -> None
     assert not {"mm", "addmm", "addmm_", "mul", "relu"} & set(ops.ops)
 
 
-def test_launches_while_decoding() -> None:
+def test_decoding_launches_two_kernels() -> None:
     """With 1 to 64 tokens and a given S, query and value together need one down- and one up-projection launch."""
     pytest.importorskip("triton", reason="Triton is not installed")
     t = tensors()

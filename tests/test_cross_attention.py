@@ -25,7 +25,7 @@ def cross_attentions(model) -> dict[str, torch.nn.Module]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_cross_attention_is_saved_and_loaded_with_its_adapter(family, tmp_path) -> None:
-    """Its weights exist only in modules that fuse, in float32 on a bf16 base. Without a source it is plain LoRA."""
+    """Query, key and value exist only in modules that fuse, in float32. Without a source, the adapter is plain LoRA."""
     inputs = tiny.batch(family)
     options = {"r": 4, "fusion": "cross_attention", "cross_attention_heads": 2}
     model = fused(family, dtype=torch.bfloat16, target_modules="all-linear", **options).eval()
@@ -91,7 +91,7 @@ def model_with_cross_attention(family: str, masked: bool = True):
 
 
 def test_masked_cross_attention_ignores_padding() -> None:
-    """A padded row has the output of the row without padding. Without the mask (the authors' release) it does not."""
+    """With the mask, padding does not change a row's output. Without the mask (the authors' release), it does."""
     inputs = without_source(tiny.batch("bert"))
     inputs["source_input_ids"], inputs["source_attention_mask"] = inputs["input_ids"].flip(0), inputs["attention_mask"]
     free, masked = model_with_cross_attention("bert", False).eval(), model_with_cross_attention("bert").eval()

@@ -41,7 +41,7 @@ def test_padding_on_the_left_by_tokenizer_or_by_argument():
         assert batch["source_attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 
-def test_fixed_width_and_multiples():
+def test_width_is_fixed_or_a_multiple():
     fixed = FlareDataCollator(tokenizer(), padding="max_length", max_length=9)(classes())
     rounded = FlareDataCollator(tokenizer(), pad_to_multiple_of=4)(classes())
     for batch, width in ((fixed, 9), (rounded, 8)):
@@ -234,7 +234,7 @@ def test_seq2seq_decoder_inputs_are_padded_with_the_pad_token():
         ("mt5", "seq2seq"),
     ],
 )
-def test_layout_of_a_model(family: str, layout: str):
+def test_layout_follows_the_model(family: str, layout: str):
     assert layout_of(task_model(family)) == layout
 
 
@@ -336,6 +336,7 @@ def test_a_tokenizer_without_pad_token_raises():
 @pytest.mark.parametrize("task", ["bert", "llama", "mt5"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_fitted_collator_pads_a_row_alike_in_every_batch(task: str, side: str):
+    """A fitted collator gives every batch the width that one batch of all rows would have."""
     data = rows(task, 7)
     layout = {"bert": "encoder", "llama": "causal", "mt5": "seq2seq"}[task]
     loose = FlareDataCollator(tokenizer(side), layout=layout)

@@ -90,7 +90,7 @@ ENGINE_CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("family", ["llama", "bert", "mt5"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_equal_those_of_one_process(engine, family, tmp_path) -> None:
+def test_gradients_equal_the_gradients_of_one_process(engine, family, tmp_path) -> None:
     cases = {**CASES, **(MORE_CASES | ENGINE_CASES[engine] if family == "llama" else {})}
     ranks = two_processes.run(tmp_path, train_all, engine, family, cases)
     expected: dict[str, list[dict[str, Tensor]]] = {}
@@ -116,21 +116,21 @@ def test_a_gradient_without_the_sources_part_is_detected(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("latent", [False, True])
-def test_gradients_under_fsdp2_with_mixed_precision(latent, tmp_path) -> None:
-    """Shards in float32, computed in float64: gradients are exact if every block gets its source state in float64."""
+def test_gradients_under_fsdp2_with_mixed_precision_are_exact(latent, tmp_path) -> None:
+    """Shards are float32 and computation is float64: gradients are exact only if source states are float64 too."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)
     case = {"engine": "fsdp2", "family": "llama", "latent": latent}
     case |= {"dtype": torch.float32, "options": {"mp_policy": policy}}
-    want = train(None, "none", "llama", latent=latent)
-    for got in two_processes.run(tmp_path, train_case, case):
-        check(got, want, "mixed precision", rtol=1e-6)
+    expected = train(None, "none", "llama", latent=latent)
+    for actual in two_processes.run(tmp_path, train_case, case):
+        check(actual, expected, "mixed precision", rtol=1e-6)
 
 
 def train_case(rank: int, case: dict[str, Any]) -> list[dict[str, Tensor]]:
     return train(rank, **case)
 
 
-def test_gradients_of_qlora_under_fsdp2_equal_those_of_one_process(tmp_path) -> None:
+def test_gradients_of_qlora_under_fsdp2_equal_one_process(tmp_path) -> None:
     folder = tmp_path / "llama"
     tiny.model("llama", dtype=torch.float32).save_pretrained(folder)
     cases: dict[str, dict[str, Any]] = {
@@ -138,11 +138,11 @@ def test_gradients_of_qlora_under_fsdp2_equal_those_of_one_process(tmp_path) -> 
         for layout in ("accelerate", "accelerate, replicated")
         for storage in (torch.uint8, torch.float32)
     }
-    want = train(None, "none", "llama", nf4=(folder, torch.uint8))
+    expected = train(None, "none", "llama", nf4=(folder, torch.uint8))
     (tmp_path / "run").mkdir()
     for rank in two_processes.run(tmp_path / "run", train_all, "fsdp2", "llama", cases):
         for name in cases:
-            check(rank[name], want, name, rtol=1e-5)
+            check(rank[name], expected, name, rtol=1e-5)
 
 
 # --- unsupported setups raise -----------------------------------------------------------------------------------------

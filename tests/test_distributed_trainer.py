@@ -74,14 +74,14 @@ def fine_tune(rank: int | None, task: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("task", ["bert", "llama"])
 def test_the_trainer_on_two_processes_equals_one_with_the_double_batch(task, tmp_path) -> None:
     """Rows of llama have different numbers of labels. The loss is the mean over all labels of a step on all ranks."""
-    want = fine_tune(None, task, tmp_path)
-    assert len(want["losses"]) == 4 and want["seen"][1] > 0
-    for got in two_processes.run(tmp_path, fine_tune, task, tmp_path):
-        assert got["seen"] == want["seen"]
-        assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
-        assert got["norms"] == pytest.approx(want["norms"], rel=1e-4)
-        for name, weight in want["weights"].items():
-            torch.testing.assert_close(got["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    expected = fine_tune(None, task, tmp_path)
+    assert len(expected["losses"]) == 4 and expected["seen"][1] > 0
+    for actual in two_processes.run(tmp_path, fine_tune, task, tmp_path):
+        assert actual["seen"] == expected["seen"]
+        assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(actual["weights"][name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -128,14 +128,14 @@ def save_sharded(rank: int, folder: Path, latent: bool) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("latent", [False, True])
-def test_a_sharded_model_is_saved(latent, tmp_path) -> None:
-    """It is saved as a PEFT adapter, and as a sharded checkpoint that one process can convert into an adapter."""
+def test_a_sharded_model_is_saved_and_loaded(latent, tmp_path) -> None:
+    """The model is saved as a PEFT adapter, and as a sharded checkpoint that one process converts into an adapter."""
     (tmp_path / "run").mkdir()
-    (want, tokens), other = two_processes.run(tmp_path / "run", save_sharded, tmp_path, latent)
-    torch.testing.assert_close((want, tokens), other, rtol=0, atol=0)
+    (expected, tokens), other = two_processes.run(tmp_path / "run", save_sharded, tmp_path, latent)
+    torch.testing.assert_close((expected, tokens), other, rtol=0, atol=0)
     inputs = batch("llama", 0, latent)
     untrained = fused("llama", **({"latent_dim": D} if latent else {}))
-    assert (untrained(**inputs).logits - want).abs().max() > 1e-4
+    assert (untrained(**inputs).logits - expected).abs().max() > 1e-4
     state = {"model": get_model_state_dict(untrained, options=StateDictOptions(ignore_frozen_params=True))}
     checkpoint.load(state, checkpoint_id=tmp_path / "sharded")
     set_model_state_dict(untrained, state["model"], options=StateDictOptions(strict=False))
@@ -143,7 +143,7 @@ def test_a_sharded_model_is_saved(latent, tmp_path) -> None:
     for folder in ("adapter", "converted"):
         base = tiny.model("llama", dtype=torch.float64)
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / folder, autocast_adapter_dtype=False)
-        torch.testing.assert_close(loaded(**inputs).logits, want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(generated(loaded, latent), tokens)
 
 

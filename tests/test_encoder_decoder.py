@@ -35,12 +35,12 @@ import flare
 # --- compared with the formula ----------------------------------------------------------------------------------------
 
 
-def assert_same_step(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got[0], want[0])
-    torch.testing.assert_close(got[1], want[1])
-    assert got[2].keys() == want[2].keys() and len(got[2]) > 10
-    for name, grad in want[2].items():
-        torch.testing.assert_close(got[2][name], grad, msg=name, rtol=1e-9, atol=1e-12)
+def assert_same_step(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+    assert actual[2].keys() == expected[2].keys() and len(actual[2]) > 10
+    for name, grad in expected[2].items():
+        torch.testing.assert_close(actual[2][name], grad, msg=name, rtol=1e-9, atol=1e-12)
 
 
 PHI = {"add_relu": add_relu, "mul": torch.mul, "add": torch.add}
@@ -50,21 +50,21 @@ PHI = {"add_relu": add_relu, "mul": torch.mul, "add": torch.add}
 @pytest.mark.parametrize("offset", [1, 0])
 @pytest.mark.parametrize("decoder", [True, False])
 def test_logits_and_gradients_equal_the_formula(fusion, offset, decoder) -> None:
-    """With source_labels both stacks fuse; without them the decoder is plain LoRA."""
+    """With source_labels, both stacks fuse. Without them, the decoder is plain LoRA."""
     model = fused(fusion=fusion, source_layer_offset=offset)
     inputs = batch()
     states = states_of(model, inputs, offset)
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
     with by_hand(model, states if decoder else {"encoder": states["encoder"]}, PHI[fusion]):
-        want = step(model, plain)
-    got = step(model, inputs if decoder else without(inputs, "source_labels"))
-    assert_same_step(got, want)
+        expected = step(model, plain)
+    actual = step(model, inputs if decoder else without(inputs, "source_labels"))
+    assert_same_step(actual, expected)
     other = step(model, without(inputs, "source_labels") if decoder else inputs)
-    assert not torch.allclose(other[1], want[1], atol=1e-3)
+    assert not torch.allclose(other[1], expected[1], atol=1e-3)
 
 
 def test_eager_attention_and_sdpa_agree() -> None:
-    """They agree up to float32's rounding, because mT5's eager attention computes its softmax in float32."""
+    """The results agree up to float32's rounding, because mT5's eager attention computes its softmax in float32."""
     steps = {}
     for name in ("eager", "sdpa"):
         model = fused(base={"attn_implementation": name})
@@ -77,16 +77,17 @@ def test_eager_attention_and_sdpa_agree() -> None:
 
 def test_the_decoders_source_can_be_ids_or_labels() -> None:
     model, inputs = fused(), batch()
-    want = step(model, inputs)
+    expected = step(model, inputs)
     ids = shifted(inputs["source_labels"])
-    assert_same_step(step(model, {**without(inputs, "source_labels"), "source_decoder_input_ids": ids}), want)
+    assert_same_step(step(model, {**without(inputs, "source_labels"), "source_decoder_input_ids": ids}), expected)
     # ids take precedence over labels, as in transformers
     assert_same_step(
-        step(model, {**inputs, "source_labels": inputs["source_labels"].flip(0), "source_decoder_input_ids": ids}), want
+        step(model, {**inputs, "source_labels": inputs["source_labels"].flip(0), "source_decoder_input_ids": ids}),
+        expected,
     )
 
 
-def test_source_padding_zero_in_both_stacks() -> None:
+def test_source_padding_zero_acts_in_both_stacks() -> None:
     """S is zero at padding only, and not at the start token, whether the decoder's source is given as labels or ids."""
     model, inputs = fused(source_padding="zero"), batch()
     states = states_of(model, inputs, 1)
@@ -96,10 +97,10 @@ def test_source_padding_zero_in_both_stacks() -> None:
     masks = {"encoder": inputs["source_attention_mask"], "decoder": real}
     zeroed = {name: [x * masks[name][..., None] for x in of_stack] for name, of_stack in states.items()}
     with by_hand(model, zeroed, add_relu):
-        want = step(model, {name: value for name, value in inputs.items() if not name.startswith("source")})
-    assert_same_step(step(model, inputs), want)
+        expected = step(model, {name: value for name, value in inputs.items() if not name.startswith("source")})
+    assert_same_step(step(model, inputs), expected)
     ids = shifted(inputs["source_labels"])
-    assert_same_step(step(model, {**without(inputs, "source_labels"), "source_decoder_input_ids": ids}), want)
+    assert_same_step(step(model, {**without(inputs, "source_labels"), "source_decoder_input_ids": ids}), expected)
 
 
 @pytest.mark.parametrize("decoder", [True, False])
@@ -116,15 +117,15 @@ def test_one_frozen_pass_ends_after_the_last_required_state(decoder) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant) -> None:
+def test_gradient_checkpointing_does_not_change_the_step(use_reentrant) -> None:
     model, inputs = fused(), batch()
-    want = step(model, inputs)
+    expected = step(model, inputs)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
-    got = step(model, inputs)
-    torch.testing.assert_close(got[0], want[0])
-    for name, grad in want[2].items():
-        torch.testing.assert_close(got[2][name], grad, msg=name)
+    actual = step(model, inputs)
+    torch.testing.assert_close(actual[0], expected[0])
+    for name, grad in expected[2].items():
+        torch.testing.assert_close(actual[2][name], grad, msg=name)
 
 
 def test_report_lists_both_stacks_and_a_saved_model_loads(tmp_path) -> None:
@@ -138,10 +139,10 @@ def test_report_lists_both_stacks_and_a_saved_model_loads(tmp_path) -> None:
     }
     assert {row.reason for row in report.declined} == {"cross-attention does not fuse"}
     model.eval()
-    want = model(**inputs).logits
+    expected = model(**inputs).logits
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(mt5().double(), tmp_path).eval()
-    torch.testing.assert_close(loaded(**inputs).logits, want)
+    torch.testing.assert_close(loaded(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart", "MBart"])
@@ -196,13 +197,13 @@ def test_encode_source_returns_the_encoders_states() -> None:
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     assert {key.stack for key in states.states} == {"encoder.block"} and len(states) == tiny.LAYERS
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
-    want = model(**without(inputs, "source_labels")).logits
-    torch.testing.assert_close(model(**plain, source_states=states).logits, want)
+    expected = model(**without(inputs, "source_labels")).logits
+    torch.testing.assert_close(model(**plain, source_states=states).logits, expected)
     with pytest.raises(ValueError, match=r"source_labels and source_states were both given.*the encoder's"):
         model(**plain, source_states=states, source_labels=inputs["source_labels"])
 
 
-def test_adapters_in_the_decoder_only() -> None:
+def test_adapters_in_the_decoder_only_need_a_decoder_source() -> None:
     model = fused(target_modules=r"decoder\..*\.SelfAttention\.(q|v)")
     inputs = batch()
     with pytest.raises(ValueError, match="fuse in the decoder only, which reads source_labels"):
@@ -211,9 +212,9 @@ def test_adapters_in_the_decoder_only() -> None:
         model.encode_source(inputs["source_input_ids"])
     states = states_of(model, inputs, 1)
     with by_hand(model, {"decoder": states["decoder"]}, add_relu):
-        want = step(model, {name: value for name, value in inputs.items() if not name.startswith("source")})
-    got = step(model, inputs)
-    torch.testing.assert_close(got[1], want[1])
+        expected = step(model, {name: value for name, value in inputs.items() if not name.startswith("source")})
+    actual = step(model, inputs)
+    torch.testing.assert_close(actual[1], expected[1])
     model.eval()
     text = without(inputs, "labels", "source_labels")
     sequences, logits = generated(model, {**text, "source_decoder_input_ids": torch.full((3, 1), START)}, 4)
@@ -233,8 +234,8 @@ def test_latent_states_are_read_by_the_encoder() -> None:
     assert not torch.allclose(fused_loss, model(**plain).loss)
     text = without(plain, "labels")
     sequences, logits = generated(model, {**text, "source_states": latent}, 4)
-    want = model(**text, decoder_input_ids=sequences[:, :-1], source_states=latent).logits
-    torch.testing.assert_close(logits, want.float(), **TOLERANCE)
+    expected = model(**text, decoder_input_ids=sequences[:, :-1], source_states=latent).logits
+    torch.testing.assert_close(logits, expected.float(), **TOLERANCE)
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"source_labels: an adapter with latent_dim=6 .* reads no source text"):
             call(**text, source_states=latent, source_labels=inputs["source_labels"])

@@ -78,9 +78,9 @@ def test_a_source_stays_at_its_end_token_and_rows_are_independent() -> None:
     sequences, logits = generated(model, {**inputs, **source}, 6, eos_token_id=end, min_new_tokens=6)
     source_text = frozen_text(model, inputs, 6, [end])
     # after the source's end token every position fuses with that token's state
-    want = teacher_forced(model, inputs, sequences, source_text).float()
-    torch.testing.assert_close(logits[0, :3], want[0, :3], **TOLERANCE)
-    assert not torch.allclose(logits[0, 3:], want[0, 3:], atol=1e-4)
+    expected = teacher_forced(model, inputs, sequences, source_text).float()
+    torch.testing.assert_close(logits[0, :3], expected[0, :3], **TOLERANCE)
+    assert not torch.allclose(logits[0, 3:], expected[0, 3:], atol=1e-4)
     base = model.get_base_model()
     states = states_of_decoder(model, inputs, source_text)
     for state in states:
@@ -88,8 +88,8 @@ def test_a_source_stays_at_its_end_token_and_rows_are_independent() -> None:
     encoder = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
     with by_hand(model, {"encoder": list(encoder), "decoder": states}, add_relu):
-        held = base(**plain, decoder_input_ids=sequences[:, :-1], use_cache=False).logits
-    torch.testing.assert_close(logits[0], held[0].float(), **TOLERANCE)
+        expected_logits = base(**plain, decoder_input_ids=sequences[:, :-1], use_cache=False).logits
+    torch.testing.assert_close(logits[0], expected_logits[0].float(), **TOLERANCE)
     for row in range(3):
         alone = {name: value[row : row + 1] for name, value in {**inputs, **source}.items()}
         one, row_logits = generated(model, alone, 6, eos_token_id=end, min_new_tokens=6)
@@ -111,8 +111,8 @@ def states_of_decoder(model: Any, inputs: dict, text: torch.Tensor) -> list[torc
 
 
 @pytest.mark.parametrize("started", [True, False])
-def test_decoder_prompts_of_source_and_target(started) -> None:
-    """The source's and the target's decoder start with different prompts. generate adds a missing start token."""
+def test_decoder_prompts_of_source_and_target_can_differ(started) -> None:
+    """The decoder starts with different prompts on source and target. generate adds a missing start token."""
     model, inputs = fused().eval(), texts()
     begin = {name: torch.randint(3, tiny.VOCAB, (3, 3)) for name in ("decoder_input_ids", "source_decoder_input_ids")}
     if started:
@@ -121,8 +121,8 @@ def test_decoder_prompts_of_source_and_target(started) -> None:
     prompt = begin["source_decoder_input_ids"]
     started_prompt = prompt if started else nn.functional.pad(prompt, (1, 0), value=START)
     source_text = frozen_text(model, inputs, 4, [], started_prompt)
-    want = teacher_forced(model, inputs, sequences, source_text)[:, 3:].float()
-    torch.testing.assert_close(logits, want, **TOLERANCE)
+    expected = teacher_forced(model, inputs, sequences, source_text)[:, 3:].float()
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
     with pytest.raises(ValueError, match=r"first tokens have shape \(3, .*for the source.* \(3, 1\)"):
         generated(model, {**inputs, "source_decoder_input_ids": prompt}, 4)
 
@@ -131,8 +131,8 @@ def test_generate_accepts_states_of_the_encoder() -> None:
     model, inputs = fused().eval(), texts()
     states = model.encode_source(inputs["source_input_ids"], inputs["source_attention_mask"])
     plain = {name: value for name, value in inputs.items() if not name.startswith("source")}
-    want = generated(model, inputs)
-    torch.testing.assert_close(generated(model, {**plain, "source_states": states})[1], want[1], **TOLERANCE)
+    expected = generated(model, inputs)
+    torch.testing.assert_close(generated(model, {**plain, "source_states": states})[1], expected[1], **TOLERANCE)
     with pytest.raises(ValueError, match="source_labels and source_states were both given"):
         generated(model, {**plain, "source_states": states, "source_labels": torch.ones(3, 2, dtype=torch.long)})
 
@@ -166,5 +166,5 @@ def test_a_decoder_whose_fusion_mixes_positions_is_refused() -> None:
 
 def test_use_cache_false_is_accepted_if_the_decoder_does_not_fuse() -> None:
     model, inputs = fused().eval(), texts()
-    want, _ = generated(model, inputs)
-    assert torch.equal(generated(model, inputs, use_cache=False)[0], want)
+    expected, _ = generated(model, inputs)
+    assert torch.equal(generated(model, inputs, use_cache=False)[0], expected)

@@ -22,6 +22,7 @@ def test_a_script_is_short(name: str) -> None:
 
 
 def test_the_one_line_is_marked() -> None:
+    """A comment marks the line that calls flare.fast_lora, and shows the PEFT call that it replaces."""
     text = (EXAMPLES / "huggingface_trainer.py").read_text(encoding="utf-8")
     assert re.search(r"# <- the one line; it was: .*get_peft_model.*\n +model = flare\.fast_lora\(", text)
 

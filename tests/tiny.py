@@ -145,7 +145,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-# --- eager FLARE: what a user would write by hand over PEFT's own layers ----------------------------------------------
+# --- eager FLARE: the formula in plain PyTorch, with PEFT's own layers ------------------------------------------------
 
 
 def source_hidden_states(peft_model: Any, inputs: dict[str, Tensor], offset: int) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Models, and rows with a target and a source text, for every task, for tests of collator, trainer and baselines."""
+"""For tests of the collator, the trainer and the baselines: a model of every task, and rows with two texts each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def tokenizer(padding_side: str = "right", pad: bool = True) -> PreTrainedTokeni
 
 
 def rows(task: str, count: int, seed: int = 0, source: bool = True) -> list[dict[str, Any]]:
-    """Return rows of a task whose texts have different lengths, and whose labels do too if they are lists."""
+    """Return rows of a task. Their texts have different lengths, and so have labels that are lists."""
     draw = random.Random(seed)
 
     def words(low: int, high: int) -> list[int]:

@@ -313,10 +313,10 @@ def _read_encoder(
 
 
 def _decoder_prompt(source: dict[str, Any], options: Options, rows: int) -> Tensor:
-    """Return the tokens (B, u) with which the decoder starts on the source: start token or source_decoder_input_ids.
+    """Return the tokens (B, u) with which the decoder starts on the source: start tokens or source_decoder_input_ids.
 
-    They must have the shape of the target's decoder_input_ids. With source_labels the decoder fuses too, but the values
-    of the labels are not used, because the source is decoded greedily.
+    These tokens must have the shape of the target's decoder_input_ids. With source_labels, the decoder fuses and begins
+    with the start tokens; the values of the labels are not used, because the source is decoded greedily.
     """
     start_ids = options.token_ids("decoder_start_token_id") or options.token_ids("bos_token_id")
     if not start_ids:

@@ -63,7 +63,7 @@ _CACHE = "a source needs a dynamic KV cache, which generate creates"
 _INPUT = "it also runs the model on a text that has no source"
 _LOOP = "it replaces the decoding loop in which the source is decoded"
 
-#: option -> (whether its value cannot be combined with a source, reason)
+#: option -> (function that returns whether a value cannot be combined with a source, the reason)
 _REFUSED: dict[str, tuple[Any, str]] = {
     "use_cache": (lambda value: value is False, _CACHE),
     "past_key_values": (lambda value: value is not None, _CACHE),

@@ -38,7 +38,7 @@ TASKS = {
 _CHECKPOINTING = (False, True, "non-reentrant", "reentrant")
 # Heads are trained, or read in full precision. Quantised heads allow neither.
 _NEVER_QUANTIZED = ["lm_head", "score", "classifier", "qa_outputs"]
-# FlareConfig has a field revision too, but in a recipe it is an argument of the base's from_pretrained.
+# FlareConfig has a field revision too, but in a recipe revision is an argument of the base's from_pretrained.
 _ADAPTER_FIELDS = {f.name for f in fields(FlareConfig) if f.init} - {"revision"}
 
 # Options that let from_pretrained or PEFT run code or read pickles. A call may set them, a recipe may not.
@@ -203,7 +203,8 @@ class Recipe:
         options: dict[str, Any] = {"trust_remote_code": False, **shared, **self.tokenizer}
         tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(base), **options)
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, so end tokens still count
+            # padding is masked by its position and not by its token, so real end tokens still count
+            tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def base_model(
@@ -213,8 +214,9 @@ class Recipe:
 
         Args:
             base: name or folder of the base model.
-            tokenizer: its tokenizer. The model takes over the pad token if it has none.
-            missing_keys: a list to which the names of weights that the checkpoint lacks are added. They are random.
+            tokenizer: the base's tokenizer. A model without a pad token gets the tokenizer's pad token.
+            missing_keys: list that receives the names of the weights that the checkpoint lacks. These weights are
+                initialised at random.
             **options: further arguments of the base's from_pretrained.
 
         Raises:
@@ -241,11 +243,7 @@ class Recipe:
         return kind(output_dir=os.fspath(output_dir), **{**self.training, **changes})
 
     def _changed(self, changes: dict[str, Any]) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-        """Split changes into recipe keys, fields of FlareConfig and other arguments.
-
-        Return the recipe with the changed keys, the fields of FlareConfig, and the other arguments, which are for
-        from_pretrained.
-        """
+        """Return the recipe with the changed keys, the fields of FlareConfig, and arguments for from_pretrained."""
         keys = {f.name for f in fields(self)} - {"name"}
         adapter = {key: value for key, value in changes.items() if key in _ADAPTER_FIELDS}
         options = {key: value for key, value in changes.items() if key not in keys and key not in _ADAPTER_FIELDS}
@@ -282,7 +280,7 @@ class Recipe:
             ) from error
 
     def _prepared(self, model: Any) -> Any:
-        """Enable gradient checkpointing if the recipe does.
+        """Enable gradient checkpointing if the recipe has it enabled.
 
         For a quantised base, PEFT also freezes the weights and casts the norms to float32.
         """
@@ -312,7 +310,7 @@ def from_recipe(
 
     Args:
         recipe: a name (see ``flare.recipes.names()``), a YAML file, or a mapping with the keys of such a file.
-        base: name or folder of the base model. Default: the recipe's.
+        base: name or folder of the base model. Default: the recipe's ``base``.
         trained: folder of a saved adapter to load in place of a new one.
         **changes: keys of the recipe (``quantization=None``, ``gradient_checkpointing="reentrant"``), fields of
             FlareConfig (``r=8``, ``fusion="mul"``), and further arguments of the base's ``from_pretrained``

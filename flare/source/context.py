@@ -26,7 +26,8 @@ class Slot:
     """State of one thread that hooks and adapter layers share during a forward pass.
 
     Attributes:
-        frozen_pass: the running source pass (flare.source.source_pass); adapter layers then act as base layers.
+        frozen_pass: the running source pass (flare.source.source_pass), or None. During it, adapter layers act as base
+            layers.
         forward: the context of the model's running forward pass. A hook passes it to the blocks.
         context: the context of the running block, which its adapter layers read.
         pending: outputs that the call of one projection has computed for other projections (flare.tuner.site).
@@ -63,7 +64,7 @@ class SiteSource:
     """The source of one site, which is a group of layers with the same input (flare.tuner.site).
 
     Attributes:
-        states: adapter -> x_S (B, m, d), if the site's layers project it themselves; otherwise None.
+        states: adapter name -> x_S (B, m, d), if the site's layers project x_S themselves; otherwise None.
         seed: seed of lora_dropout's masks for x_S; None without dropout. It is drawn when the state is read, in every
             ``source_memory`` mode, so that all modes draw the same masks.
         bottlenecks: S by layer and adapter, if the source pass has projected the states; otherwise None.
@@ -84,8 +85,8 @@ class SourceContext:
 
     Args:
         with_grad: whether gradients were enabled when the source was read.
-        state_of: function that returns x_S (B, m, d) for (layer, adapter). It is given if this context holds S, because
-            layers compute S again from x_S under reentrant checkpointing.
+        state_of: function that returns x_S (B, m, d) for (layer, adapter). A context that holds S with gradients needs
+            it, because under reentrant checkpointing layers compute S again from x_S.
     """
 
     #: The decoding step on target and source rows (flare.generation.shared_pass) that this context belongs to, or None.

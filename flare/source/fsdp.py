@@ -55,7 +55,8 @@ def reshard_below(model: nn.Module, paths: Iterable[str]) -> None:
     """Make FSDP2 reshard the modules along the paths below ``model``.
 
     With ``reshard_after_forward=False`` an earlier forward pass leaves unsharded weights. The source's contribution to
-    their gradient would then be added after FSDP2 has reduced it over the ranks. Modules on no path do not change.
+    the gradient of these weights would then be added after FSDP2 has reduced this gradient over the ranks. Modules that
+    are on none of the paths do not change.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

@@ -117,7 +117,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     runtime: Runtime = model.__dict__[_RUNTIME]
     slot.running, slot.forward, slot.context, slot.pending = True, None, None, None
-    # needs_plain_operators, inlined: this runs in every step
+    # the next two lines are needs_plain_operators, inlined to save a call in every step
     compiles = torch.compiler.is_compiling()
     slot.plain = torch.compiler.is_exporting() if compiles else functorch_is_active() or torch.jit.is_tracing()
     source = take_source(model, kwargs, SOURCE_ARGUMENTS)
@@ -158,7 +158,7 @@ def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             return (), step.inputs
         shape = (decoder_shape if runtime.map.decoders else target_shape)(args, kwargs)
         slot.forward = source_of.carry(model, runtime, shape, cache.get_seq_length())
-    elif uses and kwargs.get("encoder_outputs") is None:  # otherwise the encoder has run, with or without its source
+    elif uses and kwargs.get("encoder_outputs") is None:  # with encoder_outputs, the encoder ran earlier
         warn_without_source(runtime, model.training and torch.is_grad_enabled())
     elif source and runtime.layers and not any(layer.flare_fusion for layer in runtime.layers):
         raise ValueError(  # transformers' delete_adapter does not remove the hooks
@@ -243,7 +243,10 @@ def _check_reached(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def check_reached(model: nn.Module, context: SourceContext) -> None:
-    """Raise ValueError if a fusing layer did not receive its source, whether it ran or not."""
+    """Raise ValueError if the source did not reach a fusing layer, for example because the layer did not run.
+
+    Models that skip blocks at random in training (LayerDrop) are not checked.
+    """
     if context.missed and not drops_blocks(model):
         runtime = runtime_of(model)
         layers = {} if runtime is None else runtime.active_uses().sites
@@ -280,8 +283,8 @@ def _before_stack(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     slot = THREAD.slot
     if slot.frozen_pass is not None:
-        # _after_last_block must be the last hook, because it may end the source pass by an exception. It is moved only
-        # if necessary, because torch.compile cannot trace the move.
+        # _after_last_block must be the last hook, because it may end the source pass by an exception. The hook is moved
+        # only if necessary, because torch.compile cannot trace the move.
         if _LAST in block.__dict__ and [*block._forward_hooks][-1] != block.__dict__[_LAST][1]:
             block._forward_hooks.move_to_end(block.__dict__[_LAST][1])  # type: ignore[attr-defined]
         slot.frozen_pass.record(block.__dict__[_BLOCK], args[0] if args else kwargs["hidden_states"])
@@ -315,7 +318,7 @@ _LIBRARIES = {"flare", "torch", "peft", "transformers", "accelerate", "trl", "co
 
 @torch.compiler.disable
 def warn_user(message: str) -> None:
-    """Warn at the innermost line outside of libraries, which is the one that the user can change."""
+    """Warn at the innermost line outside of libraries, because the user can change this line."""
     level = 1
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:

@@ -49,7 +49,7 @@ def target_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ..
 
 
 def decoder_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """Return (B, u) of the target's decoder input. If the model derives it from input_ids, it has their shape."""
+    """Return (B, u) of the target's decoder input. If the call has none, the model derives it from input_ids (B, m)."""
     for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.dim() > 1:
@@ -68,7 +68,7 @@ def check_ids(name: str, ids: Any, shape: str) -> Tensor:
 def check_same_shape(ids: Tensor, target: tuple[int, ...] | str) -> None:
     """Raise ValueError if the shape of the source's ids is not ``target``, the shape (B, m) of the target's ids.
 
-    A str as ``target`` always raises: it is the type of the target's ids if they are not a tensor.
+    If the target's ids are not a tensor, ``target`` is the name of their type, and the check always fails.
     """
     if tuple(ids.shape) != target:
         raise ValueError(
@@ -78,7 +78,7 @@ def check_same_shape(ids: Tensor, target: tuple[int, ...] | str) -> None:
 
 
 def check_source_mask(ids: Tensor, mask: Any) -> Tensor:
-    """Return ``source_attention_mask``; raise ValueError unless it has the shape of the ids (B, m)."""
+    """Return ``source_attention_mask``; raise ValueError if it does not have the shape (B, m) of the ids."""
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         what = str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"source_attention_mask is {what}, expected the shape of source_input_ids: {tuple(ids.shape)}")
@@ -86,7 +86,7 @@ def check_source_mask(ids: Tensor, mask: Any) -> Tensor:
 
 
 def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> dict[str, Any]:
-    """Return keyword arguments of the frozen pass, checked against the target's shape (B, m).
+    """Return the keyword arguments of the source pass, checked against the target's shape (B, m).
 
     Raises:
         TypeError, ValueError: ids, a mask or token types do not match; the message names the argument.
@@ -99,7 +99,7 @@ def backbone_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int,
     if target is not None:
         check_same_shape(ids, target)
     inputs: dict[str, Any] = {"input_ids": ids}
-    if mask is not None:  # None stays None: transformers would check a mask of ones, and wait for the device
+    if mask is not None:  # no mask of ones is created: transformers would check its values, and wait for the device
         inputs["attention_mask"] = check_source_mask(ids, mask)
     backbone: Any = getattr(model, "base_model", model)
     accepted = accepted_by(backbone)
@@ -144,7 +144,7 @@ def without_trailing_pads(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder_inputs(model: nn.Module, source: dict[str, Any], target: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """Return the frozen decoder's input ids (B, u) and their mask (B, u), checked against the target's (B, u).
+    """Return the frozen decoder's input ids (B, u) and their mask (B, u), checked against the target's shape.
 
     The mask is 1 at the start token and at every later position that is not padding. Padding is -100 in
     ``source_labels``, and the pad token in ``source_decoder_input_ids``.
@@ -220,7 +220,7 @@ def read_source(
         source: the source arguments of the call.
         target: (B, m) of the target text, to check the source against.
         decoder_target: (B, u) of the target's decoder input, to check the source's decoder input against.
-        source_padding: "keep" or "zero", to use in place of the adapters' setting. None: the adapters' setting.
+        source_padding: "keep" or "zero", which overrides the adapters' configs. None: the value in these configs.
         source_cache: cache that states are read from and stored in.
 
     Raises:
@@ -262,8 +262,8 @@ def read_source(
     device, masks = weights[0].device, {}
     if device.type == "meta":
         device = reads.device
-    # by_modules: lora_A and lora_dropout must be called as modules, so each layer calls its lora_A on the state. In a
-    # compiled graph every layer projects the state, with or without hooks.
+    # by_modules: each layer must project the state by calling its modules lora_dropout and lora_A. In a compiled graph
+    # every layer projects the state itself, with or without hooks.
     compiles, plain = torch.compiler.is_compiling(), slot.plain
     by_modules = plain or (not compiles and needs_grad(weights) and reads.have_hooks())
     reader: Any

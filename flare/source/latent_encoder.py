@@ -19,7 +19,7 @@ class LatentEncoder:
         rows = dataset.map(lambda rows: mt.rows(rows["text"]), batched=True)    # for FlareDataCollator
         model(**batch, **mt(texts, length=m))                                   # or without a data set
 
-    The encoder reads the target text, so the language tag has to be that of the target language.
+    The encoder reads the target text, so the language tag must be the target language's tag.
 
     Args:
         model: a name or folder, or a transformers model. Only the encoder of an encoder-decoder is kept.

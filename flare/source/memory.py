@@ -1,7 +1,7 @@
 """Where source states are kept between forward and backward: one class per value of ``source_memory``.
 
 The costs are in addition to plain LoRA's 2 units per step. One unit is the compute of a forward pass of the frozen
-model. L blocks, M tokens, hidden states of width d:
+model. There are L blocks, M tokens, and hidden states of width d:
 
     mode        forward keeps                  backward reads x_S from        added compute and memory
     keep        x_S, one copy on the device    the kept tensors               1 unit of compute, L M d elements
@@ -31,7 +31,7 @@ from .runtime import Reads, Runtime
 from .source_pass import Preparation, Reader
 from .states import StateKey
 
-#: Called with the rows (n, d) of each state, in the order of the source pass.
+#: Called with each state as rows (n, d), one per token, in the order of the source pass.
 RowVisitor = Callable[[StateKey, Tensor], None]
 #: Calls a visitor with every state again in the backward pass. The arguments are the tensors that the autograd node of
 #: the source pass (flare.source.projected) saved, and the visitor.
@@ -62,7 +62,7 @@ class Keep:
         return [self.states[key] for key in sorted(self.states)]
 
     def replayer(self) -> Replayer:
-        """Return the function that passes every state to a visitor in backward. It holds no state itself."""
+        """Return the function that passes every state to a visitor in backward. The function holds no state."""
         keys = sorted(self.states)
 
         def replay(saved: Sequence[Tensor], visit: RowVisitor) -> None:
@@ -74,7 +74,7 @@ class Keep:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the copy stream of a device. All passes share it, because the allocator reuses memory only per stream."""
+    """Return the copy stream of a device. All passes share it, because the allocator has a separate pool per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -195,7 +195,7 @@ class AutocastState:
             yield
 
 
-_REENTRANT = "reentrant checkpointing sends no gradient into S (use_reentrant=False does)"
+_REENTRANT = "reentrant checkpointing passes no gradient to S; use_reentrant=False does"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def refuse_packed_rows(
         )
 
 
-@torch.compiler.disable  # it reads values
+@torch.compiler.disable  # the result depends on the tensors' values
 def restarts(positions: Tensor, mask: Tensor | None) -> bool:
     """Return whether the position ids of any two adjacent tokens do not increase by exactly one.
 

@@ -1,4 +1,4 @@
-"""Source states that are projected as soon as they are computed, by one autograd node for the whole source pass.
+"""Project source states as soon as they are computed, in one autograd node for the whole source pass.
 
 A group is a set of layers that read the same state through the same adapter (StateGroup).
 
@@ -35,7 +35,8 @@ class SourcePass(torch.autograd.Function):
     """Compute S of every group, and in backward the source's share of every dA. See the module's docstring.
 
     ``memory`` stores the states' rows and yields them again in backward; it is None if no A requires a gradient. The
-    forward pass fills ``sizes`` (the size (B, m) of each stack's states) and ``stacked`` (each group's stacked A).
+    forward pass fills ``sizes`` (path of a stack of blocks -> size (B, m) of its states) and ``stacked`` (layers of a
+    group -> their stacked A).
     """
 
     @staticmethod
@@ -115,7 +116,7 @@ class SourcePass(torch.autograd.Function):
 
 
 def _stacked(group: StateGroup, weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Return the stacked A of a group in x's dtype; raise ValueError if one is on another device."""
+    """Return the stacked A of a group in x's dtype; raise ValueError if an A is not on x's device."""
     for layer, path, A in zip(group.modules, group.layers, weights, strict=True):
         if A.device != x.device:
             raise_weight_mismatch(path, x, A, cast(Tensor, layer.lora_B[group.adapter].weight))
@@ -139,7 +140,7 @@ def _firsts(groups: list[StateGroup]) -> list[int]:
 
 
 class PaddedStates:
-    """Return a kept state as (B, m, d), for a layer that computes S itself under reentrant checkpointing."""
+    """Callable that returns a stored state as (B, m, d). Under reentrant checkpointing, layers compute S from it."""
 
     def __init__(
         self,
@@ -189,7 +190,7 @@ def project_states(
 def project_rows(hidden: Tensor, prepare: Preparation, groups: Sequence[StateGroup]) -> Bottlenecks:
     """Return S (B, q, r) of one state (B, q, d), by layer and adapter, without gradients or dropout.
 
-    Decoding projects the q new positions of the source by this function.
+    Decoding calls this function for the q new positions of the source.
     """
     x = prepare.rows(groups[0].key, hidden)
     outputs = []

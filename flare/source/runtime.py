@@ -64,7 +64,7 @@ class ActiveUses:
         )
 
     def is_current(self) -> bool:
-        """Return whether modules, active and merged adapters and source_layer_offset are as when this was computed."""
+        """Return whether modules, active adapters, merged adapters and source_layer_offset have not changed."""
         return self.registrations == registrations.count and self._state() == (
             self.switches,
             self.merged,
@@ -123,7 +123,7 @@ class Reads:
 
 @dataclass
 class Runtime:
-    """State that the hooks of one transformers model share. Attached to the model, and copied and pickled with it.
+    """State that the hooks of one transformers model share. It is stored on the model, and copied and pickled with it.
 
     It holds no state of a forward pass, because two threads may call one model at the same time.
 
@@ -165,7 +165,7 @@ class Runtime:
         return self.active_uses().uses
 
     def setting(self, name: str, adapters: set[str]) -> Any:
-        """Return a config field that all active adapters must share, because one source pass serves all of them.
+        """Return the value of a config field that all active adapters must share, because they share one source pass.
 
         Raises:
             ValueError: the adapters have different values.

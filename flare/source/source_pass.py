@@ -143,7 +143,7 @@ class ModuleSwitches:
                     self.tuners.append(module)
             if isinstance(module, nn.ModuleList):
                 self.lists.append((module, len(module)))
-            # some quantised linears repack their weights in eval mode
+            # the flag of quantised linears is not changed, because some repack their weights in eval mode
             if (
                 type(module) not in _SAME_IN_TRAINING
                 and "training" in module.__dict__
@@ -215,7 +215,7 @@ class _AllStatesRead(Exception):
 
 
 class FrozenPass:
-    """A run of the frozen model. The hooks of its blocks (flare.source.hooks) record their states here."""
+    """A run of the frozen model. The hooks of the blocks (flare.source.hooks) call :meth:`record` with each state."""
 
     def __init__(self, keys: Iterable[StateKey], visit: Visitor, to_the_end: bool) -> None:
         self.missing = dict.fromkeys(keys)

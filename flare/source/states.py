@@ -15,7 +15,7 @@ class StateKey(NamedTuple):
 
     Attributes:
         stack: dotted path of the ModuleList that holds the blocks.
-        position: p for the input of block p, which is the output of block p - 1. The number of blocks stands for the
+        position: p means the input of block p, which is the output of block p - 1. In a stack of n blocks, n means the
             last block's output, before any final norm.
     """
 

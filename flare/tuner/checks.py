@@ -58,11 +58,11 @@ def _hidden_size(model: nn.Module) -> int | None:
 def check_combination(
     configs: Mapping[str, FlareConfig], adapters: Sequence[str], weights: Sequence[float], combination_type: str
 ) -> None:
-    """Raise ValueError if combining the A and B of adapters does not combine their outputs.
+    """Raise ValueError if adapters cannot be combined into one adapter by combining their A and B.
 
-    phi acts on each rank separately, so fusing adapters cannot be combined by a combination_type that mixes ranks or
-    factorises B A again (such as 'svd'). Fusion 'mul' multiplies S and T, so a weight on A would be applied twice.
-    relu(w z) is not w relu(z) for a negative weight w.
+    The fusion phi(S, T) acts on each rank separately, so a combination_type that mixes ranks or factorises B A again
+    (such as 'svd') is not accepted for adapters that fuse. Fusion 'mul' multiplies S and T, so a weight on A would be
+    applied twice. A negative weight w is not accepted, because relu(w z) is not w relu(z).
 
     Args:
         configs: adapter name -> config.

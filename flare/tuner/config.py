@@ -19,7 +19,8 @@ from .card import fill_card
 SOURCE_PADDING = ("keep", "zero")
 SOURCE_MEMORY = ("auto", "keep", "offload", "recompute")
 
-# Fields of LoraConfig that replace the forward scaling * phi(S, T) B^T, so that a fusion would have no effect.
+# Fields of LoraConfig that select a LoRA variant. A variant does not compute scaling * phi(S, T) B^T, so a fusion would
+# have no effect.
 _VARIANTS = (
     "use_dora",
     "use_bdlora",
@@ -74,8 +75,8 @@ def _help_from_docstring(cls: type[_Config]) -> type[_Config]:
 class FlareConfig(LoraConfig):
     """Configuration of a FLARE adapter: every field of :class:`peft.LoraConfig`, and how the two streams are fused.
 
-    ``save_pretrained`` writes all fields to ``adapter_config.json``. The fields below are FLARE's own, or have another
-    default than in PEFT::
+    ``save_pretrained`` writes all fields to ``adapter_config.json``. The fields below are added by FLARE, or
+    have a default that differs from PEFT's. Example::
 
         config = flare.FlareConfig(r=16, lora_alpha=32, fusion="mul", lora_dropout=0.1)
         model = flare.fast_lora(model, config)

@@ -31,7 +31,7 @@ _TASKS = {
     "ForConditionalGeneration": TaskType.SEQ_2_SEQ_LM,
 }
 _LORA_FIELDS = {f.name for f in fields(LoraConfig)}
-# fields that may differ from a trained adapter's: lora_dropout, which can be changed, and three that PEFT writes
+# fields that may differ from the trained adapter's config: lora_dropout can be changed, and PEFT writes the others
 _FREE_FIELDS = {"lora_dropout", "peft_type", "peft_version", "base_model_name_or_path"}
 # fields that take effect when a PeftModel is created, and not later
 _FIXED_BY_PEFT = {"task_type", "inference_mode"}

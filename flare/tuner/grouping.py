@@ -1,4 +1,7 @@
-"""Group the query, key and value projections of each self-attention module into a site (flare.tuner.site)."""
+"""Assign every adapter layer to a site: a group of projections with the same input (flare.tuner.site).
+
+The query, key and value projections of a self-attention module form one site. Any other adapter layer is a site alone.
+"""
 
 from __future__ import annotations
 

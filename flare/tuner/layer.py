@@ -1,8 +1,11 @@
-"""The adapter layers: PEFT's LoRA linears, computed by flare_kernels, which can fuse the source text's hidden states.
+"""The adapter layers: PEFT's LoRA linears, whose adapters flare_kernels computes and fuses with the source text.
 
 PEFT creates each layer, with a class that depends on the frozen layer (plain or quantised). :func:`convert_layer` then
 changes the layer's class to a subclass of PEFT's class. Parameters, names, hooks and optimizers are unaffected. In
 a forward pass, a quantised frozen layer is called and its weight is never read, so the weight's format does not matter.
+
+A layer finds the source's states in its thread's :class:`~flare.source.context.Slot`, the state that the hooks and the
+layers share during a forward pass.
 """
 
 from __future__ import annotations
@@ -180,7 +183,7 @@ class FlareLayer:
         return all(map(is_untouched, (self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter])))
 
     def source_of(self, adapter: str, context: SourceContext | None) -> tuple[str | None, Tensor | None, Tensor | None]:
-        """Return (fusion, x_source (..., m, d), S (..., m, r)) for an adapter; all three are None if it is plain LoRA.
+        """Return (fusion, x_source (..., m, d), S (..., m, r)) for an adapter; all three are None for plain LoRA.
 
         With a fusion, only one of x_source and S is a tensor, and the other is None.
         """
@@ -285,7 +288,7 @@ class FlareLayer:
             self._add_module(self.latent_proj, adapter, nn.Linear(latent_dim, self.in_features))
 
     def _add_module(self, modules: nn.ModuleDict, adapter: str, module: nn.Module) -> None:
-        """Add a module of an adapter, with the device, dtype and requires_grad of its lora_A."""
+        """Add a module of an adapter, with the device, dtype and requires_grad of the adapter's lora_A."""
         A = weight_of(self, adapter)
         modules[adapter] = module.to(A.device, A.dtype).requires_grad_(A.requires_grad)
 
@@ -300,7 +303,7 @@ class FlareLayer:
         return cast(Tensor, super().get_delta_weight(adapter))  # type: ignore[misc]
 
     def check_mergeable(self, adapter_names: list[str] | None) -> None:
-        """Raise ValueError if one of the adapters (default: the active ones) fuses."""
+        """Raise ValueError if one of the adapters (default: the active adapters) fuses."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.flare_unmergeable:
                 raise ValueError(MERGE_REFUSED.format(name=name, fusion=self.flare_unmergeable[name]))
@@ -309,8 +312,9 @@ class FlareLayer:
 def _returns_view(base_layer: nn.Module) -> bool:
     """Return whether a frozen layer returns a view for an input of more than two dimensions.
 
-    torch.nn.Linear with a bias does (addmm, then view), and a view would have to be copied before adapters accumulate
-    into it. The result is False for a hooked layer, because its hooks must see the original shape of the input.
+    torch.nn.Linear with a bias returns a view of addmm's output. Adapters add to the output in place, and a view would
+    have to be copied first. The result is False for a hooked layer, because its hooks must see the input's original
+    shape.
     """
     hooked = base_layer._forward_hooks or base_layer._forward_pre_hooks
     return type(base_layer) is nn.Linear and base_layer.bias is not None and not hooked
@@ -367,7 +371,8 @@ def convert_layer(module: nn.Module, key: str) -> str:
     module.flare_fusion, module.flare_unmergeable = {}, {}
     module.flare_key, module.flare_rows = key, None
     module.lora_cross_attention, module.latent_proj = nn.ModuleDict(), nn.ModuleDict()
-    module.lora_cross_attention.scaling = module.scaling  # PEFT's hotswap looks it up here, by a weight's path
+    # PEFT's hotswap removes three parts of a weight's path to find scaling, which for cross-attention leads here
+    module.lora_cross_attention.scaling = module.scaling
     return ""
 
 

@@ -165,7 +165,7 @@ class FlareModel(LoraModel):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: FlareConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return an adapter's weights, and warn if shards were not gathered, as PEFT does for the type LORA only."""
+        """Return an adapter's weights. Warn if shards were not gathered, which PEFT does only for the type LORA."""
         weights: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         warn_of_shards(weights, adapter_name=adapter_name)
         return weights
@@ -223,10 +223,10 @@ class FlareModel(LoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: FlareConfig, path: str, state_dict: dict[str, Tensor], kwargs: Any
     ) -> dict[str, Tensor]:
-        """Convert an adapter of PiSSA, CorDA or OLoRA, which change the base weights, to one for the original base.
+        """Convert an adapter whose initialisation changed the base weights into an adapter of the original base.
 
-        Such an adapter has fusion=None. PEFT resets ``init_lora_weights`` in the saved config of the initial adapter
-        only if the type is LORA, so it is reset here.
+        Such an adapter (PiSSA, CorDA, OLoRA) has fusion=None. PEFT resets ``init_lora_weights`` in the saved config of
+        the initial adapter only if the type is LORA, so this method resets it.
         """
         peft_config.init_lora_weights = True
         peft_config.save_pretrained(path)
@@ -337,8 +337,9 @@ class FlareModel(LoraModel):
             source_alignment: "training": position j of the target's prompt is fused with position j of the source's
                 prompt, and new token t with the source's new token t. After the source has ended, its end token is
                 used. "release", for decoder-only models: as in the authors' release, all positions of a forward (the
-                prompt, or one new token) are fused with a single position of the source. When the target has n tokens,
-                this is the source's new token n - 1, or its last new token if it has fewer than n - 1.
+                prompt, or one new token) are fused with a single position of the source. When the target has n tokens
+                (prompt, padding and new tokens), this position is the source's new token n - 1, or the source's last
+                new token if the source has fewer than n - 1.
             source_padding: "zero": S = 0 at the source's padding, so that a row's output does not depend on its batch.
                 "keep": S is computed from the padding's hidden states. Default: "zero" for decoder-only models,
                 independent of the adapter's config; the config's value for encoder-decoders. "release" supports only
@@ -369,7 +370,7 @@ class FlareModel(LoraModel):
         runtime = self._runtime() if source else runtime_of(self.model)
         if runtime is None:
             return cast(Any, self.model).generate(*args, **kwargs)
-        # transformers' generate calls an encoder-decoder's encoder first, without the hook that warns
+        # transformers' generate calls the encoder of an encoder-decoder directly, which bypasses the hook that warns
         if not source and runtime.state_uses() and runtime.map.decoders:
             warn_without_source(runtime, training=False)
         if not source or not runtime.state_uses():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReportRow:
-    """An adapter of a LoRA module: its fusion, or the reason why it does not fuse.
+    """Whether one adapter fuses in one LoRA module, and if not, why.
 
     Attributes:
         module: dotted path of the module.

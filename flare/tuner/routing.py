@@ -8,8 +8,8 @@ Modules are found by names and structure, not by a list of model classes:
   word for cross-attention ("cross", "encdec", ...).
 * A linear layer that computes query, key and value together counts as query and value (flare.tuner.fused_qkv).
 
-Most architectures pass unknown keyword arguments from the stack's owner to the attention modules. In these, the source
-is such a keyword argument. In the other architectures, each block itself receives the source (flare.source.carrier).
+Most architectures pass unknown keyword arguments from the stack's owner to the attention modules. There, the
+source is passed as such an argument. In other architectures, each block itself receives it (flare.source.carrier).
 """
 
 from __future__ import annotations

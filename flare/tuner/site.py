@@ -1,11 +1,11 @@
-"""A site: the projections of one module that read the same input (query, key and value), computed in one call.
+"""Compute a *site* in one call: the projections of one module that read the same input (query, key and value).
 
 Modeling code calls these projections one after the other with the same tensor x. The first call computes the outputs of
 all projections of the site in one autograd node, and each later call returns its stored output. The hidden states of
 both texts are then read only once, and all contributions to dx (the gradient of x) are summed in one buffer. A
 *sibling* is a projection of the site without an adapter, for example key next to adapted query and value. The node
-computes it too, for the sum of dx; its class is changed to :class:`SiblingLinear`. An adapter layer that is not a
-query, key or value projection is a site with a single projection.
+computes siblings too, because dx includes their contributions; their class is :class:`SiblingLinear`. Any other adapter
+layer is a site by itself. The *slot* (flare.source.context) is the state that a thread's hooks and layers share.
 
 Which projections are computed together depends on the modules' state. The answer is cached (:class:`_Plan`), and each
 call checks that this state is unchanged. A site stores modules and never their tensors, because tensors can change
@@ -44,7 +44,7 @@ _MAX_CALLS = 64  # maximum number of entries in a plan's ``calls``
 
 
 class SiblingLinear(nn.Linear):
-    """A frozen ``nn.Linear`` next to adapted projections, whose output one of them may have computed already."""
+    """A frozen ``nn.Linear`` next to adapted projections. Another projection's call may have computed its output."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output (..., n) for (..., d)."""
@@ -196,7 +196,7 @@ class Site:
             if not saved_tensors_are_packed():  # a checkpoint's recompute must run the same operations as its forward
                 self.separate = True
         if slot.met is not None and module in slot.met:
-            return None  # the second call in a block does not read tokens (DeBERTa also projects relative positions)
+            return None  # only the first call in a block reads tokens; DeBERTa's second reads relative positions
         outputs = self._outputs(module, x, slot)
         if outputs is None:
             return None
