@@ -1,4 +1,7 @@
-"""The forms of grad_bottleneck compared with float64, for several tile sizes, and the bytes that each form moves."""
+"""The forms of grad_bottleneck, compared with float64 for several tile sizes, and the bytes that each form moves.
+
+The forms differ in the order of their programs (flare_kernels/triton_ops/grad_bottleneck.py).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All Triton forms of shrink and grad_weight, compared with float64 and with each other."""
+"""All Triton forms (implementations) of shrink and grad_weight, compared with float64 and with each other."""
 
 from __future__ import annotations
 

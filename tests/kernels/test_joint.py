@@ -46,7 +46,7 @@ def leaves_of(data: dict) -> dict[str, Tensor]:
 
 
 def run(call, data: dict, subset: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the outputs and gradients of call(leaves, adapters) -> {name: y}."""
+    """Run ``call(leaves, adapters)``, which returns name -> y, and backward; return the outputs and gradients."""
     leaves = leaves_of(data)
     adapters = {name: (leaves[f"A.{name}"], leaves[f"B.{name}"], 0.5 + RANKS[name]) for name in subset}
     ys = call(leaves, adapters)
